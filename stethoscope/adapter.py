@@ -1,0 +1,51 @@
+"""What a model family must supply: a prompt with measured spans, answers with their ids, one traced pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.records import Answer, Generation
+from stethoscope.trace import NEEDS, Encoded, Trace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Adapter(ABC):
+    """A model behind the one contract. Constructors only store and check; ``setup`` loads weights.
+
+    Attributes:
+        name: how the model is called in tables and run directories.
+    """
+
+    name: str
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Loads weights and processor; does nothing the second time."""
+
+    @abstractmethod
+    def encode(self, image: Image, question: str) -> Encoded:
+        """The model's own prompt around image and question, with measured token positions."""
+
+    @abstractmethod
+    def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
+        """Answers for a batch of prompts; in float32 the same as one by one."""
+
+    @abstractmethod
+    def answer(self, encoded: Encoded, text: str) -> Answer:
+        """An answer that was written elsewhere, tokenised and given the model's log-probabilities."""
+
+    @abstractmethod
+    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = NEEDS) -> Trace:
+        """One teacher-forced pass over the prompt and exactly the answer's ids (two with ``blank`` in ``needs``).
+
+        Raises:
+            CaptureError: a layer gave no attention, or a value that is not finite; the message names the layer.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the model's answers: class, id, revision, weights digest, processor, dtype, prompt."""

@@ -1,0 +1,42 @@
+"""The errors a user can cause, each a one-line message: what is wrong, the value, what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StethoscopeError(Exception):
+    """Base of all errors that the user can mend; the command line prints the message and exits with 2."""
+
+
+class ConfigError(StethoscopeError):
+    """A setting is wrong: an unknown name, a value out of range, two settings that exclude each other."""
+
+
+class CapabilityError(StethoscopeError):
+    """The model or the machine cannot do what was asked."""
+
+
+class DataError(StethoscopeError):
+    """A data file, an image or a record is missing, broken or of the wrong form."""
+
+
+class CaptureError(StethoscopeError):
+    """The traced pass did not record what it should have (no attention seen, a value that is not finite)."""
+
+
+class ArtefactError(StethoscopeError):
+    """A saved detector or run directory is missing, damaged or does not fit."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Message for a name that is not known, with close matches and what there is.
+
+    >>> unknown("task", "popee", ["pope", "chair"])
+    "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
+    return f"unknown {kind} {name!r}{hint} There are: {', '.join(known) or 'none'}"

@@ -1,0 +1,178 @@
+"""The frozen records that cross borders: what a task asks, what a model answers, what is known of it.
+
+Indices of tokens are positions in the *expanded* sequence that the language model reads (image placeholders
+counted one by one); character spans are half-open ``(start, end)`` offsets into ``Answer.text``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that is read when it is needed.
+
+    Attributes:
+        name: what to call the image in messages and tables, usually its file name.
+        source: a file path, or a function that makes the PIL image (rendered scenes, rows of a data set).
+    """
+
+    name: str
+    source: Path | Callable[[], Image] = field(repr=False)
+
+    def load(self) -> Image:
+        """The whole image as RGB.
+
+        Raises:
+            DataError: the file is missing, is not an image or is cut short.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        if not isinstance(self.source, Path):
+            return self.source().convert("RGB")
+        try:
+            with Image.open(self.source) as image:
+                return image.convert("RGB")  # decodes every pixel, so that a file cut short is found here
+        except FileNotFoundError:
+            raise DataError(f"image {self.name!r} is missing: no file {self.source}") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"image {self.source} cannot be read: {error}") from None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the file's bytes, or of size and pixels for an image that is made."""
+        if isinstance(self.source, Path):
+            try:
+                return hashlib.sha256(self.source.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DataError(f"image {self.name!r} cannot be read: {error}") from None
+        image = self.load()
+        return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image.
+
+    Attributes:
+        id: stable and unique within the task; resume, sharding and pairing of runs go by it.
+        image: the picture.
+        question: what the user asks; the adapter puts it into the model's own prompt.
+        group: unit of data splits and of the bootstrap, the image's id.
+        subset: part of the benchmark that is reported on its own (POPE: ``random``, ``popular``, ``adversarial``).
+        reference: ground truth, JSON-able, opaque to everyone but the task.
+    """
+
+    id: str
+    image: ImageRef
+    question: str
+    group: str
+    subset: str = "all"
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to write an answer.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens, at least 1.
+        do_sample: draw tokens instead of taking the most probable one.
+        temperature: divides the logits when sampling, above 0.
+        top_p: nucleus of the distribution to sample from, in (0, 1].
+        num_beams: beams of beam search, 1 for none.
+        seed: seed of the sampling.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, token by token. An end-of-sequence token is not part of it.
+
+    Attributes:
+        text: the decoded answer.
+        token_ids: the generated ids, exactly as they came (never re-tokenised), T of them.
+        offsets: T character spans in ``text``; a token that adds no whole character has an empty span.
+        logprobs: T natural-log probabilities of the tokens under the model's own (unprocessed) distribution.
+        finished: the model ended by itself; False means cut off at ``max_new_tokens``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    logprobs: tuple[float, ...]
+    finished: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.token_ids) == len(self.offsets) == len(self.logprobs):
+            raise ValueError(
+                f"token_ids, offsets and logprobs differ in length: "
+                f"{len(self.token_ids)}, {len(self.offsets)}, {len(self.logprobs)}"
+            )
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The text of every token."""
+        return tuple(self.text[start:end] for start, end in self.offsets)
+
+    def covering(self, start: int, end: int) -> list[int]:
+        """Indices of the tokens that share a character with ``text[start:end]``.
+
+        >>> answer = Answer("a red car", (5, 6, 7), ((0, 1), (1, 5), (5, 9)), (0.0, 0.0, 0.0))
+        >>> answer.covering(6, 9)
+        [2]
+        """
+        return [index for index, (first, last) in enumerate(self.offsets) if first < end and last > start]
+
+
+@dataclass(frozen=True)
+class Mention:
+    """An object that an answer names, labelled by the task.
+
+    Attributes:
+        start, end: character span in the answer's text.
+        object: canonical name.
+        label: 1 hallucinated, 0 grounded, -1 not to be judged.
+        number: how many mentions of any object came before in this answer, from 0.
+        repeat: how many mentions of this same object came before, from 0.
+    """
+
+    start: int
+    end: int
+    object: str
+    label: int
+    number: int = 0
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a task makes of one answer.
+
+    Attributes:
+        status: ``ok``, or ``unparsed`` when the answer is not of the form that the task can judge.
+        counts: numbers that add up over samples; the task's metrics are functions of their totals.
+        detail: JSON-able facts for people who read the record (parsed reply, objects named, ...).
+    """
+
+    status: str
+    counts: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)

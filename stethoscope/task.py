@@ -1,0 +1,56 @@
+"""What a benchmark must supply: samples, a score for every answer, labelled mentions, metrics of the totals."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from stethoscope.records import Answer, Mention, Sample, Score
+
+Totals = Mapping[str, np.ndarray]
+"""Sums of ``Score.counts`` over samples: one float array of any common shape for each name."""
+
+
+class Task(ABC):
+    """A benchmark. Constructors only store and check; ``setup`` reads files.
+
+    Attributes:
+        name: how it is called in configs, tables and run directories.
+        version: changes whenever prompts, parsing or scoring change.
+        primary: the metric that stands for the task.
+        macro: metrics of which the mean over subsets is reported too.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    primary: ClassVar[str]
+    macro: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self) -> None:
+        """Reads what ``samples`` needs; called once, before anything else.
+
+        Raises:
+            DataError: a file is missing or broken; the message names file and line.
+        """
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """All samples in a fixed order, ids unique."""
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Judges one answer. An answer that cannot be read is ``unparsed``, never a wrong answer."""
+
+    @abstractmethod
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Named metrics, each an element-wise function of the totals (NaN where it is not defined).
+
+        Totals come as arrays so that one call covers the value and every bootstrap replicate.
+        """
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Labelled object mentions of one answer, in reading order; none by default."""
+        return ()

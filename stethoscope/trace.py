@@ -1,0 +1,82 @@
+"""What one teacher-forced pass over prompt and answer leaves behind, already reduced to what features read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stethoscope.records import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+SEGMENTS = ("image", "question", "previous", "first", "rest")
+"""Parts of the sequence that a row's attention is split over: image tokens, question tokens, earlier answer tokens,
+the first token of the sequence (the usual attention sink; unless it is an image or question token), everything else.
+They are disjoint and cover the row, so the masses of one row add up to 1."""
+
+NEEDS = ("attention", "lens", "blank")
+"""What a trace can hold beyond the logits: attention rows and the logit lens cost no further forward pass, the blank
+image costs one."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where things sit in the sequence that the language model reads. Measured from the processor's output.
+
+    Attributes:
+        length: number of prompt tokens P; answer token k is predicted at position P - 1 + k.
+        image: sorted positions of the image tokens, N of them.
+        question: sorted positions of the tokens of the user's question.
+        grids: (rows, columns) of every tile of image tokens, in order; empty where there is no grid.
+    """
+
+    length: int
+    image: tuple[int, ...]
+    question: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, ready for the model.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward pass, batch dimension 1, no padding.
+        spans: token positions.
+        text: the prompt as text, before image placeholders are expanded.
+        question: the user's question as it stands in ``text``.
+    """
+
+    inputs: Mapping[str, Tensor]
+    spans: Spans
+    text: str
+    question: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """T answer tokens, L language layers, H heads, N image tokens, V words. All tensors float32 on the CPU.
+
+    Attributes:
+        answer: the answer that was traced.
+        spans: token positions of its prompt.
+        logits: (T, V), the row that predicts each token.
+        mass: (T, L, H, 5) attention mass of the predicting row on each of ``SEGMENTS``; rows sum to 1.
+        image_attention: (T, L, N) attention of the predicting row to each image token, mean over heads.
+        lens_logprob: (T, L) log-probability of the token when the residual stream after each layer is decoded by the
+            final norm and the head; the last layer is the model's own output.
+        lens_rank: (T, L) rank of the token in that distribution, 0 for the most probable.
+        blank_logits: (T, V), the same rows when the image is replaced by a blank one (the processor's mean colour).
+    """
+
+    answer: Answer
+    spans: Spans
+    logits: Tensor
+    mass: Tensor | None = None
+    image_attention: Tensor | None = None
+    lens_logprob: Tensor | None = None
+    lens_rank: Tensor | None = None
+    blank_logits: Tensor | None = None

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each; configuration names them, nothing else does."""
