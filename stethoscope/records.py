@@ -87,7 +87,7 @@ class Generation:
     """How to write an answer.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens, at least 1.
+        max_new_tokens: longest answer, in tokens, at least 1; None for what the task asks for.
         do_sample: draw tokens instead of taking the most probable one.
         temperature: divides the logits when sampling, above 0.
         top_p: nucleus of the distribution to sample from, in (0, 1].
@@ -95,7 +95,7 @@ class Generation:
         seed: seed of the sampling.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0

@@ -22,14 +22,16 @@ class Task(ABC):
         version: changes whenever prompts, parsing or scoring change.
         primary: the metric that stands for the task.
         macro: metrics of which the mean over subsets is reported too.
+        max_new_tokens: longest answer that the task needs, in tokens.
     """
 
     name: ClassVar[str]
     version: ClassVar[str]
     primary: ClassVar[str]
     macro: ClassVar[tuple[str, ...]] = ()
+    max_new_tokens: int = 128
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
         """Reads what ``samples`` needs; called once, before anything else.
 
         Raises:

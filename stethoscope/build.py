@@ -1,0 +1,125 @@
+"""From configuration to objects, with a guard: only classes of this package and of the user's plug-ins are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from stethoscope.errors import ConfigError, StethoscopeError, unknown
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+
+T = TypeVar("T")
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, target) of every ``_target_`` below a configuration node."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield path, str(value)
+            else:
+                yield from _targets(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}[{index}]")
+
+
+def build(config: DictConfig, base: type[T], key: str, plugins: Sequence[str] = (), **extra: Any) -> T:
+    """Makes the object that a configuration node describes.
+
+    Args:
+        config: node with a ``_target_``.
+        base: what the object must be an instance of.
+        key: where the node stands in the configuration, for messages.
+        plugins: names of packages outside ``stethoscope`` from which classes may be made.
+        extra: further arguments of the constructor.
+
+    Raises:
+        ConfigError: the target is missing, not allowed, cannot be imported, rejects its arguments or is of another
+            type.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, (DictConfig, ListConfig)) else config
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise ConfigError(f"{key} has no _target_; it should name a class, for example by choosing {key}=<name>")
+    allowed = ("stethoscope", *plugins)
+    for where, target in _targets(plain, key):
+        if target.split(".")[0] not in allowed:
+            raise ConfigError(
+                f"{where}._target_={target!r} is outside the packages that may be instantiated "
+                f"({', '.join(allowed)}); add plugins=[{target.split('.')[0]}] if you trust it"
+            )
+    try:
+        made = instantiate(plain, **extra, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, StethoscopeError):
+            raise error.__cause__ from None
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{key}: {plain['_target_']} cannot be made: {reason}") from error
+    if not isinstance(made, base):
+        raise ConfigError(f"{key}: {plain['_target_']} makes a {type(made).__name__}, not a {base.__name__}")
+    return made
+
+
+def conf_folder() -> Path:
+    """Where the configuration files lie (beside the code in a checkout, inside the package once installed)."""
+    import stethoscope.conf
+
+    return Path(stethoscope.conf.__file__).parent
+
+
+def choices(group: str) -> dict[str, str]:
+    """Names of a configuration group's files, each with its first comment line.
+
+    >>> "testbed" in choices("model")
+    True
+    """
+    folder = conf_folder() / group
+    return {
+        str(path.relative_to(folder).with_suffix("")): path.read_text().split("\n", 1)[0].lstrip("# ").strip()
+        for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def groups() -> list[str]:
+    """Names of the configuration groups."""
+    return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def load(model: str, **settings: Any) -> Adapter:
+    """A model, ready to answer.
+
+    Args:
+        model: a name of ``conf/model`` (``stethoscope list model``), the hub id of any image-text-to-text model of
+            transformers (``owner/name``), or the path of a folder that ``save_pretrained`` wrote.
+        settings: keys of the model's configuration to change, such as ``dtype="bfloat16"``.
+
+    Returns:
+        The adapter, its weights loaded.
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    from stethoscope.adapter import Adapter
+
+    known = choices("model")
+    if model not in known and not ("/" in model or Path(model).is_dir()):
+        raise ConfigError(unknown("model", model, known))
+    name = model if model in known else "hf"
+    config = OmegaConf.load(conf_folder() / "model" / f"{name}.yaml")
+    if name != model:
+        config.model_id = model
+    for key, value in settings.items():
+        if key not in config:
+            raise ConfigError(unknown("model setting", key, [key for key in config if key != "_target_"]))
+        config[key] = value
+    adapter = build(config, Adapter, "model")
+    adapter.setup()
+    return adapter

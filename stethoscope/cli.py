@@ -1,0 +1,93 @@
+"""The ``stethoscope`` command: dispatch on the first word, one line and exit code 2 for an error of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from stethoscope import __version__
+from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
+from stethoscope.errors import ConfigError, StethoscopeError, unknown
+
+INTERRUPTED, USER_ERROR = 130, 2
+
+
+def _help() -> str:
+    commands = {**HYDRA_COMMANDS, **PLAIN_COMMANDS}
+    lines = [f"  {name:<10} {text}" for name, text in commands.items()]
+    return "\n".join(
+        [
+            "stethoscope: evaluation harness and calibrated hallucination warnings for vision-language models",
+            "",
+            "usage: stethoscope COMMAND [setting=value ...]",
+            "",
+            *lines,
+            "",
+            "`stethoscope COMMAND --help` explains a command, its groups and all its settings.",
+            "`stethoscope COMMAND --cfg job` prints the composed configuration; `--multirun` sweeps over a=1,2 b=x,y.",
+            "Begin with `stethoscope benchmark`: it needs no network and no GPU.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except StethoscopeError as error:
+        print(f"stethoscope: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `stethoscope list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_help())
+    elif command in ("-V", "--version"):
+        print(f"stethoscope {__version__}")
+    elif command in PLAIN_COMMANDS:
+        importlib.import_module(f"stethoscope.commands.{command}").main(rest)
+    elif command in HYDRA_COMMANDS:
+        run_hydra(command, rest)
+    else:
+        raise ConfigError(unknown("command", command, [*HYDRA_COMMANDS, *PLAIN_COMMANDS]))
+
+
+def run_hydra(command: str, arguments: list[str]) -> None:
+    """Composes the command's configuration from ``conf/<command>.yaml`` and the overrides, and runs it.
+
+    Raises:
+        ConfigError: an unknown choice, key or value among the overrides.
+    """
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    def job(config: DictConfig) -> None:
+        importlib.import_module(f"stethoscope.commands.{command}").run(config)
+
+    sys.argv = [f"stethoscope {command}", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
+    wrapped: Callable[[], None] = hydra.main(
+        version_base="1.3", config_path="pkg://stethoscope.conf", config_name=command
+    )(job)
+    overrides = [word for word in arguments if not word.startswith("-")]
+    try:
+        OverridesParser.create().parse_overrides(overrides)
+        wrapped()
+    except (HydraException, OmegaConfBaseException) as error:
+        from stethoscope.overrides import explain
+
+        raise ConfigError(explain(error, command, overrides)) from error

@@ -1,0 +1,39 @@
+"""``stethoscope list``: what there is to choose from, with a line of explanation each. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stethoscope.build import choices, groups
+from stethoscope.errors import ConfigError, unknown
+
+USAGE = """usage: stethoscope list [GROUP]
+
+Prints the names that can follow `group=` on the command line, a line each; without GROUP, all of them.
+`stethoscope list features` also explains every single feature."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the choices of one configuration group, or of all."""
+    if any(word in ("-h", "--help") for word in arguments):
+        print(USAGE)
+        return
+    known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
+    for word in arguments:
+        if word not in known:
+            raise ConfigError(unknown("group", word, groups()))
+    for group in [known[word] for word in arguments] or groups():
+        print(f"{group}=")
+        for name, text in choices(group).items():
+            print(f"  {name:<20} {text}")
+    if "features" in arguments:
+        _print_features()
+
+
+def _print_features() -> None:
+    """The catalogue: group, name, what a high value speaks for, cost, explanation."""
+    from stethoscope.features import FEATURES
+
+    print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
+    for item in FEATURES.values():
+        print(f"  {item.group:<12} {item.name:<25} {item.high:<13} {item.cost:<22} {item.summary}")

@@ -1,0 +1,79 @@
+"""Turns Hydra's errors about overrides into one line that says what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from stethoscope.errors import unknown
+
+
+def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
+    """One line for an exception of Hydra or OmegaConf.
+
+    Args:
+        error: what was raised while composing or reading the configuration.
+        command: name of the root configuration.
+        overrides: the user's ``key=value`` words.
+    """
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            group, _, name = (cause.missing_cfg_file or "").rpartition("/")
+            return unknown(group or "configuration", name, cause.options)
+        cause = cause.__cause__
+    text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        key = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
+        return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
+    if isinstance(error, InterpolationResolutionError):
+        return text.splitlines()[0]
+    missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
+    if missing and overrides:
+        key = _offending(next(filter(None, missing.groups())), overrides)
+        return unknown("setting", key, _close_to(key, _known_keys(command, overrides, key)))
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _offending(key: str, overrides: Sequence[str]) -> str:
+    """The override's full key when the error names only its last part."""
+    words = [word.split("=", 1)[0].lstrip("+~") for word in overrides]
+    return next((word for word in words if word == key or word.endswith("." + key)), key)
+
+
+def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[str]:
+    """Dotted keys of the command's configuration, composed without the offending override, and its groups."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    from stethoscope.build import groups
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("stethoscope.conf", version_base="1.3"):
+        good = [word for word in overrides if not word.lstrip("+~").startswith(offending + "=") and "," not in word]
+        try:
+            config = compose(command, overrides=good)
+        except HydraException:  # another override is wrong too: the command's own keys are hint enough
+            config = compose(command)
+    keys: list[str] = []
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                keys.append(f"{path}{name}")
+                walk(value, f"{path}{name}.")
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+    return keys + groups()
+
+
+def _close_to(key: str, known: Sequence[str]) -> list[str]:
+    """The part of the known keys worth printing: siblings of the key, or the top level."""
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    return siblings or [name for name in known if "." not in name]

@@ -1,0 +1,66 @@
+"""The dependency rule of the design, and that the light commands stay light."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# who may import whom inside the package: a module may import modules of its own or of an earlier layer
+LAYERS = [
+    {"errors", "records", "trace"},
+    {"metrics", "stats", "table", "features", "lens", "offsets", "fingerprint"},
+    {"adapter", "task", "capture", "spans", "baselines", "artefact", "detector", "leaderboard", "store", "testbed"},
+    {"results", "callbacks", "loggers", "evaluator", "extraction"},
+    {"build", "overrides"},
+    {"commands", "cli", "__main__"},
+]
+
+
+def _layer(module: str) -> int:
+    found = [index for index, names in enumerate(LAYERS) if module in names]
+    assert found, f"stethoscope/{module} has no layer; put it into LAYERS"
+    return found[0]
+
+
+def _imports(path: Path) -> set[str]:
+    """First name below ``stethoscope`` of everything a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {
+                f"{node.module}.{alias.name}" if node.module == "stethoscope" else node.module for alias in node.names
+            }
+    return {name.split(".")[1] for name in names if name.startswith("stethoscope.")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stethoscope").rglob("*.py")), ids=lambda path: path.name)
+def test_imports_point_downwards(path):
+    module = path.relative_to(ROOT / "stethoscope").parts[0].removesuffix(".py")
+    if module == "__init__":
+        return
+    for name in _imports(path) - {"__version__", "conf"}:
+        assert name not in ("adapters", "tasks"), f"{path.name} names an adapter or a task; only configuration may"
+        assert _layer(name) <= _layer(module), f"{path.name} imports stethoscope.{name} of a later layer"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "features"]], ids=" ".join)
+def test_light_commands_import_no_torch_and_answer_at_once(arguments):
+    script = (
+        "import sys\nfrom stethoscope.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'sklearn'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy or end.code else 0)"
+    )
+    best = float("inf")
+    for _ in range(3):  # the best of three, since other processes share the machine
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert best < 0.5
