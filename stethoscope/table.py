@@ -1,0 +1,139 @@
+"""The token table: one row per answer token, key columns that say what the row is and feature columns beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.errors import DataError
+
+KEY_COLUMNS: dict[str, str] = {
+    "task": "name of the task that asked",
+    "subset": "part of the task that is reported on its own",
+    "sample_id": "id of the sample, unique within its task",
+    "group": "id of the image: the unit of data splits and of the bootstrap",
+    "token": "index of the token in the answer, from 0",
+    "token_id": "id of the token in the model's vocabulary",
+    "text": "text of the token",
+    "start": "character of the answer at which the token starts",
+    "end": "character of the answer at which the token ends (exclusive)",
+    "label": "1 hallucinated, 0 grounded, -1 not judged (the token names no object)",
+    "object": "canonical name of the object that the token names, empty if none",
+    "number": "how many object mentions came before in this answer, -1 if the token is part of none",
+    "repeat": "how many mentions of the same object came before in this answer, -1 if none",
+    "first": "the token is the first sub-token of its mention",
+}
+"""Every key column and its meaning. All other columns of a token table are features (float32)."""
+
+
+def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
+    """Names of the feature columns, in the table's order.
+
+    >>> feature_names(pd.DataFrame({"token": [0], "entropy": [0.1], "label": [1]}))
+    ('entropy',)
+    """
+    return tuple(str(name) for name in table.columns if name not in KEY_COLUMNS)
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """The names of a set of features. Two schemas are the same if they have the same names, in any order.
+
+    >>> FeatureSchema(("a", "b")).hash == FeatureSchema(("b", "a")).hash
+    True
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> FeatureSchema:
+        """Schema of a token table's feature columns."""
+        return cls(feature_names(table))
+
+    @cached_property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the sorted names."""
+        return hashlib.sha256(json.dumps(sorted(self.names)).encode()).hexdigest()[:16]
+
+    def difference(self, other: FeatureSchema) -> str:
+        """One line that says what ``other`` lacks and what it has besides; empty if the schemas are the same.
+
+        >>> FeatureSchema(("a", "b")).difference(FeatureSchema(("b", "c")))
+        'missing: a; not expected: c'
+        """
+        parts = (
+            ("missing", sorted(set(self.names) - set(other.names))),
+            ("not expected", sorted(set(other.names) - set(self.names))),
+        )
+        return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in parts if names)
+
+
+def _shorten(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Checks that a table has the columns.
+
+    Raises:
+        DataError: one is missing; the message names it.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise DataError(f"the token table has no column {', '.join(missing)}; make it with `stethoscope extract`")
+
+
+def mention_rows(
+    table: pd.DataFrame,
+    which: Literal["first_subtoken", "all_subtokens"] = "first_subtoken",
+    repeats: Literal["first", "all"] = "first",
+) -> pd.DataFrame:
+    """The judged rows of a token table, those that detectors are trained and measured on.
+
+    Args:
+        table: a token table.
+        which: take only the first sub-token of every mention (the decision is made when the name begins), or all.
+        repeats: take only the first mention of every object in an answer (the field's protocol: later ones are
+            nearly free of information), or all.
+
+    Returns:
+        The rows with a label of 0 or 1, the index starting anew at 0.
+
+    Raises:
+        DataError: a key column is missing, or a setting is not one of the two.
+    """
+    require(table, ("label", "first", "repeat"))
+    if which not in ("first_subtoken", "all_subtokens"):
+        raise DataError(f"which={which!r} should be first_subtoken or all_subtokens")
+    if repeats not in ("first", "all"):
+        raise DataError(f"repeats={repeats!r} should be first or all")
+    keep = table["label"].to_numpy() >= 0
+    if which == "first_subtoken":
+        keep &= table["first"].to_numpy(dtype=bool)
+    if repeats == "first":
+        keep &= table["repeat"].to_numpy() == 0
+    return table[keep].reset_index(drop=True)
+
+
+def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
+    """Feature columns as a float64 array (rows, features); NaN stands for a value that is not defined.
+
+    Raises:
+        DataError: a column is missing, or a value is infinite.
+    """
+    names = list(names)
+    require(table, names)
+    matrix = table[names].to_numpy(dtype=np.float64)
+    infinite = np.isinf(matrix).any(axis=0)
+    if infinite.any():
+        bad = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)
+        raise DataError(f"features with infinite values: {bad}; they should be finite, or NaN where not defined")
+    return matrix
