@@ -1,0 +1,217 @@
+"""Finds the 80 COCO objects in a text, word for word as CHAIR defines it.
+
+The definition is that of Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, as their code applies
+it: lower-case, tokenise as nltk's ``word_tokenize`` does, make every word singular as ``pattern.en`` does, merge pairs
+of words, look the words up. This module gives the same objects without either library, and says where they stand.
+
+Almost all time would go into words, and words repeat: what a piece of text between blanks contains is worked out once
+and remembered, so that reading a caption is one pass of a regular expression and a look-up per word.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import yaml
+
+
+class Mention(NamedTuple):
+    """An object that a text names.
+
+    Attributes:
+        name: canonical COCO name.
+        start, end: character span of all its words in the text ("stop signs", "baby elephant").
+    """
+
+    name: str
+    start: int
+    end: int
+
+
+_Word = tuple[int, str, int, int]
+"""A word that can matter: its place among all tokens, its singular, where it starts and ends."""
+
+
+def _load() -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    """(word or merged pair -> canonical name, pair of words -> the word that it is read as)."""
+    data = yaml.safe_load(files("stethoscope.tasks").joinpath("data", "coco_objects.yaml").read_text("utf-8"))
+    names = {word: name for name, words in data["objects"].items() for word in (name, *words)}
+    pairs = {tuple(pair.split()): word for pair, word in data["pairs"].items()}
+    for qualifier, words in data["qualifiers"].items():
+        pairs |= {(qualifier, word): word for word in words}
+    return names, pairs
+
+
+NAMES, PAIRS = _load()
+"""Words and merged pairs -> canonical name; pairs of words -> the word that they are read as."""
+
+OBJECTS = tuple(dict.fromkeys(NAMES.values()))
+"""The 80 canonical names, in COCO's order."""
+
+_RELEVANT = frozenset(NAMES) | {word for pair in PAIRS for word in pair}
+
+_IRREGULAR = (
+    ("children", "child"),
+    ("people", "person"),
+    ("geese", "goose"),
+    ("oxen", "ox"),
+    ("men", "man"),
+    ("mice", "mouse"),
+)
+_UNCHANGED = ("scissors", "collies", "doggies")
+_ENDINGS = (  # the first that fits is applied
+    ("buses", "bus"),
+    ("oes", "o"),
+    ("xes", "x"),
+    ("ches", "ch"),
+    ("shes", "sh"),
+    ("sses", "ss"),
+    ("lves", "lf"),
+    ("nives", "nife"),
+    ("ae", "a"),
+    ("s", ""),
+)
+
+
+def singular(word: str) -> str:
+    """The singular of a lower-case word, for all words of which the singular is in the vocabulary.
+
+    Agrees with ``pattern.en.singularize`` (De Smedt & Daelemans 2012), which CHAIR is defined by, on every word that
+    either of them turns into a word of the vocabulary; of other words it only promises that they stay outside it. Its
+    odd results are part of the definition: a final s goes ("bus" reads "bu"), "ties" reads "ty".
+
+    >>> [singular(word) for word in ("knives", "women", "puppies", "benches", "buses", "bus", "ties")]
+    ['knife', 'woman', 'puppy', 'bench', 'bus', 'bu', 'ty']
+    """
+    for plural, single in _IRREGULAR:
+        if word.endswith(plural):
+            return word[: -len(plural)] + single
+    if word.endswith(_UNCHANGED):
+        return word
+    if word.endswith("ies") and word[-4:-3] not in ("", *"aeiouy"):
+        return word[:-3] + "y"
+    for ending, single in _ENDINGS:
+        if word.endswith(ending):
+            return word[: len(word) - len(ending)] + single
+    return word
+
+
+_CHUNK = re.compile(r"\S+")
+
+# What word_tokenize sets apart wherever it stands. A comma or colon before a digit stays in its word; an apostrophe
+# that opens a quotation is set apart, one that begins a clitic ('s, 'll) is not.
+_APART = re.compile(
+    r"""\.{2,} | -- | '' | `+ | [«“‘„»”’";@\#$%&?!*\[\](){}<>\u2012-\u2015] | (?<![:,])[:,](?=\D|$)
+      | (?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)""",
+    re.VERBOSE,
+)
+# Then it takes these off the end of a word, in this order, each once.
+_CLITICS = tuple(re.compile(f"(?<=[^'])(?:{clitic})$") for clitic in ("'", "'[smd]", "'ll|'re|'ve|n't"))
+_STOP = r"""[.?!](?=[)";}\]*:@'({\[‘’“”«»?!]%s)"""
+_STOP_INSIDE, _STOP_OR_END = re.compile(_STOP % ""), re.compile(_STOP % "|$")
+_FINAL_PERIOD = re.compile(r"""(?<=[^.])\.(?=[\])}>"'»”’]*$)""")
+
+
+def _periods(chunk: str, last: bool) -> set[int]:
+    """Where periods of a chunk end a sentence, and are therefore words of their own.
+
+    Sentences are found as nltk's Punkt does; its abbreviations do not matter, since none of them is an object. Of
+    several possible ends in one chunk Punkt takes the last.
+    """
+    found: set[int] = set()
+    rest = 0
+    stops = [match.start() for match in (_STOP_INSIDE if last else _STOP_OR_END).finditer(chunk)]
+    if stops:
+        rest = stops[-1]
+        if chunk[rest] == ".":
+            found.add(rest)
+    if last and (final := _FINAL_PERIOD.search(chunk, rest)):
+        found.add(final.start())
+    return found
+
+
+def _analyse(chunk: str, last: bool) -> tuple[int, tuple[_Word, ...]]:
+    """(number of tokens, words that can matter with offsets into the chunk) of a lower-case chunk without blanks."""
+    cuts = [match.span() for match in _APART.finditer(chunk)]
+    cuts += [(at, at + 1) for at in _periods(chunk, last) if not any(first <= at < end for first, end in cuts)]
+    place, start, words = 0, 0, []
+    for first, end in [*sorted(cuts), (len(chunk), len(chunk))]:
+        if first > start:
+            stem, count = chunk[start:first], 1
+            for clitic in _CLITICS:
+                if found := clitic.search(stem):
+                    stem = stem[: found.start()]
+                    count += 1
+            word = singular(stem)
+            if word in _RELEVANT:
+                words.append((place, word, start, start + len(stem)))
+            place += count
+        place += end > first
+        start = end
+    return place, tuple(words)
+
+
+@lru_cache(maxsize=1 << 17)
+def _inner(chunk: str) -> tuple[int, tuple[_Word, ...]]:
+    return _analyse(chunk, last=False)
+
+
+@lru_cache(maxsize=1 << 14)
+def _last(chunk: str) -> tuple[int, tuple[_Word, ...]]:
+    return _analyse(chunk, last=True)
+
+
+def _lower(text: str) -> str:
+    """Lower case of the same length, so that offsets hold (one letter, İ, would become two)."""
+    lowered = text.lower()
+    if len(lowered) == len(text):
+        return lowered
+    return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
+
+
+def _words(text: str) -> list[_Word]:
+    """The words of a text that can matter, in reading order."""
+    chunks = list(_CHUNK.finditer(_lower(text)))
+    words: list[_Word] = []
+    tokens = 0
+    for index, chunk in enumerate(chunks, 1 - len(chunks)):
+        count, found = _inner(chunk[0]) if index else _last(chunk[0])
+        if found:
+            base = chunk.start()
+            words += [(tokens + place, word, base + start, base + end) for place, word, start, end in found]
+        tokens += count
+    return words
+
+
+def mentions(text: str) -> list[Mention]:
+    """The COCO objects that a text names, every time it names them, in reading order.
+
+    Args:
+        text: any text; offsets of the result are positions in it.
+
+    Returns:
+        One mention for each word or pair of words. Source: ``caption_to_words`` of CHAIR (Rohrbach et al. 2018).
+
+    >>> mentions("Baby elephants near a stop sign")
+    [Mention(name='elephant', start=0, end=14), Mention(name='stop sign', start=22, end=31)]
+    """
+    words = _words(text)
+    read: list[tuple[str, int, int]] = []
+    index = 0
+    while index < len(words):
+        place, word, start, end = words[index]
+        index += 1
+        if index < len(words) and words[index][0] == place + 1:
+            pair = PAIRS.get((word, words[index][1]))
+            if pair is not None:
+                word, end = pair, words[index][3]
+                index += 1
+        read.append((word, start, end))
+    # "the seat of the toilet" is no chair
+    toilet = any(word == "toilet" for word, _, _ in read)
+    return [
+        Mention(NAMES[word], start, end) for word, start, end in read if word in NAMES and not (toilet and word == "seat")
+    ]
