@@ -1,0 +1,220 @@
+"""The way of a batch of samples: prompt, answer, score, traced pass, token rows. A sample that fails is data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from stethoscope.errors import CapabilityError, ConfigError, StethoscopeError
+from stethoscope.lines import FAILED, OK, UNPARSED, Record
+from stethoscope.records import Answer, Generation, Mention, Sample, Score
+from stethoscope.run import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from stethoscope.trace import Encoded, Trace
+
+HOPELESS = 16
+"""A run in which this many samples have failed and none has succeeded is stopped: the fault is not the sample's."""
+
+
+class Features(Protocol):
+    """What the evaluator asks of ``stethoscope.features.FeatureSet``."""
+
+    needs: frozenset[str]
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def compute(self, trace: Trace) -> Mapping[str, np.ndarray]: ...
+
+
+@dataclass
+class Draft:
+    """A record in the making."""
+
+    sample: Sample
+    encoded: Encoded | None = None
+    answer: Answer | None = None
+    score: Score | None = None
+    mentions: tuple[Mention, ...] = ()
+    rows: pa.Table | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    prompt: str = ""
+    error: Exception | None = None
+
+    def record(self, task: str) -> Record:
+        """The finished record."""
+        sample, error = self.sample, self.error
+        status = FAILED if error is not None or self.score is None else self.score.status
+        return Record(
+            task=task,
+            sample_id=sample.id,
+            group=sample.group,
+            subset=sample.subset,
+            image=sample.image.name,
+            question=sample.question,
+            reference=sample.reference,
+            prompt=self.prompt,
+            status=status,
+            error="" if error is None else message(error),
+            answer=self.answer,
+            score=self.score if status != FAILED else None,
+            mentions=self.mentions,
+            seconds=self.seconds,
+        )
+
+
+class Worker:
+    """Takes the samples of one run through all stages, batch by batch."""
+
+    def __init__(
+        self,
+        run: Run,
+        generation: Generation,
+        features: Features | None,
+        trace: str,
+        on_error: str,
+        on_trace: Callable[[Sample, Trace], None],
+    ) -> None:
+        """Settings as the evaluator's; ``on_trace`` is called with every traced sample."""
+        self.run, self.generation, self.features = run, generation, features
+        self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
+
+    def do(self, samples: Sequence[Sample]) -> list[Record]:
+        """Answers, judges and traces some samples; what is finished is on disk even if an error or Ctrl-C ends it."""
+        finished: list[Draft] = []
+        try:
+            drafts = [self._encode(sample) for sample in samples]
+            self._generate([draft for draft in drafts if draft.error is None and draft.answer is None])
+            for draft in drafts:
+                if draft.score is None:
+                    self._judge(draft)
+                if self.wants_rows(draft.answer, draft.mentions):
+                    self._trace(draft)
+                draft.encoded = None
+                finished.append(draft)
+        finally:
+            records = self._keep(finished)
+        self._check_hope(finished)
+        return records
+
+    def _encode(self, sample: Sample) -> Draft:
+        """A draft with its prompt, and with the answer if the run directory has it and only token rows are missing."""
+        draft = Draft(sample)
+        with self._stage(draft, "encode"):
+            draft.encoded = self.run.adapter.encode(sample.image.load(), sample.question)
+            draft.prompt = draft.encoded.text
+        if self.features is not None and self.run.store is not None and draft.error is None:
+            record = self.run.store.find(self.run.task.name, sample.id)
+            if record is not None and record.status != FAILED and record.about(sample):
+                draft.answer, draft.score, draft.mentions = record.answer, record.score, record.mentions
+                draft.seconds = {**record.seconds}
+        return draft
+
+    def _generate(self, drafts: Sequence[Draft]) -> None:
+        """Writes answers. A batch that fails is tried again in halves, so that only the samples at fault are lost."""
+        if not drafts:
+            return
+        start = time.perf_counter()
+        try:
+            answers = self.run.adapter.generate([draft.encoded for draft in drafts], self.generation)
+            if len(answers) != len(drafts):
+                raise ValueError(f"{len(answers)} answers to {len(drafts)} prompts")
+        except (ConfigError, CapabilityError):
+            raise
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            if len(drafts) == 1:
+                drafts[0].error = error
+            answers = []
+        share = (time.perf_counter() - start) / len(drafts)
+        for draft in drafts:
+            draft.seconds["generate"] = draft.seconds.get("generate", 0.0) + share
+        for draft, answer in zip(drafts, answers, strict=False):
+            draft.answer = answer
+        if len(drafts) > 1 and not answers:
+            self._generate(drafts[: len(drafts) // 2])
+            self._generate(drafts[len(drafts) // 2 :])
+
+    def _judge(self, draft: Draft) -> None:
+        """Score and labelled mentions."""
+        if draft.error is not None or draft.answer is None:
+            return
+        with self._stage(draft, "score"):
+            score = self.run.task.score(draft.sample, draft.answer)
+            if score.status not in (OK, UNPARSED):
+                raise ValueError(f"{self.run.task.name}.score gave status {score.status!r}, not {OK!r} or {UNPARSED!r}")
+            draft.mentions = tuple(self.run.task.mentions(draft.sample, draft.answer))
+            draft.score = score
+
+    def _trace(self, draft: Draft) -> None:
+        """Token rows with features."""
+        from stethoscope.tokens import token_table
+
+        if draft.error is not None or draft.encoded is None or draft.answer is None or self.features is None:
+            return
+        trace = None
+        with self._stage(draft, "trace"):
+            trace = self.run.adapter.trace(draft.encoded, draft.answer, self.features.needs)
+        if trace is None:
+            return
+        self.on_trace(draft.sample, trace)
+        with self._stage(draft, "trace"):
+            columns = self.features.compute(trace)
+            draft.rows = token_table(self.run.task.name, draft.sample, draft.answer, draft.mentions, columns)
+
+    def wants_rows(self, answer: Answer | None, mentions: Sequence[Mention]) -> bool:
+        """Whether an answer is to be traced."""
+        return (
+            self.features is not None
+            and answer is not None
+            and len(answer.token_ids) > 0
+            and (self.trace == "all" or len(mentions) > 0)
+        )
+
+    @contextmanager
+    def _stage(self, draft: Draft, stage: str) -> Iterator[None]:
+        """Times a stage of a sample; its error becomes the sample's unless errors are to be raised."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (ConfigError, CapabilityError):
+            raise
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            draft.error = error
+        finally:
+            draft.seconds[stage] = draft.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def _keep(self, drafts: Sequence[Draft]) -> list[Record]:
+        """Stores finished drafts and counts them."""
+        records = [draft.record(self.run.task.name) for draft in drafts]
+        if self.run.store is not None and records:
+            self.run.store.append(records, {draft.sample.id: draft.rows for draft in drafts if draft.rows is not None})
+        for record in records:
+            self.run.note(record)
+        return records
+
+    def _check_hope(self, drafts: Sequence[Draft]) -> None:
+        """Stops a run in which nothing works."""
+        if self.run.failed < self.run.done or self.run.done < min(HOPELESS, self.run.total):
+            return
+        draft = next(draft for draft in drafts if draft.error is not None)
+        error = draft.error
+        if isinstance(error, StethoscopeError):
+            raise type(error)(f"all of the first {self.run.done} samples failed; sample {draft.sample.id}: {error}")
+        raise error
+
+
+def message(error: BaseException) -> str:
+    """One line about an error: its own words if it is ours, its type as well if not."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,0 +1,236 @@
+"""The loop: ask a model the questions of a task, judge the answers, compute features, keep everything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.adapter import Adapter
+from stethoscope.batch import Features, Worker, message
+from stethoscope.callbacks import Callback
+from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.fingerprint import answers_of, features_of
+from stethoscope.lines import FAILED, OK, UNPARSED
+from stethoscope.loggers import Logger, Loggers
+from stethoscope.records import Generation, Sample
+from stethoscope.results import TaskResults
+from stethoscope.run import Run
+from stethoscope.store import Overwrite, RunStore
+from stethoscope.task import Task
+
+if TYPE_CHECKING:
+    import os
+
+FAST_DEV_RUN_SAMPLES = 2
+
+
+class Evaluator:
+    """Runs tasks on models, in Lightning's manner.
+
+    >>> from stethoscope import load, Evaluator  # doctest: +SKIP
+    >>> results = Evaluator(limit=100, run_dir="runs/first").run(load("testbed"), task)  # doctest: +SKIP
+    >>> print(results.table())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        callbacks: Iterable[Callback] = (),
+        loggers: Iterable[Logger] | Loggers = (),
+        limit: int | None = None,
+        fast_dev_run: bool = False,
+        batch_size: int = 16,
+        generation: Generation = Generation(),  # noqa: B008 (frozen)
+        features: Features | None = None,
+        trace: str = "mentions",
+        run_dir: str | os.PathLike | None = None,
+        on_error: str = "record",
+        overwrite: Overwrite = False,
+        seed: int = 0,
+    ) -> None:
+        """Stores and checks the settings.
+
+        Args:
+            callbacks: hooks into the run.
+            loggers: where figures go; ``events.jsonl`` is added where there is a run directory. The evaluator finalizes
+                them only when a run fails, so that several runs may share them.
+            limit: at most so many samples of a task, taken in turn from its subsets; None for all.
+            fast_dev_run: two samples, nothing resumed, the first error stops: does it run at all?
+            batch_size: prompts that generate together.
+            generation: how answers are written.
+            features: what to compute for answer tokens; None for no tracing.
+            trace: trace only answers with labelled ``mentions``, or ``all``.
+            run_dir: where to keep records, token rows and metrics; None to keep nothing.
+            on_error: ``record`` a failing sample as failed and go on, or ``raise``.
+            overwrite: throw away what another run of this task has left in the run directory; ``features`` for its
+                token rows only.
+            seed: of the bootstrap.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        for name, value, allowed in (
+            ("on_error", on_error, ("record", "raise")),
+            ("trace", trace, ("mentions", "all")),
+        ):
+            if value not in allowed:
+                raise ConfigError(unknown(name, str(value), allowed))
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} should be at least 1")
+        self.callbacks = tuple(callbacks)
+        self.loggers = loggers if isinstance(loggers, Loggers) else Loggers(loggers)
+        self.limit, self.fast_dev_run, self.batch_size = limit, fast_dev_run, batch_size
+        self.generation, self.features, self.trace = generation, features, trace
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.on_error = "raise" if fast_dev_run else on_error
+        self.overwrite, self.seed = overwrite, seed
+
+    def run(self, adapter: Adapter, task: Task) -> TaskResults:
+        """Evaluates one model on one task; what the run directory has already is not done again.
+
+        Raises:
+            ConfigError: the run directory belongs to a run with other settings.
+            DataError: the task has no samples, or all of them failed.
+            Exception: whatever a callback raises; with ``on_error="raise"``, whatever stopped the first sample.
+        """
+        run = Run(adapter, task, self.loggers)
+        try:
+            return self._run(run)
+        except BaseException as error:
+            self._fail(run, error)
+            raise
+
+    def _run(self, run: Run) -> TaskResults:
+        self._call("on_run_start", run)
+        run.task.setup()
+        run.adapter.setup()
+        limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
+        run.samples = select(_checked(run.task), limit)
+        self._open(run)
+        worker = Worker(
+            run, self.generation, self.features, self.trace, self.on_error, partial(self._call, "on_trace", run)
+        )
+        todo = self._resume(run, worker)
+        self._call("on_task_start", run)
+        for start in range(0, len(todo), self.batch_size):
+            batch = todo[start : start + self.batch_size]
+            self._call("on_batch_start", run, batch)
+            self._call("on_batch_end", run, worker.do(batch))
+        results = self._results(run)
+        self._close(run, results)
+        self._call("on_task_end", run, results)
+        self._call("on_run_end", run, results)
+        return results
+
+    # --- around the loop --------------------------------------------------------------------------------------------
+
+    def _open(self, run: Run) -> None:
+        """Accepts the run directory and starts the loggers."""
+        fingerprint = answers_of(run.adapter, run.task, self.generation)
+        features = None if self.features is None else features_of(self.features, self.trace)
+        if self.run_dir is not None:
+            store = RunStore(self.run_dir)
+            if store.fingerprints().get(run.task.name, {}).get("fast_dev_run"):
+                store.clear([run.task.name])  # a trial leaves nothing worth keeping
+            mark = {"fast_dev_run": True} if self.fast_dev_run else {}
+            store.begin(run.task.name, {**fingerprint, **mark}, features, self.overwrite)
+            run.store = store
+        self.loggers.setup(self.run_dir)
+        settings = {"limit": self.limit, "fast_dev_run": self.fast_dev_run, "batch_size": self.batch_size}
+        self.loggers.log_config({run.task.name: {**fingerprint, "features": features, **settings, "seed": self.seed}})
+
+    def _resume(self, run: Run, worker: Worker) -> list[Sample]:
+        """The samples that are left to do. Failed ones are tried again, changed ones are asked again."""
+        if run.store is not None:
+            samples = {sample.id: sample for sample in run.samples}
+            for record in run.store.records(run.task.name):
+                sample = samples.get(record.sample_id)
+                if sample is None or record.status == FAILED or not record.about(sample):
+                    continue
+                if run.store.has_tokens(record) or not worker.wants_rows(record.answer, record.mentions):
+                    run.note(record)
+        run.resumed = run.done
+        return [sample for sample in run.samples if sample.id not in run.outcomes]
+
+    def _close(self, run: Run, results: TaskResults) -> None:
+        """Stores and logs the results."""
+        if run.store is not None:
+            run.store.finish(run.task.name, [sample.id for sample in run.samples])
+            run.store.write_metrics(run.task.name, results.to_dict())
+            run.store.set_status(run.task.name, "finished")
+        self.loggers.log_metrics(results.flat())
+        self.loggers.log_table(f"{run.task.name}/metrics", *results.rows())
+
+    def _results(self, run: Run) -> TaskResults:
+        """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
+        import pandas as pd
+
+        from stethoscope.stats import count_metrics
+
+        outcomes = [run.outcomes[sample.id] for sample in run.samples]
+        judged = [outcome for outcome in outcomes if outcome.status != FAILED]
+        counts = {status: sum(outcome.status == status for outcome in outcomes) for status in (OK, UNPARSED, FAILED)}
+        metrics = count_metrics(
+            run.task.metrics(),
+            pd.DataFrame([dict(outcome.counts) for outcome in judged]).fillna(0.0),
+            [outcome.group for outcome in judged],
+            [outcome.subset for outcome in judged],
+            macro=run.task.macro,
+            seed=self.seed,
+        )
+        stages = list(dict.fromkeys(stage for outcome in outcomes for stage in outcome.seconds))
+        return TaskResults(
+            task=run.task.name,
+            primary=run.task.primary,
+            metrics=tuple(metrics),
+            counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
+            seconds={stage: sum(outcome.seconds.get(stage, 0.0) for outcome in outcomes) for stage in stages},
+        )
+
+    def _fail(self, run: Run, error: BaseException) -> None:
+        """The one way out for every error: mark the run, tell callbacks and loggers. Nothing here hides the error."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        store = run.store
+        steps = [] if store is None else [lambda: store.set_status(run.task.name, status)]
+        steps += [lambda hook=callback.on_exception: hook(run, error) for callback in self.callbacks]
+        for step in steps:
+            try:
+                step()
+            except Exception as second:
+                warnings.warn(f"while ending the run: {message(second)}", stacklevel=2)
+        self.loggers.finalize(status)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(*arguments)
+
+
+def select(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
+    """At most ``limit`` samples, taken in turn from the subsets, in the order of the task."""
+    if limit is None or limit >= len(samples):
+        return tuple(samples)
+    seen: dict[str, int] = {}
+    turns = []
+    for index, sample in enumerate(samples):
+        turns.append((seen.setdefault(sample.subset, 0), index))
+        seen[sample.subset] += 1
+    return tuple(samples[index] for index in sorted(index for _, index in sorted(turns)[:limit]))
+
+
+def _checked(task: Task) -> Sequence[Sample]:
+    """The samples of a task.
+
+    Raises:
+        DataError: there are none, or two have the same id.
+    """
+    samples = task.samples()
+    ids = [sample.id for sample in samples]
+    if not ids:
+        raise DataError(f"task {task.name!r} has no samples")
+    if len(set(ids)) < len(ids):
+        double = next(name for index, name in enumerate(ids) if name in ids[:index])
+        raise DataError(f"task {task.name!r} has two samples with the id {double!r}")
+    return samples

@@ -1,0 +1,158 @@
+"""What changes the answers of a run, so that a run is resumed only by the same model on the same questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+    from stethoscope.records import Generation
+    from stethoscope.task import Task
+
+PACKAGES = (
+    "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
+    "pillow", "scikit-learn", "skops", "hydra-core", "wandb",
+)  # fmt: skip
+_SAMPLING_ONLY = ("temperature", "top_p", "seed")
+
+
+def jsonable(value: Any) -> Any:
+    """The value as plain JSON types: sequences as lists, sets sorted, paths by their last part, others by ``str``.
+
+    >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
+    {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name  # a moved folder holds the same data
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return jsonable(value.tolist())
+    return str(value)
+
+
+def settings(component: Any) -> dict[str, Any]:
+    """The constructor arguments that a component kept as attributes of the same name."""
+    names = inspect.signature(type(component).__init__).parameters
+    return {name: jsonable(getattr(component, name)) for name in names if hasattr(component, name)}
+
+
+def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
+    """What identifies the answers of one model to one task; the adapter must be set up.
+
+    Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
+    answer as it is. Neither do the settings of sampling while nothing is sampled.
+    """
+    decoding = jsonable(generation)
+    if not generation.do_sample:
+        decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
+    return {
+        "adapter": jsonable(adapter.fingerprint()),
+        "task": {
+            "class": f"{type(task).__module__}.{type(task).__qualname__}",
+            "name": task.name,
+            "version": task.version,
+            "settings": settings(task),
+        },
+        "generation": decoding,
+    }
+
+
+def features_of(features: Any, trace: str) -> dict[str, Any]:
+    """What identifies the token rows that a feature set leaves: its columns, their settings, which answers it sees."""
+    return {**settings(features), "names": jsonable(features.names), "trace": trace}
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint, the same for any order of its keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(jsonable(fingerprint), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys on which two fingerprints differ, each with the old and the new value (None where it is missing).
+
+    >>> differences({"task": {"version": "1", "parser": "strict"}}, {"task": {"version": "2", "parser": "strict"}})
+    [('task.version', '1', '2')]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            difference
+            for key in keys
+            for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if old == new else [(prefix, old, new)]
+
+
+def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
+    """Differences as one line of text.
+
+    >>> describe([("task.version", "1", "2"), ("seed", None, 0)])
+    "task.version: '1' before, '2' now; seed: None before, 0 now"
+    """
+    shown = [f"{key}: {_short(old)} before, {_short(new)} now" for key, old, new in changes[:limit]]
+    more = [f"and {len(changes) - limit} more"] if len(changes) > limit else []
+    return "; ".join(shown + more)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def environment() -> dict[str, Any]:
+    """Versions and kind of machine; no host name, user name or path."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    torch = sys.modules.get("torch")  # whoever ran a model has imported it; do not pay for it otherwise
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        found["cuda"] = torch.version.cuda
+        available = torch.cuda.is_available()
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,254 @@
+"""Where the figures of a run go: a file of events always, Weights & Biases if wanted. A logger never stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stethoscope.errors import ConfigError, unknown
+from stethoscope.fingerprint import jsonable
+
+MODES = ("offline", "online", "disabled")
+_SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
+
+
+def redact(value: Any) -> Any:
+    """A JSON-able copy with the values of keys that name a secret replaced.
+
+    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}})
+    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}}
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(key): "***" if _SECRET.search(str(key)) and item is not None else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return value if isinstance(value, os.PathLike) else jsonable(value)
+
+
+class Logger:
+    """A place for figures. Constructors only store and check; every method may do nothing."""
+
+    def setup(self, run_dir: Path | None) -> None:
+        """Called before anything is logged, with the run directory if there is one; does nothing the second time."""
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Called with nested settings; what is there already is added to."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Called with named figures; ``step`` counts samples where figures form a curve, None for final ones."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Called with a small table."""
+
+    def finalize(self, status: str) -> None:
+        """Called once nothing more will be logged; ``status`` is ``finished``, ``failed`` or ``interrupted``."""
+
+
+class Loggers(Logger):
+    """Several loggers as one. A logger that fails is warned of once and never stops the run.
+
+    Whoever makes it finalizes it: the evaluator does so only when a run fails, because more runs may be logged to the
+    same place.
+    """
+
+    def __init__(self, loggers: Iterable[Logger] = ()) -> None:
+        """Combines loggers; ``events.jsonl`` is added as soon as there is a run directory."""
+        self.loggers = list(loggers)
+        self._warned: set[int] = set()
+
+    def setup(self, run_dir: Path | None) -> None:
+        """Sets up every logger, and the file of events if no logger writes it yet."""
+        if run_dir is not None and not any(isinstance(logger, JsonLogger) for logger in self.loggers):
+            self.loggers.insert(0, JsonLogger())
+        self._each("setup", run_dir)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Sends settings to every logger, secrets replaced."""
+        self._each("log_config", redact(config))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Sends figures to every logger, without those that are not defined (NaN)."""
+        defined = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        self._each("log_metrics", defined, step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Sends a table to every logger."""
+        self._each("log_table", name, list(columns), [[jsonable(cell) for cell in row] for row in rows])
+
+    def finalize(self, status: str) -> None:
+        """Closes every logger."""
+        self._each("finalize", status)
+
+    def _each(self, verb: str, *arguments: Any) -> None:
+        for logger in self.loggers:
+            try:
+                getattr(logger, verb)(*arguments)
+            except Exception as error:
+                if id(logger) not in self._warned:
+                    self._warned.add(id(logger))
+                    name, reason = type(logger).__name__, str(error) or type(error).__name__
+                    warnings.warn(f"{name}.{verb} failed, the run goes on without it: {reason}", stacklevel=3)
+
+
+class JsonLogger(Logger):
+    """One JSON object per line: ``time`` (seconds since 1970), ``event`` and what belongs to it."""
+
+    def __init__(self, path: str | os.PathLike | None = None) -> None:
+        """Writes to ``path``; None for ``events.jsonl`` in the run directory."""
+        self.path = None if path is None else Path(path)
+
+    def setup(self, run_dir: Path | None) -> None:
+        """Settles the path; without a path and a run directory nothing is written."""
+        if self.path is None and run_dir is not None:
+            self.path = Path(run_dir) / "events.jsonl"
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Writes a ``config`` event."""
+        self._write("config", config=config)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes a ``metrics`` event."""
+        self._write("metrics", step=step, metrics=metrics)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Writes a ``table`` event."""
+        self._write("table", name=name, columns=columns, rows=rows)
+
+    def finalize(self, status: str) -> None:
+        """Writes a ``status`` event."""
+        self._write("status", status=status)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self.path is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **jsonable(fields)}, ensure_ascii=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class WandbLogger(Logger):
+    """A Weights & Biases run inside the run directory; offline unless told otherwise.
+
+    Final figures go into the run's summary, curves into its history against ``samples``, tables become
+    ``wandb.Table``. A resumed run directory goes on under the same W&B run id.
+    """
+
+    def __init__(
+        self,
+        mode: str = "offline",
+        project: str = "stethoscope",
+        name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Stores the settings of ``wandb.init``; ``name`` None means the run directory's.
+
+        Raises:
+            ConfigError: ``mode`` is not one of ``offline``, ``online``, ``disabled``.
+        """
+        if mode not in MODES:
+            raise ConfigError(unknown("logger.mode", str(mode), MODES))
+        self.mode, self.project, self.name, self.entity = mode, project, name, entity
+        self.group, self.tags = group, tuple(tags)
+        self.run: Any = None
+        self._tried = False
+        self._curves: set[str] = set()
+
+    def setup(self, run_dir: Path | None) -> None:
+        """Starts the W&B run; tried once, so that a service that is down delays a run only once."""
+        if self._tried:
+            return
+        self._tried = True
+        import wandb
+
+        folder = None if run_dir is None or self.mode == "disabled" else Path(run_dir)
+        if folder is not None:
+            (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=self.name or (folder.resolve().name if folder else None),
+            group=self.group,
+            tags=self.tags,
+            id=_run_id(folder),
+            resume="allow",
+            mode=self.mode,
+            dir=folder,
+            settings=_quiet_settings(wandb),
+        )
+        self.run.define_metric("samples", hidden=True)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Adds to the run's config."""
+        if self.run is not None:
+            self.run.config.update(jsonable(config), allow_val_change=True)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Final figures into the summary, curves into the history."""
+        if self.run is None:
+            return
+        if step is None:
+            self.run.summary.update(dict(metrics))
+            return
+        for name in metrics.keys() - self._curves:  # each over its own samples: the tasks of a run all start from 0
+            self.run.define_metric(name, step_metric="samples")
+            self._curves.add(name)
+        self.run.log({**metrics, "samples": step})
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Logs a ``wandb.Table``."""
+        if self.run is None:
+            return
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
+        self.run.log({name: table})
+
+    def finalize(self, status: str) -> None:
+        """Ends the W&B run, as failed unless ``status`` is ``finished``."""
+        if self.run is not None:
+            run, self.run = self.run, None
+            run.summary.update({"status": status})
+            run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _run_id(folder: Path | None) -> str | None:
+    """The W&B id of a run directory, made at first use."""
+    if folder is None:
+        return None
+    file = folder / "wandb" / "id"
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4) + "\n")
+    return file.read_text().strip()
+
+
+def _quiet_settings(wandb: Any) -> Any:
+    """W&B without console output, system statistics, source code, package list, host and user names."""
+    wanted = {
+        "silent": True,
+        "console": "off",
+        "host": "",
+        "disable_git": True,
+        "disable_code": True,
+        "disable_job_creation": True,
+        "x_disable_stats": True,
+        "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,
+    }
+    known = getattr(wandb.Settings, "model_fields", wanted)  # names beginning with x_ come and go between versions
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
