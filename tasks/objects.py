@@ -213,5 +213,7 @@ def mentions(text: str) -> list[Mention]:
     # "the seat of the toilet" is no chair
     toilet = any(word == "toilet" for word, _, _ in read)
     return [
-        Mention(NAMES[word], start, end) for word, start, end in read if word in NAMES and not (toilet and word == "seat")
+        Mention(NAMES[word], start, end)
+        for word, start, end in read
+        if word in NAMES and not (toilet and word == "seat")
     ]

@@ -1,0 +1,100 @@
+"""Reader of COCO's annotation files: ``instances_*.json`` and ``captions_*.json`` of any year."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from stethoscope.errors import DataError, unknown
+from stethoscope.tasks.objects import OBJECTS, mentions
+from stethoscope.tasks.published import read_text
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """An annotation file that has the given lists of objects.
+
+    Raises:
+        DataError: not JSON, or a list is missing.
+    """
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    for key in keys:
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise DataError(f"{path}: a COCO annotation file has a list {key!r}, this one does not")
+    return data
+
+
+def _field(path: Path, kind: str, index: int, row: Any, key: str) -> Any:
+    """One value of a row; JSON of one line has no useful line number, so the row is named by its place."""
+    if not isinstance(row, dict) or key not in row:
+        raise DataError(f"{path}: {kind}[{index}] has no {key!r}")
+    return row[key]
+
+
+def read_instances(path: Path) -> tuple[dict[int, str], dict[int, frozenset[str]]]:
+    """Images and the objects annotated in them.
+
+    Args:
+        path: COCO ``instances`` file: lists ``images`` (id, file_name), ``annotations`` (image_id, category_id) and
+            ``categories`` (id, name).
+
+    Returns:
+        Image id -> file name in the file's order; image id -> canonical names of the objects (empty set for none).
+
+    Raises:
+        DataError: the file is not of that form, has no image, or annotates a category that is not one of COCO's 80.
+    """
+    data = _read(path, ("images", "annotations", "categories"))
+    images = {
+        _field(path, "images", index, row, "id"): str(_field(path, "images", index, row, "file_name"))
+        for index, row in enumerate(data["images"])
+    }
+    if not images:
+        raise DataError(f"{path} lists no image")
+    names = {
+        _field(path, "categories", index, row, "id"): str(_field(path, "categories", index, row, "name"))
+        for index, row in enumerate(data["categories"])
+    }
+    objects: dict[int, set[str]] = {image: set() for image in images}
+    for index, row in enumerate(data["annotations"]):
+        image = _field(path, "annotations", index, row, "image_id")
+        category = _field(path, "annotations", index, row, "category_id")
+        name = names.get(category)
+        if name is None:
+            raise DataError(f"{path}: annotations[{index}] has category_id {category!r}, which is not among categories")
+        if name not in OBJECTS:
+            raise DataError(f"{path}: annotations[{index}]: {unknown('COCO object', name, OBJECTS)}")
+        if image not in objects:
+            raise DataError(f"{path}: annotations[{index}] has image_id {image!r}, which is not among images")
+        objects[image].add(name)
+    return images, {image: frozenset(found) for image, found in objects.items()}
+
+
+def read_captions(path: Path, images: Collection[int]) -> Mapping[int, frozenset[str]]:
+    """The objects that people named in the captions of some images.
+
+    Args:
+        path: COCO ``captions`` file: list ``annotations`` (image_id, caption).
+        images: ids of the images to read captions of.
+
+    Returns:
+        Image id -> canonical names, for those of the images that have captions.
+
+    Raises:
+        DataError: the file is not of that form, or has captions of none of the images.
+    """
+    wanted = set(images)
+    found: dict[int, set[str]] = defaultdict(set)
+    for index, row in enumerate(_read(path, ("annotations",))["annotations"]):
+        image = _field(path, "annotations", index, row, "image_id")
+        caption = _field(path, "annotations", index, row, "caption")
+        if image in wanted:
+            found[image].update(mention.name for mention in mentions(str(caption)))
+    if wanted and not found:
+        raise DataError(f"{path} has captions of none of the {len(wanted)} images")
+    return {image: frozenset(names) for image, names in found.items()}
