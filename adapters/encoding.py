@@ -1,0 +1,160 @@
+"""A prompt around image and question, with measured spans; what one question or one image costs is paid once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stethoscope.errors import ConfigError, DataError
+from stethoscope.spans import image_positions, question_positions, tile_grids
+from stethoscope.trace import Encoded, Spans
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+_QUESTION, _IMAGE = "{question}", "{image}"
+_MEASURES = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask")
+_IMAGE_BYTES = 256 * 2**20
+_TEXTS = 4096
+
+
+@dataclass
+class _Cache:
+    """Least recently used values up to a total size."""
+
+    limit: int
+    size: Callable[[Any], int] = lambda value: 1
+    used: int = 0
+    values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable) -> Any:
+        if key in self.values:
+            self.values.move_to_end(key)
+        return self.values.get(key)
+
+    def put(self, key: Hashable, value: Any) -> Any:
+        self.used += self.size(value)
+        self.values[key] = value
+        while self.used > self.limit and len(self.values) > 1:
+            self.used -= self.size(self.values.popitem(last=False)[1])
+        return value
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a question and an image's size determine: the inputs that hold no pixels, spans, the prompt."""
+
+    inputs: dict[str, Tensor]
+    spans: Spans
+    prompt: str
+
+
+class Encoder:
+    """Encodes for one model and processor.
+
+    Args:
+        prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
+
+    Raises:
+        ConfigError: there is no chat template to use.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None) -> None:
+        self._config, self._processor, self._tokenizer = model.config, processor, processor.tokenizer
+        self.image_token_id: int = model.config.image_token_id
+        self._image_token = self._tokenizer.convert_ids_to_tokens(self.image_token_id)
+        names = ("boi_token", "image_token") if model.config.model_type == "gemma3" else ("image_token",)
+        self._placeholder = next((v for name in names if (v := getattr(processor, name, None))), self._image_token)
+        template = _chat(processor) if prompt is None else prompt.replace(_IMAGE, self._placeholder)
+        self._before, self._after = template.split(_QUESTION)
+        bos = self._tokenizer.bos_token
+        self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
+        self._inserted = (0, len(bos)) if bos else (0,)
+        self._texts = _Cache(_TEXTS)
+        self._images = _Cache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
+        self._image_names: frozenset[str] | None = None
+        self._alone = False
+
+    def __call__(self, image: Image, question: str) -> Encoded:
+        """See ``Adapter.encode``. The prompt's text depends on the image by nothing but its size."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        name = (image.size, hashlib.sha256(image.tobytes()).digest())
+        text, pixels = self._texts.get((question, image.size)), self._images.get(name)
+        if text is None or (pixels is None and not self._alone):
+            text, pixels = self._measure(image, question)
+            self._texts.put((question, image.size), text)
+            self._images.put(name, pixels)
+        elif pixels is None:
+            pixels = self._images.put(name, self._pixels(image))
+        return Encoded({**text.inputs, **pixels}, text.spans, text.prompt, question)
+
+    def _pixels(self, image: Image) -> dict[str, Tensor]:
+        processed = self._run(self._processor.image_processor, image, images=image)
+        names = set(processed) if self._image_names is None else self._image_names
+        return {name: value for name, value in processed.items() if name in names}
+
+    def _measure(self, image: Image, question: str) -> tuple[_Text, dict[str, Tensor]]:
+        if any(token and token in question for token in (self._image_token, self._placeholder)):
+            raise DataError(f"the question holds the image placeholder: {question!r}")
+        prompt = self._before + question + self._after
+        asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, **self._options}
+        processed = dict(self._run(self._processor, image, images=image, text=prompt, **asked))
+        offsets = processed["offset_mapping"][0].tolist()
+        replacements = (processed.get("text_replacement_offsets") or [[]])[0]
+        inputs = {key: value for key, value in processed.items() if key not in _MEASURES}
+        if self._image_names is None:
+            self._learn(image, inputs)
+        ids = inputs["input_ids"][0].tolist()
+        start = len(self._before)
+        question_at = question_positions(
+            ids, offsets, replacements, (start, start + len(question)), self.image_token_id,
+            lambda some: self._decode(some).strip() == question.strip(), self._inserted,
+        )  # fmt: skip
+        image_at = image_positions(ids, self.image_token_id)
+        if not image_at:
+            raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {_IMAGE} into it")
+        spans = Spans(len(ids), image_at, question_at, tile_grids(self._config, inputs, len(image_at)))
+        pixels = {key: value for key, value in inputs.items() if key in self._image_names}
+        return _Text({k: v for k, v in inputs.items() if k not in self._image_names}, spans, prompt), pixels
+
+    def _learn(self, image: Image, inputs: dict[str, Tensor]) -> None:
+        """Finds which inputs come from the image alone, and whether the image processor by itself gives the same."""
+        alone = self._pixels(image)
+        self._image_names = frozenset(name for name in alone if name in inputs)
+        self._alone = "pixel_values" in alone and all(
+            torch.is_tensor(alone[name]) and torch.equal(alone[name], inputs[name]) for name in self._image_names
+        )
+
+    def _run(self, processor: Any, image: Image, **arguments: Any) -> Any:
+        try:
+            return processor(return_tensors="pt", **arguments)
+        except (ValueError, ZeroDivisionError, ArithmeticError, IndexError) as error:
+            width, height = image.size
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"the processor refuses an image of {width} x {height} pixels: {first}") from error
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Raises ConfigError unless the template has one place for the question."""
+    if prompt is not None and prompt.count(_QUESTION) != 1:
+        raise ConfigError(
+            f"prompt {prompt!r} must hold {_QUESTION} once, as in 'USER: {_IMAGE} {_QUESTION} ASSISTANT:'"
+        )
+
+
+def _chat(processor: ProcessorMixin) -> str:
+    """The chat template as a prompt template."""
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
+    return processor.apply_chat_template([turn], add_generation_prompt=True)

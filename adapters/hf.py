@@ -1,0 +1,319 @@
+"""Any image-text-to-text model of transformers, decoder-only, behind the one contract."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stethoscope.adapter import Adapter
+from stethoscope.adapters import loading, sampling, tiny
+from stethoscope.adapters.batching import collate, extend, groups
+from stethoscope.adapters.encoding import Encoder, check_prompt
+from stethoscope.capture import record
+from stethoscope.errors import CapabilityError, ConfigError, unknown
+from stethoscope.lens import Lens
+from stethoscope.offsets import decode_with_offsets
+from stethoscope.records import Answer, Generation
+from stethoscope.rows import AttentionRows
+from stethoscope.trace import NEEDS, Encoded, Trace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class HfAdapter(Adapter):
+    """A model folder or hub id that ``AutoModelForImageTextToText`` loads.
+
+    Args:
+        model_id: folder or hub id; may be missing only with ``random_init``.
+        revision: branch, tag or commit of a hub model.
+        name: how it is called in tables; the last part of ``model_id`` by default.
+        prompt: the model's own prompt with ``{question}`` and its image placeholder (or ``{image}``); None for the
+            processor's chat template.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
+        device: ``auto`` takes a GPU when there is one; else a torch device.
+        device_map: spreads the model over devices, as in transformers (``auto``, ...); then ``device`` stays ``auto``.
+        attention: attention implementation outside traced passes; None for transformers' choice.
+        local_files_only: use nothing that is not on this machine already.
+        trust_remote_code: run code that comes with the model.
+        random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
+        family: transformers' ``model_type``; read with ``random_init`` only.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        *,
+        revision: str | None = None,
+        name: str | None = None,
+        prompt: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
+        attention: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        random_init: str | None = None,
+        family: str = "llava",
+    ) -> None:
+        if random_init not in (None, "tiny"):
+            raise ConfigError(unknown("random_init", str(random_init), ["tiny", "null"]))
+        if not model_id and random_init is None:
+            raise ConfigError("model.model_id is missing; give a folder or a hub id, e.g. llava-hf/llava-1.5-7b-hf")
+        if dtype not in _DTYPES:
+            raise ConfigError(unknown("dtype", str(dtype), _DTYPES))
+        if device_map is not None and device != "auto":
+            raise ConfigError(f"device={device} and device_map={device_map} exclude each other; leave device at auto")
+        check_prompt(prompt)
+        self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
+        self.model_id, self.revision, self.prompt, self.dtype = model_id, revision, prompt, dtype
+        self.device, self.device_map, self.attention = device, device_map, attention
+        self.random_init, self.family = random_init, family
+        self._where = {
+            "revision": revision or "main",
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        self._model: PreTrainedModel | None = None
+        self._digest: str | None = None
+        self._lens: Lens | None = None
+
+    def setup(self) -> None:
+        """Loads weights and processor; does nothing the second time.
+
+        Raises:
+            ConfigError, CapabilityError, DataError: see ``loading.load``; one line each.
+        """
+        if self._model is not None:
+            return
+        if self.random_init:
+            model, processor = tiny.build(self.family)
+            model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
+        else:
+            model, processor = loading.load(
+                self.model_id, dtype=self.dtype, device_map=self.device_map, attention=self.attention, **self._where
+            )
+        if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
+            raise CapabilityError(f"{self.name}: encoder-decoder language models cannot be traced yet")
+        if self.device_map is None:
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+            try:
+                model = model.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise CapabilityError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        self._encoder = Encoder(model, processor, self.prompt)
+        self._processor = processor
+        self._model = model.eval().requires_grad_(False)
+        self._ends, self._pad = _special_ids(model, processor.tokenizer)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, loaded."""
+        self.setup()
+        return self._model
+
+    @property
+    def processor(self) -> ProcessorMixin:
+        """The transformers processor, loaded."""
+        self.setup()
+        return self._processor
+
+    def encode(self, image: Image, question: str) -> Encoded:
+        """See ``Adapter.encode``.
+
+        Raises:
+            DataError: the processor refuses the image, or the question holds the image placeholder.
+        """
+        self.setup()
+        return self._encoder(image, question)
+
+    @torch.inference_mode()
+    def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
+        """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it."""
+        self.setup()
+        sampling.check(generation)
+        answers: dict[int, Answer] = {}
+        for group in groups([one.inputs for one in encoded]):
+            batch = [encoded[index] for index in group]
+            answers.update(zip(group, self._generate(batch, generation), strict=True))
+        return [answers[index] for index in range(len(encoded))]
+
+    def _generate(self, encoded: list[Encoded], generation: Generation) -> list[Answer]:
+        inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, "left"))
+        processors = [sampling.Sampler(generation, encoded)] if generation.do_sample else []
+        settings = sampling.config(generation, self._ends, self._pad)
+        output = self._model.generate(**inputs, generation_config=settings, logits_processor=processors)
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+        cut = [_until_end(ids, self._ends) for ids in answers.tolist()]
+        if generation.num_beams > 1:
+            return self._scored(encoded, cut)
+        steps = zip(output.logits, answers.T, strict=True)
+        logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
+        return [self._answer(*one, values) for one, values in zip(cut, logprobs.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def answer(self, encoded: Encoded, text: str) -> Answer:
+        """See ``Adapter.answer``. White space around the text is not part of the answer."""
+        self.setup()
+        return self._scored([encoded], [(self._tokenise(encoded, text.strip()), True)])[0]
+
+    def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
+        """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
+        tokenizer, prompt = self._processor.tokenizer, encoded.text
+        last = int(encoded.inputs["input_ids"][0, -1])
+        joint = "" if not prompt or prompt[-1].isspace() or last in tokenizer.all_special_ids else " "
+        both = tokenizer(prompt + joint + text, return_offsets_mapping=True, add_special_tokens=False)
+        pairs = zip(both["input_ids"], both["offset_mapping"], strict=True)
+        ids = [token for token, (_, end) in pairs if end > len(prompt)]
+        if tokenizer.decode(ids).strip() == text:
+            return ids
+        return tokenizer(joint + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
+
+    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[tuple[list[int], bool]]) -> list[Answer]:
+        """Answers with log-probabilities from a teacher-forced pass."""
+        scored = []
+        for one, (ids, finished) in zip(encoded, answers, strict=True):
+            inputs, rows = self._teacher_forced([one], [ids])
+            logits = self._logits(inputs, rows)[0, : len(ids)]
+            chosen = logits.log_softmax(-1).gather(-1, torch.tensor(ids, device=logits.device).long()[:, None])
+            scored.append(self._answer(ids, finished, chosen[:, 0].tolist()))
+        return scored
+
+    def _answer(self, ids: list[int], finished: bool, logprobs: list[float]) -> Answer:
+        tokenizer = self._processor.tokenizer
+        text, offsets = decode_with_offsets(
+            ids, lambda some: tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        return Answer(text, tuple(ids), offsets, tuple(logprobs[: len(ids)]), finished)
+
+    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = NEEDS) -> Trace:
+        """See ``Adapter.trace``."""
+        return self.trace_batch([encoded], [answer], needs)[0]
+
+    @torch.inference_mode()
+    def trace_batch(
+        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = NEEDS
+    ) -> list[Trace]:
+        """``trace`` of several answers in one pass, padded on the right, where causal rows never look.
+
+        Raises:
+            ConfigError: ``needs`` holds something unknown.
+            CaptureError: see ``Adapter.trace``.
+        """
+        self.setup()
+        for need in needs:
+            if need not in NEEDS:
+                raise ConfigError(unknown("need", need, NEEDS))
+        traces: dict[int, Trace] = {}
+        for group in groups([one.inputs for one in encoded]):
+            chosen = [encoded[index] for index in group], [answers[index] for index in group]
+            traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
+        return [traces[index] for index in range(len(encoded))]
+
+    def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
+        inputs, rows = self._teacher_forced(encoded, [answer.token_ids for answer in answers])
+        listener = AttentionRows(rows, [one.spans for one in encoded], inputs["input_ids"].shape[1])
+        if "lens" in needs and self._lens is None:
+            self._lens = Lens(self._model)
+        with ExitStack() as stack:
+            if "attention" in needs:
+                stack.enter_context(record(self._model, listener))
+            heard = stack.enter_context(self._lens.listen(rows)) if "lens" in needs else []
+            logits = self._logits(inputs, rows)
+        parts: dict[str, Any] = {"logits": logits.cpu()}
+        if "attention" in needs:
+            parts |= {"mass": listener.mass(), "image_attention": listener.image()}
+        if "lens" in needs:
+            tokens = torch.zeros(rows.shape, dtype=torch.long)
+            for index, answer in enumerate(answers):
+                tokens[index, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
+            parts["lens_logprob"], parts["lens_rank"] = self._lens.read(heard, logits, tokens)
+        if "blank" in needs:
+            inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+            parts["blank_logits"] = self._logits(inputs, rows).cpu()
+        return [
+            Trace(answer, one.spans, **{name: part[index][: len(answer.token_ids)] for name, part in parts.items()})
+            for index, (one, answer) in enumerate(zip(encoded, answers, strict=True))
+        ]
+
+    def _teacher_forced(
+        self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of a pass over prompts and answers, and the rows (B, T) that predict the answer tokens.
+
+        The last token of an answer predicts nothing of it and is left out. Shorter answers repeat their last row.
+        """
+        model_type = self._model.config.model_type
+        parts = [extend(one.inputs, ids[:-1], model_type) for one, ids in zip(encoded, answers, strict=True)]
+        steps = torch.arange(max([1, *map(len, answers)]))
+        last = torch.tensor([[max(len(ids) - 1, 0)] for ids in answers])
+        starts = torch.tensor([[one.spans.length - 1] for one in encoded])
+        return self._to_device(collate(parts, self._pad, "right")), starts + steps.minimum(last)
+
+    def _logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """Rows (B, T, V) of the logits in float32; the head runs on no more positions than it must."""
+        positions = rows.unique()
+        options = {"logits_to_keep": positions.to(self._model.device)} if self._keeps else {}
+        logits = self._model(**inputs, **options, use_cache=False).logits
+        at = torch.searchsorted(positions, rows) if self._keeps else rows
+        return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
+
+    def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = self._model.device, self._model.dtype
+        return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``. Holds no path of this machine."""
+        import transformers
+
+        folder = not self.random_init and loading.is_folder(self.model_id)
+        if self._digest is None:
+            self._digest = loading.weights_digest(self.model, None if self.random_init else self.model_id, folder)
+        return {
+            "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model_class": type(self.model).__name__,
+            "model_id": Path(self.model_id).name if folder else self.model_id,
+            "random_init": self.random_init,
+            "revision": self.revision,
+            "weights": self._digest,
+            "processor": type(self.processor).__name__,
+            "image_processor": type(self.processor.image_processor).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "prompt": self.prompt,
+            "transformers": transformers.__version__,
+        }
+
+
+def _special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
+    """Ids that end an answer, by the model's and the tokenizer's word, and the id to pad with."""
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id
+    return tuple(sorted(ends)), pad if pad is not None else min(ends, default=0)
+
+
+def _until_end(ids: list[int], ends: Collection[int]) -> tuple[list[int], bool]:
+    """The ids before the first that ends the answer, and whether there is one.
+
+    >>> _until_end([5, 6, 2, 0], (2,))
+    ([5, 6], True)
+    """
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position], True
+    return ids, False

@@ -1,0 +1,122 @@
+"""Weights and processor from a folder or the hub, with one-line errors, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def is_folder(model_id: str) -> bool:
+    """Whether the id is an existing folder.
+
+    Raises:
+        ConfigError: it can only be a path (not the form ``owner/name``) and there is no such folder.
+    """
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return True
+    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+        raise ConfigError(f"no model folder {model_id}; give a folder that exists or a hub id (owner/name)")
+    return False
+
+
+def load(
+    model_id: str, *, dtype: str, device_map: Any, attention: str | None, **where: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor.
+
+    Args:
+        model_id: folder or hub id.
+        dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
+        device_map: as in transformers; None for one device.
+        attention: attention implementation outside recordings; None for transformers' choice.
+        where: ``revision``, ``local_files_only``, ``trust_remote_code``.
+
+    Raises:
+        ConfigError: there is no such model, or it asks for code of its own.
+        CapabilityError: transformers does not know it as an image-text model, or something needed is not installed.
+        DataError: its files are damaged or incomplete.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = is_folder(model_id)
+    source = str(Path(model_id).expanduser()) if folder else model_id
+    with _one_line(model_id), _quiet(folder):
+        processor = AutoProcessor.from_pretrained(source, **where)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, device_map=device_map, attn_implementation=attention, output_loading_info=True, **where
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise DataError(f"model {model_id} lacks {len(missing)} weights, the first is {missing[0]}")
+    return model, processor
+
+
+def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
+    """Digest of the weight files of a folder, the commit of a hub model, or a digest of the weights in memory."""
+    digest = hashlib.sha256()
+    if folder:
+        root = Path(model_id).expanduser()
+        for path in sorted(path for pattern in _WEIGHTS for path in root.glob(pattern)):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**22):
+                    digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
+    commit = getattr(model.config, "_commit_hash", None)
+    if model_id is not None and commit:
+        return f"commit:{commit}"
+    import torch
+
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"state:{digest.hexdigest()}"
+
+
+@contextmanager
+def _one_line(model_id: str) -> Iterator[None]:
+    """Turns what loading raises into an error of one line."""
+    try:
+        yield
+    except StethoscopeError:
+        raise
+    except ImportError as error:
+        raise CapabilityError(f"model {model_id} needs more to be installed: {_first(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"model {model_id} was not found as a folder or on the hub: {_first(error)}") from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(f"model {model_id} brings its own code; set trust_remote_code=true to run it") from error
+        raise CapabilityError(f"model {model_id} cannot be loaded as an image-text model: {_first(error)}") from error
+    except Exception as error:  # safetensors and pickle errors have no common base
+        raise DataError(f"the files of model {model_id} cannot be read: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet(folder: bool) -> Iterator[None]:
+    """No progress bar for a folder: reading it takes no download."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if folder:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

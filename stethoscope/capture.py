@@ -1,0 +1,290 @@
+"""One attention function for every model family: SDPA while nobody listens, maps for a listener while one does.
+
+The function is registered with transformers under ``NAME`` together with SDPA's mask function, so there is one form
+of mask in all cases; ``additive_mask`` turns it into what the eager attention of a model file adds to its scores,
+including the causal mask that SDPA leaves out. ``record`` selects the function for the length of one ``with`` block.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from stethoscope.errors import CaptureError
+
+NAME = "stethoscope"
+ROLES = ("vision", "bridge", "encoder", "cross", "language")
+
+_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)(\.|$)")
+_BRIDGE = re.compile(r"qformer|visual_abstractor|resampler|perceiver")
+_CROSS = re.compile(r"EncDecAttention|cross_?attn|encoder_attn")
+_ENCODER = re.compile(r"(^|\.)encoder\.")
+_NUMBER = re.compile(r"\.(\d+)(\.|$)")
+_NOT_IN_SDPA = ("softcap", "s_aux")  # arguments that change the scores and that SDPA cannot take
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention module of a model.
+
+    Attributes:
+        name: path of the module, as in ``model.named_modules()``.
+        role: one of ``ROLES``: the vision tower, the bridge to the language model (Q-Former, abstractor), the
+            encoder of an encoder-decoder language model, its cross-attention, or causal self-attention.
+        layer: number of the layer within its part of the model, -1 when the path has none.
+    """
+
+    name: str
+    role: str
+    layer: int
+
+
+class Listener:
+    """What ``record`` hands every attention call to. Subclasses choose the calls and reduce the maps on the spot."""
+
+    def wants(self, site: Site) -> bool:
+        """Whether calls of this module come to ``attend``; others go to SDPA."""
+        return True
+
+    def attend(
+        self,
+        site: Site,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the attention of one call; the whole map goes to ``hear``.
+
+        Args:
+            query: (B, heads, q, d). ``key``, ``value``: (B, key-value heads, k, d).
+            mask: in SDPA's form: boolean, additive or None.
+            kwargs: what the model file passes on (scaling, softcap, position_bias, ...).
+
+        Returns:
+            The output (B, q, heads, d) and the map, as eager attention returns them.
+        """
+        output, weights = eager_attention(module, query, key, value, mask, **kwargs)
+        self.hear(site, weights)
+        return output, weights
+
+    def hear(self, site: Site, weights: Tensor) -> None:
+        """Takes one map (B, heads, q, k), exactly the tensor that multiplies the values. Keep no reference to it."""
+
+    def finish(self) -> None:
+        """Called at the end of a recording without errors.
+
+        Raises:
+            CaptureError: what should have been heard was not.
+        """
+
+
+@dataclass(frozen=True)
+class _Recording:
+    listener: Listener
+    sites: dict[int, Site]
+
+
+_active: ContextVar[_Recording | None] = ContextVar("stethoscope_recording", default=None)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function that transformers calls in every attention module of every family."""
+    recording = _active.get()
+    if recording is not None:
+        site = recording.sites.get(id(module))
+        if site is not None and recording.listener.wants(site):
+            return recording.listener.attend(site, module, query, key, value, attention_mask, **kwargs)
+    return plain_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA, or the model file's eager attention where SDPA cannot express the call (soft-capping, sinks)."""
+    if any(kwargs.get(name) is not None for name in _NOT_IN_SDPA):
+        return eager_attention(module, query, key, value, mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The model file's own eager attention: its scaling, bias, soft-capping and grouped heads, exactly.
+
+    Args:
+        mask: in SDPA's form, for all queries.
+
+    Raises:
+        CaptureError: the file has no such function, or it gave no map.
+    """
+    output, weights = _eager_forward(module)(
+        module, query, key, value, additive_mask(module, query, key, mask, kwargs.get("is_causal")), **kwargs
+    )
+    return output, _present(weights, module)
+
+
+def eager_rows(
+    module: nn.Module, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Chosen rows of the map that ``eager_attention`` gives, without computing the others.
+
+    Args:
+        rows: (B, T) query positions, on any device.
+        mask: in SDPA's form, for all queries.
+
+    Returns:
+        (B, heads, T, k) attention weights in the dtype of the model.
+    """
+    rows = rows.to(query.device)
+    mask = additive_mask(module, query, key, mask, kwargs.get("is_causal"), rows)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = take_rows(kwargs["position_bias"], rows)
+    weights = _eager_forward(module)(module, take_rows(query, rows), key, value, mask, **kwargs)[1]
+    return _present(weights, module)
+
+
+def additive_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None = None,
+    rows: Tensor | None = None,
+) -> Tensor | None:
+    """The mask that eager attention adds to its scores, from the mask in SDPA's form.
+
+    Where SDPA gets no mask it masks by its ``is_causal`` flag, by transformers' rule: more than one query, and the
+    call or the module says so. Eager attention without a mask would silently look ahead.
+
+    Args:
+        rows: (B, T) query positions to keep; all of them by default.
+
+    Returns:
+        (B or 1, heads or 1, q or T, k) of 0 and the lowest finite number, or None when nothing is masked.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if queries == 1 or not causal:
+            return None
+        at = torch.arange(queries, device=query.device)[None] if rows is None else rows
+        mask = torch.arange(keys, device=query.device) <= at[:, None, :, None]
+    elif rows is not None:
+        mask = take_rows(mask, rows)
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    return mask
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Positions of the last but one dimension, chosen per sample.
+
+    Args:
+        tensor: (B or 1, ..., q, d). ``rows``: (B, T).
+
+    Returns:
+        (B, ..., T, d).
+
+    >>> take_rows(torch.arange(6).view(1, 3, 2), torch.tensor([[2, 0]]))
+    tensor([[[4, 5],
+             [0, 1]]])
+    """
+    batch, count = rows.shape
+    tensor = tensor.expand(batch, *tensor.shape[1:])
+    index = rows.view(batch, *[1] * (tensor.dim() - 3), count, 1)
+    return tensor.gather(-2, index.expand(*tensor.shape[:-2], count, tensor.shape[-1]))
+
+
+def sites(model: nn.Module) -> dict[int, Site]:
+    """Every module of the model by ``id``, with the role it would have as an attention module."""
+    tower = _vision_tower(model)
+    found = {}
+    for name, module in model.named_modules():
+        number = _NUMBER.search(name)
+        role = "vision" if id(module) in tower else _role(name)
+        found[id(module)] = Site(name, role, int(number.group(1)) if number else -1)
+    return found
+
+
+@contextmanager
+def record(model: PreTrainedModel, listener: Listener) -> Iterator[Listener]:
+    """Lets ``listener`` hear every attention call of one forward pass; the model is then as it was, even on errors.
+
+    Raises:
+        CaptureError: another recording is on, or the listener did not hear what it should have.
+    """
+    if _active.get() is not None:
+        raise CaptureError("a recording is already on; finish it before the next")
+    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    token = _active.set(_Recording(listener, sites(model)))
+    try:
+        model.set_attn_implementation(NAME)
+        yield listener
+    finally:
+        _active.reset(token)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+    listener.finish()
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that steer attention: those of all submodels, and their sub-configs, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+    waiting = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, key, None) for key in config.sub_configs)
+            waiting.extend(part for part in parts if isinstance(part, PreTrainedConfig))
+    return list(found.values())
+
+
+def _vision_tower(model: nn.Module) -> set[int]:
+    get_encoder = getattr(model, "get_encoder", None)
+    try:
+        tower = get_encoder(modality="image") if get_encoder else None
+    except (AttributeError, TypeError, ValueError):
+        tower = None
+    return {id(module) for module in tower.modules()} if isinstance(tower, nn.Module) and tower is not model else set()
+
+
+def _role(name: str) -> str:
+    for role, pattern in (("bridge", _BRIDGE), ("vision", _VISION), ("cross", _CROSS), ("encoder", _ENCODER)):
+        if pattern.search(name):
+            return role
+    return "language"
+
+
+def _eager_forward(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise CaptureError(f"no eager attention in the file of {type(module).__name__}: its maps cannot be recorded")
+
+
+def _present(weights: Tensor | None, module: nn.Module) -> Tensor:
+    if weights is None:
+        raise CaptureError(f"{type(module).__name__} gave no attention map (None)")
+    return weights

@@ -1,0 +1,101 @@
+"""The logit lens: the residual stream after each layer, decoded by the model's own final norm and head.
+
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo et al., arXiv 2410.07149.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stethoscope.capture import sites, take_rows
+from stethoscope.errors import CapabilityError
+
+_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+
+
+class Lens:
+    """Finds the stack of decoder layers, the norm behind it and the head, and checks them against the model.
+
+    Raises:
+        CapabilityError: the model has no such parts.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        text = model.config.get_text_config()
+        roles = sites(model)
+        for module in model.modules():
+            layers = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == text.num_hidden_layers]
+            norms = [child for name, child in module.named_children() if name in _NORMS]
+            if layers and norms and roles[id(layers[0])].role == "language":
+                break
+        else:
+            raise CapabilityError(f"logit lens: no layers with a final norm found in {type(model).__name__}")
+        self.layers, self._norm, self._head = layers[0], norms[0], model.get_output_embeddings()
+        self._softcap = getattr(text, "final_logit_softcapping", None)
+        self._checked = False
+
+    @contextmanager
+    def listen(self, rows: Tensor) -> Iterator[list[Tensor]]:
+        """Fills the list with the rows (B, T, D) of the residual stream after each layer; the hooks are then removed.
+
+        Args:
+            rows: (B, T) positions.
+        """
+        heard: list[Tensor] = []
+
+        def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            heard.append(take_rows(hidden.detach(), rows.to(hidden.device)))
+
+        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        try:
+            yield heard
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of a residual stream (..., D)."""
+        logits = self._head(self._norm(hidden)).float()
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def read(self, heard: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and rank of the tokens after each layer; the last is the model's own output.
+
+        One layer is decoded at a time, so memory is that of one row of logits per token.
+
+        Args:
+            heard: L tensors (B, T, D) from ``listen``.
+            logits: (B, T, V) the model's own.
+            tokens: (B, T) ids.
+
+        Returns:
+            Both (B, T, L) float32 on the CPU.
+
+        Raises:
+            CapabilityError: the parts that were found do not reproduce the model's own logits.
+        """
+        if not self._checked:
+            self._check(heard[-1], logits)
+        pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
+        return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
+
+    def _check(self, hidden: Tensor, logits: Tensor) -> None:
+        decoded = self.decode(hidden).to(logits.device)
+        near = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+        if (decoded - logits).abs().max() > near * (1 + logits.abs().max()):
+            raise CapabilityError("logit lens: final norm and head do not reproduce the model's logits")
+        self._checked = True
+
+
+def _place(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = tokens.to(logits.device)[..., None]
+    chosen = logits.gather(-1, tokens)
+    logprob = chosen[..., 0] - logits.logsumexp(-1)
+    rank = (logits > chosen).sum(-1)
+    return logprob.float().cpu(), rank.float().cpu()
