@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +111,8 @@ class Evaluator:
         limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
         run.samples = select(_checked(run.task), limit)
         self._open(run)
-        worker = Worker(
-            run, self.generation, self.features, self.trace, self.on_error, partial(self._call, "on_trace", run)
-        )
+        generation, on_trace = self._generation(run.task), partial(self._call, "on_trace", run)
+        worker = Worker(run, generation, self.features, self.trace, self.on_error, on_trace)
         todo = self._resume(run, worker)
         self._call("on_task_start", run)
         for start in range(0, len(todo), self.batch_size):
@@ -125,11 +125,16 @@ class Evaluator:
         self._call("on_run_end", run, results)
         return results
 
+    def _generation(self, task: Task) -> Generation:
+        """How answers are written, with the task's own length where none was asked for."""
+        length = self.generation.max_new_tokens
+        return replace(self.generation, max_new_tokens=task.max_new_tokens if length is None else length)
+
     # --- around the loop --------------------------------------------------------------------------------------------
 
     def _open(self, run: Run) -> None:
         """Accepts the run directory and starts the loggers."""
-        fingerprint = answers_of(run.adapter, run.task, self.generation)
+        fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
         features = None if self.features is None else features_of(self.features, self.trace)
         if self.run_dir is not None:
             store = RunStore(self.run_dir)

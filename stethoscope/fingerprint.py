@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ PACKAGES = (
     "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
     "pillow", "scikit-learn", "skops", "hydra-core", "wandb",
 )  # fmt: skip
+_SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
 _SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
@@ -49,6 +51,22 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy scalars and arrays
         return jsonable(value.tolist())
     return str(value)
+
+
+def redact(value: Any) -> Any:
+    """A JSON-able copy with the values of keys that name a secret replaced.
+
+    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}})
+    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}}
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(key): "***" if _SECRET.search(str(key)) and item is not None else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return value if isinstance(value, os.PathLike) else jsonable(value)
 
 
 def settings(component: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import secrets
 import time
 import warnings
@@ -14,26 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.errors import ConfigError, unknown
-from stethoscope.fingerprint import jsonable
+from stethoscope.fingerprint import jsonable, redact
 
 MODES = ("offline", "online", "disabled")
-_SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
-
-
-def redact(value: Any) -> Any:
-    """A JSON-able copy with the values of keys that name a secret replaced.
-
-    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}})
-    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}}
-    """
-    if isinstance(value, Mapping):
-        return {
-            str(key): "***" if _SECRET.search(str(key)) and item is not None else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return value if isinstance(value, os.PathLike) else jsonable(value)
 
 
 class Logger:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stethoscope.errors import ArtefactError, ConfigError, unknown
-from stethoscope.fingerprint import describe, differences, environment, jsonable
+from stethoscope.fingerprint import describe, differences, environment, jsonable, redact
 from stethoscope.lines import Record, dump, lines
 from stethoscope.tokens import Key, TokenFiles
 
@@ -41,7 +41,8 @@ class RunStore:
         self.run_dir = Path(run_dir)
         self.samples_file = self.run_dir / "samples.jsonl"
         self.token_files = TokenFiles(self.run_dir)
-        self._entries: dict[Key, _Entry] | None = None
+        self._entries: dict[Key, _Entry] = {}
+        self._seen: tuple[int, ...] | None = None
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -103,11 +104,9 @@ class RunStore:
         import yaml
         from omegaconf import OmegaConf
 
-        from stethoscope.loggers import redact
-
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
-        self._write("config.yaml", yaml.safedump(jsonable(redact(plain)), sort_keys=False, allow_unicode=True))
-        self._write("overrides.yaml", yaml.safedump(list(overrides), allow_unicode=True))
+        self._write("config.yaml", yaml.safe_dump(jsonable(redact(plain)), sort_keys=False, allow_unicode=True))
+        self._write("overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
 
     def write_metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """Puts one section into ``metrics.json``: the name of a task, or ``detector``."""
@@ -165,6 +164,7 @@ class RunStore:
         """Adds the records of a batch and, by sample id, their token rows; on disk when it returns."""
         tables = {sample_id: table for sample_id, table in (tables or {}).items() if len(table)}
         part = self.token_files.write(list(tables.values())) if tables else ""  # rows first: a record vouches for them
+        self._index()
         written, entries = [], {}
         offset = self.samples_file.stat().st_size if self.samples_file.exists() else 0
         for record in records:
@@ -176,7 +176,8 @@ class RunStore:
             offset += len(line)
         with self.samples_file.open("ab") as file:
             file.write(b"".join(written))
-        self._index().update(entries)
+        self._entries.update(entries)
+        self._seen = self._state()
 
     def finish(self, task: str, order: Sequence[str]) -> None:
         """Puts the task's records into the order of its samples and merges the token parts into ``tokens.parquet``."""
@@ -200,19 +201,27 @@ class RunStore:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _index(self) -> dict[Key, _Entry]:
-        """Where the last line of every sample is; a half-written last line is passed over."""
-        if self._entries is None:
-            self._entries = {}
-            if self.samples_file.exists():
+        """Where the last line of every sample is, read again if someone else has changed the file."""
+        state = self._state()
+        if state != self._seen:
+            self._entries, self._seen = {}, state
+            if state is not None:
                 for offset, _, found in lines(self.samples_file):
                     key = found["task"], found["sample_id"]
                     self._entries[key] = _Entry(offset, found["tokens"], found.get("part", ""))
             self._forget_missing_rows()
         return self._entries
 
+    def _state(self) -> tuple[int, ...] | None:
+        """What changes when the file of records does; None without one."""
+        if not self.samples_file.exists():
+            return None
+        stat = self.samples_file.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     def _forget_missing_rows(self) -> None:
         """Rows that a record speaks of may be gone with their file; the record then has none."""
-        entries = self._entries or {}
+        entries = self._entries
         for part in {entry.part for entry in entries.values() if entry.tokens}:
             there = self.token_files.keys(part)
             for key, entry in entries.items():
@@ -225,7 +234,7 @@ class RunStore:
 
     def _repair(self) -> None:
         """Cuts off a half-written last line and deletes parts that no record speaks for: both remain of a kill."""
-        self._entries = None
+        self._seen = None
         if self.samples_file.exists():
             end = max((offset + length for offset, length, _ in lines(self.samples_file)), default=0)
             if end < self.samples_file.stat().st_size:

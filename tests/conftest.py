@@ -1,0 +1,1 @@
+"""Being here, this file puts ``tests/`` on the import path, for the helpers that several tests share."""
