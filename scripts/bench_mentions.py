@@ -22,7 +22,7 @@ WORDS = 80
 COMMON = (
     "the a an of in on with and is are there two several large small red wooden near next to sitting standing image "
     "scene features background left right side various other visible placed some while it they appears adding also"
-).split()
+)
 
 
 def built_in(count: int, seed: int = 0) -> list[str]:
@@ -32,10 +32,10 @@ def built_in(count: int, seed: int = 0) -> list[str]:
         count: number of captions.
         seed: of the choice of words.
     """
-    rng, names = random.Random(seed), sorted(NAMES)
+    rng, names, common = random.Random(seed), sorted(NAMES), COMMON.split()
     words: list[str] = []
     while len(words) < count * WORDS:
-        words += rng.choice(names).split() if rng.random() < 1 / 6 else [rng.choice(COMMON)]
+        words += rng.choice(names).split() if rng.random() < 1 / 6 else [rng.choice(common)]
         if rng.random() < 1 / 12:
             words[-1] += rng.choice((".", ",", ".\n\n", "'s", "s."))
     return _of_80(words)

@@ -1,0 +1,154 @@
+"""CHAIR: ground truth, scores by hand, mentions, and what is said of broken input."""
+
+import json
+
+import numpy as np
+import pytest
+from by_hand import reply
+
+from stethoscope.errors import ConfigError, DataError
+from stethoscope.tasks.chair import Chair, complete_sentences
+
+
+def ready(**arguments):
+    task = Chair(source="files", **{key: str(value) for key, value in arguments.items()})
+    task.setup()
+    return task
+
+
+@pytest.fixture
+def task(instances, captions, images):
+    return ready(instances=instances, captions=captions, images=images)
+
+
+def test_ground_truth_is_annotations_and_captions(task, instances, images):
+    assert [sample.id for sample in task.samples()] == ["a", "b"]
+    assert [sample.group for sample in task.samples()] == ["a", "b"]
+    assert task.samples()[0].reference == {"objects": ["chair", "couch", "dog", "person"]}
+    assert task.samples()[1].reference == {"objects": ["cat"]}
+    alone = ready(instances=instances, images=images)
+    assert [sample.reference["objects"] for sample in alone.samples()] == [["chair", "dog"], []]
+
+
+def test_image_ids_choose_and_order(instances, images, tmp_path):
+    task = Chair(source="files", instances=str(instances), images=str(images), image_ids=[3, 7])
+    task.setup()
+    assert [sample.id for sample in task.samples()] == ["b", "a"]
+    listed = tmp_path / "ids.txt"
+    listed.write_text("3\n\n")
+    assert [one.id for one in ready(instances=instances, images=images, image_ids=listed).samples()] == ["b"]
+    listed.write_text("3\n4\n")
+    with pytest.raises(DataError, match=r"ids\.txt, line 2: image id 4 is not in"):
+        ready(instances=instances, images=images, image_ids=listed)
+
+
+def test_scores_by_hand(task):
+    sample = task.samples()[0]
+    score = task.score(sample, reply("A dog, a puppy and two zebras. The zebra eats a pizza."))
+    assert score.status == "ok"
+    assert score.counts == {
+        "mentions": 5,
+        "hallucinated": 3,
+        "captions": 1,
+        "hallucinated_captions": 1,
+        "truth": 4,
+        "found": 1,
+        "words": 12,
+    }
+    assert score.detail == {
+        "objects": ["dog", "dog", "zebra", "zebra", "pizza"],
+        "hallucinated": ["zebra", "zebra", "pizza"],
+    }
+
+
+def test_metrics_by_hand(task):
+    first, second = task.samples()
+    scores = [
+        task.score(first, reply("A dog, a puppy and two zebras. The zebra eats a pizza.")),
+        task.score(second, reply("A cat near a nice wall")),
+        task.score(second, reply("Nothing")),
+    ]
+    totals = {key: np.array([sum(score.counts[key] for score in scores), 0]) for key in scores[0].counts}
+    values = {name: metric(totals) for name, metric in task.metrics().items()}
+    assert {name: value[0] for name, value in values.items()} == pytest.approx(
+        {"chair_i": 3 / 6, "chair_s": 1 / 3, "recall": 2 / 6, "length": 19 / 3}
+    )
+    assert all(np.isnan(value[1]) for value in values.values())
+
+
+def test_empty_answers_are_counted_apart(task):
+    score = task.score(task.samples()[0], reply(" \n"))
+    assert score.status == "unparsed"
+    assert set(score.counts.values()) == {0.0}
+    assert task.mentions(task.samples()[0], reply("")) == ()
+
+
+def test_labelled_mentions(task):
+    text = "Stop signs, a puppy and dogs; a stop sign"
+    found = task.mentions(task.samples()[0], reply(text))
+    assert [text[one.start : one.end] for one in found] == ["Stop signs", "puppy", "dogs", "stop sign"]
+    assert [(one.object, one.label, one.number, one.repeat) for one in found] == [
+        ("stop sign", 1, 0, 0),
+        ("dog", 0, 1, 0),
+        ("dog", 0, 2, 1),
+        ("stop sign", 1, 3, 1),
+    ]
+
+
+def test_the_unfinished_sentence_of_a_cut_answer_can_be_left_out(instances, images):
+    task = Chair("files", instances=str(instances), images=str(images), drop_incomplete=True)
+    task.setup()
+    sample, text = task.samples()[0], "A dog. A zebra and a"
+    assert task.score(sample, reply(text, finished=False)).detail["objects"] == ["dog"]
+    assert task.score(sample, reply(text)).detail["objects"] == ["dog", "zebra"]
+    assert len(task.mentions(sample, reply(text, finished=False))) == 1
+    assert complete_sentences("A dog and") == "A dog and"
+
+
+def test_wrong_settings_are_found_at_construction():
+    for arguments, message in (
+        ({"source": "testbet"}, "did you mean 'testbed'"),
+        ({"source": "files"}, "needs task.instances"),
+        ({"question": " "}, "is empty"),
+        ({"scenes": 0}, "at least 1"),
+        ({"image_ids": 5}, "should be a list"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Chair(**arguments)
+
+
+def change(path, **lists):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **lists}))
+
+
+def test_broken_annotation_files(instances, captions, images, tmp_path):
+    whole = instances.read_text()
+    cases = [
+        ({"images": None}, "has a list 'images'"),
+        ({"annotations": {}}, "has a list 'annotations'"),
+        ({"categories": None}, "has a list 'categories'"),
+        ({"images": []}, "lists no image"),
+        ({"images": [{"id": 7}]}, r"images\[0\] has no 'file_name'"),
+        ({"images": [{"id": 7, "file_name": "z.png"}]}, "image id 7: image 'z.png' is not in"),
+        ({"annotations": [{"image_id": 7}]}, r"annotations\[0\] has no 'category_id'"),
+        ({"annotations": [{"image_id": 7, "category_id": 5}]}, "category_id 5, which is not among"),
+        ({"annotations": [{"image_id": 8, "category_id": 18}]}, "image_id 8, which is not among"),
+        ({"categories": [{"id": 18, "name": "doge"}]}, "did you mean 'dog'"),
+    ]
+    for lists, message in cases:
+        instances.write_text(whole)
+        change(instances, **lists)
+        with pytest.raises(DataError, match=message):
+            ready(instances=instances, images=images)
+    instances.write_text(whole.replace("[", "\n[", 1).replace("]}", "]", 1))
+    with pytest.raises(DataError, match=r"instances\.json, line 2: not JSON"):
+        ready(instances=instances, images=images)
+    instances.write_text(whole)
+    change(captions, annotations=[{"image_id": 1, "caption": "A dog"}])
+    with pytest.raises(DataError, match="captions of none of the 2 images"):
+        ready(instances=instances, captions=captions, images=images)
+    with pytest.raises(DataError, match=r"gone\.json does not exist"):
+        ready(instances=tmp_path / "gone.json", images=images)
+    change(instances, images=[{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "a.png"}])
+    with pytest.raises(DataError, match="'a' is there more than once"):
+        ready(instances=instances, images=images)
