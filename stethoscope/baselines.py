@@ -34,7 +34,7 @@ class Predictor(Protocol):
 class Constant:
     """The share of hallucinated mentions in training, for every token."""
 
-    def __init__(self, repeats: str = "first", seed: int = 0) -> None:
+    def __init__(self, repeats: str = "first") -> None:
         self.repeats = repeats
         self.share = np.nan
 
@@ -61,9 +61,8 @@ class _FromKeys:
 
     columns: tuple[str, ...]
 
-    def __init__(self, repeats: str = "first", seed: int = 0) -> None:
+    def __init__(self, repeats: str = "first") -> None:
         self.repeats = repeats
-        self.seed = seed
         self._model: CalibratedModel | None = None
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
@@ -94,7 +93,7 @@ class _FromKeys:
         held_out = None if calibration is None else self._examples(mention_rows(calibration, repeats=self.repeats))
         # the same search for C as the detector's: a weak baseline would flatter it
         estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
-        self._model = CalibratedModel.fit(estimator, self._examples(train), held_out, seed=self.seed)
+        self._model = CalibratedModel.fit(estimator, self._examples(train), held_out)
         return self
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
@@ -143,10 +142,10 @@ def _kinds(rows: pd.DataFrame) -> np.ndarray:
     return np.stack([*capped, rows["object"].to_numpy(dtype=str)], axis=1).astype(object)
 
 
-def baselines(repeats: str = "first", seed: int = 0) -> dict[str, Predictor]:
+def baselines(repeats: str = "first") -> dict[str, Predictor]:
     """The three baselines by name, not fitted."""
     return {
-        "constant": Constant(repeats, seed),
-        "position only": PositionOnly(repeats, seed),
-        "text prior": TextPrior(repeats, seed),
+        "constant": Constant(repeats),
+        "position only": PositionOnly(repeats),
+        "text prior": TextPrior(repeats),
     }

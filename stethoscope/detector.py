@@ -142,14 +142,9 @@ class Detector:
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
-        seed = self.settings["seed"]
+        estimator = make_estimator(self.settings["estimator"], self.settings["seed"])
         self._model = CalibratedModel.fit(
-            make_estimator(self.settings["estimator"], seed),
-            examples,
-            held_out,
-            self.settings["calibration"],
-            self.settings["strength"],
-            seed,
+            estimator, examples, held_out, self.settings["calibration"], self.settings["strength"]
         )
         chosen_on = examples if held_out is None else held_out
         if len(chosen_on.labels):

@@ -11,7 +11,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, cross_val_predict
+from sklearn.metrics import log_loss, make_scorer
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -80,25 +81,26 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
 
 
 def _inner_folds(
-    matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int
+    matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """(train, test) indices of inner folds by image, or None if there are too few images of a class."""
     if min(len(np.unique(groups[labels == label])) for label in (0, 1)) < ENOUGH_IMAGES:
         return None
-    return list(StratifiedGroupKFold(INNER_FOLDS, shuffle=True, random_state=seed).split(matrix, labels, groups))
+    return list(GroupKFold(INNER_FOLDS).split(matrix, labels, groups))
 
 
 def choose_strength(
-    estimator: Pipeline, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0
+    estimator: Pipeline, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> Pipeline:
     """Sets C of a logistic pipeline to the best of ``STRENGTHS`` by log loss in inner folds by image, and fits it.
 
     With fewer than ``ENOUGH_IMAGES`` images of a class C stays as it is.
     """
-    folds = _inner_folds(matrix, labels, groups, seed)
+    folds = _inner_folds(matrix, labels, groups)
     if folds is None:
         return estimator.fit(matrix, labels)
-    search = GridSearchCV(estimator, {"classify__C": STRENGTHS}, scoring="neg_log_loss", cv=folds)
+    scoring = make_scorer(log_loss, response_method="predict_proba", greater_is_better=False, labels=[0, 1])
+    search = GridSearchCV(estimator, {"classify__C": STRENGTHS}, scoring=scoring, cv=folds)
     return search.fit(matrix, labels).best_estimator_
 
 
@@ -153,7 +155,6 @@ class CalibratedModel:
         calibration: Examples | None = None,
         method: Literal["platt", "isotonic", "none"] = "platt",
         strength: float | None = None,
-        seed: int = 0,
     ) -> CalibratedModel:
         """Fits the classifier on one set of images and its calibration on another.
 
@@ -163,7 +164,6 @@ class CalibratedModel:
             calibration: other images, for the calibration; without them it uses out-of-fold scores of ``train``.
             method: ``platt`` (Platt 1999, without target smoothing), ``isotonic`` or ``none``.
             strength: inverse regularisation C of a logistic regression, None to choose it.
-            seed: of the inner folds.
 
         Raises:
             DataError: a fold has no rows or only one label.
@@ -172,7 +172,7 @@ class CalibratedModel:
         if not isinstance(estimator, Pipeline):
             model = estimator.fit(train.matrix, train.labels)
         elif strength is None:
-            model = choose_strength(estimator, train.matrix, train.labels, train.groups, seed)
+            model = choose_strength(estimator, train.matrix, train.labels, train.groups)
         else:
             model = estimator.set_params(classify__C=strength).fit(train.matrix, train.labels)
         if method == "none":
@@ -181,7 +181,7 @@ class CalibratedModel:
             calibration.check("calibration")
             scores, labels = model.decision_function(calibration.matrix), calibration.labels
         else:
-            scores, labels = _out_of_fold(model, train, seed), train.labels
+            scores, labels = _out_of_fold(model, train), train.labels
         if method == "isotonic":
             calibrator = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
         else:
@@ -200,9 +200,9 @@ class CalibratedModel:
         return self.calibrator.predict_proba(scores[:, None])[:, 1]
 
 
-def _out_of_fold(model: BaseEstimator, train: Examples, seed: int) -> np.ndarray:
+def _out_of_fold(model: BaseEstimator, train: Examples) -> np.ndarray:
     """(rows,) scores of copies of the classifier that were fitted without the row's image."""
-    folds = _inner_folds(train.matrix, train.labels, train.groups, seed)
+    folds = _inner_folds(train.matrix, train.labels, train.groups)
     if folds is None:
         raise DataError(
             f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "

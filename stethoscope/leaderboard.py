@@ -195,7 +195,7 @@ def leaderboard(
         detectors: fitted on the ``train`` (and ``calibration``) fold, by name.
         folds: (rows,) masks ``train``, ``calibration`` and ``test``; baselines are fitted here, on the same folds.
         replicates: of the bootstrap over images.
-        seed: of bootstrap and baselines.
+        seed: of the bootstrap.
         repeats: measure ``first`` mentions of every object in an answer, or ``all``.
 
     Raises:
@@ -212,7 +212,7 @@ def leaderboard(
     values, kinds = {}, {}
     for name, detector in detectors.items():
         values[name], kinds[name] = detector.predict(test), "detector"
-    others: dict[str, Predictor] = baselines(repeats, seed)
+    others: dict[str, Predictor] = baselines(repeats)
     for name, baseline in others.items():
         baseline.fit(table[folds["train"]], table[folds["calibration"]])
         values[name], kinds[name] = baseline.predict(test), "baseline"

@@ -49,17 +49,35 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=denominator > 0)
 
 
+def _gather(
+    labels: np.ndarray, matrix: np.ndarray, order: np.ndarray, fresh: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of both classes in the given order, (rows, replicates); rows that are not fresh join the one above."""
+    weights = matrix[order]
+    positive = weights * labels[order, None]
+    negative = np.subtract(weights, positive, out=weights)
+    if fresh.all():
+        return positive, negative
+    runs = np.flatnonzero(fresh)
+    return np.add.reduceat(positive, runs, axis=0), np.add.reduceat(negative, runs, axis=0)
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(replicates,) sum over rows of the product."""
+    return np.einsum("kr,kr->r", first, second)
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """How much of either class lies at or above each distinct score, from the highest score to the lowest.
+    """Weight of either class at each distinct score, from the highest score to the lowest.
 
     Attributes:
-        true: (distinct scores, replicates) weight of the hallucinated items at this score or above.
-        false: (distinct scores, replicates) the same of the grounded items.
+        positive: (distinct scores, replicates) weight of the hallucinated items.
+        negative: (distinct scores, replicates) weight of the grounded items.
     """
 
-    true: np.ndarray
-    false: np.ndarray
+    positive: np.ndarray
+    negative: np.ndarray
 
     @classmethod
     def of(cls, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> Ranking:
@@ -74,55 +92,45 @@ class Ranking:
             ValueError: shapes, labels, scores or weights are not as stated.
         """
         labels, scores, matrix, _ = _checked(labels, scores, weights)
-        return cls.sorted(labels, scores, matrix)
-
-    @classmethod
-    def sorted(cls, labels: np.ndarray, scores: np.ndarray, matrix: np.ndarray) -> Ranking:
-        """The same from checked arguments, with weights of shape (n, replicates)."""
         order = np.argsort(-scores, kind="stable")
-        weights = matrix[order]
-        true = np.cumsum(weights * labels[order, None], axis=0)
-        false = np.cumsum(weights, axis=0, out=weights) - true
-        last = np.flatnonzero(np.diff(scores[order], append=np.nan) != 0)  # of every run of equal scores
-        return cls(true, false) if last.size == scores.size else cls(true[last], false[last])
+        return cls(*_gather(labels, matrix, order, np.diff(scores[order], prepend=np.nan) != 0))
+
+    @cached_property
+    def true(self) -> np.ndarray:
+        """(distinct scores, replicates) weight of the hallucinated items at this score or above."""
+        return np.cumsum(self.positive, axis=0)
+
+    @cached_property
+    def false(self) -> np.ndarray:
+        """(distinct scores, replicates) weight of the grounded items at this score or above."""
+        return np.cumsum(self.negative, axis=0)
 
     @cached_property
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
-        """(replicates,) weight of the hallucinated and of the grounded items."""
-        if not len(self.true):
-            return np.zeros(self.true.shape[1]), np.zeros(self.true.shape[1])
-        return self.true[-1], self.false[-1]
-
-    @cached_property
-    def steps(self) -> np.ndarray:
-        """(distinct scores, replicates) weight of the hallucinated items at each score alone."""
-        return np.diff(self.true, axis=0, prepend=0)
+        """(replicates,) weight of all hallucinated and of all grounded items."""
+        return self.positive.sum(axis=0), self.negative.sum(axis=0)
 
     def auroc(self) -> np.ndarray:
         """(replicates,) area under the ROC curve."""
-        positives, negatives = self.totals
-        # grounded items above each score and those beside it by half: the pairs in the wrong order
-        wrong = np.einsum("kr,kr->r", self.steps, self.false)
-        wrong -= np.einsum("kr,kr->r", self.steps, np.diff(self.false, axis=0, prepend=0)) / 2
-        return _divide(positives * negatives - wrong, positives * negatives)
+        pairs = np.prod(self.totals, axis=0)
+        # pairs in the wrong order: grounded items above each hallucinated one, and those beside it by half
+        wrong = _dot(self.positive, self.false) - _dot(self.positive, self.negative) / 2
+        return _divide(pairs - wrong, pairs)
 
     def auprc(self) -> np.ndarray:
         """(replicates,) average precision with the hallucinated items as the positive class."""
-        precision = self.true / np.maximum(self.true + self.false, np.finfo(float).tiny)
-        return self._both(np.einsum("kr,kr->r", self.steps, precision), self.totals[0])
+        flagged = self.true + self.false
+        precision = np.divide(self.true, flagged, out=flagged, where=flagged > 0)
+        return self._both(_dot(self.positive, precision), self.totals[0])
 
     def swapped(self) -> Ranking:
         """The ranking from the lowest score with the classes exchanged: grounded items become the positive class."""
-        positives, negatives = self.totals
-        above = [np.roll(cumulated[::-1], -1, axis=0) for cumulated in (self.false, self.true)]
-        for cumulated in above:
-            cumulated[-1:] = 0
-        return Ranking(negatives - above[0], positives - above[1])
+        return Ranking(self.negative[::-1], self.positive[::-1])
 
     def fpr_at_tpr(self, level: float) -> np.ndarray:
         """(replicates,) lowest false-positive rate at which the true-positive rate reaches ``level``."""
-        if not len(self.true):
-            return np.full(self.true.shape[1], np.nan)
+        if not len(self.positive):
+            return np.full(self.positive.shape[1], np.nan)
         # the slack keeps rounding in level * total from asking for one item more
         first = np.argmax(self.true >= level * self.totals[0] * (1 - 1e-12), axis=0)
         return self._both(self.false[first, np.arange(first.size)], self.totals[1])
@@ -225,21 +233,31 @@ def auroc_controlled(
     positions = np.asarray(positions)
     if positions.shape != labels.shape or width < 1 or average not in ("pairs", "bins"):
         raise ValueError(f"positions {positions.shape}, width={width}, average={average!r} do not fit")
-    bins = positions // width
-    areas, pairs = [], []
-    for index in np.unique(bins):
-        inside = bins == index
-        if labels[inside].min() == labels[inside].max():
-            continue
-        ranking = Ranking.sorted(labels[inside], scores[inside], matrix[inside])
-        areas.append(ranking.auroc())
-        pairs.append(np.prod(ranking.totals, axis=0))
-    if not areas:
+    if not labels.size:
         return _result(np.full(matrix.shape[1], np.nan), single)
-    area, share = np.array(areas), np.array(pairs)
+    right, pairs = _pairs_within(labels, scores, positions // width, matrix)
     if average == "bins":
-        share = (share > 0).astype(float)
-    return _result(_divide((np.nan_to_num(area) * share).sum(axis=0), share.sum(axis=0)), single)
+        right, pairs = np.nan_to_num(_divide(right, pairs)), (pairs > 0).astype(float)
+    return _result(_divide(right.sum(axis=0), pairs.sum(axis=0)), single)
+
+
+def _pairs_within(
+    labels: np.ndarray, scores: np.ndarray, bins: np.ndarray, matrix: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per bin (bins, replicates): weight of the (hallucinated, grounded) pairs in the right order, and of all pairs."""
+    order = np.lexsort((-scores, bins))
+    bins, scores = bins[order], scores[order]
+    opens = np.diff(bins, prepend=bins[0] - 1) != 0
+    fresh = opens | (np.diff(scores, prepend=np.nan) != 0)
+    positive, negative = _gather(labels, matrix, order, fresh)
+    starts = np.flatnonzero(opens[fresh])
+    positives, negatives = (np.add.reduceat(part, starts, axis=0) for part in (positive, negative))
+    # grounded items above each row and half of those beside it; those of earlier bins are taken off bin by bin
+    above = np.cumsum(negative, axis=0)
+    above -= negative / 2
+    earlier = np.cumsum(negatives, axis=0) - negatives
+    wrong = np.add.reduceat(np.multiply(positive, above, out=above), starts, axis=0) - positives * earlier
+    return positives * negatives - wrong, positives * negatives
 
 
 def _probabilities(scores: np.ndarray) -> None:
