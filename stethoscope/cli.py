@@ -70,7 +70,6 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         ConfigError: an unknown choice, key or value among the overrides.
     """
     import hydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
@@ -83,9 +82,8 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     wrapped: Callable[[], None] = hydra.main(
         version_base="1.3", config_path="pkg://stethoscope.conf", config_name=command
     )(job)
-    overrides = [word for word in arguments if not word.startswith("-")]
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     try:
-        OverridesParser.create().parse_overrides(overrides)
         wrapped()
     except (HydraException, OmegaConfBaseException) as error:
         from stethoscope.overrides import explain

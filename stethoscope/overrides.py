@@ -69,7 +69,7 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
                 walk(value, f"{path}{name}.")
 
     walk(OmegaConf.to_container(config, resolve=False), "")
-    return keys + groups()
+    return sorted({*keys, *groups()})
 
 
 def _close_to(key: str, known: Sequence[str]) -> list[str]:

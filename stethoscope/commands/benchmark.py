@@ -1,0 +1,70 @@
+"""``stethoscope benchmark``: POPE, CHAIR, token features and the hallucination detector, in one run directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from stethoscope.build import build
+from stethoscope.commands.session import make_evaluator, make_loggers, overrides, report_failures, run_dir, use_threads
+
+if TYPE_CHECKING:
+    from stethoscope.loggers import Loggers
+
+
+def run(config: DictConfig) -> None:
+    """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
+    from stethoscope.adapter import Adapter
+    from stethoscope.commands.tables import print_answer, print_detector
+    from stethoscope.commands.train import fit, fractions
+    from stethoscope.detector import Detector
+    from stethoscope.features import FeatureSet
+    from stethoscope.store import RunStore
+    from stethoscope.task import Task
+
+    start = time.monotonic()
+    folder, shares = run_dir(config), fractions(config)
+    adapter = build(config.model, Adapter, "model", config.plugins)
+    pope, chair = (build(config[name], Task, name, config.plugins) for name in ("pope", "chair"))
+    features = build(config.features, FeatureSet, "features", config.plugins)
+    detector = build(config.detector, Detector, "detector", config.plugins)
+    for task in (pope, chair):
+        task.setup()
+    use_threads(config)
+    loggers = make_loggers(config, folder)
+    asked = make_evaluator(config, folder, loggers).run(adapter, pope)
+    told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
+    store = RunStore(folder)
+    store.write_config(config, overrides())
+    asked.print()
+    told.print()
+    if not config.fast_dev_run:  # two samples are no data to learn from
+        results = fit(store, chair.name, detector, shares, config.seed)
+        log_detector(loggers, results)
+        print_detector(results)
+        print_answer(store, chair.name)
+    loggers.finalize("finished")
+    print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
+    report_failures([asked, told], Path(folder))
+
+
+def log_detector(loggers: Loggers, results: dict[str, Any]) -> None:
+    """Sends the detector's figures to the loggers, under the names and with the values of ``metrics.json``."""
+    rows = results["leaderboard"]["rows"]
+    figures = {
+        f"detector/{row['name']}/{metric}": interval["value"]
+        for row in rows
+        if row["kind"] != "feature"
+        for metric, interval in row["metrics"].items()
+    }
+    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
+    columns = ["name", "kind", "metric", "value", "low", "high"]
+    long = [
+        [row["name"], row["kind"], metric, interval["value"], interval["low"], interval["high"]]
+        for row in rows
+        for metric, interval in row["metrics"].items()
+    ]
+    loggers.log_table("detector/leaderboard", columns, long)

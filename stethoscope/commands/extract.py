@@ -1,0 +1,52 @@
+"""``stethoscope extract``: token features for the answers of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from stethoscope.build import build
+from stethoscope.commands.session import make_callbacks, report_failures, saved_config, use_threads
+from stethoscope.errors import ArtefactError
+
+
+def run(config: DictConfig) -> None:
+    """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
+    from stethoscope.adapter import Adapter
+    from stethoscope.detector import Detector
+    from stethoscope.evaluator import Evaluator
+    from stethoscope.features import FeatureSet
+    from stethoscope.records import Generation
+    from stethoscope.store import RunStore
+    from stethoscope.task import Task
+    from stethoscope.warn import mention_warnings, write_warnings
+
+    folder = Path(config.run)
+    saved = saved_config(folder)
+    if "task" not in saved:
+        raise ArtefactError(f"{folder} was not made by `stethoscope evaluate`; a benchmark has its features already")
+    detector = Detector.load(config.warn) if config.warn else None
+    plugins = [*saved.plugins, *config.plugins]
+    features = build(config.features, FeatureSet, "features", plugins)
+    adapter, task = build(saved.model, Adapter, "model", plugins), build(saved.task, Task, "task", plugins)
+    use_threads(config)
+    results = Evaluator(
+        callbacks=make_callbacks(OmegaConf.merge(saved, config)),
+        limit=saved.limit,
+        batch_size=saved.batch_size,
+        generation=build(saved.generation, Generation, "generation", plugins),
+        features=features,
+        trace=config.trace,
+        run_dir=folder,
+        overwrite="features",
+        seed=saved.seed,
+    ).run(adapter, task)
+    table = RunStore(folder).tokens(task.name)
+    mentions = int((table["first"] & (table["label"] >= 0)).sum())
+    print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
+    if detector is not None:
+        warnings = mention_warnings(table, detector)
+        write_warnings(warnings, folder / "warnings.jsonl")
+        print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")
+    report_failures([results], folder)

@@ -1,0 +1,114 @@
+"""What the commands have in common: objects from the configuration, a run directory, loggers, honest endings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stethoscope.build import build
+from stethoscope.errors import ArtefactError, DataError
+
+if TYPE_CHECKING:
+    from stethoscope.callbacks import Callback
+    from stethoscope.evaluator import Evaluator
+    from stethoscope.loggers import Loggers
+    from stethoscope.results import TaskResults
+
+
+def use_threads(config: DictConfig) -> None:
+    """Sets the number of CPU threads of torch, if the configuration names one."""
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+
+
+def overrides() -> list[str]:
+    """The user's words on the command line, as Hydra took them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def run_dir(config: DictConfig) -> Path:
+    """The run directory; in a sweep the jobs of one name are told apart by what they sweep over."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    folder = Path(config.run_dir)
+    if hydra.mode == RunMode.MULTIRUN and "name=" not in " ".join(hydra.overrides.task):
+        job = "-".join(word.split(".")[-1] for word in hydra.overrides.task)
+        folder = folder.with_name(f"{folder.name}-{''.join(c if c.isalnum() or c in '=-.' else '_' for c in job)}")
+    return folder
+
+
+def make_callbacks(config: DictConfig) -> list[Callback]:
+    """The callbacks of the configuration, in its order."""
+    from stethoscope.callbacks import Callback
+
+    return [build(node, Callback, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
+
+
+def make_loggers(config: DictConfig, folder: Path) -> Loggers:
+    """The configuration's logger beside the file of events, started."""
+    from stethoscope.loggers import Logger, Loggers
+
+    loggers = Loggers([build(config.logger, Logger, "logger", config.plugins)])
+    loggers.setup(folder)
+    return loggers
+
+
+def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
+    """The evaluator of a command that generates answers."""
+    from stethoscope.evaluator import Evaluator
+    from stethoscope.records import Generation
+
+    return Evaluator(
+        callbacks=make_callbacks(config),
+        loggers=loggers,
+        limit=config.limit,
+        fast_dev_run=config.fast_dev_run,
+        batch_size=config.batch_size,
+        generation=build(config.generation, Generation, "generation", config.plugins),
+        run_dir=folder,
+        on_error=config.on_error,
+        overwrite=config.overwrite,
+        seed=config.seed,
+        **settings,
+    )
+
+
+def saved_config(folder: Path) -> DictConfig:
+    """The configuration that a run directory was made with.
+
+    Raises:
+        ArtefactError: there is no such run.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
+    return OmegaConf.load(file)
+
+
+def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
+    """Ends a command with an error when samples failed, once everything else is done and stored.
+
+    Raises:
+        DataError: some samples failed; the message names the first.
+    """
+    from stethoscope.store import RunStore
+
+    failed = sum(result.counts["failed"] for result in results)
+    if not failed:
+        return
+    records = (record for result in results for record in RunStore(folder).records(result.task))
+    first = next(record for record in records if record.status == "failed")
+    total = sum(result.counts["samples"] for result in results)
+    raise DataError(
+        f"{failed} of {total} samples failed, the first is {first.task} sample {first.sample_id}: {first.error}. "
+        f"All others are in {folder}; the same command tries the failed ones again"
+    )

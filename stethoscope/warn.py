@@ -1,0 +1,65 @@
+"""From a fitted detector to warnings: a calibrated probability for every object that an answer names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stethoscope.detector import Detector
+
+COLUMNS = {
+    "task": "name of the task",
+    "sample_id": "sample whose answer it is",
+    "group": "its image",
+    "object": "canonical name of the object",
+    "start": "first character of the mention's tokens in the answer's text",
+    "end": "the character after them",
+    "probability": "calibrated probability that the object is hallucinated",
+    "warned": "the probability is at or above the detector's threshold",
+    "label": "the truth where the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
+    "fold": "train, calibration or test where the detector was fitted on this run, else empty",
+}
+"""The keys of a line of ``warnings.jsonl``."""
+
+
+def mention_warnings(
+    table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
+) -> pd.DataFrame:
+    """One row of ``COLUMNS`` for every object mention of a token table, judged at its first sub-token.
+
+    Args:
+        table: a token table with the features that the detector was fitted on.
+        detector: fitted or loaded.
+        folds: (rows,) masks of the table by name, as the detector was fitted.
+
+    Raises:
+        ArtefactError: the table has other features than the detector was fitted on.
+    """
+    named = table[table["number"] >= 0]
+    ends = named.groupby(["task", "sample_id", "number"], sort=False)["end"].max().rename("until")
+    first = named[named["first"]]
+    rows = first[["task", "sample_id", "group", "object", "start", "label", "number"]].copy()
+    rows["probability"] = detector.predict(first)
+    rows["warned"] = rows["probability"] >= detector.threshold
+    rows["fold"] = ""
+    for name, mask in (folds or {}).items():
+        rows.loc[mask[first.index], "fold"] = name
+    rows = rows.join(ends, on=["task", "sample_id", "number"]).rename(columns={"until": "end"})
+    return rows[list(COLUMNS)].reset_index(drop=True)
+
+
+def write_warnings(rows: pd.DataFrame, path: Path) -> None:
+    """Writes ``warnings.jsonl``, a JSON object per line; an older file is replaced at the very end."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows.to_dict("records"):
+            file.write(json.dumps({**row, "probability": round(row["probability"], 6)}, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
