@@ -12,6 +12,7 @@ from stethoscope.errors import ArtefactError
 from stethoscope.fingerprint import jsonable
 from stethoscope.records import Answer, Mention, Sample, Score
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
 
 
@@ -54,13 +55,15 @@ class Record:
         return self.answer is not None and not self.answer.finished
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON types."""
-        found = jsonable(self)
-        if self.score is not None:
-            found["score"] = {"counts": found["score"]["counts"], "detail": found["score"]["detail"]}
-        if self.answer is not None:
-            found["answer"]["logprobs"] = [round(value, 6) for value in self.answer.logprobs]
-        found["seconds"] = {stage: round(value, 6) for stage, value in self.seconds.items()}
+        """The record as a line holds it; what the task put into it is left as it is."""
+        answer, score = self.answer, self.score
+        found = {
+            **vars(self),
+            "answer": answer and {**vars(answer), "logprobs": [round(value, 6) for value in answer.logprobs]},
+            "score": score and {"counts": score.counts, "detail": score.detail},
+            "mentions": [vars(mention) for mention in self.mentions],
+            "seconds": {stage: round(value, 6) for stage, value in self.seconds.items()},
+        }
         if not self.part:
             del found["part"]
         return found
@@ -93,7 +96,10 @@ class Record:
 
 def dump(found: Mapping[str, Any]) -> bytes:
     """One line of the file."""
-    text = json.dumps(found, ensure_ascii=False)
+    try:
+        text = _ENCODER.encode(found)
+    except ValueError:  # a value that is not finite, which JSON does not have
+        text = _ENCODER.encode(jsonable(found))
     return text.encode("utf-8", errors="backslashreplace") + b"\n"  # half a surrogate pair becomes its JSON escape
 
 

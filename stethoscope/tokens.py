@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,28 +73,46 @@ def token_table(
 
 
 class TokenFiles:
-    """``tokens.parquet`` and the parts ``tokens/part-*.parquet`` that have not been merged into it yet.
+    """``tokens.parquet``, and the parts in ``tokens/`` that have not been merged into it yet.
 
-    A Parquet file cannot be appended to, hence the parts. Which file holds the valid rows of a sample is said by its
-    record; rows that no record speaks for (a killed process, a sample done again) are left behind by the next merge.
+    A Parquet file cannot be appended to, so every sitting of a run appends to an Arrow stream of its own, of which a
+    kill can only damage the end. Which file holds the valid rows of a sample is said by its record; rows that no record
+    speaks for (a kill, a sample done again) are left behind by the next merge.
     """
 
     def __init__(self, run_dir: Path) -> None:
         """Names the files in a run directory; nothing is read or written."""
         self.merged = run_dir / "tokens.parquet"
         self.folder = run_dir / "tokens"
-        self._parts = 0
+        self._part = ""
+        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._sink: pa.OSFile | None = None
+        self._schema: pa.Schema | None = None
 
     def write(self, tables: Sequence[pa.Table]) -> str:
-        """Writes the rows of some samples as one part and returns the part's name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while (path := self.folder / f"part-{self._parts:06d}.parquet").exists():
-            self._parts += 1
-        _write(path, [pa.concat_tables(tables, promote_options="default")])
-        return path.name
+        """Appends the rows of some samples to this sitting's part and returns the part's name."""
+        table = pa.concat_tables(tables, promote_options="default")
+        if self._writer is None or table.schema != self._schema:
+            self.close()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("part-*.arrow")]
+            self._part = f"part-{max(numbers, default=-1) + 1:06d}.arrow"
+            self._schema = table.schema
+            self._sink = pa.OSFile(str(self.folder / self._part), "wb")  # writes through, as a record's line does
+            self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        self._writer.write_table(table)
+        return self._part
+
+    def close(self) -> None:
+        """Ends this sitting's part; the next rows begin another one."""
+        if self._writer is not None and self._sink is not None:
+            self._writer.close()
+            self._sink.close()
+            self._writer = self._sink = None
 
     def keep(self, parts: Iterable[str]) -> None:
         """Deletes all parts but the named ones."""
+        self.close()
         wanted = set(parts)
         for path in self.folder.glob("*"):
             if path.name not in wanted:
@@ -105,16 +122,12 @@ class TokenFiles:
 
     def keys(self, part: str) -> set[Key]:
         """Whose rows a part holds; those of the merged file where ``part`` is empty."""
-        path = self._path(part)
-        if not path.is_file():
-            return set()
-        table = pq.read_table(path, columns=["task", "sample_id"])
-        return set(zip(table["task"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
+        return set(self._places(part))
 
     def merge(self, order: Sequence[tuple[Key, str]]) -> None:
         """Makes ``tokens.parquet`` anew from samples in this order, each with its part ("" for the merged file)."""
         if order:
-            _write(self.merged, self._tables(order))
+            _write_parquet(self.merged, self._tables(order))
         else:
             self.merged.unlink(missing_ok=True)
 
@@ -122,43 +135,79 @@ class TokenFiles:
         """The rows of samples in this order, each with its part ("" for the merged file)."""
         return pa.concat_tables([SCHEMA.empty_table(), *self._tables(order)], promote_options="default").to_pandas()
 
-    def _path(self, part: str) -> Path:
-        return self.folder / part if part else self.merged
+    def _chunks(self, part: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The row groups of the merged file, or the batches of a part up to the place where a kill cut it off."""
+        if not part:
+            if self.merged.is_file():
+                file = pq.ParquetFile(self.merged)
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=columns)
+        elif (self.folder / part).is_file():
+            try:
+                for batch in pa.ipc.open_stream(pa.memory_map(str(self.folder / part))):
+                    yield pa.Table.from_batches([batch]).select(columns or batch.schema.names)
+            except (pa.ArrowInvalid, OSError):
+                return
+
+    def _places(self, part: str) -> dict[Key, tuple[int, int, int]]:
+        """Where each sample lies in a file: chunk, first row within it, number of rows; the last chunk counts."""
+        found: dict[Key, tuple[int, int, int]] = {}
+        for chunk, table in enumerate(self._chunks(part, ["task", "sample_id"])):
+            keys = zip(table["task"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
+            for row, key in enumerate(keys):
+                before = found.get(key, (-1, 0, 0))
+                start, length = before[1:] if before[0] == chunk else (row, 0)
+                found[key] = (chunk, start, length + 1)
+        return found
 
     def _tables(self, order: Sequence[tuple[Key, str]]) -> Iterator[pa.Table]:
         """Tables of about ``ROWS_AT_ONCE`` rows with the rows of samples in this order; no sample is split."""
-        places = {part: self._places(part) for part in {part for _, part in order}}
-        read = lru_cache(maxsize=4)(lambda part, row_group: pq.ParquetFile(self._path(part)).read_row_group(row_group))
-        schema = pa.unify_schemas([SCHEMA, *(pq.read_schema(self._path(part)) for part in sorted(places))])
-        slices: list[tuple[str, int, int, int]] = []
-        for key, part in order:
-            row_group, start, length = places[part][key]
-            if slices and slices[-1][:2] == (part, row_group) and slices[-1][2] + slices[-1][3] == start:
-                slices[-1] = (part, row_group, slices[-1][2], slices[-1][3] + length)
-            else:
-                slices.append((part, row_group, start, length))
+        parts = sorted({part for _, part in order})
+        places = {part: self._places(part) for part in parts}
+        read = {part: _Chunks(self._chunks, part) for part in parts}
+        schema = pa.unify_schemas([SCHEMA, *(read[part](0).schema for part in parts)])
         pending: list[pa.Table] = []
-        for part, row_group, start, length in slices:
-            pending.append(read(part, row_group).slice(start, length))
-            if sum(map(len, pending)) >= ROWS_AT_ONCE:
+        rows = 0
+        for part, chunk, start, length in _slices((part, *places[part][key]) for key, part in order):
+            pending.append(read[part](chunk).slice(start, length))
+            rows += length
+            if rows >= ROWS_AT_ONCE:
                 yield pa.concat_tables([schema.empty_table(), *pending], promote_options="default")
-                pending = []
+                pending, rows = [], 0
         if pending:
             yield pa.concat_tables([schema.empty_table(), *pending], promote_options="default")
 
-    def _places(self, part: str) -> dict[Key, tuple[int, int, int]]:
-        """Where each sample lies in a file: row group, first row within it, number of rows."""
-        found: dict[Key, tuple[int, int, int]] = {}
-        file = pq.ParquetFile(self._path(part))
-        for row_group in range(file.num_row_groups):
-            table = file.read_row_group(row_group, columns=["task", "sample_id"])
-            for row, key in enumerate(zip(table["task"].to_pylist(), table["sample_id"].to_pylist(), strict=True)):
-                _, start, length = found.get(key, (row_group, row, 0))
-                found[key] = (row_group, start, length + 1)
-        return found
+
+class _Chunks:
+    """Chunks of a file by number, read in order and again only when an earlier one is asked for."""
+
+    def __init__(self, chunks: Callable[[str], Iterator[pa.Table]], part: str) -> None:
+        self.chunks, self.part, self.at = chunks, part, -1
+
+    def __call__(self, chunk: int) -> pa.Table:
+        if chunk < self.at or self.at < 0:
+            self.at, self.rest = -1, self.chunks(self.part)
+        while self.at < chunk:
+            self.table = next(self.rest)
+            self.at += 1
+        return self.table
 
 
-def _write(path: Path, tables: Iterable[pa.Table]) -> None:
+def _slices(places: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Places (part, chunk, start, length), with those that follow each other in a file made one."""
+    last: tuple[str, int, int, int] | None = None
+    for part, chunk, start, length in places:
+        if last is not None and last[:2] == (part, chunk) and last[2] + last[3] == start:
+            last = (part, chunk, last[2], last[3] + length)
+        else:
+            if last is not None:
+                yield last
+            last = (part, chunk, start, length)
+    if last is not None:
+        yield last
+
+
+def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     """Writes tables as the row groups of one file that appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     writer: pq.ParquetWriter | None = None

@@ -102,13 +102,27 @@ def test_what_a_kill_leaves_behind_is_dropped(store, rest):
     size = store.samples_file.stat().st_size
     with store.samples_file.open("a") as file:
         file.write(rest)
-    (store.run_dir / "tokens/part-000001.parquet").write_bytes(b"half")
-    (store.run_dir / "tokens/part-000002.parquet.tmp").write_bytes(b"")
+    (store.run_dir / "tokens/part-000001.arrow").write_bytes(b"half")
     again = RunStore(store.run_dir)
     assert len(list(again.records())) == 1
     again.begin("tiny", MODEL)
     assert store.samples_file.stat().st_size == size
-    assert [path.name for path in (store.run_dir / "tokens").iterdir()] == ["part-000000.parquet"]
+    assert [path.name for path in (store.run_dir / "tokens").iterdir()] == ["part-000000.arrow"]
+
+
+@pytest.mark.parametrize("cut", [1, 100, 700])
+def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
+    store.append([record(0)], {"s00": rows(0, 5)})
+    store.append([record(1)], {"s01": rows(1, 6)})
+    part = store.run_dir / "tokens/part-000000.arrow"
+    part.write_bytes(part.read_bytes()[:-cut])
+    again = RunStore(store.run_dir)
+    again.begin("tiny", MODEL)
+    assert again.tokens()["level"].tolist() == [5, 5, 5]
+    assert [again.has_tokens(item) for item in again.records()] == [True, False]
+    again.append([record(1)], {"s01": rows(1, 7)})
+    again.finish("tiny", ["s00", "s01"])
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [5, 5, 5, 7, 7, 7]
 
 
 def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatch):
@@ -128,7 +142,7 @@ def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatc
 def test_rows_that_are_gone_are_missing_rows(store):
     store.append([record(0)], {"s00": rows(0)})
     assert store.has_tokens(store.find("tiny", "s00"))
-    (store.run_dir / "tokens/part-000000.parquet").unlink()
+    (store.run_dir / "tokens/part-000000.arrow").unlink()
     again = RunStore(store.run_dir)
     assert not again.has_tokens(again.find("tiny", "s00"))
     assert len(again.tokens()) == 0
