@@ -1,0 +1,259 @@
+"""The detector: what it learns, what it refuses, and that it comes back from disk as it was."""
+
+import hashlib
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import skops.io
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from token_tables import halves, token_table
+
+from stethoscope import artefact, metrics
+from stethoscope.detector import Detector
+from stethoscope.errors import ArtefactError, ConfigError, DataError
+from stethoscope.table import FeatureSchema, mention_rows
+
+TRAIN, CALIBRATION = halves(token_table(400))
+TEST = mention_rows(token_table(400, seed=9))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return Detector().fit(TRAIN, CALIBRATION)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "calibration"),
+    [("logistic", "platt"), ("logistic", "isotonic"), ("logistic", "none"), ("boosting", "platt")],
+)
+def test_it_learns_and_its_probabilities_are_right(estimator, calibration):
+    detector = Detector(estimator=estimator, calibration=calibration).fit(TRAIN, CALIBRATION)
+    probabilities = detector.predict(TEST)
+    assert probabilities.shape == (len(TEST),)
+    assert 0 <= probabilities.min() <= probabilities.max() <= 1
+    labels = TEST["label"].to_numpy()
+    assert metrics.auroc(labels, probabilities) > 0.75
+    assert metrics.ece(labels, probabilities) < 0.06
+
+
+def test_it_is_the_logistic_regression_of_scikit_learn():
+    detector = Detector(calibration="none", features=["nll", "mass"], strength=1.0).fit(TRAIN)
+    rows, names = mention_rows(TRAIN), ["nll", "mass"]
+    low, high = np.quantile(rows[names].to_numpy(np.float64), [0.001, 0.999], axis=0)
+    clipped = [np.clip(part[names].to_numpy(np.float64), low, high) for part in (rows, TEST)]
+    scaler = StandardScaler().fit(clipped[0])
+    plain = LogisticRegression(C=1.0, max_iter=2000).fit(scaler.transform(clipped[0]), rows["label"])
+    assert detector.predict(TEST) == pytest.approx(plain.predict_proba(scaler.transform(clipped[1]))[:, 1], abs=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["logistic", "boosting"])
+def test_the_fit_is_deterministic(estimator):
+    one, other = (Detector(estimator=estimator, seed=3).fit(TRAIN, CALIBRATION) for _ in range(2))
+    assert (one.predict(TEST) == other.predict(TEST)).all()
+    assert one.threshold == other.threshold
+
+
+def test_it_calibrates_on_out_of_fold_scores_without_a_calibration_fold():
+    probabilities = Detector().fit(TRAIN).predict(TEST)
+    assert metrics.ece(TEST["label"].to_numpy(), probabilities) < 0.06
+
+
+def test_it_predicts_for_tokens_that_name_nothing_and_for_empty_tables(fitted):
+    assert np.isfinite(fitted.predict(CALIBRATION)).all()
+    assert fitted.predict(CALIBRATION[:0]).shape == (0,)
+
+
+def test_only_judged_first_mentions_count(fitted):
+    changed = TRAIN.copy()
+    changed.loc[changed["label"] < 0, "nll"] = 100
+    later = TRAIN.assign(repeat=1, label=1)  # second mentions, all hallucinated
+    both = Detector().fit(changed.merge(later, how="outer"), CALIBRATION)
+    assert both.predict(TEST) == pytest.approx(fitted.predict(TEST), abs=1e-6)
+    assert Detector(repeats="all").fit(changed.merge(later, how="outer"), CALIBRATION).predict(TEST) != pytest.approx(
+        fitted.predict(TEST), abs=1e-3
+    )
+
+
+def test_objects_can_be_told_apart(fitted):
+    labels = TEST["label"].to_numpy()
+    informed = Detector(objects=True).fit(TRAIN, CALIBRATION)
+    assert metrics.auroc(labels, informed.predict(TEST)) > metrics.auroc(labels, fitted.predict(TEST)) + 0.02
+    strange = TEST.assign(object="zebra")
+    assert np.isfinite(informed.predict(strange)).all()
+
+
+def test_features_are_chosen_by_name_and_pattern():
+    assert Detector(features=["n*"], exclude=["noise"]).fit(TRAIN, CALIBRATION).features == ("nll",)
+    with pytest.raises(ConfigError, match="unknown feature 'nil'; did you mean 'nll'"):
+        Detector(features=["nil"]).fit(TRAIN, CALIBRATION)
+    with pytest.raises(ConfigError, match="leaves no feature"):
+        Detector(exclude=["*"]).fit(TRAIN, CALIBRATION)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "boost"}, "did you mean 'boosting'"),
+        ({"calibration": "plat"}, "did you mean 'platt'"),
+        ({"repeats": "last"}, "There are: all, first"),
+        ({"strength": 0}, "above 0"),
+        ({"features": "nll"}, "should be lists"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Detector(**settings)
+
+
+def test_training_data_that_teach_nothing_are_refused():
+    with pytest.raises(DataError, match="training fold are grounded"):
+        Detector().fit(TRAIN[TRAIN["label"] < 1], CALIBRATION)
+    with pytest.raises(DataError, match="calibration fold are hallucinated"):
+        Detector().fit(TRAIN, CALIBRATION[CALIBRATION["label"] == 1])
+    with pytest.raises(DataError, match="no judged mention"):
+        Detector().fit(TRAIN[:0], CALIBRATION)
+    with pytest.raises(DataError, match="without any value: mass"):
+        Detector().fit(TRAIN.assign(mass=np.float32(np.nan)), CALIBRATION)
+    with pytest.raises(DataError, match="infinite values: mass"):
+        Detector().fit(TRAIN.assign(mass=np.float32(np.inf)), CALIBRATION)
+    with pytest.raises(DataError, match="200 images are in both folds"):
+        Detector().fit(TRAIN, TRAIN)
+    with pytest.raises(DataError, match="no column label"):
+        Detector().fit(TRAIN.drop(columns="label"), CALIBRATION)
+
+
+@pytest.mark.parametrize("estimator", ["logistic", "boosting"])
+def test_gaps_are_bridged(estimator):
+    holes = np.random.default_rng(0).random(len(TRAIN)) < 0.2
+    gappy = TRAIN.assign(mass=TRAIN["mass"].where(~holes))
+    detector = Detector(estimator=estimator).fit(gappy, CALIBRATION)
+    assert metrics.auroc(TEST["label"].to_numpy(), detector.predict(TEST)) > 0.75
+    assert np.isfinite(detector.predict(TEST.assign(nll=np.float32(np.nan)))).all()
+
+
+def test_a_wild_value_does_not_decide_alone():
+    detector = Detector().fit(TRAIN, CALIBRATION)
+    usual, wild = detector.predict(TEST), detector.predict(TEST.assign(noise=np.float32(1e6)))
+    assert np.abs(usual - wild).max() < 0.2
+
+
+def test_a_table_with_other_features_is_refused(fitted):
+    with pytest.raises(ArtefactError, match="missing: mass; not expected: weight"):
+        fitted.predict(TEST.rename(columns={"mass": "weight"}))
+    with pytest.raises(ArtefactError, match="not expected: extra"):
+        fitted.predict(TEST.assign(extra=np.float32(0)))
+    shuffled = TEST[list(TEST.columns[::-1])]
+    assert (fitted.predict(shuffled) == fitted.predict(TEST)).all(), "the order of columns does not matter"
+    with pytest.raises(ArtefactError, match="not fitted"):
+        Detector().predict(TEST)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "calibration", "objects"),
+    [("logistic", "platt", False), ("logistic", "none", True), ("boosting", "isotonic", True)],
+)
+def test_it_comes_back_from_disk_as_it_was(tmp_path, estimator, calibration, objects):
+    detector = Detector(estimator, calibration, exclude=["noise"], objects=objects).fit(TRAIN, CALIBRATION)
+    detector.save(tmp_path / "detector", {"model": {"name": "testbed"}, "task": "chair", "anything": [1]})
+    again = Detector.load(tmp_path / "detector")
+    assert (again.predict(CALIBRATION) == detector.predict(CALIBRATION)).all()
+    assert (again.threshold, again.settings, again.notes) == (detector.threshold, detector.settings, detector.notes)
+    assert again.manifest == detector.manifest
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["detector", "detector.skops", "manifest.json"]
+    again.save(tmp_path / "detector")  # replaces the old one
+    assert Detector.load(tmp_path / "detector").notes == detector.notes
+
+
+def test_the_manifest_says_what_it_is(tmp_path, fitted):
+    fitted.save(tmp_path / "d")
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["schema_version"] == 1
+    assert manifest["features"] == ["nll", "mass", "noise", "position"]
+    assert manifest["feature_schema_hash"] == FeatureSchema.of(TRAIN).hash
+    assert set(manifest["versions"]) >= {"scikit-learn", "numpy", "skops"}
+    digest = hashlib.sha256((tmp_path / "d" / "detector.skops").read_bytes()).hexdigest()
+    assert manifest["sha256"] == {"detector.skops": digest}
+    assert {"model", "task", "label", "split", "figures", "settings", "threshold", "created"} <= set(manifest)
+
+
+def test_saving_replaces_no_foreign_folder(tmp_path, fitted):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtefactError, match="is not a detector"):
+        fitted.save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(ArtefactError, match="not fitted"):
+        Detector().save(tmp_path / "new")
+
+
+def rewrite(folder, **changes):
+    """Changes a manifest."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_changed_file_is_refused(tmp_path, fitted):
+    fitted.save(tmp_path / "d")
+    path = tmp_path / "d" / "detector.skops"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtefactError, match="was changed"):
+        Detector.load(tmp_path / "d")
+    rewrite(tmp_path / "d", sha256={"detector.skops": hashlib.sha256(b"junk").hexdigest()})
+    path.write_bytes(b"junk")
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        Detector.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": ["mass", "nll", "noise", "position"]}, "do not belong together"),
+        ({"schema_version": 99}, "schema version 99"),
+        ({"settings": {"estimator": "oracle"}}, "damaged"),
+        ({"threshold": None}, "damaged"),
+        ({"sha256": None}, "was changed"),
+    ],
+)
+def test_a_changed_manifest_is_refused(tmp_path, fitted, changes, message):
+    fitted.save(tmp_path / "d")
+    rewrite(tmp_path / "d", **changes)
+    with pytest.raises(ArtefactError, match=message):
+        Detector.load(tmp_path / "d")
+
+
+def test_missing_and_broken_files_are_named(tmp_path, fitted):
+    with pytest.raises(ArtefactError, match=r"manifest\.json is missing"):
+        Detector.load(tmp_path / "nowhere")
+    fitted.save(tmp_path / "d")
+    (tmp_path / "d" / "detector.skops").unlink()
+    with pytest.raises(ArtefactError, match=r"detector\.skops is missing"):
+        Detector.load(tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").write_text("{")
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        Detector.load(tmp_path / "d")
+
+
+def test_foreign_types_are_not_made(tmp_path, fitted):
+    """Types that skops itself would trust, or refuse, in a file whose digest is right."""
+    fitted.save(tmp_path / "d")
+    for foreign in (FunctionTransformer(np.exp), io.StringIO, {1, 2}):
+        data = skops.io.dumps({"features": [], "model": foreign})
+        (tmp_path / "d" / "detector.skops").write_bytes(data)
+        rewrite(tmp_path / "d", sha256={"detector.skops": hashlib.sha256(data).hexdigest()})
+        with pytest.raises(ArtefactError, match="types that a detector has no use for"):
+            Detector.load(tmp_path / "d")
+
+
+def test_a_file_that_unpacks_to_too_much_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr(artefact, "LARGEST", 1000)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("schema.json", "{}")
+        archive.writestr("bomb.npy", bytes(artefact.LARGEST + 1))
+    with pytest.raises(ArtefactError, match="unpacks to"):
+        artefact.load_objects(buffer.getvalue())

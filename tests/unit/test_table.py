@@ -1,0 +1,61 @@
+"""The token table's columns and the choice of judged rows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stethoscope.errors import DataError
+from stethoscope.table import KEY_COLUMNS, FeatureSchema, feature_matrix, feature_names, mention_rows
+from stethoscope.tokens import SCHEMA
+
+ROWS = pd.DataFrame(
+    [
+        {"text": "a", "label": -1, "object": "", "repeat": -1, "first": False},
+        {"text": " traffic", "label": 1, "object": "traffic light", "repeat": 0, "first": True},
+        {"text": " light", "label": 1, "object": "traffic light", "repeat": 0, "first": False},
+        {"text": " car", "label": 0, "object": "car", "repeat": 0, "first": True},
+        {"text": " car", "label": 0, "object": "car", "repeat": 1, "first": True},
+        {"text": " thing", "label": -1, "object": "thing", "repeat": 0, "first": True},
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [1, 3]),
+        ({"repeats": "all"}, [1, 3, 4]),
+        ({"which": "all_subtokens"}, [1, 2, 3]),
+        ({"which": "all_subtokens", "repeats": "all"}, [1, 2, 3, 4]),
+    ],
+)
+def test_judged_rows(settings, kept):
+    rows = mention_rows(ROWS.assign(number=range(6)), **settings)
+    assert rows["number"].tolist() == kept
+    assert rows.index.tolist() == list(range(len(kept)))
+
+
+@pytest.mark.parametrize("settings", [{"which": "last"}, {"repeats": "some"}])
+def test_unknown_choices_are_named(settings):
+    with pytest.raises(DataError, match="should be"):
+        mention_rows(ROWS, **settings)
+
+
+def test_what_is_written_is_what_is_explained():
+    assert list(KEY_COLUMNS) == SCHEMA.names
+    assert feature_names(ROWS) == ()
+
+
+def test_a_schema_says_how_another_differs():
+    schema = FeatureSchema(("nll", "entropy"))
+    assert schema.difference(FeatureSchema(("entropy", "nll"))) == ""
+    assert schema.hash != FeatureSchema(("nll",)).hash
+    many = FeatureSchema(tuple(f"layer_{number}" for number in range(10)))
+    assert schema.difference(many).endswith("layer_5 and 4 more")
+
+
+def test_infinite_features_are_named():
+    table = pd.DataFrame({"good": [0.0, np.nan], "bad": [np.inf, 0.0]})
+    assert np.isnan(feature_matrix(table, ["good"])[1, 0])
+    with pytest.raises(DataError, match="infinite values: bad;"):
+        feature_matrix(table, ["good", "bad"])
