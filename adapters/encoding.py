@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 _QUESTION, _IMAGE = "{question}", "{image}"
-_MEASURES = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask")
+_NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
 _IMAGE_BYTES = 256 * 2**20
 _TEXTS = 4096
 
@@ -72,6 +72,7 @@ class Encoder:
         self._image_token = self._tokenizer.convert_ids_to_tokens(self.image_token_id)
         names = ("boi_token", "image_token") if model.config.model_type == "gemma3" else ("image_token",)
         self._placeholder = next((v for name in names if (v := getattr(processor, name, None))), self._image_token)
+        self._placeholder = str(self._placeholder)  # Blip processors hold an AddedToken
         template = _chat(processor) if prompt is None else prompt.replace(_IMAGE, self._placeholder)
         self._before, self._after = template.split(_QUESTION)
         bos = self._tokenizer.bos_token
@@ -108,7 +109,7 @@ class Encoder:
         processed = dict(self._run(self._processor, image, images=image, text=prompt, **asked))
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
-        inputs = {key: value for key, value in processed.items() if key not in _MEASURES}
+        inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
         if self._image_names is None:
             self._learn(image, inputs)
         ids = inputs["input_ids"][0].tolist()

@@ -117,6 +117,8 @@ class HfAdapter(Adapter):
         self._processor = processor
         self._model = model.eval().requires_grad_(False)
         self._ends, self._pad = _special_ids(model, processor.tokenizer)
+        # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
+        self._blank = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -172,6 +174,8 @@ class HfAdapter(Adapter):
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
+        if not text:
+            return []
         tokenizer, prompt = self._processor.tokenizer, encoded.text
         last = int(encoded.inputs["input_ids"][0, -1])
         joint = "" if not prompt or prompt[-1].isspace() or last in tokenizer.all_special_ids else " "
@@ -242,7 +246,7 @@ class HfAdapter(Adapter):
                 tokens[index, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
             parts["lens_logprob"], parts["lens_rank"] = self._lens.read(heard, logits, tokens)
         if "blank" in needs:
-            inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank)
             parts["blank_logits"] = self._logits(inputs, rows).cpu()
         return [
             Trace(answer, one.spans, **{name: part[index][: len(answer.token_ids)] for name, part in parts.items()})

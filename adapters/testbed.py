@@ -17,12 +17,9 @@ class TestbedAdapter(HfAdapter):
     __test__ = False  # not a test class, whatever pytest thinks of the name
 
     def __init__(self, **settings: Any) -> None:
-        from stethoscope.testbed import MODEL_DIR
+        defaults = {"name": "testbed", "prompt": "USER: <image>\n{question} ASSISTANT:", "dtype": "float32"}
+        if settings.get("random_init") is None:
+            from stethoscope.testbed import MODEL_DIR
 
-        defaults = {
-            "model_id": str(MODEL_DIR),
-            "name": "testbed",
-            "prompt": "USER: <image>\n{question} ASSISTANT:",
-            "dtype": "float32",
-        }
+            defaults["model_id"] = str(MODEL_DIR)
         super().__init__(**defaults | settings)

@@ -286,5 +286,7 @@ def _eager_forward(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | No
 
 def _present(weights: Tensor | None, module: nn.Module) -> Tensor:
     if weights is None:
-        raise CaptureError(f"{type(module).__name__} gave no attention map (None)")
+        recording = _active.get()
+        name = recording.sites[id(module)].name if recording else type(module).__name__
+        raise CaptureError(f"{name} gave no attention map (None)")
     return weights

@@ -1,0 +1,64 @@
+"""Spans are what they claim to be, and what is cached changes nothing."""
+
+import pytest
+import torch
+from conftest import QUESTIONS, picture
+
+from stethoscope.errors import DataError
+
+
+def ids_of(encoded):
+    return encoded.inputs["input_ids"][0]
+
+
+def test_question_tokens_decode_to_the_question(adapter, encoded):
+    for one, question in zip(encoded, QUESTIONS, strict=True):
+        ids = ids_of(one)[list(one.spans.question)]
+        assert adapter.processor.tokenizer.decode(ids).strip() == question == one.question
+        assert question in one.text
+
+
+@pytest.mark.parametrize("question", ["a", "IMAGE: USER: ASSISTANT", "How many café crèmes? 日本", "a  b\nc"])
+def test_question_is_found_where_its_words_occur_elsewhere_too(adapter, question):
+    one = adapter.encode(picture(0), question)
+    assert adapter.processor.tokenizer.decode(ids_of(one)[list(one.spans.question)]).strip() == question
+    assert list(one.spans.question) == list(range(one.spans.question[0], one.spans.question[-1] + 1))
+
+
+def test_image_span_covers_exactly_the_image_tokens(adapter, encoded):
+    for one in encoded:
+        expected = (ids_of(one) == adapter.model.config.image_token_id).nonzero()[:, 0].tolist()
+        assert list(one.spans.image) == expected
+        assert len(expected) > 1
+        assert one.spans.length == len(ids_of(one))
+        assert not set(one.spans.image) & set(one.spans.question)
+
+
+def test_grids_account_for_every_image_token(encoded):
+    for one in encoded:
+        assert sum(rows * columns for rows, columns in one.spans.grids) == len(one.spans.image)
+
+
+def test_cached_encodings_are_the_processors_own(adapter):
+    shown = [(picture(seed), question) for question in QUESTIONS for seed in range(2)]
+    twice = [[adapter.encode(image, question) for image, question in shown] for _ in range(2)]
+    for (image, _), first, second in zip(shown, *twice, strict=True):
+        direct = adapter.processor(images=image, text=first.text, return_tensors="pt")
+        assert set(direct) == set(first.inputs)
+        for name, value in direct.items():
+            assert torch.equal(value, first.inputs[name])
+            assert torch.equal(value, second.inputs[name])
+        assert first.spans == second.spans
+
+
+def test_other_image_modes_are_read_as_rgb(adapter):
+    for mode in ("L", "RGBA", "CMYK", "P"):
+        image = picture(0).convert(mode)
+        direct, converted = adapter.encode(image, "a"), adapter.encode(image.convert("RGB"), "a")
+        assert torch.equal(direct.inputs["pixel_values"], converted.inputs["pixel_values"])
+
+
+def test_a_question_that_holds_the_placeholder_is_refused(adapter):
+    token = adapter.processor.tokenizer.convert_ids_to_tokens(adapter.model.config.image_token_id)
+    with pytest.raises(DataError, match="placeholder"):
+        adapter.encode(picture(0), f"what is {token}?")

@@ -1,0 +1,159 @@
+"""A trace holds what the model did: its logits, its attention, its layers read by its own head."""
+
+import pytest
+import torch
+
+from stethoscope.capture import Listener, record
+from stethoscope.errors import ConfigError
+from stethoscope.trace import NEEDS, SEGMENTS
+
+TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
+
+
+def close(one, other, tolerance):
+    assert (one - other).abs().max() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def traces(adapter, encoded, answers):
+    return [adapter.trace(one, answer) for one, answer in zip(encoded, answers, strict=True)]
+
+
+def extended(encoded, answer):
+    """Inputs of a pass over prompt and answer."""
+    ids = torch.cat([encoded.inputs["input_ids"], torch.tensor([answer.token_ids])], 1)
+    return {**encoded.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def eager(adapter, encoded, answer):
+    """A plain pass with eager attention that returns everything."""
+    implementation = adapter.model.config._attn_implementation
+    adapter.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return adapter.model(**extended(encoded, answer), output_attentions=True, output_hidden_states=True)
+    finally:
+        adapter.model.set_attn_implementation(implementation)
+
+
+def test_shapes_and_types(adapter, traces):
+    text = adapter.model.config.get_text_config()
+    layers, heads, words = text.num_hidden_layers, text.num_attention_heads, adapter.model.lm_head.out_features
+    for trace in traces:
+        tokens, image = len(trace.answer.token_ids), len(trace.spans.image)
+        assert trace.logits.shape == trace.blank_logits.shape == (tokens, words)
+        assert trace.mass.shape == (tokens, layers, heads, len(SEGMENTS))
+        assert trace.image_attention.shape == (tokens, layers, image)
+        assert trace.lens_logprob.shape == trace.lens_rank.shape == (tokens, layers)
+        for name in TENSORS:
+            tensor = getattr(trace, name)
+            assert tensor.dtype == torch.float32
+            assert tensor.device.type == "cpu"
+            assert torch.isfinite(tensor).all()
+
+
+def test_logits_give_the_logprobs_of_generation(traces):
+    for trace in traces:
+        ids = torch.tensor(trace.answer.token_ids)[:, None]
+        close(trace.logits.log_softmax(-1).gather(-1, ids)[:, 0], torch.tensor(trace.answer.logprobs), 1e-4)
+
+
+def test_masses_of_a_row_sum_to_one(traces):
+    for trace in traces:
+        close(trace.mass.sum(-1), torch.tensor(1.0), 1e-5)
+
+
+def test_attention_to_image_tokens_sums_to_the_image_mass(traces):
+    for trace in traces:
+        close(trace.image_attention.sum(-1), trace.mass[..., SEGMENTS.index("image")].mean(-1), 1e-5)
+
+
+def test_no_mass_on_previous_tokens_before_there_are_any(traces):
+    for trace in traces:
+        previous = trace.mass[..., SEGMENTS.index("previous")]
+        assert (previous[0] == 0).all()
+        assert len(previous) == 1 or (previous[1:] > 0).any()
+
+
+def test_attention_equals_eager_output_attentions(adapter, encoded, traces):
+    for one, trace in zip(encoded, traces, strict=True):
+        maps = torch.stack(eager(adapter, one, trace.answer).attentions)[:, 0]  # (L, H, S, S)
+        for k in range(len(trace.answer.token_ids)):
+            row = maps[:, :, one.spans.length - 1 + k]
+            columns = {"image": list(one.spans.image), "question": list(one.spans.question)}
+            columns["previous"] = list(range(one.spans.length, row.shape[-1]))
+            columns["first"] = [0]
+            used = {position for part in columns.values() for position in part}
+            columns["rest"] = [position for position in range(row.shape[-1]) if position not in used]
+            expected = torch.stack([row[..., columns[name]].sum(-1) for name in SEGMENTS], -1)
+            close(trace.mass[k], expected, 5e-6)  # SDPA and eager round differently
+            close(trace.image_attention[k], row[..., list(one.spans.image)].mean(1), 5e-6)
+
+
+def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, answers):
+    class Maps(Listener):
+        def __init__(self):
+            self.heard = {}
+
+        def hear(self, site, weights):
+            self.heard.setdefault(site.role, []).append(weights.clone())
+
+    for one, answer in zip(encoded, answers, strict=True):
+        expected = eager(adapter, one, answer).attentions
+        with record(adapter.model, Maps()) as maps, torch.no_grad():
+            adapter.model(**extended(one, answer))
+        assert len(maps.heard["language"]) == len(expected)
+        assert all(map(torch.equal, maps.heard["language"], expected))
+        assert set(maps.heard) == {"vision", "language"}
+
+
+def test_lens_reads_every_layer_by_the_final_norm_and_head(adapter, encoded, traces):
+    language = adapter.model.model.language_model
+    for one, trace in zip(encoded, traces, strict=True):
+        hidden = eager(adapter, one, trace.answer).hidden_states
+        rows = slice(one.spans.length - 1, one.spans.length - 1 + len(trace.answer.token_ids))
+        ids = torch.tensor(trace.answer.token_ids)[:, None]
+        for layer in range(trace.lens_logprob.shape[1] - 1):
+            with torch.no_grad():
+                logits = adapter.model.lm_head(language.norm(hidden[layer + 1][0, rows]))
+            close(trace.lens_logprob[:, layer], logits.log_softmax(-1).gather(-1, ids)[:, 0], 1e-4)
+            expected = (logits > logits.gather(-1, ids)).sum(-1).float()
+            assert (trace.lens_rank[:, layer] - expected).abs().max() <= 1
+        close(trace.lens_logprob[:, -1], trace.logits.log_softmax(-1).gather(-1, ids)[:, 0], 1e-5)
+        assert torch.equal(trace.lens_rank[:, -1], (trace.logits > trace.logits.gather(-1, ids)).sum(-1).float())
+
+
+def test_blank_logits_are_those_of_zero_pixels(adapter, encoded, traces):
+    for one, trace in zip(encoded, traces, strict=True):
+        inputs = dict(extended(one, trace.answer), pixel_values=torch.zeros_like(one.inputs["pixel_values"]))
+        with torch.no_grad():
+            logits = adapter.model(**inputs).logits[0, one.spans.length - 1 : -1]
+        close(trace.blank_logits, logits, 1e-4)
+        assert (trace.blank_logits - trace.logits).abs().max() > 1e-3
+
+
+def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
+    together = adapter.trace_batch(encoded, [trace.answer for trace in traces])
+    for one, other in zip(traces, together, strict=True):
+        assert (one.answer, one.spans) == (other.answer, other.spans)
+        for name in TENSORS:
+            close(getattr(one, name), getattr(other, name), 1e-4)
+
+
+@pytest.mark.parametrize("needs", [(), ("attention",), ("lens",), ("blank",)])
+def test_a_trace_holds_what_was_asked_for(adapter, encoded, traces, needs):
+    trace = adapter.trace(encoded[0], traces[0].answer, needs)
+    held = {"attention": trace.mass, "lens": trace.lens_rank, "blank": trace.blank_logits}
+    assert {name for name in NEEDS if held[name] is not None} == set(needs)
+    close(trace.logits, traces[0].logits, 1e-4)
+
+
+def test_an_empty_answer_has_an_empty_trace(adapter, encoded, traces):
+    trace = adapter.trace(encoded[0], adapter.answer(encoded[0], ""))
+    for name in TENSORS:
+        assert getattr(trace, name).shape == (0, *getattr(traces[0], name).shape[1:])
+
+
+def test_unknown_needs_are_refused(adapter, encoded, answers):
+    with pytest.raises(ConfigError, match="attention"):
+        adapter.trace(encoded[0], answers[0], ("atention",))
