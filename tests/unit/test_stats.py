@@ -154,7 +154,7 @@ def test_a_split_never_parts_an_image():
     folds = split_groups(groups, FRACTIONS, seed=1)
     assert (sum(mask.astype(int) for mask in folds.values()) == 1).all()
     seen = [set(groups[mask]) for mask in folds.values()]
-    assert sum(map(len, seen)) == len(set.union(*seen)) == 500
+    assert sum(map(len, seen)) == len(set.union(*seen)) == len(set(groups))
     assert [len(part) / 500 for part in seen] == pytest.approx(list(FRACTIONS.values()), abs=0.06)
 
 
