@@ -1,0 +1,23 @@
+"""The embedded testbed: a small world with exact ground truth and a small LLaVA that hallucinates in it.
+
+Nothing is downloaded: scenes are rendered, the model's weights lie in :data:`MODEL_DIR`. Importing this package imports neither torch nor
+transformers nor datasets.
+
+    >>> from stethoscope import testbed
+    >>> scene = testbed.scenes(1)[0]
+    >>> scene.id, scene.image().size
+    ('counter-000000', (96, 96))
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from stethoscope.testbed.dataset import as_dataset, export, pope_questions, scenes
+from stethoscope.testbed.scene import Scene, SceneObject
+from stethoscope.testbed.vocabulary import CATEGORIES
+
+MODEL_DIR = pathlib.Path(__file__).parent / "model"
+"""Folder of the trained model, for ``AutoProcessor`` and ``AutoModelForImageTextToText``."""
+
+__all__ = ["CATEGORIES", "MODEL_DIR", "Scene", "SceneObject", "as_dataset", "export", "pope_questions", "scenes"]

@@ -1,0 +1,1 @@
+"""How the embedded model is trained; needed only to train it again."""
