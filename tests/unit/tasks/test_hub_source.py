@@ -63,6 +63,20 @@ def test_pope_equals_the_published_files(pope_set, pope_folder, images, local_fi
         assert one.image.load().tobytes() == other.image.load().tobytes()
 
 
+def test_a_revision_is_found_in_the_hub_cache_without_network(pope_set, tmp_path, monkeypatch):
+    cached = tmp_path / "hub_cache" / "datasets--owner--pope"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "v1").write_text("0123abc")
+    (cached / "snapshots").mkdir()
+    pope_set.rename(cached / "snapshots" / "0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    task = Pope("hub", dataset="owner/pope", revision="v1", local_files_only=True)
+    task.setup()
+    assert len(task.samples()) == 9
+    with pytest.raises(DataError, match="cannot be loaded"):
+        Pope("hub", dataset="owner/pope", revision="v2", local_files_only=True).setup()
+
+
 def test_chair(tmp_path, images):
     rows = [{"question_id": 7, "gt_object": ["dog", "chair"]}, {"question_id": 3, "gt_object": []}]
     pictures = [{"path": None, "bytes": (images / name).read_bytes()} for name in ("a.png", "b.png")]
