@@ -105,10 +105,12 @@ class TaskResults:
         from rich.table import Table
 
         header, body = self._cells()
-        table = Table(*header, caption=self.summary(), caption_justify="left", title_justify="left")
+        table = Table(*header)
         for row in body:
             table.add_row(*row, style="bold" if row[0] == self.primary else None)
-        (console or Console()).print(table, markup=False)
+        console = console or Console()
+        console.print(table)
+        console.print(self.summary(), highlight=False, soft_wrap=True)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         subsets = self.subsets

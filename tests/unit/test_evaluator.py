@@ -61,13 +61,15 @@ def test_metrics_come_from_the_totals_of_the_subsets(adapter):
     assert TaskResults.from_dict("tiny", json.loads(json.dumps(results.to_dict()))) == results
 
 
-def test_results_print_as_text_and_markdown(adapter):
+def test_results_print_as_text_and_markdown(adapter, capsys):
     results = Evaluator().run(adapter, TinyTask())
     text = results.table().splitlines()
     assert text[0].split() == ["tiny", "easy", "hard", "mean"]
     assert text[1].startswith("accuracy  1.000 [1.000, 1.000]  0.000 [0.000, 0.000]  0.500 [")
     assert text[-1] == "10 samples: 10 ok, 0 unparsed, 0 failed; 0 truncated"
     assert results.table(markdown=True).splitlines()[1] == "| --- | --- | --- | --- |"
+    results.print()
+    assert capsys.readouterr().out.splitlines()[-1] == results.summary()
 
 
 def test_unparsed_failed_and_truncated_are_counted_apart_and_are_not_wrong_answers(adapter, tmp_path):
