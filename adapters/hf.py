@@ -16,7 +16,7 @@ from stethoscope.adapters import loading, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.capture import record
-from stethoscope.errors import CapabilityError, ConfigError, unknown
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, unknown
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation
@@ -237,6 +237,8 @@ class HfAdapter(Adapter):
                 stack.enter_context(record(self._model, listener))
             heard = stack.enter_context(self._lens.listen(rows)) if "lens" in needs else []
             logits = self._logits(inputs, rows)
+        if logits.isnan().any():
+            raise CaptureError(f"{self.name}: the logits hold values that are not numbers")
         parts: dict[str, Any] = {"logits": logits.cpu()}
         if "attention" in needs:
             parts |= {"mass": listener.mass(), "image_attention": listener.image()}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +54,8 @@ def load(
 
     folder = is_folder(model_id)
     source = str(Path(model_id).expanduser()) if folder else model_id
+    if not folder and not _hub_answers():
+        where["local_files_only"] = True  # without this the hub's client tries again for minutes
     with _one_line(model_id), _quiet(folder):
         processor = AutoProcessor.from_pretrained(source, **where)
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -100,6 +105,20 @@ def _one_line(model_id: str) -> Iterator[None]:
         raise CapabilityError(f"model {model_id} cannot be loaded as an image-text model: {_first(error)}") from error
     except Exception as error:  # safetensors and pickle errors have no common base
         raise DataError(f"the files of model {model_id} cannot be read: {_first(error)}") from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; taken for granted behind a proxy, where a direct connection proves nothing."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first(error: Exception) -> str:

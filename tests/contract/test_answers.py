@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import picture
+from contract_helpers import picture
 
 from stethoscope.capture import NAME
 from stethoscope.errors import ConfigError

@@ -61,6 +61,8 @@ def test_values_that_are_not_finite_name_the_first_layer(adapter, encoded, answe
     try:
         with pytest.raises(CaptureError, match=r"language_model\.layers\.1\.self_attn .*not finite"):
             adapter.trace(encoded[0], answers[0])
+        with pytest.raises(CaptureError, match="not numbers"):
+            adapter.trace(encoded[0], answers[0], ())
     finally:
         weight.data.copy_(kept)
     assert state(adapter.model) == before

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import QUESTIONS, picture
+from contract_helpers import QUESTIONS, picture
 
 from stethoscope.errors import DataError
 

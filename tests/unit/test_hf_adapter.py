@@ -93,6 +93,17 @@ def test_a_hub_model_that_is_not_there():
     one_line(error, "nobody/has-this-model")
 
 
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
+    def fails(*arguments, **more):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("socket.create_connection", fails)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(ConfigError) as error:
+        from_folder("nobody/has-this-model")
+    one_line(error, "nobody/has-this-model")
+
+
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(StethoscopeError) as error:
         from_folder(tmp_path)
