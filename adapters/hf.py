@@ -272,13 +272,19 @@ class HfAdapter(Adapter):
     def _logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
         """Rows (B, T, V) of the logits in float32; the head runs on no more positions than it must."""
         positions = rows.unique()
-        options = {"logits_to_keep": positions.to(self._model.device)} if self._keeps else {}
+        options = {"logits_to_keep": positions.to(self._input_device())} if self._keeps else {}
         logits = self._model(**inputs, **options, use_cache=False).logits
         at = torch.searchsorted(positions, rows) if self._keeps else rows
         return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
 
+    def _input_device(self) -> torch.device:
+        """Where inputs go. Weights that accelerate has offloaded are on no device, so its hook knows better."""
+        hook = getattr(self._model, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self._model.device if device is None else torch.device(device)
+
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = self._model.device, self._model.dtype
+        device, dtype = self._input_device(), self._model.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     def fingerprint(self) -> dict[str, Any]:
