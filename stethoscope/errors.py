@@ -37,6 +37,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
     return f"unknown {kind} {name!r}{hint} There are: {', '.join(known) or 'none'}"

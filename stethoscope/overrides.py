@@ -34,7 +34,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
-        return unknown("setting", key, _close_to(key, _known_keys(command, overrides, key)))
+        return _unknown_setting(key, _known_keys(command, overrides, key))
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -72,8 +72,10 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
     return sorted({*keys, *groups()})
 
 
-def _close_to(key: str, known: Sequence[str]) -> list[str]:
-    """The part of the known keys worth printing: siblings of the key, or the top level."""
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    return siblings or [name for name in known if "." not in name]
+def _unknown_setting(key: str, known: Sequence[str]) -> str:
+    """Message for a key, with its would-be siblings or, where its parent does not exist, the top level."""
+    parent, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    if parent and siblings:
+        return unknown(f"setting of {parent}", last, [name for name in siblings if name != "_target_"])
+    return unknown("setting", key, [name for name in known if "." not in name])

@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from stethoscope.errors import ConfigError
-from stethoscope.task import Totals
+
+if TYPE_CHECKING:
+    from stethoscope.task import Totals
 
 REPLICATES = 1000
 CHUNK = 100  # replicates at a time: few enough for the weights of some thousand items to stay in the cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import make_evaluator, make_loggers, overrides, report_failures, run_dir, use_threads
+from stethoscope.commands.session import make_evaluator, make_loggers, report_failures, run_dir, use_threads
 
 if TYPE_CHECKING:
     from stethoscope.loggers import Loggers
@@ -38,7 +38,6 @@ def run(config: DictConfig) -> None:
     asked = make_evaluator(config, folder, loggers).run(adapter, pope)
     told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
     store = RunStore(folder)
-    store.write_config(config, overrides())
     asked.print()
     told.print()
     if not config.fast_dev_run:  # two samples are no data to learn from

@@ -5,13 +5,12 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import make_evaluator, make_loggers, overrides, report_failures, run_dir, use_threads
+from stethoscope.commands.session import make_evaluator, make_loggers, report_failures, run_dir, use_threads
 
 
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
     from stethoscope.adapter import Adapter
-    from stethoscope.store import RunStore
     from stethoscope.task import Task
 
     folder = run_dir(config)
@@ -21,7 +20,6 @@ def run(config: DictConfig) -> None:
     evaluator = make_evaluator(config, folder, loggers)
     use_threads(config)
     results = evaluator.run(adapter, task)
-    RunStore(folder).write_config(config, overrides())
     loggers.finalize("finished")
     results.print()
     print(f"run directory: {folder}")

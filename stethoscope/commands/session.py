@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from stethoscope.build import build
+from stethoscope.callbacks import Callback
 from stethoscope.errors import ArtefactError, DataError
 
 if TYPE_CHECKING:
-    from stethoscope.callbacks import Callback
     from stethoscope.evaluator import Evaluator
     from stethoscope.loggers import Loggers
     from stethoscope.results import TaskResults
+    from stethoscope.run import Run
 
 
 def use_threads(config: DictConfig) -> None:
@@ -48,9 +49,20 @@ def run_dir(config: DictConfig) -> Path:
 
 def make_callbacks(config: DictConfig) -> list[Callback]:
     """The callbacks of the configuration, in its order."""
-    from stethoscope.callbacks import Callback
-
     return [build(node, Callback, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
+
+
+class KeepConfig(Callback):
+    """Writes the configuration into the run directory once the directory has been accepted for it."""
+
+    def __init__(self, config: DictConfig) -> None:
+        """Stores the composed configuration."""
+        self.config = config
+
+    def on_task_start(self, run: Run) -> None:
+        """Writes ``config.yaml`` and ``overrides.yaml`` before the first sample."""
+        if run.store is not None:
+            run.store.write_config(self.config, overrides())
 
 
 def make_loggers(config: DictConfig, folder: Path) -> Loggers:
@@ -68,7 +80,7 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
     from stethoscope.records import Generation
 
     return Evaluator(
-        callbacks=make_callbacks(config),
+        callbacks=[KeepConfig(config), *make_callbacks(config)],
         loggers=loggers,
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SHOWN = {
     "auroc": "AUROC",
     "auroc_controlled": "AUROC, position-controlled",
+    "auroc_same_position": "AUROC, same position only",
     "auprc_hallucinated": "AUPRC, hallucinated",
     "auprc_grounded": "AUPRC, grounded",
     "fpr_at_95tpr": "FPR at 95 % TPR",
