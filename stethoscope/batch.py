@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.errors import CapabilityError, ConfigError, StethoscopeError
 from stethoscope.lines import FAILED, OK, UNPARSED, Record
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 HOPELESS = 16
 """A run in which this many samples have failed and none has succeeded is stopped: the fault is not the sample's."""
+
+TRACED_TOGETHER = 8
+"""Answers that share a traced pass: most of the speed of larger batches, at a fraction of their memory for logits."""
+
+Result = TypeVar("Result")
 
 
 class Features(Protocol):
@@ -92,13 +97,15 @@ class Worker:
         try:
             drafts = [self._encode(sample) for sample in samples]
             self._generate([draft for draft in drafts if draft.error is None and draft.answer is None])
-            for draft in drafts:
-                if draft.score is None:
-                    self._judge(draft)
-                if self.wants_rows(draft.answer, draft.mentions):
-                    self._trace(draft)
-                draft.encoded = None
-                finished.append(draft)
+            for start in range(0, len(drafts), TRACED_TOGETHER):
+                some = drafts[start : start + TRACED_TOGETHER]
+                for draft in some:
+                    if draft.score is None:
+                        self._judge(draft)
+                self._trace([d for d in some if d.error is None and self.wants_rows(d.answer, d.mentions)])
+                for draft in some:
+                    draft.encoded = None
+                finished += some
         finally:
             records = self._keep(finished)
         self._check_hope(finished)
@@ -118,30 +125,44 @@ class Worker:
         return draft
 
     def _generate(self, drafts: Sequence[Draft]) -> None:
-        """Writes answers. A batch that fails is tried again in halves, so that only the samples at fault are lost."""
+        """Writes answers."""
+
+        def generate(some: Sequence[Draft]) -> Sequence[Answer]:
+            return self.run.adapter.generate([draft.encoded for draft in some], self.generation)
+
+        for draft, answer in zip(drafts, self._together(drafts, "generate", generate), strict=True):
+            draft.answer = answer
+
+    def _together(
+        self, drafts: Sequence[Draft], stage: str, call: Callable[[Sequence[Draft]], Sequence[Result]]
+    ) -> list[Result | None]:
+        """Results of a call for a whole batch, its time shared evenly.
+
+        A batch that fails is tried again in halves, so that only the samples at fault are lost: their result is None.
+        """
         if not drafts:
-            return
+            return []
         start = time.perf_counter()
+        results: list[Result | None] = []
         try:
-            answers = self.run.adapter.generate([draft.encoded for draft in drafts], self.generation)
-            if len(answers) != len(drafts):
-                raise ValueError(f"{len(answers)} answers to {len(drafts)} prompts")
+            results = list(call(drafts))
+            if len(results) != len(drafts):
+                raise ValueError(f"{stage}: {len(results)} results for {len(drafts)} samples")
         except (ConfigError, CapabilityError):
             raise
         except Exception as error:
             if self.on_error == "raise":
                 raise
+            results = []
             if len(drafts) == 1:
-                drafts[0].error = error
-            answers = []
+                drafts[0].error, results = error, [None]
         share = (time.perf_counter() - start) / len(drafts)
         for draft in drafts:
-            draft.seconds["generate"] = draft.seconds.get("generate", 0.0) + share
-        for draft, answer in zip(drafts, answers, strict=False):
-            draft.answer = answer
-        if len(drafts) > 1 and not answers:
-            self._generate(drafts[: len(drafts) // 2])
-            self._generate(drafts[len(drafts) // 2 :])
+            draft.seconds[stage] = draft.seconds.get(stage, 0.0) + share
+        if results:
+            return results
+        half = len(drafts) // 2
+        return [*self._together(drafts[:half], stage, call), *self._together(drafts[half:], stage, call)]
 
     def _judge(self, draft: Draft) -> None:
         """Score and labelled mentions."""
@@ -154,21 +175,21 @@ class Worker:
             draft.mentions = tuple(self.run.task.mentions(draft.sample, draft.answer))
             draft.score = score
 
-    def _trace(self, draft: Draft) -> None:
+    def _trace(self, drafts: Sequence[Draft]) -> None:
         """Token rows with features."""
         from stethoscope.tokens import token_table
 
-        if draft.error is not None or draft.encoded is None or draft.answer is None or self.features is None:
-            return
-        trace = None
-        with self._stage(draft, "trace"):
-            trace = self.run.adapter.trace(draft.encoded, draft.answer, self.features.needs)
-        if trace is None:
-            return
-        self.on_trace(draft.sample, trace)
-        with self._stage(draft, "trace"):
-            columns = self.features.compute(trace)
-            draft.rows = token_table(self.run.task.name, draft.sample, draft.answer, draft.mentions, columns)
+        def trace(some: Sequence[Draft]) -> Sequence[Trace]:
+            encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]
+            return self.run.adapter.trace_batch(encoded, answers, self.features.needs)
+
+        for draft, traced in zip(drafts, self._together(drafts, "trace", trace), strict=True):
+            if traced is None:
+                continue
+            self.on_trace(draft.sample, traced)
+            with self._stage(draft, "trace"):
+                columns = self.features.compute(traced)
+                draft.rows = token_table(self.run.task.name, draft.sample, draft.answer, draft.mentions, columns)
 
     def wants_rows(self, answer: Answer | None, mentions: Sequence[Mention]) -> bool:
         """Whether an answer is to be traced."""

@@ -74,8 +74,15 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    failed: list[StethoscopeError] = []
+
     def job(config: DictConfig) -> None:
-        importlib.import_module(f"stethoscope.commands.{command}").run(config)
+        try:
+            importlib.import_module(f"stethoscope.commands.{command}").run(config)
+        except StethoscopeError as error:  # Hydra would print more than the one line; a sweep goes on with its next job
+            if failed or "--multirun" in arguments or "-m" in arguments:
+                print(f"stethoscope: {error}", file=sys.stderr)
+            failed.append(error)
 
     sys.argv = [f"stethoscope {command}", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
@@ -89,3 +96,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         from stethoscope.overrides import explain
 
         raise ConfigError(explain(error, command, overrides)) from error
+    if len(failed) > 1:
+        raise ConfigError(f"{len(failed)} jobs of the sweep failed, see above")
+    if failed:
+        raise failed[0]

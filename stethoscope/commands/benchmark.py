@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
     from stethoscope.adapter import Adapter
-    from stethoscope.commands.tables import print_answer, print_detector
+    from stethoscope.commands.tables import print_answer, print_detector, terminal
     from stethoscope.commands.train import fit, fractions
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
@@ -38,8 +38,8 @@ def run(config: DictConfig) -> None:
     asked = make_evaluator(config, folder, loggers).run(adapter, pope)
     told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
     store = RunStore(folder)
-    asked.print()
-    told.print()
+    asked.print(terminal())
+    told.print(terminal())
     if not config.fast_dev_run:  # two samples are no data to learn from
         results = fit(store, chair.name, detector, shares, config.seed)
         log_detector(loggers, results)

@@ -11,6 +11,7 @@ from stethoscope.commands.session import make_evaluator, make_loggers, report_fa
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
     from stethoscope.adapter import Adapter
+    from stethoscope.commands.tables import terminal
     from stethoscope.task import Task
 
     folder = run_dir(config)
@@ -21,6 +22,6 @@ def run(config: DictConfig) -> None:
     use_threads(config)
     results = evaluator.run(adapter, task)
     loggers.finalize("finished")
-    results.print()
+    results.print(terminal())
     print(f"run directory: {folder}")
     report_failures([results], folder)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.stats import Interval
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from stethoscope.store import RunStore
 
 SHOWN = {
@@ -23,9 +25,16 @@ SHOWN = {
 }
 
 
+def terminal() -> Console:
+    """Standard output; 132 columns where it is a file or a pipe, so that tables stay in one piece."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=132)
+
+
 def print_detector(results: Mapping[str, Any]) -> None:
     """Detector, best single feature and baselines side by side, then what the detector is ahead by."""
-    from rich.console import Console
     from rich.table import Table
 
     board, folds = results["leaderboard"], results["split"]["folds"]
@@ -46,7 +55,7 @@ def print_detector(results: Mapping[str, Any]) -> None:
         f"{folds['train']['images']} images, calibrated on {folds['calibration']['images']}"
     )
     table.caption_justify = "left"
-    console = Console()
+    console = terminal()
     console.print(table, markup=False)
     for difference in board["differences"]:
         if difference["metric"] in SHOWN:
@@ -57,7 +66,6 @@ def print_detector(results: Mapping[str, Any]) -> None:
 
 def print_answer(store: RunStore, task: str) -> None:
     """One answer of the test images with its warnings, the one with the most confident true warning."""
-    from rich.console import Console
     from rich.text import Text
 
     path = store.run_dir / "warnings.jsonl"
@@ -67,10 +75,10 @@ def print_answer(store: RunStore, task: str) -> None:
         return
     best = max(caught, key=lambda row: row["probability"])
     mine = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
-    answer = store.record(task, best["sample_id"]).answer
-    if answer is not None:
-        Console().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
-        Console().print(Text.assemble(*_marked(answer.text, mine)))
+    record = store.find(task, best["sample_id"])
+    if record is not None and record.answer is not None:
+        terminal().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
+        terminal().print(Text.assemble(*_marked(record.answer.text, mine)), highlight=False)
 
 
 def _marked(text: str, warnings: Sequence[Mapping[str, Any]]) -> list[str | tuple[str, str]]:
