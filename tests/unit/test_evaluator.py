@@ -195,7 +195,9 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(adapter,
     assert adapter.generated == []
 
 
-def test_ctrl_c_between_traces_keeps_what_is_finished_of_the_batch(adapter, tmp_path):
+def test_ctrl_c_between_traces_keeps_what_is_finished_of_the_batch(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("stethoscope.batch.TRACED_TOGETHER", 2)
+
     class Stop(Callback):
         def on_trace(self, run, sample, trace):
             if sample.id == "s02":
