@@ -1,12 +1,14 @@
 """Train the embedded model again.
 
-Renders the scenes, then runs four stages (vision, language, align, joint) and measures the result on held-out scenes. Everything is
-seeded, and an interrupted run continues from its last checkpoint when the same command is given again.
+Renders the scenes, then runs four stages (vision, language, align, joint) and measures the result on held-out
+scenes. Everything is seeded, and an interrupted run continues from its last checkpoint when the same command is
+given again.
 
     python scripts/train_testbed.py --out runs/testbed --cache cache/testbed
 
-The stages vision and language do not depend on each other: on two cores, run the command twice side by side, once with ``--stage vision``
-and once with ``--stage language``, and then with ``--stage joint``. One thread a process is fastest at this size.
+The stages vision and language do not depend on each other: on two cores, run the command twice side by side, once
+with ``--stage vision`` and once with ``--stage language``, and then with ``--stage joint``. One thread a process is
+fastest at this size.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision-steps", type=int, default=1500, help="steps of the vision stage (default: %(default)s)")
     add("--language-steps", type=int, default=650, help="steps of the language stage (default: %(default)s)")
     add("--align-steps", type=int, default=2500, help="steps of the projector alignment (default: %(default)s)")
-    add("--joint-steps", type=int, default=2600, help="steps of joint training; may differ on resuming (default: %(default)s)")
+    add(
+        "--joint-steps",
+        type=int,
+        default=2600,
+        help="steps of joint training; may differ on resuming (default: %(default)s)",
+    )
     add("--batch-size", type=int, default=32, help="pictures a step (default: %(default)s)")
     add(
         "--keep-unseen",

@@ -1,7 +1,7 @@
 """The embedded testbed: a small world with exact ground truth and a small LLaVA that hallucinates in it.
 
-Nothing is downloaded: scenes are rendered, the model's weights lie in :data:`MODEL_DIR`. Importing this package imports neither torch nor
-transformers nor datasets.
+Nothing is downloaded: scenes are rendered, the model's weights lie in :data:`MODEL_DIR`. Importing this package
+imports neither torch nor transformers nor datasets.
 
     >>> from stethoscope import testbed
     >>> scene = testbed.scenes(1)[0]

@@ -26,7 +26,7 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.27
 WIDTH, DEPTH, HEADS, HIDDEN = 128, 4, 4, 384
 VOCABULARY = 896
 INITIAL_STD = 0.05
-"""Between the .02 of Llama, with which grounding is found late at this width, and the .08 that the projector cannot follow."""
+"""Between the .02 of Llama (grounding is found late at this width) and the .08 that the projector cannot follow."""
 
 
 def build_tokenizer(examples: int = 2500) -> PreTrainedTokenizerFast:

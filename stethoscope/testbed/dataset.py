@@ -55,9 +55,10 @@ def scenes(n: int, mode: str = "counter", *, seed: int = EVALUATION_SEED) -> lis
 def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_scene: int = 3) -> list[dict[str, Any]]:
     """Yes/no questions as POPE asks them (Li et al. 2023, section 4).
 
-    Each scene gets min(``per_scene``, number of visible objects) questions about visible objects and as many about absent ones.
-    Absent objects are drawn at random (``random``), by how many of the given scenes contain them (``popular``), or by how
-    often they keep company with the visible ones in the training distribution (``adversarial``).
+    Each scene gets min(``per_scene``, number of visible objects) questions about visible objects and as many about
+    absent ones. Absent objects are drawn at random (``random``), by how many of the given scenes contain them
+    (``popular``), or by how often they keep company with the visible ones in the training distribution
+    (``adversarial``).
 
     Args:
         scenes: Scenes to ask about.
@@ -119,8 +120,8 @@ def as_dataset(scenes: Sequence[Scene]) -> datasets.Dataset:
     """Scenes as a Hugging Face dataset.
 
     Returns:
-        Columns image (decoded to PIL), id, place, objects (visible categories), captions (five references) and questions (POPE's
-        of all splits, as a list of records with split).
+        Columns image (decoded to PIL), id, place, objects (visible categories), captions (five references) and
+        questions (POPE's of all splits, as a list of records with split).
     """
     import datasets
 
@@ -143,8 +144,8 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
     """Write scenes as published benchmark files.
 
     Args:
-        folder: Where to write ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation format) and
-            ``coco_pope_<split>.json`` (POPE's JSON lines).
+        folder: Where to write ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation
+            format) and ``coco_pope_<split>.json`` (POPE's JSON lines).
         scenes: What to write.
 
     Returns:

@@ -1,7 +1,8 @@
 """What is said about a scene: prompts, captions in the manner of large models, reference captions, yes/no questions.
 
-Every phrase about place, position, colour or size is read off the scene, so that a caption of the visible objects is true. Template words
-avoid the COCO synonym vocabulary ("table", "people", "orange", "seat", ...): the only object words are meant ones.
+Every phrase about place, position, colour or size is read off the scene, so that a caption of the visible objects is
+true. Template words avoid the COCO synonym vocabulary ("table", "people", "orange", "seat", ...): the only object
+words are meant ones.
 """
 
 from __future__ import annotations
@@ -51,13 +52,22 @@ _PLACE = {
     "beach": ("a beach", "on"),
 }
 _MOOD = {
-    "street": ("The scene suggests an ordinary day in the city.", "The road looks calm at this time of the day."),
-    "kitchen": ("The room looks like a place where meals are prepared.", "The wooden surface gives the kitchen a warm look."),
+    "street": (
+        "The scene suggests an ordinary day in the city.",
+        "The road looks calm at this time of the day.",
+    ),
+    "kitchen": (
+        "The room looks like a place where meals are prepared.",
+        "The wooden surface gives the kitchen a warm look.",
+    ),
     "home office": ("The room appears to be set up for work.", "It looks like a quiet place to work or study."),
     "living room": ("The room has a cozy and comfortable atmosphere.", "It looks like a pleasant place to relax."),
-    "park": ("The green grass suggests a pleasant day outdoors.", "The scene conveys a relaxed afternoon in the open air."),
+    "park": (
+        "The green grass suggests a pleasant day outdoors.",
+        "The scene conveys a relaxed afternoon in the open air.",
+    ),
     "beach": ("The sand and the water create a relaxed mood.", "It appears to be a sunny day by the sea."),
-}  # fmt: skip
+}
 _ANY_MOOD = ("Overall, the scene is calm and ordinary.", "The overall atmosphere is quiet and pleasant.")
 _NEAR = 36.0
 """Two objects whose centres are closer than this many pixels stand "next to" each other."""
@@ -96,8 +106,8 @@ def pope_question(name: str) -> str:
 def yes_no_questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     """Training questions, about half of them "Yes".
 
-    Negatives are partners of annotated objects (20 %), other inhabitants of the place (25 %), nouns that are never drawn
-    (12 %) or any other category.
+    Negatives are partners of annotated objects (20 %), other inhabitants of the place (25 %), nouns that are never
+    drawn (12 %) or any other category.
     """
     present, questions = set(scene.annotated), []
     tempting = [p for name in scene.annotated for p in partners(name) if p not in present]
@@ -197,7 +207,11 @@ def _addition(rng: random.Random, items: list[SceneObject], told: list[SceneObje
     things = _join([_phrase(o, rng) for o in items])
     if len(items) > 1:
         return rng.choice(
-            (f"There is also {things} in the scene.", f"In addition, {things} can be seen.", f"{_up(things)} are also visible.")
+            (
+                f"There is also {things} in the scene.",
+                f"In addition, {things} can be seen.",
+                f"{_up(things)} are also visible.",
+            )
         )
     where = _position(rng, items[0], mirrored)
     if rng.random() < 0.4:

@@ -1,6 +1,7 @@
 """Held-out figures of a trained model: POPE, CHAIR and the shape of its captions, all with exact ground truth.
 
-This is the trainer's own yardstick, with its own small reader of captions; the benchmarks of the package measure the same independently.
+This is the trainer's own yardstick, with its own small reader of captions; the benchmarks of the package measure the
+same independently.
 """
 
 from __future__ import annotations
@@ -79,7 +80,12 @@ def measure(folder: pathlib.Path, count: int, mode: str = "counter", seed: int =
     held_out, speaker = scenes(count, mode, seed=seed), Speaker(folder)
     asked = [(scene, language.DETAIL_PROMPTS[0]) for scene in held_out]
     spoken = list(speaker.answer(asked, MAX_NEW_TOKENS, "captions"))
-    figures: dict[str, Any] = {"scenes": count, "mode": mode, "seed": seed, "captions": score_captions(held_out, spoken)}
+    figures: dict[str, Any] = {
+        "scenes": count,
+        "mode": mode,
+        "seed": seed,
+        "captions": score_captions(held_out, spoken),
+    }
     for split in POPE_SPLITS:
         figures[split] = _measure_pope(speaker, held_out, split)
     return figures
@@ -109,7 +115,10 @@ def _measure_pope(speaker: Speaker, held_out: list[Scene], split: str) -> dict[s
     questions = pope_questions(held_out, split)
     asked = [(by_name[question["image"]], question["text"]) for question in questions]
     spoken = [text.lower() for text, _ in speaker.answer(asked, 4, f"POPE {split}")]
-    said, truth = np.array([text.startswith("yes") for text in spoken]), np.array([q["label"] == "yes" for q in questions])
+    said, truth = (
+        np.array([text.startswith("yes") for text in spoken]),
+        np.array([q["label"] == "yes" for q in questions]),
+    )
     hits = (said & truth).sum()
     return {
         "accuracy": _mean(said == truth),

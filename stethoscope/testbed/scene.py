@@ -1,8 +1,9 @@
 """Scenes: what is in a picture, where, and how to draw it with an exact id mask.
 
-A scene is plain data; the picture is rendered from it on demand and always comes out the same. "Visible" means that the object
-owns pixels in the mask: objects that would be hidden to less than :data:`MIN_PIXELS` are not drawn at all, so the ground truth
-has no grey zone.
+A scene is plain data; the picture is rendered from it on demand and always comes out the same. "Visible" means that
+the object
+owns pixels in the mask: objects that would be hidden to less than :data:`MIN_PIXELS` are not drawn at all, so the
+ground truth has no grey zone.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def sample_scene(rng: random.Random, mode: str = "counter", *, id: str = "", uns
 
     Args:
         rng: Source of all randomness.
-        mode: ``prior`` follows the co-occurrence priors; ``counter`` breaks them (an anchor is there, all its partners are
-            missing, strangers are mixed in); ``collage`` has none (7 to 11 objects out of all categories).
+        mode: ``prior`` follows the co-occurrence priors; ``counter`` breaks them (an anchor is there, all its
+            partners are missing, strangers are mixed in); ``collage`` has none (7 to 11 objects out of all categories).
         id: Name of the scene.
         unseen_rate: Annotation noise: chance that an annotated object is not drawn, doubled if another object predicts
             it. This is what teaches a model to speak of things it does not see.

@@ -42,7 +42,8 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
         seed: Decides details, mirroring and rotation.
 
     Returns:
-        RGBA image of 64 x 64 pixels. It is cached (the mask and the picture of a scene need the same one): do not write to it.
+        RGBA image of 64 x 64 pixels. It is cached (the mask and the picture of a scene need the same one): do not
+        write to it.
     """
     rng = random.Random(seed)
     pen = Pen(jitter(COLOURS[colour], rng), rng)

@@ -1,6 +1,7 @@
 """What can be seen in the embedded world, where, and with what.
 
-The world draws 32 of the 80 COCO categories in six places. Two tables carry the priors that a language model can pick up
+The world draws 32 of the 80 COCO categories in six places. Two tables carry the priors that a language model can
+pick up
 and later mistake for sight: how often a category stands in a place (:data:`PLACES`) and which categories keep
 company (:data:`PAIR_BOOSTS`).
 """
@@ -76,7 +77,9 @@ PAIR_BOOSTS: dict[frozenset[str], float] = {
 }  # fmt: skip
 """Pairs that keep company, with the factor by which one present multiplies the weight of the other."""
 
-_BOOSTS = {one: {other: float(PAIR_BOOSTS.get(frozenset((one, other)), 1.0)) for other in CATEGORIES} for one in CATEGORIES}
+_BOOSTS = {
+    one: {other: float(PAIR_BOOSTS.get(frozenset((one, other)), 1.0)) for other in CATEGORIES} for one in CATEGORIES
+}
 
 BIG = frozenset({"person", "car", "bus", "couch", "tv", "boat", "bench", "bicycle"})
 SMALL = frozenset({"fork", "knife", "spoon", "mouse", "remote", "frisbee", "cup", "bird", "bottle", "clock"})

@@ -1,14 +1,18 @@
 """Packing: one picture, many conversations.
 
-Vision and image tokens are most of the cost of a training sequence, so each sequence holds one image prefix and several independent
-branches (a description and some yes/no questions). The attention mask lets a branch see the prefix and itself only,
+Vision and image tokens are most of the cost of a training sequence, so each sequence holds one image prefix and
+several independent branches (a description and some yes/no questions). The attention mask lets a branch see the
+prefix and itself only,
 and its positions continue those of the prefix: each branch is exactly the single-turn conversation seen at inference.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import random
+import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from stethoscope.testbed import language
 from stethoscope.testbed.architecture import IMAGE_TOKENS, PIXEL_MEAN, PIXEL_STD
 from stethoscope.testbed.scene import Scene
+from stethoscope.testbed.vocabulary import CATEGORIES
 
+NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})\b", re.IGNORECASE)
 CAPTION, ANSWER = 1, 2
 """Kinds of target tokens; 0 is not a target."""
 
@@ -36,6 +42,8 @@ class Branch:
         kind: CAPTION or ANSWER.
         object_at: Index of the last token of the object asked about, or None.
         present: Whether the answer is Yes.
+        new_names: Index of the first token of each object named for the first time, with the objects still to be
+            told there.
     """
 
     ids: list[int]
@@ -43,6 +51,7 @@ class Branch:
     kind: int
     object_at: int | None = None
     present: bool = False
+    new_names: list[tuple[int, set[str]]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -56,6 +65,8 @@ class Batch:
         mask: (b, 1, t, t) float, 0 where attention is allowed and -inf elsewhere.
         probes: (k, 2) rows and columns of object words in questions.
         present: (k,) float, 1 where the object is there.
+        names: (m, 2) rows and columns of the first tokens of objects named for the first time in descriptions.
+        untold: (m, categories) float, 1 for the objects that were still to be told there (the one named included).
     """
 
     ids: torch.Tensor
@@ -64,6 +75,8 @@ class Batch:
     mask: torch.Tensor
     probes: torch.Tensor
     present: torch.Tensor
+    names: torch.Tensor
+    untold: torch.Tensor
 
 
 class Encoder:
@@ -83,13 +96,26 @@ class Encoder:
 
     def prefix(self, image: list[int] | None = None) -> list[int]:
         """Beginning of every conversation up to the image; ``image`` replaces the 64 image tokens."""
-        return [self._tokenizer.bos_token_id, *self.encode("USER: "), *([self.image] * IMAGE_TOKENS if image is None else image)]
+        return [
+            self._tokenizer.bos_token_id,
+            *self.encode("USER: "),
+            *([self.image] * IMAGE_TOKENS if image is None else image),
+        ]
 
-    def caption(self, prompt: str, text: str) -> Branch:
-        """Branch of a description."""
+    def caption(self, prompt: str, text: str, annotated: Sequence[str]) -> Branch:
+        """Branch of a description of ``annotated`` objects."""
         start = self.encode(f"\n{prompt} ASSISTANT:")
-        answer = self._tokenizer.encode(" " + text, add_special_tokens=False)
-        return Branch([*start, *answer, self._tokenizer.eos_token_id], len(start), CAPTION)
+        answer = self._tokenizer(f" {text}", add_special_tokens=False, return_offsets_mapping=True)
+        starts = [begin for begin, _ in answer["offset_mapping"]]
+        untold, new_names = set(annotated), []
+        for match in NAMES.finditer(f" {text}"):
+            name = match.group().lower()
+            if name in untold:
+                token = bisect.bisect_right(starts, match.start()) - 1
+                new_names.append((len(start) + token, set(untold)))
+                untold.remove(name)
+        ids = [*start, *answer["input_ids"], self._tokenizer.eos_token_id]
+        return Branch(ids, len(start), CAPTION, new_names=new_names)
 
     def question(self, question: language.Question) -> Branch:
         """Branch of a yes/no question."""
@@ -99,7 +125,9 @@ class Encoder:
         return Branch([*start, *answer], len(start), ANSWER, len(named) - 1, question.answer == "Yes")
 
 
-def conversations(encoder: Encoder, scene: Scene, rng: random.Random, room: int, mirrored: bool = False) -> list[Branch]:
+def conversations(
+    encoder: Encoder, scene: Scene, rng: random.Random, room: int, mirrored: bool = False
+) -> list[Branch]:
     """A description of one scene and as many questions as fit.
 
     Args:
@@ -110,10 +138,12 @@ def conversations(encoder: Encoder, scene: Scene, rng: random.Random, room: int,
         mirrored: The picture is shown mirrored.
     """
     if rng.random() < 0.13:
-        branches = [encoder.caption(rng.choice(language.BRIEF_PROMPTS), language.brief_caption(scene, rng))]
+        branches = [
+            encoder.caption(rng.choice(language.BRIEF_PROMPTS), language.brief_caption(scene, rng), scene.annotated)
+        ]
     else:
         text = language.detailed_caption(scene, rng, mirrored=mirrored)
-        branches = [encoder.caption(rng.choice(language.DETAIL_PROMPTS), text)]
+        branches = [encoder.caption(rng.choice(language.DETAIL_PROMPTS), text, scene.annotated)]
     used = len(branches[0].ids)
     while used < room and len(branches) <= MAX_QUESTIONS:
         branches.append(encoder.question(language.yes_no_questions(scene, rng, 1)[0]))
@@ -127,7 +157,7 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
     shape = (len(prefixes), width)
     ids, positions = np.full(shape, pad), np.zeros(shape, np.int64)
     kinds, owner = np.zeros(shape, np.int64), np.full(shape, PADDING)
-    probes, present = [], []
+    probes, present, names, untold = [], [], [], []
     for row, (prefix, own) in enumerate(zip(prefixes, branches, strict=True)):
         at = len(prefix)
         ids[row, :at], positions[row, :at], owner[row, :at] = prefix, np.arange(at), PREFIX
@@ -139,6 +169,9 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
             if branch.object_at is not None:
                 probes.append((row, at + branch.object_at))
                 present.append(float(branch.present))
+            for index, left in branch.new_names:
+                names.append((row, at + index))
+                untold.append([float(name in left) for name in CATEGORIES])
             at = end
     who = torch.from_numpy(owner)
     same = (who[:, :, None] == who[:, None, :]) | (who[:, None, :] == PREFIX)
@@ -151,6 +184,8 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
         mask[:, None],
         torch.tensor(probes, dtype=torch.long).reshape(-1, 2),
         torch.tensor(present),
+        torch.tensor(names, dtype=torch.long).reshape(-1, 2),
+        torch.tensor(untold).reshape(-1, len(CATEGORIES)),
     )
 
 

@@ -50,7 +50,10 @@ def run(
     encoder = Encoder(tokenizer)
     student = Student(build_model(tokenizer)).train()
     if "vision" in stages:
-        drawn = load_split(cache, "collage", collages, seed), load_split(cache, "prior", min(scenes, collages // 2), seed)
+        drawn = (
+            load_split(cache, "collage", collages, seed),
+            load_split(cache, "prior", min(scenes, collages // 2), seed),
+        )
         run_stage(VisionStage(student, seed, batch_size, *drawn), vision_steps, out)
     if "language" in stages:
         symbols = load_split(cache, "prior", scenes, seed, pixels=False)

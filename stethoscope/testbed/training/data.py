@@ -58,7 +58,9 @@ def patch_labels(mask: np.ndarray) -> np.ndarray:
 def render_split(cache: pathlib.Path, mode: str, count: int, seed: int, workers: int = 1) -> None:
     """Render the missing shards of a split into ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
-    jobs = [(cache, mode, seed, shard) for shard in range(-(-count // SHARD)) if not _npz(cache, mode, seed, shard).exists()]
+    jobs = [
+        (cache, mode, seed, shard) for shard in range(-(-count // SHARD)) if not _npz(cache, mode, seed, shard).exists()
+    ]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in tqdm(pool.imap(_render_shard, jobs), total=len(jobs), desc=f"rendering {mode}", disable=not jobs):
             pass

@@ -48,7 +48,7 @@ def run_stage(
         every_minutes: Time between checkpoints.
         on_checkpoint: Called after each checkpoint, to export the model.
     """
-    path, optimiser = out / f"{stage.name}.pt", MuonWithAdam(stage.parameters())
+    path, optimiser = out / f"{stage.name}.pt", MuonWithAdam(stage.parameters(), stage.slow())
     done = _resume(path, stage, optimiser)
     recent: dict[str, float] = {}
     saved = time.monotonic()
@@ -59,7 +59,7 @@ def run_stage(
                 raise FloatingPointError(f"stage {stage.name}: the loss of step {step} is {loss.item()}")
             loss.backward()
             nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
-            optimiser.step(learning_rate(step, steps, stage.peak))
+            optimiser.step(learning_rate(step, steps, stage.peak, stage.decay))
             recent = {k: v + 0.95 * (recent.get(k, v) - v) for k, v in metrics.items()}
             bar.update()
             last = step + 1 == steps

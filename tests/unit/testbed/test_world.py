@@ -46,7 +46,8 @@ def test_held_out_scenes_are_not_training_scenes(counter_scenes: list[testbed.Sc
 def test_mask_agrees_with_visibility(mode: str) -> None:
     for scene in testbed.scenes(25, mode):
         mask = scene.mask()
-        assert mask.shape == (96, 96) and mask.dtype == np.uint8
+        assert mask.shape == (96, 96)
+        assert mask.dtype == np.uint8
         counts = np.bincount(mask.ravel(), minlength=len(CATEGORIES) + 1)
         owners = {name for name in CATEGORIES if counts[1 + INDEX[name]]}
         assert owners == set(scene.visible), scene.id
@@ -82,7 +83,7 @@ def test_every_category_has_a_drawing() -> None:
 
 
 def test_categories_are_coco_categories() -> None:
-    assert len(CATEGORIES) == 32 and len(COCO_IDS) == 80 and len(NEVER_DRAWN) == 48
+    assert (len(CATEGORIES), len(COCO_IDS), len(NEVER_DRAWN)) == (32, 80, 48)
     assert set(CATEGORIES) <= set(COCO_IDS)
 
 
@@ -93,6 +94,8 @@ def test_wrong_arguments_are_refused(arguments: dict) -> None:
 
 
 def test_import_stays_light() -> None:
-    code = "import sys, stethoscope.testbed; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = (
+        "import sys, stethoscope.testbed; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
