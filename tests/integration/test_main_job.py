@@ -1,0 +1,153 @@
+"""The main job on a few scenes of the embedded model: everything that the full one leaves behind, and its honesty."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb_reader
+
+from stethoscope import Detector, testbed
+from stethoscope.cli import main
+from stethoscope.store import RunStore
+from stethoscope.table import feature_names, mention_rows
+
+LIMIT = 120
+SUBSETS = ("random", "popular", "adversarial")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run directory that the benchmark has left; the tests below only read it."""
+    folder = tmp_path_factory.mktemp("main_job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as end:
+            main(["benchmark", f"limit={LIMIT}", "name=small", "callbacks=none", "threads=1"])
+    assert end.value.code == 0
+    return folder / "runs" / "small"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that run directory, to write into."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_run_directory_is_complete(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "samples.jsonl",
+        "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
+    }  # fmt: skip
+    assert {path.name for path in (finished / "detector").iterdir()} == {"detector.skops", "manifest.json"}
+    assert {path.name for path in finished.parent.parent.iterdir()} == {"runs"}
+
+
+def test_every_figure_has_its_interval(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {"pope", "chair", "detector"}
+    names = {(row["metric"], row["subset"]) for row in metrics["pope"]["metrics"]}
+    one = {"accuracy", "precision", "recall", "f1", "yes_rate"}
+    assert names == {(name, subset) for name in one for subset in SUBSETS} | {("f1", "mean")}
+    assert {row["metric"] for row in metrics["chair"]["metrics"]} == {"chair_i", "chair_s", "recall", "length"}
+    rows = [*metrics["pope"]["metrics"], *metrics["chair"]["metrics"]]
+    rows += [interval for row in metrics["detector"]["leaderboard"]["rows"] for interval in row["metrics"].values()]
+    for row in rows:
+        assert row["value"] is None or row["low"] <= row["high"]
+    for task in ("pope", "chair"):
+        assert metrics[task]["counts"]["samples"] == metrics[task]["counts"]["ok"] == LIMIT
+
+
+def test_the_detector_stands_beside_its_baselines(finished):
+    board = json.loads((finished / "metrics.json").read_text())["detector"]["leaderboard"]
+    kinds = {row["name"]: row["kind"] for row in board["rows"]}
+    assert kinds["detector"] == "detector"
+    assert {name for name, kind in kinds.items() if kind == "baseline"} == {"constant", "position only", "text prior"}
+    assert {"nll", "svar", "attn_image_l00", "lens_rank_l00", "pmi"} <= set(kinds)
+    against = {row["other"] for row in board["differences"]}
+    assert {"position only", "text prior"} < against
+
+
+def test_wandb_holds_the_same_figures(finished):
+    summary = wandb_reader.read(finished / "wandb").summary
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for task in ("pope", "chair"):
+        for row in metrics[task]["metrics"]:
+            if row["value"] is not None:
+                assert summary[f"{task}/{row['subset']}/{row['metric']}"] == row["value"]
+    for row in metrics["detector"]["leaderboard"]["rows"]:
+        if row["kind"] != "feature":
+            for name, interval in row["metrics"].items():
+                if interval["value"] is not None:
+                    assert summary[f"detector/{row['name']}/{name}"] == interval["value"]
+
+
+def test_labels_follow_from_the_scenes(finished):
+    """Label 1 exactly where the caption names what its scene does not show; tokens spell the answers."""
+    table, store = RunStore(finished).tokens("chair"), RunStore(finished)
+    truth = {scene.id: set(scene.visible) for scene in testbed.scenes(LIMIT)}
+    judged = mention_rows(table)
+    assert len(judged) > LIMIT
+    for row in judged.itertuples():
+        assert row.label == int(row.object not in truth[row.group])
+    for record in store.records("chair"):
+        rows = table[table["sample_id"] == record.sample_id]
+        assert tuple(rows["token_id"]) == record.answer.token_ids
+        assert np.allclose(rows["nll"], -np.array(record.answer.logprobs), atol=1e-4)
+
+
+def test_warnings_are_the_saved_detectors_own(finished):
+    table = RunStore(finished).tokens("chair")
+    detector = Detector.load(finished / "detector")
+    assert set(detector.schema.names) == set(feature_names(table))
+    warnings = pd.DataFrame(map(json.loads, (finished / "warnings.jsonl").read_text().splitlines()))
+    first = table[(table["number"] >= 0) & table["first"]]
+    assert np.allclose(detector.predict(first), warnings["probability"], atol=1e-6)
+    assert warnings.groupby("group")["fold"].nunique().max() == 1
+    texts = {record.sample_id: record.answer.text for record in RunStore(finished).records("chair")}
+    told = [texts[row.sample_id][row.start : row.end].strip() == row.object for row in warnings.itertuples()]
+    assert np.mean(told) > 0.9  # the rest are synonyms
+
+
+def test_the_same_command_does_nothing_again(copy, tmp_path, stethoscope):
+    before = json.loads((copy / "metrics.json").read_text())
+    (tmp_path / "runs").mkdir()
+    copy.rename(tmp_path / "runs" / "small")
+    stethoscope("benchmark", f"limit={LIMIT}", "name=small", "callbacks=none", "logger=none", "threads=1", code=0)
+    assert json.loads((tmp_path / "runs" / "small" / "metrics.json").read_text()) == before
+
+
+def test_train_again_and_refuse_other_features(copy, stethoscope):
+    out = stethoscope("train", f"run={copy}", "detector=boosting", code=0)
+    assert "text prior" in out
+    words = ["task=chair", "limit=6", "callbacks=none", "logger=none", "name=other", "threads=1"]
+    stethoscope("evaluate", *words, code=0)
+    extract = ["extract", "run=runs/other", "callbacks=none", "threads=1", f"warn={copy / 'detector'}"]
+    assert "mentions warned" in stethoscope(*extract, code=0)
+    line = stethoscope(*extract, "features=fast")
+    assert "missing: blank_divergence" in line
+
+
+def test_exported_files_give_the_same_metrics(tmp_path, stethoscope):
+    """Scenes written as COCO annotations, POPE's JSON lines and PNG files, read back as published files are."""
+    scenes = testbed.scenes(8)
+    testbed.export(tmp_path / "coco", scenes)
+    common = ["callbacks=none", "logger=none", "threads=1"]
+    coco = tmp_path / "coco"
+    files = {
+        "pope": [f"task.questions={coco}", f"task.images={coco / 'images'}"],
+        "chair": [
+            f"task.instances={coco / 'instances.json'}",
+            f"task.captions={coco / 'captions.json'}",
+            f"task.images={coco / 'images'}",
+        ],
+    }
+    for task, words in files.items():
+        stethoscope("evaluate", f"task={task}", "task.scenes=8", "name=made", *common, code=0)
+        stethoscope("evaluate", f"task={task}", "task.source=files", *words, "name=read", *common, code=0)
+    made, read = (json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("made", "read"))
+    assert made == read
+    assert made["chair"]["counts"]["ok"] == 8
