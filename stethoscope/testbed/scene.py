@@ -23,6 +23,8 @@ MODES = ("prior", "counter", "collage")
 MIN_PIXELS = 45
 MAX_OVERLAP = 0.22
 _COUNTS = {"prior": ((2, 3, 4, 5, 6), (0.1, 0.26, 0.32, 0.2, 0.12)), "counter": ((2, 3, 4), (0.35, 0.4, 0.25))}
+_HAZES = ((0.0, 0.0), (0.0, 0.4), (0.4, 0.72))
+"""Solid, light and faint objects in equal parts: the faint ones are the weak evidence that priors can overrule."""
 _FOREIGN = {"prior": 0.06, "counter": 0.45}
 
 
@@ -140,7 +142,7 @@ def sample_scene(rng: random.Random, mode: str = "counter", *, id: str = "", uns
             placed.append(_place(rng, category, placed))
         if unseen_rate:
             placed = _forget(rng, place, placed, unseen_rate)
-        scene = Scene(id, place, tuple(placed), rng.getrandbits(30), rng.uniform(2, 11), mode)
+        scene = Scene(id, place, tuple(placed), rng.getrandbits(30), rng.uniform(2, 13), mode)
         scene = _hide_slivers(scene)
         if scene.visible:
             return scene
@@ -180,7 +182,7 @@ def _place(rng: random.Random, category: str, others: list[SceneObject]) -> Scen
             best, least = spot, worst
         if worst < MAX_OVERLAP:
             break
-    haze = rng.uniform(0, 0.38) if rng.random() < 0.5 else 0.0
+    haze = rng.uniform(*rng.choice(_HAZES))
     colour = rng.choice(palette(category))
     return SceneObject(category, colour, *best, depth=rng.random(), haze=haze, seed=rng.getrandbits(30))
 

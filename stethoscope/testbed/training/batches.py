@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from stethoscope.testbed import language
 from stethoscope.testbed.architecture import IMAGE_TOKENS, PIXEL_MEAN, PIXEL_STD
 from stethoscope.testbed.scene import Scene
-from stethoscope.testbed.vocabulary import CATEGORIES
+from stethoscope.testbed.vocabulary import CATEGORIES, INDEX
 
 NAMES = re.compile(rf"\b({'|'.join(sorted(CATEGORIES, key=len, reverse=True))})\b", re.IGNORECASE)
 CAPTION, ANSWER = 1, 2
@@ -42,8 +42,8 @@ class Branch:
         kind: CAPTION or ANSWER.
         object_at: Index of the last token of the object asked about, or None.
         present: Whether the answer is Yes.
-        new_names: Index of the first token of each object named for the first time, with the objects still to be
-            told there.
+        objects: Objects to be told in a description.
+        new_names: Index of the first token of each of them where it is named for the first time.
     """
 
     ids: list[int]
@@ -51,7 +51,8 @@ class Branch:
     kind: int
     object_at: int | None = None
     present: bool = False
-    new_names: list[tuple[int, set[str]]] = dataclasses.field(default_factory=list)
+    objects: Sequence[str] = ()
+    new_names: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -66,7 +67,7 @@ class Batch:
         probes: (k, 2) rows and columns of object words in questions.
         present: (k,) float, 1 where the object is there.
         names: (m, 2) rows and columns of the first tokens of objects named for the first time in descriptions.
-        untold: (m, categories) float, 1 for the objects that were still to be told there (the one named included).
+        untold: (b, t, categories) float, 1 for the objects still to be told after each token of a description.
     """
 
     ids: torch.Tensor
@@ -107,15 +108,12 @@ class Encoder:
         start = self.encode(f"\n{prompt} ASSISTANT:")
         answer = self._tokenizer(f" {text}", add_special_tokens=False, return_offsets_mapping=True)
         starts = [begin for begin, _ in answer["offset_mapping"]]
-        untold, new_names = set(annotated), []
+        new_names: dict[str, int] = {}
         for match in NAMES.finditer(f" {text}"):
             name = match.group().lower()
-            if name in untold:
-                token = bisect.bisect_right(starts, match.start()) - 1
-                new_names.append((len(start) + token, set(untold)))
-                untold.remove(name)
+            new_names.setdefault(name, len(start) + bisect.bisect_right(starts, match.start()) - 1)
         ids = [*start, *answer["input_ids"], self._tokenizer.eos_token_id]
-        return Branch(ids, len(start), CAPTION, new_names=new_names)
+        return Branch(ids, len(start), CAPTION, objects=annotated, new_names=new_names)
 
     def question(self, question: language.Question) -> Branch:
         """Branch of a yes/no question."""
@@ -157,7 +155,8 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
     shape = (len(prefixes), width)
     ids, positions = np.full(shape, pad), np.zeros(shape, np.int64)
     kinds, owner = np.zeros(shape, np.int64), np.full(shape, PADDING)
-    probes, present, names, untold = [], [], [], []
+    untold = np.zeros((*shape, len(CATEGORIES)), np.float32)
+    probes, present, names = [], [], []
     for row, (prefix, own) in enumerate(zip(prefixes, branches, strict=True)):
         at = len(prefix)
         ids[row, :at], positions[row, :at], owner[row, :at] = prefix, np.arange(at), PREFIX
@@ -169,9 +168,10 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
             if branch.object_at is not None:
                 probes.append((row, at + branch.object_at))
                 present.append(float(branch.present))
-            for index, left in branch.new_names:
-                names.append((row, at + index))
-                untold.append([float(name in left) for name in CATEGORIES])
+            for name in branch.objects:
+                told = branch.new_names.get(name, len(branch.ids))
+                untold[row, at : at + told, INDEX[name]] = 1
+            names += [(row, at + index) for index in branch.new_names.values()]
             at = end
     who = torch.from_numpy(owner)
     same = (who[:, :, None] == who[:, None, :]) | (who[:, None, :] == PREFIX)
@@ -185,7 +185,7 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
         torch.tensor(probes, dtype=torch.long).reshape(-1, 2),
         torch.tensor(present),
         torch.tensor(names, dtype=torch.long).reshape(-1, 2),
-        torch.tensor(untold).reshape(-1, len(CATEGORIES)),
+        torch.from_numpy(untold),
     )
 
 

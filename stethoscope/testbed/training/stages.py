@@ -38,8 +38,8 @@ class Student(nn.Module):
         patches: Names the category of a patch from the tower's features.
         presence: Tells from the middle of the language model, at the object word of a question, whether it is there.
             Without it the two-hop circuit of yes/no is not found for many hundred steps.
-        untold: Tells from the last but one layer, where a description is about to name an object, which objects are
-            left to tell. Without it descriptions name the same object twice and miss others.
+        untold: Tells from the last but one layer, everywhere in a description, which objects are left to tell. Without
+            it descriptions name the same object twice, miss others and do not know when to stop.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
@@ -95,13 +95,13 @@ class Student(nn.Module):
         score = self.presence(out.hidden_states[DEPTH // 2][rows, columns])[:, 0]
         probe = F.binary_cross_entropy_with_logits(score, batch.present)
         right = ((score > 0) == (batch.present > 0.5)).float().mean()
-        rows, columns = batch.names.T
-        left = self.untold(out.hidden_states[DEPTH - 1][rows, columns - 1])
-        untold = F.binary_cross_entropy_with_logits(left, batch.untold, reduction="none").sum(1).mean() / 8
+        telling = (batch.kinds[:, 1:] == CAPTION).nonzero(as_tuple=True)
+        left = self.untold(out.hidden_states[DEPTH - 1][telling])
+        untold = F.binary_cross_entropy_with_logits(left, batch.untold[telling], reduction="none").sum(1).mean() / 8
         metrics = {"caption": caption.item(), "answer": answer.item(), "probe": right.item(), "untold": untold.item()}
         with torch.no_grad():
             named = torch.zeros_like(wanted)
-            named[rows, columns - 1] = True
+            named[batch.names[:, 0], batch.names[:, 1] - 1] = True
             metrics["name"] = each[named[wanted]].mean().item()
         return caption + answer + probe_weight * (probe + untold), metrics
 
