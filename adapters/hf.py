@@ -255,6 +255,11 @@ class HfAdapter(Adapter):
             for index, (one, answer) in enumerate(zip(encoded, answers, strict=True))
         ]
 
+    def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+        """See ``Adapter.forward_inputs``."""
+        self.setup()
+        return self._model, self._to_device(extend(encoded.inputs, answer_ids, self._model.config.model_type))
+
     def _teacher_forced(
         self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]]
     ) -> tuple[dict[str, Tensor], Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.errors import CapabilityError
 from stethoscope.records import Answer, Generation
 from stethoscope.trace import NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 class Adapter(ABC):
@@ -51,6 +54,16 @@ class Adapter(ABC):
     ) -> list[Trace]:
         """Traces of several answers, the same as one by one; an adapter that can do it in fewer passes does."""
         return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]
+
+    def forward_inputs(
+        self, encoded: Encoded, answer_ids: Sequence[int]
+    ) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+        """The transformers model, and the exact inputs of its forward pass over the prompt and the whole answer.
+
+        Raises:
+            CapabilityError: there is no such model behind this adapter.
+        """
+        raise CapabilityError(f"{self.name} gives no access to its model, which relevancy needs")
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

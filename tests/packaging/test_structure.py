@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "records", "trace"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
     {"adapter", "task", "capture", "lens", "rows", "spans", "testbed"},
+    {"relevancy"},
     {"estimators", "artefact", "baselines", "detector", "leaderboard", "warn", "lines", "tokens"},
     {"loggers", "store"},
     {"run", "batch", "results", "callbacks", "evaluator"},

@@ -1,0 +1,27 @@
+"""Relevancy of answer tokens: what each was written from, by gradient-weighted attention, down to image patches.
+
+``relevancy_from_inputs(model, inputs, answer_ids)`` works on a transformers model, ``token_relevancy(adapter, image,
+question, answer)`` on an adapter. Source: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 2021
+(arXiv 2103.15679), equations 5-10. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stethoscope.relevancy.engine import relevancy_from_inputs as relevancy_from_inputs
+    from stethoscope.relevancy.question import token_relevancy as token_relevancy
+    from stethoscope.relevancy.result import Relevancy as Relevancy
+
+__all__ = ["Relevancy", "relevancy_from_inputs", "token_relevancy"]
+
+_HOMES = {"Relevancy": "result", "relevancy_from_inputs": "engine", "token_relevancy": "question"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"stethoscope.relevancy.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'stethoscope.relevancy' has no attribute {name!r}")

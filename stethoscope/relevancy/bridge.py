@@ -1,0 +1,43 @@
+"""Relevancy through a Q-Former: from its queries to vision tokens and to its own question tokens.
+
+Source: Chefer et al. 2021 (arXiv 2103.15679), equations 6-10. Queries and question tokens are one sequence (s), vision
+tokens the other (i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stethoscope.relevancy.rules import across, chain, normalised
+
+Layers = Mapping[int, Tensor]
+
+
+def through_queries(rule: str, own: Layers, crossing: Layers, vision: Layers, queries: int) -> tuple[Tensor, Tensor]:
+    """R_si and R_ss of the query rows.
+
+    Args:
+        rule: one of ``rules.RULES``.
+        own: Abar (s, s) of the self-attention by layer.
+        crossing: Abar (queries, i) of the cross-attention, of the layers that have it.
+        vision: Abar (i, i) of the vision tower by layer.
+        queries: number of query tokens, the first of s.
+
+    Returns:
+        (queries, i) and (queries, s), float32.
+    """
+    width = next(iter(crossing.values())).shape[-1]
+    tower = chain([vision[layer] for layer in sorted(vision)], width)
+    size = next(iter(own.values())).shape[-1]
+    device = next(iter(own.values())).device
+    same, other = torch.eye(size, device=device), torch.zeros(size, width, device=device)
+    for layer in sorted(own):
+        abar = own[layer]
+        same, other = same + abar @ same, other + abar @ other
+        if layer in crossing:
+            block = normalised(same)[:queries, :queries]
+            other[:queries] += across(rule, block, crossing[layer].to(device), tower.to(device))
+    return other[:queries], same[:queries]

@@ -1,0 +1,200 @@
+"""Relevancy of answer tokens for any supported model: one forward pass, one backward pass per group of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stethoscope.capture import record
+from stethoscope.errors import CapabilityError, ConfigError, unknown
+from stethoscope.relevancy.attention import Call
+from stethoscope.relevancy.bridge import through_queries
+from stethoscope.relevancy.layout import Layout, answer_logits, layout
+from stethoscope.relevancy.listener import Maps, still
+from stethoscope.relevancy.merging import merging, spread
+from stethoscope.relevancy.patches import pixel_order, tiled
+from stethoscope.relevancy.result import Relevancy
+from stethoscope.relevancy.rows import BlockRows, LayerRows
+from stethoscope.relevancy.rules import RULES
+from stethoscope.relevancy.seq2seq import decoder_rows
+from stethoscope.spans import tile_grids
+
+SCOPES = ("row", "token")
+LAYERS = ("all", "final")
+
+
+def relevancy_from_inputs(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    answer_ids: Sequence[int],
+    *,
+    scope: str = "row",
+    rule: str = "eq10",
+    layers: str = "all",
+    tokens: Sequence[int] | None = None,
+    budget: int = 2**29,
+) -> Relevancy:
+    """Relevancy of answer tokens from the exact inputs of a forward pass over prompt and answer.
+
+    With A an attention map after softmax and G the gradient of a logit with respect to it, Abar = mean over heads of
+    relu(G * A) and R_l = R_{l-1} + Abar_l R_{l-1}, R_0 = I; read is the row of R_l - I that predicts the token
+    (Chefer et al. 2021, arXiv 2103.15679, equations 5-10).
+
+    Args:
+        model: a transformers model with an image and a text side; its weights may be frozen and are left as they are.
+        inputs: keyword arguments of the forward pass, one sample, left padding allowed. For a decoder-only model
+            ``input_ids`` ends with the answer; an encoder-decoder model has ``decoder_input_ids`` with its start
+            token and the answer (without the last token of it, or with).
+        answer_ids: the answer's token ids.
+        scope: ``row``: the prompt's rows use the gradient of answer token 0, every later row that of the token it
+            predicts; one backward pass. ``token``: all rows use the token's own gradient, as in the paper; one
+            backward pass per token.
+        rule: reading of equation 10, see ``rules.RULES``.
+        layers: ``all`` for R after every layer of the language model, ``final`` for the last.
+        tokens: which answer tokens, all by default.
+        budget: bytes that attention maps may take at once, during a backward pass through one layer.
+
+    Raises:
+        ConfigError: an option is wrong.
+        DataError: the inputs do not fit the answer.
+        CapabilityError: the model is of a kind that is not supported.
+        CaptureError: a value is not finite; the layer is named.
+    """
+    for kind, value, known in (("scope", scope, SCOPES), ("rule", rule, RULES), ("layers", layers, LAYERS)):
+        if value not in known:
+            raise ConfigError(unknown(kind, str(value), known))
+    place = layout(model, inputs, answer_ids)
+    chosen = tuple(range(len(place.answer))) if tokens is None else tuple(int(token) for token in tokens)
+    if not all(0 <= token < len(place.answer) for token in chosen) or not chosen:
+        raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {len(place.answer) - 1}")
+    maps = Maps(place.first + 1 if scope == "row" else None, budget)
+    with torch.inference_mode(False), torch.enable_grad(), still(model):
+        inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
+        with record(model, maps):
+            logits = answer_logits(model, inputs, place)
+        kind = _kind(model, maps, place)
+        owner = merging(model, inputs, place.image) if kind == "merged" else None
+        groups = [chosen] if scope == "row" else [(token,) for token in chosen]
+        passes = []
+        for group in groups:
+            one = _Pass(maps, place, kind, owner, group, rule, layers == "all")
+            logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
+            maps.backward(logit, one.receive, last=group is groups[-1])
+            passes.append(one.result())
+    parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
+    return _result(model, inputs, place, kind, chosen, owner, parts)
+
+
+def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
+    """How image tokens come from vision tokens: ``queries`` of a Q-Former, ``merged``, or ``same`` (no attention).
+
+    Raises:
+        CapabilityError: some other way.
+    """
+    name, roles = type(model).__name__, maps.layers
+    if "cross" in roles and not place.encoder_decoder:
+        raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
+    if "bridge" in roles:
+        if not all("qformer" in site for site in roles["bridge"]):
+            raise CapabilityError(f"{name}: relevancy through {roles['bridge'][0]} is not supported")
+        return "queries"
+    if place.encoder_decoder:
+        raise CapabilityError(f"{name}: an encoder-decoder model is supported behind a Q-Former only")
+    if "vision" not in roles:
+        return "same"
+    if len({maps.sizes[site] for site in roles["vision"]}) != 1:
+        raise CapabilityError(f"{name}: the layers of the vision tower have different numbers of tokens")
+    return "merged"
+
+
+@dataclass
+class _Pass:
+    """One backward pass: takes every Abar and turns it into rows on the spot, or keeps it where a rule needs it whole.
+
+    Attributes:
+        kept: Abar by part and layer: ``vision``, ``own`` and ``crossing`` of a Q-Former, ``encoder``, ``language``
+            and ``cross`` of an encoder-decoder model.
+    """
+
+    maps: Maps
+    place: Layout
+    kind: str
+    owner: Tensor | None
+    tokens: tuple[int, ...]
+    rule: str
+    every: bool
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = torch.tensor([self.place.first + token for token in self.tokens])
+        count = len(self.maps.layers["language"])
+        self._language = LayerRows(rows, self.place.length, count, self.every)
+        self._vision: BlockRows | None = None
+
+    def receive(self, call: Call, layer: int, abar: Tensor) -> None:
+        """What ``Maps.backward`` hands over."""
+        role = call.site.role
+        if role == "language" and not self.place.encoder_decoder:
+            self._language.receive(layer, abar)
+        elif role == "vision" and self.kind == "merged":
+            if self._vision is None:  # the language model is through: its layers come first in a backward pass
+                self._vision = BlockRows(spread(self._language.mass()[..., self.place.image], self.owner))
+            self._vision.receive(call.offset, abar)
+        elif role == "bridge":
+            part = "crossing" if "crossattention" in call.site.name else "own"
+            self.kept.setdefault(part, {})[call.site.layer] = abar[0]
+        else:
+            self.kept.setdefault(role, {})[layer] = abar[0]
+
+    def result(self) -> dict[str, Tensor]:
+        """Rows by the names of ``Relevancy``, each (L or 1, T, positions)."""
+        found = {}
+        if self.place.encoder_decoder:
+            rows = [self.place.first + token for token in self.tokens]
+            layers = (self.kept[part] for part in ("encoder", "language", "cross"))
+            found["decoder"], found["encoder"] = decoder_rows(self.rule, *layers, rows, self.every)
+        else:
+            found["llm"] = self._language.mass()
+        image = next(found[name] for name in ("encoder", "llm") if name in found)[..., self.place.image]
+        if self.kind == "queries":
+            own, crossing = self.kept["own"], self.kept["crossing"]
+            queries = next(iter(crossing.values())).shape[0]
+            to_vision, to_own = through_queries(self.rule, own, crossing, self.kept["vision"], queries)
+            found["vision"] = image @ to_vision.to(image.device)
+            if to_own.shape[-1] > queries:
+                found["query_text"] = image @ to_own[:, queries:].to(image.device)
+        elif self.kind == "merged":
+            found["vision"] = self._vision.values
+        else:
+            found["vision"] = image
+        return found
+
+
+def _result(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    place: Layout,
+    kind: str,
+    chosen: tuple[int, ...],
+    owner: Tensor | None,
+    parts: dict[str, Tensor],
+) -> Relevancy:
+    if kind == "same":
+        grids = tile_grids(model.config, inputs, len(place.image)) or _square(len(place.image))
+        tiles = parts["vision"].unflatten(-1, (len(grids), *grids[0])) if len(set(grids)) == 1 else None
+    else:
+        order = None if owner is None else pixel_order(owner, inputs)
+        if order is not None:
+            parts["vision"] = parts["vision"][..., order]
+        tiles = tiled(model.config, inputs, parts["vision"])
+    return Relevancy(chosen, place.first, tuple(place.image.tolist()), tiles=tiles, **parts)
+
+
+def _square(count: int) -> tuple[tuple[int, int], ...]:
+    """The grid of a convolutional tower's tokens, which fill a square or are none."""
+    side = round(count**0.5)
+    return ((side, side),) if side * side == count else ()

@@ -1,0 +1,85 @@
+"""Relevancy of every family against plain autograd per token with all maps kept, and the full matrix recursion."""
+
+import brute_force
+import pytest
+import torch
+import zoo
+
+from stethoscope.relevancy import relevancy_from_inputs
+from stethoscope.relevancy.rules import RULES
+
+NEAR = 1e-4
+SCOPES = ("row", "token")
+_built = {}
+_cams = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def case(family):
+    if family not in _built:
+        _built[family] = (zoo.FAMILIES | zoo.QFORMERS | zoo.SEQ2SEQ)[family]()
+    return _built[family]
+
+
+def language(family, scope):
+    """Expected (T, L, S), and Abar of every token, computed once."""
+    one = case(family)
+    rows, _cams[family] = brute_force.language(one.model, one.inputs, zoo.ANSWER, scope, _cams.get(family))
+    return rows
+
+
+def through_queries(family, scope, rule, image):
+    """Expected (T, L, M) over vision tokens and (T, L, Q) over the Q-Former's question tokens."""
+    pairs = brute_force.queries(_cams[family], scope, rule, case(family).queries)
+    return [torch.stack([rows @ pair[side] for rows, pair in zip(image, pairs, strict=True)]) for side in (0, 1)]
+
+
+def check(record_property, **pairs):
+    """Every found tensor is near what was expected; the distances are kept in the report."""
+    for name, (found, expected) in pairs.items():
+        distance = brute_force.error(found, expected)
+        record_property(name, distance)
+        assert distance < NEAR, (name, distance)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_decoder_only(family, scope, record_property):
+    one = case(family)
+    rows = language(family, scope)
+    vision = brute_force.through_tower(rows[..., one.image], one.merge, _cams[family], scope, one.order)
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
+    check(record_property, llm=(found.llm, rows), vision=(found.vision, vision))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", zoo.QFORMERS)
+def test_through_a_qformer(family, scope, rule, record_property):
+    one = case(family)
+    rows = language(family, scope)
+    vision, text = through_queries(family, scope, rule, rows[..., one.image])
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
+    check(record_property, llm=(found.llm, rows), vision=(found.vision, vision))
+    if text.shape[-1]:
+        check(record_property, text=(found.query_text, text))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", zoo.SEQ2SEQ)
+def test_encoder_decoder(family, scope, rule, record_property):
+    one = case(family)
+    decoder, encoder, _cams[family] = brute_force.seq2seq(one.model, one.inputs, zoo.ANSWER, scope, rule)
+    vision, text = through_queries(family, scope, rule, encoder[..., one.image])
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
+    assert found.llm is None
+    check(record_property, encoder=(found.encoder, encoder), vision=(found.vision, vision))
+    if text.shape[-1]:
+        check(record_property, text=(found.query_text, text))
+    assert (found.decoder[0] == 0).all() == (decoder[0] == 0).all()
+    check(record_property, decoder=(found.decoder, decoder))
