@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from stethoscope.testbed.architecture import build_model, build_processor, build_tokenizer
 from stethoscope.testbed.training.batches import Encoder
@@ -46,7 +47,7 @@ def run(
     if "data" in stages:
         render_split(cache, "collage", collages, seed, workers)
         render_split(cache, "prior", scenes, seed, workers)
-    tokenizer = build_tokenizer()
+    tokenizer = _tokenizer(out / "tokenizer")
     encoder = Encoder(tokenizer)
     student = Student(build_model(tokenizer)).train()
     if "vision" in stages:
@@ -75,3 +76,10 @@ def run(
 
         return measure(out / "model", measure_scenes)
     return None
+
+
+def _tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """The run's own tokenizer: were it trained again on resuming, a change of the language would renumber the tokens."""
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
