@@ -79,7 +79,7 @@ def run(
 
 
 def _tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
-    """The run's own tokenizer: were it trained again on resuming, a change of the language would renumber the tokens."""
+    """The run's own tokenizer: trained again on resuming, it would renumber the tokens after any change of language."""
     if not folder.exists():
         build_tokenizer().save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)

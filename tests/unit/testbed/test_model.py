@@ -92,8 +92,14 @@ def test_new_names_point_at_first_mentions(processor: transformers.ProcessorMixi
     encoder = Encoder(processor.tokenizer)
     text = "The image shows a park with a potted plant and a dog. The dog is next to the potted plant."
     branch = encoder.caption("Describe.", text, ("dog", "potted plant", "kite"))
-    found = [(processor.tokenizer.decode(branch.ids[index]), left) for index, left in branch.new_names]
-    assert found == [(" potted", {"dog", "potted plant", "kite"}), (" dog", {"dog", "kite"})]
+    found = {name: processor.tokenizer.decode(branch.ids[index]) for name, index in branch.new_names.items()}
+    assert found == {"potted plant": " potted", "dog": " dog"}
+    batch = pack([encoder.prefix()], [[branch]], encoder.pad)
+    left = [{name for name, here in zip(CATEGORIES, row, strict=True) if here} for row in batch.untold[0].tolist()]
+    at = len(encoder.prefix())
+    assert left[at + branch.prompt - 1] == {"dog", "potted plant", "kite"}
+    assert left[at + branch.new_names["dog"] - 1] == {"dog", "kite"}
+    assert left[at + branch.new_names["dog"]] == left[-1] == {"kite"}
 
 
 def test_packed_branches_equal_single_conversations(
