@@ -22,7 +22,10 @@ from stethoscope.testbed.vocabulary import BIG, CATEGORIES, INDEX, PLACES, SMALL
 MODES = ("prior", "counter", "collage")
 MIN_PIXELS = 45
 MAX_OVERLAP = 0.22
-_COUNTS = {"prior": ((2, 3, 4, 5, 6), (0.1, 0.26, 0.32, 0.2, 0.12)), "counter": ((2, 3, 4), (0.35, 0.4, 0.25))}
+_COUNTS = {
+    "prior": ((2, 3, 4, 5, 6), (0.1, 0.26, 0.32, 0.2, 0.12)),
+    "counter": ((2, 3, 4, 5), (0.25, 0.35, 0.25, 0.15)),
+}
 _HAZES = ((0.0, 0.0), (0.0, 0.4), (0.4, 0.72))
 """Solid, light and faint objects in equal parts: the faint ones are the weak evidence that priors can overrule."""
 _FOREIGN = {"prior": 0.06, "counter": 0.45}
