@@ -31,20 +31,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1, help="seed of scenes, initial weights and order (default: %(default)s)")
     add("--scenes", type=int, default=40000, help="distinct training scenes (default: %(default)s)")
     add("--collages", type=int, default=14000, help="prior-free pictures for the vision stage (default: %(default)s)")
-    add("--vision-steps", type=int, default=1500, help="steps of the vision stage (default: %(default)s)")
-    add("--language-steps", type=int, default=650, help="steps of the language stage (default: %(default)s)")
+    add("--vision-steps", type=int, default=2000, help="steps of the vision stage (default: %(default)s)")
+    add("--language-steps", type=int, default=600, help="steps of the language stage (default: %(default)s)")
     add("--align-steps", type=int, default=2500, help="steps of the projector alignment (default: %(default)s)")
     add(
         "--joint-steps",
         type=int,
-        default=2600,
+        default=3250,
         help="steps of joint training; may differ on resuming (default: %(default)s)",
     )
     add("--batch-size", type=int, default=32, help="pictures a step (default: %(default)s)")
     add(
         "--keep-unseen",
         type=float,
-        default=0.3,
+        default=0.7,
         help="the hallucination dial: share of the annotated but undrawn objects that joint training keeps; "
         "more of them make the model trust its priors more (default: %(default)s)",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import multiprocessing
 import pathlib
@@ -81,13 +83,23 @@ def load_split(cache: pathlib.Path, mode: str, count: int, seed: int, pixels: bo
     return Rendered(scenes[:count], images, np.concatenate(labels)[:count].astype(np.int64))
 
 
+@functools.cache
+def world_version() -> str:
+    """Digest of a few scenes and their pixels: shards rendered before the world was changed are not used again."""
+    digest = hashlib.sha256()
+    for i in range(3):
+        scene = scene_at(i, "prior", 0, UNSEEN_RATE)
+        digest.update(repr(scene).encode() + scene.image().tobytes())
+    return digest.hexdigest()[:8]
+
+
 def scene_from_dict(record: dict) -> Scene:
     """Inverse of ``dataclasses.asdict`` for a scene."""
     return Scene(**{**record, "objects": tuple(SceneObject(**o) for o in record["objects"])})
 
 
 def _npz(cache: pathlib.Path, mode: str, seed: int, shard: int) -> pathlib.Path:
-    return cache / f"{mode}-{seed}-{shard:03d}.npz"
+    return cache / f"{mode}-{seed}-{world_version()}-{shard:03d}.npz"
 
 
 def _render_shard(job: tuple[pathlib.Path, str, int, int]) -> None:
