@@ -192,7 +192,7 @@ def additive_mask(
     elif rows is not None:
         mask = take_rows(mask, rows)
     if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return mask
 
 

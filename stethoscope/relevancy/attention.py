@@ -2,12 +2,13 @@
 
 With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T. The map is
 computed again in the backward pass from queries and keys, by the model file's own eager attention, a few heads at a
-time; nothing of size layers x heads x N x N ever exists. The forward pass is SDPA.
+time; nothing of size layers x heads x N x N ever exists. The forward pass is eager attention too, so that maps and
+gradients belong to the same numbers; in half precision, where those differ anyway, it is SDPA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from stethoscope.capture import Site, eager_attention, plain_attention
 
+_HALF = (torch.bfloat16, torch.float16)
 _COPIES = 5  # maps in float32 that exist at once while a group of heads is worked on
 
 
@@ -57,7 +59,12 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> T
 class _TracedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        output = plain_attention(call.module, query, key, value, call.mask, **call.options)[0]
+        if query.dtype in _HALF:
+            output = plain_attention(call.module, query, key, value, call.mask, **call.options)[0]
+        else:
+            output = torch.cat(
+                [_eager(call, query, key, value, some, own)[0] for some, own in _shares(call, query, key)], 2
+            )
         call.finite = torch.isfinite(output).all()
         ctx.save_for_backward(query, key, value)
         ctx.call = call
@@ -67,51 +74,64 @@ class _TracedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         call, gradient = ctx.call, gradient.transpose(1, 2)
-        batch, heads, queries, _ = query.shape
-        groups = heads // key.shape[1]
-        per_group = batch * groups * queries * key.shape[2] * 4 * _COPIES
-        step = max(1, call.budget // per_group)
-        total, parts = None, []
-        for start in range(0, key.shape[1], step):
-            some, own = slice(start * groups, (start + step) * groups), slice(start, start + step)
-            heard, grads = _heads(call, query[:, some], key[:, own], value[:, own], gradient[:, some], some, ctx)
-            total = heard if total is None else total + heard
+        total, parts = 0, []
+        for some, own in _shares(call, query, key):
+            heard, grads = _heads(call, query, key, value, gradient[:, some], some, own, ctx.needs_input_grad)
+            total = total + heard
             parts.append(grads)
-        call.receive(call, total / heads)
+        call.receive(call, total / query.shape[1])
         return *(None if part[0] is None else torch.cat(part, 1) for part in zip(*parts, strict=True)), None
 
 
-def _heads(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, heads: slice, ctx: Any
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Abar summed over some heads (B, q, k), and the gradients of their queries, keys and values."""
-    options, mask = _of_heads(call, heads)
-    weights = eager_attention(call.module, query, key, value[..., :1], mask, **options)[1]  # its output is not needed
+def _shares(call: Call, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Heads, and their key-value heads, that are worked on at once within the budget."""
     groups = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (gradient @ values.transpose(-1, -2)).float().mul_(weights)  # A dz/dA
-    heard = scores.clamp(min=0).sum(1)  # equation 5, before the mean
-    scores.sub_(scores.sum(-1, keepdim=True).mul(weights))  # softmax
-    scaling = options.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if options.get("softcap") is not None:
-        raw = (query @ keys.transpose(-1, -2)).float() * (scaling / options["softcap"])
-        scores.mul_(1 - raw.tanh().square())
-    scores = scores.mul_(scaling).to(query.dtype)
-    needs_query, needs_key, needs_value, _ = ctx.needs_input_grad
-    return heard, (
-        scores @ keys if needs_query else None,
-        _to_keys(call, scores, query, key.shape[1]) if needs_key else None,
-        _to_keys(call, weights, gradient, key.shape[1]) if needs_value else None,
-    )
+    one = query.shape[0] * groups * query.shape[2] * key.shape[2] * 4 * _COPIES
+    step = max(1, call.budget // one)
+    for start in range(0, key.shape[1], step):
+        yield slice(start * groups, (start + step) * groups), slice(start, start + step)
 
 
-def _of_heads(call: Call, heads: slice) -> tuple[dict[str, Any], Tensor | None]:
-    """Options and mask of some heads, where they differ from head to head."""
+def _eager(call: Call, query: Tensor, key: Tensor, value: Tensor, some: slice, own: slice) -> tuple[Tensor, Tensor]:
+    """Output (B, q, h, d) and map (B, h, q, k) of some heads; position bias and mask may differ from head to head."""
     options, mask = dict(call.options), call.mask
     if options.get("position_bias") is not None:
-        options["position_bias"] = options["position_bias"][:, heads]
-    return options, mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
+        options["position_bias"] = options["position_bias"][:, some]
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask[:, some]
+    return eager_attention(call.module, query[:, some], key[:, own], value[:, own], mask, **options)
+
+
+def _heads(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    some: slice,
+    own: slice,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Abar summed over some heads (B, q, k), and the gradients of their queries, keys and values."""
+    weights = _eager(call, query, key, value[..., :1], some, own)[1]  # its output is not needed
+    query, key, value = query[:, some], key[:, own], value[:, own]
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (gradient @ values.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
+    scores.mul_(weights)  # A dz/dA
+    heard = scores.clamp(min=0).sum(1)  # equation 5, before the mean
+    scores.addcmul_(scores.sum(-1, keepdim=True), weights.to(scores.dtype), value=-1)  # softmax
+    scaling = call.options.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = call.options.get("softcap")
+    if softcap is not None:
+        scores.mul_(1 - ((query @ keys.transpose(-1, -2)).to(scores.dtype) * (scaling / softcap)).tanh().square())
+    scores = scores.mul_(scaling).to(query.dtype)
+    return heard, (
+        scores @ keys if needs[0] else None,
+        _to_keys(call, scores, query, key.shape[1]) if needs[1] else None,
+        _to_keys(call, weights, gradient, key.shape[1]) if needs[2] else None,
+    )
 
 
 def _to_keys(call: Call, maps: Tensor, vectors: Tensor, groups: int) -> Tensor:

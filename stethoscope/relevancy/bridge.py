@@ -31,13 +31,12 @@ def through_queries(rule: str, own: Layers, crossing: Layers, vision: Layers, qu
     """
     width = next(iter(crossing.values())).shape[-1]
     tower = chain([vision[layer] for layer in sorted(vision)], width)
-    size = next(iter(own.values())).shape[-1]
-    device = next(iter(own.values())).device
-    same, other = torch.eye(size, device=device), torch.zeros(size, width, device=device)
+    like = next(iter(own.values()))
+    same, other = torch.eye(like.shape[-1]).to(like), torch.zeros(like.shape[-1], width).to(like)
     for layer in sorted(own):
         abar = own[layer]
         same, other = same + abar @ same, other + abar @ other
         if layer in crossing:
             block = normalised(same)[:queries, :queries]
-            other[:queries] += across(rule, block, crossing[layer].to(device), tower.to(device))
+            other[:queries] += across(rule, block, crossing[layer].to(like), tower.to(like))
     return other[:queries], same[:queries]

@@ -67,24 +67,40 @@ def relevancy_from_inputs(
     for kind, value, known in (("scope", scope, SCOPES), ("rule", rule, RULES), ("layers", layers, LAYERS)):
         if value not in known:
             raise ConfigError(unknown(kind, str(value), known))
-    place = layout(model, inputs, answer_ids)
+    with torch.inference_mode(False), torch.enable_grad(), still(model):
+        inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
+        return _relevancy(
+            model, inputs, layout(model, inputs, answer_ids), scope, rule, layers == "all", tokens, budget
+        )
+
+
+def _relevancy(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    place: Layout,
+    scope: str,
+    rule: str,
+    every: bool,
+    tokens: Sequence[int] | None,
+    budget: int,
+) -> Relevancy:
+    """``relevancy_from_inputs`` with its options checked, where gradients may flow."""
     chosen = tuple(range(len(place.answer))) if tokens is None else tuple(int(token) for token in tokens)
     if not all(0 <= token < len(place.answer) for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {len(place.answer) - 1}")
     maps = Maps(place.first + 1 if scope == "row" else None, budget)
-    with torch.inference_mode(False), torch.enable_grad(), still(model):
-        inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
-        with record(model, maps):
-            logits = answer_logits(model, inputs, place)
-        kind = _kind(model, maps, place)
-        owner = merging(model, inputs, place.image) if kind == "merged" else None
-        groups = [chosen] if scope == "row" else [(token,) for token in chosen]
-        passes = []
-        for group in groups:
-            one = _Pass(maps, place, kind, owner, group, rule, layers == "all")
-            logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
-            maps.backward(logit, one.receive, last=group is groups[-1])
-            passes.append(one.result())
+    with record(model, maps):
+        logits = answer_logits(model, inputs, place)
+    kind = _kind(model, maps, place)
+    owner = merging(model, inputs, place.image) if kind == "merged" else None
+    groups = [chosen] if scope == "row" else [(token,) for token in chosen]
+    passes = []
+    for number, group in enumerate(groups, 1):
+        one = _Pass(maps, place, kind, owner, group, rule, every)
+        # in scope row no token's gradient reaches the rows of another, so that all of them go in one pass
+        logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
+        maps.backward(logit, one.receive, last=number == len(groups))
+        passes.append(one.result())
     parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
     return _result(model, inputs, place, kind, chosen, owner, parts)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapter import Adapter
     from stethoscope.records import Answer
+    from stethoscope.trace import Encoded
 
 
 def token_relevancy(
@@ -35,7 +36,12 @@ def token_relevancy(
         ConfigError, DataError, CaptureError: as ``relevancy_from_inputs``.
     """
     encoded = adapter.encode(image, question)
-    ids = (adapter.answer(encoded, answer) if isinstance(answer, str) else answer).token_ids
-    model, inputs = adapter.forward_inputs(encoded, ids)
-    found = relevancy_from_inputs(model, inputs, ids, scope=scope, **options)
+    written = adapter.answer(encoded, answer) if isinstance(answer, str) else answer
+    return answer_relevancy(adapter, encoded, written, scope=scope, **options)
+
+
+def answer_relevancy(adapter: Adapter, encoded: Encoded, answer: Answer, **options: Any) -> Relevancy:
+    """``token_relevancy`` of a prompt that is encoded already."""
+    model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
+    found = relevancy_from_inputs(model, inputs, answer.token_ids, **options)
     return replace(found, question_at=encoded.spans.question)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Relevancy:
-    """Relevancy of T answer tokens after L layers (1 for the final layer only). All tensors float32 on the CPU.
+    """Relevancy of T answer tokens after L layers (1 for the final layer only). Tensors on the CPU, float32
+    (float64 of a float64 model).
 
     A decoder-only model has ``llm``; an encoder-decoder model has ``decoder`` and ``encoder`` instead.
 

@@ -25,13 +25,13 @@ class LayerRows:
 
     def receive(self, layer: int, abar: Tensor) -> None:
         """Takes Abar (1, N, N) of a layer; rows after earlier layers do not see it."""
-        self._values = self._values.to(abar.device)
+        self._values = self._values.to(abar)
         touched = self._values[layer:] if self._every else self._values
         touched += touched @ abar[0]
 
     def mass(self) -> Tensor:
         """(L or 1, T, N): the rows of R_l - I."""
-        return self._values - self._start.to(self._values.device)
+        return self._values - self._start.to(self._values)
 
 
 class BlockRows:
@@ -48,4 +48,4 @@ class BlockRows:
         """Takes Abar (B, n, n) of the blocks that begin at column ``offset``."""
         blocks, size, _ = abar.shape
         touched = self.values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
-        touched += torch.einsum("...bn,bnm->...bm", touched, abar.to(touched.device))
+        touched += torch.einsum("...bn,bnm->...bm", touched, abar.to(touched))

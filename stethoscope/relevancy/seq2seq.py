@@ -32,12 +32,11 @@ def decoder_rows(
     """
     layers = sorted(own)
     width, size = crossing[layers[0]].shape[-1], own[layers[0]].shape[-1]
-    read = chain([encoder[layer] for layer in sorted(encoder)], width).to(own[layers[0]].device)
+    read = chain([encoder[layer] for layer in sorted(encoder)], width).to(own[layers[0]])
     decoder, source = [], []
     for row in rows:
         end = row + 1
-        same = torch.eye(end, device=read.device)
-        other = torch.zeros(end, width, device=read.device)
+        same, other = torch.eye(end).to(read), torch.zeros(end, width).to(read)
         after = []
         for layer in layers:
             abar = own[layer][:end, :end]

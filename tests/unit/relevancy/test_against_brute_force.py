@@ -8,7 +8,7 @@ import zoo
 from stethoscope.relevancy import relevancy_from_inputs
 from stethoscope.relevancy.rules import RULES
 
-NEAR = 1e-4
+NEAR = 2e-5
 SCOPES = ("row", "token")
 _built = {}
 _cams = {}

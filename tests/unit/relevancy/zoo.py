@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import transformers as T
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE = 199
 ANSWER = [20, 33, 21, 47, 22]
@@ -298,3 +299,44 @@ FAMILIES = {
 
 QFORMERS = {one.__name__: one for one in (blip2_opt, instructblip_llama)}
 SEQ2SEQ = {one.__name__: one for one in (blip2_t5, instructblip_t5)}
+
+
+class _ConvModel(T.LlavaModel):
+    """LLaVA's parts around a convolutional tower, as in ConvLLaVA."""
+
+    def get_image_features(self, pixel_values, **kwargs):
+        features = self.vision_tower(pixel_values).last_hidden_state.flatten(2).transpose(1, 2)
+        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(features)))
+
+
+class _ConvLlava(T.LlavaForConditionalGeneration):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = _ConvModel(config)
+        self.post_init()
+
+
+def convolutional():
+    tower = {**T.ConvNextConfig(hidden_sizes=[8, 16, 32, 32], depths=[1, 1, 1, 1]).to_dict(), "hidden_size": 32}
+    config = T.LlavaConfig(vision_config=tower, text_config=llama(), image_token_index=IMAGE)
+    inputs = prompt(4, pixel_values=pixels(1, 3, 64, 64))
+    return Case(widen(_ConvLlava(config)), inputs, torch.eye(4), (2, 2))
+
+
+def mllama():
+    """Its language model cross-attends to the image: not supported."""
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
+        "attention_heads": 4, "image_size": 28, "patch_size": 14, "max_num_tiles": 2, "vision_output_dim": 64,
+        "supported_aspect_ratios": [[1, 1], [1, 2]], "intermediate_layers_indices": [0],
+    }  # fmt: skip
+    text = {**SIZES, **WORDS, "num_key_value_heads": 2, "cross_attention_layers": [1]}
+    model = T.MllamaForConditionalGeneration(
+        T.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
+    inputs = prompt(
+        1, pixel_values=pixels(1, 1, 2, 3, 28, 28), aspect_ratio_ids=torch.tensor([[1]]),
+        aspect_ratio_mask=torch.tensor([[[1, 0]]]),
+    )  # fmt: skip
+    length = inputs["input_ids"].shape[1]
+    return Case(widen(model), {**inputs, "cross_attention_mask": torch.ones(1, length, 1, 2, dtype=torch.long)})

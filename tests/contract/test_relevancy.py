@@ -1,0 +1,35 @@
+"""Relevancy behind an adapter: from image, question and answer to parts and patches."""
+
+import pytest
+import torch
+from contract_helpers import QUESTIONS, picture
+
+from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
+
+
+@pytest.mark.parametrize("scope", ["row", "token"])
+def test_parts_of_an_answer(adapter, encoded, answers, scope):
+    answer, spans = answers[1], encoded[1].spans
+    found = token_relevancy(adapter, picture(1), QUESTIONS[1], answer, scope=scope)
+    tokens = len(answer.token_ids)
+    assert found.first == spans.length - 1
+    assert (found.image_at, found.question_at) == (spans.image, spans.question)
+    assert found.image.shape[::2] == (tokens, len(spans.image))
+    assert found.question.shape[::2] == (tokens, len(spans.question))
+    assert found.answer.shape[::2] == (tokens, tokens)
+    parts = (found.image, found.question, found.answer, found.rest)
+    torch.testing.assert_close(sum(part.sum(-1) for part in parts), found.total)
+    assert (found.answer[0] == 0).all()
+    assert (found.image.sum(-1) > 0).all()
+    assert found.patches.shape[2:] == spans.grids[0]
+
+
+def test_a_text_is_tokenised_and_its_ids_are_used(adapter):
+    text = "A cat and a dog."
+    found = token_relevancy(adapter, picture(0), QUESTIONS[0], text, layers="final", tokens=[1])
+    encoded = adapter.encode(picture(0), QUESTIONS[0])
+    ids = adapter.answer(encoded, text).token_ids
+    model, inputs = adapter.forward_inputs(encoded, ids)
+    assert inputs["input_ids"][0, -len(ids) :].tolist() == list(ids)
+    expected = relevancy_from_inputs(model, inputs, ids, layers="final", tokens=[1])
+    assert torch.equal(found.llm, expected.llm)

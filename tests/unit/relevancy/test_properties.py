@@ -1,0 +1,252 @@
+"""What must hold of relevancy whatever the numbers are, and that the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError
+from stethoscope.relevancy import relevancy_from_inputs
+
+SCOPES = ("row", "token")
+NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text")
+SOME = ("llava", "paligemma", "instructblip_llama", "instructblip_t5")
+_built = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def case(family):
+    if family not in _built:
+        _built[family] = (zoo.FAMILIES | zoo.QFORMERS | zoo.SEQ2SEQ)[family]()
+    return _built[family]
+
+
+def relevancy(family, **options):
+    one = case(family)
+    return relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, **options)
+
+
+def same(one, other, rows=slice(None), layers=slice(None), tolerance=1e-5):
+    """``one`` is the chosen rows and layers of ``other``."""
+    for name in NAMES:
+        found, expected = getattr(one, name), getattr(other, name)
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected[rows][:, layers], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", SOME)
+def test_a_token_is_the_same_alone_or_with_others(family, scope):
+    whole = relevancy(family, scope=scope)
+    assert whole.tokens == (0, 1, 2, 3, 4)
+    for tokens in ([3, 1], [0], [4]):
+        same(relevancy(family, scope=scope, tokens=tokens), whole, tokens)
+    same(relevancy(family, scope=scope, layers="final"), whole, layers=slice(-1, None))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_first_token_is_the_same_in_both_scopes(family):
+    same(relevancy(family, scope="row", tokens=[0]), relevancy(family, scope="token", tokens=[0]))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
+def test_nothing_from_later_tokens_and_parts_make_the_whole(family, scope):
+    found = relevancy(family, scope=scope)
+    own = found.llm if found.llm is not None else found.decoder
+    for token in found.tokens:
+        assert (own[token, :, found.first + token + 1 :] == 0).all()
+        assert (found.answer[token, :, token:] == 0).all()
+    parts = [part.sum(-1) for part in (found.image, found.question, found.answer, found.rest)]
+    torch.testing.assert_close(sum(parts), found.total)
+    assert (found.total[1:] > 0).all()
+    assert (found.vision >= 0).all()
+    sequence = case(family).inputs["input_ids"].shape[1]
+    parts = (found.image, found.question, found.answer, found.rest)
+    assert sum(part.shape[-1] for part in parts) == sequence + (0 if found.decoder is None else len(zoo.ANSWER))
+
+
+def test_a_known_question_is_a_part_of_its_own():
+    from dataclasses import replace
+
+    found = relevancy("llava")
+    asked = replace(found, question_at=(20, 21))
+    assert torch.equal(asked.question, found.llm[..., 20:22])
+    torch.testing.assert_close(asked.rest.sum(-1) + asked.question.sum(-1), found.rest.sum(-1))
+
+
+@pytest.mark.parametrize("family", [name for name in zoo.FAMILIES if name not in ("llava_next", "onevision")])
+def test_patches_are_the_vision_tokens_without_classes(family):
+    found = relevancy(family, layers="final")
+    one = case(family)
+    if one.patches is None:
+        assert found.patches is None
+        assert found.tiles.shape[2] == 2
+        assert found.tiles.sum() <= found.vision.sum()
+    else:
+        assert found.patches.shape == (5, 1, *one.patches)
+        kept = found.vision[..., one.classes :]
+        torch.testing.assert_close(found.patches.flatten(2).sort(-1)[0], kept.sort(-1)[0])
+
+
+def test_patches_of_qwen_are_in_rows_and_columns():
+    found = relevancy("qwen2_vl", tokens=[2], layers="final")
+    for row in range(8):
+        for column in range(12):
+            token, part = row // 2 * 6 + column // 2, row % 2 * 2 + column % 2
+            assert found.patches[0, 0, row, column] == found.vision[0, 0, 4 * token + part]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llava", "blip2_opt", "qwen2_5_vl", "gemma3"])
+def test_left_padding_changes_nothing(family, scope):
+    one = case(family)
+    fills = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+    padded = {
+        name: torch.nn.functional.pad(value, (3, 0), value=fills[name]) if name in fills else value
+        for name, value in one.inputs.items()
+    }
+    found = relevancy_from_inputs(one.model, padded, zoo.ANSWER, scope=scope)
+    plain = relevancy(family, scope=scope)
+    assert (found.llm[..., :3] == 0).all()
+    torch.testing.assert_close(found.llm[..., 3:], plain.llm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.vision, plain.vision, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "scope"), [(name, "row") for name in (*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ)] + [("llava", "token")]
+)
+def test_half_precision_is_near_and_float32(family, scope):
+    one = case(family)
+    model = copy.deepcopy(one.model).bfloat16()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in one.inputs.items()}
+    found = relevancy_from_inputs(model, inputs, zoo.ANSWER, scope=scope)
+    for name in NAMES:
+        if getattr(found, name) is not None:
+            assert getattr(found, name).dtype == torch.float32
+            assert torch.isfinite(getattr(found, name)).all()
+    plain = relevancy(family, scope=scope)
+    if not family.endswith("t5"):  # whose unscaled scores saturate in half precision
+        both = torch.stack([found.total.flatten(), plain.total.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.9
+
+
+def test_float64_stays_float64():
+    one = case("llava")
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in one.inputs.items()}
+    found = relevancy_from_inputs(copy.deepcopy(one.model).double(), inputs, zoo.ANSWER)
+    assert found.llm.dtype == torch.float64
+    torch.testing.assert_close(found.llm.float(), relevancy("llava").llm, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma2", "instructblip_t5", "qwen2_5_vl"])
+def test_neither_repetition_nor_budget_changes_anything(family):
+    one = relevancy(family)
+    again = relevancy(family)
+    for name in NAMES:
+        found, expected = getattr(again, name), getattr(one, name)
+        assert found is None or torch.equal(found, expected)
+    same(relevancy(family, budget=1), one)
+
+
+def state(model):
+    configs = [model.config, *(getattr(model.config, key) for key in model.config.sub_configs)]
+    return (
+        [config._attn_implementation for config in configs],
+        [(p.requires_grad, p.grad, p.data_ptr()) for p in model.parameters()],
+        [(m.training, sorted(vars(m)), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_trainable_or_frozen_training_or_not_and_no_trace(scope):
+    plain = relevancy("instructblip_llama", scope=scope)
+    one = case("instructblip_llama")
+    for frozen in (True, False):
+        model = copy.deepcopy(one.model).train().requires_grad_(not frozen)
+        before = state(model)
+        with torch.inference_mode():
+            found = relevancy_from_inputs(model, one.inputs, zoo.ANSWER, scope=scope)
+        assert state(model) == before
+        same(found, plain)
+
+
+BROKEN = {
+    "language_model.layers.1": r"language_model\.layers\.1",
+    "vision_tower.encoder.layers.0": r"vision_tower.*\.0",
+}
+
+
+@pytest.mark.parametrize(("broken", "named"), BROKEN.items())
+def test_values_that_are_not_finite_name_the_layer_and_leave_no_trace(broken, named):
+    one = case("llava")
+    model = copy.deepcopy(one.model)
+    model.get_submodule(f"model.{broken}.self_attn.v_proj").weight.data[0, 0] = torch.nan
+    before = state(model)
+    with pytest.raises(CaptureError, match=named):
+        relevancy_from_inputs(model, one.inputs, zoo.ANSWER)
+    assert state(model) == before
+
+
+def test_gradients_that_are_not_finite_name_the_layer():
+    one = case("llava")
+    model = copy.deepcopy(one.model)
+
+    def spoil(module, arguments, output):
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+    model.model.language_model.layers[1].mlp.register_forward_hook(spoil)
+    with pytest.raises(CaptureError, match=r"gradient .*language_model\.layers\.1"):
+        relevancy_from_inputs(model, one.inputs, zoo.ANSWER)
+
+
+def test_what_is_not_supported_is_refused():
+    one = case("llava")
+
+    def refused(error, match, inputs=one.inputs, answer=zoo.ANSWER, model=one.model, **options):
+        with pytest.raises(error, match=match):
+            relevancy_from_inputs(model, inputs, answer, **options)
+
+    double = {name: torch.cat([value, value]) for name, value in one.inputs.items()}
+    refused(CapabilityError, "one sample", double)
+    refused(DataError, "do not end with", answer=[1, 2, 3])
+    refused(DataError, "no tokens", answer=[])
+    refused(
+        DataError,
+        "no image token",
+        {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != zoo.IMAGE, 5)},
+    )
+    refused(ConfigError, "scope", scope="rows")
+    refused(ConfigError, "rule", rule="eq11")
+    refused(ConfigError, "layers", layers="last")
+    refused(ConfigError, "tokens", tokens=[5])
+    refused(ConfigError, "tokens", tokens=[])
+    cross = zoo.mllama()
+    refused(CapabilityError, "cross-attend", cross.inputs, model=cross.model)
+    decoder = case("blip2_t5")
+    without = {name: value for name, value in decoder.inputs.items() if name != "decoder_input_ids"}
+    refused(DataError, "decoder_input_ids", without, model=decoder.model)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_convolutional_tower_is_the_identity(scope):
+    one = zoo.convolutional()
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
+    assert torch.equal(found.vision, found.image)
+    assert torch.equal(found.patches.flatten(2), found.image)
+
+
+def test_a_decoder_may_hold_the_last_token_too():
+    one = case("blip2_t5")
+    ids = torch.tensor([[0, *zoo.ANSWER]])
+    found = relevancy_from_inputs(one.model, {**one.inputs, "decoder_input_ids": ids}, zoo.ANSWER)
+    plain = relevancy("blip2_t5")
+    torch.testing.assert_close(found.encoder, plain.encoder, rtol=1e-4, atol=1e-5)
+    assert (found.decoder[..., -1] == 0).all()
