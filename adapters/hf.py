@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from stethoscope.errors import CapabilityError, CaptureError, ConfigError, unkno
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation
+from stethoscope.relevancy import answer_relevancy
 from stethoscope.rows import AttentionRows
-from stethoscope.trace import NEEDS, Encoded, Trace
+from stethoscope.trace import FORWARD_NEEDS, NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,13 +205,13 @@ class HfAdapter(Adapter):
         )
         return Answer(text, tuple(ids), offsets, tuple(logprobs[: len(ids)]), finished)
 
-    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = NEEDS) -> Trace:
+    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
         """See ``Adapter.trace``."""
         return self.trace_batch([encoded], [answer], needs)[0]
 
     @torch.inference_mode()
     def trace_batch(
-        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = NEEDS
+        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
     ) -> list[Trace]:
         """``trace`` of several answers in one pass, padded on the right, where causal rows never look.
 
@@ -225,6 +227,10 @@ class HfAdapter(Adapter):
         for group in groups([one.inputs for one in encoded]):
             chosen = [encoded[index] for index in group], [answers[index] for index in group]
             traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
+        if "relevancy" in needs:
+            for index, one in enumerate(encoded):
+                relevancy = answer_relevancy(self, one, answers[index])
+                traces[index] = replace(traces[index], relevancy=relevancy)
         return [traces[index] for index in range(len(encoded))]
 
     def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import CapabilityError
 from stethoscope.records import Answer, Generation
-from stethoscope.trace import NEEDS, Encoded, Trace
+from stethoscope.trace import FORWARD_NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +42,7 @@ class Adapter(ABC):
         """An answer that was written elsewhere, tokenised and given the model's log-probabilities."""
 
     @abstractmethod
-    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = NEEDS) -> Trace:
+    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
         """One teacher-forced pass over the prompt and exactly the answer's ids (two with ``blank`` in ``needs``).
 
         Raises:
@@ -50,7 +50,7 @@ class Adapter(ABC):
         """
 
     def trace_batch(
-        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = NEEDS
+        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
     ) -> list[Trace]:
         """Traces of several answers, the same as one by one; an adapter that can do it in fewer passes does."""
         return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]

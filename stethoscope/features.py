@@ -18,8 +18,8 @@ from stethoscope.trace import SEGMENTS, Trace
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORWARD, EXTRA_FORWARD, FREE = "same forward pass", "one more forward pass", "nothing"
-COSTS = {"attention": FORWARD, "lens": FORWARD, "blank": EXTRA_FORWARD}
+FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
+COSTS = {"attention": FORWARD, "lens": FORWARD, "blank": EXTRA_FORWARD, "relevancy": BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Feature:
     def cost(self) -> str:
         """What the feature costs beyond generating the answer."""
         costs = [COSTS[need] for need in self.needs]
-        return max(costs, key=[FORWARD, EXTRA_FORWARD].index, default=FORWARD)
+        return max(costs, key=[FORWARD, EXTRA_FORWARD, BACKWARD].index, default=FORWARD)
 
 
 FEATURES: dict[str, Feature] = {}
@@ -170,12 +170,16 @@ def svar(trace: Trace) -> Tensor:
     return _mass(trace, "image")[:, round(0.15 * layers) : round(0.55 * layers) + 1].sum(-1)
 
 
+def _normalised_entropy(values: Tensor) -> Tensor:
+    """(...) entropy of non-negative (..., N) values, normalised to sum 1, over log N."""
+    share = values / values.sum(-1, keepdim=True).clamp(min=1e-12)
+    return -(share * share.clamp(min=1e-12).log()).sum(-1) / math.log(max(values.shape[-1], 2))
+
+
 @feature("attention", high="depends", needs=["attention"])
 def attn_entropy(trace: Trace) -> Tensor:
     """Entropy of the head-mean attention over image tokens divided by log N, in [0, 1], by layer."""
-    attention = trace.image_attention
-    share = attention / attention.sum(-1, keepdim=True).clamp(min=1e-12)
-    return -(share * share.clamp(min=1e-12).log()).sum(-1) / math.log(max(attention.shape[-1], 2))
+    return _normalised_entropy(trace.image_attention)
 
 
 # --- logit lens -----------------------------------------------------------------------------------------------------
@@ -215,7 +219,82 @@ def blank_divergence(trace: Trace) -> Tensor:
     return (logprob.exp() * (logprob - blank)).sum(-1).clamp(min=0)
 
 
+# --- relevancy: what the token was written from, by gradient-weighted attention --------------------------------------
+
+
+def _share(part: Tensor, trace: Trace) -> Tensor:
+    """(T, L) share of the whole row's relevancy; 0 where the row has none."""
+    return part.sum(-1) / trace.relevancy.total.clamp(min=1e-12)
+
+
+def _text(trace: Trace) -> Tensor:
+    """(T, text) relevancy to question and earlier answer tokens after the last layer."""
+    relevancy = trace.relevancy
+    parts = relevancy.question[:, -1], relevancy.answer[:, -1]
+    return parts[0].new_tensor(np.concatenate(parts, -1))
+
+
+def _log_ratio(image: Tensor, text: Tensor) -> Tensor:
+    """(T,) log of the visual contribution R_image / R_text, within what float32 can tell from nothing."""
+    floor = 1e-9
+    return (image.clamp(min=floor) / text.clamp(min=floor)).log()
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def relevancy_image(trace: Trace) -> Tensor:
+    """Share of the token's relevancy that lies on the image tokens, in [0, 1], by layer (Chefer et al. 2021)."""
+    return _share(trace.relevancy.image, trace)
+
+
+@feature("relevancy", high="depends", needs=["relevancy"])
+def relevancy_question(trace: Trace) -> Tensor:
+    """Share of the token's relevancy that lies on the question, in [0, 1], by layer."""
+    return _share(trace.relevancy.question, trace)
+
+
+@feature("relevancy", high="hallucinated", needs=["relevancy"])
+def relevancy_previous(trace: Trace) -> Tensor:
+    """Share of the token's relevancy that lies on the earlier answer tokens, in [0, 1], by layer."""
+    return _share(trace.relevancy.answer, trace)
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def visual_contribution_sum(trace: Trace) -> Tensor:
+    """log of summed relevancy to the image over summed relevancy to question and earlier answer, last layer."""
+    return _log_ratio(trace.relevancy.image[:, -1].sum(-1), _text(trace).sum(-1))
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def visual_contribution_max(trace: Trace) -> Tensor:
+    """The same with the largest relevancy instead of the sum."""
+    return _log_ratio(trace.relevancy.image[:, -1].amax(-1), _text(trace).amax(-1))
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def visual_contribution_mean(trace: Trace) -> Tensor:
+    """The same with the mean, over image tokens and over the text tokens that stand before the token."""
+    relevancy = trace.relevancy
+    before = relevancy.question.shape[-1] + np.arange(len(trace.answer.token_ids))
+    text = _text(trace).sum(-1) / relevancy.image.new_tensor(np.maximum(before, 1))
+    return _log_ratio(relevancy.image[:, -1].mean(-1), text)
+
+
+@feature("relevancy", high="depends", needs=["relevancy"])
+def relevancy_entropy(trace: Trace) -> Tensor:
+    """Entropy of the relevancy over image tokens divided by log N, in [0, 1], last layer."""
+    return _normalised_entropy(trace.relevancy.image[:, -1])
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def relevancy_peak(trace: Trace) -> Tensor:
+    """Share of the image relevancy that lies on the most relevant tenth of the image tokens, last layer."""
+    image = trace.relevancy.image[:, -1]
+    top = image.topk(max(image.shape[-1] // 10, 1), dim=-1).values.sum(-1)
+    return top / image.sum(-1).clamp(min=1e-12)
+
+
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
+DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "relevancy")
 
 
 class FeatureSet:
@@ -226,7 +305,9 @@ class FeatureSet:
         needs: what a trace must hold for them.
     """
 
-    def __init__(self, groups: Sequence[str] = GROUPS, names: Sequence[str] = (), without: Sequence[str] = ()) -> None:
+    def __init__(
+        self, groups: Sequence[str] = DEFAULT_GROUPS, names: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> None:
         """Chooses all features of ``groups`` plus ``names``, less ``without``.
 
         Raises:

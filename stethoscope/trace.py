@@ -12,14 +12,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from stethoscope.relevancy import Relevancy
+
 SEGMENTS = ("image", "question", "previous", "first", "rest")
 """Parts of the sequence that a row's attention is split over: image tokens, question tokens, earlier answer tokens,
 the first token of the sequence (the usual attention sink; unless it is an image or question token), everything else.
 They are disjoint and cover the row, so the masses of one row add up to 1."""
 
-NEEDS = ("attention", "lens", "blank")
-"""What a trace can hold beyond the logits: attention rows and the logit lens cost no further forward pass, the blank
-image costs one."""
+FORWARD_NEEDS = ("attention", "lens", "blank")
+"""What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
+on top of the traced one, the blank image costs one."""
+NEEDS = (*FORWARD_NEEDS, "relevancy")
+"""All that a trace can hold beyond the logits; relevancy costs a forward and a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Trace:
             final norm and the head; the last layer is the model's own output.
         lens_rank: (T, L) rank of the token in that distribution, 0 for the most probable.
         blank_logits: (T, V), the same rows when the image is replaced by a blank one (the processor's mean colour).
+        relevancy: of every token after every layer, in scope ``row``.
     """
 
     answer: Answer
@@ -80,3 +85,4 @@ class Trace:
     lens_logprob: Tensor | None = None
     lens_rank: Tensor | None = None
     blank_logits: Tensor | None = None
+    relevancy: Relevancy | None = None

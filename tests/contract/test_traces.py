@@ -132,6 +132,16 @@ def test_blank_logits_are_those_of_zero_pixels(adapter, encoded, traces):
         assert (trace.blank_logits - trace.logits).abs().max() > 1e-3
 
 
+def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, traces):
+    for one, trace in zip(encoded, traces, strict=True):
+        relevancy = adapter.trace(one, trace.answer, ["relevancy"]).relevancy
+        assert relevancy.image.shape[::2] == (len(trace.answer.token_ids), len(one.spans.image))
+        parts = (relevancy.image, relevancy.question, relevancy.answer, relevancy.rest)
+        close(sum(part.sum(-1) for part in parts), relevancy.total, 1e-5)
+        assert relevancy.question_at == one.spans.question
+        assert (relevancy.image.sum(-1) > 0).any()
+
+
 def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
     together = adapter.trace_batch(encoded, [trace.answer for trace in traces])
     for one, other in zip(traces, together, strict=True):
@@ -140,10 +150,11 @@ def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
             close(getattr(one, name), getattr(other, name), 1e-4)
 
 
-@pytest.mark.parametrize("needs", [(), ("attention",), ("lens",), ("blank",)])
+@pytest.mark.parametrize("needs", [(), ("attention",), ("lens",), ("blank",), ("relevancy",)])
 def test_a_trace_holds_what_was_asked_for(adapter, encoded, traces, needs):
     trace = adapter.trace(encoded[0], traces[0].answer, needs)
     held = {"attention": trace.mass, "lens": trace.lens_rank, "blank": trace.blank_logits}
+    held["relevancy"] = trace.relevancy
     assert {name for name in NEEDS if held[name] is not None} == set(needs)
     close(trace.logits, traces[0].logits, 1e-4)
 

@@ -9,6 +9,7 @@ import torch
 from stethoscope.errors import CaptureError, ConfigError
 from stethoscope.features import FEATURES, GROUPS, FeatureSet
 from stethoscope.records import Answer
+from stethoscope.relevancy import Relevancy
 from stethoscope.trace import NEEDS, SEGMENTS, Spans, Trace
 
 TOKENS, LAYERS, HEADS, IMAGE, WORDS = 3, 4, 2, 5, 8
@@ -24,6 +25,10 @@ def trace():
     mass = torch.zeros(TOKENS, LAYERS, HEADS, len(SEGMENTS))
     mass[..., 0], mass[..., 1], mass[..., 4] = 0.5, 0.25, 0.25
     mass[:, 1, 0, 0], mass[:, 1, 0, 4] = 0.75, 0.0
+    llm = torch.zeros(TOKENS, LAYERS, 13)
+    llm[..., 1:6], llm[..., 7:9], llm[..., 0] = 0.2, 0.25, 0.5
+    llm[2, -1, 10:12] = 0.5
+    llm[0, -1, 1:6] = torch.tensor([1.0, 0, 0, 0, 0])
     attention = torch.full((TOKENS, LAYERS, IMAGE), 0.1)
     attention[0, 0] = torch.tensor([0.5, 0, 0, 0, 0])
     return Trace(
@@ -35,11 +40,12 @@ def trace():
         lens_logprob=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS).neg().float(),
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
+        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm),
     )
 
 
 def test_closed_forms(trace):
-    columns = FeatureSet().compute(trace)
+    columns = FeatureSet(groups=GROUPS).compute(trace)
     uniform = math.log(WORDS)
     np.testing.assert_allclose(columns["nll"], [uniform, 0, uniform], atol=1e-6)
     np.testing.assert_allclose(columns["entropy"], [uniform, 0, uniform], atol=1e-6)
@@ -57,6 +63,16 @@ def test_closed_forms(trace):
     blank_entropy = math.log(15) - 8 / 15 * math.log(8)
     np.testing.assert_allclose(columns["blank_entropy_difference"][0], blank_entropy - uniform, atol=1e-5)
     assert columns["blank_divergence"][2] == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(columns["relevancy_image_l00"], 0.5, atol=1e-6)
+    np.testing.assert_allclose(columns["relevancy_previous_l03"], [0, 0, 1 / 3], atol=1e-6)
+    np.testing.assert_allclose(columns["relevancy_question_l03"], [0.25, 0.25, 1 / 6], atol=1e-6)
+    np.testing.assert_allclose(columns["visual_contribution_sum"], np.log([2, 2, 1 / 1.5]), atol=1e-6)
+    np.testing.assert_allclose(columns["visual_contribution_max"], np.log([4, 0.8, 0.4]), atol=1e-6)
+    np.testing.assert_allclose(
+        columns["visual_contribution_mean"], np.log([0.2 / 0.25, 0.2 / (0.5 / 3), 0.2 / (1.5 / 4)]), atol=1e-6
+    )
+    np.testing.assert_allclose(columns["relevancy_entropy"], [0, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(columns["relevancy_peak"], [1, 0.2, 0.2], atol=1e-6)
     assert all(values.dtype == np.float32 and values.shape == (TOKENS,) for values in columns.values())
 
 
@@ -70,7 +86,12 @@ def test_published_layers_of_svar():
 
 def test_every_feature_says_what_it_reads(trace):
     """A feature works when the trace holds exactly the parts that it declares."""
-    parts = {"attention": ("mass", "image_attention"), "lens": ("lens_rank", "lens_logprob"), "blank": ("blank_logits",)}
+    parts = {
+        "attention": ("mass", "image_attention"),
+        "lens": ("lens_rank", "lens_logprob"),
+        "blank": ("blank_logits",),
+    }
+    parts["relevancy"] = ("relevancy",)
     for item in FEATURES.values():
         kept = {name: getattr(trace, name) for need in item.needs for name in parts[need]}
         item.function(Trace(trace.answer, trace.spans, trace.logits, **kept))
@@ -83,7 +104,7 @@ def test_choosing():
     assert FeatureSet(groups=["position"]).needs == frozenset()
     assert FeatureSet(groups=[], names=["pmi"]).needs == {"blank"}
     assert "svar" not in FeatureSet(without=["svar"]).names
-    assert {item.group for item in FeatureSet().features} == set(GROUPS)
+    assert {item.group for item in FeatureSet().features} == set(GROUPS) - {"relevancy"}
 
 
 @pytest.mark.parametrize(
