@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -81,5 +83,8 @@ def run(
 def _tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     """The run's own tokenizer: trained again on resuming, it would renumber the tokens after any change of language."""
     if not folder.exists():
-        build_tokenizer().save_pretrained(folder)
+        partial = folder.with_name(f"tokenizer-{os.getpid()}")
+        build_tokenizer().save_pretrained(partial)
+        with contextlib.suppress(OSError):  # a run side by side was faster
+            partial.rename(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
