@@ -2,8 +2,8 @@
 
 With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T. The map is
 computed again in the backward pass from queries and keys, by the model file's own eager attention, a few heads at a
-time; nothing of size layers x heads x N x N ever exists. The forward pass is eager attention too, so that maps and
-gradients belong to the same numbers; in half precision, where those differ anyway, it is SDPA.
+time; nothing of size layers x heads x N x N ever exists. The forward pass is SDPA, or eager attention too where maps
+are so small that it costs nothing: the two differ by rounding, which badly conditioned small models blow up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stethoscope.capture import Site, eager_attention, plain_attention
 
-_HALF = (torch.bfloat16, torch.float16)
+_SMALL = 2**20  # entries of a map
 _COPIES = 5  # maps in float32 that exist at once while a group of heads is worked on
 
 
@@ -59,12 +59,10 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> T
 class _TracedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        if query.dtype in _HALF:
+        if query.shape[:3].numel() * key.shape[2] > _SMALL:
             output = plain_attention(call.module, query, key, value, call.mask, **call.options)[0]
         else:
-            output = torch.cat(
-                [_eager(call, query, key, value, some, own)[0] for some, own in _shares(call, query, key)], 2
-            )
+            output = eager_attention(call.module, query, key, value, call.mask, **call.options)[0]
         call.finite = torch.isfinite(output).all()
         ctx.save_for_backward(query, key, value)
         ctx.call = call

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stethoscope.capture import Listener, Site, record
 from stethoscope.errors import CapabilityError
 
-_BASE = 8  # image tokens are numbered in digits of this base, which bfloat16 can tell apart
+_BASE, _BASE_HALF = 2048, 32  # image tokens are numbered in digits that the precision can tell apart
 
 
 class _Found(Exception):
@@ -78,15 +78,16 @@ def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor)
     if trails.numbers is None or not trails.numbers.requires_grad:
         raise CapabilityError(f"{type(model).__name__}: vision tokens do not reach the language model as image tokens")
     reached = _sent(trails, torch.ones(len(image)))
+    base = _BASE_HALF if trails.tags[0].dtype in (torch.bfloat16, torch.float16) else _BASE
     owner, place, rest = torch.zeros(len(reached)), 1, torch.arange(len(image))
     power = (reached * reached).sum(-1)
     found = power > 0
     while int(rest.max()) > 0 or place == 1:
-        digit = (_sent(trails, (rest % _BASE).float()) * reached).sum(-1)[found] / power[found]
+        digit = (_sent(trails, (rest % base).float()) * reached).sum(-1)[found] / power[found]
         if (digit - digit.round()).abs().max() > 0.2:
             raise CapabilityError(f"{type(model).__name__}: a vision token is spread over several image tokens")
         owner[found] += digit.round() * place
-        place, rest = place * _BASE, rest // _BASE
+        place, rest = place * base, rest // base
     return torch.where(found, owner, -1.0).long()
 
 

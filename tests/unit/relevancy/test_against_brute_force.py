@@ -83,3 +83,17 @@ def test_encoder_decoder(family, scope, rule, record_property):
         check(record_property, text=(found.query_text, text))
     assert (found.decoder[0] == 0).all() == (decoder[0] == 0).all()
     check(record_property, decoder=(found.decoder, decoder))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_maps_that_are_large(scope, record_property):
+    """Their forward pass is SDPA, which differs from eager attention by rounding."""
+    _built.setdefault("large", zoo.llava(23))
+    one = case("large")
+    rows = language("large", scope)
+    vision = brute_force.through_tower(rows[..., one.image], one.merge, _cams["large"], scope)
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, budget=2**24)
+    assert found.llm.shape[-1] ** 2 * 4 > 2**20
+    record_property("patches", brute_force.error(found.patches.flatten(2), vision[..., 1:]))
+    assert brute_force.error(found.llm, rows) < 1e-4
+    assert brute_force.error(found.vision, vision) < 1e-4

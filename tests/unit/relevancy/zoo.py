@@ -85,12 +85,13 @@ def in_blocks(tiles, side, block, classes):
     return merge.flatten(1)
 
 
-def llava(layer=-2):
+def llava(side=4):
+    """``side`` patches along each side of the image; the tower is read before its last layer."""
     config = T.LlavaConfig(
-        vision_config=clip(56), text_config=llama(), image_token_index=IMAGE, vision_feature_layer=layer
+        vision_config=clip(14 * side), text_config=llama(), image_token_index=IMAGE, vision_feature_layer=-2
     )
-    inputs = prompt(16, pixel_values=pixels(1, 3, 56, 56))
-    return Case(widen(T.LlavaForConditionalGeneration(config)), inputs, one_to_one(1, 4, 1), (4, 4), 1)
+    inputs = prompt(side * side, pixel_values=pixels(1, 3, 14 * side, 14 * side))
+    return Case(widen(T.LlavaForConditionalGeneration(config)), inputs, one_to_one(1, side, 1), (side, side), 1)
 
 
 def llava_next():
