@@ -294,7 +294,6 @@ def relevancy_peak(trace: Trace) -> Tensor:
 
 
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
-DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "relevancy")
 
 
 class FeatureSet:
@@ -305,9 +304,7 @@ class FeatureSet:
         needs: what a trace must hold for them.
     """
 
-    def __init__(
-        self, groups: Sequence[str] = DEFAULT_GROUPS, names: Sequence[str] = (), without: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, groups: Sequence[str] = GROUPS, names: Sequence[str] = (), without: Sequence[str] = ()) -> None:
         """Chooses all features of ``groups`` plus ``names``, less ``without``.
 
         Raises:

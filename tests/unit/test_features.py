@@ -45,7 +45,7 @@ def trace():
 
 
 def test_closed_forms(trace):
-    columns = FeatureSet(groups=GROUPS).compute(trace)
+    columns = FeatureSet().compute(trace)
     uniform = math.log(WORDS)
     np.testing.assert_allclose(columns["nll"], [uniform, 0, uniform], atol=1e-6)
     np.testing.assert_allclose(columns["entropy"], [uniform, 0, uniform], atol=1e-6)
@@ -104,7 +104,7 @@ def test_choosing():
     assert FeatureSet(groups=["position"]).needs == frozenset()
     assert FeatureSet(groups=[], names=["pmi"]).needs == {"blank"}
     assert "svar" not in FeatureSet(without=["svar"]).names
-    assert {item.group for item in FeatureSet().features} == set(GROUPS) - {"relevancy"}
+    assert {item.group for item in FeatureSet().features} == set(GROUPS)
 
 
 @pytest.mark.parametrize(
