@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.attention import Call
 from stethoscope.relevancy.bridge import through_queries
 from stethoscope.relevancy.layout import Layout, answer_logits, layout
-from stethoscope.relevancy.listener import Maps, still
+from stethoscope.relevancy.listener import Maps, recomputed, still
 from stethoscope.relevancy.merging import merging, spread
 from stethoscope.relevancy.patches import pixel_order, tiled
 from stethoscope.relevancy.result import Relevancy
@@ -37,6 +38,7 @@ def relevancy_from_inputs(
     layers: str = "all",
     tokens: Sequence[int] | None = None,
     budget: int = 2**29,
+    recompute: bool = False,
 ) -> Relevancy:
     """Relevancy of answer tokens from the exact inputs of a forward pass over prompt and answer.
 
@@ -57,6 +59,7 @@ def relevancy_from_inputs(
         layers: ``all`` for R after every layer of the language model, ``final`` for the last.
         tokens: which answer tokens, all by default.
         budget: bytes that attention maps may take at once, during a backward pass through one layer.
+        recompute: keep only the inputs of layers and run them again in the backward pass: less memory, more time.
 
     Raises:
         ConfigError: an option is wrong.
@@ -69,9 +72,8 @@ def relevancy_from_inputs(
             raise ConfigError(unknown(kind, str(value), known))
     with torch.inference_mode(False), torch.enable_grad(), still(model):
         inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
-        return _relevancy(
-            model, inputs, layout(model, inputs, answer_ids), scope, rule, layers == "all", tokens, budget
-        )
+        place, every = layout(model, inputs, answer_ids), layers == "all"
+        return _relevancy(model, inputs, place, scope, rule, every, tokens, budget, recompute)
 
 
 def _relevancy(
@@ -83,24 +85,26 @@ def _relevancy(
     every: bool,
     tokens: Sequence[int] | None,
     budget: int,
+    recompute: bool,
 ) -> Relevancy:
     """``relevancy_from_inputs`` with its options checked, where gradients may flow."""
     chosen = tuple(range(len(place.answer))) if tokens is None else tuple(int(token) for token in tokens)
     if not all(0 <= token < len(place.answer) for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {len(place.answer) - 1}")
     maps = Maps(place.first + 1 if scope == "row" else None, budget)
-    with record(model, maps):
+    with record(model, maps), recomputed(model) if recompute else nullcontext():
         logits = answer_logits(model, inputs, place)
     kind = _kind(model, maps, place)
     owner = merging(model, inputs, place.image) if kind == "merged" else None
     groups = [chosen] if scope == "row" else [(token,) for token in chosen]
     passes = []
-    for number, group in enumerate(groups, 1):
-        one = _Pass(maps, place, kind, owner, group, rule, every)
-        # in scope row no token's gradient reaches the rows of another, so that all of them go in one pass
-        logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
-        maps.backward(logit, one.receive, last=number == len(groups))
-        passes.append(one.result())
+    with record(model, maps):  # for layers that run again
+        for number, group in enumerate(groups, 1):
+            one = _Pass(maps, place, kind, owner, group, rule, every)
+            # in scope row no token's gradient reaches the rows of another, so that all of them go in one pass
+            logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
+            maps.backward(logit, one.receive, last=number == len(groups))
+            passes.append(one.result())
     parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
     return _result(model, inputs, place, kind, chosen, owner, parts)
 

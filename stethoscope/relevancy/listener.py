@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.capture import Listener, Site
 from stethoscope.errors import CaptureError
@@ -50,7 +54,10 @@ class Maps(Listener):
     ) -> tuple[Tensor, Tensor | None]:
         if not (query.requires_grad or key.requires_grad or value.requires_grad):
             query = query.detach().requires_grad_()  # weights are frozen, so somewhere the graph has to begin
-            self.leaves.append(query)
+            if self._receiver is None:
+                self.leaves.append(query)
+        if self._receiver is not None:  # a layer runs again in a backward pass, for its activations alone
+            return traced_attention(query, key, value, Call(site, module, mask, kwargs, _nothing)), None
         names = self.layers.setdefault(site.role, [])
         if site.name not in names:
             names.append(site.name)
@@ -90,6 +97,34 @@ class Maps(Listener):
     def _receive(self, call: Call, abar: Tensor) -> None:
         self._heard.append((call.site.name, torch.isfinite(abar).all()))
         self._receiver(call, self.layers[call.site.role].index(call.site.name), abar)
+
+
+def _nothing(call: Call, abar: Tensor) -> None:
+    """A receiver for calls that no gradient comes through."""
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """For the length of a block the model's layers keep nothing but their inputs and run again in backward passes."""
+    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    inside: set[nn.Module] = set()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
+            inside.update(layer.modules())
+            kept.append((layer, {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}))
+            layer.forward = partial(_checkpointed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, before in kept:
+            vars(layer).pop("forward")
+            vars(layer).update(before)
+
+
+def _checkpointed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    context = copy_context()  # a GPU's backward pass is in another thread, which would not know of the recording
+    again = partial(context.run, forward)
+    return checkpoint(again, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 @contextmanager

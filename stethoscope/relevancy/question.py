@@ -25,7 +25,7 @@ def token_relevancy(
         adapter: the model.
         image: the picture. ``question``: what was asked.
         answer: what the model answered, with its ids; or a text, which the adapter tokenises.
-        scope: ``row`` or ``token``; this and ``options`` (rule, layers, tokens, budget) as for
+        scope: ``row`` or ``token``; this and ``options`` (rule, layers, tokens, budget, recompute) as for
             ``relevancy_from_inputs``.
 
     Returns:
