@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.capture import record
+from stethoscope.capture import record, sites
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.attention import Call
 from stethoscope.relevancy.bridge import through_queries
@@ -115,7 +115,7 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
     Raises:
         CapabilityError: some other way.
     """
-    name, roles = type(model).__name__, maps.layers
+    name, roles, places = type(model).__name__, maps.layers, sites(model)
     if "cross" in roles and not place.encoder_decoder:
         raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
     if "bridge" in roles:
@@ -125,6 +125,9 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
     if place.encoder_decoder:
         raise CapabilityError(f"{name}: an encoder-decoder model is supported behind a Q-Former only")
     if "vision" not in roles:
+        tower = (module for module in model.modules() if places[id(module)].role == "vision")
+        if any("Attention" in type(module).__name__ for module in tower):
+            raise CapabilityError(f"{name}: the attention of its vision tower cannot be heard")
         return "same"
     if len({maps.sizes[site] for site in roles["vision"]}) != 1:
         raise CapabilityError(f"{name}: the layers of the vision tower have different numbers of tokens")

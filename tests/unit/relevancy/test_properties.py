@@ -7,7 +7,7 @@ import torch
 import zoo
 
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError
-from stethoscope.relevancy import relevancy_from_inputs
+from stethoscope.relevancy import attention, relevancy_from_inputs
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text")
@@ -103,9 +103,11 @@ def test_patches_of_qwen_are_in_rows_and_columns():
             assert found.patches[0, 0, row, column] == found.vision[0, 0, 4 * token + part]
 
 
+@pytest.mark.parametrize("small", [2**20, 0], ids=["eager forward", "SDPA forward"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", ["llava", "blip2_opt", "qwen2_5_vl", "gemma3"])
-def test_left_padding_changes_nothing(family, scope):
+def test_left_padding_changes_nothing(family, scope, small, monkeypatch):
+    monkeypatch.setattr(attention, "_SMALL", small)
     one = case(family)
     fills = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
     padded = {
@@ -243,6 +245,13 @@ def test_what_is_not_supported_is_refused():
     decoder = case("blip2_t5")
     without = {name: value for name, value in decoder.inputs.items() if name != "decoder_input_ids"}
     refused(DataError, "decoder_input_ids", without, model=decoder.model)
+
+
+def test_a_tower_whose_attention_is_not_heard_is_refused():
+    one = zoo.convolutional()
+    one.model.model.vision_tower.add_module("SomeAttention", torch.nn.MultiheadAttention(4, 1))
+    with pytest.raises(CapabilityError, match="vision tower"):
+        relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
