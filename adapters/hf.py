@@ -47,6 +47,7 @@ class HfAdapter(Adapter):
         attention: attention implementation outside traced passes; None for transformers' choice.
         local_files_only: use nothing that is not on this machine already.
         trust_remote_code: run code that comes with the model.
+        threads: CPU threads of torch, set for the whole process when the model loads; None leaves them alone.
         random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
         family: transformers' ``model_type``; read with ``random_init`` only.
 
@@ -67,6 +68,7 @@ class HfAdapter(Adapter):
         attention: str | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        threads: int | None = None,
         random_init: str | None = None,
         family: str = "llava",
     ) -> None:
@@ -78,11 +80,13 @@ class HfAdapter(Adapter):
             raise ConfigError(unknown("dtype", str(dtype), _DTYPES))
         if device_map is not None and device != "auto":
             raise ConfigError(f"device={device} and device_map={device_map} exclude each other; leave device at auto")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"model.threads={threads} should be at least 1, or null to leave it to torch")
         check_prompt(prompt)
         self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
         self.model_id, self.revision, self.prompt, self.dtype = model_id, revision, prompt, dtype
         self.device, self.device_map, self.attention = device, device_map, attention
-        self.random_init, self.family = random_init, family
+        self.threads, self.random_init, self.family = threads, random_init, family
         self._where = {
             "revision": revision or "main",
             "local_files_only": local_files_only,
@@ -100,6 +104,8 @@ class HfAdapter(Adapter):
         """
         if self._model is not None:
             return
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         if self.random_init:
             model, processor = tiny.build(self.family)
             model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))

@@ -89,9 +89,7 @@ def _inner_folds(
     return list(GroupKFold(INNER_FOLDS).split(matrix, labels, groups))
 
 
-def choose_strength(
-    estimator: Pipeline, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
-) -> Pipeline:
+def choose_strength(estimator: Pipeline, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Pipeline:
     """Sets C of a logistic pipeline to the best of ``STRENGTHS`` by log loss in inner folds by image, and fits it.
 
     With fewer than ``ENOUGH_IMAGES`` images of a class C stays as it is.

@@ -222,6 +222,8 @@ def _quiet_settings(wandb: Any) -> Any:
     """W&B without console output, system statistics, source code, package list, host and user names."""
     wanted = {
         "silent": True,
+        "init_timeout": 180,
+        "x_service_wait": 180,  # on a busy machine its helper process needs longer to start than it allows by itself
         "console": "off",
         "host": "",
         "disable_git": True,

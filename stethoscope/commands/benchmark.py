@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import make_evaluator, make_loggers, report_failures, run_dir, use_threads
+from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
 
 if TYPE_CHECKING:
     from stethoscope.loggers import Loggers
@@ -33,19 +33,17 @@ def run(config: DictConfig) -> None:
     detector = build(config.detector, Detector, "detector", config.plugins)
     for task in (pope, chair):
         task.setup()
-    use_threads(config)
-    loggers = make_loggers(config, folder)
-    asked = make_evaluator(config, folder, loggers).run(adapter, pope)
-    told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
     store = RunStore(folder)
-    asked.print(terminal())
-    told.print(terminal())
-    if not config.fast_dev_run:  # two samples are no data to learn from
-        results = fit(store, chair.name, detector, shares, config.seed)
-        log_detector(loggers, results)
-        print_detector(results)
-        print_answer(store, chair.name)
-    loggers.finalize("finished")
+    with loggers_of(config) as loggers:
+        asked = make_evaluator(config, folder, loggers).run(adapter, pope)
+        told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
+        asked.print(terminal())
+        told.print(terminal())
+        if not config.fast_dev_run:  # two samples are no data to learn from
+            results = fit(store, chair.name, detector, shares, config.seed)
+            log_detector(loggers, results)
+            print_detector(results)
+            print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
     report_failures([asked, told], Path(folder))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import make_evaluator, make_loggers, report_failures, run_dir, use_threads
+from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
 
 
 def run(config: DictConfig) -> None:
@@ -17,11 +17,8 @@ def run(config: DictConfig) -> None:
     folder = run_dir(config)
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)
-    loggers = make_loggers(config, folder)
-    evaluator = make_evaluator(config, folder, loggers)
-    use_threads(config)
-    results = evaluator.run(adapter, task)
-    loggers.finalize("finished")
+    with loggers_of(config) as loggers:
+        results = make_evaluator(config, folder, loggers).run(adapter, task)
     results.print(terminal())
     print(f"run directory: {folder}")
     report_failures([results], folder)

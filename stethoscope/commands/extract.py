@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from stethoscope.build import build
-from stethoscope.commands.session import make_callbacks, report_failures, saved_config, use_threads
+from stethoscope.commands.session import make_callbacks, report_failures, saved_config
 from stethoscope.errors import ArtefactError
 
 
@@ -30,7 +30,6 @@ def run(config: DictConfig) -> None:
     plugins = [*saved.plugins, *config.plugins]
     features = build(config.features, FeatureSet, "features", plugins)
     adapter, task = build(saved.model, Adapter, "model", plugins), build(saved.task, Task, "task", plugins)
-    use_threads(config)
     results = Evaluator(
         callbacks=make_callbacks(OmegaConf.merge(saved, config)),
         limit=saved.limit,

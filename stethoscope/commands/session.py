@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from stethoscope.loggers import Loggers
     from stethoscope.results import TaskResults
     from stethoscope.run import Run
-
-
-def use_threads(config: DictConfig) -> None:
-    """Sets the number of CPU threads of torch, if the configuration names one."""
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
 
 
 def overrides() -> list[str]:
@@ -65,13 +58,21 @@ class KeepConfig(Callback):
             run.store.write_config(self.config, overrides())
 
 
-def make_loggers(config: DictConfig, folder: Path) -> Loggers:
-    """The configuration's logger beside the file of events, started."""
+@contextmanager
+def loggers_of(config: DictConfig) -> Iterator[Loggers]:
+    """The configuration's logger, closed at the end of the block with the way it ended.
+
+    The evaluator starts it, once the run directory has been accepted, and adds the file of events.
+    """
     from stethoscope.loggers import Logger, Loggers
 
     loggers = Loggers([build(config.logger, Logger, "logger", config.plugins)])
-    loggers.setup(folder)
-    return loggers
+    try:
+        yield loggers
+    except BaseException as error:
+        loggers.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    loggers.finalize("finished")
 
 
 def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
