@@ -26,11 +26,11 @@ SHOWN = {
 
 
 def terminal() -> Console:
-    """Standard output; 132 columns where it is a file or a pipe, so that tables stay in one piece."""
+    """Standard output; 150 columns where it is a file or a pipe, so that tables stay in one piece."""
     from rich.console import Console
 
     found = Console()
-    return found if found.is_terminal else Console(width=132)
+    return found if found.is_terminal else Console(width=150)
 
 
 def print_detector(results: Mapping[str, Any]) -> None:
@@ -40,9 +40,8 @@ def print_detector(results: Mapping[str, Any]) -> None:
     board, folds = results["leaderboard"], results["split"]["folds"]
     rows = {row["name"]: row for row in board["rows"]}
     names = ["detector", *dict.fromkeys(board["best_features"].values()), "position only", "text prior"]
-    table = Table(
-        "detector", *(f"{name} (best feature)" if rows[name]["kind"] == "feature" else name for name in names)
-    )
+    kinds = {"detector": "", "feature": "best feature: ", "baseline": ""}
+    table = Table("", *(kinds[rows[name]["kind"]] + name for name in names))
     for metric, title in SHOWN.items():
         cells = [
             str(Interval.from_dict(rows[n]["metrics"][metric])) if metric in rows[n]["metrics"] else "" for n in names
