@@ -82,10 +82,13 @@ def choices(group: str) -> dict[str, str]:
     True
     """
     folder = conf_folder() / group
-    return {
-        str(path.relative_to(folder).with_suffix("")): path.read_text().split("\n", 1)[0].lstrip("# ").strip()
-        for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {str(path.relative_to(folder).with_suffix("")): _title(path) for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _title(path: Path) -> str:
+    """The first comment line of a configuration file that is not a directive to Hydra."""
+    lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@package")), "")
 
 
 def groups() -> list[str]:
