@@ -32,7 +32,7 @@ class Task(ABC):
     max_new_tokens: int = 128
 
     def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
-        """Reads what ``samples`` needs; called once, before anything else.
+        """Reads what ``samples`` needs; called before anything else, does nothing the second time.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.

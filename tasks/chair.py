@@ -95,8 +95,10 @@ class Chair(Task):
         Raises:
             DataError: a file is missing or broken; the message names it.
         """
+        if self._samples:
+            return
         read = {"testbed": self._from_testbed, "files": self._from_files, "hub": self._from_hub}[self.source]
-        self._samples = [
+        samples = [
             Sample(
                 id=Path(image.name).stem,
                 image=image,
@@ -106,9 +108,10 @@ class Chair(Task):
             )
             for image, objects in read()
         ]
-        twice = [id_ for id_, count in Counter(sample.id for sample in self._samples).items() if count > 1]
+        twice = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
         if twice:
             raise DataError(f"image {twice[0]!r} is there more than once ({len(twice)} such images)")
+        self._samples = samples
 
     def _from_testbed(self) -> list[tuple[ImageRef, frozenset[str]]]:
         from stethoscope import testbed

@@ -128,6 +128,8 @@ class Pope(Task):
         Raises:
             DataError: a file is missing or broken; the message names file and line.
         """
+        if self._samples:
+            return
         read = {"testbed": self._from_testbed, "files": self._from_files, "hub": self._from_hub}[self.source]
         self._samples = [
             Sample(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     features = build(config.features, FeatureSet, "features", plugins)
     adapter, task = build(saved.model, Adapter, "model", plugins), build(saved.task, Task, "task", plugins)
     results = Evaluator(
-        callbacks=make_callbacks(OmegaConf.merge(saved, config)),
+        callbacks=make_callbacks(config.callbacks, plugins),
         limit=saved.limit,
         batch_size=saved.batch_size,
         generation=build(saved.generation, Generation, "generation", plugins),

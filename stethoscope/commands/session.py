@@ -40,9 +40,9 @@ def run_dir(config: DictConfig) -> Path:
     return folder
 
 
-def make_callbacks(config: DictConfig) -> list[Callback]:
-    """The callbacks of the configuration, in its order."""
-    return [build(node, Callback, f"callbacks.{name}", config.plugins) for name, node in config.callbacks.items()]
+def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
+    """The callbacks of a configuration's ``callbacks`` group, in its order."""
+    return [build(node, Callback, f"callbacks.{name}", plugins) for name, node in nodes.items()]
 
 
 class KeepConfig(Callback):
@@ -81,7 +81,7 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
     from stethoscope.records import Generation
 
     return Evaluator(
-        callbacks=[KeepConfig(config), *make_callbacks(config)],
+        callbacks=[KeepConfig(config), *make_callbacks(config.callbacks, config.plugins)],
         loggers=loggers,
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,
