@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from stethoscope.adapter import Adapter
 from stethoscope.adapters import loading, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
+from stethoscope.adapters.loading import Loading
 from stethoscope.capture import record
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, unknown
 from stethoscope.lens import Lens
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 class HfAdapter(Adapter):
     """A model folder or hub id that ``AutoModelForImageTextToText`` loads.
@@ -43,10 +42,7 @@ class HfAdapter(Adapter):
             processor's chat template.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
-        device_map: spreads the model over devices, as in transformers (``auto``, ...); then ``device`` stays ``auto``.
-        attention: attention implementation outside traced passes; None for transformers' choice.
-        local_files_only: use nothing that is not on this machine already.
-        trust_remote_code: run code that comes with the model.
+        loading: ``device_map``, ``attention``, ``local_files_only``, ``trust_remote_code``: see ``loading.Loading``.
         threads: CPU threads of torch, set for the whole process when the model loads; None leaves them alone.
         random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
         family: transformers' ``model_type``; read with ``random_init`` only.
@@ -64,34 +60,26 @@ class HfAdapter(Adapter):
         prompt: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        device_map: str | Mapping[str, Any] | None = None,
-        attention: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
         threads: int | None = None,
         random_init: str | None = None,
         family: str = "llava",
+        **loading: Any,
     ) -> None:
         if random_init not in (None, "tiny"):
             raise ConfigError(unknown("random_init", str(random_init), ["tiny", "null"]))
         if not model_id and random_init is None:
             raise ConfigError("model.model_id is missing; give a folder or a hub id, e.g. llava-hf/llava-1.5-7b-hf")
-        if dtype not in _DTYPES:
-            raise ConfigError(unknown("dtype", str(dtype), _DTYPES))
-        if device_map is not None and device != "auto":
-            raise ConfigError(f"device={device} and device_map={device_map} exclude each other; leave device at auto")
+        self.loading = Loading(dtype=dtype, revision=revision, **loading)
+        if self.loading.device_map is not None and device != "auto":
+            raise ConfigError(
+                f"device={device} and device_map={self.loading.device_map} exclude each other; leave device at auto"
+            )
         if threads is not None and threads < 1:
             raise ConfigError(f"model.threads={threads} should be at least 1, or null to leave it to torch")
         check_prompt(prompt)
         self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
-        self.model_id, self.revision, self.prompt, self.dtype = model_id, revision, prompt, dtype
-        self.device, self.device_map, self.attention = device, device_map, attention
+        self.model_id, self.prompt, self.device = model_id, prompt, device
         self.threads, self.random_init, self.family = threads, random_init, family
-        self._where = {
-            "revision": revision or "main",
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-        }
         self._model: PreTrainedModel | None = None
         self._digest: str | None = None
         self._lens: Lens | None = None
@@ -106,28 +94,36 @@ class HfAdapter(Adapter):
             return
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.random_init:
-            model, processor = tiny.build(self.family)
-            model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
-        else:
-            model, processor = loading.load(
-                self.model_id, dtype=self.dtype, device_map=self.device_map, attention=self.attention, **self._where
-            )
+        model, processor = self._tiny() if self.random_init else self._load()
+        if self.random_init and self.loading.dtype != "auto":
+            model = model.to(getattr(torch, self.loading.dtype))
         if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
             raise CapabilityError(f"{self.name}: encoder-decoder language models cannot be traced yet")
-        if self.device_map is None:
+        if self.loading.device_map is None:
             device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
             try:
                 model = model.to(device)
             except (RuntimeError, AssertionError) as error:
                 raise CapabilityError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        self._encoder = Encoder(model, processor, self.prompt)
+        self._encoder = self._make_encoder(model, processor)
         self._processor = processor
         self._model = model.eval().requires_grad_(False)
         self._ends, self._pad = _special_ids(model, processor.tokenizer)
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
         self._blank = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """Model and processor from their files. Families that transformers does not have replace this."""
+        return loading.load(self.model_id, self.loading)
+
+    def _tiny(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """A tiny random model of the same classes, and its processor."""
+        return tiny.build(self.family)
+
+    def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[Image, str], Encoded]:
+        """What ``encode`` calls."""
+        return Encoder(model, processor, self.prompt)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -316,7 +312,7 @@ class HfAdapter(Adapter):
             "model_class": type(self.model).__name__,
             "model_id": Path(self.model_id).name if folder else self.model_id,
             "random_init": self.random_init,
-            "revision": self.revision,
+            "revision": self.loading.revision,
             "weights": self._digest,
             "processor": type(self.processor).__name__,
             "image_processor": type(self.processor.image_processor).__name__,

@@ -6,16 +6,18 @@ import hashlib
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
+from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -33,17 +35,50 @@ def is_folder(model_id: str) -> bool:
     return False
 
 
-def load(
-    model_id: str, *, dtype: str, device_map: Any, attention: str | None, **where: Any
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+@dataclass(frozen=True)
+class Loading:
+    """How files become a model, the same for every adapter.
+
+    Attributes:
+        dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
+        revision: branch, tag or commit of a hub model; None for main.
+        device_map: spreads the model over devices, as in transformers (``auto``, ...); None for one device.
+        attention: attention implementation outside recordings; None for transformers' choice.
+        local_files_only: use nothing that is not on this machine already.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    dtype: str = "auto"
+    revision: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    attention: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(unknown("dtype", str(self.dtype), DTYPES))
+
+    def where(self, folder: bool) -> dict[str, Any]:
+        """What every ``from_pretrained`` of transformers is told about where the files are."""
+        offline = self.local_files_only
+        if not folder and not offline and not _hub_answers():
+            offline = True  # without this the hub's client tries again for minutes
+        return {
+            "revision": self.revision or "main",
+            "local_files_only": offline,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor.
 
     Args:
         model_id: folder or hub id.
-        dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
-        device_map: as in transformers; None for one device.
-        attention: attention implementation outside recordings; None for transformers' choice.
-        where: ``revision``, ``local_files_only``, ``trust_remote_code``.
 
     Raises:
         ConfigError: there is no such model, or it asks for code of its own.
@@ -54,12 +89,16 @@ def load(
 
     folder = is_folder(model_id)
     source = str(Path(model_id).expanduser()) if folder else model_id
-    if not folder and not _hub_answers():
-        where["local_files_only"] = True  # without this the hub's client tries again for minutes
-    with _one_line(model_id), _quiet(folder):
+    where = loading.where(folder)
+    with one_line(model_id), quiet(folder):
         processor = AutoProcessor.from_pretrained(source, **where)
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, device_map=device_map, attn_implementation=attention, output_loading_info=True, **where
+            source,
+            dtype=loading.dtype,
+            device_map=loading.device_map,
+            attn_implementation=loading.attention,
+            output_loading_info=True,
+            **where,
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -89,7 +128,7 @@ def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -
 
 
 @contextmanager
-def _one_line(model_id: str) -> Iterator[None]:
+def one_line(model_id: str) -> Iterator[None]:
     """Turns what loading raises into an error of one line."""
     try:
         yield
@@ -127,7 +166,7 @@ def _first(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(folder: bool) -> Iterator[None]:
+def quiet(folder: bool) -> Iterator[None]:
     """No progress bar for a folder: reading it takes no download."""
     from transformers.utils import logging
 
