@@ -1,0 +1,48 @@
+"""Tiny random models of the real classes, made without files or network: to try a configuration, and for tests.
+
+Sizes are small; the rest follows the published architecture: classes, feature layer, prompt tokens, grouped heads.
+Weights are wide enough that attention is far from uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from stethoscope.adapters.tiny import llava
+from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
+from stethoscope.errors import CapabilityError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+__all__ = ["FAMILIES", "build", "llama_tokenizer"]
+
+_STD = 0.25
+
+FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
+    "llava": llava.llava,
+}
+"""What ``family`` in a model's configuration may say: transformers' ``model_type``, or a family of our own."""
+
+
+def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A random model in evaluation mode and its processor.
+
+    Args:
+        family: transformers' ``model_type``.
+        seed: seed of the weights.
+
+    Raises:
+        CapabilityError: no tiny model of this family is known.
+    """
+    if family not in FAMILIES:
+        raise CapabilityError(unknown("family for random_init=tiny", family, FAMILIES))
+    model, processor = FAMILIES[family]()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith("class_embedding"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * _STD
+    return model.eval(), processor

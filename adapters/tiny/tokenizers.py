@@ -1,0 +1,77 @@
+"""Tiny tokenizers of the kinds that the families use, trained on a few sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+TEXT = (
+    "USER: What is in the image? ASSISTANT: A cat and a dog lie on the table.",
+    "Is there a red car in the photo? Yes, there is. No, there is no car.",
+    "Please describe this image in detail. The image shows two people who look at the camera.",
+)
+"""What every tiny tokenizer is trained on."""
+
+
+def add_special(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Adds tokens that are never split."""
+    from transformers import AddedToken
+
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+
+
+def llama_tokenizer(extra: Sequence[str] = ()) -> LlamaTokenizer:
+    """Llama's kind of tokenizer: byte-pair encoding with SentencePiece's spaces and bytes for unknown characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=True)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces.train_from_iterator(
+        TEXT * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    trained = json.loads(pieces.to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    tokenizer = LlamaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True)
+    tokenizer.pad_token = "<unk>"
+    add_special(tokenizer, extra)
+    return tokenizer
+
+
+def byte_tokenizer(
+    pad: str, bos: str | None, eos: str, extra: Sequence[str] = (), add_bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """The kind of tokenizer of GPT-2, OPT, Qwen and Llama 3: byte-pair encoding over bytes.
+
+    Args:
+        pad: token to pad with. ``bos``: first token of a text, None where the family has none. ``eos``: end of a turn.
+        extra: more tokens that are never split, such as the image placeholder.
+        add_bos: whether every text starts with ``bos``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys(token for token in (pad, bos, eos) if token))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    pieces.train_from_iterator(TEXT * 3, trainer)
+    if add_bos:
+        pieces.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, pieces.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token=bos, eos_token=eos, pad_token=pad)
+    add_special(tokenizer, extra)
+    return tokenizer
