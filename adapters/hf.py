@@ -42,7 +42,8 @@ class HfAdapter(Adapter):
             processor's chat template.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
-        loading: ``device_map``, ``attention``, ``local_files_only``, ``trust_remote_code``: see ``loading.Loading``.
+        loading: ``device_map``, ``max_memory``, ``offload_folder``, ``quantize``, ``attention``, ``local_files_only``,
+            ``trust_remote_code``: see ``loading.Loading``.
         threads: CPU threads of torch, set for the whole process when the model loads; None leaves them alone.
         random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
         family: transformers' ``model_type``; read with ``random_init`` only.
@@ -94,13 +95,18 @@ class HfAdapter(Adapter):
             return
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        self.loading.ready()
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
+            self.loading = replace(self.loading, device_map={"": device})
         model, processor = self._tiny() if self.random_init else self._load()
         if self.random_init and self.loading.dtype != "auto":
             model = model.to(getattr(torch, self.loading.dtype))
+        if self.random_init and self.loading.device_map is not None:
+            model = loading.placed(model, self.loading)
         if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
             raise CapabilityError(f"{self.name}: encoder-decoder language models cannot be traced yet")
         if self.loading.device_map is None:
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
             try:
                 model = model.to(device)
             except (RuntimeError, AssertionError) as error:

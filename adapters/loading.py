@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
+import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_DEVICE_MAP = re.compile(rf"{'|'.join(DEVICE_MAPS)}|(cpu|mps|cuda|xpu|npu|hpu)(:\d+)?")
+QUANTIZE = ("4bit", "8bit")
+WHOLE = (
+    r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder|image_encoder|multi_modal_projector|mm_projector|"
+    r"connector|qformer|visual_abstractor|resampler|perceiver|language_projection|lm_head|embed_out)"
+)
+"""Modules that are never quantised, as transformers matches names: from the picture to the words' space, and the head.
+They are a twentieth of the weights or less; relevancy takes gradients through the first, every figure about a token's
+probability comes from the last."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -42,7 +54,12 @@ class Loading:
     Attributes:
         dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
         revision: branch, tag or commit of a hub model; None for main.
-        device_map: spreads the model over devices, as in transformers (``auto``, ...); None for one device.
+        device_map: spreads the model over devices, as in transformers: ``auto``, ``balanced``, ``sequential``, or a
+            mapping of module names to devices, ``cpu`` and ``disk`` among them; None for one device.
+        max_memory: how much a ``device_map`` by name may take of each device, as ``{0: 20GiB, cpu: 60GiB}``; devices
+            that are not named are not used, and what fits on none goes to disk.
+        offload_folder: where layers on ``disk`` are kept when they cannot be read from the model's own files.
+        quantize: ``4bit`` (NF4) or ``8bit`` (LLM.int8) through bitsandbytes; see ``WHOLE`` for what stays as it is.
         attention: attention implementation outside recordings; None for transformers' choice.
         local_files_only: use nothing that is not on this machine already.
         trust_remote_code: run code that comes with the model.
@@ -54,6 +71,9 @@ class Loading:
     dtype: str = "auto"
     revision: str | None = None
     device_map: str | Mapping[str, Any] | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    offload_folder: str | None = None
+    quantize: str | None = None
     attention: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
@@ -61,6 +81,54 @@ class Loading:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(unknown("dtype", str(self.dtype), DTYPES))
+        if self.quantize not in (None, *QUANTIZE):
+            raise ConfigError(unknown("quantize", str(self.quantize), [*QUANTIZE, "null"]))
+        if isinstance(self.device_map, str) and not _DEVICE_MAP.fullmatch(self.device_map):
+            raise ConfigError(
+                f"device_map={self.device_map!r} should be {', '.join(DEVICE_MAPS)}, a device or a mapping of module "
+                f"names to devices"
+            )
+        if isinstance(self.device_map, Mapping):
+            object.__setattr__(self, "device_map", dict(self.device_map))
+        if self.max_memory is not None:
+            if self.device_map not in DEVICE_MAPS:
+                raise ConfigError(f"max_memory={dict(self.max_memory)} is read with device_map=auto only; set that too")
+            object.__setattr__(self, "max_memory", _max_memory(self.max_memory))
+
+    def ready(self) -> None:
+        """Raises CapabilityError when this machine cannot do what is asked. Called before anything is downloaded."""
+        if self.quantize is None:
+            return
+        what = f"quantize={self.quantize}"
+        from transformers.utils import get_available_devices
+        from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
+
+        if not is_bitsandbytes_available():
+            wanted = f"bitsandbytes>={BITSANDBYTES_MIN_VERSION}"
+            raise CapabilityError(f"{what} needs {wanted}, which is not here; pip install 'lvlm-stethoscope[quantize]'")
+        import bitsandbytes
+
+        here, able = set(get_available_devices()), set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
+        if not here & able:
+            raise CapabilityError(
+                f"{what} runs on {', '.join(sorted(able))} with bitsandbytes {bitsandbytes.__version__}; "
+                f"this machine has {', '.join(sorted(here))}"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` of a model is told beyond ``where``."""
+        options = {"dtype": self.dtype, "device_map": self.device_map, "attn_implementation": self.attention}
+        if self.max_memory is not None:
+            options["max_memory"] = dict(self.max_memory)
+        if self.offload_folder is not None:
+            options["offload_folder"] = str(Path(self.offload_folder).expanduser())
+        if self.quantize is not None:
+            from transformers import BitsAndBytesConfig
+
+            four = self.quantize == "4bit"
+            chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if four else {"load_in_8bit": True}
+            options["quantization_config"] = BitsAndBytesConfig(**chosen, llm_int8_skip_modules=[WHOLE])
+        return options
 
     def where(self, folder: bool) -> dict[str, Any]:
         """What every ``from_pretrained`` of transformers is told about where the files are."""
@@ -87,23 +155,72 @@ def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMix
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    loading.ready()
     folder = is_folder(model_id)
-    source = str(Path(model_id).expanduser()) if folder else model_id
-    where = loading.where(folder)
     with one_line(model_id), quiet(folder):
-        processor = AutoProcessor.from_pretrained(source, **where)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=loading.dtype,
-            device_map=loading.device_map,
-            attn_implementation=loading.attention,
-            output_loading_info=True,
-            **where,
+        processor = AutoProcessor.from_pretrained(_source(model_id, folder), **loading.where(folder))
+    return pretrained(AutoModelForImageTextToText, model_id, loading), processor
+
+
+def pretrained(cls: Any, source: str, loading: Loading, **more: Any) -> PreTrainedModel:
+    """``cls.from_pretrained`` under all the options of ``loading``, for every adapter that loads a model.
+
+    Args:
+        cls: a model class of transformers or an ``AutoModel...``.
+        source: folder or hub id.
+        more: further arguments, such as ``config`` or ``key_mapping``.
+
+    Raises:
+        ConfigError, CapabilityError, DataError: as ``load``; one line each.
+    """
+    loading.ready()
+    folder = is_folder(source)
+    with one_line(source), quiet(folder):
+        model, report = cls.from_pretrained(
+            _source(source, folder), output_loading_info=True, **loading.where(folder), **loading.options(), **more
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise DataError(f"model {model_id} lacks {len(missing)} weights, the first is {missing[0]}")
-    return model, processor
+        raise DataError(f"model {source} lacks {len(missing)} weights, the first is {missing[0]}")
+    if loading.quantize == "4bit":
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):  # bitsandbytes' own default is float32
+                module.compute_dtype = model.dtype
+    return model
+
+
+def placed(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+    """A model that was made in memory, loaded again so that it follows ``loading`` like one from files."""
+    folder = tempfile.TemporaryDirectory(prefix="stethoscope-")
+    with quiet(True):
+        model.save_pretrained(folder.name)
+    again = pretrained(type(model), folder.name, loading)
+    again._stethoscope_files = folder  # layers on disk are read from there as long as the model lives
+    return again
+
+
+def _source(source: str, folder: bool) -> str:
+    return str(Path(source).expanduser()) if folder else source
+
+
+def _max_memory(given: Mapping[int | str, int | str]) -> dict[int | str, int]:
+    """Bytes per device, GPUs by number.
+
+    >>> _max_memory({"0": "1GiB", "cuda:1": "500MB", "cpu": 7})
+    {0: 1073741824, 1: 500000000, 'cpu': 7}
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    found: dict[int | str, int] = {}
+    for device, size in given.items():
+        name = str(device).removeprefix("cuda:")
+        if not name.isdigit() and name not in ("cpu", "disk", "mps"):
+            raise ConfigError(f"max_memory names the device {device!r}; it should be a GPU's number, cpu or disk")
+        try:
+            found[int(name) if name.isdigit() else name] = convert_file_size_to_int(size)
+        except (ValueError, TypeError, AttributeError):
+            raise ConfigError(f"max_memory of {device} is {size!r}; it should be bytes or a size as 20GiB") from None
+    return found
 
 
 def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
@@ -141,7 +258,7 @@ def one_line(model_id: str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(f"model {model_id} brings its own code; set trust_remote_code=true to run it") from error
-        raise CapabilityError(f"model {model_id} cannot be loaded as an image-text model: {_first(error)}") from error
+        raise CapabilityError(f"model {model_id} cannot be loaded: {_first(error)}") from error
     except Exception as error:  # safetensors and pickle errors have no common base
         raise DataError(f"the files of model {model_id} cannot be read: {_first(error)}") from error
 
