@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stethoscope.adapters.tiny import llava
+from stethoscope.adapters.tiny import blip, llava
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 from stethoscope.errors import CapabilityError, unknown
 
@@ -24,6 +24,10 @@ _STD = 0.25
 
 FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "llava": llava.llava,
+    "blip-2-opt": blip.blip2_opt,
+    "blip-2-t5": blip.blip2_t5,
+    "instructblip-vicuna": blip.instructblip_vicuna,
+    "instructblip-t5": blip.instructblip_t5,
 }
 """What ``family`` in a model's configuration may say: transformers' ``model_type``, or a family of our own."""
 
