@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stethoscope.adapters.tiny import blip, llava
+from stethoscope.adapters.tiny import blip, gemma, idefics, internvl, llava, qwen
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 from stethoscope.errors import CapabilityError, unknown
 
@@ -24,6 +24,17 @@ _STD = 0.25
 
 FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "llava": llava.llava,
+    "llava_next": llava.llava_next,
+    "llava_onevision": llava.llava_onevision,
+    "qwen2_vl": qwen.qwen2_vl,
+    "qwen2_5_vl": qwen.qwen2_5_vl,
+    "qwen3_vl": qwen.qwen3_vl,
+    "internvl": internvl.internvl,
+    "idefics3": idefics.idefics3,
+    "smolvlm": idefics.smolvlm,
+    "paligemma": gemma.paligemma,
+    "paligemma2": gemma.paligemma2,
+    "gemma3": gemma.gemma3,
     "blip-2-opt": blip.blip2_opt,
     "blip-2-t5": blip.blip2_t5,
     "instructblip-vicuna": blip.instructblip_vicuna,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +16,14 @@ TEXT = (
 )
 """What every tiny tokenizer is trained on."""
 
+CHATML = (
+    "{{% for m in messages %}}{{% if loop.first and m['role'] != 'system' %}}<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n{{% endif %}}<|im_start|>{{{{ m['role'] }}}}\n{{% for c in m['content'] %}}"
+    "{{% if c['type'] == 'image' %}}{image}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}<|im_end|>\n"
+    "{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+)
+"""The chat template of Qwen's language models; ``format`` it with what stands for the image."""
+
 
 def add_special(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     """Adds tokens that are never split."""
@@ -25,8 +33,13 @@ def add_special(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> No
     tokenizer.add_tokens(added, special_tokens=True)
 
 
-def llama_tokenizer(extra: Sequence[str] = ()) -> LlamaTokenizer:
-    """Llama's kind of tokenizer: byte-pair encoding with SentencePiece's spaces and bytes for unknown characters."""
+def llama_tokenizer(extra: Sequence[str] = (), named: Mapping[str, str] | None = None) -> LlamaTokenizer:
+    """Llama's kind of tokenizer: byte-pair encoding with SentencePiece's spaces and bytes for unknown characters.
+
+    Args:
+        extra: more tokens that are never split, such as the image placeholder.
+        named: the same for tokens that the tokenizer keeps as attributes, by name.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
@@ -38,14 +51,26 @@ def llama_tokenizer(extra: Sequence[str] = ()) -> LlamaTokenizer:
     )
     trained = json.loads(pieces.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
-    tokenizer = LlamaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True)
+    tokenizer = LlamaTokenizer(
+        vocab=trained["vocab"], merges=merges, add_bos_token=True, extra_special_tokens=dict(named or {})
+    )
     tokenizer.pad_token = "<unk>"
     add_special(tokenizer, extra)
     return tokenizer
 
 
+def chatml_tokenizer(named: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of Qwen's language models: no first token, turns between tokens of their own."""
+    return byte_tokenizer("<|endoftext|>", None, "<|im_end|>", ["<|im_start|>"], named=named)
+
+
 def byte_tokenizer(
-    pad: str, bos: str | None, eos: str, extra: Sequence[str] = (), add_bos: bool = False
+    pad: str,
+    bos: str | None,
+    eos: str,
+    extra: Sequence[str] = (),
+    add_bos: bool = False,
+    named: Mapping[str, str] | None = None,
 ) -> PreTrainedTokenizerFast:
     """The kind of tokenizer of GPT-2, OPT, Qwen and Llama 3: byte-pair encoding over bytes.
 
@@ -53,6 +78,7 @@ def byte_tokenizer(
         pad: token to pad with. ``bos``: first token of a text, None where the family has none. ``eos``: end of a turn.
         extra: more tokens that are never split, such as the image placeholder.
         add_bos: whether every text starts with ``bos``.
+        named: as ``extra``, for tokens that the tokenizer keeps as attributes, by name.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -72,6 +98,8 @@ def byte_tokenizer(
         pieces.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, pieces.token_to_id(bos))]
         )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token=bos, eos_token=eos, pad_token=pad)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces, bos_token=bos, eos_token=eos, pad_token=pad, extra_special_tokens=dict(named or {})
+    )
     add_special(tokenizer, extra)
     return tokenizer

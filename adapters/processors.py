@@ -1,0 +1,101 @@
+"""Processors for images and text, also of families whose processor wants to read videos too.
+
+Their video processors need torchvision, and SmolVLM's processor num2words for the sentence that introduces a video;
+a question about an image needs neither.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.errors import CapabilityError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+_VIDEO = "video_processor"
+
+
+def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
+    """What ``AutoProcessor`` loads; where that fails and the family reads videos too, the processor without them.
+
+    Args:
+        source: folder or hub id.
+        where: what ``from_pretrained`` is told about the place, see ``loading.Loading.where``.
+
+    Raises:
+        CapabilityError: the processor's parts for images and text cannot be loaded either.
+        Exception: whatever ``AutoProcessor`` raised, where videos have nothing to do with it.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(source, **where)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        try:
+            cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **where)))
+        except (OSError, ValueError):
+            raise error from None
+        if cls is None or _VIDEO not in cls.get_attributes():
+            raise
+        try:
+            images = AutoImageProcessor.from_pretrained(source, **where)
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            settings, _ = cls.get_processor_dict(source, **where)
+        except (ImportError, OSError, ValueError, TypeError, AttributeError) as second:
+            first = (str(second).strip().splitlines() or [type(second).__name__])[0]
+            raise CapabilityError(
+                f"the {cls.__name__} of {source} cannot be loaded, even without videos: {first}"
+            ) from error
+        parts = cls.get_attributes()
+        known = [name for name in inspect.signature(cls.__init__).parameters if name in settings and name not in parts]
+        return images_only(cls, images, tokenizer, **{name: settings[name] for name in known})
+
+
+def images_only(cls: type[ProcessorMixin], images: Any, tokenizer: Any, **settings: Any) -> ProcessorMixin:
+    """A processor of a class that reads videos too, without what it needs for them.
+
+    Args:
+        cls: the processor's class.
+        images: its image processor.
+        settings: what else its constructor takes.
+
+    Returns:
+        An instance of a subclass of the same name.
+    """
+    kind = type(cls.__name__, (_ImagesOnly, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    with _words_of_videos(cls):
+        return kind(image_processor=images, tokenizer=tokenizer, video_processor=None, **settings)
+
+
+class _ImagesOnly:
+    """Mixed into a processor's class: all but its video processor."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Parts that are checked, kept and saved."""
+        return [name for name in super().get_attributes() if name != _VIDEO]
+
+    def apply_chat_template(self, conversation: Any, *arguments: Any, **settings: Any) -> Any:
+        """As every processor does; SmolVLM's own method asks its video processor for numbers of frames first."""
+        from transformers import ProcessorMixin
+
+        return ProcessorMixin.apply_chat_template(self, conversation, *arguments, **settings)
+
+
+@contextmanager
+def _words_of_videos(cls: type[ProcessorMixin]) -> Iterator[None]:
+    """Lets the constructor of SmolVLM's processor pass its check for num2words, and takes nothing else's place."""
+    module = sys.modules[cls.__module__]
+    missing = getattr(module, "num2words", cls) is None
+    if missing:
+        module.num2words = str
+    try:
+        yield
+    finally:
+        if missing:
+            module.num2words = None
