@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from stethoscope.errors import ConfigError
+from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Generation
 from stethoscope.trace import Encoded
 
@@ -71,6 +79,74 @@ class Sampler(LogitsProcessor):
         words = scores.shape[-1]
         uniform = torch.stack([torch.rand(words, generator=one, dtype=torch.float64) for one in self._generators])
         return scores - (-uniform.clamp_min(1e-300).log()).log().to(scores)
+
+
+class Stop(StoppingCriteria):
+    """Ends generation of a prompt, or a beam, once its answer holds a stop string.
+
+    Args:
+        stops: the strings.
+        decode: decodes a list of ids as a whole.
+        start: length of the prompt in the sequences that ``generate`` works on.
+    """
+
+    def __init__(self, stops: Sequence[str], decode: Callable[[Sequence[int]], str], start: int) -> None:
+        self._stops, self._decode, self._start = tuple(stops), decode, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: object) -> Tensor:
+        found = [
+            _first(self._decode(ids).lstrip(), self._stops) is not None for ids in input_ids[:, self._start :].tolist()
+        ]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class Cut(NamedTuple):
+    """What of the generated ids is the answer.
+
+    Attributes:
+        ids: the first of the generated ids, as they came.
+        finished: the answer ended by itself, before ``max_new_tokens``.
+        surplus: so many characters at the end of the last token belong to a stop string, not to the answer.
+    """
+
+    ids: list[int]
+    finished: bool
+    surplus: int = 0
+
+
+def cut(
+    ids: Sequence[int],
+    ends: Collection[int],
+    stops: Sequence[str] = (),
+    decode: Callable[[Sequence[int]], str] = lambda ids: "",
+) -> Cut:
+    """The answer within generated ids: what stands before the first id that ends it, and before the first stop string.
+
+    Args:
+        ends: ids that end an answer.
+        decode: decodes a list of ids as a whole, special tokens too.
+
+    >>> cut([5, 6, 2, 0], ends=(2,))
+    Cut(ids=[5, 6], finished=True, surplus=0)
+    >>> words = {1: "yes", 2: ".#", 3: "##", 4: " Human"}
+    >>> cut([1, 2, 3, 4], (), ("###",), lambda ids: "".join(words[i] for i in ids))
+    Cut(ids=[1, 2], finished=True, surplus=1)
+    """
+    ids = list(ids)
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    ids = ids[:end]
+    if stops:
+        text, offsets = decode_with_offsets(ids, decode)
+        at = _first(text, stops)
+        if at is not None:
+            kept = sum(start < at for start, _ in offsets)
+            return Cut(ids[:kept], True, max(offsets[kept - 1][1] - at, 0) if kept else 0)
+    return Cut(ids, end is not None)
+
+
+def _first(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string starts."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _seed(seed: int, encoded: Encoded) -> int:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import DataError
+from stethoscope.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,6 +93,8 @@ class Generation:
         top_p: nucleus of the distribution to sample from, in (0, 1].
         num_beams: beams of beam search, 1 for none.
         seed: seed of the sampling.
+        stop: strings that end an answer; it holds what stands before the first of them. White space at the very start
+            of an answer is no part of it and so ends nothing. A model may have stop strings of its own besides.
     """
 
     max_new_tokens: int | None = None
@@ -101,6 +103,12 @@ class Generation:
     top_p: float = 1.0
     num_beams: int = 1
     seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop or ()):
+            raise ConfigError(f"generation.stop={self.stop!r} should be a list of texts, as ['###']")
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""Generation settings: what is refused, stop strings, seeds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stethoscope.adapters import sampling
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.errors import ConfigError
+from stethoscope.fingerprint import jsonable
+from stethoscope.records import Generation
+
+QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
+WAYS = {
+    "greedy": Generation(max_new_tokens=24),
+    "sampled": Generation(max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, seed=4),
+    "beams": Generation(max_new_tokens=24, num_beams=3),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    torch.set_num_threads(1)
+    adapter = HfAdapter(random_init="tiny", prompt="USER: <image>\n{question} ASSISTANT:", device="cpu")
+    adapter.setup()
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def encoded(adapter):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
+    return [adapter.encode(Image.fromarray(p), question) for p, question in zip(pixels, QUESTIONS, strict=True)]
+
+
+class Passes:
+    """Counts the forward passes of a model and the positions that they read."""
+
+    def __init__(self, model):
+        self.count = 0
+        self._hook = model.register_forward_hook(lambda *_: setattr(self, "count", self.count + 1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._hook.remove()
+
+
+def middle(answer):
+    """A text that starts inside a token of the answer and ends inside a later one."""
+    index = next(i for i, (start, end) in enumerate(answer.offsets) if i >= 5 and end - start >= 2)
+    start = answer.offsets[index][0] + 1
+    stop = answer.text[start : start + 4]
+    return stop, answer.text.index(stop)
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
+def test_an_answer_ends_before_the_first_stop_string_and_stays_aligned(adapter, encoded, way):
+    whole = adapter.generate(encoded[:1], WAYS[way])[0]
+    stop, at = middle(whole)
+    with Passes(adapter.model) as passes:
+        answer = adapter.generate(encoded[:1], replace(WAYS[way], stop=("never written", stop)))[0]
+    kept = len(answer.token_ids)
+    assert answer.text == whole.text[:at]
+    assert answer.finished
+    assert answer.token_ids == whole.token_ids[:kept]
+    assert answer.logprobs == pytest.approx(whole.logprobs[:kept])
+    assert answer.offsets[:-1] == whole.offsets[: kept - 1]
+    assert answer.offsets[-1] == (whole.offsets[kept - 1][0], at)  # the token that holds the border is cut there
+    last = max(i for i, (start, _) in enumerate(whole.offsets) if start < at + len(stop))
+    assert passes.count == last + 1 < len(whole.token_ids)  # not one more than it takes to write the stop string
+    assert adapter.trace(encoded[0], answer, ()).logits.shape[0] == kept
+
+
+def test_the_earliest_of_several_stop_strings_counts(adapter, encoded):
+    whole = adapter.generate(encoded[:1], WAYS["greedy"])[0]
+    late, early = whole.text[20:24], whole.text[6:9]
+    answer = adapter.generate(encoded[:1], replace(WAYS["greedy"], stop=(late, early)))[0]
+    assert answer.text == whole.text[: min(whole.text.index(late), whole.text.index(early))]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stops_are_per_prompt_whatever_the_batch(adapter, encoded, way):
+    stop = (adapter.generate(encoded[1:2], WAYS[way])[0].text[8:11],)
+    generation = replace(WAYS[way], stop=stop)
+    together = adapter.generate(encoded, generation)
+    for answer, one in zip(together, encoded, strict=True):
+        alone = adapter.generate([one], generation)[0]
+        assert replace(answer, logprobs=alone.logprobs) == alone
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert stop[0] not in answer.text
+    assert together[1].finished
+
+
+def test_beams_that_reach_a_stop_string_are_done(adapter, encoded):
+    """With every beam ended by the first letter that it may write, the search ends long before its length."""
+    letters = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    with Passes(adapter.model) as passes:
+        adapter.generate(encoded[:1], WAYS["beams"])
+    long = passes.count
+    with Passes(adapter.model) as passes:
+        answer = adapter.generate(encoded[:1], replace(WAYS["beams"], stop=letters))[0]
+    assert passes.count < long
+    assert not set(letters) & set(answer.text)
+    assert answer.finished
+
+
+def test_a_family_may_have_stop_strings_of_its_own(adapter, encoded, monkeypatch):
+    whole = adapter.generate(encoded[:1], WAYS["greedy"])[0]
+    monkeypatch.setattr(adapter, "stop", (whole.text[10:13],))
+    assert adapter.generate(encoded[:1], WAYS["greedy"])[0].text == whole.text[: whole.text.index(whole.text[10:13])]
+    earlier = replace(WAYS["greedy"], stop=(whole.text[3:5],))
+    assert adapter.generate(encoded[:1], earlier)[0].text == whole.text[: whole.text.index(whole.text[3:5])]
+
+
+@pytest.mark.parametrize(
+    ("written", "stops", "kept", "surplus"),
+    [
+        (["yes", ".", "###", " Human"], ["###"], 2, 0),
+        (["yes", ".#", "##", " Human"], ["###"], 2, 1),
+        (["yes", ".###Human"], ["###"], 2, 8),
+        (["###", "yes"], ["###"], 0, 0),
+        (["#", "##"], ["###"], 0, 0),
+        (["\n", "yes", "\n", "no"], ["\n"], 2, 0),  # a line break before the answer does not end it
+        (["no", "##", " #"], ["###"], 3, 0),
+        (["a", "<end>", "b"], ["<end>"], 1, 0),
+    ],
+)
+def test_cut(written, stops, kept, surplus):
+    def decode(ids):
+        return "".join(written[i] for i in ids)
+
+    found = sampling.cut(range(len(written)), (), stops, decode)
+    assert found == (list(range(kept)), any(stop in decode(range(len(written))).lstrip() for stop in stops), surplus)
+
+
+def test_an_end_token_comes_before_what_stands_behind_it():
+    assert sampling.cut([0, 9, 1], {9}, ["b"], lambda ids: "".join("ab"[i] for i in ids)) == ([0], True, 0)
+
+
+def test_stop_strings_belong_to_the_fingerprint():
+    assert jsonable(Generation(stop=["###"]))["stop"] == ["###"]
+    assert Generation(stop=["###"]) == Generation(stop=("###",)) != Generation()
+    assert Generation(stop=None).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": 0.0, "do_sample": True}, "do_sample=false"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"num_beams": 0}, "num_beams=0"),
+        ({"num_beams": 2, "do_sample": True}, "exclude each other"),
+        ({"stop": "###"}, r"\['###'\]"),
+        ({"stop": ["a", ""]}, "list of texts"),
+        ({"stop": [1]}, "list of texts"),
+    ],
+)
+def test_wrong_settings(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        sampling.check(Generation(**{"max_new_tokens": 4} | settings))
