@@ -125,7 +125,12 @@ class Worker:
         return draft
 
     def _generate(self, drafts: Sequence[Draft]) -> None:
-        """Writes answers."""
+        """Writes answers, or reads those that samples bring along."""
+        for draft in drafts:
+            if draft.sample.answer is not None:
+                with self._stage(draft, "generate"):
+                    draft.answer = self.run.adapter.answer(draft.encoded, draft.sample.answer)
+        drafts = [draft for draft in drafts if draft.sample.answer is None]
 
         def generate(some: Sequence[Draft]) -> Sequence[Answer]:
             return self.run.adapter.generate([draft.encoded for draft in some], self.generation)

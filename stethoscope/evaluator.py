@@ -176,13 +176,14 @@ class Evaluator:
         from stethoscope.stats import count_metrics
 
         outcomes = [run.outcomes[sample.id] for sample in run.samples]
-        judged = [outcome for outcome in outcomes if outcome.status != FAILED]
+        pairs = zip(run.samples, outcomes, strict=True)
+        rows = run.task.tally([(sample, outcome.counts) for sample, outcome in pairs if outcome.status != FAILED])
         counts = {status: sum(outcome.status == status for outcome in outcomes) for status in (OK, UNPARSED, FAILED)}
         metrics = count_metrics(
             run.task.metrics(),
-            pd.DataFrame([dict(outcome.counts) for outcome in judged]).fillna(0.0),
-            [outcome.group for outcome in judged],
-            [outcome.subset for outcome in judged],
+            pd.DataFrame([dict(row.counts) for row in rows]).fillna(0.0),
+            [row.group for row in rows],
+            [row.subset for row in rows],
             macro=run.task.macro,
             seed=self.seed,
         )

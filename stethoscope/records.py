@@ -72,6 +72,8 @@ class Sample:
         group: unit of data splits and of the bootstrap, the image's id.
         subset: part of the benchmark that is reported on its own (POPE: ``random``, ``popular``, ``adversarial``).
         reference: ground truth, JSON-able, opaque to everyone but the task.
+        answer: an answer written elsewhere, which the model reads (teacher forcing) instead of writing its own; None to
+            ask the model. A task that gives answers keeps them in ``reference`` too, so that records know of a change.
     """
 
     id: str
@@ -80,6 +82,7 @@ class Sample:
     group: str
     subset: str = "all"
     reference: Mapping[str, Any] = field(default_factory=dict)
+    answer: str | None = None
 
 
 @dataclass(frozen=True)

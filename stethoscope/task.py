@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,23 @@ from stethoscope.records import Answer, Mention, Sample, Score
 
 Totals = Mapping[str, np.ndarray]
 """Sums of ``Score.counts`` over samples: one float array of any common shape for each name."""
+
+Judged = Sequence[tuple[Sample, Mapping[str, float]]]
+"""Samples that did not fail, each with the ``counts`` of its score, in the order of the task."""
+
+
+class Tally(NamedTuple):
+    """A row of what metrics are totalled from.
+
+    Attributes:
+        group: unit of the bootstrap, as in ``Sample.group``.
+        subset: where the row belongs; metrics are made for every subset that has rows.
+        counts: numbers that add up; a name that is missing counts 0.
+    """
+
+    group: str
+    subset: str
+    counts: Mapping[str, float]
 
 
 class Task(ABC):
@@ -52,6 +69,14 @@ class Task(ABC):
 
         Totals come as arrays so that one call covers the value and every bootstrap replicate.
         """
+
+    def tally(self, judged: Judged) -> Sequence[Tally]:
+        """What metrics are totalled from: by default the counts of every judged sample, under its own subset.
+
+        A task whose figures span several samples (both questions about an image answered rightly, subsets taken
+        together) adds counts or rows here.
+        """
+        return [Tally(sample.group, sample.subset, counts) for sample, counts in judged]
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Labelled object mentions of one answer, in reading order; none by default."""
