@@ -5,7 +5,6 @@ Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,27 +17,14 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
+from stethoscope.tasks.captions import METRICS, complete_sentences, labelled, score_caption
 from stethoscope.tasks.coco import read_captions, read_instances
 from stethoscope.tasks.objects import OBJECTS, Mention, mentions
 from stethoscope.tasks.published import ImageFolder, read_text
-from stethoscope.tasks.totals import ratio
 
-__all__ = ["Chair", "Mention", "mentions"]
+__all__ = ["Chair", "Mention", "complete_sentences", "mentions"]
 
 SOURCES = ("testbed", "files", "hub")
-
-_COUNTS = ("mentions", "hallucinated", "captions", "hallucinated_captions", "truth", "found", "words")
-_SENTENCE_END = re.compile(r"""[.?!]["'”’)]*(?=\s|$)""")
-
-
-def complete_sentences(text: str) -> str:
-    """A text without its last sentence if that one has no end; a text of one sentence stays as it is.
-
-    >>> complete_sentences("A dog. A cat (black.) And a")
-    'A dog. A cat (black.)'
-    """
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else text
 
 
 class Chair(Task):
@@ -172,32 +158,13 @@ class Chair(Task):
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Counts mentions, hallucinated mentions, true objects named and words; an empty answer is ``unparsed``."""
         text = self._judged(answer)
-        if not text.strip():
-            return Score("unparsed", dict.fromkeys(_COUNTS, 0.0), {"objects": [], "hallucinated": []})
-        truth = set(sample.reference["objects"])
-        named = [mention.name for mention in mentions(text)]
-        invented = [name for name in named if name not in truth]
-        values = (len(named), len(invented), 1, bool(invented), len(truth), len(truth & set(named)), len(text.split()))
-        detail = {"objects": named, "hallucinated": invented}
-        return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
+        return score_caption(text, [mention.name for mention in mentions(text)], sample.reference["objects"])
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[records.Mention, ...]:
         """Every object that the judged part of the answer names: 1 if it is not in the picture, 0 if it is."""
-        truth, before, rows = set(sample.reference["objects"]), Counter(), []
-        for number, (name, start, end) in enumerate(mentions(self._judged(answer))):
-            rows.append(records.Mention(start, end, name, int(name not in truth), number, before[name]))
-            before[name] += 1
-        return tuple(rows)
+        truth = set(sample.reference["objects"])
+        return labelled(mentions(self._judged(answer)), lambda name: int(name not in truth))
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """CHAIR_i, CHAIR_s, object recall and length in words.
-
-        ``chair_i``: hallucinated mentions among all mentions. ``chair_s``: captions with at least one, among all
-        captions. ``recall``: true objects that are named, among all true objects. ``length``: words per caption.
-        """
-        return {
-            "chair_i": lambda totals: ratio(totals["hallucinated"], totals["mentions"]),
-            "chair_s": lambda totals: ratio(totals["hallucinated_captions"], totals["captions"]),
-            "recall": lambda totals: ratio(totals["found"], totals["truth"]),
-            "length": lambda totals: ratio(totals["words"], totals["captions"]),
-        }
+        """CHAIR_i, CHAIR_s, object recall and length in words; ``captions.METRICS`` defines them."""
+        return METRICS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from stethoscope.errors import DataError, unknown
 from stethoscope.tasks.objects import OBJECTS, mentions
-from stethoscope.tasks.published import read_text
+from stethoscope.tasks.published import read_json
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -19,10 +18,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     Raises:
         DataError: not JSON, or a list is missing.
     """
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    data = read_json(path)
     for key in keys:
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"{path}: a COCO annotation file has a list {key!r}, this one does not")

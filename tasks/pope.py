@@ -14,14 +14,13 @@ from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique
-from stethoscope.tasks.totals import ratio
+from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 from stethoscope.tasks.yes_no import PARSERS
 
 SUBSETS = ("random", "popular", "adversarial")
 SOURCES = ("testbed", "files", "hub")
 
 _ASKED = re.compile(r"\bthere (?:an?|any) (.+?)(?: in (?:the|this) \w+)?\s*\?", re.IGNORECASE)
-_COUNTS = ("tp", "fp", "tn", "fn")
 
 
 def asked_object(text: str) -> str:
@@ -34,30 +33,6 @@ def asked_object(text: str) -> str:
     """
     found = _ASKED.search(text)
     return found.group(1) if found else "unknown"
-
-
-def accuracy(totals: Totals) -> np.ndarray:
-    """Right answers among those that could be read.
-
-    >>> float(accuracy({"tp": np.array(2), "fp": np.array(1), "tn": np.array(1), "fn": np.array(0)}))
-    0.75
-    """
-    return ratio(totals["tp"] + totals["tn"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
-
-
-def precision(totals: Totals) -> np.ndarray:
-    """How many of the model's yes are right; yes is the positive class."""
-    return ratio(totals["tp"], totals["tp"] + totals["fp"])
-
-
-def recall(totals: Totals) -> np.ndarray:
-    """How many of the objects that are there get a yes."""
-    return ratio(totals["tp"], totals["tp"] + totals["fn"])
-
-
-def f1(totals: Totals) -> np.ndarray:
-    """Harmonic mean of precision and recall."""
-    return ratio(2 * totals["tp"], 2 * totals["tp"] + totals["fp"] + totals["fn"])
 
 
 def yes_rate(totals: Totals) -> np.ndarray:
@@ -189,11 +164,8 @@ class Pope(Task):
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Counts the answer as a true or false yes or no; ``unparsed`` if the parser reads neither."""
         reply, label = self._parse(answer.text), sample.reference["label"]
-        counts = dict.fromkeys(_COUNTS, 0.0)
-        if reply is None:
-            return Score("unparsed", counts, {"reply": None, "label": label})
-        counts[("t" if reply == label else "f") + ("p" if reply == "yes" else "n")] = 1.0
-        return Score("ok", counts, {"reply": reply, "label": label})
+        status = "unparsed" if reply is None else "ok"
+        return Score(status, confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """A yes claims the object: its word is one mention, hallucinated if the truth is no. A no claims nothing.

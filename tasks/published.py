@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stethoscope.errors import DataError
@@ -40,16 +41,77 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a JSON object was expected, not {line.strip()[:40]!r}")
-        for key in keys:
-            if key not in row:
-                raise DataError(f"{path}, line {number}: key {key!r} is missing; there are: {', '.join(sorted(row))}")
-        yield number, row
+        where = f"{path}, line {number}"
+        row, end = _value(line, _BLANK.match(line).end(), path, number)
+        if line[end:].strip():
+            raise DataError(f"{where}: not JSON (more after the object's end, at column {end + 1})")
+        yield number, _object(row, keys, where)
+
+
+def read_json_list(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number on which it starts, object) of every item of a file that is one JSON list of objects.
+
+    Raises:
+        DataError: the file is missing or no such list, an item is no object or lacks one of ``keys``.
+    """
+    text = read_text(path)
+    at, seen, line, mark = _BLANK.match(text).end(), 0, 1, "["
+    if text[at : at + 1] != mark:
+        raise DataError(f"{path}: a JSON list was expected, not {text[at : at + 40]!r}")
+    while mark != "]":
+        at = _BLANK.match(text, at + 1).end()
+        line, seen = line + text.count("\n", seen, at), at
+        if mark == "[" and text[at : at + 1] == "]":
+            break
+        row, at = _value(text, at, path)
+        yield line, _object(row, keys, f"{path}, line {line}")
+        at = _BLANK.match(text, at).end()
+        mark = text[at : at + 1]
+        if mark not in (",", "]"):
+            line += text.count("\n", seen, at)
+            raise DataError(f"{path}, line {line}: not JSON (a comma or the list's end was expected)")
+    if text[at + 1 :].strip():
+        raise DataError(f"{path}: not JSON (more after the list's end)")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file as a whole.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    text = read_text(path)
+    value, end = _value(text, _BLANK.match(text).end(), path)
+    if text[end:].strip():
+        line = text.count("\n", 0, end) + 1
+        raise DataError(f"{path}, line {line}: not JSON (more after the value's end)")
+    return value
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def _value(text: str, at: int, path: Path, line: int | None = None) -> tuple[Any, int]:
+    """The JSON value at a place of a text, and where it ends; ``line`` where the text is one line of a file."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}"
+        raise DataError(f"{path}, {place}: not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        place = f"line {line or text.count(chr(10), 0, at) + 1}"
+        raise DataError(f"{path}, {place}: not JSON that can be read ({str(error).splitlines()[0]})") from None
+
+
+def _object(row: Any, keys: Iterable[str], where: str) -> dict[str, Any]:
+    """A value that must be an object with some keys."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON object was expected, not {json.dumps(row)[:40]}")
+    for key in keys:
+        if key not in row:
+            raise DataError(f"{where}: key {key!r} is missing; there are: {', '.join(sorted(row))}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -156,8 +218,21 @@ class ImageFolder:
             where: file and line of that annotation, for messages.
 
         Raises:
-            DataError: there is no such file.
+            DataError: there is no such file, or the name leads out of the folder.
         """
-        if name not in self._names and not (self.path / name).is_file():
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if ".." in parts or parts[:1] == ("/",) or re.match(r"[A-Za-z]:[\\/]", name):
+            raise DataError(f"{where}: image {name!r} leads out of {self.path}; it should be a path inside that folder")
+        if name not in self._names and not self._holds(name):
             raise DataError(f"{where}: image {name!r} is not in {self.path}")
         return ImageRef(name, self.path / name)
+
+    def _holds(self, name: str) -> bool:
+        try:
+            return (self.path / name).is_file()
+        except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
+            return False
+
+    def names(self) -> list[str]:
+        """Names of the images that lie directly in the folder, sorted."""
+        return sorted(name for name in self._names if name.lower().endswith(IMAGE_SUFFIXES))
