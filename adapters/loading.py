@@ -162,26 +162,28 @@ def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMix
     return pretrained(AutoModelForImageTextToText, model_id, loading), processor
 
 
-def pretrained(cls: Any, source: str, loading: Loading, **more: Any) -> PreTrainedModel:
+def pretrained(
+    cls: Any, source: str | None, loading: Loading, *, name: str | None = None, **more: Any
+) -> PreTrainedModel:
     """``cls.from_pretrained`` under all the options of ``loading``, for every adapter that loads a model.
 
     Args:
         cls: a model class of transformers or an ``AutoModel...``.
-        source: folder or hub id.
-        more: further arguments, such as ``config`` or ``key_mapping``.
+        source: folder or hub id; None with ``config`` and ``state_dict`` among the further arguments.
+        name: how messages call the model, ``source`` by default.
+        more: further arguments, such as ``config`` or ``key_mapping``, and others than those of ``loading``.
 
     Raises:
         ConfigError, CapabilityError, DataError: as ``load``; one line each.
     """
     loading.ready()
-    folder = is_folder(source)
-    with one_line(source), quiet(folder):
-        model, report = cls.from_pretrained(
-            _source(source, folder), output_loading_info=True, **loading.where(folder), **loading.options(), **more
-        )
+    folder, name = source is None or is_folder(source), name or str(source)
+    options = {"output_loading_info": True, **loading.where(folder), **loading.options(), **more}
+    with one_line(name), quiet(folder):
+        model, report = cls.from_pretrained(None if source is None else _source(source, folder), **options)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise DataError(f"model {source} lacks {len(missing)} weights, the first is {missing[0]}")
+        raise DataError(f"model {name} lacks {len(missing)} weights, the first is {missing[0]}")
     if loading.quantize == "4bit":
         for module in model.modules():
             if hasattr(module, "compute_dtype"):  # bitsandbytes' own default is float32
