@@ -11,18 +11,23 @@ Inputs = Mapping[str, Tensor]
 
 SEQUENCE = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs with one entry per token, and what they are padded with (``input_ids`` with the model's padding token)."""
-SIDE = {"qformer_input_ids": 0, "qformer_attention_mask": 0}
-"""Inputs of another sequence, always padded on the right under their own mask."""
+SIDE = {"qformer_input_ids": 0, "qformer_attention_mask": 0, "decoder_input_ids": 0}
+"""Inputs of another sequence, always padded on the right: under their own mask, or where causal rows never look."""
 
 
-def extend(inputs: Inputs, answer: Sequence[int], model_type: str) -> dict[str, Tensor]:
+def extend(
+    inputs: Inputs, answer: Sequence[int], model_type: str, decoder_start: int | None = None
+) -> dict[str, Tensor]:
     """The inputs of a forward pass over a prompt and the first tokens of its answer.
 
     Args:
         inputs: a prompt's inputs, batch 1.
         answer: ids to append.
         model_type: PaliGemma marks the prompt, which it reads in both directions, by token types; its answer is 1.
+        decoder_start: what the decoder of an encoder-decoder model begins with; the answer then goes there.
     """
+    if decoder_start is not None:
+        return {**inputs, "decoder_input_ids": torch.tensor([[decoder_start, *answer]])}
     values = {
         "input_ids": torch.tensor([list(answer)], dtype=torch.long),
         "attention_mask": torch.ones(1, len(answer), dtype=torch.long),

@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers, decoder-only, behind the one contract."""
+"""Any image-text-to-text model of transformers behind the one contract."""
 
 from __future__ import annotations
 
@@ -48,9 +48,14 @@ class HfAdapter(Adapter):
         random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
         family: transformers' ``model_type``; read with ``random_init`` only.
 
+    Attributes:
+        stop: strings that end an answer of this family, besides those of ``Generation.stop``.
+
     Raises:
         ConfigError: a setting is wrong.
     """
+
+    stop: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -104,8 +109,6 @@ class HfAdapter(Adapter):
             model = model.to(getattr(torch, self.loading.dtype))
         if self.random_init and self.loading.device_map is not None:
             model = loading.placed(model, self.loading)
-        if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
-            raise CapabilityError(f"{self.name}: encoder-decoder language models cannot be traced yet")
         if self.loading.device_map is None:
             try:
                 model = model.to(device)
@@ -115,6 +118,9 @@ class HfAdapter(Adapter):
         self._processor = processor
         self._model = model.eval().requires_grad_(False)
         self._ends, self._pad = _special_ids(model, processor.tokenizer)
+        self._start = _decoder_start(model)
+        named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        self._placeholders = [token for token in named if token is not None]
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
         self._blank = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -164,29 +170,38 @@ class HfAdapter(Adapter):
         return [answers[index] for index in range(len(encoded))]
 
     def _generate(self, encoded: list[Encoded], generation: Generation) -> list[Answer]:
-        inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, "left"))
+        side = "left" if self._start is None else "right"
+        inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, side))
         processors = [sampling.Sampler(generation, encoded)] if generation.do_sample else []
         settings = sampling.config(generation, self._ends, self._pad)
-        output = self._model.generate(**inputs, generation_config=settings, logits_processor=processors)
-        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        cut = [_until_end(ids, self._ends) for ids in answers.tolist()]
+        settings.decoder_start_token_id = self._start
+        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
+        stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if self._start is None else 1
+        output = self._model.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=processors,
+            stopping_criteria=[sampling.Stop(stops, self._decode, start)] if stops else [],
+        )
+        answers = output.sequences[:, start:]
+        cut = [sampling.cut(ids, self._ends, stops, self._decode) for ids in answers.tolist()]
         if generation.num_beams > 1:
             return self._scored(encoded, cut)
         steps = zip(output.logits, answers.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
-        return [self._answer(*one, values) for one, values in zip(cut, logprobs.tolist(), strict=True)]
+        return [self._answer(one, values) for one, values in zip(cut, logprobs.tolist(), strict=True)]
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str) -> Answer:
         """See ``Adapter.answer``. White space around the text is not part of the answer."""
         self.setup()
-        return self._scored([encoded], [(self._tokenise(encoded, text.strip()), True)])[0]
+        return self._scored([encoded], [sampling.Cut(self._tokenise(encoded, text.strip()), True)])[0]
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
         if not text:
             return []
-        tokenizer, prompt = self._processor.tokenizer, encoded.text
+        tokenizer, prompt = self._processor.tokenizer, encoded.text if self._start is None else ""
         last = int(encoded.inputs["input_ids"][0, -1])
         joint = "" if not prompt or prompt[-1].isspace() or last in tokenizer.all_special_ids else " "
         both = tokenizer(prompt + joint + text, return_offsets_mapping=True, add_special_tokens=False)
@@ -196,22 +211,26 @@ class HfAdapter(Adapter):
             return ids
         return tokenizer(joint + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
 
-    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[tuple[list[int], bool]]) -> list[Answer]:
+    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[sampling.Cut]) -> list[Answer]:
         """Answers with log-probabilities from a teacher-forced pass."""
         scored = []
-        for one, (ids, finished) in zip(encoded, answers, strict=True):
-            inputs, rows = self._teacher_forced([one], [ids])
-            logits = self._logits(inputs, rows)[0, : len(ids)]
-            chosen = logits.log_softmax(-1).gather(-1, torch.tensor(ids, device=logits.device).long()[:, None])
-            scored.append(self._answer(ids, finished, chosen[:, 0].tolist()))
+        for one, cut in zip(encoded, answers, strict=True):
+            inputs, rows = self._teacher_forced([one], [cut.ids])
+            logits = self._logits(inputs, rows)[0, : len(cut.ids)]
+            chosen = logits.log_softmax(-1).gather(-1, torch.tensor(cut.ids, device=logits.device).long()[:, None])
+            scored.append(self._answer(cut, chosen[:, 0].tolist()))
         return scored
 
-    def _answer(self, ids: list[int], finished: bool, logprobs: list[float]) -> Answer:
-        tokenizer = self._processor.tokenizer
-        text, offsets = decode_with_offsets(
-            ids, lambda some: tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _answer(self, cut: sampling.Cut, logprobs: list[float]) -> Answer:
+        text, offsets = decode_with_offsets(cut.ids, lambda some: self._decode(some, skip_special_tokens=True))
+        text = text[: len(text) - cut.surplus]
+        offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
+        return Answer(text, tuple(cut.ids), offsets, tuple(logprobs[: len(cut.ids)]), cut.finished)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self._processor.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
-        return Answer(text, tuple(ids), offsets, tuple(logprobs[: len(ids)]), finished)
 
     def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
         """See ``Adapter.trace``."""
@@ -243,7 +262,8 @@ class HfAdapter(Adapter):
 
     def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
         inputs, rows = self._teacher_forced(encoded, [answer.token_ids for answer in answers])
-        listener = AttentionRows(rows, [one.spans for one in encoded], inputs["input_ids"].shape[1])
+        decoder = None if self._start is None else inputs["decoder_input_ids"].shape[1]
+        listener = AttentionRows(rows, [one.spans for one in encoded], inputs["input_ids"].shape[1], decoder)
         if "lens" in needs and self._lens is None:
             self._lens = Lens(self._model)
         with ExitStack() as stack:
@@ -272,7 +292,8 @@ class HfAdapter(Adapter):
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """See ``Adapter.forward_inputs``."""
         self.setup()
-        return self._model, self._to_device(extend(encoded.inputs, answer_ids, self._model.config.model_type))
+        extended = extend(encoded.inputs, answer_ids, self._model.config.model_type, self._start)
+        return self._model, self._to_device(extended)
 
     def _teacher_forced(
         self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]]
@@ -282,10 +303,11 @@ class HfAdapter(Adapter):
         The last token of an answer predicts nothing of it and is left out. Shorter answers repeat their last row.
         """
         model_type = self._model.config.model_type
-        parts = [extend(one.inputs, ids[:-1], model_type) for one, ids in zip(encoded, answers, strict=True)]
+        pairs = zip(encoded, answers, strict=True)
+        parts = [extend(one.inputs, ids[:-1], model_type, self._start) for one, ids in pairs]
         steps = torch.arange(max([1, *map(len, answers)]))
         last = torch.tensor([[max(len(ids) - 1, 0)] for ids in answers])
-        starts = torch.tensor([[one.spans.length - 1] for one in encoded])
+        starts = torch.tensor([[one.spans.length - 1 if self._start is None else 0] for one in encoded])
         return self._to_device(collate(parts, self._pad, "right")), starts + steps.minimum(last)
 
     def _logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
@@ -330,21 +352,20 @@ class HfAdapter(Adapter):
 
 def _special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
     """Ids that end an answer, by the model's and the tokenizer's word, and the id to pad with."""
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends: set[int] = set()
+    for part in (model, getattr(model, "language_model", None)):  # in BLIP-2 the language model generates by itself
+        named = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
+        ends.update([named] if isinstance(named, int) else named or ())
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id
     return tuple(sorted(ends)), pad if pad is not None else min(ends, default=0)
 
 
-def _until_end(ids: list[int], ends: Collection[int]) -> tuple[list[int], bool]:
-    """The ids before the first that ends the answer, and whether there is one.
-
-    >>> _until_end([5, 6, 2, 0], (2,))
-    ([5, 6], True)
-    """
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[:position], True
-    return ids, False
+def _decoder_start(model: PreTrainedModel) -> int | None:
+    """Id that the decoder of an encoder-decoder language model begins with; None where there is no encoder."""
+    text = model.config.get_text_config()
+    if not (model.config.is_encoder_decoder or text.is_encoder_decoder):
+        return None
+    start = getattr(text, "decoder_start_token_id", None)
+    return text.pad_token_id if start is None else start

@@ -27,15 +27,18 @@ class Lens:
 
     def __init__(self, model: PreTrainedModel) -> None:
         text = model.config.get_text_config()
+        count = getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
         roles = sites(model)
         for module in model.modules():
-            layers = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == text.num_hidden_layers]
+            layers = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == count]
             norms = [child for name, child in module.named_children() if name in _NORMS]
             if layers and norms and roles[id(layers[0])].role == "language":
                 break
         else:
             raise CapabilityError(f"logit lens: no layers with a final norm found in {type(model).__name__}")
         self.layers, self._norm, self._head = layers[0], norms[0], model.get_output_embeddings()
+        # T5's first version shares the head with the input embeddings and scales what it reads
+        self._scale = text.hidden_size**-0.5 if getattr(text, "scale_decoder_outputs", False) else 1.0
         self._softcap = getattr(text, "final_logit_softcapping", None)
         self._checked = False
 
@@ -61,7 +64,7 @@ class Lens:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
-        logits = self._head(self._norm(hidden)).float()
+        logits = self._head(self._norm(hidden) * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def read(self, heard: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,13 @@
-"""The rows of attention that predict answer tokens, reduced layer by layer while the model runs."""
+"""The rows of attention that predict answer tokens, reduced layer by layer while the model runs.
+
+A decoder-only model spends one distribution over prompt and answer in every layer and head. The decoder of an
+encoder-decoder model spends two in every layer: self-attention over its start token and the earlier answer tokens,
+cross-attention over the prompt that the encoder has read. Both are put into one row with weight 1/2 each, so that a row
+still covers everything that the token could be written from and adds up to 1: ``image``, ``question`` and ``rest`` are
+half the cross-attention, ``previous`` and ``first`` (the start token, the usual sink) half the self-attention. The
+heads of the two are different ones; head h of the row is head h of both. The encoder's own attention is not in the row:
+it is the same for all tokens. Relevancy splits the prompt and the answer in the same way.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +21,8 @@ from stethoscope.capture import Listener, Site, eager_rows, plain_attention
 from stethoscope.errors import CaptureError
 from stethoscope.trace import SEGMENTS, Spans
 
+_IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
+
 
 def segments(spans: Spans, length: int) -> Tensor:
     """Which of ``SEGMENTS`` every position belongs to.
@@ -22,12 +33,11 @@ def segments(spans: Spans, length: int) -> Tensor:
     Returns:
         (length,) int64, indices into ``SEGMENTS``.
     """
-    image, question, previous, first, rest = range(len(SEGMENTS))
-    kind = torch.full((length,), rest)
-    kind[0] = first
-    kind[spans.length :] = previous
-    kind[list(spans.question)] = question
-    kind[list(spans.image)] = image
+    kind = torch.full((length,), _REST)
+    kind[0] = _FIRST
+    kind[spans.length :] = _PREVIOUS
+    kind[list(spans.question)] = _QUESTION
+    kind[list(spans.image)] = _IMAGE
     return kind
 
 
@@ -40,20 +50,28 @@ class AttentionRows(Listener):
     Args:
         rows: (B, T) positions of the rows.
         spans: B spans of the prompts, in positions of the (right-padded) batch.
-        length: length of the sequence.
+        length: length of the sequence that the prompts are in.
+        decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
     """
 
-    def __init__(self, rows: Tensor, spans: Sequence[Spans], length: int) -> None:
+    def __init__(self, rows: Tensor, spans: Sequence[Spans], length: int, decoder: int | None = None) -> None:
         self._rows = rows
-        kinds = torch.stack([segments(span, length) for span in spans])
-        self._members = nn.functional.one_hot(kinds, len(SEGMENTS)).float()  # (B, S, 5)
+        kinds = {"language": torch.stack([segments(span, length) for span in spans])}
+        self._reads = "language" if decoder is None else "cross"  # the attention that has the prompt's tokens as keys
+        if decoder is not None:
+            prompt = kinds["language"]
+            prompt[(prompt == _FIRST) | (prompt == _PREVIOUS)] = _REST
+            answer = torch.tensor([_FIRST] + [_PREVIOUS] * (decoder - 1)).expand(len(spans), -1)
+            kinds = {"language": answer, "cross": prompt}
+        self._members = {role: nn.functional.one_hot(kind, len(SEGMENTS)).float() for role, kind in kinds.items()}
         self._counts = [len(span.image) for span in spans]
         most = max(self._counts)
         self._image = torch.tensor([list(span.image) + [0] * (most - len(span.image)) for span in spans]).long()
-        self._heard: dict[str, tuple[Tensor, Tensor]] = {}
+        self._mass: dict[str, dict[str, Tensor]] = {role: {} for role in kinds}  # by role and name of the module
+        self._to_image: list[Tensor] = []
 
     def wants(self, site: Site) -> bool:
-        return site.role == "language"
+        return site.role in self._mass
 
     def attend(
         self,
@@ -65,7 +83,7 @@ class AttentionRows(Listener):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if site.name in self._heard:
+        if site.name in self._mass[site.role]:
             raise CaptureError(f"{site.name} was called twice in one recording")
         output, _ = plain_attention(module, query, key, value, mask, **kwargs)
         self.hear(site, eager_rows(module, self._rows, query, key, value, mask, **kwargs))
@@ -74,22 +92,28 @@ class AttentionRows(Listener):
     def hear(self, site: Site, weights: Tensor) -> None:
         """Reduces the rows (B, heads, T, S) of one layer."""
         weights = weights.detach().float()
-        members, columns = self._members.to(weights.device), self._image.to(weights.device)
-        columns = columns[:, None].expand(-1, weights.shape[2], -1)
-        self._heard[site.name] = (weights @ members[:, None], weights.mean(1).gather(-1, columns))
+        self._mass[site.role][site.name] = weights @ self._members[site.role].to(weights.device)[:, None]
+        if site.role == self._reads:
+            columns = self._image.to(weights.device)[:, None].expand(-1, weights.shape[2], -1)
+            self._to_image.append(weights.mean(1).gather(-1, columns))
 
     def finish(self) -> None:
-        if not self._heard:
+        heard = [len(masses) for masses in self._mass.values()]
+        if not heard[0]:
             raise CaptureError("no attention of a language-model layer was seen; the model does not call the interface")
-        for name, (mass, _) in self._heard.items():  # in the order of the layers, so the first to fail is named
-            if not torch.isfinite(mass).all():
-                raise CaptureError(f"attention of {name} holds values that are not finite")
+        if len(set(heard)) != 1:
+            raise CaptureError(f"{heard[0]} layers of self-attention were seen and {heard[1]} of cross-attention")
+        for masses in zip(*(part.items() for part in self._mass.values()), strict=True):
+            for name, mass in masses:  # in the order of the layers, so the first to fail is named
+                if not torch.isfinite(mass).all():
+                    raise CaptureError(f"attention of {name} holds values that are not finite")
 
     def mass(self) -> Tensor:
         """(B, T, L, H, 5) float32 on the CPU; rows sum to 1."""
-        return torch.stack([mass.cpu() for mass, _ in self._heard.values()]).permute(1, 3, 0, 2, 4)
+        stacked = [torch.stack([mass.cpu() for mass in masses.values()]) for masses in self._mass.values()]
+        return (sum(stacked) / len(stacked)).permute(1, 3, 0, 2, 4)
 
     def image(self) -> list[Tensor]:
         """Per sample (T, L, N) float32 on the CPU: attention to each image token, mean over heads."""
-        stacked = torch.stack([image.cpu() for _, image in self._heard.values()]).permute(1, 2, 0, 3)
+        stacked = torch.stack([image.cpu() for image in self._to_image]).permute(1, 2, 0, 3) / len(self._mass)
         return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 SEGMENTS = ("image", "question", "previous", "first", "rest")
 """Parts of the sequence that a row's attention is split over: image tokens, question tokens, earlier answer tokens,
 the first token of the sequence (the usual attention sink; unless it is an image or question token), everything else.
-They are disjoint and cover the row, so the masses of one row add up to 1."""
+They are disjoint and cover the row, so the masses of one row add up to 1. In an encoder-decoder model ``first`` is the
+decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
+(``stethoscope.rows`` has the details)."""
 
 FORWARD_NEEDS = ("attention", "lens", "blank")
 """What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
@@ -31,16 +33,22 @@ class Spans:
     """Where things sit in the sequence that the language model reads. Measured from the processor's output.
 
     Attributes:
-        length: number of prompt tokens P; answer token k is predicted at position P - 1 + k.
+        length: number of prompt tokens P; answer token k is predicted at position P - 1 + k. The prompt of an
+            encoder-decoder model is what its encoder reads; there answer token k is predicted at position k of the
+            decoder's own sequence, which begins with a start token.
         image: sorted positions of the image tokens, N of them.
         question: sorted positions of the tokens of the user's question.
-        grids: (rows, columns) of every tile of image tokens, in order; empty where there is no grid.
+        grids: (rows, columns) of every tile of image tokens, in order; empty where there is no grid. The image tokens
+            fill them one after another, row by row, those of ``separators`` left out.
+        separators: positions of image tokens that stand for no part of the picture, such as the newline that
+            LLaVA-NeXT puts behind each row; a subset of ``image``.
     """
 
     length: int
     image: tuple[int, ...]
     question: tuple[int, ...]
     grids: tuple[tuple[int, int], ...] = ()
+    separators: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+import string
 from typing import TYPE_CHECKING
 
 from stethoscope.adapters.tiny.tokenizers import TEXT, add_special, byte_tokenizer, llama_tokenizer
@@ -89,7 +90,7 @@ def _flan_t5(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
     tokenizer = t5_tokenizer(("<image>",))
     text = T5Config(
-        vocab_size=len(tokenizer) + 4, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4,
+        vocab_size=len(tokenizer) + 4, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_decoder_layers=3, num_heads=4,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=1,
     )  # fmt: skip
@@ -101,30 +102,30 @@ def _flan_t5(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def t5_tokenizer(extra: tuple[str, ...] = ()) -> T5Tokenizer:
     """T5's kind of tokenizer: unigrams with SentencePiece's spaces; line breaks and unknown characters are lost."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import T5Tokenizer
 
-    pieces = Tokenizer(models.Unigram())
-    pieces.pre_tokenizer = pre_tokenizers.Metaspace("▁")
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=160, special_tokens=special, unk_token="<unk>", show_progress=False)
-    pieces.train_from_iterator(TEXT * 3, trainer)
-    scores = [(piece, score) for piece, score in json.loads(pieces.to_str())["model"]["vocab"]]
-    tokenizer = T5Tokenizer(vocab=scores, extra_ids=2)
+    words = sorted({f"▁{word}" for text in TEXT for word in re.findall(r"[A-Za-z]+", text)})
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0}
+    scores |= dict.fromkeys(_characters(), -5.0)
+    scores |= {word: -4.0 - 0.1 * index for index, word in enumerate(words)}
+    tokenizer = T5Tokenizer(vocab=list(scores.items()), extra_ids=2)
     add_special(tokenizer, extra)
     return tokenizer
 
 
 def bert_tokenizer() -> BertTokenizer:
     """The Q-Former's: BERT's word pieces and a token of its own that begins decoded text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = [letter for letter in _characters() if letter == letter.lower()]
+    words = sorted({word for text in TEXT for word in re.findall(r"[a-z]+", text.lower())} - set(letters))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    pieces.train_from_iterator([text.lower() for text in TEXT] * 3, trainer)
-    tokenizer = BertTokenizer(vocab=json.loads(pieces.to_str())["model"]["vocab"])
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    tokenizer = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
+
+
+def _characters() -> list[str]:
+    """Letters, figures and marks that the tokenizers know one by one."""
+    return sorted({character for character in string.ascii_letters + string.digits + "".join(TEXT)} - {" "})
