@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stethoscope.errors import ConfigError, DataError
-from stethoscope.spans import image_positions, question_positions, tile_grids
+from stethoscope.images import rgb
+from stethoscope.spans import image_layout, image_positions, question_positions
 from stethoscope.trace import Encoded, Spans
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ class Encoder:
         self._texts = _Cache(_TEXTS)
         self._images = _Cache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
         self._image_names: frozenset[str] | None = None
-        self._alone = False
+        self._alone: dict[tuple[int, int], bool] = {}
 
     def __call__(self, image: Image, question: str) -> Encoded:
         """See ``Adapter.encode``. The prompt's text depends on the image by nothing but its size."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = rgb(image)
         name = (image.size, hashlib.sha256(image.tobytes()).digest())
         text, pixels = self._texts.get((question, image.size)), self._images.get(name)
-        if text is None or (pixels is None and not self._alone):
-            text, pixels = self._measure(image, question)
+        if text is None or (pixels is None and not self._alone.get(image.size)):
+            text, pixels = self._measure(image, question, learn=text is not None)
             self._texts.put((question, image.size), text)
             self._images.put(name, pixels)
         elif pixels is None:
@@ -101,7 +102,7 @@ class Encoder:
         names = set(processed) if self._image_names is None else self._image_names
         return {name: value for name, value in processed.items() if name in names}
 
-    def _measure(self, image: Image, question: str) -> tuple[_Text, dict[str, Tensor]]:
+    def _measure(self, image: Image, question: str, learn: bool) -> tuple[_Text, dict[str, Tensor]]:
         if any(token and token in question for token in (self._image_token, self._placeholder)):
             raise DataError(f"the question holds the image placeholder: {question!r}")
         prompt = self._before + question + self._after
@@ -110,7 +111,7 @@ class Encoder:
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
         inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
-        if self._image_names is None:
+        if self._image_names is None or (learn and image.size not in self._alone):
             self._learn(image, inputs)
         ids = inputs["input_ids"][0].tolist()
         start = len(self._before)
@@ -121,15 +122,19 @@ class Encoder:
         image_at = image_positions(ids, self.image_token_id)
         if not image_at:
             raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {_IMAGE} into it")
-        spans = Spans(len(ids), image_at, question_at, tile_grids(self._config, inputs, len(image_at)))
+        grids, separators = image_layout(self._config, inputs, len(image_at))
+        spans = Spans(len(ids), image_at, question_at, grids, tuple(image_at[index] for index in separators))
         pixels = {key: value for key, value in inputs.items() if key in self._image_names}
         return _Text({k: v for k, v in inputs.items() if k not in self._image_names}, spans, prompt), pixels
 
     def _learn(self, image: Image, inputs: dict[str, Tensor]) -> None:
-        """Finds which inputs come from the image alone, and whether the image processor by itself gives the same."""
+        """Finds which inputs come from the image alone, and whether the image processor by itself gives the same.
+
+        InternVL's does not where the whole processor cuts the image into tiles, which depends on its size.
+        """
         alone = self._pixels(image)
         self._image_names = frozenset(name for name in alone if name in inputs)
-        self._alone = "pixel_values" in alone and all(
+        self._alone[image.size] = "pixel_values" in alone and all(
             torch.is_tensor(alone[name]) and torch.equal(alone[name], inputs[name]) for name in self._image_names
         )
 

@@ -11,6 +11,8 @@ from PIL import Image as PIL
 from PIL.Image import Image
 from torch import Tensor
 
+from stethoscope.images import rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels that CLIP was trained on (Radford et al. 2021), in red, green and blue, white being 1."""
@@ -95,7 +97,7 @@ class PixelProcessor:
 
     def __call__(self, images: Image, return_tensors: str = "pt") -> dict[str, Tensor]:
         """``pixel_values`` (1, 3, height, width) float32 of one image."""
-        image = images if images.mode == "RGB" else images.convert("RGB")
+        image = rgb(images)
         for step in self.steps:
             image = step(image)
         return {"pixel_values": normalised(image, self.mean, self.std)[None]}

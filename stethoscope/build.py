@@ -61,11 +61,17 @@ def build(config: DictConfig, base: type[T], key: str, plugins: Sequence[str] = 
     except InstantiationException as error:
         if isinstance(error.__cause__, StethoscopeError):
             raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{key}: {plain['_target_']} cannot be made: {reason}") from error
+        raise ConfigError(f"{key}: {plain['_target_']} cannot be made: {_reason(error)}") from error
     if not isinstance(made, base):
         raise ConfigError(f"{key}: {plain['_target_']} makes a {type(made).__name__}, not a {base.__name__}")
     return made
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def conf_folder() -> Path:
@@ -96,6 +102,25 @@ def groups() -> list[str]:
     return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
+def compose(group: str, name: str) -> DictConfig:
+    """A file of a configuration group with the files that its ``defaults`` name, as the commands see it.
+
+    Hydra keeps one state for the whole process; it is the same before and after, also inside a Hydra application.
+    """
+    import hydra
+    from hydra import version
+    from hydra.core.global_hydra import GlobalHydra
+
+    running, base = GlobalHydra.instance().hydra, version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("stethoscope.conf", version_base="1.3"):
+            return hydra.compose(overrides=[f"+{group}={name}"])[group]
+    finally:
+        GlobalHydra.instance().hydra = running
+        version.VersionBase.instance().version_base = base
+
+
 def load(model: str, **settings: Any) -> Adapter:
     """A model, ready to answer.
 
@@ -116,7 +141,7 @@ def load(model: str, **settings: Any) -> Adapter:
     if model not in known and not ("/" in model or Path(model).is_dir()):
         raise ConfigError(unknown("model", model, known))
     name = model if model in known else "hf"
-    config = OmegaConf.load(conf_folder() / "model" / f"{name}.yaml")
+    config = compose("model", name)
     if name != model:
         config.model_id = model
     for key, value in settings.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ConfigError, DataError
+from stethoscope.images import rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,22 +33,25 @@ class ImageRef:
     source: Path | Callable[[], Image] = field(repr=False)
 
     def load(self) -> Image:
-        """The whole image as RGB.
+        """The whole image as RGB, see ``images.rgb``.
 
         Raises:
             DataError: the file is missing, is not an image or is cut short.
         """
         from PIL import Image, UnidentifiedImageError
 
-        if not isinstance(self.source, Path):
-            return self.source().convert("RGB")
+        file = self.source if isinstance(self.source, Path) else None
+        if file is not None and not file.is_file():
+            raise DataError(f"image {self.name!r} is missing: no file {file}")
+        where = repr(self.name) if file is None else file
         try:
-            with Image.open(self.source) as image:
-                return image.convert("RGB")  # decodes every pixel, so that a file cut short is found here
-        except FileNotFoundError:
-            raise DataError(f"image {self.name!r} is missing: no file {self.source}") from None
+            if file is None:
+                return rgb(self.source(), f"image {where}")
+            with Image.open(file) as image:
+                image.load()  # every pixel is decoded, so that a file cut short is found here
+                return rgb(image, f"image {where}")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {self.source} cannot be read: {error}") from None
+            raise DataError(f"image {where} cannot be read: {error}") from None
 
     @cached_property
     def sha256(self) -> str:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # who may import whom inside the package: a module may import modules of its own or of an earlier layer
 LAYERS = [
-    {"errors", "records", "trace"},
+    {"errors", "images", "records", "trace"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
     {"adapter", "task", "capture", "lens", "rows", "spans", "testbed"},
     {"relevancy"},

@@ -1,0 +1,84 @@
+"""From a name to a model, in Python, whatever Hydra is doing meanwhile."""
+
+import hydra
+import pytest
+from hydra import version
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import stethoscope
+from stethoscope.build import build, choices, compose
+from stethoscope.errors import ConfigError
+
+SETTINGS = {"random_init": "tiny", "device": "cpu"}
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_configuration_loads_by_its_name(name):
+    adapter = stethoscope.load(name, **SETTINGS)
+    assert adapter.model.config.get_text_config().num_hidden_layers < 10
+    if name != "hf":
+        assert adapter.name == name
+
+
+def test_defaults_are_followed_and_settings_win():
+    config = compose("model", "llava-1.5-7b")
+    assert config.model_id == "llava-hf/llava-1.5-7b-hf"
+    assert "trust_remote_code" in config  # of hf.yaml
+    adapter = stethoscope.load("llava-1.5-7b", name="mine", dtype="bfloat16", prompt="{image}{question}", **SETTINGS)
+    assert (adapter.name, adapter.prompt, adapter.fingerprint()["dtype"]) == ("mine", "{image}{question}", "bfloat16")
+
+
+def test_settings_that_are_mappings():
+    adapter = stethoscope.load("hf", random_init="tiny", device_map="auto", max_memory={"cpu": "1GiB"})
+    assert adapter.loading.max_memory == {"cpu": 2**30}
+    adapter = stethoscope.load("hf", random_init="tiny", device_map={"": "cpu"})
+    assert adapter.loading.device_map == {"": "cpu"}
+
+
+def test_hydras_state_is_as_it_was():
+    assert not GlobalHydra.instance().is_initialized()
+    version.setbase("1.2")
+    for _ in range(2):
+        compose("model", "testbed")
+        assert not GlobalHydra.instance().is_initialized()
+        assert str(version.getbase()) == "1.2"
+
+
+def test_inside_a_hydra_application(tmp_path):
+    (tmp_path / "own.yaml").write_text("answer: 42\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        running = GlobalHydra.instance().hydra
+        for _ in range(2):
+            assert compose("model", "llava-1.5-7b").name == "llava-1.5-7b"
+            assert GlobalHydra.instance().hydra is running
+            assert hydra.compose("own").answer == 42
+            assert str(version.getbase()) == "1.2"
+
+
+def test_hydras_state_survives_an_error(tmp_path):
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        running = GlobalHydra.instance().hydra
+        with pytest.raises(hydra.errors.MissingConfigException):
+            compose("model", "nothing")
+        assert GlobalHydra.instance().hydra is running
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("lava-1.5-7b", {}, "unknown model 'lava-1.5-7b'; did you mean 'llava-1.5-7b'"),
+        ("llava-1.5-7b", {"dtyp": "auto"}, "unknown model setting 'dtyp'; did you mean 'dtype'"),
+        ("/no/such/folder", {}, "/no/such/folder"),
+    ],
+)
+def test_wrong_names(model, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        stethoscope.load(model, **settings)
+
+
+def test_classes_of_others_are_not_made_unless_trusted():
+    config = OmegaConf.create({"_target_": "collections.OrderedDict"})
+    with pytest.raises(ConfigError, match=r"plugins=\[collections\]"):
+        build(config, dict, "model")
+    assert build(config, dict, "model", plugins=["collections"]) == {}
