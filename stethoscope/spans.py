@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Grids = tuple[tuple[int, int], ...]
@@ -61,8 +62,35 @@ def question_positions(
     return first_try or ()
 
 
+def image_layout(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Grids, tuple[int, ...]]:
+    """``tile_grids``, also of LLaVA-NeXT and LLaVA-OneVision, whose image tokens hold separators.
+
+    There the first grid is the whole picture in one tile, the second the picture put together from all other tiles,
+    their padding cut off, with a newline token behind each row.
+
+    Returns:
+        The grids, and which of the N image tokens are separators, counted from 0.
+    """
+    shapes, vision = getattr(config, "image_grid_pinpoints", None), getattr(config, "vision_config", None)
+    if not shapes or "image_sizes" not in inputs:
+        return tile_grids(config, inputs, count), ()
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    side, size = vision.image_size // vision.patch_size, inputs["image_sizes"][0].tolist()
+    tiles = get_anyres_image_grid_shape(size, shapes, vision.image_size)
+    rows, columns = unpad_image(torch.empty(1, tiles[0] * side, tiles[1] * side), size).shape[1:]
+    most = getattr(config, "vision_aspect_ratio", "")
+    if most.startswith("anyres_max_"):  # OneVision scales down what is well above as many tiles
+        ratio = math.sqrt(rows * columns / int(most.removeprefix("anyres_max_"))) / side
+        rows, columns = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+    if side * side + rows * (columns + 1) != count:
+        return (), ()
+    newlines = tuple(side * side + row * (columns + 1) + columns for row in range(rows))
+    return ((side, side), (rows, columns)), newlines
+
+
 def tile_grids(config: Any, inputs: Mapping[str, Tensor], count: int) -> Grids:
-    """Rows and columns of every tile of image tokens; empty where the tokens are no grid or it is not known.
+    """Rows and columns of every tile of image tokens; empty where they are not all in a grid or it is not known.
 
     Args:
         config: the model's config.

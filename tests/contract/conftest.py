@@ -1,8 +1,12 @@
-"""Every model configuration, as an adapter that needs neither files nor network."""
+"""Every kind of model configuration, as an adapter that needs neither files nor network.
+
+Sizes of one family with one prompt have the same tiny model, so one of them is here; that every file can be used is
+in tests/integration/test_every_model.py.
+"""
 
 import pytest
 import torch
-from contract_helpers import CONFIGS, QUESTIONS, load, picture
+from contract_helpers import CONFIGS, QUESTIONS, SIZES, distinct, load, picture
 
 from stethoscope.records import Generation
 
@@ -12,7 +16,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=[*CONFIGS, "testbed, trained"])
+@pytest.fixture(scope="session", params=[*distinct(CONFIGS), "testbed, trained"])
 def adapter(request):
     name, _, trained = request.param.partition(", ")
     return load(name) if trained else load(name, "model.random_init=tiny")
@@ -20,7 +24,8 @@ def adapter(request):
 
 @pytest.fixture(scope="session")
 def encoded(adapter):
-    return [adapter.encode(picture(seed), question) for seed, question in enumerate(QUESTIONS)]
+    pairs = zip(QUESTIONS, SIZES, strict=True)
+    return [adapter.encode(picture(seed, *size), question) for seed, (question, size) in enumerate(pairs)]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract_helpers import picture
+from contract_helpers import attention, extended, picture, predicting
 
 from stethoscope.capture import NAME
 from stethoscope.errors import ConfigError
@@ -25,13 +25,10 @@ def close(one, other, tolerance=1e-4):
 
 def teacher_forced(adapter, encoded, answer):
     """Log-probabilities by a plain pass of the model, written out."""
-    ids = torch.tensor([answer.token_ids])
-    inputs = dict(encoded.inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    ids = answer.token_ids
     with torch.no_grad():
-        logits = adapter.model(**inputs).logits[0, encoded.spans.length - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, ids[0][:, None])[:, 0].tolist()
+        logits = adapter.model(**extended(adapter, encoded, ids)).logits[0, predicting(encoded, ids)]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
 
 @pytest.mark.parametrize("generation", [GREEDY, SAMPLED, BEAMS], ids=["greedy", "sampled", "beams"])
@@ -107,12 +104,10 @@ def test_an_answer_that_ends_is_finished_and_does_not_hold_the_end(adapter, enco
 
 def test_generation_under_the_registered_function_equals_sdpa(adapter, encoded):
     before = adapter.generate(encoded, GREEDY)
-    implementation = adapter.model.config._attn_implementation
-    adapter.model.set_attn_implementation(NAME)
-    try:
-        assert adapter.generate(encoded, GREEDY) == before
-    finally:
-        adapter.model.set_attn_implementation(implementation)
+    with attention(adapter.model, NAME):
+        after = adapter.generate(encoded, GREEDY)
+    for one, other in zip(before, after, strict=True):
+        close(one, other)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contract_helpers import attention, language
 from torch import nn
 
 from stethoscope.capture import NAME, Listener, record
@@ -55,11 +56,11 @@ def test_after_a_listener_that_fails_half_way(adapter, encoded):
 
 def test_values_that_are_not_finite_name_the_first_layer(adapter, encoded, answers):
     before = state(adapter.model)
-    weight = adapter.model.model.language_model.layers[1].self_attn.q_proj.weight
+    weight = language(adapter).layers[1].self_attn.q_proj.weight
     kept = weight.data.clone()
     weight.data.fill_(float("nan"))
     try:
-        with pytest.raises(CaptureError, match=r"language_model\.layers\.1\.self_attn .*not finite"):
+        with pytest.raises(CaptureError, match=r"layers\.1\.self_attn .*not finite"):
             adapter.trace(encoded[0], answers[0])
         with pytest.raises(CaptureError, match="not numbers"):
             adapter.trace(encoded[0], answers[0], ())
@@ -73,18 +74,15 @@ def test_a_model_whose_attention_is_not_seen(adapter, encoded, answers, monkeypa
         def forward(self, hidden_states, **kwargs):
             return hidden_states, None
 
-    for layer in adapter.model.model.language_model.layers:
+    for layer in language(adapter).layers:
         monkeypatch.setitem(layer._modules, "self_attn", Silent())
     with pytest.raises(CaptureError, match="no attention"):
         adapter.trace(encoded[0], answers[0], ("attention",))
 
 
 def test_an_implementation_that_was_chosen_part_by_part_comes_back(adapter, encoded, answers):
-    adapter.model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
-    try:
+    with attention(adapter.model, {"vision_config": "eager"}):
         before = state(adapter.model)
         adapter.trace(encoded[0], answers[0])
         assert state(adapter.model) == before
         assert adapter.model.config.vision_config._attn_implementation == "eager"
-    finally:
-        adapter.model.set_attn_implementation("sdpa")

@@ -20,8 +20,9 @@ def test_parts_of_an_answer(adapter, encoded, answers, scope):
     parts = (found.image, found.question, found.answer, found.rest)
     torch.testing.assert_close(sum(part.sum(-1) for part in parts), found.total)
     assert (found.answer[0] == 0).all()
-    assert (found.image.sum(-1) > 0).all()
-    assert found.patches.shape[2:] == spans.grids[0]
+    assert (found.image[:, -1].sum(-1) > 0).all()  # early layers of Gemma 3 may see no image through their window
+    assert found.tiles is not None
+    assert (found.vision[:, -1].sum(-1) > 0).all()
 
 
 def test_a_text_is_tokenised_and_its_ids_are_used(adapter):
