@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from transformers import AutoModel, ConvNextModel, LlavaConfig
+from torch import Tensor, nn
+from transformers import AutoModel, ConvNextModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 
-from stethoscope.adapters.splicing import SplicedForConditionalGeneration, SplicedModel
+from stethoscope.adapters.words import make_room
 
 
 class ConvLlavaConfig(LlavaConfig):
@@ -25,12 +25,14 @@ class ConvLlavaConfig(LlavaConfig):
 
 
 class ConvTower(ConvNextModel):
-    """ConvNeXt under any attention implementation: it has no attention."""
+    """ConvNeXt beside a language model under any attention implementation: it has no attention to implement."""
 
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    def get_correct_attn_implementation(self, *requested: Any, **options: Any) -> str:
+        """The one that transformers lets every class have."""
+        return "eager"
 
 
-class ConvLlavaModel(SplicedModel):
+class ConvLlavaModel(LlavaModel):
     """ConvLLaVA without its head."""
 
     config_class = ConvLlavaConfig
@@ -49,8 +51,14 @@ class ConvLlavaModel(SplicedModel):
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(tokens))
 
 
-class ConvLlavaForConditionalGeneration(SplicedForConditionalGeneration):
+class ConvLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """ConvLLaVA."""
 
     config_class = ConvLlavaConfig
-    inner = ConvLlavaModel
+
+    def __init__(self, config: ConvLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = ConvLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        make_room(self)
+        self.post_init()

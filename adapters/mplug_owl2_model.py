@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlamaConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,9 +34,9 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast, LlavaPreTrainedModel
 
-from stethoscope.adapters.splicing import SplicedForConditionalGeneration, SplicedModel
+from stethoscope.adapters.words import make_room
 
 
 class MplugOwl2AbstractorConfig(PreTrainedConfig):
@@ -303,7 +311,7 @@ class MultiwayLlamaModel(LlamaModel):
         self.post_init()
 
 
-class MplugOwl2Model(SplicedModel):
+class MplugOwl2Model(LlavaModel):
     """mPLUG-Owl2 without its head."""
 
     config_class = MplugOwl2Config
@@ -326,13 +334,21 @@ class MplugOwl2Model(SplicedModel):
         tokens = self.visual_abstractor(vision)
         return BaseModelOutputWithPooling(last_hidden_state=vision, pooler_output=list(tokens))
 
-    def image_arguments(self, at: Tensor) -> dict[str, Any]:
-        """Image tokens, the learned last one among them, go the second way."""
-        return {"image_at": at}
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> LlavaModelOutputWithPast:
+        """As LLaVA's; image tokens, the learned one behind the queries among them, go the second way."""
+        if input_ids is not None and (kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")):
+            kwargs["image_at"] = input_ids == self.config.image_token_id
+        return super().forward(input_ids=input_ids, **kwargs)
 
 
-class MplugOwl2ForConditionalGeneration(SplicedForConditionalGeneration):
+class MplugOwl2ForConditionalGeneration(LlavaForConditionalGeneration):
     """mPLUG-Owl2."""
 
     config_class = MplugOwl2Config
-    inner = MplugOwl2Model
+
+    def __init__(self, config: MplugOwl2Config) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MplugOwl2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        make_room(self)
+        self.post_init()
