@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.adapters import blip, processors
 from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, unknown
 
 if TYPE_CHECKING:
@@ -153,13 +154,18 @@ def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMix
         CapabilityError: transformers does not know it as an image-text model, or something needed is not installed.
         DataError: its files are damaged or incomplete.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     loading.ready()
     folder = is_folder(model_id)
+    source, where = _source(model_id, folder), loading.where(folder)
     with one_line(model_id), quiet(folder):
-        processor = AutoProcessor.from_pretrained(_source(model_id, folder), **loading.where(folder))
-    return pretrained(AutoModelForImageTextToText, model_id, loading), processor
+        is_blip = blip.model_type(source, where) in blip.PROCESSORS
+        processor = (blip.load_processor if is_blip else processors.load)(source, where)
+    model = pretrained(AutoModelForImageTextToText, model_id, loading)
+    if is_blip:
+        blip.complete(model, processor)
+    return model, processor
 
 
 def pretrained(
