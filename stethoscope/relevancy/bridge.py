@@ -11,26 +11,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stethoscope.relevancy.rules import across, chain, normalised
+from stethoscope.relevancy.rules import across, normalised
 
 Layers = Mapping[int, Tensor]
 
 
-def through_queries(rule: str, own: Layers, crossing: Layers, vision: Layers, queries: int) -> tuple[Tensor, Tensor]:
+def through_queries(rule: str, own: Layers, crossing: Layers, tower: Tensor, queries: int) -> tuple[Tensor, Tensor]:
     """R_si and R_ss of the query rows.
 
     Args:
         rule: one of ``rules.RULES``.
         own: Abar (s, s) of the self-attention by layer.
         crossing: Abar (queries, i) of the cross-attention, of the layers that have it.
-        vision: Abar (i, i) of the vision tower by layer.
+        tower: R_ii of the vision tower, (i, i).
         queries: number of query tokens, the first of s.
 
     Returns:
         (queries, i) and (queries, s), float32.
     """
-    width = next(iter(crossing.values())).shape[-1]
-    tower = chain([vision[layer] for layer in sorted(vision)], width)
+    width = tower.shape[-1]
     like = next(iter(own.values()))
     same, other = torch.eye(like.shape[-1]).to(like), torch.zeros(like.shape[-1], width).to(like)
     for layer in sorted(own):

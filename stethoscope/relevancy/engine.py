@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,16 +12,17 @@ from transformers import PreTrainedModel
 
 from stethoscope.capture import record, sites
 from stethoscope.errors import CapabilityError, ConfigError, unknown
-from stethoscope.relevancy.attention import Call
+from stethoscope.relevancy.attention import Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
 from stethoscope.relevancy.layout import Layout, answer_logits, layout
-from stethoscope.relevancy.listener import Maps, recomputed, still
+from stethoscope.relevancy.listener import Maps, still
 from stethoscope.relevancy.merging import merging, spread
 from stethoscope.relevancy.patches import pixel_order, tiled
 from stethoscope.relevancy.result import Relevancy
-from stethoscope.relevancy.rows import BlockRows, LayerRows
+from stethoscope.relevancy.rows import Abar, BlockRows, LayerRows, Saliency, whole
 from stethoscope.relevancy.rules import RULES
 from stethoscope.relevancy.seq2seq import decoder_rows
+from stethoscope.relevancy.tape import steps
 from stethoscope.spans import tile_grids
 
 SCOPES = ("row", "token")
@@ -37,7 +38,7 @@ def relevancy_from_inputs(
     rule: str = "eq10",
     layers: str = "all",
     tokens: Sequence[int] | None = None,
-    budget: int = 2**29,
+    budget: int = 2**26,
     recompute: bool = False,
 ) -> Relevancy:
     """Relevancy of answer tokens from the exact inputs of a forward pass over prompt and answer.
@@ -54,12 +55,14 @@ def relevancy_from_inputs(
         answer_ids: the answer's token ids.
         scope: ``row``: the prompt's rows use the gradient of answer token 0, every later row that of the token it
             predicts; one backward pass. ``token``: all rows use the token's own gradient, as in the paper; one
-            backward pass per token.
+            backward pass per token, each layer run again once for a group of tokens.
         rule: reading of equation 10, see ``rules.RULES``.
         layers: ``all`` for R after every layer of the language model, ``final`` for the last.
         tokens: which answer tokens, all by default.
-        budget: bytes that attention maps may take at once, during a backward pass through one layer.
-        recompute: keep only the inputs of layers and run them again in the backward pass: less memory, more time.
+        budget: bytes that attention maps and the gradients of tokens may take at once, about half for each. A larger
+            one saves scope ``token`` some time on long sequences.
+        recompute: keep only the inputs of layers and run them again in the backward pass. False takes less time and
+            several times the memory in scope ``row``; scope ``token`` always runs them again.
 
     Raises:
         ConfigError: an option is wrong.
@@ -91,22 +94,35 @@ def _relevancy(
     chosen = tuple(range(len(place.answer))) if tokens is None else tuple(int(token) for token in tokens)
     if not all(0 <= token < len(place.answer) for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {len(place.answer) - 1}")
-    maps = Maps(place.first + 1 if scope == "row" else None, budget)
-    with record(model, maps), recomputed(model) if recompute else nullcontext():
+    maps = Maps(place.first + 1 if scope == "row" else None, budget, keep=scope == "row" and not recompute)
+    with record(model, maps), steps(model, maps.tape):
         logits = answer_logits(model, inputs, place)
     kind = _kind(model, maps, place)
     owner = merging(model, inputs, place.image) if kind == "merged" else None
-    groups = [chosen] if scope == "row" else [(token,) for token in chosen]
+    groups = [chosen] if scope == "row" else _groups(chosen, budget // 2 // maps.tape.width())
     passes = []
     with record(model, maps):  # for layers that run again
         for number, group in enumerate(groups, 1):
-            one = _Pass(maps, place, kind, owner, group, rule, every)
             # in scope row no token's gradient reaches the rows of another, so that all of them go in one pass
-            logit = logits[: max(group) + 1].sum() if scope == "row" else logits[group[0]]
-            maps.backward(logit, one.receive, last=number == len(groups))
-            passes.append(one.result())
+            of = [group] if scope == "row" else [(token,) for token in group]
+            some = [_Pass(maps, place, kind, owner, tokens, rule, every) for tokens in of]
+            end = max(group) + 1
+            roots = [logits[:end].sum()] if scope == "row" else [logits[token] for token in group]
+            maps.backward(roots, [one.receive for one in some], place.first + end, last=number == len(groups))
+            passes += [one.result() for one in some]
     parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
     return _result(model, inputs, place, kind, chosen, owner, parts)
+
+
+def _groups(tokens: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """Tokens whose gradients go through the layers together, in groups of about the same size.
+
+    >>> _groups((0, 1, 2, 3, 4), 4)
+    [(0, 1, 2), (3, 4)]
+    """
+    count = math.ceil(len(tokens) / max(size, 1))
+    step = math.ceil(len(tokens) / count)
+    return [tokens[start : start + step] for start in range(0, len(tokens), step)]
 
 
 def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
@@ -139,8 +155,9 @@ class _Pass:
     """One backward pass: takes every Abar and turns it into rows on the spot, or keeps it where a rule needs it whole.
 
     Attributes:
-        kept: Abar by part and layer: ``vision``, ``own`` and ``crossing`` of a Q-Former, ``encoder``, ``language``
-            and ``cross`` of an encoder-decoder model.
+        kept: Abar by part and layer: ``own`` and ``crossing`` of a Q-Former, ``language`` and ``cross`` of an
+            encoder-decoder model.
+        towers: R of what has no rows to be read yet: ``vision`` before a Q-Former, ``encoder``.
     """
 
     maps: Maps
@@ -151,47 +168,63 @@ class _Pass:
     rule: str
     every: bool
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    towers: dict[str, BlockRows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = torch.tensor([self.place.first + token for token in self.tokens])
+        rows = [self.place.first + token for token in self.tokens]
         count = len(self.maps.layers["language"])
-        self._language = LayerRows(rows, self.place.length, count, self.every)
-        self._vision: BlockRows | None = None
+        self._language = LayerRows(torch.tensor(rows), self.place.length, count, self.every)
+        self._saliency = Saliency(rows, self.place.length, count)
 
-    def receive(self, call: Call, layer: int, abar: Tensor) -> None:
+    def receive(self, call: Call, layer: int, blocks: Blocks) -> None:
         """What ``Maps.backward`` hands over."""
-        role = call.site.role
+        abar, role = self._abar(call, layer, blocks), call.site.role
         if role == "language" and not self.place.encoder_decoder:
             self._language.receive(layer, abar)
-        elif role == "vision" and self.kind == "merged":
-            if self._vision is None:  # the language model is through: its layers come first in a backward pass
-                self._vision = BlockRows(spread(self._language.mass()[..., self.place.image], self.owner))
-            self._vision.receive(call.offset, abar)
+        elif role in ("vision", "encoder"):
+            self._tower(role, call.site.name).receive(call.offset, call.keys, abar)
         elif role == "bridge":
             part = "crossing" if "crossattention" in call.site.name else "own"
-            self.kept.setdefault(part, {})[call.site.layer] = abar[0]
+            self.kept.setdefault(part, {})[call.site.layer] = whole(abar, len(call.ends), call.keys)
         else:
-            self.kept.setdefault(role, {})[layer] = abar[0]
+            self.kept.setdefault(role, {})[layer] = whole(abar, len(call.ends), call.keys)
+
+    def _abar(self, call: Call, layer: int, blocks: Blocks) -> Abar:
+        """Equation 5."""
+        for start, product in blocks:
+            if call.site.role == "language":
+                self._saliency.receive(layer, start, product)
+            yield start, product.clamp(min=0).mean(1)
+
+    def _tower(self, role: str, name: str) -> BlockRows:
+        if role not in self.towers:
+            if role == "vision" and self.kind == "merged":  # the language model's layers are through: they come first
+                rows = spread(self._language.mass()[..., self.place.image], self.owner)
+            else:
+                rows = torch.eye(self.maps.sizes[name])
+            self.towers[role] = BlockRows(rows)
+        return self.towers[role]
 
     def result(self) -> dict[str, Tensor]:
         """Rows by the names of ``Relevancy``, each (L or 1, T, positions)."""
-        found = {}
+        found = {"saliency": self._saliency.values if self.every else self._saliency.values[-1:]}
         if self.place.encoder_decoder:
             rows = [self.place.first + token for token in self.tokens]
-            layers = (self.kept[part] for part in ("encoder", "language", "cross"))
-            found["decoder"], found["encoder"] = decoder_rows(self.rule, *layers, rows, self.every)
+            own, crossing = self.kept["language"], self.kept["cross"]
+            read = self.towers["encoder"].values
+            found["decoder"], found["encoder"] = decoder_rows(self.rule, read, own, crossing, rows, self.every)
         else:
             found["llm"] = self._language.mass()
         image = next(found[name] for name in ("encoder", "llm") if name in found)[..., self.place.image]
         if self.kind == "queries":
             own, crossing = self.kept["own"], self.kept["crossing"]
             queries = next(iter(crossing.values())).shape[0]
-            to_vision, to_own = through_queries(self.rule, own, crossing, self.kept["vision"], queries)
+            to_vision, to_own = through_queries(self.rule, own, crossing, self.towers["vision"].values, queries)
             found["vision"] = image @ to_vision.to(image.device)
             if to_own.shape[-1] > queries:
                 found["query_text"] = image @ to_own[:, queries:].to(image.device)
         elif self.kind == "merged":
-            found["vision"] = self._vision.values
+            found["vision"] = self.towers["vision"].values
         else:
             found["vision"] = image
         return found

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.capture import Listener, Site
 from stethoscope.errors import CaptureError
-from stethoscope.relevancy.attention import Call, traced_attention
+from stethoscope.relevancy.attention import (
+    Blocks,
+    Call,
+    forward_attention,
+    is_causal,
+    traced_attention,
+    visible_ends,
+)
+from stethoscope.relevancy.tape import Tape
 
-Receiver = Callable[[Call, int, Tensor], None]
+Receiver = Callable[[Call, int, Blocks], None]
 
 
 class Maps(Listener):
@@ -26,21 +30,24 @@ class Maps(Listener):
     Args:
         live: number of leading rows of the language model whose keys and values pass gradients on; None for all.
         budget: bytes that maps may take at once in a backward pass.
+        keep: keep the graph of every layer.
 
     Attributes:
         layers: by role, the names of its attention modules in the order of their first calls.
-        leaves: where the graph begins; gradients with respect to them run through every call.
         sizes: by name, how many columns all calls of a module have together (crops and windows one after another).
+        tape: the forward pass.
     """
 
-    def __init__(self, live: int | None, budget: int) -> None:
+    def __init__(self, live: int | None, budget: int, keep: bool) -> None:
         self.layers: dict[str, list[str]] = {}
-        self.leaves: list[Tensor] = []
         self.sizes: dict[str, int] = {}
-        self._calls: list[Call] = []
-        self._live, self._budget = live, budget
-        self._receiver: Receiver | None = None
-        self._heard: list[tuple[str, Tensor]] = []
+        self.tape = Tape(keep, mark=lambda: dict(self.sizes))
+        self._live, self._budget, self._keep = live, budget, keep
+        self._finite: list[tuple[str, Tensor]] = []
+        self._ends: dict[tuple[Any, ...], tuple[Tensor | None, list[int]]] = {}
+        self._receivers: Sequence[Receiver] = ()
+        self._root = self._stop = self._room = 0
+        self._offsets: dict[str, int] | None = None  # of layers that run again
 
     def attend(
         self,
@@ -52,79 +59,99 @@ class Maps(Listener):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not (query.requires_grad or key.requires_grad or value.requires_grad):
-            query = query.detach().requires_grad_()  # weights are frozen, so somewhere the graph has to begin
-            if self._receiver is None:
-                self.leaves.append(query)
-        if self._receiver is not None:  # a layer runs again in a backward pass, for its activations alone
-            return traced_attention(query, key, value, Call(site, module, mask, kwargs, _nothing)), None
-        names = self.layers.setdefault(site.role, [])
-        if site.name not in names:
-            names.append(site.name)
-        live = self._live if site.role in ("language", "cross") else None
-        offset = self.sizes.get(site.name, 0)
-        self.sizes[site.name] = offset + key.shape[0] * key.shape[2]
-        call = Call(site, module, mask, kwargs, self._receive, live, self._budget, offset)
-        self._calls.append(call)
-        return traced_attention(query, key, value, call), None
+        return self.tape.run(self._attend, site, module, query, key, value, mask, kwargs), None
+
+    def _attend(
+        self,
+        site: Site,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        again = self._offsets is not None
+        sizes = self._offsets if again else self.sizes
+        offset = sizes.get(site.name, 0)
+        sizes[site.name] = offset + key.shape[0] * key.shape[2]
+        if torch.is_grad_enabled():
+            ends = self._visible(module, query, key, mask, options)
+            live = self._live if site.role in ("language", "cross") else None
+            keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
+            call = Call(site, module, mask, options, self._receive, ends, live, self._budget, offset, size, keys)
+            if not (query.requires_grad or key.requires_grad or value.requires_grad):
+                query = query.detach().requires_grad_()
+                self.tape.leaves.append(query)
+            output = traced_attention(query, key, value, call)
+        else:
+            output = forward_attention(module, query, key, value, mask, options)
+        if not again:
+            names = self.layers.setdefault(site.role, [])
+            if site.name not in names:
+                names.append(site.name)
+            self._finite.append((site.name, torch.isfinite(output.detach()).all()))
+        return output
+
+    def _visible(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> list[int]:
+        """``visible_ends``, once for every mask: layers share them."""
+        queries, keys = query.shape[2], key.shape[2]
+        of = id(mask) if mask is not None else is_causal(module, queries, options)
+        if (of, queries, keys) not in self._ends:
+            self._ends[of, queries, keys] = mask, visible_ends(module, queries, keys, mask, options)
+        return self._ends[of, queries, keys][1]
 
     def finish(self) -> None:
         if not self.layers.get("language"):
             raise CaptureError("no attention of a language-model layer was seen; the model does not call the interface")
-        for call in self._calls:
-            if not call.finite:
-                raise CaptureError(f"attention of {call.site.name} gives values that are not finite")
+        for name, finite in self._finite:
+            if not finite:
+                raise CaptureError(f"attention of {name} gives values that are not finite")
+        self._finite.clear()
 
-    def backward(self, logit: Tensor, receiver: Receiver, last: bool) -> None:
-        """Sends the gradient of ``logit`` through the graph; ``receiver`` gets every call, its layer and its Abar.
+    def backward(self, logits: Sequence[Tensor], receivers: Sequence[Receiver], stop: int, last: bool) -> None:
+        """Sends gradients of logits through the graph; a receiver gets every call, its layer and its blocks.
 
         Args:
+            logits: scalars. ``receivers``: one for each.
+            stop: first row of the language model that no logit depends on.
             last: the graph is not needed again.
 
         Raises:
-            CaptureError: an Abar holds values that are not finite.
+            CaptureError: a gradient is not finite.
         """
-        self._receiver = receiver
-        self._heard.clear()
+        self._receivers, self._stop, heard = receivers, stop, self._finite
+        heard.clear()
         try:
-            torch.autograd.grad(logit, self.leaves, retain_graph=not last, allow_unused=True)
+            self.tape.backward(logits, self._choose, self._restart, last)
         finally:
-            self._receiver = None
-        for name, finite in self._heard:
+            self._receivers, self._offsets = (), None
+        for name, finite in heard:
             if not finite:
                 raise CaptureError(f"the gradient of the attention of {name} holds values that are not finite")
+        heard.clear()
 
-    def _receive(self, call: Call, abar: Tensor) -> None:
-        self._heard.append((call.site.name, torch.isfinite(abar).all()))
-        self._receiver(call, self.layers[call.site.role].index(call.site.name), abar)
+    def _choose(self, root: int) -> None:
+        self._root = root
 
+    def _restart(self, sizes: dict[str, int]) -> None:
+        """A layer is about to run again."""
+        self._offsets, self._room = dict(sizes), self._budget // 2
 
-def _nothing(call: Call, abar: Tensor) -> None:
-    """A receiver for calls that no gradient comes through."""
-
-
-@contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """For the length of a block the model's layers keep nothing but their inputs and run again in backward passes."""
-    kept: list[tuple[nn.Module, dict[str, Any]]] = []
-    inside: set[nn.Module] = set()
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
-            inside.update(layer.modules())
-            kept.append((layer, {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}))
-            layer.forward = partial(_checkpointed, layer.forward)
-    try:
-        yield
-    finally:
-        for layer, before in kept:
-            vars(layer).pop("forward")
-            vars(layer).update(before)
-
-
-def _checkpointed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    context = copy_context()  # a GPU's backward pass is in another thread, which would not know of the recording
-    again = partial(context.run, forward)
-    return checkpoint(again, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    def _receive(self, call: Call, blocks: Blocks) -> None:
+        """Blocks are computed as they are taken, so that there is time to say which."""
+        names = self.layers[call.site.role]
+        if call.site.role in ("language", "cross"):
+            call.rows, call.narrow = (0, self._stop), call.site.name == names[-1]
+        several = len(self._receivers) > 1 and not (self._keep or call.narrow)
+        if several and call.maps is None and call.size <= self._room:
+            call.maps, self._room = {}, self._room - call.size
+        call.sound = None
+        self._receivers[self._root](call, names.index(call.site.name), blocks)
+        if call.sound is not None:
+            self._finite.append((call.site.name, call.sound))
 
 
 @contextmanager

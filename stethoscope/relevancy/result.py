@@ -27,6 +27,10 @@ class Relevancy:
         vision: (T, L, M) over all tokens of the vision tower with class tokens, tiles one after another, in the order
             of ``pixel_values``.
         tiles: (T, L, tiles, rows, columns) the patches of ``vision``; None where they are no grid.
+        saliency: (T, L, S) or (T, L, D), along ``llm`` or ``decoder``: |A * dz/dA| of the token's own logit z, summed
+            over heads, in the row that predicts it of every layer's own attention map (or the last layer's); no
+            recursion. On earlier answer tokens it drops before hallucinations (LVLMs-Saliency, arXiv 2601.20279,
+            which takes all rows of a layer and divides by the map's norm). The same in both scopes.
         query_text: (T, L, Q) over the tokens that a Q-Former reads beside its queries (InstructBLIP).
     """
 
@@ -40,6 +44,7 @@ class Relevancy:
     vision: Tensor | None = None
     tiles: Tensor | None = None
     query_text: Tensor | None = None
+    saliency: Tensor | None = None
 
     @property
     def patches(self) -> Tensor | None:

@@ -6,8 +6,13 @@ layer as the backward pass gives Abar away (Chefer et al. 2021, equation 6, read
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+Abar = Iterable[tuple[int, Tensor]]
+"""Abar in blocks of rows: the first row and (B, rows, columns) of each. What no block holds is zero."""
 
 
 class LayerRows:
@@ -23,11 +28,16 @@ class LayerRows:
         self._values = self._start.repeat(layers if every else 1, 1, 1)
         self._every = every
 
-    def receive(self, layer: int, abar: Tensor) -> None:
-        """Takes Abar (1, N, N) of a layer; rows after earlier layers do not see it."""
-        self._values = self._values.to(abar)
-        touched = self._values[layer:] if self._every else self._values
-        touched += touched @ abar[0]
+    def receive(self, layer: int, abar: Abar) -> None:
+        """Takes Abar of a layer, B = 1; rows after earlier layers do not see it."""
+        before = None
+        for start, block in abar:
+            if before is None:
+                self._values = self._values.to(block)
+                touched = self._values[layer:] if self._every else self._values
+                before = touched.clone()
+            _, rows, end = block.shape
+            touched[..., :end] += before[..., start : start + rows] @ block[0]
 
     def mass(self) -> Tensor:
         """(L or 1, T, N): the rows of R_l - I."""
@@ -35,17 +45,52 @@ class LayerRows:
 
 
 class BlockRows:
-    """Rows times R_v of the vision tower, whose Abar comes in blocks: crops or windows.
+    """Rows times the R of a part of the model whose Abar may come in blocks along the diagonal: crops or windows.
 
     Args:
-        rows: (..., M) what flows into the tower's tokens, blocks one after another.
+        rows: (..., M) what flows into the part's tokens, blocks one after another. The identity gives R itself.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.values = rows.clone()
 
-    def receive(self, offset: int, abar: Tensor) -> None:
-        """Takes Abar (B, n, n) of the blocks that begin at column ``offset``."""
-        blocks, size, _ = abar.shape
-        touched = self.values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
-        touched += torch.einsum("...bn,bnm->...bm", touched, abar.to(touched))
+    def receive(self, offset: int, size: int, abar: Abar) -> None:
+        """Takes Abar of the diagonal's blocks that begin at column ``offset``, ``size`` columns each."""
+        before = None
+        for start, block in abar:
+            blocks, rows, end = block.shape
+            if before is None:
+                self.values = self.values.to(block)
+                touched = self.values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
+                before = touched.clone()
+            touched[..., :end] += torch.einsum("...br,brm->...bm", before[..., start : start + rows], block)
+
+
+class Saliency:
+    """|A * dz/dA| summed over heads in the rows that predict tokens, by layer.
+
+    Args:
+        rows: positions of the rows. ``length``: size of the sequence. ``layers``: number of layers.
+    """
+
+    def __init__(self, rows: Iterable[int], length: int, layers: int) -> None:
+        self._rows = list(rows)
+        self.values = torch.zeros(layers, len(self._rows), length)
+
+    def receive(self, layer: int, start: int, product: Tensor) -> None:
+        """Takes a block of A * dz/dA (1, heads, rows, columns)."""
+        stop = start + product.shape[2]
+        here = [index for index, row in enumerate(self._rows) if start <= row < stop]
+        if here:
+            self.values = self.values.to(product)
+            some = product[0][:, [self._rows[index] - start for index in here]].abs().sum(0)
+            self.values[layer, here, : product.shape[-1]] = some
+
+
+def whole(abar: Abar, rows: int, columns: int) -> Tensor:
+    """(rows, columns): Abar put together, B = 1."""
+    found = torch.zeros(rows, columns)
+    for start, block in abar:
+        found = found.to(block)
+        found[start : start + block.shape[1], : block.shape[2]] = block[0]
+    return found

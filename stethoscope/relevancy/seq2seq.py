@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stethoscope.relevancy.rules import across, chain, normalised
+from stethoscope.relevancy.rules import across, normalised
 
 Layers = Mapping[int, Tensor]
 
 
 def decoder_rows(
-    rule: str, encoder: Layers, own: Layers, crossing: Layers, rows: Sequence[int], every: bool
+    rule: str, encoder: Tensor, own: Layers, crossing: Layers, rows: Sequence[int], every: bool
 ) -> tuple[Tensor, Tensor]:
     """Rows of R_dd - I and of R_de after every decoder layer, or after the last alone.
 
@@ -22,8 +22,8 @@ def decoder_rows(
 
     Args:
         rule: one of ``rules.RULES``.
-        encoder: Abar (e, e) of the encoder by layer. ``own``: (d, d) of the decoder's self-attention. ``crossing``:
-            (d, e) of its cross-attention.
+        encoder: R_ee of the encoder, (e, e). ``own``: Abar (d, d) of the decoder's self-attention by layer.
+            ``crossing``: (d, e) of its cross-attention.
         rows: decoder rows, T of them.
         every: after every layer.
 
@@ -31,8 +31,8 @@ def decoder_rows(
         (L or 1, T, d) and (L or 1, T, e), float32.
     """
     layers = sorted(own)
-    width, size = crossing[layers[0]].shape[-1], own[layers[0]].shape[-1]
-    read = chain([encoder[layer] for layer in sorted(encoder)], width).to(own[layers[0]])
+    width, size = encoder.shape[-1], own[layers[0]].shape[-1]
+    read = encoder.to(own[layers[0]])
     decoder, source = [], []
     for row in rows:
         end = row + 1
