@@ -37,7 +37,7 @@ def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(source, **where)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
         try:
-            cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **where)))
+            cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **where)), None)
         except (OSError, ValueError):
             raise error from None
         if cls is None or _VIDEO not in cls.get_attributes():

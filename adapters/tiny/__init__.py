@@ -55,10 +55,12 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     if family not in FAMILIES:
         raise CapabilityError(unknown("family for random_init=tiny", family, FAMILIES))
-    model, processor = FAMILIES[family]()
+    with torch.random.fork_rng(devices=[]):  # what is not drawn below is drawn by transformers
+        torch.manual_seed(seed)
+        model, processor = FAMILIES[family]()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or name.endswith("class_embedding"):
+        if parameter.dim() > 1 or name.endswith(("class_embedding", "image_newline")):
             std = _STD / 4 if name.endswith("Attention.q.weight") else _STD  # T5 does not scale its scores
             parameter.data = torch.randn(parameter.shape, generator=generator) * std
     return model.eval(), processor
