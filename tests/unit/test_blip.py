@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stethoscope.adapters import blip, tiny
+from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.records import Generation
 
@@ -130,10 +130,3 @@ def test_an_answer_ends_where_the_language_model_or_the_tokenizer_says(family, e
     adapter = HfAdapter(random_init="tiny", family=family, prompt="{question}", device="cpu")
     tokenizer = adapter.processor.tokenizer
     assert {tokenizer.decode([token]) for token in adapter._ends} == ends
-
-
-def test_families_that_need_no_completion_are_left_to_transformers(tmp_path):
-    save("llava", tmp_path)
-    where = {"local_files_only": True}
-    assert blip.model_type(str(tmp_path), where) == "llava"
-    assert "llava" not in blip.PROCESSORS
