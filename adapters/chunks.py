@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.adapters.loading import Loading, is_folder, one_line, quiet
+from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.spans import Grids
 from stethoscope.trace import Encoded, Spans
 
@@ -58,16 +61,21 @@ class ChunkProcessor:
     image_token_id: int
     image_tokens: int
 
-    def __call__(self, images: Image, text: str, return_tensors: str = "pt") -> dict[str, Tensor]:
+    def __call__(
+        self, images: Image, text: str, return_tensors: str = "pt", add_special_tokens: bool = True
+    ) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` (1, length) int64, and the image's tensors."""
-        ids = torch.tensor([self.tokens(text).ids])
+        ids = torch.tensor([self.tokens(text, add_special_tokens).ids])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.image_processor(images=images)}
 
-    def tokens(self, text: str) -> Tokens:
+    def tokens(self, text: str, begin: bool = True) -> Tokens:
         """The ids of a prompt. Special tokens in it stand for themselves, and the text behind one is tokenised as at
         the start of a sentence: SentencePiece's way, which the authors' code has and transformers 5 has not.
+
+        Args:
+            begin: whether the beginning-of-sequence token comes first.
         """
-        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.bos_token_id if begin else None
         ids, offsets = ([], []) if start is None else ([start], [(0, 0)])
         at = 0
         for number, chunk in enumerate(text.split(self.placeholder)):
@@ -143,6 +151,26 @@ class ChunkEncoder:
             width, height = image.size
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {first}") from error
+
+
+def load_tokenizer(source: str, loading: Loading) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ConfigError, CapabilityError, DataError: as ``loading.load``; one line each.
+    """
+    from transformers import AutoTokenizer
+
+    folder = is_folder(source)
+    where = str(Path(source).expanduser()) if folder else source
+    try:
+        with one_line(source), quiet(folder):
+            return AutoTokenizer.from_pretrained(where, **loading.where(folder))
+    except CapabilityError as error:
+        if find_spec("sentencepiece") is not None:
+            raise
+        extra = "pip install 'lvlm-stethoscope[sentencepiece]'"  # transformers asks for tiktoken instead
+        raise CapabilityError(f"the tokenizer of {source} may need sentencepiece ({extra}): {error}") from error
 
 
 def add_placeholder(tokenizer: Any, placeholder: str, words: int) -> int:
