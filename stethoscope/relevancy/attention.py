@@ -148,7 +148,7 @@ def attention_blocks(
         yield start, product.view(product.shape[0], -1, stop - start, end)
         # the softmax passes on A * (dA - sum(A * dA)); the sum also tells whether all is finite
         total = product.sum(-1, keepdim=True)
-        finite = torch.isfinite(total).all()
+        finite = torch.isfinite(total.sum())
         call.sound = finite if call.sound is None else call.sound & finite
         scores = product.addcmul_(total, weights, value=-1)
         softcap = call.options.get("softcap")
@@ -179,7 +179,7 @@ def _row_blocks(call: Call, query: Tensor, key: Tensor, gradient: Tensor) -> Ite
 
 
 def _grouped(vectors: Tensor, groups: int) -> Tensor:
-    """(B, heads, r, d) as (B, groups, heads / groups * r, d): the heads that share keys and values under one another."""
+    """(B, heads, r, d) as (B, groups, heads / groups * r, d): the heads of a group under one another."""
     return vectors.reshape(vectors.shape[0], groups, -1, vectors.shape[-1])
 
 

@@ -90,7 +90,8 @@ class Maps(Listener):
             names = self.layers.setdefault(site.role, [])
             if site.name not in names:
                 names.append(site.name)
-            self._finite.append((site.name, torch.isfinite(output.detach()).all()))
+            wide = torch.promote_types(output.dtype, torch.float32)
+            self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=wide))))
         return output
 
     def _visible(

@@ -7,8 +7,10 @@ tokens, feature layers, merged patches, tiles, dropped padding and permuted wind
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ from transformers import PreTrainedModel
 from stethoscope.capture import Listener, Site, record
 from stethoscope.errors import CapabilityError
 
+_known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_MOST = 64  # shapes of inputs that are remembered of a model
 _BASE, _BASE_HALF = 2048, 32  # image tokens are numbered in digits that the precision can tell apart
 
 
-class _Found(Exception):
+class _Reached(Exception):
     """The language model has been reached; the rest of the pass is not needed."""
 
 
@@ -47,7 +51,7 @@ class _Trails(Listener):
             seen = query[0, :, self._image.to(query.device)].float()  # a query depends on its own embedding alone
             some = torch.rand(seen.shape[::2], generator=torch.Generator().manual_seed(0)) + 0.5
             self.numbers = torch.einsum("hnd,hd->n", seen, some.to(seen.device))
-            raise _Found
+            raise _Reached
         batch, _, queries, _ = query.shape
         output = value.new_zeros(batch, queries, query.shape[1], value.shape[-1])
         self._first = self._first or site.name
@@ -57,7 +61,7 @@ class _Trails(Listener):
 
 
 def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Tensor:
-    """Which image token every token of the vision tower is merged into.
+    """Which image token every token of the vision tower is merged into; found once for inputs of the same shape.
 
     Args:
         image: (N,) positions of the image tokens in the prompt.
@@ -69,11 +73,34 @@ def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor)
     Raises:
         CapabilityError: a vision token reaches several image tokens, or an image token has no trail where all should.
     """
+    known, key = _known.setdefault(model, {}), _key(model, inputs, len(image))
+    if key not in known:
+        if len(known) >= _MOST:
+            known.clear()
+        known[key] = _found(model, inputs, image)
+    return known[key]
+
+
+def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> str:
+    """What merging depends on: the structure of the model, the shape of pictures, and grids, sizes and masks."""
+    text = inputs["input_ids"].shape
+    parts = [repr(images), model.config.to_json_string(), str(model.dtype)]
+    for name, value in sorted(inputs.items()):
+        if not isinstance(value, Tensor) or value.shape == text:
+            continue  # the text, which no picture's tokens depend on
+        parts.append(f"{name} {tuple(value.shape)} {value.dtype}")
+        if not value.is_floating_point():
+            parts.append(hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Tensor:
+    """``merging`` by a pass of its own."""
     trails = _Trails(image)
     try:
         with record(model, trails):
             model(**inputs, use_cache=False)
-    except _Found:
+    except _Reached:
         pass
     if trails.numbers is None or not trails.numbers.requires_grad:
         raise CapabilityError(f"{type(model).__name__}: vision tokens do not reach the language model as image tokens")

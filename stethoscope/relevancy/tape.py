@@ -95,6 +95,13 @@ class Tape:
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls the function as a step; within another step, or where no gradients are wanted, just calls it."""
+        return self._run(self._keep, function, *arguments, **options)
+
+    def run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The same for the last step: it keeps its graph for the first backward pass, which begins with it anyway."""
+        return self._run(True, function, *arguments, **options)
+
+    def _run(self, keep: bool, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if self.inside or not torch.is_grad_enabled():
             return function(*arguments, **options)
         values, spec = tree_flatten((arguments, options))
@@ -102,7 +109,7 @@ class Tape:
         step = _Step(function, values, spec, wired, [], self._mark(), None)
         self.inside = True
         try:
-            if self._keep:
+            if keep:
                 returned = step.run(self.leaves)
             else:
                 with torch.no_grad():
@@ -201,17 +208,19 @@ class _Waiting:
 @contextmanager
 def steps(model: nn.Module, tape: Tape) -> Iterator[None]:
     """For the length of a block every layer of the model runs as a step of the tape."""
-    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             inside.update(layer.modules())
-            kept.append((layer, {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}))
-            layer.forward = partial(tape.run, layer.forward)
+            layers.append(layer)
+    kept = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
+    for layer in layers:  # the language model comes last in all families; if it did not, only memory would be lost
+        layer.forward = partial(tape.run_last if layer is layers[-1] else tape.run, layer.forward)
     try:
         yield
     finally:
-        for layer, before in kept:
+        for layer, before in zip(layers, kept, strict=True):
             vars(layer).pop("forward")
             vars(layer).update(before)
 
