@@ -345,6 +345,7 @@ class HfAdapter(Adapter):
             "processor": type(self.processor).__name__,
             "image_processor": type(self.processor.image_processor).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantize": self.loading.quantize,
             "prompt": self.prompt,
             "transformers": transformers.__version__,
         }

@@ -8,6 +8,7 @@ import socket
 import tempfile
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,17 +185,33 @@ def pretrained(
     """
     loading.ready()
     folder, name = source is None or is_folder(source), name or str(source)
-    options = {"output_loading_info": True, **loading.where(folder), **loading.options(), **more}
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which do not fit
+    options = {**told, **loading.where(folder), **loading.options(), **more}
     with one_line(name), quiet(folder):
         model, report = cls.from_pretrained(None if source is None else _source(source, folder), **options)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise DataError(f"model {name} lacks {len(missing)} weights, the first is {missing[0]}")
+    _check_report(report, name)
     if loading.quantize == "4bit":
         for module in model.modules():
             if hasattr(module, "compute_dtype"):  # bitsandbytes' own default is float32
                 module.compute_dtype = model.dtype
     return model
+
+
+def _check_report(report: Mapping[str, Any], name: str) -> None:
+    """Raises DataError for weights that are missing or of another size; warns of such that the model has no use for."""
+    if report["mismatched_keys"]:
+        key, there, wanted = sorted(report["mismatched_keys"])[0]
+        sizes = f"{tuple(there)} in the files and {tuple(wanted)} in the model"
+        count = len(report["mismatched_keys"])
+        raise DataError(f"model {name}: {count} weights have sizes that do not fit, the first is {key}: {sizes}")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise DataError(f"model {name} lacks {len(missing)} weights, the first is {missing[0]}")
+    if report["unexpected_keys"]:
+        unused = sorted(report["unexpected_keys"])
+        warnings.warn(
+            f"model {name} has no use for {len(unused)} weights of its files, the first is {unused[0]}", stacklevel=4
+        )
 
 
 def placed(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
@@ -247,8 +264,13 @@ def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -
         return f"commit:{commit}"
     import torch
 
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # accelerate holds them on another device or on disk
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights = get_state_dict_offloaded_model(model)
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"state:{digest.hexdigest()}"
 
 
@@ -292,14 +314,16 @@ def _first(error: Exception) -> str:
 
 @contextmanager
 def quiet(folder: bool) -> Iterator[None]:
-    """No progress bar for a folder: reading it takes no download."""
+    """Without transformers' reports about weights, which come as errors, nor progress bars where nothing is fetched."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
     if folder:
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

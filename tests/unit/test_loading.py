@@ -1,0 +1,289 @@
+"""Loading options: where weights lie changes no answer, no trace and no map; what goes wrong is one line."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from stethoscope.adapters import loading, tiny
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.loading import Loading
+from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
+from stethoscope.records import Generation
+from stethoscope.trace import NEEDS
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
+QUESTION = "Is there a dog in the image?"
+FAMILIES = {
+    "llava": ("USER: <image>\n{question} ASSISTANT:", "model.language_model.layers"),
+    "blip-2-opt": (
+        "Question: {question} Answer:",
+        "language_model.model.decoder.layers",
+        "language_model.model.decoder",
+    ),
+    "blip-2-t5": ("Question: {question} Answer:", "language_model.decoder.block", "language_model.decoder"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """A folder with a tiny model of a family, and the family's name."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, processor = tiny.build(request.param)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, request.param
+
+
+def load(saved, **settings):
+    folder, family = saved
+    adapter = HfAdapter(str(folder), prompt=FAMILIES[family][0], dtype="float32", **settings)
+    adapter.setup()
+    return adapter
+
+
+def tensors(value, prefix=""):
+    """Every tensor of nested dataclasses by its path."""
+    if torch.is_tensor(value):
+        return {prefix: value}
+    if dataclasses.is_dataclass(value):
+        found = {}
+        for field in dataclasses.fields(value):
+            found |= tensors(getattr(value, field.name), f"{prefix}.{field.name}")
+        return found
+    return {}
+
+
+def measured(adapter):
+    encoded = adapter.encode(IMAGE, QUESTION)
+    greedy, beams = Generation(max_new_tokens=6), Generation(max_new_tokens=6, num_beams=2)
+    answers = [adapter.generate([encoded], generation)[0] for generation in (greedy, beams)]
+    return answers, adapter.trace(encoded, answers[0], NEEDS)
+
+
+def leaves(model, layers, spread):
+    """A map of all modules, at the depth of one layer of the list ``layers``, in turns to ``spread``.
+
+    Modules that share their weights stay together, as in the maps that accelerate makes.
+    """
+    places, found = iter(spread * 1000), {}
+    owners = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    shared = {owner for owner in owners if owners.count(owner) > 1}
+
+    def walk(module, path):
+        inside = layers.startswith(f"{path}.") or layers == path or path == ""
+        if not inside:
+            tied = any(id(parameter) in shared for parameter in module.parameters())
+            found[path] = spread[0] if tied else next(places)
+            return
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}".lstrip("."))
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            found[f"{path}.{name}".lstrip(".")] = "cpu"
+
+    walk(model, "")
+    return found
+
+
+PLACES = {"cpu": None, "by name": None, "cpu and disk": ["cpu", "disk"], "disk": ["disk"], "full": None}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_weights_lie_changes_nothing(saved, place, tmp_path):
+    plain = load(saved, device="cpu")
+    if place == "cpu":
+        settings = {"device_map": {"": "cpu"}}
+    elif place == "by name":
+        settings = {"device_map": "auto", "max_memory": {"cpu": "1GiB"}}
+    elif place == "full":  # what the CPU may not take goes to disk
+        largest = sum(p.nbytes for p in plain.model.parameters()) // 2
+        settings = {"device_map": "sequential", "max_memory": {"cpu": largest}, "offload_folder": str(tmp_path)}
+    else:
+        spread = leaves(plain.model, FAMILIES[saved[1]][1], PLACES[place])
+        settings = {"device_map": spread, "offload_folder": str(tmp_path)}
+    adapter = load(saved, **settings)
+    away = [name for name, parameter in adapter.model.named_parameters() if parameter.is_meta]
+    assert bool(away) == (place not in ("cpu", "by name"))  # offloaded weights are on no device between the passes
+    (answers, trace), (expected, whole) = measured(adapter), measured(plain)
+    assert answers == expected
+    found = tensors(trace)
+    assert any(name.startswith(".relevancy.") for name in found)
+    for name, tensor in tensors(whole).items():
+        torch.testing.assert_close(found[name], tensor, atol=0, rtol=0, msg=f"{place}: {name}")
+    assert adapter.fingerprint() == plain.fingerprint()
+
+
+def test_random_models_follow_device_map_too():
+    spread = {"model": "disk", "lm_head": "cpu"}
+    plain, placed = (HfAdapter(random_init="tiny", device_map=place) for place in (None, spread))
+    assert plain.generate([plain.encode(IMAGE, QUESTION)], Generation(4)) == placed.generate(
+        [placed.encode(IMAGE, QUESTION)], Generation(4)
+    )
+    assert next(placed.model.model.parameters()).is_meta
+    assert plain.fingerprint()["weights"] == placed.fingerprint()["weights"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quantize": "3bit"}, "unknown quantize '3bit'"),
+        ({"device_map": "automatic"}, "device_map='automatic' should be auto"),
+        ({"max_memory": {0: "20GiB"}}, "device_map=auto"),
+        ({"device_map": {"": "cpu"}, "max_memory": {0: "20GiB"}}, "device_map=auto"),
+        ({"device_map": "auto", "max_memory": {"gpu": "20GiB"}}, "device 'gpu'"),
+        ({"device_map": "auto", "max_memory": {0: "much"}}, "20GiB"),
+        ({"device_map": "auto", "max_memory": {0: None}}, "20GiB"),
+    ],
+)
+def test_wrong_settings(settings, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        Loading(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_quantising_without_bitsandbytes_is_refused_before_anything_is_read(monkeypatch):
+    import transformers.utils.import_utils as installed
+
+    monkeypatch.setattr(installed, "is_bitsandbytes_available", lambda *_: False)
+    monkeypatch.setattr(Loading, "where", lambda *_: pytest.fail("asked where the files are"))
+    for settings in ({"model_id": "nobody/has-this-model"}, {"random_init": "tiny"}):
+        with pytest.raises(CapabilityError, match=r"bitsandbytes>=0\.46\.1.*lvlm-stethoscope\[quantize\]"):
+            HfAdapter(**settings, quantize="4bit", prompt="{image}{question}").setup()
+
+
+def test_quantising_without_a_device_for_it_is_refused(monkeypatch):
+    import transformers.utils.import_utils as installed
+
+    class Bits:
+        supported_torch_devices = frozenset({"xpu"})
+        __version__ = "0.48.0"
+
+    monkeypatch.setattr(installed, "is_bitsandbytes_available", lambda *_: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", Bits)
+    with pytest.raises(CapabilityError, match=r"quantize=8bit runs on xpu .* has cpu"):
+        Loading(quantize="8bit").ready()
+
+
+def test_names_that_stay_whole():
+    """The rule that transformers applies, on paths of the families (and of modules with similar names)."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    whole = [
+        "lm_head", "language_model.lm_head", "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        "model.multi_modal_projector.linear_1", "model.visual.blocks.3.attn.qkv", "model.visual.merger.mlp.0",
+        "qformer.encoder.layer.0.attention.attention.query", "language_projection",
+        "model.connector.modality_projection",
+        "vision_model.encoder.layers.0.mlp.fc1", "model.visual_abstractor.encoder.layers.0.crossattention.k_proj",
+    ]  # fmt: skip
+    smaller = [
+        "model.language_model.layers.0.self_attn.q_proj", "language_model.model.decoder.layers.11.fc1",
+        "language_model.encoder.block.0.layer.0.SelfAttention.q", "model.text_model.layers.0.mlp.down_proj",
+        "model.language_model.layers.0.self_attn.k_proj.multiway.0",
+    ]  # fmt: skip
+    assert not any(should_convert_module(name, [loading.WHOLE]) for name in whole)
+    assert all(should_convert_module(name, [loading.WHOLE]) for name in smaller)
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_the_language_model_is_quantised(quantize, kind, dtype):
+    pytest.importorskip("bitsandbytes", minversion="0.46.1")
+    whole = HfAdapter(random_init="tiny", family="llava", dtype=dtype, device="cpu")
+    adapter = HfAdapter(random_init="tiny", family="llava", dtype=dtype, device="cpu", quantize=quantize)
+    kinds = {name: type(module).__name__ for name, module in adapter.model.named_modules() if "inear" in repr(module)}
+    small = {name for name, found in kinds.items() if found == kind}
+    assert small == {name for name, found in kinds.items() if "language_model.layers." in name and kind in found}
+    assert "model.language_model.layers.0.mlp.up_proj" in small
+    if quantize == "4bit":
+        module = adapter.model.get_submodule("model.language_model.layers.0.mlp.up_proj")
+        assert (module.compute_dtype, module.weight.quant_type) == (getattr(torch, dtype), "nf4")
+    assert adapter.fingerprint()["quantize"] == quantize
+    assert adapter.fingerprint()["weights"] != whole.fingerprint()["weights"]
+
+
+def test_a_quantised_model_answers_and_is_traced():
+    pytest.importorskip("bitsandbytes", minversion="0.46.1")
+    whole, adapter = (HfAdapter(random_init="tiny", device="cpu", dtype="float32", quantize=q) for q in (None, "8bit"))
+    answers, trace = measured(adapter)
+    assert answers[0].logprobs == pytest.approx(
+        trace.logits.log_softmax(-1).gather(-1, torch.tensor(answers[0].token_ids)[:, None])[:, 0].tolist(), abs=0.05
+    )
+    encoded = adapter.encode(IMAGE, QUESTION)
+    exact = whole.trace(whole.encode(IMAGE, QUESTION), answers[0], NEEDS)
+    assert 0 < (trace.mass - exact.mass).abs().mean() < 0.1
+    assert trace.relevancy.image.shape == exact.relevancy.image.shape
+    assert (trace.relevancy.image.sum(-1) > 0).any()
+    assert encoded.spans == trace.spans
+
+
+def broken(folder, change):
+    """Changes the file of weights."""
+    path = Path(folder) / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, processor = tiny.build("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def one_line(folder, kind, *words):
+    with pytest.raises(kind) as error:
+        load((folder, "llava"), device="cpu")
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1000])
+def test_weights_cut_short(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    one_line(folder, DataError, str(folder), "cannot be read")
+
+
+def test_weights_of_another_size(folder):
+    def change(weights):
+        name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+        weights[name] = weights[name][:-1].clone()
+
+    broken(folder, change)
+    one_line(folder, DataError, "layers.1.mlp.up_proj.weight", "63", "64")
+
+
+def test_weights_of_another_model(folder):
+    broken(folder, lambda weights: [weights.__setitem__(f"other.{name}", weights.pop(name)) for name in list(weights)])
+    one_line(folder, DataError, "lacks", "weights, the first is")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json"])
+def test_files_that_are_no_json(folder, name):
+    if (folder / name).exists():
+        (folder / name).write_text("{")
+        one_line(folder, StethoscopeError, str(folder))
+
+
+def test_weights_that_nobody_needs(folder):
+    broken(folder, lambda weights: weights.__setitem__("model.extra.weight", torch.zeros(2)))
+    with pytest.warns(UserWarning, match=r"no use for 1 weights of its files, the first is model\.extra\.weight"):
+        load((folder, "llava"), device="cpu")
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    one_line(folder, StethoscopeError, str(folder), "safetensors")
