@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stethoscope.adapters.tiny import blip, gemma, idefics, internvl, llava, minigpt4, qwen
+from stethoscope.adapters.tiny import authors, blip, gemma, idefics, internvl, llava, minigpt4, qwen
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 from stethoscope.errors import CapabilityError, unknown
 
@@ -39,6 +39,8 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "blip-2-t5": blip.blip2_t5,
     "instructblip-vicuna": blip.instructblip_vicuna,
     "instructblip-t5": blip.instructblip_t5,
+    "convllava": authors.convllava,
+    "mplug_owl2": authors.mplug_owl2,
     "minigpt4-vicuna": minigpt4.vicuna,
     "minigpt4-llama2": minigpt4.llama2,
 }

@@ -1,0 +1,182 @@
+"""ConvLLaVA (Ge et al. 2024, arXiv 2405.15738) from the authors' files: one token for every 64 x 64 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.adapters import checkpoints, companions
+from stethoscope.adapters.checkpoints import Weight, Weights
+from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.pixels import PixelProcessor, pad_to_square, squash
+from stethoscope.errors import CapabilityError, ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import ConvNextConfig, LlamaConfig, LlamaTokenizer, PreTrainedModel
+
+    from stethoscope.adapters.convllava_model import ConvLlavaConfig
+    from stethoscope.trace import Encoded
+
+PLACEHOLDER = "<image>"
+_TURN = "USER: <image>\n{question} ASSISTANT:"
+PROMPTS = {
+    "v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    f"detailed, and polite answers to the user's questions. {_TURN}",
+    "llava_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    f"helpful, detailed, and polite answers to the human's questions. {_TURN}",
+}
+"""The authors' templates by their names: ``v1`` in training and evaluation, ``llava_v1`` in their demo."""
+
+
+class ConvLlavaAdapter(HfAdapter):
+    """ConvLLaVA, put together from the language model with its projector and the vision tower.
+
+    Args:
+        model_id: folder or hub id of language model, projector and tokenizer.
+        tower: folder or hub id of the vision tower; what the model's own ``config.json`` names by default.
+        tower_revision: branch, tag or commit of a tower from the hub.
+        resolution: side of the square that the tower sees, a multiple of 64; None for what the tower's
+            ``preprocessor_config.json`` says.
+        prompt: one of ``PROMPTS``, or a template with ``{question}`` and ``<image>``.
+        text, vision: sizes that differ from the ``config.json`` of model and tower, by the names of ``LlamaConfig`` and
+            ``ConvNextConfig``.
+        settings: as for ``HfAdapter``.
+
+    Attributes:
+        report: how files and model fitted together, once loaded.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        *,
+        tower: str | None = None,
+        tower_revision: str | None = None,
+        resolution: int | None = None,
+        prompt: str = "v1",
+        text: Mapping[str, Any] | None = None,
+        vision: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model_id, prompt=PROMPTS.get(prompt, prompt), **{"family": "convllava", **settings})
+        self.tower, self.tower_revision, self.resolution = tower, tower_revision, resolution
+        self.text, self.vision = text, vision
+        self.report: checkpoints.Report | None = None
+
+    def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+        from transformers import ConvNextConfig, LlamaConfig
+
+        from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
+
+        held = companions.settings(self.model_id, self.loading)
+        tower = self.tower or held.get("mm_vision_tower")
+        if not tower:
+            raise ConfigError(
+                f"model.tower is missing and the config.json of {self.model_id} names none; give its folder"
+            )
+        beside = replace(self.loading, revision=self.tower_revision)
+        text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
+        vision = companions.sized(ConvNextConfig, "vision", companions.settings(tower, beside), chosen=self.vision)
+        if held.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
+            raise CapabilityError(f"{self.model_id}: projector {held['mm_projector_type']!r}; only mlp2x_gelu is known")
+        tokenizer = companions.llama_tokenizer(self.model_id, self.loading)
+        if self.resolution is None:
+            self.resolution = _side(companions.settings(tower, beside, "preprocessor_config.json"))
+        colours = companions.mean_and_std(tower, beside)
+        processor = make_processor(tokenizer, text, vision, self.resolution, *colours)
+        weights = language_weights(checkpoints.read(self.model_id, self.loading, what="model.model_id"))
+        weights |= tower_weights(checkpoints.read(tower, beside, what="model.tower"), vision)
+        config = make_config(text, vision, processor.image_token_id)
+        model, self.report = checkpoints.build(
+            ConvLlavaForConditionalGeneration, config, weights, self.loading, self.name
+        )
+        return model, processor
+
+    def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
+        side = round(processor.image_tokens**0.5)
+        return ChunkEncoder(processor, self.prompt, ((side, side),))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``."""
+        if self._digest is None and self.report is not None:
+            self._digest = checkpoints.digest(self.report.files)
+        return {**super().fingerprint(), "resolution": self.resolution}
+
+
+def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:
+    """The configuration of the whole model."""
+    from stethoscope.adapters.convllava_model import ConvLlavaConfig
+
+    vision.hidden_size = vision.hidden_sizes[-1]  # what LLaVA's projector asks for
+    return ConvLlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token_id,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
+def make_processor(
+    tokenizer: LlamaTokenizer,
+    text: LlamaConfig,
+    vision: ConvNextConfig,
+    resolution: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> ChunkProcessor:
+    """The authors' preprocessing: padded to a square with the mean colour, resized, normalised.
+
+    Raises:
+        ConfigError: the resolution is no multiple of the side of a token.
+    """
+    side = vision.patch_size * 2 ** (len(vision.depths) - 1)
+    if resolution < side or resolution % side:
+        raise ConfigError(f"model.resolution={resolution} should be a multiple of {side}, the side of an image token")
+    images = PixelProcessor((partial(pad_to_square, mean=mean), partial(squash, size=resolution)), mean, std)
+    image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
+    return ChunkProcessor(tokenizer, images, PLACEHOLDER, image_token_id, (resolution // side) ** 2)
+
+
+def language_weights(weights: Weights) -> Weights:
+    """Language model and projector under the model's names. A tower among them is not the one that the authors use."""
+
+    def rule(name: str) -> str | None:
+        if name.startswith("model.vision_tower.") or "rotary_emb" in name:
+            return None
+        for number, linear in (("0", "linear_1"), ("2", "linear_2")):
+            name = name.replace(f"model.mm_projector.{number}.", f"model.multi_modal_projector.{linear}.")
+        for part in ("embed_tokens", "layers", "norm"):
+            if name.startswith(f"model.{part}."):
+                return name.replace("model.", "model.language_model.", 1)
+        return name
+
+    return checkpoints.renamed(weights, rule)
+
+
+def tower_weights(weights: Weights, vision: ConvNextConfig) -> Weights:
+    """The tower under the model's names. Its last norm, which nothing reads, is not in the authors' files."""
+    import torch
+
+    named = checkpoints.renamed(weights, lambda name: f"model.vision_tower.{name.removeprefix('convnext.')}")
+    file, width = next(iter(weights.values())).file, vision.hidden_sizes[-1]
+    for key, value in (("layernorm.weight", torch.ones(width)), ("layernorm.bias", torch.zeros(width))):
+        named.setdefault(f"model.vision_tower.{key}", Weight(value, file, key))
+    return named
+
+
+def _side(settings: Mapping[str, Any]) -> int:
+    """The side of the image in ``preprocessor_config.json``, in any of its forms."""
+    for name in ("crop_size", "size"):
+        size = settings.get(name)
+        size = next(iter(size.values()), None) if isinstance(size, Mapping) else size
+        if isinstance(size, int):
+            return size
+    raise ConfigError("model.resolution is missing and the tower's preprocessor_config.json says none; give 768, ...")
