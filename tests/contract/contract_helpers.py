@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from PIL import Image
 from torch import nn
+from transformers import T5Tokenizer
 
 import stethoscope.conf
 
@@ -43,17 +45,36 @@ def picture(seed, width=72, height=56):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
+def has_encoder(adapter):
+    """Whether the language model is an encoder-decoder one: the answer is then in a sequence of its own."""
+    return bool(adapter.model.config.get_text_config().is_encoder_decoder)
+
+
 def language(adapter):
-    """The stack of decoder layers with the norm behind it."""
+    """The decoder layers, the norm behind them, and where the self-attention of a layer hangs."""
+    if has_encoder(adapter):
+        decoder = adapter.model.language_model.decoder
+        holders = [(block.layer[0], "SelfAttention") for block in decoder.block]
+        return SimpleNamespace(layers=decoder.block, norm=decoder.final_layer_norm, holders=holders)
     modules = dict(adapter.model.named_modules())
-    return next(
+    stack = next(
         modules[path] for path in LANGUAGE if isinstance(getattr(modules.get(path), "layers", None), nn.ModuleList)
     )
+    norm = stack.norm if hasattr(stack, "norm") else stack.final_layer_norm
+    return SimpleNamespace(layers=stack.layers, norm=norm, holders=[(layer, "self_attn") for layer in stack.layers])
+
+
+def queries(adapter, layer):
+    """The weights that make the queries of a layer's self-attention."""
+    attends = getattr(*language(adapter).holders[layer])
+    return (attends.q if has_encoder(adapter) else attends.q_proj).weight
 
 
 def extended(adapter, encoded, ids):
     """Inputs of a pass over prompt and answer, written out: answers are text, which PaliGemma reads causally."""
     inputs = dict(encoded.inputs)
+    if has_encoder(adapter):
+        return {**inputs, "decoder_input_ids": torch.tensor([[0, *ids]])}
     kinds = {"token_type_ids": int(adapter.model.config.model_type == "paligemma"), "mm_token_type_ids": 0}
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([list(ids)])], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -63,9 +84,19 @@ def extended(adapter, encoded, ids):
     return inputs
 
 
-def predicting(encoded, ids):
+def predicting(adapter, encoded, ids):
     """The rows of that pass that predict the answer's tokens."""
-    return slice(encoded.spans.length - 1, encoded.spans.length - 1 + len(ids))
+    first = 0 if has_encoder(adapter) else encoded.spans.length - 1
+    return slice(first, first + len(ids))
+
+
+def said(adapter, text):
+    """The text as far as the tokenizer can say it: T5's knows no line breaks, nor characters beyond its own."""
+    tokenizer = adapter.processor.tokenizer
+    if not isinstance(tokenizer, T5Tokenizer):
+        return text
+    known = tokenizer.get_vocab()
+    return "".join(character for character in " ".join(text.split()) if character == " " or character in known)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract_helpers import attention, extended, picture, predicting
+from contract_helpers import attention, extended, picture, predicting, said
 
 from stethoscope.capture import NAME
 from stethoscope.errors import ConfigError
@@ -27,7 +27,7 @@ def teacher_forced(adapter, encoded, answer):
     """Log-probabilities by a plain pass of the model, written out."""
     ids = answer.token_ids
     with torch.no_grad():
-        logits = adapter.model(**extended(adapter, encoded, ids)).logits[0, predicting(encoded, ids)]
+        logits = adapter.model(**extended(adapter, encoded, ids)).logits[0, predicting(adapter, encoded, ids)]
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
 
@@ -73,13 +73,15 @@ def test_tokens_cover_the_text(adapter, encoded):
 @pytest.mark.parametrize("text", ["Yes", "A cat and a dog lie on the table.", "a café, 日本 and 😀😀!", "no, no", ""])
 def test_a_given_answer_keeps_its_text(adapter, encoded, text):
     answer = adapter.answer(encoded[0], text)
-    assert answer.text == "".join(answer.tokens) == text
+    assert answer.text == "".join(answer.tokens) == said(adapter, text)
     assert answer.finished
     if text:
         assert answer.logprobs == pytest.approx(teacher_forced(adapter, encoded[0], answer), abs=1e-4)
 
 
 def test_each_byte_of_a_long_character_is_a_token_and_the_last_gets_it(adapter, encoded):
+    if said(adapter, "日") != "日":
+        pytest.skip("the tokenizer has no bytes")
     answer = adapter.answer(encoded[0], "a 日b")
     lengths = [end - start for start, end in answer.offsets]
     assert answer.tokens[answer.covering(2, 3)[0]].endswith("日")

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from contract_helpers import attention, language
+from contract_helpers import attention, extended, has_encoder, language, queries
 from torch import nn
 
 from stethoscope.capture import NAME, Listener, record
 from stethoscope.errors import CaptureError
 
+OWN = r"(layers\.1\.self_attn|decoder\.block\.1\.layer\.0\.SelfAttention)"  # self-attention of the decoder's layer 1
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -45,9 +46,9 @@ def test_after_a_listener_that_fails_half_way(adapter, encoded):
     def run():
         with record(adapter.model, Failing()):
             assert adapter.model.config._attn_implementation == NAME
-            adapter.model(**encoded[0].inputs)
+            adapter.model(**extended(adapter, encoded[0], [5]))
 
-    with pytest.raises(CaptureError, match=r"layers\.1\.self_attn fails"):
+    with pytest.raises(CaptureError, match=rf"{OWN} fails"):
         run()
     assert state(adapter.model) == before
     with record(adapter.model, Listener()):  # the next recording is free to start
@@ -56,11 +57,11 @@ def test_after_a_listener_that_fails_half_way(adapter, encoded):
 
 def test_values_that_are_not_finite_name_the_first_layer(adapter, encoded, answers):
     before = state(adapter.model)
-    weight = language(adapter).layers[1].self_attn.q_proj.weight
+    weight = queries(adapter, 1)
     kept = weight.data.clone()
     weight.data.fill_(float("nan"))
     try:
-        with pytest.raises(CaptureError, match=r"layers\.1\.self_attn .*not finite"):
+        with pytest.raises(CaptureError, match=rf"{OWN} .*not finite"):
             adapter.trace(encoded[0], answers[0])
         with pytest.raises(CaptureError, match="not numbers"):
             adapter.trace(encoded[0], answers[0], ())
@@ -72,10 +73,10 @@ def test_values_that_are_not_finite_name_the_first_layer(adapter, encoded, answe
 def test_a_model_whose_attention_is_not_seen(adapter, encoded, answers, monkeypatch):
     class Silent(nn.Module):
         def forward(self, hidden_states, **kwargs):
-            return hidden_states, None
+            return hidden_states, *[None] * (2 if has_encoder(adapter) else 1)
 
-    for layer in language(adapter).layers:
-        monkeypatch.setitem(layer._modules, "self_attn", Silent())
+    for holder, name in language(adapter).holders:
+        monkeypatch.setitem(holder._modules, name, Silent())
     with pytest.raises(CaptureError, match="no attention"):
         adapter.trace(encoded[0], answers[0], ("attention",))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import QUESTIONS, picture
+from contract_helpers import QUESTIONS, picture, said
 
 from stethoscope.errors import DataError
 
@@ -21,7 +21,8 @@ def test_question_tokens_decode_to_the_question(adapter, encoded):
 @pytest.mark.parametrize("question", ["a", "IMAGE: USER: ASSISTANT", "How many café crèmes? 日本", "a  b\nc"])
 def test_question_is_found_where_its_words_occur_elsewhere_too(adapter, question):
     one = adapter.encode(picture(0), question)
-    assert adapter.processor.tokenizer.decode(ids_of(one)[list(one.spans.question)]).strip() == question
+    words = adapter.processor.tokenizer.decode(ids_of(one)[list(one.spans.question)], skip_special_tokens=True)
+    assert words.strip() == said(adapter, question).strip()
     assert list(one.spans.question) == list(range(one.spans.question[0], one.spans.question[-1] + 1))
 
 
@@ -34,8 +35,11 @@ def test_image_span_covers_exactly_the_image_tokens(adapter, encoded):
         assert not set(one.spans.image) & set(one.spans.question)
 
 
-def test_grids_account_for_every_image_token(encoded):
+def test_grids_account_for_every_image_token(adapter, encoded):
     for one in encoded:
+        if hasattr(adapter.model.config, "qformer_config"):  # every query reads the whole picture
+            assert one.spans.grids == one.spans.separators == ()
+            continue
         assert set(one.spans.separators) <= set(one.spans.image)
         tokens = sum(rows * columns for rows, columns in one.spans.grids)
         assert tokens + len(one.spans.separators) == len(one.spans.image)

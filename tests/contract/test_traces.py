@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import attention, extended, language, predicting
+from contract_helpers import attention, extended, has_encoder, language, predicting
 
 from stethoscope.capture import Listener, record
 from stethoscope.errors import ConfigError
@@ -21,10 +21,14 @@ def traces(adapter, encoded, answers):
 
 
 def eager(adapter, encoded, answer):
-    """A plain pass with eager attention that returns everything."""
+    """Attention and hidden states by layer of a plain eager pass; maps of the cross-attention where there is one."""
     inputs = extended(adapter, encoded, answer.token_ids)
     with attention(adapter.model, "eager"), torch.no_grad():
-        return adapter.model(**inputs, output_attentions=True, output_hidden_states=True)
+        output = adapter.model(**inputs, output_attentions=True, output_hidden_states=True)
+    output = output.get("language_model_outputs") or output
+    if has_encoder(adapter):
+        return output.decoder_attentions, output.decoder_hidden_states, output.cross_attentions
+    return output.attentions, output.hidden_states, ()
 
 
 def test_shapes_and_types(adapter, traces):
@@ -72,14 +76,19 @@ def test_no_mass_on_previous_tokens_before_there_are_any(traces):
 
 def test_attention_equals_eager_output_attentions(adapter, encoded, traces):
     for one, trace in zip(encoded, traces, strict=True):
-        maps = torch.stack(eager(adapter, one, trace.answer).attentions)[:, 0]  # (L, H, S, S)
-        for k in range(len(trace.answer.token_ids)):
-            row = maps[:, :, one.spans.length - 1 + k]
-            columns = {"image": list(one.spans.image), "question": list(one.spans.question)}
-            columns["previous"] = list(range(one.spans.length, row.shape[-1]))
-            columns["first"] = sorted({0} - set(one.spans.image))  # PaliGemma begins with the image
-            used = {position for part in columns.values() for position in part}
-            columns["rest"] = [position for position in range(row.shape[-1]) if position not in used]
+        own, _, crossing = eager(adapter, one, trace.answer)
+        maps = torch.stack(own)[:, 0]  # (L, H, S, S)
+        if crossing:  # half of the row is over the encoder's sequence, half over the decoder's
+            maps = torch.cat([torch.stack(crossing)[:, 0], maps], -1) / 2
+        columns = {"image": list(one.spans.image), "question": list(one.spans.question)}
+        columns["previous"] = list(range(one.spans.length + bool(crossing), maps.shape[-1]))
+        start = one.spans.length if crossing else 0
+        columns["first"] = sorted({start} - set(one.spans.image))  # PaliGemma and BLIP-2 begin with the image
+        used = {position for part in columns.values() for position in part}
+        columns["rest"] = [position for position in range(maps.shape[-1]) if position not in used]
+        rows = range(len(maps[0, 0]))[predicting(adapter, one, trace.answer.token_ids)]
+        for k, at in enumerate(rows):
+            row = maps[:, :, at]
             expected = torch.stack([row[..., columns[name]].sum(-1) for name in SEGMENTS], -1)
             close(trace.mass[k], expected, 5e-6)  # SDPA and eager round differently
             close(trace.image_attention[k], row[..., list(one.spans.image)].mean(1), 5e-6)
@@ -93,21 +102,24 @@ def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, 
         def hear(self, site, weights):
             self.heard.setdefault(site.role, []).append(weights.clone())
 
+    roles = {"vision", "language"} | ({"encoder", "cross"} if has_encoder(adapter) else set())
+    roles |= {"bridge"} if hasattr(adapter.model.config, "qformer_config") else set()
     for one, answer in zip(encoded, answers, strict=True):
-        expected = eager(adapter, one, answer).attentions
+        own, _, crossing = eager(adapter, one, answer)
         with record(adapter.model, Maps()) as maps, torch.no_grad():
             adapter.model(**extended(adapter, one, answer.token_ids))
-        assert len(maps.heard["language"]) == len(expected)
-        assert all(map(torch.equal, maps.heard["language"], expected))
-        assert set(maps.heard) == {"vision", "language"}
+        for role, expected in (("language", own), ("cross", crossing)):
+            assert len(maps.heard.get(role, ())) == len(expected)
+            assert all(map(torch.equal, maps.heard.get(role, ()), expected))
+        assert set(maps.heard) == roles
 
 
 def test_lens_reads_every_layer_by_the_final_norm_and_head(adapter, encoded, traces):
     norm, head = language(adapter).norm, adapter.model.get_output_embeddings()
     cap = getattr(adapter.model.config.get_text_config(), "final_logit_softcapping", None) or 1e9  # of Gemma 2
     for one, trace in zip(encoded, traces, strict=True):
-        hidden = eager(adapter, one, trace.answer).hidden_states
-        rows = predicting(one, trace.answer.token_ids)
+        _, hidden, _ = eager(adapter, one, trace.answer)
+        rows = predicting(adapter, one, trace.answer.token_ids)
         ids = torch.tensor(trace.answer.token_ids)[:, None]
         for layer in range(trace.lens_logprob.shape[1] - 1):
             with torch.no_grad():
@@ -126,7 +138,7 @@ def test_blank_logits_are_those_of_zero_pixels(adapter, encoded, traces):
         inputs = extended(adapter, one, trace.answer.token_ids)
         inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], blank)
         with torch.no_grad():
-            logits = adapter.model(**inputs).logits[0, predicting(one, trace.answer.token_ids)]
+            logits = adapter.model(**inputs).logits[0, predicting(adapter, one, trace.answer.token_ids)]
         close(trace.blank_logits, logits, 1e-4)
         assert (trace.blank_logits - trace.logits).abs().max() > 1e-3
 
