@@ -15,7 +15,7 @@ from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
-from stethoscope.tasks.yes_no import PARSERS
+from stethoscope.tasks.yes_no import PARSERS, claim
 
 SUBSETS = ("random", "popular", "adversarial")
 SOURCES = ("testbed", "files", "hub")
@@ -168,16 +168,8 @@ class Pope(Task):
         return Score(status, confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """A yes claims the object: its word is one mention, hallucinated if the truth is no. A no claims nothing.
-
-        The official parser reads a yes into answers without that word ("There is."); there the first word stands for
-        it.
-        """
-        if self._parse(answer.text) != "yes":
-            return ()
-        found = re.search(r"\byes\b", answer.text, re.IGNORECASE) or re.search(r"\w+|\S+", answer.text)
-        label = int(sample.reference["label"] == "no")
-        return (Mention(*found.span(), object=sample.reference["object"], label=label),)
+        """A yes claims the object: its word is one mention, hallucinated if the truth is no. A no claims nothing."""
+        return claim(answer.text, self._parse(answer.text), sample.reference["label"], sample.reference["object"])
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Accuracy, precision, recall, F1 and the model's yes-rate."""

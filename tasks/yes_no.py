@@ -1,4 +1,4 @@
-"""Three published ways to read a yes or a no out of an answer.
+"""Published ways to read a yes or a no out of an answer.
 
 They disagree on real answers ("Yes, there is.", "There isn't"), and so do scores made with them: the parser is part of
 a POPE figure. Each is a pure function from the answer's text to ``"yes"``, ``"no"`` or None for an answer that it
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+
+from stethoscope.records import Mention
 
 Reply = str | None
 
@@ -51,5 +53,67 @@ def first_word(text: str) -> Reply:
     return word if word in ("yes", "no") else None
 
 
-PARSERS: dict[str, Callable[[str], Reply]] = {"official": official, "strict": strict, "first_word": first_word}
+def exact(text: str) -> Reply:
+    """The answer must be the very word "Yes" or "No".
+
+    AMBER's rule. Source: inference.py of junyangwang0410/AMBER.
+
+    >>> [exact(text) for text in ("Yes", "No", "no", "Yes.")]
+    ['yes', 'no', None, None]
+    """
+    return {"Yes": "yes", "No": "no"}.get(text)
+
+
+def prefix(text: str) -> Reply:
+    """A yes, or else a no, within the first four characters, in any case and with full stops removed.
+
+    MME's rule, in the form of lmms-eval (mme/utils.py), which also takes the single letters "y" and "n"; so "Not sure"
+    and "Snow" are a no.
+
+    >>> [prefix(text) for text in ("Yes, a dog", "No.", "Nothing", "It is", "Y")]
+    ['yes', 'no', 'no', None, 'yes']
+    """
+    start = text.lower().strip().replace(".", "")
+    if len(start) == 1:
+        return {"y": "yes", "n": "no"}.get(start)
+    return next((word for word in ("yes", "no") if word in start[:4]), None)
+
+
+def either(text: str) -> Reply:
+    """One of the words "yes" and "no" must occur anywhere, in any case, and the other must not.
+
+    What VLMEvalKit does first with HallusionBench, and all it does without a judge model.
+
+    >>> [either(text) for text in ("The answer is yes.", "No, it isn't", "Yes and no", "Nothing")]
+    ['yes', 'no', None, None]
+    """
+    there = {"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", text.lower()))
+    return there.pop() if len(there) == 1 else None
+
+
+PARSERS: dict[str, Callable[[str], Reply]] = {
+    "official": official,
+    "strict": strict,
+    "first_word": first_word,
+    "exact": exact,
+    "prefix": prefix,
+    "either": either,
+}
 """The parsers by name."""
+
+
+def claim(text: str, reply: Reply, label: str, claimed: str) -> tuple[Mention, ...]:
+    """What a yes claims: its word is one mention, hallucinated if the truth is no. A no claims nothing.
+
+    Some parsers read a yes into answers without that word ("There is."); there the first word stands for it.
+
+    Args:
+        text: the answer.
+        reply: what the parser read.
+        label: the truth, ``yes`` or ``no``.
+        claimed: the object, or what else is asked about.
+    """
+    if reply != "yes":
+        return ()
+    found = re.search(r"\byes\b", text, re.IGNORECASE) or re.search(r"\w+|\S+", text)
+    return (Mention(*found.span(), object=claimed, label=int(label == "no")),)

@@ -1,0 +1,220 @@
+"""A benchmark of one's own: a JSON-lines file, or a folder of images, described by configuration alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import yaml
+
+from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.task import Task, Totals
+from stethoscope.tasks import captions, objects, yes_no
+from stethoscope.tasks.nouns import Vocabulary
+from stethoscope.tasks.published import ImageFolder, read_json_lines, read_text
+from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
+
+KINDS = ("yes_no", "caption", "free")
+_PRIMARY = {"yes_no": "f1", "caption": "chair_i", "free": "length"}
+_TRUTH = {"yes_no": "label", "caption": "objects", "free": None}
+
+
+class Custom(Task):
+    """Questions about images, judged in one of three ways.
+
+    ``yes_no``: every line has a ``label``, yes or no. ``caption``: every line has ``objects``, the list of what is in
+    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``free``: nothing is judged; for
+    answers and features alone.
+    """
+
+    version: ClassVar[str] = "1"
+
+    def __init__(
+        self,
+        kind: str = "free",
+        name: str = "custom",
+        file: str | None = None,
+        images: str | None = None,
+        question: str | None = None,
+        suffix: str = "",
+        parser: str = "first_word",
+        vocabulary: str | None = None,
+        max_new_tokens: int = 128,
+    ) -> None:
+        """Stores and checks; see ``conf/task/custom.yaml`` for every argument.
+
+        Raises:
+            ConfigError: an unknown kind or parser, neither file nor images, or what the kind needs is missing.
+        """
+        if kind not in KINDS:
+            raise ConfigError(unknown("kind of custom task", str(kind), KINDS))
+        if parser not in yes_no.PARSERS:
+            raise ConfigError(unknown("parser of custom task", str(parser), yes_no.PARSERS))
+        if not str(name).replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
+        if not (file or images):
+            raise ConfigError("a custom task needs task.file, a JSON-lines file, or task.images, a folder, or both")
+        if not file and kind != "free":
+            raise ConfigError(
+                f"task.kind={kind} needs task.file, a JSON-lines file with {_TRUTH[kind]!r} on every line; "
+                "a folder alone has no truth to judge by (task.kind=free)"
+            )
+        if not file and not (question or "").strip():
+            raise ConfigError("a folder of images needs task.question, which is asked of every one")
+        if max_new_tokens < 1:
+            raise ConfigError(f"task.max_new_tokens={max_new_tokens} should be at least 1")
+        self.kind, self.name, self.primary, self.max_new_tokens = kind, str(name), _PRIMARY[kind], max_new_tokens
+        self.file, self.images, self.question, self.suffix = file, images, question, suffix
+        self.parser, self.vocabulary = parser, vocabulary
+        self._samples: list[Sample] = []
+
+    def setup(self) -> None:
+        """Reads file, vocabulary and folder and checks that every image is there.
+
+        Raises:
+            DataError: a file is missing or broken; the message names file and line.
+        """
+        if self._samples:
+            return
+        self._find = objects.mentions
+        self._names: Sequence[str] = objects.OBJECTS
+        self._digest = "coco"
+        if self.kind == "caption" and self.vocabulary is not None:
+            words = read_vocabulary(Path(self.vocabulary).expanduser())
+            self._find, self._names = Vocabulary(words).mentions, tuple(words)
+            self._digest = hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest()[:16]
+        self._samples = self._from_file() if self.file else self._from_folder()
+
+    def _from_folder(self) -> list[Sample]:
+        folder = ImageFolder(Path(self.images).expanduser())
+        names = folder.names()
+        if not names:
+            raise DataError(f"image folder {folder.path} holds no image, only folders; name one of them")
+        return [self._sample(name, folder.find(name, "task.images"), self.question, {}) for name in names]
+
+    def _from_file(self) -> list[Sample]:
+        path = Path(self.file).expanduser()
+        folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
+        truth = _TRUTH[self.kind]
+        samples: dict[str, Sample] = {}
+        for line, row in read_json_lines(path, ("image", *((truth,) if truth else ()))):
+            where = f"{path}, line {line}"
+            question, answer, id_ = row.get("question", self.question), row.get("answer"), str(row.get("id", line))
+            if not isinstance(question, str) or not question.strip():
+                raise DataError(f"{where}: {question!r} is no question; give one on every line, or task.question")
+            if answer is not None and not (isinstance(answer, str) and answer.strip()):
+                raise DataError(f"{where}: answer {answer!r} is no text")
+            if id_ in samples:
+                raise DataError(f"{where}: id {id_} is used before")
+            reference = self._truth(row[truth], where) if truth else {}
+            reference |= {"answer": answer} if answer is not None else {}
+            image = folder.find(str(row["image"]), where)
+            samples[id_] = self._sample(id_, image, question, reference, str(row.get("subset", "all")), answer)
+        if not samples:
+            raise DataError(f"{path} holds no question")
+        return list(samples.values())
+
+    def _sample(
+        self,
+        id_: str,
+        image: ImageRef,
+        question: str,
+        reference: Mapping[str, Any],
+        subset: str = "all",
+        answer: str | None = None,
+    ) -> Sample:
+        group = Path(image.name).with_suffix("").as_posix()
+        return Sample(id_, image, question.strip() + self.suffix, group, subset, reference, answer)
+
+    def _truth(self, value: Any, where: str) -> dict[str, Any]:
+        """The reference of one line: its label, or its objects by the vocabulary's names."""
+        if self.kind == "yes_no":
+            label = str(value).strip().lower()
+            if label not in ("yes", "no"):
+                raise DataError(f"{where}: label {value!r} is neither yes nor no")
+            return {"label": label}
+        if not isinstance(value, list):
+            raise DataError(f"{where}: objects should be a list of names, not {value!r}")
+        for name in value:
+            if name not in self._names:
+                raise DataError(f"{where}: {unknown('object of the vocabulary', str(name), self._names)}")
+        return {"objects": sorted(set(value)), "vocabulary": self._digest}  # other words, other scores
+
+    def samples(self) -> Sequence[Sample]:
+        """Questions in the order of the file, or of the images' names."""
+        return self._samples
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Counts what the kind asks for; ``unparsed`` for an empty answer or one that is no yes and no no."""
+        text = answer.text
+        if self.kind == "caption":
+            return captions.score_caption(text, [word.name for word in self._find(text)], sample.reference["objects"])
+        if self.kind == "yes_no":
+            reply, label = yes_no.PARSERS[self.parser](text), sample.reference["label"]
+            status = "unparsed" if reply is None else "ok"
+            return Score(status, confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
+        return Score("ok" if text.strip() else "unparsed", {"answers": 1.0, "words": float(len(text.split()))})
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Objects that a caption names, or the yes of a reply; a free answer has no labels."""
+        if self.kind == "caption":
+            truth = set(sample.reference["objects"])
+            return captions.labelled(self._find(answer.text), lambda name: int(name not in truth))
+        if self.kind == "yes_no":
+            reply = yes_no.PARSERS[self.parser](answer.text)
+            return yes_no.claim(answer.text, reply, sample.reference["label"], "unknown")
+        return ()
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Of ``yes_no``: with yes as the positive class. Of ``caption``: CHAIR's. Of ``free``: words per answer."""
+        if self.kind == "caption":
+            return captions.METRICS
+        if self.kind == "free":
+            return {"length": lambda totals: ratio(totals["words"], totals["answers"])}
+
+        def yes_rate(totals: Totals) -> np.ndarray:
+            yes = totals["tp"] + totals["fp"]
+            return ratio(yes, yes + totals["tn"] + totals["fn"])
+
+        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_rate": yes_rate}
+
+
+def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
+    """Canonical names, each with the other names that stand for it.
+
+    Args:
+        path: a YAML or JSON file with an object of lists ("dog: [puppy, hound]"), or with a list of names.
+
+    Raises:
+        DataError: the file is missing or of another form, or a name stands for two objects.
+    """
+    text = read_text(path)
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}{place}: neither YAML nor JSON ({reason})") from None
+    if isinstance(data, list):
+        data = {name: [] for name in data if isinstance(name, str)} if all(isinstance(n, str) for n in data) else None
+    if not isinstance(data, dict) or not data:
+        raise DataError(f"{path}: a list of names was expected, or an object such as 'dog: [puppy, hound]'")
+    owner: dict[str, str] = {}
+    words: dict[str, tuple[str, ...]] = {}
+    for name, others in data.items():
+        others = [] if others is None else others
+        if not isinstance(name, str) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+            raise DataError(f"{path}: {name!r} should be a name with a list of other names, not {others!r}")
+        for word in (name, *others):
+            key = " ".join(word.lower().split())
+            if not key:
+                raise DataError(f"{path}: {name!r} has an empty name")
+            if owner.setdefault(key, name) != name:
+                raise DataError(f"{path}: {word!r} stands for both {owner[key]!r} and {name!r}")
+        words[name] = tuple(others)
+    return words

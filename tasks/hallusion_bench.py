@@ -1,0 +1,175 @@
+"""HallusionBench: illusions, charts, maps, tables, each also in an edited version, and yes/no questions about them.
+
+Guan et al., "HallusionBench: An Advanced Diagnostic Suite for Entangled Language Hallucination and Visual Illusion in
+Large Vision-Language Models", CVPR 2024, arXiv 2310.14566. The authors let GPT-4 compare answers; here a parser reads
+yes or no, as VLMEvalKit and lmms-eval do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.task import Judged, Tally, Task, Totals
+from stethoscope.tasks import hub, yes_no
+from stethoscope.tasks.published import ImageFolder, read_json_list
+from stethoscope.tasks.sets import complete_sets, set_counts
+from stethoscope.tasks.totals import ratio
+
+SOURCES = ("files", "hub")
+CATEGORIES = ("VD", "VS")
+KEYS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")
+SETS = {"figures": ("set_id", "figure_id"), "questions": ("set_id", "question_id")}
+"""Prefix of counts -> what, beside category and subcategory, names the answers that must all be right."""
+
+
+class HallusionBench(Task):
+    """Yes/no questions in sets: every figure has several questions, every question is asked of several figures.
+
+    ``aAcc`` is the accuracy of answers, ``fAcc`` the share of figures with all their questions right, ``qAcc`` the
+    share of questions answered rightly of all their figures; all over what could be read. Those called ``published``
+    take an answer that cannot be read for a wrong one. Questions without an image, which some of ``VS`` are, are not
+    asked: the published figures of the paper include them.
+    """
+
+    name: ClassVar[str] = "hallusion_bench"
+    version: ClassVar[str] = "1"
+    primary: ClassVar[str] = "aAcc"
+
+    def __init__(
+        self,
+        source: str = "files",
+        parser: str = "either",
+        suffix: str = "",
+        file: str | None = None,
+        images: str | None = None,
+        dataset: str = "lmms-lab/HallusionBench",
+        split: str = "image",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Stores and checks; see ``conf/task/hallusion_bench.yaml`` for every argument.
+
+        Raises:
+            ConfigError: an unknown source or parser, or a path that the source needs.
+        """
+        if source not in SOURCES:
+            raise ConfigError(unknown("source of hallusion_bench", source, SOURCES))
+        if parser not in yes_no.PARSERS:
+            raise ConfigError(unknown("parser of hallusion_bench", parser, yes_no.PARSERS))
+        if source == "files" and not (file and images):
+            raise ConfigError(
+                "hallusion_bench needs task.file, HallusionBench.json, and task.images, the folder with VD/ and VS/"
+            )
+        self.source, self.parser, self.suffix, self.file, self.images = source, parser, suffix, file, images
+        self.hub = hub.HubSource(dataset, split, revision, local_files_only)
+        self._samples: list[Sample] = []
+
+    def setup(self) -> None:
+        """Reads the questions and checks that every image is there.
+
+        Raises:
+            DataError: a file is missing or broken; the message names file and line.
+        """
+        if self._samples:
+            return
+        samples: dict[str, Sample] = {}
+        for row, image, where in {"files": self._from_files, "hub": self._from_hub}[self.source]():
+            sample = self._sample(row, image, where)
+            if sample.id in samples:
+                raise DataError(f"{where}: question {sample.id} is there before")
+            samples[sample.id] = sample
+        if not samples:
+            raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
+        self._samples = list(samples.values())
+
+    def _from_files(self) -> list[tuple[dict[str, Any], ImageRef, str]]:
+        path, images, found = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser()), []
+        for line, row in read_json_list(path, KEYS):
+            where = f"{path}, line {line}, set {row['set_id']}, figure {row['figure_id']}"  # often all on one line
+            if str(row["visual_input"]) != "0":
+                name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
+                found.append((row, images.find(name, where), where))
+        return found
+
+    def _from_hub(self) -> list[tuple[dict[str, Any], ImageRef, str]]:
+        data, rows = hub.load(self.hub, (*KEYS, "image"))
+        found = []
+        for index, row in enumerate(rows):
+            if str(row["visual_input"]) != "0":
+                name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
+                found.append((row, hub.image(data, index, name), f"data set {self.hub.dataset!r}, row {index}"))
+        return found
+
+    def _sample(self, row: Mapping[str, Any], image: ImageRef, where: str) -> Sample:
+        if row["category"] not in CATEGORIES:
+            raise DataError(f"{where}: {unknown('category', str(row['category']), CATEGORIES)}")
+        label = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
+        if label is None:
+            raise DataError(f"{where}: gt_answer {row['gt_answer']!r} is neither 0 (no) nor 1 (yes)")
+        if not isinstance(row["question"], str) or not row["question"].strip():
+            raise DataError(f"{where}: {row['question']!r} is no question")
+        ids = {key: str(row[key]) for key in ("subcategory", "set_id", "figure_id", "question_id")}
+        return Sample(
+            id="_".join([row["category"], *ids.values()]),
+            image=image,
+            question=row["question"].strip() + self.suffix,
+            group=f"{row['category']}_{ids['subcategory']}_{ids['set_id']}",  # figures of a set are versions of one
+            subset=row["category"],
+            reference={"label": label, **ids},
+        )
+
+    def samples(self) -> Sequence[Sample]:
+        """Questions in the order of the source."""
+        return self._samples
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Counts the answer as right or wrong; ``unparsed`` if the parser reads neither yes nor no."""
+        reply, label = yes_no.PARSERS[self.parser](answer.text), sample.reference["label"]
+        counts = {"asked": 1.0, "read": float(reply is not None), "right": float(reply == label)}
+        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """A yes claims what is asked: its word is one mention, hallucinated if the truth is no."""
+        reply = yes_no.PARSERS[self.parser](answer.text)
+        return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["subcategory"])
+
+    def tally(self, judged: Judged) -> Sequence[Tally]:
+        """Every sample under ``all`` and its category, the first of a figure or question with what all came to."""
+        counts = [dict(some) for _, some in judged]
+        for name, keys in SETS.items():
+            for places in complete_sets(judged, self._samples, key=lambda sample, keys=keys: _set(sample, keys)):
+                rights, reads = ([judged[place][1][what] for place in places] for what in ("right", "read"))
+                counts[places[0]] |= set_counts(name, rights, reads)
+        return [
+            Tally(sample.group, subset, some)
+            for subset in ("all", *CATEGORIES)
+            for (sample, _), some in zip(judged, counts, strict=True)
+            if subset in ("all", sample.subset)
+        ]
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Accuracy of answers, of whole figures and of whole questions, from 0 to 1."""
+        return {
+            "aAcc": lambda totals: ratio(totals["right"], totals["read"]),
+            "fAcc": lambda totals: _share(totals, "figures_right", "figures"),
+            "qAcc": lambda totals: _share(totals, "questions_right", "questions"),
+            "aAcc_published": lambda totals: ratio(totals["right"], totals["asked"]),
+            "fAcc_published": lambda totals: _share(totals, "figures_right", "figures_asked"),
+            "qAcc_published": lambda totals: _share(totals, "questions_right", "questions_asked"),
+        }
+
+
+def _set(sample: Sample, keys: Sequence[str]) -> tuple[str, ...]:
+    return (sample.subset, sample.reference["subcategory"], *(sample.reference[key] for key in keys))
+
+
+def _share(totals: Totals, part: str, whole: str) -> np.ndarray:
+    """A quotient of counts that only complete sets have; NaN where a limited run completed none."""
+    nothing = np.zeros_like(totals["asked"])
+    return ratio(totals.get(part, nothing), totals.get(whole, nothing))

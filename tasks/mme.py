@@ -1,0 +1,225 @@
+"""The part of MME that is about hallucination: existence, count, position and colour.
+
+Fu et al., "MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models", arXiv 2306.13394. Two
+questions about every image, one of which deserves a yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.task import Judged, Tally, Task, Totals
+from stethoscope.tasks import hub, yes_no
+from stethoscope.tasks.pope import asked_object
+from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text
+from stethoscope.tasks.sets import complete_sets, set_counts
+from stethoscope.tasks.totals import ratio
+
+CATEGORIES = ("existence", "count", "position", "color")
+SOURCES = ("files", "hub")
+TOTAL = "total"
+"""The subset that stands for all categories together."""
+
+READINGS = {"": yes_no.prefix, "strict_": yes_no.strict}
+"""Prefix of counts -> parser: the published one, and one that wants a plain yes or no."""
+
+Question = tuple[str, ImageRef, str, str]
+"""Category, image, question, label."""
+
+
+class Mme(Task):
+    """Pairs of yes/no questions. The score of a category is 100 (accuracy + accuracy+), so at most 200.
+
+    ``accuracy`` is over the answers that could be read, ``accuracy_plus`` over the images of which both answers could:
+    how many have both right. ``score_published`` takes an answer that cannot be read for a wrong one, ``score_strict``
+    reads nothing but a plain yes or no. On the subset ``total`` scores are the sums over categories, at most 800.
+    """
+
+    name: ClassVar[str] = "mme"
+    version: ClassVar[str] = "1"
+    primary: ClassVar[str] = "score"
+    max_new_tokens: int = 32
+
+    def __init__(
+        self,
+        source: str = "files",
+        categories: Sequence[str] = CATEGORIES,
+        suffix: str = "",
+        folder: str | None = None,
+        dataset: str = "lmms-lab/MME",
+        split: str = "test",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Stores and checks; see ``conf/task/mme.yaml`` for every argument.
+
+        Raises:
+            ConfigError: an unknown source or category, or no folder.
+        """
+        if source not in SOURCES:
+            raise ConfigError(unknown("source of mme", source, SOURCES))
+        if isinstance(categories, str) or not categories:
+            raise ConfigError(f"task.categories={categories!r} should be a list of {', '.join(CATEGORIES)}")
+        for category in categories:
+            if category not in CATEGORIES:
+                raise ConfigError(unknown("category of mme", str(category), CATEGORIES))
+        if source == "files" and not folder:
+            raise ConfigError("mme needs task.folder, the published folder with one folder per category; or source=hub")
+        self.source, self.categories, self.suffix, self.folder = source, categories, suffix, folder
+        self.hub = hub.HubSource(dataset, split, revision, local_files_only)
+        self._samples: list[Sample] = []
+
+    def setup(self) -> None:
+        """Reads the questions and checks that every image is there.
+
+        Raises:
+            DataError: a file is missing or broken; the message names file and line.
+        """
+        if self._samples:
+            return
+        number: dict[str, int] = {}
+        for category, image, question, label in {"files": self._from_files, "hub": self._from_hub}[self.source]():
+            pair = f"{category}-{Path(image.name).stem}"
+            number[pair] = number.get(pair, 0) + 1
+            self._samples.append(
+                Sample(
+                    id=f"{pair}-{number[pair]}",
+                    image=image,
+                    question=question + self.suffix,
+                    group=Path(image.name).stem,  # categories share images
+                    subset=category,
+                    reference={"label": label, "object": asked_object(question)},
+                )
+            )
+
+    def _from_files(self) -> list[Question]:
+        root, found = Path(self.folder).expanduser(), []
+        for category in self.categories:
+            folder = root / category
+            # large categories keep texts and images apart
+            texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
+            images = ImageFolder(folder / "images" if (folder / "images").is_dir() else folder)
+            names = {Path(name).stem: name for name in images.names()}
+            files = sorted(texts.glob("*.txt"))
+            if not files:
+                raise DataError(f"{texts} has no text file with questions")
+            for path in files:
+                if path.stem not in names:
+                    wanted = ", ".join(path.stem + suffix for suffix in IMAGE_SUFFIXES[:3])
+                    raise DataError(f"{path}: its image is not in {images.path} (looked for {wanted} ...)")
+                image = images.find(names[path.stem], str(path))
+                found += [(category, image, question, label) for question, label in read_questions(path)]
+        return found
+
+    def _from_hub(self) -> list[Question]:
+        data, rows = hub.load(self.hub, ("question_id", "question", "answer", "category", "image"))
+        found = []
+        for index, row in enumerate(rows):
+            where = f"data set {self.hub.dataset!r}, row {index}"
+            if row["category"] in self.categories:
+                image = hub.image(data, index, Path(str(row["question_id"])).name)
+                found.append((row["category"], image, *_checked(row["question"], row["answer"], where)))
+        for category in self.categories:
+            if category not in {question[0] for question in found}:
+                raise DataError(f"data set {self.hub.dataset!r} has no row of category {category!r}")
+        return found
+
+    def samples(self) -> Sequence[Sample]:
+        """Questions category by category; the two about an image follow each other."""
+        return self._samples
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Counts the answer as right or wrong, as both parsers read it; ``unparsed`` if the published one cannot."""
+        label, counts = sample.reference["label"], {"asked": 1.0}
+        replies = {prefix: parse(answer.text) for prefix, parse in READINGS.items()}
+        for prefix, reply in replies.items():
+            counts |= {f"{prefix}read": float(reply is not None), f"{prefix}right": float(reply == label)}
+        detail = {"reply": replies[""], "strict": replies["strict_"], "label": label}
+        return Score("unparsed" if replies[""] is None else "ok", counts, detail)
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """A yes claims what is asked about: its word is one mention, hallucinated if the truth is no."""
+        return yes_no.claim(
+            answer.text, yes_no.prefix(answer.text), sample.reference["label"], sample.reference["object"]
+        )
+
+    def tally(self, judged: Judged) -> Sequence[Tally]:
+        """Every sample under ``total`` and under its category, the first of an image with what both came to.
+
+        Counts are named by category, since the total of the scores is not the score of the totals.
+        """
+        counts = [{f"{sample.subset} {name}": value for name, value in some.items()} for sample, some in judged]
+        for places in complete_sets(judged, self._samples, key=lambda sample: (sample.subset, sample.group)):
+            first = judged[places[0]][0]
+            for prefix in READINGS:
+                rights, reads = ([judged[place][1][prefix + name] for place in places] for name in ("right", "read"))
+                pair = set_counts(f"{prefix}images", rights, reads)
+                counts[places[0]] |= {f"{first.subset} {name}": value for name, value in pair.items()}
+        subsets = [TOTAL, *self.categories] if len(self.categories) > 1 else list(self.categories)
+        return [
+            Tally(sample.group, subset, some)
+            for subset in subsets
+            for (sample, _), some in zip(judged, counts, strict=True)
+            if subset in (TOTAL, sample.subset)
+        ]
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Accuracy and accuracy+ from 0 to 1, scores from 0 to 200 for a category."""
+        return {
+            "accuracy": lambda totals: ratio(self._sum(totals, "right"), self._sum(totals, "read")),
+            "accuracy_plus": lambda totals: ratio(self._sum(totals, "images_right"), self._sum(totals, "images")),
+            "score": lambda totals: self._score(totals, "", "read", "images"),
+            "score_published": lambda totals: self._score(totals, "", "asked", "images_asked"),
+            "score_strict": lambda totals: self._score(totals, "strict_", "strict_read", "strict_images"),
+        }
+
+    def _column(self, totals: Totals, category: str, name: str) -> np.ndarray:
+        nothing = np.zeros_like(next(iter(totals.values())))
+        return totals.get(f"{category} {name}", nothing)
+
+    def _sum(self, totals: Totals, name: str) -> np.ndarray:
+        return sum(self._column(totals, category, name) for category in self.categories)
+
+    def _score(self, totals: Totals, prefix: str, answers: str, images: str) -> np.ndarray:
+        """Sum over the categories that were asked about; NaN if one of them has nothing to judge."""
+        scores = []
+        for category in self.categories:
+            if self._column(totals, category, "asked").any():
+                column = {name: self._column(totals, category, name) for name in (answers, images)}
+                right = self._column(totals, category, f"{prefix}right")
+                both = self._column(totals, category, f"{prefix}images_right")
+                scores.append(100 * (ratio(right, column[answers]) + ratio(both, column[images])))
+        return np.sum(scores, axis=0)
+
+
+def read_questions(path: Path) -> list[tuple[str, str]]:
+    """(question, label) of every line of one of MME's text files: question, a tab, Yes or No.
+
+    Raises:
+        DataError: a line without tab or with another answer, or no line at all.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            question, tab, label = line.rpartition("\t")
+            if not tab:
+                raise DataError(f"{path}, line {number}: a question, a tab and Yes or No were expected")
+            found.append(_checked(question, label, f"{path}, line {number}"))
+    if not found:
+        raise DataError(f"{path} holds no question")
+    return found
+
+
+def _checked(question: object, label: object, where: str) -> tuple[str, str]:
+    answer = str(label).strip().lower()
+    if answer not in ("yes", "no"):
+        raise DataError(f"{where}: answer {label!r} is neither Yes nor No")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: {question!r} is no question")
+    return question.strip(), answer
