@@ -191,10 +191,22 @@ def pretrained(
         model, report = cls.from_pretrained(None if source is None else _source(source, folder), **options)
     _check_report(report, name)
     if loading.quantize == "4bit":
-        for module in model.modules():
-            if hasattr(module, "compute_dtype"):  # bitsandbytes' own default is float32
-                module.compute_dtype = model.dtype
+        _settle_four_bits(model)
     return model
+
+
+def _settle_four_bits(model: PreTrainedModel) -> None:
+    """Computes in the dtype of the rest, and so that gradients are right.
+
+    bitsandbytes computes in float32 unless told otherwise. On CPUs with AVX-512 it packs weights at the first pass
+    without gradients, after which the product has a wrong gradient, without an error; relevancy needs the right one.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = model.dtype, True
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_report(report: Mapping[str, Any], name: str) -> None:
