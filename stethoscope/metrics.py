@@ -229,16 +229,53 @@ def auroc_controlled(
     >>> auroc_controlled([0, 0, 1, 1], [1, 2, 11, 12], [1, 2, 11, 12])
     nan
     """
-    labels, scores, matrix, single = _checked(labels, scores, weights)
     positions = np.asarray(positions)
-    if positions.shape != labels.shape or width < 1 or average not in ("pairs", "bins"):
-        raise ValueError(f"positions {positions.shape}, width={width}, average={average!r} do not fit")
+    if width < 1:
+        raise ValueError(f"width={width} should be at least 1")
+    return auroc_within(labels, scores, positions // width, weights, average)
+
+
+def auroc_within(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    bins: np.ndarray,
+    weights: np.ndarray | None = None,
+    average: Literal["pairs", "bins"] = "pairs",
+) -> FloatOrArray:
+    """Mean of the AUROCs within bins: only items of the same bin are compared, so what defines it cannot help.
+
+    Args:
+        labels, scores, weights: as in ``Ranking.of``.
+        bins: (n,) integers, the same for items that may be compared.
+        average: a bin counts by its number of (hallucinated, grounded) ``pairs``, or all ``bins`` count the same.
+
+    >>> auroc_within([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], [7, 7, 8, 8])
+    0.5
+    """
+    labels, scores, matrix, single = _checked(labels, scores, weights)
+    bins = np.asarray(bins)
+    if bins.shape != labels.shape or average not in ("pairs", "bins"):
+        raise ValueError(f"bins {bins.shape} should be {labels.shape} and average={average!r} pairs or bins")
     if not labels.size:
         return _result(np.full(matrix.shape[1], np.nan), single)
-    right, pairs = _pairs_within(labels, scores, positions // width, matrix)
+    right, pairs = _pairs_within(labels, scores, bins, matrix)
     if average == "bins":
         right, pairs = np.nan_to_num(_divide(right, pairs)), (pairs > 0).astype(float)
     return _result(_divide(right.sum(axis=0), pairs.sum(axis=0)), single)
+
+
+def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
+    """What ``auroc_within`` rests on: ``pairs`` that are compared, ``items`` in one of them, and their ``share``.
+
+    >>> comparable([0, 1, 1, 0], [7, 7, 7, 8])
+    {'pairs': 2, 'items': 3, 'share': 0.75}
+    """
+    labels = np.asarray(labels)
+    index = np.unique(np.asarray(bins), return_inverse=True)[1].ravel()
+    positives, negatives = (np.bincount(index[labels == kind], minlength=labels.size) for kind in (1, 0))
+    items = int(((positives > 0) & (negatives > 0))[index].sum())
+    share = items / labels.size if labels.size else 0.0
+    return {"pairs": int((positives * negatives).sum()), "items": items, "share": share}
 
 
 def _pairs_within(

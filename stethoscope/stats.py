@@ -184,6 +184,25 @@ def paired_difference(
     return drawn.interval(drawn.apply(difference)["value"])
 
 
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided bootstrap p-value of a difference: twice the smaller share of its replicates beyond 0, at most 1.
+
+    One is added to both counts, so that R replicates never claim less than 2 / (R + 1) (Davison & Hinkley 1997, eq.
+    4.11). NaN where the difference is not defined.
+
+    Args:
+        differences: replicate array (1 + R,).
+
+    >>> p_value(np.r_[0.3, np.full(99, 0.3)]), p_value(np.r_[0.0, -1.0, 0.0, 1.0])
+    (0.02, 1.0)
+    """
+    rest = differences[1:][np.isfinite(differences[1:])]
+    if not rest.size or not math.isfinite(differences[0]):
+        return math.nan
+    beyond = min((rest <= 0).sum(), (rest >= 0).sum())
+    return float(min(2 * (1 + beyond) / (1 + rest.size), 1.0))
+
+
 @dataclass(frozen=True)
 class MetricRow:
     """One figure of a task: its name, the subset it was computed on (``mean``: over subsets), value and interval."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from stethoscope.errors import DataError
+from stethoscope.errors import ConfigError, DataError, unknown
 
 KEY_COLUMNS: dict[str, str] = {
     "task": "name of the task that asked",
@@ -29,8 +30,13 @@ KEY_COLUMNS: dict[str, str] = {
     "number": "how many object mentions came before in this answer, -1 if the token is part of none",
     "repeat": "how many mentions of the same object came before in this answer, -1 if none",
     "first": "the token is the first sub-token of its mention",
+    "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
+    "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
 }
 """Every key column and its meaning. All other columns of a token table are features (float32)."""
+
+SUBTOKENS = ("first", "mean", "max", "min", "all")
+Subtokens = Literal["first", "mean", "max", "min", "all"]
 
 
 def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
@@ -93,34 +99,45 @@ def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
 
 def mention_rows(
     table: pd.DataFrame,
-    which: Literal["first_subtoken", "all_subtokens"] = "first_subtoken",
+    subtokens: Subtokens = "first",
     repeats: Literal["first", "all"] = "first",
+    judged: bool = True,
 ) -> pd.DataFrame:
-    """The judged rows of a token table, those that detectors are trained and measured on.
+    """The object mentions of a token table, those that detectors are trained and measured on.
 
     Args:
         table: a token table.
-        which: take only the first sub-token of every mention (the decision is made when the name begins), or all.
+        subtokens: what stands for a mention of several sub-tokens: the ``first`` (as published: the decision is made
+            when the name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them, or ``all`` of
+            them, a row each. Key columns are always those of the first.
         repeats: take only the first mention of every object in an answer (the field's protocol: later ones are
             nearly free of information), or all.
+        judged: take only mentions with a label of 0 or 1.
 
     Returns:
-        The rows with a label of 0 or 1, the index starting anew at 0.
+        The rows, the index starting anew at 0. Applied to its own result it changes nothing.
 
     Raises:
-        DataError: a key column is missing, or a setting is not one of the two.
+        DataError: a key column is missing, or a setting is not one of those above.
     """
     require(table, ("label", "first", "repeat"))
-    if which not in ("first_subtoken", "all_subtokens"):
-        raise DataError(f"which={which!r} should be first_subtoken or all_subtokens")
+    if subtokens not in SUBTOKENS:
+        raise DataError(f"subtokens={subtokens!r} should be one of {', '.join(SUBTOKENS)}")
     if repeats not in ("first", "all"):
         raise DataError(f"repeats={repeats!r} should be first or all")
-    keep = table["label"].to_numpy() >= 0
-    if which == "first_subtoken":
-        keep &= table["first"].to_numpy(dtype=bool)
+    keep = table["label"].to_numpy() >= 0 if judged else table["repeat"].to_numpy() >= 0
     if repeats == "first":
         keep &= table["repeat"].to_numpy() == 0
-    return table[keep].reset_index(drop=True)
+    first = table["first"].to_numpy(dtype=bool)
+    if subtokens in ("first", "all"):
+        return table[keep & first if subtokens == "first" else keep].reset_index(drop=True)
+    require(table, ("task", "sample_id", "number"))
+    names = list(feature_names(table))
+    rows = table[keep & first].reset_index(drop=True)
+    whole = table[keep].groupby(["task", "sample_id", "number"], sort=False)[names].agg(subtokens)
+    keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "number"]])
+    rows[names] = whole.loc[keys].to_numpy(dtype=np.float32)
+    return rows
 
 
 def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
@@ -137,3 +154,28 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
         bad = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)
         raise DataError(f"features with infinite values: {bad}; they should be finite, or NaN where not defined")
     return matrix
+
+
+def select_features(
+    names: Sequence[str], wanted: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Names that fit one of the wanted names or shell patterns and none of the excluded, in their own order.
+
+    Raises:
+        ConfigError: a name or pattern fits nothing, or nothing is left.
+
+    >>> select_features(["nll", "entropy", "svar_l00", "svar_l01"], ["svar_*", "nll"], ["*_l01"])
+    ('nll', 'svar_l00')
+    """
+    for pattern in [*(wanted or ()), *exclude]:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(unknown("feature", pattern, names))
+    kept = tuple(
+        name
+        for name in names
+        if (wanted is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+    )
+    if not kept:
+        raise ConfigError(f"features={wanted} without exclude={list(exclude)} leaves no feature of {len(names)}")
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,17 +31,26 @@ SCHEMA = pa.schema(
         ("object", pa.string()),
         *((name, pa.int32()) for name in ("number", "repeat")),
         ("first", pa.bool_()),
+        ("prompt_hash", pa.string()),
+        ("labeller", pa.string()),
     ]
 )
 """Key columns (``stethoscope.table.KEY_COLUMNS`` explains them); float32 feature columns follow."""
 
 
 def token_table(
-    task: str, sample: Sample, answer: Answer, mentions: Sequence[Mention], features: Mapping[str, np.ndarray]
+    task: str,
+    sample: Sample,
+    answer: Answer,
+    mentions: Sequence[Mention],
+    features: Mapping[str, np.ndarray],
+    prompt: str = "",
+    version: str = "",
 ) -> pa.Table:
     """One row per answer token: key columns, then a column for every feature, each (T,).
 
-    A token belongs to the first mention that shares a character with it.
+    A token belongs to the first mention that shares a character with it. ``prompt`` is the text that the model was
+    asked with, ``version`` that of the task, which labelled the mentions.
     """
     count = len(answer.token_ids)
     owner: list[Mention | None] = [None] * count
@@ -66,6 +76,8 @@ def token_table(
         "number": [mention.number if mention else -1 for mention in owner],
         "repeat": [mention.repeat if mention else -1 for mention in owner],
         "first": first,
+        "prompt_hash": [hashlib.sha256(prompt.encode()).hexdigest()[:16]] * count,
+        "labeller": [f"{task}/{version}"] * count,
     }
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     values = [pa.array(np.asarray(column, dtype=np.float32)) for column in features.values()]

@@ -28,7 +28,13 @@ def fitted():
 
 @pytest.mark.parametrize(
     ("estimator", "calibration"),
-    [("logistic", "platt"), ("logistic", "isotonic"), ("logistic", "none"), ("boosting", "platt")],
+    [
+        ("logistic", "platt"),
+        ("logistic", "isotonic"),
+        ("logistic", "none"),
+        ("boosting", "platt"),
+        ("per_head", "platt"),
+    ],
 )
 def test_it_learns_and_its_probabilities_are_right(estimator, calibration):
     detector = Detector(estimator=estimator, calibration=calibration).fit(TRAIN, CALIBRATION)
@@ -153,17 +159,29 @@ def test_a_table_with_other_features_is_refused(fitted):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "calibration", "objects"),
-    [("logistic", "platt", False), ("logistic", "none", True), ("boosting", "isotonic", True)],
+    ("estimator", "calibration", "settings"),
+    [
+        ("logistic", "platt", {"threshold": {"max_missed": 0.3}}),
+        ("logistic", "none", {"objects": True}),
+        ("boosting", "isotonic", {"objects": True}),
+        ("per_head", "platt", {"factored": True, "strength": 0.1}),
+        ("boosting", "none", {"factored": True}),
+    ],
 )
-def test_it_comes_back_from_disk_as_it_was(tmp_path, estimator, calibration, objects):
-    detector = Detector(estimator, calibration, exclude=["noise"], objects=objects).fit(TRAIN, CALIBRATION)
+def test_it_comes_back_from_disk_as_it_was(tmp_path, estimator, calibration, settings):
+    detector = Detector(estimator, calibration, exclude=["noise"], **settings).fit(TRAIN, CALIBRATION)
     detector.save(tmp_path / "detector", {"model": {"name": "testbed"}, "task": "chair", "anything": [1]})
     again = Detector.load(tmp_path / "detector")
     assert (again.predict(CALIBRATION) == detector.predict(CALIBRATION)).all()
     assert (again.threshold, again.settings, again.notes) == (detector.threshold, detector.settings, detector.notes)
     assert again.manifest == detector.manifest
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["detector", "detector.skops", "manifest.json"]
+    assert again.certificate == detector.certificate
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "README.md",
+        "detector",
+        "detector.skops",
+        "manifest.json",
+    ]
     again.save(tmp_path / "detector")  # replaces the old one
     assert Detector.load(tmp_path / "detector").notes == detector.notes
 
@@ -171,7 +189,7 @@ def test_it_comes_back_from_disk_as_it_was(tmp_path, estimator, calibration, obj
 def test_the_manifest_says_what_it_is(tmp_path, fitted):
     fitted.save(tmp_path / "d")
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["features"] == ["nll", "mass", "noise", "position"]
     assert manifest["feature_schema_hash"] == FeatureSchema.of(TRAIN).hash
     assert set(manifest["versions"]) >= {"scikit-learn", "numpy", "skops"}

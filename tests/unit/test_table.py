@@ -25,8 +25,8 @@ ROWS = pd.DataFrame(
     [
         ({}, [1, 3]),
         ({"repeats": "all"}, [1, 3, 4]),
-        ({"which": "all_subtokens"}, [1, 2, 3]),
-        ({"which": "all_subtokens", "repeats": "all"}, [1, 2, 3, 4]),
+        ({"subtokens": "all"}, [1, 2, 3]),
+        ({"subtokens": "all", "repeats": "all"}, [1, 2, 3, 4]),
     ],
 )
 def test_judged_rows(settings, kept):
@@ -35,10 +35,34 @@ def test_judged_rows(settings, kept):
     assert rows.index.tolist() == list(range(len(kept)))
 
 
-@pytest.mark.parametrize("settings", [{"which": "last"}, {"repeats": "some"}])
+@pytest.mark.parametrize("settings", [{"subtokens": "last"}, {"repeats": "some"}])
 def test_unknown_choices_are_named(settings):
     with pytest.raises(DataError, match="should be"):
         mention_rows(ROWS, **settings)
+
+
+@pytest.mark.parametrize(("subtokens", "light"), [("first", 3.0), ("mean", 2.5), ("max", 4.0), ("min", 0.5)])
+def test_subtokens_of_a_mention_become_one_row(subtokens, light):
+    """Two answers name a traffic light: sub-tokens of the same number in another answer stay out of it."""
+    one = ROWS.assign(task="chair", number=[-1, 0, 0, 1, 2, 3])
+    more = {
+        "text": " s",
+        "label": 1,
+        "object": "traffic light",
+        "repeat": 0,
+        "first": False,
+        "task": "chair",
+        "number": 0,
+    }
+    one = pd.concat([one, pd.DataFrame([more])], ignore_index=True)
+    values = np.array([9, 3, 4, 1, 2, 5, 0.5], dtype=np.float32)
+    table = pd.concat([one.assign(sample_id="a", nll=values), one.assign(sample_id="b", nll=values + 100)])
+    rows = mention_rows(table, subtokens, repeats="all")
+    assert rows["text"].tolist() == [" traffic", " car", " car"] * 2
+    assert rows["nll"].tolist() == [light, 1.0, 2.0, light + 100, 101.0, 102.0]
+    assert rows["nll"].dtype == np.float32
+    pd.testing.assert_frame_equal(mention_rows(rows, subtokens, repeats="all"), rows)
+    assert len(mention_rows(table, subtokens, repeats="all", judged=False)) == 8
 
 
 def test_what_is_written_is_what_is_explained():
