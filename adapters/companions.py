@@ -116,12 +116,14 @@ def mean_and_std(source: str, loading: Loading) -> tuple[tuple[float, ...], tupl
 def llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:
     """Llama's tokenizer from ``tokenizer.json``, or from SentencePiece's ``tokenizer.model``.
 
+    Without either transformers would make one of three words and say nothing.
+
     Raises:
         ConfigError: there is neither.
         CapabilityError: only ``tokenizer.model`` is there, and sentencepiece, which reads it, is not installed.
         DataError: the file is damaged.
     """
-    from transformers import LlamaTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     if find(source, "tokenizer.json", loading) is None:
         if find(source, "tokenizer.model", loading) is None:
@@ -131,11 +133,11 @@ def llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:
                 f"{source}: sentencepiece, which reads its tokenizer.model, is not installed; "
                 "pip install 'lvlm-stethoscope[sentencepiece]'"
             )
+    named = settings(source, loading, "tokenizer_config.json").get("tokenizer_class")
+    cls = LlamaTokenizer if named in (None, "LlamaTokenizer", "LlamaTokenizerFast") else AutoTokenizer
     folder = is_folder(source)
     with one_line(source), quiet(folder):
-        return LlamaTokenizer.from_pretrained(
-            str(Path(source).expanduser()) if folder else source, **loading.where(folder)
-        )
+        return cls.from_pretrained(str(Path(source).expanduser()) if folder else source, **loading.where(folder))
 
 
 def _last(error: Exception) -> str:

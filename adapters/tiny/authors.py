@@ -24,14 +24,14 @@ def convllava() -> tuple[PreTrainedModel, ChunkProcessor]:
     tokenizer = llama_tokenizer()
     text = LlamaConfig(**words(tokenizer))
     vision = ConvNextConfig(
-        hidden_sizes=[4, 8, 12, 16, 24], depths=[1, 1, 2, 1, 1], num_stages=5, layer_scale_init_value=1.0
+        hidden_sizes=[4, 8, 12, 16, 24], depths=[1, 1, 2, 1, 1], num_stages=5, layer_scale_init_value=0.05
     )
     processor = make_processor(tokenizer, text, vision, 192, CLIP_MEAN, CLIP_STD)
     return ConvLlavaForConditionalGeneration(make_config(text, vision, processor.image_token_id)), processor
 
 
 def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
-    """mPLUG-Owl2: 4 x 4 patches, read by 6 queries."""
+    """mPLUG-Owl2: 4 x 4 patches, read by 8 queries."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from stethoscope.adapters.mplug_owl2 import check, make_processor
@@ -44,7 +44,7 @@ def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
     tokenizer = llama_tokenizer()
     width = SIZES["hidden_size"]
     abstractor = MplugOwl2AbstractorConfig(
-        num_learnable_queries=6, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_size=width,
+        num_learnable_queries=8, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_size=width,
         encoder_hidden_size=width, grid_size=4,
     )  # fmt: skip
     config = MplugOwl2Config(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.capture import record, sites
 from stethoscope.errors import CapabilityError, ConfigError, unknown
+from stethoscope.relevancy.abstractor import QueryRows
 from stethoscope.relevancy.attention import Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
 from stethoscope.relevancy.layout import Layout, answer_logits, layout
@@ -126,7 +127,8 @@ def _groups(tokens: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
 
 
 def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
-    """How image tokens come from vision tokens: ``queries`` of a Q-Former, ``merged``, or ``same`` (no attention).
+    """How image tokens come from vision tokens: ``queries`` of a Q-Former, ``joint`` (queries of an abstractor),
+    ``merged``, or ``same`` (no attention).
 
     Raises:
         CapabilityError: some other way.
@@ -135,6 +137,8 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
     if "cross" in roles and not place.encoder_decoder:
         raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
     if "bridge" in roles:
+        if all("visual_abstractor" in site for site in roles["bridge"]) and _queries(maps, place):
+            return "joint"
         if not all("qformer" in site for site in roles["bridge"]):
             raise CapabilityError(f"{name}: relevancy through {roles['bridge'][0]} is not supported")
         return "queries"
@@ -148,6 +152,13 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
     if len({maps.sizes[site] for site in roles["vision"]}) != 1:
         raise CapabilityError(f"{name}: the layers of the vision tower have different numbers of tokens")
     return "merged"
+
+
+def _queries(maps: Maps, place: Layout) -> int:
+    """The number of queries of an abstractor, the first of the image tokens; 0 where its maps have other columns."""
+    bridge, vision = ({maps.sizes[site] for site in maps.layers.get(role, ())} for role in ("bridge", "vision"))
+    count = bridge.pop() - vision.pop() if len(bridge) == len(vision) == 1 else 0
+    return count if 0 < count <= len(place.image) else 0
 
 
 @dataclass
@@ -175,6 +186,7 @@ class _Pass:
         count = len(self.maps.layers["language"])
         self._language = LayerRows(torch.tensor(rows), self.place.length, count, self.every)
         self._saliency = Saliency(rows, self.place.length, count)
+        self._joint: QueryRows | None = None
 
     def receive(self, call: Call, layer: int, blocks: Blocks) -> None:
         """What ``Maps.backward`` hands over."""
@@ -183,6 +195,11 @@ class _Pass:
             self._language.receive(layer, abar)
         elif role in ("vision", "encoder"):
             self._tower(role, call.site.name).receive(call.offset, call.keys, abar)
+        elif role == "bridge" and self.kind == "joint":
+            if self._joint is None:  # the language model's layers are through: they come first
+                queries = self.place.image[: len(call.ends)]
+                self._joint = QueryRows(self._language.mass()[..., queries], call.keys - len(queries))
+            self._joint.receive(abar)
         elif role == "bridge":
             part = "crossing" if "crossattention" in call.site.name else "own"
             self.kept.setdefault(part, {})[call.site.layer] = whole(abar, len(call.ends), call.keys)
@@ -200,6 +217,8 @@ class _Pass:
         if role not in self.towers:
             if role == "vision" and self.kind == "merged":  # the language model's layers are through: they come first
                 rows = spread(self._language.mass()[..., self.place.image], self.owner)
+            elif role == "vision" and self.kind == "joint":
+                rows = self._joint.vision
             else:
                 rows = torch.eye(self.maps.sizes[name])
             self.towers[role] = BlockRows(rows)
@@ -223,7 +242,7 @@ class _Pass:
             found["vision"] = image @ to_vision.to(image.device)
             if to_own.shape[-1] > queries:
                 found["query_text"] = image @ to_own[:, queries:].to(image.device)
-        elif self.kind == "merged":
+        elif self.kind in ("merged", "joint"):
             found["vision"] = self.towers["vision"].values
         else:
             found["vision"] = image

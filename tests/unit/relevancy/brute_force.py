@@ -34,6 +34,8 @@ AttentionMaskInterface.register("brute", eager_mask)
 def _part(name):
     if "qformer" in name:
         return "crossing" if "crossattention" in name else "own"
+    if "visual_abstractor" in name:
+        return "joint"
     if "EncDecAttention" in name:
         return "cross"
     if re.search(r"language_model\.encoder\.", name):
