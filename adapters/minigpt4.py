@@ -139,8 +139,7 @@ class MiniGpt4Adapter(HfAdapter):
 
         weights = parts.named(self._read("vision", parts.NEEDED), self.vision_layers)
         if self.version == "llama2":
-            width = parts.vision_config(weights, 1, 1, self._label("vision")).hidden_size
-            return weights | parts.plain_norm(width)
+            return parts.with_plain_norm(weights, self._label("vision"))
         wanted = (*parts.QUERIES, *parts.NORM)
         return weights | parts.named(self._read(self._queries, wanted), self.vision_layers)
 

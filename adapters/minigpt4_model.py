@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,13 +156,18 @@ def for_llama2(weights: Weights) -> Weights:
     return {_renamed(name, _LLAMA2): weight for name, weight in weights.items()}
 
 
-def plain_norm(width: int) -> Weights:
-    """The norm behind the tower of the Llama-2 version: its authors' code makes it and never loads it."""
-    nowhere, name = Path("(as it is made)"), "vision_model.post_layernorm"
-    return {
-        f"{name}.weight": Weight(torch.ones(width), nowhere, "ln_vision.weight"),
-        f"{name}.bias": Weight(torch.zeros(width), nowhere, "ln_vision.bias"),
-    }
+def with_plain_norm(weights: Weights, what: str) -> Weights:
+    """The tower of the Llama-2 version: its authors' code makes the norm behind it and never loads one.
+
+    Args:
+        weights: of ``named``.
+        what: the files, for messages.
+    """
+    classes, name = "vision_model.embeddings.class_embedding", "vision_model.post_layernorm"
+    width = _tensor(weights, classes, what).shape[-1]
+    plain = {"weight": torch.ones(width), "bias": torch.zeros(width)}
+    file = weights[classes].file
+    return weights | {f"{name}.{end}": Weight(tensor, file, f"ln_vision.{end}") for end, tensor in plain.items()}
 
 
 def vision_config(weights: Weights, layers: int, heads: int, what: str) -> Blip2VisionConfig:
