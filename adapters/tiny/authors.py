@@ -31,7 +31,7 @@ def convllava() -> tuple[PreTrainedModel, ChunkProcessor]:
 
 
 def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
-    """mPLUG-Owl2: 4 x 4 patches, read by 8 queries."""
+    """mPLUG-Owl2: 4 x 4 patches, read by 5 queries."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from stethoscope.adapters.mplug_owl2 import check, make_processor
@@ -44,7 +44,7 @@ def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
     tokenizer = llama_tokenizer()
     width = SIZES["hidden_size"]
     abstractor = MplugOwl2AbstractorConfig(
-        num_learnable_queries=8, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_size=width,
+        num_learnable_queries=5, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, hidden_size=width,
         encoder_hidden_size=width, grid_size=4,
     )  # fmt: skip
     config = MplugOwl2Config(

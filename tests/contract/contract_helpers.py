@@ -41,6 +41,11 @@ def distinct(names):
     return list(first.values())
 
 
+def reads_by_queries(adapter):
+    """Whether image tokens are queries, of a Q-Former or an abstractor."""
+    return any(hasattr(adapter.model.config, f"{part}_config") for part in ("qformer", "abstractor"))
+
+
 def picture(seed, width=72, height=56):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 

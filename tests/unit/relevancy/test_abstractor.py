@@ -10,7 +10,7 @@ from stethoscope.errors import CapabilityError
 from stethoscope.relevancy import relevancy_from_inputs
 from stethoscope.relevancy.abstractor import QueryRows
 
-QUERIES, VISION = 8, 17
+QUERIES, VISION = 5, 17
 NEAR = 2e-5
 
 
@@ -21,7 +21,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def owl():
-    """Tiny mPLUG-Owl2 and inputs: 8 queries and the learned token between words, then the answer."""
+    """Tiny mPLUG-Owl2 and inputs: 5 queries and the learned token between words, then the answer."""
     model, processor = tiny.build("mplug_owl2")
     assert processor.image_tokens == QUERIES + 1
     ids = [1, 5, 6, *[processor.image_token_id] * processor.image_tokens, 7, 8, 9, *zoo.ANSWER]
