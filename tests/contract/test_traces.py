@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import attention, extended, has_encoder, language, predicting
+from contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.capture import Listener, record
 from stethoscope.errors import ConfigError
@@ -102,8 +102,9 @@ def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, 
         def hear(self, site, weights):
             self.heard.setdefault(site.role, []).append(weights.clone())
 
-    roles = {"vision", "language"} | ({"encoder", "cross"} if has_encoder(adapter) else set())
-    roles |= {"bridge"} if hasattr(adapter.model.config, "qformer_config") else set()
+    roles = {"language"} | ({"encoder", "cross"} if has_encoder(adapter) else set())
+    roles |= {"bridge"} if reads_by_queries(adapter) else set()
+    roles |= set() if adapter.model.config.model_type == "convllava" else {"vision"}  # no attention in its tower
     for one, answer in zip(encoded, answers, strict=True):
         own, _, crossing = eager(adapter, one, answer)
         with record(adapter.model, Maps()) as maps, torch.no_grad():
