@@ -1,11 +1,13 @@
 """A trace holds what the model did: its logits, its attention, its layers read by its own head."""
 
+import numpy as np
 import pytest
 import torch
 from contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.capture import Listener, record
 from stethoscope.errors import ConfigError
+from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.trace import NEEDS, SEGMENTS
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
@@ -152,6 +154,16 @@ def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, trace
         close(sum(part.sum(-1) for part in parts), relevancy.total, 1e-5)
         assert relevancy.question_at == one.spans.question
         assert (relevancy.image.sum(-1) > 0).any()
+
+
+def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, traces):
+    features = FeatureSet()
+    for one, trace in zip(encoded, traces, strict=True):
+        columns = features.compute(adapter.trace(one, trace.answer, features.needs))
+        assert {name for name in FEATURES if any(column.startswith(name) for column in columns)} == set(FEATURES)
+        for values in columns.values():
+            assert values.shape == (len(trace.answer.token_ids),)
+            assert np.isfinite(values).all()
 
 
 def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
