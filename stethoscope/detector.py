@@ -21,6 +21,7 @@ from stethoscope.estimators import (
     Examples,
     best_threshold,
     make_estimator,
+    strength_of,
 )
 from stethoscope.explain import Explanation, linear_terms, pushes
 from stethoscope.factor import EXTERNAL, Factored, external
@@ -142,6 +143,11 @@ class Detector:
         return self._model is not None
 
     @property
+    def additive(self) -> bool:
+        """Whether ``explain`` can split its probabilities: any but isotonic calibration."""
+        return self.settings["calibration"] != "isotonic"
+
+    @property
     def features(self) -> tuple[str, ...]:
         """Names of the features it reads, in order; empty before ``fit``."""
         return self._names
@@ -150,6 +156,11 @@ class Detector:
     def schema(self) -> FeatureSchema:
         """All features of the table it was fitted on; a table to predict must have the same."""
         return self._schema
+
+    @property
+    def strength(self) -> float | None:
+        """The inverse regularisation C that was given or chosen; None before ``fit`` and for ``boosting``."""
+        return None if self._model is None else strength_of(self._model.model)
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Detector:
         """Learns from the judged rows of a token table.

@@ -132,6 +132,18 @@ def set_strength(estimator: BaseEstimator, strength: float) -> BaseEstimator:
     return estimator.set_params(classify__C=strength)
 
 
+def strength_of(estimator: BaseEstimator) -> float | None:
+    """The inverse regularisation C of an estimator, None if it has none.
+
+    >>> strength_of(set_strength(make_estimator("per_head"), 0.1)), strength_of(make_estimator("boosting"))
+    (0.1, None)
+    """
+    estimator = getattr(estimator, "evidence_", estimator)
+    if not isinstance(estimator, Pipeline):
+        return None
+    return 1 / estimator[-1].alpha if isinstance(estimator[-1], Network) else estimator[-1].C
+
+
 def strengths(estimator: BaseEstimator) -> tuple[float, ...]:
     """What there is to choose C from; a network needs less freedom than a linear model.
 

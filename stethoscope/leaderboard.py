@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,27 @@ import pandas as pd
 from stethoscope import metrics
 from stethoscope.baselines import Predictor, baselines
 from stethoscope.detector import Detector
-from stethoscope.errors import DataError
+from stethoscope.errors import ConfigError, DataError
 from stethoscope.metrics import Ranking
-from stethoscope.stats import REPLICATES, Interval, Resamples, group_weights, split_groups
+from stethoscope.stats import REPLICATES, Interval, Resamples, group_weights, p_value
 from stethoscope.table import FeatureSchema, feature_matrix, mention_rows, require
 
 CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
-AREAS = ("auroc", "auroc_controlled", "auroc_same_position")
+SHUFFLES = 20  # detectors fitted to shuffled labels; one alone is off 0.5 by chance, as any direction among features is
+MOST_FEATURES = 100  # single features with a row of their own
+SHUFFLED = "shuffled labels"
+AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_matched")
 
 METRICS = {
     "auroc": "area under the ROC curve; hallucinated is the positive class",
     "auroc_controlled": f"mean AUROC within bins of {CONTROL_WIDTH} token positions, by number of pairs",
     "auroc_same_position": "the same with bins of one token: only mentions at equal positions are compared",
+    "auroc_matched": f"the same for mentions of one object within {CONTROL_WIDTH} token positions",
+    "auroc_first": "AUROC of the first mention of every object in an answer (where others are measured as well)",
     "auprc_hallucinated": "average precision, hallucinated mentions as the positive class",
     "auprc_grounded": "average precision, grounded mentions as the positive class",
     "fpr_at_95tpr": "false alarms among grounded mentions when 95 % of the hallucinated ones are found",
+    "recall_at_90precision": "hallucinated mentions found when 90 % of the warnings are to be right",
     "ece": "expected calibration error, ten bins of equal width",
     "brier": "mean squared error of the probability",
     "base_rate": "share of hallucinated mentions: what the AUPRC of a score without information is",
@@ -58,16 +64,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a detector is ahead of something else, paired: on the same mentions and resampled images."""
+    """By how much a detector is ahead of something else, paired: on the same mentions and resampled images.
+
+    Attributes:
+        detector, other: names of rows.
+        metric: of ``AREAS``.
+        interval: of the difference.
+        p: two-sided bootstrap p-value, not corrected for the number of differences.
+    """
 
     detector: str
     other: str
     metric: str
     interval: Interval
+    p: float
+
+    @classmethod
+    def of(cls, detector: str, other: str, metric: str, replicates: np.ndarray, drawn: Resamples) -> Difference:
+        """From the replicate array of the difference."""
+        return cls(detector, other, metric, drawn.interval(replicates), p_value(replicates))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"detector": self.detector, "other": self.other, "metric": self.metric, **self.interval.to_dict()}
+        names = {"detector": self.detector, "other": self.other, "metric": self.metric}
+        return {**names, **self.interval.to_dict(), "p": None if np.isnan(self.p) else self.p}
 
 
 @dataclass(frozen=True)
@@ -75,15 +95,19 @@ class Leaderboard:
     """What was measured on the test fold.
 
     Attributes:
-        rows: detectors, baselines, then features by falling AUROC on the training fold.
-        differences: every detector against the best single feature, position only and the text prior.
+        rows: detectors, baselines, then features by falling AUROC on the training fold, at most ``MOST_FEATURES``.
+        differences: every detector against the best single feature, position only, the text prior and the detectors
+            after it.
         best_features: for every metric of ``AREAS`` the feature that was best on the training fold.
+        controls: what the controlled AUROCs rest on, by metric: ``pairs`` that are compared, ``items`` (mentions) in
+            one of them, and their ``share``.
         skipped: features without any value in the training fold.
     """
 
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     best_features: Mapping[str, str]
+    controls: Mapping[str, Mapping[str, float]]
     skipped: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row:
@@ -96,52 +120,83 @@ class Leaderboard:
             "rows": [row.to_dict() for row in self.rows],
             "differences": [difference.to_dict() for difference in self.differences],
             "best_features": dict(self.best_features),
+            "controls": {metric: dict(found) for metric, found in self.controls.items()},
             "skipped_features": list(self.skipped),
             "columns": METRICS,
         }
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Everything to be measured: (mentions,) scores of the test fold by name, and what they are."""
-
-    kinds: Mapping[str, str]
-    signs: Mapping[str, int]
-    values: Mapping[str, np.ndarray]
-
-
-def _figures(
-    labels: np.ndarray, scores: np.ndarray, positions: np.ndarray, weights: np.ndarray, probability: bool
-) -> dict[str, np.ndarray]:
-    """All metrics of one score for a chunk of replicates, in one sorting of the mentions."""
-    ranking = Ranking.of(labels, scores, weights)
-    figures = {
-        "auroc": ranking.auroc(),
-        "auroc_controlled": metrics.auroc_controlled(labels, scores, positions, weights, CONTROL_WIDTH),
-        "auroc_same_position": metrics.auroc_controlled(labels, scores, positions, weights, 1),
-        "auprc_hallucinated": ranking.auprc(),
-        "auprc_grounded": ranking.swapped().auprc(),
-        "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
+def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """(rows,) which mentions each controlled AUROC compares: those with the same integer."""
+    positions = rows["token"].to_numpy(dtype=int)
+    objects = pd.factorize(rows["object"])[0]
+    wide = positions // CONTROL_WIDTH
+    return {
+        "auroc_controlled": wide,
+        "auroc_same_position": positions,
+        "auroc_matched": objects * (wide.max(initial=0) + 1) + wide,
     }
-    if probability:
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The mentions of a fold as metrics read them."""
+
+    labels: np.ndarray
+    bins: Mapping[str, np.ndarray]
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> _Judged:
+        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
+
+    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, metrics.FloatOrArray]:
+        """The metrics of ``AREAS`` that compare mentions within bins."""
+        return {name: metrics.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()}
+
+    def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
+        """All metrics of one score for a chunk of replicates, most of them in one sorting of the mentions."""
+        ranking = Ranking.of(self.labels, scores, weights)
+        figures = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
+        if not self.first.all():
+            figures["auroc_first"] = metrics.auroc(self.labels, scores, weights * self.first)
         figures |= {
-            "ece": metrics.ece(labels, scores, weights),
-            "brier": metrics.brier(labels, scores, weights),
+            "auprc_hallucinated": ranking.auprc(),
+            "auprc_grounded": ranking.swapped().auprc(),
+            "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
+            "recall_at_90precision": ranking.recall_at_precision(0.9),
         }
-    return figures | {"base_rate": metrics.base_rate(labels, weights)}
+        if probability:
+            figures |= {
+                "ece": metrics.ece(self.labels, scores, weights),
+                "brier": metrics.brier(self.labels, scores, weights),
+            }
+        return figures | {"base_rate": metrics.base_rate(self.labels, weights)}
 
 
-def _measure(scores: _Scores, test: pd.DataFrame, drawn: Resamples) -> dict[tuple[str, str], np.ndarray]:
-    """Replicate arrays by (name, metric). Chunks of replicates are outermost: their weights are made once for all."""
-    labels, positions = test["label"].to_numpy(dtype=int), test["token"].to_numpy(dtype=int)
+def measure(
+    test: pd.DataFrame,
+    probabilities: Mapping[str, np.ndarray],
+    drawn: Resamples,
+    scores: Mapping[str, np.ndarray] | None = None,
+) -> dict[tuple[str, str], np.ndarray]:
+    """Replicate arrays by (name, metric) of several scores of the same mentions, under the same resampled images.
 
+    Args:
+        test: judged rows of a token table.
+        probabilities: (rows,) by name.
+        drawn: resampled images of the rows.
+        scores: (rows,) by name, of which calibration error and Brier score make no sense.
+    """
+    judged = _Judged.of(test)
+
+    # chunks of replicates are outermost: their weights are made once for all
     def chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         return {
             (name, metric): figure
-            for name, values in scores.values.items()
-            for metric, figure in _figures(
-                labels, values, positions, weights, probability=scores.kinds[name] != "feature"
-            ).items()
+            for some, probability in ((probabilities, True), (scores or {}, False))
+            for name, values in some.items()
+            for metric, figure in judged.figures(values, weights, probability).items()
         }
 
     return drawn.apply(chunk)
@@ -156,7 +211,7 @@ def _single_features(
         Test scores by name (by falling training AUROC), signs, the best feature by metric of ``AREAS``, and features
         without any value.
     """
-    labels, positions = train["label"].to_numpy(dtype=int), train["token"].to_numpy(dtype=int)
+    judged = _Judged.of(train)
     learn, held_out = feature_matrix(train, names), feature_matrix(test, names)
     skipped = tuple(name for name, column in zip(names, learn.T, strict=True) if np.isnan(column).all())
     scores, signs, strength = {}, {}, {}
@@ -165,19 +220,39 @@ def _single_features(
             continue
         middle = np.nanmedian(seen)
         seen, new = np.nan_to_num(seen, nan=middle), np.nan_to_num(new, nan=middle)
-        areas = np.array(
-            [
-                metrics.auroc(labels, seen),
-                metrics.auroc_controlled(labels, seen, positions, width=CONTROL_WIDTH),
-                metrics.auroc_controlled(labels, seen, positions, width=1),
-            ]
-        )
-        signs[name] = 1 if areas[0] >= 0.5 else -1
+        found = {"auroc": metrics.auroc(judged.labels, seen), **judged.areas(seen)}
+        signs[name] = 1 if found["auroc"] >= 0.5 else -1
         scores[name] = signs[name] * new
+        areas = np.array([found[metric] for metric in AREAS])
         strength[name] = np.nan_to_num(areas if signs[name] > 0 else 1 - areas)
     order = sorted(scores, key=lambda name: -strength[name][0])
     best = {metric: max(order, key=lambda name: strength[name][at]) for at, metric in enumerate(AREAS) if order}
-    return {name: scores[name] for name in order}, signs, best, skipped
+    shown = [name for at, name in enumerate(order) if at < MOST_FEATURES or name in best.values()]
+    return {name: scores[name] for name in shown}, signs, best, skipped
+
+
+def shuffled(table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray], seed: int) -> Iterator[Detector]:
+    """Detectors with the settings of one that is fitted, fitted to labels shuffled among the mentions of each fold.
+
+    Both folds are shuffled: a calibration on true labels would turn a meaningless direction to the better side.
+    """
+    settings = {**detector.settings, "strength": detector.strength, "threshold": "f1"}
+    parts = [detector.rows(table[folds[fold]]) for fold in ("train", "calibration")]
+    for number in range(SHUFFLES):
+        random = np.random.default_rng([seed, number])
+        yield Detector(**settings).fit(*(part.assign(label=random.permutation(part["label"])) for part in parts))
+
+
+def _mean_of(figures: dict[tuple[str, str], np.ndarray], names: Sequence[str], seed: int) -> None:
+    """Puts one row in the place of several: their mean, with their own spread in its replicates."""
+    if not names:
+        return
+    count = len(next(iter(figures.values())))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(len(names), count))
+    drawn[:, 0] = np.arange(len(names))
+    for metric in [metric for name, metric in figures if name == names[0]]:
+        stacked = np.stack([figures.pop((name, metric)) for name in names])
+        figures[SHUFFLED, metric] = np.take_along_axis(stacked, drawn, axis=0).mean(axis=0)
 
 
 def leaderboard(
@@ -192,121 +267,74 @@ def leaderboard(
 
     Args:
         table: token table, all folds.
-        detectors: fitted on the ``train`` (and ``calibration``) fold, by name.
+        detectors: fitted on the ``train`` (and ``calibration``) fold, by name; all take the same rows of a table. The
+            row ``shuffled labels`` has the settings of the first.
         folds: (rows,) masks ``train``, ``calibration`` and ``test``; baselines are fitted here, on the same folds.
         replicates: of the bootstrap over images.
-        seed: of the bootstrap.
-        repeats: measure ``first`` mentions of every object in an answer, or ``all``.
+        seed: of the bootstrap and the shuffles.
+        repeats: measure ``first`` mentions of every object in an answer, or ``all``; without detectors only, which
+            say it themselves.
 
     Raises:
+        ConfigError: the detectors take different rows.
         DataError: the test fold lacks hallucinated or grounded mentions.
         ArtefactError: a detector does not fit the table.
     """
-    require(table, ("group", "token"))
-    train, test = (mention_rows(table[folds[fold]], repeats=repeats) for fold in ("train", "test"))
+    require(table, ("group", "token", "object"))
+    rows = _common_rows(detectors, repeats)
+    train, test = (rows(table[folds[fold]]) for fold in ("train", "test"))
     if test["label"].nunique() < 2:
         raise DataError(
             f"the test fold has {len(test)} judged mentions of {test['label'].nunique()} kinds; hallucinated and "
             "grounded ones are needed: run the task on more samples"
         )
-    values, kinds = {}, {}
-    for name, detector in detectors.items():
-        values[name], kinds[name] = detector.predict(test), "detector"
-    others: dict[str, Predictor] = baselines(repeats)
+    values = {name: detector.predict(test) for name, detector in detectors.items()}
+    others: dict[str, Predictor] = baselines("all")  # of the rows that are given
     for name, baseline in others.items():
-        baseline.fit(table[folds["train"]], table[folds["calibration"]])
-        values[name], kinds[name] = baseline.predict(test), "baseline"
-    names = [name for name in FeatureSchema.of(table).names if name not in values]
-    features, signs, best, skipped = _single_features(train, test, names)
-    scores = _Scores(kinds | dict.fromkeys(features, "feature"), signs, values | features)
-
+        values[name] = baseline.fit(train, rows(table[folds["calibration"]])).predict(test)
+    features, signs, best, skipped = _single_features(
+        train, test, [name for name in FeatureSchema.of(table).names if name not in values]
+    )
+    mixed = {
+        f"{SHUFFLED} {number}": other.predict(test)
+        for one in list(detectors.values())[:1]
+        for number, other in enumerate(shuffled(table, one, folds, seed))
+    }
     drawn = group_weights(test["group"], replicates, seed)
-    figures = _measure(scores, test, drawn)
-    rows = tuple(
+    figures = measure(test, values | mixed, drawn, features)
+    _mean_of(figures, list(mixed), seed)
+    kinds = dict.fromkeys(detectors, "detector") | dict.fromkeys(others, "baseline")
+    kinds |= dict.fromkeys([SHUFFLED] if mixed else [], "baseline") | dict.fromkeys(features, "feature")
+    made = tuple(
         Row(
             name,
-            scores.kinds[name],
+            kind,
             signs.get(name, 1),
             {metric: drawn.interval(figures[name, metric]) for metric in METRICS if (name, metric) in figures},
         )
-        for name in scores.values
+        for name, kind in kinds.items()
     )
-    opponents = [(metric, [*filter(None, [best.get(metric)]), "position only", "text prior"]) for metric in AREAS]
-    differences = tuple(
-        Difference(name, other, metric, drawn.interval(figures[name, metric] - figures[other, metric]))
-        for name in detectors
-        for metric, against in opponents
-        for other in against
+    labels = test["label"].to_numpy(dtype=int)
+    controls = {metric: metrics.comparable(labels, bins) for metric, bins in control_bins(test).items()}
+    return Leaderboard(made, _differences(figures, list(detectors), best, drawn), best, controls, skipped)
+
+
+def _common_rows(detectors: Mapping[str, Detector], repeats: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """How all detectors make mentions of a token table."""
+    ways = {(one.settings["subtokens"], one.settings["repeats"]) for one in detectors.values()}
+    if len(ways) > 1:
+        raise ConfigError(f"detectors with different subtokens and repeats {sorted(ways)} have no mentions in common")
+    subtokens, repeats = ways.pop() if ways else ("first", repeats)
+    return lambda table: mention_rows(table, subtokens, repeats)
+
+
+def _differences(
+    figures: Mapping[tuple[str, str], np.ndarray], detectors: Sequence[str], best: Mapping[str, str], drawn: Resamples
+) -> tuple[Difference, ...]:
+    """Every detector against what it must beat, and against the detectors after it."""
+    return tuple(
+        Difference.of(name, other, metric, figures[name, metric] - figures[other, metric], drawn)
+        for at, name in enumerate(detectors)
+        for metric in AREAS
+        for other in [*filter(None, [best.get(metric)]), "position only", "text prior", *detectors[at + 1 :]]
     )
-    return Leaderboard(rows, differences, best, skipped)
-
-
-def _sizes(rows: pd.DataFrame) -> dict[str, int]:
-    """How much a fold holds."""
-    return {
-        "images": int(rows["group"].nunique()),
-        "mentions": len(rows),
-        "hallucinated": int((rows["label"] == 1).sum()),
-    }
-
-
-def train_detector(
-    table: pd.DataFrame,
-    detector: Detector,
-    fractions: Sequence[float] = (0.5, 0.2, 0.3),
-    seed: int = 0,
-    replicates: int = REPLICATES,
-) -> tuple[Detector, dict[str, Any]]:
-    """The whole step from a token table to a measured detector.
-
-    Args:
-        table: token table of one model and one task.
-        detector: settings of the detector; it is fitted here.
-        fractions: shares of the images for fitting, for calibration and threshold, and for the test.
-        seed: of the split and the bootstrap.
-        replicates: of the bootstrap over images.
-
-    Returns:
-        The detector, with ``split`` and ``figures`` in its notes, and JSON-able results: ``split`` (sizes of the
-        folds), ``leaderboard`` (``Leaderboard.to_dict``), ``reliability`` (points of the diagram on the test fold) and
-        ``threshold`` (with precision and recall on the test fold).
-
-    Raises:
-        ConfigError: fractions do not add up to 1, or a feature name fits nothing.
-        DataError: a fold is too small to learn from or to measure on.
-    """
-    require(table, ("group", "token", "object", "number"))
-    folds = split_groups(
-        table["group"].to_numpy(dtype=str), dict(zip(("train", "calibration", "test"), fractions, strict=True)), seed
-    )
-    repeats = detector.settings["repeats"]
-    parts = {name: mention_rows(table[mask], repeats=repeats) for name, mask in folds.items()}
-    detector.fit(parts["train"], parts["calibration"])
-    board = leaderboard(table, {"detector": detector}, folds, replicates, seed, repeats)
-    split = {
-        "unit": "image",
-        "fractions": dict(zip(folds, map(float, fractions), strict=True)),
-        "seed": seed,
-        "folds": {name: _sizes(rows) for name, rows in parts.items()},
-    }
-    figures = board.row("detector").to_dict()["metrics"]
-    detector.notes |= {"split": split, "figures": figures}
-    labels, probabilities = parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])
-    return detector, {
-        "split": split,
-        "leaderboard": board.to_dict(),
-        "reliability": metrics.reliability(labels, probabilities),
-        "threshold": _at_threshold(labels, probabilities, detector.threshold),
-    }
-
-
-def _at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, float | None]:
-    """What warnings at the threshold are worth on the test fold; None where nothing was flagged."""
-    flagged = probabilities >= threshold
-    found = int((flagged & (labels == 1)).sum())
-    return {
-        "value": threshold,
-        "precision": found / int(flagged.sum()) if flagged.any() else None,
-        "recall": found / int((labels == 1).sum()),
-        "flagged": float(flagged.mean()),
-    }

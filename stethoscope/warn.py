@@ -23,6 +23,8 @@ COLUMNS = {
     "start": "first character of the mention's tokens in the answer's text",
     "end": "the character after them",
     "probability": "calibrated probability that the object is hallucinated",
+    "evidence": "what the model's own computation says, in log-odds; above 0 it speaks for hallucination",
+    "prior": "what place and name say (or, not factored, the base rate), in log-odds; the sum gives the probability",
     "warned": "the probability is at or above the detector's threshold",
     "label": "the truth where the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
     "fold": "train, calibration or test where the detector was fitted on this run, else empty",
@@ -33,11 +35,11 @@ COLUMNS = {
 def mention_warnings(
     table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
 ) -> pd.DataFrame:
-    """One row of ``COLUMNS`` for every object mention of a token table, judged at its first sub-token.
+    """One row of ``COLUMNS`` for every object mention of a token table.
 
     Args:
         table: a token table with the features that the detector was fitted on.
-        detector: fitted or loaded.
+        detector: fitted or loaded; it says what stands for a mention of several sub-tokens (of ``all``: the first).
         folds: (rows,) masks of the table by name, as the detector was fitted.
 
     Raises:
@@ -45,15 +47,20 @@ def mention_warnings(
     """
     named = table[table["number"] >= 0]
     ends = named.groupby(["task", "sample_id", "number"], sort=False)["end"].max().rename("until")
-    first = named[named["first"]]
+    first = detector.rows(table, judged=False)
+    first = first[first["first"]].reset_index(drop=True)
     rows = first[["task", "sample_id", "group", "object", "start", "label", "number"]].copy()
     rows["probability"] = detector.predict(first)
+    rows["evidence"], rows["prior"] = None, None
+    if detector.additive:
+        why = detector.explain(first)
+        rows["evidence"], rows["prior"] = why.evidence, why.prior
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
-        rows.loc[mask[first.index], "fold"] = name
+        rows.loc[rows["group"].isin(set(table["group"][mask])), "fold"] = name
     rows = rows.join(ends, on=["task", "sample_id", "number"]).rename(columns={"until": "end"})
-    return rows[list(COLUMNS)].reset_index(drop=True)
+    return rows[list(COLUMNS)]
 
 
 def write_warnings(rows: pd.DataFrame, path: Path) -> None:
@@ -61,5 +68,7 @@ def write_warnings(rows: pd.DataFrame, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows.to_dict("records"):
-            file.write(json.dumps({**row, "probability": round(row["probability"], 6)}, ensure_ascii=False) + "\n")
+            exact = {name: row[name] for name in ("probability", "evidence", "prior")}
+            short = {name: None if value is None else round(value, 6) for name, value in exact.items()}
+            file.write(json.dumps({**row, **short}, ensure_ascii=False) + "\n")
     os.replace(temporary, path)

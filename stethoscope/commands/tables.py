@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.stats import Interval
@@ -13,16 +14,22 @@ if TYPE_CHECKING:
 
     from stethoscope.store import RunStore
 
-SHOWN = {
+RANKING = {
     "auroc": "AUROC",
-    "auroc_controlled": "AUROC, position-controlled",
-    "auroc_same_position": "AUROC, same position only",
+    "auroc_controlled": "position-controlled",
+    "auroc_same_position": "same position",
+    "auroc_matched": "same position and word",
+    "auroc_first": "first mentions",
+}
+AT_WORK = {
     "auprc_hallucinated": "AUPRC, hallucinated",
     "auprc_grounded": "AUPRC, grounded",
     "fpr_at_95tpr": "FPR at 95 % TPR",
+    "recall_at_90precision": "recall at 0.9 precision",
     "ece": "ECE",
     "brier": "Brier",
 }
+SINGLE_FEATURES = 5  # rows of single features, besides those that are best under a control
 
 
 def terminal() -> Console:
@@ -34,33 +41,89 @@ def terminal() -> Console:
 
 
 def print_detector(results: Mapping[str, Any]) -> None:
-    """Detector, best single feature and baselines side by side, then what the detector is ahead by."""
+    """The leader board: detectors, single features and baselines, how they rank, what they are worth at work, tests."""
     from rich.table import Table
 
-    board, folds = results["leaderboard"], results["split"]["folds"]
-    rows = {row["name"]: row for row in board["rows"]}
-    names = ["detector", *dict.fromkeys(board["best_features"].values()), "position only", "text prior"]
-    kinds = {"detector": "", "feature": "best feature: ", "baseline": ""}
-    table = Table("", *(kinds[rows[name]["kind"]] + name for name in names))
-    for metric, title in SHOWN.items():
-        cells = [
-            str(Interval.from_dict(rows[n]["metrics"][metric])) if metric in rows[n]["metrics"] else "" for n in names
-        ]
-        table.add_row(title, *cells, style="bold" if metric.startswith("auroc") else None)
+    board, console = results["leaderboard"], terminal()
+    rows = shown_rows(board)
+    for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", AT_WORK)):
+        found = {metric: name for metric, name in columns.items() if metric in rows[0]["metrics"]}
+        table = Table("", *found.values(), title=title, title_justify="left", caption_justify="left")
+        for row in rows:
+            cells = [_cell(row["metrics"].get(metric)) for metric in found]
+            table.add_row(row["name"], *cells, style="bold" if row["kind"] == "detector" else None)
+        table.caption = _sizes(results) if columns is RANKING else None
+        console.print(table, markup=False)
+    for line in [*_differences(board), *_ablation(results.get("ablation", ())), *_threshold(results["threshold"])]:
+        console.print(line, markup=False, highlight=False)
+
+
+def shown_rows(board: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Detectors, the most telling single features, and baselines, in the order of their AUROC within each kind."""
+    features = [row["name"] for row in board["rows"] if row["kind"] == "feature"]  # by falling AUROC in training
+    wanted = {*features[:SINGLE_FEATURES], *board["best_features"].values()}
+    kinds = ("detector", "feature", "baseline")
+    rows = [row for row in board["rows"] if row["kind"] != "feature" or row["name"] in wanted]
+    return sorted(rows, key=lambda row: (kinds.index(row["kind"]), -(row["metrics"]["auroc"]["value"] or 0)))
+
+
+def _interval(plain: Mapping[str, Any] | None) -> str:
+    return "" if plain is None else str(Interval.from_dict(plain))
+
+
+def _cell(plain: Mapping[str, Any] | None) -> str:
+    """An interval without the zeros before the points, so that a table fits into 150 columns."""
+    return re.sub(r"\b0\.", ".", _interval(plain))
+
+
+def _sizes(results: Mapping[str, Any]) -> str:
+    """What the figures rest on."""
+    split, controls = results["split"], results["leaderboard"]["controls"]
+    folds, matched = split["folds"], controls["auroc_matched"]
     test = folds["test"]
-    rate = test["hallucinated"] / max(test["mentions"], 1)
-    table.caption = (
-        f"{test['mentions']} object mentions in {test['images']} test images, {rate:.1%} hallucinated; fitted on "
-        f"{folds['train']['images']} images, calibrated on {folds['calibration']['images']}"
+    which = "first mentions of an object" if split["mentions"]["repeats"] == "first" else "object mentions"
+    return (
+        f"{test['mentions']} {which} in {test['images']} test images, "
+        f"{test['hallucinated'] / max(test['mentions'], 1):.1%} hallucinated; fitted on {folds['train']['images']} "
+        f"images, calibrated on {folds['calibration']['images']}. Same position (within ten tokens) and word: "
+        f"{matched['pairs']} pairs with {matched['share']:.0%} of the mentions"
     )
-    table.caption_justify = "left"
-    console = terminal()
-    console.print(table, markup=False)
-    for difference in board["differences"]:
-        if difference["metric"] in SHOWN:
-            ahead = Interval.from_dict({key: difference[key] for key in ("value", "low", "high", "items", "groups")})
-            text = f"detector - {difference['other']}, {SHOWN[difference['metric']]}: {ahead}"
-            console.print(text, markup=False, highlight=False)
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f", p {'<' if value < 0.001 else '='} {max(value, 0.001):.3f}"
+
+
+def _differences(board: Mapping[str, Any]) -> Iterator[str]:
+    for row in board["differences"]:
+        ahead = Interval.from_dict({key: row[key] for key in FIGURES})
+        yield f"{row['detector']} - {row['other']}, AUROC{_control(row['metric'])}: {ahead}{_p(row['p'])}"
+
+
+def _control(metric: str) -> str:
+    return "" if metric == "auroc" else f", {RANKING[metric]}"
+
+
+def _ablation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if rows:
+        yield "what each feature group adds (the detector - the same without the group):"
+    for row in rows:
+        gain = Interval.from_dict({key: row[key] for key in FIGURES})
+        name = row["other"].removeprefix("without ")
+        yield f"  {name} ({row['columns']} columns), AUROC{_control(row['metric'])}: {gain}{_p(row['p'])}"
+
+
+def _threshold(found: Mapping[str, Any]) -> Iterator[str]:
+    """What was promised and what the test images show."""
+    yield f"warnings at a probability of {found['value']:.3f} or more: {found['chosen']}"
+    promised = found["certificate"]
+    if promised:
+        yield f"  promised from {promised['mentions']} mentions in {promised['images']} calibration images"
+    shown = {"false_alarms": "false alarms", "missed": "missed", "precision": "precision", "recall": "recall"}
+    yield "  on the test images: " + ", ".join(f"{title} {_interval(found[key])}" for key, title in shown.items())
+
+
+FIGURES = ("value", "low", "high", "items", "groups")  # of an interval, in a row of JSON
 
 
 def print_answer(store: RunStore, task: str) -> None:

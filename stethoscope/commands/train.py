@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
+from stethoscope.build import build, compose
 from stethoscope.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,19 @@ def run(config: DictConfig) -> None:
     if not folder.is_dir():
         raise ArtefactError(f"run={folder} is no directory; name a run of `stethoscope extract` or `benchmark`")
     detector = build(config.detector, Detector, "detector", config.plugins)
-    results = fit(RunStore(folder), config.task, detector, fractions(config), config.seed)
+    beside = {
+        name: build(compose("detector", name), Detector, f"beside.{name}", config.plugins) for name in config.beside
+    }
+    results = fit(
+        RunStore(folder),
+        config.task,
+        detector,
+        fractions(config),
+        config.seed,
+        beside=beside,
+        ablation=config.ablation,
+        progress=lambda line: print(f"{line} ...", file=sys.stderr),
+    )
     print_detector(results)
     print(f"detector: {folder / 'detector'}")
 
@@ -46,15 +59,22 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
 
 
 def fit(
-    store: RunStore, task: str, detector: Detector, shares: tuple[float, float, float], seed: int
+    store: RunStore, task: str, detector: Detector, shares: tuple[float, float, float], seed: int, **more: Any
 ) -> dict[str, Any]:
     """Trains on one task's mentions; leaves ``detector/``, ``warnings.jsonl`` and the figures in the run directory.
+
+    Args:
+        store: the run.
+        task: whose mentions.
+        detector: settings of the detector.
+        shares: of the images for train, calibration and test.
+        seed: of split and bootstrap.
+        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.training.train_detector``.
 
     Raises:
         ArtefactError: the run has no token rows of that task.
     """
-    from stethoscope.leaderboard import train_detector
-    from stethoscope.stats import split_groups
+    from stethoscope.training import train_detector
     from stethoscope.warn import mention_warnings, write_warnings
 
     table = store.tokens(task)
@@ -63,17 +83,20 @@ def fit(
             f"{store.run_dir} has no token features of task {task!r}; `stethoscope extract run={store.run_dir}` "
             "computes them"
         )
-    detector, results = train_detector(table, detector, shares, seed)
+    detector, results, folds = train_detector(table, detector, shares, seed, **more)
     fingerprint = store.fingerprints().get(task, {})
     detector.save(
         store.run_dir / "detector",
-        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": LABEL},
+        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
     )
     store.write_metrics("detector", results)
-    groups = table["group"].to_numpy(dtype=str)
-    folds = split_groups(groups, dict(zip(("train", "calibration", "test"), shares, strict=True)), seed)
     write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
     return results
 
 
-LABEL = "first sub-token of an object mention: 1 if the object is not in the image (the task's ground truth), else 0"
+def label(detector: Detector) -> str:
+    """What a detector has learned to predict, for its manifest."""
+    what = {"first": "first sub-token of", "all": "every sub-token of"}
+    rows = what.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
+    which = "the first mention of an object" if detector.settings["repeats"] == "first" else "every object mention"
+    return f"{rows} {which} in an answer: 1 if the object is not in the image (the task's ground truth), else 0"

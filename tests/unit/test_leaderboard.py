@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from token_tables import halves, token_table
 
@@ -11,9 +12,10 @@ from stethoscope import metrics
 from stethoscope.baselines import Constant, PositionOnly, TextPrior, baselines
 from stethoscope.detector import Detector
 from stethoscope.errors import ArtefactError, ConfigError, DataError
-from stethoscope.leaderboard import AREAS, METRICS, leaderboard, train_detector
+from stethoscope.leaderboard import AREAS, METRICS, leaderboard
 from stethoscope.stats import Interval, split_groups
 from stethoscope.table import mention_rows
+from stethoscope.training import ablate, feature_groups, train_detector
 
 TABLE = token_table(300)
 FRACTIONS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
@@ -30,19 +32,23 @@ def figure(results, name, metric):
 
 
 def difference(results, other, metric):
-    return next(
-        entry for entry in results["leaderboard"]["differences"] if (entry["other"], entry["metric"]) == (other, metric)
-    )
+    differences = results["leaderboard"]["differences"]
+    return next(row for row in differences if (row["other"], row["metric"]) == (other, metric))
 
 
 def test_rows_and_figures_are_complete_and_json(trained):
-    detector, results = trained
+    detector, results, folds = trained
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     rows = results["leaderboard"]["rows"]
-    assert [row["name"] for row in rows[:4]] == ["detector", "constant", "position only", "text prior"]
-    assert {row["name"] for row in rows[4:]} == {"nll", "mass", "noise", "position"}
-    assert all(set(row["metrics"]) == set(METRICS) for row in rows[:4])
-    assert all(set(row["metrics"]) == set(METRICS) - {"ece", "brier"} for row in rows[4:])
+    baselines = ["constant", "position only", "text prior", "shuffled labels"]
+    assert [row["name"] for row in rows[:5]] == ["detector", *baselines]
+    assert {row["name"] for row in rows[5:]} == {"nll", "mass", "noise", "position"}
+    known = set(METRICS) - {"auroc_first"}  # only first mentions are measured
+    assert all(set(row["metrics"]) == known for row in rows[:5])
+    assert all(set(row["metrics"]) == known - {"ece", "brier"} for row in rows[5:])
+    assert {name: mask.tolist() for name, mask in folds.items()} == {
+        name: mask.tolist() for name, mask in split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1).items()
+    }
     assert detector.notes["split"] == results["split"]
     assert detector.notes["figures"]["auroc"]["value"] == figure(results, "detector", "auroc").value
     others = [results["leaderboard"]["best_features"][metric] for metric in AREAS]
@@ -50,8 +56,7 @@ def test_rows_and_figures_are_complete_and_json(trained):
 
 
 def test_the_figures_are_those_of_the_test_fold(trained):
-    detector, results = trained
-    folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)
+    detector, results, folds = trained
     test = mention_rows(TABLE[folds["test"]])
     labels, probabilities = test["label"].to_numpy(), detector.predict(test)
     auroc = figure(results, "detector", "auroc")
@@ -65,12 +70,12 @@ def test_the_figures_are_those_of_the_test_fold(trained):
 
 
 def test_signs_come_from_training(trained):
-    signs = {row["name"]: row["sign"] for row in trained[1]["leaderboard"]["rows"]}
+    signs = {row["name"]: row["sign"] for row in trained.results["leaderboard"]["rows"]}
     assert (signs["nll"], signs["mass"], signs["position"]) == (1, -1, 1)
 
 
 def test_who_is_ahead(trained):
-    _, results = trained
+    results = trained.results
     assert results["leaderboard"]["best_features"]["auroc_controlled"] == "nll"
     assert figure(results, "detector", "auroc").value > figure(results, "text prior", "auroc").value > 0.55
     assert figure(results, "position only", "auroc_same_position").value == 0.5
@@ -82,7 +87,7 @@ def test_who_is_ahead(trained):
 
 
 def test_a_constant_knows_the_base_rate_only(trained):
-    _, results = trained
+    results = trained.results
     assert figure(results, "constant", "auroc").value == 0.5
     rate = figure(results, "constant", "base_rate").value
     assert figure(results, "constant", "auprc_hallucinated").value == pytest.approx(rate)
@@ -94,22 +99,22 @@ def test_shuffled_labels_cannot_be_told_apart():
     judged = (table["label"] >= 0).to_numpy()
     labels = table["label"].to_numpy().copy()
     labels[judged] = np.random.default_rng(0).permutation(labels[judged])
-    _, results = train_detector(table.assign(label=labels), Detector(strength=0.01), replicates=20)
+    results = train_detector(table.assign(label=labels), Detector(strength=0.01), replicates=20).results
     for name in ("detector", "position only", "text prior", "nll", "noise"):
         assert 0.43 < figure(results, name, "auroc").value < 0.57
 
 
 def test_the_text_prior_beats_nothing_when_text_says_nothing():
     table = token_table(500, seed=5, prior=False)
-    _, results = train_detector(table, Detector(), replicates=100)
+    results = train_detector(table, Detector(), replicates=100).results
     prior = figure(results, "text prior", "auroc")
     assert prior.low < 0.5 + 0.03
     assert figure(results, "detector", "auroc").low > prior.high
 
 
 def test_a_second_run_gives_the_same_figures(trained):
-    again = train_detector(TABLE, Detector(), seed=1, replicates=200)[1]
-    assert again == trained[1]
+    again = train_detector(TABLE, Detector(), seed=1, replicates=200).results
+    assert again == trained.results
 
 
 def test_the_text_prior_meets_objects_and_numbers_it_does_not_know():
@@ -148,6 +153,116 @@ def test_a_test_fold_of_one_kind_is_refused():
 
 def test_features_with_gaps_are_measured_and_empty_ones_skipped():
     table = TABLE.assign(gappy=TABLE["nll"].where(TABLE["token"] > 4), empty=np.float32(np.nan))
-    _, results = train_detector(table, Detector(exclude=["empty"]), replicates=20)
+    results = train_detector(table, Detector(exclude=["empty"]), replicates=20).results
     assert results["leaderboard"]["skipped_features"] == ["empty"]
     assert figure(results, "gappy", "auroc").value > 0.5
+
+
+def test_a_detector_of_shuffled_labels_sits_at_one_half():
+    """With true labels in training the same detector is far above: what it shows is not a leak."""
+    found = []
+    for seed in range(4):
+        results = train_detector(token_table(200, seed=seed), Detector(), seed=seed, replicates=100).results
+        found.append(figure(results, "shuffled labels", "auroc"))
+        assert figure(results, "detector", "auroc").low > found[-1].high
+    # one shuffle has a standard deviation of 0.17 with these four features, twenty of four tables 0.02
+    assert abs(np.mean([interval.value for interval in found]) - 0.5) < 0.06
+    assert sum(interval.low < 0.5 < interval.high for interval in found) >= 3
+
+
+def test_matched_pairs_are_counted_by_hand():
+    """Position and word: the same object within ten tokens of the answer, whatever answer."""
+    judged = mention_rows(TABLE[split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)["test"]])
+    scores = judged["nll"].to_numpy(float)
+    pairs, right, members = 0, 0.0, set()
+    for one in np.flatnonzero(judged["label"] == 1):
+        for other in np.flatnonzero(judged["label"] == 0):
+            same_word = judged["object"][one] == judged["object"][other]
+            if same_word and judged["token"][one] // 10 == judged["token"][other] // 10:
+                pairs += 1
+                members |= {one, other}
+                right += (scores[one] > scores[other]) + (scores[one] == scores[other]) / 2
+    results = train_detector(TABLE, Detector(), seed=1, replicates=5).results
+    found = results["leaderboard"]["controls"]["auroc_matched"]
+    assert found == {"pairs": pairs, "items": len(members), "share": len(members) / len(judged)}
+    assert figure(results, "nll", "auroc_matched").value == pytest.approx(right / pairs)
+
+
+def test_the_object_says_nothing_once_it_is_held_fixed():
+    table = token_table(600, seed=4).assign(nll=np.float32(0), mass=np.float32(0))
+    known = pd.factorize(table["object"])[0].astype(np.float32)
+    table = table.assign(known=known * (table["number"] >= 0))  # nothing but which object it is
+    results = train_detector(table, Detector(exclude=["nll", "mass"]), replicates=50).results
+    assert figure(results, "known", "auroc_matched").value == 0.5
+    assert figure(results, "text prior", "auroc").low > 0.55
+
+
+def test_recall_at_precision_is_that_of_the_best_threshold(trained):
+    judged = mention_rows(TABLE[trained.folds["test"]])
+    labels, scores = judged["label"].to_numpy(), trained.detector.predict(judged)
+    reached = [(scores >= t)[labels == 1].mean() for t in scores if labels[scores >= t].mean() >= 0.9]
+    assert figure(trained.results, "detector", "recall_at_90precision").value == pytest.approx(max(reached, default=0))
+
+
+def test_detectors_side_by_side_are_compared_in_pairs():
+    beside = {"blind": Detector(features=["noise"]), "boosting": Detector("boosting")}
+    results = train_detector(TABLE, Detector(), seed=1, replicates=200, beside=beside).results
+    kinds = {row["name"]: row["kind"] for row in results["leaderboard"]["rows"]}
+    assert [name for name, kind in kinds.items() if kind == "detector"] == ["detector", "blind", "boosting"]
+    blind, boosting = difference(results, "blind", "auroc"), difference(results, "boosting", "auroc")
+    assert blind["value"] == pytest.approx(
+        figure(results, "detector", "auroc").value - figure(results, "blind", "auroc").value
+    )
+    assert blind["p"] < 0.02
+    assert boosting["p"] > 0.02
+    assert boosting["low"] < 0 < boosting["high"] or abs(boosting["value"]) < 0.05
+    with pytest.raises(ConfigError, match="no mentions in common"):
+        train_detector(TABLE, Detector(), replicates=5, beside={"other": Detector(repeats="all")})
+    with pytest.raises(ConfigError, match="cannot have its name"):
+        train_detector(TABLE, Detector(), beside={"detector": Detector()})
+
+
+def test_ablation_says_what_a_group_is_worth():
+    """The noise is in a group of its own and worth nothing; what carries the evidence is worth much."""
+    table = TABLE.rename(columns={"mass": "attn_image_l00", "noise": "lens_rank_l00"})
+    assert feature_groups(["nll", "attn_image_l00", "lens_rank_l00", "position"]) == {
+        "uncertainty": ("nll",), "attention": ("attn_image_l00",), "lens": ("lens_rank_l00",), "position": ("position",)
+    }  # fmt: skip
+    told = []
+    results = train_detector(table, Detector(), seed=1, replicates=200, ablation=True, progress=told.append).results
+    gains = {row["other"]: row for row in results["ablation"] if row["metric"] == "auroc"}
+    assert set(gains) == {"without uncertainty", "without attention", "without lens", "without position"}
+    assert gains["without uncertainty"]["low"] > 0
+    assert gains["without uncertainty"]["p"] < 0.05
+    assert abs(gains["without lens"]["value"]) < 0.01
+    assert sum(line.startswith("fitting without") for line in told) == 4
+    one = Detector(features=["nll"]).fit(*halves(table))
+    assert (
+        ablate(table, one, {"train": table.index < 0, "calibration": table.index < 0, "test": table.index >= 0}) == []
+    )
+
+
+def test_what_the_threshold_does_on_the_test_fold(trained):
+    judged = mention_rows(TABLE[trained.folds["test"]])
+    labels, warned = judged["label"].to_numpy(), trained.detector.predict(judged) >= trained.detector.threshold
+    found = trained.results["threshold"]
+    expected = {
+        "precision": labels[warned].mean(),
+        "recall": warned[labels == 1].mean(),
+        "false_alarms": warned[labels == 0].mean(),
+        "missed": 1 - warned[labels == 1].mean(),
+        "flagged": warned.mean(),
+    }
+    for name, value in expected.items():
+        assert found[name]["value"] == pytest.approx(value)
+        assert found[name]["low"] <= value <= found[name]["high"]
+    assert found["certificate"] is None
+
+
+def test_later_mentions_are_measured_where_they_are_learned_from():
+    later = TABLE[TABLE["label"] >= 0].assign(repeat=1, label=0)
+    both = pd.concat([TABLE, later], ignore_index=True)
+    results = train_detector(both, Detector(repeats="all"), seed=1, replicates=20).results
+    first = train_detector(TABLE, Detector(), seed=1, replicates=20).results
+    assert figure(results, "nll", "auroc_first").value == pytest.approx(figure(first, "nll", "auroc").value)
+    assert figure(results, "nll", "auroc").value != pytest.approx(figure(first, "nll", "auroc").value, abs=0.01)
