@@ -10,15 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.loading import Loading, is_folder, one_line, quiet
-from stethoscope.errors import CapabilityError, ConfigError, DataError
+from stethoscope.errors import ConfigError, DataError
 from stethoscope.spans import Grids
 from stethoscope.trace import Encoded, Spans
 
@@ -88,11 +85,19 @@ class ChunkProcessor:
                     ids.append(self._ids[piece])
                     offsets.append((at, at + len(piece)))
                 elif piece:
-                    part = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+                    lead = self._lead if piece.startswith(" ") else ""
+                    part = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
                     ids += part["input_ids"]
-                    offsets += [(at + left, at + right) for left, right in part["offset_mapping"]]
+                    for left, right in part["offset_mapping"]:  # the led space stands for the first character
+                        offsets.append((at + max(left - len(lead), 0), at + max(right - len(lead), len(lead))))
                 at += len(piece)
         return Tokens(ids, offsets)
+
+    @cached_property
+    def _lead(self) -> str:
+        """SentencePiece puts a space before every text; transformers 5 leaves that out where there is one."""
+        bare, led = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+        return " " if bare == led else ""
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -151,26 +156,6 @@ class ChunkEncoder:
             width, height = image.size
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {first}") from error
-
-
-def load_tokenizer(source: str, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        ConfigError, CapabilityError, DataError: as ``loading.load``; one line each.
-    """
-    from transformers import AutoTokenizer
-
-    folder = is_folder(source)
-    where = str(Path(source).expanduser()) if folder else source
-    try:
-        with one_line(source), quiet(folder):
-            return AutoTokenizer.from_pretrained(where, **loading.where(folder))
-    except CapabilityError as error:
-        if find_spec("sentencepiece") is not None:
-            raise
-        extra = "pip install 'lvlm-stethoscope[sentencepiece]'"  # transformers asks for tiktoken instead
-        raise CapabilityError(f"the tokenizer of {source} may need sentencepiece ({extra}): {error}") from error
 
 
 def add_placeholder(tokenizer: Any, placeholder: str, words: int) -> int:

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters import checkpoints, tiny
+from stethoscope.adapters import checkpoints, companions, tiny
 from stethoscope.adapters.checkpoints import Report, Weights
-from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder, load_tokenizer
+from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import is_folder, one_line
 from stethoscope.adapters.pixels import PixelProcessor, squash
@@ -113,7 +113,7 @@ class MiniGpt4Adapter(HfAdapter):
             text = AutoConfig.from_pretrained(llm, **self.loading.where(folder))
         if text.model_type != "llama":
             raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
-        tokenizer = load_tokenizer(llm, self.loading)
+        tokenizer = companions.llama_tokenizer(llm, self.loading)
         trained = parts.named(self._read("projector"), self.vision_layers)
         if "language_projection.weight" not in trained:
             first = next(iter(trained.values()))

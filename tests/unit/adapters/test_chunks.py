@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stethoscope.adapters import tiny
-from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder, load_tokenizer
+from stethoscope.adapters import companions, tiny
+from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.minigpt4 import PROMPTS as MINIGPT4
 from stethoscope.adapters.pixels import PixelProcessor, squash
-from stethoscope.errors import CapabilityError, ConfigError, DataError
+from stethoscope.adapters.tiny.tokenizers import TEXT
+from stethoscope.errors import ConfigError, DataError
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
 QUESTIONS = ["Is there a dog in the image?", "a", "image", "How many café crèmes? 日本", "a  b\nc", "is <s> a token?"]
@@ -47,8 +49,8 @@ def test_ids_are_those_of_the_chunks(processor, plain, question):
 
 
 def test_text_behind_a_special_token_begins_anew(processor, plain):
-    encoded = ChunkEncoder(processor, "See.<s>[INST] <image> {question}</s>")(IMAGE, "is it?")
-    parts = pieces(plain, 1, "See.", 1, "[INST] ", *[len(plain)] * 4, " is it?", 2)
+    encoded = ChunkEncoder(processor, "See.<s>[INST] <image>{question}</s>")(IMAGE, "is it?")
+    parts = pieces(plain, 1, "See.", 1, "[INST] ", *[len(plain)] * 4, "is it?", 2)
     expected = [token for part in parts for token in part]
     assert encoded.inputs["input_ids"][0].tolist() == expected
     assert plain.convert_ids_to_tokens(expected)[expected.index(1, 1) + 1].startswith("▁")
@@ -64,7 +66,8 @@ def test_spans(processor, template, question):
     assert (spans.length, spans.grids) == (len(ids), ((2, 2),))
     assert list(spans.image) == (ids == processor.image_token_id).nonzero()[:, 0].tolist()
     assert len(spans.image) == 4
-    assert processor.tokenizer.decode(ids[list(spans.question)]).strip() == question
+    said = processor.tokenizer.decode(ids[list(spans.question)]).strip()
+    assert said.replace("<s>  a", "<s> a") == question  # SentencePiece puts one more space behind a special token
     assert list(spans.question) == list(range(spans.question[0], spans.question[-1] + 1))
 
 
@@ -112,11 +115,36 @@ def test_the_placeholder_comes_behind_all_words():
     assert "<image>" not in tokenizer.decode(tokenizer("a <unk> b", add_special_tokens=False)["input_ids"])
 
 
-def test_a_sentencepiece_file_says_what_it_needs(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr("stethoscope.adapters.chunks.find_spec", lambda name: None)
-    with pytest.raises(CapabilityError, match=r"lvlm-stethoscope\[sentencepiece\]") as caught:
-        load_tokenizer(str(tmp_path), Loading())
-    assert "\n" not in str(caught.value)
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """A folder with a ``tokenizer.model`` and no more, and SentencePiece's own reader of it."""
+    library = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = [*TEXT, "[INST] [/INST] <Img> </Img> ###Human: ###Assistant: Please answer my questions."]
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return folder, library.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("question", [*QUESTIONS[:-1], " a dog?", "  two spaces", "[INST] [/INST]"])
+@pytest.mark.parametrize(
+    "template",
+    [*MINIGPT4.values(), "USER: <ImageHere>\n{question} ASSISTANT:", "USER: <ImageHere>{question} ASSISTANT:"],
+)
+def test_ids_are_sentencepieces(sentencepiece, template, question):
+    """As the authors' slow tokenizer works: text between special tokens goes to SentencePiece, piece by piece."""
+    folder, reader = sentencepiece
+    tokenizer = companions.llama_tokenizer(str(folder), Loading())
+    token = add_placeholder(tokenizer, "<ImageHere>", len(tokenizer))
+    pixels = PixelProcessor((partial(squash, size=28),))
+    encoded = ChunkEncoder(ChunkProcessor(tokenizer, pixels, "<ImageHere>", token, 1), template)(IMAGE, question)
+    expected, (before, behind) = [1], encoded.text.split("<ImageHere>")
+    for number, piece in enumerate(before.split("<s>")):
+        expected += ([1] if number else []) + reader.encode(piece)
+    ids = encoded.inputs["input_ids"][0]
+    assert ids.tolist() == [*expected, reader.vocab_size(), *reader.encode(behind)]
+    assert tokenizer.decode(ids[list(encoded.spans.question)]).strip() == question.strip()
