@@ -293,6 +293,54 @@ def relevancy_peak(trace: Trace) -> Tensor:
     return top / image.sum(-1).clamp(min=1e-12)
 
 
+def _saliency(trace: Trace) -> Tensor:
+    """(T, late layers, S) saliency of the later half of the layers, every row divided by its L2 norm."""
+    saliency = trace.relevancy.saliency
+    late = saliency[:, saliency.shape[1] // 2 :]
+    return late / late.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _previous_saliency(trace: Trace) -> Tensor:
+    """(T, late layers, A) of ``_saliency``, on earlier answer tokens."""
+    return _saliency(trace)[..., trace.relevancy.first + 1 :]
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def saliency_previous(trace: Trace) -> Tensor:
+    """Gradient saliency on earlier answer tokens, mean over them and the later half of the layers, in [0, 1].
+
+    From the row that predicts the token, divided by its L2 norm; 0 for the first token (LVLMs-Saliency 2026).
+    """
+    before = np.maximum(np.arange(len(trace.answer.token_ids)), 1)
+    values = _previous_saliency(trace)
+    return values.sum(-1).mean(-1) / values.new_tensor(before)
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def saliency_previous_max(trace: Trace) -> Tensor:
+    """The same for the most salient earlier answer token, in [0, 1]."""
+    values = _previous_saliency(trace)
+    return values.amax(-1).mean(-1) if values.shape[-1] else values.sum(-1).mean(-1)
+
+
+@feature("relevancy", high="depends", needs=["relevancy"])
+def saliency_previous_share(trace: Trace) -> Tensor:
+    """Share of the row's saliency that lies on earlier answer tokens, mean over the later half of the layers."""
+    share = _previous_saliency(trace).sum(-1) / _saliency(trace).sum(-1).clamp(min=1e-12)
+    return share.mean(-1)
+
+
+@feature("relevancy", high="grounded", needs=["relevancy"])
+def saliency_image_share(trace: Trace) -> Tensor:
+    """Share of the row's saliency that lies on image tokens, mean over the later half of the layers.
+
+    0 in an encoder-decoder model, whose decoder's own attention sees no image.
+    """
+    relevancy, rows = trace.relevancy, _saliency(trace)
+    image = rows[..., list(relevancy.image_at) if relevancy.encoder is None else []]
+    return (image.sum(-1) / rows.sum(-1).clamp(min=1e-12)).mean(-1)
+
+
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 
 

@@ -40,7 +40,7 @@ def relevancy_from_inputs(
     layers: str = "all",
     tokens: Sequence[int] | None = None,
     budget: int = 2**26,
-    recompute: bool = False,
+    recompute: bool = True,
 ) -> Relevancy:
     """Relevancy of answer tokens from the exact inputs of a forward pass over prompt and answer.
 

@@ -29,6 +29,11 @@ def trace():
     llm[..., 1:6], llm[..., 7:9], llm[..., 0] = 0.2, 0.25, 0.5
     llm[2, -1, 10:12] = 0.5
     llm[0, -1, 1:6] = torch.tensor([1.0, 0, 0, 0, 0])
+    saliency = torch.zeros(TOKENS, LAYERS, 13)
+    saliency[:, :2] = 7.0  # early layers, which are not read
+    saliency[:, 2:, 1] = 6.0
+    saliency[1:, 2:, 10] = 8.0
+    saliency[2, 2:, 10:12] = torch.tensor([6.0, 7.0])
     attention = torch.full((TOKENS, LAYERS, IMAGE), 0.1)
     attention[0, 0] = torch.tensor([0.5, 0, 0, 0, 0])
     return Trace(
@@ -40,7 +45,7 @@ def trace():
         lens_logprob=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS).neg().float(),
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
-        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm),
+        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency),
     )
 
 
@@ -73,6 +78,10 @@ def test_closed_forms(trace):
     )
     np.testing.assert_allclose(columns["relevancy_entropy"], [0, 1, 1], atol=1e-6)
     np.testing.assert_allclose(columns["relevancy_peak"], [1, 0.2, 0.2], atol=1e-6)
+    np.testing.assert_allclose(columns["saliency_previous"], [0, 0.8, 13 / 11 / 2], atol=1e-6)
+    np.testing.assert_allclose(columns["saliency_previous_max"], [0, 0.8, 7 / 11], atol=1e-6)
+    np.testing.assert_allclose(columns["saliency_previous_share"], [0, 8 / 14, 13 / 19], atol=1e-6)
+    np.testing.assert_allclose(columns["saliency_image_share"], [1, 6 / 14, 6 / 19], atol=1e-6)
     assert all(values.dtype == np.float32 and values.shape == (TOKENS,) for values in columns.values())
 
 

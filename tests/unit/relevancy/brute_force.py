@@ -48,6 +48,7 @@ class Cams:
     """Abar of every token, by part: a list of (path, (n, n) matrix) in order; crops and windows on the diagonal."""
 
     parts: dict = field(default_factory=dict)
+    saliency: list = field(default_factory=list)  # of the language model's own attention: |A dA| summed over heads
 
     def __getitem__(self, part):
         return [cam for _, cam in self.parts.get(part, [])]
@@ -68,12 +69,13 @@ def cams(model, inputs, rows, ids):
         found = []
         for row, token in zip(rows, ids, strict=True):
             grads = torch.autograd.grad(logits[row, token], maps, retain_graph=True, allow_unused=True)
-            blocks = {}
+            blocks, one = {}, Cams()
             for (module, weights), grad in zip(_tape, grads, strict=True):
                 if grad is not None:
-                    cam = (weights.detach().double() * grad.double()).clamp(min=0).mean(1)
-                    blocks.setdefault(names[id(module)], []).extend(cam)
-            one = Cams()
+                    product = weights.detach().double() * grad.double()
+                    blocks.setdefault(names[id(module)], []).extend(product.clamp(min=0).mean(1))
+                    if _part(names[id(module)]) == "language":
+                        one.saliency.append(product[0].abs().sum(0))
             for name, cam in blocks.items():
                 one.parts.setdefault(_part(name), []).append((name, torch.block_diag(*cam) if len(cam) > 1 else cam[0]))
             found.append(one)
@@ -192,6 +194,13 @@ def seq2seq(model, inputs, answer, scope, rule):
         decoder.append(torch.stack([row for row, _ in steps]))
         encoder.append(torch.stack([row for _, row in steps]))
     return torch.stack(decoder), torch.stack(encoder), tokens
+
+
+def saliency(tokens, first):
+    """(T, L, S) of the rows that predict."""
+    return torch.stack(
+        [torch.stack([layer[first + number] for layer in one.saliency]) for number, one in enumerate(tokens)]
+    )
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -86,6 +86,21 @@ def test_encoder_decoder(family, scope, rule, record_property):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
+def test_saliency(family, scope, record_property):
+    one = case(family)
+    if family in zoo.SEQ2SEQ:
+        expected = brute_force.saliency(brute_force.seq2seq(one.model, one.inputs, zoo.ANSWER, scope, "plain")[2], 0)
+    else:
+        language(family, scope)
+        expected = brute_force.saliency(_cams[family], one.inputs["input_ids"].shape[1] - len(zoo.ANSWER) - 1)
+    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
+    check(record_property, saliency=(found.saliency, expected))
+    last = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, layers="final", tokens=[2])
+    torch.testing.assert_close(last.saliency[0, 0], found.saliency[2, -1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 def test_maps_that_are_large(scope, record_property):
     """Their forward pass is SDPA, which differs from eager attention by rounding."""
     _built.setdefault("large", zoo.llava(23))

@@ -10,7 +10,7 @@ from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataE
 from stethoscope.relevancy import attention, relevancy_from_inputs
 
 SCOPES = ("row", "token")
-NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text")
+NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
 SOME = ("llava", "paligemma", "instructblip_llama", "instructblip_t5")
 _built = {}
 
@@ -62,6 +62,7 @@ def test_nothing_from_later_tokens_and_parts_make_the_whole(family, scope):
     own = found.llm if found.llm is not None else found.decoder
     for token in found.tokens:
         assert (own[token, :, found.first + token + 1 :] == 0).all()
+        assert (found.saliency[token, :, found.first + token + 1 :] == 0).all()
         assert (found.answer[token, :, token:] == 0).all()
     parts = [part.sum(-1) for part in (found.image, found.question, found.answer, found.rest)]
     torch.testing.assert_close(sum(parts), found.total)
@@ -201,22 +202,25 @@ def test_values_that_are_not_finite_name_the_layer_and_leave_no_trace(broken, na
     one = case("llava")
     model = copy.deepcopy(one.model)
     model.get_submodule(f"model.{broken}.self_attn.v_proj").weight.data[0, 0] = torch.nan
+    model(**one.inputs)  # transformers marks some models when they first run
     before = state(model)
     with pytest.raises(CaptureError, match=named):
         relevancy_from_inputs(model, one.inputs, zoo.ANSWER)
     assert state(model) == before
 
 
-def test_gradients_that_are_not_finite_name_the_layer():
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_that_are_not_finite_name_the_layer(recompute):
     one = case("llava")
     model = copy.deepcopy(one.model)
 
     def spoil(module, arguments, output):
-        output.register_hook(lambda gradient: gradient * torch.inf)
+        if output.requires_grad:  # a layer that will run again has no graph in its first run
+            output.register_hook(lambda gradient: gradient * torch.inf)
 
     model.model.language_model.layers[1].mlp.register_forward_hook(spoil)
     with pytest.raises(CaptureError, match=r"gradient .*language_model\.layers\.1"):
-        relevancy_from_inputs(model, one.inputs, zoo.ANSWER)
+        relevancy_from_inputs(model, one.inputs, zoo.ANSWER, recompute=recompute)
 
 
 def test_what_is_not_supported_is_refused():
