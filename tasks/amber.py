@@ -214,8 +214,10 @@ class Amber(Task):
         found: dict[int, tuple[str, dict[str, Any]]] = {}
         for line, row in read_json_list(path, ("id", "type", "truth")):
             where = f"{path}, line {line}"
-            if row["type"] not in SUBSETS:
+            if str(row["type"]) not in SUBSETS:
                 raise DataError(f"{where}: {unknown('type of question', str(row['type']), SUBSETS)}")
+            if not isinstance(row["id"], int):
+                raise DataError(f"{where}: id {row['id']!r} is no number")
             if row["id"] in found:
                 raise DataError(f"{where}: id {row['id']} is used before")
             reference: dict[str, Any] = {"label": row["truth"]}
@@ -233,15 +235,17 @@ class Amber(Task):
         path, images, samples = self._path("query_all.json"), ImageFolder(Path(self.images).expanduser()), {}
         for line, row in read_json_list(path, ("id", "image", "query")):
             where = f"{path}, line {line}"
-            if row["id"] not in annotations:
+            if not isinstance(row["id"], int) or row["id"] not in annotations:
                 raise DataError(f"{where}: id {row['id']!r} is not among the annotations")
             if row["id"] in samples:
                 raise DataError(f"{where}: id {row['id']} is used before")
+            if not isinstance(row["query"], str) or not row["query"].strip():
+                raise DataError(f"{where}: {row['query']!r} is no question")
             kind, reference = annotations[row["id"]]
             part, subset = SUBSETS[kind]
             if part not in self.parts:
                 continue
-            question = str(row["query"])
+            question = row["query"]
             if part != "generative":
                 nouns = self._nouns(question)
                 reference = {**reference, "object": nouns[0].name if nouns else "unknown"}

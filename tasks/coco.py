@@ -29,6 +29,8 @@ def _field(path: Path, kind: str, index: int, row: Any, key: str) -> Any:
     """One value of a row; JSON of one line has no useful line number, so the row is named by its place."""
     if not isinstance(row, dict) or key not in row:
         raise DataError(f"{path}: {kind}[{index}] has no {key!r}")
+    if isinstance(row[key], (list, dict)):
+        raise DataError(f"{path}: {kind}[{index}], {key!r} should be a single value, not {row[key]!r}")
     return row[key]
 
 

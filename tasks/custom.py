@@ -98,10 +98,11 @@ class Custom(Task):
 
     def _from_file(self) -> list[Sample]:
         path = Path(self.file).expanduser()
-        folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
         truth = _TRUTH[self.kind]
+        rows = list(read_json_lines(path, ("image", *((truth,) if truth else ()))))
+        folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
         samples: dict[str, Sample] = {}
-        for line, row in read_json_lines(path, ("image", *((truth,) if truth else ()))):
+        for line, row in rows:
             where = f"{path}, line {line}"
             question, answer, id_ = row.get("question", self.question), row.get("answer"), str(row.get("id", line))
             if not isinstance(question, str) or not question.strip():

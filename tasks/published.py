@@ -220,11 +220,14 @@ class ImageFolder:
         Raises:
             DataError: there is no such file, or the name leads out of the folder.
         """
+        shown = name if len(name) <= 100 else name[:97] + "..."
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or parts[:1] == ("/",) or re.match(r"[A-Za-z]:[\\/]", name):
-            raise DataError(f"{where}: image {name!r} leads out of {self.path}; it should be a path inside that folder")
+            raise DataError(
+                f"{where}: image {shown!r} leads out of {self.path}; it should be a path inside that folder"
+            )
         if name not in self._names and not self._holds(name):
-            raise DataError(f"{where}: image {name!r} is not in {self.path}")
+            raise DataError(f"{where}: image {shown!r} is not in {self.path}")
         return ImageRef(name, self.path / name)
 
     def _holds(self, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""The table of what each parser reads out of an answer."""
+"""The tables of what each parser reads out of an answer."""
 
 import pytest
 
-from stethoscope.tasks.yes_no import PARSERS
+from stethoscope.tasks.yes_no import PARSERS, claim
 
 TABLE = [
     # answer, official, strict, first_word
@@ -38,3 +38,40 @@ TABLE = [
 def test_what_each_parser_reads(row):
     text, *expected = row
     assert [PARSERS[name](text) for name in ("official", "strict", "first_word")] == expected
+
+
+MORE = [
+    # answer, exact, prefix, either
+    ("Yes", "yes", "yes", "yes"),
+    ("No", "no", "no", "no"),
+    ("yes", None, "yes", "yes"),
+    ("No.", None, "no", "no"),
+    (" No", None, "no", "no"),
+    ("Y", None, "yes", None),
+    ("n", None, "no", None),
+    ("N.", None, "no", None),
+    ("Nothing", None, "no", None),
+    ("Snow", None, "no", None),
+    ("A no", None, "no", "no"),
+    ("The answer is no", None, None, "no"),
+    ("Not yes", None, "no", "yes"),
+    ("Yes, no doubt", None, "yes", None),
+    ("yes-no", None, "yes", None),
+    ("yesterday", None, "yes", None),
+    ("is", None, None, None),
+    ("", None, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", MORE, ids=lambda row: repr(row[0]))
+def test_what_the_other_parsers_read(row):
+    text, *expected = row
+    assert [PARSERS[name](text) for name in ("exact", "prefix", "either")] == expected
+
+
+def test_a_claim_is_the_word_yes():
+    (one,) = claim('"Yes", yes', "yes", "no", "dog")
+    assert (one.start, one.end, one.object, one.label) == (1, 4, "dog", 1)
+    (one,) = claim("There is.", "yes", "yes", "dog")
+    assert (one.start, one.end, one.label) == (0, 5, 0)
+    assert claim("No", "no", "yes", "dog") == claim("", None, "yes", "dog") == ()

@@ -1,0 +1,155 @@
+"""One's own benchmark: the three kinds by hand, files and folders, vocabularies."""
+
+import json
+
+import pytest
+import yaml
+from by_hand import figures, reply
+
+from stethoscope.build import build
+from stethoscope.errors import ConfigError, DataError
+from stethoscope.task import Task
+from stethoscope.tasks.custom import Custom, read_vocabulary
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def made(**settings):
+    task = Custom(**settings)
+    task.setup()
+    return task
+
+
+@pytest.fixture
+def asked(tmp_path, images):
+    return write(
+        tmp_path / "asked.jsonl",
+        {"image": "images/a.png", "question": "Is there a dog? ", "label": "Yes", "subset": "dogs"},
+        {"image": "images/b.png", "label": "no", "id": "second"},
+        {"image": "./images/b.png", "label": "no", "answer": "Yes, it is."},
+    )
+
+
+def test_yes_no(asked):
+    task = made(kind="yes_no", file=asked, question="Is it red?", suffix=" Yes or no?", name="mine")
+    one, two, three = task.samples()
+    assert (one.id, one.question, one.subset, one.group) == ("1", "Is there a dog? Yes or no?", "dogs", "images/a")
+    assert (two.id, two.question, two.subset, two.group) == ("second", "Is it red? Yes or no?", "all", "images/b")
+    assert (three.group, three.answer, two.answer) == ("images/b", "Yes, it is.", None)
+    assert (task.name, task.primary) == ("mine", "f1")
+    found = figures(task, {"1": "Yes", "second": "no", "3": "Yes, it is."})
+    assert (found["f1", "dogs"], found["accuracy", "all"], found["yes_rate", "all"]) == (1.0, 0.5, 0.5)
+    assert task.score(one, reply("Hm")).status == "unparsed"
+    assert [m.label for m in task.mentions(three, reply("Yes, it is."))] == [1]
+
+
+def test_captions_with_the_coco_objects(tmp_path, images):
+    file = write(tmp_path / "truth.jsonl", {"image": "a.png", "objects": ["dog", "chair", "dog"]})
+    task = made(kind="caption", file=file, images=str(images), question="Describe it.")
+    (sample,), text = task.samples(), "A puppy and two cats."
+    assert sample.reference["objects"] == ["chair", "dog"]
+    assert [(m.object, m.label) for m in task.mentions(sample, reply(text))] == [
+        ("dog", 0),
+        ("cat", 1),
+    ]
+    found = figures(task, {"1": text})
+    assert (found["chair_i", "all"], found["recall", "all"], found["length", "all"]) == (0.5, 0.5, 5)
+    assert task.primary == "chair_i"
+
+
+def test_captions_with_a_vocabulary(tmp_path, images):
+    (tmp_path / "words.yaml").write_text("fire engine: [fire truck]\nladder:\nhose: [water pipe]\n")
+    file = write(tmp_path / "truth.jsonl", {"image": "a.png", "objects": ["fire engine"]})
+    words = {
+        "kind": "caption",
+        "file": file,
+        "images": str(images),
+        "question": "?",
+        "vocabulary": f"{tmp_path}/words.yaml",
+    }
+    task = made(**words)
+    sample, text = task.samples()[0], "Two fire trucks with ladders and dogs."
+    found = task.mentions(sample, reply(text))
+    assert [(text[m.start : m.end], m.object, m.label) for m in found] == [
+        ("fire trucks", "fire engine", 0),
+        ("ladders", "ladder", 1),
+    ]
+    (tmp_path / "words.yaml").write_text("fire engine: [fire truck]\nladder:\nhose:\n")
+    assert made(**words).samples()[0].reference != sample.reference  # so that a run does not keep the old scores
+
+
+def test_a_folder_of_images(images):
+    task = made(images=str(images), question="What is this?")
+    assert [(s.id, s.group, s.question) for s in task.samples()] == [
+        ("a.png", "a", "What is this?"),
+        ("b.png", "b", "What is this?"),
+    ]
+    assert task.mentions(task.samples()[0], reply("A dog.")) == ()
+    assert figures(task, {"a.png": "One two", "b.png": "One two three four"})["length", "all"] == 3
+    assert task.score(task.samples()[0], reply(" ")).status == "unparsed"
+
+
+def test_yaml_alone_describes_a_task(asked):
+    text = f"_target_: stethoscope.tasks.custom.Custom\nkind: yes_no\nfile: {asked}\nname: red-or-not\n"
+    task = build(yaml.safe_load(text + "question: Is it red?\n"), Task, "task")
+    task.setup()
+    assert (task.name, len(task.samples())) == ("red-or-not", 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "yesno", "file": "a"}, "did you mean 'yes_no'"),
+        ({"file": "a", "parser": "strikt"}, "did you mean 'strict'"),
+        ({}, "task.file, a JSON-lines file, or task.images"),
+        ({"kind": "yes_no", "images": "a", "question": "?"}, "needs task.file, a JSON-lines file with 'label'"),
+        ({"kind": "caption", "images": "a", "question": "?"}, "'objects' on every line"),
+        ({"images": "a"}, "needs task.question"),
+        ({"images": "a", "question": "?", "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"images": "a", "question": "?", "name": "../x"}, "task.name='../x'"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ConfigError) as error:
+        Custom(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"dog": ["puppy"], "cat": []}', {"dog": ("puppy",), "cat": ()}),
+        ("- dog\n- cat\n", {"dog": (), "cat": ()}),
+        ("dog:\ncat: [kitten]", {"dog": (), "cat": ("kitten",)}),
+    ],
+)
+def test_vocabulary_files(tmp_path, text, words):
+    (tmp_path / "words").write_text(text)
+    assert read_vocabulary(tmp_path / "words") == words
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dog: [puppy\ncat: ]:", "line 2: neither YAML nor JSON"),
+        ("dog", "a list of names was expected"),
+        ("", "a list of names was expected"),
+        ("[]", "a list of names was expected"),
+        ("- [dog]", "a list of names was expected"),
+        ("dog: puppy", "'dog' should be a name with a list of other names, not 'puppy'"),
+        ("dog: [1]", "'dog' should be a name with a list"),
+        ("no: [nope]", "False should be a name"),
+        ("dog: [pet]\ncat: [Pet]", "'Pet' stands for both 'dog' and 'cat'"),
+        ("dog: ['']", "'dog' has an empty name"),
+        ("[" * 700, "neither YAML nor JSON"),
+    ],
+)
+def test_broken_vocabularies(tmp_path, text, message):
+    (tmp_path / "words").write_text(text)
+    with pytest.raises(DataError) as error:
+        read_vocabulary(tmp_path / "words")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

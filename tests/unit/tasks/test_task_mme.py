@@ -1,0 +1,143 @@
+"""MME's hallucination part: folders and hub, scores by hand, pairs that are not complete."""
+
+import numpy as np
+import pytest
+from by_hand import figures, reply
+from PIL import Image
+from test_hub_source import cache, write  # noqa: F401 (a fixture)
+
+from stethoscope.errors import ConfigError
+from stethoscope.tasks.mme import Mme
+
+ASKED = {"a": [("Is there a dog in this image? Please answer yes or no.", "Yes"), ("Is there an elephant?", "No")]}
+ASKED["b"] = [("Is the car red?", "Yes"), ("Is the car blue?", "No")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Existence with two images in one folder, colour with texts and images apart."""
+    root = tmp_path / "MME"
+    for category, texts, images in (("existence", ".", "."), ("color", "questions_answers_YN", "images")):
+        for name, ending in (("a", "png"), ("b", "jpg")):
+            (root / category / texts).mkdir(parents=True, exist_ok=True)
+            (root / category / images).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), "red").save(root / category / images / f"{name}.{ending}")
+            lines = "".join(f"{question}\t{truth}\r\n" for question, truth in ASKED[name])
+            (root / category / texts / f"{name}.txt").write_text(lines)
+    return root
+
+
+def made(folder, *categories, **settings):
+    task = Mme(folder=str(folder), categories=list(categories or ("existence", "color")), **settings)
+    task.setup()
+    return task
+
+
+def answered(task, *texts):
+    """Figures of answers in the order of the samples; None for a sample that failed."""
+    pairs = zip(task.samples(), texts, strict=True)
+    return figures(task, {sample.id: text for sample, text in pairs if text is not None})
+
+
+def test_samples(folder):
+    samples = made(folder, suffix=" Now.").samples()
+    assert [s.id for s in samples[:4]] == ["existence-a-1", "existence-a-2", "existence-b-1", "existence-b-2"]
+    assert [s.subset for s in samples] == ["existence"] * 4 + ["color"] * 4
+    assert [s.group for s in samples[:4]] == ["a", "a", "b", "b"]
+    assert samples[0].question == "Is there a dog in this image? Please answer yes or no. Now."
+    assert samples[0].reference == {"label": "yes", "object": "dog"}
+    assert samples[-1].image.name == "b.jpg"
+    assert samples[-1].image.load().size == (4, 4)
+
+
+def test_score_of_a_category_by_hand(folder):
+    """Three of four answers right, one of two images wholly: 75 + 50."""
+    found = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "Yes")
+    assert found["accuracy", "existence"] == 0.75
+    assert found["accuracy_plus", "existence"] == 0.5
+    assert found["score", "existence"] == found["score_published", "existence"] == 125
+    assert ("score", "total") not in found
+
+
+def test_strict_reading(folder):
+    """Without "yes it is" three answers are read and all right, and one image is whole."""
+    found = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "No")
+    assert found["score", "existence"] == 200
+    assert found["score_strict", "existence"] == 200
+    found = answered(made(folder, "existence"), "Yes", "Yes", "yes it is", "No")
+    assert found["score_strict", "existence"] == pytest.approx(100 * 2 / 3)
+
+
+def test_an_answer_that_cannot_be_read(folder):
+    """Left out, with its image, of the score; wrong in the published one, as in the authors' code."""
+    task = made(folder, "existence")
+    assert task.score(task.samples()[0], reply("It is a dog")).status == "unparsed"
+    found = answered(task, "It is a dog", "No", "Yes", "No")
+    assert found["accuracy", "existence"] == found["accuracy_plus", "existence"] == 1.0
+    assert found["score", "existence"] == 200
+    assert found["score_published", "existence"] == 75 + 50
+
+
+def test_an_image_with_a_failed_question_has_no_pair(folder):
+    found = answered(made(folder, "existence"), "Yes", None, "Yes", "Yes")
+    assert found["accuracy", "existence"] == pytest.approx(2 / 3)
+    assert found["accuracy_plus", "existence"] == 0.0
+    assert found["score_published", "existence"] == pytest.approx(100 * 2 / 3)
+    found = answered(made(folder, "existence"), "Yes", None, "Yes", None)
+    assert np.isnan(found["accuracy_plus", "existence"])
+
+
+def test_the_total_is_the_sum_over_categories(folder):
+    right, wrong = ["Yes", "No", "Yes", "No"], ["Yes", "Yes", "Yes", "Yes"]
+    found = answered(made(folder), *right, *wrong)
+    assert (found["score", "existence"], found["score", "color"]) == (200, 50)
+    assert found["score", "total"] == 250
+    assert found["accuracy", "total"] == 0.75
+    found = answered(made(folder), *right, *wrong[:2], None, None)  # one image less does not count less
+    assert found["score", "total"] == 250
+
+
+def test_all_right_is_eight_hundred(folder):
+    for category in ("count", "position"):
+        (folder / category).symlink_to(folder / "color")
+    found = answered(made(folder, "existence", "count", "position", "color"), *["Yes", "No"] * 8)
+    assert found["score", "total"] == 800
+
+
+def test_mentions(folder):
+    dog, elephant = made(folder).samples()[:2]
+    task = made(folder)
+    assert task.mentions(dog, reply("Yes"))[0].label == 0
+    assert [(m.object, m.label, m.start, m.end) for m in task.mentions(elephant, reply("Yes."))] == [
+        ("elephant", 1, 0, 3)
+    ]
+    assert task.mentions(dog, reply("No")) == ()
+
+
+def test_the_hub_gives_the_same(folder, tmp_path):
+    rows, pictures = [], []
+    for category in ("existence", "artwork", "color"):
+        for name, questions in ASKED.items():
+            for question, truth in questions:
+                rows.append({"question_id": f"{category}/{name}.png", "question": question, "answer": truth})
+                rows[-1]["category"] = category
+                pictures.append({"path": None, "bytes": (folder / "existence" / "a.png").read_bytes()})
+    task = made(None, source="hub", dataset=str(write(tmp_path / "hub" / "mme", rows, pictures)))
+    for one, other in zip(task.samples(), made(folder).samples(), strict=True):
+        assert (one.id, one.question, one.group, one.subset) == (other.id, other.question, other.group, other.subset)
+        assert one.reference == other.reference
+    assert task.samples()[0].image.load().size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"categories": ["colour"]}, "did you mean 'color'"),
+        ({"categories": "color"}, "should be a list"),
+        ({"source": "file"}, "did you mean 'files'"),
+        ({"folder": None}, "task.folder"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Mme(**{"folder": "MME", **settings})
