@@ -64,7 +64,7 @@ class Encoder:
         prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
 
     Raises:
-        ConfigError: there is no chat template to use.
+        ConfigError: there is no chat template to use, or the prompt has a place for an image that has one already.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None) -> None:
@@ -75,6 +75,9 @@ class Encoder:
         self._placeholder = next((v for name in names if (v := getattr(processor, name, None))), self._image_token)
         self._placeholder = str(self._placeholder)  # Blip processors hold an AddedToken
         template = _chat(processor) if prompt is None else prompt.replace(_IMAGE, self._placeholder)
+        if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
+            name = type(processor).__name__
+            raise ConfigError(f"prompt {prompt!r}: {name} puts the image before the text by itself; leave {_IMAGE} out")
         self._before, self._after = template.split(_QUESTION)
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}

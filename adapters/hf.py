@@ -18,7 +18,7 @@ from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.capture import record
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, unknown
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation
@@ -193,9 +193,16 @@ class HfAdapter(Adapter):
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str) -> Answer:
-        """See ``Adapter.answer``. White space around the text is not part of the answer."""
+        """See ``Adapter.answer``. White space around the text is not part of the answer.
+
+        Raises:
+            DataError: the text holds a placeholder, which would stand for another picture.
+        """
         self.setup()
-        return self._scored([encoded], [sampling.Cut(self._tokenise(encoded, text.strip()), True)])[0]
+        ids = self._tokenise(encoded, text.strip())
+        if not set(self._placeholders).isdisjoint(ids):
+            raise DataError(f"the answer holds the image placeholder: {text!r}")
+        return self._scored([encoded], [sampling.Cut(ids, True)])[0]
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
@@ -344,7 +351,8 @@ class HfAdapter(Adapter):
             "weights": self._digest,
             "processor": type(self.processor).__name__,
             "image_processor": type(self.processor.image_processor).__name__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            # BLIP-2's first weights stay in float32 where the others are in float16, so not model.dtype
+            "dtype": str(self.model.get_output_embeddings().weight.dtype).removeprefix("torch."),
             "quantize": self.loading.quantize,
             "prompt": self.prompt,
             "transformers": transformers.__version__,

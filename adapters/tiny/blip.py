@@ -41,13 +41,15 @@ def blip2_t5() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def instructblip_vicuna() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InstructBLIP with Vicuna, whose published configuration calls token 1 the end."""
+    """InstructBLIP with Vicuna; as published, prompts begin with ``</s>``, and ``<s>`` is called an end."""
     from transformers import LlamaConfig
 
-    tokenizer = llama_tokenizer(("<image>",))
+    tokenizer = llama_tokenizer(("[PAD]", "<image>"))
+    tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token = "[PAD]", "</s>", "</s>"
+    tokenizer.update_post_processor()
     text = LlamaConfig(
         vocab_size=len(tokenizer), **_SIZES, intermediate_size=64, num_hidden_layers=3, num_key_value_heads=4,
-        max_position_embeddings=1024, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return _blip("InstructBlip", text, tokenizer)
 

@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
+from stethoscope.capture import Listener, record
+from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import Generation
+from stethoscope.trace import NEEDS
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
 IMAGE = Image.effect_noise((64, 48), 80).convert("RGB")
@@ -130,3 +133,78 @@ def test_an_answer_ends_where_the_language_model_or_the_tokenizer_says(family, e
     adapter = HfAdapter(random_init="tiny", family=family, prompt="{question}", device="cpu")
     tokenizer = adapter.processor.tokenizer
     assert {tokenizer.decode([token]) for token in adapter._ends} == ends
+
+
+def random(family, **settings):
+    settings = {"prompt": "Question: {question} Answer:", "device": "cpu", "dtype": "float32", **settings}
+    adapter = HfAdapter(random_init="tiny", family=family, **settings)
+    adapter.setup()
+    return adapter
+
+
+def test_a_prompt_with_a_place_for_the_image_is_refused():
+    with pytest.raises(ConfigError, match=r"Blip2Processor puts the image before the text by itself; leave \{image\}"):
+        random("blip-2-opt", prompt="{image} Question: {question} Answer:")
+
+
+@pytest.mark.parametrize("family", ["blip-2-opt", "blip-2-t5", "llava"])
+def test_the_placeholder_is_no_word_of_an_answer(family):
+    prompt = "USER: <image>\n{question} ASSISTANT:" if family == "llava" else "Question: {question} Answer:"
+    adapter = random(family, prompt=prompt)
+    encoded = adapter.encode(IMAGE, QUESTION)
+    with pytest.raises(DataError, match="answer holds the image placeholder"):
+        adapter.answer(encoded, "a dog and <image>")
+    plain = adapter.generate([encoded], Generation(max_new_tokens=3))[0]
+    head, token = adapter.model.get_output_embeddings(), adapter.model.config.image_token_id
+    head.weight.data[token] = head.weight.data[plain.token_ids[0]] * 2  # now it is more probable than the first word
+    again = adapter.generate([encoded], Generation(max_new_tokens=3))[0]
+    assert again.token_ids[0] == plain.token_ids[0]
+    assert again.logprobs[0] < plain.logprobs[0] - 0.5
+    assert adapter.trace(encoded, again, ()).logits[0].argmax() == token
+
+
+def test_half_precision_is_told_though_the_queries_stay_exact(tmp_path):
+    save("blip-2-t5", tmp_path)
+    loaded = HfAdapter(str(tmp_path), prompt="Question: {question} Answer:", dtype="float16", device="cpu")
+    assert loaded.fingerprint()["dtype"] == "float16"
+    assert loaded.model.query_tokens.dtype == torch.float32
+    encoded = loaded.encode(IMAGE, QUESTION)
+    answer = loaded.generate([encoded], Generation(max_new_tokens=3))[0]
+    trace = loaded.trace(encoded, answer, NEEDS)
+    exact = from_folder(tmp_path).trace(encoded, answer, NEEDS)
+    torch.testing.assert_close(trace.mass, exact.mass, rtol=0, atol=5e-3)
+    torch.testing.assert_close(trace.lens_logprob, exact.lens_logprob, rtol=0, atol=5e-2)
+    torch.testing.assert_close(trace.relevancy.patches, exact.relevancy.patches, rtol=0.1, atol=1e-3)
+
+
+class Apart(Listener):
+    """Keeps patches apart: the attention of the vision tower adds nothing."""
+
+    def wants(self, site):
+        return site.role == "vision"
+
+    def attend(self, site, module, query, key, value, mask, **kwargs):
+        return torch.zeros_like(value.transpose(1, 2)), None
+
+
+def vision_tokens(adapter, image):
+    with record(adapter.model, Apart()), torch.no_grad():
+        return adapter.model.vision_model(adapter.encode(image, QUESTION).inputs["pixel_values"]).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("family", ["blip-2-opt", "instructblip-t5"])
+def test_a_painted_patch_is_where_the_map_of_relevancy_has_it(family):
+    """Pictures are squashed into a square of 4 x 4 patches; the tower's first token stands for none of them."""
+    adapter = random(family)
+    before = vision_tokens(adapter, IMAGE)
+    encoded = adapter.encode(IMAGE, QUESTION)
+    answer = adapter.generate([encoded], Generation(max_new_tokens=2))[0]
+    relevancy = adapter.trace(encoded, answer, ["relevancy"]).relevancy
+    assert torch.equal(relevancy.patches, relevancy.vision[..., 1:].unflatten(-1, (4, 4)))
+    for row in range(4):
+        for column in range(4):
+            painted = IMAGE.copy()
+            x, y = column * 16 + 5, row * 12 + 4  # of 64 x 48 pixels, far enough from the patch's sides for resizing
+            painted.paste((255, 0, 0), (x, y, x + 6, y + 4))
+            change = (vision_tokens(adapter, painted) - before).norm(dim=-1)
+            assert change.nonzero().flatten().tolist() == [1 + row * 4 + column]
