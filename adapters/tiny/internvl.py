@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def internvl(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InternVL3: InternViT with a class token, Qwen2."""
+    """InternVL3: InternViT with a class token, Qwen2. It is the whole processor that asks for tiles."""
     from transformers import (
         InternVLConfig,
         InternVLForConditionalGeneration,
@@ -38,9 +38,7 @@ def internvl(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, Processo
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=tokens,
     )
-    images = GotOcr2ImageProcessorPil(
-        size={"height": size, "width": size}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    images = GotOcr2ImageProcessorPil(size={"height": size, "width": size}, min_patches=1, max_patches=4)
     processor = processors.images_only(
         InternVLProcessor, images, tokenizer, image_seq_length=tokens,
         chat_template=CHATML.format(image="<IMG_CONTEXT>\n"),
