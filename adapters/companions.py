@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedConfig
+
+    from stethoscope.adapters.checkpoints import Report
 
 Settings = Mapping[str, Any]
 
@@ -138,6 +141,12 @@ def llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:
     folder = is_folder(source)
     with one_line(source), quiet(folder):
         return cls.from_pretrained(str(Path(source).expanduser()) if folder else source, **loading.where(folder))
+
+
+def warn_of_strays(what: str, report: Report) -> None:
+    """Warns of tensors in the files that the model has no place for."""
+    if stray := report.unexpected:
+        warnings.warn(f"{what}: {len(stray)} tensors in the files are not used, such as {stray[0]}", stacklevel=2)
 
 
 def _last(error: Exception) -> str:

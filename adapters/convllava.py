@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import checkpoints, companions
@@ -97,6 +98,7 @@ class ConvLlavaAdapter(HfAdapter):
         model, self.report = checkpoints.build(
             ConvLlavaForConditionalGeneration, config, weights, self.loading, self.name
         )
+        companions.warn_of_strays(self.name, self.report)
         return model, processor
 
     def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
@@ -104,10 +106,12 @@ class ConvLlavaAdapter(HfAdapter):
         return ChunkEncoder(processor, self.prompt, ((side, side),))
 
     def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``."""
+        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+        self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest(self.report.files)
-        return {**super().fingerprint(), "resolution": self.resolution}
+        tower = self.tower and Path(self.tower).name
+        return super().fingerprint() | {"tower": tower, "resolution": self.resolution}
 
 
 def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:

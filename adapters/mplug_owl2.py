@@ -94,13 +94,15 @@ class MplugOwl2Adapter(HfAdapter):
         model, self.report = checkpoints.build(
             MplugOwl2ForConditionalGeneration, config, weights, self.loading, self.name
         )
+        companions.warn_of_strays(self.name, self.report)
         return model, processor
 
     def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
         return ChunkEncoder(processor, self.prompt)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``."""
+        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+        self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest(self.report.files)
         return super().fingerprint()

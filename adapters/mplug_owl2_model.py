@@ -204,7 +204,7 @@ class MplugOwl2Abstractor(PreTrainedModel):
     config_class = MplugOwl2AbstractorConfig
     main_input_name = "vision"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AbstractorLayer"]  # noqa: RUF012
+    _no_split_modules = ["MplugOwl2Abstractor"]  # noqa: RUF012  (small, and it has weights of its own)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: MplugOwl2AbstractorConfig, width: int) -> None:
