@@ -58,4 +58,7 @@ class SpacyNouns:
 
     def _similar(self, one: str, other: str) -> bool:
         # the rest of the pipeline does not touch the vectors, so it need not run
-        return self._pipeline.make_doc(one).similarity(self._pipeline.make_doc(other)) > self._threshold
+        first, second = self._pipeline.make_doc(one), self._pipeline.make_doc(other)
+        if not (first.vector_norm and second.vector_norm):  # spaCy warns of words without vector, and calls them unlike
+            return one == other
+        return first.similarity(second) > self._threshold

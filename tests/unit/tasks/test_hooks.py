@@ -1,0 +1,90 @@
+"""What the evaluator does for tasks that bring answers along, or total figures over several samples."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_world import WORDS, TinyAdapter, TinyTask
+
+from stethoscope.evaluator import Evaluator
+from stethoscope.records import Answer
+from stethoscope.task import Tally
+
+
+class Reader(TinyAdapter):
+    """Reads given answers of known words; counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def answer(self, encoded, text):
+        words = text.split()
+        starts = [len(" ".join(words[:n])) + (n > 0) for n in range(len(words))]
+        offsets = tuple((start, start + len(word)) for start, word in zip(starts, words, strict=True))
+        self.read.append(text)
+        return Answer(" ".join(words), tuple(map(WORDS.index, words)), offsets, (0.0,) * len(words))
+
+
+class Given(TinyTask):
+    """Every second sample brings its answer along."""
+
+    text = "a dog"
+
+    def samples(self):
+        return [replace(one, answer=self.text) if n % 2 else one for n, one in enumerate(super().samples())]
+
+
+class Pairs(TinyTask):
+    """Adds a subset for both samples of an image, right if both are."""
+
+    def tally(self, judged):
+        groups = {}
+        for sample, counts in judged:
+            groups.setdefault(sample.group, []).append(counts["right"])
+        pairs = [Tally(name, "pairs", {"right": all(some), "judged": 1.0}) for name, some in groups.items()]
+        return [*pairs, *super().tally(judged)]
+
+
+def test_given_answers_are_read_and_others_written(tmp_path):
+    adapter = Reader()
+    results = Evaluator(run_dir=tmp_path / "run", batch_size=3).run(adapter, Given(count=6))
+    assert adapter.read == ["a dog"] * 3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["answer"]["text"] for row in rows if int(row["sample_id"][1:]) % 2] == ["a dog"] * 3
+    written = Evaluator().run(Reader(), TinyTask(count=6))
+    assert results.value("accuracy", "easy") == written.value("accuracy", "easy")
+    assert results.value("accuracy", "hard") == 1.0
+    assert written.value("accuracy", "hard") == 0.0
+
+
+def test_a_given_answer_that_cannot_be_read_fails_its_sample_alone():
+    class Foreign(Given):
+        text = "un chien"
+
+    results = Evaluator(batch_size=4).run(Reader(), Foreign(count=6))
+    assert results.counts == {"samples": 6, "ok": 3, "unparsed": 0, "failed": 3, "truncated": 0}
+
+
+def test_figures_over_several_samples():
+    results = Evaluator().run(Reader(), Pairs(count=6))
+    assert results.subsets[0] == "pairs"
+    assert results.value("accuracy", "pairs") == 0.0  # of every image the sample of the hard subset is wrong
+    assert results.interval("accuracy", "pairs").items == 3
+    assert results.value("accuracy", "easy") == 1.0
+    assert results.counts["samples"] == 6
+
+
+def test_failed_samples_are_not_tallied(tmp_path):
+    seen = []
+
+    class Watch(Pairs):
+        def tally(self, judged):
+            seen.extend(sample.id for sample, _ in judged)
+            return super().tally(judged)
+
+    (tmp_path / "1.png").write_bytes(b"no image")
+    results = Evaluator().run(Reader(), Watch(count=4, broken={1: tmp_path / "1.png"}))
+    assert results.counts["failed"] == 1
+    assert seen == ["s00", "s02", "s03"]
+    assert results.value("accuracy", "pairs") == pytest.approx(0.5)
