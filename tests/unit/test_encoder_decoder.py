@@ -193,16 +193,21 @@ def test_values_that_are_not_finite_name_the_cross_attention(adapter, encoded, a
 
 
 def test_heads_are_told_apart():
-    """Segments of hand-made maps: two heads, two answer tokens, a prompt of image, question and one more."""
-    rows = AttentionRows(torch.tensor([[0, 1]]), [Spans(4, (0, 1), (2,))], 4, decoder=2)
+    """Hand-made maps of two heads and two answer tokens; a prompt of something else, image, image, question, padding."""
+    rows = AttentionRows(torch.tensor([[0, 1]]), [Spans(4, (1, 2), (3,))], 5, decoder=2)
     own = torch.tensor([[[[1.0, 0.0], [0.3, 0.7]], [[1.0, 0.0], [0.6, 0.4]]]])
-    crossing = torch.tensor([[[[0.1, 0.2, 0.3, 0.4]] * 2, [[0.4, 0.3, 0.2, 0.1]] * 2]])
+    crossing = torch.tensor([[[[0.4, 0.1, 0.2, 0.3, 0.0]] * 2, [[0.1, 0.4, 0.3, 0.2, 0.0]] * 2]])
     rows.hear(Site("0.SelfAttention", "language", 0), own)
     rows.hear(Site("0.EncDecAttention", "cross", 0), crossing)
     rows.finish()
-    expected = torch.tensor([[[0.3, 0.3, 0.0, 1.0, 0.4], [0.7, 0.2, 0.0, 1.0, 0.1]],
-                             [[0.3, 0.3, 0.7, 0.3, 0.4], [0.7, 0.2, 0.4, 0.6, 0.1]]])  # fmt: skip
-    close(rows.mass()[0, :, 0], expected / 2, 1e-6)
+    expected = {
+        "image": [[0.3, 0.7], [0.3, 0.7]],
+        "question": [[0.3, 0.2], [0.3, 0.2]],
+        "previous": [[0.0, 0.0], [0.7, 0.4]],
+        "first": [[1.0, 1.0], [0.3, 0.6]],
+        "rest": [[0.4, 0.1], [0.4, 0.1]],
+    }
+    close(rows.mass()[0, :, 0], torch.tensor([expected[name] for name in SEGMENTS]).permute(1, 2, 0) / 2, 1e-6)
     close(rows.image()[0][:, 0], torch.tensor([[0.25, 0.25]] * 2) / 2, 1e-6)
 
 
