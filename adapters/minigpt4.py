@@ -21,8 +21,10 @@ from stethoscope.trace import Encoded
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import (
+        Blip2Config,
         Blip2QFormerConfig,
         Blip2VisionConfig,
+        LlavaConfig,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -102,18 +104,11 @@ class MiniGpt4Adapter(HfAdapter):
         super().__init__(llm, prompt=prompt or PROMPTS[version], **settings)
 
     def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
-        from transformers import AutoConfig
-
         from stethoscope.adapters import minigpt4_model as parts
 
-        llm, what = self.sources["llm"], f"MiniGPT-4 ({self.version})"
-        weights = self._seen()
-        folder = is_folder(llm)
-        with one_line(llm):
-            text = AutoConfig.from_pretrained(llm, **self.loading.where(folder))
-        if text.model_type != "llama":
-            raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
-        tokenizer = companions.llama_tokenizer(llm, self.loading)
+        what = f"MiniGPT-4 ({self.version})"
+        weights, text = self._seen(), self._text()
+        tokenizer = companions.llama_tokenizer(self.sources["llm"], self.loading)
         trained = parts.named(self._read("projector"), self.vision_layers)
         if "language_projection.weight" not in trained:
             first = next(iter(trained.values()))
@@ -121,17 +116,48 @@ class MiniGpt4Adapter(HfAdapter):
         words = self._read("llm", ("model.", "lm_head."))
         weights |= parts.named({f"language_model.{key}": word for key, word in words.items()}, self.vision_layers)
         weights |= trained
-        vision = parts.vision_config(weights, self.vision_layers, self.vision_heads, self._label("vision"))
-        bridge = None
-        if self.version == "vicuna":
-            bridge = parts.qformer_config(weights, self.qformer_heads, self._label(self._queries))
-        cls, config, processor = assembled(self.version, vision, bridge, text, tokenizer)
+        image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
+        cls, config = parts.configured(*self._sizes(weights), text, image_token_id)
         if self.version == "llama2":
             weights = parts.for_llama2(weights)
         model, self.report = checkpoints.build(cls, config, weights, self.loading, what)
         if stray := self.report.unexpected:
             warnings.warn(f"{what}: {len(stray)} tensors in the files are not used, such as {stray[0]}", stacklevel=2)
-        return model, processor
+        return model, make_processor(config, tokenizer)
+
+    def _text(self) -> PreTrainedConfig:
+        """The language model's configuration."""
+        from transformers import AutoConfig
+
+        llm = self.sources["llm"]
+        folder = is_folder(llm)
+        with one_line(llm):
+            where = str(Path(llm).expanduser()) if folder else llm
+            text = AutoConfig.from_pretrained(where, **self.loading.where(folder))
+        if text.model_type != "llama":
+            raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
+        return text
+
+    def _sizes(self, weights: Weights | None) -> tuple[Blip2VisionConfig, tuple[Blip2QFormerConfig, int] | None]:
+        """Of the tower and the Q-Former, by their weights or, without them, as published."""
+        from stethoscope.adapters import minigpt4_model as parts
+
+        bridge = None
+        if self.version == "vicuna":
+            bridge = parts.qformer_config(weights, self.qformer_heads, self._label(self._queries))
+        return parts.vision_config(weights, self.vision_layers, self.vision_heads, self._label("vision")), bridge
+
+    def _skeleton(self) -> PreTrainedModel:
+        if self.random_init:
+            return super()._skeleton()
+        from stethoscope.adapters import memory
+        from stethoscope.adapters import minigpt4_model as parts
+
+        here = Path(self.sources["vision"]).expanduser().exists()  # else it would be downloaded for its sizes
+        text = self._text()
+        cls, config = parts.configured(*self._sizes(self._seen() if here else None), text, text.vocab_size)
+        with memory.nowhere():
+            return cls._from_config(config, dtype=memory.dtype_of(text, self.loading))
 
     def _seen(self) -> Weights:
         """Weights of all between image and language model, under the names of ``MiniGpt4Vicuna``."""
@@ -167,35 +193,22 @@ class MiniGpt4Adapter(HfAdapter):
             self.setup()
             self._digest = checkpoints.digest(self.report.files)
         names = {key: value and Path(value).name for key, value in self.sources.items()}
-        return super().fingerprint() | {"version": self.version, "sources": names}
+        heads = {"vision_layers": self.vision_layers, "vision_heads": self.vision_heads}
+        heads |= {"qformer_heads": self.qformer_heads} if self.version == "vicuna" else {}
+        return super().fingerprint() | {"version": self.version, "sources": names, **heads}
 
 
-def assembled(
-    version: str,
-    vision: Blip2VisionConfig,
-    bridge: tuple[Blip2QFormerConfig, int] | None,
-    text: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[type[PreTrainedModel], PreTrainedConfig, ChunkProcessor]:
-    """Class, configuration and processor of a MiniGPT-4 of these parts; the tokenizer gets the placeholder.
+def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> ChunkProcessor:
+    """The authors' preprocessing, and the prompt's chunks.
 
-    Raises:
-        DataError: the patches cannot be merged by fours.
+    Args:
+        config: of the whole model.
+        tokenizer: knows the placeholder.
     """
-    from stethoscope.adapters import minigpt4_model as parts
-
-    image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
-    if version == "vicuna":
-        cls, tokens = parts.MiniGpt4Vicuna, bridge[1]
-        config: PreTrainedConfig = parts.vicuna_config(vision, bridge[0], text, tokens, image_token_id)
-    else:
-        patches = (vision.image_size // vision.patch_size) ** 2
-        if patches % parts.MERGED:
-            raise DataError(f"MiniGPT-4 (llama2): {patches} patches cannot be merged by {parts.MERGED}")
-        cls, config = parts.MiniGpt4Llama2, parts.llama2_config(vision, text, image_token_id)
-        tokens = config.image_seq_length
-    pixels = PixelProcessor((partial(squash, size=vision.image_size),))
-    return cls, config, ChunkProcessor(tokenizer, pixels, PLACEHOLDER, image_token_id, tokens)
+    queries = getattr(config, "num_query_tokens", None)
+    tokens = config.image_seq_length if queries is None else queries
+    pixels = PixelProcessor((partial(squash, size=config.vision_config.image_size),))
+    return ChunkProcessor(tokenizer, pixels, PLACEHOLDER, config.image_token_id, tokens)
 
 
 def _grids(version: str, vision: Blip2VisionConfig) -> tuple[tuple[int, int], ...]:

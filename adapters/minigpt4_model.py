@@ -24,6 +24,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
@@ -115,25 +116,39 @@ class MiniGpt4Llama2(LlavaForConditionalGeneration):
         make_room(self)
 
 
-def vicuna_config(
-    vision: Blip2VisionConfig, bridge: Blip2QFormerConfig, text: PreTrainedConfig, queries: int, image_token_id: int
-) -> Blip2Config:
-    """Of ``MiniGpt4Vicuna``."""
-    return Blip2Config(
+def configured(
+    vision: Blip2VisionConfig,
+    bridge: tuple[Blip2QFormerConfig, int] | None,
+    text: PreTrainedConfig,
+    image_token_id: int,
+) -> tuple[type[PreTrainedModel], Blip2Config | LlavaConfig]:
+    """Class and configuration of a MiniGPT-4 of these parts.
+
+    Args:
+        bridge: the Q-Former and its number of queries; None for the version without.
+
+    Raises:
+        DataError: the patches cannot be merged by fours.
+    """
+    if bridge is not None:
+        config = Blip2Config(
+            vision_config=vision,
+            qformer_config=bridge[0],
+            text_config=text,
+            num_query_tokens=bridge[1],
+            image_token_index=image_token_id,
+        )
+        return MiniGpt4Vicuna, config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    if patches % MERGED:
+        raise DataError(f"MiniGPT-4 with Llama 2: {patches} patches cannot be merged by {MERGED}")
+    config = LlavaConfig(
         vision_config=vision,
-        qformer_config=bridge,
         text_config=text,
-        num_query_tokens=queries,
         image_token_index=image_token_id,
+        image_seq_length=patches // MERGED,
     )
-
-
-def llama2_config(vision: Blip2VisionConfig, text: PreTrainedConfig, image_token_id: int) -> LlavaConfig:
-    """Of ``MiniGpt4Llama2``."""
-    tokens = (vision.image_size // vision.patch_size) ** 2 // MERGED
-    return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=image_token_id, image_seq_length=tokens
-    )
+    return MiniGpt4Llama2, config
 
 
 def named(weights: Weights, vision_layers: int) -> Weights:
@@ -170,16 +185,18 @@ def with_plain_norm(weights: Weights, what: str) -> Weights:
     return weights | {f"{name}.{end}": Weight(tensor, file, f"ln_vision.{end}") for end, tensor in plain.items()}
 
 
-def vision_config(weights: Weights, layers: int, heads: int, what: str) -> Blip2VisionConfig:
+def vision_config(weights: Weights | None, layers: int, heads: int, what: str) -> Blip2VisionConfig:
     """The tower's configuration: what its weights show, and what they do not.
 
     Args:
-        weights: of ``named``.
+        weights: of ``named``; None for the published sizes.
         what: the files, for messages.
 
     Raises:
         DataError: there are no such weights, or they do not fit one another.
     """
+    if weights is None:
+        return Blip2VisionConfig(num_hidden_layers=layers, num_attention_heads=heads)
     embeddings = "vision_model.embeddings"
     classes, patches, positions = (
         _tensor(weights, f"{embeddings}.{name}", what)
@@ -201,8 +218,10 @@ def vision_config(weights: Weights, layers: int, heads: int, what: str) -> Blip2
     )
 
 
-def qformer_config(weights: Weights, heads: int, what: str) -> tuple[Blip2QFormerConfig, int]:
+def qformer_config(weights: Weights | None, heads: int, what: str) -> tuple[Blip2QFormerConfig, int]:
     """The Q-Former's configuration and its number of queries; see ``vision_config``."""
+    if weights is None:
+        return Blip2QFormerConfig(num_attention_heads=heads), 32
     queries = _tensor(weights, "query_tokens", what)
     inner = _tensor(weights, "qformer.encoder.layer.0.intermediate_query.dense.weight", what)
     layers = _numbers(weights, r"qformer\.encoder\.layer\.(\d+)\.attention\.")

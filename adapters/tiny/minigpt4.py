@@ -8,7 +8,7 @@ from stethoscope.adapters.tiny.parts import SIZES, words
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Blip2QFormerConfig, PreTrainedModel
 
     from stethoscope.adapters.chunks import ChunkProcessor
 
@@ -17,23 +17,26 @@ _QUERIES = 6
 
 def vicuna() -> tuple[PreTrainedModel, ChunkProcessor]:
     """The version with a Q-Former."""
-    return _built("vicuna", 56)
+    from transformers import Blip2QFormerConfig
+
+    return _built(56, (Blip2QFormerConfig(**{**SIZES, "num_hidden_layers": 4}), _QUERIES))
 
 
 def llama2() -> tuple[PreTrainedModel, ChunkProcessor]:
     """The version without."""
-    return _built("llama2", 112)
+    return _built(112, None)
 
 
-def _built(version: str, size: int) -> tuple[PreTrainedModel, ChunkProcessor]:
-    from transformers import Blip2QFormerConfig, Blip2VisionConfig, LlamaConfig
+def _built(size: int, bridge: tuple[Blip2QFormerConfig, int] | None) -> tuple[PreTrainedModel, ChunkProcessor]:
+    from transformers import Blip2VisionConfig, LlamaConfig
 
-    from stethoscope.adapters.minigpt4 import assembled
+    from stethoscope.adapters.chunks import add_placeholder
+    from stethoscope.adapters.minigpt4 import PLACEHOLDER, make_processor
+    from stethoscope.adapters.minigpt4_model import configured
 
     tokenizer = llama_tokenizer()
+    text = LlamaConfig(**words(tokenizer, num_key_value_heads=SIZES["num_attention_heads"]))
+    image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
     vision = Blip2VisionConfig(**SIZES, image_size=size, patch_size=14)
-    bridge = Blip2QFormerConfig(**{**SIZES, "num_hidden_layers": 4})
-    cls, config, processor = assembled(
-        version, vision, (bridge, _QUERIES), LlamaConfig(**words(tokenizer, num_key_value_heads=4)), tokenizer
-    )
-    return cls(config), processor
+    cls, config = configured(vision, bridge, text, image_token_id)
+    return cls(config), make_processor(config, tokenizer)

@@ -1,5 +1,6 @@
 """Authors' checkpoints in every form, and one line for each way in which they can be wrong."""
 
+import hashlib
 import json
 import pickle
 import resource
@@ -246,6 +247,15 @@ def test_digest_is_of_the_content(tmp_path):
         (tmp_path / name).write_text(text)
     one, same, other = (checkpoints.digest([tmp_path / name]) for name in "abc")
     assert one == same != other
+
+
+def test_digest_of_a_file_in_the_hubs_cache_is_that_of_its_content(tmp_path):
+    (tmp_path / "plain").write_text("one")
+    blob = tmp_path / "blobs" / hashlib.sha256(b"one").hexdigest()
+    blob.parent.mkdir()
+    blob.write_text("not read")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert checkpoints.digest([tmp_path / "model.safetensors"]) == checkpoints.digest([tmp_path / "plain"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")

@@ -8,6 +8,7 @@ import authors_minigpt4 as authors
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -21,6 +22,9 @@ from transformers import (
 )
 
 import stethoscope
+from stethoscope.adapter import Adapter
+from stethoscope.adapters.minigpt4 import MiniGpt4Adapter
+from stethoscope.build import build, conf_folder
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import Generation
 from stethoscope.relevancy import token_relevancy
@@ -172,6 +176,36 @@ def test_an_answer_ends_before_the_next_turn(adapter):
 
 def test_the_model_cannot_say_an_image_token(adapter):
     assert adapter.model.get_output_embeddings().out_features == adapter.model.config.image_token_id
+
+
+def test_memory_is_counted_before_loading(parts, version, adapter):
+    config = OmegaConf.load(conf_folder() / "model" / f"minigpt4-{version}-7b.yaml")
+    same = {key: config[key] for key in ("_target_", "version")} | adapter.sources
+    heads = {"vision_layers": authors.LAYERS, "vision_heads": authors.HEADS, "qformer_heads": authors.Q_HEADS}
+    counted = build(OmegaConf.create({**same, **heads}), Adapter, "model").memory(context=100)
+    parameters = list(adapter.model.parameters())
+    assert counted.parameters == sum(parameter.numel() for parameter in parameters)
+    assert counted.weights == sum(parameter.nbytes for parameter in parameters)
+
+
+def test_memory_of_the_published_sizes(parts, version, tmp_path):
+    """Counted by hand: a tower of 39 layers, a Q-Former of 12, the projection; the language model here is tiny."""
+    width, inner, queries, words = 1408, 6144, 768, authors.L_WIDTH
+    tower = (
+        39 * (4 * width**2 + 2 * width * inner + inner + 9 * width)
+        + (3 * 14 * 14 + 1) * width
+        + 258 * width
+        + 2 * width
+    )
+    own, crossing = 4 * queries * (queries + 1) + 2 * queries, 2 * queries * (queries + width + 2) + 2 * queries
+    bridge = 12 * (own + 2 * queries * 3072 + 3072 + 3 * queries) + 6 * crossing + 34 * queries
+    language = sum(tensor.numel() for tensor in parts[1]["llm"].values())
+    settings = {"projector": "later.pth", "llm": str(parts[0] / "llm")}
+    counted = MiniGpt4Adapter(version=version, **settings).memory(context=100)
+    if version == "vicuna":
+        assert counted.parameters == tower + bridge + (queries + 1) * words + language
+    else:
+        assert counted.parameters == tower + (4 * width + 1) * words + language
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
