@@ -5,8 +5,10 @@ encoder-decoder model spends two in every layer: self-attention over its start t
 cross-attention over the prompt that the encoder has read. Both are put into one row with weight 1/2 each, so that a row
 still covers everything that the token could be written from and adds up to 1: ``image``, ``question`` and ``rest`` are
 half the cross-attention, ``previous`` and ``first`` (the start token, the usual sink) half the self-attention. The
-heads of the two are different ones; head h of the row is head h of both. The encoder's own attention is not in the row:
-it is the same for all tokens. Relevancy splits the prompt and the answer in the same way.
+heads of the two are different ones; head h of the row is head h of both. So no share of the prompt is above 1/2, and
+masses are to be compared within a model, not across the two kinds. The encoder's own attention is not in the row: it is
+the same for all tokens. Relevancy reads image, question and answer off the same two sequences (and adds them up without
+weights); the start token, ``first`` here, is among its ``rest``.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_values_that_are_not_finite_name_the_cross_attention(adapter, encoded, a
 
 
 def test_heads_are_told_apart():
-    """Hand-made maps of two heads and two answer tokens; a prompt of something else, image, image, question, padding."""
+    """Hand-made maps of two heads and two answer tokens; the prompt is other, image, image, question, padding."""
     rows = AttentionRows(torch.tensor([[0, 1]]), [Spans(4, (1, 2), (3,))], 5, decoder=2)
     own = torch.tensor([[[[1.0, 0.0], [0.3, 0.7]], [[1.0, 0.0], [0.6, 0.4]]]])
     crossing = torch.tensor([[[[0.4, 0.1, 0.2, 0.3, 0.0]] * 2, [[0.1, 0.4, 0.3, 0.2, 0.0]] * 2]])
