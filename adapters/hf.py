@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapter import Adapter
-from stethoscope.adapters import loading, sampling, tiny
+from stethoscope.adapters import loading, memory, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
@@ -21,7 +21,7 @@ from stethoscope.capture import record
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
-from stethoscope.records import Answer, Generation
+from stethoscope.records import Answer, Generation, Memory
 from stethoscope.relevancy import answer_relevancy
 from stethoscope.rows import AttentionRows
 from stethoscope.trace import FORWARD_NEEDS, NEEDS, Encoded, Trace
@@ -128,6 +128,23 @@ class HfAdapter(Adapter):
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Model and processor from their files. Families that transformers does not have replace this."""
         return loading.load(self.model_id, self.loading)
+
+    def memory(self, context: int, batch_size: int = 1) -> Memory:
+        """See ``Adapter.memory``.
+
+        Raises:
+            ConfigError, CapabilityError: there is no configuration to read, as in ``loading.load``.
+        """
+        return memory.estimate(self._skeleton(), self.loading, context, batch_size)
+
+    def _skeleton(self) -> PreTrainedModel:
+        """The model on no device, for counting. Families that transformers does not have replace this."""
+        if not self.random_init:
+            if type(self)._load is not HfAdapter._load:
+                raise CapabilityError(f"{self.name}: its adapter loads files of its own and does not tell their sizes")
+            return memory.skeleton(self.model_id, self.loading)
+        model = self._tiny()[0]
+        return model if self.loading.dtype == "auto" else model.to(getattr(torch, self.loading.dtype))
 
     def _tiny(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """A tiny random model of the same classes, and its processor."""

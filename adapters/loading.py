@@ -159,7 +159,7 @@ def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMix
 
     loading.ready()
     folder = is_folder(model_id)
-    source, where = _source(model_id, folder), loading.where(folder)
+    source, where = source_of(model_id, folder), loading.where(folder)
     with one_line(model_id), quiet(folder):
         is_blip = blip.model_type(source, where) in blip.PROCESSORS
         processor = (blip.load_processor if is_blip else processors.load)(source, where)
@@ -188,7 +188,7 @@ def pretrained(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which do not fit
     options = {**told, **loading.where(folder), **loading.options(), **more}
     with one_line(name), quiet(folder):
-        model, report = cls.from_pretrained(None if source is None else _source(source, folder), **options)
+        model, report = cls.from_pretrained(None if source is None else source_of(source, folder), **options)
     _check_report(report, name)
     if loading.quantize == "4bit":
         _settle_four_bits(model)
@@ -236,7 +236,8 @@ def placed(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
     return again
 
 
-def _source(source: str, folder: bool) -> str:
+def source_of(source: str, folder: bool) -> str:
+    """A folder with the home directory spelled out, or the hub id."""
     return str(Path(source).expanduser()) if folder else source
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import CapabilityError
-from stethoscope.records import Answer, Generation
+from stethoscope.records import Answer, Generation, Memory
 from stethoscope.trace import FORWARD_NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
@@ -64,6 +64,18 @@ class Adapter(ABC):
             CapabilityError: there is no such model behind this adapter.
         """
         raise CapabilityError(f"{self.name} gives no access to its model, which relevancy needs")
+
+    def memory(self, context: int, batch_size: int = 1) -> Memory:
+        """What the model needs, told from its configuration; nothing is loaded.
+
+        Args:
+            context: prompt and answer in tokens, image tokens too.
+            batch_size: prompts that generate together.
+
+        Raises:
+            CapabilityError: this adapter cannot tell.
+        """
+        raise CapabilityError(f"{self.name} cannot tell how much memory it needs")
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

@@ -102,10 +102,14 @@ def groups() -> list[str]:
     return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
-def compose(group: str, name: str) -> DictConfig:
-    """A file of a configuration group with the files that its ``defaults`` name, as the commands see it.
+def compose(overrides: Sequence[str], root: str | None = None) -> DictConfig:
+    """A configuration as the commands see it, from a file of ``conf`` and words like those of the command line.
 
     Hydra keeps one state for the whole process; it is the same before and after, also inside a Hydra application.
+
+    Args:
+        overrides: such as ``+model=llava-1.5-7b``.
+        root: name of the file to start from; None for an empty one.
     """
     import hydra
     from hydra import version
@@ -115,7 +119,7 @@ def compose(group: str, name: str) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_module("stethoscope.conf", version_base="1.3"):
-            return hydra.compose(overrides=[f"+{group}={name}"])[group]
+            return hydra.compose(root, overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = running
         version.VersionBase.instance().version_base = base
@@ -141,7 +145,7 @@ def load(model: str, **settings: Any) -> Adapter:
     if model not in known and not ("/" in model or Path(model).is_dir()):
         raise ConfigError(unknown("model", model, known))
     name = model if model in known else "hf"
-    config = compose("model", name)
+    config = compose([f"+model={name}"]).model
     if name != model:
         config.model_id = model
     for key, value in settings.items():

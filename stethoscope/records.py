@@ -159,6 +159,30 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a model needs, in bytes, before anything of it is loaded.
+
+    Attributes:
+        parameters: number of weights.
+        dtype: what they are computed in.
+        weights: bytes of all weights as they would be stored.
+        cache: keys and values of a context while answers are generated.
+        relevancy: about what the backward pass of one answer's relevancy keeps.
+    """
+
+    parameters: int
+    dtype: str
+    weights: int
+    cache: int
+    relevancy: int
+
+    @property
+    def total(self) -> int:
+        """Weights and the larger of generating and explaining, which follow each other."""
+        return self.weights + max(self.cache, self.relevancy)
+
+
+@dataclass(frozen=True)
 class Mention:
     """An object that an answer names, labelled by the task.
 

@@ -8,5 +8,5 @@ HYDRA_COMMANDS = {
 }
 PLAIN_COMMANDS = {
     "list": "what there is to choose from: models, tasks, features, detectors, ...",
-    "doctor": "check this machine and say what is missing",
+    "doctor": "check this machine and say what is missing, or what a model needs (model=...)",
 }

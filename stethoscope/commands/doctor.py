@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from stethoscope.errors import ConfigError
 
 USAGE = """usage: stethoscope doctor
+       stethoscope doctor model=NAME [model.dtype=bfloat16] [model.quantize=4bit] [context=2048] [batch_size=1]
 
-Checks Python, the packages and their versions, the device, the embedded model (one answer), W&B, offline settings and
-disk space. Every line says ok, note or FAIL; exits with 2 when something fails."""
+Without settings: checks Python, the packages and their versions, the device, the embedded model (one answer), W&B,
+offline settings and disk space. Every line says ok, note or FAIL; exits with 2 when something fails.
+
+With model=... (a name of `stethoscope list model`, or model=hf model.model_id=<hub id or folder>): what that model
+needs, told from its configuration alone, against what is free here, and which settings would make it fit.
+context: prompt and answer in tokens, image tokens too; batch_size: prompts that generate together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,10 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     if arguments:
-        raise ConfigError(f"doctor takes no setting, got {arguments[0]!r}")
+        from stethoscope.commands import memory
+
+        memory.main(arguments)
+        return
     failed = 0
     for check in (_python, _packages, _device, _model, _hub, _wandb, _disk):
         for finding in check():

@@ -22,7 +22,7 @@ def test_every_configuration_loads_by_its_name(name):
 
 
 def test_defaults_are_followed_and_settings_win():
-    config = compose("model", "llava-1.5-7b")
+    config = compose(["+model=llava-1.5-7b"]).model
     assert config.model_id == "llava-hf/llava-1.5-7b-hf"
     assert "trust_remote_code" in config  # of hf.yaml
     adapter = stethoscope.load("llava-1.5-7b", name="mine", dtype="bfloat16", prompt="{image}{question}", **SETTINGS)
@@ -40,7 +40,7 @@ def test_hydras_state_is_as_it_was():
     assert not GlobalHydra.instance().is_initialized()
     version.setbase("1.2")
     for _ in range(2):
-        compose("model", "testbed")
+        compose(["+model=testbed"])
         assert not GlobalHydra.instance().is_initialized()
         assert str(version.getbase()) == "1.2"
 
@@ -50,7 +50,7 @@ def test_inside_a_hydra_application(tmp_path):
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
         running = GlobalHydra.instance().hydra
         for _ in range(2):
-            assert compose("model", "llava-1.5-7b").name == "llava-1.5-7b"
+            assert compose(["+model=llava-1.5-7b"]).model.name == "llava-1.5-7b"
             assert GlobalHydra.instance().hydra is running
             assert hydra.compose("own").answer == 42
             assert str(version.getbase()) == "1.2"
@@ -60,7 +60,7 @@ def test_hydras_state_survives_an_error(tmp_path):
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
         running = GlobalHydra.instance().hydra
         with pytest.raises(hydra.errors.MissingConfigException):
-            compose("model", "nothing")
+            compose(["+model=nothing"])
         assert GlobalHydra.instance().hydra is running
 
 

@@ -1,0 +1,229 @@
+"""What a model needs: counted from its configuration, against what it takes once it is there."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from stethoscope.adapters import memory, tiny
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.loading import Loading, placed, pretrained
+from stethoscope.adapters.memory import estimate, skeleton, weights
+from stethoscope.cli import main
+from stethoscope.commands.memory import Room, verdict
+from stethoscope.errors import CapabilityError, StethoscopeError
+from stethoscope.records import Memory
+
+GIB = 2**30
+OF_TRANSFORMERS = [
+    name for name, make in tiny.FAMILIES.items() if make()[0].__class__.__module__.startswith("transformers.")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=OF_TRANSFORMERS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.build(request.param)[0].save_pretrained(folder)
+    return str(folder)
+
+
+def bytes_of(model):
+    """Every storage once: two names may share it."""
+    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_weights_are_those_of_the_loaded_model(folder, dtype):
+    from transformers import AutoModelForImageTextToText
+
+    loading = Loading(dtype=dtype)
+    counted = skeleton(folder, loading)
+    assert all(parameter.is_meta for parameter in counted.parameters())
+    model = pretrained(AutoModelForImageTextToText, folder, loading)
+    assert weights(counted, loading) == bytes_of(model)
+    if dtype != "float16":  # there transformers keeps some parts in float32, and may name the model after them
+        assert counted.dtype == model.dtype
+
+
+def test_weights_are_those_of_the_file(folder):
+    from pathlib import Path
+
+    with (Path(folder) / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    header.pop("__metadata__", None)
+    stored = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+    assert weights(skeleton(folder, Loading()), Loading()) == stored
+
+
+def test_the_cache_is_what_a_pass_leaves():
+    for family in ("llava", "qwen2_5_vl", "paligemma", "blip-2-opt"):
+        model, _ = tiny.build(family)
+        text = model.language_model if hasattr(model, "language_model") else model.model.language_model
+        with torch.no_grad():
+            cache = text(input_ids=torch.arange(5, 12)[None].repeat(3, 1), use_cache=True).past_key_values
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert estimate(model, Loading(), context=7, batch_size=3).cache == kept, family
+
+
+def test_the_cache_of_an_encoder_decoder_has_its_cross_attention():
+    model, _ = tiny.build("blip-2-t5")
+    with torch.no_grad():
+        found = model.language_model(input_ids=torch.arange(5, 12)[None], decoder_input_ids=torch.arange(7)[None])
+    cache = found.past_key_values
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert estimate(model, Loading(), context=7, batch_size=1).cache == kept
+
+
+def test_the_relevancy_pass_keeps_about_what_is_estimated():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from stethoscope.relevancy import relevancy_from_inputs
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=299, image_seq_length=16)
+    )
+    model = model.eval().requires_grad_(False)
+    ids = torch.cat([torch.full((1, 16), 299), torch.arange(284)[None] % 290 + 3], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 56, 56)}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        relevancy_from_inputs(model, inputs, ids[0, -20:].tolist())
+    guess = estimate(model, Loading(), context=300, batch_size=1).relevancy
+    assert guess / 2 < sum(kept.values()) < guess * 2
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+@pytest.mark.parametrize("family", ["llava", "blip-2-t5", "qwen3_vl"])
+def test_quantised_weights(family, quantize):
+    pytest.importorskip("bitsandbytes", minversion="0.46.1")
+    whole = tiny.build(family)[0]
+    model = placed(whole, Loading(quantize=quantize, device_map={"": "cpu"}))
+    stored = bytes_of(model)
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        stored += 0 if state is None else state.absmax.nbytes + state.code.nbytes
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        stored += 0 if scales is None else scales.nbytes
+    assert weights(whole, Loading(quantize=quantize)) == stored < bytes_of(whole)
+
+
+def test_shared_weights_count_once_and_published_sizes_are_right(tmp_path):
+    """LLaVA-1.5 7B has 7,063,427,072 weights (model card); nothing of them is made."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    config = LlavaConfig(vision_config=vision, text_config=text, dtype="float16", image_seq_length=576)
+    config.save_pretrained(tmp_path)
+    need = HfAdapter(str(tmp_path), prompt="{image}{question}").memory(context=1024)
+    assert need.parameters == 7_063_427_072
+    assert (need.dtype, need.weights) == ("float16", 2 * 7_063_427_072)
+    assert need.cache == 1024 * 2 * 32 * 4096 * 2
+    assert 3 * GIB < need.relevancy < 8 * GIB
+    four = HfAdapter(str(tmp_path), prompt="{image}{question}", quantize="4bit").memory(context=1024)
+    assert 3.5 * GIB < four.weights < 5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("rooms", "words"),
+    [
+        ([("cuda:0", 30), ("cpu", 8)], "fits on cuda:0"),
+        ([("cuda:0", 8), ("cuda:1", 30), ("cpu", 8)], "fits on cuda:1"),
+        ([("cpu", 64)], "fits on cpu"),
+        ([("cuda:0", 12), ("cuda:1", 12), ("cpu", 8)], "device_map=auto: spreads over cuda:0, cuda:1"),
+        ([("cuda:0", 12), ("cpu", 64)], "device_map=auto: what the GPU cannot hold lies in the CPU's memory"),
+        ([("cuda:0", 10), ("cpu", 2)], "model.quantize=4bit"),
+        ([("cpu", 2)], "offload_folder"),
+    ],
+)
+def test_verdicts(rooms, words):
+    need = Memory(7 * 10**9, "bfloat16", weights=14 * GIB, cache=GIB, relevancy=5 * GIB)
+    small = Memory(7 * 10**9, "bfloat16", weights=4 * GIB, cache=GIB, relevancy=5 * GIB)
+    said = verdict(need, [Room(device, size * GIB) for device, size in rooms], {"model.quantize=4bit": small})
+    assert words in said
+
+
+@pytest.fixture
+def doctor(capsys):
+    def call(*words, code=0):
+        with pytest.raises(SystemExit) as end:
+            main(["doctor", *words])
+        said = capsys.readouterr()
+        assert end.value.code == code, said
+        return said.out if code == 0 else said.err.strip().splitlines()[-1]
+
+    return call
+
+
+def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
+    model, processor = tiny.build("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    words = ("model=hf", f"model.model_id={tmp_path}", "context=100", "batch_size=4")
+    said = doctor(*words)
+    assert f"{sum(p.numel() for p in model.parameters()):,} in float32" in said
+    assert "4 x 100 tokens" in said
+    assert "fits on" in said.splitlines()[-1]
+    assert "100,800 in bfloat16, 8bit" in doctor(*words, "model.dtype=bfloat16", "model.quantize=8bit")
+    monkeypatch.setattr("stethoscope.commands.memory.free", lambda: [Room("cpu", 3_000_000)])
+    assert "needs model.dtype=bfloat16 (about" in doctor(*words, "context=500")
+
+
+def test_the_command_without_files_or_network(doctor, monkeypatch):
+    monkeypatch.setattr("stethoscope.adapters.loading._hub_answers", lambda: False)
+    said = doctor("model=llava-1.5-7b")
+    assert said.startswith("note  llava-1.5-7b: nothing to count")
+    assert "hf download llava-hf/llava-1.5-7b-hf config.json" in said
+    assert "fits on" in doctor("model=llava-1.5-7b", "model.random_init=tiny")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=lava-1.5-7b"], "did you mean 'llava-1.5-7b'"),
+        (["model.dtyp=auto"], "did you mean 'dtype'"),
+        (["context=0"], "context=0 should be a number of at least 1"),
+        (["--verbose"], "doctor takes settings as model=llava-1.5-7b, got '--verbose'"),
+        (["model=hf"], "model_id"),
+    ],
+)
+def test_wrong_settings(words, message, doctor):
+    assert message in doctor(*words, code=2)
+
+
+def test_an_adapter_with_files_of_its_own_says_that_it_cannot_tell():
+    class Own(HfAdapter):
+        def _load(self):
+            pytest.fail("loaded")
+
+    with pytest.raises(CapabilityError, match="does not tell their sizes"):
+        Own("a/b").memory(10)
+
+
+def test_a_folder_without_a_configuration(tmp_path):
+    with pytest.raises(StethoscopeError, match=str(tmp_path)):
+        memory.skeleton(str(tmp_path), Loading())
