@@ -11,6 +11,7 @@ from stethoscope.stats import Interval
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from stethoscope.store import RunStore
 
@@ -54,7 +55,9 @@ def print_detector(results: Mapping[str, Any]) -> None:
             table.add_row(row["name"], *cells, style="bold" if row["kind"] == "detector" else None)
         table.caption = _sizes(results) if columns is RANKING else None
         console.print(table, markup=False)
-    for line in [*_differences(board), *_ablation(results.get("ablation", ())), *_threshold(results["threshold"])]:
+    if board["differences"]:
+        console.print(_difference_table(board), markup=False)
+    for line in [*_ablation(results.get("ablation", ())), *_threshold(results["threshold"])]:
         console.print(line, markup=False, highlight=False)
 
 
@@ -90,14 +93,30 @@ def _sizes(results: Mapping[str, Any]) -> str:
     )
 
 
+def _short(value: float | None) -> str:
+    return "" if value is None else f" p {value:.3f}".replace(" 0.", " .")
+
+
 def _p(value: float | None) -> str:
-    return "" if value is None else f", p {'<' if value < 0.001 else '='} {max(value, 0.001):.3f}"
+    return "" if value is None else f", p = {value:.3f}"
 
 
-def _differences(board: Mapping[str, Any]) -> Iterator[str]:
+def _difference_table(board: Mapping[str, Any]) -> Table:
+    """What every detector is ahead by, a row for each opponent; the best single feature differs between controls."""
+    from rich.table import Table
+
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in board["differences"]:
-        ahead = Interval.from_dict({key: row[key] for key in FIGURES})
-        yield f"{row['detector']} - {row['other']}, AUROC{_control(row['metric'])}: {ahead}{_p(row['p'])}"
+        best = row["other"] == board["best_features"].get(row["metric"])
+        pair = row["detector"], "best single feature" if best else row["other"]
+        cells.setdefault(pair, {})[row["metric"]] = _cell({key: row[key] for key in FIGURES}) + _short(row["p"])
+    found = [metric for metric in RANKING if any(metric in row for row in cells.values())]
+    table = Table("", *(RANKING[metric] for metric in found), title="ahead by", title_justify="left")
+    for (detector, other), row in cells.items():
+        table.add_row(f"{detector} - {other}", *(row.get(metric, "") for metric in found))
+    table.caption = "paired over images; p is two-sided and not corrected for the number of comparisons"
+    table.caption_justify = "left"
+    return table
 
 
 def _control(metric: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build, compose
-from stethoscope.errors import ArtefactError, ConfigError
+from stethoscope.build import build, choices, compose
+from stethoscope.errors import ArtefactError, ConfigError, unknown
 
 if TYPE_CHECKING:
     from stethoscope.detector import Detector
@@ -26,9 +27,8 @@ def run(config: DictConfig) -> None:
     if not folder.is_dir():
         raise ArtefactError(f"run={folder} is no directory; name a run of `stethoscope extract` or `benchmark`")
     detector = build(config.detector, Detector, "detector", config.plugins)
-    beside = {
-        name: build(compose("detector", name), Detector, f"beside.{name}", config.plugins) for name in config.beside
-    }
+    same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
+    beside = {name: _other(name, same, config.plugins) for name in config.beside}
     results = fit(
         RunStore(folder),
         config.task,
@@ -41,6 +41,19 @@ def run(config: DictConfig) -> None:
     )
     print_detector(results)
     print(f"detector: {folder / 'detector'}")
+
+
+def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
+    """A detector of ``conf/detector`` with some settings of the main one.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from stethoscope.detector import Detector
+
+    if name not in choices("detector"):
+        raise ConfigError(unknown("detector of beside", str(name), choices("detector")))
+    return build(compose([f"+detector={name}", *same]).detector, Detector, f"beside.{name}", plugins)
 
 
 def fractions(config: DictConfig) -> tuple[float, float, float]:

@@ -65,7 +65,9 @@ def test_the_detector_stands_beside_its_baselines(finished):
     board = json.loads((finished / "metrics.json").read_text())["detector"]["leaderboard"]
     kinds = {row["name"]: row["kind"] for row in board["rows"]}
     assert kinds["detector"] == "detector"
-    assert {name for name, kind in kinds.items() if kind == "baseline"} == {"constant", "position only", "text prior"}
+    assert {name for name, kind in kinds.items() if kind == "baseline"} == {
+        "constant", "position only", "text prior", "shuffled labels"
+    }  # fmt: skip
     assert {"nll", "svar", "attn_image_l00", "lens_rank_l00", "pmi"} <= set(kinds)
     against = {row["other"] for row in board["differences"]}
     assert {"position only", "text prior"} < against
