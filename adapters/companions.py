@@ -18,6 +18,7 @@ from stethoscope.adapters.pixels import CLIP_MEAN, CLIP_STD
 from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaTokenizer, PreTrainedConfig
 
     from stethoscope.adapters.checkpoints import Report
@@ -104,6 +105,15 @@ def sized(cls: type[PreTrainedConfig], what: str, *sources: Settings | None, cho
         return cls(**values)
     except Exception as error:  # transformers' checks have errors of their own
         raise ConfigError(f"model.{what}: the sizes do not fit together: {_last(error)}") from error
+
+
+def dtype_of(held: Settings, loading: Loading) -> torch.dtype:
+    """What the weights are computed in: that of ``config.json`` for ``auto``, half precision where it tells none."""
+    import torch
+
+    named = loading.dtype if loading.dtype != "auto" else held.get("torch_dtype") or held.get("dtype")
+    found = getattr(torch, str(named), None)
+    return found if isinstance(found, torch.dtype) else torch.float16
 
 
 def mean_and_std(source: str, loading: Loading) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters import checkpoints, companions
+from stethoscope.adapters import checkpoints, companions, memory
 from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.hf import HfAdapter
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import ConvNextConfig, LlamaConfig, LlamaTokenizer, PreTrainedModel
 
     from stethoscope.adapters.convllava_model import ConvLlavaConfig
+    from stethoscope.adapters.loading import Loading
     from stethoscope.trace import Encoded
 
 PLACEHOLDER = "<image>"
@@ -72,21 +73,9 @@ class ConvLlavaAdapter(HfAdapter):
         self.report: checkpoints.Report | None = None
 
     def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
-        from transformers import ConvNextConfig, LlamaConfig
-
         from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
 
-        held = companions.settings(self.model_id, self.loading)
-        tower = self.tower or held.get("mm_vision_tower")
-        if not tower:
-            raise ConfigError(
-                f"model.tower is missing and the config.json of {self.model_id} names none; give its folder"
-            )
-        beside = replace(self.loading, revision=self.tower_revision)
-        text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
-        vision = companions.sized(ConvNextConfig, "vision", companions.settings(tower, beside), chosen=self.vision)
-        if held.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-            raise CapabilityError(f"{self.model_id}: projector {held['mm_projector_type']!r}; only mlp2x_gelu is known")
+        tower, beside, text, vision = self._parts()
         tokenizer = companions.llama_tokenizer(self.model_id, self.loading)
         if self.resolution is None:
             self.resolution = _side(companions.settings(tower, beside, "preprocessor_config.json"))
@@ -100,6 +89,33 @@ class ConvLlavaAdapter(HfAdapter):
         )
         companions.warn_of_strays(self.name, self.report)
         return model, processor
+
+    def _parts(self) -> tuple[str, Loading, LlamaConfig, ConvNextConfig]:
+        """The tower's source and how it is loaded, the sizes of language model and tower."""
+        from transformers import ConvNextConfig, LlamaConfig
+
+        held = companions.settings(self.model_id, self.loading)
+        tower = self.tower or held.get("mm_vision_tower")
+        if not tower:
+            raise ConfigError(f"model.tower is missing and the config.json of {self.model_id} names none")
+        if held.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
+            raise CapabilityError(f"{self.model_id}: projector {held['mm_projector_type']!r}; only mlp2x_gelu is known")
+        beside = replace(self.loading, revision=self.tower_revision)
+        text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
+        seen = companions.settings(tower, beside)
+        return tower, beside, text, companions.sized(ConvNextConfig, "vision", seen, chosen=self.vision)
+
+    def _skeleton(self) -> PreTrainedModel:
+        if self.random_init:
+            return super()._skeleton()
+        from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
+
+        _, _, text, vision = self._parts()
+        dtype = companions.dtype_of(companions.settings(self.model_id, self.loading), self.loading)
+        with memory.nowhere():
+            return ConvLlavaForConditionalGeneration._from_config(
+                make_config(text, vision, text.vocab_size), dtype=dtype
+            )
 
     def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
         side = round(processor.image_tokens**0.5)

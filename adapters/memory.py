@@ -145,8 +145,8 @@ def _cache_of_a_token(model: PreTrainedModel) -> int:
 def _kept_for_backward(model: PreTrainedModel, context: int) -> int:
     parts = [(model.config.get_text_config(decoder=True), context)]
     vision = getattr(model.config, "vision_config", None)
-    if vision is not None:
-        parts.append((vision, _patches(vision, context)))
+    if vision is not None and _first(vision, ("num_attention_heads", "num_heads", "attention_heads"), 0):
+        parts.append((vision, _patches(vision, context)))  # relevancy stops before a tower without attention
     total = 0
     for config, positions in parts:
         layers = _first(config, ("num_hidden_layers", "num_layers", "depth"), 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters import checkpoints, companions
+from stethoscope.adapters import checkpoints, companions, memory
 from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.hf import HfAdapter
@@ -69,33 +69,49 @@ class MplugOwl2Adapter(HfAdapter):
         self.report: checkpoints.Report | None = None
 
     def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
-        from transformers import CLIPVisionConfig, LlamaConfig
+        from stethoscope.adapters.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
-        from stethoscope.adapters.mplug_owl2_model import (
-            MplugOwl2AbstractorConfig,
-            MplugOwl2Config,
-            MplugOwl2ForConditionalGeneration,
-        )
-
-        held = companions.settings(self.model_id, self.loading)
-        seeing = held.get("visual_config") or {}
-        text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
-        vision = companions.sized(CLIPVisionConfig, "vision", VISION, seeing.get("visual_model"), chosen=self.vision)
-        abstractor = companions.sized(
-            MplugOwl2AbstractorConfig, "abstractor", seeing.get("visual_abstractor"), chosen=self.abstractor
-        )
-        config = MplugOwl2Config(text_config=text, vision_config=vision, abstractor_config=abstractor)
-        check(config)
+        config = self._config()
         tokenizer = companions.llama_tokenizer(self.model_id, self.loading)
         processor = make_processor(tokenizer, config, *companions.mean_and_std(self.model_id, self.loading))
-        weights = model_weights(
-            checkpoints.read(self.model_id, self.loading, what="model.model_id"), vision.num_attention_heads
-        )
+        weights = checkpoints.read(self.model_id, self.loading, what="model.model_id")
+        weights = model_weights(weights, config.vision_config.num_attention_heads)
         model, self.report = checkpoints.build(
             MplugOwl2ForConditionalGeneration, config, weights, self.loading, self.name
         )
         companions.warn_of_strays(self.name, self.report)
         return model, processor
+
+    def _config(self) -> MplugOwl2Config:
+        """All sizes; the placeholder has no id yet."""
+        from transformers import CLIPVisionConfig, LlamaConfig
+
+        from stethoscope.adapters.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
+
+        held = companions.settings(self.model_id, self.loading)
+        seeing = held.get("visual_config") or {}
+        reading = seeing.get("visual_abstractor")
+        config = MplugOwl2Config(
+            text_config=companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text),
+            vision_config=companions.sized(
+                CLIPVisionConfig, "vision", VISION, seeing.get("visual_model"), chosen=self.vision
+            ),
+            abstractor_config=companions.sized(
+                MplugOwl2AbstractorConfig, "abstractor", reading, chosen=self.abstractor
+            ),
+        )
+        check(config)
+        return config
+
+    def _skeleton(self) -> PreTrainedModel:
+        if self.random_init:
+            return super()._skeleton()
+        from stethoscope.adapters.mplug_owl2_model import MplugOwl2ForConditionalGeneration
+
+        config = self._config()
+        dtype = companions.dtype_of(companions.settings(self.model_id, self.loading), self.loading)
+        with memory.nowhere():
+            return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
 
     def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
         return ChunkEncoder(processor, self.prompt)

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_image
 from transformers import AutoConfig, AutoTokenizer
 
 import stethoscope
-from stethoscope.adapters.convllava import PROMPTS
+from stethoscope.adapters.convllava import PROMPTS, ConvLlavaAdapter
 from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
 from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.records import Generation
@@ -50,6 +50,10 @@ def load(folder, **settings):
     sources = {"model_id": str(folder / "model"), "tower": str(folder / "tower")}
     chosen = {**sources, "resolution": authors.RESOLUTION, "device": "cpu"}
     return stethoscope.load("convllava-768", **{**chosen, **settings})
+
+
+def unloaded(folder, **settings):
+    return ConvLlavaAdapter(str(folder / "model"), tower=str(folder / "tower"), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,21 @@ def test_layers_on_disk_and_cpu_give_the_same(parts, adapter, tmp_path):
     assert answers[0] == answers[1]
     maps = [token_relevancy(one, IMAGE, QUESTION, "A cat.").vision for one in (adapter, offloaded)]
     assert torch.allclose(*maps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_memory_is_told_without_reading_a_weight(parts, adapter, tmp_path, dtype):
+    folder = shutil.copytree(parts[0], tmp_path / "copy")
+    for path in (*folder.rglob("*.bin"), *folder.rglob("*.safetensors"), *folder.rglob("tokenizer*")):
+        path.unlink()
+    told = unloaded(folder, dtype=dtype).memory(1000)
+    parameters = list(adapter.model.parameters())
+    assert told.parameters == sum(parameter.numel() for parameter in parameters)
+    assert told.dtype == ("float16" if dtype == "auto" else dtype)
+    assert told.weights == told.parameters * (2 if dtype == "auto" else 4)
+    assert told.cache == 1000 * llama.LAYERS * 2 * llama.KEYS * llama.WIDTH // llama.HEADS * (
+        2 if dtype == "auto" else 4
+    )
 
 
 def test_half_precision(parts):

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import stethoscope
 from stethoscope.adapters.batching import collate
+from stethoscope.adapters.mplug_owl2 import MplugOwl2Adapter
 from stethoscope.adapters.mplug_owl2_model import MplugOwl2ForConditionalGeneration, position_table
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import Generation
@@ -39,6 +40,10 @@ def parts(tmp_path_factory):
 
 def load(folder, **settings):
     return stethoscope.load("mplug-owl2-7b", **{"model_id": str(folder), "device": "cpu", **settings})
+
+
+def unloaded(folder, **settings):
+    return MplugOwl2Adapter(str(folder), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +217,21 @@ def test_layers_on_disk_and_cpu_give_the_same(parts, adapter, tmp_path):
     assert answers[0] == answers[1]
     maps = [token_relevancy(one, IMAGE, QUESTION, "A cat.").vision for one in (adapter, offloaded)]
     assert torch.allclose(*maps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_memory_is_told_without_reading_a_weight(parts, adapter, tmp_path, dtype):
+    folder = shutil.copytree(parts[0], tmp_path / "copy")
+    for path in (*folder.rglob("*.bin"), *folder.rglob("*.safetensors"), *folder.rglob("tokenizer*")):
+        path.unlink()
+    told = unloaded(folder, dtype=dtype).memory(1000)
+    parameters = list(adapter.model.parameters())
+    assert told.parameters == sum(parameter.numel() for parameter in parameters)
+    assert told.dtype == ("float16" if dtype == "auto" else dtype)
+    assert told.weights == told.parameters * (2 if dtype == "auto" else 4)
+    assert told.cache == 1000 * llama.LAYERS * 2 * llama.KEYS * llama.WIDTH // llama.HEADS * (
+        2 if dtype == "auto" else 4
+    )
 
 
 def test_half_precision(parts):
