@@ -18,7 +18,7 @@ from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.captions import labelled
 from stethoscope.tasks.nouns import Nouns
-from stethoscope.tasks.published import ImageFolder, read_json, read_json_list, read_text
+from stethoscope.tasks.published import ImageFolder, clipped, read_json, read_json_list, read_text, shown
 from stethoscope.tasks.totals import CONFUSION, accuracy, confusion, f1, precision, ratio, recall
 
 PARTS = ("generative", "existence", "attribute", "relation")
@@ -215,9 +215,9 @@ class Amber(Task):
         for line, row in read_json_list(path, ("id", "type", "truth")):
             where = f"{path}, line {line}"
             if str(row["type"]) not in SUBSETS:
-                raise DataError(f"{where}: {unknown('type of question', str(row['type']), SUBSETS)}")
+                raise DataError(f"{where}: {unknown('type of question', clipped(row['type']), SUBSETS)}")
             if not isinstance(row["id"], int):
-                raise DataError(f"{where}: id {row['id']!r} is no number")
+                raise DataError(f"{where}: id {shown(row['id'])} is no number")
             if row["id"] in found:
                 raise DataError(f"{where}: id {row['id']} is used before")
             reference: dict[str, Any] = {"label": row["truth"]}
@@ -225,9 +225,9 @@ class Amber(Task):
                 reference = {"truth": row["truth"], "hallu": row.get("hallu")}
                 for key, words in reference.items():
                     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                        raise DataError(f"{where}: {key!r} should be a list of words, not {words!r}")
+                        raise DataError(f"{where}: {key!r} should be a list of words, not {shown(words)}")
             elif row["truth"] not in ("yes", "no"):
-                raise DataError(f"{where}: truth {row['truth']!r} is neither yes nor no")
+                raise DataError(f"{where}: truth {shown(row['truth'])} is neither yes nor no")
             found[row["id"]] = row["type"], reference
         return found
 
@@ -236,11 +236,11 @@ class Amber(Task):
         for line, row in read_json_list(path, ("id", "image", "query")):
             where = f"{path}, line {line}"
             if not isinstance(row["id"], int) or row["id"] not in annotations:
-                raise DataError(f"{where}: id {row['id']!r} is not among the annotations")
+                raise DataError(f"{where}: id {shown(row['id'])} is not among the annotations")
             if row["id"] in samples:
                 raise DataError(f"{where}: id {row['id']} is used before")
             if not isinstance(row["query"], str) or not row["query"].strip():
-                raise DataError(f"{where}: {row['query']!r} is no question")
+                raise DataError(f"{where}: {shown(row['query'])} is no question")
             kind, reference = annotations[row["id"]]
             part, subset = SUBSETS[kind]
             if part not in self.parts:

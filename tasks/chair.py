@@ -20,7 +20,7 @@ from stethoscope.tasks import hub
 from stethoscope.tasks.captions import METRICS, complete_sentences, labelled, score_caption
 from stethoscope.tasks.coco import read_captions, read_instances
 from stethoscope.tasks.objects import OBJECTS, Mention, mentions
-from stethoscope.tasks.published import ImageFolder, read_text
+from stethoscope.tasks.published import ImageFolder, clipped, read_text
 
 __all__ = ["Chair", "Mention", "complete_sentences", "mentions"]
 
@@ -143,7 +143,7 @@ class Chair(Task):
             wrong = [name for name in objects if name not in OBJECTS] if isinstance(objects, list) else [objects]
             if wrong:
                 where = f"data set {self.hub.dataset!r}, row {index}, gt_object"
-                raise DataError(f"{where}: {unknown('COCO object', str(wrong[0]), OBJECTS)}")
+                raise DataError(f"{where}: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
             found.append((hub.image(data, index, str(row["question_id"])), frozenset(objects)))
         return found
 

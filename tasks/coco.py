@@ -9,7 +9,7 @@ from typing import Any
 
 from stethoscope.errors import DataError, unknown
 from stethoscope.tasks.objects import OBJECTS, mentions
-from stethoscope.tasks.published import read_json
+from stethoscope.tasks.published import clipped, read_json, shown
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -30,7 +30,7 @@ def _field(path: Path, kind: str, index: int, row: Any, key: str) -> Any:
     if not isinstance(row, dict) or key not in row:
         raise DataError(f"{path}: {kind}[{index}] has no {key!r}")
     if isinstance(row[key], (list, dict)):
-        raise DataError(f"{path}: {kind}[{index}], {key!r} should be a single value, not {row[key]!r}")
+        raise DataError(f"{path}: {kind}[{index}], {key!r} should be a single value, not {shown(row[key])}")
     return row[key]
 
 
@@ -64,11 +64,13 @@ def read_instances(path: Path) -> tuple[dict[int, str], dict[int, frozenset[str]
         category = _field(path, "annotations", index, row, "category_id")
         name = names.get(category)
         if name is None:
-            raise DataError(f"{path}: annotations[{index}] has category_id {category!r}, which is not among categories")
+            raise DataError(
+                f"{path}: annotations[{index}] has category_id {shown(category)}, which is not among categories"
+            )
         if name not in OBJECTS:
-            raise DataError(f"{path}: annotations[{index}]: {unknown('COCO object', name, OBJECTS)}")
+            raise DataError(f"{path}: annotations[{index}]: {unknown('COCO object', clipped(name), OBJECTS)}")
         if image not in objects:
-            raise DataError(f"{path}: annotations[{index}] has image_id {image!r}, which is not among images")
+            raise DataError(f"{path}: annotations[{index}] has image_id {shown(image)}, which is not among images")
         objects[image].add(name)
     return images, {image: frozenset(found) for image, found in objects.items()}
 

@@ -15,7 +15,7 @@ from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
 from stethoscope.tasks.nouns import Vocabulary
-from stethoscope.tasks.published import ImageFolder, read_json_lines, read_text
+from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, read_text, shown
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 
 KINDS = ("yes_no", "caption", "free")
@@ -104,13 +104,14 @@ class Custom(Task):
         samples: dict[str, Sample] = {}
         for line, row in rows:
             where = f"{path}, line {line}"
-            question, answer, id_ = row.get("question", self.question), row.get("answer"), str(row.get("id", line))
+            question, answer = row.get("question", self.question), row.get("answer")
+            id_ = str(row.get("id", "")).strip() or str(line)
             if not isinstance(question, str) or not question.strip():
-                raise DataError(f"{where}: {question!r} is no question; give one on every line, or task.question")
+                raise DataError(f"{where}: {shown(question)} is no question; give one on every line, or task.question")
             if answer is not None and not (isinstance(answer, str) and answer.strip()):
-                raise DataError(f"{where}: answer {answer!r} is no text")
+                raise DataError(f"{where}: answer {shown(answer)} is no text")
             if id_ in samples:
-                raise DataError(f"{where}: id {id_} is used before")
+                raise DataError(f"{where}: id {clipped(id_)} is used before")
             reference = self._truth(row[truth], where) if truth else {}
             reference |= {"answer": answer} if answer is not None else {}
             image = folder.find(str(row["image"]), where)
@@ -136,13 +137,13 @@ class Custom(Task):
         if self.kind == "yes_no":
             label = str(value).strip().lower()
             if label not in ("yes", "no"):
-                raise DataError(f"{where}: label {value!r} is neither yes nor no")
+                raise DataError(f"{where}: label {shown(value)} is neither yes nor no")
             return {"label": label}
         if not isinstance(value, list):
-            raise DataError(f"{where}: objects should be a list of names, not {value!r}")
+            raise DataError(f"{where}: objects should be a list of names, not {shown(value)}")
         for name in value:
             if name not in self._names:
-                raise DataError(f"{where}: {unknown('object of the vocabulary', str(name), self._names)}")
+                raise DataError(f"{where}: {unknown('object of the vocabulary', clipped(name), self._names)}")
         return {"objects": sorted(set(value)), "vocabulary": self._digest}  # other words, other scores
 
     def samples(self) -> Sequence[Sample]:
@@ -210,12 +211,12 @@ def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
     for name, others in data.items():
         others = [] if others is None else others
         if not isinstance(name, str) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
-            raise DataError(f"{path}: {name!r} should be a name with a list of other names, not {others!r}")
+            raise DataError(f"{path}: {shown(name)} should be a name with a list of other names, not {shown(others)}")
         for word in (name, *others):
             key = " ".join(word.lower().split())
             if not key:
-                raise DataError(f"{path}: {name!r} has an empty name")
+                raise DataError(f"{path}: {shown(name)} has an empty name")
             if owner.setdefault(key, name) != name:
-                raise DataError(f"{path}: {word!r} stands for both {owner[key]!r} and {name!r}")
+                raise DataError(f"{path}: {shown(word)} stands for both {shown(owner[key])} and {shown(name)}")
         words[name] = tuple(others)
     return words

@@ -20,7 +20,7 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks.given import moved
-from stethoscope.tasks.published import ImageFolder, read_json_lines
+from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, shown
 from stethoscope.tasks.totals import ratio
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class HalLoc(Task):
         seen: dict[str, int] = {}
         for line, row in read_json_lines(path, ("image", "question", "answer", "spans")):
             where = f"{path}, line {line}"
-            id_ = str(row.get("id", line))
+            id_ = str(row.get("id", "")).strip() or str(line)
             if id_ in seen:
-                raise DataError(f"{where}: id {id_} is used before, in line {seen[id_]}")
+                raise DataError(f"{where}: id {clipped(id_)} is used before, in line {seen[id_]}")
             seen[id_] = line
             for key in ("question", "answer"):
                 if not isinstance(row[key], str) or not row[key].strip():
-                    raise DataError(f"{where}: {key} {row[key]!r} is no text")
+                    raise DataError(f"{where}: {key} {shown(row[key])} is no text")
             image = images.find(str(row["image"]), where)
             self._samples.append(
                 Sample(
@@ -171,18 +171,20 @@ def read_spans(spans: Any, answer: str, where: str) -> list[tuple[int, int, str]
         for index, span in enumerate(spans):
             here = f"{where}, spans[{index}]"
             if not isinstance(span, dict) or not {"start", "end", "type"} <= span.keys():
-                raise DataError(f"{here}: an object with start, end and type was expected, not {span!r}")
+                raise DataError(f"{here}: an object with start, end and type was expected, not {shown(span)}")
             start, end, kind = span["start"], span["end"], span["type"]
             if kind not in TYPES:
-                raise DataError(f"{here}: {unknown('type of hallucination', str(kind), TYPES)}")
+                raise DataError(f"{here}: {unknown('type of hallucination', clipped(kind), TYPES)}")
             if not (type(start) is int and type(end) is int and 0 <= start < end <= len(answer)):
-                raise DataError(f"{here}: {start!r} to {end!r} is no span of an answer of {len(answer)} characters")
+                raise DataError(
+                    f"{here}: {shown(start)} to {shown(end)} is no span of an answer of {len(answer)} characters"
+                )
             if not answer[start:end].strip():
                 raise DataError(f"{here}: {start} to {end} holds nothing but blanks")
             yield start, end, kind
 
     if not isinstance(spans, list):
-        raise DataError(f"{where}: spans should be a list, not {spans!r}")
+        raise DataError(f"{where}: spans should be a list, not {shown(spans)}")
     found = sorted(checked())
     for one, other in pairwise(found):
         if other[0] < one[1]:

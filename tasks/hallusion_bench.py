@@ -17,7 +17,7 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
-from stethoscope.tasks.published import ImageFolder, read_json_list
+from stethoscope.tasks.published import ImageFolder, clipped, read_json_list, shown
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -82,7 +82,7 @@ class HallusionBench(Task):
         for row, image, where in {"files": self._from_files, "hub": self._from_hub}[self.source]():
             sample = self._sample(row, image, where)
             if sample.id in samples:
-                raise DataError(f"{where}: question {sample.id} is there before")
+                raise DataError(f"{where}: question {clipped(sample.id)} is there before")
             samples[sample.id] = sample
         if not samples:
             raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
@@ -91,7 +91,8 @@ class HallusionBench(Task):
     def _from_files(self) -> list[tuple[dict[str, Any], ImageRef, str]]:
         path, images, found = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser()), []
         for line, row in read_json_list(path, KEYS):
-            where = f"{path}, line {line}, set {row['set_id']}, figure {row['figure_id']}"  # often all on one line
+            ids = f"set {clipped(row['set_id'])}, figure {clipped(row['figure_id'])}"  # often all rows are on one line
+            where = f"{path}, line {line}, {ids}"
             if str(row["visual_input"]) != "0":
                 name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
                 found.append((row, images.find(name, where), where))
@@ -108,12 +109,12 @@ class HallusionBench(Task):
 
     def _sample(self, row: Mapping[str, Any], image: ImageRef, where: str) -> Sample:
         if row["category"] not in CATEGORIES:
-            raise DataError(f"{where}: {unknown('category', str(row['category']), CATEGORIES)}")
+            raise DataError(f"{where}: {unknown('category', clipped(row['category']), CATEGORIES)}")
         label = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
         if label is None:
-            raise DataError(f"{where}: gt_answer {row['gt_answer']!r} is neither 0 (no) nor 1 (yes)")
+            raise DataError(f"{where}: gt_answer {shown(row['gt_answer'])} is neither 0 (no) nor 1 (yes)")
         if not isinstance(row["question"], str) or not row["question"].strip():
-            raise DataError(f"{where}: {row['question']!r} is no question")
+            raise DataError(f"{where}: {shown(row['question'])} is no question")
         ids = {key: str(row[key]) for key in ("subcategory", "set_id", "figure_id", "question_id")}
         return Sample(
             id="_".join([row["category"], *ids.values()]),

@@ -17,7 +17,7 @@ from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text
+from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text, shown
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -219,7 +219,7 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
 def _checked(question: object, label: object, where: str) -> tuple[str, str]:
     answer = str(label).strip().lower()
     if answer not in ("yes", "no"):
-        raise DataError(f"{where}: answer {label!r} is neither Yes nor No")
+        raise DataError(f"{where}: answer {shown(label)} is neither Yes nor No")
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: {question!r} is no question")
+        raise DataError(f"{where}: {shown(question)} is no question")
     return question.strip(), answer

@@ -16,6 +16,22 @@ from stethoscope.records import ImageRef
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+def clipped(value: object) -> str:
+    r"""Text for a message of one line: what cannot be printed escaped, what is long cut.
+
+    >>> print(clipped("two\nlines"), clipped("a" * 100)[-4:])
+    two\nlines a...
+    """
+    text = str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown(value: object) -> str:
+    """A value for a message, quoted if it is text; cut if it is long."""
+    return repr(value) if isinstance(value, str) and len(value) <= 70 else clipped(repr(value))
+
+
 def read_text(path: Path) -> str:
     """A whole UTF-8 text file.
 
@@ -110,7 +126,7 @@ def _object(row: Any, keys: Iterable[str], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: a JSON object was expected, not {json.dumps(row)[:40]}")
     for key in keys:
         if key not in row:
-            raise DataError(f"{where}: key {key!r} is missing; there are: {', '.join(sorted(row))}")
+            raise DataError(f"{where}: key {key!r} is missing; there are: {', '.join(map(clipped, sorted(row)))}")
     return row
 
 
@@ -146,9 +162,9 @@ def question(row: Mapping[str, Any], image: ImageRef, where: str) -> Question:
     """
     label = str(row["label"]).strip().lower()
     if label not in ("yes", "no"):
-        raise DataError(f"{where}: label {row['label']!r} is neither yes nor no")
+        raise DataError(f"{where}: label {shown(row['label'])} is neither yes nor no")
     if not isinstance(row["text"], str) or not row["text"].strip():
-        raise DataError(f"{where}: {row['text']!r} is no question")
+        raise DataError(f"{where}: {shown(row['text'])} is no question")
     return Question(str(row["question_id"]), image, Path(image.name).stem, row["text"].strip(), label)
 
 
@@ -164,7 +180,7 @@ def unique(ids: Iterable[tuple[str, str]]) -> None:
     seen: dict[str, str] = {}
     for id_, where in ids:
         if id_ in seen:
-            raise DataError(f"{where}: question_id {id_} is used before, in {seen[id_]}")
+            raise DataError(f"{where}: question_id {clipped(id_)} is used before, in {seen[id_]}")
         seen[id_] = where
 
 
@@ -220,14 +236,11 @@ class ImageFolder:
         Raises:
             DataError: there is no such file, or the name leads out of the folder.
         """
-        shown = name if len(name) <= 100 else name[:97] + "..."
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or parts[:1] == ("/",) or re.match(r"[A-Za-z]:[\\/]", name):
-            raise DataError(
-                f"{where}: image {shown!r} leads out of {self.path}; it should be a path inside that folder"
-            )
+            raise DataError(f"{where}: image {shown(name)} leads out of {self.path}; it should be inside it")
         if name not in self._names and not self._holds(name):
-            raise DataError(f"{where}: image {shown!r} is not in {self.path}")
+            raise DataError(f"{where}: image {shown(name)} is not in {self.path}")
         return ImageRef(name, self.path / name)
 
     def _holds(self, name: str) -> bool:

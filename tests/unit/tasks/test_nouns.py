@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 
-from stethoscope.tasks import captions, given, nouns, sets, totals, yes_no
+from stethoscope.tasks import captions, given, nouns, published, sets, totals, yes_no
 from stethoscope.tasks.nouns import Nouns, Vocabulary, singulars
 
 WORDS = (
@@ -76,6 +76,8 @@ def test_vocabulary_of_several_words():
     assert Vocabulary({}).mentions(text) == []
 
 
-@pytest.mark.parametrize("module", [captions, given, nouns, sets, totals, yes_no], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [captions, given, nouns, published, sets, totals, yes_no], ids=lambda module: module.__name__
+)
 def test_examples_of_the_docstrings(module):
     assert doctest.testmod(module).failed == 0
