@@ -175,7 +175,8 @@ def certify(
     side = 1 if promise.risk == "max_false_alarms" else -1  # a miss is a false alarm with everything turned round
     at_risk = labels == (0 if side > 0 else 1)
     limit, mean = int(max(np.max(reference, initial=1), 1)), float(np.mean(reference)) if len(reference) else 1.0
-    chances = per_image(groups, at_risk)
+    index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].ravel()
+    chances = np.bincount(index, weights=at_risk)
     share = np.minimum(1, limit / np.maximum(chances, 1))  # what a mention of an image counts
     bet = stake(len(chances), promise.most, promise.confidence, mean, limit)
     needed = math.log(1 / (1 - promise.confidence))
@@ -183,8 +184,9 @@ def certify(
 
     def accepted(count: int) -> bool:
         """Whether the promise holds with the first ``count`` errors; the wealth falls with every one."""
-        flagged = at_risk & (side * scores >= bold[count - 1]) if count else np.zeros(len(scores), dtype=bool)
-        return log_wealth(per_image(groups, flagged) * share, chances * share, promise.most, bet) >= needed
+        flagged = at_risk & (side * scores >= (bold[count - 1] if count else np.inf))
+        errors = np.bincount(index, weights=flagged, minlength=len(chances))
+        return log_wealth(errors * share, chances * share, promise.most, bet) >= needed
 
     if not accepted(0):
         raise DataError(_too_few(promise, chances * share, limit))

@@ -205,3 +205,26 @@ def test_a_run_that_is_not_there_is_named_with_its_neighbours(store):
     (store.run_dir / "metrics.json").write_text("{")
     with pytest.raises(ArtefactError, match=r"metrics\.json is damaged"):
         store.metrics()
+
+
+def test_rows_say_what_the_model_was_asked_and_who_labelled():
+    table = token_table(
+        "tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what? ASSISTANT:", version="3"
+    ).to_pandas()
+    assert table["labeller"].unique().tolist() == ["tiny/3"]
+    assert table["prompt_hash"].unique().tolist() == ["01a8723f63495759"]
+    other = token_table("tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what else?", version="3").to_pandas()
+    assert other["prompt_hash"][0] != table["prompt_hash"][0]
+
+
+def test_token_rows_of_a_run_from_before_are_read_and_added_to(store):
+    """Older token tables lack the last two key columns: they stay empty, and are no features."""
+    store.append([record(0)], {SAMPLES[0].id: rows(0, 0.5).drop_columns(["prompt_hash", "labeller"])})
+    store.finish("tiny", [SAMPLES[0].id])
+    assert "labeller" in store.tokens().columns
+    store.append([record(1)], {SAMPLES[1].id: rows(1, 0.7)})
+    store.finish("tiny", [SAMPLES[0].id, SAMPLES[1].id])
+    table = RunStore(store.run_dir).tokens("tiny")
+    assert table["labeller"].isna().tolist() == [True] * 3 + [False] * 3
+    assert table["level"].tolist() == pytest.approx([0.5] * 3 + [0.7] * 3)
+    assert set(table.columns) == {*KEY_COLUMNS, "level"}

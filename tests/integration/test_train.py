@@ -1,0 +1,94 @@
+"""``stethoscope train`` on the token table of a made-up run: comparison, ablation, promises, what is left behind."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from token_tables import token_table
+
+from stethoscope import Detector, leaderboard
+from stethoscope.lines import Record
+from stethoscope.store import RunStore
+from stethoscope.table import mention_rows
+from stethoscope.tokens import SCHEMA
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of 400 images, as ``stethoscope extract`` leaves it."""
+    table = token_table(400, seed=3).rename(columns={"mass": "attn_image_l00", "noise": "lens_rank_l00"})
+    table = table.assign(prompt_hash="0" * 16, labeller="chair/1")
+    store = RunStore(tmp_path / "run")
+    store.begin("chair", {"adapter": {"model_id": "made-up"}, "task": {"name": "chair", "version": "1"}})
+    keys = {field.name: field.type for field in SCHEMA}
+    rows = {
+        name: pa.Table.from_pandas(part, preserve_index=False).cast(
+            pa.schema([(c, keys.get(c, pa.float32())) for c in part.columns])
+        )
+        for name, part in table.groupby("sample_id", sort=False)
+    }
+    groups = dict(zip(table["sample_id"], table["group"], strict=True))
+    store.append([Record("chair", name, groups[name], "all", "x.png", "What?") for name in rows], rows)
+    store.finish("chair", list(rows))
+    return store.run_dir
+
+
+def test_one_detector(run, stethoscope):
+    out = stethoscope("train", f"run={run}", code=0)
+    for word in ("leader board", "same position and word", "shuffled labels", "text prior", "ahead by", "highest F1"):
+        assert word in out
+    assert {path.name for path in (run / "detector").iterdir()} == {"detector.skops", "manifest.json", "README.md"}
+    assert "made-up" in (run / "detector" / "README.md").read_text()
+    detector = Detector.load(run / "detector")
+    assert detector.manifest["label"].startswith("first sub-token of the first mention of an object")
+    warnings = [json.loads(line) for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert all(
+        line["evidence"] + line["prior"] == pytest.approx(_logit(line["probability"]), abs=1e-3) for line in warnings
+    )
+
+
+def _logit(probability):
+    from math import log
+
+    return log(probability / (1 - probability))
+
+
+def test_a_promise_is_printed_kept_in_the_manifest_and_used(run, stethoscope):
+    out = stethoscope("train", f"run={run}", "detector.threshold={max_missed: 0.3}", "split.calibration=0.3", code=0)
+    assert "at most 0.3 of the hallucinated mentions get none, at confidence 0.95" in out
+    assert "calibration images" in out
+    detector = Detector.load(run / "detector")
+    certificate = json.loads((run / "detector" / "manifest.json").read_text())["threshold"]["certificate"]
+    assert certificate == detector.certificate.to_dict()
+    section = RunStore(run).metrics()["detector"]
+    table = RunStore(run).tokens("chair")
+    assert certificate["images"] == section["split"]["folds"]["calibration"]["images"]
+    warned = [json.loads(line)["warned"] for line in (run / "warnings.jsonl").read_text().splitlines()]
+    assert warned == (detector.predict(mention_rows(table)) >= detector.threshold).tolist()
+
+
+def test_a_promise_that_cannot_be_given_is_one_line(run, stethoscope):
+    line = stethoscope("train", f"run={run}", "detector.threshold={max_false_alarms: 0.01}")
+    assert "no threshold can promise at most 0.01 of the grounded mentions get a warning" in line
+    assert "are needed" in line
+    assert "did you mean 'max_missed'" in stethoscope("train", f"run={run}", "detector.threshold={max_mised: 0.1}")
+
+
+def test_several_detectors_and_ablation(run, stethoscope):
+    out = stethoscope("train", f"run={run}", "beside=[boosting]", "ablation=true", "detector.repeats=all", code=0)
+    assert "boosting - text prior" in out
+    assert "detector - boosting" in out
+    assert "what each feature group adds" in out
+    section = RunStore(run).metrics()["detector"]
+    assert {row["other"] for row in section["ablation"]} == {
+        "without uncertainty", "without attention", "without lens", "without position"
+    }  # fmt: skip
+    assert Detector.load(run / "detector").settings["estimator"] == "logistic"
+    assert "did you mean 'boosting'" in stethoscope("train", f"run={run}", "beside=[bosting]")
+
+
+def test_every_detector_of_the_configuration_trains(run, stethoscope, monkeypatch):
+    monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
+    for name in ("factored", "per_head"):
+        stethoscope("train", f"run={run}", f"detector={name}", "detector.strength=0.1", code=0)
+        assert Detector.load(run / "detector").settings["factored"] == (name == "factored")
