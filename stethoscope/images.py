@@ -29,8 +29,10 @@ def rgb(image: Image, name: str = "image") -> Image:
         name: how to call the picture in messages.
 
     Raises:
-        DataError: it has no pixels, or values that are no brightness.
+        DataError: it is no picture, has no pixels, or values that are no brightness.
     """
+    if not hasattr(image, "getexif"):
+        raise DataError(f"{name} should be a PIL image, got {type(image).__name__}")
     if 0 in image.size:
         raise DataError(f"{name} has no pixels: {image.size[0]} x {image.size[1]}")
     image = _upright(image)
