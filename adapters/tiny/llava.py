@@ -72,7 +72,7 @@ def llava_next(size: int = 28, patch: int = 14) -> tuple[PreTrainedModel, Proces
     return LlavaNextForConditionalGeneration(config), processor
 
 
-def llava_onevision(size: int = 28, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
+def llava_onevision(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-OneVision: as LLaVA-NeXT, with a SigLIP tower and Qwen2; the picture of tiles is scaled to 9 at most."""
     from transformers import (
         LlavaOnevisionConfig,
