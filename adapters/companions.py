@@ -57,7 +57,7 @@ def find(source: str, name: str, loading: Loading) -> Path | None:
 
 
 def settings(source: str, loading: Loading, name: str = "config.json") -> dict[str, Any]:
-    """The settings in a JSON file beside the weights; empty where there is no such file.
+    """The settings in a JSON file beside the weights; empty where a folder has no such file.
 
     Raises:
         ConfigError: there is no such folder or hub model.
@@ -65,6 +65,9 @@ def settings(source: str, loading: Loading, name: str = "config.json") -> dict[s
     """
     path = find(source, name, loading)
     if path is None:
+        if name == "config.json" and not is_folder(source):  # every hub model has one
+            here = "among the files on this machine" if loading.where(False)["local_files_only"] else "on the hub"
+            raise ConfigError(f"model {source} was not found as a folder or {here}")
         return {}
     try:
         held = json.loads(path.read_text(encoding="utf-8"))

@@ -333,6 +333,7 @@ def test_a_shard_that_is_cut_short(parts, tmp_path):
     [
         ({"prompt": "USER: {question}"}, ("<|image|>",)),
         ({"model_id": "/no/such/model"}, ("/no/such/model",)),
+        ({"model_id": "nobody/has-this", "local_files_only": True}, ("nobody/has-this", "not found")),
         ({"abstractor": {"grid_size": 32}}, ("grid_size=32", "4")),
         ({"abstractor": {"hidden_size": 30}}, ("hidden_size=30", "32")),
         ({"abstractor": {"num_attention_heads": 5}}, ("32", "5 heads")),

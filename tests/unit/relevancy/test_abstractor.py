@@ -61,7 +61,9 @@ def test_against_brute_force(owl, scope):
     assert found.image.shape[-1] == QUERIES + 1
 
 
-@pytest.mark.parametrize("options", [{"recompute": True}, {"rule": "plain"}, {"rule": "eq10_no_transpose"}])
+@pytest.mark.parametrize(
+    "options", [{"recompute": True}, {"recompute": False}, {"rule": "plain"}, {"rule": "eq10_no_transpose"}]
+)
 def test_neither_running_again_nor_the_rule_of_cross_attention_changes_anything(owl, options):
     model, inputs = owl
     expected = relevancy_from_inputs(model, inputs, zoo.ANSWER)
