@@ -368,8 +368,7 @@ class HfAdapter(Adapter):
             "weights": self._digest,
             "processor": type(self.processor).__name__,
             "image_processor": type(self.processor.image_processor).__name__,
-            # BLIP-2's first weights stay in float32 where the others are in float16, so not model.dtype
-            "dtype": str(self.model.get_output_embeddings().weight.dtype).removeprefix("torch."),
+            "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
             "prompt": self.prompt,
             "transformers": transformers.__version__,

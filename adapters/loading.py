@@ -19,6 +19,7 @@ from stethoscope.adapters import blip, processors
 from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, unknown
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -195,6 +196,15 @@ def pretrained(
     return model
 
 
+def head_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the head computes in, or the model where it has none.
+
+    ``model.dtype`` goes by the first weights, and BLIP-2's stay in float32 when the others are in float16.
+    """
+    head = model.get_output_embeddings()
+    return model.dtype if head is None else head.weight.dtype
+
+
 def _settle_four_bits(model: PreTrainedModel) -> None:
     """Computes in the dtype of the rest, and so that gradients are right.
 
@@ -205,7 +215,7 @@ def _settle_four_bits(model: PreTrainedModel) -> None:
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = model.dtype, True
+            module.compute_dtype, module.compute_type_is_set = head_dtype(model), True
             module.support_avx512bf16_for_cpu = False
 
 
