@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.errors import CapabilityError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -50,10 +52,19 @@ def complete(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Makes model and processor agree on how many image tokens there are and which id they have.
 
     The id's embedding is never read, since the image takes its place; a vocabulary without room for it grows by a row.
+
+    Raises:
+        CapabilityError: it has to grow and is not on a device.
     """
     processor.num_query_tokens = model.config.num_query_tokens
     token = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
-    if token >= model.get_input_embeddings().weight.shape[0]:
+    words = model.get_input_embeddings().weight
+    if token >= words.shape[0]:
+        if words.is_meta or model.get_output_embeddings().weight.is_meta:
+            raise CapabilityError(
+                f"an old revision with {words.shape[0]} words needs one more for the image, which cannot be added to "
+                "offloaded weights; take a newer revision, or a device_map with the language model on a device"
+            )
         model.resize_token_embeddings(token + 1)
     model.config.image_token_index = token
 

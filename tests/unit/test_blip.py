@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.capture import Listener, record
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.records import Generation
 from stethoscope.trace import NEEDS
 
@@ -95,6 +95,14 @@ def test_a_folder_of_before_image_tokens_is_completed(family, tmp_path):
     assert encoded.spans.image == tuple(range(saved[0].config.num_query_tokens))
     answer = loaded.generate([encoded], Generation(max_new_tokens=4))[0]
     assert loaded.trace(encoded, answer, ["relevancy"]).relevancy.patches.shape[2:] == (4, 4)
+
+
+def test_a_vocabulary_on_disk_cannot_grow(tmp_path):
+    save("instructblip-vicuna", tmp_path)
+    make_old(tmp_path)
+    with pytest.raises(CapabilityError, match="401 words needs one more for the image") as error:
+        HfAdapter(str(tmp_path), prompt="{question}", device_map={"": "disk"}, offload_folder=str(tmp_path)).setup()
+    assert "\n" not in str(error.value)
 
 
 def test_the_head_that_a_checkpoint_brings_is_kept(tmp_path):
