@@ -68,6 +68,16 @@ def test_strict_reading(folder):
     assert found["score_strict", "existence"] == pytest.approx(100 * 2 / 3)
 
 
+def test_the_first_four_characters_count(folder):
+    """ "Nothing of it" is a no, and "I see: yes" is nothing; read strictly, neither is anything."""
+    task = made(folder, "existence")
+    replies = [task.score(task.samples()[1], reply(text)).detail for text in ("Nothing of it", "I see: yes", "no")]
+    assert [(one["reply"], one["strict"]) for one in replies] == [("no", None), (None, None), ("no", "no")]
+    found = answered(task, "Yes", "Nothing of it", "Yes", "No")
+    assert found["score", "existence"] == 200
+    assert found["accuracy", "existence"] == 1.0
+
+
 def test_an_answer_that_cannot_be_read(folder):
     """Left out, with its image, of the score; wrong in the published one, as in the authors' code."""
     task = made(folder, "existence")
