@@ -62,11 +62,12 @@ class ConvLlavaAdapter(HfAdapter):
         tower: str | None = None,
         tower_revision: str | None = None,
         resolution: int | None = None,
-        prompt: str = "v1",
+        prompt: str | None = "v1",
         text: Mapping[str, Any] | None = None,
         vision: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        prompt = prompt or "v1"
         super().__init__(model_id, prompt=PROMPTS.get(prompt, prompt), **{"family": "convllava", **settings})
         self.tower, self.tower_revision, self.resolution = tower, tower_revision, resolution
         self.text, self.vision = text, vision
@@ -102,8 +103,13 @@ class ConvLlavaAdapter(HfAdapter):
             raise CapabilityError(f"{self.model_id}: projector {held['mm_projector_type']!r}; only mlp2x_gelu is known")
         beside = replace(self.loading, revision=self.tower_revision)
         text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
-        seen = companions.settings(tower, beside)
-        return tower, beside, text, companions.sized(ConvNextConfig, "vision", seen, chosen=self.vision)
+        vision = companions.sized(ConvNextConfig, "vision", companions.settings(tower, beside), chosen=self.vision)
+        if not len(vision.depths) == len(vision.hidden_sizes) == vision.num_stages:
+            raise ConfigError(
+                f"model.vision: depths={list(vision.depths)} and hidden_sizes={list(vision.hidden_sizes)} should each "
+                f"have num_stages={vision.num_stages} numbers"
+            )
+        return tower, beside, text, vision
 
     def _skeleton(self) -> PreTrainedModel:
         if self.random_init:
@@ -126,8 +132,8 @@ class ConvLlavaAdapter(HfAdapter):
         self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest(self.report.files)
-        tower = self.tower and Path(self.tower).name
-        return super().fingerprint() | {"tower": tower, "resolution": self.resolution}
+        sizes = {"text": dict(self.text or {}), "vision": dict(self.vision or {}), "resolution": self.resolution}
+        return super().fingerprint() | {"tower": self.tower and Path(self.tower).name, **sizes}
 
 
 def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:

@@ -121,7 +121,8 @@ class MplugOwl2Adapter(HfAdapter):
         self.setup()
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest(self.report.files)
-        return super().fingerprint()
+        sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
+        return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
 
 
 def check(config: MplugOwl2Config) -> None:

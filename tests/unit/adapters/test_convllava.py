@@ -46,21 +46,23 @@ def parts(tmp_path_factory):
     return folder, authors.save(folder)
 
 
+def sources(folder):
+    return {"model_id": str(folder / "model"), "tower": str(folder / "tower")}
+
+
 def load(folder, **settings):
-    sources = {"model_id": str(folder / "model"), "tower": str(folder / "tower")}
-    chosen = {**sources, "resolution": authors.RESOLUTION, "device": "cpu"}
-    return stethoscope.load("convllava-768", **{**chosen, **settings})
-
-
-def unloaded(folder, **settings):
-    return ConvLlavaAdapter(str(folder / "model"), tower=str(folder / "tower"), **settings)
+    chosen = {"name": "convllava-768", "resolution": authors.RESOLUTION, "dtype": "auto", "device": "cpu"}
+    adapter = ConvLlavaAdapter(**{**chosen, **sources(folder), **settings})
+    adapter.setup()
+    return adapter
 
 
 @pytest.fixture(scope="module")
 def adapter(parts):
+    """By the published configuration."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing in the published files is a surprise
-        return load(parts[0])
+        return stethoscope.load("convllava-768", **sources(parts[0]), resolution=authors.RESOLUTION, device="cpu")
 
 
 def pixels(image, side):
@@ -155,6 +157,7 @@ def test_prompts(parts, name):
 
 def test_a_prompt_of_ones_own(parts):
     assert load(parts[0], prompt="<image> {question}").encode(IMAGE, "b").text == "<image> b"
+    assert load(parts[0], prompt=None).encode(IMAGE, "b").text.startswith(SYSTEM["v1"])
 
 
 @pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
@@ -192,7 +195,7 @@ def test_memory_is_told_without_reading_a_weight(parts, adapter, tmp_path, dtype
     folder = shutil.copytree(parts[0], tmp_path / "copy")
     for path in (*folder.rglob("*.bin"), *folder.rglob("*.safetensors"), *folder.rglob("tokenizer*")):
         path.unlink()
-    told = unloaded(folder, dtype=dtype).memory(1000)
+    told = ConvLlavaAdapter(**sources(folder), dtype=dtype).memory(1000)
     parameters = list(adapter.model.parameters())
     assert told.parameters == sum(parameter.numel() for parameter in parameters)
     assert told.dtype == ("float16" if dtype == "auto" else dtype)
@@ -212,6 +215,7 @@ def test_fingerprints_follow_both_folders_and_hold_no_path(parts, adapter, tmp_p
     first = adapter.fingerprint()
     assert str(parts[0]) not in json.dumps(first)
     assert load(parts[0]).fingerprint() == first
+    assert load(parts[0], text={"rms_norm_eps": 1e-6}).fingerprint() != first
     shutil.copytree(parts[0] / "tower", tmp_path / "tower")
     path = tmp_path / "tower" / "model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -351,6 +355,7 @@ def test_sizes_without_a_config_come_from_the_settings(parts, adapter, tmp_path)
         ({"text": {"num_heads": 4}}, ("num_heads", "num_attention_heads")),
         ({"text": {"num_attention_heads": 7}}, ("model.text", "40", "7")),
         ({"vision": {"depth": [1]}}, ("depth", "depths")),
+        ({"vision": {"depths": [1, 2]}}, ("depths=[1, 2]", "num_stages=5")),
     ],
 )
 def test_wrong_settings(parts, settings, words):

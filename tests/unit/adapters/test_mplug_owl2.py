@@ -39,18 +39,18 @@ def parts(tmp_path_factory):
 
 
 def load(folder, **settings):
-    return stethoscope.load("mplug-owl2-7b", **{"model_id": str(folder), "device": "cpu", **settings})
-
-
-def unloaded(folder, **settings):
-    return MplugOwl2Adapter(str(folder), **settings)
+    chosen = {"model_id": str(folder), "name": "mplug-owl2-7b", "device": "cpu"}
+    adapter = MplugOwl2Adapter(**{**chosen, **settings})
+    adapter.setup()
+    return adapter
 
 
 @pytest.fixture(scope="module")
 def adapter(parts):
+    """By the published configuration."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing in the published files is a surprise
-        return load(parts[0])
+        return stethoscope.load("mplug-owl2-7b", model_id=str(parts[0]), device="cpu")
 
 
 def pixels(image, side):
@@ -224,7 +224,7 @@ def test_memory_is_told_without_reading_a_weight(parts, adapter, tmp_path, dtype
     folder = shutil.copytree(parts[0], tmp_path / "copy")
     for path in (*folder.rglob("*.bin"), *folder.rglob("*.safetensors"), *folder.rglob("tokenizer*")):
         path.unlink()
-    told = unloaded(folder, dtype=dtype).memory(1000)
+    told = MplugOwl2Adapter(str(folder), dtype=dtype).memory(1000)
     parameters = list(adapter.model.parameters())
     assert told.parameters == sum(parameter.numel() for parameter in parameters)
     assert told.dtype == ("float16" if dtype == "auto" else dtype)
