@@ -131,9 +131,9 @@ class Amber(Task):
 
     In the questions **no** is the positive class: precision is over the model's no, recall over the questions of which
     the truth is no. An answer that ``parser`` cannot read counts nowhere, except in the figures called ``published``:
-    these take, as the authors do, every answer but the very words "Yes" and "No" for a wrong one. (The authors
-    also round precision and recall before they make F1, and add 1e-4 to its divisor, 1e-3 for existence. That moves the third
-    digit and is not done here.)
+    these take, as the authors do, every answer but the very words "Yes" and "No" for a wrong one. (The authors also
+    round precision and recall before they make F1, and add 1e-4 to its divisor, 1e-3 for existence. That moves the
+    third digit and is not done here.)
     """
 
     name: ClassVar[str] = "amber"
