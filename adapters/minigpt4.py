@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -40,7 +39,7 @@ PROMPTS = {
     "llama2": _SYSTEM + "<s>[INST] <Img>" + PLACEHOLDER + "</Img> {question} [/INST] ",
 }
 """By version; those of the authors' demo."""
-_FILES = {"vicuna": "prerained_minigpt4_7b.pth", "llama2": "checkpoint_stage2.pth of MiniGPT-4 for Llama 2"}
+_FILES = {"vicuna": "prerained_minigpt4_7b.pth", "llama2": "the one for Llama 2"}
 
 
 class MiniGpt4Adapter(HfAdapter):
@@ -91,8 +90,8 @@ class MiniGpt4Adapter(HfAdapter):
         if settings.get("random_init") is None:
             if projector is None:
                 raise ConfigError(
-                    f"model.projector is missing; give the path of the authors' file ({_FILES[version]}), which they "
-                    f"publish for download by hand (Vision-CAIR/MiniGPT-4 on GitHub)"
+                    f"model.projector is missing; give the path of the authors' .pth file ({_FILES[version]}), which "
+                    f"they publish for download by hand (Vision-CAIR/MiniGPT-4 on GitHub)"
                 )
             for key, value in (("llm", llm), ("vision", vision)):
                 if value is None:
@@ -100,7 +99,7 @@ class MiniGpt4Adapter(HfAdapter):
         self.version, self.report = version, Report(0, (), ())
         self.sources = {"llm": llm, "vision": vision, "qformer": qformer, "projector": projector}
         self.vision_layers, self.vision_heads, self.qformer_heads = vision_layers, vision_heads, qformer_heads
-        settings = {"name": f"minigpt4-{version}", **settings}
+        settings["name"] = settings.get("name") or f"minigpt4-{version}"
         super().__init__(llm, prompt=prompt or PROMPTS[version], **settings)
 
     def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
@@ -121,8 +120,7 @@ class MiniGpt4Adapter(HfAdapter):
         if self.version == "llama2":
             weights = parts.for_llama2(weights)
         model, self.report = checkpoints.build(cls, config, weights, self.loading, what)
-        if stray := self.report.unexpected:
-            warnings.warn(f"{what}: {len(stray)} tensors in the files are not used, such as {stray[0]}", stacklevel=2)
+        companions.warn_of_strays(what, self.report)
         return model, make_processor(config, tokenizer)
 
     def _text(self) -> PreTrainedConfig:

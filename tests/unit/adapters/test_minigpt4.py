@@ -233,6 +233,24 @@ def test_layers_on_disk_and_cpu_give_the_same(parts, version, adapter, tmp_path)
     assert torch.allclose(*maps, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "kind", "alike"), [("4bit", "Linear4bit", 0.5), ("8bit", "Linear8bitLt", 0.95)]
+)  # random weights suffer more from four bits than trained ones
+def test_the_language_model_is_quantised_as_it_is_read(parts, version, adapter, quantize, kind, alike):
+    pytest.importorskip("bitsandbytes", minversion="0.46.1")
+    small = load(version, parts[0], quantize=quantize, dtype="float32")
+    kinds = {name: type(module).__name__ for name, module in small.model.named_modules()}
+    changed = {name for name, found in kinds.items() if found == kind}
+    assert changed == {name for name in kinds if "language_model." in name and name.endswith("_proj")}
+    assert len(changed) == 2 * 7
+    encoded = adapter.encode(IMAGE, QUESTION)
+    answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
+    exact, near = (one.trace(encoded, answer, ("relevancy",)) for one in (adapter, small))
+    assert 0 < (near.logits - exact.logits).abs().mean() < 0.5 * exact.logits.std()
+    maps = torch.stack([trace.relevancy.image.flatten() for trace in (exact, near)])
+    assert torch.corrcoef(maps)[0, 1] > alike
+
+
 def test_the_language_model_in_shards_of_pickles(parts, version, adapter, tmp_path):
     shutil.copytree(parts[0] / "llm", tmp_path / "llm")
     weights = load_file(tmp_path / "llm" / "model.safetensors")
