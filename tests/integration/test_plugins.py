@@ -1,0 +1,132 @@
+"""A made-up model from outside the package: a file and a YAML of the user's, the real command, its maps."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stethoscope.adapters import template, tiny
+from stethoscope.build import build, compose
+from stethoscope.records import Generation
+from stethoscope.relevancy import token_relevancy
+
+PROMPT = "USER: <image>\\n{question} ASSISTANT:"
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+TASK = (
+    "task=pope", "task.source=files", "task.subsets=[random]", "task.questions=asked", "task.images=asked",
+    "logger=none", "callbacks=none",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A package ``my_models`` on the path, from the template, with configurations beside it, and a checkpoint."""
+    torch.set_num_threads(1)
+    package, conf = tmp_path / "my_models", tmp_path / "my_models" / "conf" / "model"
+    conf.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copy(template.__file__, package / "pooled.py")
+    model, processor = template.Adapter(random_init="tiny")._tiny()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.25)
+    model.save_pretrained(tmp_path / "weights")
+    processor.tokenizer.save_pretrained(tmp_path / "weights")
+    lines = ["_target_: my_models.pooled.Adapter", f"model_id: {tmp_path / 'weights'}", f'prompt: "{PROMPT}"']
+    (conf / "pooled.yaml").write_text("\n".join(["# Mine.", "defaults: [hf, _self_]", *lines, "name: pooled"]) + "\n")
+    (tmp_path / "asked").mkdir()
+    IMAGE.save(tmp_path / "asked" / "a.png")
+    asked = [
+        {"question_id": n, "image": "a.png", "text": f"Is there a {n} in the image?", "label": "no"} for n in (1, 2)
+    ]
+    (tmp_path / "asked" / "coco_pope_random.json").write_text("\n".join(map(json.dumps, asked)) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield package
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_models"]:
+        del sys.modules[name]
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path("runs") / folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_template_is_as_short_as_promised():
+    assert 40 <= len(Path(template.__file__).read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("way", ["--config-dir", "hydra.searchpath"])
+def test_a_task_runs_on_it(mine, stethoscope, way):
+    where = ("--config-dir", mine / "conf") if way == "--config-dir" else (f"hydra.searchpath=[file://{mine}/conf]",)
+    said = stethoscope("evaluate", *where, "model=pooled", "plugins=[my_models]", *TASK, "name=one", code=0)
+    assert "0 failed" in said
+    found = records("one")
+    assert len(found) == 2
+    assert all("USER: <image>" in record["prompt"] and record["answer"]["token_ids"] for record in found)
+    config = (Path("runs") / "one" / "config.yaml").read_text()
+    assert "my_models.pooled.Adapter" in config
+    assert "my_models.pooled.Adapter" in (Path("runs") / "one" / "fingerprint.json").read_text()
+
+
+def test_its_features_need_nothing_more(mine, stethoscope):
+    """Also relevancy's; the second command finds the class through the run's own configuration."""
+    import pandas
+
+    words = ("--config-dir", mine / "conf", "model=pooled", "plugins=[my_models]", "generation.max_new_tokens=3")
+    stethoscope("evaluate", *words, *TASK, "name=two", code=0)
+    stethoscope("extract", "run=runs/two", "features=default", "trace=all", code=0)
+    table = pandas.read_parquet("runs/two/tokens.parquet")
+    columns = [name for name in table.columns if name.startswith("relevancy")]
+    assert columns
+    assert len(table) == sum(len(record["answer"]["token_ids"]) for record in records("two"))
+    assert np.isfinite(table[columns].to_numpy(dtype=float)).any()
+
+
+def test_without_the_users_word_nothing_of_it_runs(mine, stethoscope):
+    line = stethoscope("evaluate", "--config-dir", mine / "conf", "model=pooled", *TASK)
+    assert "plugins=[my_models]" in line
+    assert "my_models.pooled" not in sys.modules
+
+
+def test_what_is_wrong_with_it_is_said_in_a_line(mine, stethoscope):
+    where = ("--config-dir", mine / "conf", "plugins=[my_models]", *TASK)
+    assert "did you mean 'pooled'" in stethoscope("evaluate", *where, "model=pooledd")
+    line = stethoscope("evaluate", *where, "model=pooled", "model._target_=my_models.nothing.Adapter")
+    assert "No module named 'my_models.nothing'" in line
+    (mine / "pooled.py").write_text("import a_package_that_is_not_here\n")
+    assert "No module named 'a_package_that_is_not_here'" in stethoscope("evaluate", *where, "model=pooled")
+
+
+def test_only_a_yaml_for_a_class_of_transformers(mine, stethoscope, tmp_path):
+    model, processor = tiny.build("llava")
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    lines = ["defaults: [hf, _self_]", f"model_id: {tmp_path / 'llava'}", f'prompt: "{PROMPT}"']
+    (mine / "conf" / "model" / "finetuned.yaml").write_text("\n".join(lines) + "\n")
+    said = stethoscope("evaluate", "--config-dir", mine / "conf", "model=finetuned", *TASK, code=0)
+    assert "2 samples" in said
+    assert "0 failed" in said
+
+
+def test_it_gets_maps_and_all_loading_options(mine):
+    """A token's map says where the picture matters to it: its patches are those that the token was pooled from."""
+    found = []
+    for settings in ([], ["model.device_map={model: disk, lm_head: cpu}"]):
+        words = [f"hydra.searchpath=[file://{mine}/conf]", "+model=pooled", *settings]
+        adapter = build(compose(words).model, object, "model", plugins=["my_models"])
+        encoded = adapter.encode(IMAGE, "Is there a dog?")
+        assert encoded.spans.grids == ((2, 2),)
+        answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
+        found.append((answer, token_relevancy(adapter, IMAGE, "Is there a dog?", answer)))
+    (answer, maps), (same, away) = found
+    assert answer == same
+    assert maps.image.shape == (len(answer.token_ids), 3, 4)
+    assert (maps.image[:, -1].sum(-1) > 0).any()
+    assert maps.patches.shape[2:] in ((4, 4), (2, 2))
+    assert torch.equal(maps.image, away.image)
+    assert torch.equal(maps.patches, away.patches)
