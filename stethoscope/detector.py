@@ -290,6 +290,12 @@ class Detector:
         require(rows, ("group",))
         return Examples(self._matrix(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
 
+    def _chosen(self) -> str:
+        """How the threshold was chosen, in words."""
+        which = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
+        how = "highest F1 on the calibration fold" if self.certificate is None else str(self._promise)
+        return how + which
+
     @property
     def manifest(self) -> dict[str, Any]:
         """What ``manifest.json`` says of the detector; JSON-able. ``artefact.write`` adds versions and digests."""
@@ -306,7 +312,7 @@ class Detector:
             "base_rate": self._base_rate,
             "threshold": {
                 "value": self.threshold,
-                "chosen": "highest F1 on the calibration fold" if self.certificate is None else str(self._promise),
+                "chosen": self._chosen(),
                 "certificate": None if self.certificate is None else self.certificate.to_dict(),
             },
         }

@@ -214,7 +214,7 @@ def test_a_detector_warns_as_certified(settings):
     assert 0.04 < certificate["observed"] < 0.1
     assert certificate["images"] == calibration["group"].nunique()
     assert (certificate["risk"], certificate["most"], certificate["confidence"]) == ("max_false_alarms", 0.1, 0.95)
-    chosen = "at most 0.1 of the grounded mentions get a warning, at confidence 0.95"
+    chosen = "at most 0.1 of the grounded mentions get a warning, at confidence 0.95, first mentions of an object only"
     assert detector.manifest["threshold"]["chosen"] == chosen
 
 
