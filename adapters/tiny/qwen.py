@@ -27,7 +27,7 @@ def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2.5-VL: a tower that attends within windows in all layers but its last, and keeps patches window by window."""
+    """Qwen2.5-VL: a tower that keeps and attends to patches window by window, in all layers but its last."""
     windows = {"window_size": 56, "fullatt_block_indexes": [2], "patch_size": 14}
     tower = _TOWER | {"intermediate_size": 64, "out_hidden_size": 32} | windows
     return _build("Qwen2_5_VL", tower, {"rope_parameters": _ROPE})
