@@ -10,19 +10,20 @@ model:
     forward               plain SDPA over prompt and answer, without gradients, the head on the last position only
     row, token            stethoscope.relevancy, after the last layer, with the vision tower
     row, graphs kept      the same with recompute=False
-    per token, published  the field's way, after the public tool (LVLM-Interpret, arXiv 2404.03118), written anew: the
-                          weights ask for gradients, as from_pretrained leaves them; eager attention keeps all maps
-                          of language model and vision tower and their gradients; for every token one backward pass,
-                          the matrix recursion of the language model and three of the vision tower. Unlike the tool
-                          it clears the maps' gradients between tokens, without which its maps would be wrong, keeps
-                          no matrices of earlier tokens, and reads one forward pass over prompt and answer instead
-                          of generating with gradients.
-    per token, frozen     its most favourable form: weights frozen, gradients of maps alone, one recursion each
+    published             the field's way, after the public tool (LVLM-Interpret, arXiv 2404.03118): the answer is
+                          generated with gradients and a cache; the weights ask for gradients, as from_pretrained
+                          leaves them; eager attention keeps all maps of language model and vision tower and their
+                          gradients; for every token one backward pass, the matrix recursion of the language model
+                          and three of the vision tower. Unlike the tool it clears the maps' gradients between tokens,
+                          without which its maps would be wrong, and keeps no matrices of earlier tokens.
+    one pass              the same on one forward pass over prompt and answer instead of a generation
+    frozen                the most favourable form: one pass, frozen weights, gradients of maps alone
 
-The fast methods are run --repeats times (`token` once) and the best counts. The field's methods are timed on the first --field-tokens
-tokens, and their fastest token counts for all. "x forward" is against forward passes that alternate with the method in
-its own process. Extra memory is the peak of the first call beyond what the process had before, with freed memory given
-back to the system. Errors are of the first tokens, against maps from plain autograd and the matrix recursion.
+The fast methods are run --repeats times (`token` once) and the best counts. The field's methods are timed on
+--field-tokens tokens, whose mean counts for all. "x forward" is against forward passes that alternate with the method
+in its own process. Extra memory is the peak of the first call beyond what the process had before, in another process
+whose allocator gives freed tensors back at once (the field's methods: on two tokens). Errors are of the first tokens,
+against maps from plain autograd and the matrix recursion.
 """
 
 from __future__ import annotations
@@ -31,31 +32,27 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_field import Clock, Inputs, Model, expected, frozen, one_pass, published
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from stethoscope.relevancy import relevancy_from_inputs
 
 IMAGE_TOKEN, VOCABULARY, PATCH = 5, 2000, 14
-FIELD = ("per token, published", "per token, frozen")
+FIELD = {"published": published, "one pass": one_pass, "frozen": frozen}
 OURS: dict[str, dict[str, Any]] = {
     "row": {"scope": "row"},
     "row, graphs kept": {"scope": "row", "recompute": False},
     "token": {"scope": "token"},
 }
-HEADER = (
-    "method", "seconds", "x forward", "x faster than published", "than frozen", "extra MiB", "of published",
-    "of frozen", "rel. error",
-)  # fmt: skip
+HEADER = ("method", "seconds", "x forward", "x faster than field", "extra MiB", "of field's", "rel. error")
 
 
 @dataclass(frozen=True)
@@ -82,16 +79,15 @@ class Options:
     field_tokens: int
     repeats: int
     sample: int
+    cpu_time: bool
 
 
 PRESETS = {
     "small": Shape(),
     "llava-7b": Shape(32, 4096, 32, 24, 1024, 576, 64, 100, "bfloat16"),
 }
-TINY = Shape(2, 64, 2, 2, 64, 16, 4, 4)
-
-Model = LlavaForConditionalGeneration
-Inputs = dict[str, Tensor]
+_MMAP_THRESHOLD = -3  # of malloc.h
+TINY = Shape(2, 64, 2, 2, 64, 16, 8, 4)
 
 
 def build(shape: Shape, device: str) -> tuple[Model, Inputs, list[int]]:
@@ -133,115 +129,7 @@ def ours(model: Model, inputs: Inputs, answer: list[int], tokens: int, **options
     return relevancy_from_inputs(model, inputs, answer, layers="final", tokens=chosen, **options).llm[:, 0]
 
 
-# --- the field's way ------------------------------------------------------------------------------------------------
-
-
-def heard(model: Model, inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Logits of an eager pass with a graph, and the maps of language model and vision tower, (1, heads, N, N) each."""
-    maps: dict[bool, list[Tensor]] = {True: [], False: []}
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, where=maps["vision_tower" in name]: where.append(output[1]))
-        for name, module in model.named_modules()
-        if name.endswith("self_attn")
-    ]
-    model.set_attn_implementation("eager")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        inputs = {**inputs, "pixel_values": inputs["pixel_values"].clone().requires_grad_()}
-    logits = model(**inputs, use_cache=False).logits[0]
-    for hook in hooks:
-        hook.remove()
-    model.set_attn_implementation("sdpa")
-    return logits, maps[False], maps[True]
-
-
-def weighted(attention: Tensor, gradient: Tensor) -> Tensor:
-    """Equation 5: (N, N)."""
-    return (gradient.float() * attention.detach().float()).clamp(min=0).mean(1)[0]
-
-
-def recursion(maps: Sequence[tuple[Tensor, Tensor]], start: Tensor | None = None) -> Tensor:
-    """Equation 6 on pairs of a map and its gradient, as full matrices."""
-    relevancy = torch.eye(maps[0][0].shape[-1], device=maps[0][0].device) if start is None else start
-    for attention, gradient in maps:
-        relevancy = relevancy + weighted(attention, gradient) @ relevancy
-    return relevancy
-
-
-def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> list[float]:
-    """Seconds of the forward pass and then of every token."""
-    clock = [time.perf_counter()]
-    logits, language, vision = heard(model, inputs)
-    for one in (*language, *vision):
-        one.retain_grad()
-    clock.append(_now(model))
-    first, image = len(logits) - len(answer) - 1, (inputs["input_ids"][0] == IMAGE_TOKEN).nonzero()[:, 0]
-    for token in range(tokens):
-        model.zero_grad()
-        for one in (*language, *vision):
-            one.grad = None
-        logits[first + token, answer[token]].backward(retain_graph=True)
-        relevancy = recursion([(one, one.grad) for one in language])
-        used = [(one, one.grad) for one in vision if one.grad is not None]
-        size = vision[0].shape[-1]
-        block, row = torch.eye(size, device=relevancy.device), torch.eye(size, device=relevancy.device)
-        block[1:, 1:] = relevancy[image][:, image]
-        row[0, 1:] += relevancy[first + token, image]
-        row[1:, 0] += relevancy[first + token, image]
-        for start in (block, row, None):
-            recursion(used, start)
-        clock.append(_now(model))
-    model.zero_grad()
-    return [after - before for before, after in pairwise(clock)]
-
-
-def frozen(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> list[float]:
-    """The same with frozen weights and gradients of nothing but maps."""
-    clock = [time.perf_counter()]
-    logits, language, vision = heard(model.requires_grad_(False), inputs)
-    maps = [*language, *vision]
-    clock.append(_now(model))
-    first = len(logits) - len(answer) - 1
-    for token in range(tokens):
-        grads = torch.autograd.grad(logits[first + token, answer[token]], maps, retain_graph=True, allow_unused=True)
-        pairs = [(one, grad) for one, grad in zip(maps, grads, strict=True) if grad is not None]
-        recursion(pairs[: len(language)])
-        recursion(pairs[len(language) :])
-        clock.append(_now(model))
-    return [after - before for before, after in pairwise(clock)]
-
-
-def expected(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> dict[str, np.ndarray]:
-    """(tokens, N) relevancy of the first tokens after the last layer, by scope."""
-    logits, language, _ = heard(model.requires_grad_(False), inputs)
-    first = len(logits) - len(answer) - 1
-    maps = []
-    for token in range(tokens):
-        grads = torch.autograd.grad(logits[first + token, answer[token]], language, retain_graph=True)
-        maps.append([weighted(one, grad) for one, grad in zip(language, grads, strict=True)])
-    found: dict[str, list[Tensor]] = {"row": [], "token": []}
-    for scope, rows in found.items():
-        for token in range(tokens):
-            vector = torch.zeros(len(logits), device=logits.device)
-            vector[first + token] = 1
-            for layer in reversed(range(len(language))):
-                used = maps[token][layer].clone()
-                if scope == "row":  # the prompt's rows are token 0's, every later row is that of the token it predicts
-                    used[: first + 1] = maps[0][layer][: first + 1]
-                    for earlier in range(1, token + 1):
-                        used[first + earlier] = maps[earlier][layer][first + earlier]
-                vector = vector + vector @ used
-            vector[first + token] -= 1
-            rows.append(vector.cpu())
-    return {scope: torch.stack(rows).numpy() for scope, rows in found.items()}
-
-
 # --- measuring ------------------------------------------------------------------------------------------------------
-
-
-def _now(model: Model) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _memory(name: str) -> int:
@@ -251,24 +139,24 @@ def _memory(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
-def peak(call: Callable[[], Any], device: str) -> tuple[int, Any]:
-    """Bytes at the peak of a call beyond what there was before, and its result."""
+def peak(call: Callable[[], Any], device: str) -> int:
+    """Bytes at the peak of a call beyond what there was before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = call()
+        call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
+        return torch.cuda.max_memory_allocated() - before
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # resets the peak
     before = _memory("VmRSS")
-    result = call()
-    return _memory("VmHWM") - before, result
+    call()
+    return _memory("VmHWM") - before
 
 
 @dataclass(frozen=True)
@@ -280,54 +168,60 @@ class Cost:
 
     seconds: float
     forward: float
-    peak: int
     timed: int
-    rows: np.ndarray | None = None
+    rows: np.ndarray | None
+    peak: int = 0
 
 
-def measure(method: str, shape: Shape, options: Options) -> Cost:
-    """One method on one shape, in this process."""
+def measure(method: str, shape: Shape, options: Options, memory: bool) -> Any:
+    """One method on one shape, in this process: its ``Cost``, or the bytes at its peak."""
+    Clock.cpu_time = options.cpu_time
+    if memory and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)  # freed tensors go back to the system at once
     if options.threads:
         torch.set_num_threads(options.threads)
-    for warm, size in ((True, TINY), (False, shape)):
+    for size in (TINY, shape):  # the first warms up
         model, inputs, answer = build(replace(size, dtype=shape.dtype), options.device)
-        if method in FIELD:
-            cost = _field(method, model, inputs, answer, options)
+        model.requires_grad_(method in ("published", "one pass"))
+        if memory:
+            found = peak(lambda: _call(method, model, inputs, answer, options), options.device)  # noqa: B023
+        elif method in FIELD:
+            few = min(options.field_tokens, len(answer))
+            start, seconds = FIELD[method](model, inputs, answer, few)
+            found = Cost(start + float(np.mean(seconds)) * len(answer), start, few, None)
         else:
-            cost = _fast(method, model, inputs, answer, replace(options, repeats=1) if warm else options)
-    return cost
+            found = _fast(method, model, inputs, answer, options)
+    return found
 
 
-def _field(method: str, model: Model, inputs: Inputs, answer: list[int], options: Options) -> Cost:
-    function, few = published if method == FIELD[0] else frozen, min(options.field_tokens, len(answer))
-    most, seconds = peak(lambda: function(model, inputs, answer, few), options.device)
-    return Cost(seconds[0] + min(seconds[1:]) * len(answer), seconds[0], most, few)
+def _call(method: str, model: Model, inputs: Inputs, answer: list[int], options: Options, most: int = 10**6) -> Any:
+    """Runs a method on as many tokens as the options say."""
+    if method in FIELD:
+        return FIELD[method](model, inputs, answer, min(2, len(answer)))
+    if method == "forward":
+        return plain(model, inputs)
+    few = min(len(answer), most, options.sample if method == "token" else most)
+    return ours(model, inputs, answer, few, **OURS[method])
 
 
 def _fast(method: str, model: Model, inputs: Inputs, answer: list[int], options: Options) -> Cost:
-    model.requires_grad_(False)
+    best, forward, rows = float("inf"), float("inf"), None
+    for _ in range(1 if method == "token" else options.repeats + 1):
+        forward = min(forward, *(_seconds(model, lambda: plain(model, inputs)) for _ in range(2)))
+        start = Clock.now(model.device.type)
+        rows = _call(method, model, inputs, answer, options)
+        best = min(best, Clock.now(model.device.type) - start)
     few = min(options.sample, len(answer)) if method == "token" else len(answer)
-    if method == "forward":
-        call: Callable[[int], Any] = lambda tokens: plain(model, inputs)  # noqa: E731
-    else:
-        call = lambda tokens: ours(model, inputs, answer, tokens, **OURS[method])  # noqa: E731
-    start = _now(model)
-    most, rows = peak(lambda: call(few), options.device)
-    best, forward = _now(model) - start, float("inf")
-    for _ in range(options.repeats):
-        forward = min(forward, _seconds(model, lambda: plain(model, inputs)))
-        if method != "token":
-            best = min(best, _seconds(model, lambda: call(few)))
     if few < len(answer):
-        one = _seconds(model, lambda: call(1))
+        one = _seconds(model, lambda: _call(method, model, inputs, answer, options, 1))
         best = one + (best - one) / max(few - 1, 1) * (len(answer) - 1)
-    return Cost(best, forward, most, few, None if method == "forward" else rows.numpy())
+    return Cost(best, forward, few, None if method == "forward" else rows.numpy())
 
 
 def _seconds(model: Model, call: Callable[[], Any]) -> float:
-    start = _now(model)
+    start = Clock.now(model.device.type)
     call()
-    return _now(model) - start
+    return Clock.now(model.device.type) - start
 
 
 def _truth(shape: Shape, options: Options) -> dict[str, np.ndarray]:
@@ -341,7 +235,7 @@ def _send(pipe: Any, function: Callable[..., Any], *arguments: Any) -> None:
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function gives, from a fresh process; None when that was killed."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which has imported everything and computed nothing
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, *arguments))
     process.start()
@@ -376,13 +270,18 @@ def room(device: str) -> int:
 def compare(shape: Shape, options: Options) -> list[list[str]]:
     """All methods on one shape, as rows of the table."""
     fits = map_bytes(shape) < 0.8 * room(options.device)
-    found = {name: apart(measure, name, shape, options) for name in ("forward", *OURS)}
-    field = {name: apart(measure, name, shape, options) if fits else None for name in FIELD}
+    found: dict[str, Cost | None] = {}
+    for name in ("forward", *OURS, *FIELD):
+        found[name] = apart(measure, name, shape, options, False) if fits or name not in FIELD else None
+        if found[name] is not None:
+            most = apart(measure, name, shape, options, True)
+            found[name] = replace(found[name], peak=most)
     truth = apart(_truth, shape, options) if fits else None
+    field = [found[name] for name in FIELD]
     lines = []
-    for name, cost in {**found, **field}.items():
+    for name, cost in found.items():
         if cost is None:
-            lines.append([name, "its maps do not fit in memory"])
+            lines.append([name, "failed, see above" if fits else "its maps do not fit in memory"])
             continue
         error = ""
         if cost.rows is not None and truth is not None:
@@ -393,9 +292,9 @@ def compare(shape: Shape, options: Options) -> list[list[str]]:
         timed = f" ({cost.timed} timed)" if cost.timed < shape.answer else ""
         lines.append([
             name + timed, f"{cost.seconds:.3f}", "" if name in FIELD else f"{cost.seconds / cost.forward:.1f}",
-            *(f"{other.seconds / cost.seconds:.1f}" if other else "-" for other in field.values()),
+            " / ".join(f"{one.seconds / cost.seconds:.1f}" if one else "-" for one in field),
             f"{cost.peak / 2**20:.0f}",
-            *(f"{cost.peak / other.peak:.2f}" if other else "-" for other in field.values()), error,
+            " / ".join(f"{cost.peak / one.peak:.2f}" if one else "-" for one in field), error,
         ])  # fmt: skip
     return lines
 
@@ -422,12 +321,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of the fast methods; the best counts")
     parser.add_argument("--sample", type=int, default=10**6, help="tokens that `token` is timed on (default: all)")
     parser.add_argument("--grow", action="store_true", help="also grow the answer to 256 and the image to 2,916 tokens")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of the processor, where others use it too; best with --threads 1",
+    )
     given = parser.parse_args()
     sizes = ("layers", "width", "heads", "image", "text", "answer")
     chosen = {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
     shape = replace(PRESETS[given.preset], **chosen)
-    options = Options(given.device, given.threads, given.field_tokens, given.repeats, given.sample)
-    print('Targets refer to "per token, published"; "frozen" is its most favourable form.')
+    options = Options(given.device, given.threads, given.field_tokens, given.repeats, given.sample, given.cpu_time)
+    print("Ratios are to the field's published way / one pass / frozen; targets refer to the first.")
     show(f"{shape}", compare(shape, options))
     if given.grow:
         few = replace(options, sample=min(options.sample, 12), field_tokens=min(options.field_tokens, 2), repeats=2)
