@@ -7,7 +7,7 @@ import torch
 import zoo
 
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError
-from stethoscope.relevancy import attention, relevancy_from_inputs
+from stethoscope.relevancy import attention, merging, relevancy_from_inputs
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
@@ -156,6 +156,7 @@ def test_neither_repetition_nor_budget_changes_anything(family):
         found, expected = getattr(again, name), getattr(one, name)
         assert found is None or torch.equal(found, expected)
     same(relevancy(family, budget=1), one)
+    same(relevancy(family, budget=1, scope="token"), relevancy(family, scope="token"))  # one row and one token at once
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -164,8 +165,35 @@ def test_layers_that_run_again_change_nothing_and_leave_no_trace(family, scope):
     model = case(family).model
     model(**case(family).inputs)  # transformers marks some models when they first run
     before = state(model)
-    same(relevancy(family, scope=scope, tokens=[0, 3], recompute=True), relevancy(family, scope=scope, tokens=[0, 3]))
+    again, kept = (relevancy(family, scope=scope, tokens=[0, 3], recompute=recompute) for recompute in (True, False))
+    same(again, kept)
     assert state(model) == before
+
+
+def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
+    calls = []
+    find = merging._found
+    monkeypatch.setattr(merging, "_found", lambda *arguments: calls.append(1) or find(*arguments))
+    one = zoo.llava_next()
+    other = {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != 7, 11)}
+    for inputs in (one.inputs, other, one.inputs):
+        merging.merging(one.model, inputs, one.image)
+    assert len(calls) == 1
+    wider = {**one.inputs, "image_sizes": torch.tensor([[56, 56]])}
+    assert merging._key(one.model, wider, len(one.image)) != merging._key(one.model, one.inputs, len(one.image))
+
+
+def test_the_last_key_that_a_query_sees():
+    def ends(mask, queries=3, keys=4):
+        return attention.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
+
+    seen = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, False, False]])
+    assert ends(None) == [1, 2, 3]
+    assert ends(None, queries=1) == [4]
+    assert ends(seen[None, None]) == [3, 4, 2]  # a query that sees nothing is even over all keys
+    assert ends(torch.zeros(1, 1, 3, 4).masked_fill(~seen, torch.finfo(torch.float32).min)) == [3, 4, 2]
+    assert ends(torch.tensor([True, True, False, False])[None, None, None]) == [2, 2, 2]
+    assert ends(torch.stack([seen, seen.roll(1, -1)])[None]) == [4, 4, 3]
 
 
 def state(model):
