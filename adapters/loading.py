@@ -58,7 +58,8 @@ class Loading:
         dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
         revision: branch, tag or commit of a hub model; None for main.
         device_map: spreads the model over devices, as in transformers: ``auto``, ``balanced``, ``sequential``, or a
-            mapping of module names to devices, ``cpu`` and ``disk`` among them; None for one device.
+            mapping of module names to devices, ``cpu`` and ``disk`` among them; None for one device. Weights that lie
+            beside the modules (``query_tokens``, ``image_newline``) must not be on ``disk``; by name they are not.
         max_memory: how much a ``device_map`` by name may take of each device, as ``{0: 20GiB, cpu: 60GiB}``; devices
             that are not named are not used, and what fits on none goes to disk.
         offload_folder: where layers on ``disk`` are kept when they cannot be read from the model's own files.
@@ -100,6 +101,7 @@ class Loading:
 
     def ready(self) -> None:
         """Raises CapabilityError when this machine cannot do what is asked. Called before anything is downloaded."""
+        self._check_gpus()
         if self.quantize is None:
             return
         what = f"quantize={self.quantize}"
@@ -116,6 +118,17 @@ class Loading:
             raise CapabilityError(
                 f"{what} runs on {', '.join(sorted(able))} with bitsandbytes {bitsandbytes.__version__}; "
                 f"this machine has {', '.join(sorted(here))}"
+            )
+
+    def _check_gpus(self) -> None:
+        """Raises CapabilityError for a GPU, by its number, that is not there."""
+        import torch
+
+        places = list(self.device_map.values()) if isinstance(self.device_map, Mapping) else []
+        named = [number for number in (*places, *(self.max_memory or ())) if isinstance(number, int)]
+        if named and max(named) >= (count := torch.accelerator.device_count()):
+            raise CapabilityError(
+                f"device_map or max_memory names GPU {max(named)}; this machine has {count}, counted from 0"
             )
 
     def options(self) -> dict[str, Any]:
@@ -291,8 +304,9 @@ def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -
     if any(tensor.is_meta for tensor in weights.values()):  # accelerate holds them on another device or on disk
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-        weights = get_state_dict_offloaded_model(model)
-    for name, tensor in weights.items():
+        here = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}
+        weights = here | get_state_dict_offloaded_model(model)
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"state:{digest.hexdigest()}"
 
@@ -307,6 +321,8 @@ def one_line(model_id: str) -> Iterator[None]:
     except ImportError as error:
         raise CapabilityError(f"model {model_id} needs more to be installed: {_first(error)}") from error
     except OSError as error:
+        if Path(model_id).expanduser().is_dir():
+            raise DataError(f"model folder {model_id} lacks a file or holds a damaged one: {_first(error)}") from error
         raise ConfigError(f"model {model_id} was not found as a folder or on the hub: {_first(error)}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):

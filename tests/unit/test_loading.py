@@ -153,6 +153,12 @@ def test_wrong_settings(settings, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("settings", [{"device_map": {"": 9}}, {"device_map": "auto", "max_memory": {9: "1GiB"}}])
+def test_a_gpu_that_is_not_there(settings):
+    with pytest.raises(CapabilityError, match="names GPU 9; this machine has"):
+        HfAdapter(random_init="tiny", **settings).setup()
+
+
 def test_quantising_without_bitsandbytes_is_refused_before_anything_is_read(monkeypatch):
     import transformers.utils.import_utils as installed
 
