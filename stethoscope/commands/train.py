@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     beside = {name: _other(name, same, config.plugins) for name in config.beside}
     results = fit(
         RunStore(folder),
-        config.task,
+        config.mentions,
         detector,
         fractions(config),
         config.seed,

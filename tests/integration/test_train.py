@@ -47,6 +47,13 @@ def test_one_detector(run, stethoscope):
     )
 
 
+def test_the_task_is_chosen(run, stethoscope):
+    """The key must not be called as a Hydra group is, which an override would choose from."""
+    out = stethoscope("train", f"run={run}", "mentions=pope", code=2)
+    assert "no token features of task 'pope'" in out
+    assert "leader board" in stethoscope("train", f"run={run}", "mentions=chair", code=0)
+
+
 def _logit(probability):
     from math import log
 
