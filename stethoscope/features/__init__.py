@@ -1,0 +1,23 @@
+"""Token features: pure functions of a trace, one named column each (one per layer or head where these are meant).
+
+Without a suffix the value belongs to the row that *predicts* the token, so it is known before the token is shown.
+Papers differ in the row that they read: where both are offered, ``_q`` is that row and ``_c`` the next one, which
+*consumes* the token. T tokens, L layers, H heads, N image tokens.
+"""
+
+from __future__ import annotations
+
+from stethoscope.features import (  # the order of the catalogue  # isort: skip
+    uncertainty as _uncertainty,  # noqa: F401
+    position as _position,  # noqa: F401
+    attention as _attention,  # noqa: F401
+    lens as _lens,  # noqa: F401
+    contrast as _contrast,  # noqa: F401
+    relevancy as _relevancy,  # noqa: F401
+)
+from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature
+from stethoscope.features.selection import EVERYWHERE, FeatureSet
+
+GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
+
+__all__ = ["COSTS", "EVERYWHERE", "FEATURES", "GROUPS", "Feature", "FeatureSet", "both_rows", "feature"]

@@ -1,0 +1,89 @@
+"""Which features a run computes, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stethoscope.errors import CaptureError, ConfigError, unknown
+from stethoscope.features.catalogue import CLASSES, FEATURES, FORWARD
+
+if TYPE_CHECKING:
+    from stethoscope.trace import Trace
+
+EVERYWHERE = ("uncertainty", "position", "attention", "lens", "blank", "relevancy")
+"""Groups that every family of models has and that are chosen when nothing is said: those of ``features=default``."""
+
+
+class FeatureSet:
+    """The features of a run, chosen by group and by name.
+
+    Attributes:
+        features: the chosen features in the order of the catalogue.
+        needs: what a trace must hold for them.
+    """
+
+    def __init__(
+        self, groups: Sequence[str] = EVERYWHERE, names: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> None:
+        """Chooses all features of ``groups`` plus ``names``, less ``without``.
+
+        Raises:
+            ConfigError: a group or name is not known, or nothing is left.
+        """
+        known = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
+        for group in groups:
+            if group not in known:
+                raise ConfigError(unknown("feature group", group, known))
+        for name in [*names, *without]:
+            if name not in FEATURES:
+                raise ConfigError(unknown("feature", name, FEATURES))
+        self.features = tuple(
+            item
+            for item in FEATURES.values()
+            if (item.group in groups or item.name in names) and item.name not in without
+        )
+        if not self.features:
+            raise ConfigError("no feature is left; choose groups of " + ", ".join(known))
+        self.needs = frozenset().union(*(item.needs for item in self.features))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features, without layer suffixes."""
+        return tuple(item.name for item in self.features)
+
+    @property
+    def cost(self) -> str:
+        """The dearest cost class among the features."""
+        return max((item.cost for item in self.features), key=CLASSES.index, default=FORWARD)
+
+    def compute(self, trace: Trace) -> Mapping[str, np.ndarray]:
+        """All columns for one trace: name to (T,) float32.
+
+        Raises:
+            CaptureError: a value is not finite; the message names the feature.
+            CapabilityError: a feature is not defined for this kind of model; the message names it.
+        """
+        columns: dict[str, np.ndarray] = {}
+        for item in self.features:
+            values = np.asarray(item.function(trace), dtype=np.float32)
+            if not np.isfinite(values).all():
+                raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
+            columns.update(_columns(item.name, values))
+        return columns
+
+
+def _columns(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of one feature.
+
+    >>> list(_columns("mass", np.zeros((3, 1, 2))))
+    ['mass_l00h00', 'mass_l00h01']
+    """
+    if values.ndim == 1:
+        return {name: values}
+    if values.ndim == 2:
+        return {f"{name}_l{layer:02d}": values[:, layer] for layer in range(values.shape[1])}
+    _, layers, heads = values.shape
+    return {f"{name}_l{i:02d}h{j:02d}": values[:, i, j] for i in range(layers) for j in range(heads)}
