@@ -17,7 +17,7 @@ from stethoscope.relevancy.attention import Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
 from stethoscope.relevancy.layout import Layout, answer_logits, layout
 from stethoscope.relevancy.listener import Maps, still
-from stethoscope.relevancy.merging import merging, spread
+from stethoscope.relevancy.merging import Merging, merging
 from stethoscope.relevancy.patches import pixel_order, tiled
 from stethoscope.relevancy.result import Relevancy
 from stethoscope.relevancy.rows import Abar, BlockRows, LayerRows, Saliency, whole
@@ -99,20 +99,20 @@ def _relevancy(
     with record(model, maps), steps(model, maps.tape):
         logits = answer_logits(model, inputs, place)
     kind = _kind(model, maps, place)
-    owner = merging(model, inputs, place.image) if kind == "merged" else None
+    merged = merging(model, inputs, place.image) if kind == "merged" else None
     groups = [chosen] if scope == "row" else _groups(chosen, budget // 2 // maps.tape.width())
     passes = []
     with record(model, maps):  # for layers that run again
         for number, group in enumerate(groups, 1):
             # in scope row no token's gradient reaches the rows of another, so that all of them go in one pass
             of = [group] if scope == "row" else [(token,) for token in group]
-            some = [_Pass(maps, place, kind, owner, tokens, rule, every) for tokens in of]
+            some = [_Pass(maps, place, kind, merged, tokens, rule, every) for tokens in of]
             end = max(group) + 1
             roots = [logits[:end].sum()] if scope == "row" else [logits[token] for token in group]
             maps.backward(roots, [one.receive for one in some], place.first + end, last=number == len(groups))
             passes += [one.result() for one in some]
     parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
-    return _result(model, inputs, place, kind, chosen, owner, parts)
+    return _result(model, inputs, place, kind, chosen, merged, parts)
 
 
 def _groups(tokens: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
@@ -174,7 +174,7 @@ class _Pass:
     maps: Maps
     place: Layout
     kind: str
-    owner: Tensor | None
+    merged: Merging | None
     tokens: tuple[int, ...]
     rule: str
     every: bool
@@ -216,7 +216,7 @@ class _Pass:
     def _tower(self, role: str, name: str) -> BlockRows:
         if role not in self.towers:
             if role == "vision" and self.kind == "merged":  # the language model's layers are through: they come first
-                rows = spread(self._language.mass()[..., self.place.image], self.owner)
+                rows = self.merged.spread(self._language.mass()[..., self.place.image])
             elif role == "vision" and self.kind == "joint":
                 rows = self._joint.vision
             else:
@@ -255,14 +255,14 @@ def _result(
     place: Layout,
     kind: str,
     chosen: tuple[int, ...],
-    owner: Tensor | None,
+    merged: Merging | None,
     parts: dict[str, Tensor],
 ) -> Relevancy:
     if kind == "same":
         grids = tile_grids(model.config, inputs, len(place.image)) or _square(len(place.image))
         tiles = parts["vision"].unflatten(-1, (len(grids), *grids[0])) if len(set(grids)) == 1 else None
     else:
-        order = None if owner is None else pixel_order(owner, inputs)
+        order = None if merged is None else pixel_order(merged.image, inputs)
         if order is not None:
             parts["vision"] = parts["vision"][..., order]
         tiles = tiled(model.config, inputs, parts["vision"])

@@ -2,13 +2,15 @@
 
 With all mixing between vision tokens switched off (attention gives zero), every vision token can reach one image token
 at most: its own. The gradient of a sum of image tokens, weighted by their numbers, then tells the number. So class
-tokens, feature layers, merged patches, tiles, dropped padding and permuted windows need no rule of their own.
+tokens, feature layers, merged patches, tiles, dropped padding and permuted windows need no rule of their own. Only a
+picture that is scaled down behind the tower (see ``scaling``) mixes tokens by itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +20,46 @@ from transformers import PreTrainedModel
 
 from stethoscope.capture import Listener, Site, record
 from stethoscope.errors import CapabilityError
+from stethoscope.relevancy.scaling import scaled
 
-_known: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _MOST = 64  # shapes of inputs that are remembered of a model
-_BASE, _BASE_HALF = 2048, 32  # image tokens are numbered in digits that the precision can tell apart
+_BASES, _BASES_HALF = (2048,), (32, 2)  # image tokens are numbered in digits that the precision can tell apart
+
+
+@dataclass(frozen=True)
+class Merging:
+    """E links between vision tokens and the image tokens that they are merged into.
+
+    Attributes:
+        size: number of vision tokens M, in the tower's own order: crops, or windows, one after another.
+        vision: (E,) int64 numbers of vision tokens. Those that reach no image token (class token, padding) have none.
+        image: (E,) int64 numbers of image tokens.
+        weight: (E,) float32 share of the image token that the vision token makes up.
+    """
+
+    size: int
+    vision: Tensor
+    image: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, owner: Tensor) -> Merging:
+        """Every vision token has one image token, ``owner`` (M,), or none, -1; those of one have equal shares."""
+        vision = (owner >= 0).nonzero()[:, 0]
+        image = owner[vision]
+        return cls(len(owner), vision, image, 1 / torch.bincount(image)[image].float())
+
+    def spread(self, shares: Tensor) -> Tensor:
+        """Relevancy (..., N) of image tokens over the vision tokens that each merges, (..., M).
+
+        >>> Merging.of(torch.tensor([-1, 0, 1, 1])).spread(torch.tensor([1.0, 4.0]))
+        tensor([0., 1., 2., 2.])
+        """
+        sent = shares[..., self.image.to(shares.device)] * self.weight.to(shares)
+        return shares.new_zeros(*shares.shape[:-1], self.size).index_add(-1, self.vision.to(shares.device), sent)
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, Merging]] = WeakKeyDictionary()
 
 
 class _Reached(Exception):
@@ -60,18 +98,14 @@ class _Trails(Listener):
         return output, None
 
 
-def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Tensor:
-    """Which image token every token of the vision tower is merged into; found once for inputs of the same shape.
+def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Merging:
+    """Which image tokens the tokens of the vision tower are merged into; found once for inputs of the same shape.
 
     Args:
         image: (N,) positions of the image tokens in the prompt.
 
-    Returns:
-        (M,) int64 on the CPU, numbers of image tokens, -1 for vision tokens that reach none (class token, padding).
-        The tower's own order: crops, or windows, one after another.
-
     Raises:
-        CapabilityError: a vision token reaches several image tokens, or an image token has no trail where all should.
+        CapabilityError: a vision token reaches several image tokens in a way that is not known, or none has a trail.
     """
     known, key = _known.setdefault(model, {}), _key(model, inputs, len(image))
     if key not in known:
@@ -94,7 +128,7 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> s
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Tensor:
+def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Merging:
     """``merging`` by a pass of its own."""
     trails = _Trails(image)
     try:
@@ -104,15 +138,27 @@ def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) 
         pass
     if trails.numbers is None or not trails.numbers.requires_grad:
         raise CapabilityError(f"{type(model).__name__}: vision tokens do not reach the language model as image tokens")
-    reached = _sent(trails, torch.ones(len(image)))
-    base = _BASE_HALF if trails.tags[0].dtype in (torch.bfloat16, torch.float16) else _BASE
-    owner, place, rest = torch.zeros(len(reached)), 1, torch.arange(len(image))
+    half = trails.tags[0].dtype in (torch.bfloat16, torch.float16)
+    for base in _BASES_HALF if half else _BASES:
+        owner = _owner(trails, len(image), base)
+        if owner is not None:
+            return Merging.of(owner)
+    links = scaled(model.config, inputs, len(image))
+    if links is None:
+        raise CapabilityError(f"{type(model).__name__}: a vision token is spread over several image tokens")
+    return Merging(sum(tag.shape[0] * tag.shape[1] for tag in trails.tags), *links)
+
+
+def _owner(trails: _Trails, images: int, base: int) -> Tensor | None:
+    """(M,) int64 the image token that each vision token reaches, -1 for none; None where one reaches several."""
+    reached = _sent(trails, torch.ones(images))
+    owner, place, rest = torch.zeros(len(reached)), 1, torch.arange(images)
     power = (reached * reached).sum(-1)
     found = power > 0
     while int(rest.max()) > 0 or place == 1:
         digit = (_sent(trails, (rest % base).float()) * reached).sum(-1)[found] / power[found]
         if (digit - digit.round()).abs().max() > 0.2:
-            raise CapabilityError(f"{type(model).__name__}: a vision token is spread over several image tokens")
+            return None
         owner[found] += digit.round() * place
         place, rest = place * base, rest // base
     return torch.where(found, owner, -1.0).long()
@@ -123,21 +169,3 @@ def _sent(trails: _Trails, weights: Tensor) -> Tensor:
     weights = weights.to(trails.numbers.device)
     grads = torch.autograd.grad(trails.numbers, trails.tags, weights, retain_graph=True)
     return torch.cat([grad.flatten(2).flatten(0, 1).float().cpu() for grad in grads])
-
-
-def spread(shares: Tensor, owner: Tensor) -> Tensor:
-    """Relevancy of image tokens spread evenly over the vision tokens that each merges.
-
-    >>> spread(torch.tensor([1.0, 4.0]), torch.tensor([-1, 0, 1, 1]))
-    tensor([0., 1., 2., 2.])
-
-    Args:
-        shares: (..., N). ``owner``: (M,), see ``merging``.
-
-    Returns:
-        (..., M).
-    """
-    owner = owner.to(shares.device)
-    merged = owner >= 0
-    count = torch.bincount(owner[merged], minlength=shares.shape[-1]).clamp(min=1)
-    return torch.where(merged, (shares / count)[..., owner.clamp(min=0)], 0.0)

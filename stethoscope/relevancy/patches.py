@@ -16,7 +16,7 @@ def pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
     merges and in the order of the image tokens; a window keeps the patches of one image token together and in order.
 
     Args:
-        owner: (M,), see ``merging.merging``.
+        owner: (M,) the image token of each vision token; with windows every one has one.
 
     Returns:
         (M,) the tower's token for every patch.

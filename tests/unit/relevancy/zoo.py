@@ -192,6 +192,32 @@ def onevision():
     return Case(widen(T.LlavaOnevisionForConditionalGeneration(config)), inputs, merge)
 
 
+def onevision_scaled():
+    """A tall picture of 3 x 3 tiles: 6 x 4 tokens once its padding is cut off, scaled down to 4 x 3."""
+    config = T.LlavaOnevisionConfig(
+        vision_config=siglip(), text_config=qwen(), image_token_index=IMAGE, video_token_index=198,
+        image_grid_pinpoints=[[28, 28], [84, 84]], vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+    merge = torch.zeros(4 + 4 * 4, 10, 4)  # image tokens by crops and their 2 x 2 patches
+    for token in range(4):
+        merge[token, 0, token] = 1
+    for row in range(4):
+        for column in range(3):
+            for y, down in between((row + 0.5) * 6 / 4 - 0.5):
+                for x, across in between((column + 0.5) * 4 / 3 - 0.5):
+                    left = x + 1  # a column of padding on either side
+                    crop, patch = 1 + y // 2 * 3 + left // 2, y % 2 * 2 + left % 2
+                    merge[4 + row * 4 + column, crop, patch] += down * across
+    sizes = {"pixel_values": pixels(1, 10, 3, 28, 28), "image_sizes": torch.tensor([[84, 60]])}
+    return Case(widen(T.LlavaOnevisionForConditionalGeneration(config)), prompt(20, **sizes), merge.flatten(1))
+
+
+def between(place):
+    """The two neighbours of a place on a line, and their weights in linear interpolation."""
+    first = int(place)
+    return (first, 1 - (place - first)), (first + 1, place - first)
+
+
 def _qwen_vl(name, vision, text, patch):
     special = {"video_token_id": 198, "vision_start_token_id": 197, "vision_end_token_id": 196}
     config = getattr(T, f"{name}Config")(vision_config=vision, text_config=text, image_token_id=IMAGE, **special)
@@ -293,8 +319,8 @@ def instructblip_t5():
 FAMILIES = {
     one.__name__: one
     for one in (
-        llava, llava_next, onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, paligemma,
-        paligemma2, gemma3,
+        llava, llava_next, onevision, onevision_scaled, qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm,
+        internvl, paligemma, paligemma2, gemma3,
     )
 }  # fmt: skip
 
