@@ -1,6 +1,7 @@
 """Evaluation harness and calibrated hallucination warnings for large vision-language models.
 
 ``stethoscope.load(model)`` gives an adapter, ``stethoscope.Evaluator(...).run(adapter, task)`` runs a benchmark,
+``stethoscope.diagnose(adapter, image, question)`` tells everything about one answer,
 ``stethoscope.Detector.load(folder)`` reads a trained warning classifier.
 """
 
@@ -12,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stethoscope.build import load as load
     from stethoscope.detector import Detector as Detector
+    from stethoscope.diagnosis import Diagnosis as Diagnosis
+    from stethoscope.diagnosis import diagnose as diagnose
     from stethoscope.evaluator import Evaluator as Evaluator
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Evaluator", "__version__", "load"]
+__all__ = ["Detector", "Diagnosis", "Evaluator", "__version__", "diagnose", "load"]
 
-_HOMES = {"Detector": "stethoscope.detector", "Evaluator": "stethoscope.evaluator", "load": "stethoscope.build"}
+_HOMES = {
+    "Detector": "stethoscope.detector",
+    "Diagnosis": "stethoscope.diagnosis",
+    "Evaluator": "stethoscope.evaluator",
+    "diagnose": "stethoscope.diagnosis",
+    "load": "stethoscope.build",
+}
 
 
 def __getattr__(name: str) -> Any:

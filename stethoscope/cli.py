@@ -13,6 +13,11 @@ from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
 
 INTERRUPTED, USER_ERROR = 130, 2
+TEXTS = {
+    "diagnose": {**{name: name for name in ("image", "question", "answer", "out")}, "detector": "detector.folder"},
+}
+"""Settings whose values are taken as they are typed, whatever Hydra's grammar would make of commas and brackets, with
+their keys: ``detector=`` by itself would choose a file of ``conf/detector``."""
 
 
 def _help() -> str:
@@ -84,6 +89,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
                 print(f"stethoscope: {error}", file=sys.stderr)
             failed.append(error)
 
+    from stethoscope.overrides import quoted
+
+    arguments = quoted(arguments, TEXTS.get(command, {}))
     sys.argv = [f"stethoscope {command}", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     wrapped: Callable[[], None] = hydra.main(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stethoscope.errors import unknown
 
@@ -79,3 +79,34 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     if parent and siblings:
         return unknown(f"setting of {parent}", last, [name for name in siblings if name != "_target_"])
     return unknown("setting", key, [name for name in known if "." not in name])
+
+
+def quoted(arguments: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Words of the command line, the values of some settings quoted for Hydra; in a sweep they are left alone.
+
+    Args:
+        names: settings, with their keys in the configuration.
+
+    >>> quoted(["question=a, b?", "limit=3"], {"question": "question"})
+    ["question='a, b?'", 'limit=3']
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    parts = [word.partition("=") for word in arguments]
+    return [
+        f"{names[name]}={_quoted(value)}" if equals and name in names else name + equals + value
+        for name, equals, value in parts
+    ]
+
+
+def _quoted(value: str) -> str:
+    if value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return value
+    # backslashes before a quote or an interpolation count, all others stand for themselves
+    value = re.sub(r"(\\*)('|\$\{|$)", _escape, value)
+    return f"'{value}'"
+
+
+def _escape(found: re.Match[str]) -> str:
+    slashes, what = found.groups()
+    return slashes * 2 + (f"\\{what}" if what else "")

@@ -4,9 +4,12 @@ HYDRA_COMMANDS = {
     "benchmark": "POPE, CHAIR and the hallucination detector in one run (the default job)",
     "evaluate": "run one model on one task: answers and metrics",
     "extract": "add token features to a finished run, without generating again",
+    "diagnose": "one picture, one question: the answer with its warnings, and what every token was written from",
     "train": "fit, calibrate and judge a detector on the features of a run",
 }
 PLAIN_COMMANDS = {
+    "report": "what a finished run has found: one page, Markdown and LaTeX tables",
+    "compare": "runs against each other, paired on the same samples; one table for a whole sweep",
     "list": "what there is to choose from: models, tasks, features, detectors, ...",
     "doctor": "check this machine and say what is missing, or what a model needs (model=...)",
 }

@@ -12,15 +12,17 @@ ROOT = Path(__file__).parents[2]
 
 # who may import whom inside the package: a module may import modules of its own or of an earlier layer
 LAYERS = [
-    {"errors", "images", "records", "trace"},
+    {"errors", "images", "markup", "records", "trace"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
     {"adapter", "task", "capture", "lens", "rows", "spans", "testbed"},
-    {"relevancy"},
+    {"relevancy", "pictures"},
     {"estimators", "factor", "conformal", "explain", "artefact", "hub", "lines", "tokens"},
     {"baselines", "detector", "leaderboard", "training", "warn"},
     {"loggers", "store"},
     {"run", "batch", "results", "callbacks", "evaluator"},
+    {"report"},
     {"build", "overrides"},
+    {"diagnosis"},
     {"commands", "cli", "__main__"},
 ]
 

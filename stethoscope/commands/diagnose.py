@@ -1,0 +1,200 @@
+"""``stethoscope diagnose``: one picture, one question, and everything about the answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from stethoscope.build import build
+from stethoscope.errors import ArtefactError, CapabilityError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from stethoscope.detector import Detector
+    from stethoscope.diagnosis import Diagnosis
+    from stethoscope.diagnosis.parts import Named
+    from stethoscope.records import ImageRef
+
+HEAT_MAPS = "heatmaps"
+TRAIN_ONE = (
+    "no detector was given, so no warnings; `stethoscope benchmark` trains one for the embedded model in minutes, "
+    "then add detector=runs/benchmark-testbed"
+)
+MOST = 5  # mentions that are told at length
+
+
+def run(config: DictConfig) -> None:
+    """Asks, diagnoses, prints and writes. What is wrong in the configuration is found before the model is loaded."""
+    from stethoscope.adapter import Adapter
+    from stethoscope.diagnosis import diagnose
+    from stethoscope.diagnosis.readers import reader
+    from stethoscope.records import Generation
+
+    if not str(config.question or "").strip():
+        raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
+    image = _image(config)
+    picture = image.load()
+    detector = None if config.detector.folder is None else _detector(str(config.detector.folder))
+    adapter = build(config.model, Adapter, "model", config.plugins)
+    diagnosis = diagnose(
+        adapter,
+        picture,
+        str(config.question),
+        None if config.answer is None else str(config.answer),
+        detector,
+        scope=config.scope,
+        generation=build(config.generation, Generation, "generation", config.plugins),
+        mentions=reader(config.mentions, config.plugins),
+    )
+    show(diagnosis, image.name)
+    if detector is None:
+        print(f"\n{TRAIN_ONE}")
+    folder = Path(config.out)
+    for path in write(diagnosis, folder):
+        print(f"wrote {path}")
+
+
+def _image(config: DictConfig) -> ImageRef:
+    from stethoscope.records import ImageRef
+
+    if config.image is not None:
+        path = Path(str(config.image)).expanduser()
+        return ImageRef(path.name, path)
+    from stethoscope import testbed
+
+    scene = testbed.scenes(int(config.seed) + 1)[-1]
+    return ImageRef(f"{scene.id}.png (rendered)", scene.image)
+
+
+def _detector(folder: str) -> Detector:
+    """The detector of a folder, or of a run directory."""
+    from stethoscope.detector import Detector
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
+    inner = path / "detector"
+    return Detector.load(inner if inner.is_dir() else path)
+
+
+def show(diagnosis: Diagnosis, name: str) -> None:
+    """Prints the answer coloured by its warnings and what speaks for and against every object to doubt."""
+
+    from stethoscope.commands.tables import terminal
+
+    console = terminal()
+    asked = f"{diagnosis.model} on {plain(name)}: {plain(diagnosis.question)}"
+    lines: list[str | Text] = [asked, "", answer_text(diagnosis), ""]
+    warned = [mention for mention in diagnosis.mentions if mention.warned]
+    if diagnosis.threshold is not None:
+        lines.append(
+            f"warned of {len(warned)} of {len(diagnosis.mentions)} mentions "
+            f"(probability of hallucination {diagnosis.threshold:.2f} or more)"
+        )
+    told = warned if diagnosis.threshold is not None else diagnosis.mentions
+    for mention in told[:MOST]:
+        lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
+    if len(told) > MOST:
+        lines.append(f"  and {len(told) - MOST} more, all of them in report.html")
+    lines += [f"not shown: {note}" for note in diagnosis.notes]
+    seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
+    lines += ["", f"{sum(diagnosis.seconds.values()):.2f} s ({seconds})"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def answer_text(diagnosis: Diagnosis) -> Text:
+    """The answer in colour, warned mentions followed by their probability, so that it reads without colour too."""
+    from rich.text import Text
+
+    text, whole, at = diagnosis.answer.text, Text(), 0
+    for mention in diagnosis.mentions:
+        if mention.judgement is None or mention.start < at:
+            continue
+        whole.append(plain(text[at : mention.start]))
+        value = mention.judgement.probability
+        shade = round(255 - 200 * value)
+        style = f"black on rgb(255,{shade},{shade})"
+        whole.append(plain(text[mention.start : mention.end]), f"bold {style}" if mention.warned else style)
+        if mention.warned:
+            whole.append(f" [{value:.0%}]", "bold red")
+        at = mention.end
+    return whole.append(plain(text[at:]))
+
+
+def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
+    """Lines about one mention: how doubtful it is and why, and where in the picture it came from."""
+    first = f"{mention.object}:"
+    judgement = mention.judgement
+    if judgement is not None:
+        first += f" {judgement.probability:.0%} hallucinated"
+        if judgement.evidence is not None:
+            first += f", evidence {judgement.evidence:+.2f} against prior {judgement.prior:+.2f} (log-odds)"
+    elif mention.tokens:
+        first += f" token probability {diagnosis.probability[mention.tokens[0]]:.0%}"
+    yield first
+    if judgement is not None and judgement.top:
+        yield "  features: " + ", ".join(f"{name} {push:+.2f}" for name, push in judgement.top[:3])
+    if not mention.tokens:
+        return
+    try:
+        regions = diagnosis.regions(mention.tokens[0])
+    except CapabilityError:
+        return
+    share = diagnosis.shares["image"][mention.tokens[0], -1]
+    boxes = ", ".join(f"{_where(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
+    yield f"  picture: {share:.0%} of the relevancy, most of it at {boxes}"
+
+
+def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:
+    """A place in words and pixels.
+
+    >>> _where((0, 0, 12, 12), (96, 96))
+    'top left x 0-12 y 0-12'
+    """
+    left, top, right, bottom = box
+    across, down = int(1.5 * (left + right) / size[0]), int(1.5 * (top + bottom) / size[1])
+    words = [("top", "", "bottom")[min(down, 2)], ("left", "", "right")[min(across, 2)]]
+    name = " ".join(word for word in words if word) or "middle"
+    return f"{name} x {left:.0f}-{right:.0f} y {top:.0f}-{bottom:.0f}"
+
+
+def plain(text: str) -> str:
+    """Text without characters that could steer a terminal.
+
+    >>> plain("a\\x1b[31mb\\nc")
+    'a\\\\x1b[31mb\\nc'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
+    """Writes ``diagnosis.json``, ``report.html`` and a heat map of every mention; gives what was written.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    maps = folder / HEAT_MAPS
+    try:
+        maps.mkdir(parents=True, exist_ok=True)
+        for old in maps.glob("token-*.png"):  # of an earlier diagnosis
+            old.unlink()
+        data, page = folder / "diagnosis.json", folder / "report.html"
+        data.write_text(json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), "utf-8")
+        page.write_text(diagnosis.to_html(), "utf-8")
+        written = [data, page]
+        for mention in diagnosis.mentions if diagnosis.relevancy is not None else ():
+            name = re.sub(r"[^a-z0-9]+", "-", mention.object.lower()).strip("-")
+            for token in mention.tokens[:1]:
+                path = maps / f"token-{token:03d}-{name}.png"
+                diagnosis.picture(token).save(path)
+                written.append(path)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written to: {error.strerror or error}") from None
+    return written

@@ -1,0 +1,24 @@
+"""Everything about one answer: how probable and how grounded every token is, and which objects to doubt.
+
+``diagnose(adapter, image, question)`` gives a ``Diagnosis``. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stethoscope.diagnosis.making import diagnose as diagnose
+    from stethoscope.diagnosis.result import Diagnosis as Diagnosis
+
+__all__ = ["Diagnosis", "diagnose"]
+
+_HOMES = {"Diagnosis": "result", "diagnose": "making"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"stethoscope.diagnosis.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'stethoscope.diagnosis' has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""A detector on the tokens of one answer: its features, its probabilities, its reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from stethoscope.diagnosis.parts import Judgement
+from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.features import FeatureSet
+from stethoscope.records import Answer, ImageRef, Mention, Sample
+from stethoscope.table import FeatureSchema
+from stethoscope.tokens import token_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from stethoscope.detector import Detector
+    from stethoscope.trace import Encoded, Trace
+
+_SUFFIX = re.compile(r"(_l\d+)?(_h\d+)?$")  # a column for every layer, or every head of it
+_TOP = 5  # features that are told for every token
+
+
+def feature_set(detector: Detector) -> FeatureSet:
+    """The features that make the table which the detector was fitted on.
+
+    Raises:
+        CapabilityError: one of them is not known here.
+    """
+    names = tuple(dict.fromkeys(_SUFFIX.sub("", column) for column in detector.schema.names))
+    try:
+        return FeatureSet(groups=(), names=names)
+    except ConfigError as error:
+        raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
+
+
+def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
+    """The features of one answer, in the columns that the detector knows.
+
+    Raises:
+        CapabilityError: the model gives others, as one with more or fewer layers does.
+    """
+    columns = features.compute(trace)
+    given = FeatureSchema(tuple(columns))
+    if given.hash != detector.schema.hash:
+        raise CapabilityError(
+            f"the detector reads features that {model} does not give, it was trained on another model "
+            f"({detector.schema.difference(given)})"
+        )
+    return {name: columns[name] for name in detector.schema.names}
+
+
+def judge(
+    detector: Detector,
+    encoded: Encoded,
+    answer: Answer,
+    mentions: Sequence[Mention],
+    columns: Mapping[str, np.ndarray],
+) -> tuple[tuple[Judgement, ...], dict[int, Judgement]]:
+    """What the detector says of every token, and of every mention by its number."""
+    sample = Sample("answer", ImageRef("image", lambda: None), encoded.question, "image")
+    table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
+    rows = detector.rows(table, judged=False)
+    rows = rows[rows["first"]].reset_index(drop=True)
+    numbers = rows["number"].astype(int).tolist()
+    return tuple(_judgements(detector, table)), dict(zip(numbers, _judgements(detector, rows), strict=True))
+
+
+def _judgements(detector: Detector, rows: pd.DataFrame) -> list[Judgement]:
+    if not len(rows):
+        return []
+    if not detector.additive:
+        return [Judgement(float(value)) for value in detector.predict(rows)]
+    why = detector.explain(rows)
+    values = zip(why.probability, why.evidence, why.prior, strict=True)
+    return [
+        Judgement(float(probability), float(evidence), float(prior), tuple(why.top(row, _TOP)))
+        for row, (probability, evidence, prior) in enumerate(values)
+    ]

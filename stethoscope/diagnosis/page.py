@@ -1,0 +1,276 @@
+"""A diagnosis as a page of its own, and as what a notebook shows."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stethoscope.diagnosis.parts import SHARES
+from stethoscope.errors import CapabilityError
+from stethoscope.markup import data_uri, document, escape, json_block
+from stethoscope.pictures import RAMP, heat, overlay, relevancy_tiles
+
+if TYPE_CHECKING:
+    from stethoscope.diagnosis.result import Diagnosis
+
+MOST_LAYERS = 16  # that the page holds; more are thinned out evenly, the last one always stays
+RASTER = 32  # cells along the longer side of a map that is put together from several tiles
+WIDEST = 1024  # pixels of the picture in the page
+SHOWN = 6  # mentions with a heat map in a notebook
+
+
+def page(diagnosis: Diagnosis) -> str:
+    """See ``Diagnosis.to_html``."""
+    data = _data(diagnosis)
+    resources = files("stethoscope.diagnosis")
+    style, script = (resources.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    body = "\n".join([*_body(diagnosis, data), json_block("data", data)])
+    return document(f"stethoscope: {diagnosis.question}", body, style, script)
+
+
+def _body(diagnosis: Diagnosis, data: dict[str, Any]) -> Iterator[str]:
+    thumb = diagnosis.image.copy()
+    thumb.thumbnail((WIDEST, WIDEST))
+    scale = max(1, -(-640 // thumb.width))
+    yield f'<main><h1>{escape(diagnosis.question)}</h1><p class="soft">{escape(_summary(diagnosis))}</p>'
+    for note in diagnosis.notes:
+        yield f'<p class="soft">Not shown: {escape(note)}</p>'
+    yield '<section class="card"><p class="answer">' + "".join(_tokens(diagnosis)) + "</p>"
+    yield f'<div class="controls"><label for="colour">colour</label><select id="colour">{_colours(diagnosis)}</select>'
+    yield "</div></section>"
+    yield '<div class="columns"><div><section class="card"><h2>What the token was written from</h2>'
+    yield f'<img id="photo" alt="" hidden src="{data_uri(thumb)}">'
+    yield f'<canvas id="picture" width="{thumb.width * scale}" height="{thumb.height * scale}"></canvas>'
+    yield from _controls(data)
+    yield "</section>"
+    yield from _mention_table(diagnosis)
+    yield '</div><div><section class="card"><h2>Token</h2><dl class="facts" id="facts"></dl></section>'
+    if diagnosis.judgements and diagnosis.judgements[0].top:
+        yield _card("Features that push the warning (log-odds)", '<div id="top"></div>')
+    if data["layers"]:
+        yield _card("Relevancy", '<div id="shares"></div>')
+        choice = "".join(f"<option>{name}</option>" for name in data["tokens"][0]["contribution"])
+        select = f'<label for="statistic">of</label><select id="statistic">{choice}</select>'
+        inside = f'<div id="contribution"></div><div class="controls">{select}</div>'
+        yield _card("Visual contribution: image / (image + text)", inside)
+        yield _card("Question", '<div id="question"></div>')
+        yield _card("Earlier answer tokens", '<div id="before"></div>')
+    yield "</div></div>"
+    if diagnosis.evolution is not None:
+        head = "<tr><th>layer</th><th>rank</th><th>probability</th><th>most probable words</th></tr>"
+        table = f'<table><thead>{head}</thead><tbody id="evolution"></tbody></table>'
+        yield _card("Prediction evolution: what every layer would have said", f'<div class="scroll">{table}</div>')
+    yield "</main>"
+
+
+def _card(title: str, inside: str) -> str:
+    return f'<section class="card"><h2>{escape(title)}</h2>{inside}</section>'
+
+
+def _summary(diagnosis: Diagnosis) -> str:
+    count, seconds = len(diagnosis), sum(diagnosis.seconds.values())
+    parts = [diagnosis.model, f"{count} tokens", f"{seconds:.1f} s"]
+    if diagnosis.threshold is not None:
+        parts.append(f"warned of {len(diagnosis.warned)} of {len(diagnosis.mentions)} mentions")
+        parts.append(f"threshold {diagnosis.threshold:.2f}")
+    return ", ".join(parts)
+
+
+def _colours(diagnosis: Diagnosis) -> str:
+    options = [("surprise", "how improbable the token is")]
+    if diagnosis.judgements:
+        options = [
+            ("warning", "calibrated warning of every object"),
+            ("every", "the detector on every token (calibrated on objects only)"),
+            *options,
+        ]
+    return "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in options)
+
+
+def _tokens(diagnosis: Diagnosis) -> Iterator[str]:
+    """The answer, every token in an element of its own, what lies between them as it is."""
+    text, at = diagnosis.answer.text, 0
+    for index, (start, end) in enumerate(diagnosis.answer.offsets):
+        if start < end:
+            owner = diagnosis.mention_of(index)
+            kind = "t warned" if owner is not None and owner.warned else "t"
+            yield escape(text[at:start]) + (
+                f'<span class="{kind}" data-token="{index}" tabindex="0" role="button">{escape(text[start:end])}</span>'
+            )
+            at = end
+    yield escape(text[at:])
+
+
+def _controls(data: dict[str, Any]) -> Iterator[str]:
+    if not data["layers"]:
+        yield '<p class="soft">This model gives no relevancy.</p>'
+        return
+    last = len(data["layers"]) - 1
+    names = {"raw": "image tokens", "tower": "patches, through the vision tower"}
+    options = "".join(f'<option value="{kind}">{names[kind]}</option>' for kind in data["maps"])
+    yield (
+        '<div class="controls"><label for="layer">layer</label>'
+        f'<input id="layer" type="range" min="0" max="{last}" value="{last}"><span id="layer-text"></span>'
+        '<label for="opacity">opacity</label><input id="opacity" type="range" min="0" max="100" value="75">'
+        f'<span id="opacity-text"></span><label for="source">of</label><select id="source">{options}</select></div>'
+    )
+
+
+def _mention_table(diagnosis: Diagnosis) -> Iterator[str]:
+    if not diagnosis.mentions:
+        return
+    judged = diagnosis.threshold is not None
+    columns = ["object", "hallucinated", "evidence", "prior"] if judged else ["object", "probability of its token"]
+    yield '<section class="card"><h2>Objects that the answer names</h2><div class="scroll"><table><thead><tr>'
+    yield "".join(f"<th>{name}</th>" for name in columns) + "</tr></thead><tbody>"
+    for mention in diagnosis.mentions:
+        cells = [mention.object]
+        judgement = mention.judgement
+        if judgement is not None:
+            odds = (judgement.evidence, judgement.prior)
+            cells += [f"{judgement.probability:.0%}", *("" if value is None else f"{value:+.2f}" for value in odds)]
+        elif not judged and mention.tokens:
+            cells.append(f"{diagnosis.probability[mention.tokens[0]]:.0%}")
+        kind = "warned" if mention.warned else ""
+        token = f' data-token="{mention.tokens[0]}"' if mention.tokens else ""
+        yield f'<tr class="{kind}"{token}>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    yield "</tbody></table></div></section>"
+
+
+def _layers(diagnosis: Diagnosis) -> list[int]:
+    if diagnosis.relevancy is None:
+        return []
+    depth = diagnosis.relevancy.image.shape[1]
+    return sorted({round(value) for value in np.linspace(0, depth - 1, min(depth, MOST_LAYERS))})
+
+
+def _data(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What the page's script reads."""
+    layers = _layers(diagnosis)
+    warned = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens and mention.warned]
+    named = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens]
+    return {
+        "size": list(diagnosis.image.size),
+        "start": (warned or named or [0])[0],
+        "layers": layers,
+        "depth": diagnosis.relevancy.image.shape[1] if layers else 0,
+        "ramp": RAMP.tolist(),
+        "question": list(diagnosis.question_tokens),
+        "maps": dict(_maps(diagnosis, layers)) if layers else {},
+        "tokens": [_token(diagnosis, index, layers) for index in range(len(diagnosis))],
+    }
+
+
+def _token(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any]:
+    owner = diagnosis.mention_of(index)
+    judgement = owner.judgement if owner is not None and owner.judgement else None
+    other = diagnosis.judgements[index] if diagnosis.judgements else None
+    shown = judgement or other
+    found: dict[str, Any] = {
+        "text": diagnosis.answer.tokens[index],
+        "probability": round(float(diagnosis.probability[index]), 4),
+        "entropy": round(float(diagnosis.entropy[index]), 3),
+        "object": owner.object if owner else "",
+        "warned": bool(owner and owner.warned),
+        "warning": None if judgement is None else round(judgement.probability, 4),
+        "every": None if other is None else round(other.probability, 4),
+        "evidence": None if shown is None or shown.evidence is None else round(shown.evidence, 3),
+        "prior": None if shown is None or shown.prior is None else round(shown.prior, 3),
+        "top": [] if shown is None else [[name, round(push, 3)] for name, push in shown.top],
+        "word": "",
+        "evolution": [],
+    }
+    if diagnosis.evolution is not None:
+        found["evolution"] = diagnosis.evolution.to_list(index)
+        found["word"] = diagnosis.evolution.said[index]
+    if layers:
+        relevancy, total = diagnosis.relevancy, diagnosis.relevancy.total[index, layers].numpy().clip(min=1e-12)
+        found["shares"] = np.stack([_parts(diagnosis.shares[name][index, layers]) for name in SHARES], 1).tolist()
+        found["contribution"] = {
+            name: [round(value, 3) for value in values[index, layers].tolist()]
+            for name, values in diagnosis.contributions.items()
+        }
+        found["question"] = _parts(relevancy.question[index, layers].numpy() / total[:, None]).tolist()
+        found["answer"] = _parts(relevancy.answer[index, layers, :index].numpy() / total[:, None]).tolist()
+    return found
+
+
+def _parts(shares: np.ndarray) -> np.ndarray:
+    """Shares in ten-thousandths, which are short to write."""
+    return np.rint(10_000 * shares).astype(int)
+
+
+def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Heat maps of all tokens and some layers, each scaled to its own largest value, a byte per cell.
+
+    One tile is kept as it is, with its box in the picture; several are put together on a raster of the picture.
+    """
+    for kind in ("raw", "tower"):
+        try:
+            tiles, boxes = relevancy_tiles(
+                diagnosis.relevancy, diagnosis.places, kind == "raw", (slice(None), layers)
+            )  # fmt: skip
+        except CapabilityError:
+            continue
+        width, height = diagnosis.image.size
+        if len(tiles) == 1 and boxes[0] is not None:
+            values, box = tiles[0], boxes[0]
+        else:
+            longest = max(width, height)
+            shape = (max(1, round(RASTER * height / longest)), max(1, round(RASTER * width / longest)))
+            values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
+        top = values.max((-2, -1), keepdims=True)
+        scaled = np.rint(255 * values / np.where(top > 0, top, 1)).astype(np.uint8)
+        yield (
+            kind,
+            {
+                "shape": list(scaled.shape[-2:]),
+                "box": [round(edge, 2) for edge in box],
+                "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
+            },
+        )
+
+
+def notebook(diagnosis: Diagnosis) -> str:
+    """See ``Diagnosis._repr_html_``. Without a script, which notebooks that are not trusted take out."""
+    pieces, text, at = [], diagnosis.answer.text, 0
+    warning = diagnosis.warning
+    for index, (start, end) in enumerate(diagnosis.answer.offsets):
+        value = 0.0 if warning is None or np.isnan(warning[index]) else float(warning[index])
+        owner = diagnosis.mention_of(index)
+        style = f"background:rgba(201,42,42,{0.75 * value:.2f})"
+        style += ";border:2px solid #c92a2a;border-radius:4px" if owner is not None and owner.warned else ""
+        title = f"probability {diagnosis.probability[index]:.0%}"
+        title += f", {owner.object}" if owner is not None else ""
+        title += f", hallucinated {value:.0%}" if owner is not None and owner.judgement is not None else ""
+        if start < end:
+            inside = escape(text[start:end])
+            pieces.append(
+                escape(text[at:start]) + f'<span style="{escape(style)}" title="{escape(title)}">{inside}</span>'
+            )
+            at = end
+    pieces.append(escape(text[at:]))
+    shown = [mention for mention in diagnosis.mentions if mention.tokens and mention.warned]
+    shown = (shown or [mention for mention in diagnosis.mentions if mention.tokens])[:SHOWN]
+    figures = "".join(_figure(diagnosis, mention.tokens[0], mention.object) for mention in shown)
+    return (
+        f'<div><p style="color:#59636e">{escape(diagnosis.question)} ({escape(_summary(diagnosis))})</p>'
+        f'<p style="white-space:pre-wrap;line-height:1.8">{"".join(pieces)}</p>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div></div>'
+    )
+
+
+def _figure(diagnosis: Diagnosis, token: int, name: str) -> str:
+    try:
+        picture = overlay(diagnosis.image, diagnosis.heat_map(token), width=240)
+    except CapabilityError:
+        return ""
+    address = data_uri(picture)
+    return (
+        f'<figure style="margin:0"><img width="200" src="{address}" alt="{escape(name)}">'
+        f"<figcaption>{escape(name)}</figcaption></figure>"
+    )
