@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.report.figures import AT_WORK, FIGURES, RANKING, shown_rows
 from stethoscope.stats import Interval
 
 if TYPE_CHECKING:
@@ -14,23 +15,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from stethoscope.store import RunStore
-
-RANKING = {
-    "auroc": "AUROC",
-    "auroc_controlled": "position-controlled",
-    "auroc_same_position": "same position",
-    "auroc_matched": "same position and word",
-    "auroc_first": "first mentions",
-}
-AT_WORK = {
-    "auprc_hallucinated": "AUPRC, hallucinated",
-    "auprc_grounded": "AUPRC, grounded",
-    "fpr_at_95tpr": "FPR at 95 % TPR",
-    "recall_at_90precision": "recall at 0.9 precision",
-    "ece": "ECE",
-    "brier": "Brier",
-}
-SINGLE_FEATURES = 5  # rows of single features, besides those that are best under a control
 
 
 def terminal() -> Console:
@@ -59,15 +43,6 @@ def print_detector(results: Mapping[str, Any]) -> None:
         console.print(_difference_table(board), markup=False)
     for line in [*_ablation(results.get("ablation", ())), *_threshold(results["threshold"])]:
         console.print(line, markup=False, highlight=False)
-
-
-def shown_rows(board: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Detectors, the most telling single features, and baselines, in the order of their AUROC within each kind."""
-    features = [row["name"] for row in board["rows"] if row["kind"] == "feature"]  # by falling AUROC in training
-    wanted = {*features[:SINGLE_FEATURES], *board["best_features"].values()}
-    kinds = ("detector", "feature", "baseline")
-    rows = [row for row in board["rows"] if row["kind"] != "feature" or row["name"] in wanted]
-    return sorted(rows, key=lambda row: (kinds.index(row["kind"]), -(row["metrics"]["auroc"]["value"] or 0)))
 
 
 def _interval(plain: Mapping[str, Any] | None) -> str:
@@ -140,9 +115,6 @@ def _threshold(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  promised from {promised['mentions']} mentions in {promised['images']} calibration images"
     shown = {"false_alarms": "false alarms", "missed": "missed", "precision": "precision", "recall": "recall"}
     yield "  on the test images: " + ", ".join(f"{title} {_interval(found[key])}" for key, title in shown.items())
-
-
-FIGURES = ("value", "low", "high", "items", "groups")  # of an interval, in a row of JSON
 
 
 def print_answer(store: RunStore, task: str) -> None:

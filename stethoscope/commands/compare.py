@@ -1,0 +1,76 @@
+"""``stethoscope compare``: runs against each other, on the same samples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stethoscope.commands.past import parse, saved_task
+from stethoscope.errors import ConfigError, unknown
+
+USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
+
+Sets finished runs against the first of them, if they answered the same samples of the same version of a task; runs that
+did not are refused, and the message names what differs. Prints
+
+  runs                  one row each: primary metrics and what the detector is worth
+  settings that differ  model, generation, features, detector
+  TASK: B against A     every metric, and the difference with its 95 % interval and p-value, paired over images
+  detectors: B against A  the same for their detectors, on images that neither has learned from
+  leader boards         detectors, baselines and the best single feature of every run
+
+A folder that holds runs stands for all of them, so that the runs of one sweep give one table.
+format: text, markdown or latex (booktabs). out: a file to write to instead of the terminal.
+plugins: your own packages, if the task of the runs is one of theirs.
+
+  stethoscope compare runs/llava runs/qwen
+  stethoscope benchmark --multirun generation=greedy,sample runs=runs/sweep
+  stethoscope compare runs/sweep/*
+  stethoscope compare runs/a runs/b format=latex out=paper/compare.tex"""
+
+SETTINGS = {"format": "text", "out": "", "plugins": ""}
+FORMATS = ("text", "markdown", "latex")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints or writes the tables of a comparison; remarks go to stderr."""
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
+        print(USAGE)
+        return
+    from stethoscope.report.source import Source
+    from stethoscope.report.tables import render
+    from stethoscope.report.versus import compare
+
+    words, settings = parse("compare", arguments, SETTINGS)
+    if settings["format"] not in FORMATS:
+        raise ConfigError(unknown("format", settings["format"], FORMATS))
+    folders = list(dict.fromkeys(folder for word in words for folder in _runs(Path(word))))
+    if len(folders) < 2:
+        named = f"; {folders[0]} is one" if folders else ""
+        raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{named}")
+    plugins = [name for name in settings["plugins"].split(",") if name]
+    sources = [Source.read(folder) for folder in folders]
+    tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
+    text = render(tables, settings["format"])
+    if settings["out"]:
+        try:
+            Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(settings["out"]).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"out={settings['out']} cannot be written to: {error}") from None
+        print(settings["out"])
+    else:
+        print(text, end="")
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+
+
+def _runs(path: Path) -> list[Path]:
+    """A run for itself, a folder of runs for all of them; what a sweep leaves beside its runs for nothing."""
+    if path.name == "multirun.yaml":
+        return []
+    if path.is_dir() and not (path / "samples.jsonl").is_file():
+        inside = sorted(found.parent for found in path.glob("*/samples.jsonl"))
+        return inside or [path]
+    return [path]

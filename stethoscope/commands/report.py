@@ -1,0 +1,97 @@
+"""``stethoscope report``: tables, plots and a gallery of a finished run, without loading a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stethoscope.commands.past import parse, saved_task
+from stethoscope.errors import ConfigError, StethoscopeError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from stethoscope.lines import Record
+    from stethoscope.report.gallery import Picture
+    from stethoscope.report.source import Source
+    from stethoscope.task import Task
+
+USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
+
+Writes what a finished run has found, into its own directory or into out=FOLDER:
+
+  report.html   one page that needs no network: metrics of every task with 95 % intervals and the counts of samples that
+                were ok, unparsed or failed; the leader board; ROC, precision and recall, reliability, AUROC by token
+                position, feature importance; caught, missed and falsely warned mentions in their answers and pictures
+  report.md     the same tables as Markdown
+  report.tex    the same tables as LaTeX (booktabs)
+
+No model is loaded. Pictures come from where the run took them, if that is still there; pictures=false leaves them out.
+A run without a detector gives a report of its tasks; `stethoscope train run=RUN` adds the rest.
+cases: mentions of every kind in the gallery. plugins: your own packages, if the run's task is one of theirs.
+
+  stethoscope benchmark limit=300 name=quick
+  stethoscope report runs/quick
+  stethoscope report runs/quick out=paper/tables pictures=false"""
+
+SETTINGS = {"out": "", "cases": "6", "pictures": "true", "plugins": ""}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the report of one run and says where."""
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
+        print(USAGE)
+        return
+    from stethoscope.report.page import collect
+    from stethoscope.report.source import Source
+
+    runs, settings = parse("report", arguments, SETTINGS)
+    if len(runs) != 1:
+        raise ConfigError(f"stethoscope report takes one run, not {len(runs)}; `stethoscope compare` takes several")
+    if not settings["cases"].isdecimal():
+        raise ConfigError(f"cases={settings['cases']} should be a number, 0 or more")
+    if settings["pictures"] not in ("true", "false"):
+        raise ConfigError(f"pictures={settings['pictures']} should be true or false")
+    source = Source.read(Path(runs[0]))
+    plugins = [name for name in settings["plugins"].split(",") if name]
+    picture = _pictures(source, plugins) if settings["pictures"] == "true" and not source.no_detector() else None
+    report = collect(source, int(settings["cases"]), picture or (lambda record: None))
+    folder = Path(settings["out"] or runs[0])
+    written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in written.items():
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written to: {error}") from None
+    if source.no_detector():
+        print(f"note: {source.no_detector()}", file=sys.stderr)
+    print("\n".join(str(folder / name) for name in written))
+
+
+def _pictures(source: Source, plugins: Sequence[str]) -> Picture | None:
+    """Finds the pictures where the run took them; says on stderr if it cannot, once."""
+    try:
+        task = saved_task(source, source.task, plugins, offline=True)
+        samples = _samples(task)
+    except (StethoscopeError, ImportError) as error:
+        print(f"note: the gallery has no pictures: {error}", file=sys.stderr)
+        return None
+
+    def picture(record: Record) -> Image | None:
+        sample = samples.get(record.sample_id)
+        if sample is None or not record.about(sample):
+            return None
+        try:
+            return sample.image.load()
+        except StethoscopeError:
+            return None
+
+    return picture
+
+
+def _samples(task: Task) -> dict:
+    task.setup()
+    return {sample.id: sample for sample in task.samples()}

@@ -1,0 +1,157 @@
+"""A finished run as reports read it: figures, answers, and the mentions that its detector judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.errors import ArtefactError, unknown
+from stethoscope.results import TaskResults
+from stethoscope.store import RunStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stethoscope.lines import Record
+
+_KEYS = ["sample_id", "start"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run.
+
+    Attributes:
+        folder: its directory.
+        store: reads it.
+        results: figures of its tasks.
+        detector: the section of ``metrics.json`` of a detector trained on this run; empty without one.
+    """
+
+    folder: Path
+    store: RunStore
+    results: tuple[TaskResults, ...]
+    detector: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Source:
+        """Reads the figures of a run directory.
+
+        Raises:
+            ArtefactError: it is no run directory, a task of it is not finished, or a file is damaged.
+        """
+        if not (folder / "samples.jsonl").is_file():
+            raise ArtefactError(_no_run(folder))
+        store = RunStore(folder)
+        late = {task: status for task, status in store.status().items() if status != "finished"}
+        figures = store.metrics()
+        late |= {task: "without figures" for task in store.fingerprints() if task not in figures and task not in late}
+        if late or not store.status():
+            how = ", ".join(f"{task}: {status}" for task, status in late.items()) or "it has no status.json"
+            raise ArtefactError(
+                f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
+            )
+        tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in store.fingerprints())
+        return cls(folder, store, tasks, figures.get("detector", {}))
+
+    @property
+    def name(self) -> str:
+        """Last part of the folder's path."""
+        return self.folder.resolve().name
+
+    @property
+    def model(self) -> str:
+        """What model answered."""
+        import yaml
+
+        file = self.folder / "config.yaml"
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        chosen = config.get("model") if isinstance(config, dict) else None
+        if isinstance(chosen, dict) and chosen.get("name"):
+            return str(chosen["name"])
+        adapter = next(iter(self.store.fingerprints().values()), {}).get("adapter", {})
+        return str(adapter.get("model_id") or adapter.get("model_class") or "unknown model")
+
+    @property
+    def task(self) -> str:
+        """Whose mentions the warnings are about; empty without warnings."""
+        return "" if self.warnings.empty else str(self.warnings["task"].iloc[0])
+
+    @cached_property
+    def warnings(self) -> pd.DataFrame:
+        """``warnings.jsonl``, a row per object mention; empty where no detector was applied to the run.
+
+        Raises:
+            ArtefactError: a line of it is damaged.
+        """
+        import pandas as pd
+
+        path = self.folder / "warnings.jsonl"
+        if not path.is_file():
+            return pd.DataFrame()
+        try:
+            return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        except ValueError as error:
+            raise ArtefactError(f"{path} is damaged: {error}; `stethoscope train` makes it again") from None
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The token table's row of every mention of ``warnings``, with what the detector said of it.
+
+        Raises:
+            ArtefactError: warnings and token table are not of one run.
+        """
+        from stethoscope.table import mention_rows
+
+        table = mention_rows(self.store.tokens(self.task), "first", "all", judged=False)
+        said = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
+        joined = table.drop(columns="end").merge(said, on=_KEYS, how="inner", validate="one_to_one")
+        if len(joined) != len(said):
+            raise ArtefactError(
+                f"{len(said) - len(joined)} of {len(said)} lines of {self.folder / 'warnings.jsonl'} are about "
+                "mentions that tokens.parquet does not have; `stethoscope train` makes both fit again"
+            )
+        return joined
+
+    @cached_property
+    def held_out(self) -> pd.DataFrame:
+        """The judged rows that the detector has not learned from, as its figures count them (first mentions, or all).
+
+        Those of the test images; all where the detector was fitted elsewhere.
+        """
+        rows = self.rows[self.rows["label"] >= 0]
+        if (rows["fold"] != "").any():
+            rows = rows[rows["fold"] == "test"]
+        if self.detector.get("split", {}).get("mentions", {}).get("repeats", "first") == "first":
+            rows = rows[rows["repeat"] == 0]
+        return rows.reset_index(drop=True)
+
+    def record(self, sample_id: str) -> Record | None:
+        """The record of one sample of the warnings' task."""
+        return self.store.find(self.task, sample_id)
+
+    def no_detector(self) -> str:
+        """One line that says why there is nothing about a detector; empty if there is."""
+        if self.detector or not self.warnings.empty:
+            return ""
+        if not (self.folder / "tokens.parquet").is_file():
+            return f"{self.folder} has no detector: `stethoscope extract run={self.folder}` and then `train` make one"
+        return f"{self.folder} has no detector: `stethoscope train run={self.folder}` makes one"
+
+
+def _no_run(folder: Path) -> str:
+    """Why a path is no run, and which runs are near it."""
+    inside = _runs(folder) if folder.is_dir() else []
+    if inside:
+        shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
+        return f"{folder} is no run directory but holds {len(inside)}: {shown}"
+    what = "has no samples.jsonl" if folder.is_dir() else "is no directory"
+    return f"{folder} is no run directory, it {what}; {unknown('run', folder.name, _runs(folder.parent))}"
+
+
+def _runs(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/samples.jsonl")) if folder.is_dir() else []

@@ -1,0 +1,265 @@
+"""``stethoscope report`` and ``compare`` on small real runs of the embedded model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stethoscope import leaderboard
+from stethoscope.cli import main
+from stethoscope.report import versus
+from stethoscope.report.source import Source
+from stethoscope.store import RunStore
+from stethoscope.tasks.chair import Chair
+
+LIMIT = 60
+SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=64"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Folder of two runs with detectors, greedy and sampled, and one of a task alone; tests only read them."""
+    folder = tmp_path_factory.mktemp("report")
+    jobs = [
+        ["benchmark", f"limit={LIMIT}", "name=greedy", *SMALL],
+        ["benchmark", f"limit={LIMIT}", "name=sampled", "generation=sample", *SMALL],
+        ["evaluate", "task=chair", "limit=5", "name=alone", "callbacks=none", "logger=none"],
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(leaderboard, "SHUFFLES", 1)
+        for words in jobs:
+            with pytest.raises(SystemExit) as end:
+                main(words)
+            assert end.value.code == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the greedy run, to write into."""
+    return shutil.copytree(finished / "greedy", tmp_path / "copy")
+
+
+class Page(HTMLParser):
+    """Words, tags and addresses of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.tags, self.addresses = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "data")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_report_says_what_metrics_json_says(finished, tmp_path, stethoscope):
+    out = stethoscope("report", finished / "greedy", "out=made", code=0)
+    assert out.split() == ["made/report.html", "made/report.md", "made/report.tex"]
+    texts = {path.suffix: path.read_text() for path in (tmp_path / "made").iterdir()}
+    metrics = RunStore(finished / "greedy").metrics()
+    board = metrics["detector"]["leaderboard"]["rows"]
+    figures = [row for task in ("pope", "chair") for row in metrics[task]["metrics"]]
+    figures += [row["metrics"]["auroc_controlled"] for row in board if row["kind"] != "feature"]
+    words = " ".join(Page(texts[".html"]).words)
+    for row in figures:
+        shown = "[{low:.3f}, {high:.3f}]".format(**row)
+        for text in (words, texts[".md"], texts[".tex"]):
+            assert f"{row['value']:.3f}" in text
+            assert shown in text
+    counts = f"{LIMIT} samples: {LIMIT} ok, 0 unparsed, 0 failed"
+    assert all(counts in text for text in (words, texts[".md"], texts[".tex"]))
+    for name in ("ROC", "Precision and recall", "Reliability", "AUROC by token position", "Feature importance"):
+        assert name.lower() in words.lower()
+
+
+def test_the_page_needs_no_network_and_shows_pictures(finished, tmp_path, stethoscope):
+    stethoscope("report", finished / "greedy", "out=made", code=0)
+    page = Page((tmp_path / "made" / "report.html").read_text())
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert page.tags.count("svg") == 5
+    assert page.tags.count("img") == page.tags.count("article") > 2
+    stethoscope("report", finished / "greedy", "out=plain", "pictures=false", "cases=1", code=0)
+    page = Page((tmp_path / "plain" / "report.html").read_text())
+    assert "img" not in page.tags
+    assert 0 < page.tags.count("article") <= 3
+
+
+def test_no_torch_is_imported(finished, tmp_path):
+    script = (
+        "import sys\nfrom stethoscope.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy or end.code else 0)"
+    )
+    for words in (["report", finished / "greedy", f"out={tmp_path}"], ["compare", *_both(finished)]):
+        done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def _both(finished):
+    return finished / "greedy", finished / "sampled"
+
+
+def test_words_of_the_model_stay_words(copy, tmp_path, stethoscope):
+    evil, opening = "<script>`*|_$\\&x*", "The image depicts"
+    assert len(evil) == len(opening)
+    file = copy / "samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["answer"]["text"] = line["answer"]["text"].replace(opening, evil)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stethoscope("report", copy, code=0)
+    page = Page((copy / "report.html").read_text())
+    assert page.tags.count("script") == 1  # the document's own, empty
+    assert any(evil in words for words in page.words)
+    markdown, latex = (copy / "report.md").read_text(), (copy / "report.tex").read_text()
+    assert "&lt;script&gt;\\`\\*\\|\\_$\\\\&amp;x\\*" in markdown
+    assert "<script>" not in markdown
+    assert r"\textless{}script\textgreater{}`*\textbar{}\_\$\textbackslash{}\&x*" in latex
+
+
+def test_a_run_without_a_detector_is_reported_as_far_as_it_goes(finished, tmp_path, stethoscope, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(finished / "alone"), f"out={tmp_path}"])
+    assert "has no detector: `stethoscope extract run=" in capsys.readouterr().err
+    text = (tmp_path / "report.md").read_text()
+    assert "chair\\_i" in text
+    assert "has no detector" in text
+
+
+def test_what_is_no_finished_run_is_one_line(finished, copy, stethoscope):
+    line = stethoscope("report", finished / "gredy")
+    assert "is no directory; unknown run 'gredy'; did you mean 'greedy'" in line
+    assert "holds 3: alone, greedy, sampled" in stethoscope("report", finished)
+    assert "has no samples.jsonl" in stethoscope("report", finished / "greedy" / "detector")
+    assert "takes one run, not 2" in stethoscope("report", *_both(finished))
+    assert "did you mean 'pictures'" in stethoscope("report", copy, "picture=false")
+    (copy / "status.json").write_text('{"pope": "finished", "chair": "interrupted"}')
+    for words in (["report", copy], ["compare", finished / "greedy", copy]):
+        assert "is not finished (chair: interrupted); the command that began it goes on with it" in stethoscope(*words)
+
+
+def test_help_teaches(stethoscope):
+    assert "report.html" in stethoscope("report", "--help", code=0)
+    assert "compare runs/sweep/*" in stethoscope("compare", "--help", code=0)
+
+
+def test_a_run_against_itself_differs_in_nothing(finished):
+    source = Source.read(finished / "greedy")
+    tables, remarks = versus.compare([source, source], lambda source, name: _tasks()[name])
+    assert remarks == []
+    differences = [cell for table in tables for row in table.rows for cell in row if hasattr(cell, "p")]
+    assert len(differences) > 20
+    assert all(cell.interval.value == cell.interval.low == cell.interval.high == 0 for cell in differences)
+    assert all(cell.p == 1 for cell in differences)
+
+
+def _tasks():
+    from stethoscope.tasks.pope import Pope
+
+    return {"chair": Chair(), "pope": Pope()}
+
+
+def test_task_differences_are_paired_over_images(finished):
+    """Against a bootstrap written out: images drawn once for both runs, CHAIR_i of their summed counts."""
+    first, other = (Source.read(path) for path in _both(finished))
+    table = versus.task_table(first, other, Chair(), ("a", "b"))
+    _, _, mine, theirs, difference = table.rows[0]
+    stored = [source.results[1].interval("chair_i") for source in (first, other)]
+    assert [mine, theirs] == stored
+    counts = []
+    for source in (first, other):
+        records = {record.group: record.score.counts for record in source.store.records("chair")}
+        counts.append(
+            np.array([[records[name]["hallucinated"], records[name]["mentions"]] for name in sorted(records)])
+        )
+    draws = np.random.default_rng(0).integers(LIMIT, size=(1000, LIMIT))
+    gaps = []
+    for draw in draws:
+        rates = [one[draw].sum(axis=0)[0] / one[draw].sum(axis=0)[1] for one in counts]
+        gaps.append(rates[1] - rates[0])
+    assert difference.interval.value == pytest.approx(stored[1].value - stored[0].value)
+    assert [difference.interval.low, difference.interval.high] == pytest.approx(
+        np.percentile(gaps, [2.5, 97.5]).tolist()
+    )
+    width = difference.interval.high - difference.interval.low
+    assert width < np.hypot(mine.high - mine.low, theirs.high - theirs.low)  # what pairing is for
+
+
+def test_detector_differences_are_those_of_the_leader_board(finished, copy, monkeypatch, stethoscope):
+    """Two detectors fitted on one run, compared as two runs, give the paired difference that training gives."""
+    monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
+    other = shutil.copytree(copy, copy.with_name("other"))
+    stethoscope("train", f"run={copy}", "beside=[boosting]", "detector.strength=0.1", code=0)
+    stethoscope("train", f"run={other}", "detector=boosting", code=0)
+    first, second = Source.read(copy), Source.read(other)
+    table = versus.detector_table(first, second, ("a", "b"))
+    said = first.detector["leaderboard"]["differences"]
+    wanted = {row["metric"]: row for row in said if (row["detector"], row["other"]) == ("detector", "boosting")}
+    found = {row[0]: row[3] for row in table.rows}
+    for metric, name in (("auroc", "AUROC"), ("auroc_controlled", "position-controlled")):
+        row, tested = wanted[metric], found[name]
+        signs = [-row["value"], -row["high"], -row["low"], row["p"]]
+        assert [tested.interval.value, tested.interval.low, tested.interval.high, tested.p] == pytest.approx(
+            signs, abs=1e-4
+        )
+    out = stethoscope("compare", copy, other, code=0)
+    assert re.search(r"detector.estimator +logistic +boosting", out)
+
+
+def test_compare_prints_writes_and_knows_sweeps(finished, tmp_path, stethoscope):
+    sweep = tmp_path / "sweep"
+    for path in _both(finished):
+        (sweep / path.name).mkdir(parents=True)
+        for file in path.glob("*.*"):
+            shutil.copy(file, sweep / path.name)
+    (sweep / "multirun.yaml").write_text("hydra: {}\n")
+    out = stethoscope("compare", *sorted(sweep.glob("*")), code=0)
+    for words in ("generation.do_sample", "chair: sampled against greedy", "leader boards", "detectors: sampled"):
+        assert words in out
+    assert stethoscope("compare", sweep, code=0) == out
+    assert stethoscope("compare", sweep, "format=latex", "out=made/c.tex", code=0).strip() == "made/c.tex"
+    latex = (tmp_path / "made" / "c.tex").read_text()
+    assert latex.count(r"\toprule") == latex.count(r"\end{table}") == out.count("\n\n") + 1
+    assert "| **chair\\_i** |" in stethoscope("compare", sweep, "format=markdown", code=0)
+
+
+def test_runs_that_did_not_answer_the_same_are_refused(finished, copy, stethoscope):
+    line = stethoscope("compare", finished / "greedy", finished / "alone")
+    assert re.search(
+        rf"did not answer the same: chair has {LIMIT - 5} samples only in .*greedy, such as 'counter-", line
+    )
+    assert "takes two runs or more" in stethoscope("compare", copy)
+    assert "did you mean 'latex'" in stethoscope("compare", *_both(finished), "format=latx")
+    fingerprint, samples = copy / "fingerprint.json", copy / "samples.jsonl"
+    good = json.loads(fingerprint.read_text())
+    good["chair"]["task"]["version"] = "0"
+    fingerprint.write_text(json.dumps(good))
+    assert "chair version is '1' and '0'" in stethoscope("compare", finished / "greedy", copy)
+    good["chair"]["task"]["version"] = "1"
+    fingerprint.write_text(json.dumps(good))
+    samples.write_text(samples.read_text().replace("Please describe this image in detail.", "What?", 3))
+    line = stethoscope("compare", finished / "greedy", copy)
+    assert re.search(r"chair has another question in \d samples, such as 'counter-", line)
+
+
+def test_a_run_names_no_code(copy, stethoscope, capsys):
+    """A run directory from elsewhere does not decide what is imported."""
+    text = (copy / "fingerprint.json").read_text().replace("stethoscope.tasks.chair.Chair", "os.system")
+    (copy / "fingerprint.json").write_text(text)
+    config = (copy / "config.yaml").read_text().replace("stethoscope.tasks.chair.Chair", "os.system")
+    (copy / "config.yaml").write_text(config.replace("plugins: []", "plugins: [os]"))
+    with pytest.raises(SystemExit):
+        main(["report", str(copy)])
+    assert "has no pictures: chair._target_='os.system' is outside the packages" in capsys.readouterr().err
+    assert "<img" not in Path(copy / "report.html").read_text()
