@@ -1,0 +1,111 @@
+"""``stethoscope diagnose``: what it prints and writes, and what it says of wrong input."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import stethoscope as package
+from stethoscope.evaluator import Evaluator
+from stethoscope.features import FeatureSet
+from stethoscope.store import RunStore
+from stethoscope.tasks.chair import Chair
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run directory with a detector that warns of everything."""
+    folder = tmp_path_factory.mktemp("trained")
+    features = FeatureSet(groups=["uncertainty", "position"])
+    Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
+    detector = package.Detector(strength=0.1).fit(RunStore(folder).tokens("chair"))
+    detector.threshold = 0.0
+    detector.save(folder / "detector")
+    return folder
+
+
+def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
+    out = stethoscope("diagnose", code=0)
+    assert "testbed on counter-000000.png" in out
+    assert "The image" in out
+    assert "no detector was given" in out
+    assert "stethoscope benchmark" in out
+    folder = tmp_path / "runs" / "diagnose-testbed"
+    data = json.loads((folder / "diagnosis.json").read_text())
+    assert data["answer"].split()[0] in out
+    maps = sorted(path.name for path in (folder / "heatmaps").iterdir())
+    assert len(maps) == len({(named["tokens"][0], named["object"]) for named in data["mentions"]}) > 0
+    for name in maps:
+        assert Image.open(folder / "heatmaps" / name).width >= 480
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trained):
+    Image.new("RGB", (120, 80), "teal").save(tmp_path / "my photo, (1).png")
+    text = "A [red]dog[/red], <script>alert('x')</script> and ${a} \x1b[31m cat: it's {1}."
+    words = [
+        "image=my photo, (1).png",
+        "question=What's this, a dog?",
+        f"answer={text}",
+        f"detector={trained}",
+        "out=o",
+    ]
+    out = stethoscope("diagnose", *words, code=0)
+    assert "\x1b" not in out  # no terminal, no colour, and none of the model's own
+    data = json.loads((tmp_path / "o" / "diagnosis.json").read_text())
+    assert data["question"] == "What's this, a dog?"
+    assert [named["object"] for named in data["mentions"]] == ["dog", "cat"]
+    assert data["warned"] == ["dog", "cat"]
+    for named in data["mentions"]:
+        assert f"{named['object']} [{named['probability']:.0%}]" in out
+        assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
+    assert "features: " in out
+    assert "picture: " in out
+    assert "no detector" not in out
+    assert "<script>alert" not in (tmp_path / "o" / "report.html").read_text()
+    stethoscope("diagnose", *words, "answer=Nothing here.", code=0)
+    assert not list((tmp_path / "o" / "heatmaps").iterdir())  # none is left of the answer before
+
+
+def test_another_model_and_the_other_scope(stethoscope, tmp_path):
+    words = ["model=smolvlm-2.2b", "model.random_init=tiny", "answer=a dog", "scope=token", "out=o"]
+    stethoscope("diagnose", *words, code=0)
+    assert (tmp_path / "o" / "heatmaps").is_dir()
+    assert len(json.loads((tmp_path / "o" / "diagnosis.json").read_text())["grids"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["image=nowhere.png"], "image 'nowhere.png' is missing"),
+        (["question="], "question is empty"),
+        (["question=' '"], "question is empty"),
+        (["answer="], "the answer is empty"),
+        (["detector=nowhere"], "detector=nowhere is no directory"),
+        (["detector=."], "no detector"),
+        (["scope=rows"], "scope='rows' should be row or token"),
+        (["mentions=os.system"], "'os.system' is outside the packages that may be used"),
+        (["mentions=stethoscope.tasks.chair.nothing"], "cannot be imported"),
+        (["model=testbet"], "did you mean 'testbed'?"),
+        (["imagee=a.png"], "did you mean 'image'?"),
+        (["out=file/inside"], "out=file/inside cannot be written to"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_input_is_one_line(stethoscope, tmp_path, words, message):
+    (tmp_path / "file").write_text("")
+    assert message in stethoscope("diagnose", *words)
+
+
+def test_a_picture_that_is_none(stethoscope, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    assert "a.png cannot be read" in stethoscope("diagnose", "image=a.png")
+
+
+def test_a_detector_of_another_model(stethoscope, tmp_path):
+    features = FeatureSet(groups=["attention"])
+    Evaluator(features=features, run_dir=tmp_path / "run", batch_size=24).run(package.load("testbed"), Chair(scenes=16))
+    package.Detector(strength=0.1).fit(RunStore(tmp_path / "run").tokens("chair")).save(tmp_path / "run" / "detector")
+    line = stethoscope("diagnose", "model=qwen2-vl-2b", "model.random_init=tiny", "answer=a dog", "detector=run")
+    assert "the detector reads features that" in line
+    assert "it was trained on another model (missing: attn_" in line

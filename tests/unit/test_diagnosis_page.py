@@ -1,0 +1,189 @@
+"""The page and the notebook display: the model's text stays text, nothing is fetched, the page's script works."""
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.diagnosis.parts import Judgement
+from stethoscope.diagnosis.result import Diagnosis, Named
+from stethoscope.records import Answer
+
+EVIL = "A <script>alert(1)</script> *dog*\n# and </p> [a](javascript:alert(1)) <img src=x onerror=alert(1)> & `cat`"
+
+
+class Seen(HTMLParser):
+    """Tags and attributes, the text of the answer, and what every script holds."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.scripts, self.answer, self._path = [], [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in ("meta", "img", "input", "link", "br"):
+            self._path.append((tag, attributes.get("class") or attributes.get("style") or ""))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        while self._path and self._path.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if self._path and self._path[-1][0] == "script":
+            self.scripts[-1] += data
+        elif any(tag == "p" and ("answer" in kind or "pre-wrap" in kind) for tag, kind in self._path):
+            self.answer += data
+
+
+def tokens(text, size=3):
+    """The text cut into tokens of a few characters, with places between them that belong to none."""
+    spans = [(at, min(at + size, len(text))) for at in range(0, len(text), size + 1)]
+    return Answer(text, tuple(range(len(spans))), tuple(spans), (-0.5,) * len(spans))
+
+
+@pytest.fixture(scope="module")
+def evil():
+    """A made-up diagnosis with a warned mention in the middle of hostile text."""
+    answer = tokens(EVIL)
+    start = EVIL.index("dog")
+    why = Judgement(0.9, 3.0, -0.8, (("<b>nll</b>", 2.0), ("entropy", -1.0)))
+    owners = tuple(answer.covering(start, start + 3))
+    return Diagnosis(
+        model="<i>model</i>", image=Image.new("RGB", (30, 20), "teal"), question="<script>what</script>?",
+        answer=answer,
+        entropy=np.ones(len(answer.token_ids), np.float32), judgements=(why,) * len(answer.token_ids), threshold=0.5,
+        mentions=(Named("<u>dog</u>", start, start + 3, owners, why, True),), notes=("no <relevancy>",),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def real():
+    adapter = stethoscope.load("testbed")
+    return stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), "Please describe this image in detail.")
+
+
+@pytest.mark.parametrize("show", [Diagnosis.to_html, Diagnosis._repr_html_], ids=["page", "notebook"])
+def test_hostile_text_is_shown_letter_by_letter(evil, show):
+    seen = Seen(show(evil))
+    assert seen.answer == EVIL
+    assert len(seen.scripts) == (2 if show is Diagnosis.to_html else 0)
+    assert {tag for tag, _ in seen.tags}.isdisjoint({"u", "i", "b", "a", "relevancy"})
+    assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+
+
+def test_the_pages_data_arrives_as_it_was(evil):
+    data = json.loads(Seen(evil.to_html()).scripts[0])
+    assert [token["text"] for token in data["tokens"]] == list(evil.answer.tokens)
+    assert data["tokens"][data["start"]]["object"] == "<u>dog</u>"
+    assert data["tokens"][data["start"]]["top"][0] == ["<b>nll</b>", 2.0]
+
+
+@pytest.mark.parametrize("show", [Diagnosis.to_html, Diagnosis._repr_html_], ids=["page", "notebook"])
+def test_nothing_is_fetched(real, show):
+    page = show(real)
+    seen = Seen(page)
+    for tag, attributes in seen.tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+        assert "url(" not in (attributes.get("style") or "")
+    assert "@import" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+    images = [attributes["src"] for tag, attributes in seen.tags if tag == "img"]
+    assert images
+    for address in images:
+        Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).load()
+
+
+def test_the_pages_maps_are_the_relevancy(real):
+    data = json.loads(Seen(real.to_html()).scripts[0])
+    image = real.relevancy.image
+    count, layers = image.shape[:2]
+    values = np.frombuffer(base64.b64decode(data["maps"]["raw"]["data"]), np.uint8).reshape(count, layers, -1)
+    expected = (image / image.amax(-1, keepdim=True)).numpy()
+    assert np.abs(values / 255 - expected).max() <= 0.5 / 255 + 1e-6
+    assert data["maps"]["raw"]["box"] == pytest.approx([0, 0, 96, 96], abs=0.2)
+    assert np.array(data["tokens"][9]["answer"]).shape == (layers, 9)
+    assert np.allclose(np.array(data["tokens"][9]["shares"]).sum(1), 10_000, atol=2)
+
+
+BROWSER = r"""
+const fs = require("fs"), vm = require("vm"), page = JSON.parse(fs.readFileSync(0, "utf8"));
+class Element {
+  constructor(name) {
+    Object.assign(this, { name, style: {}, dataset: {}, children: [], listeners: {}, classes: new Set(), painted: [] });
+    this.classList = { toggle: (one, on) => (on ? this.classes.add(one) : this.classes.delete(one)) };
+  }
+  append(...parts) { this.children.push(...parts); }
+  replaceChildren(...parts) { this.children = parts; }
+  setAttribute(name, value) { this[name] = String(value); }
+  addEventListener(kind, call) { this.listeners[kind] = call; }
+  closest() { return "token" in this.dataset ? this : null; }
+  get text() { return (this.textContent ?? "") + this.children.map((child) => child.text ?? child).join(" "); }
+  getContext() {
+    const painted = this.painted;
+    return { clearRect() {}, fillRect() {}, drawImage: (what) => painted.push(what),
+             putImageData: (data) => painted.push([...data.data]) };
+  }
+}
+const known = {}, all = page.tokens.map((token) => Object.assign(new Element("span"), { dataset: { token } }));
+for (const id of page.ids) known[id] = new Element(id);
+Object.assign(known.data, { textContent: page.data });
+for (const [id, value] of Object.entries(page.values)) known[id].value = value;
+known.picture.width = 640; known.picture.height = 640;
+const document = new Element("document");
+Object.assign(document, { getElementById: (id) => known[id] ?? null, querySelectorAll: () => all,
+                          createElement: (name) => new Element(name) });
+class ImageData { constructor(w, h) { this.data = new Uint8ClampedArray(4 * w * h); } }
+vm.runInNewContext(page.script, { document, Image: class {}, ImageData, atob, Uint8Array, JSON, Math, Number, Object });
+const look = () => ({ facts: known.facts.text, question: known.question.text, before: known.before.text,
+  layer: known["layer-text"].textContent, evolution: known.evolution.children.length,
+  chosen: all.filter((one) => one.classes.has("chosen")).map((one) => one.dataset.token),
+  map: known.picture.painted.at(-1).painted[0] });
+const views = [look()];
+document.listeners.click({ type: "click", target: all[page.click], preventDefault() {} });
+views.push(look());
+known.layer.value = "0"; known.layer.listeners.input(); views.push(look());
+known.opacity.value = "0"; known.opacity.listeners.input(); views.push(look());
+console.log(JSON.stringify(views));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the page's script")
+def test_the_script_shows_the_chosen_token_and_layer(real):
+    seen = Seen(real.to_html())
+    ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
+    page = {
+        "ids": ids,
+        "tokens": [int(a["data-token"]) for tag, a in seen.tags if tag == "span" and "data-token" in a],
+        "values": {"layer": "3", "opacity": "75", "source": "raw", "statistic": "sum", "colour": "surprise"},
+        "data": seen.scripts[0], "script": seen.scripts[1], "click": 10,
+    }  # fmt: skip
+    done = subprocess.run(["node", "-e", BROWSER], input=json.dumps(page), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, clicked, lower, clear = json.loads(done.stdout)
+    assert first["chosen"] == [7]  # nothing is warned of: the first mention
+    assert "knife" in first["facts"]
+    assert clicked["chosen"] == [10]
+    assert "fork" in clicked["facts"]
+    assert "Please" in clicked["question"]
+    assert "knife" in clicked["before"]
+    assert (clicked["layer"], lower["layer"]) == ("4 of 4", "1 of 4")
+    assert clicked["evolution"] == 4
+    strength = np.array(clicked["map"]).reshape(64, 4)[:, 3]
+    image = real.relevancy.image[10, 3].numpy()
+    assert np.abs(strength - 0.75 * 255 * np.sqrt(image / image.max())).max() < 8
+    assert clicked["map"] != lower["map"]
+    assert not np.array(clear["map"]).reshape(64, 4)[:, 3].any()
