@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stethoscope.report.tables import Table, Tested
+from stethoscope.report.tables import Gap, Table
 from stethoscope.results import COUNTS, TaskResults
 from stethoscope.stats import Interval
 
@@ -95,11 +95,11 @@ def sizes(results: Mapping[str, Any]) -> str:
 
 def difference_table(board: Mapping[str, Any]) -> Table | None:
     """What every detector is ahead by, a row for each opponent; the best single feature differs between controls."""
-    cells: dict[tuple[str, str], dict[str, Tested]] = {}
+    cells: dict[tuple[str, str], dict[str, Gap]] = {}
     for row in board["differences"]:
         best = row["other"] == board["best_features"].get(row["metric"])
         pair = row["detector"], "best single feature" if best else row["other"]
-        cells.setdefault(pair, {})[row["metric"]] = Tested(interval(row), row["p"])
+        cells.setdefault(pair, {})[row["metric"]] = Gap(interval(row), row["p"])
     found = [metric for metric in RANKING if any(metric in row for row in cells.values())]
     if not found:
         return None
@@ -110,10 +110,10 @@ def difference_table(board: Mapping[str, Any]) -> Table | None:
 
 def ablation_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """What each feature group adds to the detector."""
-    cells: dict[tuple[str, int], dict[str, Tested]] = {}
+    cells: dict[tuple[str, int], dict[str, Gap]] = {}
     for row in rows:
         group = row["other"].removeprefix("without "), int(row["columns"])
-        cells.setdefault(group, {})[row["metric"]] = Tested(interval(row), row["p"])
+        cells.setdefault(group, {})[row["metric"]] = Gap(interval(row), row["p"])
     found = [metric for metric in RANKING if any(metric in row for row in cells.values())]
     if not cells:
         return None

@@ -212,9 +212,6 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _figure(title: str, width: int, height: int, parts: Sequence[str], legend: str, note: str) -> str:
-    drawing = (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-        f'{"".join(parts)}</svg>'
-    )
+    drawing = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     small = f'<p class="note">{escape(note)}</p>' if note else ""
     return f'<figure class="plot"><figcaption>{escape(title)}</figcaption>{drawing}{legend}{small}</figure>\n'

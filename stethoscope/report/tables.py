@@ -13,14 +13,14 @@ from stethoscope.markup import escape
 from stethoscope.stats import Interval
 
 
-class Tested(NamedTuple):
+class Gap(NamedTuple):
     """A difference and its p-value, None where there is none."""
 
     interval: Interval
     p: float | None
 
 
-Cell = str | int | Interval | Tested | None
+Cell = str | int | Interval | Gap | None
 """Text (as it is, of whomever it comes), a count, a figure, a tested difference; None for an empty cell."""
 
 
@@ -61,7 +61,7 @@ def _parts(cell: Cell) -> tuple[str, str]:
     """What a cell says, and what it adds in small print."""
     if cell is None:
         return "", ""
-    if isinstance(cell, Tested):
+    if isinstance(cell, Gap):
         main, small = _parts(cell.interval)
         return main, small if cell.p is None or math.isnan(cell.p) else f"{small} p {cell.p:.3f}"
     if isinstance(cell, Interval):
@@ -107,7 +107,7 @@ def markdown(table: Table) -> str:
     """A pipe table under its title."""
 
     def cell(found: Cell) -> str:
-        if isinstance(found, (Interval, Tested)):
+        if isinstance(found, (Interval, Gap)):
             return _plain(found)  # our own figures: brackets need no escape
         return markdown_words(_plain(found))
 

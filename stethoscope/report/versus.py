@@ -16,7 +16,7 @@ from stethoscope.records import ImageRef, Sample
 from stethoscope.report.figures import AT_WORK, RANKING, interval, shown_rows
 from stethoscope.report.light import without_torch
 from stethoscope.report.source import Source
-from stethoscope.report.tables import Cell, Table, Tested
+from stethoscope.report.tables import Cell, Gap, Table
 from stethoscope.stats import Resamples, count_replicates, group_weights, p_value
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _replicates(task: Task, rows: Sequence[Tally], drawn: Resamples) -> dict[tup
     return count_replicates(task.metrics(), counts, [row.subset for row in rows], drawn, task.macro)
 
 
-def _tested(difference: np.ndarray, drawn: Resamples) -> Tested:
-    return Tested(drawn.interval(difference), p_value(difference))
+def _tested(difference: np.ndarray, drawn: Resamples) -> Gap:
+    return Gap(drawn.interval(difference), p_value(difference))
 
 
 def _test_images(source: Source, images: set[str]) -> set[str]:

@@ -1,0 +1,72 @@
+"""Tables keep their words as words in every format."""
+
+import math
+
+import pytest
+
+from stethoscope.errors import ConfigError
+from stethoscope.report import tables
+from stethoscope.report.tables import Gap, Table
+from stethoscope.stats import Interval
+
+NASTY = "\\input{x} $1 & <b>50%</b> #_^~|`*\n[a](b)"
+FIGURE = Interval(-0.25, -0.5, 0.0, 10, 5)
+
+
+def _table(**settings):
+    return Table(
+        "a & b",
+        ("name", "figure", "tested"),
+        ((NASTY, FIGURE, Gap(FIGURE, 0.5)), ("empty", None, Gap(FIGURE, None))),
+        **settings,
+    )
+
+
+def test_latex_escapes_every_special_character():
+    found = tables.latex(_table())
+    line = next(line for line in found.splitlines() if "input" in line)
+    assert line == (
+        r"\textbackslash{}input\{x\} \$1 \& \textless{}b\textgreater{}50\%\textless{}/b\textgreater{} "
+        r"\#\_\textasciicircum{}\textasciitilde{}\textbar{}`* [a](b) & $-$0.250 {\scriptsize [$-$0.500, 0.000]} & "
+        r"$-$0.250 {\scriptsize [$-$0.500, 0.000] p 0.500} \\"
+    )
+    assert r"\caption{a \& b.}" in found
+    assert r"\begin{tabular}{lrr}" in found
+    rules = [line for line in found.splitlines() if line.endswith("rule")]
+    assert rules == [r"\toprule", r"\midrule", r"\bottomrule"]
+
+
+def test_markdown_keeps_cells_and_lines():
+    lines = tables.markdown(_table(note="n*", bold=frozenset({1}))).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 4
+    assert all(len(row.replace("\\|", "").split("|")) == 5 for row in rows)
+    assert "&lt;b&gt;50%&lt;/b&gt;" in rows[2]
+    assert r"\[a\](b)" in rows[2]
+    assert rows[3].startswith("| **empty** |  | **−0.250 [−0.500, 0.000]** |")
+    assert lines[-1] == r"n\*"
+
+
+def test_html_escapes():
+    found = tables.html(_table())
+    assert "<b>" not in found
+    assert "&lt;b&gt;50%&lt;/b&gt;" in found
+    assert "<figcaption>a &amp; b</figcaption>" in found
+
+
+def test_text_is_aligned():
+    lines = tables.text(Table("t", ("", "x"), (("a", 1), ("long", 22)))).splitlines()
+    assert lines == ["t", "      x", "a     1", "long  22"]
+
+
+def test_a_figure_that_is_not_defined_says_so():
+    table = Table("t", ("", "x"), (("a", Interval(math.nan, math.nan, math.nan, 0, 0)),))
+    for form in tables.FORMATS:
+        text = tables.render([table], form)
+        assert "not defined" in text
+        assert "nan" not in text
+
+
+def test_unknown_format():
+    with pytest.raises(ConfigError, match="did you mean 'markdown'"):
+        tables.render([], "markdwon")
