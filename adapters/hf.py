@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,20 @@ from stethoscope.adapters import loading, memory, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
-from stethoscope.capture import record
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
+from stethoscope.adapters.tracing import Tracing
+from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
 from stethoscope.relevancy import answer_relevancy
-from stethoscope.rows import AttentionRows
-from stethoscope.trace import FORWARD_NEEDS, NEEDS, Encoded, Trace
+from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 
-class HfAdapter(Adapter):
+class HfAdapter(Tracing, Adapter):
     """A model folder or hub id that ``AutoModelForImageTextToText`` loads.
 
     Args:
@@ -268,12 +266,13 @@ class HfAdapter(Adapter):
 
         Raises:
             ConfigError: ``needs`` holds something unknown.
+            CapabilityError: it holds something that this kind of model has not.
             CaptureError: see ``Adapter.trace``.
         """
         self.setup()
         for need in needs:
-            if need not in NEEDS:
-                raise ConfigError(unknown("need", need, NEEDS))
+            if need not in (*NEEDS, *MORE_NEEDS):
+                raise ConfigError(unknown("need", need, [*NEEDS, *MORE_NEEDS]))
         traces: dict[int, Trace] = {}
         for group in groups([one.inputs for one in encoded]):
             chosen = [encoded[index] for index in group], [answers[index] for index in group]
@@ -284,63 +283,11 @@ class HfAdapter(Adapter):
                 traces[index] = replace(traces[index], relevancy=relevancy)
         return [traces[index] for index in range(len(encoded))]
 
-    def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
-        inputs, rows = self._teacher_forced(encoded, [answer.token_ids for answer in answers])
-        decoder = None if self._start is None else inputs["decoder_input_ids"].shape[1]
-        listener = AttentionRows(rows, [one.spans for one in encoded], inputs["input_ids"].shape[1], decoder)
-        if "lens" in needs and self._lens is None:
-            self._lens = Lens(self._model)
-        with ExitStack() as stack:
-            if "attention" in needs:
-                stack.enter_context(record(self._model, listener))
-            heard = stack.enter_context(self._lens.listen(rows)) if "lens" in needs else []
-            logits = self._logits(inputs, rows)
-        if logits.isnan().any():
-            raise CaptureError(f"{self.name}: the logits hold values that are not numbers")
-        parts: dict[str, Any] = {"logits": logits.cpu()}
-        if "attention" in needs:
-            parts |= {"mass": listener.mass(), "image_attention": listener.image()}
-        if "lens" in needs:
-            tokens = torch.zeros(rows.shape, dtype=torch.long)
-            for index, answer in enumerate(answers):
-                tokens[index, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
-            parts["lens_logprob"], parts["lens_rank"] = self._lens.read(heard, logits, tokens)
-        if "blank" in needs:
-            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank)
-            parts["blank_logits"] = self._logits(inputs, rows).cpu()
-        return [
-            Trace(answer, one.spans, **{name: part[index][: len(answer.token_ids)] for name, part in parts.items()})
-            for index, (one, answer) in enumerate(zip(encoded, answers, strict=True))
-        ]
-
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """See ``Adapter.forward_inputs``."""
         self.setup()
         extended = extend(encoded.inputs, answer_ids, self._model.config.model_type, self._start)
         return self._model, self._to_device(extended)
-
-    def _teacher_forced(
-        self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs of a pass over prompts and answers, and the rows (B, T) that predict the answer tokens.
-
-        The last token of an answer predicts nothing of it and is left out. Shorter answers repeat their last row.
-        """
-        model_type = self._model.config.model_type
-        pairs = zip(encoded, answers, strict=True)
-        parts = [extend(one.inputs, ids[:-1], model_type, self._start) for one, ids in pairs]
-        steps = torch.arange(max([1, *map(len, answers)]))
-        last = torch.tensor([[max(len(ids) - 1, 0)] for ids in answers])
-        starts = torch.tensor([[one.spans.length - 1 if self._start is None else 0] for one in encoded])
-        return self._to_device(collate(parts, self._pad, "right")), starts + steps.minimum(last)
-
-    def _logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """Rows (B, T, V) of the logits in float32; the head runs on no more positions than it must."""
-        positions = rows.unique()
-        options = {"logits_to_keep": positions.to(self._input_device())} if self._keeps else {}
-        logits = self._model(**inputs, **options, use_cache=False).logits
-        at = torch.searchsorted(positions, rows) if self._keeps else rows
-        return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
 
     def _input_device(self) -> torch.device:
         """Where inputs go. Weights that accelerate has offloaded are on no device, so its hook knows better."""

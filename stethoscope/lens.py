@@ -5,6 +5,7 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ class Lens:
                 break
         else:
             raise CapabilityError(f"logit lens: no layers with a final norm found in {type(model).__name__}")
-        self.layers, self._norm, self._head = layers[0], norms[0], model.get_output_embeddings()
+        self.layers, self.norm, self.head = layers[0], norms[0], model.get_output_embeddings()
         # T5's first version shares the head with the input embeddings and scales what it reads
         self._scale = text.hidden_size**-0.5 if getattr(text, "scale_decoder_outputs", False) else 1.0
         self._softcap = getattr(text, "final_logit_softcapping", None)
@@ -64,7 +65,7 @@ class Lens:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
-        logits = self._head(self._norm(hidden) * self._scale).float()
+        logits = self.head(self.norm(hidden) * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def read(self, heard: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +89,19 @@ class Lens:
         pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
 
+    def divergence(self, heard: list[Tensor], logits: Tensor) -> Tensor:
+        """How far the distribution after each layer is from the model's own.
+
+        Args:
+            heard, logits: as for ``read``.
+
+        Returns:
+            (B, T, L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
+        """
+        final = logits.log_softmax(-1)
+        layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in heard[:-1]]
+        return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:2], 0)).cpu()
+
     def _check(self, hidden: Tensor, logits: Tensor) -> None:
         decoded = self.decode(hidden).to(logits.device)
         near = 1e-3 if hidden.dtype == torch.float32 else 5e-2
@@ -102,3 +116,10 @@ def _place(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     logprob = chosen[..., 0] - logits.logsumexp(-1)
     rank = (logits > chosen).sum(-1)
     return logprob.float().cpu(), rank.float().cpu()
+
+
+def _divergence(one: Tensor, other: Tensor) -> Tensor:
+    """(...) Jensen-Shannon divergence of two (..., V) log-distributions."""
+    middle = torch.logaddexp(one, other) - math.log(2)
+    halves = [(part.exp() * (part - middle)).sum(-1) for part in (one, other)]
+    return ((halves[0] + halves[1]) / 2).clamp(min=0).cpu()

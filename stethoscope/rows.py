@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from stethoscope.capture import Listener, Site, eager_rows, plain_attention
 from stethoscope.errors import CaptureError
-from stethoscope.trace import SEGMENTS, Spans
+from stethoscope.trace import SEGMENTS, Heads, Spans
+
+TOP = 20
+"""Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
 
 _IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
 
@@ -119,3 +122,56 @@ class AttentionRows(Listener):
         """Per sample (T, L, N) float32 on the CPU: attention to each image token, mean over heads."""
         stacked = torch.stack([image.cpu() for image in self._to_image]).permute(1, 2, 0, 3) / len(self._mass)
         return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]
+
+
+class HeadRows(AttentionRows):
+    """The same, and what published detectors read of single heads.
+
+    Args:
+        rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
+        counts: number of answer tokens of every sample.
+        spans, length, decoder: see ``AttentionRows``.
+    """
+
+    def __init__(
+        self, rows: Tensor, counts: Sequence[int], spans: Sequence[Spans], length: int, decoder: int | None = None
+    ) -> None:
+        super().__init__(rows, spans, length, decoder)
+        self._tokens = list(counts)
+        starts = [span.length if decoder is None else 1 for span in spans]
+        self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        self._columns = [list(span.image) for span in spans]
+        self._by_head: list[list[tuple[Tensor, Tensor]]] = [[] for _ in spans]
+        self._response: list[Tensor] = []
+
+    def hear(self, site: Site, weights: Tensor) -> None:
+        super().hear(site, weights)
+        weights = weights.detach().float()
+        if site.role == self._reads:
+            for index, columns in enumerate(self._columns):
+                image = weights[index][:, : self._tokens[index] + 1][..., columns] / len(self._mass)
+                self._by_head[index].append(_top(image))
+        if site.role == "language":
+            most = weights.amax(1)
+            most = most / most.sum(-1, keepdim=True)
+            self._response = [
+                rows[: count + 1, answer].cpu()
+                for rows, count, answer in zip(most, self._tokens, self._answers, strict=True)
+            ]
+
+    def heads(self) -> list[Heads]:
+        """Per sample, what was heard."""
+        found = []
+        for index, (mass, image) in enumerate(zip(self.mass(), self.image(), strict=True)):
+            count = self._tokens[index] + 1
+            top, peak = (torch.stack(part, 1) for part in zip(*self._by_head[index], strict=True))
+            found.append(Heads(mass[:count], image[:count], top, peak, self._response[index]))
+        return found
+
+
+def _top(image: Tensor) -> tuple[Tensor, Tensor]:
+    """(T + 1, H, 2) mean and entropy of the largest, and (T + 1, H) the very largest, of (H, T + 1, N) attentions."""
+    top = image.topk(min(TOP, image.shape[-1]), dim=-1).values.transpose(0, 1)
+    share = top / top.sum(-1, keepdim=True).clamp(min=1e-12)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(-1)
+    return torch.stack([top.mean(-1), entropy], -1).cpu(), top[..., 0].cpu()

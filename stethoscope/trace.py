@@ -25,7 +25,25 @@ FORWARD_NEEDS = ("attention", "lens", "blank")
 """What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
 on top of the traced one, the blank image costs one."""
 NEEDS = (*FORWARD_NEEDS, "relevancy")
-"""All that a trace can hold beyond the logits; relevancy costs a forward and a backward pass."""
+"""What a trace of every family can hold, for ``features=default``; relevancy costs a forward and a backward pass."""
+MORE_NEEDS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
+"""What published detectors read besides: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the traced
+pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
+the language model have no ``states`` and no ``image_lens``."""
+
+KEPT_LAYERS = {"token": (31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
+"""Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it."""
+TEMPERATURE = 10.0
+"""Of InsLen's lens on the instruction (arXiv 2605.12258)."""
+
+
+def of_depth(layer: int, layers: int, published: int = 32) -> int:
+    """The state at the same share of the depth as one of the ``published`` layers; 0 is what the embedding gives.
+
+    >>> [of_depth(layer, 40) for layer in (0, 16, 31, 32)]
+    [0, 20, 39, 40]
+    """
+    return round(layer / published * layers)
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,59 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Attention of T + 1 rows by head: row k predicts answer token k and consumes token k - 1. Float32 on the CPU.
+
+    Attributes:
+        mass: (T + 1, L, H, 5) attention mass on each of ``SEGMENTS``; rows sum to 1.
+        image: (T + 1, L, N) attention to each image token, mean over heads.
+        top: (T + 1, L, H, 2) mean, and entropy in nats after normalising to 1, of the 20 largest attentions to image
+            tokens (all of them where there are fewer).
+        peak: (T + 1, L, H) largest attention to an image token.
+        response: (T + 1, T) attention of the last layer to the answer tokens: maximum over heads, divided by the sum of
+            the maxima over the whole row.
+    """
+
+    mass: Tensor
+    image: Tensor
+    top: Tensor
+    peak: Tensor
+    response: Tensor
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states h_0 (what enters the first layer), ..., h_L (after the final norm), reduced. Float32 on the CPU.
+
+    D dimensions, M question tokens (the last prompt token if there is none). Rows as in ``Heads``. The layers of the
+    dictionaries are those of ``KEPT_LAYERS``, by share of depth (``of_depth``).
+
+    Attributes:
+        patch_top: (T + 1, L) mean of the largest 5 % of the cosines of the row's state to the image tokens' states of
+            the same layer, h_1 to h_L.
+        patch_peak: (T + 1, L) the largest of these cosines.
+        sinks: (L, N) bool, the image token is an attention sink by the state that enters the layer.
+        token: by layer (T + 1, D), states of the rows.
+        image: by layer (N, D). ``instruction``: by layer (M, D), question tokens. ``prompt_end``: by layer (D,).
+        prefix: (M + T, D) h_0 of the question tokens and of the answer tokens.
+        image_probability: (T, N) probability of the answer token when h_L of an image token is decoded by the head.
+        instruction_probability: (T, M) the same for question tokens at layer 22 of 32, logits divided by
+            ``TEMPERATURE``.
+    """
+
+    patch_top: Tensor
+    patch_peak: Tensor
+    sinks: Tensor
+    token: Mapping[int, Tensor]
+    image: Mapping[int, Tensor]
+    instruction: Mapping[int, Tensor]
+    prompt_end: Mapping[int, Tensor]
+    prefix: Tensor
+    image_probability: Tensor
+    instruction_probability: Tensor
+
+
+@dataclass(frozen=True)
 class Trace:
     """T answer tokens, L language layers, H heads, N image tokens, V words. All tensors float32 on the CPU.
 
@@ -83,6 +154,15 @@ class Trace:
         lens_rank: (T, L) rank of the token in that distribution, 0 for the most probable.
         blank_logits: (T, V), the same rows when the image is replaced by a blank one (the processor's mean colour).
         relevancy: of every token after every layer, in scope ``row``.
+        heads: attention by head, of the predicting and the consuming rows.
+        states: hidden states of image, question and answer tokens.
+        trajectory: (T, L - 1) Jensen-Shannon divergence in nats, of the distribution decoded after each layer but the
+            last from the model's own.
+        image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without
+            the final norm but for h_L: the largest over image tokens, and the sum over them.
+        noise_logits: (T, V), the same rows when the image is noised as VCD does it.
+        no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
+        core_logits: (T, V), the same rows when nothing may attend to the image tokens that the answer attends to most.
     """
 
     answer: Answer
@@ -94,3 +174,10 @@ class Trace:
     lens_rank: Tensor | None = None
     blank_logits: Tensor | None = None
     relevancy: Relevancy | None = None
+    heads: Heads | None = None
+    states: States | None = None
+    trajectory: Tensor | None = None
+    image_lens: Tensor | None = None
+    noise_logits: Tensor | None = None
+    no_image_logits: Tensor | None = None
+    core_logits: Tensor | None = None

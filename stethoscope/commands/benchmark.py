@@ -30,6 +30,7 @@ def run(config: DictConfig) -> None:
     adapter = build(config.model, Adapter, "model", config.plugins)
     pope, chair = (build(config[name], Task, name, config.plugins) for name in ("pope", "chair"))
     features = build(config.features, FeatureSet, "features", config.plugins)
+    print(features.head)
     detector = build(config.detector, Detector, "detector", config.plugins)
     for task in (pope, chair):
         task.setup()

@@ -29,6 +29,7 @@ def run(config: DictConfig) -> None:
     detector = Detector.load(config.warn) if config.warn else None
     plugins = [*saved.plugins, *config.plugins]
     features = build(config.features, FeatureSet, "features", plugins)
+    print(features.head)
     adapter, task = build(saved.model, Adapter, "model", plugins), build(saved.task, Task, "task", plugins)
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stethoscope.build import choices, groups
+from stethoscope.build import choices, conf_folder, groups
 from stethoscope.errors import ConfigError, unknown
 
 USAGE = """usage: stethoscope list [GROUP]
@@ -25,9 +25,22 @@ def main(arguments: Sequence[str]) -> None:
     for group in [known[word] for word in arguments] or groups():
         print(f"{group}=")
         for name, text in choices(group).items():
-            print(f"  {name:<20} {text}")
+            print(f"  {name:<22} {text}")
+            if group == "features":
+                print(f"  {'':<22} {_cost(name)}")
     if "features" in arguments:
         _print_features()
+
+
+def _cost(name: str) -> str:
+    """How many features a configuration of the group ``features`` chooses, and what they cost."""
+    import yaml
+
+    from stethoscope.features import FeatureSet
+
+    config = yaml.safe_load((conf_folder() / "features" / f"{name}.yaml").read_text())
+    chosen = FeatureSet(config["groups"], config["names"], config["without"])
+    return f"{len(chosen.features)} features, {chosen.cost}"
 
 
 def _print_features() -> None:
@@ -36,4 +49,4 @@ def _print_features() -> None:
 
     print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
     for item in FEATURES.values():
-        print(f"  {item.group:<12} {item.name:<25} {item.high:<13} {item.cost:<22} {item.summary}")
+        print(f"  {item.group:<12} {item.name:<26} {item.high:<13} {item.cost:<22} {item.summary}")

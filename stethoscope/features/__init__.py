@@ -14,6 +14,9 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
     lens as _lens,  # noqa: F401
     contrast as _contrast,  # noqa: F401
     relevancy as _relevancy,  # noqa: F401
+    heads as _heads,  # noqa: F401
+    maps as _maps,  # noqa: F401
+    states as _states,  # noqa: F401
 )
 from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature
 from stethoscope.features.selection import EVERYWHERE, FeatureSet

@@ -22,3 +22,9 @@ def lens_rank(trace: Trace) -> Tensor:
 def lens_logprob(trace: Trace) -> Tensor:
     """Log-probability of the token when the residual stream after a layer is decoded, for all layers but the last."""
     return trace.lens_logprob[:, :-1]
+
+
+@feature("trajectory", high="depends", needs=["trajectory"])
+def lens_divergence(trace: Trace) -> Tensor:
+    """Jensen-Shannon divergence of a layer's decoded distribution from the model's own, in nats, but for the last."""
+    return trace.trajectory

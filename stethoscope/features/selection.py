@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.errors import CaptureError, ConfigError, unknown
-from stethoscope.features.catalogue import CLASSES, FEATURES, FORWARD
+from stethoscope.features.catalogue import CLASSES, COSTS, FEATURES, FORWARD
 
 if TYPE_CHECKING:
     from stethoscope.trace import Trace
@@ -28,7 +28,7 @@ class FeatureSet:
     def __init__(
         self, groups: Sequence[str] = EVERYWHERE, names: Sequence[str] = (), without: Sequence[str] = ()
     ) -> None:
-        """Chooses all features of ``groups`` plus ``names``, less ``without``.
+        """Chooses all features of ``groups`` plus ``names``, less ``without``: features, or whole groups.
 
         Raises:
             ConfigError: a group or name is not known, or nothing is left.
@@ -37,13 +37,17 @@ class FeatureSet:
         for group in groups:
             if group not in known:
                 raise ConfigError(unknown("feature group", group, known))
-        for name in [*names, *without]:
+        for name in names:
             if name not in FEATURES:
                 raise ConfigError(unknown("feature", name, FEATURES))
+        for name in without:
+            if name not in FEATURES and name not in known:
+                raise ConfigError(unknown("feature or group", name, [*FEATURES, *known]))
+        left_out = {group for group in without if group not in FEATURES}  # "position" is a feature first
         self.features = tuple(
             item
             for item in FEATURES.values()
-            if (item.group in groups or item.name in names) and item.name not in without
+            if (item.group in groups or item.name in names) and item.name not in without and item.group not in left_out
         )
         if not self.features:
             raise ConfigError("no feature is left; choose groups of " + ", ".join(known))
@@ -58,6 +62,18 @@ class FeatureSet:
     def cost(self) -> str:
         """The dearest cost class among the features."""
         return max((item.cost for item in self.features), key=CLASSES.index, default=FORWARD)
+
+    @property
+    def head(self) -> str:
+        """What is computed and what it costs, in a line.
+
+        >>> FeatureSet(["position", "blank"]).head
+        'features: 6 of position, blank; cost: one more forward pass (blank)'
+        """
+        groups = dict.fromkeys(item.group for item in self.features)
+        dear = [need for need in COSTS if need in self.needs and COSTS[need] != FORWARD]
+        reason = f" ({', '.join(dear)})" if dear else ""
+        return f"features: {len(self.features)} of {', '.join(groups)}; cost: {self.cost}{reason}"
 
     def compute(self, trace: Trace) -> Mapping[str, np.ndarray]:
         """All columns for one trace: name to (T,) float32.

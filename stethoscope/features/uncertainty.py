@@ -36,3 +36,34 @@ def margin(trace: Trace) -> Tensor:
     """Largest minus second largest probability, in [0, 1]."""
     top = trace.logits.softmax(-1).topk(2, dim=-1).values
     return top[:, 0] - top[:, 1]
+
+
+# --- more of the same, for the price of nothing ---------------------------------------------------------------------
+
+TOP = 100
+"""Logits that HaloProbe reads."""
+
+
+@feature("logits", high="hallucinated")
+def top100_entropy(trace: Trace) -> Tensor:
+    """Entropy of the softmax over the 100 largest logits, in nats (HaloProbe, arXiv 2604.06165)."""
+    return entropy_of(trace.logits.topk(min(TOP, trace.logits.shape[-1]), dim=-1).values)
+
+
+@feature("logits", high="grounded")
+def max_logit(trace: Trace) -> Tensor:
+    """Largest logit (HaloProbe, arXiv 2604.06165)."""
+    return trace.logits.amax(-1)
+
+
+@feature("logits", high="hallucinated")
+def logprob_gap(trace: Trace) -> Tensor:
+    """Largest log-probability minus the token's own, in nats; 0 under greedy decoding (MetaToken, arXiv 2405.19186)."""
+    return trace.logits.log_softmax(-1).amax(-1) - token_logprob(trace.logits, trace)
+
+
+@feature("logits", high="grounded")
+def sequence_logprob(trace: Trace) -> Tensor:
+    """Mean log-probability of the answer up to and with the token, in nats (after MetaToken, arXiv 2405.19186)."""
+    logprob = token_logprob(trace.logits, trace)
+    return logprob.cumsum(0) / logprob.new_tensor([index + 1.0 for index in range(len(logprob))])

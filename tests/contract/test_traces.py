@@ -6,8 +6,8 @@ import torch
 from contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.capture import Listener, record
-from stethoscope.errors import ConfigError
-from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.trace import NEEDS, SEGMENTS
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
@@ -160,10 +160,38 @@ def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, trac
     features = FeatureSet()
     for one, trace in zip(encoded, traces, strict=True):
         columns = features.compute(adapter.trace(one, trace.answer, features.needs))
-        assert {name for name in FEATURES if any(column.startswith(name) for column in columns)} == set(FEATURES)
+        assert {name for name in FEATURES if any(column.startswith(name) for column in columns)} >= set(features.names)
         for values in columns.values():
             assert values.shape == (len(trace.answer.token_ids),)
             assert np.isfinite(values).all()
+
+
+def lacking(adapter, encoded):
+    """Groups of published features that this kind of model has not."""
+    return set(("states", "sinks", "image_lens") * has_encoder(adapter) + ("grid",) * (not encoded.spans.grids))
+
+
+def test_published_features_are_finite_and_the_same_in_a_batch(adapter, encoded, answers):
+    groups = set(GROUPS) - set(EVERYWHERE) - lacking(adapter, encoded[0])
+    features = FeatureSet(sorted(groups))
+    together = adapter.trace_batch(encoded, answers, features.needs)
+    for one, answer, trace in zip(encoded, answers, together, strict=True):
+        alone, columns = adapter.trace(one, answer, features.needs), features.compute(trace)
+        assert all(values.shape == (len(answer.token_ids),) for values in columns.values())
+        assert all(np.isfinite(values).all() for values in columns.values())
+        for name in ("noise_logits", "no_image_logits", "core_logits", "trajectory"):
+            close(getattr(trace, name), getattr(alone, name), 1e-3)
+            assert len(getattr(trace, name)) == len(answer.token_ids)
+        assert (trace.no_image_logits - trace.logits).abs().max() > 1e-3
+        for name in ("mass", "image", "peak", "response"):
+            close(getattr(trace.heads, name), getattr(alone.heads, name), 1e-4)
+
+
+def test_published_features_that_a_model_lacks_are_refused_by_name(adapter, encoded, answers):
+    for group in lacking(adapter, encoded[0]):
+        features = FeatureSet([group])
+        with pytest.raises(CapabilityError, match=group):
+            features.compute(adapter.trace(encoded[0], answers[0], features.needs))
 
 
 def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "images", "markup", "records", "trace"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
-    {"adapter", "task", "capture", "lens", "rows", "spans", "testbed"},
+    {"adapter", "task", "capture", "knockout", "lens", "noise", "rows", "spans", "states", "testbed"},
     {"relevancy", "pictures"},
     {"estimators", "factor", "conformal", "explain", "artefact", "hub", "lines", "tokens"},
     {"baselines", "detector", "leaderboard", "training", "warn"},

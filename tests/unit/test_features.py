@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stethoscope.errors import CaptureError, ConfigError
-from stethoscope.features import FEATURES, GROUPS, FeatureSet
+from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.records import Answer
 from stethoscope.relevancy import Relevancy
 from stethoscope.trace import NEEDS, SEGMENTS, Spans, Trace
@@ -101,7 +101,7 @@ def test_every_feature_says_what_it_reads(trace):
         "blank": ("blank_logits",),
     }
     parts["relevancy"] = ("relevancy",)
-    for item in FEATURES.values():
+    for item in FeatureSet().features:
         kept = {name: getattr(trace, name) for need in item.needs for name in parts[need]}
         item.function(Trace(trace.answer, trace.spans, trace.logits, **kept))
         assert item.needs <= set(NEEDS)
@@ -113,7 +113,13 @@ def test_choosing():
     assert FeatureSet(groups=["position"]).needs == frozenset()
     assert FeatureSet(groups=[], names=["pmi"]).needs == {"blank"}
     assert "svar" not in FeatureSet(without=["svar"]).names
-    assert {item.group for item in FeatureSet().features} == set(GROUPS)
+    assert FeatureSet(["position", "blank"], without=["blank"]).names == ("position", "log_position", "repetition")
+    assert FeatureSet(["position"], without=["position"]).names == ("log_position", "repetition")
+    assert {item.group for item in FeatureSet().features} == set(EVERYWHERE)
+    assert set(EVERYWHERE) < set(GROUPS) == {item.group for item in FeatureSet(GROUPS).features}
+    assert FeatureSet(["position"]).cost == "same forward pass"
+    assert FeatureSet(["position"], names=["pmi"]).cost == "one more forward pass"
+    assert FeatureSet().cost == "a backward pass"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""The configuration group ``features``: every set can be made, and is known by its cost."""
+
+import pytest
+
+from stethoscope.build import build, choices, compose
+from stethoscope.features import GROUPS, FeatureSet
+
+NAMES = list(choices("features"))
+
+
+def chosen(name):
+    return build(compose([f"+features={name}"]).features, FeatureSet, "features")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_set_can_be_made(name):
+    features = chosen(name)
+    assert features.cost in features.head
+    if name.startswith("paper/"):
+        assert not compose([f"+features={name}"]).features.groups
+
+
+def test_costs_of_the_sets():
+    assert chosen("fast").cost == "same forward pass"
+    assert chosen("forward").cost == "one more forward pass"
+    assert chosen("default").cost == chosen("full").cost == "a backward pass"
+    assert {item.group for item in chosen("full").features} == set(GROUPS)
+
+
+def test_list_tells_the_cost_of_every_set(capsys):
+    from stethoscope.commands.list import main
+
+    main(["features"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in NAMES:
+        at = next(index for index, line in enumerate(lines) if line.split()[:1] == [name])
+        assert lines[at + 1].endswith(chosen(name).cost)
