@@ -20,6 +20,7 @@ from stethoscope.tasks.chair import Chair
 
 LIMIT = 60
 SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=64"]
+SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +28,9 @@ def finished(tmp_path_factory):
     """Folder of two runs with detectors, greedy and sampled, and one of a task alone; tests only read them."""
     folder = tmp_path_factory.mktemp("report")
     jobs = [
-        ["benchmark", f"limit={LIMIT}", "name=greedy", *SMALL],
-        ["benchmark", f"limit={LIMIT}", "name=sampled", "generation=sample", *SMALL],
-        ["evaluate", "task=chair", "limit=5", "name=alone", "callbacks=none", "logger=none"],
+        ["benchmark", "name=greedy", *SMALL],
+        ["benchmark", "name=sampled", "generation=sample", *SMALL],
+        ["evaluate", "task=chair", f"task.scenes={LIMIT}", "limit=5", "name=alone", "callbacks=none", "logger=none"],
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
