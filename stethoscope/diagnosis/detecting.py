@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.trace import Encoded, Trace
 
-_SUFFIX = re.compile(r"(_l\d+)?(_h\d+)?$")  # a column for every layer, or every head of it
+_SUFFIX = re.compile(r"_l\d+(h\d+)?$")  # a column for every layer, or every head of it
 _TOP = 5  # features that are told for every token
 
 
@@ -30,11 +30,19 @@ def feature_set(detector: Detector) -> FeatureSet:
     Raises:
         CapabilityError: one of them is not known here.
     """
-    names = tuple(dict.fromkeys(_SUFFIX.sub("", column) for column in detector.schema.names))
     try:
-        return FeatureSet(groups=(), names=names)
+        return FeatureSet(groups=(), names=feature_names(detector.schema.names))
     except ConfigError as error:
         raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
+
+
+def feature_names(columns: Sequence[str]) -> list[str]:
+    """The features that columns are of.
+
+    >>> feature_names(["nll", "attn_image_l00", "attn_image_l01", "head_image_l00h03"])
+    ['nll', 'attn_image', 'head_image']
+    """
+    return list(dict.fromkeys(_SUFFIX.sub("", column) for column in columns))
 
 
 def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
@@ -43,7 +51,10 @@ def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: st
     Raises:
         CapabilityError: the model gives others, as one with more or fewer layers does.
     """
-    columns = features.compute(trace)
+    try:
+        columns = features.compute(trace)
+    except CapabilityError as error:
+        raise CapabilityError(f"the detector reads features that {model} does not give: {error}") from None
     given = FeatureSchema(tuple(columns))
     if given.hash != detector.schema.hash:
         raise CapabilityError(

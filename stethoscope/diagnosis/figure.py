@@ -40,12 +40,14 @@ def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None =
     parts.stackplot(layers, [diagnosis.shares[name][token] for name in SHARES], labels=SHARES)
     parts.set(xlabel="layer", ylabel="share of relevancy", ylim=(0, 1))
     parts.legend(loc="lower left", fontsize="small")
-    for axes in (parts, rank):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (parts.xaxis, rank.xaxis, rank.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     if diagnosis.evolution is not None:
         values = diagnosis.evolution.rank[token] + 1
         rank.plot(np.arange(1, len(values) + 1), values, marker="o")
-        rank.set(xlabel="layer", ylabel="rank of the token, 1 is best", yscale="log", ylim=(2 * values.max(), 0.8))
+        rank.set(xlabel="layer", ylabel="rank of the token, 1 is best", ylim=(values.max() + 0.5, 0.5))
+        if values.max() > 20:
+            rank.set(yscale="log", ylim=(2 * values.max(), 0.8))
     else:
         rank.set_axis_off()
     return made

@@ -57,35 +57,21 @@ def diagnose(
         CapabilityError: the detector reads features that the model does not give.
         ArtefactError: the folder holds no detector.
     """
-    if not question.strip():
-        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
-    if scope not in ("row", "token"):
-        raise ConfigError(f"scope={scope!r} should be row or token")
-    if isinstance(detector, (str, Path)):
-        from stethoscope.detector import Detector
-
-        detector = Detector.load(detector)
+    detector = _checked(question, scope, detector)
     seconds: dict[str, float] = {}
+    notes: list[str] = []
     with _timed(seconds, "read"):
         picture = _load(image)
         adapter.setup()
         encoded = adapter.encode(picture, question)
     with _timed(seconds, "generate"):
         answer = _answer(adapter, encoded, answer, generation)
-    if not answer.token_ids:
-        raise DataError(f"{adapter.name}: the answer is empty, there is nothing to diagnose")
-    notes: list[str] = []
     with _timed(seconds, "trace"):
-        trace, columns = _trace(adapter, encoded, answer, detector, notes)
-    if scope == "token" and trace.relevancy is not None:
-        from stethoscope.relevancy import answer_relevancy
-
-        with _timed(seconds, "relevancy"):
-            trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
+        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes)
     with _timed(seconds, "evolution"):
         evolution = _optional(lambda: _evolution(adapter, encoded, answer), notes)
-    tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
     with _timed(seconds, "places"):
+        tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         where = places(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "judge"):
         found = _mentions(answer, mentions or default_reader())
@@ -108,6 +94,19 @@ def diagnose(
     )
 
 
+def _checked(question: str, scope: str, detector: Detector | Path | str | None) -> Detector | None:
+    """The detector, loaded; what can be wrong without the model is found here."""
+    if not question.strip():
+        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
+    if scope not in ("row", "token"):
+        raise ConfigError(f"scope={scope!r} should be row or token")
+    if isinstance(detector, (str, Path)):
+        from stethoscope.detector import Detector
+
+        return Detector.load(detector)
+    return detector
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -125,14 +124,16 @@ def _load(image: Image | ImageRef | Path | str) -> Image:
 
 
 def _answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None) -> Answer:
-    if isinstance(answer, Answer):
-        return answer
-    if answer is not None:
-        return adapter.answer(encoded, answer)
-    generation = generation or Generation()
-    if generation.max_new_tokens is None:
-        generation = replace(generation, max_new_tokens=128)
-    return adapter.generate([encoded], generation)[0]
+    if answer is None:
+        generation = generation or Generation()
+        if generation.max_new_tokens is None:
+            generation = replace(generation, max_new_tokens=128)
+        answer = adapter.generate([encoded], generation)[0]
+    elif isinstance(answer, str):
+        answer = adapter.answer(encoded, answer)
+    if not answer.token_ids:
+        raise DataError(f"{adapter.name}: the answer is empty, there is nothing to diagnose")
+    return answer
 
 
 def _optional(make: Callable[[], Any], notes: list[str]) -> Any:
@@ -145,23 +146,29 @@ def _optional(make: Callable[[], Any], notes: list[str]) -> Any:
 
 
 def _trace(
-    adapter: Adapter, encoded: Encoded, answer: Answer, detector: Detector | None, notes: list[str]
+    adapter: Adapter, encoded: Encoded, answer: Answer, detector: Detector | None, scope: str, notes: list[str]
 ) -> tuple[Trace, dict[str, Any]]:
-    """The traced pass, and the features that the detector reads."""
-    if detector is None:
-        trace = _optional(lambda: adapter.trace(encoded, answer, {"relevancy"}), notes)
-        return trace or adapter.trace(encoded, answer, ()), {}
-    from stethoscope.diagnosis.detecting import columns_of, feature_set
+    """The traced pass with relevancy of the scope, and the features that the detector reads."""
+    features, needs = None, frozenset()
+    if detector is not None:
+        from stethoscope.diagnosis.detecting import columns_of, feature_set
 
-    features = feature_set(detector)
+        features = feature_set(detector)
+        needs = features.needs
     try:
-        trace = adapter.trace(encoded, answer, {*features.needs, "relevancy"})
+        trace = adapter.trace(encoded, answer, {*needs, "relevancy"})
     except CapabilityError as error:
-        if "relevancy" in features.needs:
+        if "relevancy" in needs:
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
-        trace = adapter.trace(encoded, answer, features.needs)
-    return trace, columns_of(features, trace, detector, adapter.name)
+        trace = adapter.trace(encoded, answer, needs)
+    # features are defined in scope row, whatever is shown
+    columns = {} if features is None else columns_of(features, trace, detector, adapter.name)
+    if scope == "token" and trace.relevancy is not None:
+        from stethoscope.relevancy import answer_relevancy
+
+        trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
+    return trace, columns
 
 
 def _entropy(trace: Trace) -> Any:

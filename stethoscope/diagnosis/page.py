@@ -95,6 +95,7 @@ def _tokens(diagnosis: Diagnosis) -> Iterator[str]:
     """The answer, every token in an element of its own, what lies between them as it is."""
     text, at = diagnosis.answer.text, 0
     for index, (start, end) in enumerate(diagnosis.answer.offsets):
+        start += len(text[start:end]) - len(text[start:end].lstrip())  # boxes begin with the word
         if start < end:
             owner = diagnosis.mention_of(index)
             kind = "t warned" if owner is not None and owner.warned else "t"
@@ -240,6 +241,7 @@ def notebook(diagnosis: Diagnosis) -> str:
     pieces, text, at = [], diagnosis.answer.text, 0
     warning = diagnosis.warning
     for index, (start, end) in enumerate(diagnosis.answer.offsets):
+        start += len(text[start:end]) - len(text[start:end].lstrip())
         value = 0.0 if warning is None or np.isnan(warning[index]) else float(warning[index])
         owner = diagnosis.mention_of(index)
         style = f"background:rgba(201,42,42,{0.75 * value:.2f})"
