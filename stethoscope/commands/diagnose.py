@@ -110,22 +110,35 @@ def show(diagnosis: Diagnosis, name: str) -> None:
 
 
 def answer_text(diagnosis: Diagnosis) -> Text:
-    """The answer in colour, warned mentions followed by their probability, so that it reads without colour too."""
+    """The answer in colour: objects the redder the more doubtful, or without a detector tokens by how improbable.
+
+    Warned mentions are followed by their probability, so that they are seen without colour too.
+    """
     from rich.text import Text
 
     text, whole, at = diagnosis.answer.text, Text(), 0
-    for mention in diagnosis.mentions:
-        if mention.judgement is None or mention.start < at:
-            continue
-        whole.append(plain(text[at : mention.start]))
-        value = mention.judgement.probability
-        shade = round(255 - 200 * value)
-        style = f"black on rgb(255,{shade},{shade})"
-        whole.append(plain(text[mention.start : mention.end]), f"bold {style}" if mention.warned else style)
-        if mention.warned:
-            whole.append(f" [{value:.0%}]", "bold red")
-        at = mention.end
+    for start, end, style, note in _spans(diagnosis):
+        if start >= at:
+            whole.append(plain(text[at:start])).append(plain(text[start:end]), style).append(note, "bold red")
+            at = end
     return whole.append(plain(text[at:]))
+
+
+def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
+    """Start, end and style of what is coloured, and what is written behind it."""
+    if diagnosis.threshold is None:
+        for (start, end), probability in zip(diagnosis.answer.offsets, diagnosis.probability, strict=True):
+            start += len(diagnosis.answer.text[start:end]) - len(diagnosis.answer.text[start:end].lstrip())
+            shade = round(255 - 130 * (1 - probability))
+            if probability < 0.9 and start < end:
+                yield start, end, f"black on rgb({shade},{shade},255)", ""
+        return
+    for mention in diagnosis.mentions:
+        if mention.judgement is not None:
+            value = mention.judgement.probability
+            shade, weight = round(255 - 200 * value), "bold " if mention.warned else ""
+            note = f" [{value:.0%}]" if mention.warned else ""
+            yield mention.start, mention.end, f"{weight}black on rgb(255,{shade},{shade})", note
 
 
 def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:

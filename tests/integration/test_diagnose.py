@@ -1,11 +1,16 @@
 """``stethoscope diagnose``: what it prints and writes, and what it says of wrong input."""
 
+import io
 import json
+import re
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import stethoscope as package
+from stethoscope import testbed
+from stethoscope.commands.diagnose import answer_text
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.store import RunStore
@@ -65,6 +70,23 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
     assert "<script>alert" not in (tmp_path / "o" / "report.html").read_text()
     stethoscope("diagnose", *words, "answer=Nothing here.", code=0)
     assert not list((tmp_path / "o" / "heatmaps").iterdir())  # none is left of the answer before
+
+
+def test_colours_are_for_terminals(trained):
+    image = testbed.scenes(1)[0].image()
+    adapter, detector = package.load("testbed"), package.Detector.load(trained / "detector")
+    for diagnosis in (
+        package.diagnose(adapter, image, "What is there?", answer="A dog on a tree."),
+        package.diagnose(adapter, image, "What is there?", answer="A dog on a tree.", detector=detector),
+    ):
+        shown = {}
+        for terminal, colours in ((True, "truecolor"), (False, "auto")):
+            console = Console(file=io.StringIO(), force_terminal=terminal, color_system=colours, width=100)
+            console.print(answer_text(diagnosis))
+            shown[terminal] = console.file.getvalue()
+        assert "\x1b[" in shown[True]
+        assert "\x1b[" not in shown[False]
+        assert re.sub(r" \[\d+%\]", "", shown[False]) == "A dog on a tree.\n"
 
 
 def test_another_model_and_the_other_scope(stethoscope, tmp_path):
