@@ -33,6 +33,11 @@ def interval(plain: Mapping[str, Any] | None) -> Interval | None:
     return None if plain is None else Interval.from_dict({key: plain[key] for key in FIGURES})
 
 
+def primary(results: TaskResults) -> Interval | None:
+    """The figure that stands for a task; None where it could not be made."""
+    return results.interval() if any(row.metric == results.primary for row in results.metrics) else None
+
+
 def task_table(results: TaskResults) -> Table:
     """Metrics down, subsets across, with the three counts as the note."""
     found = {(row.metric, row.subset): row.interval for row in results.metrics}

@@ -65,8 +65,7 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     with without_torch():
         from stethoscope.detector import Detector
     detector = Detector.load(source.folder / "detector")
-    table = source.store.tokens(source.task)
-    rows = detector.rows(table[table["group"].isin(set(source.held_out["group"]))])
+    rows = detector.rows(source.table[source.table["group"].isin(set(source.held_out["group"]))])
     labels, drawn = rows["label"].to_numpy(dtype=int), group_weights(rows["group"], REPLICATES, seed)
     generator = np.random.default_rng(seed)
 

@@ -136,8 +136,9 @@ def _tiles(source: Source) -> dict[str, Interval]:
     """The primary metric of every task, then what the detector is worth."""
     found = {}
     for result in source.results:
-        if any(row.metric == result.primary for row in result.metrics):
-            found[f"{result.task} {result.primary}"] = result.interval()
+        one = figures.primary(result)
+        if one is not None:
+            found[f"{result.task} {result.primary}"] = one
     rows = source.detector["leaderboard"]["rows"] if source.detector else []
     for row in rows[:1]:
         for metric in ("auroc", "auroc_controlled", "ece"):

@@ -99,6 +99,11 @@ class Source:
             raise ArtefactError(f"{path} is damaged: {error}; `stethoscope train` makes it again") from None
 
     @cached_property
+    def table(self) -> pd.DataFrame:
+        """The token table of the warnings' task."""
+        return self.store.tokens(self.task)
+
+    @cached_property
     def rows(self) -> pd.DataFrame:
         """The token table's row of every mention of ``warnings``, with what the detector said of it.
 
@@ -107,7 +112,7 @@ class Source:
         """
         from stethoscope.table import mention_rows
 
-        table = mention_rows(self.store.tokens(self.task), "first", "all", judged=False)
+        table = mention_rows(self.table, "first", "all", judged=False)
         said = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
         joined = table.drop(columns="end").merge(said, on=_KEYS, how="inner", validate="one_to_one")
         if len(joined) != len(said):

@@ -13,7 +13,7 @@ from stethoscope.errors import ConfigError, DataError
 from stethoscope.fingerprint import differences
 from stethoscope.lines import FAILED, Record
 from stethoscope.records import ImageRef, Sample
-from stethoscope.report.figures import AT_WORK, RANKING, interval, shown_rows
+from stethoscope.report.figures import AT_WORK, RANKING, interval, primary, shown_rows
 from stethoscope.report.light import without_torch
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Cell, Gap, Table
@@ -209,18 +209,18 @@ def board_table(sources: Sequence[Source], heads: Sequence[str]) -> Table | None
 
 def summary_table(sources: Sequence[Source], heads: Sequence[str]) -> Table:
     """One row for every run: the primary metric of its tasks, and its detector."""
-    primary = {result.task: result.primary for source in sources for result in source.results}
+    leading = {result.task: result.primary for source in sources for result in source.results}
     detectors = [source for source in sources if source.detector]
     titles = {**RANKING, **AT_WORK}
     rows = []
     for head, source in zip(heads, sources, strict=True):
         mine = {result.task: result for result in source.results}
-        cells: list[Cell] = [mine[task].interval() if task in mine and mine[task].metrics else None for task in primary]
+        cells: list[Cell] = [primary(mine[task]) if task in mine else None for task in leading]
         if detectors:
             board = source.detector["leaderboard"]["rows"][0]["metrics"] if source.detector else {}
             cells += [interval(board.get(metric)) for metric in SUMMARY]
         rows.append((head, source.model, *cells))
-    columns = ["run", "model", *(f"{task} {metric}" for task, metric in primary.items())]
+    columns = ["run", "model", *(f"{task} {metric}" for task, metric in leading.items())]
     columns += [f"detector: {titles[metric]}" for metric in SUMMARY] if detectors else []
     return Table("runs", tuple(columns), tuple(rows), "95 % intervals from resampled images.")
 

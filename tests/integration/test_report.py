@@ -16,6 +16,7 @@ from stethoscope.cli import main
 from stethoscope.report import versus
 from stethoscope.report.source import Source
 from stethoscope.store import RunStore
+from stethoscope.table import mention_rows
 from stethoscope.tasks.chair import Chair
 
 LIMIT = 60
@@ -136,6 +137,24 @@ def test_a_run_without_a_detector_is_reported_as_far_as_it_goes(finished, tmp_pa
     text = (tmp_path / "report.md").read_text()
     assert "chair\\_i" in text
     assert "has no detector" in text
+
+
+def test_a_run_that_a_detector_from_elsewhere_was_applied_to(finished, copy, stethoscope):
+    """As ``extract warn=...`` leaves it: warnings of all images, no leader board, no detector of its own."""
+    shutil.rmtree(copy / "detector")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    del metrics["detector"]
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    lines = [json.loads(line) for line in (copy / "warnings.jsonl").read_text().splitlines()]
+    (copy / "warnings.jsonl").write_text("".join(json.dumps({**line, "fold": ""}) + "\n" for line in lines))
+    stethoscope("report", copy, code=0)
+    table = mention_rows(RunStore(copy).tokens("chair"))
+    words = " ".join(Page((copy / "report.html").read_text()).words)
+    assert f"{len(table)} judged mentions of this run, which it was not fitted on" in words
+    assert "leader board" not in words
+    assert "Feature importance" not in words
+    out = stethoscope("compare", finished / "sampled", copy, code=0)
+    assert "detectors: copy against sampled" in out
 
 
 def test_what_is_no_finished_run_is_one_line(finished, copy, stethoscope):
