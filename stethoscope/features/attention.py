@@ -41,14 +41,22 @@ def attn_first(trace: Trace) -> Tensor:
     return _mass(trace, "first")
 
 
+def middle(layers: int) -> slice:
+    """The layers that SVAR sums over.
+
+    >>> middle(32)
+    slice(5, 19, None)
+    """
+    return slice(round(0.15 * layers), round(0.55 * layers) + 1)
+
+
 @feature("attention", high="grounded", needs=["attention"])
 def svar(trace: Trace) -> Tensor:
     """Summed visual attention ratio: ``attn_image`` summed over the middle layers (SVAR, Jiang et al. 2025).
 
     Layers at 15 % to 55 % of the depth, which are the published 5 to 18 for 32 layers.
     """
-    layers = trace.mass.shape[1]
-    return _mass(trace, "image")[:, round(0.15 * layers) : round(0.55 * layers) + 1].sum(-1)
+    return _mass(trace, "image")[:, middle(trace.mass.shape[1])].sum(-1)
 
 
 @feature("attention", high="depends", needs=["attention"])

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.errors import CapabilityError
-from stethoscope.features.catalogue import both_rows
+from stethoscope.features.attention import middle
+from stethoscope.features.catalogue import both_rows, feature
 from stethoscope.features.heads import rows_of
 from stethoscope.trace import SEGMENTS, Spans, Trace
 
@@ -19,6 +20,13 @@ OVERTRUST_SCALE, OVERTRUST_FACTOR = 50.0, 1e-7
 """Of OPERA's released code: every attention times 50, every product times 1e-7."""
 FOREGROUND, SMALLEST = 0.10, 3
 """Of ADS: the share of the patches that are foreground, and the fewest patches of a component."""
+
+
+@feature("maps", high="grounded", needs=["heads"])
+def svar_c(trace: Trace) -> Tensor:
+    """``svar`` of the consuming row: image attention summed over the middle layers (SVAR, arXiv 2411.16724)."""
+    image = rows_of(trace.heads.mass, trace, 1)[..., SEGMENTS.index("image")].mean(-1)
+    return image[:, middle(image.shape[1])].sum(-1)
 
 
 @both_rows("maps", high="hallucinated", needs=["heads"])

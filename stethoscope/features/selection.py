@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.errors import CaptureError, ConfigError, unknown
-from stethoscope.features.catalogue import CLASSES, COSTS, FEATURES, FORWARD
+from stethoscope.features.catalogue import BACKWARD, CLASSES, COSTS, EXTRA_FORWARD, FEATURES, FORWARD
 
 if TYPE_CHECKING:
     from stethoscope.trace import Trace
@@ -69,11 +69,16 @@ class FeatureSet:
 
         >>> FeatureSet(["position", "blank"]).head
         'features: 6 of position, blank; cost: one more forward pass (blank)'
+        >>> FeatureSet(["noise", "core", "relevancy"]).head.partition("; ")[2]
+        'cost: 2 more forward passes (noise, core), a backward pass (relevancy)'
         """
         groups = dict.fromkeys(item.group for item in self.features)
-        dear = [need for need in COSTS if need in self.needs and COSTS[need] != FORWARD]
-        reason = f" ({', '.join(dear)})" if dear else ""
-        return f"features: {len(self.features)} of {', '.join(groups)}; cost: {self.cost}{reason}"
+        parts = []
+        for cost in (EXTRA_FORWARD, BACKWARD):
+            needs = [need for need in COSTS if need in self.needs and COSTS[need] == cost]
+            words = cost if cost == BACKWARD or len(needs) == 1 else f"{len(needs)} more forward passes"
+            parts += [f"{words} ({', '.join(needs)})"] if needs else []
+        return f"features: {len(self.features)} of {', '.join(groups)}; cost: {', '.join(parts) or FORWARD}"
 
     def compute(self, trace: Trace) -> Mapping[str, np.ndarray]:
         """All columns for one trace: name to (T,) float32.

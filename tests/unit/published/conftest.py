@@ -1,0 +1,33 @@
+"""One traced answer of a tiny LLaVA, its published features, and the same answer in a plain eager pass."""
+
+import pytest
+from plain_pass import PICTURE, Plain, load
+
+from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.records import Generation
+from stethoscope.trace import MORE_NEEDS, NEEDS
+
+
+@pytest.fixture(scope="session")
+def adapter():
+    return load("llava")
+
+
+@pytest.fixture(scope="session")
+def encoded(adapter):
+    return adapter.encode(PICTURE, "Please describe this image in detail.")
+
+
+@pytest.fixture(scope="session")
+def answer(adapter, encoded):
+    return adapter.generate([encoded], Generation(max_new_tokens=14, do_sample=True, temperature=3.0, seed=1))[0]
+
+
+@pytest.fixture(scope="session")
+def columns(adapter, encoded, answer):
+    return FeatureSet(GROUPS).compute(adapter.trace(encoded, answer, [*NEEDS, *MORE_NEEDS]))
+
+
+@pytest.fixture(scope="session")
+def plain(adapter, encoded, answer):
+    return Plain(adapter, encoded, answer)

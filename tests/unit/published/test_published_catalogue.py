@@ -1,0 +1,49 @@
+"""What holds for all published features."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plain_pass import PICTURE, load
+
+from stethoscope.errors import CapabilityError
+from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.records import Generation
+from stethoscope.trace import MORE_NEEDS
+
+
+def test_every_feature_is_transcribed():
+    """A feature that is added without a transcription is named by this test."""
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__))
+    stems = {item.name.removesuffix("_q").removesuffix("_c") for item in FEATURES.values() if item.group != "position"}
+    assert not {stem for stem in stems if not stem.startswith("lookback_") and f'"{stem}' not in text}
+
+
+def test_every_new_feature_says_what_it_reads(adapter, encoded, answer):
+    """A feature works when the trace was asked for exactly the parts that it declares."""
+    for item in FEATURES.values():
+        if item.needs & set(MORE_NEEDS):
+            values = item.function(adapter.trace(encoded, answer, item.needs))
+            assert len(values) == len(answer.token_ids)
+            assert item.high in ("hallucinated", "grounded", "depends")
+            assert item.summary.endswith(".")
+
+
+def test_the_two_rows_are_neighbours(columns):
+    """The row that consumes a token predicts the next one."""
+    for name in ("glsim_global", "pas", "attention_peak_{}_l01", "top20_mean_{}_l00h01", "overtrust"):
+        q, c = (columns[name.format(row) if "{" in name else f"{name}_{row}"] for row in ("q", "c"))
+        np.testing.assert_allclose(q[1:], c[:-1], atol=1e-6)
+
+
+def test_models_that_lack_a_thing_say_so():
+    adapter = load("blip-2-t5", "Question: {question} Answer:")
+    encoded = adapter.encode(PICTURE, "Is there a dog?")
+    answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
+    with pytest.raises(
+        CapabilityError, match=r"reads the image in an encoder.*without=\[sinks,states\].*glsim_local_q"
+    ):
+        adapter.trace(encoded, answer, ["states"])
+    trace = adapter.trace(encoded, answer, ["heads"])
+    with pytest.raises(CapabilityError, match=r"dispersion_score.*without=\[grid\]"):
+        FeatureSet(["grid"]).compute(trace)

@@ -1,0 +1,149 @@
+"""Scores of hidden states: cosines, sinks, the lens on image and question."""
+
+import math
+
+import numpy as np
+import torch
+from plain_pass import ROWS, TOLERANCE, check, check_layers, cos, divergence, image_rows, mean
+
+from stethoscope.states import sinks
+
+
+@ROWS
+def test_sinks(columns, plain, row):
+    def is_sink(layer, at):
+        size = plain.states[0].shape[-1]
+        root = [math.sqrt(mean(v * v for v in plain.states[layer][where].tolist())) for where in (at, 0)]
+        first = [abs(v) / root[1] for v in plain.states[layer][0].tolist()]
+        dimensions = sorted(range(size), key=lambda d: -first[d])[:2]
+        return max(abs(float(plain.states[layer][at][d])) / root[0] for d in dimensions) > 20 * math.sqrt(size / 4096)
+
+    flags = [[is_sink(layer, at) for at in plain.spans.image] for layer in range(plain.layers)]
+
+    def share(token, layer):
+        image = image_rows(plain, row, token, layer)
+        return sum(a for a, sink in zip(image, flags[layer], strict=True) if sink) / sum(image)
+
+    def rest(token, layer):
+        image = image_rows(plain, row, token, layer)
+        kept = sum(a for a, sink in zip(image, flags[layer], strict=True) if not sink)
+        first = float(plain.maps[layer, :, plain.at(token, row), 0].mean())
+        return kept / (1 - first - (sum(image) - kept))
+
+    for layer in range(plain.layers):
+        found = [share(token, layer) for token in range(len(plain.ids))]
+        np.testing.assert_allclose(columns[f"sink_share_{row}_l{layer:02d}"], found, atol=TOLERANCE)
+    check_layers(columns, f"image_without_sinks_{row}", plain, rest, range(plain.layers))
+
+
+def test_a_sink_is_massive_in_the_dimensions_of_the_first_token():
+    first, image = torch.ones(4096), torch.ones(3, 4096)
+    first[[7, 9]] = 500.0
+    image[0, 7], image[1, 100], image[2, 7] = 40.0, 40.0, 20.0
+    assert sinks(image, first).tolist() == [True, False, False]
+
+
+@ROWS
+def test_cosines_to_patches(columns, plain, row):
+    image, count = plain.spans.image, max(1, round(0.05 * len(plain.spans.image)))
+    for layer in range(1, plain.layers + 1):
+        states = plain.states[layer]
+        rows = [sorted(cos(states[plain.at(t, row)], states[at]) for at in image) for t in range(len(plain.ids))]
+        check(columns, f"patch_consistency_{row}_l{layer - 1:02d}", [mean(one[-count:]) for one in rows])
+        check(columns, f"contextual_lens_{row}_l{layer - 1:02d}", [one[-1] for one in rows])
+
+
+@ROWS
+def test_glsim(columns, plain, row):
+    image, last, near = plain.spans.image, plain.layers, plain.depth(31)
+    count = min(max(round(len(image) / 18), 4), len(image))
+    local, total = [], []
+    for token, word in enumerate(plain.ids):
+        state = plain.states[near][plain.at(token, row)]
+        said = sorted(image, key=lambda at, word=word: -plain.lens(last, at, word))[:count]
+        local.append(mean(cos(plain.states[last][at], state) for at in said))
+        total.append(cos(plain.states[last][plain.spans.length - 1], state))
+    check(columns, f"glsim_local_{row}", local)
+    check(columns, f"glsim_global_{row}", total)
+    check(columns, f"glsim_{row}", [0.6 * b + 0.4 * a for a, b in zip(local, total, strict=True)])
+
+
+@ROWS
+def test_inslen(columns, plain, row):
+    image, question = plain.spans.image, plain.spans.question
+    text, vision, asked = plain.layers, plain.depth(24), plain.depth(22)
+    count = max(round(len(image) / 18), 1)
+    cafe, near, context = [], [], []
+    for token, word in enumerate(plain.ids):
+        state = plain.states[text][plain.at(token, row)]
+        said = {at: plain.lens(asked, at, word, temperature=10) for at in question}
+        cafe.append(max(said.values()))
+        near.append(cafe[-1] * mean(sorted(cos(state, plain.states[vision][at]) for at in image)[-count:]))
+        best = sorted(said, key=lambda at: -said[at])[:4]
+        centre = sum(plain.states[asked][at] for at in best) / len(best)
+        distance = float((state - centre).norm() / state.norm())
+        context.append((2 - distance) * mean(said[at] for at in best))
+    check(columns, "cafe", cafe)
+    check(columns, f"inslen_local_{row}", near)
+    check(columns, f"inslen_context_{row}", context)
+    check(columns, f"inslen_{row}", [0.4 * a + 0.6 * b for a, b in zip(near, context, strict=True)])
+
+
+@ROWS
+def test_viser(columns, plain, row):
+    image, last = plain.spans.image, plain.layers
+    evidence, ratio = [], []
+    for token, word in enumerate(plain.ids):
+        state = plain.states[last][plain.at(token, row)]
+        said = [plain.lens(last, at, word) for at in image]
+        gate = 1 / (1 + math.exp(-sum(said)))
+        evidence.append(cos(plain.states[last][plain.spans.length - 1], state) * gate)
+        seen = sum(
+            p / sum(said) * max(cos(plain.states[last][at], state), 0) for p, at in zip(said, image, strict=True)
+        )
+        prefix = [*plain.spans.question, *range(plain.spans.length, plain.spans.length + token)]
+        read = mean(sorted(max(cos(plain.states[0][at], state), 0) for at in prefix)[-10:])
+        ratio.append(seen / (seen + read))
+    check(columns, f"visual_evidence_{row}", evidence)
+    check(columns, f"visual_ratio_{row}", ratio)
+    check(columns, f"viser_{row}", [0.4 * a + 0.6 * b for a, b in zip(evidence, ratio, strict=True)])
+
+
+def test_internal_confidence(columns, plain):
+    best, where, sums = [], [], []
+    for word in plain.ids:
+        by_layer = [[plain.lens(layer, at, word) for at in plain.spans.image] for layer in range(plain.layers + 1)]
+        most = [max(values) for values in by_layer]
+        best.append(max(most))
+        where.append(most.index(max(most)) / plain.layers)
+        sums.append(sum(by_layer[-1]))
+    check(columns, "internal_confidence", best)
+    check(columns, "internal_confidence_layer", where)
+    check(columns, "internal_confidence_sum", sums)
+
+
+def decoded(plain, token, layer):
+    """Logits when the state after a layer is decoded by norm and head."""
+    norm = next(m for n, m in plain.adapter.model.named_modules() if n.endswith("language_model.norm"))
+    with torch.no_grad():
+        return plain.head @ norm(plain.states[layer + 1][plain.at(token, "q")])
+
+
+def test_lens(columns, plain):
+    def rank(token, layer):
+        logits = decoded(plain, token, layer).tolist()
+        return math.log(1 + sum(z > logits[plain.ids[token]] for z in logits))
+
+    def said(token, layer):
+        return float(decoded(plain, token, layer).log_softmax(-1)[plain.ids[token]])
+
+    for name, value in (("lens_rank", rank), ("lens_logprob", said)):
+        check_layers(columns, name, plain, value, range(plain.layers - 1))
+
+
+def test_lens_trajectory(columns, plain):
+    def distance(token, layer):
+        rows = decoded(plain, token, layer), plain.logits[plain.at(token, "q")]
+        return divergence(*(row.softmax(-1).tolist() for row in rows))
+
+    check_layers(columns, "lens_divergence", plain, distance, range(plain.layers - 1))
