@@ -21,7 +21,7 @@ did not are refused, and the message names what differs. Prints
   leader boards         detectors, baselines and the best single feature of every run
 
 A folder that holds runs stands for all of them, so that the runs of one sweep give one table.
-format: text, markdown or latex (booktabs). out: a file to write to instead of the terminal.
+format: text, markdown, latex (booktabs) or html (a page that needs no network). out: a file instead of the terminal.
 plugins: your own packages, if the task of the runs is one of theirs.
 
   stethoscope compare runs/llava runs/qwen
@@ -30,7 +30,7 @@ plugins: your own packages, if the task of the runs is one of theirs.
   stethoscope compare runs/a runs/b format=latex out=paper/compare.tex"""
 
 SETTINGS = {"format": "text", "out": "", "plugins": ""}
-FORMATS = ("text", "markdown", "latex")
+FORMATS = ("text", "markdown", "latex", "html")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
+    from stethoscope.report.page import table_page
     from stethoscope.report.source import Source
     from stethoscope.report.tables import render
     from stethoscope.report.versus import compare
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str]) -> None:
     plugins = [name for name in settings["plugins"].split(",") if name]
     sources = [Source.read(folder) for folder in folders]
     tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
-    text = render(tables, settings["format"])
+    if settings["format"] == "html":
+        text = table_page(" and ".join(source.name for source in sources[:4]), tables)
+    else:
+        text = render(tables, settings["format"])
     if settings["out"]:
         try:
             Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)

@@ -83,9 +83,19 @@ class Report:
             f"<header><h1>{escape(self.title)}</h1><p>{escape(self.subtitle)}</p>"
             f'<dl class="tiles">{tiles}</dl><nav>{links}</nav></header>'
         )
-        style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
         foot = "<footer>LVLM-Stethoscope: every figure is a function of the run directory.</footer>"
-        return document(f"{self.title}: report", f"{head}\n<main>\n{body}\n</main>\n{foot}", style)
+        return page(f"{self.title}: report", f"{head}\n<main>\n{body}\n</main>\n{foot}")
+
+
+def page(title: str, body: str) -> str:
+    """A page in the report's style; the body's texts are escaped already."""
+    return document(title, body, Path(__file__).with_name("style.css").read_text(encoding="utf-8"))
+
+
+def table_page(title: str, found: Sequence[Table]) -> str:
+    """A page of tables."""
+    body = "".join(map(tables.html, found))
+    return page(title, f'<header><h1>{escape(title)}</h1></header><main><div class="tables">{body}</div></main>')
 
 
 def _section(number: int, section: Section) -> str:

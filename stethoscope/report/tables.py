@@ -137,6 +137,11 @@ def latex_words(words: str) -> str:
     return _LATEX_CHARACTER.sub(lambda found: _LATEX[found.group()], re.sub(r"\s+", " ", words))
 
 
+def _words(table: Table) -> list[bool]:
+    """Which columns hold words, and begin at the left."""
+    return [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
+
+
 def latex(table: Table) -> str:
     r"""A floating table with the rules of booktabs, made narrower where it is wider than the page."""
 
@@ -145,8 +150,7 @@ def latex(table: Table) -> str:
         main = rf"\textbf{{{main}}}" if bold and main else main
         return f"{main} {{\\scriptsize {small}}}" if small else main
 
-    words = [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
-    layout = "".join("l" if left or not index else "r" for index, left in enumerate(words))
+    layout = "".join("l" if left or not index else "r" for index, left in enumerate(_words(table)))
     caption = f"{latex_words(table.title)}. {latex_words(table.note)}".removesuffix(". ") + "."
     lines = [
         r"\begin{table}",
@@ -176,7 +180,10 @@ def html(table: Table) -> str:
         kind = ' class="words"' if isinstance(found, str) and name == "td" else ""
         return f"<{name}{kind}>{main}{f' <small>{small}</small>' if small else ''}</{name}>"
 
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    head = "".join(
+        f'<th scope="col"{" class=words" if left else ""}>{escape(name)}</th>'
+        for name, left in zip(table.columns, _words(table), strict=True)
+    )
     body = "".join(
         f"<tr{' class=main' if index in table.bold else ''}>"
         + cell(row[0], "th").replace("<th>", '<th scope="row">')

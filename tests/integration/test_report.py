@@ -251,6 +251,10 @@ def test_compare_prints_writes_and_knows_sweeps(finished, tmp_path, stethoscope)
     assert stethoscope("compare", sweep, "format=latex", "out=made/c.tex", code=0).strip() == "made/c.tex"
     latex = (tmp_path / "made" / "c.tex").read_text()
     assert latex.count(r"\toprule") == latex.count(r"\end{table}") == out.count("\n\n") + 1
+    stethoscope("compare", sweep, "format=html", "out=made/c.html", code=0)
+    page = Page((tmp_path / "made" / "c.html").read_text())
+    assert page.tags.count("table") == latex.count(r"\toprule")
+    assert page.addresses == []
     assert "| **chair\\_i** |" in stethoscope("compare", sweep, "format=markdown", code=0)
 
 
