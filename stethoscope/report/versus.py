@@ -24,15 +24,34 @@ if TYPE_CHECKING:
 
 ASKED = ("group", "subset", "image", "question", "reference")  # what makes a sample the same
 SUMMARY = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece")
+LONG = 30  # characters of a name that a head of a column can bear
 PAIRED = "Paired over the same resampled images; p is two-sided and not corrected for the number of comparisons."
 TaskOf = Callable[[Source, str], "Task"]
 """Makes the task of a run again, by its name."""
 
 
 def names(sources: Sequence[Source]) -> list[str]:
-    """What to call every run: the last part of its path, or all of it where that is not enough."""
+    """What to call every run: the last part of its path, or all of it where that is not enough.
+
+    Long names, as a sweep makes them, give way to the words on the command line that are not in all of them.
+    """
     short = [source.name for source in sources]
-    return short if len(set(short)) == len(short) else [str(source.folder) for source in sources]
+    if len(set(short)) < len(short):
+        return [str(source.folder) for source in sources]
+    if max(map(len, short)) <= LONG:
+        return short
+    words = [_overrides(source) for source in sources]
+    own = [" ".join(word for word in some if not all(word in others for others in words)) for some in words]
+    return own if all(own) and len(set(own)) == len(own) else short
+
+
+def _overrides(source: Source) -> list[str]:
+    """The words on the command line that began the run, without its name."""
+    import yaml
+
+    file = source.folder / "overrides.yaml"
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return [str(word) for word in found or () if not str(word).startswith("name=")]
 
 
 def common_tasks(first: Source, other: Source) -> list[str]:
