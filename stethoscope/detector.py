@@ -232,6 +232,19 @@ class Detector:
         repeats = self.settings["repeats"] if judged else "all"
         return mention_rows(table, self.settings["subtokens"], repeats, judged)
 
+    def deciding(self, mentions: pd.DataFrame) -> np.ndarray:
+        """(rows,) for every mention of ``rows(table, judged=False)``, the row whose figures are its own.
+
+        A detector that was fitted on first mentions judges an object once in an answer: a later mention, which looks
+        different inside the model, has the figures of the first.
+        """
+        own = np.arange(len(mentions))
+        if self.settings["repeats"] == "all" or not len(mentions):
+            return own
+        mentions = mentions.reset_index(drop=True)
+        first = mentions.groupby(["task", "sample_id", "object"])["number"].transform("idxmin").to_numpy()
+        return np.where(mentions["repeat"].to_numpy() > 0, first, own)
+
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """(rows,) probability that each row is hallucinated, in [0, 1], for all rows of a token table.
 

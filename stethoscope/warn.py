@@ -35,7 +35,7 @@ COLUMNS = {
 def mention_warnings(
     table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
 ) -> pd.DataFrame:
-    """One row of ``COLUMNS`` for every object mention of a token table.
+    """One row of ``COLUMNS`` for every object mention of a token table; see ``Detector.deciding`` for repeated ones.
 
     Args:
         table: a token table with the features that the detector was fitted on.
@@ -50,11 +50,12 @@ def mention_warnings(
     first = detector.rows(table, judged=False)
     first = first[first["first"]].reset_index(drop=True)
     rows = first[["task", "sample_id", "group", "object", "start", "label", "number"]].copy()
-    rows["probability"] = detector.predict(first)
+    deciding = detector.deciding(first)
+    rows["probability"] = detector.predict(first)[deciding]
     rows["evidence"], rows["prior"] = None, None
     if detector.additive:
         why = detector.explain(first)
-        rows["evidence"], rows["prior"] = why.evidence, why.prior
+        rows["evidence"], rows["prior"] = why.evidence[deciding], why.prior[deciding]
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():

@@ -76,8 +76,9 @@ def judge(
     table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
     rows = detector.rows(table, judged=False)
     rows = rows[rows["first"]].reset_index(drop=True)
-    numbers = rows["number"].astype(int).tolist()
-    return tuple(_judgements(detector, table)), dict(zip(numbers, _judgements(detector, rows), strict=True))
+    found = _judgements(detector, rows)
+    named = [found[row] for row in detector.deciding(rows)]
+    return tuple(_judgements(detector, table)), dict(zip(rows["number"].astype(int).tolist(), named, strict=True))
 
 
 def _judgements(detector: Detector, rows: pd.DataFrame) -> list[Judgement]:

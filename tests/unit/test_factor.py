@@ -162,3 +162,15 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
         assert (rows["end"] == 107).all()
         found[subtokens] = metrics.auroc(rows["label"].to_numpy(), rows["probability"].to_numpy(float))
     assert found["mean"] > found["first"] + 0.05
+
+
+def test_an_object_is_judged_once_by_a_detector_of_first_mentions():
+    """The second mention of an object, whose features say the opposite, changes nothing."""
+    again = TEST.assign(nll=-TEST["nll"], number=TEST["number"] + 1000, repeat=1, start=TEST["start"] + 500)
+    both = pd.concat([again, TEST], ignore_index=True)
+    for repeats, same in (("first", True), ("all", False)):
+        rows = mention_warnings(both, Detector(repeats=repeats).fit(TRAIN, CALIBRATION))
+        later, first = rows[: len(TEST)], rows[len(TEST) :]
+        equal = np.allclose(later["probability"].astype(float), first["probability"].astype(float))
+        assert equal == same
+        assert later["start"].tolist() == again["start"].tolist()
