@@ -20,7 +20,7 @@ def encoded(adapter):
 
 @pytest.fixture(scope="session")
 def answer(adapter, encoded):
-    return adapter.generate([encoded], Generation(max_new_tokens=14, do_sample=True, temperature=3.0, seed=1))[0]
+    return adapter.generate([encoded], Generation(max_new_tokens=10, do_sample=True, temperature=3.0, seed=1))[0]
 
 
 @pytest.fixture(scope="session")
