@@ -166,8 +166,9 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
 
 def test_an_object_is_judged_once_by_a_detector_of_first_mentions():
     """The second mention of an object, whose features say the opposite, changes nothing."""
-    again = TEST.assign(nll=-TEST["nll"], number=TEST["number"] + 1000, repeat=1, start=TEST["start"] + 500)
-    both = pd.concat([again, TEST], ignore_index=True)
+    test = TEST.assign(object=TEST["object"] + TEST["number"].astype(str))
+    again = test.assign(nll=-TEST["nll"], number=TEST["number"] + 1000, repeat=1, start=TEST["start"] + 500)
+    both = pd.concat([again, test], ignore_index=True)
     for repeats, same in (("first", True), ("all", False)):
         rows = mention_warnings(both, Detector(repeats=repeats).fit(TRAIN, CALIBRATION))
         later, first = rows[: len(TEST)], rows[len(TEST) :]
