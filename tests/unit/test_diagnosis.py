@@ -10,9 +10,10 @@ from PIL import Image
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.diagnosis.detecting import feature_names
 from stethoscope.diagnosis.making import diagnose
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
-from stethoscope.features import FeatureSet
+from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.records import Generation
 from stethoscope.store import RunStore
 from stethoscope.table import FeatureSchema
@@ -262,6 +263,15 @@ def test_queries_have_no_place_and_the_tower_has(scene):
         found.heat_map(0, raw=True)
     assert found.heat_map(0).sum() == pytest.approx(float(found.relevancy.patches[0, -1].sum()), rel=1e-2)
     assert '"maps":{"tower"' in found.to_html()
+
+
+def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
+    """Also those with a column for every layer and head."""
+    every = FeatureSet(groups=GROUPS)
+    encoded = adapter.encode(scene, QUESTION)
+    columns = every.compute(adapter.trace(encoded, adapter.answer(encoded, "A dog."), every.needs))
+    assert any(name.endswith("_l00h00") for name in columns)
+    assert set(feature_names(list(columns))) == set(every.names)
 
 
 def test_public_names():
