@@ -45,21 +45,20 @@ def _offending(key: str, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[str]:
-    """Dotted keys of the command's configuration, composed without the offending override, and its groups."""
+    """Dotted keys of the command's configuration, composed without the offending override, and its own groups."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    from stethoscope.build import groups
-
     GlobalHydra.instance().clear()
     with initialize_config_module("stethoscope.conf", version_base="1.3"):
         good = [word for word in overrides if not word.lstrip("+~").startswith(offending + "=") and "," not in word]
         try:
-            config = compose(command, overrides=good)
+            config = compose(command, overrides=good, return_hydra_config=True)
         except HydraException:  # another override is wrong too: the command's own keys are hint enough
-            config = compose(command)
+            config = compose(command, return_hydra_config=True)
+    groups = [name for name in config.hydra.runtime.choices if "/" not in name]
     keys: list[str] = []
 
     def walk(node: object, path: str) -> None:
@@ -68,8 +67,9 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
                 keys.append(f"{path}{name}")
                 walk(value, f"{path}{name}.")
 
-    walk(OmegaConf.to_container(config, resolve=False), "")
-    return sorted({*keys, *groups()})
+    whole = OmegaConf.to_container(config, resolve=False)
+    walk({name: value for name, value in whole.items() if name != "hydra"}, "")
+    return sorted({*keys, *groups})
 
 
 def _unknown_setting(key: str, known: Sequence[str]) -> str:

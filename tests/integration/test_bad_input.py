@@ -25,6 +25,7 @@ def pope(tmp_path):
         (["evaluate", "task=poppe"], "unknown task 'poppe'; did you mean 'pope'?"),
         (["benchmark", "detector=logistics"], "unknown detector 'logistics'; did you mean 'logistic'?"),
         (["evaluate", "bach_size=3"], "unknown setting 'bach_size'; did you mean 'batch_size'?"),
+        (["extract", "run=.", "logger=none"], "unknown setting 'logger'. There are: callbacks, features"),
         (["evaluate", "task.parzer=strict"], "unknown setting of task 'parzer'; did you mean 'parser'?"),
         (["evaluate", "task.parser=offical"], "unknown parser of pope 'offical'; did you mean 'official'?"),
         (["evaluate", "batch_size=0"], "batch_size=0 should be at least 1"),
