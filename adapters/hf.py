@@ -185,26 +185,40 @@ class HfAdapter(Tracing, Adapter):
         return [answers[index] for index in range(len(encoded))]
 
     def _generate(self, encoded: list[Encoded], generation: Generation) -> list[Answer]:
+        model, arguments = self.writing(encoded, generation)
+        output = model.generate(**arguments)
+        start = arguments["input_ids"].shape[1] if self._start is None else 1
+        answers = output.sequences[:, start:]
+        if generation.num_beams > 1:
+            return self._scored(encoded, [self._cut(ids, generation) for ids in answers.tolist()])
+        steps = zip(output.logits, answers.T, strict=True)
+        logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
+        pairs = zip(answers.tolist(), logprobs.tolist(), strict=True)
+        return [self.written(ids, values, generation) for ids, values in pairs]
+
+    def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """See ``Adapter.writing``."""
+        self.setup()
+        sampling.check(generation)
         side = "left" if self._start is None else "right"
         inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, side))
-        processors = [sampling.Sampler(generation, encoded)] if generation.do_sample else []
         settings = sampling.config(generation, self._ends, self._pad)
         settings.decoder_start_token_id = self._start
         settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if self._start is None else 1
-        output = self._model.generate(
+        return self._model, {
             **inputs,
-            generation_config=settings,
-            logits_processor=processors,
-            stopping_criteria=[sampling.Stop(stops, self._decode, start)] if stops else [],
-        )
-        answers = output.sequences[:, start:]
-        cut = [sampling.cut(ids, self._ends, stops, self._decode) for ids in answers.tolist()]
-        if generation.num_beams > 1:
-            return self._scored(encoded, cut)
-        steps = zip(output.logits, answers.T, strict=True)
-        logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
-        return [self._answer(one, values) for one, values in zip(cut, logprobs.tolist(), strict=True)]
+            "generation_config": settings,
+            "logits_processor": [sampling.Sampler(generation, encoded)] if generation.do_sample else [],
+            "stopping_criteria": [sampling.Stop(stops, self._decode, start)] if stops else [],
+        }
+
+    def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
+        """See ``Adapter.written``."""
+        return self._answer(self._cut(ids, generation), list(logprobs))
+
+    def _cut(self, ids: Sequence[int], generation: Generation) -> sampling.Cut:
+        return sampling.cut(ids, self._ends, (*self.stop, *generation.stop), self._decode)
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str) -> Answer:

@@ -2,6 +2,7 @@
 
 ``stethoscope.load(model)`` gives an adapter, ``stethoscope.Evaluator(...).run(adapter, task)`` runs a benchmark,
 ``stethoscope.diagnose(adapter, image, question)`` tells everything about one answer,
+``stethoscope.stream(adapter, image, question, detector=...)`` warns while the model writes,
 ``stethoscope.Detector.load(folder)`` reads a trained warning classifier.
 """
 
@@ -16,16 +17,29 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis import Diagnosis as Diagnosis
     from stethoscope.diagnosis import diagnose as diagnose
     from stethoscope.evaluator import Evaluator as Evaluator
+    from stethoscope.streaming import WarningStreamer as WarningStreamer
+    from stethoscope.streaming import stream as stream
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Diagnosis", "Evaluator", "__version__", "diagnose", "load"]
+__all__ = [
+    "Detector",
+    "Diagnosis",
+    "Evaluator",
+    "WarningStreamer",
+    "__version__",
+    "diagnose",
+    "load",
+    "stream",
+]
 
 _HOMES = {
     "Detector": "stethoscope.detector",
     "Diagnosis": "stethoscope.diagnosis",
     "Evaluator": "stethoscope.evaluator",
     "diagnose": "stethoscope.diagnosis",
+    "WarningStreamer": "stethoscope.streaming",
     "load": "stethoscope.build",
+    "stream": "stethoscope.streaming",
 }
 
 

@@ -37,6 +37,22 @@ class Adapter(ABC):
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """Answers for a batch of prompts; in float32 the same as one by one."""
 
+    def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The transformers model, and the arguments of its ``generate`` for which ``generate`` here gives its answers.
+
+        Raises:
+            CapabilityError: there is no such model behind this adapter.
+        """
+        raise CapabilityError(f"{self.name} gives no access to its model, which streaming needs")
+
+    def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
+        """The answer in the ids that the model wrote: what stands before the first that ends it, or a stop string.
+
+        Raises:
+            CapabilityError: as ``writing``.
+        """
+        raise CapabilityError(f"{self.name} gives no access to its model, which streaming needs")
+
     @abstractmethod
     def answer(self, encoded: Encoded, text: str) -> Answer:
         """An answer that was written elsewhere, tokenised and given the model's log-probabilities."""

@@ -158,6 +158,11 @@ class Detector:
         return self._schema
 
     @property
+    def model(self) -> CalibratedModel:
+        """The fitted classifier with its calibration, which reads the columns of ``features``; None before ``fit``."""
+        return self._model
+
+    @property
     def strength(self) -> float | None:
         """The inverse regularisation C that was given or chosen; None before ``fit`` and for ``boosting``."""
         return None if self._model is None else strength_of(self._model.model)

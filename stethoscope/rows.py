@@ -150,7 +150,7 @@ class HeadRows(AttentionRows):
         if site.role == self._reads:
             for index, columns in enumerate(self._columns):
                 image = weights[index][:, : self._tokens[index] + 1][..., columns] / len(self._mass)
-                self._by_head[index].append(_top(image))
+                self._by_head[index].append(strongest(image.transpose(0, 1)))
         if site.role == "language":
             most = weights.amax(1)
             most = most / most.sum(-1, keepdim=True)
@@ -169,9 +169,9 @@ class HeadRows(AttentionRows):
         return found
 
 
-def _top(image: Tensor) -> tuple[Tensor, Tensor]:
-    """(T + 1, H, 2) mean and entropy of the largest, and (T + 1, H) the very largest, of (H, T + 1, N) attentions."""
-    top = image.topk(min(TOP, image.shape[-1]), dim=-1).values.transpose(0, 1)
+def strongest(image: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 2) mean and entropy of the ``TOP`` largest, and (...) the very largest, of (..., N) attentions; CPU."""
+    top = image.topk(min(TOP, image.shape[-1]), dim=-1).values
     share = top / top.sum(-1, keepdim=True).clamp(min=1e-12)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(-1)
     return torch.stack([top.mean(-1), entropy], -1).cpu(), top[..., 0].cpu()

@@ -74,8 +74,8 @@ def diagnose(
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         where = places(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "judge"):
-        found = _mentions(answer, mentions or default_reader())
-        judgements, named = _judge(encoded, answer, found, columns, detector)
+        found = find_mentions(answer, mentions or default_reader())
+        judgements, named = judge_mentions(encoded, answer, found, columns, detector)
     return Diagnosis(
         model=adapter.name,
         image=picture,
@@ -234,7 +234,7 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
     return Evolution(tuple(zip(*words, strict=True)), probabilities, rank, logprob, said)
 
 
-def _mentions(answer: Answer, reader: Reader) -> list[Mention]:
+def find_mentions(answer: Answer, reader: Reader) -> list[Mention]:
     """Objects of the answer with no label, numbered as tasks number them."""
     before: Counter[str] = Counter()
     found = []
@@ -244,9 +244,10 @@ def _mentions(answer: Answer, reader: Reader) -> list[Mention]:
     return found
 
 
-def _judge(
+def judge_mentions(
     encoded: Encoded, answer: Answer, found: list[Mention], columns: dict[str, Any], detector: Detector | None
 ) -> tuple[tuple[Judgement, ...], tuple[Named, ...]]:
+    """What the detector says of every token, and the mentions with what it says of them."""
     named = [Named(one.object, one.start, one.end, tuple(answer.covering(one.start, one.end))) for one in found]
     if detector is None:
         return (), tuple(named)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "images", "markup", "records", "trace"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
-    {"adapter", "task", "capture", "knockout", "lens", "noise", "rows", "spans", "states", "testbed"},
+    {"adapter", "task", "capture", "knockout", "lens", "noise", "rows", "spans", "states", "steps", "testbed"},
     {"relevancy", "pictures"},
     {"estimators", "factor", "conformal", "explain", "artefact", "hub", "lines", "tokens"},
     {"baselines", "detector", "leaderboard", "training", "warn"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"report"},
     {"build", "overrides"},
     {"diagnosis"},
+    {"scoring", "streaming"},
     {"commands", "cli", "__main__"},
 ]
 

@@ -1,0 +1,378 @@
+"""Warnings while the model writes: tokens with their probabilities, one by one, from the very pass that writes them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from stethoscope.diagnosis.making import find_mentions, judge_mentions
+from stethoscope.diagnosis.parts import Named
+from stethoscope.diagnosis.readers import Reader, default_reader
+from stethoscope.errors import CaptureError, ConfigError
+from stethoscope.images import rgb
+from stethoscope.lens import Lens
+from stethoscope.records import Answer, Generation, ImageRef
+from stethoscope.scoring import Scorer
+from stethoscope.steps import Steps
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from stethoscope.adapter import Adapter
+    from stethoscope.detector import Detector
+    from stethoscope.trace import Encoded
+
+LONGEST = 128  # tokens of an answer where nothing is said
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """One token as it comes.
+
+    Attributes:
+        token: its index in the answer, from 0.
+        id: of the vocabulary.
+        text: what it adds to the text so far; empty while a character is not complete.
+        start, end: the characters of ``text`` in the answer.
+        logprob: natural log of its probability under the model's own distribution.
+        probability: what the detector says of its rows, in [0, 1]; None without a detector. Detectors learn from
+            objects that answers name, by default from their first sub-token: there it is the probability that the
+            object is not in the picture. For other tokens it says how the rows would look if such a name began here;
+            it warns of nothing. The mentions of ``StreamedAnswer`` say which tokens name an object.
+        warned: the probability is at or above the detector's threshold.
+    """
+
+    token: int
+    id: int
+    text: str
+    start: int
+    end: int
+    logprob: float
+    probability: float | None = None
+    warned: bool = False
+
+
+@dataclass(frozen=True)
+class StreamedAnswer:
+    """What ``stream`` yields last.
+
+    Attributes:
+        answer: the finished answer, that of ``Adapter.generate``.
+        mentions: the objects that it names, with what the detector says of them (``final`` if it was given).
+    """
+
+    answer: Answer
+    mentions: tuple[Named, ...]
+
+
+class WarningStreamer(BaseStreamer):
+    """Goes as ``streamer=`` into a ``generate`` call of one's own, for one prompt and without beams.
+
+    Use it in a ``with`` block, so that the model is left as it was even if ``generate`` fails.
+
+    Args:
+        adapter: of the model.
+        encoded: the prompt; call ``generate`` with its ``inputs`` or with ``arguments``.
+        detector: gives the probabilities.
+        delay: 0 for a probability with every token, 1 to wait for the step that reads the token. It makes a difference
+            for detectors with features of the consuming row alone; then the last token of an answer that was cut off
+            has no probability, since nothing has read it.
+        on_token: called with every token, in order.
+        generation: how to write, for ``arguments`` and for the stop strings.
+
+    Attributes:
+        tokens: what was handed out so far. ``answer``: the finished answer, None before ``end``.
+        model, arguments: the transformers model, and arguments of its ``generate`` for the answer of the adapter, with
+            a step more where the last token has to be read to be judged.
+
+    Raises:
+        CapabilityError: the detector reads what is not known while an answer is written, or the adapter has no model.
+        ConfigError: the delay is neither 0 nor 1.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        encoded: Encoded,
+        detector: Detector | Path | str | None = None,
+        delay: int = 0,
+        on_token: Callable[[StreamedToken], None] | None = None,
+        generation: Generation | None = None,
+    ) -> None:
+        self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
+        self._adapter, self._generation = adapter, _bounded(generation)
+        self.detector = _loaded(detector)
+        self.scorer = None if self.detector is None else Scorer(self.detector, delay)
+        self.model, self.arguments = adapter.writing([encoded], self._generation)
+        needs = frozenset() if self.scorer is None else self.scorer.needs
+        self._lens = Lens(self.model) if needs & {"lens", "trajectory"} else None
+        settings = self.arguments["generation_config"]
+        encoder = settings.decoder_start_token_id is not None
+        self._steps = Steps(self.model, self._lens, encoded.spans, encoder, needs)
+        settings.output_logits = False
+        if self.scorer is not None and self.scorer.waits:
+            settings.max_new_tokens += 1
+            self.arguments["stopping_criteria"] = [_Late(one) for one in self.arguments["stopping_criteria"]]
+        self._ends, self._spans = frozenset(settings.eos_token_id or ()), encoded.spans
+        self._stops = (*getattr(adapter, "stop", ()), *self._generation.stop)
+        self._tokenizer, self._on_token = adapter.processor.tokenizer, on_token
+        self._waiting: list[StreamedToken] = []  # written, not yet handed out
+        self._judged = self._end = 0
+        self._begun = self._ended = False
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self.tokens: list[StreamedToken] = []
+        self.answer: Answer | None = None
+
+    def __enter__(self) -> WarningStreamer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes everything off the model; does nothing the second time."""
+        self._steps.stop()
+
+    @torch.inference_mode()
+    def put(self, value: Tensor) -> None:
+        """Called by ``generate``, first with the prompt, then with every token.
+
+        Raises:
+            CaptureError: there is more than one prompt, or more than one token comes at once.
+        """
+        if self.answer is not None:
+            raise CaptureError("this streamer has its answer; give each generate call a new streamer")
+        if not self._begun:
+            self._begun = True
+            self._steps.start()
+            return
+        if value.numel() != 1:
+            raise CaptureError(f"{value.numel()} tokens came at once; warnings are for one prompt, token by token")
+        token = int(value)
+        self._ended = self._ended or token in self._ends
+        if not self._ended:
+            if len(self._steps.done) <= len(self._ids):
+                raise CaptureError(
+                    "a token came before its step was heard; use the streamer in the thread that generates"
+                )
+            logits = self._steps.done[len(self._ids)].logits
+            self._ids.append(token)
+            self._logprobs.append(float(logits[token] - logits.logsumexp(-1)))
+            self._waiting.append(self._read())
+        self._judge()
+        if not self._held():
+            self._hand_out()
+
+    def end(self) -> None:
+        """Called by ``generate`` when it is done: what waited is handed out, but for what is no part of the answer."""
+        self.close()
+        self._judge()
+        ids = self._ids[: self._limit]
+        if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
+            ids = [*ids, min(self._ends)]
+        self.answer = self._adapter.written(ids, self._logprobs, self._generation)
+        for token in self._waiting[: max(len(self.answer.token_ids) - len(self.tokens), 0)]:
+            start, end = self.answer.offsets[token.token]
+            self._give(replace(token, text=self.answer.text[start:end], start=start, end=end))
+        self._waiting = []
+
+    def _read(self) -> StreamedToken:
+        """The newest token, with the characters that it has completed."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        told, start = text.lstrip(), self._end
+        self._end = max(start, len(told.rstrip("\ufffd")))  # which stands for a character that is not complete
+        return StreamedToken(
+            len(self._ids) - 1, self._ids[-1], told[start : self._end], start, self._end, self._logprobs[-1]
+        )
+
+    def _judge(self) -> None:
+        """Gives probabilities to the waiting tokens whose steps are known."""
+        if self.scorer is None:
+            return
+        known = min(len(self._ids), len(self._steps.done) - self.scorer.waits)
+        offset = len(self._ids) - len(self._waiting)
+        while self._judged < known:
+            at = self._judged = self._judged + 1
+            probability = self.scorer.judge(self._steps.done, self._ids[:at], self._spans, self._lens)
+            place = at - 1 - offset
+            warned = probability >= self.detector.threshold
+            self._waiting[place] = replace(self._waiting[place], probability=probability, warned=warned)
+
+    def _held(self) -> bool:
+        """Whether the text may be in the middle of a stop string."""
+        if not self._stops:
+            return False
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(
+            stop in text or any(text.endswith(stop[:size]) for size in range(1, len(stop))) for stop in self._stops
+        )
+
+    def _hand_out(self) -> None:
+        while self._waiting and (self.scorer is None or self._waiting[0].token < self._judged):
+            self._give(self._waiting.pop(0))
+
+    def _give(self, token: StreamedToken) -> None:
+        self.tokens.append(token)
+        if self._on_token is not None:
+            self._on_token(token)
+
+
+def stream(
+    adapter: Adapter,
+    image: Image | ImageRef | Path | str,
+    question: str,
+    *,
+    detector: Detector | Path | str | None = None,
+    generation: Generation | None = None,
+    delay: int = 0,
+    final: Detector | Path | str | None = None,
+    mentions: Reader | None = None,
+) -> Iterator[StreamedToken | StreamedAnswer]:
+    """Lets the model answer and yields every token as it is written, and at the end the answer with its warnings.
+
+    The tokens are those of ``adapter.generate``; probabilities are those that the detector gives for a trace of the
+    finished answer. The model writes in a thread of its own and is busy until the last item; leaving the loop early
+    ends it after the token that it is at.
+
+    Args:
+        adapter: the model.
+        image: the picture, or the path of its file.
+        question: what to ask.
+        detector: gives probabilities, or the folder of one; it may read features of the decoding step alone, as
+            ``features=fast`` are.
+        generation: how to write; greedy, at most 128 tokens by default. No beams.
+        delay: 0, or 1 to yield every token a step later, which detectors with features of the consuming row (``_c``)
+            need; it changes nothing for others.
+        final: judges the mentions of the finished answer in ``detector``'s place, with any features at all.
+        mentions: finds the objects that a text names, as in ``stethoscope.diagnose``.
+
+    Yields:
+        ``StreamedToken``, and a ``StreamedAnswer`` at last.
+
+    Raises:
+        CapabilityError: the detector reads what is not known while an answer is written, or the adapter has no model.
+        ConfigError: the question is empty, or a setting is out of range.
+        DataError: the picture is missing or cannot be read.
+    """
+    generation = _bounded(generation)
+    if generation.num_beams > 1:
+        raise ConfigError(f"generation.num_beams={generation.num_beams}: beams are not known until they end; use 1")
+    if not question.strip():
+        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
+    detector, final = _loaded(detector), _loaded(final)
+    adapter.setup()
+    encoded = adapter.encode(_picture(image), question)
+    queue: SimpleQueue[StreamedToken | BaseException | None] = SimpleQueue()
+    streamer = WarningStreamer(adapter, encoded, detector, delay, queue.put, generation)
+    return _written(adapter, encoded, streamer, queue, final, mentions)
+
+
+def _written(
+    adapter: Adapter,
+    encoded: Encoded,
+    streamer: WarningStreamer,
+    queue: SimpleQueue,
+    final: Detector | None,
+    mentions: Reader | None,
+) -> Iterator[StreamedToken | StreamedAnswer]:
+    left = threading.Event()
+
+    def write() -> None:
+        try:
+            _write(streamer, left)
+            queue.put(None)
+        except BaseException as error:  # raised again where the tokens are read
+            queue.put(error)
+
+    writer = threading.Thread(target=write, name="stethoscope-stream", daemon=True)
+    writer.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+        writer.join()
+    yield StreamedAnswer(streamer.answer, _named(adapter, encoded, streamer, final, mentions))
+
+
+@torch.inference_mode()
+def _write(streamer: WarningStreamer, left: threading.Event) -> None:
+    criteria = [*streamer.arguments["stopping_criteria"], _Left(left)]
+    with streamer:
+        streamer.model.generate(**{**streamer.arguments, "stopping_criteria": criteria}, streamer=streamer)
+
+
+class _Left(StoppingCriteria):
+    """Ends generation when nobody listens any more."""
+
+    def __init__(self, left: threading.Event) -> None:
+        self._left = left
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: object) -> Tensor:
+        return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
+
+
+class _Late(StoppingCriteria):
+    """Another criterion, a step later."""
+
+    def __init__(self, criterion: StoppingCriteria) -> None:
+        self._criterion, self._before = criterion, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **more: object) -> Tensor:
+        now, before = self._criterion(input_ids, scores, **more), self._before
+        self._before = before or bool(now.any())
+        return now & before
+
+
+def _named(
+    adapter: Adapter,
+    encoded: Encoded,
+    streamer: WarningStreamer,
+    final: Detector | None,
+    mentions: Reader | None,
+) -> tuple[Named, ...]:
+    answer = streamer.answer
+    found: Any = find_mentions(answer, mentions or default_reader())
+    detector, columns = final or streamer.detector, {}
+    if not found or detector is None:
+        return judge_mentions(encoded, answer, found, {}, None)[1]
+    if final is None:
+        columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
+    else:
+        from stethoscope.diagnosis.detecting import columns_of, feature_set
+
+        features = feature_set(final)
+        columns = columns_of(features, adapter.trace(encoded, answer, features.needs), final, adapter.name)
+    return judge_mentions(encoded, answer, found, columns, detector)[1]
+
+
+def _bounded(generation: Generation | None) -> Generation:
+    generation = generation or Generation()
+    return replace(generation, max_new_tokens=LONGEST) if generation.max_new_tokens is None else generation
+
+
+def _loaded(detector: Detector | Path | str | None) -> Detector | None:
+    if isinstance(detector, (str, Path)):
+        from stethoscope.detector import Detector
+
+        return Detector.load(detector)
+    return detector
+
+
+def _picture(image: Image | ImageRef | Path | str) -> Image:
+    if isinstance(image, (str, Path)):
+        path = Path(image).expanduser()
+        image = ImageRef(path.name, path)
+    return image.load() if isinstance(image, ImageRef) else rgb(image)

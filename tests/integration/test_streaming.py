@@ -1,0 +1,248 @@
+"""Warnings while the embedded model writes, against traces of the finished answers."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError
+from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.records import Generation
+from stethoscope.scoring import one_row
+from stethoscope.steps import STEP_NEEDS
+from stethoscope.store import RunStore
+from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
+from stethoscope.table import FeatureSchema
+from stethoscope.tasks.chair import Chair
+
+QUESTION = "Please describe this image in detail."
+FAST = ("uncertainty", "position", "attention", "lens")
+STEPWISE = [name for name, item in FEATURES.items() if item.needs <= STEP_NEEDS]
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [scene.image() for scene in testbed.scenes(4)[1:]]
+
+
+def trained(adapter, folder, features, **settings):
+    stethoscope.Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=36))
+    table = RunStore(folder).tokens("chair")
+    return stethoscope.Detector(strength=0.1, **settings).fit(table)
+
+
+@pytest.fixture(scope="module")
+def fast(adapter, tmp_path_factory):
+    return trained(adapter, tmp_path_factory.mktemp("fast"), FeatureSet(groups=FAST))
+
+
+@pytest.fixture(scope="module")
+def every(adapter, tmp_path_factory):
+    """A detector of everything that a step can give, also what the next step reads."""
+    return trained(adapter, tmp_path_factory.mktemp("every"), FeatureSet(groups=(), names=STEPWISE))
+
+
+def offline(adapter, image, generation, detector, names):
+    """Answer and probabilities as runs make them: generate, trace, features, predict."""
+    import pandas as pd
+
+    encoded = adapter.encode(image, QUESTION)
+    answer = adapter.generate([encoded], generation)[0]
+    features = FeatureSet(groups=(), names=names)
+    columns = features.compute(adapter.trace(encoded, answer, features.needs))
+    return answer, detector.predict(pd.DataFrame(columns))
+
+
+@pytest.mark.parametrize("length", [96, 9, 1])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_tokens_and_probabilities_are_those_of_the_finished_answer(adapter, images, fast, delay, length):
+    for image in images:
+        generation = Generation(max_new_tokens=length)
+        answer, expected = offline(adapter, image, generation, fast, FeatureSet(groups=FAST).names)
+        *tokens, last = stream(adapter, image, QUESTION, detector=fast, delay=delay, generation=generation)
+        assert isinstance(last, StreamedAnswer)
+        assert [token.id for token in tokens] == list(answer.token_ids) == list(last.answer.token_ids)
+        assert (last.answer.text, last.answer.offsets, last.answer.finished) == (
+            answer.text, answer.offsets, answer.finished,
+        )  # fmt: skip
+        assert "".join(token.text for token in tokens) == answer.text
+        assert [(token.start, token.end) for token in tokens] == list(answer.offsets)
+        assert np.allclose([token.logprob for token in tokens], answer.logprobs, atol=1e-4)
+        assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
+        assert [token.warned for token in tokens] == [token.probability >= fast.threshold for token in tokens]
+        assert np.ptp(expected) > 0.05 or length < 96  # a constant would agree with anything
+
+
+@pytest.mark.parametrize("length", [96, 9])
+def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, length):
+    generation = Generation(max_new_tokens=length)
+    for image in images:
+        answer, expected = offline(adapter, image, generation, every, STEPWISE)
+        *tokens, last = stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation)
+        assert last.answer.token_ids == answer.token_ids == tuple(token.id for token in tokens)
+        assert last.answer.finished == answer.finished
+        assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
+
+
+def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):
+    encoded = adapter.encode(images[0], QUESTION)
+    with WarningStreamer(adapter, encoded, every, delay=1, generation=Generation(max_new_tokens=40)) as warner:
+        warner.model.generate(**warner.arguments, streamer=warner)
+    features = FeatureSet(groups=(), names=STEPWISE)
+    columns = features.compute(adapter.trace(encoded, warner.answer, features.needs))
+    found = warner.scorer.columns()
+    assert set(found) == set(columns)
+    for name, values in columns.items():
+        assert np.allclose(found[name], values, rtol=1e-3, atol=1e-3), name
+
+
+def test_sampling_and_stop_strings(adapter, images, every, fast):
+    for generation in (
+        Generation(max_new_tokens=30, do_sample=True, seed=3),
+        Generation(max_new_tokens=60, stop=(" with a", "shows a")),
+        Generation(max_new_tokens=60, stop=("the background",)),
+    ):
+        for detector, delay in ((fast, 0), (every, 1)):
+            answer, expected = offline(adapter, images[0], generation, detector, detector_names(detector))
+            *tokens, last = stream(adapter, images[0], QUESTION, detector=detector, delay=delay, generation=generation)
+            assert last.answer.text == answer.text == "".join(token.text for token in tokens)
+            assert tuple(token.id for token in tokens) == answer.token_ids == last.answer.token_ids
+            assert last.answer.finished == answer.finished
+            assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
+
+
+def detector_names(detector):
+    from stethoscope.diagnosis.detecting import feature_names
+
+    return feature_names(detector.schema.names)
+
+
+def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, every):
+    generation = Generation(max_new_tokens=60)
+    for given, judge in (({}, fast), ({"final": every}, every)):
+        *_, last = stream(adapter, images[0], QUESTION, detector=fast, generation=generation, **given)
+        whole = stethoscope.diagnose(adapter, images[0], QUESTION, last.answer, judge)
+        assert [(one.object, one.start, one.warned) for one in last.mentions] == [
+            (one.object, one.start, one.warned) for one in whole.mentions
+        ]
+        assert len(last.mentions) > 1
+        assert np.allclose(
+            [one.judgement.probability for one in last.mentions],
+            [one.judgement.probability for one in whole.mentions],
+            atol=1e-4,
+        )
+
+
+def test_a_generate_call_of_ones_own(adapter, images, fast):
+    encoded, seen = adapter.encode(images[0], QUESTION), []
+    with WarningStreamer(adapter, encoded, fast, on_token=seen.append) as warner:
+        ids = adapter.model.generate(**encoded.inputs, streamer=warner, max_new_tokens=20, do_sample=False)
+    written = ids[0, encoded.inputs["input_ids"].shape[1] :].tolist()
+    assert [token.id for token in seen] == written
+    assert seen == warner.tokens
+    assert warner.answer.token_ids == tuple(written)
+    with pytest.raises(CaptureError, match="new streamer"), warner:
+        adapter.model.generate(**encoded.inputs, streamer=warner, max_new_tokens=3, do_sample=False)
+    two = {name: torch.cat([value, value]) for name, value in encoded.inputs.items()}
+    with pytest.raises(CaptureError, match="one prompt"), WarningStreamer(adapter, encoded, fast) as warner:
+        adapter.model.generate(**two, streamer=warner, max_new_tokens=3, do_sample=False)
+
+
+def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
+    def hooks():
+        return sum(len(module._forward_hooks) for module in adapter.model.modules())
+
+    before, hooked, implementation = threading.active_count(), hooks(), adapter.model.config._attn_implementation
+    tokens = stream(adapter, images[0], QUESTION, detector=fast)
+    first = next(tokens)
+    assert 0 <= first.probability <= 1
+    tokens.close()
+    assert threading.active_count() == before
+    assert hooks() == hooked
+    assert adapter.model.config._attn_implementation == implementation != "stethoscope"
+    *tokens, last = stream(adapter, images[0], QUESTION)
+    assert {token.probability for token in tokens} == {None}
+    assert {token.warned for token in tokens} == {False}
+    assert last.mentions
+    assert {one.judgement for one in last.mentions} == {None}
+
+
+@pytest.mark.parametrize("model", ["blip2-flan-t5-xl", "blip2-opt-2.7b", "qwen2-vl-2b", "smolvlm-2.2b"])
+def test_rows_of_other_families(model, images, every):
+    """Every feature that a step can give, on random weights: an encoder, a language model of its own, tiles."""
+    other = stethoscope.load(model, random_init="tiny")
+    encoded, generation = other.encode(images[0], QUESTION), Generation(max_new_tokens=5)
+    names = [name for name in STEPWISE if FEATURES[name].group != "grid"]
+    fake = stethoscope.Detector()
+    features = FeatureSet(groups=(), names=names)
+    answer = other.generate([encoded], generation)[0]
+    columns = features.compute(other.trace(encoded, answer, features.needs))
+    fake._schema, fake._names, fake._model = FeatureSchema(tuple(columns)), tuple(columns), every.model
+    streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation)
+    streamer.scorer._predict = lambda row: 0.5
+    with streamer:
+        streamer.model.generate(**streamer.arguments, streamer=streamer)
+    assert streamer.answer.token_ids == answer.token_ids
+    for name, values in columns.items():
+        assert np.allclose(streamer.scorer.columns()[name], values, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration": "none"}, {"estimator": "boosting"}], ids=str)
+def test_one_row_is_judged_as_a_table_is(settings):
+    import pandas as pd
+
+    random = np.random.default_rng(0)
+    values = random.normal(size=(400, 3))
+    values[::7, 1] = np.nan  # the classifier then has a column that says so
+    table = pd.DataFrame(values, columns=["a", "b", "c"])
+    table["label"] = (values[:, 0] + random.normal(size=400) > 0).astype(int)
+    table["group"] = [f"image{row // 2}" for row in range(400)]
+    table["first"], table["repeat"], table["object"], table["number"] = True, 0, "dog", 0
+    table["task"], table["sample_id"] = "t", table["group"]
+    detector = stethoscope.Detector(strength=1.0, **settings).fit(table)
+    whole = table[~table["b"].isna()].copy()
+    whole.loc[:5, "a"] = 50.0  # is clipped
+    judge = one_row(detector.model)
+    found = [judge(row) for row in whole[["a", "b", "c"]].to_numpy()]
+    assert np.allclose(found, detector.predict(whole), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "delay", "message"),
+    [
+        (["nll", "pmi", "relevancy_peak"], {}, 0, "pmi, relevancy_peak.*features=fast"),
+        (["nll", "svar_c"], {}, 0, "svar_c of the row that consumes.*delay=1"),
+        (["nll"], {"factored": True}, 0, "factored=true"),
+        (["nll"], {"objects": True}, 0, "objects=true"),
+        (["telepathy"], {}, 0, "unknown feature 'telepathy'"),
+    ],
+    ids=str,
+)
+def test_detectors_that_read_more_are_refused_in_a_line(adapter, images, names, settings, delay, message):
+    detector = stethoscope.Detector(**settings)
+    detector._schema, detector._names = FeatureSchema(tuple(names)), tuple(names)
+    with pytest.raises(CapabilityError, match=message) as caught:
+        stream(adapter, images[0], QUESTION, detector=detector, delay=delay)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_wrong(adapter, images, fast):
+    for arguments, message in (
+        ({"delay": 2, "detector": fast}, "delay=2"),
+        ({"question": " "}, "question is empty"),
+        ({"generation": Generation(num_beams=2)}, "num_beams=2"),
+        ({"generation": Generation(max_new_tokens=0)}, "max_new_tokens=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stream(adapter, images[0], **{"question": QUESTION, **arguments})
+    other = stethoscope.load("qwen2-vl-2b", random_init="tiny")
+    with pytest.raises(CapabilityError, match="trained on another model"):
+        list(stream(other, images[0], QUESTION, detector=fast))
