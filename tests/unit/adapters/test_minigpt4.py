@@ -3,7 +3,9 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
+import authors_checks as checks
 import authors_minigpt4 as authors
 import numpy as np
 import pytest
@@ -222,15 +224,7 @@ def test_dtype(parts, version, dtype, tmp_path):
 
 
 def test_layers_on_disk_and_cpu_give_the_same(parts, version, adapter, tmp_path):
-    room = {"cpu": 350_000, "disk": 10**9}
-    spread = {"device": "auto", "device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path)}
-    offloaded = load(version, parts[0], **spread)
-    assert {"cpu", "disk"} == set(offloaded.model.hf_device_map.values())
-    encoded = adapter.encode(IMAGE, QUESTION)
-    answers = [one.generate([encoded], Generation(max_new_tokens=3))[0] for one in (adapter, offloaded)]
-    assert answers[0] == answers[1]
-    maps = [token_relevancy(one, IMAGE, QUESTION, "A cat.").vision for one in (adapter, offloaded)]
-    assert torch.allclose(*maps, atol=1e-6)
+    checks.check_offloaded(adapter, partial(load, version, parts[0]), 350_000, IMAGE, QUESTION, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
+import authors_checks as checks
 import authors_llama as llama
 import authors_owl2 as authors
 import numpy as np
@@ -16,7 +18,7 @@ from transformers import AutoTokenizer
 import stethoscope
 from stethoscope.adapters.batching import collate
 from stethoscope.adapters.mplug_owl2 import MplugOwl2Adapter
-from stethoscope.adapters.mplug_owl2_model import MplugOwl2ForConditionalGeneration, position_table
+from stethoscope.adapters.mplug_owl2_model import position_table
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import Generation
 from stethoscope.relevancy import token_relevancy
@@ -198,40 +200,16 @@ def test_relevancy_reaches_the_patches(adapter):
 
 
 def test_a_saved_model_loads_like_any_of_transformers(adapter, tmp_path):
-    adapter.model.save_pretrained(tmp_path)
-    again, report = MplugOwl2ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    inputs = adapter.encode(IMAGE, QUESTION).inputs
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, adapter.model(**inputs).logits)
+    checks.check_saved_model(adapter, IMAGE, QUESTION, tmp_path)
 
 
 def test_layers_on_disk_and_cpu_give_the_same(parts, adapter, tmp_path):
-    room = {"cpu": 250_000, "disk": 10**9}
-    spread = {"device": "auto", "device_map": "auto", "max_memory": room, "offload_folder": str(tmp_path)}
-    offloaded = load(parts[0], **spread)
-    assert {"cpu", "disk"} == set(offloaded.model.hf_device_map.values())
-    encoded = adapter.encode(IMAGE, QUESTION)
-    answers = [one.generate([encoded], Generation(max_new_tokens=3))[0] for one in (adapter, offloaded)]
-    assert answers[0] == answers[1]
-    maps = [token_relevancy(one, IMAGE, QUESTION, "A cat.").vision for one in (adapter, offloaded)]
-    assert torch.allclose(*maps, atol=1e-6)
+    checks.check_offloaded(adapter, partial(load, parts[0]), 250_000, IMAGE, QUESTION, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_memory_is_told_without_reading_a_weight(parts, adapter, tmp_path, dtype):
-    folder = shutil.copytree(parts[0], tmp_path / "copy")
-    for path in (*folder.rglob("*.bin"), *folder.rglob("*.safetensors"), *folder.rglob("tokenizer*")):
-        path.unlink()
-    told = MplugOwl2Adapter(str(folder), dtype=dtype).memory(1000)
-    parameters = list(adapter.model.parameters())
-    assert told.parameters == sum(parameter.numel() for parameter in parameters)
-    assert told.dtype == ("float16" if dtype == "auto" else dtype)
-    assert told.weights == told.parameters * (2 if dtype == "auto" else 4)
-    assert told.cache == 1000 * llama.LAYERS * 2 * llama.KEYS * llama.WIDTH // llama.HEADS * (
-        2 if dtype == "auto" else 4
-    )
+    checks.check_memory(adapter, parts[0], tmp_path, lambda folder: MplugOwl2Adapter(str(folder), dtype=dtype), dtype)
 
 
 def test_half_precision(parts):
