@@ -32,7 +32,7 @@ def check_offloaded(adapter, load, room, image, question, folder):
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[0].logprobs == pytest.approx(
         answers[1].logprobs, abs=1e-5
-    )  # memory lies otherwise: last bits differ
+    )  # last bits may differ
     maps = [token_relevancy(one, image, question, "A cat.").vision for one in (adapter, offloaded)]
     assert torch.allclose(*maps, atol=1e-6)
 
