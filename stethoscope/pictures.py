@@ -157,6 +157,17 @@ def heat(values: Sequence[np.ndarray], boxes: Sequence[Box | None], size: tuple[
     return total
 
 
+def raster(size: tuple[int, int], cells: int) -> tuple[int, int]:
+    """Rows and columns of a raster of a picture, with so many cells along its longer side.
+
+    >>> raster((640, 480), 32)
+    (24, 32)
+    """
+    width, height = size
+    longest = max(size)
+    return max(1, round(cells * height / longest)), max(1, round(cells * width / longest))
+
+
 def relevancy_tiles(
     relevancy: Relevancy, where: Places, raw: bool, chosen: tuple
 ) -> tuple[list[np.ndarray], list[Box | None]]:

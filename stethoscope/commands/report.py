@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.lines import Record
+    from stethoscope.records import Sample
     from stethoscope.report.gallery import Picture
     from stethoscope.report.source import Source
-    from stethoscope.task import Task
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 
@@ -28,7 +29,8 @@ Writes what a finished run has found, into its own directory or into out=FOLDER:
   report.md     the same tables as Markdown
   report.tex    the same tables as LaTeX (booktabs)
 
-No model is loaded. Pictures come from where the run took them, if that is still there; pictures=false leaves them out.
+No model is loaded. Pictures and heat maps are those that the run has kept (callbacks.maps); other pictures come from
+where the run took them, if that is still there. pictures=false leaves them out.
 A run without a detector gives a report of its tasks; `stethoscope train run=RUN` adds the rest.
 cases: mentions of every kind in the gallery. plugins: your own packages, if the run's task is one of theirs.
 
@@ -56,8 +58,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
     source = Source.read(Path(runs[0]))
     plugins = [name for name in settings["plugins"].split(",") if name]
-    picture = _pictures(source, plugins) if settings["pictures"] == "true" and not source.no_detector() else None
-    report = collect(source, int(settings["cases"]), picture or (lambda record: None))
+    picture = _pictures(source, plugins) if settings["pictures"] == "true" else None
+    report = collect(source, int(settings["cases"]), picture)
     folder = Path(settings["out"] or runs[0])
     written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
     try:
@@ -71,17 +73,21 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join(str(folder / name) for name in written))
 
 
-def _pictures(source: Source, plugins: Sequence[str]) -> Picture | None:
-    """Finds the pictures where the run took them; says on stderr if it cannot, once."""
-    try:
-        task = saved_task(source, source.task, plugins, offline=True)
-        samples = _samples(task)
-    except (StethoscopeError, ImportError) as error:
-        print(f"note: the gallery has no pictures: {error}", file=sys.stderr)
-        return None
+def _pictures(source: Source, plugins: Sequence[str]) -> Picture:
+    """Finds pictures that the run has not kept where it took them; says on stderr if it cannot, once."""
+
+    @cache
+    def samples() -> dict[str, Sample]:
+        try:
+            task = saved_task(source, source.task, plugins, offline=True)
+            task.setup()
+        except (StethoscopeError, ImportError) as error:
+            print(f"note: the gallery has no pictures: {error}", file=sys.stderr)
+            return {}
+        return {sample.id: sample for sample in task.samples()}
 
     def picture(record: Record) -> Image | None:
-        sample = samples.get(record.sample_id)
+        sample = samples().get(record.sample_id)
         if sample is None or not record.about(sample):
             return None
         try:
@@ -90,8 +96,3 @@ def _pictures(source: Source, plugins: Sequence[str]) -> Picture | None:
             return None
 
     return picture
-
-
-def _samples(task: Task) -> dict:
-    task.setup()
-    return {sample.id: sample for sample in task.samples()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.trace import Encoded, Trace
 
-_SUFFIX = re.compile(r"_l\d+(h\d+)?$")  # a column for every layer, or every head of it
+_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
 _TOP = 5  # features that are told for every token
 
 

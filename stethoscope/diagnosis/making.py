@@ -66,15 +66,15 @@ def diagnose(
         encoded = adapter.encode(picture, question)
     with _timed(seconds, "generate"):
         answer = _answer(adapter, encoded, answer, generation)
+    found = find_mentions(answer, mentions or default_reader())
     with _timed(seconds, "trace"):
-        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes)
+        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, found)
     with _timed(seconds, "evolution"):
         evolution = _optional(lambda: _evolution(adapter, encoded, answer), notes)
     with _timed(seconds, "places"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         where = places(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "judge"):
-        found = find_mentions(answer, mentions or default_reader())
         judgements, named = judge_mentions(encoded, answer, found, columns, detector)
     return Diagnosis(
         model=adapter.name,
@@ -146,9 +146,18 @@ def _optional(make: Callable[[], Any], notes: list[str]) -> Any:
 
 
 def _trace(
-    adapter: Adapter, encoded: Encoded, answer: Answer, detector: Detector | None, scope: str, notes: list[str]
+    adapter: Adapter,
+    encoded: Encoded,
+    answer: Answer,
+    detector: Detector | None,
+    scope: str,
+    notes: list[str],
+    picture: Image,
+    found: Sequence[Mention],
 ) -> tuple[Trace, dict[str, Any]]:
     """The traced pass with relevancy of the scope, and the features that the detector reads."""
+    from stethoscope.per_mention import trace_answers
+
     features, needs = None, frozenset()
     if detector is not None:
         from stethoscope.diagnosis.detecting import columns_of, feature_set
@@ -156,12 +165,12 @@ def _trace(
         features = feature_set(detector)
         needs = features.needs
     try:
-        trace = adapter.trace(encoded, answer, {*needs, "relevancy"})
+        trace = trace_answers(adapter, [encoded], [answer], {*needs, "relevancy"}, [picture], [found])[0]
     except CapabilityError as error:
         if "relevancy" in needs:
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
-        trace = adapter.trace(encoded, answer, needs)
+        trace = trace_answers(adapter, [encoded], [answer], needs, [picture], [found])[0]
     # features are defined in scope row, whatever is shown
     columns = {} if features is None else columns_of(features, trace, detector, adapter.name)
     if scope == "token" and trace.relevancy is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from stethoscope.diagnosis.parts import SHARES
 from stethoscope.errors import CapabilityError
 from stethoscope.markup import data_uri, document, escape, json_block
-from stethoscope.pictures import RAMP, heat, overlay, relevancy_tiles
+from stethoscope.pictures import RAMP, heat, overlay, raster, relevancy_tiles
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.result import Diagnosis
@@ -221,8 +221,7 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
         if len(tiles) == 1 and boxes[0] is not None:
             values, box = tiles[0], boxes[0]
         else:
-            longest = max(width, height)
-            shape = (max(1, round(RASTER * height / longest)), max(1, round(RASTER * width / longest)))
+            shape = raster(diagnosis.image.size, RASTER)
             values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
         top = values.max((-2, -1), keepdims=True)
         scaled = np.rint(255 * values / np.where(top > 0, top, 1)).astype(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -25,7 +25,7 @@ KINDS = {
     "false alarm": "warned of but in the picture, the surest first",
 }
 Picture = Callable[["Record"], "Image | None"]
-"""Gives the picture of a record, or None where there is none to be had."""
+"""Gives the picture of a record that the run itself has not kept, or None where there is none to be had."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Case:
         pieces: the answer around it: text and ``this`` (the mention), ``warned`` (another warned mention) or empty.
         probability: calibrated probability that it is hallucinated.
         evidence, prior: log-odds that add up to it; None where the detector cannot split it.
-        picture: address of the picture for ``<img>``; empty for none.
+        picture: the picture; None for none.
+        heat: the picture under the heat map of the mention; None where no map is kept.
     """
 
     kind: str
@@ -49,7 +50,8 @@ class Case:
     probability: float
     evidence: float | None
     prior: float | None
-    picture: str = field(default="", repr=False)
+    picture: Image | None = field(default=None, repr=False, compare=False)
+    heat: Image | None = field(default=None, repr=False, compare=False)
 
     @property
     def words(self) -> str:
@@ -75,13 +77,16 @@ def pick(rows: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:
     return found
 
 
-def cases(source: Source, count: int, picture: Picture = lambda record: None) -> list[Case]:
+def cases(source: Source, count: int, picture: Picture | None = lambda record: None) -> list[Case]:
     """The gallery of a run.
 
     Args:
         source: a run with warnings.
         count: how many mentions of every kind.
-        picture: gives the pictures.
+        picture: gives the pictures that the run has not kept; None for a gallery without pictures.
+
+    Raises:
+        ArtefactError: ``maps.jsonl`` is damaged.
     """
     return [
         _case(source, kind, row, picture)
@@ -90,10 +95,10 @@ def cases(source: Source, count: int, picture: Picture = lambda record: None) ->
     ]
 
 
-def _case(source: Source, kind: str, row: dict, picture: Picture) -> Case:
+def _case(source: Source, kind: str, row: dict, picture: Picture | None) -> Case:
     record = source.record(row["sample_id"])
     text = record.answer.text if record is not None and record.answer is not None else ""
-    image = picture(record) if record is not None else None
+    image, heat = (None, None) if record is None or picture is None else _images(source, record, row, picture)
     mine = source.warnings[(source.warnings["sample_id"] == row["sample_id"]) & source.warnings["warned"].astype(bool)]
     others = [(int(start), int(end)) for start, end in zip(mine["start"], mine["end"], strict=True)]
     split = row["evidence"] is not None and not pd.isna(row["evidence"])
@@ -106,8 +111,18 @@ def _case(source: Source, kind: str, row: dict, picture: Picture) -> Case:
         probability=float(row["probability"]),
         evidence=float(row["evidence"]) if split else None,
         prior=float(row["prior"]) if split else None,
-        picture="" if image is None else _address(image),
+        picture=image,
+        heat=heat,
     )
+
+
+def _images(source: Source, record: Record, row: dict, picture: Picture) -> tuple[Image | None, Image | None]:
+    """The picture, and the picture under the mention's heat map."""
+    view = source.view(record)
+    image = view.picture if view is not None and view.picture is not None else picture(record)
+    if view is None or image is None:
+        return image, None
+    return image, replace(view, picture=image).overlay(int(row["token"]), SIDE)
 
 
 def _pieces(text: str, this: tuple[int, int], others: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
@@ -179,7 +194,9 @@ def html(found: Sequence[Case]) -> str:
 
 
 def _card(case: Case) -> str:
-    image = f'<img src="{case.picture}" alt="{escape(case.sample_id)}">' if case.picture else ""
+    shown = [(case.picture, case.sample_id), (case.heat, f"what {case.object} was written from")]
+    images = "".join(f'<img src="{_address(one)}" alt="{escape(name)}">' for one, name in shown if one is not None)
+    image = f'<div class="pictures">{images}</div>' if images else ""
     words = "".join(
         f'<mark class="{mark}">{escape(text)}</mark>' if mark else escape(text) for text, mark in case.pieces
     )

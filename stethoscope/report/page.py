@@ -114,13 +114,13 @@ def _section(number: int, section: Section) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def collect(source: Source, cases: int = CASES, picture: gallery.Picture = lambda record: None) -> Report:
+def collect(source: Source, cases: int = CASES, picture: gallery.Picture | None = lambda record: None) -> Report:
     """Computes everything that the report of a run shows.
 
     Args:
         source: the run.
         cases: mentions of every kind in the gallery.
-        picture: gives the pictures of the gallery.
+        picture: gives the pictures of the gallery that the run has not kept; None for a gallery without pictures.
 
     Raises:
         ArtefactError: a file of the run is damaged, or two do not fit each other.
@@ -159,7 +159,7 @@ def _tiles(source: Source) -> dict[str, Interval]:
     return {name: one for name, one in found.items() if one.value == one.value}
 
 
-def _detection(source: Source, cases: int, picture: gallery.Picture) -> list[Section]:
+def _detection(source: Source, cases: int, picture: gallery.Picture | None) -> list[Section]:
     """Plots and gallery of the detector's warnings."""
     rows = source.held_out
     positions, bins, found = curves.by_position(rows), curves.reliability(rows), importances(source)
@@ -173,6 +173,8 @@ def _detection(source: Source, cases: int, picture: gallery.Picture) -> list[Sec
     if found:
         sections.append(Section("feature importance", (), (_importance(found),), (_importance_table(found),)))
     lead = "The mention stands out; other warned mentions of the answer are underlined."
+    if any(case.heat is not None for case in mentions):
+        lead += " Below the picture what the name was written from: relevancy after the last layer, red for the most."
     table = (gallery.gallery_table(mentions),) if mentions else ()
     return [*sections, Section("mentions to look at", folded=table, cards=gallery.html(mentions), lead=lead)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ArtefactError, unknown
+from stethoscope.maps import MapFile, View
 from stethoscope.results import TaskResults
 from stethoscope.store import RunStore
 
@@ -138,6 +139,18 @@ class Source:
     def record(self, sample_id: str) -> Record | None:
         """The record of one sample of the warnings' task."""
         return self.store.find(self.task, sample_id)
+
+    @cached_property
+    def _maps(self) -> MapFile:
+        return MapFile(self.folder)
+
+    def view(self, record: Record) -> View | None:
+        """Picture and heat maps that the run has kept of a record's sample; None where it has kept nothing.
+
+        Raises:
+            ArtefactError: its line of ``maps.jsonl`` is damaged.
+        """
+        return self._maps.find(record)
 
     def no_detector(self) -> str:
         """One line that says why there is nothing about a detector; empty if there is."""

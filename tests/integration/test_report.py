@@ -1,5 +1,7 @@
 """``stethoscope report`` and ``compare`` on small real runs of the embedded model."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stethoscope import leaderboard
 from stethoscope.cli import main
+from stethoscope.maps import MapFile
 from stethoscope.report import versus
 from stethoscope.report.source import Source
 from stethoscope.store import RunStore
@@ -22,6 +26,7 @@ from stethoscope.tasks.chair import Chair
 LIMIT = 60
 SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=64"]
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
+MAPS = ["+callbacks.maps._target_=stethoscope.maps.KeepMaps", "features.names=[relevancy_image]"]
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +34,7 @@ def finished(tmp_path_factory):
     """Folder of two runs with detectors, greedy and sampled, and one of a task alone; tests only read them."""
     folder = tmp_path_factory.mktemp("report")
     jobs = [
-        ["benchmark", "name=greedy", *SMALL],
+        ["benchmark", "name=greedy", *SMALL, *MAPS],
         ["benchmark", "name=sampled", "generation=sample", *SMALL],
         ["evaluate", "task=chair", f"task.scenes={LIMIT}", "limit=5", "name=alone", "callbacks=none", "logger=none"],
     ]
@@ -90,11 +95,46 @@ def test_the_page_needs_no_network_and_shows_pictures(finished, tmp_path, stetho
     page = Page((tmp_path / "made" / "report.html").read_text())
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert page.tags.count("svg") == 5
-    assert page.tags.count("img") == page.tags.count("article") > 2
+    assert page.tags.count("img") == 2 * page.tags.count("article") > 4  # each with its heat map
     stethoscope("report", finished / "greedy", "out=plain", "pictures=false", "cases=1", code=0)
     page = Page((tmp_path / "plain" / "report.html").read_text())
     assert "img" not in page.tags
     assert 0 < page.tags.count("article") <= 3
+
+
+def test_pictures_are_those_that_the_run_has_kept(copy, stethoscope):
+    """Another picture in ``maps.jsonl`` is the one that is shown, with the mention's map over it and all others too."""
+    file = MapFile(copy)
+    for record in RunStore(copy).records("chair"):
+        view = file.find(record)
+        if view is not None:
+            hot = {token: np.eye(8, dtype=np.uint8) * 255 for token in view.maps}
+            file.append("chair", record.sample_id, record.answer, Image.new("RGB", (96, 96), (0, 128, 0)), hot)
+    stethoscope("report", copy, code=0)
+    page = Page((copy / "report.html").read_text())
+    images = [address for address in page.addresses if address.startswith("data:")]
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2]))), int) for one in images]
+    for picture, heat in zip(shown[::2], shown[1::2], strict=True):
+        assert np.abs(picture - (0, 128, 0)).max() < 6
+        side = len(heat)
+        cells = heat[side // 16 :: side // 8, side // 16 :: side // 8]
+        red = cells[..., 0] > 80
+        assert red.tolist() == np.eye(8, dtype=bool).tolist()
+    assert "red for the most" in " ".join(page.words)
+
+
+def test_a_run_that_has_kept_nothing_shows_the_pictures_of_its_task(finished, tmp_path, stethoscope):
+    stethoscope("report", finished / "sampled", "out=made", code=0)
+    page = Page((tmp_path / "made" / "report.html").read_text())
+    assert page.tags.count("img") == page.tags.count("article") > 2
+    assert "red for the most" not in " ".join(page.words)
+
+
+def test_damaged_maps_are_one_line(copy, stethoscope):
+    lines = (copy / "maps.jsonl").read_text().splitlines()
+    (copy / "maps.jsonl").write_text("".join(line.replace('"shape": [8, 8]', '"shape": [9]') + "\n" for line in lines))
+    assert re.search(r"maps\.jsonl: what it holds of counter-\d+ is damaged", stethoscope("report", copy))
+    stethoscope("report", copy, "pictures=false", code=0)
 
 
 def test_no_torch_is_imported(finished, tmp_path):
@@ -279,6 +319,7 @@ def test_runs_that_did_not_answer_the_same_are_refused(finished, copy, stethosco
 
 def test_a_run_names_no_code(copy, stethoscope, capsys):
     """A run directory from elsewhere does not decide what is imported."""
+    (copy / "maps.jsonl").unlink()
     text = (copy / "fingerprint.json").read_text().replace("stethoscope.tasks.chair.Chair", "os.system")
     (copy / "fingerprint.json").write_text(text)
     config = (copy / "config.yaml").read_text().replace("stethoscope.tasks.chair.Chair", "os.system")
