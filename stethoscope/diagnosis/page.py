@@ -25,7 +25,7 @@ SHOWN = 6  # mentions with a heat map in a notebook
 
 def page(diagnosis: Diagnosis) -> str:
     """See ``Diagnosis.to_html``."""
-    data = _data(diagnosis)
+    data = page_data(diagnosis)
     resources = files("stethoscope.diagnosis")
     style, script = (resources.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     body = "\n".join([*_body(diagnosis, data), json_block("data", data)])
@@ -142,16 +142,21 @@ def _mention_table(diagnosis: Diagnosis) -> Iterator[str]:
     yield "</tbody></table></div></section>"
 
 
-def _layers(diagnosis: Diagnosis) -> list[int]:
+def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
     if diagnosis.relevancy is None:
         return []
     depth = diagnosis.relevancy.image.shape[1]
-    return sorted({round(value) for value in np.linspace(0, depth - 1, min(depth, MOST_LAYERS))})
+    return sorted({round(value) for value in np.linspace(0, depth - 1, min(depth, most))})
 
 
-def _data(diagnosis: Diagnosis) -> dict[str, Any]:
-    """What the page's script reads."""
-    layers = _layers(diagnosis)
+def page_data(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, Any]:
+    """What a page's script reads, JSON-able: tokens, and heat maps as bytes in base64.
+
+    Args:
+        diagnosis: the answer.
+        most_layers: of the language model; more are thinned out evenly, the last one always stays.
+    """
+    layers = _layers(diagnosis, most_layers)
     warned = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens and mention.warned]
     named = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens]
     return {
@@ -197,6 +202,7 @@ def _token(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any
         }
         found["question"] = _parts(relevancy.question[index, layers].numpy() / total[:, None]).tolist()
         found["answer"] = _parts(relevancy.answer[index, layers, :index].numpy() / total[:, None]).tolist()
+        found["total"] = [float(f"{value:.4g}") for value in total]
     return found
 
 
@@ -230,6 +236,7 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
             {
                 "shape": list(scaled.shape[-2:]),
                 "box": [round(edge, 2) for edge in box],
+                "peaks": [[float(f"{value:.4g}") for value in row] for row in top[..., 0, 0]],
                 "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
             },
         )
