@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
+from stethoscope.digests import remembered
 from stethoscope.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -149,6 +150,10 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name
+    return remembered([path], lambda: _read_through(path))
+
+
+def _read_through(path: Path) -> str:
     one = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

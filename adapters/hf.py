@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapter import Adapter
-from stethoscope.adapters import loading, memory, sampling, tiny
+from stethoscope.adapters import identity, loading, memory, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
@@ -319,7 +319,7 @@ class HfAdapter(Tracing, Adapter):
 
         folder = not self.random_init and loading.is_folder(self.model_id)
         if self._digest is None:
-            self._digest = loading.weights_digest(self.model, None if self.random_init else self.model_id, folder)
+            self._digest = identity.weights(self.model, None if self.random_init else self.model_id, folder)
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,
@@ -332,6 +332,8 @@ class HfAdapter(Tracing, Adapter):
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
             "prompt": self.prompt,
+            "ends": list(self._ends),
+            "settings": identity.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }
 

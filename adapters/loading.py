@@ -1,8 +1,8 @@
-"""Weights and processor from a folder or the hub, with one-line errors, and what identifies them."""
+"""Weights and processor from a folder or the hub, with one-line errors."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import re
 import socket
 import tempfile
@@ -33,7 +33,6 @@ WHOLE = (
 """Modules that are never quantised, as transformers matches names: from the picture to the words' space, and the head.
 They are a twentieth of the weights or less; relevancy takes gradients through the first, every figure about a token's
 probability comes from the last."""
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def is_folder(model_id: str) -> bool:
@@ -284,33 +283,6 @@ def _max_memory(given: Mapping[int | str, int | str]) -> dict[int | str, int]:
     return found
 
 
-def weights_digest(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
-    """Digest of the weight files of a folder, the commit of a hub model, or a digest of the weights in memory."""
-    digest = hashlib.sha256()
-    if folder:
-        root = Path(model_id).expanduser()
-        for path in sorted(path for pattern in _WEIGHTS for path in root.glob(pattern)):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**22):
-                    digest.update(block)
-        return f"sha256:{digest.hexdigest()}"
-    commit = getattr(model.config, "_commit_hash", None)
-    if model_id is not None and commit:
-        return f"commit:{commit}"
-    import torch
-
-    weights = model.state_dict()
-    if any(tensor.is_meta for tensor in weights.values()):  # accelerate holds them on another device or on disk
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        here = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}
-        weights = here | get_state_dict_offloaded_model(model)
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"state:{digest.hexdigest()}"
-
-
 @contextmanager
 def one_line(model_id: str) -> Iterator[None]:
     """Turns what loading raises into an error of one line."""
@@ -332,6 +304,7 @@ def one_line(model_id: str) -> Iterator[None]:
         raise DataError(f"the files of model {model_id} cannot be read: {_first(error)}") from error
 
 
+@functools.cache  # once a process: a hub that is out of reach costs seconds each time
 def _hub_answers() -> bool:
     """Whether the hub can be reached; taken for granted behind a proxy, where a direct connection proves nothing."""
     from huggingface_hub import constants

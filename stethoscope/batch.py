@@ -51,6 +51,7 @@ class Draft:
     rows: pa.Table | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     prompt: str = ""
+    image_sha256: str = ""
     error: Exception | None = None
 
     def record(self, task: str) -> Record:
@@ -71,6 +72,7 @@ class Draft:
             answer=self.answer,
             score=self.score if status != FAILED else None,
             mentions=self.mentions,
+            image_sha256=self.image_sha256,
             seconds=self.seconds,
         )
 
@@ -115,7 +117,9 @@ class Worker:
         """A draft with its prompt, and with the answer if the run directory has it and only token rows are missing."""
         draft = Draft(sample)
         with self._stage(draft, "encode"):
-            draft.encoded = self.run.adapter.encode(sample.image.load(), sample.question)
+            picture = sample.image.load()
+            draft.image_sha256 = sample.image.sha256
+            draft.encoded = self.run.adapter.encode(picture, sample.question)
             draft.prompt = draft.encoded.text
         if self.features is not None and self.run.store is not None and draft.error is None:
             record = self.run.store.find(self.run.task.name, sample.id)

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base of all callbacks: every hook is empty, override the ones you need."""
+    """Base of all callbacks: every hook is empty, override the ones you need.
+
+    Attributes:
+        first_only: where several processes do a run, call it in the first one only. Otherwise each process calls its
+            own copy, with the samples that fall to it; only the first one sees all of them in ``on_task_end``.
+    """
+
+    first_only: bool = False
 
     def on_run_start(self, run: Run) -> None:
         """Called first, before task and model are set up."""
@@ -60,6 +67,8 @@ class Progress(Callback):
     def __init__(self, every: float = 30.0) -> None:
         """Stores how many seconds lie between plain lines."""
         self.every = every
+    first_only = True
+
         self._bar: Any = None
 
     def on_task_start(self, run: Run) -> None:
@@ -138,6 +147,8 @@ class Timing(Callback):
     def on_task_start(self, run: Run) -> None:
         """Starts the clock."""
         self._started = time.monotonic()
+    first_only = True
+
 
     def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
         """Logs the rate so far in this sitting."""
@@ -154,7 +165,9 @@ class Timing(Callback):
 
 
 class SampleTable(Callback):
-    """Logs the first answers of a task as a table, to look at."""
+    """Logs the first answers of a task as a table, to look at; with their pictures where a logger shows them."""
+
+    first_only = True
 
     COLUMNS = ("sample", "subset", "image", "question", "answer", "status", "detail")
 

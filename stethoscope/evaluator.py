@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from stethoscope.adapter import Adapter
 from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
 from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.fingerprint import answers_of, features_of
+from stethoscope.fingerprint import answers_of, digest, features_of, jsonable
 from stethoscope.lines import FAILED, OK, UNPARSED
+from stethoscope.lock import RunLock
 from stethoscope.loggers import Logger, Loggers
+from stethoscope.processes import Ended, joined
 from stethoscope.records import Generation, Sample
 from stethoscope.results import TaskResults
 from stethoscope.run import Run
@@ -92,38 +94,65 @@ class Evaluator:
     def run(self, adapter: Adapter, task: Task) -> TaskResults:
         """Evaluates one model on one task; what the run directory has already is not done again.
 
+        Under ``torchrun`` or ``accelerate launch`` all processes call this together and get the same results: each
+        answers the samples that fall to it, the first one does the rest.
+
         Raises:
-            ConfigError: the run directory belongs to a run with other settings.
+            ConfigError: the run directory belongs to a run with other settings, or is in use.
             DataError: the task has no samples, or all of them failed.
             Exception: whatever a callback raises; with ``on_error="raise"``, whatever stopped the first sample.
         """
-        run = Run(adapter, task, self.loggers)
+        run = Run(adapter, task, self.loggers if joined().first else Loggers())
+        lock = RunLock(self.run_dir) if self.run_dir is not None and run.processes.first else None
         try:
-            return self._run(run)
+            return self._run(run, lock)
         except BaseException as error:
             self._fail(run, error)
             raise
+        finally:
+            if lock is not None:
+                lock.release()
 
-    def _run(self, run: Run) -> TaskResults:
-        self._call("on_run_start", run)
-        run.task.setup()
-        run.adapter.setup()
-        limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
-        run.samples = select(_checked(run.task), limit)
-        self._open(run)
-        generation, on_trace = self._generation(run.task), partial(self._call, "on_trace", run)
-        worker = Worker(run, generation, self.features, self.trace, self.on_error, on_trace)
-        todo = self._resume(run, worker)
-        self._call("on_task_start", run)
-        for start in range(0, len(todo), self.batch_size):
-            batch = todo[start : start + self.batch_size]
-            self._call("on_batch_start", run, batch)
-            self._call("on_batch_end", run, worker.do(batch))
-        results = self._results(run)
-        self._close(run, results)
+    def _run(self, run: Run, lock: RunLock | None) -> TaskResults:
+        with run.processes.step():
+            self._call("on_run_start", run)
+            run.task.setup()
+            run.adapter.setup()
+            limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
+            samples = select(_checked(run.task), limit)
+            fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
+        if run.processes.several:
+            self._agree(run, samples, fingerprint)
+        with run.processes.step():
+            if run.processes.first:
+                self._open(run, fingerprint, lock)
+        run.samples = tuple(sample for sample in samples if run.processes.takes(sample.id))
+        self._ask(run)
+        with run.processes.step():
+            results = self._finish(run, samples) if run.processes.first else None
+        if run.processes.several:
+            told = run.processes.share(jsonable(results.to_dict()) if results is not None else None)[0]
+            results = results or TaskResults.from_dict(run.task.name, told)
         self._call("on_task_end", run, results)
         self._call("on_run_end", run, results)
         return results
+
+    def _ask(self, run: Run) -> None:
+        """Does what is left of this process's samples, and waits for the other processes."""
+        if run.processes.several:
+            run.store = run.store or RunStore(self.run_dir)
+            run.store.join(run.processes.rank)
+            run.processes.stop = run.store.stop
+        on_trace = partial(self._call, "on_trace", run)
+        worker = Worker(run, self._generation(run.task), self.features, self.trace, self.on_error, on_trace)
+        todo = self._resume(run, worker)
+        self._call("on_task_start", run)
+        for start in range(0, len(todo), self.batch_size):
+            run.processes.check()
+            batch = todo[start : start + self.batch_size]
+            self._call("on_batch_start", run, batch)
+            self._call("on_batch_end", run, worker.do(batch))
+        run.processes.share(None)
 
     def _generation(self, task: Task) -> Generation:
         """How answers are written, with the task's own length where none was asked for."""
@@ -132,11 +161,22 @@ class Evaluator:
 
     # --- around the loop --------------------------------------------------------------------------------------------
 
-    def _open(self, run: Run) -> None:
+    def _agree(self, run: Run, samples: Sequence[Sample], fingerprint: Mapping[str, Any]) -> None:
+        """Checks that several processes can do the run, and that all have the same before them.
+
+        Raises:
+            ConfigError: they have no run directory to share, another model, or other samples.
+        """
+        if self.run_dir is None:
+            raise ConfigError("run_dir=None should be a directory where several processes can share their records")
+        run.processes.same(fingerprint, "fingerprint")
+        run.processes.same(digest({"samples": [sample.id for sample in samples]}), "list of samples")
+
+    def _open(self, run: Run, fingerprint: dict[str, Any], lock: RunLock | None) -> None:
         """Accepts the run directory and starts the loggers."""
-        fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
         features = None if self.features is None else features_of(self.features, self.trace)
-        if self.run_dir is not None:
+        if lock is not None:
+            lock.acquire()
             store = RunStore(self.run_dir)
             if store.fingerprints().get(run.task.name, {}).get("fast_dev_run"):
                 store.clear([run.task.name])  # a trial leaves nothing worth keeping
@@ -145,7 +185,8 @@ class Evaluator:
             run.store = store
         self.loggers.setup(self.run_dir)
         settings = {"limit": self.limit, "fast_dev_run": self.fast_dev_run, "batch_size": self.batch_size}
-        self.loggers.log_config({run.task.name: {**fingerprint, "features": features, **settings, "seed": self.seed}})
+        settings |= {"seed": self.seed, "processes": run.processes.count}
+        self.loggers.log_config({run.task.name: {**fingerprint, "features": features, **settings}})
 
     def _resume(self, run: Run, worker: Worker) -> list[Sample]:
         """The samples that are left to do. Failed ones are tried again, changed ones are asked again."""
@@ -160,14 +201,34 @@ class Evaluator:
         run.resumed = run.done
         return [sample for sample in run.samples if sample.id not in run.outcomes]
 
-    def _close(self, run: Run, results: TaskResults) -> None:
-        """Stores and logs the results."""
+    def _finish(self, run: Run, samples: tuple[Sample, ...]) -> TaskResults:
+        """Puts together what all processes have done, computes the results, stores and logs them.
+
+        Raises:
+            DataError: all samples of several processes have failed.
+        """
         if run.store is not None:
-            run.store.finish(run.task.name, [sample.id for sample in run.samples])
+            run.store.finish(run.task.name, [sample.id for sample in samples])
+        if run.processes.several:
+            self._gather(run, samples)
+        results = self._results(run)
+        if run.store is not None:
             run.store.write_metrics(run.task.name, results.to_dict())
             run.store.set_status(run.task.name, "finished")
         self.loggers.log_metrics(results.flat())
         self.loggers.log_table(f"{run.task.name}/metrics", *results.rows())
+        return results
+
+    def _gather(self, run: Run, samples: tuple[Sample, ...]) -> None:
+        """Reads what the other processes have done."""
+        run.samples, ids = samples, {sample.id for sample in samples}
+        run.forget()
+        for record in run.store.records(run.task.name):
+            if record.sample_id in ids:
+                run.note(record)
+        if run.failed == run.total:  # of few samples no single process can tell that all fail
+            first = next(run.store.records(run.task.name))
+            raise DataError(f"all {run.total} samples failed; sample {first.sample_id}: {first.error}")
 
     def _results(self, run: Run) -> TaskResults:
         """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
@@ -200,18 +261,27 @@ class Evaluator:
         """The one way out for every error: mark the run, tell callbacks and loggers. Nothing here hides the error."""
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         store = run.store
-        steps = [] if store is None else [lambda: store.set_status(run.task.name, status)]
-        steps += [lambda hook=callback.on_exception: hook(run, error) for callback in self.callbacks]
+
+        def mark() -> None:
+            if store is not None and not isinstance(error, Ended) and run.processes.fail():
+                store.set_status(run.task.name, status)
+
+        steps = [mark]
+        steps += [lambda hook=callback.on_exception: hook(run, error) for callback in self._called(run)]
         for step in steps:
             try:
                 step()
             except Exception as second:
                 warnings.warn(f"while ending the run: {message(second)}", stacklevel=2)
-        self.loggers.finalize(status)
+        run.loggers.finalize(status)
 
-    def _call(self, hook: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(*arguments)
+    def _called(self, run: Run) -> Iterator[Callback]:
+        """The callbacks of this process."""
+        return (callback for callback in self.callbacks if run.processes.first or not callback.first_only)
+
+    def _call(self, hook: str, run: Run, *arguments: Any) -> None:
+        for callback in self._called(run):
+            getattr(callback, hook)(run, *arguments)
 
 
 def select(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:

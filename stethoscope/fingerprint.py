@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.digests import code_of
+
 if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
     from stethoscope.records import Generation
@@ -25,6 +27,8 @@ PACKAGES = (
     "pillow", "scikit-learn", "skops", "hydra-core", "wandb",
 )  # fmt: skip
 _SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
+_LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
+"""Keys that fingerprints did not have from the beginning."""
 _SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
@@ -78,6 +82,9 @@ def settings(component: Any) -> dict[str, Any]:
 def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
     """What identifies the answers of one model to one task; the adapter must be set up.
 
+    The adapter's own word (weights, processor, dtype, ...), the source code of adapter and task, the task's settings
+    and how answers are generated. The pictures are not here: every record has the digest of its own.
+
     Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
     answer as it is. Neither do the settings of sampling while nothing is sampled.
     """
@@ -85,12 +92,13 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
     if not generation.do_sample:
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
     return {
-        "adapter": jsonable(adapter.fingerprint()),
+        "adapter": {**jsonable(adapter.fingerprint()), "code": code_of(type(adapter))},
         "task": {
             "class": f"{type(task).__module__}.{type(task).__qualname__}",
             "name": task.name,
             "version": task.version,
             "settings": settings(task),
+            "code": code_of(type(task)),
         },
         "generation": decoding,
     }
@@ -125,6 +133,16 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
             for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if old == new else [(prefix, old, new)]
+
+
+def comparable(changes: list[tuple[str, Any, Any]]) -> tuple[list[tuple[str, Any, Any]], list[str]]:
+    """Differences to an older fingerprint, and the keys that were not noted yet when it was made.
+
+    >>> comparable([("task.version", "1", "2"), ("task.code", None, "5e1f"), ("adapter.settings.config", None, "77a0")])
+    ([('task.version', '1', '2')], ['task.code', 'adapter.settings.config'])
+    """
+    late = [key for key, old, _ in changes if old is None and _LATE.fullmatch(key)]
+    return [change for change in changes if change[0] not in late], late
 
 
 def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stethoscope.errors import DataError
@@ -17,6 +20,26 @@ would show colours that nobody sees, black more often than not."""
 _WIDE = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these at 255
 _ORIENTATION = 0x0112
 _BROKEN_EXIF = (struct.error, SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; read once for all questions about a picture, and again when it has been written to.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8192)
+def _file_digest(path: Path, size: int, written: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pixel_digest(image: Image) -> str:
+    """SHA-256 of a picture's size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def rgb(image: Image, name: str = "image") -> Image:

@@ -27,6 +27,8 @@ class Record:
         error: why the sample failed, else empty.
         answer, score: None where the sample failed before.
         mentions: labelled objects that the answer names.
+        image_sha256: digest of the picture that was asked about, see ``ImageRef.sha256``; empty if it could not be
+            loaded, and in records of runs from before there was one.
         seconds: time spent by stage (``encode``, ``generate``, ``score``, ``trace``); a batch's time is shared evenly.
         tokens: number of rows in the token table.
         part: file in ``tokens/`` that holds those rows; empty once they are in ``tokens.parquet``.
@@ -45,6 +47,7 @@ class Record:
     answer: Answer | None = None
     score: Score | None = None
     mentions: tuple[Mention, ...] = ()
+    image_sha256: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     part: str = ""
@@ -89,9 +92,13 @@ class Record:
         )
 
     def about(self, sample: Sample) -> bool:
-        """Whether the record's sample asked the same as this one; a changed data file makes old answers worthless."""
+        """Whether the record's sample asked the same as this one, about the same picture.
+
+        A changed data file or picture makes old answers worthless. Of the picture see ``ImageRef.differs``.
+        """
         mine = (self.group, self.subset, self.image, self.question, self.reference)
-        return mine == (sample.group, sample.subset, sample.image.name, sample.question, jsonable(sample.reference))
+        asked = (sample.group, sample.subset, sample.image.name, sample.question, jsonable(sample.reference))
+        return mine == asked and not (self.image_sha256 and sample.image.differs(self.image_sha256))
 
 
 def dump(found: Mapping[str, Any]) -> bytes:

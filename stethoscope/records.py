@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ConfigError, DataError
-from stethoscope.images import rgb
+from stethoscope.images import file_digest, pixel_digest, rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,10 @@ class ImageRef:
         where = repr(self.name) if file is None else file
         try:
             if file is None:
-                return rgb(self.source(), f"image {where}")
+                made = rgb(self.source(), f"image {where}")
+                if "sha256" not in self.__dict__:
+                    self.__dict__["sha256"] = pixel_digest(made)  # it is not made again for its digest alone
+                return made
             with Image.open(file) as image:
                 image.load()  # every pixel is decoded, so that a file cut short is found here
                 return rgb(image, f"image {where}")
@@ -56,13 +59,24 @@ class ImageRef:
     @cached_property
     def sha256(self) -> str:
         """Digest of the file's bytes, or of size and pixels for an image that is made."""
-        if isinstance(self.source, Path):
-            try:
-                return hashlib.sha256(self.source.read_bytes()).hexdigest()
-            except OSError as error:
-                raise DataError(f"image {self.name!r} cannot be read: {error}") from None
-        image = self.load()
-        return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        if not isinstance(self.source, Path):
+            return pixel_digest(self.load())
+        try:
+            return file_digest(self.source)
+        except OSError as error:
+            raise DataError(f"image {self.name!r} cannot be read: {error}") from None
+
+    def differs(self, sha256: str) -> bool:
+        """Whether this is known to be another picture than the one with a digest.
+
+        A file is read for that. A picture that is made is compared only once it has been loaded, and one that is gone
+        is not known to differ.
+        """
+        try:
+            known = self.sha256 if isinstance(self.source, Path) else self.__dict__.get("sha256", sha256)
+        except DataError:
+            return False
+        return known != sha256
 
 
 @dataclass(frozen=True)

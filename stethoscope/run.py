@@ -9,6 +9,7 @@ from typing import NamedTuple
 from stethoscope.adapter import Adapter
 from stethoscope.lines import FAILED, Record
 from stethoscope.loggers import Loggers
+from stethoscope.processes import Processes, joined
 from stethoscope.records import Sample
 from stethoscope.store import RunStore
 from stethoscope.task import Task
@@ -37,8 +38,10 @@ class Run:
 
     Attributes:
         adapter, task: who is asked and what.
-        loggers: where figures go.
+        loggers: where figures go; nowhere in other processes than the first.
         store: the run directory; None without one, and until it has been accepted.
+        processes: who does the run. Where there are several, each sees its own share of the samples, and the first one
+            sees all from when they are done.
         samples: the samples of this run in the order of the task; empty before ``on_task_start``.
         outcomes: by sample id, what is done already.
         resumed: how many samples were done before this sitting.
@@ -49,6 +52,7 @@ class Run:
     task: Task
     loggers: Loggers
     store: RunStore | None = None
+    processes: Processes = field(default_factory=joined)
     samples: tuple[Sample, ...] = ()
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     resumed: int = 0
@@ -68,6 +72,11 @@ class Run:
         """Counts a sample as done."""
         self.outcomes[record.sample_id] = Outcome.of(record)
         self.failed += record.status == FAILED
+
+    def forget(self) -> None:
+        """Counts nothing as done any more."""
+        self.outcomes.clear()
+        self.failed = 0
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs figures under the name of the task."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stethoscope.errors import ArtefactError, ConfigError, unknown
-from stethoscope.fingerprint import describe, differences, environment, jsonable, redact
+from stethoscope.fingerprint import comparable, describe, differences, environment, jsonable, redact
 from stethoscope.lines import Record, dump, lines
 from stethoscope.tokens import Key, TokenFiles
 
@@ -24,6 +27,7 @@ Overwrite = bool | Literal["features"]
 class _Entry(NamedTuple):
     """Where the last line of a sample starts and what the store must know of it."""
 
+    file: Path
     offset: int
     tokens: int
     part: str
@@ -33,16 +37,24 @@ class RunStore:
     """Reads and writes one run directory, which several tasks of the same model may share.
 
     Lines are only ever appended to ``samples.jsonl``; the last one of a sample counts. When a task is finished its
-    lines are put into the order of its samples and the parts of the token table are merged.
+    lines are put into the order of its samples and the parts of the token table are merged. Where several processes
+    write, each has a file of its own in ``shards/``, which is appended to ``samples.jsonl`` when none of them writes
+    any more: when the task is finished, or else at the begin of the next sitting.
     """
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         """Names the directory; nothing is read or made."""
         self.run_dir = Path(run_dir)
-        self.samples_file = self.run_dir / "samples.jsonl"
+        self.samples_file = self._own = self.run_dir / "samples.jsonl"
+        self.shards = self.run_dir / "shards"
         self.token_files = TokenFiles(self.run_dir)
         self._entries: dict[Key, _Entry] = {}
         self._seen: tuple[int, ...] | None = None
+
+    @property
+    def stop(self) -> Path:
+        """A file whose presence tells the processes of a run that one of them has failed."""
+        return self.shards / "stop"
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -56,20 +68,14 @@ class RunStore:
         tasks = sorted({name for name, _ in self._index()})
         if task is not None and task not in tasks and task not in self.fingerprints():
             raise ArtefactError(f"{self.run_dir}: {unknown('task', task, tasks)}")
-        with self.samples_file.open("rb") as file:
-            for (name, _), entry in sorted(self._index().items(), key=lambda item: item[1].offset):
-                if task is None or name == task:
-                    file.seek(entry.offset)
-                    yield Record.from_dict(json.loads(file.readline()))
+        entries = [entry for (name, _), entry in self._index().items() if task in (None, name)]
+        for line in _read(sorted(entries, key=self._place)):
+            yield Record.from_dict(json.loads(line))
 
     def find(self, task: str, sample_id: str) -> Record | None:
         """The record of one sample, if there is one."""
         entry = self._index().get((task, sample_id))
-        if entry is None:
-            return None
-        with self.samples_file.open("rb") as file:
-            file.seek(entry.offset)
-            return Record.from_dict(json.loads(file.readline()))
+        return None if entry is None else Record.from_dict(json.loads(next(_read([entry]))))
 
     def tokens(self, task: str | None = None) -> pd.DataFrame:
         """The token table: key columns and features, a row per token, in the order of the records.
@@ -138,14 +144,18 @@ class RunStore:
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         fingerprint, features = jsonable(fingerprint), jsonable(features)
+        old = self.fingerprints().get(task)
+        if overwrite == "features":  # nothing is generated, so that answers stay those of the code that wrote them
+            fingerprint = _with_code_of(old or {}, fingerprint)
         model = fingerprint.get("adapter")
-        others = [name for name, old in self.fingerprints().items() if name != task and old.get("adapter") != model]
+        others = {name: found for name, found in self.fingerprints().items() if name != task}
+        others = {name: found for name, found in others.items() if found.get("adapter") != model}
         if overwrite is True:
             self.clear([task, *others])
-        elif others:
-            self._refuse(others[0], differences(self.fingerprints()[others[0]].get("adapter"), model, "adapter"))
+            old = None
+        for name in others if overwrite is not True else ():
+            self._refuse(name, differences(others[name].get("adapter"), model, "adapter"))
         self._repair()
-        old = self.fingerprints().get(task)
         old_features = old.pop("features", None) if old else None
         if old is not None:
             self._refuse(task, differences(old, fingerprint))
@@ -160,27 +170,41 @@ class RunStore:
         self._put("metrics.json", task, None)
         self.set_status(task, "running")
 
+    def join(self, rank: int) -> None:
+        """Makes this store one of several that write at the same time, each in its own process.
+
+        Only between ``begin`` and ``finish``, which one process calls while the others wait.
+
+        Args:
+            rank: number of the process.
+        """
+        self.shards.mkdir(exist_ok=True)
+        self._own = self.shards / f"samples-{rank}.jsonl"
+        self.token_files.writer = f"r{rank}-"
+
     def append(self, records: Sequence[Record], tables: Mapping[str, pa.Table] | None = None) -> None:
         """Adds the records of a batch and, by sample id, their token rows; on disk when it returns."""
         tables = {sample_id: table for sample_id, table in (tables or {}).items() if len(table)}
         part = self.token_files.write(list(tables.values())) if tables else ""  # rows first: a record vouches for them
         self._index()
         written, entries = [], {}
-        offset = self.samples_file.stat().st_size if self.samples_file.exists() else 0
+        offset = self._own.stat().st_size if self._own.exists() else 0
         for record in records:
             count = len(tables.get(record.sample_id, ()))
-            entry = _Entry(offset, count, part if count else "")
+            entry = _Entry(self._own, offset, count, part if count else "")
             line = dump(replace(record, tokens=entry.tokens, part=entry.part).to_dict())
             entries[record.task, record.sample_id] = entry
             written.append(line)
             offset += len(line)
-        with self.samples_file.open("ab") as file:
+        with self._own.open("ab") as file:
             file.write(b"".join(written))
         self._entries.update(entries)
         self._seen = self._state()
 
     def finish(self, task: str, order: Sequence[str]) -> None:
         """Puts the task's records into the order of its samples and merges the token parts into ``tokens.parquet``."""
+        if self.shards.is_dir():
+            self._repair()
         rank = {sample_id: index for index, sample_id in enumerate(order)}
         tasks = list(dict.fromkeys([*(name for name in self.fingerprints() if name != task), task]))
 
@@ -205,19 +229,29 @@ class RunStore:
         state = self._state()
         if state != self._seen:
             self._entries, self._seen = {}, state
-            if state is not None:
-                for offset, _, found in lines(self.samples_file):
+            for file, *_ in state:
+                for offset, _, found in lines(file):
                     key = found["task"], found["sample_id"]
-                    self._entries[key] = _Entry(offset, found["tokens"], found.get("part", ""))
+                    self._entries[key] = _Entry(file, offset, found["tokens"], found.get("part", ""))
             self._forget_missing_rows()
         return self._entries
 
-    def _state(self) -> tuple[int, ...] | None:
-        """What changes when the file of records does; None without one."""
-        if not self.samples_file.exists():
-            return None
-        stat = self.samples_file.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    def _state(self) -> list[tuple[Path, int, int, int]]:
+        """The files of records, those of single processes last, each with what changes when it does.
+
+        While this store is one of several that write, only what was there at the beginning and its own.
+        """
+        alone = self._own == self.samples_file
+        files = [self.samples_file, *(self._shards() if alone else [self._own])]
+        stats = [(file, os.stat(file)) for file in files if file.exists()]
+        return [(file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.shards.glob("samples-*.jsonl"))
+
+    def _place(self, entry: _Entry) -> tuple[bool, str, int]:
+        """Sorts entries by file and offset."""
+        return entry.file != self.samples_file, entry.file.name, entry.offset
 
     def _forget_missing_rows(self) -> None:
         """Rows that a record speaks of may be gone with their file; the record then has none."""
@@ -226,19 +260,27 @@ class RunStore:
             there = self.token_files.keys(part)
             for key, entry in entries.items():
                 if entry.tokens and entry.part == part and key not in there:
-                    entries[key] = _Entry(entry.offset, 0, "")
+                    entries[key] = entry._replace(tokens=0, part="")
 
     def _token_order(self) -> list[tuple[Key, str]]:
-        entries = sorted(self._index().items(), key=lambda item: item[1].offset)
+        entries = sorted(self._index().items(), key=lambda item: self._place(item[1]))
         return [(key, entry.part) for key, entry in entries if entry.tokens]
 
     def _repair(self) -> None:
-        """Cuts off a half-written last line and deletes parts that no record speaks for: both remain of a kill."""
-        self._seen = None
+        """Cuts off a half-written last line, takes in what single processes have written, and deletes parts of the
+        token table that no record speaks for. A kill, or the end of a run of several processes, leaves these behind.
+        """
+        self._own, self._seen = self.samples_file, None
         if self.samples_file.exists():
-            end = max((offset + length for offset, length, _ in lines(self.samples_file)), default=0)
-            if end < self.samples_file.stat().st_size:
-                os.truncate(self.samples_file, end)
+            _cut(self.samples_file)
+        for shard in self._shards():  # parts keep their names, and a kill in between leaves lines twice at worst
+            _cut(shard)
+            with shard.open("rb") as source, self.samples_file.open("ab") as target:
+                shutil.copyfileobj(source, target)
+            shard.unlink()
+        self.stop.unlink(missing_ok=True)
+        if self.shards.is_dir():
+            self.shards.rmdir()
         self.token_files.keep(entry.part for entry in self._index().values() if entry.part)
 
     def _rewrite(self, entries: Mapping[Key, _Entry]) -> None:
@@ -249,10 +291,8 @@ class RunStore:
         if stale or any(entry.part for entry in entries.values()):
             self.token_files.merge([(key, entry.part) for key, entry in entries.items() if entry.tokens])
         temporary = self.samples_file.with_name("samples.jsonl.tmp")
-        with self.samples_file.open("rb") as source, temporary.open("wb") as target:
-            for entry in entries.values():
-                source.seek(entry.offset)
-                line = source.readline()
+        with temporary.open("wb") as target:
+            for entry, line in zip(entries.values(), _read(entries.values()), strict=True):
                 if entry.part or not entry.tokens:
                     found = {**json.loads(line), "tokens": entry.tokens}
                     found.pop("part", None)
@@ -263,10 +303,16 @@ class RunStore:
 
     def _drop_tokens(self, task: str) -> None:
         """Removes the token rows of a task and keeps its answers."""
-        drop = {key: _Entry(entry.offset, 0, "") for key, entry in self._index().items() if key[0] == task}
+        drop = {key: entry._replace(tokens=0, part="") for key, entry in self._index().items() if key[0] == task}
         self._rewrite({**self._index(), **drop})
 
     def _refuse(self, task: str, changes: list[tuple[str, Any, Any]]) -> None:
+        changes, late = comparable(changes)
+        if late:
+            warnings.warn(
+                f"{self.run_dir} was begun before {', '.join(late)} was noted; it is taken to be unchanged",
+                stacklevel=4,
+            )
         if changes:
             raise ConfigError(
                 f"{self.run_dir} holds a run of {task} with other settings ({describe(changes)}); "
@@ -306,3 +352,30 @@ class RunStore:
         temporary = path.with_name(name + ".tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _with_code_of(old: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint with the source code of an earlier one, where that one has noted it."""
+    return {
+        name: {**found, "code": old[name]["code"]} if "code" in (old.get(name) or ()) else found
+        for name, found in fingerprint.items()
+    }
+
+
+def _read(entries: Iterable[_Entry]) -> Iterator[bytes]:
+    """The lines of entries; a file stays open while they are of the same."""
+    with ExitStack() as stack:
+        open_file, name = None, None
+        for entry in entries:
+            if open_file is None or entry.file != name:
+                stack.close()
+                open_file, name = stack.enter_context(entry.file.open("rb")), entry.file
+            open_file.seek(entry.offset)
+            yield open_file.readline()
+
+
+def _cut(file: Path) -> None:
+    """Takes what a kill has left of a half-written line off the end of a file of records."""
+    end = max((offset + length for offset, length, _ in lines(file)), default=0)
+    if end < file.stat().st_size:
+        os.truncate(file, end)

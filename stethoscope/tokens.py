@@ -90,6 +90,7 @@ class TokenFiles:
     A Parquet file cannot be appended to, so every sitting of a run appends to an Arrow stream of its own, of which a
     kill can only damage the end. Which file holds the valid rows of a sample is said by its record; rows that no record
     speaks for (a kill, a sample done again) are left behind by the next merge.
+        self.writer = ""  # begins the names of parts where several processes write
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -108,7 +109,7 @@ class TokenFiles:
             self.close()
             self.folder.mkdir(parents=True, exist_ok=True)
             numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("part-*.arrow")]
-            self._part = f"part-{max(numbers, default=-1) + 1:06d}.arrow"
+            self._part = f"part-{self.writer}{max(numbers, default=-1) + 1:06d}.arrow"
             self._schema = table.schema
             self._sink = pa.OSFile(str(self.folder / self._part), "wb")  # writes through, as a record's line does
             self._writer = pa.ipc.new_stream(self._sink, self._schema)

@@ -1,0 +1,142 @@
+"""Digests of what lies in files: of weights, remembered between runs, and of the code that a class is made of."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+REMEMBERED_FROM = 2**26
+"""Bytes of files from which a digest is worth remembering: less is read again in a few hundredths of a second."""
+
+_REMEMBERED_FILES = 500
+
+
+def remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
+    """A digest of large files that is computed once, and again when one of them has changed.
+
+    A file has changed when its path, size, inode, or the time of its last modification or change of state has. The last
+    cannot be set back by the usual tools, so that a checkpoint is found out that was written over with its old times.
+    What is remembered lies in the user's cache folder; nothing depends on it but time.
+
+    Args:
+        paths: what the digest depends on.
+        compute: reads the files.
+    """
+    states = []
+    for path in paths:
+        stat = path.stat()
+        states.append([str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
+    if sum(size for _, size, *_ in states) < REMEMBERED_FROM:
+        return compute()
+    file = _cache_file()
+    known = _read(file)
+    key = json.dumps(states)
+    if key not in known:
+        known[key] = compute()
+        _write(file, dict(list(known.items())[-_REMEMBERED_FILES:]))
+    return known[key]
+
+
+def _cache_file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "stethoscope" / "digests.json"
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the first time, or damaged: the files are read again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, known: dict[str, str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as target:
+            json.dump(known, target)
+        os.replace(temporary, file)
+    except OSError:  # a home that cannot be written to: the files are read again the next time
+        return
+
+
+def code_of(*classes: type) -> str:
+    """SHA-256 of the source files that classes are made of, over their names and bytes.
+
+    These are the modules of every class and its bases, and what those import at their top from the package they are
+    in: of ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not ``stethoscope.stats``,
+    and of a package of your own all that is used of it. What is imported within functions is left out: there stand
+    model families and data formats of which a run uses few. A class that was typed in, in a notebook, counts by itself.
+    """
+    digest = hashlib.sha256()
+    for name, text in sorted(_sources(classes).items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
+    return digest.hexdigest()
+
+
+def _sources(classes: Sequence[type]) -> dict[str, bytes]:
+    """Source files by the names of their modules; what has none, by the class."""
+    found: dict[str, bytes] = {}
+    for cls in classes:
+        own = {"stethoscope", cls.__module__.partition(".")[0]}
+        for base in cls.__mro__:
+            if base.__module__.partition(".")[0] not in own:
+                continue  # of other projects the version is noted
+            file = getattr(sys.modules.get(base.__module__), "__file__", None)
+            if file is None:
+                found[f"{base.__module__}.{base.__qualname__}"] = _typed(base)
+            else:
+                _follow(base.__module__, Path(file), found)
+    return found
+
+
+def _typed(cls: type) -> bytes:
+    """The source of a class whose module is no file."""
+    try:
+        return inspect.getsource(cls).encode()
+    except (OSError, TypeError):  # typed into an interpreter that keeps no history
+        return b""
+
+
+def _follow(module: str, file: Path, found: dict[str, bytes]) -> None:
+    """Adds a module and what it imports from its package."""
+    if module in found:
+        return
+    found[module] = file.read_bytes()
+    parts = module.split(".")
+    package = ".".join(parts[:2]) if parts[0] == "stethoscope" else parts[0]
+    for name in _imported(found[module], module, file.name == "__init__.py"):
+        if name.startswith(f"{package}.") and (path := _file_of(name, package)) is not None:
+            _follow(name, path, found)
+
+
+def _imported(text: bytes, module: str, is_package: bool) -> Iterator[str]:
+    """Names of modules that a source file may mean by its imports, and of things in modules."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: (1 if is_package else 0) - node.level or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _file_of(name: str, package: str) -> Path | None:
+    """The file of a module in a package, without importing the module; None for a name that is none."""
+    within = name.removeprefix(f"{package}.").split(".")
+    for folder in getattr(importlib.import_module(package), "__path__", ()):
+        path = Path(folder, *within)
+        for file in (path.with_name(path.name + ".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
