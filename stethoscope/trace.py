@@ -31,8 +31,13 @@ MORE_NEEDS = ("heads", "trajectory", "noise", "no_image", "core", "states", "ima
 pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
 the language model have no ``states`` and no ``image_lens``."""
 
-KEPT_LAYERS = {"token": (31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
-"""Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it."""
+MENTION_NEEDS = ("questions", "masked")
+"""What costs passes for every object that an answer names, and is not of the adapter but of ``per_mention``:
+``questions`` asks the model whether each object is there, ``masked`` hides from it what it looked at."""
+
+KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
+"""Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it, and the
+middle one for the probe of hidden states."""
 TEMPERATURE = 10.0
 """Of InsLen's lens on the instruction (arXiv 2605.12258)."""
 
@@ -163,6 +168,10 @@ class Trace:
         noise_logits: (T, V), the same rows when the image is noised as VCD does it.
         no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
         core_logits: (T, V), the same rows when nothing may attend to the image tokens that the answer attends to most.
+        yes_odds: (T,) log-odds of "yes" when the model is asked whether the object that the token names is there; NaN
+            for tokens that name nothing. Of ``questions``.
+        masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
+            tokens that name nothing. Of ``masked``.
     """
 
     answer: Answer
@@ -181,3 +190,5 @@ class Trace:
     noise_logits: Tensor | None = None
     no_image_logits: Tensor | None = None
     core_logits: Tensor | None = None
+    yes_odds: Tensor | None = None
+    masked_logprob: Tensor | None = None

@@ -17,6 +17,8 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
     heads as _heads,  # noqa: F401
     maps as _maps,  # noqa: F401
     states as _states,  # noqa: F401
+    probe as _probe,  # noqa: F401
+    mention as _mention,  # noqa: F401
 )
 from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature
 from stethoscope.features.selection import EVERYWHERE, FeatureSet

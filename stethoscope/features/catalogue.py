@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stethoscope.trace import MENTION_NEEDS
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from stethoscope.trace import Trace
 
 FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
-CLASSES = (FORWARD, EXTRA_FORWARD, BACKWARD)
+PER_MENTION, QUESTION = "one more pass per mention", "one more question per mention"
+CLASSES = (FORWARD, EXTRA_FORWARD, BACKWARD, PER_MENTION, QUESTION)
 """Cost classes, the cheapest first."""
 
 COSTS = {
@@ -28,6 +31,8 @@ COSTS = {
     "no_image": EXTRA_FORWARD,
     "core": EXTRA_FORWARD,
     "relevancy": BACKWARD,
+    "masked": PER_MENTION,
+    "questions": QUESTION,
 }
 """Cost class of every part of a trace that a feature may read."""
 
@@ -38,11 +43,12 @@ class Feature:
 
     Attributes:
         name: column name; features with one column per layer get a suffix ``_l00``, ``_l01``, ..., those with one per
-            layer and head ``_l00h00``, ... .
+            layer and head ``_l00h00``, ..., those with one per dimension of a state ``_d0000``, ... .
         group: what configs switch on and off together.
         high: what a high value speaks for, as published: ``hallucinated``, ``grounded`` or ``depends``.
         needs: parts of the trace it reads beyond the logits, of ``stethoscope.trace``.
-        function: from a trace to (T,), (T, layers) or (T, layers, heads) values.
+        function: from a trace to (T,), (T, layers), (T, layers, heads) or (T, dimensions) values.
+        vector: the columns are dimensions of a state and mean nothing one by one.
     """
 
     name: str
@@ -50,6 +56,12 @@ class Feature:
     high: str
     needs: frozenset[str]
     function: Callable[[Trace], Tensor | np.ndarray]
+    vector: bool = False
+
+    @property
+    def gaps(self) -> bool:
+        """Whether tokens that name no object have no value (NaN)."""
+        return not self.needs.isdisjoint(MENTION_NEEDS)
 
     @property
     def summary(self) -> str:
@@ -65,18 +77,18 @@ class Feature:
 FEATURES: dict[str, Feature] = {}
 
 
-def feature(group: str, high: str, needs: Iterable[str] = ()) -> Callable:
+def feature(group: str, high: str, needs: Iterable[str] = (), vector: bool = False) -> Callable:
     """Registers the decorated function under its own name."""
 
     def register(function: Callable[[Trace], Tensor | np.ndarray]) -> Callable[[Trace], Tensor | np.ndarray]:
         name = function.__name__
-        FEATURES[name] = Feature(name, group, high, frozenset(needs), function)
+        FEATURES[name] = Feature(name, group, high, frozenset(needs), function, vector)
         return function
 
     return register
 
 
-def both_rows(group: str, high: str, needs: Iterable[str] = ()) -> Callable:
+def both_rows(group: str, high: str, needs: Iterable[str] = (), vector: bool = False) -> Callable:
     """Registers a function of a trace and a row convention twice, as ``<name>_q`` and ``<name>_c``.
 
     ``q`` is the row that predicts the token, known before the token is shown; ``c`` the next one, which reads it.
@@ -92,7 +104,7 @@ def both_rows(group: str, high: str, needs: Iterable[str] = ()) -> Callable:
             first, _, rest = (function.__doc__ or "").strip().partition("\n")
             one.__doc__ = f"{first.rstrip('.')}; {row}.\n{rest}"
             one.__name__ = f"{function.__name__}_{suffix}"
-            feature(group, high, needs)(one)
+            feature(group, high, needs, vector)(one)
         return function
 
     return register

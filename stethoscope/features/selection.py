@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.errors import CaptureError, ConfigError, unknown
-from stethoscope.features.catalogue import BACKWARD, CLASSES, COSTS, EXTRA_FORWARD, FEATURES, FORWARD
+from stethoscope.features.catalogue import CLASSES, COSTS, EXTRA_FORWARD, FEATURES, FORWARD, Feature
 
 if TYPE_CHECKING:
     from stethoscope.trace import Trace
@@ -71,12 +71,15 @@ class FeatureSet:
         'features: 6 of position, blank; cost: one more forward pass (blank)'
         >>> FeatureSet(["noise", "core", "relevancy"]).head.partition("; ")[2]
         'cost: 2 more forward passes (noise, core), a backward pass (relevancy)'
+        >>> FeatureSet(["verification"]).head
+        'features: 2 of verification; cost: one more question per mention (questions)'
         """
         groups = dict.fromkeys(item.group for item in self.features)
         parts = []
-        for cost in (EXTRA_FORWARD, BACKWARD):
+        for cost in CLASSES[1:]:
             needs = [need for need in COSTS if need in self.needs and COSTS[need] == cost]
-            words = cost if cost == BACKWARD or len(needs) == 1 else f"{len(needs)} more forward passes"
+            several = cost == EXTRA_FORWARD and len(needs) > 1
+            words = f"{len(needs)} more forward passes" if several else cost
             parts += [f"{words} ({', '.join(needs)})"] if needs else []
         return f"features: {len(self.features)} of {', '.join(groups)}; cost: {', '.join(parts) or FORWARD}"
 
@@ -90,20 +93,25 @@ class FeatureSet:
         columns: dict[str, np.ndarray] = {}
         for item in self.features:
             values = np.asarray(item.function(trace), dtype=np.float32)
-            if not np.isfinite(values).all():
+            if not (np.isfinite(values) | (np.isnan(values) & item.gaps)).all():
                 raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
-            columns.update(_columns(item.name, values))
+            columns.update(_columns(item, values))
         return columns
 
 
-def _columns(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+def _columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
     """Columns of one feature.
 
-    >>> list(_columns("mass", np.zeros((3, 1, 2))))
-    ['mass_l00h00', 'mass_l00h01']
+    >>> list(_columns(FEATURES["head_image_q"], np.zeros((3, 1, 2))))
+    ['head_image_q_l00h00', 'head_image_q_l00h01']
+    >>> list(_columns(FEATURES["hidden_last_q"], np.zeros((3, 2))))
+    ['hidden_last_q_d0000', 'hidden_last_q_d0001']
     """
+    name = item.name
     if values.ndim == 1:
         return {name: values}
+    if item.vector:
+        return {f"{name}_d{index:04d}": values[:, index] for index in range(values.shape[1])}
     if values.ndim == 2:
         return {f"{name}_l{layer:02d}": values[:, layer] for layer in range(values.shape[1])}
     _, layers, heads = values.shape

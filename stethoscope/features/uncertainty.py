@@ -56,6 +56,12 @@ def max_logit(trace: Trace) -> Tensor:
     return trace.logits.amax(-1)
 
 
+@feature("logits", high="grounded")
+def token_prob(trace: Trace) -> Tensor:
+    """Probability of the token, in [0, 1] (P_orig of CADMP, 2026)."""
+    return token_logprob(trace.logits, trace).exp()
+
+
 @feature("logits", high="hallucinated")
 def logprob_gap(trace: Trace) -> Tensor:
     """Largest log-probability minus the token's own, in nats; 0 under greedy decoding (MetaToken, arXiv 2405.19186)."""

@@ -14,6 +14,7 @@ from stethoscope.diagnosis.detecting import feature_names
 from stethoscope.diagnosis.making import diagnose
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.per_mention import trace_answers
 from stethoscope.records import Generation
 from stethoscope.store import RunStore
 from stethoscope.table import FeatureSchema
@@ -236,6 +237,9 @@ class Deaf:
             raise CapabilityError("deaf gives no relevancy")
         return self._adapter.trace(encoded, answer, needs)
 
+    def trace_batch(self, encoded, answers, needs):
+        return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]
+
 
 def test_what_a_model_cannot_give_is_left_out_and_said(adapter, scene, run):
     found = diagnose(Deaf(adapter), scene, QUESTION, answer="A dog and a cat.", detector=run[2])
@@ -269,7 +273,8 @@ def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
     """Also those with a column for every layer and head."""
     every = FeatureSet(groups=GROUPS)
     encoded = adapter.encode(scene, QUESTION)
-    columns = every.compute(adapter.trace(encoded, adapter.answer(encoded, "A dog."), every.needs))
+    answer = adapter.answer(encoded, "A dog.")
+    columns = every.compute(trace_answers(adapter, [encoded], [answer], every.needs, [scene], [()])[0])
     assert any(name.endswith("_l00h00") for name in columns)
     assert set(feature_names(list(columns))) == set(every.names)
 

@@ -24,7 +24,14 @@ def test_costs_of_the_sets():
     assert chosen("fast").cost == "same forward pass"
     assert chosen("forward").cost == "one more forward pass"
     assert chosen("default").cost == chosen("full").cost == "a backward pass"
-    assert {item.group for item in chosen("full").features} == set(GROUPS)
+    assert chosen("one_pass").cost == "same forward pass"
+    assert chosen("full_verified").cost == chosen("everything").cost == "one more question per mention"
+    assert {item.group for item in chosen("everything").features} == set(GROUPS)
+    dear = {"verification", "masked", "hidden"}
+    assert {item.group for item in chosen("full").features} == set(GROUPS) - dear
+    assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
+    cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]
+    assert list(chosen("one_pass").features) == cheap
 
 
 def test_list_tells_the_cost_of_every_set(capsys):

@@ -22,6 +22,7 @@ def test_logits(columns, plain):
     check(columns, "top100_entropy", [entropy([math.exp(z) for z in row]) for row in top])
     check(columns, "max_logit", [max(row) for row in rows])
     logprob = [row[word] - math.log(sum(map(math.exp, row))) for row, word in zip(rows, plain.ids, strict=True)]
+    check(columns, "token_prob", [math.exp(value) for value in logprob])
     gaps = [max(row) - row[word] for row, word in zip(rows, plain.ids, strict=True)]
     check(columns, "logprob_gap", gaps)
     check(columns, "sequence_logprob", [mean(logprob[: k + 1]) for k in range(len(logprob))])

@@ -122,6 +122,14 @@ def test_internal_confidence(columns, plain):
     check(columns, "internal_confidence_sum", sums)
 
 
+@ROWS
+def test_probe(columns, plain, row):
+    for name, layer in (("hidden_middle", 8), ("hidden_last", 17)):
+        for dimension in range(len(plain.states[layer][0])):
+            expected = [float(plain.states[layer][plain.at(token, row)][dimension]) for token in range(len(plain.ids))]
+            check(columns, f"{name}_{row}_d{dimension:04d}", expected)
+
+
 def decoded(plain, token, layer):
     """Logits when the state after a layer is decoded by norm and head."""
     norm = next(m for n, m in plain.adapter.model.named_modules() if n.endswith("language_model.norm"))

@@ -1,0 +1,152 @@
+"""What is asked and hidden for every mention, transcribed: one question, one picture, one plain pass at a time."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plain_pass import PICTURE, TOLERANCE, load
+
+from stethoscope.errors import CapabilityError
+from stethoscope.features import FeatureSet
+from stethoscope.per_mention import trace_answers
+from stethoscope.records import Generation, Mention
+from stethoscope.verification import question, reply_ids
+
+SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (140, 140, 3), dtype=np.uint8))
+FEATURES = FeatureSet(["verification", "masked"], ["nll"])
+NAMES = ("verify_yes", "verify_odds", "masked_prob", "masked_drop")
+
+
+@pytest.fixture(scope="module")
+def square(adapter):
+    """An answer about a picture that the processor leaves as large as it is: ten by ten patches of fourteen pixels."""
+    encoded = adapter.encode(SQUARE, "Please describe this image in detail.")
+    answer = adapter.generate([encoded], Generation(max_new_tokens=8, do_sample=True, temperature=3.0, seed=2))[0]
+    starts = [start for start, _ in answer.offsets]
+    ends = [end for _, end in answer.offsets]
+    mentions = (
+        Mention(starts[1], ends[2], "dog", 1, 0, 0),
+        Mention(starts[4], ends[4], "orange", 0, 1, 0),
+        Mention(starts[6], ends[6], "dog", 1, 2, 1),
+    )
+    return encoded, answer, mentions
+
+
+OWNERS = [None, "dog", "dog", None, "orange", None, "dog", None]
+
+
+@pytest.fixture(scope="module")
+def found(adapter, square):
+    encoded, answer, mentions = square
+    assert [one and one.object for one in answer.owners(mentions)] == OWNERS
+    return FEATURES.compute(trace_answers(adapter, [encoded], [answer], FEATURES.needs, [SQUARE], [mentions])[0])
+
+
+def eager(adapter, picture, text, ids=(), **options):
+    encoded = adapter.encode(picture, text)
+    inputs = dict(encoded.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids], dtype=torch.long)], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    adapter.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return adapter.model(**inputs, **options)
+    finally:
+        adapter.model.set_attn_implementation("sdpa")
+
+
+def same(values, expected):
+    expected = [math.nan if value is None else value for value in expected]
+    np.testing.assert_allclose(values, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def words(adapter, word):
+    """Ids of the vocabulary's entries that are the word, in any case and with or without a blank before."""
+    spelt = [blank + one for one in (word, word.title(), word.upper()) for blank in ("", "▁")]
+    vocabulary = adapter.processor.tokenizer.get_vocab()
+    return [vocabulary[one] for one in spelt if one in vocabulary]
+
+
+def test_self_verification(adapter, square, found):
+    """Every sub-token and every later mention of an object has its one answer."""
+    texts = {"dog": "Is there a dog in the image?", "orange": "Is there an orange in the image?"}
+    said = {None: None}
+    for name, text in texts.items():
+        row = eager(adapter, SQUARE, text).logits[0, -1].double().softmax(-1).tolist()
+        yes, no = (sum(row[index] for index in words(adapter, word)) for word in ("yes", "no"))
+        said[name] = yes / (yes + no)
+    assert said["dog"] != pytest.approx(said["orange"], abs=1e-4)
+    same(found["verify_yes"], [said[name] for name in OWNERS])
+    same(found["verify_odds"], [name and math.log(said[name] / (1 - said[name])) for name in OWNERS])
+
+
+def looked_at(maps, spans, row):
+    """CADMP's patches: of the layer before the sharpest change of the head-mean attention over the image."""
+    layers = [[float(one[:, row, at].mean()) for at in spans.image] for one in maps]
+    layers = [[value / sum(values) for value in values] for values in layers]
+    drifts = [
+        sum(p * math.log(p / q) for p, q in zip(here, before, strict=True))
+        for before, here in pairwise(layers)
+    ]
+    sharpest = drifts.index(max(drifts)) + 1
+    values = layers[sharpest - 1]
+    ordered, place = sorted(values), 0.7 * (len(values) - 1)
+    low = int(place)
+    limit = ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
+    return [index for index, value in enumerate(values) if value >= limit]
+
+
+def test_masked_pass(adapter, square, found):
+    encoded, answer, _ = square
+    maps = eager(adapter, SQUARE, encoded.question, answer.token_ids, output_attentions=True).attentions
+    maps, ids, drops, masked = torch.stack(maps)[:, 0].double(), answer.token_ids, [], []
+    for token, name in enumerate(OWNERS):
+        pixels = np.array(SQUARE)
+        if name is not None:
+            for patch in looked_at(maps, encoded.spans, encoded.spans.length + token - 1):
+                top, left = 14 * (patch // 10), 14 * (patch % 10)
+                pixels[top : top + 14, left : left + 14] = 128
+            row = eager(adapter, Image.fromarray(pixels), encoded.question, ids[:token]).logits[0, -1]
+            masked.append(float(row.double().softmax(-1)[ids[token]]))
+            drops.append(math.exp(-found["nll"][token]) - masked[-1])
+        else:
+            masked.append(None)
+            drops.append(None)
+    assert np.nanmax(np.abs(found["masked_drop"])) > 1e-5
+    same(found["masked_prob"], masked)
+    same(found["masked_drop"], drops)
+
+
+def test_words_of_the_question():
+    assert [question(name) for name in ("umbrella", "hair drier")] == [
+        "Is there an umbrella in the image?", "Is there a hair drier in the image?"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt"),
+    [("qwen2_vl", None), ("blip-2-t5", "Question: {question} Answer:"), ("internvl", None)],
+)
+def test_other_families_are_asked_too(family, prompt):
+    adapter = load(family, prompt)
+    encoded = adapter.encode(PICTURE, "What is there?")
+    answer = adapter.generate([encoded], Generation(max_new_tokens=3, do_sample=True, seed=1))[0]
+    yes, no = reply_ids(adapter, encoded)
+    assert yes
+    assert no
+    assert not set(yes) & set(no)
+    mention = Mention(answer.offsets[-1][0], max(answer.offsets[-1][1], answer.offsets[-1][0] + 1), "dog", 1)
+    trace = trace_answers(adapter, [encoded], [answer], ["questions"], [PICTURE], [[mention]])[0]
+    assert np.isfinite(FeatureSet([], ["verify_yes"]).compute(trace)["verify_yes"]).sum() >= 1
+    if family == "blip-2-t5":
+        with pytest.raises(CapabilityError, match=r"without=\[masked\]"):
+            trace_answers(adapter, [encoded], [answer], FEATURES.needs, [PICTURE], [[mention]])
+
+
+def test_nothing_named_costs_nothing(adapter, square):
+    encoded, answer, _ = square
+    trace = trace_answers(adapter, [encoded], [answer], FEATURES.needs, [SQUARE], [()])[0]
+    assert all(np.isnan(FEATURES.compute(trace)[name]).all() for name in NAMES)
