@@ -186,11 +186,13 @@ class Worker:
 
     def _trace(self, drafts: Sequence[Draft]) -> None:
         """Token rows with features."""
+        from stethoscope.per_mention import trace_answers
         from stethoscope.tokens import token_table
 
         def trace(some: Sequence[Draft]) -> Sequence[Trace]:
             encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]
-            return self.run.adapter.trace_batch(encoded, answers, self.features.needs)
+            pictures, mentions = [draft.sample.image for draft in some], [draft.mentions for draft in some]
+            return trace_answers(self.run.adapter, encoded, answers, self.features.needs, pictures, mentions)
 
         for draft, traced in zip(drafts, self._together(drafts, "trace", trace), strict=True):
             if traced is None:

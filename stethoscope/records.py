@@ -7,7 +7,7 @@ counted one by one); character spans are half-open ``(start, end)`` offsets into
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -170,6 +170,19 @@ class Answer:
         [2]
         """
         return [index for index, (first, last) in enumerate(self.offsets) if first < end and last > start]
+
+    def owners(self, mentions: Sequence[Mention]) -> list[Mention | None]:
+        """The mention that every token is part of: the first of those with which it shares a character."""
+        found: list[Mention | None] = [None] * len(self.token_ids)
+        for mention in mentions:
+            for index in self.covering(mention.start, mention.end):
+                found[index] = found[index] or mention
+        return found
+
+    def until(self, count: int) -> Answer:
+        """The first tokens of the answer."""
+        end = self.offsets[count - 1][1] if count else 0
+        return Answer(self.text[:end], self.token_ids[:count], self.offsets[:count], self.logprobs[:count], False)
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,8 @@ def token_table(
     asked with, ``version`` that of the task, which labelled the mentions.
     """
     count = len(answer.token_ids)
-    owner: list[Mention | None] = [None] * count
-    first = [False] * count
-    for mention in mentions:
-        covered = [index for index in answer.covering(mention.start, mention.end) if owner[index] is None]
-        for index in covered:
-            owner[index] = mention
-        if covered:
-            first[covered[0]] = True
+    owner = answer.owners(mentions)
+    first = [mention is not None and mention not in owner[:index] for index, mention in enumerate(owner)]
     columns = {
         "task": [task] * count,
         "subset": [sample.subset] * count,
