@@ -99,7 +99,7 @@ class HfAdapter(Tracing, Adapter):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         self.loading.ready()
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device = self.loading.own_device() if self.device == "auto" else self.device
         if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
             self.loading = replace(self.loading, device_map={"": device})
         model, processor = self._tiny() if self.random_init else self._load()

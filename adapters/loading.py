@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import socket
 import tempfile
@@ -120,15 +121,30 @@ class Loading:
             )
 
     def _check_gpus(self) -> None:
-        """Raises CapabilityError for a GPU, by its number, that is not there."""
+        """Raises CapabilityError for a GPU, by its number, that is not there, or that other processes take too."""
         import torch
 
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if self.device_map in DEVICE_MAPS and beside > 1 and torch.accelerator.device_count():
+            raise CapabilityError(
+                f"device_map={self.device_map} takes all GPUs of a machine, and {beside} processes run on this one; "
+                "start one process for each machine, or leave device_map at null: each process then takes one GPU"
+            )
         places = list(self.device_map.values()) if isinstance(self.device_map, Mapping) else []
         named = [number for number in (*places, *(self.max_memory or ())) if isinstance(number, int)]
         if named and max(named) >= (count := torch.accelerator.device_count()):
             raise CapabilityError(
                 f"device_map or max_memory names GPU {max(named)}; this machine has {count}, counted from 0"
             )
+
+    def own_device(self) -> str:
+        """Where a model goes that is told nothing: a GPU if there is one, each process of a machine to another."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return "cpu"
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        return f"cuda:{local % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
     def options(self) -> dict[str, Any]:
         """What ``from_pretrained`` of a model is told beyond ``where``."""

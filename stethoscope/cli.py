@@ -11,8 +11,11 @@ from typing import NoReturn
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
+from stethoscope.processes import count, rank
 
 INTERRUPTED, USER_ERROR = 130, 2
+TOGETHER = ("benchmark", "evaluate", "extract")
+"""Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
 TEXTS = {
     "diagnose": {**{name: name for name in ("image", "question", "answer", "out")}, "detector": "detector.folder"},
 }
@@ -41,13 +44,16 @@ def _help() -> str:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if rank():  # of several processes the first one speaks, and one that fails
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         _dispatch(arguments)
     except StethoscopeError as error:
-        print(f"stethoscope: {error}", file=sys.stderr)
+        print(f"stethoscope: {f'process {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
-        print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
+        if not rank():
+            print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `stethoscope list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _dispatch(arguments: list[str]) -> None:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if rank() and command not in TOGETHER:
+        return
     if command in ("-h", "--help", "help"):
         print(_help())
     elif command in ("-V", "--version"):
@@ -91,6 +99,10 @@ def run_hydra(command: str, arguments: list[str]) -> None:
 
     from stethoscope.overrides import quoted
 
+    if count() > 1 and {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(
+            f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
+        )
     arguments = quoted(arguments, TEXTS.get(command, {}))
     sys.argv = [f"stethoscope {command}", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
+from stethoscope.processes import rank
 
 if TYPE_CHECKING:
     from stethoscope.loggers import Loggers
@@ -39,6 +40,8 @@ def run(config: DictConfig) -> None:
         asked = make_evaluator(config, folder, loggers).run(adapter, pope)
         told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
         asked.print(terminal())
+        if rank():  # of several processes the first one does the rest
+            return
         told.print(terminal())
         if not config.fast_dev_run:  # two samples are no data to learn from
             results = fit(store, chair.name, detector, shares, config.seed)

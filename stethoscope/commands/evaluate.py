@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
+from stethoscope.processes import rank
 
 
 def run(config: DictConfig) -> None:
@@ -19,6 +20,8 @@ def run(config: DictConfig) -> None:
     task = build(config.task, Task, "task", config.plugins)
     with loggers_of(config) as loggers:
         results = make_evaluator(config, folder, loggers).run(adapter, task)
+    if rank():  # of several processes the first one tells of the results
+        return
     results.print(terminal())
     print(f"run directory: {folder}")
     report_failures([results], folder)

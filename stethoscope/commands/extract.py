@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
 from stethoscope.errors import ArtefactError
+from stethoscope.processes import rank
 
 
 def run(config: DictConfig) -> None:
@@ -42,6 +43,8 @@ def run(config: DictConfig) -> None:
         overwrite="features",
         seed=saved.seed,
     ).run(adapter, task)
+    if rank():  # of several processes the first one does the rest
+        return
     table = RunStore(folder).tokens(task.name)
     mentions = int((table["first"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")

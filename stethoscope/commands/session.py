@@ -48,6 +48,8 @@ def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
 class KeepConfig(Callback):
     """Writes the configuration into the run directory once the directory has been accepted for it."""
 
+    first_only = True
+
     def __init__(self, config: DictConfig) -> None:
         """Stores the composed configuration."""
         self.config = config
