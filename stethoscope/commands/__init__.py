@@ -5,6 +5,7 @@ HYDRA_COMMANDS = {
     "evaluate": "run one model on one task: answers and metrics",
     "extract": "add token features to a finished run, without generating again",
     "diagnose": "one picture, one question: the answer with its warnings, and what every token was written from",
+    "app": "a page on which one asks, looks at every word of the answer, and goes through finished runs",
     "train": "fit, calibrate and judge a detector on the features of a run",
 }
 PLAIN_COMMANDS = {

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors", "images", "markup", "media", "records", "trace", "digests", "lock", "processes"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
-    {"adapter", "task", "capture", "knockout", "lens", "noise", "rows", "spans", "states", "steps", "testbed"},
+    {"adapter", "task", "capture", "knockout", "lens", "loop", "noise", "rows", "spans", "states", "steps", "testbed"},
     {"relevancy", "pictures"},
     {
         "masking",
@@ -29,14 +29,14 @@ LAYERS = [
         "lines",
         "tokens",
     },
-    {"baselines", "detector", "leaderboard", "training", "warn"},
-    {"loggers", "store"},
-    {"run", "batch", "results", "callbacks", "maps", "evaluator"},
+    {"baselines", "detector", "leaderboard", "training", "warn", "columns", "transfer"},
+    {"loggers", "store", "jobs"},
+    {"run", "batch", "results", "callbacks", "maps", "evaluator", "sharing"},
     {"report"},
     {"build", "overrides"},
     {"diagnosis"},
     {"scoring", "streaming"},
-    {"commands", "cli", "__main__"},
+    {"commands", "app", "cli", "__main__"},
 ]
 
 

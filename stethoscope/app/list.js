@@ -1,0 +1,69 @@
+// The samples of a run. Filters run in the browser; opening one asks the server.
+const $ = (id) => element.querySelector(`[data-id="${id}"]`);
+const PAGE = 40;
+let rows = [], limit = PAGE;
+
+function make(name, text, kind) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  if (kind) made.className = kind;
+  return made;
+}
+
+function options(id, values, all) {
+  $(id).replaceChildren(...[["", all], ...values.map((value) => [value, value])].map(([value, text]) => Object.assign(make("option", text), { value })));
+  $(id + "-line").hidden = values.length < 2;
+}
+
+function fits(row) {
+  const kind = $("kind").value, find = $("find").value.trim().toLowerCase();
+  if ($("task").value && row.task !== $("task").value) return false;
+  if ($("fold").value && row.fold !== $("fold").value) return false;
+  if (kind === "right" && (!row.mentions.length || row.mentions.some((one) => one[1] !== "right"))) return false;
+  if (kind && kind !== "right" && !row.mentions.some((one) => one[1] === kind)) return false;
+  return !find || [row.sample, row.question, row.answer, ...row.mentions.map((one) => one[0])].some((text) => text.toLowerCase().includes(find));
+}
+
+function card(row) {
+  const box = make("article", undefined, "st-card st-sample"), head = make("div", undefined, "st-sample-head");
+  const open = make("button", "look at it", "st-open");
+  open.type = "button";
+  open.setAttribute("aria-label", `look at sample ${row.sample}`);
+  open.addEventListener("click", () => trigger("look", { task: row.task, sample: row.sample }));
+  head.append(make("b", row.sample), make("span", row.task + (row.fold ? `, ${row.fold}` : "") + (row.status === "ok" ? "" : `, ${row.status}`), "st-soft"), open);
+  box.append(head, make("p", row.question, "st-soft"), make("p", row.answer, "st-words"));
+  const chips = make("div", undefined, "st-chips");
+  row.mentions.filter((one) => one[1] !== "right").forEach(([name, kind, probability]) => {
+    chips.append(make("span", `${kind}: ${name} ${(100 * probability).toFixed(0)} %`, "st-chip st-" + kind.replace(" ", "-")));
+  });
+  const right = row.mentions.filter((one) => one[1] === "right").length;
+  if (right) chips.append(make("span", `${right} right`, "st-chip"));
+  if (row.mentions.length) box.append(chips);
+  return box;
+}
+
+function show() {
+  const found = rows.filter(fits);
+  $("count").textContent = rows.length ? `${found.length} of ${rows.length} samples` : "";
+  $("rows").replaceChildren(...found.slice(0, limit).map(card));
+  $("more").hidden = found.length <= limit;
+}
+
+function receive() {
+  let found;
+  try { found = JSON.parse(props.value); } catch (error) { found = { rows: [], note: "what came from the server cannot be read" }; }
+  rows = found.rows;
+  limit = PAGE;
+  $("note").textContent = found.note;
+  $("note").hidden = !found.note;
+  $("filters").hidden = !rows.length;
+  options("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))], "all");
+  options("task", [...new Set(rows.map((row) => row.task))], "all");
+  if (rows.some((row) => row.fold === "test")) $("fold").value = "test"; // those that the detector has not learned from
+  show();
+}
+
+for (const id of ["kind", "fold", "task", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
+$("more").addEventListener("click", () => { limit += PAGE; show(); });
+watch("value", receive);
+receive();

@@ -1,0 +1,185 @@
+"""Models and detectors that the users of one server share: one user has a model at a time, the others wait."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.app.eyes import Eyes
+from stethoscope.build import build, choices, compose
+from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, unknown
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+    from stethoscope.detector import Detector
+
+TRAIN_ONE = (
+    "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
+    "`stethoscope benchmark model={model}` trains one (in minutes for the embedded model); then start the app again."
+)
+
+
+@dataclass(frozen=True)
+class Detectors:
+    """What judges the answers of one model.
+
+    Attributes:
+        final: judges the finished answer; None for no warnings.
+        live: judges tokens while the answer is written; None where none can. ``delay`` of ``stethoscope.stream``.
+        names: where they come from, for people.
+    """
+
+    final: Detector | None = None
+    live: Detector | None = None
+    delay: int = 0
+    names: str = ""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that is this user's until the end of the block.
+
+    Attributes:
+        adapter: loaded. ``detectors``: its own. ``eyes``: what it saw of earlier pictures.
+    """
+
+    adapter: Adapter
+    detectors: Detectors
+    eyes: Eyes
+
+
+class Pool:
+    """Models by name, loaded when they are first asked; one is kept in memory, for models can be large.
+
+    Args:
+        adapter: the model to begin with. ``name``: of it, one of ``conf/model`` or of the user's own.
+        detector: folder of a detector for that model, or of a run that has one; None for the newest in ``runs``.
+        live: the same for a detector that judges while the answer is written.
+        runs: folder of run directories, in which detectors are looked for.
+        plugins: packages from which models may be made.
+
+    Attributes:
+        busy: somebody has the model now.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        name: str,
+        detector: str | None = None,
+        live: str | None = None,
+        runs: Path = Path("runs"),
+        plugins: Sequence[str] = (),
+    ) -> None:
+        self.runs, self.name = runs, name
+        self._first, self._given, self._plugins = adapter, (detector, live), plugins
+        self._lock = threading.Lock()
+        self._loaded: tuple[str, Ready] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Models to choose from, the one to begin with first."""
+        return list(dict.fromkeys([self.name, *(name for name in choices("model") if name != "hf")]))
+
+    @property
+    def busy(self) -> bool:
+        return self._lock.locked()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Ready]:
+        """Waits for the model, loads it if need be, and has it for the length of the block.
+
+        Raises:
+            ConfigError: there is no such model. Others as the model's ``setup`` raises them.
+        """
+        with self._lock:
+            if self._loaded is None or self._loaded[0] != name:
+                self._loaded = None  # before the next is loaded, so that two are never in memory
+                self._loaded = name, self._ready(name)
+            ready = self._loaded[1]
+            model = getattr(ready.adapter, "model", None)
+            if model is None:
+                yield ready
+                return
+            with ready.eyes.on(model):
+                yield ready
+
+    def _ready(self, name: str) -> Ready:
+        from stethoscope.adapter import Adapter
+
+        if name not in self.names:
+            raise ConfigError(unknown("model", name, self.names))
+        given: tuple[str | None, str | None] = (None, None)
+        if name == self.name:
+            adapter, given = self._first, self._given
+        else:
+            adapter = build(compose([f"+model={name}"]).model, Adapter, "model", self._plugins)
+        adapter.setup()
+        return Ready(adapter, self._detectors(adapter, *given), Eyes())
+
+    def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
+        from stethoscope.detector import Detector
+
+        found = trained(self.runs, adapter.fingerprint())
+        final = detector_folder(folder) if folder is not None else next(iter(found), None)
+        if final is None:
+            return Detectors()
+        detector = Detector.load(final)
+        candidates = [final, *found] if live is None else [detector_folder(live)]
+        for one in candidates:
+            quick = detector if one == final else Detector.load(one)
+            delay = streaming_delay(quick)
+            if delay is not None:
+                names = str(final) if one == final else f"{final} (while writing {one})"
+                return Detectors(detector, quick, delay, names)
+        if live is not None:
+            raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
+        return Detectors(detector, names=str(final))
+
+
+def detector_folder(folder: str) -> Path:
+    """The folder of a detector, which may be given as that of the run that has it.
+
+    Raises:
+        ArtefactError: there is no such folder.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
+    return path / "detector" if (path / "detector").is_dir() else path
+
+
+def trained(runs: Path, fingerprint: Mapping[str, Any]) -> list[Path]:
+    """Folders of the detectors below ``runs`` that were trained on exactly this model, newest first."""
+    found = []
+    for manifest in runs.glob("*/detector/manifest.json"):
+        try:
+            model = json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # named by its user, it says what is wrong
+            continue
+        # other versions of transformers give the same answers but for rounding
+        if model and all(model.get(key) == fingerprint.get(key) for key in {*model, *fingerprint} - {"transformers"}):
+            found.append((manifest.stat().st_mtime, manifest.parent))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def streaming_delay(detector: Detector) -> int | None:
+    """The ``delay`` at which a detector can judge while the answer is written; None if it cannot."""
+    from stethoscope.scoring import Scorer
+
+    for delay in (0, 1):
+        try:
+            Scorer(detector, delay)
+        except CapabilityError:
+            continue
+        return delay
+    return None

@@ -1,0 +1,48 @@
+"""``stethoscope app``: the page on which one asks, looks at answers and goes through finished runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from stethoscope.build import build
+from stethoscope.errors import ConfigError
+
+
+def run(config: DictConfig) -> None:
+    """Loads the model and serves the page until it is interrupted."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
+    from hydra.core.hydra_config import HydraConfig
+
+    from stethoscope.adapter import Adapter
+    from stethoscope.app.models import TRAIN_ONE, Pool
+    from stethoscope.app.runs import Runs, write_examples
+    from stethoscope.app.server import loopback, own_folder, start
+    from stethoscope.diagnosis.readers import reader
+
+    finds = reader(config.mentions, config.plugins)
+    adapter = build(config.model, Adapter, "model", config.plugins)
+    runs, detector = Path(str(config.runs)), config.detector
+    chosen = str(HydraConfig.get().runtime.choices.model)
+    name = adapter.name if chosen == "hf" else chosen
+    pool = Pool(adapter, name, detector.folder, detector.live, runs, config.plugins)
+    with own_folder() as folder:
+        from stethoscope.app.screen import build_screen
+
+        past = Runs(runs, None if config.run is None else str(config.run), folder, config.plugins)
+        print(f"loading {name} ...", file=sys.stderr)
+        with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
+            print(ready.detectors.names or TRAIN_ONE.format(model=name), file=sys.stderr)
+        screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)))
+        address = start(screen, str(config.host), int(config.port), bool(config.share))
+        if config.share or not loopback(str(config.host)):
+            print("warning: others can reach this page, ask the model and look through the runs", file=sys.stderr)
+        print(f"open {address} (Ctrl+C ends it)")
+        try:
+            screen.block_thread()
+        finally:
+            screen.close(verbose=False)
