@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +94,24 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class Recording:
+    """A listener and the modules of the model that it listens to."""
+
     listener: Listener
     sites: dict[int, Site]
 
 
-_active: ContextVar[_Recording | None] = ContextVar("stethoscope_recording", default=None)
+@dataclass
+class _Selection:
+    """What the configs of a model said before ``selected``, and how many blocks have it selected."""
+
+    before: list[tuple[PreTrainedConfig, str | None]]
+    users: int = 0
+
+
+_active: ContextVar[Recording | None] = ContextVar("stethoscope_recording", default=None)
+_known: WeakKeyDictionary[nn.Module, dict[int, Site]] = WeakKeyDictionary()
+_selections: WeakKeyDictionary[nn.Module, _Selection] = WeakKeyDictionary()
 
 
 def attention(
@@ -216,7 +229,17 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def sites(model: nn.Module) -> dict[int, Site]:
-    """Every module of the model by ``id``, with the role it would have as an attention module."""
+    """Every module of the model by ``id``, with the role it would have as an attention module.
+
+    They are found once for a model and kept until its modules are others.
+    """
+    known = _known.get(model)
+    if known is None or known.keys() != {id(module) for module in model.modules()}:
+        known = _known[model] = _find_sites(model)
+    return known
+
+
+def _find_sites(model: nn.Module) -> dict[int, Site]:
     tower = _vision_tower(model)
     found = {}
     for name, module in model.named_modules():
@@ -233,18 +256,41 @@ def record(model: PreTrainedModel, listener: Listener) -> Iterator[Listener]:
     Raises:
         CaptureError: another recording is on, or the listener did not hear what it should have.
     """
+    with selected(model), hearing(Recording(listener, sites(model))):
+        yield listener
+    listener.finish()
+
+
+@contextmanager
+def selected(model: PreTrainedModel) -> Iterator[None]:
+    """Makes the model call ``attention``, which is SDPA but for a listener; several may do so at once."""
+    if model not in _selections:
+        _selections[model] = _Selection([(config, config._attn_implementation_internal) for config in _configs(model)])
+        model.set_attn_implementation(NAME)
+    _selections[model].users += 1
+    try:
+        yield
+    finally:
+        _selections[model].users -= 1
+        if not _selections[model].users:
+            for config, implementation in _selections.pop(model).before:
+                config._attn_implementation_internal = implementation
+
+
+@contextmanager
+def hearing(recording: Recording) -> Iterator[None]:
+    """Hands the attention calls of a model that is ``selected`` to a listener.
+
+    Raises:
+        CaptureError: another recording is on.
+    """
     if _active.get() is not None:
         raise CaptureError("a recording is already on; finish it before the next")
-    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
-    token = _active.set(_Recording(listener, sites(model)))
+    token = _active.set(recording)
     try:
-        model.set_attn_implementation(NAME)
-        yield listener
+        yield
     finally:
         _active.reset(token)
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-    listener.finish()
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

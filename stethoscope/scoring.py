@@ -1,4 +1,4 @@
-"""A detector on one row after another, as tokens come: the features that a decoding step can fill, quickly judged."""
+"""A detector on the rows of tokens as they come: the features that decoding steps can fill, quickly judged."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from scipy.special import expit, logit
+from sklearn.base import BaseEstimator
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
-from stethoscope.diagnosis.detecting import feature_names
+from stethoscope.diagnosis.detecting import feature_set
 from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.records import Answer
-from stethoscope.steps import STEP_NEEDS, Step, trace_of
+from stethoscope.steps import STEP_NEEDS
+from stethoscope.trace import Trace
 
 if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.estimators import CalibratedModel
-    from stethoscope.lens import Lens
-    from stethoscope.trace import Spans
+    from stethoscope.steps import Steps
 
 HISTORY = frozenset(
     {"position", "log_position", "repetition", "sequence_logprob"}
@@ -27,6 +33,8 @@ HISTORY = frozenset(
     | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
 )
 """Features of a token that are functions of the tokens before it too; all others read the token's own rows."""
+COUNTED = frozenset({"position", "log_position", "repetition"})
+"""Those of them that read token ids alone."""
 
 
 class Scorer:
@@ -34,11 +42,12 @@ class Scorer:
 
     Args:
         detector: fitted; only the features that it reads are computed, not all of the table that it was fitted on.
-        delay: 0 for a probability with the token, 1 for one when the next step has read the token.
+        delay: how many steps a token may wait for its probability, see ``stethoscope.stream``.
 
     Attributes:
         needs: what the steps must hold.
         waits: 1 if a token can be judged only when the next step has read it, else 0.
+        together: so many tokens are judged at a time.
 
     Raises:
         CapabilityError: the detector reads what is not known at that time.
@@ -46,58 +55,65 @@ class Scorer:
 
     def __init__(self, detector: Detector, delay: int = 0) -> None:
         _check(detector, delay)
-        try:
-            features = FeatureSet(groups=(), names=feature_names(detector.features))
-        except ConfigError as error:
-            raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
+        features = feature_set(detector.features)
         self.needs = features.needs
         self.waits = int(any(name.endswith("_c") for name in features.names))
-        names = (set(features.names) - HISTORY, set(features.names) & HISTORY)
-        self._own, self._history = (FeatureSet(groups=(), names=sorted(some)) if some else None for some in names)
+        self.together = delay + 1 - self.waits
+        names = set(features.names)
+        parts = (names - HISTORY, names & COUNTED, names & HISTORY - COUNTED)
+        self._own, self._counted, self._history = (
+            FeatureSet(groups=(), names=sorted(part)) if part else None for part in parts
+        )
         self._features, self._columns = detector.features, detector.schema.names
-        self._predict = one_row(detector.model)
-        self.rows: list[np.ndarray] = []
+        self._predict = quick(detector.model)
+        self._rows: list[np.ndarray] = []
 
-    def judge(self, steps: Sequence[Step], ids: Sequence[int], spans: Spans, lens: Lens | None) -> float:
-        """The probability of the next token in line.
+    def judge(self, steps: Steps, ids: Sequence[int], start: int) -> np.ndarray:
+        """The probabilities of the newest tokens, which are next in line.
 
         Args:
-            steps: of all tokens up to it, and of the next one where the scorer ``waits``.
-            ids: all tokens up to it.
+            steps: of all tokens, and of the one behind them where the scorer ``waits``.
+            ids: all tokens up to the last that is to be judged. ``start``: number of the first one.
         """
-        values: dict[str, float] = {}
-        for features, start in ((self._own, len(ids) - 1), (self._history, 0)):
-            if features is None:
-                continue
-            some = ids[start:]
-            answer = Answer("", tuple(some), ((0, 0),) * len(some), (0.0,) * len(some))
-            trace = trace_of(steps[start : len(ids) + self.waits], answer, spans, features.needs, lens)
-            values |= {name: column[-1] for name, column in features.compute(trace).items()}
+        count, waits = len(ids) - start, bool(self.waits)
+        values: dict[str, np.ndarray] = {}
+        if self._own is not None:
+            values |= self._own.compute(steps.trace(start, _unread(ids[start:]), self._own.needs, waits))
+        if self._counted is not None:
+            values |= self._counted.compute(Trace(_unread(ids), steps.spans, torch.zeros(len(ids), 0)))
+        if self._history is not None:
+            values |= self._history.compute(steps.trace(0, _unread(ids), self._history.needs, waits))
         try:
-            row = np.array([values[name] for name in self._features], dtype=np.float64)
+            rows = np.array([values[name][-count:] for name in self._features], dtype=np.float64).T
         except KeyError as error:
             raise CapabilityError(
                 f"the detector reads {error.args[0]}, which this model does not give; it was trained on another model"
             ) from None
-        self.rows.append(row)
-        return self._predict(row)
+        self._rows.append(rows)
+        return self._predict(rows)
 
     def columns(self) -> dict[str, np.ndarray]:
         """(T,) columns as the detector's table has them; those that it does not read are missing values."""
-        read = dict(zip(self._features, np.array(self.rows).T, strict=True)) if self.rows else {}
-        return {name: read.get(name, np.full(len(self.rows), np.nan)) for name in self._columns}
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(self._features)))
+        read = dict(zip(self._features, rows.T, strict=True))
+        return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._columns}
+
+
+def _unread(ids: Sequence[int]) -> Answer:
+    """An answer whose text no feature reads."""
+    return Answer("", tuple(ids), ((0, 0),) * len(ids), (0.0,) * len(ids))
 
 
 def _check(detector: Detector, delay: int) -> None:
-    if delay not in (0, 1):
-        raise ConfigError(f"delay={delay!r} should be 0 (a warning with every token) or 1 (a step later)")
+    if not isinstance(delay, int) or delay < 0:
+        raise ConfigError(f"delay={delay!r} should be 0 (a warning with every token) or so many steps later")
     named = [key for key in ("factored", "objects") if detector.settings[key]]
     if named:
         raise CapabilityError(
             f"the detector reads the name of the object ({named[0]}=true), which is known when it is written out; "
             f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
         )
-    names = [name for name in feature_names(detector.features) if name in FEATURES]
+    names = feature_set(detector.features).names
     late = [name for name in names if not FEATURES[name].needs <= STEP_NEEDS]
     if late:
         raise CapabilityError(
@@ -112,25 +128,68 @@ def _check(detector: Detector, delay: int) -> None:
         )
 
 
-def one_row(model: CalibratedModel) -> Callable[[np.ndarray], float]:
-    """The probability of one row (features,) without missing values.
+def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
+    """Probabilities (rows,) of rows (rows, features) without missing values, without scikit-learn's checks.
 
-    For a logistic regression the steps of its pipeline are one dot product: scikit-learn's checks of its input take
-    some hundred microseconds a call, as long as a small model takes for a token.
+    These take some hundred microseconds a call, as long as a small model takes for a token. A pipeline of a logistic
+    regression or a network comes down to clipping and products, boosted trees to a walk through all of them at once.
     """
-    pipeline = model.model
-    if not isinstance(pipeline, Pipeline) or not isinstance(pipeline[-1], LogisticRegression):
-        return lambda row: float(model.predict(row[None])[0])
-    impute, clip, scale, classify = (step for _, step in pipeline.steps)
+    score = _scores(model.model)
+    if isinstance(model.calibrator, IsotonicRegression):
+        return lambda rows: model.calibrate(score(rows))
+    slope, intercept = model.line
+    return lambda rows: expit(slope * score(rows) + intercept)
+
+
+def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows to log-odds."""
+    if isinstance(model, HistGradientBoostingClassifier):
+        return _Trees(model).scores
+    if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
+        return model.decision_function
+    impute, clip, scale, classify = (step for _, step in model.steps)
+    linear = isinstance(classify, LogisticRegression)
+    first, bias = (classify.coef_.T, classify.intercept_) if linear else (classify.coefs_[0], classify.intercepts_[0])
+    weights = first / scale.scale_[:, None]
+    bias = bias - scale.mean_ @ weights
     extra = 0 if impute.indicator_ is None else len(impute.indicator_.features_)  # of missing values, here always 0
-    weights = classify.coef_[0] / scale.scale_
-    bias = float(classify.intercept_[0] - weights @ scale.mean_)
     count = len(weights) - extra
-    bias += float(weights[count:] @ np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]))
+    bias = bias + np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]) @ weights[count:]
     weights, low, high = weights[:count], clip.low_[:count], clip.high_[:count]
 
-    def predict(row: np.ndarray) -> float:
-        score = np.minimum(np.maximum(row, low), high) @ weights + bias
-        return float(model.calibrate(np.array([score]))[0])
+    def line(rows: np.ndarray) -> np.ndarray:
+        return np.minimum(np.maximum(rows, low), high) @ weights + bias
 
-    return predict
+    if linear:
+        return lambda rows: line(rows)[:, 0]
+    last, final = classify.coefs_[1], classify.intercepts_[1]
+    limit = logit(1 - 1e-12)  # as in ``Network.decision_function``
+    return lambda rows: np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+
+class _Trees:
+    """Boosted trees as arrays (trees, nodes)."""
+
+    def __init__(self, model: HistGradientBoostingClassifier) -> None:
+        trees = [tree.nodes for (tree,) in model._predictors]
+        most = max(map(len, trees))
+        self._depth = max(int(tree["depth"].max()) for tree in trees)
+        self._base = float(model._baseline_prediction.item())
+
+        def field(name: str) -> np.ndarray:
+            return np.stack([np.pad(tree[name], (0, most - len(tree))) for tree in trees]).ravel()
+
+        starts = np.arange(len(trees)) * most
+        leaf, here = field("is_leaf").astype(bool), np.arange(len(trees) * most)
+        base = np.repeat(starts, most)
+        self._left, self._right = (np.where(leaf, here, base + field(side)) for side in ("left", "right"))
+        self._feature, self._limit, self._value = field("feature_idx"), field("num_threshold"), field("value")
+        self._starts = starts
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of (rows, features)."""
+        at = np.broadcast_to(self._starts, (len(rows), len(self._starts)))
+        which = np.arange(len(rows))[:, None]
+        for _ in range(self._depth):
+            at = np.where(rows[which, self._feature[at]] <= self._limit[at], self._left[at], self._right[at])
+        return self._value[at].sum(1) + self._base

@@ -1,21 +1,34 @@
 """One row for every decoding step of a ``generate`` call: what a trace holds of the token that the step writes.
 
 The forward pass of step k reads token k - 1 and predicts token k, so its last query is row k of a trace of the finished
-answer. It is heard while the model generates with its cache; no other pass is made.
+answer. It is heard while the model generates with its cache; no other pass is made. While a step runs only references
+are kept (its query, logits, residual stream); maps are made when rows are asked for, for all steps since the last time
+in one go, from the keys that the newest step has seen. What cannot be made so is made at once: the prompt's row, calls
+with a mask or a position bias, keys that a window has dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stethoscope.capture import Listener, Site, eager_attention, eager_rows, plain_attention, record
+from stethoscope.capture import (
+    Listener,
+    Recording,
+    Site,
+    eager_attention,
+    eager_rows,
+    hearing,
+    plain_attention,
+    selected,
+    sites,
+)
 from stethoscope.errors import CaptureError
 from stethoscope.lens import Lens
 from stethoscope.records import Answer
@@ -27,26 +40,46 @@ STEP_NEEDS = frozenset({"attention", "lens", "trajectory", "heads"})
 
 _PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first", "rest"))
 _GROW = 512
+_NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # arguments that make more of attention than softmax(q k)
+_NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # how far it may be from the model file's attention, in float32 and in other dtypes
 
 
 @dataclass
-class Step:
-    """What the forward pass of one step left behind: float32 on the CPU, as a row of ``Trace`` or ``Heads``.
+class _Keys:
+    """Of one attention module: the keys (1, key heads, k, d) of its newest call, if the plain formula gives its map."""
 
-    Attributes:
-        logits: (V,), unprocessed.
-        hidden: (L, D) the residual stream after each layer, in the model's dtype; None if not asked for.
-        mass: (L, H, 5). ``image``: (L, N). ``top``: (L, H, 2). ``peak``: (L, H). See ``Heads``.
-        response: (k,) attention of the last layer to the k earlier answer tokens, see ``Heads``.
-    """
+    plain: bool = False
+    scaling: float = 1.0
+    newest: Tensor | None = None
 
-    logits: Tensor
-    hidden: Tensor | None = None
-    mass: Tensor | None = None
-    image: Tensor | None = None
-    top: Tensor | None = None
-    peak: Tensor | None = None
-    response: Tensor | None = None
+
+@dataclass
+class _Later:
+    """A row of attention that is still to be made, from its query (1, H, 1, d)."""
+
+    query: Tensor
+    keys: _Keys
+
+    def row(self, seen: int) -> Tensor:
+        """(H, seen) float32."""
+        scores = _scores(self.query, self.keys.newest[:, :, :seen]) * self.keys.scaling
+        return scores.softmax(-1)[:, 0]
+
+
+@dataclass
+class _Step:
+    """What one step has left behind: its residual stream by layer (1, q, D), its rows (H, k) by role and layer."""
+
+    hidden: list[Tensor]
+    rows: dict[str, list[Tensor | _Later]]
+
+
+@dataclass
+class _Block:
+    """Parts of a trace for a few consecutive steps, by name, (steps, ...) on the CPU."""
+
+    first: int
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 class Steps(Listener):
@@ -60,41 +93,69 @@ class Steps(Listener):
         needs: parts of ``STEP_NEEDS``.
 
     Attributes:
-        done: the steps so far.
+        logits: (V,) of every step so far, unprocessed.
     """
 
     def __init__(
         self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, needs: frozenset[str]
     ) -> None:
-        self._model, self._lens, self._spans, self._encoder = model, lens, spans, encoder
+        self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
         self._decodes = not needs.isdisjoint({"lens", "trajectory"})
         self._attends, self._by_head = not needs.isdisjoint({"attention", "heads"}), "heads" in needs
-        self._maps: dict[str, list[Tensor]] = {"language": [], "cross": []} if encoder else {"language": []}
-        self._reads = "cross" if encoder else "language"
-        self._start = 1 if encoder else spans.length  # of the answer, in the sequence that the rows' keys are of
-        self._image = torch.tensor(spans.image, dtype=torch.long)
+        self._roles = ("language", "cross") if encoder else ("language",)
+        self._reads = self._roles[-1]
+        self._begin = 1 if encoder else spans.length  # of the answer, in the sequence that the rows' keys are of
+        first, last = spans.image[0], spans.image[-1] + 1
+        whole = last - first == len(spans.image)
+        self._image = slice(first, last) if whole else torch.tensor(spans.image, dtype=torch.long)
         self._members: dict[str, Tensor] = {}
+        self._keys: dict[str, _Keys] = {}
+        self._rows: dict[str, list[Tensor | _Later]] = {role: [] for role in self._roles}
         self._hidden: list[Tensor] = []
+        self._fresh = self._on = False
         self._open: ExitStack | None = None
-        self._fresh = False
-        self.done: list[Step] = []
+        self._waiting: list[_Step] = []
+        self._blocks: list[_Block] = []
+        self.logits: list[Tensor] = []
 
-    def start(self) -> None:
-        """Puts the hooks on the model; to be called in the thread that generates."""
-        self._open = ExitStack()
+    def start(self, always: bool = True) -> None:
+        """Puts the hooks on the model; to be called in the thread that generates.
+
+        Args:
+            always: hear every pass until ``stop``; else only those within ``listening``.
+        """
+        self._open, self._on = ExitStack(), always
         try:
             if self._attends:
-                self._open.enter_context(record(self._model, self))
+                self._open.enter_context(selected(self._model))
+                self._recording = Recording(self, sites(self._model))
+                if always:
+                    self._open.enter_context(hearing(self._recording))
             if self._decodes:
                 for layer in self._lens.layers:
                     self._hook(layer, self._after_layer)
-            self._hook(self._model.get_output_embeddings(), self._after_head)
-            for module in self._model.modules():
-                if isinstance(module, PreTrainedModel):
-                    self._hook(module, self._after_model)
+            speaking = [m for m in self._model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
+            self._nested = len(speaking) > 1
+            if self._nested:
+                self._hook(self._model.get_output_embeddings(), self._after_head)
+            for module in speaking:
+                self._hook(module, self._after_model)
         except BaseException:
             self.stop()
             raise
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hears what the model does within the block."""
+        self._on = True
+        try:
+            if self._attends:
+                with hearing(self._recording):
+                    yield
+            else:
+                yield
+        finally:
+            self._on = False
 
     def stop(self) -> None:
         """Takes the hooks off again; does nothing where there are none."""
@@ -106,7 +167,7 @@ class Steps(Listener):
         self._open.callback(module.register_forward_hook(hook).remove)
 
     def wants(self, site: Site) -> bool:
-        return site.role in self._maps
+        return site.role in self._rows
 
     def attend(
         self,
@@ -121,76 +182,158 @@ class Steps(Listener):
         output, _ = plain_attention(module, query, key, value, mask, **kwargs)  # the very ids of a plain call
         if len(query) > 1:
             raise CaptureError(f"{len(query)} prompts are written at once; warnings are for one prompt at a time")
-        if query.shape[2] == 1:
-            weights = eager_attention(module, query, key, value, mask, **kwargs)[1][0]
-        else:
+        if query.shape[2] > 1:
             last = torch.tensor([[query.shape[2] - 1]])
-            weights = eager_rows(module, last, query, key, value, mask, **kwargs)[0]
-        self._maps[site.role].append(weights[:, -1].detach())
+            row = eager_rows(module, last, query, key, value, mask, **kwargs)[0, :, 0]
+        elif mask is None and (keys := self._plain(site, module, query, key, value, kwargs)).plain:
+            keys.newest, row = key, _Later(query, keys)
+        else:
+            row = eager_attention(module, query, key, value, mask, **kwargs)[1][0, :, 0]
+        self._rows[site.role].append(row)
         return output, None
 
+    def _plain(
+        self, site: Site, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+    ) -> _Keys:
+        """Whether all keys are there and softmax(scaling q k) is the map, tried once for every module of an answer."""
+        keys = self._keys.get(site.name)
+        if keys is None:
+            keys = self._keys[site.name] = _Keys()
+            if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
+                keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+                own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
+                keys.newest = key
+                near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+                keys.plain = bool((_Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
+        return keys if key.shape[2] == self._begin + len(self.logits) else _Keys()
+
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._hidden.append(hidden[0, -1].detach())
+        if self._on:
+            self._hidden.append(output[0] if isinstance(output, tuple) else output)
 
     def _after_head(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self._fresh = True
 
     def _after_model(self, module: nn.Module, arguments: tuple, output: Any) -> None:
         logits = getattr(output, "logits", None)
-        if logits is None:
+        if logits is None or not self._on:
             return
-        row = logits[0, -1].detach().float().cpu()
-        if not self._fresh:  # a model around the one that was heard a moment ago
-            self.done[-1].logits = row
+        row = logits[0, -1].detach()
+        if self._nested and not self._fresh:  # a model around the one that was heard a moment ago
+            self.logits[-1] = row
             return
         self._fresh = False
-        step = Step(row, **self._reduced())
-        if self._decodes:
-            step.hidden, self._hidden = torch.stack(self._hidden), []
-        self.done.append(step)
+        if self._attends and not all(self._rows.values()):
+            role = next(role for role, rows in self._rows.items() if not rows)
+            raise CaptureError(f"no {role} attention was heard; open the stream in the thread that generates")
+        self._waiting.append(_Step(self._hidden, self._rows))
+        self.logits.append(row)
+        self._hidden, self._rows = [], {role: [] for role in self._roles}
 
-    def _reduced(self) -> dict[str, Tensor]:
-        """The maps of one step, reduced as ``stethoscope.rows`` does it, and forgotten."""
-        if not self._attends:
-            return {}
+    def trace(self, start: int, answer: Answer, needs: frozenset[str], consuming: bool = False) -> Trace:
+        """The trace of consecutive tokens of the answer.
+
+        Args:
+            start: number of the first; the steps of all must have been heard.
+            answer: these tokens.
+            needs: parts to fill.
+            consuming: the step that reads the last token is known too; parts of ``Heads`` need it.
+        """
+        self._reduce()
+        stop = start + len(answer.token_ids)
+        end = stop + consuming
+        parts: dict[str, Any] = {"logits": self._stacked(self.logits[start:stop])}
+        if "attention" in needs:
+            parts |= {"mass": self._part("mass", start, stop), "image_attention": self._part("image", start, stop)}
+        if not needs.isdisjoint({"lens", "trajectory"}):
+            hidden = self._part("hidden", start, stop)
+            ids = torch.tensor(answer.token_ids, device=hidden.device)
+            parts |= self._lens.read_together(hidden, parts["logits"], ids, needs)
+        if "heads" in needs:
+            rows = self._part("response", start, end)
+            response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))
+            for whole, row in zip(response, rows, strict=True):
+                whole[: len(row)] = row
+            stacked = {name: self._part(name, start, end) for name in ("mass", "image", "top", "peak")}
+            parts["heads"] = Heads(**stacked, response=response)
+        return Trace(answer, self.spans, **parts)
+
+    @staticmethod
+    def _stacked(rows: Sequence[Tensor]) -> Tensor:
+        return (rows[0][None] if len(rows) == 1 else torch.stack(list(rows))).float().cpu()
+
+    def _part(self, name: str, start: int, stop: int) -> Any:
+        """(stop - start, ...) of one part; a list of rows where they have different lengths."""
+        found = []
+        for block in reversed(self._blocks):
+            if block.first < stop:
+                found.append(block.parts[name][max(start - block.first, 0) : stop - block.first])
+            if block.first <= start:
+                break
+        if isinstance(found[0], list):
+            return [row for part in reversed(found) for row in part]
+        return found[0] if len(found) == 1 else torch.cat(found[::-1])
+
+    def _reduce(self) -> None:
+        """Makes a block of the steps that wait."""
+        steps, self._waiting = self._waiting, []
+        if not steps:
+            return
+        block = _Block(len(self.logits) - len(steps))
+        if self._decodes:
+            hidden = [layer[0, -1] for step in steps for layer in step.hidden]
+            block.parts["hidden"] = torch.stack(hidden).view(len(steps), -1, hidden[0].shape[-1])
+        if self._attends:
+            block.parts |= self._maps(steps, block.first)
+        self._blocks.append(block)
+
+    def _maps(self, steps: list[_Step], first: int) -> dict[str, Any]:
+        """Attention of some steps, reduced as ``stethoscope.rows`` does it."""
         masses, found = [], {}
-        for role, maps in self._maps.items():
-            if not maps:
-                raise CaptureError(f"no {role} attention was heard; open the stream in the thread that generates")
-            weights = self._joined(maps, role)  # (L, H, k)
-            maps.clear()
-            masses.append(weights @ self._membership(role, weights.shape[-1]))
+        for role in self._roles:
+            weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
+            masses.append(weights @ self._membership(role, weights.shape[-1], weights.device))
             if role == self._reads:
-                image = weights[..., self._image] / len(self._maps)
-                found["image"] = image.mean(1)
+                image = weights[..., self._image]
+                found["image"] = image.mean(1).transpose(0, 1)
                 if self._by_head:
-                    found["top"], found["peak"] = strongest(image)
+                    found["top"], found["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self._roles))
             if role == "language" and self._by_head:
                 most = weights[-1].amax(0)
-                found["response"] = (most / most.sum())[self._start :]
-        found["mass"] = sum(masses) / len(masses)
+                most = (most / most.sum(-1, keepdim=True))[:, self._begin :].cpu()
+                found["response"] = [row[: first + number] for number, row in enumerate(most)]
+        found["image"] = found["image"].cpu() if len(masses) == 1 else found["image"].cpu() / 2
+        found["mass"] = (masses[0] if len(masses) == 1 else sum(masses) / 2).permute(2, 0, 1, 3).cpu()
         return found
 
-    def _joined(self, maps: list[Tensor], role: str) -> Tensor:
-        """Float32 (L, H, k); keys that a sliding window has dropped have no weight, places not yet filled are left."""
-        length = self._spans.length if role == "cross" else self._start + len(self.done)
-        if all(one.shape[-1] == length for one in maps):
-            return torch.stack(maps).float().cpu()
-        even = [nn.functional.pad(one[:, :length], (max(length - one.shape[-1], 0), 0)) for one in maps]
-        return torch.stack([one.float().cpu() for one in even])
+    def _weights(self, rows: list[list[Tensor]], role: str, first: int) -> Tensor:
+        """Float32 (L, H, T, k); keys that a sliding window has dropped have no weight, places not yet filled are left.
 
-    def _membership(self, role: str, length: int) -> Tensor:
+        Args:
+            rows: by step and layer, as in ``_Step``. ``first``: number of the first step.
+        """
+        length = self.spans.length if role == "cross" else self._begin + first + len(rows) - 1
+        if all(isinstance(row, _Later) for step in rows for row in step):
+            return _together(rows).softmax(-1)
+        steps = []
+        for number, step in enumerate(rows, first):
+            seen = self.spans.length if role == "cross" else self._begin + number
+            made = [row.row(seen) if isinstance(row, _Later) else row[:, :seen] for row in step]
+            pads = [(seen - row.shape[1], length - seen) for row in made]
+            steps.append(torch.stack([nn.functional.pad(*one).float().cpu() for one in zip(made, pads, strict=True)]))
+        return torch.stack(steps, 2)
+
+    def _membership(self, role: str, length: int, device: torch.device) -> Tensor:
         """(length, 5) which segment every key belongs to, as 0 and 1."""
         if role not in self._members or len(self._members[role]) < length:
-            self._members[role] = self._kinds(role, length + _GROW)
-        return self._members[role][:length]
+            self._members[role] = self._kinds(role, length + _GROW).to(device)
+        return self._members[role][:length].to(device)
 
     def _kinds(self, role: str, length: int) -> Tensor:
         if not self._encoder:
-            kinds = segments(self._spans, length)
+            kinds = segments(self.spans, length)
         elif role == "cross":
-            kinds = segments(self._spans, length)
+            kinds = segments(self.spans, length)
             kinds[(kinds == _FIRST) | (kinds == _PREVIOUS)] = _REST
         else:
             kinds = torch.full((length,), _PREVIOUS)
@@ -198,43 +341,21 @@ class Steps(Listener):
         return nn.functional.one_hot(kinds, len(SEGMENTS)).float()
 
 
-def trace_of(steps: Sequence[Step], answer: Answer, spans: Spans, needs: frozenset[str], lens: Lens | None) -> Trace:
-    """The trace of T consecutive tokens of an answer.
-
-    Args:
-        steps: T, or T + 1 with the one that consumes the last token, which parts of ``Heads`` need.
-        answer: these tokens.
-        needs: parts to fill.
-    """
-    count = len(answer.token_ids)
-    own = steps[:count]
-    parts: dict[str, Any] = {"logits": torch.stack([step.logits for step in own])}
-    if "attention" in needs:
-        parts["mass"] = torch.stack([step.mass for step in own])
-        parts["image_attention"] = torch.stack([step.image for step in own])
-    if not needs.isdisjoint({"lens", "trajectory"}):
-        parts |= _decoded(own, answer, needs, lens)
-    if "heads" in needs:
-        response = torch.zeros(len(steps), max(count, *(len(step.response) for step in steps)))
-        for row, step in zip(response, steps, strict=True):
-            row[: len(step.response)] = step.response
-        names = ("mass", "image", "top", "peak")
-        stacked = {name: torch.stack([getattr(step, name) for step in steps]) for name in names}
-        parts["heads"] = Heads(**stacked, response=response)
-    return Trace(answer, spans, **parts)
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """(H, T, k) products of queries (1, H, T, d) with the keys (1, key heads, k, d) of their groups, float32."""
+    heads, rows, size = query.shape[1:]
+    grouped = query[0].reshape(key.shape[1], -1, size)
+    return torch.bmm(grouped, key[0].transpose(1, 2)).float().view(heads, rows, -1)
 
 
-def _decoded(own: Sequence[Step], answer: Answer, needs: frozenset[str], lens: Lens) -> dict[str, Tensor]:
-    """What the logit lens says; all layers of a token are decoded together."""
-    found: dict[str, list[Tensor]] = {}
-    for step, token in zip(own, answer.token_ids, strict=True):
-        layers = len(step.hidden) - 1
-        heard = [step.hidden[None, :-1], step.hidden[None, -1:]]
-        logits = step.logits.to(step.hidden.device).expand(1, layers, -1)
-        if "lens" in needs:
-            pairs = lens.read(heard, logits, torch.full((1, layers), token))
-            for name, values in zip(("lens_logprob", "lens_rank"), pairs, strict=True):  # layers, and the model's own
-                found.setdefault(name, []).append(torch.cat([values[0, :, 0], values[0, :1, 1]]))
-        if "trajectory" in needs:
-            found.setdefault("trajectory", []).append(lens.divergence(heard, logits)[0, :, 0])
-    return {name: torch.stack(values) for name, values in found.items()}
+def _together(rows: list[list[_Later]]) -> Tensor:
+    """(L, H, T, k) scores of the rows of T steps in a row, -inf where a key comes after its step."""
+    count, layers = len(rows), []
+    for later in zip(*rows, strict=True):
+        query = later[0].query if count == 1 else torch.cat([one.query for one in later], 2)
+        layers.append(_scores(query, later[0].keys.newest) * later[0].keys.scaling)
+    scores = torch.stack([layer.to(layers[0].device) for layer in layers])
+    if count > 1:
+        after = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
+        scores[..., -count:].masked_fill_(after, -torch.inf)
+    return scores

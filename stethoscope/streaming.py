@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,9 @@ from stethoscope.diagnosis.parts import Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.errors import CaptureError, ConfigError
 from stethoscope.images import rgb
-from stethoscope.lens import Lens
+from stethoscope.lens import lens_of
+from stethoscope.loop import steps_of
+from stethoscope.offsets import GrowingText
 from stethoscope.records import Answer, Generation, ImageRef
 from stethoscope.scoring import Scorer
 from stethoscope.steps import Steps
@@ -61,17 +62,24 @@ class StreamedToken:
     warned: bool = False
 
 
-@dataclass(frozen=True)
 class StreamedAnswer:
     """What ``stream`` yields last.
 
     Attributes:
         answer: the finished answer, that of ``Adapter.generate``.
-        mentions: the objects that it names, with what the detector says of them (``final`` if it was given).
     """
 
-    answer: Answer
-    mentions: tuple[Named, ...]
+    def __init__(self, answer: Answer, mentions: Callable[[], tuple[Named, ...]]) -> None:
+        self.answer, self._find = answer, mentions
+
+    @cached_property
+    def mentions(self) -> tuple[Named, ...]:
+        """The objects that the answer names, with what the detector says of them; found when they are first read.
+
+        Raises:
+            CapabilityError: ``final`` reads features that the model does not give.
+        """
+        return self._find()
 
 
 class WarningStreamer(BaseStreamer):
@@ -83,9 +91,8 @@ class WarningStreamer(BaseStreamer):
         adapter: of the model.
         encoded: the prompt; call ``generate`` with its ``inputs`` or with ``arguments``.
         detector: gives the probabilities.
-        delay: 0 for a probability with every token, 1 to wait for the step that reads the token. It makes a difference
-            for detectors with features of the consuming row alone; then the last token of an answer that was cut off
-            has no probability, since nothing has read it.
+        delay: how many steps a token may wait for its probability, see ``stream``. A detector with features of the
+            consuming row gives none to the last token of an answer that was cut off, since nothing has read it.
         on_token: called with every token, in order.
         generation: how to write, for ``arguments`` and for the stop strings.
 
@@ -96,7 +103,7 @@ class WarningStreamer(BaseStreamer):
 
     Raises:
         CapabilityError: the detector reads what is not known while an answer is written, or the adapter has no model.
-        ConfigError: the delay is neither 0 nor 1.
+        ConfigError: the delay is negative.
     """
 
     def __init__(
@@ -114,22 +121,23 @@ class WarningStreamer(BaseStreamer):
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.writing([encoded], self._generation)
         needs = frozenset() if self.scorer is None else self.scorer.needs
-        self._lens = Lens(self.model) if needs & {"lens", "trajectory"} else None
+        lens = lens_of(self.model) if needs & {"lens", "trajectory"} else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
-        self._steps = Steps(self.model, self._lens, encoded.spans, encoder, needs)
+        self.steps = Steps(self.model, lens, encoded.spans, encoder, needs)
         settings.output_logits = False
         if self.scorer is not None and self.scorer.waits:
             settings.max_new_tokens += 1
             self.arguments["stopping_criteria"] = [_Late(one) for one in self.arguments["stopping_criteria"]]
-        self._ends, self._spans = frozenset(settings.eos_token_id or ()), encoded.spans
+        self._ends = frozenset(settings.eos_token_id or ())
         self._stops = (*getattr(adapter, "stop", ()), *self._generation.stop)
         self._tokenizer, self._on_token = adapter.processor.tokenizer, on_token
-        self._waiting: list[StreamedToken] = []  # written, not yet handed out
-        self._judged = self._end = 0
-        self._begun = self._ended = False
+        self._text = GrowingText(self._decode)
+        self._waiting: list[tuple[str, int, int]] = []  # of tokens that are not handed out: text, start, end
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._probabilities: list[float] = []
+        self._begun = self._ended = False
         self.tokens: list[StreamedToken] = []
         self.answer: Answer | None = None
 
@@ -141,7 +149,7 @@ class WarningStreamer(BaseStreamer):
 
     def close(self) -> None:
         """Takes everything off the model; does nothing the second time."""
-        self._steps.stop()
+        self.steps.stop()
 
     @torch.inference_mode()
     def put(self, value: Tensor) -> None:
@@ -154,74 +162,74 @@ class WarningStreamer(BaseStreamer):
             raise CaptureError("this streamer has its answer; give each generate call a new streamer")
         if not self._begun:
             self._begun = True
-            self._steps.start()
+            self.steps.start()
             return
         if value.numel() != 1:
             raise CaptureError(f"{value.numel()} tokens came at once; warnings are for one prompt, token by token")
-        token = int(value)
+        self.follow(int(value))
+
+    @torch.inference_mode()
+    def follow(self, token: int) -> None:
+        """Takes the next token, whose step has been heard.
+
+        Raises:
+            CaptureError: it has not.
+        """
         self._ended = self._ended or token in self._ends
         if not self._ended:
-            if len(self._steps.done) <= len(self._ids):
+            if len(self.steps.logits) <= len(self._ids):
                 raise CaptureError(
                     "a token came before its step was heard; use the streamer in the thread that generates"
                 )
-            logits = self._steps.done[len(self._ids)].logits
+            logits = self.steps.logits[len(self._ids)]
             self._ids.append(token)
-            self._logprobs.append(float(logits[token] - logits.logsumexp(-1)))
-            self._waiting.append(self._read())
-        self._judge()
-        if not self._held():
+            self._logprobs.append(float(logits[token] - logits.float().logsumexp(-1)))
+            self._waiting.append(self._text.add(token))
+        if self.scorer is not None:
+            self._judge(self.scorer.together)
+        if not self._stops or not self._held():
             self._hand_out()
 
     def end(self) -> None:
         """Called by ``generate`` when it is done: what waited is handed out, but for what is no part of the answer."""
         self.close()
-        self._judge()
+        if self.scorer is not None:
+            self._judge(1)
         ids = self._ids[: self._limit]
         if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._ends)]
         self.answer = self._adapter.written(ids, self._logprobs, self._generation)
-        for token in self._waiting[: max(len(self.answer.token_ids) - len(self.tokens), 0)]:
-            start, end = self.answer.offsets[token.token]
-            self._give(replace(token, text=self.answer.text[start:end], start=start, end=end))
+        for start, end in self.answer.offsets[len(self.tokens) :]:
+            self._give(self.answer.text[start:end], start, end)
         self._waiting = []
 
-    def _read(self) -> StreamedToken:
-        """The newest token, with the characters that it has completed."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        told, start = text.lstrip(), self._end
-        self._end = max(start, len(told.rstrip("\ufffd")))  # which stands for a character that is not complete
-        return StreamedToken(
-            len(self._ids) - 1, self._ids[-1], told[start : self._end], start, self._end, self._logprobs[-1]
-        )
-
-    def _judge(self) -> None:
-        """Gives probabilities to the waiting tokens whose steps are known."""
-        if self.scorer is None:
-            return
-        known = min(len(self._ids), len(self._steps.done) - self.scorer.waits)
-        offset = len(self._ids) - len(self._waiting)
-        while self._judged < known:
-            at = self._judged = self._judged + 1
-            probability = self.scorer.judge(self._steps.done, self._ids[:at], self._spans, self._lens)
-            place = at - 1 - offset
-            warned = probability >= self.detector.threshold
-            self._waiting[place] = replace(self._waiting[place], probability=probability, warned=warned)
+    def _judge(self, least: int) -> None:
+        """Gives probabilities to the tokens whose steps are known, if there are so many."""
+        start, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.waits)
+        if known - start >= least:
+            self._probabilities += self.scorer.judge(self.steps, self._ids[:known], start).tolist()
 
     def _held(self) -> bool:
         """Whether the text may be in the middle of a stop string."""
-        if not self._stops:
-            return False
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._decode(self._ids, special=True)
         return any(
             stop in text or any(text.endswith(stop[:size]) for size in range(1, len(stop))) for stop in self._stops
         )
 
-    def _hand_out(self) -> None:
-        while self._waiting and (self.scorer is None or self._waiting[0].token < self._judged):
-            self._give(self._waiting.pop(0))
+    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
-    def _give(self, token: StreamedToken) -> None:
+    def _hand_out(self) -> None:
+        ready = len(self._ids if self.scorer is None else self._probabilities) - len(self.tokens)
+        for waiting in self._waiting[:ready]:
+            self._give(*waiting)
+        del self._waiting[:ready]
+
+    def _give(self, text: str, start: int, end: int) -> None:
+        at, known = len(self.tokens), self._probabilities
+        probability = known[at] if at < len(known) else None
+        warned = probability is not None and probability >= self.detector.threshold
+        token = StreamedToken(at, self._ids[at], text, start, end, self._logprobs[at], probability, warned)
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
@@ -241,8 +249,7 @@ def stream(
     """Lets the model answer and yields every token as it is written, and at the end the answer with its warnings.
 
     The tokens are those of ``adapter.generate``; probabilities are those that the detector gives for a trace of the
-    finished answer. The model writes in a thread of its own and is busy until the last item; leaving the loop early
-    ends it after the token that it is at.
+    finished answer. The model takes its next step when the next item is asked for.
 
     Args:
         adapter: the model.
@@ -251,8 +258,9 @@ def stream(
         detector: gives probabilities, or the folder of one; it may read features of the decoding step alone, as
             ``features=fast`` are.
         generation: how to write; greedy, at most 128 tokens by default. No beams.
-        delay: 0, or 1 to yield every token a step later, which detectors with features of the consuming row (``_c``)
-            need; it changes nothing for others.
+        delay: how many steps a token may wait for its probability. With 0 every token is judged as it is written.
+            Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait together are
+            judged together, which costs less.
         final: judges the mentions of the finished answer in ``detector``'s place, with any features at all.
         mentions: finds the objects that a text names, as in ``stethoscope.diagnose``.
 
@@ -271,57 +279,25 @@ def stream(
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
     detector, final = _loaded(detector), _loaded(final)
     adapter.setup()
-    encoded = adapter.encode(_picture(image), question)
-    queue: SimpleQueue[StreamedToken | BaseException | None] = SimpleQueue()
-    streamer = WarningStreamer(adapter, encoded, detector, delay, queue.put, generation)
-    return _written(adapter, encoded, streamer, queue, final, mentions)
+    picture = _picture(image)
+    encoded = adapter.encode(picture, question)
+    streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)
+    return _written(streamer, lambda: _named(adapter, picture, encoded, streamer, final, mentions))
 
 
 def _written(
-    adapter: Adapter,
-    encoded: Encoded,
-    streamer: WarningStreamer,
-    queue: SimpleQueue,
-    final: Detector | None,
-    mentions: Reader | None,
+    streamer: WarningStreamer, named: Callable[[], tuple[Named, ...]]
 ) -> Iterator[StreamedToken | StreamedAnswer]:
-    left = threading.Event()
-
-    def write() -> None:
-        try:
-            _write(streamer, left)
-            queue.put(None)
-        except BaseException as error:  # raised again where the tokens are read
-            queue.put(error)
-
-    writer = threading.Thread(target=write, name="stethoscope-stream", daemon=True)
-    writer.start()
-    try:
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        left.set()
-        writer.join()
-    yield StreamedAnswer(streamer.answer, _named(adapter, encoded, streamer, final, mentions))
-
-
-@torch.inference_mode()
-def _write(streamer: WarningStreamer, left: threading.Event) -> None:
-    criteria = [*streamer.arguments["stopping_criteria"], _Left(left)]
     with streamer:
-        streamer.model.generate(**{**streamer.arguments, "stopping_criteria": criteria}, streamer=streamer)
-
-
-class _Left(StoppingCriteria):
-    """Ends generation when nobody listens any more."""
-
-    def __init__(self, left: threading.Event) -> None:
-        self._left = left
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **more: object) -> Tensor:
-        return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
+        for token in steps_of(streamer.model, streamer.arguments, streamer.steps):
+            given = len(streamer.tokens)
+            streamer.follow(token)
+            yield from streamer.tokens[given:]
+        given = len(streamer.tokens)
+        with torch.inference_mode():
+            streamer.end()
+        yield from streamer.tokens[given:]
+    yield StreamedAnswer(streamer.answer, named)
 
 
 class _Late(StoppingCriteria):
@@ -338,6 +314,7 @@ class _Late(StoppingCriteria):
 
 def _named(
     adapter: Adapter,
+    picture: Image,
     encoded: Encoded,
     streamer: WarningStreamer,
     final: Detector | None,
@@ -352,9 +329,11 @@ def _named(
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     else:
         from stethoscope.diagnosis.detecting import columns_of, feature_set
+        from stethoscope.per_mention import trace_answers
 
-        features = feature_set(final)
-        columns = columns_of(features, adapter.trace(encoded, answer, features.needs), final, adapter.name)
+        features = feature_set(final.schema.names)
+        trace = trace_answers(adapter, [encoded], [answer], features.needs, [picture], [found])[0]
+        columns = columns_of(features, trace, final, adapter.name)
     return judge_mentions(encoded, answer, found, columns, detector)[1]
 
 

@@ -24,14 +24,14 @@ _SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every
 _TOP = 5  # features that are told for every token
 
 
-def feature_set(detector: Detector) -> FeatureSet:
-    """The features that make the table which the detector was fitted on.
+def feature_set(columns: Sequence[str]) -> FeatureSet:
+    """The features that columns of a detector are of.
 
     Raises:
         CapabilityError: one of them is not known here.
     """
     try:
-        return FeatureSet(groups=(), names=feature_names(detector.schema.names))
+        return FeatureSet(groups=(), names=feature_names(columns))
     except ConfigError as error:
         raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
 

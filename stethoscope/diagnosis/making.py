@@ -162,7 +162,7 @@ def _trace(
     if detector is not None:
         from stethoscope.diagnosis.detecting import columns_of, feature_set
 
-        features = feature_set(detector)
+        features = feature_set(detector.schema.names)
         needs = features.needs
     try:
         trace = trace_answers(adapter, [encoded], [answer], {*needs, "relevancy"}, [picture], [found])[0]

@@ -11,7 +11,7 @@ from stethoscope import testbed
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.records import Generation
-from stethoscope.scoring import one_row
+from stethoscope.scoring import quick
 from stethoscope.steps import STEP_NEEDS
 from stethoscope.store import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
@@ -62,7 +62,7 @@ def offline(adapter, image, generation, detector, names):
 
 
 @pytest.mark.parametrize("length", [96, 9, 1])
-@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("delay", [0, 1, 6])
 def test_tokens_and_probabilities_are_those_of_the_finished_answer(adapter, images, fast, delay, length):
     for image in images:
         generation = Generation(max_new_tokens=length)
@@ -81,12 +81,12 @@ def test_tokens_and_probabilities_are_those_of_the_finished_answer(adapter, imag
         assert np.ptp(expected) > 0.05 or length < 96  # a constant would agree with anything
 
 
-@pytest.mark.parametrize("length", [96, 9])
-def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, length):
+@pytest.mark.parametrize(("length", "delay"), [(96, 1), (9, 1), (40, 5)])
+def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, length, delay):
     generation = Generation(max_new_tokens=length)
     for image in images:
         answer, expected = offline(adapter, image, generation, every, STEPWISE)
-        *tokens, last = stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation)
+        *tokens, last = stream(adapter, image, QUESTION, detector=every, delay=delay, generation=generation)
         assert last.answer.token_ids == answer.token_ids == tuple(token.id for token in tokens)
         assert last.answer.finished == answer.finished
         assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
@@ -156,6 +156,40 @@ def test_a_generate_call_of_ones_own(adapter, images, fast):
         adapter.model.generate(**two, streamer=warner, max_new_tokens=3, do_sample=False)
 
 
+def test_tokens_wait_as_long_as_was_said_and_no_longer(adapter, images, fast):
+    for delay in (0, 3):
+        steps, tokens = [], stream(adapter, images[0], QUESTION, detector=fast, delay=delay)
+        hook = adapter.model.register_forward_hook(lambda *_, steps=steps: steps.append(1))
+        try:
+            for token in range(12):
+                assert next(tokens).token == token
+                assert len(steps) - 1 - token == delay - token % (delay + 1)
+        finally:
+            hook.remove()
+            tokens.close()
+
+
+def test_the_model_is_free_between_tokens(adapter, images, every):
+    """Other answers, traces and streams of the same model disturb nothing."""
+    generation = Generation(max_new_tokens=24)
+    alone = [list(stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation)) for image in images]
+    encoded = adapter.encode(images[2], QUESTION)
+    both = [stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation) for image in images[:2]]
+    found = [[], []]
+    for step in range(10):
+        for items, tokens in zip(found, both, strict=True):
+            items.append(next(tokens))
+        if step == 4:
+            answer = adapter.generate([encoded], generation)[0]
+            adapter.trace(encoded, answer, ("attention", "lens"))
+    found[0] += both[0]
+    found[1] += both[1]
+    assert adapter.model.config._attn_implementation != "stethoscope"
+    for items, expected in zip(found, alone, strict=False):
+        assert items[:-1] == expected[:-1]
+        assert items[-1].answer == expected[-1].answer
+
+
 def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
     def hooks():
         return sum(len(module._forward_hooks) for module in adapter.model.modules())
@@ -187,7 +221,7 @@ def test_rows_of_other_families(model, images, every):
     columns = features.compute(other.trace(encoded, answer, features.needs))
     fake._schema, fake._names, fake._model = FeatureSchema(tuple(columns)), tuple(columns), every.model
     streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation)
-    streamer.scorer._predict = lambda row: 0.5
+    streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)
     with streamer:
         streamer.model.generate(**streamer.arguments, streamer=streamer)
     assert streamer.answer.token_ids == answer.token_ids
@@ -195,8 +229,12 @@ def test_rows_of_other_families(model, images, every):
         assert np.allclose(streamer.scorer.columns()[name], values, rtol=1e-3, atol=1e-3), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"calibration": "none"}, {"estimator": "boosting"}], ids=str)
-def test_one_row_is_judged_as_a_table_is(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"calibration": "none"}, {"calibration": "isotonic"}, {"estimator": "boosting"}, {"estimator": "per_head"}],
+    ids=str,
+)
+def test_rows_are_judged_as_a_table_is(settings):
     import pandas as pd
 
     random = np.random.default_rng(0)
@@ -210,9 +248,11 @@ def test_one_row_is_judged_as_a_table_is(settings):
     detector = stethoscope.Detector(strength=1.0, **settings).fit(table)
     whole = table[~table["b"].isna()].copy()
     whole.loc[:5, "a"] = 50.0  # is clipped
-    judge = one_row(detector.model)
-    found = [judge(row) for row in whole[["a", "b", "c"]].to_numpy()]
+    judge, rows = quick(detector.model), whole[["a", "b", "c"]].to_numpy()
+    found = [judge(row[None])[0] for row in rows]
+    assert np.ptp(found) > 0.3
     assert np.allclose(found, detector.predict(whole), rtol=0, atol=1e-12)
+    assert np.allclose(judge(rows), found, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +276,7 @@ def test_detectors_that_read_more_are_refused_in_a_line(adapter, images, names, 
 
 def test_settings_that_are_wrong(adapter, images, fast):
     for arguments, message in (
-        ({"delay": 2, "detector": fast}, "delay=2"),
+        ({"delay": -1, "detector": fast}, "delay=-1"),
         ({"question": " "}, "question is empty"),
         ({"generation": Generation(num_beams=2)}, "num_beams=2"),
         ({"generation": Generation(max_new_tokens=0)}, "max_new_tokens=0"),

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from stethoscope.adapters.tiny import llama_tokenizer
-from stethoscope.offsets import decode_with_offsets
+from stethoscope.offsets import GrowingText, decode_with_offsets
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,16 @@ def test_any_ids_are_covered_in_order(decode):
         assert len(offsets) == len(ids)
         assert "".join(text[start:end] for start, end in offsets) == text
         assert all(start <= end for start, end in offsets)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_that_grows_is_that_of_the_whole(decode, seed):
+    tokenizer, of = decode
+    written = random.Random(seed).choices(["a cat", "é", "😀", "日本", "  two", "\n", " dog."], k=60)
+    ids = [token for word in written for token in tokenizer.encode(word, add_special_tokens=False)]
+    text, offsets = decode_with_offsets(ids, of)
+    growing, asked = GrowingText(lambda some: asked.append(len(some)) or of(some)), []
+    found = [growing.add(token) for token in ids]
+    assert "".join(part for part, _, _ in found) == text
+    assert [(start, end) for _, start, end in found] == list(offsets)
+    assert max(asked) < 40 < 100 < len(ids)
