@@ -12,7 +12,6 @@ from stethoscope.processes import rank
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
     from stethoscope.adapter import Adapter
-    from stethoscope.commands.tables import terminal
     from stethoscope.task import Task
 
     folder = run_dir(config)
@@ -22,6 +21,8 @@ def run(config: DictConfig) -> None:
         results = make_evaluator(config, folder, loggers).run(adapter, task)
     if rank():  # of several processes the first one tells of the results
         return
+    from stethoscope.commands.tables import terminal  # half a second that the first sample need not wait for
+
     results.print(terminal())
     print(f"run directory: {folder}")
     report_failures([results], folder)

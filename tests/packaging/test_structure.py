@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # who may import whom inside the package: a module may import modules of its own or of an earlier layer
 LAYERS = [
-    {"errors", "images", "markup", "media", "records", "trace", "digests", "lock", "processes"},
+    {"errors", "background", "images", "markup", "media", "records", "trace", "digests", "lock", "processes"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
     {"adapter", "task", "capture", "knockout", "lens", "loop", "noise", "rows", "spans", "states", "steps", "testbed"},
     {"relevancy", "pictures"},
