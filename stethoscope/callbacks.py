@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.errors import DataError
 from stethoscope.fingerprint import jsonable
+from stethoscope.media import Picture
 
 if TYPE_CHECKING:
     from stethoscope.lines import Record
@@ -64,11 +66,11 @@ class Callback:
 class Progress(Callback):
     """A bar with count, rate, time left and failures; a plain line now and then where the output is not a terminal."""
 
+    first_only = True
+
     def __init__(self, every: float = 30.0) -> None:
         """Stores how many seconds lie between plain lines."""
         self.every = every
-    first_only = True
-
         self._bar: Any = None
 
     def on_task_start(self, run: Run) -> None:
@@ -144,16 +146,23 @@ class Progress(Callback):
 class Timing(Callback):
     """Logs how fast samples are done while a run goes on, and at its end the seconds spent on every stage."""
 
-    def on_task_start(self, run: Run) -> None:
-        """Starts the clock."""
-        self._started = time.monotonic()
     first_only = True
 
+    def __init__(self, every: float = 1.0) -> None:
+        """Stores how many seconds lie between points of the curve, which is thus never what costs the time."""
+        self.every = every
+
+    def on_task_start(self, run: Run) -> None:
+        """Starts the clock."""
+        self._started = self._logged = time.monotonic()
 
     def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
         """Logs the rate so far in this sitting."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        run.log({"progress/samples_per_second": (run.done - run.resumed) / seconds}, step=run.done)
+        now = time.monotonic()
+        if now - self._logged >= self.every or run.done == run.total:
+            self._logged = now
+            seconds = max(now - self._started, 1e-9)
+            run.log({"progress/samples_per_second": (run.done - run.resumed) / seconds}, step=run.done)
 
     def on_task_end(self, run: Run, results: TaskResults) -> None:
         """Logs seconds by stage and the rate over all of them, including earlier sittings."""
@@ -170,6 +179,7 @@ class SampleTable(Callback):
     first_only = True
 
     COLUMNS = ("sample", "subset", "image", "question", "answer", "status", "detail")
+    SIDE = 192  # pixels of a picture's longer side
 
     def __init__(self, count: int = 32) -> None:
         """Stores how many answers to log."""
@@ -199,7 +209,24 @@ class SampleTable(Callback):
             ]
             for record in islice(stored, self.count)
         ]
-        run.loggers.log_table(f"{run.task.name}/samples", self.COLUMNS, rows)
+        columns, wanted = list(self.COLUMNS), run.loggers.pictures
+        if wanted:
+            columns.append("picture")
+            samples = {sample.id: sample for sample in run.samples}
+            for number, row in enumerate(rows):
+                row.append(self._picture(samples.get(row[0])) if number < wanted else None)
+        run.loggers.log_table(f"{run.task.name}/samples", columns, rows)
+
+    def _picture(self, sample: Sample | None) -> Picture | None:
+        """The picture of a sample; None where there is none to be had."""
+        try:
+            image = None if sample is None else sample.image.load().copy()
+        except DataError:  # a failed sample, which the table says
+            return None
+        if image is None:
+            return None
+        image.thumbnail((self.SIDE, self.SIDE))
+        return Picture(image, sample.image.name)
 
 
 def _duration(seconds: float) -> str:

@@ -5,21 +5,38 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stethoscope.background import Background
 from stethoscope.errors import ConfigError, unknown
 from stethoscope.fingerprint import jsonable, redact
+from stethoscope.media import Marked, Picture, plain
 
 MODES = ("offline", "online", "disabled")
+_STAGE = "WANDB_DATA_DIR"  # W&B's variable
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")  # of W&B artifacts
 
 
 class Logger:
-    """A place for figures. Constructors only store and check; every method may do nothing."""
+    """A place for figures. Constructors only store and check; every method may do nothing.
+
+    Attributes:
+        media: it can show pictures, curves and files; without, tables come to it in plain words.
+        pictures: how many samples or mentions it wants to show with their pictures, at most.
+        patience: None for one that is quick. One that talks to a service works in a thread of its own, so that no run
+            waits for it; at the end it gets so many seconds to finish.
+    """
+
+    media = False
+    pictures = 0
+    patience: float | None = None
 
     def setup(self, run_dir: Path | None) -> None:
         """Called before anything is logged, with the run directory if there is one; does nothing the second time."""
@@ -31,14 +48,20 @@ class Logger:
         """Called with named figures; ``step`` counts samples where figures form a curve, None for final ones."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Called with a small table."""
+        """Called with a small table; with ``media``, cells may be a ``Picture`` or ``Marked`` text."""
+
+    def log_curve(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Called with points of curves: the columns are x, y and the name of the curve. Only with ``media``."""
+
+    def log_folder(self, name: str, kind: str, folder: Path, notes: Mapping[str, Any]) -> None:
+        """Called with a folder to be kept as a version of ``name``, and JSON-able notes. Only with ``media``."""
 
     def finalize(self, status: str) -> None:
         """Called once nothing more will be logged; ``status`` is ``finished``, ``failed`` or ``interrupted``."""
 
 
 class Loggers(Logger):
-    """Several loggers as one. A logger that fails is warned of once and never stops the run.
+    """Several loggers as one. A logger that fails or hangs is warned of once and never stops the run.
 
     Whoever makes it finalizes it: the evaluator does so only when a run fails, because more runs may be logged to the
     same place.
@@ -48,6 +71,7 @@ class Loggers(Logger):
         """Combines loggers; ``events.jsonl`` is added as soon as there is a run directory."""
         self.loggers = list(loggers)
         self._warned: set[int] = set()
+        self._behind: dict[int, Background] = {}
 
     def setup(self, run_dir: Path | None) -> None:
         """Sets up every logger, and the file of events if no logger writes it yet."""
@@ -64,23 +88,70 @@ class Loggers(Logger):
         defined = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
         self._each("log_metrics", defined, step)
 
+    @property
+    def media(self) -> bool:
+        """Whether one of them can show pictures, curves and files."""
+        return any(logger.media for logger in self.loggers)
+
+    @property
+    def pictures(self) -> int:
+        """The largest number of pictures that one of them wants."""
+        return max((logger.pictures for logger in self.loggers if logger.media), default=0)
+
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Sends a table to every logger."""
-        self._each("log_table", name, list(columns), [[jsonable(cell) for cell in row] for row in rows])
+        """Sends a table to every logger, without pictures to those that cannot show them."""
+        whole = [[cell if isinstance(cell, (Picture, Marked)) else jsonable(cell) for cell in row] for row in rows]
+        for logger in self.loggers:
+            self._one(logger, "log_table", name, *((list(columns), whole) if logger.media else plain(columns, whole)))
+
+    def log_curve(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Sends curves to the loggers that can show them."""
+        self._media("log_curve", name, list(columns), [[jsonable(cell) for cell in row] for row in rows])
+
+    def log_folder(self, name: str, kind: str, folder: Path, notes: Mapping[str, Any]) -> None:
+        """Sends a folder to the loggers that keep files, secrets in its notes replaced."""
+        self._media("log_folder", name, kind, folder, redact(jsonable(notes)))
 
     def finalize(self, status: str) -> None:
-        """Closes every logger."""
+        """Closes every logger; waits for the slow ones, all at a time, as long as each is allowed."""
         self._each("finalize", status)
+        for logger in self.loggers:
+            if logger.patience is not None and id(logger) in self._behind:
+                try:
+                    self._behind[id(logger)].wait(logger.patience)
+                except TimeoutError as error:
+                    self._warn(logger, "finalize", error)
+                self._tell(logger)
+
+    def _media(self, verb: str, *arguments: Any) -> None:
+        for logger in self.loggers:
+            if logger.media:
+                self._one(logger, verb, *arguments)
 
     def _each(self, verb: str, *arguments: Any) -> None:
         for logger in self.loggers:
-            try:
+            self._one(logger, verb, *arguments)
+
+    def _one(self, logger: Logger, verb: str, *arguments: Any) -> None:
+        try:
+            if logger.patience is None:
                 getattr(logger, verb)(*arguments)
-            except Exception as error:
-                if id(logger) not in self._warned:
-                    self._warned.add(id(logger))
-                    name, reason = type(logger).__name__, str(error) or type(error).__name__
-                    warnings.warn(f"{name}.{verb} failed, the run goes on without it: {reason}", stacklevel=3)
+            else:
+                self._behind.setdefault(id(logger), Background(logger)).send(verb, *arguments)
+                self._tell(logger)
+        except Exception as error:
+            self._warn(logger, verb, error)
+
+    def _tell(self, logger: Logger) -> None:
+        """Warns of what has failed in a logger's own thread."""
+        while (failure := self._behind[id(logger)].error()) is not None:
+            self._warn(logger, *failure)
+
+    def _warn(self, logger: Logger, verb: str, error: Exception) -> None:
+        if id(logger) not in self._warned:
+            self._warned.add(id(logger))
+            name, reason = type(logger).__name__, str(error) or type(error).__name__
+            warnings.warn(f"{name}.{verb} failed, the run goes on without it: {reason}", stacklevel=5)
 
 
 class JsonLogger(Logger):
@@ -125,7 +196,7 @@ class WandbLogger(Logger):
     """A Weights & Biases run inside the run directory; offline unless told otherwise.
 
     Final figures go into the run's summary, curves into its history against ``samples``, tables become
-    ``wandb.Table``. A resumed run directory goes on under the same W&B run id.
+    ``wandb.Table``, a detector becomes an artifact. A resumed run directory goes on under the same W&B run id.
     """
 
     def __init__(
@@ -136,17 +207,30 @@ class WandbLogger(Logger):
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
+        pictures: int = 32,
+        job_type: str | None = None,
+        patience: float = 300.0,
     ) -> None:
         """Stores the settings of ``wandb.init``; ``name`` None means the run directory's.
 
+        ``pictures`` is how many samples, and how many mentions, are logged with their pictures, at most; ``patience``
+        how many seconds a finished run waits for W&B.
+
         Raises:
-            ConfigError: ``mode`` is not one of ``offline``, ``online``, ``disabled``.
+            ConfigError: ``mode`` is not one of ``offline``, ``online``, ``disabled``, ``pictures`` is below 0, or
+                ``patience`` is not above 0.
         """
         if mode not in MODES:
             raise ConfigError(unknown("logger.mode", str(mode), MODES))
+        if pictures < 0:
+            raise ConfigError(f"logger.pictures={pictures} should be at least 0")
+        if patience <= 0:
+            raise ConfigError(f"logger.patience={patience} should be above 0")
+        self.media, self.pictures, self.patience = mode != "disabled", pictures, patience
         self.mode, self.project, self.name, self.entity = mode, project, name, entity
-        self.group, self.tags = group, tuple(tags)
+        self.group, self.job_type, self.tags = group, job_type, tuple(tags)
         self.run: Any = None
+        self._folder: Path | None = None
         self._tried = False
         self._curves: set[str] = set()
 
@@ -160,11 +244,13 @@ class WandbLogger(Logger):
         folder = None if run_dir is None or self.mode == "disabled" else Path(run_dir)
         if folder is not None:
             (folder / "wandb").mkdir(parents=True, exist_ok=True)
+            self._folder = folder
         self.run = wandb.init(
             project=self.project,
             entity=self.entity,
             name=self.name or (folder.resolve().name if folder else None),
             group=self.group,
+            job_type=self.job_type,
             tags=self.tags,
             id=_run_id(folder),
             resume="allow",
@@ -192,13 +278,57 @@ class WandbLogger(Logger):
         self.run.log({**metrics, "samples": step})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Logs a ``wandb.Table``."""
+        """Logs a ``wandb.Table``, pictures as ``wandb.Image`` and marked text as ``wandb.Html``."""
         if self.run is None:
             return
         import wandb
 
-        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
-        self.run.log({name: table})
+        def cell(value: Any) -> Any:
+            if isinstance(value, Picture):
+                return wandb.Image(value.image, caption=value.words)
+            return wandb.Html(value.html, inject=False) if isinstance(value, Marked) else value
+
+        data = [[cell(value) for value in row] for row in rows]
+        media = any(isinstance(value, (Picture, Marked)) for row in rows for value in row)
+        table = wandb.Table(columns=list(columns), data=data, allow_mixed_types=not media)  # mixed, media become text
+        with self._staged():
+            self.run.log({name: table})
+
+    def log_curve(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Logs a line plot."""
+        if self.run is None:
+            return
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        title = name.rpartition("/")[2].replace("_", " ")
+        with self._staged():
+            self.run.log({name: wandb.plot.line(table, x=columns[0], y=columns[1], stroke=columns[2], title=title)})
+
+    def log_folder(self, name: str, kind: str, folder: Path, notes: Mapping[str, Any]) -> None:
+        """Logs an artifact of the type ``kind`` with the folder's files and the notes as its metadata."""
+        if self.run is None:
+            return
+        import wandb
+
+        with self._staged():
+            artifact = wandb.Artifact(_NOT_IN_NAMES.sub("-", name), kind, metadata=dict(notes))
+            for path in sorted(folder.rglob("*")):  # add_dir would talk on the terminal
+                if path.is_file():
+                    artifact.add_file(str(path), path.relative_to(folder).as_posix())
+            self.run.log_artifact(artifact)
+
+    @contextmanager
+    def _staged(self) -> Iterator[None]:
+        """Files that wait to be sent lie in the run directory, and not in the user's home, which may be small."""
+        if self._folder is None or _STAGE in os.environ:
+            yield
+            return
+        os.environ[_STAGE] = str((self._folder / "wandb" / "data").resolve())
+        try:
+            yield
+        finally:
+            del os.environ[_STAGE]
 
     def finalize(self, status: str) -> None:
         """Ends the W&B run, as failed unless ``status`` is ``finished``."""

@@ -16,7 +16,11 @@ FULL, LAST = 1, 4
 
 @dataclass
 class OfflineRun:
-    """What an offline run holds: nested config, final summary, rows of history, files of tables, exit code."""
+    """What an offline run holds: nested config, final summary, rows of history, tables, exit code.
+
+    ``media`` are the files of pictures and pages in tables, by their path in a cell; ``artifacts`` W&B's own records of
+    those that are no tables.
+    """
 
     run_id: str = ""
     name: str = ""
@@ -24,6 +28,8 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    media: dict[str, Path] = field(default_factory=dict)
+    artifacts: list[Any] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -55,6 +61,14 @@ def _put(target: dict[str, Any], item: Any) -> None:
     for key in keys[:-1]:
         target = target.setdefault(key, {})
     target[keys[-1]] = json.loads(item.value_json)
+
+
+def _put_table(run: OfflineRun, files: dict[str, Path]) -> None:
+    for name, path in files.items():
+        if name.endswith(".table.json"):
+            run.tables[name.removesuffix(".table.json")] = json.loads(path.read_text())
+        else:
+            run.media[name] = path
 
 
 def _finished(path: Path, seconds: float) -> list[Any]:
@@ -90,8 +104,10 @@ def read(folder: Path, seconds: float = 5.0) -> OfflineRun:
                 run.history.append({})
                 for item in record.history.item:
                     _put(run.history[-1], item)
+            elif kind == "artifact" and record.artifact.type == "run_table":
+                _put_table(run, {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents})
+            elif kind == "artifact":
+                run.artifacts.append(record.artifact)
             elif kind == "exit":
                 run.exit_code = record.exit.exit_code
-        for table in path.parent.rglob("*.table.json"):
-            run.tables[table.name.rsplit("_", 2)[0]] = json.loads(table.read_text())
     return run

@@ -23,6 +23,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.commands.train import fit, fractions
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
+    from stethoscope.report.sending import send_detector
     from stethoscope.store import RunStore
     from stethoscope.task import Task
 
@@ -39,13 +40,14 @@ def run(config: DictConfig) -> None:
     with loggers_of(config) as loggers:
         asked = make_evaluator(config, folder, loggers).run(adapter, pope)
         told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
-        asked.print(terminal())
         if rank():  # of several processes the first one does the rest
             return
+        asked.print(terminal())
         told.print(terminal())
         if not config.fast_dev_run:  # two samples are no data to learn from
             results = fit(store, chair.name, detector, shares, config.seed)
             log_detector(loggers, results)
+            send_detector(loggers, folder)
             print_detector(results)
             print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")

@@ -23,35 +23,7 @@ from stethoscope.store import RunStore
 from stethoscope.table import mention_rows
 from stethoscope.tasks.chair import Chair
 
-LIMIT = 60
-SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=64"]
-SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
-MAPS = ["+callbacks.maps._target_=stethoscope.maps.KeepMaps", "features.names=[relevancy_image]"]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """Folder of two runs with detectors, greedy and sampled, and one of a task alone; tests only read them."""
-    folder = tmp_path_factory.mktemp("report")
-    jobs = [
-        ["benchmark", "name=greedy", *SMALL, *MAPS],
-        ["benchmark", "name=sampled", "generation=sample", *SMALL],
-        ["evaluate", "task=chair", f"task.scenes={LIMIT}", "limit=5", "name=alone", "callbacks=none", "logger=none"],
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(leaderboard, "SHUFFLES", 1)
-        for words in jobs:
-            with pytest.raises(SystemExit) as end:
-                main(words)
-            assert end.value.code == 0
-    return folder / "runs"
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the greedy run, to write into."""
-    return shutil.copytree(finished / "greedy", tmp_path / "copy")
+LIMIT = 60  # samples of the runs in conftest.py
 
 
 class Page(HTMLParser):
