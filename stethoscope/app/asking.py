@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stethoscope.app import payload
 from stethoscope.app.models import TRAIN_ONE, Pool, Ready
 from stethoscope.diagnosis import diagnose
-from stethoscope.errors import ConfigError, StethoscopeError
+from stethoscope.errors import ConfigError, DataError, StethoscopeError
 from stethoscope.records import Answer, Generation, ImageRef
 from stethoscope.streaming import StreamedToken, stream
 
@@ -72,7 +72,11 @@ def read_picture(path: str | Path | None) -> Image:
     """
     if path is None:
         raise ConfigError("there is no picture yet: upload one, or choose an example")
-    return ImageRef(Path(path).name, Path(path)).load()
+    file = Path(path)
+    try:
+        return ImageRef(file.name, file).load()
+    except DataError as error:  # the user need not know where the server keeps it
+        raise DataError(str(error).replace(str(file), repr(file.name))) from None
 
 
 def generation(

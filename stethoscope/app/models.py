@@ -166,8 +166,8 @@ def trained(runs: Path, fingerprint: Mapping[str, Any]) -> list[Path]:
             AttributeError,
         ):  # named by its user, it says what is wrong
             continue
-        # other versions of transformers give the same answers but for rounding
-        if model and all(model.get(key) == fingerprint.get(key) for key in {*model, *fingerprint} - {"transformers"}):
+        # runs note our code too; other versions of it and of transformers give the same answers but for rounding
+        if model and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers"):
             found.append((manifest.stat().st_mtime, manifest.parent))
     return [folder for _, folder in sorted(found, reverse=True)]
 

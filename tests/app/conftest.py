@@ -1,0 +1,103 @@
+"""One finished run, one server and one browser for all tests of the page."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import stethoscope
+from stethoscope import leaderboard
+from stethoscope.app.models import Pool
+from stethoscope.app.runs import Runs, write_examples
+from stethoscope.cli import main
+from stethoscope.diagnosis.readers import default_reader
+
+SCENES = 60
+SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=32"]
+SMALL += [f"limit={SCENES}", f"pope.scenes={SCENES}", f"chair.scenes={SCENES}"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+EVIL = "<script>window.pwned = 1</script> **bold** "
+
+
+@pytest.fixture(scope="session")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="session")
+def reader():
+    return default_reader()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder of runs: one with a detector that can judge while the answer is written."""
+    folder = tmp_path_factory.mktemp("app")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(leaderboard, "SHUFFLES", 1)
+        with pytest.raises(SystemExit) as end:
+            main(["benchmark", "name=small", *SMALL])
+        assert end.value.code == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def pool(adapter, folder):
+    return Pool(adapter, "testbed", runs=folder)
+
+
+@pytest.fixture(scope="session")
+def served(adapter, folder, reader, tmp_path_factory):
+    """The running server: its address, pool and folder, and a file of this machine that is none of its own."""
+    pytest.importorskip("gradio", reason='no gradio; pip install "lvlm-stethoscope[app]"')
+    from stethoscope.app.screen import build_screen
+    from stethoscope.app.server import own_folder, start
+
+    runs = shutil.copytree(folder, tmp_path_factory.mktemp("shown") / "runs")
+    hostile(runs / "small" / "samples.jsonl")
+    secret = tmp_path_factory.mktemp("outside") / "secret.txt"
+    secret.write_text("the server must not hand this out")
+    pool = Pool(adapter, "testbed", runs=runs)
+    with own_folder() as own:
+        with pool.use("testbed"):
+            screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3))
+        address = start(screen, "127.0.0.1", free_port())
+        yield SimpleNamespace(address=address.rstrip("/"), pool=pool, secret=secret, own=own)
+        screen.close(verbose=False)
+
+
+def hostile(file):
+    """Every stored answer begins with a script, letter for letter in the place of what the model wrote."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if len(line["answer"]["text"]) > len(EVIL):
+            line["answer"]["text"] = EVIL + line["answer"]["text"][len(EVIL) :]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, the one that is installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = os.environ.get("STETHOSCOPE_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as running:
+        if path is None and Path(running.chromium.executable_path).is_file():
+            path = running.chromium.executable_path
+        if path is None:
+            pytest.skip("no Chromium is installed")
+        made = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield made
+        made.close()
