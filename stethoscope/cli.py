@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
+from stethoscope.faults import Terminated, disk_faults, ended_by_signal
 from stethoscope.processes import count, rank
 
-INTERRUPTED, USER_ERROR = 130, 2
+INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
 TEXTS = {
@@ -42,26 +44,35 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted."""
+    """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted, 143 by SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if rank():  # of several processes the first one speaks, and one that fails
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    warnings.showwarning = _warn
     try:
-        _dispatch(arguments)
+        with ended_by_signal(), disk_faults():
+            _dispatch(arguments)
     except StethoscopeError as error:
         print(f"stethoscope: {f'process {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not rank():
             print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
     except BrokenPipeError:  # `stethoscope list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    """A warning as one line for the user, who has no use for the place in our code."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _dispatch(arguments: list[str]) -> None:
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    flags = [word for word in arguments[:1] if word in ("-m", "--multirun")]  # before the command or after it
+    words = arguments[len(flags) :]
+    command, rest = (words[0], [*words[1:], *flags]) if words else ("--help", [])
     if rank() and command not in TOGETHER:
         return
     if command in ("-h", "--help", "help"):
@@ -83,28 +94,34 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         ConfigError: an unknown choice, key or value among the overrides.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    failed: list[StethoscopeError] = []
-
-    def job(config: DictConfig) -> None:
-        try:
-            importlib.import_module(f"stethoscope.commands.{command}").run(config)
-        except StethoscopeError as error:  # Hydra would print more than the one line; a sweep goes on with its next job
-            if failed or "--multirun" in arguments or "-m" in arguments:
-                print(f"stethoscope: {error}", file=sys.stderr)
-            failed.append(error)
-
-    from stethoscope.overrides import quoted
+    from stethoscope.overrides import explain, quoted
+    from stethoscope.sweeps import Sweep
 
     if count() > 1 and {"-m", "--multirun"} & set(arguments):
         raise ConfigError(
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
     arguments = quoted(arguments, TEXTS.get(command, {}))
-    sys.argv = [f"stethoscope {command}", *arguments]
+    sweep = Sweep.of(command, arguments)
+    failed: list[StethoscopeError] = []
+
+    def job(config: DictConfig) -> None:
+        found = HydraConfig.get()
+        if found.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
+            sweep.run(config, found.job.num, list(found.overrides.task))
+            return
+        try:
+            importlib.import_module(f"stethoscope.commands.{command}").run(config)
+        except StethoscopeError as error:  # Hydra would print more than the one line
+            failed.append(error)
+
+    sys.argv = [f"stethoscope {command}", *sweep.arguments(arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     wrapped: Callable[[], None] = hydra.main(
         version_base="1.3", config_path="pkg://stethoscope.conf", config_name=command
@@ -113,10 +130,12 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     try:
         wrapped()
     except (HydraException, OmegaConfBaseException) as error:
-        from stethoscope.overrides import explain
-
         raise ConfigError(explain(error, command, overrides)) from error
-    if len(failed) > 1:
-        raise ConfigError(f"{len(failed)} jobs of the sweep failed, see above")
+    except Exception as error:  # of a launcher whose worker was killed; in this process no job raises one in a sweep
+        if not sweep.started:
+            raise
+        print(f"stethoscope: the launcher gave up, {type(error).__name__}: {error}", file=sys.stderr)
+    if sweep.started:
+        sweep.end()
     if failed:
         raise failed[0]

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from stethoscope.errors import unknown
 
+LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+"""Launchers of Hydra that come with an extra of ours."""
+
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """One line for an exception of Hydra or OmegaConf.
@@ -23,6 +26,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     while cause is not None:
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             group, _, name = (cause.missing_cfg_file or "").rpartition("/")
+            if group == "hydra/launcher" and name in LAUNCHERS:
+                return f'{group}={name} is not installed: pip install "lvlm-stethoscope[sweeps]"'
             return unknown(group or "configuration", name, cause.options)
         cause = cause.__cause__
     text = str(error)

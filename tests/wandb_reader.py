@@ -24,6 +24,8 @@ class OfflineRun:
 
     run_id: str = ""
     name: str = ""
+    group: str = ""
+    job_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -94,6 +96,7 @@ def read(folder: Path, seconds: float = 5.0) -> OfflineRun:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 run.run_id, run.name = record.run.run_id, record.run.display_name
+                run.group, run.job_type = record.run.run_group, record.run.job_type
             if kind in ("run", "config"):
                 for item in (record.run.config if kind == "run" else record.config).update:
                     _put(run.config, item)

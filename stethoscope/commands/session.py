@@ -28,16 +28,8 @@ def overrides() -> list[str]:
 
 
 def run_dir(config: DictConfig) -> Path:
-    """The run directory; in a sweep the jobs of one name are told apart by what they sweep over."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    folder = Path(config.run_dir)
-    if hydra.mode == RunMode.MULTIRUN and "name=" not in " ".join(hydra.overrides.task):
-        job = "-".join(word.split(".")[-1] for word in hydra.overrides.task)
-        folder = folder.with_name(f"{folder.name}-{''.join(c if c.isalnum() or c in '=-.' else '_' for c in job)}")
-    return folder
+    """The run directory; in a sweep, every job's own inside the sweep's folder."""
+    return Path(config.run_dir)
 
 
 def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:

@@ -3,44 +3,144 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stethoscope.build import build, choices, compose
+from stethoscope.columns import fitting, only, select_columns
 from stethoscope.errors import ArtefactError, ConfigError, unknown
+from stethoscope.report.tables import text
+from stethoscope.report.versus import transfer_table
+from stethoscope.table import feature_names, select_features
+from stethoscope.transfer import Target, of_subset
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from stethoscope.detector import Detector
     from stethoscope.store import RunStore
 
 
 def run(config: DictConfig) -> None:
     """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
+    from stethoscope.commands.benchmark import log_detector
+    from stethoscope.commands.session import loggers_of, overrides
     from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
+    from stethoscope.sharing import share_table
     from stethoscope.store import RunStore
 
-    folder = Path(config.run)
-    if not folder.is_dir():
-        raise ArtefactError(f"run={folder} is no directory; name a run of `stethoscope extract` or `benchmark`")
+    source, folder = Path(config.run), Path(config.run_dir)
+    if not source.is_dir():
+        raise ArtefactError(
+            f"run={source} is no directory; name a run of `stethoscope extract` or `benchmark` (run=runs/...)"
+        )
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
     beside = {name: _other(name, same, config.plugins) for name in config.beside}
-    results = fit(
-        RunStore(folder),
-        config.mentions,
-        detector,
-        fractions(config),
-        config.seed,
-        beside=beside,
-        ablation=config.ablation,
-        progress=lambda line: print(f"{line} ...", file=sys.stderr),
-    )
+    shares, store = fractions(config), RunStore(source)
+    table = token_table(config, store, config.mentions, config.subset)
+    targets = [_target(config, node) for node in config.test]
+    if targets:  # a column that the detector does not read need not be there
+        settings = detector.settings
+        names = select_features(feature_names(table), settings["features"], settings["exclude"])
+        table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
+        for target in targets:
+            fitting(target.table, names, target.name)
+    if folder.resolve() != source.resolve():
+        store = share_table(store, folder, config.mentions)
+        store.write_config(config, overrides())
+    with loggers_of(config) as loggers:
+        loggers.setup(folder)
+        results = fit(
+            store,
+            config.mentions,
+            detector,
+            shares,
+            config.seed,
+            table=table,
+            targets=targets,
+            beside=beside,
+            ablation=config.ablation,
+            progress=lambda line: print(f"{line} ...", file=sys.stderr),
+        )
+        log_detector(loggers, results)
+        loggers.log_metrics(_flat(results))
     print_detector(results)
+    if targets:
+        print(text(transfer_table(results["transfer"])))
     print(f"detector: {folder / 'detector'}")
+
+
+def token_table(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
+    """The token rows of a run that a command was asked for: one task, one subset or all, the chosen features or all.
+
+    Raises:
+        ArtefactError: the run has no token rows of that task, or not the features.
+        ConfigError: the task has no such subset.
+    """
+    from stethoscope.features import FeatureSet
+
+    table = store.tokens(task)
+    if table.empty:
+        raise _no_rows(store, task)
+    if "features" in config:
+        chosen = HydraConfig.get().runtime.choices.get("features", "...")
+        wanted = build(config.features, FeatureSet, "features", config.plugins).names
+        remedy = f"stethoscope extract run={store.run_dir} features={chosen}"
+        table = select_columns(table, wanted, str(store.run_dir), remedy)
+    return of_subset(table, subset, str(store.run_dir))
+
+
+def _no_rows(store: RunStore, task: str) -> ArtefactError:
+    return ArtefactError(
+        f"{store.run_dir} has no token features of task {task!r}; `stethoscope extract run={store.run_dir}` "
+        "computes them"
+    )
+
+
+def _target(config: DictConfig, node: Any) -> Target:
+    """What an entry of ``test`` names: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
+
+    Without ``mentions`` they are of the task that the detector is trained on or, where the run has no such, of its only
+    one.
+
+    Raises:
+        ConfigError: the entry says something else, or does not say which of several tasks.
+        ArtefactError: there is no such run, or it has no token rows.
+    """
+    from stethoscope.store import RunStore
+
+    wanted = {"run": node} if isinstance(node, str) else dict(node)
+    if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
+        raise ConfigError(f"test={node} should be a run directory or {{run: ..., mentions: ..., subset: ...}}")
+    store = RunStore(wanted["run"])
+    tasks = list(dict.fromkeys(store.tokens()["task"]))
+    task = wanted.get("mentions") or (config.mentions if config.mentions in tasks else None)
+    if task is None:
+        if not tasks:
+            raise _no_rows(store, "any")
+        if len(tasks) > 1:
+            raise ConfigError(f"test={node} has tokens of {', '.join(tasks)}: say which, {{run: ..., mentions: ...}}")
+        task = tasks[0]
+    subset = wanted.get("subset")
+    name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
+    return Target(name, token_table(config, store, task, subset))
+
+
+def _flat(results: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a transfer, by name, for loggers."""
+    return {
+        f"transfer/{row['target']}/{which}/{metric}": interval["value"]
+        for row in results.get("transfer", ())
+        for which, figures in row.items()
+        if isinstance(figures, dict)
+        for metric, interval in figures.items()
+    }
 
 
 def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
@@ -72,7 +172,14 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
 
 
 def fit(
-    store: RunStore, task: str, detector: Detector, shares: tuple[float, float, float], seed: int, **more: Any
+    store: RunStore,
+    task: str,
+    detector: Detector,
+    shares: tuple[float, float, float],
+    seed: int,
+    table: pd.DataFrame | None = None,
+    targets: Sequence[Target] = (),
+    **more: Any,
 ) -> dict[str, Any]:
     """Trains on one task's mentions; leaves ``detector/``, ``warnings.jsonl`` and the figures in the run directory.
 
@@ -82,21 +189,23 @@ def fit(
         detector: settings of the detector.
         shares: of the images for train, calibration and test.
         seed: of split and bootstrap.
+        table: the token rows to learn from and to measure on; None for all of the task's.
+        targets: other runs to judge the detector on.
         more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.training.train_detector``.
 
     Raises:
         ArtefactError: the run has no token rows of that task.
     """
     from stethoscope.training import train_detector
+    from stethoscope.transfer import transfer
     from stethoscope.warn import mention_warnings, write_warnings
 
-    table = store.tokens(task)
+    table = store.tokens(task) if table is None else table
     if table.empty:
-        raise ArtefactError(
-            f"{store.run_dir} has no token features of task {task!r}; `stethoscope extract run={store.run_dir}` "
-            "computes them"
-        )
+        raise _no_rows(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
+    if targets:
+        results["transfer"] = transfer(detector, Target(store.run_dir.name, table), targets, shares, seed)
     fingerprint = store.fingerprints().get(task, {})
     detector.save(
         store.run_dir / "detector",

@@ -71,7 +71,8 @@ def _parts(cell: Cell) -> tuple[str, str]:
     return str(cell), ""
 
 
-def _plain(cell: Cell) -> str:
+def plain(cell: Cell) -> str:
+    """A cell on one line."""
     return re.sub(r"\s+", " ", " ".join(part for part in _parts(cell) if part))
 
 
@@ -84,7 +85,7 @@ def text(table: Table) -> str:
     a   0.500 [0.400, 0.600]
     bb
     """
-    rows = [table.columns, *([_plain(cell) for cell in row] for row in table.rows)]
+    rows = [table.columns, *([plain(cell) for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
@@ -108,8 +109,8 @@ def markdown(table: Table) -> str:
 
     def cell(found: Cell) -> str:
         if isinstance(found, (Interval, Gap)):
-            return _plain(found)  # our own figures: brackets need no escape
-        return markdown_words(_plain(found))
+            return plain(found)  # our own figures: brackets need no escape
+        return markdown_words(plain(found))
 
     lines = [[markdown_words(name) for name in table.columns], ["---"] * len(table.columns)]
     for index, row in enumerate(table.rows):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ASKED = ("group", "subset", "image", "question", "reference")  # what makes a sample the same
 SUMMARY = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece")
+TRANSFERRED = ("auroc", "auroc_controlled", "ece")
 LONG = 30  # characters of a name that a head of a column can bear
 PAIRED = "Paired over the same resampled images; p is two-sided and not corrected for the number of comparisons."
 TaskOf = Callable[[Source, str], "Task"]
@@ -203,6 +204,22 @@ def detector_table(first: Source, other: Source, heads: tuple[str, str]) -> Tabl
     note = f"{sizes} that neither detector has learned from. {PAIRED}"
     title = f"detectors: {heads[1]} against {heads[0]}"
     return Table(title, ("", *heads, f"{heads[1]} − {heads[0]}"), tuple(cells), note, frozenset({0}))
+
+
+def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A detector at home and on other runs, beside one that is trained there; from ``results["transfer"]``."""
+    shown = {metric: {**RANKING, **AT_WORK}[metric] for metric in TRANSFERRED}
+    cells: list[tuple[Cell, ...]] = []
+    for row in rows:
+        for which in ("at home", "transferred", "trained there"):
+            if which in row:
+                cells.append((row["target"], which, *(interval(row[which][metric]) for metric in shown)))
+        if "difference" in row:
+            gaps = [Gap(interval(row["difference"][metric]), row["difference"][metric]["p"]) for metric in shown]
+            cells.append((row["target"], "transferred − trained there", *gaps))
+    sizes = ", ".join(f"{row['target']} {row['mentions']} in {row['images']}" for row in rows)
+    note = f"On test images only; mentions and images: {sizes}. {PAIRED}"
+    return Table("transfer", ("judged on", "detector", *shown.values()), tuple(cells), note, frozenset({0}))
 
 
 def board_table(sources: Sequence[Source], heads: Sequence[str]) -> Table | None:

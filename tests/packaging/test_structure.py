@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # who may import whom inside the package: a module may import modules of its own or of an earlier layer
 LAYERS = [
-    {"errors", "background", "images", "markup", "media", "records", "trace", "digests", "lock", "processes"},
+    {"errors", "background", "faults", "images", "markup", "media", "records", "trace", "digests", "lock", "processes"},
     {"metrics", "stats", "table", "features", "offsets", "fingerprint"},
     {"adapter", "task", "capture", "knockout", "lens", "loop", "noise", "rows", "spans", "states", "steps", "testbed"},
     {"relevancy", "pictures"},
@@ -29,14 +29,14 @@ LAYERS = [
         "lines",
         "tokens",
     },
-    {"baselines", "detector", "leaderboard", "training", "warn", "columns", "transfer"},
+    {"baselines", "detector", "leaderboard", "methods", "training", "warn", "columns", "transfer"},
     {"loggers", "store", "jobs"},
     {"run", "batch", "results", "callbacks", "maps", "evaluator", "sharing"},
     {"report"},
     {"build", "overrides"},
     {"diagnosis"},
     {"scoring", "streaming"},
-    {"commands", "app", "cli", "__main__"},
+    {"commands", "sweeps", "app", "cli", "__main__"},
 ]
 
 

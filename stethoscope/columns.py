@@ -1,0 +1,90 @@
+"""Which columns of a token table belong to which features, and whether two tables mean the same by them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from stethoscope.errors import ArtefactError, ConfigError
+from stethoscope.features import FEATURES
+from stethoscope.table import KEY_COLUMNS, feature_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST = 6  # names in a message
+_LAYER = re.compile(r"_l\d+(h\d+)?")
+
+
+def feature_of(column: str) -> str:
+    """Name of the feature that a column holds, or one layer or head of; a column of no known feature stands for itself.
+
+    >>> feature_of("attn_image_l00"), feature_of("nll"), feature_of("mine_l3")
+    ('attn_image', 'nll', 'mine_l3')
+    """
+    fits = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
+    return max(fits, key=len) if fits else column
+
+
+def only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """The table with the key columns that it has and these features."""
+    wanted = {*KEY_COLUMNS, *names}
+    return table[[column for column in table.columns if column in wanted]]
+
+
+def select_columns(table: pd.DataFrame, features: Sequence[str], where: str, remedy: str) -> pd.DataFrame:
+    """The table with all columns of some features and no others.
+
+    Args:
+        table: a token table.
+        features: names, of the catalogue.
+        where: what the table is called in messages.
+        remedy: the command that computes the features, for messages.
+
+    Raises:
+        ArtefactError: a feature has no column; the message names it and the command.
+    """
+    owners = {column: feature_of(column) for column in feature_names(table)}
+    lacking = [name for name in features if name not in owners.values()]
+    if lacking:
+        raise ArtefactError(
+            f"{where} has no columns of {len(lacking)} of {len(features)} features ({shorten(lacking)}); `{remedy}` "
+            "computes them, nothing is generated again; or leave them out: features.without=[...]"
+        )
+    return only(table, [column for column, owner in owners.items() if owner in set(features)])
+
+
+def fitting(table: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
+    """The table with these feature columns and no others, if they mean there what they meant where they come from.
+
+    Layers are numbered: column ``_l03`` of a model of eight layers is not that of a model of thirty-two. A table may
+    therefore neither lack one of the layers or heads of a feature nor have more of them.
+
+    Args:
+        table: a token table.
+        names: of columns.
+        where: what the table is called in messages.
+
+    Raises:
+        ConfigError: a column is missing, or a feature has other layers or heads; the message names them.
+    """
+    theirs = feature_names(table)
+    missing = [name for name in names if name not in theirs]
+    layered = {feature_of(name) for name in names if _LAYER.search(name)}
+    deeper = [name for name in theirs if name not in names and feature_of(name) in layered and _LAYER.search(name)]
+    if missing or deeper:
+        parts = [f"lacks {len(missing)} columns ({shorten(missing)})"] if missing else []
+        parts += [f"has {len(deeper)} layers or heads more ({shorten(deeper)})"] if deeper else []
+        raise ConfigError(
+            f"{where} {' and '.join(parts)}: a column of one layer means the same only in a model of the same depth. "
+            "Choose features without layers (features=uncertainty, or detector.exclude=['*_l*']), or compute the "
+            "missing ones with `stethoscope extract`"
+        )
+    return only(table, names)
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more

@@ -1,0 +1,101 @@
+"""A detector of one run judged on others: ``stethoscope train run=A test=[B, ...]``."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up_runs import made_up_run
+
+from stethoscope import Detector, leaderboard
+from stethoscope.metrics import auroc, ece
+from stethoscope.stats import split_groups
+from stethoscope.store import RunStore
+from stethoscope.table import mention_rows
+
+QUICK = ("logger=none", "detector.strength=0.1")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return made_up_run(tmp_path / "home")
+
+
+def _shifted(table):
+    return table.assign(nll=table["nll"] + np.float32(1))
+
+
+def _rows(run):
+    return RunStore(run).metrics()["detector"]["transfer"]
+
+
+def test_a_shifted_feature_keeps_the_ranking_and_breaks_the_calibration(home, tmp_path, stethoscope):
+    away = made_up_run(tmp_path / "away", seed=5, change=_shifted)
+    out = stethoscope("train", f"run={home}", f"test=[{away}]", "detector.features=[nll]", *QUICK, code=0)
+    assert "transferred − trained there" in out
+    own, other = _rows(home)
+    assert set(own) == {"target", "mentions", "images", "hallucinated", "at home"}
+    # one feature under a rising function ranks the same wherever it was fitted
+    assert other["transferred"]["auroc"]["value"] == pytest.approx(other["trained there"]["auroc"]["value"])
+    assert other["difference"]["auroc"]["low"] == other["difference"]["auroc"]["high"] == 0
+    assert other["difference"]["ece"]["low"] > 0.01
+
+
+def test_figures_are_those_of_the_saved_detector_on_images_it_has_not_seen(home, tmp_path, stethoscope):
+    away = made_up_run(tmp_path / "away", images=150, seed=8)
+    stethoscope("train", f"run={home}", f"test=[{away}]", "seed=2", *QUICK, code=0)
+    detector, table = Detector.load(home / "detector"), RunStore(away).tokens("chair")
+    folds = split_groups(table["group"], {"train": 0.5, "calibration": 0.2, "test": 0.3}, seed=2)
+    test = mention_rows(table[folds["test"]])
+    said, label = detector.predict(test), test["label"].to_numpy()
+    row = _rows(home)[1]
+    assert (row["mentions"], row["images"]) == (len(test), test["group"].nunique())
+    assert row["transferred"]["auroc"]["value"] == pytest.approx(auroc(label, said))
+    assert row["transferred"]["ece"]["value"] == pytest.approx(ece(label, said))
+    warnings = pd.DataFrame(map(json.loads, (home / "warnings.jsonl").read_text().splitlines()))
+    learned = set(warnings.loc[warnings["fold"] != "test", "group"])
+    assert not learned & set(test["group"])  # both runs name their images alike
+
+
+def test_task_to_task_and_subset_to_subset(home, tmp_path, stethoscope):
+    def halves(table):
+        return table.assign(subset=np.where(table["sample_id"].str[-1].astype(int) % 2, "odd", "even"))
+
+    away = made_up_run(tmp_path / "away", task="pope", seed=9, change=halves)
+    words = (f"test=[{away},{{run: {away}, subset: even}}]", *QUICK)
+    stethoscope("train", f"run={home}", *words, code=0)
+    assert [row["target"] for row in _rows(home)] == ["home", "away pope", "away pope even"]
+    assert _rows(home)[1]["mentions"] > _rows(home)[2]["mentions"]
+    out = stethoscope("train", f"run={away}", "mentions=pope", "subset=odd", f"test=[{{run: {away}, subset: even}}]",
+                      *QUICK, code=0)  # fmt: skip
+    assert "away pope even" in out
+    assert "unknown subset 'evn'; did you mean 'even'" in stethoscope(
+        "train", f"run={home}", f"test=[{{run: {away}, subset: evn}}]", *QUICK
+    )
+
+
+def test_another_depth_is_refused_and_its_columns_are_named(home, tmp_path, stethoscope):
+    def deeper(table):
+        return table.assign(attn_image_l01=table["attn_image_l00"])
+
+    away = made_up_run(tmp_path / "away", change=deeper)
+    line = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK)
+    assert "away chair has 1 layers or heads more (attn_image_l01)" in line
+    line = stethoscope("train", f"run={away}", f"test=[{home}]", *QUICK)
+    assert "home chair lacks 1 columns (attn_image_l01)" in line
+    words = ("detector.exclude=['*_l*']", *QUICK)
+    assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, code=0)
+    assert Detector.load(home / "detector").features == ("nll", "position")
+
+
+def test_wrong_targets_are_one_line(home, tmp_path, stethoscope):
+    assert "no samples.jsonl in runs/none" in stethoscope("train", f"run={home}", "test=[runs/none]", *QUICK)
+    line = stethoscope("train", f"run={home}", f"test=[{{run: {home}, task: chair}}]", *QUICK)
+    assert "should be a run directory or {run: ..., mentions: ..., subset: ...}" in line
+    few = made_up_run(tmp_path / "few", images=2)
+    assert "few chair" in stethoscope("train", f"run={home}", f"test=[{few}]", *QUICK)
