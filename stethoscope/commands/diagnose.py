@@ -162,7 +162,7 @@ def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
         return
     share = diagnosis.shares["image"][mention.tokens[0], -1]
     boxes = ", ".join(f"{_where(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
-    yield f"  picture: {share:.0%} of the relevancy, most of it at {boxes}"
+    yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
 
 
 def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:

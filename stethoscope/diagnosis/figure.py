@@ -39,7 +39,7 @@ def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None =
     layers = np.arange(1, len(diagnosis.shares["image"][token]) + 1)
     parts.stackplot(layers, [diagnosis.shares[name][token] for name in SHARES], labels=SHARES)
     parts.set(xlabel="layer", ylabel="share of relevancy", ylim=(0, 1))
-    parts.legend(loc="lower left", fontsize="small")
+    parts.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(SHARES), fontsize="small", frameon=False)
     for axis in (parts.xaxis, rank.xaxis, rank.yaxis):
         axis.get_major_locator().set_params(integer=True)
     if diagnosis.evolution is not None:

@@ -91,6 +91,7 @@ def diagnose(
         evolution=evolution,
         notes=tuple(notes),
         seconds=seconds,
+        scope=scope,
     )
 
 

@@ -21,6 +21,10 @@ function percent(value) {
   return value >= 0.0995 ? (100 * value).toFixed(0) + " %" : (100 * value).toFixed(1) + " %";
 }
 
+function signed(value) {
+  return (value > 0 ? "+" : value < 0 ? "\u2212" : "") + Math.abs(value).toFixed(2);
+}
+
 function ramp(value) {
   const stops = data.ramp, at = value * (stops.length - 1), low = Math.min(Math.floor(at), stops.length - 2);
   return stops[low].map((part, index) => part + (at - low) * (stops[low + 1][index] - part));
@@ -81,7 +85,7 @@ function facts(token) {
     ["entropy", token.entropy.toFixed(2) + " nats"]];
   if (token.object) rows.push(["object", token.object]);
   if (token.warning !== null) rows.push(["hallucinated", percent(token.warning) + (token.warned ? ", warned" : "")]);
-  if (token.evidence !== null) rows.push(["evidence + prior", `${token.evidence.toFixed(2)} + ${token.prior.toFixed(2)} log-odds`]);
+  if (token.evidence !== null) rows.push(["evidence and prior", `${signed(token.evidence)} and ${signed(token.prior)} log-odds`]);
   $("facts").replaceChildren(...rows.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
 }
 
@@ -105,7 +109,7 @@ function show() {
   });
   facts(token);
   if ($("top")) bars("top", token.top.map(([name, push]) => (
-    { name: name, value: push, against: push > 0, text: (push > 0 ? "+" : "") + push.toFixed(2) })));
+    { name: name, value: push, against: push > 0, text: signed(push) })));
   evolution(token);
   if (data.layers.length) {
     const at = Number($("layer").value);

@@ -1,4 +1,4 @@
-"""A diagnosis as a page of its own, and as what a notebook shows."""
+"""A diagnosis as a page of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from stethoscope.diagnosis.parts import SHARES
 from stethoscope.errors import CapabilityError
 from stethoscope.markup import data_uri, document, escape, json_block
-from stethoscope.pictures import RAMP, heat, overlay, raster, relevancy_tiles
+from stethoscope.pictures import RAMP, heat, raster, relevancy_tiles
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.result import Diagnosis
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MOST_LAYERS = 16  # that the page holds; more are thinned out evenly, the last one always stays
 RASTER = 32  # cells along the longer side of a map that is put together from several tiles
 WIDEST = 1024  # pixels of the picture in the page
-SHOWN = 6  # mentions with a heat map in a notebook
 
 
 def page(diagnosis: Diagnosis) -> str:
@@ -36,7 +35,7 @@ def _body(diagnosis: Diagnosis, data: dict[str, Any]) -> Iterator[str]:
     thumb = diagnosis.image.copy()
     thumb.thumbnail((WIDEST, WIDEST))
     scale = max(1, -(-640 // thumb.width))
-    yield f'<main><h1>{escape(diagnosis.question)}</h1><p class="soft">{escape(_summary(diagnosis))}</p>'
+    yield f'<main><h1>{escape(diagnosis.question)}</h1><p class="soft">{escape(summary(diagnosis))}</p>'
     for note in diagnosis.notes:
         yield f'<p class="soft">Not shown: {escape(note)}</p>'
     yield '<section class="card"><p class="answer">' + "".join(_tokens(diagnosis)) + "</p>"
@@ -52,16 +51,17 @@ def _body(diagnosis: Diagnosis, data: dict[str, Any]) -> Iterator[str]:
     if diagnosis.judgements and diagnosis.judgements[0].top:
         yield _card("Features that push the warning (log-odds)", '<div id="top"></div>')
     if data["layers"]:
-        yield _card("Relevancy", '<div id="shares"></div>')
+        yield _card(f"Relevancy by part (gradient of scope {diagnosis.scope})", '<div id="shares"></div>')
         choice = "".join(f"<option>{name}</option>" for name in data["tokens"][0]["contribution"])
         select = f'<label for="statistic">of</label><select id="statistic">{choice}</select>'
         inside = f'<div id="contribution"></div><div class="controls">{select}</div>'
         yield _card("Visual contribution: image / (image + text)", inside)
-        yield _card("Question", '<div id="question"></div>')
-        yield _card("Earlier answer tokens", '<div id="before"></div>')
+        yield _card("Relevancy of the question's tokens", '<div id="question"></div>')
+        yield _card("Relevancy of earlier answer tokens", '<div id="before"></div>')
     yield "</div></div>"
     if diagnosis.evolution is not None:
-        head = "<tr><th>layer</th><th>rank</th><th>probability</th><th>most probable words</th></tr>"
+        words = f'<th colspan="{diagnosis.evolution.probabilities.shape[-1]}">most probable words</th>'
+        head = f"<tr><th>layer</th><th>rank</th><th>probability</th>{words}</tr>"
         table = f'<table><thead>{head}</thead><tbody id="evolution"></tbody></table>'
         yield _card("Prediction evolution: what every layer would have said", f'<div class="scroll">{table}</div>')
     yield "</main>"
@@ -71,7 +71,8 @@ def _card(title: str, inside: str) -> str:
     return f'<section class="card"><h2>{escape(title)}</h2>{inside}</section>'
 
 
-def _summary(diagnosis: Diagnosis) -> str:
+def summary(diagnosis: Diagnosis) -> str:
+    """One line: the model, how long its answer is, what the detector warns of."""
     count, seconds = len(diagnosis), sum(diagnosis.seconds.values())
     parts = [diagnosis.model, f"{count} tokens", f"{seconds:.1f} s"]
     if diagnosis.threshold is not None:
@@ -95,7 +96,7 @@ def _tokens(diagnosis: Diagnosis) -> Iterator[str]:
     """The answer, every token in an element of its own, what lies between them as it is."""
     text, at = diagnosis.answer.text, 0
     for index, (start, end) in enumerate(diagnosis.answer.offsets):
-        start += len(text[start:end]) - len(text[start:end].lstrip())  # boxes begin with the word
+        start = word_start(text, start, end)
         if start < end:
             owner = diagnosis.mention_of(index)
             kind = "t warned" if owner is not None and owner.warned else "t"
@@ -104,6 +105,15 @@ def _tokens(diagnosis: Diagnosis) -> Iterator[str]:
             )
             at = end
     yield escape(text[at:])
+
+
+def word_start(text: str, start: int, end: int) -> int:
+    """Where the word of a token begins, so that boxes do not begin with the space before it.
+
+    >>> word_start("a dog", 1, 5)
+    2
+    """
+    return start + len(text[start:end]) - len(text[start:end].lstrip())
 
 
 def _controls(data: dict[str, Any]) -> Iterator[str]:
@@ -240,45 +250,3 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
                 "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
             },
         )
-
-
-def notebook(diagnosis: Diagnosis) -> str:
-    """See ``Diagnosis._repr_html_``. Without a script, which notebooks that are not trusted take out."""
-    pieces, text, at = [], diagnosis.answer.text, 0
-    warning = diagnosis.warning
-    for index, (start, end) in enumerate(diagnosis.answer.offsets):
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        value = 0.0 if warning is None or np.isnan(warning[index]) else float(warning[index])
-        owner = diagnosis.mention_of(index)
-        style = f"background:rgba(201,42,42,{0.75 * value:.2f})"
-        style += ";border:2px solid #c92a2a;border-radius:4px" if owner is not None and owner.warned else ""
-        title = f"probability {diagnosis.probability[index]:.0%}"
-        title += f", {owner.object}" if owner is not None else ""
-        title += f", hallucinated {value:.0%}" if owner is not None and owner.judgement is not None else ""
-        if start < end:
-            inside = escape(text[start:end])
-            pieces.append(
-                escape(text[at:start]) + f'<span style="{escape(style)}" title="{escape(title)}">{inside}</span>'
-            )
-            at = end
-    pieces.append(escape(text[at:]))
-    shown = [mention for mention in diagnosis.mentions if mention.tokens and mention.warned]
-    shown = (shown or [mention for mention in diagnosis.mentions if mention.tokens])[:SHOWN]
-    figures = "".join(_figure(diagnosis, mention.tokens[0], mention.object) for mention in shown)
-    return (
-        f'<div><p style="color:#59636e">{escape(diagnosis.question)} ({escape(_summary(diagnosis))})</p>'
-        f'<p style="white-space:pre-wrap;line-height:1.8">{"".join(pieces)}</p>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div></div>'
-    )
-
-
-def _figure(diagnosis: Diagnosis, token: int, name: str) -> str:
-    try:
-        picture = overlay(diagnosis.image, diagnosis.heat_map(token), width=240)
-    except CapabilityError:
-        return ""
-    address = data_uri(picture)
-    return (
-        f'<figure style="margin:0"><img width="200" src="{address}" alt="{escape(name)}">'
-        f"<figcaption>{escape(name)}</figcaption></figure>"
-    )

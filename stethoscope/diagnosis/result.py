@@ -39,6 +39,7 @@ class Diagnosis:
         evolution: the logit lens; None where the model cannot give it.
         notes: what is missing and why, in words.
         seconds: time spent by stage.
+        scope: of the gradient of ``relevancy``, ``row`` or ``token``.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Diagnosis:
     evolution: Evolution | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    scope: str = "row"
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -181,6 +183,7 @@ class Diagnosis:
             "answer": self.answer.text,
             "finished": self.answer.finished,
             "image": {"width": self.image.width, "height": self.image.height},
+            "scope": self.scope,
             "threshold": self.threshold,
             "warned": list(self.warned),
             "mentions": [mention.to_dict() for mention in self.mentions],
@@ -254,7 +257,7 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         """For notebooks: tokens coloured by warning, mentions with their heat maps; text is escaped."""
-        from stethoscope.diagnosis.page import notebook
+        from stethoscope.diagnosis.notebook import notebook
 
         return notebook(self)
 
