@@ -32,7 +32,6 @@ _BRIDGE = re.compile(r"qformer|visual_abstractor|resampler|perceiver")
 _CROSS = re.compile(r"EncDecAttention|cross_?attn|encoder_attn")
 _ENCODER = re.compile(r"(^|\.)encoder\.")
 _NUMBER = re.compile(r"\.(\d+)(\.|$)")
-_NOT_IN_SDPA = ("softcap", "s_aux")  # arguments that change the scores and that SDPA cannot take
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def plain_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """SDPA, or the model file's eager attention where SDPA cannot express the call (soft-capping, sinks)."""
-    if any(kwargs.get(name) is not None for name in _NOT_IN_SDPA):
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:  # they change the scores
         return eager_attention(module, query, key, value, mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 

@@ -67,7 +67,8 @@ class Lens:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
-        logits = self.head(self.norm(hidden) * self._scale).float()
+        states = self.norm(hidden)
+        logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def read(self, heard: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

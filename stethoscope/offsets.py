@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-KEPT = 8
+KEPT = 6
 """So many tokens before a token may change how it reads."""
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -16,25 +16,26 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 
 from stethoscope.diagnosis.detecting import feature_set
-from stethoscope.errors import CapabilityError, ConfigError
-from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError
+from stethoscope.features import FEATURES
+from stethoscope.features.selection import as_columns
 from stethoscope.records import Answer
 from stethoscope.steps import STEP_NEEDS
-from stethoscope.trace import Trace
 
 if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.estimators import CalibratedModel
+    from stethoscope.features import Feature
     from stethoscope.steps import Steps
 
 HISTORY = frozenset(
-    {"position", "log_position", "repetition", "sequence_logprob"}
+    {"sequence_logprob"}
     | {f"lookback_{part}_{row}" for part in ("image", "question", "context") for row in "qc"}
     | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
 )
-"""Features of a token that are functions of the tokens before it too; all others read the token's own rows."""
-COUNTED = frozenset({"position", "log_position", "repetition"})
-"""Those of them that read token ids alone."""
+"""Features of a token that are functions of the tokens before it too; most others read the token's own rows."""
+COUNTED = ("position", "log_position", "repetition")
+"""Those that are counted: place, log(1 + place), how often the token stands before."""
 
 
 class Scorer:
@@ -59,13 +60,12 @@ class Scorer:
         self.needs = features.needs
         self.waits = int(any(name.endswith("_c") for name in features.names))
         self.together = delay + 1 - self.waits
-        names = set(features.names)
-        parts = (names - HISTORY, names & COUNTED, names & HISTORY - COUNTED)
-        self._own, self._counted, self._history = (
-            FeatureSet(groups=(), names=sorted(part)) if part else None for part in parts
-        )
-        self._features, self._columns = detector.features, detector.schema.names
+        self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
+        self._history = [item for item in features.features if item.name in HISTORY]
+        self._features, self._table = detector.features, detector.schema.names
         self._predict = quick(detector.model)
+        self._places: list[int] = []  # of the detector's columns among those that are computed
+        self._seen: Counter[int] = Counter()
         self._rows: list[np.ndarray] = []
 
     def judge(self, steps: Steps, ids: Sequence[int], start: int) -> np.ndarray:
@@ -74,29 +74,53 @@ class Scorer:
         Args:
             steps: of all tokens, and of the one behind them where the scorer ``waits``.
             ids: all tokens up to the last that is to be judged. ``start``: number of the first one.
+
+        Raises:
+            CapabilityError: the model does not give what the detector reads.
+            CaptureError: a value is not finite.
         """
-        count, waits = len(ids) - start, bool(self.waits)
-        values: dict[str, np.ndarray] = {}
-        if self._own is not None:
-            values |= self._own.compute(steps.trace(start, _unread(ids[start:]), self._own.needs, waits))
-        if self._counted is not None:
-            values |= self._counted.compute(Trace(_unread(ids), steps.spans, torch.zeros(len(ids), 0)))
-        if self._history is not None:
-            values |= self._history.compute(steps.trace(0, _unread(ids), self._history.needs, waits))
-        try:
-            rows = np.array([values[name][-count:] for name in self._features], dtype=np.float64).T
-        except KeyError as error:
-            raise CapabilityError(
-                f"the detector reads {error.args[0]}, which this model does not give; it was trained on another model"
-            ) from None
+        found = self._computed(self._own, steps, ids, start)
+        if self._history:
+            found += [(item, values[start:]) for item, values in self._computed(self._history, steps, ids, 0)]
+        counted = self._count(ids, start)
+        if not self._places:
+            names = [name for item, values in found for name in as_columns(item, values)] + list(COUNTED)
+            missing = [name for name in self._features if name not in names]
+            if missing:
+                raise CapabilityError(
+                    f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
+                )
+            self._places = [names.index(name) for name in self._features]
+        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), counted], 1)
+        rows = rows[:, self._places]
+        if not np.isfinite(rows).all():
+            name = self._features[int(np.isfinite(rows).all(0).argmin())]
+            raise CaptureError(f"feature {name!r} gave a value that is not finite")
         self._rows.append(rows)
         return self._predict(rows)
+
+    def _computed(
+        self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int
+    ) -> list[tuple[Feature, np.ndarray]]:
+        """What features say of the tokens from ``start`` on."""
+        needs = frozenset().union(*(item.needs for item in features))
+        trace = steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
+        return [(item, np.asarray(item.function(trace), dtype=np.float32)) for item in features]
+
+    def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
+        repeated = []
+        for token in ids[start:]:
+            repeated.append(self._seen[token])
+            self._seen[token] += 1
+        position = np.arange(start, len(ids))
+        return np.stack([position, np.log1p(position, dtype=np.float32), repeated], 1)
 
     def columns(self) -> dict[str, np.ndarray]:
         """(T,) columns as the detector's table has them; those that it does not read are missing values."""
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(self._features)))
         read = dict(zip(self._features, rows.T, strict=True))
-        return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._columns}
+        return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._table}
 
 
 def _unread(ids: Sequence[int]) -> Answer:

@@ -9,7 +9,7 @@ with a mask or a position bias, keys that a window has dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,7 +242,8 @@ class Steps(Listener):
         self._reduce()
         stop = start + len(answer.token_ids)
         end = stop + consuming
-        parts: dict[str, Any] = {"logits": self._stacked(self.logits[start:stop])}
+        rows = self.logits[start:stop]
+        parts: dict[str, Any] = {"logits": (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float().cpu()}
         if "attention" in needs:
             parts |= {"mass": self._part("mass", start, stop), "image_attention": self._part("image", start, stop)}
         if not needs.isdisjoint({"lens", "trajectory"}):
@@ -257,10 +258,6 @@ class Steps(Listener):
             stacked = {name: self._part(name, start, end) for name in ("mass", "image", "top", "peak")}
             parts["heads"] = Heads(**stacked, response=response)
         return Trace(answer, self.spans, **parts)
-
-    @staticmethod
-    def _stacked(rows: Sequence[Tensor]) -> Tensor:
-        return (rows[0][None] if len(rows) == 1 else torch.stack(list(rows))).float().cpu()
 
     def _part(self, name: str, start: int, stop: int) -> Any:
         """(stop - start, ...) of one part; a list of rows where they have different lengths."""

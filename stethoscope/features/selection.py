@@ -23,15 +23,20 @@ class FeatureSet:
     Attributes:
         features: the chosen features in the order of the catalogue.
         needs: what a trace must hold for them.
+        score: name of the feature that is a published detector's score by itself; None where it learns from them all.
     """
 
     def __init__(
-        self, groups: Sequence[str] = EVERYWHERE, names: Sequence[str] = (), without: Sequence[str] = ()
+        self,
+        groups: Sequence[str] = EVERYWHERE,
+        names: Sequence[str] = (),
+        without: Sequence[str] = (),
+        score: str | None = None,
     ) -> None:
         """Chooses all features of ``groups`` plus ``names``, less ``without``: features, or whole groups.
 
         Raises:
-            ConfigError: a group or name is not known, or nothing is left.
+            ConfigError: a group or name is not known, nothing is left, or the score is not among the features.
         """
         known = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
         for group in groups:
@@ -52,6 +57,11 @@ class FeatureSet:
         if not self.features:
             raise ConfigError("no feature is left; choose groups of " + ", ".join(known))
         self.needs = frozenset().union(*(item.needs for item in self.features))
+        if score is not None and score not in self.names:
+            raise ConfigError(
+                f"features.score={score} is none of the features that are chosen: {', '.join(self.names)}"
+            )
+        self.score = score
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,16 +105,16 @@ class FeatureSet:
             values = np.asarray(item.function(trace), dtype=np.float32)
             if not (np.isfinite(values) | (np.isnan(values) & item.gaps)).all():
                 raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
-            columns.update(_columns(item, values))
+            columns.update(as_columns(item, values))
         return columns
 
 
-def _columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
     """Columns of one feature.
 
-    >>> list(_columns(FEATURES["head_image_q"], np.zeros((3, 1, 2))))
+    >>> list(as_columns(FEATURES["head_image_q"], np.zeros((3, 1, 2))))
     ['head_image_q_l00h00', 'head_image_q_l00h01']
-    >>> list(_columns(FEATURES["hidden_last_q"], np.zeros((3, 2))))
+    >>> list(as_columns(FEATURES["hidden_last_q"], np.zeros((3, 2))))
     ['hidden_last_q_d0000', 'hidden_last_q_d0001']
     """
     name = item.name
