@@ -135,11 +135,16 @@ class Pool:
             quick = detector if one == final else Detector.load(one)
             delay = streaming_delay(quick)
             if delay is not None:
-                names = str(final) if one == final else f"{final} (while writing {one})"
+                names = _name(final) if one == final else f"{_name(final)}, while writing {_name(one)}"
                 return Detectors(detector, quick, delay, names)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
-        return Detectors(detector, names=str(final))
+        return Detectors(detector, names=_name(final))
+
+
+def _name(folder: Path) -> str:
+    """How a detector is called: by the run that has it."""
+    return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
 
 
 def detector_folder(folder: str) -> Path:

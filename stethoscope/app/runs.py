@@ -14,7 +14,6 @@ from stethoscope.app.asking import Question
 from stethoscope.app.models import Pool
 from stethoscope.commands.past import saved_task
 from stethoscope.errors import ArtefactError, StethoscopeError, unknown
-from stethoscope.markup import escape
 from stethoscope.records import Generation, ImageRef
 from stethoscope.report.page import collect
 from stethoscope.report.source import Source
@@ -83,17 +82,15 @@ class Runs:
         return payload.encode("list", rows=rows, note=source.no_detector(), run=str(name))
 
     def figures(self, name: str | None) -> str:
-        """Leader board, ROC, calibration and the rest of the run's report, as a frame that runs no script."""
+        """Leader board, ROC, calibration and the rest of the run's report, as JSON for the frame that shows it."""
         if not self._folders:
-            return f"<p>{escape(NO_RUN)}</p>"
+            return payload.encode("figures", note=NO_RUN)
         try:
             folder = self.source(name).folder
             page = self._report(folder, (folder / "metrics.json").stat().st_mtime_ns)
         except StethoscopeError as error:
-            return f"<p>{escape(error)}</p>"
-        return (
-            f'<iframe title="figures of {escape(name)}" sandbox="allow-same-origin" srcdoc="{escape(page)}"></iframe>'
-        )
+            return payload.encode("figures", note=str(error))
+        return payload.encode("figures", page=page, title=f"figures of {name}")
 
     def question(self, name: str, task: str, sample_id: str, pool: Pool, model: str) -> tuple[Question, Path]:
         """A sample with its stored answer, to be looked at, and a file of its picture.

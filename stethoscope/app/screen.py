@@ -11,7 +11,7 @@ import gradio as gr
 
 from stethoscope.app import asking, payload
 from stethoscope.app.models import Pool
-from stethoscope.app.runs import Runs
+from stethoscope.app.runs import NO_RUN, Runs
 from stethoscope.diagnosis.readers import Reader
 from stethoscope.errors import StethoscopeError
 from stethoscope.markup import escape
@@ -60,7 +60,7 @@ def _component(name: str, value: str, **options: Any) -> gr.HTML:
     """A component of our own: template and script lie beside this file, data comes as its value."""
     resources = files("stethoscope.app")
     template, script = (resources.joinpath(f"{name}.{kind}").read_text("utf-8") for kind in ("html", "js"))
-    return gr.HTML(value, html_template=template, js_on_load=script, elem_id=name, **options)
+    return gr.HTML(value, html_template=template, js_on_load=script, elem_id=name, apply_default_css=False, **options)
 
 
 def _ask_tab(pool: Pool, examples: Sequence[Path]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
         with gr.Tab("Samples"):
             listing = _component("list", runs.listing(runs.first))
         with gr.Tab("Figures") as figures:
-            report = gr.HTML("", elem_id="figures", js_on_load=None)
+            report = _component("figures", payload.encode("figures", note="making the figures …" if names else NO_RUN))
     return {"run": chosen, "list": listing, "figures": figures, "report": report}
 
 
@@ -159,7 +159,8 @@ def _wire_run(
             first = (unchanged,) * 4
 
     browser["run"].change(runs.listing, browser["run"], browser["list"], **quiet)
-    browser["run"].change(lambda: "", None, browser["report"], **quiet)
+    emptied = payload.encode("figures", note="")
+    browser["run"].change(lambda: emptied, None, browser["report"], **quiet)
     browser["figures"].select(runs.figures, browser["run"], browser["report"], **quiet)
     outputs = [tabs, parts["picture"], parts["question"], parts["model"], parts["view"], case]
     browser["list"].look(

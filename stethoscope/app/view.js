@@ -17,7 +17,7 @@ function make(name, text, kind) {
 }
 
 function percent(value) {
-  return value >= 0.0995 || value === 0 ? (100 * value).toFixed(0) + " %" : (100 * value).toFixed(1) + " %";
+  return value >= 0.0995 || value === 0 ? (100 * value).toFixed(0) + "\u00a0%" : (100 * value).toFixed(1) + "\u00a0%";
 }
 
 function signed(value) {
@@ -350,7 +350,11 @@ function receive() {
     say(found.text || "", found.kind === "error");
     if (found.kind === "busy") $("scope").disabled = true;
     if (found.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
-    if (found.clear) { data = null; $("written").hidden = $("diagnosed").hidden = true; }
+    if (found.clear) {
+      data = null;
+      $("written").hidden = $("diagnosed").hidden = true;
+      if (window.innerWidth <= 760) element.scrollIntoView({ block: "start" }); // the answer comes below the question
+    }
     return;
   }
   if (found.kind === "done") finished(found); else data = found;
