@@ -19,6 +19,7 @@ INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
 TEXTS = {
+    "app": {"run": "run", "runs": "runs", "detector": "detector.folder"},
     "diagnose": {**{name: name for name in ("image", "question", "answer", "out")}, "detector": "detector.folder"},
 }
 """Settings whose values are taken as they are typed, whatever Hydra's grammar would make of commas and brackets, with
