@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
+from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
 from stethoscope.processes import rank
 
 
@@ -18,7 +18,7 @@ def run(config: DictConfig) -> None:
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)
     with loggers_of(config) as loggers:
-        results = make_evaluator(config, folder, loggers).run(adapter, task)
+        results = answer(config, folder, loggers, adapter, task)
     if rank():  # of several processes the first one tells of the results
         return
     from stethoscope.commands.tables import terminal  # half a second that the first sample need not wait for

@@ -25,13 +25,14 @@ def run(config: DictConfig) -> None:
 
     folder = Path(config.run)
     saved = saved_config(folder)
-    if "task" not in saved:
-        raise ArtefactError(f"{folder} was not made by `stethoscope evaluate`; a benchmark has its features already")
+    asked = saved.get("task") or saved.get("chair")  # of a benchmark, the task that has features
+    if asked is None:
+        raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`")
     detector = Detector.load(config.warn) if config.warn else None
     plugins = [*saved.plugins, *config.plugins]
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)
-    adapter, task = build(saved.model, Adapter, "model", plugins), build(saved.task, Task, "task", plugins)
+    adapter, task = build(saved.model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         limit=saved.limit,

@@ -14,10 +14,12 @@ from stethoscope.callbacks import Callback
 from stethoscope.errors import ArtefactError, DataError
 
 if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
     from stethoscope.evaluator import Evaluator
     from stethoscope.loggers import Loggers
     from stethoscope.results import TaskResults
     from stethoscope.run import Run
+    from stethoscope.task import Task
 
 
 def overrides() -> list[str]:
@@ -87,6 +89,27 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
         seed=config.seed,
         **settings,
     )
+
+
+def answer(
+    config: DictConfig, folder: Path, loggers: Loggers, adapter: Adapter, task: Task, **more: Any
+) -> TaskResults:
+    """Evaluates a task; answers that a run of the folder ``answers`` has already are taken from there.
+
+    Args:
+        config: of a command that generates answers.
+        folder: the run directory.
+        loggers: where figures go.
+        adapter, task: who is asked and what.
+        more: settings of the evaluator that are not in the configuration.
+    """
+    from stethoscope.sharing import shared_answers
+
+    evaluator = make_evaluator(config, folder, loggers, **more)
+    if config.answers is None or config.overwrite or config.fast_dev_run:
+        return evaluator.run(adapter, task)
+    with shared_answers(Path(config.answers), folder, adapter, task, evaluator.generation):
+        return evaluator.run(adapter, task)
 
 
 def saved_config(folder: Path) -> DictConfig:

@@ -41,12 +41,14 @@ class Result:
         figures: by name: those of tasks (``chair chair_i``) and those of the detector (``AUROC``).
         gaps: by name, what it is above the first job, paired over images.
         remark: why there are no gaps, if the reason is worth telling.
+        shared: its answers are those of the first job, as where detectors are trained on one run.
     """
 
     job: Job
     figures: dict[str, Interval] = field(default_factory=dict)
     gaps: dict[str, Gap] = field(default_factory=dict)
     remark: str = ""
+    shared: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -100,8 +102,8 @@ class Comparison:
         """Not all of a detector's figures, and no figure of a task whose answers all jobs share."""
         if name in TITLES.values():
             return name in SHOWN
-        found = [result.figures[name] for result in self.results if name in result.figures]
-        return len(found) == 1 or any(figure != found[0] for figure in found)
+        found = [result for result in self.results if result.figures]
+        return len(found) == 1 or not all(result.shared for result in found[1:])
 
     def problems(self) -> Iterator[str]:
         """A line for every job that failed, and for every one that could not be compared."""
@@ -179,7 +181,8 @@ def comparison(jobs: Sequence[Job], task_of: TaskOf) -> Comparison:
         if first is None:
             first = source
         else:
-            result.gaps, result.remark = _gaps(first, source, task_of)
+            result.shared = _same_answers(first, source)
+            result.gaps, result.remark = _gaps(first, source, result.shared, task_of)
     return Comparison(tuple(results))
 
 
@@ -202,12 +205,12 @@ def _figures(source: Source) -> dict[str, Interval]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _gaps(first: Source, other: Source, task_of: TaskOf) -> tuple[dict[str, Gap], str]:
+def _gaps(first: Source, other: Source, shared: bool, task_of: TaskOf) -> tuple[dict[str, Gap], str]:
     """What a run is above the first, where they were asked the same; else why there is nothing."""
     gaps: dict[str, Gap] = {}
     try:
-        if not _same_answers(first, other):
-            require_same(first, other)
+        if not shared:
+            require_same(first, other, swept=True)
             for result in other.results:
                 if result.task in {one.task for one in first.results}:
                     gaps[f"{result.task} {result.primary}"] = _task_gap(first, other, task_of(first, result.task))

@@ -71,19 +71,26 @@ def common_tasks(first: Source, other: Source) -> list[str]:
     return found
 
 
-def require_same(first: Source, other: Source) -> None:
+def require_same(first: Source, other: Source, swept: bool = False) -> None:
     """Checks that the common tasks of two runs are the same and asked the same.
+
+    Args:
+        first, other: the runs.
+        swept: they are jobs of a sweep, whose settings and questions differ because they were meant to: it is enough
+            that the tasks are of one kind and that pictures and truth are the same.
 
     Raises:
         ConfigError: they are not; the message names what differs.
     """
     found = []
+    asked = [key for key in ASKED if not (swept and key == "question")]
     for task in common_tasks(first, other):
         mine, theirs = (source.store.fingerprints()[task]["task"] for source in (first, other))
         for key, old, new in differences(mine, theirs):
-            if not (_path(old) and _path(new)):  # a moved folder; the samples tell whether they are the same
+            # a moved folder: the samples tell whether they are the same
+            if not (_path(old) and _path(new)) and not (swept and key.startswith("settings")):
                 found.append(f"{task} {key} is {old!r} and {new!r}")
-        found += [f"{task} {line}" for line in _sample_differences(first, other, task)]
+        found += [f"{task} {line}" for line in _sample_differences(first, other, task, asked)]
     if found:
         shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
         raise ConfigError(f"{first.folder} and {other.folder} did not answer the same: {shown}")
@@ -93,13 +100,13 @@ def _path(value: Any) -> bool:
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 
-def _sample_differences(first: Source, other: Source, task: str) -> Iterator[str]:
+def _sample_differences(first: Source, other: Source, task: str, asked: Sequence[str]) -> Iterator[str]:
     mine, theirs = ({record.sample_id: record for record in one.store.records(task)} for one in (first, other))
     for one, there, here in ((first, mine, theirs), (other, theirs, mine)):
         alone = [name for name in there if name not in here]
         if alone:
             yield f"has {len(alone)} samples only in {one.folder}, such as {alone[0]!r}"
-    for key in ASKED:
+    for key in asked:
         unequal = [name for name in mine if name in theirs and getattr(mine[name], key) != getattr(theirs[name], key)]
         if unequal:
             yield f"has another {key} in {len(unequal)} samples, such as {unequal[0]!r}"

@@ -32,7 +32,7 @@ def pope(tmp_path):
         (["evaluate", "on_error=explode"], "unknown on_error 'explode'"),
         (["evaluate", "model._target_=os.system"], "'os.system' is outside the packages that may be instantiated"),
         (["evaluate", "model=hf"], "model_id"),
-        (["train"], "run must be given"),
+        (["extract"], "run must be given"),
         (["train", "run=nowhere"], "run=nowhere is no directory"),
         (["extract", "run=nowhere"], "nowhere is not a run directory"),
         (["benchmark", "split.train=0.9"], "split.train=0.9 and split.calibration=0.2"),
