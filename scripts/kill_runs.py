@@ -144,22 +144,32 @@ def finish(steps: Sequence[Step], run: Path, processes: int) -> None:
                 raise SystemExit(f"{step.name} ended with {codes}")
 
 
-def launch(words: Sequence[str], processes: int) -> list[subprocess.Popen]:
-    """Starts a command in several processes, as ``torchrun`` does; kept by hand so that each can be killed."""
+def launch(words: Sequence[str], processes: int, listen: bool = False) -> list[subprocess.Popen]:
+    """Starts a command in several processes, as ``torchrun`` does; by hand, so that each can be killed.
+
+    Args:
+        words: the command, to be given to Python.
+        processes: how many.
+        listen: keeps what they write to stderr, for ``communicate``.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= {"LOCAL_WORLD_SIZE": str(processes)}
     workers = []
     for rank in range(processes):
         mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [sys.executable, *words]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL if processes > 1 else None}
-        workers.append(subprocess.Popen(command, env={**environment, **mine}, **quiet))
+        errors = subprocess.PIPE if listen else subprocess.DEVNULL
+        workers.append(subprocess.Popen(command, env={**environment, **mine}, stdout=subprocess.DEVNULL, stderr=errors))
     return workers
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -17,6 +17,7 @@ REMEMBERED_FROM = 2**26
 """Bytes of files from which a digest is worth remembering: less is read again in a few hundredths of a second."""
 
 _REMEMBERED_FILES = 500
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
@@ -89,13 +90,15 @@ def _sources(classes: Sequence[type]) -> dict[str, bytes]:
     for cls in classes:
         own = {"stethoscope", cls.__module__.partition(".")[0]}
         for base in cls.__mro__:
-            if base.__module__.partition(".")[0] not in own:
-                continue  # of other projects the version is noted
+            top = base.__module__.partition(".")[0]
             file = getattr(sys.modules.get(base.__module__), "__file__", None)
+            if top in sys.stdlib_module_names or (top not in own and _INSTALLED & set(Path(file or "").parts)):
+                continue  # of other projects the version is noted
             if file is None:
                 found[f"{base.__module__}.{base.__qualname__}"] = _typed(base)
             else:
-                _follow(base.__module__, Path(file), found)
+                name = Path(file).stem if base.__module__ == "__main__" else base.__module__
+                _follow(name, Path(file), found)
     return found
 
 

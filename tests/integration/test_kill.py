@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny_world import TinyAdapter, TinyFeatures, TinyTask
+
+from stethoscope.evaluator import Evaluator
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,12 +40,9 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(kill_runs, tmp
 
 def test_the_comparison_finds_what_it_should(kill_runs, tmp_path):
     """A driver that finds nothing would prove nothing."""
-    words = [str(ROOT / "tests/tiny_run.py")]
-    runs = {name: tmp_path / name for name in ("one", "other")}
-    for run in runs.values():
-        step = kill_runs.Step("tiny", [*words, str(run), '{"count": 4}'], lambda run: False)
-        kill_runs.finish([step], run, 1)
-    one, other = runs.values()
+    one, other = tmp_path / "one", tmp_path / "other"
+    for run in (one, other):
+        Evaluator(run_dir=run, features=TinyFeatures()).run(TinyAdapter(), TinyTask(count=4))
     assert kill_runs.differences(one, other) == []
     file, table = other / "samples.jsonl", other / "tokens.parquet"
     lines, rows = file.read_text().splitlines(keepends=True), pd.read_parquet(table)

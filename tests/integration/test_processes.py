@@ -1,0 +1,204 @@
+"""Runs of several real processes, over gloo on this machine, with the tiny world; and what each of them may do."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny_run import SlowAdapter
+from tiny_world import TinyFeatures, TinyTask
+
+from stethoscope.adapters.loading import Loading
+from stethoscope.cli import main
+from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.evaluator import Evaluator
+from stethoscope.processes import Processes
+from stethoscope.store import RunStore
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "tests/tiny_run.py")
+
+
+@pytest.fixture(scope="module")
+def kill_runs():
+    spec = importlib.util.spec_from_file_location("kill_runs", ROOT / "scripts/kill_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kill_runs"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+class Launch:
+    """A run of the tiny world in some processes."""
+
+    def __init__(self, kill_runs, folder, processes, **options):
+        self.workers = kill_runs.launch([TINY, str(folder), json.dumps(options)], processes, listen=True)
+
+    def end(self):
+        """Exit codes, and what every process has said on stderr."""
+        said = [worker.communicate(timeout=120)[1].decode() for worker in self.workers]
+        return [worker.returncode for worker in self.workers], said
+
+
+def alone_in(folder, count, **settings):
+    """The same run in this process."""
+    evaluator = Evaluator(batch_size=2, features=TinyFeatures(), run_dir=folder)
+    return evaluator.run(SlowAdapter(**settings), TinyTask(count=count))
+
+
+def told(folder, processes):
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def test_two_processes_do_what_one_does_and_each_its_share(kill_runs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = alone_in(one, 23, fails=[7])
+    codes, said = Launch(kill_runs, two, 2, count=23, fails=[7]).end()
+    assert codes == [0, 0]
+    assert kill_runs.differences(one, two) == []
+    shares = told(tmp_path, 2)
+    assert shares[0]["results"]["metrics"] == alone.to_dict()["metrics"]
+    assert shares[0]["results"] == shares[1]["results"]
+    answered = [set(share["answered"]) for share in shares]
+    assert all(answered)
+    assert sum(map(len, answered)) == len(set.union(*answered)) == 23
+    assert "tiny: 23/23" in said[0]
+    assert said[1] == ""
+
+
+def test_another_number_of_processes_goes_on_and_does_nothing_twice(kill_runs, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    alone_in(whole, 40)
+    killed = Launch(kill_runs, cut, 2, count=40, pause=0.1)
+    while len(kill_runs._records(cut)) < 8:
+        time.sleep(0.02)
+    for worker in killed.workers:
+        worker.kill()
+    killed.end()
+    kept = [line["sample_id"] for line in kill_runs._records(cut)]
+    assert max(Counter(kept).values()) == 1
+    assert Launch(kill_runs, cut, 3, count=40).end()[0] == [0, 0, 0]
+    again = {f"s{number:02d}" for share in told(tmp_path, 3) for number in share["answered"]}
+    assert again == {f"s{number:02d}" for number in range(40)} - set(kept)
+    assert kill_runs.differences(whole, cut) == []
+
+
+def test_an_error_of_one_process_ends_all_with_its_own_line(kill_runs, tmp_path):
+    number = next(number for number in range(200) if Processes(1, 2).takes(f"s{number:02d}"))
+    run = Launch(kill_runs, tmp_path / "run", 2, count=200, pause=0.05, fails=[number], on_error="raise")
+    begun = time.monotonic()
+    codes, said = run.end()
+    assert codes == [2, 2]
+    assert said[1].splitlines()[-1] == "tiny: the model broke"
+    assert "broke" not in said[0]
+    assert "Traceback" not in said[0] + said[1]
+    assert time.monotonic() - begun < 60
+    assert RunStore(tmp_path / "run").status() == {"tiny": "failed"}
+
+
+@pytest.mark.slow
+def test_samples_that_all_fail_are_an_error_however_few_each_process_has(kill_runs, tmp_path):
+    codes, said = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=list(range(10))).end()
+    assert codes == [2, 2]
+    told = [line for lines in said for line in lines.splitlines() if line.startswith("tiny: ") and "samples" in line]
+    assert told[-1].startswith(("tiny: all 10 samples failed; sample s", "tiny: RuntimeError: the model broke"))
+
+
+def test_a_process_that_is_killed_ends_the_others(kill_runs, tmp_path):
+    run = Launch(kill_runs, tmp_path / "run", 2, count=60, pause=0.02)
+    while len(kill_runs._records(tmp_path / "run")) < 4:
+        time.sleep(0.02)
+    run.workers[1].kill()
+    codes, said = run.end()
+    assert codes == [2, -signal.SIGKILL]
+    assert said[0].splitlines()[-1].startswith("tiny: a process of the run has gone")
+    assert RunStore(tmp_path / "run").status() == {"tiny": "failed"}
+
+
+def test_processes_with_different_models_are_refused(kill_runs, tmp_path):
+    codes, said = Launch(kill_runs, tmp_path / "run", 2, count=4, revisions={"1": "2"}).end()
+    assert codes == [2, 2]
+    assert "process 1 has another fingerprint than the first" in said[0]
+    assert said[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_refused_until_its_process_is_gone(kill_runs, tmp_path):
+    holder = Launch(kill_runs, tmp_path / "run", 1, count=50, pause=0.5)
+    while not kill_runs._records(tmp_path / "run"):
+        time.sleep(0.02)
+    in_use = f"run is in use by process {holder.workers[0].pid} since 2"
+    with pytest.raises(ConfigError, match=in_use):
+        alone_in(tmp_path / "run", 50)
+    assert holder.workers[0].poll() is None
+    holder.workers[0].kill()
+    holder.end()
+    assert alone_in(tmp_path / "run", 50).counts["samples"] == 50
+
+
+def test_samples_fall_to_processes_by_their_ids_alone():
+    ids = [f"sample {number}" for number in range(3000)]
+    for count in (1, 2, 3, 7):
+        takers = [[rank for rank in range(count) if Processes(rank, count).takes(name)] for name in ids]
+        assert all(len(found) == 1 for found in takers)
+        shares = Counter(found[0] for found in takers)
+        assert max(shares.values()) - min(shares.values()) < 0.1 * len(ids)
+    # the last bits of the first 8 bytes of `printf a | sha256sum`: ca978112ca1bbdca, and so on
+    assert [Processes(0, 2).takes(name) for name in "abcd"] == [True, True, True, False]
+
+
+def test_only_the_first_process_does_commands_that_are_done_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the command line silences it
+    with pytest.raises(SystemExit) as ended:
+        main(["list", "model"])
+    assert ended.value.code == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--multirun", "task=pope,chair"])
+    assert ended.value.code == 2
+    assert "stethoscope: process 1: --multirun and 2 processes exclude each other" in capsys.readouterr().err
+
+
+def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_all(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert Loading().own_device() == "cuda"
+    Loading(device_map="auto").ready()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    devices = []
+    for local in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        devices.append(Loading().own_device())
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    with pytest.raises(CapabilityError, match="takes all GPUs of a machine, and 3 processes run on this one"):
+        Loading(device_map="auto").ready()
+    Loading(device_map="cuda:1").ready()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["torchrun", "--nproc-per-node=2"], ["accelerate", "launch", "--multi_gpu", "--num_processes=2"]]
+)
+def test_the_real_model_under_the_real_launchers(kill_runs, tmp_path, launcher):
+    """1 process and 2 processes: the same metrics and records."""
+    settings = ["task=chair", "task.scenes=40", "logger.mode=disabled", f"runs={tmp_path}"]
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    port = [f"--{'main_process_port' if launcher[0] == 'accelerate' else 'master-port'}={kill_runs.free_port()}"]
+    two = [str(bin_folder / launcher[0]), *launcher[1:], *port, "-m", "stethoscope"]
+    for name, start in (("one", [sys.executable, "-m", "stethoscope"]), ("two", two)):
+        for words in (["evaluate", *settings, f"name={name}"], ["extract", f"run={tmp_path / name}", "features=fast"]):
+            subprocess.run(
+                [*start, *words], check=True, env=environment, cwd=tmp_path, capture_output=True, timeout=300
+            )
+    assert kill_runs.differences(tmp_path / "one", tmp_path / "two") == []
