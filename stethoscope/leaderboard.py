@@ -1,18 +1,21 @@
-"""Detectors, baselines and single features measured on the same held-out mentions, under the same resampled images."""
+"""Detectors, ours and published, baselines and single features, on the same held-out mentions and resampled images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
+from stethoscope import methods, metrics
 from stethoscope.baselines import Predictor, baselines
+from stethoscope.columns import feature_of
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError
+from stethoscope.features import FEATURES
+from stethoscope.features.catalogue import FORWARD
 from stethoscope.metrics import Ranking
 from stethoscope.stats import REPLICATES, Interval, Resamples, group_weights, p_value
 from stethoscope.table import FeatureSchema, feature_matrix, mention_rows, require
@@ -46,20 +49,25 @@ class Row:
 
     Attributes:
         name: of the detector, the baseline or the feature.
-        kind: ``detector``, ``baseline`` or ``feature``.
+        kind: ``detector``, ``published``, ``baseline`` or ``feature``.
         sign: 1, or -1 for a feature of which low values speak for hallucination (on the training fold).
         metrics: intervals by name, of ``METRICS``.
+        cost: dearest cost class of what it reads; empty for baselines.
+        note: of a published detector, how its score was made.
     """
 
     name: str
     kind: str
     sign: int
     metrics: Mapping[str, Interval]
+    cost: str = ""
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         figures = {name: interval.to_dict() for name, interval in self.metrics.items()}
-        return {"name": self.name, "kind": self.kind, "sign": self.sign, "metrics": figures}
+        said = {"name": self.name, "kind": self.kind, "sign": self.sign, "cost": self.cost, "note": self.note}
+        return {**said, "metrics": figures}
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,13 @@ class Leaderboard:
     """What was measured on the test fold.
 
     Attributes:
-        rows: detectors, baselines, then features by falling AUROC on the training fold, at most ``MOST_FEATURES``.
-        differences: every detector against the best single feature, position only, the text prior and the detectors
-            after it.
+        rows: detectors, published ones, baselines, then features by falling AUROC on the training fold, at most
+            ``MOST_FEATURES``.
+        differences: every detector against the best single feature, the best published detector of one pass,
+            self-verification, position only, the text prior and the detectors after it.
         best_features: for every metric of ``AREAS`` the feature that was best on the training fold.
+        best_published: for every metric of ``AREAS`` the published detector of the same forward pass that is best on
+            the test fold itself: the hardest to beat, chosen with hindsight.
         controls: what the controlled AUROCs rest on, by metric: ``pairs`` that are compared, ``items`` (mentions) in
             one of them, and their ``share``.
         skipped: features without any value in the training fold.
@@ -109,6 +120,7 @@ class Leaderboard:
     best_features: Mapping[str, str]
     controls: Mapping[str, Mapping[str, float]]
     skipped: tuple[str, ...] = ()
+    best_published: Mapping[str, str] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The row of that name."""
@@ -120,6 +132,7 @@ class Leaderboard:
             "rows": [row.to_dict() for row in self.rows],
             "differences": [difference.to_dict() for difference in self.differences],
             "best_features": dict(self.best_features),
+            "best_published": dict(self.best_published),
             "controls": {metric: dict(found) for metric, found in self.controls.items()},
             "skipped_features": list(self.skipped),
             "columns": METRICS,
@@ -262,8 +275,9 @@ def leaderboard(
     replicates: int = REPLICATES,
     seed: int = 0,
     repeats: str = "first",
+    published: bool = False,
 ) -> Leaderboard:
-    """Measures fitted detectors beside the baselines and every single feature on the ``test`` fold.
+    """Measures fitted detectors beside published ones, baselines and every single feature on the ``test`` fold.
 
     Args:
         table: token table, all folds.
@@ -274,6 +288,7 @@ def leaderboard(
         seed: of the bootstrap and the shuffles.
         repeats: measure ``first`` mentions of every object in an answer, or ``all``; without detectors only, which
             say it themselves.
+        published: also the published detectors that the table has the features of (``stethoscope.methods``).
 
     Raises:
         ConfigError: the detectors take different rows.
@@ -281,8 +296,9 @@ def leaderboard(
         ArtefactError: a detector does not fit the table.
     """
     require(table, ("group", "token", "object"))
-    rows = _common_rows(detectors, repeats)
-    train, test = (rows(table[folds[fold]]) for fold in ("train", "test"))
+    ways = _common_rows(detectors, repeats)
+    parts = {fold: mention_rows(table[mask], **ways) for fold, mask in folds.items()}
+    train, test = parts["train"], parts["test"]
     if test["label"].nunique() < 2:
         raise DataError(
             f"the test fold has {len(test)} judged mentions of {test['label'].nunique()} kinds; hallucinated and "
@@ -291,50 +307,78 @@ def leaderboard(
     values = {name: detector.predict(test) for name, detector in detectors.items()}
     others: dict[str, Predictor] = baselines("all")  # of the rows that are given
     for name, baseline in others.items():
-        values[name] = baseline.fit(train, rows(table[folds["calibration"]])).predict(test)
-    features, signs, best, skipped = _single_features(
-        train, test, [name for name in FeatureSchema.of(table).names if name not in values]
-    )
+        values[name] = baseline.fit(train, parts["calibration"]).predict(test)
+    found = methods.published(table) if published else []
+    said = {method.name: methods.judge(method, parts, ways, seed) for method in found}
+    values |= {name: judged.values for name, judged in said.items() if judged.probability}
+    scores = {name: judged.values for name, judged in said.items() if not judged.probability}
+    single = [name for name in FeatureSchema.of(table).names if name not in values and not _is_vector(name)]
+    features, signs, best, skipped = _single_features(train, test, single)
     mixed = {
         f"{SHUFFLED} {number}": other.predict(test)
         for one in list(detectors.values())[:1]
         for number, other in enumerate(shuffled(table, one, folds, seed))
     }
     drawn = group_weights(test["group"], replicates, seed)
-    figures = measure(test, values | mixed, drawn, features)
+    figures = measure(test, values | mixed, drawn, scores | features)
     _mean_of(figures, list(mixed), seed)
-    kinds = dict.fromkeys(detectors, "detector") | dict.fromkeys(others, "baseline")
+    kinds = dict.fromkeys(detectors, "detector") | dict.fromkeys(said, "published") | dict.fromkeys(others, "baseline")
     kinds |= dict.fromkeys([SHUFFLED] if mixed else [], "baseline") | dict.fromkeys(features, "feature")
+    signs |= {name: judged.sign for name, judged in said.items()}
+    costs = {name: methods.cost_of(one.features) for name, one in detectors.items()}
+    costs |= {method.name: method.cost for method in found} | {name: methods.cost_of([name]) for name in features}
     made = tuple(
         Row(
             name,
             kind,
             signs.get(name, 1),
             {metric: drawn.interval(figures[name, metric]) for metric in METRICS if (name, metric) in figures},
+            costs.get(name, ""),
+            said[name].note if name in said else "",
         )
         for name, kind in kinds.items()
     )
     labels = test["label"].to_numpy(dtype=int)
     controls = {metric: metrics.comparable(labels, bins) for metric, bins in control_bins(test).items()}
-    return Leaderboard(made, _differences(figures, list(detectors), best, drawn), best, controls, skipped)
+    rivals = _best_published(made)
+    others = {metric: list(filter(None, [best.get(metric), rivals.get(metric)])) for metric in AREAS}
+    if methods.SELF_VERIFICATION in said:
+        others = {metric: [*names, methods.SELF_VERIFICATION] for metric, names in others.items()}
+    return Leaderboard(made, _differences(figures, list(detectors), others, drawn), best, controls, skipped, rivals)
 
 
-def _common_rows(detectors: Mapping[str, Detector], repeats: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    """How all detectors make mentions of a token table."""
+def _is_vector(column: str) -> bool:
+    """Whether a column is one dimension of a state, which means nothing by itself."""
+    feature = FEATURES.get(feature_of(column))
+    return feature is not None and feature.vector
+
+
+def _best_published(rows: Sequence[Row]) -> dict[str, str]:
+    """By metric of ``AREAS`` the published detector of the same forward pass with the highest figure."""
+    there = [row for row in rows if row.kind == "published" and row.cost == FORWARD]
+    values = {metric: [np.nan_to_num(row.metrics[metric].value) for row in there] for metric in AREAS}
+    return {metric: there[int(np.argmax(found))].name for metric, found in values.items() if found}
+
+
+def _common_rows(detectors: Mapping[str, Detector], repeats: str) -> dict[str, str]:
+    """How all detectors make mentions of a token table: arguments of ``mention_rows``."""
     ways = {(one.settings["subtokens"], one.settings["repeats"]) for one in detectors.values()}
     if len(ways) > 1:
         raise ConfigError(f"detectors with different subtokens and repeats {sorted(ways)} have no mentions in common")
     subtokens, repeats = ways.pop() if ways else ("first", repeats)
-    return lambda table: mention_rows(table, subtokens, repeats)
+    return {"subtokens": subtokens, "repeats": repeats}
 
 
 def _differences(
-    figures: Mapping[tuple[str, str], np.ndarray], detectors: Sequence[str], best: Mapping[str, str], drawn: Resamples
+    figures: Mapping[tuple[str, str], np.ndarray],
+    detectors: Sequence[str],
+    others: Mapping[str, Sequence[str]],
+    drawn: Resamples,
 ) -> tuple[Difference, ...]:
-    """Every detector against what it must beat, and against the detectors after it."""
+    """Every detector against some others by metric, the baselines that count, and the detectors after it."""
     return tuple(
         Difference.of(name, other, metric, figures[name, metric] - figures[other, metric], drawn)
         for at, name in enumerate(detectors)
         for metric in AREAS
-        for other in [*filter(None, [best.get(metric)]), "position only", "text prior", *detectors[at + 1 :]]
+        for other in [*others[metric], "position only", "text prior", *detectors[at + 1 :]]
     )

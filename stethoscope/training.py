@@ -13,8 +13,9 @@ from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
 from stethoscope.leaderboard import Difference, leaderboard, measure
+from stethoscope.methods import refits
 from stethoscope.stats import REPLICATES, group_weights, split_groups
-from stethoscope.table import require
+from stethoscope.table import feature_names, require
 
 ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
@@ -43,6 +44,8 @@ def train_detector(
     beside: Mapping[str, Detector] | None = None,
     ablation: bool = False,
     progress: Progress | None = None,
+    published: bool = False,
+    sets: Sequence[str] = (),
 ) -> Trained:
     """The whole step from a token table to a measured detector.
 
@@ -55,6 +58,8 @@ def train_detector(
         beside: other detectors by name, to be fitted on the same folds and compared with it.
         ablation: refit the detector without each feature group, to see what the group is worth.
         progress: is told what is being fitted.
+        published: measure the published detectors too that the table has the features of.
+        sets: names of feature sets; the detector is fitted on each of them too, to be compared with itself.
 
     Returns:
         The detector, the folds, and JSON-able results: ``split`` (sizes of the folds), ``leaderboard``
@@ -70,14 +75,15 @@ def train_detector(
     folds = split_groups(
         table["group"].to_numpy(dtype=str), dict(zip(("train", "calibration", "test"), fractions, strict=True)), seed
     )
-    detectors = {"detector": detector, **(beside or {})}
-    if len(detectors) <= len(beside or {}):
+    others = {**(beside or {}), **refits(detector, sets, feature_names(table))}
+    detectors = {"detector": detector, **others}
+    if len(detectors) <= len(others):
         raise ConfigError("a detector beside the main one cannot have its name, 'detector'")
     for name, one in detectors.items():
         tell(f"fitting {name}")
         one.fit(table[folds["train"]], table[folds["calibration"]])
     tell("measuring")
-    board = leaderboard(table, detectors, folds, replicates, seed)
+    board = leaderboard(table, detectors, folds, replicates, seed, published=published)
     parts = {name: detector.rows(table[mask]) for name, mask in folds.items()}
     split = {
         "unit": "image",

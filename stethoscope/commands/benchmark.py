@@ -45,7 +45,8 @@ def run(config: DictConfig) -> None:
         asked.print(terminal())
         told.print(terminal())
         if not config.fast_dev_run:  # two samples are no data to learn from
-            results = fit(store, chair.name, detector, shares, config.seed)
+            compared = {"published": config.published, "sets": list(config.sets)}
+            results = fit(store, chair.name, detector, shares, config.seed, **compared)
             log_detector(loggers, results)
             send_detector(loggers, folder)
             print_detector(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stethoscope.build import choices, conf_folder, groups
+from stethoscope.build import choices, groups
 from stethoscope.errors import ConfigError, unknown
 
 USAGE = """usage: stethoscope list [GROUP]
@@ -25,22 +25,20 @@ def main(arguments: Sequence[str]) -> None:
     for group in [known[word] for word in arguments] or groups():
         print(f"{group}=")
         for name, text in choices(group).items():
-            print(f"  {name:<22} {text}")
+            print(f"  {name:<26} {text}")
             if group == "features":
-                print(f"  {'':<22} {_cost(name)}")
+                print(f"  {'':<26} {_cost(name)}")
     if "features" in arguments:
         _print_features()
 
 
 def _cost(name: str) -> str:
     """How many features a configuration of the group ``features`` chooses, and what they cost."""
-    import yaml
+    from stethoscope.features import named_set
 
-    from stethoscope.features import FeatureSet
-
-    config = yaml.safe_load((conf_folder() / "features" / f"{name}.yaml").read_text())
-    chosen = FeatureSet(config["groups"], config["names"], config["without"])
-    return f"{len(chosen.features)} features, {chosen.cost}"
+    chosen = named_set(name)
+    count = len(chosen.features)
+    return f"{count} feature{'s' * (count != 1)}, {chosen.cost}"
 
 
 def _print_features() -> None:

@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.report.figures import AT_WORK, FIGURES, RANKING, shown_rows
+from stethoscope.report.figures import (
+    AT_WORK,
+    FIGURES,
+    RANKING,
+    difference_note,
+    opponent,
+    short_cost,
+    shown_rows,
+    sizes,
+)
 from stethoscope.stats import Interval
 
 if TYPE_CHECKING:
@@ -33,11 +42,18 @@ def print_detector(results: Mapping[str, Any]) -> None:
     rows = shown_rows(board)
     for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", AT_WORK)):
         found = {metric: name for metric, name in columns.items() if metric in rows[0]["metrics"]}
-        table = Table("", *found.values(), title=title, title_justify="left", caption_justify="left")
+        cost = ("cost",) if columns is RANKING else ()  # said once
+        table = Table("", *cost, *found.values(), title=title, title_justify="left", caption_justify="left")
+        table.columns[0].no_wrap = True
         for row in rows:
             cells = [_cell(row["metrics"].get(metric)) for metric in found]
-            table.add_row(row["name"], *cells, style="bold" if row["kind"] == "detector" else None)
-        table.caption = _sizes(results) if columns is RANKING else None
+            table.add_row(
+                row["name"],
+                *(short_cost(row) for _ in cost),
+                *cells,
+                style="bold" if row["kind"] == "detector" else None,
+            )
+        table.caption = sizes(results) if columns is RANKING else None
         console.print(table, markup=False)
     if board["differences"]:
         console.print(_difference_table(board), markup=False)
@@ -54,20 +70,6 @@ def _cell(plain: Mapping[str, Any] | None) -> str:
     return re.sub(r"\b0\.", ".", _interval(plain))
 
 
-def _sizes(results: Mapping[str, Any]) -> str:
-    """What the figures rest on."""
-    split, controls = results["split"], results["leaderboard"]["controls"]
-    folds, matched = split["folds"], controls["auroc_matched"]
-    test = folds["test"]
-    which = "first mentions of an object" if split["mentions"]["repeats"] == "first" else "object mentions"
-    return (
-        f"{test['mentions']} {which} in {test['images']} test images, "
-        f"{test['hallucinated'] / max(test['mentions'], 1):.1%} hallucinated; fitted on {folds['train']['images']} "
-        f"images, calibrated on {folds['calibration']['images']}. Same position (within ten tokens) and word: "
-        f"{matched['pairs']} pairs with {matched['share']:.0%} of the mentions"
-    )
-
-
 def _short(value: float | None) -> str:
     return "" if value is None else f" p {value:.3f}".replace(" 0.", " .")
 
@@ -77,19 +79,18 @@ def _p(value: float | None) -> str:
 
 
 def _difference_table(board: Mapping[str, Any]) -> Table:
-    """What every detector is ahead by, a row for each opponent; the best single feature differs between controls."""
+    """What every detector is ahead by, a row for each opponent."""
     from rich.table import Table
 
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in board["differences"]:
-        best = row["other"] == board["best_features"].get(row["metric"])
-        pair = row["detector"], "best single feature" if best else row["other"]
+        pair = row["detector"], opponent(board, row)
         cells.setdefault(pair, {})[row["metric"]] = _cell({key: row[key] for key in FIGURES}) + _short(row["p"])
     found = [metric for metric in RANKING if any(metric in row for row in cells.values())]
     table = Table("", *(RANKING[metric] for metric in found), title="ahead by", title_justify="left")
     for (detector, other), row in cells.items():
         table.add_row(f"{detector} - {other}", *(row.get(metric, "") for metric in found))
-    table.caption = "paired over images; p is two-sided and not corrected for the number of comparisons"
+    table.caption = difference_note(board)
     table.caption_justify = "left"
     return table
 

@@ -66,6 +66,8 @@ def run(config: DictConfig) -> None:
             targets=targets,
             beside=beside,
             ablation=config.ablation,
+            published=config.published,
+            sets=list(config.sets),
             progress=lambda line: print(f"{line} ...", file=sys.stderr),
         )
         log_detector(loggers, results)

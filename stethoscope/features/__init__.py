@@ -21,8 +21,12 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
     mention as _mention,  # noqa: F401
 )
 from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature
+from stethoscope.features.named import named_set, set_names
 from stethoscope.features.selection import EVERYWHERE, FeatureSet
 
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 
-__all__ = ["COSTS", "EVERYWHERE", "FEATURES", "GROUPS", "Feature", "FeatureSet", "both_rows", "feature"]
+__all__ = [
+    "COSTS", "EVERYWHERE", "FEATURES", "GROUPS", "Feature", "FeatureSet", "both_rows", "feature", "named_set",
+    "set_names",
+]  # fmt: skip
