@@ -48,6 +48,17 @@ def data_uri(image: Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png(image)).decode("ascii")
 
 
+def photo_uri(image: Image, side: int) -> str:
+    """The picture, at most ``side`` pixels on either side, as the address of an ``<img>``: JPEG, or PNG if tiny."""
+    if max(image.size) <= side // 2:
+        return data_uri(image)
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
 def document(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole page.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +18,31 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.result import Diagnosis
 
 
-def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None = None) -> Figure:
-    """See ``Diagnosis.plot``. The figure belongs to no window; notebooks show it, ``savefig`` writes it."""
+@cache
+def _shown_by_notebooks() -> type[Figure]:
+    """Figures that notebooks show by themselves; matplotlib's own need ``%matplotlib inline`` for that.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError('matplotlib is not installed; pip install "lvlm-stethoscope[plot]"') from None
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=80)
+            return file.getvalue()
+
+    return Shown
+
+
+def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None = None) -> Figure:
+    """See ``Diagnosis.plot``. The figure belongs to no window; notebooks show it, ``savefig`` writes it."""
     heat = diagnosis.heat_map(token, layer, raw)
-    made = Figure(figsize=(12, 4), layout="constrained")
+    made = _shown_by_notebooks()(figsize=(12, 4), layout="constrained")
     picture, parts, rank = made.subplots(1, 3, width_ratios=(1.2, 1, 1))
     picture.imshow(diagnosis.image)
     top = heat.max()

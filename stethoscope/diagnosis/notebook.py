@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stethoscope.diagnosis.page import summary, word_start
 from stethoscope.errors import CapabilityError
-from stethoscope.markup import data_uri, escape
+from stethoscope.markup import escape, photo_uri
 from stethoscope.pictures import overlay
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def _said(mention: Named) -> str:
 
 
 def _picture(diagnosis: Diagnosis) -> str:
-    image = diagnosis.image.copy()
-    image.thumbnail((2 * WIDTH, 2 * WIDTH))
-    return _captioned(data_uri(image), "the picture")
+    return _captioned(photo_uri(diagnosis.image, 2 * WIDTH), "the picture")
 
 
 def _figure(diagnosis: Diagnosis, mention: Named) -> str:
@@ -74,7 +72,7 @@ def _figure(diagnosis: Diagnosis, mention: Named) -> str:
         picture = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=WIDTH)
     except CapabilityError:
         return ""
-    return _captioned(data_uri(picture), _said(mention))
+    return _captioned(photo_uri(picture, 2 * WIDTH), _said(mention))
 
 
 def _captioned(address: str, caption: str) -> str:

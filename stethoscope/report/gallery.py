@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from stethoscope.markup import data_uri, escape
+from stethoscope.markup import escape, photo_uri
 from stethoscope.report.tables import Table
 
 if TYPE_CHECKING:
@@ -144,20 +144,6 @@ def _pieces(text: str, this: tuple[int, int], others: Sequence[tuple[int, int]])
         yield " …", ""
 
 
-def _address(image: Image) -> str:
-    """A picture of at most ``SIDE`` pixels for the page: PNG where it is small, else JPEG."""
-    import base64
-    import io
-
-    if max(image.size) <= SIDE // 2:
-        return data_uri(image)
-    small = image.copy()
-    small.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
 def gallery_table(found: Sequence[Case]) -> Table:
     """The gallery without pictures."""
     rows = tuple(
@@ -195,7 +181,9 @@ def html(found: Sequence[Case]) -> str:
 
 def _card(case: Case) -> str:
     shown = [(case.picture, case.sample_id), (case.heat, f"what {case.object} was written from")]
-    images = "".join(f'<img src="{_address(one)}" alt="{escape(name)}">' for one, name in shown if one is not None)
+    images = "".join(
+        f'<img src="{photo_uri(one, SIDE)}" alt="{escape(name)}">' for one, name in shown if one is not None
+    )
     image = f'<div class="pictures">{images}</div>' if images else ""
     words = "".join(
         f'<mark class="{mark}">{escape(text)}</mark>' if mark else escape(text) for text, mark in case.pieces
