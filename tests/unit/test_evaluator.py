@@ -1,7 +1,11 @@
+import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
+from tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
 from stethoscope.callbacks import Callback
 from stethoscope.errors import CapabilityError, ConfigError, DataError
@@ -327,3 +331,71 @@ def test_several_tasks_share_a_run_directory(adapter, tmp_path):
     assert len(store.tokens()) == 50
     with pytest.raises(ConfigError, match="holds a run of"):
         Evaluator(run_dir=tmp_path).run(TinyAdapter("2"), Other(count=4, subsets=("x",)))
+
+
+def test_a_changed_picture_under_the_same_name_is_asked_about_again(adapter, tmp_path):
+    files = {number: tmp_path / f"{number}.png" for number in range(6)}
+    for number, file in files.items():
+        picture(number).save(file)
+    Evaluator(run_dir=tmp_path / "run").run(adapter, TinyTask(count=6, broken=files))
+    adapter.generated.clear()
+    picture(4).resize((3, 3)).save(files[4])
+    files[2].unlink()  # what is gone is not known to have changed
+    Evaluator(run_dir=tmp_path / "run").run(adapter, TinyTask(count=6, broken=files))
+    assert adapter.generated == [[4]]
+    records = {record.sample_id: record for record in RunStore(tmp_path / "run").records()}
+    assert records["s04"].image_sha256 == hashlib.sha256(files[4].read_bytes()).hexdigest()
+    assert records["s02"].status == "ok"
+
+
+def test_a_picture_that_is_made_and_has_changed_is_asked_about_again_when_it_is_seen(adapter, tmp_path):
+    Evaluator(run_dir=tmp_path).run(adapter, TinyTask(count=4))
+    adapter.generated.clear()
+    changed = TinyTask(count=4)
+    samples = changed.samples()
+    object.__setattr__(samples[1].image, "source", lambda: picture(1).resize((5, 5)))
+    changed.samples = lambda: samples
+    Evaluator(run_dir=tmp_path, features=TinyFeatures()).run(adapter, changed)
+    assert adapter.generated == [[1]]
+
+
+OTHER = """import sys, pathlib
+from stethoscope.lock import RunLock
+try:
+    RunLock(pathlib.Path(sys.argv[1])).acquire()
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_run_directory_is_locked_while_a_run_goes_on_and_free_after_any_end(adapter, tmp_path):
+    class Look(Callback):
+        def on_task_start(self, run):
+            words = [sys.executable, "-c", OTHER, str(tmp_path)]
+            self.said = subprocess.run(words, capture_output=True, text=True).stdout
+
+    look = Look()
+    for ending in (None, 3):
+        adapter.interrupt_at = ending
+        try:
+            Evaluator([look], run_dir=tmp_path, overwrite=True).run(adapter, TinyTask())
+        except KeyboardInterrupt:
+            assert ending == 3
+        assert look.said.startswith(f"{tmp_path} is in use by process {os.getpid()} since 2")
+    look.on_task_start(None)
+    assert look.said == ""
+
+
+def test_a_run_directory_that_cannot_be_written_to_is_named(adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run directory .*file/run cannot be written to: .*Not a directory"):
+        Evaluator(run_dir=tmp_path / "file/run").run(adapter, TinyTask())
+
+
+def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monkeypatch):
+    Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
+    found = RunStore(tmp_path).fingerprints()["tiny"]
+    assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 64
+    monkeypatch.setattr("stethoscope.fingerprint.code_of", lambda cls: cls.__name__)
+    with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
+        Evaluator(run_dir=tmp_path).run(adapter, TinyTask())

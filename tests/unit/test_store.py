@@ -1,4 +1,6 @@
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,3 +230,103 @@ def test_token_rows_of_a_run_from_before_are_read_and_added_to(store):
     assert table["labeller"].isna().tolist() == [True] * 3 + [False] * 3
     assert table["level"].tolist() == pytest.approx([0.5] * 3 + [0.7] * 3)
     assert set(table.columns) == {*KEY_COLUMNS, "level"}
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def writers(store, count):
+    """Stores of several processes on a run directory that the first one has begun."""
+    found = [RunStore(store.run_dir) for _ in range(count)]
+    for rank, one in enumerate(found):
+        one.join(rank)
+    return found
+
+
+def test_each_process_writes_files_of_its_own_and_readers_see_all(store):
+    store.append([record(0)], {"s00": rows(0, 9.0)})  # of an earlier sitting
+    first, second = writers(store, 2)
+    first.append([record(1)], {"s01": rows(1, 1.0)})
+    second.append([record(2)], {"s02": rows(2, 2.0)})
+    second.append([record(0)], {"s00": rows(0, 3.0)})  # asked again
+    reader = RunStore(store.run_dir)
+    assert {item.sample_id for item in reader.records()} == {"s00", "s01", "s02"}
+    assert reader.tokens().groupby("sample_id")["level"].first().to_dict() == {"s00": 3.0, "s01": 1.0, "s02": 2.0}
+    assert first.find("tiny", "s02") is None  # a process knows what was there and its own
+    assert second.find("tiny", "s00").part.startswith("part-r1-")
+    first.finish("tiny", ["s00", "s01", "s02"])
+    assert [item.sample_id for item in reader.records()] == ["s00", "s01", "s02"]
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [3.0] * 3 + [1.0] * 3 + [2.0] * 3
+    assert sorted(path.name for path in store.run_dir.iterdir() if path.is_dir()) == []
+    assert len(store.samples_file.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("kill_at", range(12))
+def test_a_kill_while_the_files_of_processes_are_put_together_loses_and_doubles_nothing(store, monkeypatch, kill_at):
+    """Each step that changes the directory is the last in turn; the next sitting ends as if there had been no kill."""
+    for number, one in enumerate(writers(store, 2)):
+        one.append([record(number)], {f"s{number:02d}": rows(number, number)})
+    with (store.shards / "samples-1.jsonl").open("a") as file:
+        file.write('{"task": "tiny", "sam')
+    calls = []
+
+    def killing(function):
+        def step(*arguments, **settings):
+            calls.append(function)
+            if len(calls) > kill_at:
+                raise SystemExit
+            return function(*arguments, **settings)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for where, name in (("os", "truncate"), ("os", "replace"), ("shutil", "copyfileobj")):
+            module = importlib.import_module(where)
+            patched.setattr(module, name, killing(getattr(module, name)))
+        for name in ("unlink", "rmdir"):
+            patched.setattr(Path, name, killing(getattr(Path, name)))
+        with pytest.raises(SystemExit):
+            RunStore(store.run_dir).finish("tiny", ["s00", "s01"])
+    again = RunStore(store.run_dir)
+    again.begin("tiny", MODEL)
+    assert sorted(item.sample_id for item in again.records()) == ["s00", "s01"]
+    assert all(again.has_tokens(item) for item in again.records())
+    again.finish("tiny", ["s00", "s01"])
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [0] * 3 + [1] * 3
+    assert len(store.samples_file.read_text().splitlines()) == 2
+    assert not store.shards.exists()
+    assert not (store.run_dir / "tokens").exists()
+
+
+# --- older run directories ------------------------------------------------------------------------------------------
+
+
+def test_what_an_older_run_has_not_noted_is_said_and_taken_to_be_the_same(store):
+    store.append([record(0)])
+    newer = {
+        "adapter": {"revision": 1, "code": "a1", "settings": {"config": "c1"}},
+        "task": {"version": "1", "code": "b1"},
+    }
+    with pytest.warns(UserWarning, match=r"begun before adapter.code, adapter.settings, task.code was noted"):
+        store.begin("tiny", newer)
+    assert store.fingerprints()["tiny"]["task"]["code"] == "b1"
+    assert len(list(store.records())) == 1
+    with pytest.raises(ConfigError, match=r"task\.code: 'b1' before, 'b2' now"):
+        store.begin("tiny", {**newer, "task": {"version": "1", "code": "b2"}})
+    with pytest.raises(ConfigError, match=r"adapter\.settings\.config: 'c1' before, 'c2' now"):
+        store.begin("tiny", {**newer, "adapter": {**newer["adapter"], "settings": {"config": "c2"}}})
+    line = json.loads(store.samples_file.read_text())
+    del line["image_sha256"]
+    store.samples_file.write_text(json.dumps(line) + "\n")
+    assert RunStore(store.run_dir).find("tiny", "s00").about(SAMPLES[0])
+
+
+def test_features_may_be_added_with_newer_code_and_the_answers_keep_their_own(store):
+    old, new = ({"adapter": {"code": code}, "task": {"code": code}} for code in "ab")
+    store.begin("tiny", {**MODEL, **old}, overwrite=True)
+    store.append([record(0)])
+    store.begin("tiny", {**MODEL, **new}, {"names": ["level"]}, overwrite="features")
+    assert store.fingerprints()["tiny"]["task"]["code"] == "a"
+    assert len(list(store.records())) == 1
+    with pytest.raises(ConfigError, match=r"adapter\.code: 'a' before, 'b' now"):
+        store.begin("tiny", {**MODEL, **new})
