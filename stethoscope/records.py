@@ -6,7 +6,6 @@ counted one by one); character spans are half-open ``(start, end)`` offsets into
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

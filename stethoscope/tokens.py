@@ -84,13 +84,13 @@ class TokenFiles:
     A Parquet file cannot be appended to, so every sitting of a run appends to an Arrow stream of its own, of which a
     kill can only damage the end. Which file holds the valid rows of a sample is said by its record; rows that no record
     speaks for (a kill, a sample done again) are left behind by the next merge.
-        self.writer = ""  # begins the names of parts where several processes write
     """
 
     def __init__(self, run_dir: Path) -> None:
         """Names the files in a run directory; nothing is read or written."""
         self.merged = run_dir / "tokens.parquet"
         self.folder = run_dir / "tokens"
+        self.writer = ""  # begins the names of parts where several processes write
         self._part = ""
         self._writer: pa.RecordBatchStreamWriter | None = None
         self._sink: pa.OSFile | None = None
