@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-import socket
 import tempfile
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -322,15 +319,13 @@ def one_line(model_id: str) -> Iterator[None]:
 
 @functools.cache  # once a process: a hub that is out of reach costs seconds each time
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; taken for granted behind a proxy, where a direct connection proves nothing."""
+    """Whether the hub says anything, through a proxy if there is one; one that takes calls and is silent does not."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
-    if urllib.request.getproxies():
-        return True
-    url = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library the hub's client builds on: each has its own
         return False
     return True
 

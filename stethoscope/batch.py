@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from stethoscope.errors import CapabilityError, ConfigError, StethoscopeError
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
+from stethoscope.faults import free_memory, out_of_memory
 from stethoscope.lines import FAILED, OK, UNPARSED, Record
 from stethoscope.records import Answer, Generation, Mention, Sample, Score
 from stethoscope.run import Run
@@ -92,6 +95,7 @@ class Worker:
         """Settings as the evaluator's; ``on_trace`` is called with every traced sample."""
         self.run, self.generation, self.features = run, generation, features
         self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
+        self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
 
     def do(self, samples: Sequence[Sample]) -> list[Record]:
         """Answers, judges and traces some samples; what is finished is on disk even if an error or Ctrl-C ends it."""
@@ -140,19 +144,46 @@ class Worker:
             return self.run.adapter.generate([draft.encoded for draft in some], self.generation)
 
         for draft, answer in zip(drafts, self._together(drafts, "generate", generate), strict=True):
-            draft.answer = answer
+            if answer is None:
+                continue
+            with self._stage(draft, "generate"):
+                draft.answer = _finite(answer)
 
     def _together(
         self, drafts: Sequence[Draft], stage: str, call: Callable[[Sequence[Draft]], Sequence[Result]]
     ) -> list[Result | None]:
-        """Results of a call for a whole batch, its time shared evenly.
+        """Results of a call for a whole batch.
 
-        A batch that fails is tried again in halves, so that only the samples at fault are lost: their result is None.
+        A batch that does not fit into memory is done in halves, and so are all that follow. A batch that fails
+        otherwise is tried again in halves, so that only the samples at fault are lost: their result is None.
         """
-        if not drafts:
-            return []
+        before, results = self._most.get(stage), []
+        while len(results) < len(drafts):
+            some = drafts[len(results) :][: self._most.get(stage)]
+            done = self._attempt(some, stage, call)
+            if done is None:
+                self._most[stage] = len(some) // 2
+                free_memory()
+            elif done:
+                results += done
+            else:
+                half = len(some) // 2
+                results += self._together(some[:half], stage, call)
+                results += self._together(some[half:], stage, call)
+        most = self._most.get(stage)
+        if most != before:
+            warnings.warn(
+                f"{stage}: {len(drafts)} samples together do not fit into memory; from now on {most} at a time",
+                stacklevel=2,
+            )
+        return results
+
+    def _attempt(
+        self, drafts: Sequence[Draft], stage: str, call: Callable[[Sequence[Draft]], Sequence[Result]]
+    ) -> list[Result | None] | None:
+        """Results of one call, its time shared evenly; none where it fails for several, None if that was memory."""
         start = time.perf_counter()
-        results: list[Result | None] = []
+        results: list[Result | None] | None = []
         try:
             results = list(call(drafts))
             if len(results) != len(drafts):
@@ -160,18 +191,16 @@ class Worker:
         except (ConfigError, CapabilityError):
             raise
         except Exception as error:
-            if self.on_error == "raise":
+            short = out_of_memory(error)
+            if self.on_error == "raise" and not (short and len(drafts) > 1):
                 raise
-            results = []
+            results = None if short else []
             if len(drafts) == 1:
-                drafts[0].error, results = error, [None]
+                drafts[0].error, results = _unbound(error) if short else error, [None]
         share = (time.perf_counter() - start) / len(drafts)
         for draft in drafts:
             draft.seconds[stage] = draft.seconds.get(stage, 0.0) + share
-        if results:
-            return results
-        half = len(drafts) // 2
-        return [*self._together(drafts[:half], stage, call), *self._together(drafts[half:], stage, call)]
+        return results
 
     def _judge(self, draft: Draft) -> None:
         """Score and labelled mentions."""
@@ -253,3 +282,23 @@ def message(error: BaseException) -> str:
     """One line about an error: its own words if it is ours, its type as well if not."""
     text = " ".join(str(error).split())
     return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _unbound(error: Exception) -> DataError:
+    """An error of memory without the frames that led to it: they hold on to the very memory that others need."""
+    return DataError(f"does not fit into memory, even by itself: {' '.join(str(error).split())[:200]}")
+
+
+def _finite(answer: Answer) -> Answer:
+    """The answer, if it was written from numbers.
+
+    Raises:
+        CaptureError: a log-probability is none, as when weights or activations overflow.
+    """
+    if all(map(math.isfinite, answer.logprobs)):
+        return answer
+    at = next(index for index, value in enumerate(answer.logprobs) if not math.isfinite(value))
+    raise CaptureError(
+        f"the model gave token {at} of its answer the log-probability {answer.logprobs[at]}; its weights are broken or "
+        "overflow in this precision (model.dtype=float32 or bfloat16 may help)"
+    )

@@ -13,6 +13,7 @@ from stethoscope.adapter import Adapter
 from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
 from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.faults import disk_faults
 from stethoscope.fingerprint import answers_of, digest, features_of, jsonable
 from stethoscope.lines import FAILED, OK, UNPARSED
 from stethoscope.lock import RunLock
@@ -105,7 +106,8 @@ class Evaluator:
         run = Run(adapter, task, self.loggers if joined().first else Loggers())
         lock = RunLock(self.run_dir) if self.run_dir is not None and run.processes.first else None
         try:
-            return self._run(run, lock)
+            with disk_faults(self.run_dir):
+                return self._run(run, lock)
         except BaseException as error:
             self._fail(run, error)
             raise

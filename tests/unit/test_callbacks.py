@@ -66,7 +66,7 @@ def test_progress_draws_a_bar_on_a_terminal_and_clears_up(monkeypatch, interrupt
 
 def test_timing_logs_stages_and_rates():
     memory = Memory()
-    Evaluator([Timing()], [memory], batch_size=5, features=TinyFeatures()).run(TinyAdapter(), TinyTask())
+    Evaluator([Timing(every=0)], [memory], batch_size=5, features=TinyFeatures()).run(TinyAdapter(), TinyTask())
     assert [step for step, _ in memory.metrics] == [5, 10, None, None]
     assert set(memory.metrics[-1][1]) == {
         f"tiny/seconds/{name}" for name in ("encode", "generate", "score", "trace", "samples_per_second")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stethoscope.adapters import loading
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
@@ -94,11 +95,8 @@ def test_a_hub_model_that_is_not_there():
 
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
-    def fails(*arguments, **more):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("socket.create_connection", fails)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    loading._hub_answers.cache_clear()
     with pytest.raises(ConfigError) as error:
         from_folder("nobody/has-this-model")
     one_line(error, "nobody/has-this-model")

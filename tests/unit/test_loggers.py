@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 
 import pytest
 from tiny_world import TinyAdapter, TinyFeatures, TinyTask
@@ -16,7 +17,7 @@ def events(path):
 
 
 def test_events_are_written_in_every_run_directory(tmp_path):
-    Evaluator([Timing()], run_dir=tmp_path, batch_size=5).run(TinyAdapter(), TinyTask())
+    Evaluator([Timing(every=0)], run_dir=tmp_path, batch_size=5).run(TinyAdapter(), TinyTask())
     found = events(tmp_path / "events.jsonl")
     assert [event["event"] for event in found] == ["config", "metrics", "metrics", "metrics", "table", "metrics"]
     assert found[0]["config"]["tiny"]["adapter"]["revision"] == "1"
@@ -58,6 +59,52 @@ def test_the_failure_of_one_logger_does_not_reach_the_others(tmp_path):
         loggers.setup(tmp_path)
     loggers.log_metrics({"a": 1.0})
     assert len(events(tmp_path / "events.jsonl")) == 1
+
+
+class Slow(Logger):
+    """A logger that does nothing, or never comes back."""
+
+    def __init__(self, patience, forever=False):
+        self.patience, self.calls, self.let_go = patience, [], threading.Event()
+        if not forever:
+            self.let_go.set()
+
+    def setup(self, run_dir):
+        self.let_go.wait()
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append(("metrics", threading.current_thread() is threading.main_thread()))
+        if "bad" in metrics:
+            raise ConnectionError("no route")
+
+    def finalize(self, status):
+        self.calls.append((status, threading.current_thread() is threading.main_thread()))
+
+
+def test_a_logger_that_hangs_does_not_hold_up_a_run(tmp_path):
+    slow = Slow(patience=0.1, forever=True)
+    loggers = Loggers([slow])
+    results = Evaluator([Timing(every=0)], loggers, run_dir=tmp_path).run(TinyAdapter(), TinyTask())
+    with pytest.warns(UserWarning, match=r"Slow\.finalize failed, the run goes on without it: not done within 0\.1 s"):
+        loggers.finalize("finished")
+    loggers.log_metrics({"late": 1.0})
+    assert slow.calls == []
+    assert results.counts["ok"] == 10
+    assert events(tmp_path / "events.jsonl")[-1]["metrics"] == {"late": 1.0}
+    slow.let_go.set()
+
+
+def test_a_slow_logger_works_in_a_thread_of_its_own_and_is_waited_for():
+    slow = Slow(patience=30)
+    loggers = Loggers([slow])
+    loggers.setup(None)
+    loggers.log_metrics({"bad": 1.0})
+    loggers.log_metrics({"good": 1.0})
+    with pytest.warns(UserWarning, match=r"Slow\.log_metrics failed, the run goes on without it: no route"):
+        loggers.finalize("finished")
+    assert slow.calls == [("metrics", False), ("metrics", False), ("finished", False)]
+    loggers.finalize("again")
+    assert slow.calls[-1] == ("again", False)
 
 
 def test_an_offline_wandb_run_holds_the_same_figures(tmp_path):

@@ -1,0 +1,105 @@
+"""What can befall a long run through no fault of its own: memory that does not suffice, a full disk, a signal."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from stethoscope.errors import CapabilityError
+
+_MEMORY_WORDS = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
+)  # fmt: skip
+_DISK = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file grew larger than is allowed",
+    errno.EROFS: "the disk can only be read",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk failed",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, as Slurm does before the time of a job is up."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, of whichever device, by whatever library's words.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA out of memory. Tried to ..."))
+    (True, True)
+    >>> out_of_memory(ValueError("out of memory"))
+    False
+    """
+    torch = sys.modules.get("torch")
+    if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+
+
+def free_memory() -> None:
+    """Gives back what is held without need: unreachable objects, and blocks that torch keeps for later."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def disk_faults(folder: Path | None = None) -> Iterator[None]:
+    """Makes one line of what a disk refuses.
+
+    Args:
+        folder: what to name where the error names no file.
+
+    Raises:
+        CapabilityError: the disk is full, cannot be written to, or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename if isinstance(error.filename, str) else folder or os.curdir
+        raise CapabilityError(
+            f"{where} cannot be written or read: {_DISK[error.errno]}; what was done so far is kept, "
+            "once this is mended the same command goes on from there"
+        ) from error
+
+
+@contextmanager
+def ended_by_signal() -> Iterator[None]:
+    """Lets SIGTERM end a run like Ctrl-C does: flushed and marked as interrupted.
+
+    Raises:
+        Terminated: the signal came.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
