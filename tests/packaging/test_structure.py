@@ -29,7 +29,7 @@ LAYERS = [
         "lines",
         "tokens",
     },
-    {"baselines", "detector", "leaderboard", "methods", "training", "warn", "columns", "transfer"},
+    {"baselines", "detector", "judging", "leaderboard", "methods", "training", "warn", "columns", "transfer"},
     {"loggers", "store", "jobs"},
     {"run", "batch", "results", "callbacks", "maps", "evaluator", "sharing"},
     {"report"},
