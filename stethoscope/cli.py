@@ -132,10 +132,14 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         wrapped()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, command, overrides)) from error
-    except Exception as error:  # of a launcher whose worker was killed; in this process no job raises one in a sweep
-        if not sweep.started:
+    except Exception as error:
+        if not (sweep.started or {"-m", "--multirun"} & set(arguments)):
             raise
-        print(f"stethoscope: the launcher gave up, {type(error).__name__}: {error}", file=sys.stderr)
+        # no job of a sweep raises: the launcher has lost a worker, or could not start any
+        gave_up = f"the launcher gave up, {type(error).__name__}: {' '.join(str(error).split())}"
+        if not sweep.started:
+            raise ConfigError(gave_up) from error
+        print(f"stethoscope: {gave_up}", file=sys.stderr)
     if sweep.started:
         sweep.end()
     if failed:

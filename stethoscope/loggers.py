@@ -339,12 +339,12 @@ class WandbLogger(Logger):
 
 
 def _run_id(folder: Path | None) -> str | None:
-    """The W&B id of a run directory, made at first use."""
+    """The W&B id of a run directory, made at first use; an agent of a W&B sweep gives it."""
     if folder is None:
         return None
     file = folder / "wandb" / "id"
     if not file.is_file():
-        file.write_text(secrets.token_hex(4) + "\n")
+        file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n")
     return file.read_text().strip()
 
 

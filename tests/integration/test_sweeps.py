@@ -2,14 +2,25 @@
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import wandb_reader
+import yaml
 from made_up_runs import made_up_run
 
 from stethoscope import Detector, leaderboard
+from stethoscope.build import compose
 from stethoscope.cli import main
+from stethoscope.lines import FAILED, Record
+from stethoscope.records import Answer, Score
+from stethoscope.sharing import take_over
 from stethoscope.store import RunStore
+
+ROOT = Path(__file__).parents[2]
 
 QUICK = ("detector.strength=0.1",)
 
@@ -142,3 +153,127 @@ def test_a_bug_in_one_job_does_not_stop_the_others(call, tmp_path, monkeypatch):
     assert code == 2
     assert "Traceback" in err
     assert err.strip().splitlines()[-1].endswith("RuntimeError: boom")
+
+
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_jobs_in_other_processes(name, call, tmp_path, monkeypatch):
+    """Errors come back from other processes: into the table, the exit code and the file of the job."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    source = made_up_run(tmp_path / "made", images=100)
+    words = [f"run={source}", "hydra.sweep.dir=runs/study", "detector.features=[nll],[nil]", "logger=none", *QUICK]
+    code, out, err = call("train", "--multirun", *LAUNCHERS[name], *words)
+    assert code == 2
+    found = _jobs(tmp_path / "runs" / "study")
+    assert [job["status"] for job in found] == ["finished", "failed"]
+    assert "unknown feature 'nil'; did you mean 'nll'" in found[1]["error"]
+    assert "1 of 2 jobs of the sweep did not finish, the first is job 1" in err
+    assert "unknown feature 'nil'" in out
+    section = RunStore(tmp_path / found[0]["run"]).metrics()["detector"]
+    assert found[0]["figures"]["AUROC"] == section["leaderboard"]["rows"][0]["metrics"]["auroc"]
+
+
+def test_a_launcher_that_cannot_start_is_one_line(call, tmp_path):
+    code, _, err = call("train", "--multirun", "experiment=sweep_slurm", "logger=none")
+    assert code == 2
+    assert "the launcher gave up" in err
+    assert "srun" in err
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra():
+    script = (
+        "import sys\nsys.modules['hydra_plugins.hydra_joblib_launcher.config'] = None\n"
+        "from stethoscope.cli import main\nmain(['train', '--multirun', 'hydra/launcher=joblib', 'seed=0,1'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        'stethoscope: hydra/launcher=joblib is not installed: pip install "lvlm-stethoscope[sweeps]"'
+    )
+
+
+def test_what_an_agent_of_wandb_would_call(monkeypatch):
+    """W&B's own code makes the command line of the sweep file; Hydra composes it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    plan = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    drawn = {name: {"value": choice["values"][-1]} for name, choice in plan["parameters"].items()}
+    known = {**create_sweep_command_args({"args": drawn}), "program": [plan["program"]]}
+    words = []
+    for part in create_sweep_command(plan["command"]):
+        words += known[part[2:-1]] if part.startswith("${") and part.endswith("}") else [part]
+    assert words[:2] == ["stethoscope", "benchmark"]
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    config = compose(words[2:], "benchmark")
+    assert (config.name, config.seed, config.detector.factored) == ("abc123", 2, True)
+    assert config.logger.mode == "online"
+    name = plan["metric"]["name"].split("/")
+    assert name[:2] == ["detector", "detector"]
+    assert name[2] in leaderboard.METRICS
+
+
+@pytest.mark.parametrize("name", ["sweep_joblib", "sweep_slurm"])
+def test_example_sweeps_compose(name, monkeypatch):
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("stethoscope.conf", version_base="1.3"):
+        config = hydra.compose("benchmark", [f"experiment={name}"], return_hydra_config=True)
+    assert set(config.hydra.sweeper.params) == {"detector", "features"}
+    assert "auncher" in config.hydra.launcher._target_
+
+
+def _told(store, task):
+    return {record.sample_id: record.answer for record in store.records(task)}
+
+
+def test_answers_are_generated_once(call, tmp_path, monkeypatch):
+    """The second job of a sweep asks nothing; a third, of another kind of generation, asks anew."""
+    from stethoscope.adapters.hf import HfAdapter
+
+    asked, real = [], HfAdapter.generate
+
+    def counted(self, encoded, generation=None):
+        asked.append(len(encoded))
+        return real(self, encoded, generation)
+
+    monkeypatch.setattr(HfAdapter, "generate", counted)
+    words = ("task=chair", "task.scenes=6", "callbacks=none", "logger=none", "name=study")
+    code, _, err = call("evaluate", "--multirun", "seed=0,1", *words)
+    assert code == 0, err
+    assert sum(asked) == 6
+    assert "6 answers to chair are those of another job" in err
+    jobs = [RunStore(tmp_path / "runs" / "study" / f"seed={seed}") for seed in (0, 1)]
+    assert _told(jobs[0], "chair") == _told(jobs[1], "chair")
+    assert jobs[0].metrics()["chair"]["counts"] == jobs[1].metrics()["chair"]["counts"]
+    code, _, err = call("evaluate", "--multirun", "generation=greedy,sample", *words)
+    assert code == 0, err
+    assert sum(asked) == 12  # greedy ones are there, sampled ones are not
+    (gap,) = _jobs(tmp_path / "runs" / "study")[1]["above_first"].values()
+    assert gap["low"] <= gap["value"] <= gap["high"]
+
+
+def test_what_a_killed_job_left_is_taken_over(tmp_path):
+    """Half of the answers are there, one of them failed, the last line is cut off."""
+    source, target = RunStore(tmp_path / "a"), RunStore(tmp_path / "b")
+    fingerprint = {"adapter": {"model_id": "m"}, "task": {"name": "chair"}}
+    answer = Answer("a dog", (1, 2), ((0, 1), (2, 5)), (-0.1, -0.2), True)
+    records = [
+        Record("chair", f"{at}", "g", "all", "x.png", "What?", answer=answer, score=Score("ok", {})) for at in range(4)
+    ]
+    source.begin("chair", fingerprint, {"names": ["nll"]})
+    source.append([*records[:2], replace(records[2], status=FAILED, score=None, error="no")])
+    with source.samples_file.open("ab") as file:
+        file.write(b'{"task": "chair", "sample_id": "3"')
+    other = RunStore(tmp_path / "c")
+    other.begin("chair", {**fingerprint, "adapter": {"model_id": "another"}})
+    other.append(records)
+    assert take_over(tmp_path, target, "chair", fingerprint) == 2
+    assert _told(target, "chair") == {"0": answer, "1": answer}
+    assert take_over(tmp_path, target, "chair", fingerprint) == 0
