@@ -83,7 +83,8 @@ class Progress(Callback):
             self._start_bar(run)
         else:
             before = f", {run.resumed} of them done before" if run.resumed else ""
-            self._say(f"{run.task.name}: {run.total} samples{before}")
+            among = f" for the first of {run.processes.count} processes" if run.processes.several else ""
+            self._say(f"{run.task.name}: {run.total} samples{among}{before}")
 
     def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
         """Moves the bar on."""

@@ -154,7 +154,7 @@ class Evaluator:
             batch = todo[start : start + self.batch_size]
             self._call("on_batch_start", run, batch)
             self._call("on_batch_end", run, worker.do(batch))
-        run.processes.share(None)
+        run.resumed = sum(run.processes.share(run.resumed))
 
     def _generation(self, task: Task) -> Generation:
         """How answers are written, with the task's own length where none was asked for."""

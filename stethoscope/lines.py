@@ -110,8 +110,12 @@ def dump(found: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", errors="backslashreplace") + b"\n"  # half a surrogate pair becomes its JSON escape
 
 
-def lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Offset, length and content of every line; broken lines at the very end, as a kill leaves them, are passed over.
+
+    Args:
+        path: of the file.
+        strict: minds broken lines before the end, which are passed over otherwise.
 
     Raises:
         ArtefactError: a line before the end is broken.
@@ -124,7 +128,7 @@ def lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 whole = line.endswith(b"\n") and isinstance(found, dict) and {"task", "sample_id"} <= found.keys()
             except ValueError:
                 whole = False
-            if whole and broken:
+            if whole and broken and strict:
                 raise ArtefactError(f"{path}:{broken} is damaged; remove the line, or the run, and start it again")
             if whole:
                 yield offset, len(line), found

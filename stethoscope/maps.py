@@ -126,7 +126,7 @@ class MapFile:
         stat = self.path.stat() if self.path.is_file() else None
         state = None if stat is None else (stat.st_size, stat.st_mtime_ns)
         if state != self._seen:
-            found = lines(self.path) if state else ()
+            found = lines(self.path, strict=False) if state else ()  # a kill may have cut one off amid a run
             self._places = {(line["task"], line["sample_id"]): at for at, _, line in found}
             self._seen = state
         return self._places

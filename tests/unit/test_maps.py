@@ -135,3 +135,14 @@ def test_what_is_damaged_is_one_line(tmp_path):
             MapFile(tmp_path).find(_record(answer))
     with pytest.raises(ConfigError, match=r"callbacks\.maps\.cells=0 should be at least 1"):
         KeepMaps(cells=0)
+
+
+def test_a_line_that_a_kill_has_cut_off_costs_no_other_sample(tmp_path):
+    file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
+    for number in range(4):
+        file.append("stub", f"s{number}", answer, None, {0: np.full((2, 2), number, np.uint8)})
+        if number == 1:
+            file.path.write_bytes(file.path.read_bytes()[:-20])  # the next sitting's line follows at once
+    file.compact()
+    kept = [json.loads(line)["sample_id"] for line in file.path.read_text().splitlines()]
+    assert kept == ["s0", "s3"]
