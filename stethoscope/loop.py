@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +14,32 @@ if TYPE_CHECKING:
     from stethoscope.steps import Steps
 
 
-def steps_of(model: PreTrainedModel, arguments: dict[str, Any], steps: Steps) -> Iterator[int]:
-    """The tokens of ``model.generate(**arguments)`` for one prompt, without beams and without sampling by transformers.
+def run(
+    model: PreTrainedModel, arguments: dict[str, Any], steps: Steps, follow: Callable[[int], None]
+) -> Iterator[None]:
+    """Calls ``follow`` with every token of ``model.generate(**arguments)``: one prompt, the highest score, no beams.
 
     ``generate`` prepares everything and is then given a decoding loop that pauses after every token. A thread would
     do as well, but handing every token from one thread to another takes longer than judging it. The model is free in
     the meantime; leaving the loop early ends the answer.
 
     Args:
-        arguments: of ``generate``. ``steps``: hears every step, and nothing in between.
+        arguments: of ``generate``.
+        steps: hears every step, and nothing in between.
+
+    Yields:
+        After every token.
     """
     steps.start(always=False)
     try:
         with torch.inference_mode():
-            tokens = model.generate(**arguments, custom_generate=_loop(steps))
-        yield from tokens
+            pauses = model.generate(**arguments, custom_generate=_loop(steps, follow))
+        yield from pauses
     finally:
         steps.stop()
 
 
-def _loop(steps: Steps) -> Any:
+def _loop(steps: Steps, follow: Callable[[int], None]) -> Callable[..., Iterator[None]]:
     """A decoding loop in the form that ``generate`` takes."""
 
     def loop(
@@ -43,7 +49,7 @@ def _loop(steps: Steps) -> Any:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **inputs: Any,
-    ) -> Iterator[int]:
+    ) -> Iterator[None]:
         inputs.pop("synced_gpus", None)
         first, ended = {"is_first_iteration": True}, False
         while not ended:
@@ -59,7 +65,7 @@ def _loop(steps: Steps) -> Any:
                 token = scores.argmax(-1)
                 input_ids = torch.cat([input_ids, token[:, None]], -1)
                 ended, first = bool(stopping_criteria(input_ids, None).all()), {}
-                number = int(token)
-            yield number
+                follow(int(token))
+            yield
 
     return loop

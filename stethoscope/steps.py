@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class _Later:
 
 @dataclass
 class _Step:
-    """What one step has left behind: its residual stream by layer (1, q, D), its rows (H, k) by role and layer."""
+    """What one step has left behind: its residual stream by layer (1, 1, D), its rows (H, k) by role and layer."""
 
     hidden: list[Tensor]
     rows: dict[str, list[Tensor | _Later]]
@@ -79,7 +80,7 @@ class _Block:
     """Parts of a trace for a few consecutive steps, by name, (steps, ...) on the CPU."""
 
     first: int
-    parts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any]
 
 
 class Steps(Listener):
@@ -209,7 +210,8 @@ class Steps(Listener):
 
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:
-            self._hidden.append(output[0] if isinstance(output, tuple) else output)
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._hidden.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:])
 
     def _after_head(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self._fresh = True
@@ -272,17 +274,18 @@ class Steps(Listener):
         return found[0] if len(found) == 1 else torch.cat(found[::-1])
 
     def _reduce(self) -> None:
-        """Makes a block of the steps that wait."""
-        steps, self._waiting = self._waiting, []
-        if not steps:
-            return
-        block = _Block(len(self.logits) - len(steps))
-        if self._decodes:
-            hidden = [layer[0, -1] for step in steps for layer in step.hidden]
-            block.parts["hidden"] = torch.stack(hidden).view(len(steps), -1, hidden[0].shape[-1])
-        if self._attends:
-            block.parts |= self._maps(steps, block.first)
-        self._blocks.append(block)
+        """Makes blocks of the steps that wait: one of those in a row whose maps are all still to be made."""
+        first = len(self.logits) - len(self._waiting)
+        for _, some in groupby(self._waiting, _is_later):
+            steps, parts = list(some), {}
+            if self._decodes:
+                hidden = torch.cat([layer for step in steps for layer in step.hidden], 1)
+                parts["hidden"] = hidden.view(len(steps), -1, hidden.shape[-1])
+            if self._attends:
+                parts |= self._maps(steps, first)
+            self._blocks.append(_Block(first, parts))
+            first += len(steps)
+        self._waiting = []
 
     def _maps(self, steps: list[_Step], first: int) -> dict[str, Any]:
         """Attention of some steps, reduced as ``stethoscope.rows`` does it."""
@@ -310,8 +313,8 @@ class Steps(Listener):
             rows: by step and layer, as in ``_Step``. ``first``: number of the first step.
         """
         length = self.spans.length if role == "cross" else self._begin + first + len(rows) - 1
-        if all(isinstance(row, _Later) for step in rows for row in step):
-            return _together(rows).softmax(-1)
+        if isinstance(rows[0][0], _Later) and all(isinstance(row, _Later) for row in rows[0]):
+            return _together(rows, length).softmax(-1)
         steps = []
         for number, step in enumerate(rows, first):
             seen = self.spans.length if role == "cross" else self._begin + number
@@ -345,12 +348,17 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     return torch.bmm(grouped, key[0].transpose(1, 2)).float().view(heads, rows, -1)
 
 
-def _together(rows: list[list[_Later]]) -> Tensor:
-    """(L, H, T, k) scores of the rows of T steps in a row, -inf where a key comes after its step."""
+def _is_later(step: _Step) -> bool:
+    """Whether all rows of a step are still to be made."""
+    return all(isinstance(row, _Later) for rows in step.rows.values() for row in rows)
+
+
+def _together(rows: list[list[_Later]], length: int) -> Tensor:
+    """(L, H, T, length) scores of the rows of T steps in a row, -inf where a key comes after its step."""
     count, layers = len(rows), []
     for later in zip(*rows, strict=True):
         query = later[0].query if count == 1 else torch.cat([one.query for one in later], 2)
-        layers.append(_scores(query, later[0].keys.newest) * later[0].keys.scaling)
+        layers.append(_scores(query, later[0].keys.newest[:, :, :length]) * later[0].keys.scaling)
     scores = torch.stack([layer.to(layers[0].device) for layer in layers])
     if count > 1:
         after = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)

@@ -19,7 +19,7 @@ from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.errors import CaptureError, ConfigError
 from stethoscope.images import rgb
 from stethoscope.lens import lens_of
-from stethoscope.loop import steps_of
+from stethoscope.loop import run
 from stethoscope.offsets import GrowingText
 from stethoscope.records import Answer, Generation, ImageRef
 from stethoscope.scoring import Scorer
@@ -151,7 +151,6 @@ class WarningStreamer(BaseStreamer):
         """Takes everything off the model; does nothing the second time."""
         self.steps.stop()
 
-    @torch.inference_mode()
     def put(self, value: Tensor) -> None:
         """Called by ``generate``, first with the prompt, then with every token.
 
@@ -166,9 +165,9 @@ class WarningStreamer(BaseStreamer):
             return
         if value.numel() != 1:
             raise CaptureError(f"{value.numel()} tokens came at once; warnings are for one prompt, token by token")
-        self.follow(int(value))
+        with torch.inference_mode():
+            self.follow(int(value))
 
-    @torch.inference_mode()
     def follow(self, token: int) -> None:
         """Takes the next token, whose step has been heard.
 
@@ -181,20 +180,17 @@ class WarningStreamer(BaseStreamer):
                 raise CaptureError(
                     "a token came before its step was heard; use the streamer in the thread that generates"
                 )
-            logits = self.steps.logits[len(self._ids)]
             self._ids.append(token)
-            self._logprobs.append(float(logits[token] - logits.float().logsumexp(-1)))
             self._waiting.append(self._text.add(token))
-        if self.scorer is not None:
-            self._judge(self.scorer.together)
+        self._read(1 if self.scorer is None else self.scorer.together)
         if not self._stops or not self._held():
             self._hand_out()
 
+    @torch.inference_mode()
     def end(self) -> None:
         """Called by ``generate`` when it is done: what waited is handed out, but for what is no part of the answer."""
         self.close()
-        if self.scorer is not None:
-            self._judge(1)
+        self._read(1)
         ids = self._ids[: self._limit]
         if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._ends)]
@@ -203,11 +199,18 @@ class WarningStreamer(BaseStreamer):
             self._give(self.answer.text[start:end], start, end)
         self._waiting = []
 
-    def _judge(self, least: int) -> None:
-        """Gives probabilities to the tokens whose steps are known, if there are so many."""
-        start, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.waits)
-        if known - start >= least:
-            self._probabilities += self.scorer.judge(self.steps, self._ids[:known], start).tolist()
+    def _read(self, least: int) -> None:
+        """Log-probabilities and, as far as steps are known, warnings of the newest tokens, if there are so many."""
+        done, known = len(self._logprobs), len(self._ids)
+        if known - done >= least:
+            rows = self.steps.logits[done:known]
+            logits = (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float()
+            ids = torch.tensor([self._ids[done:]], device=logits.device).T
+            self._logprobs += (logits.gather(1, ids)[:, 0] - logits.logsumexp(-1)).tolist()
+        if self.scorer is not None:
+            done, known = len(self._probabilities), min(known, len(self.steps.logits) - self.scorer.waits)
+            if known - done >= least:
+                self._probabilities += self.scorer.judge(self.steps, self._ids[:known], done).tolist()
 
     def _held(self) -> bool:
         """Whether the text may be in the middle of a stop string."""
@@ -289,13 +292,11 @@ def _written(
     streamer: WarningStreamer, named: Callable[[], tuple[Named, ...]]
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     with streamer:
-        for token in steps_of(streamer.model, streamer.arguments, streamer.steps):
-            given = len(streamer.tokens)
-            streamer.follow(token)
+        given = 0
+        for _ in run(streamer.model, streamer.arguments, streamer.steps, streamer.follow):
             yield from streamer.tokens[given:]
-        given = len(streamer.tokens)
-        with torch.inference_mode():
-            streamer.end()
+            given = len(streamer.tokens)
+        streamer.end()
         yield from streamer.tokens[given:]
     yield StreamedAnswer(streamer.answer, named)
 

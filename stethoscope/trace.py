@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stethoscope.records import Answer
@@ -192,3 +193,8 @@ class Trace:
     core_logits: Tensor | None = None
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
+
+    @cached_property
+    def mean_mass(self) -> Tensor:
+        """(T, L, 5) ``mass``, mean over heads."""
+        return self.mass.mean(2)

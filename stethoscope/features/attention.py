@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def _mass(trace: Trace, segment: str) -> Tensor:
     """(T, L) head-mean attention mass on a segment, in [0, 1]."""
-    return trace.mass[..., SEGMENTS.index(segment)].mean(-1)
+    return trace.mean_mass[..., SEGMENTS.index(segment)]
 
 
 @feature("attention", high="grounded", needs=["attention"])
