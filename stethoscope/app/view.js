@@ -338,8 +338,9 @@ function finished(found) {
   for (const id of ["words-card", "evolution-card"]) $(id).hidden = !data.tokens[0].evolution.length;
   $("no-map").hidden = data.layers.length > 0;
   $("mentions-card").hidden = !data.mentions.length;
-  const canvas = $("picture"), scale = Math.max(1, Math.ceil(640 / data.size[0]));
-  [canvas.width, canvas.height] = [data.size[0] * scale, data.size[1] * scale];
+  const canvas = $("picture"), [width, height] = data.size;
+  const scale = width < 640 && height < 640 ? Math.ceil(640 / Math.max(width, height)) : Math.min(1, 1024 / Math.max(width, height));
+  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
   if (photo.src !== data.photo) { photo.onload = soon; photo.src = data.photo; }
 }
 

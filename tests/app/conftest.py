@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import stethoscope
+import stethoscope as package
 from stethoscope import leaderboard
 from stethoscope.app.models import Pool
 from stethoscope.app.runs import Runs, write_examples
@@ -26,7 +26,7 @@ EVIL = "<script>window.pwned = 1</script> **bold** "
 
 @pytest.fixture(scope="session")
 def adapter():
-    return stethoscope.load("testbed")
+    return package.load("testbed")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def served(adapter, folder, reader, tmp_path_factory):
         with pool.use("testbed"):
             screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3))
         address = start(screen, "127.0.0.1", free_port())
-        yield SimpleNamespace(address=address.rstrip("/"), pool=pool, secret=secret, own=own)
+        yield SimpleNamespace(address=address.rstrip("/"), pool=pool, secret=secret, own=own, evil=EVIL)
         screen.close(verbose=False)
 
 
@@ -101,3 +101,17 @@ def browser():
         made = running.chromium.launch(executable_path=path, args=FLAGS)
         yield made
         made.close()
+
+
+@pytest.fixture
+def stethoscope(tmp_path, monkeypatch, capsys):
+    """Runs a command that fails in an empty folder; gives its last line on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return call

@@ -1,0 +1,256 @@
+"""The page in a real browser, at the width of a desk and of a phone. Screenshots go into $STETHOSCOPE_SCREENSHOTS."""
+
+import os
+import re
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from stethoscope import testbed
+from stethoscope.records import Generation
+
+DONE = "#view [data-id=diagnosed]:not([hidden])"
+WIDTHS = {1280: 900, 390: 844}
+DESCRIBE = "Please describe this image in detail."
+
+# moves a slider as a hand does, and tells after how many milliseconds the picture on the screen is another one
+MOVE = """async ([id, value]) => {
+  const slider = document.querySelector(`#view [data-id="${id}"]`), canvas = document.querySelector("#view canvas");
+  const small = Object.assign(document.createElement("canvas"), { width: 64, height: 64 });
+  const brush = small.getContext("2d", { willReadFrequently: true });
+  const look = () => { brush.drawImage(canvas, 0, 0, 64, 64); return brush.getImageData(0, 0, 64, 64).data.join(); };
+  const before = look(), began = performance.now();
+  slider.value = value;
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  for (let frame = 0; frame < 30; frame++) {
+    await new Promise((done) => requestAnimationFrame(done));
+    if (look() !== before) return performance.now() - began;
+  }
+  return null;
+}"""
+
+
+@pytest.fixture(params=WIDTHS, ids=str)
+def page(request, browser, served):
+    """An open page; at the end nothing may have gone to another server, and no script may have failed."""
+    context = browser.new_context(viewport={"width": request.param, "height": WIDTHS[request.param]})
+    page = open_page(context, served)
+    page.width = request.param
+    yield page
+    here = urlsplit(served.address).netloc
+    assert {urlsplit(url).netloc for url in page.asked if url.startswith("http")} == {here}
+    assert page.failed == []
+    assert page.evaluate("window.pwned") is None
+    context.close()
+
+
+def open_page(context, served):
+    page = context.new_page()
+    page.asked, page.failed = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("pageerror", lambda error: page.failed.append(str(error)))
+    page.goto(served.address)
+    page.wait_for_selector("#view .st-status")
+    return page
+
+
+def photograph():
+    cbook = pytest.importorskip("matplotlib.cbook", reason="no photograph without matplotlib")
+    return cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+
+
+def ask(page, picture, question=DESCRIBE):
+    page.set_input_files("#photograph input[type=file]", picture)
+    page.wait_for_selector("#photograph img")
+    page.fill("#question textarea", question)
+    page.click("#ask")
+    page.wait_for_selector(DONE, timeout=30_000)
+
+
+def text(page, part):
+    return page.locator(f"#view [data-id={part}]").inner_text()
+
+
+def wait_for_words(page, part, words):
+    where = f"document.querySelector('#view [data-id={part}]')"
+    page.wait_for_function(f"words => {where}.innerText.includes(words)", arg=words)
+
+
+def take(page, name, folder):
+    """A screenshot of the whole page, for people to look at."""
+    folder = Path(os.environ.get("STETHOSCOPE_SCREENSHOTS", folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"{name}-{page.width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.width  # nothing sticks out
+
+
+def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_path):
+    from PIL import Image
+
+    start = time.process_time()  # of all threads, since other processes share the machine
+    ask(page, photograph())
+    seconds = time.process_time() - start
+    assert seconds < 3  # an upload, an answer and everything about it
+    take(page, "answer", tmp_path)
+    picture = Image.open(photograph()).convert("RGB")
+    answer = adapter.generate([adapter.encode(picture, DESCRIBE)], Generation(max_new_tokens=128))[0]
+    assert page.evaluate("document.querySelector('#view [data-id=answer]').textContent").strip() == answer.text
+
+    tokens = page.locator("#view .st-t")
+    assert tokens.count() == len(answer.token_ids)
+    tokens.nth(6).click()
+    assert page.locator(".st-chosen.st-t").inner_text() == answer.tokens[6].strip()
+    assert f"7 of {len(answer.token_ids)}" in text(page, "facts")
+    assert page.locator("#view [data-id=words] .st-bar").count() == 5
+    assert page.locator("#view [data-id=evolution] tr").count() == 4
+    assert page.locator("#view [data-id=before] .st-bar").count() == 6
+    assert "R_image" in text(page, "sums")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        f"document.querySelector('#view [data-id=facts]').innerText.includes('8 of {len(answer.token_ids)}')"
+    )
+
+    requests = len(page.asked)
+    sliders = {"layer": 1, "threshold": 60, "opacity": 30, "scale": 12}
+    milliseconds = {name: page.evaluate(MOVE, [name, value]) for name, value in sliders.items()}
+    assert all(value is not None and value < 300 for value in milliseconds.values()), milliseconds
+    assert [text(page, f"{name}-text") for name in sliders] == ["2 of 4", "60 %", "30 %", "× 3.98"]
+    assert "2 of 4" in text(page, "shares-layer")
+    assert len(page.asked) == requests  # the browser did it alone
+
+    old = text(page, "question")
+    page.select_option("#view [data-id=scope]", "token")
+    page.wait_for_function("before => document.querySelector('#view [data-id=question]').innerText !== before", arg=old)
+    assert page.locator(".st-chosen.st-t").inner_text() == answer.tokens[7].strip()  # still the same token and layer
+    assert text(page, "layer-text") == "2 of 4"
+    requests = len(page.asked)
+    page.select_option("#view [data-id=scope]", "row")  # which the page still has
+    wait_for_words(page, "question", old)
+    assert len(page.asked) == requests
+    take(page, "token", tmp_path)
+
+
+def test_warnings_follow_their_threshold(page, served, tmp_path):
+    ask(page, next(served.own.glob("counter-*.png")))
+    rows = page.locator("#view [data-id=mentions] tr").all()
+    assert rows
+    for percent, warned in ((100, 0), (0, len(rows))):
+        page.evaluate(
+            """value => { const one = document.querySelector('#view [data-id=warn]'); one.value = value;
+            one.dispatchEvent(new Event("input", { bubbles: true })); }""",
+            percent,
+        )
+        page.wait_for_function(f"document.querySelectorAll('#view tr.st-alarm').length === {warned}")
+        boxed = page.locator("#view .st-last")
+        assert boxed.count() == warned
+    assert boxed.first.get_attribute("data-chance").endswith("%")  # not told by colour alone
+    boxed.first.hover()
+    tip = page.locator("#view [data-id=tip]")
+    assert re.search(r"\d\s%\shallucinated", tip.inner_text())
+    assert re.search(r"evidence [+−]\d.*prior [+−]\d", tip.inner_text())
+    take(page, "warnings", tmp_path)
+
+
+def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp_path):
+    page.get_by_role("tab", name="Finished run").click()
+    cards = page.locator("#list article")
+    cards.first.wait_for()
+    assert served.evil in cards.first.inner_text()
+    whole = text_of(page, "#list [data-id=count]")
+    for kind in ("caught", "missed", "false alarm"):
+        page.select_option("#list [data-id=kind]", kind)
+        page.wait_for_timeout(50)
+        assert all(f"{kind}: " in card.inner_text() for card in cards.all())
+    page.select_option("#list [data-id=fold]", "")
+    page.select_option("#list [data-id=kind]", "caught")
+    assert cards.count() > 0
+    assert text_of(page, "#list [data-id=count]") != whole
+    take(page, "samples", tmp_path)
+    name = cards.first.locator("b").inner_text()
+    cards.first.get_by_role("button").click()
+    page.wait_for_selector(DONE, timeout=30_000)
+    assert text(page, "answer").startswith(served.evil)
+    assert f"sample {name}" in text(page, "notes")
+    assert page.locator("#question textarea").input_value() == DESCRIBE
+    take(page, "opened", tmp_path)
+    page.get_by_role("tab", name="Finished run").click()
+    page.get_by_role("tab", name="Figures").click()
+    frame = page.frame_locator("#figures iframe")
+    frame.locator("svg").first.wait_for(timeout=30_000)
+    for words in ("Leader board: AUROC", "ROC", "Reliability"):
+        assert frame.get_by_text(re.compile(words, re.I)).count() > 0
+    take(page, "figures", tmp_path)
+
+
+def text_of(page, where):
+    return page.locator(where).inner_text()
+
+
+def test_what_is_no_picture_is_said(page, tmp_path):
+    page.click("#ask")
+    page.wait_for_selector("#view .st-error")
+    assert "upload one" in text(page, "status")
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    page.set_input_files("#photograph input[type=file]", broken)
+    page.wait_for_selector("#photograph img")
+    page.click("#ask")
+    wait_for_words(page, "status", "cannot be read")
+    assert "'broken.png'" in text(page, "status")
+
+
+def test_two_users_at_once_get_their_own_answers(browser, served, adapter):
+    questions = ["Is there a dog in the image?", DESCRIBE]
+    files = sorted(served.own.glob("counter-*.png"))[:2]
+    contexts = [browser.new_context() for _ in questions]
+    pages = [open_page(context, served) for context in contexts]
+    for page, file, question in zip(pages, files, questions, strict=True):
+        page.set_input_files("#photograph input[type=file]", file)
+        page.wait_for_selector("#photograph img")
+        page.fill("#question textarea", question)
+    for page in pages:
+        page.click("#ask")
+    scenes = [testbed.scenes(number + 1)[number] for number in range(2)]
+    for page, question, scene in zip(pages, questions, scenes, strict=True):
+        page.wait_for_selector(DONE, timeout=30_000)
+        encoded = adapter.encode(scene.image(), question)
+        answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0].text
+        assert (text(page, "answer").strip(), text(page, "asked")) == (answer, question)
+    for page in pages:  # each looks again at its own
+        before = text(page, "answer")
+        page.select_option("#view [data-id=scope]", "token")
+        page.wait_for_function("document.querySelector('#view [data-id=status]').hidden")
+        assert text(page, "answer") == before
+    for context in contexts:
+        context.close()
+
+
+def test_closing_the_page_in_the_middle_of_an_answer_frees_the_model(browser, served, adapter):
+    passes = []
+
+    def slowly(*_):
+        passes.append(1)
+        time.sleep(0.15)
+
+    hook = adapter.model.register_forward_pre_hook(slowly)
+    try:
+        context = browser.new_context()
+        page = open_page(context, served)
+        page.set_input_files("#photograph input[type=file]", next(served.own.glob("counter-*.png")))
+        page.wait_for_selector("#photograph img")
+        page.click("#ask")
+        page.wait_for_selector("#view .st-caret")
+        assert served.pool.busy
+        context.close()
+        left = time.perf_counter()
+        while served.pool.busy and time.perf_counter() - left < 10:
+            time.sleep(0.02)
+        seen = len(passes)
+        assert not served.pool.busy
+        assert seen < 30  # of some fifty that the whole answer takes, and more to explain it
+        time.sleep(0.5)
+        assert len(passes) == seen
+    finally:
+        hook.remove()

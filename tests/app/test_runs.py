@@ -1,0 +1,101 @@
+"""Finished runs behind the second tab."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from stethoscope.app.runs import NO_RUN, Runs, write_examples
+from stethoscope.errors import ArtefactError
+from stethoscope.store import RunStore
+
+
+@pytest.fixture
+def runs(folder, tmp_path):
+    return Runs(folder, None, tmp_path)
+
+
+def test_the_list_says_what_became_of_every_mention(runs, folder):
+    found = json.loads(runs.listing("small"))
+    said = Counter(kind for row in found["rows"] for _, kind, _ in row["mentions"])
+    expected = Counter()
+    for text in (folder / "small" / "warnings.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        names = {(1, True): "caught", (1, False): "missed", (0, True): "false alarm", (0, False): "right"}
+        expected[names.get((line["label"], line["warned"]), "not judged")] += 1
+    assert said == expected
+    assert said["caught"] > 0
+    records = RunStore(folder / "small").records("chair")
+    assert [row["sample"] for row in found["rows"] if row["task"] == "chair"] == [one.sample_id for one in records]
+    assert {row["task"] for row in found["rows"]} == {"chair", "pope"}
+    assert found["note"] == ""
+
+
+def test_figures_are_the_report(runs):
+    page = json.loads(runs.figures("small"))["page"]
+    for words in ("leader board: auroc", "roc", "reliability", "chair_i"):
+        assert words in page.lower()
+
+
+def test_a_sample_is_opened_with_its_stored_answer_and_its_own_picture(runs, folder, pool, tmp_path):
+    record = RunStore(folder / "small").find("chair", "counter-000007")
+    question, file = runs.question("small", "chair", "counter-000007", pool, "testbed")
+    assert question.answer == record.answer
+    assert question.text == record.question
+    assert question.detector is not None
+    assert file.is_relative_to(tmp_path)
+    from PIL import Image
+
+    from stethoscope import testbed
+
+    assert Image.open(file).tobytes() == question.picture.tobytes() == testbed.scenes(8)[7].image().tobytes()
+
+
+def test_runs_are_chosen_by_name_alone(runs, folder, pool):
+    for name in ("../small", str(folder / "small"), "", "smal"):
+        with pytest.raises(ArtefactError, match="unknown run"):
+            runs.question(name, "chair", "counter-000007", pool, "testbed")
+        assert json.loads(runs.listing(name))["rows"] == []
+        assert "unknown run" in json.loads(runs.figures(name))["note"]
+    with pytest.raises(ArtefactError, match="no answer to chair sample"):
+        runs.question("small", "chair", "../../etc/passwd", pool, "testbed")
+
+
+def test_a_picture_that_is_gone_is_said(runs, folder, pool, tmp_path):
+    copied = shutil.copytree(folder / "small", tmp_path / "runs" / "small")
+    kept = copied / "samples.jsonl"
+    lines = [{**json.loads(line), "question": "Where is it?"} for line in kept.read_text().splitlines()]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))  # of a data file that has changed since
+    with pytest.raises(ArtefactError, match="is not to be had: its task no longer has the sample"):
+        Runs(tmp_path / "runs", None, tmp_path).question("small", "chair", "counter-000007", pool, "testbed")
+
+
+def test_a_run_from_elsewhere_comes_first_and_half_runs_are_left_out(folder, tmp_path):
+    half = shutil.copytree(folder / "small", tmp_path / "half")
+    (half / "status.json").write_text('{"chair": "running"}')
+    runs = Runs(tmp_path, str(folder / "small"), tmp_path)
+    assert runs.names == ["small"]
+    assert json.loads(Runs(tmp_path, None, tmp_path).listing(None))["note"] == NO_RUN
+    with pytest.raises(ArtefactError, match="is no directory"):
+        Runs(tmp_path, str(tmp_path / "none"), tmp_path)
+
+
+def test_a_run_without_a_detector_lists_its_samples(folder, tmp_path):
+    alone = shutil.copytree(folder / "small", tmp_path / "runs" / "alone")
+    (alone / "warnings.jsonl").unlink()
+    shutil.rmtree(alone / "detector")
+    metrics = json.loads((alone / "metrics.json").read_text())
+    del metrics["detector"]
+    (alone / "metrics.json").write_text(json.dumps(metrics))
+    found = json.loads(Runs(tmp_path / "runs", None, tmp_path).listing("alone"))
+    assert "stethoscope train" in found["note"]
+    assert len(found["rows"]) > 100
+
+
+def test_examples_are_pictures(tmp_path):
+    from PIL import Image
+
+    files = write_examples(tmp_path, 5, 2)
+    assert [file.name for file in files] == ["counter-000005.png", "counter-000006.png"]
+    assert Image.open(files[0]).size == (96, 96)

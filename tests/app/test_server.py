@@ -1,0 +1,111 @@
+"""What the server hands out, to whom, and what it says when it cannot start."""
+
+import http.client
+import importlib.util
+from urllib.parse import urlsplit
+
+import pytest
+
+from stethoscope.app.server import POLICY, loopback, start
+from stethoscope.errors import ConfigError
+
+TRICKS = [
+    "/gradio_api/file={path}",
+    "/file={path}",
+    "/gradio_api/file={own}/../../..{path}",
+    "/gradio_api/file={own}/..%2f..%2f..{path}",
+    "/gradio_api/file=%2e%2e/%2e%2e/%2e%2e{path}",
+    "/gradio_api/file=//{path}",
+    "/gradio_api/file=file://{path}",
+    "/gradio_api/file={path}%00.png",
+    "/static/../../../..{path}",
+    "/assets/..%2f..%2f..%2f..{path}",
+    "/gradio_api/stream/../..{path}",
+    "/gradio_api/proxy=file://{path}",
+]
+
+
+def get(address, path, method="GET", body=None, headers=None):
+    """The answer to a request whose path is sent as it stands."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection.request(method, path, body, headers or {})
+    answer = connection.getresponse()
+    return answer.status, dict(answer.getheaders()), answer.read()
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_no_file_outside_its_own_folder_is_handed_out(served, trick):
+    for path in (str(served.secret), "/etc/passwd", __file__):
+        status, _, body = get(served.address, trick.format(path=path, own=served.own))
+        assert status >= 400 or b"<gradio-app" in body or b"window.gradio_config" in body  # its own page, at most
+        assert served.secret.read_bytes() not in body
+        assert b"root:" not in body
+        assert b"TRICKS" not in body
+
+
+def test_its_own_pictures_are_handed_out(served):
+    file = next(served.own.glob("counter-*.png"))
+    status, _, body = get(served.address, f"/gradio_api/file={file}")
+    assert (status, body) == (200, file.read_bytes())
+
+
+def test_a_picture_named_by_a_user_is_one_that_was_uploaded(served):
+    """An event may name any file as its picture; files that nobody uploaded are refused before they are read."""
+    import json
+
+    file = {"path": str(served.secret), "meta": {"_type": "gradio.FileData"}}
+    _, _, config = get(served.address, "/config")
+    known = json.loads(config)
+    ask = next(one for one in known["dependencies"] if len(one["inputs"]) == 8)
+    values = ["testbed", file, "What is this?", 0, 1, 1, 20, 0]
+    body = json.dumps({"data": values, "fn_index": ask["id"], "session_hash": "trick", "trigger_id": None})
+    status, _, _ = get(served.address, "/gradio_api/queue/join", "POST", body, {"content-type": "application/json"})
+    assert status == 200
+    _, _, said = get(served.address, "/gradio_api/queue/data?session_hash=trick")
+    assert b'"success":false' in said
+    assert served.secret.read_bytes() not in said
+
+
+def test_every_answer_forbids_other_servers(served):
+    for path in ("/", "/config", "/gradio_api/file=/etc/passwd"):
+        _, headers, _ = get(served.address, path)
+        assert headers["content-security-policy"] == POLICY
+        assert headers["x-content-type-options"] == "nosniff"
+    assert "http" not in POLICY
+
+
+def test_it_listens_on_this_machine_alone(served):
+    assert urlsplit(served.address).hostname == "127.0.0.1"
+    assert [loopback(host) for host in ("127.0.0.2", "::1", "localhost", "192.168.0.7", "::", "example.org")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_a_port_that_is_taken_is_one_line(served):
+    import gradio
+
+    with gradio.Blocks() as other, pytest.raises(ConfigError, match="choose another with port="):
+        start(other, "127.0.0.1", urlsplit(served.address).port)
+
+
+def _without_gradio(find):
+    return lambda name, *more: None if name == "gradio" else find(name, *more)
+
+
+def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", _without_gradio(real))
+    assert 'gradio is not installed; pip install "lvlm-stethoscope[app]"' in stethoscope("app")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=testbad"], "did you mean 'testbed'"),
+        (["run=nothing"], "nothing is no run directory"),
+        (["detector=nothing"], "detector=nothing is no directory"),
+        (["prot=1"], "did you mean 'port'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):
+    assert said in stethoscope("app", *words)
