@@ -71,7 +71,7 @@ def _write(file: Path, known: dict[str, str]) -> None:
 
 
 def code_of(*classes: type) -> str:
-    """SHA-256 of the source files that classes are made of, over their names and bytes.
+    """The first 16 digits of the SHA-256 of the source files that classes are made of, over their names and bytes.
 
     These are the modules of every class and its bases, and what those import at their top from the package they are
     in: of ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not ``stethoscope.stats``,
@@ -81,7 +81,7 @@ def code_of(*classes: type) -> str:
     digest = hashlib.sha256()
     for name, text in sorted(_sources(classes).items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def _sources(classes: Sequence[type]) -> dict[str, bytes]:

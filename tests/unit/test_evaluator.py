@@ -395,7 +395,7 @@ def test_a_run_directory_that_cannot_be_written_to_is_named(adapter, tmp_path):
 def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monkeypatch):
     Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
     found = RunStore(tmp_path).fingerprints()["tiny"]
-    assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 64
+    assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 16
     monkeypatch.setattr("stethoscope.fingerprint.code_of", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
