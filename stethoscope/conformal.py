@@ -25,11 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stethoscope.errors import ConfigError, DataError, unknown
+
+if TYPE_CHECKING:
+    from stethoscope.estimators import CalibratedModel, Examples
 
 RISKS = {
     "max_false_alarms": "share of grounded mentions that get a warning",
@@ -246,3 +249,26 @@ def _too_few(promise: Promise, chances: np.ndarray, limit: int) -> str:
         f"no threshold can promise {promise}: the {len(chances)} calibration images have {chances.sum():.0f} {kind} "
         f"mentions{about}. Give more images to calibration, allow more, or use detector.threshold=f1"
     )
+
+
+def promised(model: CalibratedModel, train: Examples, held_out: Examples | None, promise: Promise) -> Certificate:
+    """The boldest threshold of a fitted classifier for which a promise can be given.
+
+    Args:
+        model: fitted on ``train``.
+        train: its images say how many mentions an image has.
+        held_out: mentions of images that the classifier has not seen.
+        promise: to give.
+
+    Raises:
+        DataError: there are no such images, or the classifier ranks them no better than chance.
+    """
+    if held_out is None or not len(held_out.labels):
+        raise DataError(f"{promise}: that needs a calibration fold, images that the classifier has not seen")
+    if model.line[0] <= 0:
+        raise DataError(f"{promise}: the detector ranks the calibration images no better than chance")
+    # scores by what saw the training images alone: the calibration is monotone and changes no warning
+    scores = model.scores(held_out.matrix)
+    kind = 0 if promise.risk == "max_false_alarms" else 1
+    reference = per_image(train.groups, train.labels == kind)
+    return certify(scores, held_out.labels, held_out.groups, promise, reference)

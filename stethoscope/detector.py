@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import logit
 
 from stethoscope import artefact, hub
-from stethoscope.conformal import Certificate, Promise, certify, per_image
+from stethoscope.conformal import Certificate, Promise, promised
 from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.estimators import (
     CALIBRATIONS,
@@ -23,7 +22,7 @@ from stethoscope.estimators import (
     make_estimator,
     strength_of,
 )
-from stethoscope.explain import Explanation, linear_terms, pushes
+from stethoscope.explain import Explanation, explanation
 from stethoscope.factor import EXTERNAL, Factored, external
 from stethoscope.table import (
     SUBTOKENS,
@@ -42,7 +41,6 @@ RARE = 5  # mentions that an object needs in training to get a column of its own
 class Detector:
     """Gives every answer token the probability that it is hallucinated.
 
-    >>> from stethoscope.detector import Detector
     >>> Detector(estimator="boosting", features=["entropy", "attention_*"])
     Detector(estimator='boosting', calibration='platt', features=['entropy', 'attention_*'])
 
@@ -52,8 +50,8 @@ class Detector:
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.
-        objects: also use which object the token names (one column per object seen in training). Off by default, so
-            that a warning rests on evidence from the model and not on how often an object was invented before.
+        objects: also use which object the token names, a column each. Off by default, so that a warning rests on
+            evidence from the model and not on how often an object was invented before.
         strength: inverse regularisation C of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
         repeats: learn from the ``first`` mention of every object in an answer, or from ``all``.
         seed: of everything random; the same data and seed give the same detector.
@@ -101,7 +99,7 @@ class Detector:
             raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
         if objects and factored:
             raise ConfigError(
-                "detector.objects=true and detector.factored=true: leave out the first, the prior knows the objects"
+                "detector.objects=true with factored=true: leave out objects, the prior knows the objects"
             )
         if not isinstance(threshold, Mapping) and threshold != "f1":
             raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
@@ -134,8 +132,8 @@ class Detector:
         self._base_rate = 0.5
 
     def __repr__(self) -> str:
-        shown = {key: self.settings[key] for key in ("estimator", "calibration", "features")}
-        return f"Detector({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
+        shown = (f"{key}={self.settings[key]!r}" for key in ("estimator", "calibration", "features"))
+        return f"Detector({', '.join(shown)})"
 
     @property
     def fitted(self) -> bool:
@@ -202,8 +200,8 @@ class Detector:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
         kind, strength, seed = (self.settings[key] for key in ("estimator", "strength", "seed"))
         factored = Factored(kind, len(self._objects), strength, seed) if self.settings["factored"] else None
-        estimator = factored or make_estimator(kind, seed)
-        self._model = CalibratedModel.fit(estimator, examples, held_out, self.settings["calibration"], strength)
+        model = factored or make_estimator(kind, seed)
+        self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], strength)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(examples, held_out)
         return self
@@ -212,19 +210,11 @@ class Detector:
         """The best F1, or the boldest threshold for which the promise can be given."""
         self.certificate = None
         if self._promise is None:
-            chosen_on = train if held_out is None else held_out
-            if len(chosen_on.labels):
-                self.threshold = best_threshold(chosen_on.labels, self._model.predict(chosen_on.matrix))
+            seen = train if held_out is None else held_out
+            if len(seen.labels):
+                self.threshold = best_threshold(seen.labels, self._model.predict(seen.matrix))
             return
-        if held_out is None or not len(held_out.labels):
-            raise DataError(f"{self._promise}: that needs a calibration fold, images that the classifier has not seen")
-        if self._model.line[0] <= 0:
-            raise DataError(f"{self._promise}: the detector ranks the calibration images no better than chance")
-        # scores by what saw the training images alone: the calibration is monotone and changes no warning
-        scores = self._model.scores(held_out.matrix)
-        kind = 0 if self._promise.risk == "max_false_alarms" else 1
-        reference = per_image(train.groups, train.labels == kind)
-        self.certificate = certify(scores, held_out.labels, held_out.groups, self._promise, reference)
+        self.certificate = promised(self._model, train, held_out, self._promise)
         self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
 
     def rows(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
@@ -272,20 +262,7 @@ class Detector:
             ArtefactError, DataError: as in ``predict``.
         """
         probability = self.predict(table)
-        matrix, (slope, intercept) = self._matrix(table), self._model.line
-        if not len(matrix):
-            return Explanation(probability, np.zeros(0), np.zeros(0))
-        model = self._model.model
-        if isinstance(model, Factored):
-            own, before = model.parts(matrix)
-            evidence, prior = slope * own, slope * before + intercept
-            terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
-        else:
-            prior = np.full(len(matrix), logit(self._base_rate))
-            evidence = slope * self._model.scores(matrix) + intercept - prior
-            terms, scale = linear_terms(model, matrix), slope
-        shown = None if terms is None else pushes(terms, self._names, evidence, scale)
-        return Explanation(probability, evidence, prior, shown)
+        return explanation(self._model, self._matrix(table), probability, self._names, self._base_rate)
 
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
         """(rows, features + objects or external columns) what the classifier reads."""
@@ -310,9 +287,8 @@ class Detector:
 
     def _chosen(self) -> str:
         """How the threshold was chosen, in words."""
-        which = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
         how = "highest F1 on the calibration fold" if self.certificate is None else str(self._promise)
-        return how + which
+        return how + (", first mentions of an object only" if self.settings["repeats"] == "first" else "")
 
     @property
     def manifest(self) -> dict[str, Any]:

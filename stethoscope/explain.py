@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 from sklearn.pipeline import Pipeline
+
+from stethoscope.estimators import CalibratedModel
+from stethoscope.factor import Factored
 
 REST = "(rest)"
 """What the pushes of single features leave of the evidence: the constant, and what is usual for such a mention."""
@@ -64,3 +68,29 @@ def pushes(terms: np.ndarray, names: Sequence[str], evidence: np.ndarray, scale:
     frame = pd.DataFrame(own, columns=list(names))
     frame[REST] = evidence - own.sum(axis=1)
     return frame
+
+
+def explanation(
+    fitted: CalibratedModel, matrix: np.ndarray, probability: np.ndarray, names: Sequence[str], base_rate: float
+) -> Explanation:
+    """Why a fitted classifier gives its probabilities.
+
+    Args:
+        fitted: the classifier, its calibration a line in log-odds.
+        matrix: (rows, columns) what it reads; the first columns are those of ``names``.
+        probability: (rows,) what it gives.
+        names: of features.
+        base_rate: share of hallucinated mentions in training, the prior where none was learned.
+    """
+    if not len(matrix):
+        return Explanation(probability, np.zeros(0), np.zeros(0))
+    model, (slope, intercept) = fitted.model, fitted.line
+    if isinstance(model, Factored):
+        own, before = model.parts(matrix)
+        evidence, prior = slope * own, slope * before + intercept
+        terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
+    else:
+        prior = np.full(len(matrix), logit(base_rate))
+        evidence = slope * fitted.scores(matrix) + intercept - prior
+        terms, scale = linear_terms(model, matrix), slope
+    return Explanation(probability, evidence, prior, None if terms is None else pushes(terms, names, evidence, scale))

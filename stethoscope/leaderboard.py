@@ -10,37 +10,20 @@ import numpy as np
 import pandas as pd
 
 from stethoscope import methods, metrics
-from stethoscope.baselines import Predictor, baselines
+from stethoscope.baselines import baselines
 from stethoscope.columns import feature_of
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
 from stethoscope.features.catalogue import FORWARD
-from stethoscope.metrics import Ranking
+from stethoscope.judging import AREAS, METRICS, JudgedMentions, control_bins, measure
 from stethoscope.stats import REPLICATES, Interval, Resamples, group_weights, p_value
 from stethoscope.table import FeatureSchema, feature_matrix, mention_rows, require
 
-CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
 SHUFFLES = 20  # detectors fitted to shuffled labels; one alone is off 0.5 by chance, as any direction among features is
 MOST_FEATURES = 100  # single features with a row of their own
 SHUFFLED = "shuffled labels"
-AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_matched")
-
-METRICS = {
-    "auroc": "area under the ROC curve; hallucinated is the positive class",
-    "auroc_controlled": f"mean AUROC within bins of {CONTROL_WIDTH} token positions, by number of pairs",
-    "auroc_same_position": "the same with bins of one token: only mentions at equal positions are compared",
-    "auroc_matched": f"the same for mentions of one object within {CONTROL_WIDTH} token positions",
-    "auroc_first": "AUROC of the first mention of every object in an answer (where others are measured as well)",
-    "auprc_hallucinated": "average precision, hallucinated mentions as the positive class",
-    "auprc_grounded": "average precision, grounded mentions as the positive class",
-    "fpr_at_95tpr": "false alarms among grounded mentions when 95 % of the hallucinated ones are found",
-    "recall_at_90precision": "hallucinated mentions found when 90 % of the warnings are to be right",
-    "ece": "expected calibration error, ten bins of equal width",
-    "brier": "mean squared error of the probability",
-    "base_rate": "share of hallucinated mentions: what the AUPRC of a score without information is",
-}
-"""Columns of the leaderboard. Calibration error and Brier score are for probabilities only, not for single features."""
+KINDS = ("detector", "published", "baseline", "feature")  # of rows, in their order
 
 
 @dataclass(frozen=True)
@@ -139,82 +122,6 @@ class Leaderboard:
         }
 
 
-def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """(rows,) which mentions each controlled AUROC compares: those with the same integer."""
-    positions = rows["token"].to_numpy(dtype=int)
-    objects = pd.factorize(rows["object"])[0]
-    wide = positions // CONTROL_WIDTH
-    return {
-        "auroc_controlled": wide,
-        "auroc_same_position": positions,
-        "auroc_matched": objects * (wide.max(initial=0) + 1) + wide,
-    }
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """The mentions of a fold as metrics read them."""
-
-    labels: np.ndarray
-    bins: Mapping[str, np.ndarray]
-    first: np.ndarray
-
-    @classmethod
-    def of(cls, rows: pd.DataFrame) -> _Judged:
-        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
-
-    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, metrics.FloatOrArray]:
-        """The metrics of ``AREAS`` that compare mentions within bins."""
-        return {name: metrics.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()}
-
-    def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
-        """All metrics of one score for a chunk of replicates, most of them in one sorting of the mentions."""
-        ranking = Ranking.of(self.labels, scores, weights)
-        figures = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
-        if not self.first.all():
-            figures["auroc_first"] = metrics.auroc(self.labels, scores, weights * self.first)
-        figures |= {
-            "auprc_hallucinated": ranking.auprc(),
-            "auprc_grounded": ranking.swapped().auprc(),
-            "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
-            "recall_at_90precision": ranking.recall_at_precision(0.9),
-        }
-        if probability:
-            figures |= {
-                "ece": metrics.ece(self.labels, scores, weights),
-                "brier": metrics.brier(self.labels, scores, weights),
-            }
-        return figures | {"base_rate": metrics.base_rate(self.labels, weights)}
-
-
-def measure(
-    test: pd.DataFrame,
-    probabilities: Mapping[str, np.ndarray],
-    drawn: Resamples,
-    scores: Mapping[str, np.ndarray] | None = None,
-) -> dict[tuple[str, str], np.ndarray]:
-    """Replicate arrays by (name, metric) of several scores of the same mentions, under the same resampled images.
-
-    Args:
-        test: judged rows of a token table.
-        probabilities: (rows,) by name.
-        drawn: resampled images of the rows.
-        scores: (rows,) by name, of which calibration error and Brier score make no sense.
-    """
-    judged = _Judged.of(test)
-
-    # chunks of replicates are outermost: their weights are made once for all
-    def chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-        return {
-            (name, metric): figure
-            for some, probability in ((probabilities, True), (scores or {}, False))
-            for name, values in some.items()
-            for metric, figure in judged.figures(values, weights, probability).items()
-        }
-
-    return drawn.apply(chunk)
-
-
 def _single_features(
     train: pd.DataFrame, test: pd.DataFrame, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str], tuple[str, ...]]:
@@ -224,7 +131,7 @@ def _single_features(
         Test scores by name (by falling training AUROC), signs, the best feature by metric of ``AREAS``, and features
         without any value.
     """
-    judged = _Judged.of(train)
+    judged = JudgedMentions.of(train)
     learn, held_out = feature_matrix(train, names), feature_matrix(test, names)
     skipped = tuple(name for name, column in zip(names, learn.T, strict=True) if np.isnan(column).all())
     scores, signs, strength = {}, {}, {}
@@ -298,53 +205,86 @@ def leaderboard(
     require(table, ("group", "token", "object"))
     ways = _common_rows(detectors, repeats)
     parts = {fold: mention_rows(table[mask], **ways) for fold, mask in folds.items()}
-    train, test = parts["train"], parts["test"]
+    test = parts["test"]
     if test["label"].nunique() < 2:
         raise DataError(
             f"the test fold has {len(test)} judged mentions of {test['label'].nunique()} kinds; hallucinated and "
             "grounded ones are needed: run the task on more samples"
         )
-    values = {name: detector.predict(test) for name, detector in detectors.items()}
-    others: dict[str, Predictor] = baselines("all")  # of the rows that are given
-    for name, baseline in others.items():
-        values[name] = baseline.fit(train, parts["calibration"]).predict(test)
-    found = methods.published(table) if published else []
-    said = {method.name: methods.judge(method, parts, ways, seed) for method in found}
-    values |= {name: judged.values for name, judged in said.items() if judged.probability}
-    scores = {name: judged.values for name, judged in said.items() if not judged.probability}
-    single = [name for name in FeatureSchema.of(table).names if name not in values and not _is_vector(name)]
-    features, signs, best, skipped = _single_features(train, test, single)
+    entries, best, skipped = _entries(table, detectors, parts, ways, seed, published)
     mixed = {
         f"{SHUFFLED} {number}": other.predict(test)
         for one in list(detectors.values())[:1]
         for number, other in enumerate(shuffled(table, one, folds, seed))
     }
     drawn = group_weights(test["group"], replicates, seed)
-    figures = measure(test, values | mixed, drawn, scores | features)
+    probabilities, scores = (
+        {one.name: one.values for one in entries if one.probability is kind} for kind in (True, False)
+    )
+    figures = measure(test, probabilities | mixed, drawn, scores)
     _mean_of(figures, list(mixed), seed)
-    kinds = dict.fromkeys(detectors, "detector") | dict.fromkeys(said, "published") | dict.fromkeys(others, "baseline")
-    kinds |= dict.fromkeys([SHUFFLED] if mixed else [], "baseline") | dict.fromkeys(features, "feature")
-    signs |= {name: judged.sign for name, judged in said.items()}
-    costs = {name: methods.cost_of(one.features) for name, one in detectors.items()}
-    costs |= {method.name: method.cost for method in found} | {name: methods.cost_of([name]) for name in features}
     made = tuple(
         Row(
-            name,
-            kind,
-            signs.get(name, 1),
-            {metric: drawn.interval(figures[name, metric]) for metric in METRICS if (name, metric) in figures},
-            costs.get(name, ""),
-            said[name].note if name in said else "",
+            one.name,
+            one.kind,
+            one.sign,
+            {metric: drawn.interval(figures[one.name, metric]) for metric in METRICS if (one.name, metric) in figures},
+            one.cost,
+            one.note,
         )
-        for name, kind in kinds.items()
+        for one in sorted(
+            [*entries, *[_Entry(SHUFFLED, "baseline")] * bool(mixed)], key=lambda one: KINDS.index(one.kind)
+        )
     )
     labels = test["label"].to_numpy(dtype=int)
     controls = {metric: metrics.comparable(labels, bins) for metric, bins in control_bins(test).items()}
     rivals = _best_published(made)
-    others = {metric: list(filter(None, [best.get(metric), rivals.get(metric)])) for metric in AREAS}
-    if methods.SELF_VERIFICATION in said:
-        others = {metric: [*names, methods.SELF_VERIFICATION] for metric, names in others.items()}
+    asked = [row.name for row in made if row.name == methods.SELF_VERIFICATION]
+    others = {metric: [*filter(None, [best.get(metric), rivals.get(metric)]), *asked] for metric in AREAS}
     return Leaderboard(made, _differences(figures, list(detectors), others, drawn), best, controls, skipped, rivals)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Something that is measured: a row of the leaderboard to be, with its (rows,) values on the test fold."""
+
+    name: str
+    kind: str
+    values: np.ndarray | None = None
+    probability: bool = True
+    sign: int = 1
+    cost: str = ""
+    note: str = ""
+
+
+def _entries(
+    table: pd.DataFrame,
+    detectors: Mapping[str, Detector],
+    parts: Mapping[str, pd.DataFrame],
+    ways: Mapping[str, str],
+    seed: int,
+    published: bool,
+) -> tuple[list[_Entry], dict[str, str], tuple[str, ...]]:
+    """All that is measured, the best feature by metric of ``AREAS``, and features without any value."""
+    train, test = parts["train"], parts["test"]
+    entries = [
+        _Entry(name, "detector", detector.predict(test), cost=methods.cost_of(detector.features))
+        for name, detector in detectors.items()
+    ]
+    for method in methods.published(table) if published else ():
+        said = methods.judge(method, parts, ways, seed)
+        entries.append(
+            _Entry(method.name, "published", said.values, said.probability, said.sign, method.cost, said.note)
+        )
+    for name, baseline in baselines("all").items():  # all of the rows that are given
+        entries.append(_Entry(name, "baseline", baseline.fit(train, parts["calibration"]).predict(test)))
+    taken = {one.name for one in entries}
+    single = [name for name in FeatureSchema.of(table).names if name not in taken and not _is_vector(name)]
+    scores, signs, best, skipped = _single_features(train, test, single)
+    entries += [
+        _Entry(name, "feature", values, False, signs[name], methods.cost_of([name])) for name, values in scores.items()
+    ]
+    return entries, best, skipped
 
 
 def _is_vector(column: str) -> bool:

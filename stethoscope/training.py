@@ -12,7 +12,8 @@ from stethoscope import metrics
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
-from stethoscope.leaderboard import Difference, leaderboard, measure
+from stethoscope.judging import measure
+from stethoscope.leaderboard import Difference, leaderboard
 from stethoscope.methods import refits
 from stethoscope.stats import REPLICATES, group_weights, split_groups
 from stethoscope.table import feature_names, require

@@ -12,7 +12,7 @@ import pandas as pd
 from stethoscope.columns import fitting
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError, StethoscopeError, unknown
-from stethoscope.leaderboard import measure
+from stethoscope.judging import measure
 from stethoscope.stats import REPLICATES, group_weights, p_value, split_groups
 
 MEASURED = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece", "brier", "base_rate")

@@ -183,7 +183,7 @@ def detector_table(first: Source, other: Source, heads: tuple[str, str]) -> Tabl
         DataError: they have no test image in common, or one kind of mention is missing there.
     """
     with without_torch():
-        from stethoscope.leaderboard import measure
+        from stethoscope.judging import measure
 
     images = set(first.warnings["group"]) | set(other.warnings["group"])
     common = _test_images(first, images) & _test_images(other, images)

@@ -1,0 +1,108 @@
+"""What scores of judged mentions are worth: all metrics of the leader board, with and without controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stethoscope import metrics
+from stethoscope.metrics import Ranking
+from stethoscope.stats import Resamples
+
+CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
+AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_matched")
+
+METRICS = {
+    "auroc": "area under the ROC curve; hallucinated is the positive class",
+    "auroc_controlled": f"mean AUROC within bins of {CONTROL_WIDTH} token positions, by number of pairs",
+    "auroc_same_position": "the same with bins of one token: only mentions at equal positions are compared",
+    "auroc_matched": f"the same for mentions of one object within {CONTROL_WIDTH} token positions",
+    "auroc_first": "AUROC of the first mention of every object in an answer (where others are measured as well)",
+    "auprc_hallucinated": "average precision, hallucinated mentions as the positive class",
+    "auprc_grounded": "average precision, grounded mentions as the positive class",
+    "fpr_at_95tpr": "false alarms among grounded mentions when 95 % of the hallucinated ones are found",
+    "recall_at_90precision": "hallucinated mentions found when 90 % of the warnings are to be right",
+    "ece": "expected calibration error, ten bins of equal width",
+    "brier": "mean squared error of the probability",
+    "base_rate": "share of hallucinated mentions: what the AUPRC of a score without information is",
+}
+"""Columns of the leaderboard. Calibration error and Brier score are for probabilities only, not for single features."""
+
+
+def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """(rows,) which mentions each controlled AUROC compares: those with the same integer."""
+    positions = rows["token"].to_numpy(dtype=int)
+    objects = pd.factorize(rows["object"])[0]
+    wide = positions // CONTROL_WIDTH
+    return {
+        "auroc_controlled": wide,
+        "auroc_same_position": positions,
+        "auroc_matched": objects * (wide.max(initial=0) + 1) + wide,
+    }
+
+
+@dataclass(frozen=True)
+class JudgedMentions:
+    """The mentions of a fold as metrics read them."""
+
+    labels: np.ndarray
+    bins: Mapping[str, np.ndarray]
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> JudgedMentions:
+        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
+
+    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, metrics.FloatOrArray]:
+        """The metrics of ``AREAS`` that compare mentions within bins."""
+        return {name: metrics.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()}
+
+    def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
+        """All metrics of one score for a chunk of replicates, most of them in one sorting of the mentions."""
+        ranking = Ranking.of(self.labels, scores, weights)
+        figures = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
+        if not self.first.all():
+            figures["auroc_first"] = metrics.auroc(self.labels, scores, weights * self.first)
+        figures |= {
+            "auprc_hallucinated": ranking.auprc(),
+            "auprc_grounded": ranking.swapped().auprc(),
+            "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
+            "recall_at_90precision": ranking.recall_at_precision(0.9),
+        }
+        if probability:
+            figures |= {
+                "ece": metrics.ece(self.labels, scores, weights),
+                "brier": metrics.brier(self.labels, scores, weights),
+            }
+        return figures | {"base_rate": metrics.base_rate(self.labels, weights)}
+
+
+def measure(
+    test: pd.DataFrame,
+    probabilities: Mapping[str, np.ndarray],
+    drawn: Resamples,
+    scores: Mapping[str, np.ndarray] | None = None,
+) -> dict[tuple[str, str], np.ndarray]:
+    """Replicate arrays by (name, metric) of several scores of the same mentions, under the same resampled images.
+
+    Args:
+        test: judged rows of a token table.
+        probabilities: (rows,) by name.
+        drawn: resampled images of the rows.
+        scores: (rows,) by name, of which calibration error and Brier score make no sense.
+    """
+    judged = JudgedMentions.of(test)
+
+    # chunks of replicates are outermost: their weights are made once for all
+    def chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+        return {
+            (name, metric): figure
+            for some, probability in ((probabilities, True), (scores or {}, False))
+            for name, values in some.items()
+            for metric, figure in judged.figures(values, weights, probability).items()
+        }
+
+    return drawn.apply(chunk)
