@@ -174,7 +174,7 @@ def _detection(source: Source, cases: int, picture: gallery.Picture | None) -> l
         sections.append(Section("feature importance", (), (_importance(found),), (_importance_table(found),)))
     lead = "The mention stands out; other warned mentions of the answer are underlined."
     if any(case.heat is not None for case in mentions):
-        lead += " Below the picture what the name was written from: relevancy after the last layer, red for the most."
+        lead += " The second picture is what the name was written from: relevancy after the last layer, red for most."
     table = (gallery.gallery_table(mentions),) if mentions else ()
     return [*sections, Section("mentions to look at", folded=table, cards=gallery.html(mentions), lead=lead)]
 

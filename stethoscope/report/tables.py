@@ -178,6 +178,8 @@ def html(table: Table) -> str:
 
     def cell(found: Cell, name: str) -> str:
         main, small = map(escape, _parts(found))
+        if name == "th":  # names of features may be broken where a screen is narrow
+            main = re.sub(r"([_/])", r"\1<wbr>", main)
         kind = ' class="words"' if isinstance(found, str) and name == "td" else ""
         return f"<{name}{kind}>{main}{f' <small>{small}</small>' if small else ''}</{name}>"
 
