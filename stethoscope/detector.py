@@ -98,9 +98,7 @@ class Detector:
         if isinstance(features, str) or isinstance(exclude, str):
             raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
         if objects and factored:
-            raise ConfigError(
-                "detector.objects=true with factored=true: leave out objects, the prior knows the objects"
-            )
+            raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
         if not isinstance(threshold, Mapping) and threshold != "f1":
             raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
         self._promise = Promise.parse(threshold) if isinstance(threshold, Mapping) else None
