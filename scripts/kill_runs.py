@@ -5,9 +5,9 @@
 A run here is ``stethoscope evaluate task=chair`` and then ``stethoscope extract features=fast``, with the embedded
 model. Where there are two processes, both are killed. Moments are drawn from --seed: one in four falls anywhere into
 the first seconds after the start, when models are loaded and the files of an earlier sitting are put together, the
-others after the first new record. At the end the run directory is compared with that of a run that nobody disturbed:
-``metrics.json``, all records but for their seconds, log-probabilities to 1e-5, all token rows to 1e-4. Exits with 1 on
-any difference, and if fewer kills than asked for have hit a run.
+others as soon as there are so many new records. At the end the run directory is compared with that of a run that nobody
+disturbed: ``metrics.json``, all records but for their seconds, log-probabilities to 1e-5, all token rows to 1e-4. Exits
+with 1 on any difference, and if fewer kills than asked for have hit a run.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=1500, help="captions of the run")
-    parser.add_argument("--spread", type=float, default=4.0, help="a kill falls so many seconds after the first record")
+    parser.add_argument("--scenes", type=int, default=400, help="captions of the run")
+    parser.add_argument("--spread", type=int, default=70, help="a kill falls after so many new records at most")
     parser.add_argument("--keep", type=Path, help="folder for the two run directories, which are removed otherwise")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -86,7 +86,7 @@ def steps_of(folder: Path, scenes: int) -> list[Step]:
 
 
 def disturb(
-    steps: Sequence[Step], run: Path, kills: int, seed: int, spread: float, start: float = START, quiet: bool = False
+    steps: Sequence[Step], run: Path, kills: int, seed: int, spread: int, start: float = START, quiet: bool = False
 ) -> int:
     """Kills the steps of a run, one after the other, 1 and 2 processes in turn.
 
@@ -95,8 +95,8 @@ def disturb(
         run: its directory.
         kills: how often.
         seed: of the moments.
-        spread: seconds after the first new record of a sitting within which a kill falls, three times of four.
-        start: seconds after the start of a sitting within which it falls otherwise.
+        spread: a kill falls after so many new records of a sitting at most, three times of four.
+        start: within so many seconds after the start of a sitting it falls otherwise.
         quiet: prints no table.
 
     Returns:
@@ -112,12 +112,12 @@ def disturb(
         if step is None:
             break
         processes = 1 + (number - 1) % 2
-        before, begun = _size(run), time.monotonic()
+        before, begun = _count(run), time.monotonic()
         workers = launch(step.words, processes)
-        if not early:
-            while _size(run) <= before and any(worker.poll() is None for worker in workers):
-                time.sleep(0.02)
-        time.sleep(share * (start if early else spread))
+        if early:
+            time.sleep(share * start)
+        while not early and _count(run) <= before + share * spread and any(one.poll() is None for one in workers):
+            time.sleep(0.01)
         codes = [worker.poll() for worker in workers]
         if any(codes):
             raise SystemExit(f"{step.name} ended by itself with {codes}")
@@ -230,12 +230,12 @@ def _files(run: Path) -> list[Path]:
     return [run / "samples.jsonl", *sorted(run.glob("shards/samples-*.jsonl"))]
 
 
-def _size(run: Path) -> int:
-    """Bytes of all records."""
+def _count(run: Path) -> int:
+    """Lines in all files of records."""
     total = 0
     for path in _files(run):
         try:
-            total += path.stat().st_size
+            total += path.read_bytes().count(b"\n")
         except OSError:  # not there yet, or just taken in by the first process
             continue
     return total

@@ -72,6 +72,7 @@ def test_two_processes_do_what_one_does_and_each_its_share(kill_runs, tmp_path):
     assert said[1] == ""
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_and_does_nothing_twice(kill_runs, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     alone_in(whole, 40)
@@ -121,6 +122,7 @@ def test_a_process_that_is_killed_ends_the_others(kill_runs, tmp_path):
     assert RunStore(tmp_path / "run").status() == {"tiny": "failed"}
 
 
+@pytest.mark.slow
 def test_processes_with_different_models_are_refused(kill_runs, tmp_path):
     codes, said = Launch(kill_runs, tmp_path / "run", 2, count=4, revisions={"1": "2"}).end()
     assert codes == [2, 2]
