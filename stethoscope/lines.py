@@ -14,6 +14,7 @@ from stethoscope.records import Answer, Mention, Sample, Score
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
+_TEXTS = ("group", "subset", "image", "question", "prompt", "status", "error", "image_sha256")
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,22 @@ class Record:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Record:
-        """The record that ``to_dict`` gave."""
-        answer, score = found["answer"], found["score"]
-        return cls(
-            **{
-                **found,
-                "answer": answer
-                and Answer(
-                    answer["text"],
-                    tuple(answer["token_ids"]),
-                    tuple((start, end) for start, end in answer["offsets"]),
-                    tuple(answer["logprobs"]),
-                    answer["finished"],
-                ),
-                "score": score and Score(found["status"], score["counts"], score["detail"]),
-                "mentions": tuple(Mention(**mention) for mention in found["mentions"]),
-            }
-        )
+        """The record that ``to_dict`` gave.
+
+        Raises:
+            ArtefactError: it did not give this.
+        """
+        try:
+            record = cls(**{**found, **_parts(found)})
+            odd = [name for name in _TEXTS if not isinstance(getattr(record, name), str)]
+            if odd or not isinstance(record.reference, dict) or not isinstance(record.seconds, dict):
+                raise TypeError(f"{odd[0] if odd else 'reference or seconds'} is of another type")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(
+                f"the record of sample {found.get('sample_id')!r:.80} is damaged ({str(error)!r:.80}); remove its line "
+                "from samples.jsonl and run the same command again"
+            ) from None
+        return record
 
     def about(self, sample: Sample) -> bool:
         """Whether the record's sample asked the same as this one, about the same picture.
@@ -99,6 +99,18 @@ class Record:
         mine = (self.group, self.subset, self.image, self.question, self.reference)
         asked = (sample.group, sample.subset, sample.image.name, sample.question, jsonable(sample.reference))
         return mine == asked and not (self.image_sha256 and sample.image.differs(self.image_sha256))
+
+
+def _parts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer, score and mentions of a line."""
+    answer, score = found["answer"], found["score"]
+    if answer:
+        offsets = tuple((start, end) for start, end in answer["offsets"])
+        ids, logprobs = tuple(answer["token_ids"]), tuple(answer["logprobs"])
+        answer = Answer(answer["text"], ids, offsets, logprobs, answer["finished"])
+    if score:
+        score = Score(found["status"], dict(score["counts"]), score["detail"])
+    return {"answer": answer, "score": score, "mentions": tuple(Mention(**mention) for mention in found["mentions"])}
 
 
 def dump(found: Mapping[str, Any]) -> bytes:
@@ -125,8 +137,8 @@ def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str,
         for number, line in enumerate(file, 1):
             try:
                 found = json.loads(line)
-                whole = line.endswith(b"\n") and isinstance(found, dict) and {"task", "sample_id"} <= found.keys()
-            except ValueError:
+                whole = line.endswith(b"\n") and isinstance(found, dict) and _named(found)
+            except (ValueError, RecursionError):
                 whole = False
             if whole and broken and strict:
                 raise ArtefactError(f"{path}:{broken} is damaged; remove the line, or the run, and start it again")
@@ -135,3 +147,9 @@ def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str,
             else:
                 broken = broken or number
             offset += len(line)
+
+
+def _named(found: Mapping[str, Any]) -> bool:
+    """Whether a line says whose it is, and how many token rows belong to it, if any."""
+    names = (found.get("task"), found.get("sample_id"), found.get("part", ""))
+    return all(isinstance(name, str) for name in names) and isinstance(found.get("tokens", 0), int)

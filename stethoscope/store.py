@@ -232,7 +232,7 @@ class RunStore:
             for file, *_ in state:
                 for offset, _, found in lines(file):
                     key = found["task"], found["sample_id"]
-                    self._entries[key] = _Entry(file, offset, found["tokens"], found.get("part", ""))
+                    self._entries[key] = _Entry(file, offset, found.get("tokens", 0), found.get("part", ""))
             self._forget_missing_rows()
         return self._entries
 
@@ -330,9 +330,13 @@ class RunStore:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ArtefactError(f"{path} is damaged: {error}") from None
+        kind = str if name == "status.json" else dict
+        if not isinstance(found, dict) or not all(isinstance(section, kind) for section in found.values()):
+            raise ArtefactError(f"{path} is damaged: an object with a {kind.__name__} for every task was expected")
+        return found
 
     def _put(self, name: str, section: str, values: Any) -> None:
         """Sets one section of a JSON file, or removes it where ``values`` is None."""
