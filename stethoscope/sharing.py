@@ -15,6 +15,7 @@ from stethoscope.errors import ArtefactError
 from stethoscope.fingerprint import answers_of, digest, jsonable
 from stethoscope.lines import FAILED, Record, dump, lines
 from stethoscope.lock import RunLock
+from stethoscope.maps import FILE as MAPS
 from stethoscope.store import RunStore
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
     """A run directory with the answers and token rows of one task of another run, for a detector of its own.
 
     ``tokens.parquet`` is the same file on disk where the file system allows (it is only ever replaced, never written
-    into), the task's lines of ``samples.jsonl`` are copied.
+    into), as are the pictures and heat maps that the run has kept; the task's lines of ``samples.jsonl`` are copied.
 
     Args:
         source: the other run; the task must be finished there.
@@ -48,6 +49,8 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
     target = RunStore(folder)
     target.begin(task, fingerprint, features, overwrite="features")
     _link(source.token_files.merged, target.token_files.merged)
+    if (source.run_dir / MAPS).is_file():
+        _link(source.run_dir / MAPS, target.run_dir / MAPS)
     temporary = target.samples_file.with_suffix(".tmp")
     temporary.write_bytes(b"".join(dump(replace(record, part="").to_dict()) for record in records))
     os.replace(temporary, target.samples_file)
@@ -137,13 +140,9 @@ def take_over(folder: Path, target: RunStore, task: str, fingerprint: Mapping[st
         if name not in had and line["status"] != FAILED
     ]
     if records:
-        lock = RunLock(target.run_dir)
-        lock.acquire()
-        try:
+        with RunLock(target.run_dir):
             target.begin(task, fingerprint)
             target.append(records)
-        finally:
-            lock.release()
     return len(records)
 
 

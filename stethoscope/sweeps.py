@@ -31,7 +31,7 @@ class Sweep:
     Attributes:
         command: what every job runs.
         folder: of the sweep; the jobs' run directories are inside.
-        fixed: words of the command line that all jobs share.
+        fixed: words of the command line that all jobs share, as Hydra spells them.
         key: which launch it is, since several may use one folder.
     """
 
@@ -47,13 +47,14 @@ class Sweep:
         Its folder is ``runs/<name>`` where the name is given, else ``runs/sweep-<command>-<what is swept>``.
         """
         settings = [word for word in words if "=" in word and not word.startswith("-")]
-        swept = [word for word in settings if _is_swept(word)]
-        fixed = tuple(word for word in settings if word not in swept)
+        read = {word: _read(word) for word in settings}
+        swept = [word for word in settings if read[word] is None]
+        fixed = [word for word in settings if word not in swept]
         given = {key: value for key, _, value in (word.partition("=") for word in fixed)}
         named = [word for word in fixed if word.split("=")[0] not in ("runs", "name") and not word.startswith("hydra")]
         name = given.get("name") or slug([f"sweep-{command}", *(word.split("=")[0] for word in swept), *named])
         folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs", "runs")) / name[:LONGEST])
-        return cls(command, folder, fixed, secrets.token_hex(4))
+        return cls(command, folder, tuple(read[word] for word in fixed), secrets.token_hex(4))
 
     @property
     def name(self) -> str:
@@ -166,12 +167,18 @@ def _logger_of(config: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in OmegaConf.to_container(node, resolve=True).items() if key != "_target_"}
 
 
-def _is_swept(word: str) -> bool:
-    """Whether a word gives several values to go through; what cannot be read is left to Hydra to complain of."""
+def _read(word: str) -> str | None:
+    """A setting as Hydra spells it; None where it gives several values to go through.
+
+    What cannot be read is left as it is, for Hydra to complain of.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        return OverridesParser.create().parse_overrides([word])[0].is_sweep_override()
+        override = OverridesParser.create().parse_overrides([word])[0]
     except HydraException:
-        return False
+        return word
+    if override.is_sweep_override():
+        return None
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"

@@ -31,6 +31,8 @@ def run(config: DictConfig) -> None:
     from stethoscope.commands.session import loggers_of, overrides
     from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
+    from stethoscope.lock import RunLock
+    from stethoscope.report.sending import send_detector
     from stethoscope.sharing import share_table
     from stethoscope.store import RunStore
 
@@ -51,10 +53,10 @@ def run(config: DictConfig) -> None:
         table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             fitting(target.table, names, target.name)
-    if folder.resolve() != source.resolve():
-        store = share_table(store, folder, config.mentions)
-        store.write_config(config, overrides())
-    with loggers_of(config) as loggers:
+    with RunLock(folder), loggers_of(config) as loggers:
+        if folder.resolve() != source.resolve():
+            store = share_table(store, folder, config.mentions)
+            store.write_config(config, overrides())
         loggers.setup(folder)
         results = fit(
             store,
@@ -72,6 +74,7 @@ def run(config: DictConfig) -> None:
         )
         log_detector(loggers, results)
         loggers.log_metrics(_flat(results))
+        send_detector(loggers, folder)
     print_detector(results)
     if targets:
         print(text(transfer_table(results["transfer"])))

@@ -22,7 +22,7 @@ from stethoscope.store import RunStore
 
 ROOT = Path(__file__).parents[2]
 
-QUICK = ("detector.strength=0.1",)
+QUICK = ("detector.strength=0.1", "published=false")
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +277,25 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path):
     assert take_over(tmp_path, target, "chair", fingerprint) == 2
     assert _told(target, "chair") == {"0": answer, "1": answer}
     assert take_over(tmp_path, target, "chair", fingerprint) == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told(call, tmp_path, monkeypatch):
+    """The system may kill a job for its memory: no word is left by it, and the launcher may give up."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\nfrom stethoscope import Detector\n\nclass Deadly(Detector):\n"
+        "    def fit(self, *arguments):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    source = made_up_run(tmp_path / "made", images=100)
+    words = [f"run={source}", "hydra.sweep.dir=runs/study", "plugins=[deadly]", "logger=none", *QUICK]
+    targets = "detector._target_=stethoscope.detector.Detector,deadly.Deadly"
+    for launcher in LAUNCHERS.values():
+        code, out, err = call("train", "--multirun", *launcher, targets, *words)
+        assert code == 2
+        assert "the launcher gave up" in err
+        (lost,) = [job for job in _jobs(tmp_path / "runs" / "study") if job["job"] == 1]
+        assert (lost["status"], lost["figures"]) == ("running", {})
+        assert "running: it left no word" in out

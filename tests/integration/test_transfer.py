@@ -13,7 +13,7 @@ from stethoscope.stats import split_groups
 from stethoscope.store import RunStore
 from stethoscope.table import mention_rows
 
-QUICK = ("logger=none", "detector.strength=0.1")
+QUICK = ("logger=none", "detector.strength=0.1", "published=false")
 
 
 @pytest.fixture(autouse=True)
