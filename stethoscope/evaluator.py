@@ -104,7 +104,7 @@ class Evaluator:
             Exception: whatever a callback raises; with ``on_error="raise"``, whatever stopped the first sample.
         """
         run = Run(adapter, task, self.loggers if joined().first else Loggers())
-        lock = RunLock(self.run_dir) if self.run_dir is not None and run.processes.first else None
+        lock = None if self.run_dir is None else RunLock(self.run_dir, run.processes.rank)
         try:
             with disk_faults(self.run_dir):
                 return self._run(run, lock)
@@ -128,6 +128,9 @@ class Evaluator:
         with run.processes.step():
             if run.processes.first:
                 self._open(run, fingerprint, lock)
+        with run.processes.step():
+            if not run.processes.first:
+                lock.acquire()
         run.samples = tuple(sample for sample in samples if run.processes.takes(sample.id))
         self._ask(run)
         with run.processes.step():
