@@ -84,8 +84,12 @@ class MapFile:
             "shape": list(next(iter(maps.values())).shape) if maps else [],
             "maps": {str(token): _text(values.tobytes()) for token, values in maps.items()},
         }
-        with self.path.open("ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                text = text if file.read(1) == b"\n" else b"\n" + text  # a kill has cut the last line short
+            file.write(text)  # at once, as several processes may write
 
     def find(self, record: Record) -> View | None:
         """What is kept of a record's sample; None where there is nothing, or it belongs to another answer.
@@ -200,7 +204,7 @@ class KeepMaps(Callback):
 
     def on_task_end(self, run: Run, results: TaskResults) -> None:
         """Removes what samples that were traced again have left behind."""
-        if run.store is not None:
+        if run.store is not None and run.processes.first:
             MapFile(run.store.run_dir).compact()
 
     def _maps(

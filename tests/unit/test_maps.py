@@ -125,6 +125,19 @@ def test_the_last_line_counts_and_the_others_go(tmp_path):
         assert len(file.path.read_bytes().splitlines()) == 2
 
 
+def test_a_run_goes_on_behind_a_line_that_was_cut_short(tmp_path):
+    file, answers = MapFile(tmp_path), [Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog")]
+    file.append("stub", "s", answers[0], Image.new("RGB", (64, 64)), {})
+    whole = file.path.read_bytes()
+    for cut in (1, 2, len(whole) // 2, len(whole) - 1):
+        file.path.write_bytes(whole + whole[:cut])
+        file.append("stub", "s", answers[1], Image.new("RGB", (8, 8)), {})
+        assert file.find(_record(answers[1])).picture.size == (8, 8)
+        file.compact()
+        assert len(file.path.read_bytes().splitlines()) == 1
+        assert file.find(_record(answers[1])).picture.size == (8, 8)
+
+
 def test_what_is_damaged_is_one_line(tmp_path):
     file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
     file.append("stub", "s", answer, Image.new("RGB", (8, 8)), {0: np.zeros((2, 2), np.uint8)})
@@ -145,4 +158,4 @@ def test_a_line_that_a_kill_has_cut_off_costs_no_other_sample(tmp_path):
             file.path.write_bytes(file.path.read_bytes()[:-20])  # the next sitting's line follows at once
     file.compact()
     kept = [json.loads(line)["sample_id"] for line in file.path.read_text().splitlines()]
-    assert kept == ["s0", "s3"]
+    assert kept == ["s0", "s2", "s3"]
