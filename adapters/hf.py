@@ -21,7 +21,6 @@ from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
-from stethoscope.relevancy import answer_relevancy
 from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
@@ -292,8 +291,7 @@ class HfAdapter(Tracing, Adapter):
             chosen = [encoded[index] for index in group], [answers[index] for index in group]
             traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
         if "relevancy" in needs:
-            for index, one in enumerate(encoded):
-                relevancy = answer_relevancy(self, one, answers[index])
+            for index, relevancy in enumerate(self._relevancies(encoded, answers)):
                 traces[index] = replace(traces[index], relevancy=relevancy)
         return [traces[index] for index in range(len(encoded))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters.batching import collate, extend
-from stethoscope.capture import record
+from stethoscope.capture import record, selected
 from stethoscope.errors import CapabilityError, CaptureError
 from stethoscope.features import FEATURES
 from stethoscope.knockout import Knockout, core
 from stethoscope.lens import Lens
 from stethoscope.noise import noised
 from stethoscope.records import Answer
+from stethoscope.relevancy import Relevancy, answer_relevancy
 from stethoscope.rows import AttentionRows, HeadRows
 from stethoscope.states import StateRows
 from stethoscope.trace import Encoded, Trace
 
+_SMALL_MAPS = 2**24  # bytes that the attention maps of an answer may take, to be kept for the backward pass
 _IN_ONE_STREAM = frozenset({"states", "image_lens"})
 
 
@@ -153,6 +155,15 @@ class Tracing:
             inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank)
             found["blank_logits"] = self._logits(inputs, rows).cpu()
         return found
+
+    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[Relevancy]:
+        """Relevancy of every answer, each by passes of its own; layers run again only where their maps are large."""
+        text = self._model.config.get_text_config()
+        with selected(self._model):
+            for one, answer in zip(encoded, answers, strict=True):
+                length = one.spans.length + len(answer.token_ids)
+                size = text.num_hidden_layers * text.num_attention_heads * length**2 * self._model.dtype.itemsize
+                yield answer_relevancy(self, one, answer, recompute=size > _SMALL_MAPS)
 
     def _teacher_forced(
         self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]], consuming: bool = False

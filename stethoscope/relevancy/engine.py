@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.capture import record, sites
+from stethoscope.capture import record, selected, sites
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.abstractor import QueryRows
 from stethoscope.relevancy.attention import Blocks, Call
@@ -74,7 +74,7 @@ def relevancy_from_inputs(
     for kind, value, known in (("scope", scope, SCOPES), ("rule", rule, RULES), ("layers", layers, LAYERS)):
         if value not in known:
             raise ConfigError(unknown(kind, str(value), known))
-    with torch.inference_mode(False), torch.enable_grad(), still(model):
+    with torch.inference_mode(False), torch.enable_grad(), still(model), selected(model):
         inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
         place, every = layout(model, inputs, answer_ids), layers == "all"
         return _relevancy(model, inputs, place, scope, rule, every, tokens, budget, recompute)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.capture import Listener, Site
+from stethoscope.capture import Listener, Site, modules_of
 from stethoscope.errors import CaptureError
 from stethoscope.relevancy.attention import (
     Blocks,
@@ -158,8 +158,9 @@ class Maps(Listener):
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters for the length of a block; then everything is as it was."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = modules_of(model)
+    training = [module for module in modules if module.training]
+    trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for module in training:
             module.training = False

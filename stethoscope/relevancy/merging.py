@@ -9,14 +9,14 @@ picture that is scaled down behind the tower (see ``scaling``) mixes tokens by i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from stethoscope.capture import Listener, Site, record
 from stethoscope.errors import CapabilityError
@@ -118,7 +118,7 @@ def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor)
 def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> str:
     """What merging depends on: the structure of the model, the shape of pictures, and grids, sizes and masks."""
     text = inputs["input_ids"].shape
-    parts = [repr(images), model.config.to_json_string(), str(model.dtype)]
+    parts = [repr(images), *_facts(model.config), str(model.dtype)]
     for name, value in sorted(inputs.items()):
         if not isinstance(value, Tensor) or value.shape == text:
             continue  # the text, which no picture's tokens depend on
@@ -126,6 +126,15 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> s
         if not value.is_floating_point():
             parts.append(hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _facts(config: PreTrainedConfig) -> Iterator[str]:
+    """What a config and its sub-configs say; as JSON they take longer than a pass of a small model."""
+    for name, value in sorted(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _facts(value)
+        elif not name.startswith("_"):
+            yield f"{name}={value!r}"
 
 
 def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Merging:

@@ -20,6 +20,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from stethoscope.capture import modules_of
+
 Key = tuple[Any, int]
 """A node of the graph and the number of its output."""
 
@@ -210,7 +212,7 @@ def steps(model: nn.Module, tape: Tape) -> Iterator[None]:
     """For the length of a block every layer of the model runs as a step of the tape."""
     layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for layer in model.modules():
+    for layer in modules_of(model):
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             inside.update(layer.modules())
             layers.append(layer)
