@@ -172,7 +172,7 @@ class KeepMaps(Callback):
         """Stores the settings.
 
         Args:
-            pictures: keep the pictures too; they are most of what is kept (about 8 kB each).
+            pictures: keep the pictures too; they are most of what is kept (about 10 kB each).
             side: pixels of a kept picture's longer side.
             cells: of a kept map's longer side, at most; maps of one tile with fewer are kept as they are.
 

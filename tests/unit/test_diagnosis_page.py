@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -81,6 +82,37 @@ def test_hostile_text_is_shown_letter_by_letter(evil, show):
     assert len(seen.scripts) == (2 if show is Diagnosis.to_html else 0)
     assert {tag for tag, _ in seen.tags}.isdisjoint({"u", "i", "b", "a", "relevancy"})
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+
+
+def test_hostile_text_without_a_detector_is_shown_letter_by_letter_too(evil):
+    plain = replace(evil, judgements=(), threshold=None, mentions=())
+    for show in (Diagnosis.to_html, Diagnosis._repr_html_):
+        seen = Seen(show(plain))
+        assert seen.answer == EVIL
+        assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+    assert "no detector, so no warnings" in plain._repr_html_()
+
+
+def test_the_notebook_says_what_is_warned_of_in_words_too(evil, real):
+    shown = evil._repr_html_()
+    assert "&lt;u&gt;dog&lt;/u&gt;, hallucinated 90%" in shown
+    assert shown.count("border:2px solid") == len(evil.mentions[0].tokens)
+    assert shown.count("<img") == 1  # no relevancy, so no heat map
+    images = [attributes for tag, attributes in Seen(real._repr_html_()).tags if tag == "img"]
+    assert images[0]["alt"] == "the picture"
+    assert len(images) == 1 + min(len([one for one in real.mentions if one.tokens]), 6)
+
+
+def test_the_pages_scope_is_told(real):
+    assert "gradient of scope row" in real.to_html()
+    assert real.to_dict()["scope"] == "row"
+    assert "gradient of scope token" in replace(real, scope="token").to_html()
+
+
+def test_figures_show_themselves(real):
+    pytest.importorskip("matplotlib")
+    figure = real.plot(real.mentions[0].tokens[0])
+    assert Image.open(io.BytesIO(figure._repr_png_())).width == 960
 
 
 def test_the_pages_data_arrives_as_it_was(evil):
