@@ -42,3 +42,13 @@ def test_list_tells_the_cost_of_every_set(capsys):
     for name in NAMES:
         at = next(index for index, line in enumerate(lines) if line.split()[:1] == [name])
         assert lines[at + 1].endswith(chosen(name).cost)
+
+
+def test_the_experiment_of_all_detectors_is_large_enough_and_computes_all():
+    config = compose(["experiment=detectors"], "benchmark")
+    assert config.chair.scenes >= 2000
+    assert config.published
+    features = build(config.features, FeatureSet, "features")
+    assert {item.group for item in features.features} == set(GROUPS)
+    for name in config.sets:
+        assert set(chosen(name).names) < set(features.names)
