@@ -64,7 +64,7 @@ class _Later:
     def row(self, seen: int) -> Tensor:
         """(H, seen) float32."""
         scores = _scores(self.query, self.keys.newest[:, :, :seen]) * self.keys.scaling
-        return scores.softmax(-1)[:, 0]
+        return scores.softmax(-1)[0, :, 0]
 
 
 @dataclass
@@ -342,10 +342,11 @@ class Steps(Listener):
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """(H, T, k) products of queries (1, H, T, d) with the keys (1, key heads, k, d) of their groups, float32."""
-    heads, rows, size = query.shape[1:]
-    grouped = query[0].reshape(key.shape[1], -1, size)
-    return torch.bmm(grouped, key[0].transpose(1, 2)).float().view(heads, rows, -1)
+    """(1, H, T, k) products of queries (1, H, T, d) with the keys (1, key heads, k, d) of their groups, float32."""
+    if query.shape[1] == key.shape[1]:
+        return (query @ key.transpose(2, 3)).float()
+    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
+    return (grouped @ key.transpose(2, 3)).float().view(*query.shape[:3], -1)
 
 
 def _is_later(step: _Step) -> bool:
@@ -357,9 +358,12 @@ def _together(rows: list[list[_Later]], length: int) -> Tensor:
     """(L, H, T, length) scores of the rows of T steps in a row, -inf where a key comes after its step."""
     count, layers = len(rows), []
     for later in zip(*rows, strict=True):
-        query = later[0].query if count == 1 else torch.cat([one.query for one in later], 2)
-        layers.append(_scores(query, later[0].keys.newest[:, :, :length]) * later[0].keys.scaling)
-    scores = torch.stack([layer.to(layers[0].device) for layer in layers])
+        query, key = later[0].query, later[0].keys.newest
+        if count > 1:
+            query = torch.cat([one.query for one in later], 2)
+        scores = _scores(query, key if key.shape[2] == length else key[:, :, :length])
+        layers.append(scores.mul_(later[0].keys.scaling))
+    scores = torch.cat([layer.to(layers[0].device) for layer in layers])
     if count > 1:
         after = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
         scores[..., -count:].masked_fill_(after, -torch.inf)

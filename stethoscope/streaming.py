@@ -203,10 +203,8 @@ class WarningStreamer(BaseStreamer):
         """Log-probabilities and, as far as steps are known, warnings of the newest tokens, if there are so many."""
         done, known = len(self._logprobs), len(self._ids)
         if known - done >= least:
-            rows = self.steps.logits[done:known]
-            logits = (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float()
-            ids = torch.tensor([self._ids[done:]], device=logits.device).T
-            self._logprobs += (logits.gather(1, ids)[:, 0] - logits.logsumexp(-1)).tolist()
+            for row, token in zip(self.steps.logits[done:known], self._ids[done:], strict=True):
+                self._logprobs.append(row.float().log_softmax(-1)[token].item())
         if self.scorer is not None:
             done, known = len(self._probabilities), min(known, len(self.steps.logits) - self.scorer.waits)
             if known - done >= least:
