@@ -82,6 +82,8 @@ class Evaluator:
             if value not in allowed:
                 raise ConfigError(unknown(name, str(value), allowed))
         for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} should be a whole number")
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} should be at least 1")
         self.callbacks = tuple(callbacks)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stethoscope.errors import ArtefactError
 from stethoscope.records import Answer, Mention, Sample
 
 if TYPE_CHECKING:
@@ -146,9 +147,15 @@ class TokenFiles:
         """The row groups of the merged file, or the batches of a part up to the place where a kill cut it off."""
         if not part:
             if self.merged.is_file():
-                file = pq.ParquetFile(self.merged)
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, columns=columns)
+                try:
+                    file = pq.ParquetFile(self.merged)
+                    for group in range(file.num_row_groups):
+                        yield file.read_row_group(group, columns=columns)
+                except (pa.ArrowException, OSError) as error:
+                    raise ArtefactError(
+                        f"{self.merged} is damaged ({str(error).splitlines()[0]:.80}); delete it and run "
+                        "`stethoscope extract` again"
+                    ) from None
         elif (self.folder / part).is_file():
             try:
                 for batch in pa.ipc.open_stream(pa.memory_map(str(self.folder / part))):

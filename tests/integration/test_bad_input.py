@@ -2,8 +2,12 @@
 
 import json
 
+import malformed as bad
 import pytest
+from malformed import AMBER, CUSTOM, HALLOC, HALLUSION, INSTANCES, POPE
 from PIL import Image
+
+from stethoscope import artefact
 
 
 @pytest.fixture
@@ -37,6 +41,31 @@ def pope(tmp_path):
         (["extract", "run=nowhere"], "nowhere is not a run directory"),
         (["benchmark", "split.train=0.9"], "split.train=0.9 and split.calibration=0.2"),
         (["list", "modl"], "unknown group 'modl'; did you mean 'model'?"),
+        (["evaluate", "limit=0"], "limit=0 should be at least 1"),
+        (["evaluate", "limit=many"], "limit='many' should be a whole number"),
+        (["evaluate", "task.scenes=0"], "task.scenes=0 and task.per_scene=3 must be at least 1"),
+        (["evaluate", "task.subsets=[rare]"], "unknown subset of pope 'rare'"),
+        (
+            ["evaluate", "generation.max_new_tokens=0", "logger=none", "task.scenes=1"],
+            "generation.max_new_tokens=0 must be at least 1",
+        ),
+        (["evaluate", "generation=sample", "generation.top_p=2", "logger=none", "task.scenes=1"], "generation.top_p=2"),
+        (["evaluate", "generation.stop=end", "logger=none"], "generation.stop='end' should be a list of texts"),
+        (["evaluate", "logger.mode=onlin"], "unknown logger.mode 'onlin'; did you mean 'online'"),
+        (["evaluate", "logger.patience=0"], "logger.patience=0 should be above 0"),
+        (["evaluate", "+callbacks.maps.side=0"], "callbacks.maps.side=0 should be at least 1"),
+        (["evaluate", "model.threads=0"], "model.threads=0 should be at least 1"),
+        (["evaluate", "+model.prompt=Hello", "logger=none"], "prompt 'Hello' must hold {question} once"),
+        (["evaluate", "model.dtype=float3"], "float3"),
+        (
+            ["evaluate", "model.device=tpu9", "model.random_init=tiny", "logger=none", "task.scenes=1"],
+            "device 'tpu9' cannot be used",
+        ),
+        (["evaluate", "plugins=[nowhere]", "model._target_=nowhere.Model"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["compare", "nowhere", "elsewhere"], "nowhere"),
+        (["diagnose", "image=nowhere.png"], "nowhere.png"),
+        (["doctor", "model=testbet"], "unknown model 'testbet'; did you mean 'testbed'?"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -98,3 +127,96 @@ def test_another_setting_in_the_same_run_directory(pope, stethoscope):
     line = stethoscope("evaluate", *words, "name=one", "task.parser=strict")
     assert "parser" in line
     assert "overwrite=true" in line
+
+
+COMPARE = ["compare", "RUN", "WHOLE"]
+MALFORMED = {
+    # data sets
+    "no image of that name": (bad.pope({**POPE, "image": "b.png"}), "line 1: image 'b.png' is not in"),
+    "an image outside of the folder": (bad.pope({**POPE, "image": "../outside.png"}), "leads out of"),
+    "an image outside by backslashes": (bad.pope({**POPE, "image": "..\\outside.png"}), "leads out of"),
+    "an absolute image": (bad.pope({**POPE, "image": "/etc/passwd"}), "'/etc/passwd' leads out of"),
+    "a zero byte in a name": (bad.pope({**POPE, "image": "a\0.png"}), "is not in"),
+    "no label": (bad.pope({k: v for k, v in POPE.items() if k != "label"}), "line 1: key 'label' is missing"),
+    "another label": (bad.pope({**POPE, "label": "perhaps"}), "label 'perhaps' is neither yes nor no"),
+    "no question": (bad.pope({**POPE, "text": " "}), "is no question"),
+    "the same id twice": (bad.pope(POPE, POPE), "line 2: question_id 1 is used before"),
+    "a list in a line": (bad.pope("[1, 2]"), "line 1: a JSON object was expected, not [1, 2]"),
+    "nothing": (bad.pope(), "coco_pope_random.json holds no question"),
+    "no text": (bad.pope(b"\xff\xfe\x00"), "coco_pope_random.json is not UTF-8 text"),
+    "a number of 5,000 digits": (bad.pope('{"question_id": ' + "9" * 5000), "not JSON that can be read"),
+    "too deep": (bad.pope("[" * 100_000), "not JSON that can be read"),
+    "no folder of images": (bad.pope(POPE, images="pictures"), "pictures does not exist"),
+    "COCO as a list": (bad.chair([1]), "instances.json"),
+    "COCO without categories": (bad.chair({**INSTANCES, "categories": []}), "instances.json"),
+    "COCO's categories as text": (bad.chair({**INSTANCES, "annotations": ["dog"]}), "instances.json"),
+    "captions of other images": (bad.chair(captions={"annotations": []}), "captions.json"),
+    "AMBER as an object": (bad.amber({"id": 1}), "annotations.json: a JSON list was expected"),
+    "AMBER's truth as a number": (bad.amber([{**AMBER, "truth": 7}]), "annotations.json"),
+    "AMBER without queries": (bad.amber([AMBER], []), "query_all.json"),
+    "MME without a tab": (bad.mme("Is there a dog? Yes"), "line 1: a question, a tab and Yes or No were expected"),
+    "MME's other answers": (bad.mme("Is there a dog?\tMaybe"), "answer 'Maybe' is neither Yes nor No"),
+    "HallusionBench's other answers": (
+        bad.one_file("hallusion_bench", [{**HALLUSION, "gt_answer": "2"}]), "VD/map/0_1.png' is not in",
+    ),
+    "HalLoc's spans outside": (
+        bad.one_file("halloc", [{**HALLOC, "spans": [{"start": 2, "end": 99, "type": "object"}]}], lines=True), "99",
+    ),
+    "HalLoc's other types": (
+        bad.one_file("halloc", [{**HALLOC, "spans": [{"start": 2, "end": 5, "type": "colour"}]}], lines=True), "colour",
+    ),
+    "a custom task's label": (
+        bad.one_file("custom", [{**CUSTOM, "label": 3}], "task.kind=yes_no", lines=True),
+        "label 3 is neither yes nor no",
+    ),
+    "a custom task's object": (
+        bad.one_file("custom", [{**CUSTOM, "objects": ["dogg"]}], "task.kind=caption", lines=True),
+        "unknown object of the vocabulary 'dogg'; did you mean 'dog'?",
+    ),
+    "a vocabulary of two minds": (bad.vocabulary("dog: [pet]\ncat: [pet]"), "'pet' stands for both 'dog' and 'cat'"),
+    "a vocabulary that is no YAML": (bad.vocabulary("dog: [pet"), "line 1: neither YAML nor JSON"),
+    # detectors
+    "a detector without manifest": (bad.detector(bad.remove(artefact.MANIFEST)), "manifest.json is missing"),
+    "a detector cut short": (bad.detector(bad.cut(artefact.OBJECTS)), "was changed since it was written"),
+    "a manifest cut short": (bad.detector(bad.cut(artefact.MANIFEST)), "cannot be read"),
+    "a manifest that is a list": (bad.detector(bad.write(artefact.MANIFEST, b"[]")), "schema version None"),
+    "a detector of the future": (bad.detector(bad.manifest(schema_version=99)), "has schema version 99"),
+    "a manifest without settings": (bad.detector(bad.manifest(settings=None)), "is damaged"),
+    "a manifest of other features": (bad.detector(bad.manifest(features=["a"])), "do not belong together"),
+    # run directories
+    "a record cut in the middle": (
+        bad.finished(COMPARE, bad.write("samples.jsonl", b'{"task": 1\n{"task": "t", "sample_id": "s"}\n')),
+        "samples.jsonl:1 is damaged",
+    ),
+    "a record without an answer's tokens": (
+        bad.finished(COMPARE, bad.line(1, answer={"text": "a"})),
+        "the record of sample 's01' is damaged",
+    ),
+    "a record with a number for a status": (
+        bad.finished(COMPARE, bad.line(0, status=3)), "the record of sample 's00' is damaged",
+    ),
+    "metrics that are a list": (bad.finished(["report", "RUN"], bad.write("metrics.json", b"[]")), "metrics.json"),
+    "a fingerprint cut short": (
+        bad.finished(["report", "RUN"], bad.cut("fingerprint.json")), "fingerprint.json is damaged",
+    ),
+    "no records": (bad.finished(["train", "run=RUN", "logger=none"], bad.remove("samples.jsonl")), "samples.jsonl"),
+    "token rows cut short": (
+        bad.finished(["train", "run=RUN", "logger=none"], bad.cut("tokens.parquet")), "tokens.parquet",
+    ),
+    "a run without configuration": (
+        bad.finished(["extract", "run=RUN"], lambda run: None), "is not a run directory: it has no config.yaml",
+    ),
+}  # fmt: skip
+"""What is wrong: (what makes it in a folder and names the command, what the line must say)."""
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files(name, stethoscope, tmp_path, capsys):
+    make, message = MALFORMED[name]
+    words = make(tmp_path)
+    capsys.readouterr()
+    assert message in stethoscope(*words)
+
+
+def test_the_table_is_as_long_as_promised():
+    assert len(MALFORMED) >= 40
