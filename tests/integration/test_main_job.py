@@ -9,6 +9,7 @@ import pytest
 import wandb_reader
 
 from stethoscope import Detector, testbed
+from stethoscope.build import choices
 from stethoscope.cli import main
 from stethoscope.store import RunStore
 from stethoscope.table import feature_names, mention_rows
@@ -37,7 +38,7 @@ def copy(finished, tmp_path):
 
 
 def test_the_run_directory_is_complete(finished):
-    names = {path.name for path in finished.iterdir()}
+    names = {path.name for path in finished.iterdir() if not path.name.startswith(".lock")}
     assert names == {
         "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "samples.jsonl",
         "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
@@ -155,3 +156,23 @@ def test_exported_files_give_the_same_metrics(tmp_path, stethoscope):
     made, read = (json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("made", "read"))
     assert made == read
     assert made["chair"]["counts"]["ok"] == 8
+
+
+@pytest.mark.slow
+def test_all_published_detectors_on_one_leader_board(tmp_path, stethoscope):
+    """The command of the README, on few scenes: every set of ``features=paper/...`` has a row, and so have ours."""
+    small = ["chair.scenes=40", "pope.scenes=4", "callbacks=none", "logger=none"]
+    out = stethoscope("benchmark", "experiment=detectors", "name=all", *small, code=0)
+    board = json.loads((tmp_path / "runs" / "all" / "metrics.json").read_text())["detector"]["leaderboard"]
+    kinds = {row["name"]: row["kind"] for row in board["rows"]}
+    papers = {name for name in choices("features") if name.startswith("paper/")}
+    assert {name for name, kind in kinds.items() if kind == "published"} == papers
+    assert {"detector", "one_pass", "full", "full_verified"} == {n for n, kind in kinds.items() if kind == "detector"}
+    assert "one more question per mention (questions)" in out
+    assert "detector - best published" in out
+    table = RunStore(tmp_path / "runs" / "all").tokens("chair")
+    named = (table["number"] >= 0).to_numpy()
+    np.testing.assert_array_equal(table["verify_yes"].notna(), named)
+    np.testing.assert_array_equal(table["masked_prob"].notna(), named)
+    one = table[named].groupby(["sample_id", "object"])["verify_yes"].nunique()
+    assert (one == 1).all()  # later mentions and all sub-tokens share the question
