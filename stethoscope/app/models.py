@@ -60,7 +60,7 @@ class Pool:
         adapter: the model to begin with. ``name``: of it, one of ``conf/model`` or of the user's own.
         detector: folder of a detector for that model, or of a run that has one; None for the newest in ``runs``.
         live: the same for a detector that judges while the answer is written.
-        runs: folder of run directories, in which detectors are looked for.
+        runs: folder of run directories, in which detectors are looked for. ``run``: one to be looked at first.
         plugins: packages from which models may be made.
 
     Attributes:
@@ -74,9 +74,11 @@ class Pool:
         detector: str | None = None,
         live: str | None = None,
         runs: Path = Path("runs"),
+        run: Path | None = None,
         plugins: Sequence[str] = (),
     ) -> None:
-        self.runs, self.name = runs, name
+        self.name = name
+        self._runs, self._run = runs, run
         self._first, self._given, self._plugins = adapter, (detector, live), plugins
         self._lock = threading.Lock()
         self._loaded: tuple[str, Ready] | None = None
@@ -125,7 +127,7 @@ class Pool:
     def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
         from stethoscope.detector import Detector
 
-        found = trained(self.runs, adapter.fingerprint())
+        found = trained(self._runs, adapter.fingerprint(), self._run)
         final = detector_folder(folder) if folder is not None else next(iter(found), None)
         if final is None:
             return Detectors()
@@ -159,22 +161,25 @@ def detector_folder(folder: str) -> Path:
     return path / "detector" if (path / "detector").is_dir() else path
 
 
-def trained(runs: Path, fingerprint: Mapping[str, Any]) -> list[Path]:
-    """Folders of the detectors below ``runs`` that were trained on exactly this model, newest first."""
-    found = []
-    for manifest in runs.glob("*/detector/manifest.json"):
-        try:
-            model = json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-        ):  # named by its user, it says what is wrong
-            continue
-        # runs note our code too; other versions of it and of transformers give the same answers but for rounding
-        if model and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers"):
-            found.append((manifest.stat().st_mtime, manifest.parent))
-    return [folder for _, folder in sorted(found, reverse=True)]
+def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
+    """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
+
+    Those of ``runs`` are in the order of their age, newest first.
+    """
+    manifests = sorted(runs.glob("*/detector/manifest.json"), key=lambda path: -path.stat().st_mtime)
+    if run is not None and (run / "detector" / "manifest.json").is_file():
+        manifests.insert(0, run / "detector" / "manifest.json")
+    return [manifest.parent for manifest in manifests if _of(manifest, fingerprint)]
+
+
+def _of(manifest: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a detector was trained on answers of this model."""
+    try:
+        model = json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
+    except (OSError, ValueError, AttributeError):  # named by its user, it says what is wrong
+        return False
+    # runs note our code too; other versions of it and of transformers give the same answers but for rounding
+    return bool(model) and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers")
 
 
 def streaming_delay(detector: Detector) -> int | None:

@@ -39,13 +39,12 @@ class Runs:
         ArtefactError: ``run`` is no finished run.
     """
 
-    def __init__(self, folder: Path, run: str | None, kept: Path, plugins: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, run: Path | None, kept: Path, plugins: Sequence[str] = ()) -> None:
         found = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
         self._folders = {path.parent.name: path.parent for path in found if _finished(path.parent)}
         if run is not None:
-            given = Path(run).expanduser()
-            Source.read(given)
-            self._folders = {given.resolve().name: given, **self._folders}
+            Source.read(run)
+            self._folders = {run.resolve().name: run, **self._folders}
         self._kept, self._plugins = kept, plugins
         self._report = lru_cache(4)(_report)
         self._samples = lru_cache(4)(self._read_samples)

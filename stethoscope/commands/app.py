@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -29,11 +30,13 @@ def run(config: DictConfig) -> None:
     runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
-    pool = Pool(adapter, name, detector.folder, detector.live, runs, config.plugins)
+    run = None if config.run is None else Path(str(config.run)).expanduser()
+    pool = Pool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:
         from stethoscope.app.screen import build_screen
 
-        past = Runs(runs, None if config.run is None else str(config.run), folder, config.plugins)
+        past = Runs(runs, run, folder, config.plugins)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             print(ready.detectors.names or TRAIN_ONE.format(model=name), file=sys.stderr)

@@ -194,6 +194,7 @@ def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
     assert trained(folder, fingerprint) == [folder / "small" / "detector"]
     assert trained(folder, {**fingerprint, "weights": "others"}) == []
     assert trained(tmp_path, fingerprint) == []
+    assert trained(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
     with Pool(adapter, "testbed", runs=tmp_path).use("testbed") as ready:
         assert ready.detectors.final is None
     with (

@@ -74,11 +74,11 @@ def test_a_picture_that_is_gone_is_said(runs, folder, pool, tmp_path):
 def test_a_run_from_elsewhere_comes_first_and_half_runs_are_left_out(folder, tmp_path):
     half = shutil.copytree(folder / "small", tmp_path / "half")
     (half / "status.json").write_text('{"chair": "running"}')
-    runs = Runs(tmp_path, str(folder / "small"), tmp_path)
+    runs = Runs(tmp_path, folder / "small", tmp_path)
     assert runs.names == ["small"]
     assert json.loads(Runs(tmp_path, None, tmp_path).listing(None))["note"] == NO_RUN
     with pytest.raises(ArtefactError, match="is no directory"):
-        Runs(tmp_path, str(tmp_path / "none"), tmp_path)
+        Runs(tmp_path, tmp_path / "none", tmp_path)
 
 
 def test_a_run_without_a_detector_lists_its_samples(folder, tmp_path):

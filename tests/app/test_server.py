@@ -2,6 +2,11 @@
 
 import http.client
 import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import pytest
@@ -88,6 +93,12 @@ def test_a_port_that_is_taken_is_one_line(served):
         start(other, "127.0.0.1", urlsplit(served.address).port)
 
 
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 def _without_gradio(find):
     return lambda name, *more: None if name == "gradio" else find(name, *more)
 
@@ -109,3 +120,17 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
 )
 def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):
     assert said in stethoscope("app", *words)
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_ended_and_leaves_nothing(folder, tmp_path):
+    words = [sys.executable, "-m", "stethoscope", "app", f"run={folder / 'small'}", f"port={free_port()}"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        running = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        line = next(line for line in running.stdout if line.startswith("open http://127.0.0.1:"))
+        assert get(line.split()[1], "/")[0] == 200
+        assert list(tmp_path.glob("stethoscope-app-*"))
+        running.send_signal(ending)
+        assert running.wait(30) == 0
+        assert not list(tmp_path.glob("stethoscope-app-*"))
