@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stethoscope import metrics
+from stethoscope.columns import feature_of
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
@@ -151,8 +152,8 @@ def feature_groups(columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """
     groups: dict[str, tuple[str, ...]] = {}
     for column in columns:
-        fits = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
-        group = FEATURES[max(fits, key=len)].group if fits else "other"
+        name = feature_of(column)
+        group = FEATURES[name].group if name in FEATURES else "other"
         groups[group] = (*groups.get(group, ()), column)
     return groups
 
