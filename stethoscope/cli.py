@@ -38,7 +38,9 @@ def _help() -> str:
             *lines,
             "",
             "`stethoscope COMMAND --help` explains a command, its groups and all its settings.",
-            "`stethoscope COMMAND --cfg job` prints the composed configuration; `--multirun` sweeps over a=1,2 b=x,y.",
+            "`stethoscope COMMAND --cfg job` prints the composed configuration.",
+            "`stethoscope --multirun COMMAND a=1,2 b=x,y` is a sweep: a run for each combination, then one table,",
+            "several at a time with hydra/launcher=joblib, on Slurm with experiment=sweep_slurm.",
             "Begin with `stethoscope benchmark`: it needs no network and no GPU.",
         ]
     )

@@ -20,13 +20,13 @@ did not are refused, and the message names what differs. Prints
   detectors: B against A  the same for their detectors, on images that neither has learned from
   leader boards         detectors, baselines and the best single feature of every run
 
-A folder that holds runs stands for all of them, so that the runs of one sweep give one table.
+A folder that holds runs stands for all of them, so that a sweep's folder gives more than the one table of its sweep.md.
 format: text, markdown, latex (booktabs) or html (a page that needs no network). out: a file instead of the terminal.
 plugins: your own packages, if the task of the runs is one of theirs.
 
   stethoscope compare runs/llava runs/qwen
-  stethoscope benchmark --multirun generation=greedy,sample runs=runs/sweep
-  stethoscope compare runs/sweep/*
+  stethoscope benchmark --multirun generation=greedy,sample name=study
+  stethoscope compare runs/study
   stethoscope compare runs/a runs/b format=latex out=paper/compare.tex"""
 
 SETTINGS = {"format": "text", "out": "", "plugins": ""}

@@ -1,6 +1,7 @@
 """A detector of one run judged on others: ``stethoscope train run=A test=[B, ...]``."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -99,3 +100,22 @@ def test_wrong_targets_are_one_line(home, tmp_path, stethoscope):
     assert "should be a run directory or {run: ..., mentions: ..., subset: ...}" in line
     few = made_up_run(tmp_path / "few", images=2)
     assert "few chair" in stethoscope("train", f"run={home}", f"test=[{few}]", *QUICK)
+
+
+def test_greedy_to_sampled_answers_of_a_model(finished, tmp_path, stethoscope):
+    """An experiment on real runs: the home run is left as it is, all figures are in a run of their own."""
+    before = (finished / "greedy" / "metrics.json").read_bytes()
+    words = (f"run={finished / 'greedy'}", f"test=[{finished / 'sampled'}]", "features=fast", *QUICK)
+    out = stethoscope("train", "experiment=transfer_sampling", *words, code=0)
+    assert "sampled chair" in out
+    assert (finished / "greedy" / "metrics.json").read_bytes() == before
+    rows = _rows(tmp_path / "runs" / "transfer-sampling")
+    assert [row["target"] for row in rows] == ["transfer-sampling", "sampled chair"]
+    for figures in (rows[0]["at home"], rows[1]["transferred"], rows[1]["trained there"]):
+        assert 0.5 < figures["auroc"]["value"] <= 1
+
+
+@pytest.mark.parametrize("name", ["task", "split", "sampling", "model"])
+def test_every_study_composes_and_says_what_is_missing(name, stethoscope):
+    line = stethoscope("train", f"experiment=transfer_{name}", "logger=none")
+    assert re.match(r"stethoscope: run=runs/\S+ is no directory; name a run of", line)
