@@ -54,7 +54,7 @@ def main() -> None:
     """Runs undisturbed, runs disturbed, compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scenes", type=int, default=400, help="captions of the run")
     parser.add_argument("--spread", type=int, default=70, help="a kill falls after so many new records at most")
     parser.add_argument("--keep", type=Path, help="folder for the two run directories, which are removed otherwise")
@@ -80,7 +80,7 @@ def steps_of(folder: Path, scenes: int) -> list[Step]:
     evaluate = ["-m", "stethoscope", "evaluate", "task=chair", "logger.mode=disabled", *chair]
     extract = ["-m", "stethoscope", "extract", f"run={folder}", "features=fast"]
     return [
-        Step("evaluate", evaluate, lambda run: bool(_json(run / "metrics.json"))),
+        Step("evaluate", evaluate, lambda run: _finished(run) or _has_features(run)),
         Step("extract", extract, _extracted),
     ]
 
@@ -102,15 +102,13 @@ def disturb(
     Returns:
         How many kills have hit a run that was going on.
     """
-    draw, hit = random.Random(seed), 0
+    draw, hit, number = random.Random(seed), 0, 0
     row = "{:>4}  {:>9}  {:>9}  {:>7}  {:>12}  {:>7}  {:>10}".format
     if not quiet:
-        print(row("kill", "processes", "step", "second", "moment", "records", "with rows"))
-    for number in range(1, kills + 1):
+        print(row("try", "processes", "step", "second", "moment", "records", "with rows"))
+    while hit < kills and (step := next((step for step in steps if not step.done(run)), None)) is not None:
+        number += 1
         early, share = draw.random() < 0.25, draw.random()
-        step = next((step for step in steps if not step.done(run)), None)
-        if step is None:
-            break
         processes = 1 + (number - 1) % 2
         before, begun = _count(run), time.monotonic()
         workers = launch(step.words, processes)
@@ -253,8 +251,16 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _finished(run: Path) -> bool:
+    return _json(run / "status.json").get("chair") == "finished"
+
+
+def _has_features(run: Path) -> bool:
+    return "features" in _json(run / "fingerprint.json").get("chair", {})
+
+
 def _extracted(run: Path) -> bool:
-    return (run / "tokens.parquet").exists() and _json(run / "status.json").get("chair") == "finished"
+    return _finished(run) and _has_features(run) and (run / "tokens.parquet").exists()
 
 
 def _json(path: Path) -> dict[str, Any]:
