@@ -241,7 +241,7 @@ class WandbLogger(Logger):
         self._tried = True
         import wandb
 
-        folder = None if run_dir is None or self.mode == "disabled" else Path(run_dir)
+        folder = None if run_dir is None or self.mode == "disabled" else Path(run_dir).resolve()
         if folder is not None:
             (folder / "wandb").mkdir(parents=True, exist_ok=True)
             self._folder = folder
