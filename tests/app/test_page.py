@@ -101,16 +101,14 @@ def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_pa
     tokens = page.locator("#view .st-t")
     assert tokens.count() == len(answer.token_ids)
     tokens.nth(6).click()
+    wait_for_words(page, "facts", f"7 of {len(answer.token_ids)}")
     assert page.locator(".st-chosen.st-t").inner_text() == answer.tokens[6].strip()
-    assert f"7 of {len(answer.token_ids)}" in text(page, "facts")
     assert page.locator("#view [data-id=words] .st-bar").count() == 5
     assert page.locator("#view [data-id=evolution] tr").count() == 4
     assert page.locator("#view [data-id=before] .st-bar").count() == 6
     assert "R_image" in text(page, "sums")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        f"document.querySelector('#view [data-id=facts]').innerText.includes('8 of {len(answer.token_ids)}')"
-    )
+    wait_for_words(page, "facts", f"8 of {len(answer.token_ids)}")
 
     requests = len(page.asked)
     sliders = {"layer": (3, 0, 1), "threshold": (90, 30, 60), "opacity": (90, 60, 30), "scale": (4, 8, 12)}
