@@ -66,6 +66,7 @@ def run(config: DictConfig) -> None:
             config.seed,
             table=table,
             targets=targets,
+            home=source.resolve().name,
             beside=beside,
             ablation=config.ablation,
             published=config.published,
@@ -184,6 +185,7 @@ def fit(
     seed: int,
     table: pd.DataFrame | None = None,
     targets: Sequence[Target] = (),
+    home: str = "",
     **more: Any,
 ) -> dict[str, Any]:
     """Trains on one task's mentions; leaves ``detector/``, ``warnings.jsonl`` and the figures in the run directory.
@@ -196,6 +198,7 @@ def fit(
         seed: of split and bootstrap.
         table: the token rows to learn from and to measure on; None for all of the task's.
         targets: other runs to judge the detector on.
+        home: what to call the run beside them.
         more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.training.train_detector``.
 
     Raises:
@@ -210,7 +213,7 @@ def fit(
         raise _no_rows(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
-        results["transfer"] = transfer(detector, Target(store.run_dir.name, table), targets, shares, seed)
+        results["transfer"] = transfer(detector, Target(home, table), targets, shares, seed)
     fingerprint = store.fingerprints().get(task, {})
     detector.save(
         store.run_dir / "detector",

@@ -110,7 +110,7 @@ def test_greedy_to_sampled_answers_of_a_model(finished, tmp_path, stethoscope):
     assert "sampled chair" in out
     assert (finished / "greedy" / "metrics.json").read_bytes() == before
     rows = _rows(tmp_path / "runs" / "transfer-sampling")
-    assert [row["target"] for row in rows] == ["transfer-sampling", "sampled chair"]
+    assert [row["target"] for row in rows] == ["greedy", "sampled chair"]
     for figures in (rows[0]["at home"], rows[1]["transferred"], rows[1]["trained there"]):
         assert 0.5 < figures["auroc"]["value"] <= 1
 
