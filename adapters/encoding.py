@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 _QUESTION, _IMAGE = "{question}", "{image}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
-_IMAGE_BYTES = 256 * 2**20
-_TEXTS = 4096
+_IMAGE_BYTES = 32 * 2**20
+"""Enough for the questions that follow each other about a picture: more would only make long runs grow."""
+_TEXT_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -31,7 +32,7 @@ class _Cache:
     """Least recently used values up to a total size."""
 
     limit: int
-    size: Callable[[Any], int] = lambda value: 1
+    size: Callable[[Any], int]
     used: int = 0
     values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
 
@@ -41,6 +42,8 @@ class _Cache:
         return self.values.get(key)
 
     def put(self, key: Hashable, value: Any) -> Any:
+        if key in self.values:
+            self.used -= self.size(self.values.pop(key))
         self.used += self.size(value)
         self.values[key] = value
         while self.used > self.limit and len(self.values) > 1:
@@ -55,6 +58,11 @@ class _Text:
     inputs: dict[str, Tensor]
     spans: Spans
     prompt: str
+
+    def size(self) -> int:
+        """Bytes, about: tensors, and the positions of image and question as Python's numbers."""
+        positions = len(self.spans.image) + len(self.spans.question)
+        return sum(part.nbytes for part in self.inputs.values()) + 40 * positions + 2000
 
 
 class Encoder:
@@ -82,7 +90,7 @@ class Encoder:
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
         self._inserted = (0, len(bos)) if bos else (0,)
-        self._texts = _Cache(_TEXTS)
+        self._texts = _Cache(_TEXT_BYTES, _Text.size)
         self._images = _Cache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
         self._image_names: frozenset[str] | None = None
         self._alone: dict[tuple[int, int], bool] = {}

@@ -31,6 +31,9 @@ TEXTS = st.one_of(
 )
 
 
+NAMES = TEXTS.filter(str.strip)
+
+
 @given(text=TEXTS, label=st.sampled_from(["yes", "no"]))
 def test_yes_no(text, label):
     for parse in yes_no.PARSERS.values():
@@ -40,7 +43,7 @@ def test_yes_no(text, label):
             assert 0 <= mention.start < mention.end <= len(text)
 
 
-@given(text=TEXTS, words=st.dictionaries(TEXTS, st.lists(TEXTS, max_size=3), max_size=3))
+@given(text=TEXTS, words=st.dictionaries(NAMES, st.lists(NAMES, max_size=3), max_size=3))
 def test_mentions(text, words):
     for find in (objects.mentions, Vocabulary({k: tuple(v) for k, v in words.items()}).mentions):
         last = 0

@@ -47,3 +47,16 @@ def test_an_image_of_a_known_size_is_prepared_without_the_text(internvl, monkeyp
     third = adapter.encode(picture(2, 60, 40), QUESTION)
     alone = adapter.processor.image_processor(images=picture(2, 60, 40), return_tensors="pt")
     assert torch.equal(third.inputs["pixel_values"], alone["pixel_values"])
+
+
+def test_what_is_kept_stays_within_its_bounds(monkeypatch):
+    """Many questions about many pictures: old ones make room, and what is counted is what is there."""
+    monkeypatch.setattr("stethoscope.adapters.encoding._IMAGE_BYTES", 400_000)
+    monkeypatch.setattr("stethoscope.adapters.encoding._TEXT_BYTES", 20_000)
+    adapter = HfAdapter(random_init="tiny", family="llava", device="cpu")
+    adapter.setup()
+    for number in range(40):
+        adapter.encode(picture(number % 8, 60, 40), f"Is there object {number} in the image?")
+    for cache in (adapter._encoder._images, adapter._encoder._texts):
+        assert cache.used == sum(cache.size(value) for value in cache.values.values()) <= cache.limit
+        assert 1 < len(cache.values) < 40
