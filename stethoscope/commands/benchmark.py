@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import loggers_of, make_evaluator, report_failures, run_dir
+from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
 from stethoscope.processes import rank
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def run(config: DictConfig) -> None:
         task.setup()
     store = RunStore(folder)
     with loggers_of(config) as loggers:
-        asked = make_evaluator(config, folder, loggers).run(adapter, pope)
-        told = make_evaluator(config, folder, loggers, features=features).run(adapter, chair)
+        asked = answer(config, folder, loggers, adapter, pope)
+        told = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return
         asked.print(terminal())
