@@ -239,17 +239,16 @@ class Evaluator:
 
     def _results(self, run: Run) -> TaskResults:
         """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
-        import pandas as pd
-
         from stethoscope.stats import count_metrics
 
         outcomes = [run.outcomes[sample.id] for sample in run.samples]
         pairs = zip(run.samples, outcomes, strict=True)
         rows = run.task.tally([(sample, outcome.counts) for sample, outcome in pairs if outcome.status != FAILED])
+        names = dict.fromkeys(name for row in rows for name in row.counts)
         counts = {status: sum(outcome.status == status for outcome in outcomes) for status in (OK, UNPARSED, FAILED)}
         metrics = count_metrics(
             run.task.metrics(),
-            pd.DataFrame([dict(row.counts) for row in rows]).fillna(0.0),
+            {name: [row.counts.get(name, 0.0) for row in rows] for name in names},
             [row.group for row in rows],
             [row.subset for row in rows],
             macro=run.task.macro,

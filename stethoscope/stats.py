@@ -15,11 +15,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from stethoscope.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from stethoscope.task import Totals
 
 REPLICATES = 1000
@@ -225,7 +226,7 @@ def _group_sums(counts: np.ndarray, drawn: Resamples) -> np.ndarray:
 
 def count_replicates(
     metrics: Mapping[str, Callable[[Totals], np.ndarray]],
-    counts: pd.DataFrame,
+    counts: Mapping[str, Sequence[float] | np.ndarray] | pd.DataFrame,
     subsets: Sequence[str] | np.ndarray,
     drawn: Resamples,
     macro: Iterable[str] = (),
@@ -234,17 +235,20 @@ def count_replicates(
 
     Args:
         metrics: what ``Task.metrics`` gives.
-        counts: one row per sample, one column per name of ``Score.counts``.
+        counts: by name of ``Score.counts``, (samples,) numbers; a data frame will do.
         subsets: (samples,) subset of every sample.
         drawn: resampled images of the samples. To compare two runs, use one set of images for both.
         macro: metrics of which the mean over subsets (as subset ``mean``) is wanted too, if there is more than one.
     """
-    subsets, matrix, made = np.asarray(subsets, dtype=str), counts.to_numpy(dtype=np.float64), {}
+    subsets, names, made = np.asarray(subsets, dtype=str), list(counts), {}
+    matrix = np.zeros((len(subsets), len(names)))
+    for column, name in enumerate(names):
+        matrix[:, column] = counts[name]
     order = list(dict.fromkeys(subsets.tolist()))
     for subset in order:
         inside = subsets == subset
         totals = drawn.counts @ _group_sums(matrix[inside], drawn.select(inside))
-        named = {str(name): totals[:, column] for column, name in enumerate(counts.columns)}
+        named = {str(name): totals[:, column] for column, name in enumerate(names)}
         with np.errstate(all="ignore"):  # 0 / 0 is how a metric says that it is not defined
             made |= {(name, subset): np.asarray(metric(named), dtype=float) for name, metric in metrics.items()}
     if len(order) > 1:
@@ -254,7 +258,7 @@ def count_replicates(
 
 def count_metrics(
     metrics: Mapping[str, Callable[[Totals], np.ndarray]],
-    counts: pd.DataFrame,
+    counts: Mapping[str, Sequence[float] | np.ndarray] | pd.DataFrame,
     groups: Sequence[str] | np.ndarray,
     subsets: Sequence[str] | np.ndarray,
     macro: Iterable[str] = (),
@@ -265,7 +269,7 @@ def count_metrics(
 
     Arguments as in ``count_replicates`` and ``group_weights``.
 
-    >>> counts = pd.DataFrame({"right": [1, 0, 1, 1], "answers": [1, 1, 1, 1]})
+    >>> counts = {"right": [1, 0, 1, 1], "answers": [1, 1, 1, 1]}
     >>> accuracy = {"accuracy": lambda totals: totals["right"] / totals["answers"]}
     >>> rows = count_metrics(accuracy, counts, ["a", "b", "a", "b"], ["easy", "easy", "hard", "hard"], ["accuracy"])
     >>> [(row.subset, row.interval.value) for row in rows]
