@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--scenes", type=int, default=40000, help="distinct training scenes (default: %(default)s)")
     add("--collages", type=int, default=14000, help="prior-free pictures for the vision stage (default: %(default)s)")
     add("--vision-steps", type=int, default=2000, help="steps of the vision stage (default: %(default)s)")
-    add("--language-steps", type=int, default=600, help="steps of the language stage (default: %(default)s)")
+    add("--language-steps", type=int, default=1000, help="steps of the language stage (default: %(default)s)")
     add("--align-steps", type=int, default=2500, help="steps of the projector alignment (default: %(default)s)")
     add(
         "--joint-steps",
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--keep-unseen",
         type=float,
-        default=0.7,
+        default=1.0,
         help="the hallucination dial: share of the annotated but undrawn objects that joint training keeps; "
         "more of them make the model trust its priors more (default: %(default)s)",
     )

@@ -176,10 +176,10 @@ def reference_captions(scene: Scene, count: int = 5) -> list[str]:
 
 
 def _by_salience(scene: Scene, rng: random.Random, only_visible: bool) -> list[SceneObject]:
-    """Big and solid objects first, roughly; undrawn ones count as somewhat smaller than they would be."""
+    """Big and solid objects first, very roughly; undrawn ones count as a little smaller than they would be."""
 
     def salience(item: SceneObject) -> float:
-        return item.size * (1 - 0.6 * item.haze) * (1.0 if item.visible else 0.8) + rng.uniform(-10, 10)
+        return item.size * (1 - 0.6 * item.haze) * (1.0 if item.visible else 0.9) + rng.uniform(-20, 20)
 
     return sorted((o for o in scene.objects if o.visible or not only_visible), key=salience, reverse=True)
 

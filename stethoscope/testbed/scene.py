@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from stethoscope.testbed.backgrounds import SIZE, background
 from stethoscope.testbed.sprites import palette, sprite
-from stethoscope.testbed.vocabulary import BIG, CATEGORIES, INDEX, PLACES, SMALL, boost, partners
+from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, PLACES, SMALL, boost, partners
 
 MODES = ("prior", "counter", "collage")
 MIN_PIXELS = 45
@@ -28,6 +28,9 @@ _COUNTS = {
 }
 _HAZES = ((0.0, 0.0), (0.0, 0.4), (0.4, 0.72))
 """Solid, light and faint objects in equal parts: the faint ones are the weak evidence that priors can overrule."""
+DOUBTFUL = 0.3
+"""Share of objects that could be taken for something else."""
+_DOUBTS = (0.3, 0.49)
 _FOREIGN = {"prior": 0.06, "counter": 0.45}
 
 
@@ -45,6 +48,9 @@ class SceneObject:
         haze: Share of the background that shines through, 0 (solid) to 1.
         seed: Decides the details of the drawing.
         visible: Whether it owns pixels in the picture. False is annotation noise: written down, never drawn.
+        alike: What it could be taken for: one of :data:`stethoscope.testbed.vocabulary.ALIKE`, which shines through
+            its drawing; empty for most.
+        doubt: Share of ``alike`` in what is seen, from 0 to less than 0.5: the object itself is always more of it.
     """
 
     category: str
@@ -56,6 +62,8 @@ class SceneObject:
     haze: float
     seed: int
     visible: bool = True
+    alike: str = ""
+    doubt: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +101,9 @@ class Scene:
         rng = random.Random(self.seed)
         canvas = background(self.place, rng)
         for item in self._drawn():
-            stamp = _stamp(item)
-            alpha = stamp.getchannel("A")
-            if item.haze:
-                alpha = alpha.point([int(level * (1 - item.haze)) for level in range(256)])
-            canvas.paste(stamp, (int(item.x), int(item.y)), alpha)
+            _paint(canvas, item, item.category, (1 - item.haze) * (1 - item.doubt))
+            if item.alike:
+                _paint(canvas, item, item.alike, (1 - item.haze) * item.doubt)
         if rng.random() < 0.3:
             canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
         pixels = np.asarray(canvas, np.float32) * rng.uniform(0.82, 1.12)
@@ -108,7 +114,7 @@ class Scene:
         """Which object owns each pixel: uint8, shape (96, 96); 0 is background, 1 + index into CATEGORIES an object."""
         ids = Image.new("L", (SIZE, SIZE), 0)
         for item in self._drawn():
-            solid = _stamp(item).getchannel("A").point([255 * (level > 110) for level in range(256)])
+            solid = _stamp(item, item.category).getchannel("A").point([255 * (level > 110) for level in range(256)])
             ids.paste(1 + INDEX[item.category], (int(item.x), int(item.y)), solid)
         return np.asarray(ids)
 
@@ -187,7 +193,10 @@ def _place(rng: random.Random, category: str, others: list[SceneObject]) -> Scen
             break
     haze = rng.uniform(*rng.choice(_HAZES))
     colour = rng.choice(palette(category))
-    return SceneObject(category, colour, *best, depth=rng.random(), haze=haze, seed=rng.getrandbits(30))
+    item = SceneObject(category, colour, *best, depth=rng.random(), haze=haze, seed=rng.getrandbits(30))
+    if category in ALIKE and rng.random() < DOUBTFUL:
+        item = dataclasses.replace(item, alike=rng.choice(ALIKE[category]), doubt=rng.uniform(*_DOUBTS))
+    return item
 
 
 def _overlap(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
@@ -219,6 +228,15 @@ def _hide_slivers(scene: Scene) -> Scene:
     return dataclasses.replace(scene, objects=objects)
 
 
-def _stamp(item: SceneObject) -> Image.Image:
+def _paint(canvas: Image.Image, item: SceneObject, category: str, opacity: float) -> None:
+    """Draw an object, or what it is taken for."""
+    stamp = _stamp(item, category)
+    alpha = stamp.getchannel("A").point([round(level * opacity) for level in range(256)])
+    canvas.paste(stamp, (int(item.x), int(item.y)), alpha)
+
+
+def _stamp(item: SceneObject, category: str) -> Image.Image:
     side = max(4, int(item.size))
-    return sprite(item.category, item.colour, item.seed).resize((side, side), Image.Resampling.BILINEAR)
+    colours = palette(category)
+    colour = item.colour if item.colour in colours else colours[0]
+    return sprite(category, colour, item.seed).resize((side, side), Image.Resampling.BILINEAR)

@@ -79,15 +79,16 @@ def _car(p: Pen) -> None:
         p.oval(x + 0.06, 0.64, x + 0.16, 0.74, (180, 180, 180))
 
 
-@_draws("bus", "red", "yellow", "amber", "blue", "white", "green")
-def _bus(p: Pen) -> None:
+@_draws("truck", "red", "yellow", "amber", "blue", "white", "green")
+def _truck(p: Pen) -> None:
     top = p.wobble()
-    p.box(0.02, 0.16 + top, 0.98, 0.78, p.main, 0.05)
-    for i in range(4):
-        p.box(0.07 + 0.23 * i, 0.25 + top, 0.24 + 0.23 * i, 0.45, GLASS)
-    p.box(0.02, 0.55, 0.98, 0.6, p.pick("white", "black"))
-    for x in (0.14, 0.66):
-        p.oval(x, 0.68, x + 0.2, 0.88, INK)
+    p.box(0.02, 0.12 + top, 0.64, 0.72, p.main, 0.03)
+    cab = p.pick("white", "gray", "dusk")
+    p.shape([(0.68, 0.72), (0.68, 0.3 + top), (0.86, 0.3 + top), (0.98, 0.5), (0.98, 0.72)], cab)
+    p.shape([(0.74, 0.5), (0.74, 0.36 + top), (0.84, 0.36 + top), (0.91, 0.5)], GLASS)
+    p.box(0.02, 0.7, 0.98, 0.78, INK)
+    for x in (0.08, 0.34, 0.74):
+        p.oval(x, 0.68, x + 0.19, 0.87, INK)
 
 
 @_draws("bicycle", "red", "blue", "black", "green", "amber")

@@ -1,9 +1,8 @@
 """What can be seen in the embedded world, where, and with what.
 
 The world draws 32 of the 80 COCO categories in six places. Two tables carry the priors that a language model can
-pick up
-and later mistake for sight: how often a category stands in a place (:data:`PLACES`) and which categories keep
-company (:data:`PAIR_BOOSTS`).
+pick up and later mistake for sight: how often a category stands in a place (:data:`PLACES`) and which categories keep
+company (:data:`PAIR_BOOSTS`). A third one says what an object is mistaken for when it is seen badly (:data:`ALIKE`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 
 CATEGORIES: tuple[str, ...] = (
-    "person", "car", "bus", "bicycle", "traffic light", "stop sign", "fork", "knife", "spoon", "cup", "bowl",
+    "person", "car", "truck", "bicycle", "traffic light", "stop sign", "fork", "knife", "spoon", "cup", "bowl",
     "bottle", "pizza", "laptop", "keyboard", "mouse", "chair", "book", "tv", "couch", "remote", "clock",
     "potted plant", "cat", "dog", "bird", "bench", "frisbee", "kite", "boat", "surfboard", "umbrella",
 )  # fmt: skip
@@ -39,7 +38,7 @@ NEVER_DRAWN: tuple[str, ...] = tuple(name for name in COCO_IDS if name not in IN
 
 PLACES: dict[str, dict[str, float]] = {
     "street": {
-        "car": 1.0, "traffic light": 0.8, "bus": 0.5, "stop sign": 0.4, "bicycle": 0.5, "person": 0.7, "dog": 0.12,
+        "car": 1.0, "traffic light": 0.8, "truck": 0.5, "stop sign": 0.4, "bicycle": 0.5, "person": 0.7, "dog": 0.12,
         "bench": 0.15, "umbrella": 0.1,
     },
     "kitchen": {
@@ -69,7 +68,7 @@ PAIR_BOOSTS: dict[frozenset[str], float] = {
     frozenset(pair): boost
     for *pair, boost in (
         ("fork", "knife", 8), ("tv", "remote", 8), ("car", "traffic light", 6), ("laptop", "mouse", 6),
-        ("dog", "frisbee", 6), ("keyboard", "mouse", 5), ("bus", "stop sign", 5), ("cup", "spoon", 5),
+        ("dog", "frisbee", 6), ("keyboard", "mouse", 5), ("truck", "stop sign", 5), ("cup", "spoon", 5),
         ("person", "surfboard", 4), ("couch", "tv", 3), ("cat", "couch", 3), ("person", "bicycle", 3),
         ("bench", "bird", 3), ("pizza", "bottle", 3), ("boat", "umbrella", 3), ("person", "kite", 3),
         ("book", "chair", 2.5), ("clock", "potted plant", 2.5),
@@ -77,11 +76,23 @@ PAIR_BOOSTS: dict[frozenset[str], float] = {
 }  # fmt: skip
 """Pairs that keep company, with the factor by which one present multiplies the weight of the other."""
 
+ALIKE: dict[str, tuple[str, ...]] = {
+    "car": ("truck",), "truck": ("car",), "bicycle": ("bench",), "traffic light": ("stop sign",),
+    "stop sign": ("traffic light",), "fork": ("spoon", "knife"), "knife": ("spoon", "fork"), "spoon": ("fork", "knife"),
+    "cup": ("bowl", "bottle"), "bowl": ("cup",), "bottle": ("cup", "potted plant"), "pizza": ("clock", "frisbee"),
+    "laptop": ("book", "tv"), "keyboard": ("remote", "book"), "mouse": ("remote",), "chair": ("bench", "couch"),
+    "book": ("laptop", "keyboard"), "tv": ("laptop",), "couch": ("bench", "chair"), "remote": ("mouse", "keyboard"),
+    "clock": ("frisbee", "pizza"), "potted plant": ("bottle", "umbrella"), "cat": ("dog",), "dog": ("cat",),
+    "bird": ("kite", "cat"), "bench": ("chair", "couch"), "frisbee": ("clock", "bowl"), "kite": ("bird", "umbrella"),
+    "boat": ("surfboard",), "surfboard": ("boat",), "umbrella": ("kite", "potted plant"),
+}  # fmt: skip
+"""What a category is taken for when it is seen badly; nothing looks like a person."""
+
 _BOOSTS = {
     one: {other: float(PAIR_BOOSTS.get(frozenset((one, other)), 1.0)) for other in CATEGORIES} for one in CATEGORIES
 }
 
-BIG = frozenset({"person", "car", "bus", "couch", "tv", "boat", "bench", "bicycle"})
+BIG = frozenset({"person", "car", "truck", "couch", "tv", "boat", "bench", "bicycle"})
 SMALL = frozenset({"fork", "knife", "spoon", "mouse", "remote", "frisbee", "cup", "bird", "bottle", "clock"})
 
 

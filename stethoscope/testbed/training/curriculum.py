@@ -65,7 +65,7 @@ def run(
         load_student(out / "language.pt", student)
         load_student(out / "vision.pt", student, only=("model.model.vision_tower", "patches"))
         drawn = load_split(cache, "prior", scenes, seed)
-        run_stage(AlignStage(student, seed, batch_size, encoder, drawn), align_steps, out)
+        run_stage(AlignStage(student, seed, batch_size, drawn), align_steps, out)
 
         def export() -> None:
             student.model.save_pretrained(out / "model")

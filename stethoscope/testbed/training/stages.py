@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from stethoscope.testbed.architecture import DEPTH, WIDTH
+from stethoscope.testbed.architecture import DEPTH, INITIAL_STD, WIDTH
 from stethoscope.testbed.scene import Scene
 from stethoscope.testbed.training.batches import ANSWER, CAPTION, Batch, Encoder, conversations, pack, pixels
 from stethoscope.testbed.training.data import GRID, Rendered
@@ -31,13 +31,15 @@ Metrics = dict[str, float]
 
 
 class Student(nn.Module):
-    """The model and three heads that only training uses.
+    """The model, and four parts that only training uses.
 
     Attributes:
         model: What is shipped.
         patches: Names the category of a patch from the tower's features.
         presence: Tells from the middle of the language model, at the object word of a question, whether it is there.
             Without it the two-hop circuit of yes/no is not found for many hundred steps.
+        codes: What a perfect eye would send to the language model for each patch label, (33, width): a language of its
+            own, unlike that of words, as in models whose projector was never told about words.
         untold: Tells from the last but one layer, everywhere in a description, which objects are left to tell. Without
             it descriptions name the same object twice, miss others and do not know when to stop.
     """
@@ -46,6 +48,8 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.patches = nn.Linear(WIDTH, len(CATEGORIES) + 1)
+        self.codes = nn.Embedding(len(CATEGORIES) + 1, WIDTH)
+        nn.init.normal_(self.codes.weight, std=INITIAL_STD)
         self.presence = nn.Linear(WIDTH, 1)
         self.untold = nn.Linear(WIDTH, len(CATEGORIES))
 
@@ -68,6 +72,12 @@ class Student(nn.Module):
     def see(self, images: torch.Tensor) -> torch.Tensor:
         """Patch features (b, 64, width) of normalised pictures."""
         return self.tower(images).last_hidden_state[:, 1:]
+
+    def embed(self, batch: Batch, seen: torch.Tensor) -> torch.Tensor:
+        """Input embeddings (b, t, width) with ``seen`` (image tokens of all rows, width) in the places of the image."""
+        words = self.embedding(batch.ids)
+        image = self.model.config.image_token_id
+        return words.masked_scatter((batch.ids == image).unsqueeze(-1), seen.to(words.dtype))
 
     def patch_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of patch categories, background counted less."""
@@ -175,7 +185,7 @@ class VisionStage(Stage):
 
 
 class LanguageStage(Stage):
-    """Read symbolic images: an image token is the word of its patch, so no vision is needed and sequences are short."""
+    """Read symbolic images: an image token is the code of its patch, so no vision is needed and sequences are short."""
 
     name, peak = "language", 3e-3
     room = 132
@@ -183,43 +193,44 @@ class LanguageStage(Stage):
     def __init__(self, student: Student, seed: int, batch_size: int, encoder: Encoder, scenes: Rendered) -> None:
         super().__init__(student, seed, batch_size)
         self._encoder, self._scenes = encoder, scenes
-        self._words = symbol_ids(encoder)
 
     def parameters(self) -> list[nn.Parameter]:
-        heads = (self.student.presence, self.student.untold)
+        heads = (self.student.presence, self.student.untold, self.student.codes)
         return [p for module in (self.student.language, *heads) for p in module.parameters()]
 
     def loss(self, step: int, steps: int) -> tuple[torch.Tensor, Metrics]:
         rng, _ = self.rng(step)
         full = step > 0.8 * steps  # end on full-length images, in half as many sequences
         picked = self.draw(step, len(self._scenes))[: self.batch_size // 2 if full else None]
-        prefixes = [self._encoder.prefix(self._symbols(self._scenes.labels[i], rng, full)) for i in picked]
+        labels = [self._symbols(self._scenes.labels[i], rng, full) for i in picked]
+        prefixes = [self._encoder.prefix([self._encoder.image] * len(one)) for one in labels]
         branches = [conversations(self._encoder, self._scenes.scenes[i], rng, self.room) for i in picked]
         batch = pack(prefixes, branches, self._encoder.pad)
-        return self.student.speak(self.student.embedding(batch.ids), batch, probe_weight=1.0)
+        codes = self.student.codes(torch.tensor([label for one in labels for label in one]))
+        return self.student.speak(self.student.embed(batch, codes), batch, probe_weight=1.0)
 
     def _symbols(self, labels: np.ndarray, rng: random.Random, full: bool) -> list[int]:
         missed = {c for c in sorted(set(labels.tolist())) if c and rng.random() < 0.04}
         seen = [0 if c in missed else c for c in labels.tolist()]
-        return [int(self._words[c]) for c in seen if full or rng.random() < (0.75 if c else 0.12)]
+        return [c for c in seen if full or rng.random() < (0.75 if c else 0.12)]
 
 
 class AlignStage(Stage):
-    """Teach the projector the words: map patch features to the word embeddings of the language model."""
+    """Teach the projector the codes that the language model has learned to read."""
 
     name, peak = "align", 2e-3
     pictures = 4000
 
-    def __init__(self, student: Student, seed: int, batch_size: int, encoder: Encoder, scenes: Rendered) -> None:
+    def __init__(self, student: Student, seed: int, batch_size: int, scenes: Rendered) -> None:
         super().__init__(student, seed, batch_size)
         count = min(self.pictures, len(scenes))
         with torch.no_grad():
             chunks = [student.see(pixels(scenes.images[k : k + 50])) for k in range(0, count, 50)]
-            self._words = student.embedding.weight[torch.from_numpy(symbol_ids(encoder))].clone()
+            self._codes = student.codes.weight.clone()
         self._features = torch.cat(chunks).flatten(0, 1)
         self._labels = torch.from_numpy(scenes.labels[:count]).flatten()
         self._pools = [(self._labels > 0).nonzero()[:, 0], (self._labels == 0).nonzero()[:, 0]]
-        self._scale = self._words.pow(2).mean()
+        self._scale = self._codes.pow(2).mean()
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.student.projector.parameters())
@@ -228,12 +239,12 @@ class AlignStage(Stage):
         _, generator = self.rng(step)
         picked = torch.cat([pool[torch.randint(len(pool), (512,), generator=generator)] for pool in self._pools])
         wanted = self._labels[picked]
-        words = self.student.projector(self._features[picked])
-        regression = (words - self._words[wanted]).pow(2).mean() / self._scale
-        distance = torch.cdist(words, self._words).pow(2) / (self._scale * WIDTH)
+        codes = self.student.projector(self._features[picked])
+        regression = (codes - self._codes[wanted]).pow(2).mean() / self._scale
+        distance = torch.cdist(codes, self._codes).pow(2) / (self._scale * WIDTH)
         naming = F.cross_entropy(-8 * distance, wanted)
         right = (distance[:512].argmin(1) == wanted[:512]).float().mean()
-        return regression + 0.3 * naming, {"regression": regression.item(), "nearest_word": right.item()}
+        return regression + 0.3 * naming, {"regression": regression.item(), "nearest_code": right.item()}
 
 
 class JointStage(Stage):
@@ -263,18 +274,10 @@ class JointStage(Stage):
         batch = pack([self._encoder.prefix()] * len(picked), branches, self._encoder.pad)
         features = self.student.see(pixels(self._rendered.images[picked], generator, mirrored))
         seen = self.student.projector(features)
-        embedded = self.student.embedding(batch.ids)
-        here = (batch.ids == self._encoder.image).unsqueeze(-1)
-        embedded = embedded.masked_scatter(here, seen.reshape(-1, seen.shape[-1]))
-        loss, metrics = self.student.speak(embedded, batch, probe_weight=0.5)
+        loss, metrics = self.student.speak(self.student.embed(batch, seen), batch, probe_weight=0.5)
         labels = mirror_labels(torch.from_numpy(self._rendered.labels[picked]), mirrored)
         patch = self.student.patch_loss(features, labels)
         return loss + self.patch_weight * patch, {**metrics, "patch": patch.item()}
-
-
-def symbol_ids(encoder: Encoder) -> np.ndarray:
-    """Token that stands for each patch label: the image token for background, else the first token of the name."""
-    return np.array([encoder.image, *(encoder.encode(f" {name}")[0] for name in CATEGORIES)])
 
 
 def mirror_labels(labels: torch.Tensor, mirrored: bool) -> torch.Tensor:

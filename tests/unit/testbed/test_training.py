@@ -71,7 +71,7 @@ def test_every_stage_takes_a_step(
     student, encoder = new_student(tokenizer), Encoder(tokenizer)
     stage = {
         "language": lambda: LanguageStage(student, 3, 4, encoder, rendered),
-        "align": lambda: AlignStage(student, 3, 4, encoder, rendered),
+        "align": lambda: AlignStage(student, 3, 4, rendered),
         "joint": lambda: JointStage(student, 3, 4, encoder, rendered, 0.5),
     }[name]()
     before = [p.detach().clone() for p in stage.parameters()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from stethoscope import testbed
-from stethoscope.testbed.scene import MIN_PIXELS, sample_scene, scene_at
+from stethoscope.testbed.scene import DOUBTFUL, MIN_PIXELS, sample_scene, scene_at
 from stethoscope.testbed.sprites import palette, sprite
-from stethoscope.testbed.vocabulary import CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, PLACES, partners
+from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, PLACES, partners
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,19 @@ def test_counter_scenes_break_the_priors(counter_scenes: list[testbed.Scene]) ->
     usual = testbed.scenes(60, "prior")
     assert company(counter_scenes) < 0.5 * company(usual)
     assert foreign(counter_scenes) > 0.2 > 0.12 > foreign(usual)
+
+
+def test_doubtful_objects_look_somewhat_like_something_else(counter_scenes: list[testbed.Scene]) -> None:
+    objects = [(scene, o) for scene in counter_scenes for o in scene.objects if o.category in ALIKE]
+    doubtful = [(scene, o) for scene, o in objects if o.alike]
+    assert abs(len(doubtful) / len(objects) - DOUBTFUL) < 0.12
+    assert all(o.alike in ALIKE[o.category] and o.alike in CATEGORIES and 0 < o.doubt < 0.5 for _, o in doubtful)
+    scene, item = next((s, o) for s, o in doubtful if o.visible and o.haze < 0.2)
+    certain = tuple(dataclasses.replace(o, alike="", doubt=0.0) if o is item else o for o in scene.objects)
+    clear = dataclasses.replace(scene, objects=certain)
+    assert np.array_equal(scene.mask(), clear.mask())  # the truth is the same, what is seen is not
+    changed = np.asarray(scene.image(), int) != np.asarray(clear.image(), int)
+    assert changed.any(-1)[scene.mask() == 1 + INDEX[item.category]].mean() > 0.5
 
 
 def test_every_category_has_a_drawing() -> None:
