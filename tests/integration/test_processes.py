@@ -107,8 +107,16 @@ def test_an_error_of_one_process_ends_all_with_its_own_line(kill_runs, tmp_path)
 def test_samples_that_all_fail_are_an_error_however_few_each_process_has(kill_runs, tmp_path):
     codes, said = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=list(range(10))).end()
     assert codes == [2, 2]
-    told = [line for lines in said for line in lines.splitlines() if line.startswith("tiny: ") and "samples" in line]
-    assert told[-1].startswith(("tiny: all 10 samples failed; sample s", "tiny: RuntimeError: the model broke"))
+    assert said[0].splitlines()[-1] == "tiny: all 10 samples failed; sample s00: RuntimeError: the model broke"
+    assert said[1] == ""
+
+
+def test_a_small_share_that_fails_does_not_end_the_run(kill_runs, tmp_path):
+    alone = [number for number in range(10) if Processes(0, 2).takes(f"s{number:02d}")]
+    assert len(alone) < 5
+    codes, _ = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=alone).end()
+    assert codes == [0, 0]
+    assert told(tmp_path, 2)[0]["results"]["counts"]["failed"] == len(alone)
 
 
 def test_a_process_that_is_killed_ends_the_others(kill_runs, tmp_path):
