@@ -73,6 +73,17 @@ def redact(value: Any) -> Any:
     return value if isinstance(value, os.PathLike) else jsonable(value)
 
 
+def redact_override(word: str) -> str:
+    """A word of the command line, its value replaced if its key names a secret or its value holds such a key.
+
+    >>> redact_override("model.hub_token=hf_abc"), redact_override("task=pope"), redact_override("+x={api_key: a}")
+    ('model.hub_token=***', 'task=pope', '+x=***')
+    """
+    key, equals, value = word.partition("=")
+    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
+    return f"{key}=***" if equals and any(map(_SECRET.search, (key, *inside))) else word
+
+
 def settings(component: Any) -> dict[str, Any]:
     """The constructor arguments that a component kept as attributes of the same name."""
     names = inspect.signature(type(component).__init__).parameters

@@ -241,6 +241,8 @@ class WandbLogger(Logger):
         self._tried = True
         import wandb
 
+        # it then tells data frames by their type's name and does not load pandas, 40 MB, to see that ours are none
+        vars(wandb.util).update(pd_available=False)
         folder = None if run_dir is None or self.mode == "disabled" else Path(run_dir).resolve()
         if folder is not None:
             (folder / "wandb").mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stethoscope.errors import ArtefactError, ConfigError, unknown
-from stethoscope.fingerprint import comparable, describe, differences, environment, jsonable, redact
+from stethoscope.fingerprint import comparable, describe, differences, environment, jsonable, redact, redact_override
 from stethoscope.lines import Record, dump, lines
 from stethoscope.tokens import Key, TokenFiles
 
@@ -112,7 +112,7 @@ class RunStore:
 
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
         self._write("config.yaml", yaml.safe_dump(jsonable(redact(plain)), sort_keys=False, allow_unicode=True))
-        self._write("overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
+        self._write("overrides.yaml", yaml.safe_dump(list(map(redact_override, overrides)), allow_unicode=True))
 
     def write_metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """Puts one section into ``metrics.json``: the name of a task, or ``detector``."""
