@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=2, help="times that the loops are repeated")
     parser.add_argument("--starts", type=int, default=3, help="processes of each kind")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; larger batches make more of them")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; one is the default of the embedded model")
     parser.add_argument("--bare", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -120,12 +120,9 @@ def _now() -> Clock:
 
 def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
     """Rows of the table about batches of 1 and 16, and about 16 against 1."""
-    import torch
-
     import stethoscope
 
-    torch.set_num_threads(options.threads)
-    adapter, model, processor = stethoscope.load("testbed"), *_model()
+    adapter, model, processor = stethoscope.load("testbed", threads=options.threads), *_model()
     processor.tokenizer.padding_side = "left"
     task = _task(folder / "data")
     spent: dict[tuple[int, str], Clock] = {}
@@ -208,7 +205,7 @@ def _processes(folder: Path, options: argparse.Namespace) -> list[tuple]:
         words = [
             *(sys.executable, "-m", "stethoscope", "evaluate", "task=pope", "task.source=files", "batch_size=1"),
             *(f"task.questions={data}", f"task.images={data / 'images'}", f"limit={count}"),
-            *(f"generation.max_new_tokens={LONGEST}", f"run_dir={run_dir}"),
+            *(f"generation.max_new_tokens={LONGEST}", f"run_dir={run_dir}", f"model.threads={options.threads}"),
         ]
         measured["harness"].append(_watch(words, folder, run_dir / "samples.jsonl"))
     rows = []
