@@ -30,9 +30,7 @@ def check_offloaded(adapter, load, room, image, question, folder):
     encoded = adapter.encode(image, question)
     answers = [one.generate([encoded], Generation(max_new_tokens=3))[0] for one in (adapter, offloaded)]
     assert answers[0].token_ids == answers[1].token_ids
-    assert answers[0].logprobs == pytest.approx(
-        answers[1].logprobs, abs=1e-5
-    )  # last bits may differ
+    assert answers[0].logprobs == pytest.approx(answers[1].logprobs, abs=1e-5)  # last bits may differ
     maps = [token_relevancy(one, image, question, "A cat.").vision for one in (adapter, offloaded)]
     assert torch.allclose(*maps, atol=1e-6)
 

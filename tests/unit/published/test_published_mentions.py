@@ -87,10 +87,7 @@ def looked_at(maps, spans, row):
     """CADMP's patches: of the layer before the sharpest change of the head-mean attention over the image."""
     layers = [[float(one[:, row, at].mean()) for at in spans.image] for one in maps]
     layers = [[value / sum(values) for value in values] for values in layers]
-    drifts = [
-        sum(p * math.log(p / q) for p, q in zip(here, before, strict=True))
-        for before, here in pairwise(layers)
-    ]
+    drifts = [sum(p * math.log(p / q) for p, q in zip(here, before, strict=True)) for before, here in pairwise(layers)]
     sharpest = drifts.index(max(drifts)) + 1
     values = layers[sharpest - 1]
     ordered, place = sorted(values), 0.7 * (len(values) - 1)
