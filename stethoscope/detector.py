@@ -389,7 +389,7 @@ class Detector:
             promised = manifest["threshold"]["certificate"]
             detector.certificate = None if promised is None else Certificate(**promised)
             detector._base_rate = float(manifest["base_rate"])
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtefactError(f"{Path(folder) / artefact.MANIFEST} is damaged: {error}") from None
         own = {*detector.manifest, *artefact.ADDED} - set(NOTES)
         detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}

@@ -8,6 +8,7 @@ devices the models are on.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -81,6 +82,7 @@ class Processes:
             raise CapabilityError(f"process {self.rank} of {self.count} cannot reach the others: {error}") from None
         import torch.distributed
 
+        atexit.register(_leave)
         return torch.distributed
 
     def takes(self, sample_id: str) -> bool:
@@ -172,6 +174,14 @@ class Processes:
         except FileExistsError:
             return False
         return True
+
+
+def _leave() -> None:
+    """Ends the connection's threads before the interpreter goes: C++ aborts a process in which one is left."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 _joined: Processes | None = None
