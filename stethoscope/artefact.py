@@ -103,7 +103,8 @@ def load_objects(data: bytes, name: str = OBJECTS) -> dict[str, Any]:
     except ArtefactError:
         raise
     except Exception as error:  # whatever skops meets in a damaged file: it is the file's fault, never ours
-        raise ArtefactError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+        told = " ".join(str(error).split())[:120]  # zip files' errors quote what they have found
+        raise ArtefactError(f"{name} cannot be read: {type(error).__name__}: {told}") from error
 
 
 def write(
