@@ -21,8 +21,8 @@ from torch import Tensor
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
-from stethoscope.digests import remembered
 from stethoscope.errors import ConfigError, DataError
+from stethoscope.runs.digests import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

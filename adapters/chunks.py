@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stethoscope.errors import ConfigError, DataError
-from stethoscope.spans import Grids
 from stethoscope.trace import Encoded, Spans
+from stethoscope.tracing.spans import Grids
 
 if TYPE_CHECKING:
     from PIL.Image import Image

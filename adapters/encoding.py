@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.images import rgb
-from stethoscope.spans import image_layout, image_positions, question_positions
 from stethoscope.trace import Encoded, Spans
+from stethoscope.tracing.spans import image_layout, image_positions, question_positions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,10 +18,10 @@ from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tracing import Tracing
 from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
-from stethoscope.lens import Lens
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
 from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, Trace
+from stethoscope.tracing.lens import Lens
 
 if TYPE_CHECKING:
     from PIL.Image import Image

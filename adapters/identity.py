@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.digests import remembered
+from stethoscope.runs.digests import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

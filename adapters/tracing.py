@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters.batching import collate, extend
-from stethoscope.capture import record, selected
 from stethoscope.errors import CapabilityError, CaptureError
 from stethoscope.features import FEATURES
-from stethoscope.knockout import Knockout, core
-from stethoscope.lens import Lens
-from stethoscope.noise import noised
 from stethoscope.records import Answer
 from stethoscope.relevancy import Relevancy, answer_relevancy
-from stethoscope.rows import AttentionRows, HeadRows
-from stethoscope.states import StateRows
 from stethoscope.trace import Encoded, Trace
+from stethoscope.tracing.capture import record, selected
+from stethoscope.tracing.knockout import Knockout, core
+from stethoscope.tracing.lens import Lens
+from stethoscope.tracing.noise import noised
+from stethoscope.tracing.rows import AttentionRows, HeadRows
+from stethoscope.tracing.states import StateRows
 
 _SMALL_MAPS = 2**24  # bytes that the attention maps of an answer may take, to be kept for the backward pass
 _IN_ONE_STREAM = frozenset({"states", "image_lens"})

@@ -21,8 +21,8 @@ import stethoscope
 from stethoscope.build import build, compose
 from stethoscope.callbacks import Callback, SampleTable, Timing
 from stethoscope.features import FeatureSet
-from stethoscope.maps import KeepMaps
 from stethoscope.records import Generation
+from stethoscope.runs.maps import KeepMaps
 from stethoscope.tasks.chair import Chair
 
 FIRST, LIMIT = 100, 200.0

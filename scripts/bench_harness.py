@@ -154,8 +154,8 @@ def _sitting(
     from stethoscope import Evaluator
     from stethoscope.callbacks import Callback, Progress, SampleTable, Timing
     from stethoscope.loggers import Loggers, WandbLogger
-    from stethoscope.maps import KeepMaps
     from stethoscope.records import Generation
+    from stethoscope.runs.maps import KeepMaps
 
     texts: list[str] = []
     answers: list[str] = []

@@ -22,7 +22,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.features import FeatureSet
 from stethoscope.records import Generation
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.streaming import StreamedToken
 from stethoscope.tasks.chair import Chair
 

@@ -16,8 +16,8 @@ import numpy as np
 from stethoscope import metrics
 from stethoscope.detector import Detector
 from stethoscope.errors import DataError
+from stethoscope.runs.store import RunStore
 from stethoscope.stats import split_groups
-from stethoscope.store import RunStore
 
 PROMISES = ({"max_false_alarms": 0.05}, {"max_false_alarms": 0.1}, {"max_missed": 0.1}, {"max_missed": 0.2})
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.faults import free_memory, out_of_memory
-from stethoscope.lines import FAILED, OK, UNPARSED, Record
 from stethoscope.records import Answer, Generation, Mention, Sample, Score
-from stethoscope.run import Run
+from stethoscope.runs.lines import FAILED, OK, UNPARSED, Record
+from stethoscope.runs.run import Run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -215,8 +215,8 @@ class Worker:
 
     def _trace(self, drafts: Sequence[Draft]) -> None:
         """Token rows with features."""
-        from stethoscope.per_mention import trace_answers
-        from stethoscope.tokens import token_table
+        from stethoscope.runs.tokens import token_table
+        from stethoscope.tracing.per_mention import trace_answers
 
         def trace(some: Sequence[Draft]) -> Sequence[Trace]:
             encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]

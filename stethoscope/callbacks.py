@@ -17,14 +17,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import DataError
-from stethoscope.fingerprint import jsonable
 from stethoscope.media import Picture
+from stethoscope.runs.fingerprint import jsonable
 
 if TYPE_CHECKING:
-    from stethoscope.lines import Record
     from stethoscope.records import Sample
-    from stethoscope.results import TaskResults
-    from stethoscope.run import Run
+    from stethoscope.runs.lines import Record
+    from stethoscope.runs.results import TaskResults
+    from stethoscope.runs.run import Run
     from stethoscope.trace import Trace
 
 

@@ -13,7 +13,7 @@ from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
 from stethoscope.faults import Terminated, disk_faults, ended_by_signal
-from stethoscope.processes import count, rank
+from stethoscope.runs.processes import count, rank
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
@@ -103,8 +103,8 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from stethoscope.overrides import explain, quoted
-    from stethoscope.sweeps import Sweep
+    from stethoscope.commands.overrides import explain, quoted
+    from stethoscope.commands.sweeps import Sweep
 
     if count() > 1 and {"-m", "--multirun"} & set(arguments):
         raise ConfigError(

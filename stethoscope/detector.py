@@ -10,10 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from stethoscope import artefact, hub
-from stethoscope.conformal import Certificate, Promise, promised
-from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.estimators import (
+from stethoscope.detection import artefact, hub
+from stethoscope.detection.conformal import Certificate, Promise, promised
+from stethoscope.detection.estimators import (
     CALIBRATIONS,
     ESTIMATORS,
     CalibratedModel,
@@ -22,8 +21,9 @@ from stethoscope.estimators import (
     make_estimator,
     strength_of,
 )
-from stethoscope.explain import Explanation, explanation
-from stethoscope.factor import EXTERNAL, Factored, external
+from stethoscope.detection.explain import Explanation, explanation
+from stethoscope.detection.factor import EXTERNAL, Factored, external
+from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.table import (
     SUBTOKENS,
     FeatureSchema,
@@ -55,11 +55,11 @@ class Detector:
         strength: inverse regularisation C of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
         repeats: learn from the ``first`` mention of every object in an answer, or from ``all``.
         seed: of everything random; the same data and seed give the same detector.
-        factored: learn evidence and prior apart (``stethoscope.factor``), so that every warning says how much is which;
-            the prior knows place and name of the mention.
+        factored: learn evidence and prior apart (``stethoscope.detection.factor``), so that every warning says how
+            much is which; the prior knows place and name of the mention.
         subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.table.mention_rows``.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
-            (``stethoscope.conformal``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
+            (``stethoscope.detection.conformal``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
 
     Attributes:

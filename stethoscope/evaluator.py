@@ -14,15 +14,15 @@ from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
 from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.faults import disk_faults
-from stethoscope.fingerprint import answers_of, digest, features_of, jsonable
-from stethoscope.lines import FAILED, OK, UNPARSED
-from stethoscope.lock import RunLock
 from stethoscope.loggers import Logger, Loggers
-from stethoscope.processes import Ended, joined
 from stethoscope.records import Generation, Sample
-from stethoscope.results import TaskResults
-from stethoscope.run import Run
-from stethoscope.store import Overwrite, RunStore
+from stethoscope.runs.fingerprint import answers_of, digest, features_of, jsonable
+from stethoscope.runs.lines import FAILED, OK, UNPARSED
+from stethoscope.runs.lock import RunLock
+from stethoscope.runs.processes import Ended, joined
+from stethoscope.runs.results import TaskResults
+from stethoscope.runs.run import Run
+from stethoscope.runs.store import Overwrite, RunStore
 from stethoscope.task import Task
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any
 
 from stethoscope.background import Background
 from stethoscope.errors import ConfigError, unknown
-from stethoscope.fingerprint import jsonable, redact
 from stethoscope.media import Marked, Picture, plain
+from stethoscope.runs.fingerprint import jsonable, redact
 
 MODES = ("offline", "online", "disabled")
 _STAGE = "WANDB_DATA_DIR"  # W&B's variable

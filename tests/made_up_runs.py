@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 from token_tables import token_table
 
-from stethoscope.lines import Record
-from stethoscope.store import RunStore
-from stethoscope.tokens import SCHEMA
+from stethoscope.runs.lines import Record
+from stethoscope.runs.store import RunStore
+from stethoscope.runs.tokens import SCHEMA
 
 
 def made_up_run(folder, images=200, seed=3, task="chair", change=lambda table: table, **settings):

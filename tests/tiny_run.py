@@ -15,7 +15,7 @@ from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.callbacks import Progress
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluator import Evaluator
-from stethoscope.processes import rank
+from stethoscope.runs.processes import rank
 
 
 class SlowAdapter(TinyAdapter):

@@ -184,7 +184,7 @@ def _of(manifest: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 def streaming_delay(detector: Detector) -> int | None:
     """The ``delay`` at which a detector can judge while the answer is written; None if it cannot."""
-    from stethoscope.scoring import Scorer
+    from stethoscope.streaming.scoring import Scorer
 
     for delay in (0, 1):
         try:

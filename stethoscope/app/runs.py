@@ -19,8 +19,8 @@ from stethoscope.report.page import collect
 from stethoscope.report.source import Source
 
 if TYPE_CHECKING:
-    from stethoscope.lines import Record
     from stethoscope.records import Sample
+    from stethoscope.runs.lines import Record
 
 MOST = 3000  # samples of a task in the list
 WORDS = 320  # characters of an answer in the list

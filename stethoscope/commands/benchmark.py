@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
-from stethoscope.processes import rank
+from stethoscope.runs.processes import rank
 
 if TYPE_CHECKING:
     from stethoscope.loggers import Loggers
@@ -24,7 +24,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
     from stethoscope.report.sending import send_detector
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
     from stethoscope.task import Task
 
     start = time.monotonic()

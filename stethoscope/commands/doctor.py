@@ -177,7 +177,7 @@ def _disk() -> Iterator[Finding]:
 def _locks() -> Iterator[Finding]:
     """Whether a run directory can be made and locked here, and which of those in ``runs`` are in use."""
     from stethoscope.errors import StethoscopeError
-    from stethoscope.lock import RunLock
+    from stethoscope.runs.lock import RunLock
 
     def look() -> str:
         with tempfile.TemporaryDirectory(dir=os.getcwd(), prefix=".doctor-") as folder, RunLock(Path(folder) / "run"):

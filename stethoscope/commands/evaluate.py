@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
-from stethoscope.processes import rank
+from stethoscope.runs.processes import rank
 
 
 def run(config: DictConfig) -> None:

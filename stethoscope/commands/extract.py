@@ -9,19 +9,19 @@ from omegaconf import DictConfig
 from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
 from stethoscope.errors import ArtefactError
-from stethoscope.processes import rank
+from stethoscope.runs.processes import rank
 
 
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
+    from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.detector import Detector
     from stethoscope.evaluator import Evaluator
     from stethoscope.features import FeatureSet
     from stethoscope.records import Generation
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
     from stethoscope.task import Task
-    from stethoscope.warn import mention_warnings, write_warnings
 
     folder = Path(config.run)
     saved = saved_config(folder)

@@ -65,7 +65,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
     try:
         config = compose(words, "doctor")
     except (HydraException, OmegaConfBaseException) as error:
-        from stethoscope.overrides import explain
+        from stethoscope.commands.overrides import explain
 
         raise ConfigError(explain(error, "doctor", list(words))) from error
     for name in ("context", "batch_size"):

@@ -14,10 +14,10 @@ from stethoscope.errors import ConfigError, StethoscopeError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.lines import Record
     from stethoscope.records import Sample
     from stethoscope.report.gallery import Picture
     from stethoscope.report.source import Source
+    from stethoscope.runs.lines import Record
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
     from stethoscope.evaluator import Evaluator
     from stethoscope.loggers import Loggers
-    from stethoscope.results import TaskResults
-    from stethoscope.run import Run
+    from stethoscope.runs.results import TaskResults
+    from stethoscope.runs.run import Run
     from stethoscope.task import Task
 
 
@@ -103,7 +103,7 @@ def answer(
         adapter, task: who is asked and what.
         more: settings of the evaluator that are not in the configuration.
     """
-    from stethoscope.sharing import shared_answers
+    from stethoscope.runs.sharing import shared_answers
 
     evaluator = make_evaluator(config, folder, loggers, **more)
     if config.answers is None or config.overwrite or config.fast_dev_run:
@@ -130,7 +130,7 @@ def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
     Raises:
         DataError: some samples failed; the message names the first.
     """
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
 
     failed = sum(result.counts["failed"] for result in results)
     if not failed:

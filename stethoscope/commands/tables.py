@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
 
 
 def terminal() -> Console:

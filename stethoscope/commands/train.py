@@ -11,18 +11,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stethoscope.build import build, choices, compose
-from stethoscope.columns import fitting, only, select_columns
+from stethoscope.detection.columns import fitting, only, select_columns
+from stethoscope.detection.transfer import Target, of_subset
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.report.tables import text
 from stethoscope.report.versus import transfer_table
 from stethoscope.table import feature_names, select_features
-from stethoscope.transfer import Target, of_subset
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from stethoscope.detector import Detector
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
 
 
 def run(config: DictConfig) -> None:
@@ -31,10 +31,10 @@ def run(config: DictConfig) -> None:
     from stethoscope.commands.session import loggers_of, overrides
     from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
-    from stethoscope.lock import RunLock
     from stethoscope.report.sending import send_detector
-    from stethoscope.sharing import share_table
-    from stethoscope.store import RunStore
+    from stethoscope.runs.lock import RunLock
+    from stethoscope.runs.sharing import share_table
+    from stethoscope.runs.store import RunStore
 
     source, folder = Path(config.run), Path(config.run_dir)
     if not source.is_dir():
@@ -119,7 +119,7 @@ def _target(config: DictConfig, node: Any) -> Target:
         ConfigError: the entry says something else, or does not say which of several tasks.
         ArtefactError: there is no such run, or it has no token rows.
     """
-    from stethoscope.store import RunStore
+    from stethoscope.runs.store import RunStore
 
     wanted = {"run": node} if isinstance(node, str) else dict(node)
     if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
@@ -199,14 +199,14 @@ def fit(
         table: the token rows to learn from and to measure on; None for all of the task's.
         targets: other runs to judge the detector on.
         home: what to call the run beside them.
-        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.training.train_detector``.
+        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.detection.training.train_detector``.
 
     Raises:
         ArtefactError: the run has no token rows of that task.
     """
-    from stethoscope.training import train_detector
-    from stethoscope.transfer import transfer
-    from stethoscope.warn import mention_warnings, write_warnings
+    from stethoscope.detection.training import train_detector
+    from stethoscope.detection.transfer import transfer
+    from stethoscope.detection.warn import mention_warnings, write_warnings
 
     table = store.tokens(task) if table is None else table
     if table.empty:

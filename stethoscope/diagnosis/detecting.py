@@ -10,8 +10,8 @@ from stethoscope.diagnosis.parts import Judgement
 from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.features import FeatureSet
 from stethoscope.records import Answer, ImageRef, Mention, Sample
+from stethoscope.runs.tokens import token_table
 from stethoscope.table import FeatureSchema
-from stethoscope.tokens import token_table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -157,7 +157,7 @@ def _trace(
     found: Sequence[Mention],
 ) -> tuple[Trace, dict[str, Any]]:
     """The traced pass with relevancy of the scope, and the features that the detector reads."""
-    from stethoscope.per_mention import trace_answers
+    from stethoscope.tracing.per_mention import trace_answers
 
     features, needs = None, frozenset()
     if detector is not None:
@@ -214,8 +214,8 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
 
     import torch
 
-    from stethoscope.lens import Lens
     from stethoscope.relevancy.layout import layout
+    from stethoscope.tracing.lens import Lens
 
     decode = _decoder(adapter)
     model, inputs = adapter.forward_inputs(encoded, answer.token_ids)

@@ -25,8 +25,8 @@ class Judgement:
     Attributes:
         probability: that it is hallucinated. Calibrated for names of objects, from which detectors learn; of other
             tokens it is what the detector extrapolates to, for curiosity only.
-        evidence, prior: log-odds that add up to those of the probability (``stethoscope.explain``); None where the
-            detector's calibration does not add up.
+        evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
+            where the detector's calibration does not add up.
         top: the features that push it the most; empty unless the detector is linear.
     """
 

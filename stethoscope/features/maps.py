@@ -97,7 +97,7 @@ def sink_share(trace: Trace, offset: int) -> Tensor:
 def image_without_sinks(trace: Trace, offset: int) -> Tensor:
     """Attention mass on image tokens when the row is renormalised without its sinks, by layer (Kang et al., ICLR 2025).
 
-    Sinks are the image tokens that ``stethoscope.states.sinks`` finds and the first token of the sequence.
+    Sinks are the image tokens that ``stethoscope.tracing.states.sinks`` finds and the first token of the sequence.
     """
     image, sink = rows_of(trace.heads.image, trace, offset), trace.states.sinks
     first = rows_of(trace.heads.mass, trace, offset)[..., SEGMENTS.index("first")].mean(-1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.capture import Site, eager_attention, plain_attention
+from stethoscope.tracing.capture import Site, eager_attention, plain_attention
 
 _SMALL = 2**20  # entries of a map
 _CACHE = 2**20  # bytes of a block of rows that stays in a processor's cache

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.capture import record, selected, sites
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.abstractor import QueryRows
 from stethoscope.relevancy.attention import Blocks, Call
@@ -24,7 +23,8 @@ from stethoscope.relevancy.rows import Abar, BlockRows, LayerRows, Saliency, who
 from stethoscope.relevancy.rules import RULES
 from stethoscope.relevancy.seq2seq import decoder_rows
 from stethoscope.relevancy.tape import steps
-from stethoscope.spans import tile_grids
+from stethoscope.tracing.capture import record, selected, sites
+from stethoscope.tracing.spans import tile_grids
 
 SCOPES = ("row", "token")
 LAYERS = ("all", "final")

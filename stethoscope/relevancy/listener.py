@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.capture import Listener, Site, modules_of
 from stethoscope.errors import CaptureError
 from stethoscope.relevancy.attention import (
     Blocks,
@@ -20,6 +19,7 @@ from stethoscope.relevancy.attention import (
     visible_ends,
 )
 from stethoscope.relevancy.tape import Tape
+from stethoscope.tracing.capture import Listener, Site, modules_of
 
 Receiver = Callable[[Call, int, Blocks], None]
 

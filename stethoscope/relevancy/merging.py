@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stethoscope.capture import Listener, Site, record
 from stethoscope.errors import CapabilityError
 from stethoscope.relevancy.scaling import scaled
+from stethoscope.tracing.capture import Listener, Site, record
 
 _MOST = 64  # shapes of inputs that are remembered of a model
 _BASES, _BASES_HALF = (2048,), (32, 2)  # image tokens are numbered in digits that the precision can tell apart

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stethoscope.spans import image_layout
+from stethoscope.tracing.spans import image_layout
 
 
 def scaled(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stethoscope.report.tables import Gap, Table
-from stethoscope.results import COUNTS, TaskResults
+from stethoscope.runs.results import COUNTS, TaskResults
 from stethoscope.stats import Interval
 
 RANKING = {

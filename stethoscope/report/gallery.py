@@ -14,8 +14,8 @@ from stethoscope.report.tables import Table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.lines import Record
     from stethoscope.report.source import Source
+    from stethoscope.runs.lines import Record
 
 CONTEXT = 240  # characters of the answer on either side of a mention
 SIDE = 320  # pixels: the longer side of a picture

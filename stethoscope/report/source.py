@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ArtefactError, unknown
-from stethoscope.maps import MapFile, View
-from stethoscope.results import TaskResults
-from stethoscope.store import RunStore
+from stethoscope.runs.maps import MapFile, View
+from stethoscope.runs.results import TaskResults
+from stethoscope.runs.store import RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.lines import Record
+    from stethoscope.runs.lines import Record
 
 _KEYS = ["sample_id", "start"]
 

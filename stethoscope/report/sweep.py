@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import StethoscopeError
-from stethoscope.jobs import FINISHED, Job
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Cell, Gap, Table, markdown, plain
 from stethoscope.report.versus import TaskOf, detector_table, require_same, task_table
-from stethoscope.results import TaskResults
+from stethoscope.runs.jobs import FINISHED, Job
+from stethoscope.runs.results import TaskResults
+from stethoscope.runs.store import RunStore
 from stethoscope.stats import Interval
-from stethoscope.store import RunStore
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 import stethoscope as package
-from stethoscope import leaderboard
 from stethoscope.app.models import Pool
 from stethoscope.app.runs import Runs, write_examples
 from stethoscope.cli import main
+from stethoscope.detection import leaderboard
 from stethoscope.diagnosis.readers import default_reader
 
 SCENES = 60

@@ -8,7 +8,7 @@ import pytest
 
 from stethoscope.app.runs import NO_RUN, Runs, write_examples
 from stethoscope.errors import ArtefactError
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from contract_helpers import attention, extended, picture, predicting, said
 
-from stethoscope.capture import NAME
 from stethoscope.errors import ConfigError
 from stethoscope.records import Generation
+from stethoscope.tracing.capture import NAME
 
 GREEDY = Generation(max_new_tokens=7)
 SAMPLED = Generation(max_new_tokens=7, do_sample=True, temperature=0.9, top_p=0.95, seed=3)

@@ -5,8 +5,8 @@ import torch
 from contract_helpers import attention, extended, has_encoder, language, queries
 from torch import nn
 
-from stethoscope.capture import NAME, Listener, record
 from stethoscope.errors import CaptureError
+from stethoscope.tracing.capture import NAME, Listener, record
 
 OWN = r"(layers\.1\.self_attn|decoder\.block\.1\.layer\.0\.SelfAttention)"  # self-attention of the decoder's layer 1
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
-from stethoscope.capture import Listener, record
 from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.trace import NEEDS, SEGMENTS
+from stethoscope.tracing.capture import Listener, record
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
 

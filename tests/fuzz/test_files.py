@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from token_tables import halves, token_table
 
-from stethoscope import artefact
+from stethoscope.detection import artefact
 from stethoscope.detector import Detector
 from stethoscope.evaluator import Evaluator
-from stethoscope.lines import Record
-from stethoscope.store import RunStore
+from stethoscope.runs.lines import Record
+from stethoscope.runs.store import RunStore
 
 
 @pytest.fixture(scope="module")

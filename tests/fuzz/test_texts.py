@@ -11,11 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.adapters.sampling import cut
 from stethoscope.build import compose
+from stethoscope.commands.overrides import explain
 from stethoscope.errors import ConfigError
-from stethoscope.fingerprint import describe, differences, digest, jsonable, redact
 from stethoscope.markup import document, escape, json_block
 from stethoscope.offsets import decode_with_offsets
-from stethoscope.overrides import explain
+from stethoscope.runs.fingerprint import describe, differences, digest, jsonable, redact
 from stethoscope.tasks import given as given_answers
 from stethoscope.tasks import objects, yes_no
 from stethoscope.tasks.captions import complete_sentences

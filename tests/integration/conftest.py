@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from stethoscope import leaderboard
 from stethoscope.cli import main
+from stethoscope.detection import leaderboard
 
 LIMIT = 60
 SMALL = ["features=fast", "callbacks=none", "detector.strength=0.1", "batch_size=64"]
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
 SHOWN = [
-    "+callbacks.maps._target_=stethoscope.maps.KeepMaps",
+    "+callbacks.maps._target_=stethoscope.runs.maps.KeepMaps",
     "+callbacks.samples._target_=stethoscope.callbacks.SampleTable",
     "features.names=[relevancy_image]",
     "logger.pictures=9",

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from token_tables import halves, token_table
 
-from stethoscope import artefact
+from stethoscope.detection import artefact
 from stethoscope.detector import Detector
 from stethoscope.evaluator import Evaluator
 

@@ -7,7 +7,7 @@ import pytest
 from malformed import AMBER, CUSTOM, HALLOC, HALLUSION, INSTANCES, POPE
 from PIL import Image
 
-from stethoscope import artefact
+from stethoscope.detection import artefact
 
 
 @pytest.fixture

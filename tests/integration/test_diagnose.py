@@ -13,7 +13,7 @@ from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.tasks.chair import Chair
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import stethoscope.conf
 from stethoscope import testbed
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 
 FILES = sorted((Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml"))
 

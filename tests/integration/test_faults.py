@@ -18,7 +18,7 @@ from stethoscope.errors import CapabilityError
 from stethoscope.evaluator import Evaluator
 from stethoscope.faults import Terminated, disk_faults, out_of_memory
 from stethoscope.records import Answer
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 
 RUN = [
     "evaluate", "task=pope", "task.scenes=2", "batch_size=4", "generation.max_new_tokens=4", "model.threads=1",

@@ -11,7 +11,7 @@ import wandb_reader
 from stethoscope import Detector, testbed
 from stethoscope.build import choices
 from stethoscope.cli import main
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.table import feature_names, mention_rows
 
 LIMIT = 120

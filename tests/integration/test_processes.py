@@ -18,8 +18,8 @@ from stethoscope.adapters.loading import Loading
 from stethoscope.cli import main
 from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.evaluator import Evaluator
-from stethoscope.processes import Processes
-from stethoscope.store import RunStore
+from stethoscope.runs.processes import Processes
+from stethoscope.runs.store import RunStore
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests/tiny_run.py")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stethoscope import leaderboard
 from stethoscope.cli import main
-from stethoscope.maps import MapFile
+from stethoscope.detection import leaderboard
 from stethoscope.report import versus
 from stethoscope.report.source import Source
-from stethoscope.store import RunStore
+from stethoscope.runs.maps import MapFile
+from stethoscope.runs.store import RunStore
 from stethoscope.table import mention_rows
 from stethoscope.tasks.chair import Chair
 

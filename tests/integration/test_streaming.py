@@ -11,10 +11,10 @@ from stethoscope import testbed
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.records import Generation
-from stethoscope.scoring import quick
-from stethoscope.steps import STEP_NEEDS
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
+from stethoscope.streaming.scoring import quick
+from stethoscope.streaming.steps import STEP_NEEDS
 from stethoscope.table import FeatureSchema
 from stethoscope.tasks.chair import Chair
 

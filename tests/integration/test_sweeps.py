@@ -12,13 +12,14 @@ import wandb_reader
 import yaml
 from made_up_runs import made_up_run
 
-from stethoscope import Detector, leaderboard
+from stethoscope import Detector
 from stethoscope.build import compose
 from stethoscope.cli import main
-from stethoscope.lines import FAILED, Record
+from stethoscope.detection import leaderboard
 from stethoscope.records import Answer, Score
-from stethoscope.sharing import take_over
-from stethoscope.store import RunStore
+from stethoscope.runs.lines import FAILED, Record
+from stethoscope.runs.sharing import take_over
+from stethoscope.runs.store import RunStore
 
 ROOT = Path(__file__).parents[2]
 

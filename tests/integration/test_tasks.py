@@ -11,7 +11,7 @@ import published_files
 import pytest
 
 from stethoscope import testbed
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.table import mention_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tasks"))

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pytest
 from token_tables import token_table
 
-from stethoscope import Detector, leaderboard
-from stethoscope.lines import Record
-from stethoscope.store import RunStore
+from stethoscope import Detector
+from stethoscope.detection import leaderboard
+from stethoscope.runs.lines import Record
+from stethoscope.runs.store import RunStore
+from stethoscope.runs.tokens import SCHEMA
 from stethoscope.table import mention_rows
-from stethoscope.tokens import SCHEMA
 
 
 @pytest.fixture

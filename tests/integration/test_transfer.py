@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from made_up_runs import made_up_run
 
-from stethoscope import Detector, leaderboard
+from stethoscope import Detector
+from stethoscope.detection import leaderboard
 from stethoscope.metrics import auroc, ece
+from stethoscope.runs.store import RunStore
 from stethoscope.stats import split_groups
-from stethoscope.store import RunStore
 from stethoscope.table import mention_rows
 
 QUICK = ("logger=none", "detector.strength=0.1", "published=false")

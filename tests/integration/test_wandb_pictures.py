@@ -17,13 +17,13 @@ from stethoscope.callbacks import SampleTable
 from stethoscope.errors import ConfigError
 from stethoscope.evaluator import Evaluator
 from stethoscope.loggers import JsonLogger, Logger, Loggers, WandbLogger
-from stethoscope.maps import MapFile
 from stethoscope.media import Marked, Picture
 from stethoscope.report import curves
 from stethoscope.report.gallery import KINDS, cases
 from stethoscope.report.sending import COLUMNS, send_detector
 from stethoscope.report.source import Source
-from stethoscope.store import RunStore
+from stethoscope.runs.maps import MapFile
+from stethoscope.runs.store import RunStore
 
 pytest.importorskip("wandb")
 EVIL = "<script>alert(1)</script> **b** [a](javascript:alert(1)) "

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.capture import Listener, record
 from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.records import Generation
 from stethoscope.trace import NEEDS
+from stethoscope.tracing.capture import Listener, record
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
 IMAGE = Image.effect_noise((64, 48), 80).convert("RGB")

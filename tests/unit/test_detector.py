@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from token_tables import halves, token_table
 
-from stethoscope import artefact, metrics
+from stethoscope import metrics
+from stethoscope.detection import artefact
 from stethoscope.detector import Detector
 from stethoscope.errors import ArtefactError, ConfigError, DataError
 from stethoscope.table import FeatureSchema, mention_rows

@@ -10,16 +10,16 @@ from PIL import Image
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.detection.warn import mention_warnings
 from stethoscope.diagnosis.detecting import feature_names
 from stethoscope.diagnosis.making import diagnose
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.features import GROUPS, FeatureSet
-from stethoscope.per_mention import trace_answers
 from stethoscope.records import Generation
-from stethoscope.store import RunStore
+from stethoscope.runs.store import RunStore
 from stethoscope.table import FeatureSchema
 from stethoscope.tasks.chair import Chair
-from stethoscope.warn import mention_warnings
+from stethoscope.tracing.per_mention import trace_answers
 
 QUESTION = "Please describe this image in detail."
 

@@ -7,14 +7,14 @@ from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.capture import Site
 from stethoscope.errors import CaptureError
 from stethoscope.features import FeatureSet
-from stethoscope.lens import Lens
 from stethoscope.records import Generation
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
-from stethoscope.rows import AttentionRows
 from stethoscope.trace import NEEDS, SEGMENTS, Spans
+from stethoscope.tracing.capture import Site
+from stethoscope.tracing.lens import Lens
+from stethoscope.tracing.rows import AttentionRows
 
 QUESTION = "Is there a dog in the image?"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 72, 3), dtype=np.uint8))

@@ -12,8 +12,8 @@ from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.evaluator import Evaluator, select
 from stethoscope.loggers import Logger
 from stethoscope.records import Generation
-from stethoscope.results import TaskResults
-from stethoscope.store import RunStore
+from stethoscope.runs.results import TaskResults
+from stethoscope.runs.store import RunStore
 
 
 def lines(folder, without=("seconds",)):
@@ -360,7 +360,7 @@ def test_a_picture_that_is_made_and_has_changed_is_asked_about_again_when_it_is_
 
 
 OTHER = """import sys, pathlib
-from stethoscope.lock import RunLock
+from stethoscope.runs.lock import RunLock
 try:
     RunLock(pathlib.Path(sys.argv[1])).acquire()
 except Exception as error:
@@ -396,6 +396,6 @@ def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monk
     Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
     found = RunStore(tmp_path).fingerprints()["tiny"]
     assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 16
-    monkeypatch.setattr("stethoscope.fingerprint.code_of", lambda cls: cls.__name__)
+    monkeypatch.setattr("stethoscope.runs.fingerprint.code_of", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())

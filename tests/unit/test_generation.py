@@ -10,8 +10,8 @@ from PIL import Image
 from stethoscope.adapters import sampling
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.errors import ConfigError
-from stethoscope.fingerprint import jsonable
 from stethoscope.records import Generation
+from stethoscope.runs.fingerprint import jsonable
 
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 WAYS = {

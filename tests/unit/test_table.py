@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from stethoscope.errors import DataError
+from stethoscope.runs.tokens import SCHEMA
 from stethoscope.table import KEY_COLUMNS, FeatureSchema, feature_matrix, feature_names, mention_rows
-from stethoscope.tokens import SCHEMA
 
 ROWS = pd.DataFrame(
     [

@@ -11,9 +11,9 @@ from plain_pass import PICTURE, TOLERANCE, load
 
 from stethoscope.errors import CapabilityError
 from stethoscope.features import FeatureSet
-from stethoscope.per_mention import trace_answers
 from stethoscope.records import Generation, Mention
-from stethoscope.verification import question, reply_ids
+from stethoscope.tracing.per_mention import trace_answers
+from stethoscope.tracing.verification import question, reply_ids
 
 SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (140, 140, 3), dtype=np.uint8))
 FEATURES = FeatureSet(["verification", "masked"], ["nll"])

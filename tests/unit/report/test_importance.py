@@ -6,12 +6,12 @@ from sklearn.metrics import roc_auc_score
 from token_tables import halves, token_table
 
 from stethoscope import Detector
-from stethoscope.lines import Record
+from stethoscope.detection.warn import mention_warnings, write_warnings
 from stethoscope.report.importance import PRIOR, importances
 from stethoscope.report.source import Source
-from stethoscope.store import RunStore
-from stethoscope.tokens import SCHEMA
-from stethoscope.warn import mention_warnings, write_warnings
+from stethoscope.runs.lines import Record
+from stethoscope.runs.store import RunStore
+from stethoscope.runs.tokens import SCHEMA
 
 
 def _source(folder, table, detector):

@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from stethoscope.errors import ConfigError
-from stethoscope.lines import Record
 from stethoscope.records import Score
 from stethoscope.report import versus
 from stethoscope.report.source import Source
-from stethoscope.store import RunStore
+from stethoscope.runs.lines import Record
+from stethoscope.runs.store import RunStore
 from stethoscope.tasks.chair import Chair
 
 COUNTS = {

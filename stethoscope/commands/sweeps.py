@@ -1,0 +1,184 @@
+"""Sweeps: many jobs of one command, each with a run directory of its own, and one table at the end.
+
+Hydra starts the jobs, one after the other or through a launcher in other processes and on other machines. What they
+come to is therefore read from files in the sweep's folder: ``jobs/`` (how each ended) and the run directories.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from stethoscope.errors import ConfigError, StethoscopeError
+from stethoscope.runs.jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
+
+LONGEST = 120  # characters of a folder's name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A launch of a command over several settings.
+
+    Attributes:
+        command: what every job runs.
+        folder: of the sweep; the jobs' run directories are inside.
+        fixed: words of the command line that all jobs share, as Hydra spells them.
+        key: which launch it is, since several may use one folder.
+    """
+
+    command: str
+    folder: Path
+    fixed: tuple[str, ...]
+    key: str
+
+    @classmethod
+    def of(cls, command: str, words: Sequence[str]) -> Sweep:
+        """The sweep that a command line asks for; the same words give the same folder, so that it can be resumed.
+
+        Its folder is ``runs/<name>`` where the name is given, else ``runs/sweep-<command>-<what is swept>``.
+        """
+        settings = [word for word in words if "=" in word and not word.startswith("-")]
+        read = {word: _read(word) for word in settings}
+        swept = [word for word in settings if read[word] is None]
+        fixed = [word for word in settings if word not in swept]
+        given = {key: value for key, _, value in (word.partition("=") for word in fixed)}
+        named = [word for word in fixed if word.split("=")[0] not in ("runs", "name") and not word.startswith("hydra")]
+        name = given.get("name") or slug([f"sweep-{command}", *(word.split("=")[0] for word in swept), *named])
+        folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs", "runs")) / name[:LONGEST])
+        return cls(command, folder, tuple(read[word] for word in fixed), secrets.token_hex(4))
+
+    @property
+    def name(self) -> str:
+        """Last part of the folder's path, and the group of its W&B runs."""
+        return self.folder.resolve().name
+
+    def arguments(self, words: Sequence[str]) -> list[str]:
+        """The command line with what Hydra must be told: where to put its files, and not to tell of the jobs itself.
+
+        They stand beside the other settings, between which Hydra's parser wants no options.
+        """
+        mine = [f"hydra.sweep.dir='{self.folder}'", "hydra/hydra_logging=none"]
+        at = next((at for at, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
+        return [*words[:at], *mine, *words[at:]]
+
+    @property
+    def started(self) -> bool:
+        """Whether a job of it has begun; a command without anything to sweep over has none."""
+        return bool(read_jobs(self.folder, self.key))
+
+    def run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
+        """Runs one job and writes down how it ended. Its errors are told and noted, and do not stop the sweep."""
+        own = own_words(words, self.fixed)
+        folder = self._prepare(config, own or (f"job={number}",))
+        job = Job(self.key, number, own, folder, logger=_logger_of(config))
+        job.write(self.folder)
+        print(f"[job {number}] {job.title}", flush=True)
+        start = time.monotonic()
+        try:
+            importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
+        except StethoscopeError as error:
+            self._failed(job, start, str(error))
+        except Exception as error:  # a bug of ours, which the next job may not have: shown whole
+            traceback.print_exc()
+            self._failed(job, start, f"{type(error).__name__}: {error}")
+        except BaseException:
+            job.ended(INTERRUPTED, time.monotonic() - start).write(self.folder)
+            raise
+        else:
+            job.ended(FINISHED, time.monotonic() - start).write(self.folder)
+
+    def _failed(self, job: Job, start: float, error: str) -> None:
+        line = " ".join(error.split())
+        job.ended(FAILED, time.monotonic() - start, line).write(self.folder)
+        print(f"stethoscope: job {job.number} ({job.title}): {line}", file=sys.stderr, flush=True)
+
+    def _prepare(self, config: DictConfig, own: Sequence[str]) -> str:
+        """Gives a job a run directory of its own and puts its W&B run into the sweep's group; the run directory."""
+        with open_dict(config):
+            if "run_dir" in config:
+                config.run_dir = str(self.folder / slug(own)[:LONGEST])
+            if "answers" in config:
+                config.answers = config.answers or str(self.folder)
+            if "group" in config.get("logger", {}):
+                config.logger.group = config.logger.group or self.name
+                config.logger.job_type = self.command
+        return str(config.get("run_dir") or config.get("run") or "")
+
+    def end(self) -> None:
+        """Prints and writes the table of all jobs, and sends it to W&B where the jobs log there.
+
+        Raises:
+            ConfigError: a job did not finish.
+        """
+        from stethoscope.commands.tables import terminal
+        from stethoscope.report.sweep import comparison
+
+        jobs = read_jobs(self.folder, self.key)
+        found = comparison(jobs, _task_of)
+        found.print(terminal())
+        found.write(self.folder, self.name)
+        print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
+        self._log(jobs, found)
+        lost = [job for job in jobs if job.status != FINISHED]
+        if lost:
+            raise ConfigError(
+                f"{len(lost)} of {len(jobs)} jobs of the sweep did not finish, the first is job {lost[0].number} "
+                f"({lost[0].title}): {lost[0].error or lost[0].status}"
+            )
+
+    def _log(self, jobs: Sequence[Job], found: Any) -> None:
+        """A W&B run in the jobs' group that holds the comparison."""
+        settings = next((job.logger for job in jobs if job.logger), None)
+        if settings is None:
+            return
+        from stethoscope.loggers import Loggers, WandbLogger
+
+        loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
+        loggers.setup(self.folder)
+        loggers.log_config({"sweep": {"command": self.command, "settings": list(self.fixed), "jobs": len(jobs)}})
+        loggers.log_table("sweep/comparison", *found.long())
+        loggers.log_metrics({"sweep/jobs": len(jobs), "sweep/finished": sum(job.status == FINISHED for job in jobs)})
+        loggers.finalize("finished" if all(job.status == FINISHED for job in jobs) else "failed")
+
+
+def _task_of(source: Any, name: str) -> Any:
+    """A task of a run, made again from its configuration, without the network."""
+    from stethoscope.commands.past import saved_task
+
+    saved = source.folder / "config.yaml"
+    plugins = OmegaConf.load(saved).get("plugins", []) if saved.is_file() else []
+    return saved_task(source, name, plugins, offline=True)
+
+
+def _logger_of(config: DictConfig) -> dict[str, Any]:
+    """Settings of the W&B logger; empty without one, or where it is disabled."""
+    node = config.get("logger") or {}
+    if not str(node.get("_target_", "")).endswith("WandbLogger") or node.get("mode") == "disabled":
+        return {}
+    return {key: value for key, value in OmegaConf.to_container(node, resolve=True).items() if key != "_target_"}
+
+
+def _read(word: str) -> str | None:
+    """A setting as Hydra spells it; None where it gives several values to go through.
+
+    What cannot be read is left as it is, for Hydra to complain of.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        return word
+    if override.is_sweep_override():
+        return None
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"

@@ -1,0 +1,1 @@
+"""From token tables to calibrated warnings: classifiers, baselines, published methods, promises, comparisons."""

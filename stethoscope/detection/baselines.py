@@ -1,0 +1,151 @@
+"""What every detector must beat: no information, the position in the answer, and the text prior.
+
+They see key columns of the token table alone, never the model, and are fitted and calibrated on the same folds.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScaler
+
+from stethoscope.detection.estimators import CalibratedModel, Examples
+from stethoscope.errors import ArtefactError, DataError
+from stethoscope.table import mention_rows, require
+
+KNOTS = 5
+MOST = 5  # mention numbers from here on share a column
+
+
+class Predictor(Protocol):
+    """What a leaderboard can measure: detectors and baselines."""
+
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Predictor:
+        """Learns from the judged rows of token tables of different images."""
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """(rows,) probabilities of hallucination."""
+
+
+class Constant:
+    """The share of hallucinated mentions in training, for every token."""
+
+    def __init__(self, repeats: str = "first") -> None:
+        self.repeats = repeats
+        self.share = np.nan
+
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Constant:
+        """Counts. The calibration fold counts too: there is nothing to overfit.
+
+        Raises:
+            DataError: there are no judged rows.
+        """
+        folds = [mention_rows(part, repeats=self.repeats) for part in (train, calibration) if part is not None]
+        labels = pd.concat([fold["label"] for fold in folds])
+        if not len(labels):
+            raise DataError("the training fold has no judged mention; run the task on more samples")
+        self.share = float(labels.mean())
+        return self
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """(rows,) the share."""
+        return np.full(len(table), self.share)
+
+
+class _FromKeys:
+    """Logistic regression on inputs made from key columns. Subclasses say which."""
+
+    columns: tuple[str, ...]
+
+    def __init__(self, repeats: str = "first") -> None:
+        self.repeats = repeats
+        self._model: CalibratedModel | None = None
+
+    def _learn_inputs(self, rows: pd.DataFrame) -> None:
+        position = _position(rows)
+        knots = np.unique(np.quantile(position, np.linspace(0, 1, KNOTS)))[:, None]
+        # yes/no answers are judged at one position, through which no spline can be laid
+        spline = SplineTransformer(knots=knots, extrapolation="constant")
+        self._spline = spline.fit(position) if len(knots) > 1 else None
+
+    def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        position = _position(rows)
+        return np.zeros_like(position) if self._spline is None else self._spline.transform(position)
+
+    def _examples(self, rows: pd.DataFrame) -> Examples:
+        return Examples(self._inputs(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
+
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> _FromKeys:
+        """Fits on the judged rows and calibrates (Platt) on the judged rows of other images.
+
+        Raises:
+            DataError: a key column is missing, a fold has no judged rows or only one label.
+        """
+        train = mention_rows(train, repeats=self.repeats)
+        require(train, ("group", *self.columns))
+        if not len(train):
+            raise DataError("the training fold has no judged mention; run the task on more samples")
+        self._learn_inputs(train)
+        held_out = None if calibration is None else self._examples(mention_rows(calibration, repeats=self.repeats))
+        # the same search for C as the detector's: a weak baseline would flatter it
+        estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
+        self._model = CalibratedModel.fit(estimator, self._examples(train), held_out)
+        return self
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """(rows,) probabilities.
+
+        Raises:
+            ArtefactError: it was not fitted.
+        """
+        if self._model is None:
+            raise ArtefactError(f"the {type(self).__name__} baseline was not fitted")
+        require(table, self.columns)
+        return self._model.predict(self._inputs(table))
+
+
+class PositionOnly(_FromKeys):
+    """A cubic spline of the token position (knots at its quantiles): any smooth course of the hallucination rate.
+
+    On LLaVA-1.5 position alone reaches an AUROC of 0.83, more than most published detectors
+    (``Looking Is Not Verifying``, re-evaluation on 16,426 mentions).
+    """
+
+    columns = ("token",)
+
+
+class TextPrior(_FromKeys):
+    """Position, mention number, repetition and which object is named: what the text alone gives away."""
+
+    columns = ("token", "number", "repeat", "object")
+
+    def _learn_inputs(self, rows: pd.DataFrame) -> None:
+        super()._learn_inputs(rows)
+        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(_kinds(rows))
+
+    def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        return np.hstack([super()._inputs(rows), self._encoder.transform(_kinds(rows))])
+
+
+def _position(rows: pd.DataFrame) -> np.ndarray:
+    """(rows, 1) token index."""
+    return rows["token"].to_numpy(dtype=float)[:, None]
+
+
+def _kinds(rows: pd.DataFrame) -> np.ndarray:
+    """(rows, 3) mention number and repetition, both capped, and object, as text."""
+    capped = [rows[name].to_numpy(dtype=int).clip(max=MOST).astype(str) for name in ("number", "repeat")]
+    return np.stack([*capped, rows["object"].to_numpy(dtype=str)], axis=1).astype(object)
+
+
+def baselines(repeats: str = "first") -> dict[str, Predictor]:
+    """The three baselines by name, not fitted."""
+    return {
+        "constant": Constant(repeats),
+        "position only": PositionOnly(repeats),
+        "text prior": TextPrior(repeats),
+    }

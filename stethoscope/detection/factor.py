@@ -1,0 +1,146 @@
+"""Evidence x prior: what the picture says of a mention, and what its place and its name say before one looks.
+
+HaloProbe (arXiv 2604.06165) observes that a detector trained in the natural way mixes the two: late mentions are
+hallucinated more often, so whatever changes with the position looks like evidence. It trains the evidence f with
+classes that are balanced for every value of the external features e, the prior g on e alone, and joins them by Bayes:
+
+    p = f g / (f g + (1 - f)(1 - g)),    that is    logit p = logit f + logit g
+
+Balanced like that, logit f is the logarithm of p(features | e, hallucinated) / p(features | e, grounded): by how much
+the features speak against the object, compared with what is usual for such a mention.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+from stethoscope.detection.estimators import (
+    Grouped,
+    choose_strength,
+    fit_weighted,
+    inner_folds,
+    log_loss_of,
+    make_estimator,
+    out_of_fold,
+    set_strength,
+    strengths,
+)
+from stethoscope.table import require
+
+EXTERNAL = ("token", "number", "repeat", "object")
+"""Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""
+MOST = 5  # mention numbers and repetitions from here on share a column
+HEAVIEST = 10.0  # weight of a mention, in means: a hallucination where hardly any is expected should not decide alone
+
+
+def external(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
+    """(rows, 4) float, the columns of ``EXTERNAL`` with an object as its index in ``objects``, -1 for any other."""
+    require(table, EXTERNAL)
+    index = {name: number for number, name in enumerate(objects)}
+    codes = table["object"].map(index).fillna(-1)
+    return np.column_stack(
+        [table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]] + [codes.to_numpy(dtype=float)]
+    )
+
+
+class ExternalInputs(TransformerMixin, BaseEstimator):
+    """Columns for a linear model from ``external``: position (piecewise linear), and a column for every other value."""
+
+    def __init__(self, objects: int = 0) -> None:
+        self.objects = objects
+
+    def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> ExternalInputs:
+        """Learns where the pieces of the position end: at its quintiles."""
+        self.knots_ = np.unique(np.quantile(X[:, 0], (0.2, 0.4, 0.6, 0.8)))
+        return self
+
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        """(rows, columns) float."""
+        position = X[:, :1]
+        number, repeat = (X[:, column].clip(0, MOST).astype(int) for column in (1, 2))
+        named = X[:, 3:] == np.arange(self.objects)
+        bends = np.maximum(0, position - self.knots_)
+        return np.hstack(
+            [position, np.log1p(position), bends, np.eye(MOST + 1)[number], np.eye(MOST + 1)[repeat], named]
+        )
+
+
+class Factored(Grouped):
+    """Evidence and prior as one classifier of rows whose last columns are ``external``.
+
+    The evidence reads the features and the external columns, these only to know what is usual for such a mention. Its
+    weights are 1 / g(label), with g from inner folds. Both are put together as ``a logit f + b logit g + c``, fitted
+    to scores from inner folds too: an evidence that is too sure of itself (boosting) is toned down before it is added.
+    a, b and c see the training images alone.
+
+    Args:
+        kind: of ``ESTIMATORS``, for the evidence.
+        objects: number of objects that the last column tells apart.
+        strength: inverse regularisation C of the evidence; None chooses it in inner folds.
+        seed: of everything random.
+    """
+
+    def __init__(self, kind: str = "logistic", objects: int = 0, strength: float | None = None, seed: int = 0) -> None:
+        self.kind, self.objects, self.strength, self.seed = kind, objects, strength, seed
+
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Factored:
+        """Learns from (rows, features + 4), labels and image ids; without inner folds where images are too few."""
+        self.classes_ = np.array([0, 1])
+        self.inputs_ = ExternalInputs(self.objects).fit(X[:, -len(EXTERNAL) :])
+        matrix, outside = self.joined(X), self.inputs_.transform(X[:, -len(EXTERNAL) :])
+        folds = inner_folds(groups, y)
+        self.prior_ = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))])
+        choose_strength(self.prior_, outside, y, groups)
+        prior = self.prior_.decision_function(outside) if folds is None else out_of_fold(self.prior_, outside, y, folds)
+        weights = np.exp(np.logaddexp(0, np.where(y == 1, -prior, prior)))  # 1 / g(label)
+        weights = np.minimum(weights / weights.mean(), HEAVIEST)
+        evidence = make_estimator(self.kind, self.seed)
+        if self.strength is not None:
+            set_strength(evidence, self.strength)
+        self.scales_, self.offset_ = np.ones(2), 0.0
+        if folds is not None:
+            evidence = self._tune(evidence, matrix, y, weights, prior, folds)
+        self.evidence_ = fit_weighted(evidence, matrix, y, weights)
+        return self
+
+    def _tune(
+        self,
+        evidence: BaseEstimator,
+        matrix: np.ndarray,
+        y: np.ndarray,
+        weights: np.ndarray,
+        prior: np.ndarray,
+        folds: list[tuple[np.ndarray, np.ndarray]],
+    ) -> BaseEstimator:
+        """The evidence with the best C, and the scales that go with it, by the log loss of both together."""
+        choices = [clone(evidence)]
+        if self.strength is None and strengths(evidence):
+            choices = [set_strength(clone(evidence), value) for value in strengths(evidence)]
+        best = np.inf
+        for choice in choices:
+            parts = np.column_stack([out_of_fold(choice, matrix, y, folds, weights), prior])
+            blend = LogisticRegression(C=1e6).fit(parts, y)
+            loss = log_loss_of(y, blend.decision_function(parts)).mean()
+            if loss < best:
+                best, evidence = loss, choice
+                self.scales_, self.offset_ = blend.coef_[0], float(blend.intercept_[0])
+        return evidence
+
+    def joined(self, X: np.ndarray) -> np.ndarray:
+        """(rows, features + columns of the external inputs) what the evidence reads."""
+        return np.hstack([X[:, : -len(EXTERNAL)], self.inputs_.transform(X[:, -len(EXTERNAL) :])])
+
+    def parts(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows,) evidence and (rows,) prior, as log-odds that add up to ``decision_function``."""
+        outside = self.inputs_.transform(X[:, -len(EXTERNAL) :])
+        evidence, prior = self.evidence_.decision_function(self.joined(X)), self.prior_.decision_function(outside)
+        return self.scales_[0] * evidence, self.scales_[1] * prior + self.offset_
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of hallucination."""
+        return np.sum(self.parts(X), axis=0)

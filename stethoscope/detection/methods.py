@@ -1,0 +1,141 @@
+"""Published detectors on a token table: every ``conf/features/paper/<name>`` that the table has the columns of.
+
+A detector that is one score is judged by that score: layers and other settings are the paper's (by share of depth),
+where the paper chooses a layer on validation data it is the best one of the training fold, and the direction is the
+paper's or, where that says nothing, that of the training fold. A detector that learns from several columns (or one per
+layer or head) is a logistic regression on them, fitted and calibrated on the same folds as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stethoscope import metrics
+from stethoscope.detection.columns import feature_of
+from stethoscope.detector import Detector
+from stethoscope.errors import ConfigError
+from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
+from stethoscope.features.catalogue import CLASSES
+from stethoscope.table import feature_matrix, feature_names
+
+PREFIX = "paper/"
+SELF_VERIFICATION = "paper/self_verification"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published detector that a table can be judged with.
+
+    Attributes:
+        name: of its feature set, such as ``paper/svar``.
+        cost: dearest cost class of its features.
+        columns: all that it reads.
+        score: columns that can be its score by themselves, one for each layer where the paper chooses a layer; none
+            where it learns from all ``columns``.
+        high: what a high score speaks for: ``hallucinated``, ``grounded`` or ``depends``.
+    """
+
+    name: str
+    cost: str
+    columns: tuple[str, ...]
+    score: tuple[str, ...] = ()
+    high: str = "depends"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a method says of the test fold.
+
+    Attributes:
+        values: (rows,) high for hallucinated.
+        probability: they are calibrated probabilities.
+        sign: -1 if low values of the column speak for hallucination.
+        note: how the values were made, in words.
+    """
+
+    values: np.ndarray
+    probability: bool
+    sign: int
+    note: str
+
+
+def columns_of(features: FeatureSet, columns: Sequence[str]) -> tuple[str, ...]:
+    """Those of some columns that hold one of the features."""
+    return tuple(column for column in columns if feature_of(column) in features.names)
+
+
+def cost_of(columns: Sequence[str]) -> str:
+    """The dearest cost class of the features that columns are of; empty if none is known."""
+    costs = [FEATURES[name].cost for name in map(feature_of, columns) if name in FEATURES]
+    return max(costs, key=CLASSES.index, default="")
+
+
+def published(table: pd.DataFrame) -> list[Method]:
+    """The published detectors of which a token table has all features, with a value somewhere."""
+    columns = [name for name in feature_names(table) if table[name].notna().any()]
+    found = []
+    for name in set_names():
+        features = named_set(name) if name.startswith(PREFIX) else None
+        own = columns_of(features, columns) if features else ()
+        if features is None or {feature_of(column) for column in own} != set(features.names):
+            continue
+        score = tuple(column for column in own if feature_of(column) == features.score)
+        high = FEATURES[features.score].high if features.score else "depends"
+        found.append(Method(name, features.cost, own, score, high))
+    return found
+
+
+def refits(detector: Detector, names: Sequence[str], columns: Sequence[str]) -> dict[str, Detector]:
+    """Detectors with the settings of another, for the columns of some feature sets: what is each set worth?
+
+    Args:
+        detector: that the others are compared with.
+        names: of feature sets, such as ``one_pass``; the detectors are called so.
+        columns: of the token table.
+
+    Raises:
+        ConfigError: a set is not known, or the table has no column of it.
+    """
+    found = {}
+    for name in names:
+        own = columns_of(named_set(name), columns)
+        if not own:
+            raise ConfigError(f"sets={name}: none of its features was computed; choose features={name} or more")
+        found[name] = Detector(**{**detector.settings, "features": list(own), "exclude": []})
+    return found
+
+
+def judge(method: Method, folds: Mapping[str, pd.DataFrame], settings: Mapping[str, str], seed: int = 0) -> Judged:
+    """What a method says of the mentions of the ``test`` fold.
+
+    Args:
+        method: of ``published``.
+        folds: mentions of ``train``, ``calibration`` and ``test``, a row each.
+        settings: ``repeats`` and ``subtokens`` of the detectors that it is compared with.
+        seed: of the fit.
+    """
+    if method.score:
+        return _score(method, folds["train"], folds["test"])
+    fitted = Detector(features=method.columns, seed=seed, **settings).fit(folds["train"], folds["calibration"])
+    note = f"logistic regression on {len(method.columns)} columns"
+    return Judged(fitted.predict(folds["test"]), True, 1, note)
+
+
+def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> Judged:
+    """The score column as it stands; gaps are filled with the median of the training fold."""
+    labels = train["label"].to_numpy(dtype=int)
+    seen = feature_matrix(train, method.score)
+    middle = np.nanmedian(seen, axis=0)
+    areas = np.array([metrics.auroc(labels, values) for values in np.where(np.isnan(seen), middle, seen).T])
+    given = {"hallucinated": 1, "grounded": -1}.get(method.high)
+    signs = np.full(len(areas), given) if given else np.where(areas >= 0.5, 1, -1)
+    best = int(np.argmax(np.where(signs > 0, areas, 1 - areas)))
+    sign, column = int(signs[best]), method.score[best]
+    values = feature_matrix(test, [column])[:, 0]
+    direction = f"{'high' if sign > 0 else 'low'} for hallucinated by the {'paper' if given else 'training fold'}"
+    layer = f" (layer by the training fold, of {len(method.score)})" if len(method.score) > 1 else ""
+    return Judged(sign * np.where(np.isnan(values), middle[best], values), False, sign, f"{column}{layer}, {direction}")

@@ -1,0 +1,205 @@
+"""What changes the answers of a run, so that a run is resumed only by the same model on the same questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.runs.digests import code_of
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+    from stethoscope.records import Generation
+    from stethoscope.task import Task
+
+PACKAGES = (
+    "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
+    "pillow", "scikit-learn", "skops", "hydra-core", "wandb",
+)  # fmt: skip
+_SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
+_LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
+"""Keys that fingerprints did not have from the beginning."""
+_SAMPLING_ONLY = ("temperature", "top_p", "seed")
+
+
+def jsonable(value: Any) -> Any:
+    """The value as plain JSON types: sequences as lists, sets sorted, paths by their last part, others by ``str``.
+
+    >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
+    {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name  # a moved folder holds the same data
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return jsonable(value.tolist())
+    return str(value)
+
+
+def redact(value: Any) -> Any:
+    """A JSON-able copy with the values of keys that name a secret replaced.
+
+    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}})
+    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}}
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(key): "***" if _SECRET.search(str(key)) and item is not None else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return value if isinstance(value, os.PathLike) else jsonable(value)
+
+
+def redact_override(word: str) -> str:
+    """A word of the command line, its value replaced if its key names a secret or its value holds such a key.
+
+    >>> redact_override("model.hub_token=hf_abc"), redact_override("task=pope"), redact_override("+x={api_key: a}")
+    ('model.hub_token=***', 'task=pope', '+x=***')
+    """
+    key, equals, value = word.partition("=")
+    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
+    return f"{key}=***" if equals and any(map(_SECRET.search, (key, *inside))) else word
+
+
+def settings(component: Any) -> dict[str, Any]:
+    """The constructor arguments that a component kept as attributes of the same name."""
+    names = inspect.signature(type(component).__init__).parameters
+    return {name: jsonable(getattr(component, name)) for name in names if hasattr(component, name)}
+
+
+def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
+    """What identifies the answers of one model to one task; the adapter must be set up.
+
+    The adapter's own word (weights, processor, dtype, ...), the source code of adapter and task, the task's settings
+    and how answers are generated. The pictures are not here: every record has the digest of its own.
+
+    Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
+    answer as it is. Neither do the settings of sampling while nothing is sampled.
+    """
+    decoding = jsonable(generation)
+    if not generation.do_sample:
+        decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
+    return {
+        "adapter": {**jsonable(adapter.fingerprint()), "code": code_of(type(adapter))},
+        "task": {
+            "class": f"{type(task).__module__}.{type(task).__qualname__}",
+            "name": task.name,
+            "version": task.version,
+            "settings": settings(task),
+            "code": code_of(type(task)),
+        },
+        "generation": decoding,
+    }
+
+
+def features_of(features: Any, trace: str) -> dict[str, Any]:
+    """What identifies the token rows that a feature set leaves: its columns, their settings, which answers it sees."""
+    return {**settings(features), "names": jsonable(features.names), "trace": trace}
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint, the same for any order of its keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(jsonable(fingerprint), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys on which two fingerprints differ, each with the old and the new value (None where it is missing).
+
+    >>> differences({"task": {"version": "1", "parser": "strict"}}, {"task": {"version": "2", "parser": "strict"}})
+    [('task.version', '1', '2')]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            difference
+            for key in keys
+            for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if old == new else [(prefix, old, new)]
+
+
+def comparable(changes: list[tuple[str, Any, Any]]) -> tuple[list[tuple[str, Any, Any]], list[str]]:
+    """Differences to an older fingerprint, and the keys that were not noted yet when it was made.
+
+    >>> comparable([("task.version", "1", "2"), ("task.code", None, "5e1f"), ("adapter.settings.config", None, "77a0")])
+    ([('task.version', '1', '2')], ['task.code', 'adapter.settings.config'])
+    """
+    late = [key for key, old, _ in changes if old is None and _LATE.fullmatch(key)]
+    return [change for change in changes if change[0] not in late], late
+
+
+def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
+    """Differences as one line of text.
+
+    >>> describe([("task.version", "1", "2"), ("seed", None, 0)])
+    "task.version: '1' before, '2' now; seed: None before, 0 now"
+    """
+    shown = [f"{key}: {_short(old)} before, {_short(new)} now" for key, old, new in changes[:limit]]
+    more = [f"and {len(changes) - limit} more"] if len(changes) > limit else []
+    return "; ".join(shown + more)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def environment() -> dict[str, Any]:
+    """Versions and kind of machine; no host name, user name or path."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    torch = sys.modules.get("torch")  # whoever ran a model has imported it; do not pay for it otherwise
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        found["cuda"] = torch.version.cuda
+        available = torch.cuda.is_available()
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,219 @@
+"""A detector on the rows of tokens as they come: the features that decoding steps can fill, quickly judged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import expit, logit
+from sklearn.base import BaseEstimator
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+
+from stethoscope.diagnosis.detecting import feature_set
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError
+from stethoscope.features import FEATURES
+from stethoscope.features.selection import as_columns
+from stethoscope.records import Answer
+from stethoscope.streaming.steps import STEP_NEEDS
+
+if TYPE_CHECKING:
+    from stethoscope.detection.estimators import CalibratedModel
+    from stethoscope.detector import Detector
+    from stethoscope.features import Feature
+    from stethoscope.streaming.steps import Steps
+
+HISTORY = frozenset(
+    {"sequence_logprob"}
+    | {f"lookback_{part}_{row}" for part in ("image", "question", "context") for row in "qc"}
+    | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
+)
+"""Features of a token that are functions of the tokens before it too; most others read the token's own rows."""
+COUNTED = ("position", "log_position", "repetition")
+"""Those that are counted: place, log(1 + place), how often the token stands before."""
+
+
+class Scorer:
+    """Features and warning probability of the tokens of one answer.
+
+    Args:
+        detector: fitted; only the features that it reads are computed, not all of the table that it was fitted on.
+        delay: how many steps a token may wait for its probability, see ``stethoscope.stream``.
+
+    Attributes:
+        needs: what the steps must hold.
+        waits: 1 if a token can be judged only when the next step has read it, else 0.
+        together: so many tokens are judged at a time.
+
+    Raises:
+        CapabilityError: the detector reads what is not known at that time.
+    """
+
+    def __init__(self, detector: Detector, delay: int = 0) -> None:
+        _check(detector, delay)
+        features = feature_set(detector.features)
+        self.needs = features.needs
+        self.waits = int(any(name.endswith("_c") for name in features.names))
+        self.together = delay + 1 - self.waits
+        self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
+        self._history = [item for item in features.features if item.name in HISTORY]
+        self._features, self._table = detector.features, detector.schema.names
+        self._predict = quick(detector.model)
+        self._places: list[int] = []  # of the detector's columns among those that are computed
+        self._seen: Counter[int] = Counter()
+        self._rows: list[np.ndarray] = []
+
+    def judge(self, steps: Steps, ids: Sequence[int], start: int) -> np.ndarray:
+        """The probabilities of the newest tokens, which are next in line.
+
+        Args:
+            steps: of all tokens, and of the one behind them where the scorer ``waits``.
+            ids: all tokens up to the last that is to be judged. ``start``: number of the first one.
+
+        Raises:
+            CapabilityError: the model does not give what the detector reads.
+            CaptureError: a value is not finite.
+        """
+        found = self._computed(self._own, steps, ids, start)
+        if self._history:
+            found += [(item, values[start:]) for item, values in self._computed(self._history, steps, ids, 0)]
+        counted = self._count(ids, start)
+        if not self._places:
+            names = [name for item, values in found for name in as_columns(item, values)] + list(COUNTED)
+            missing = [name for name in self._features if name not in names]
+            if missing:
+                raise CapabilityError(
+                    f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
+                )
+            self._places = [names.index(name) for name in self._features]
+        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), counted], 1)
+        rows = rows[:, self._places]
+        if not np.isfinite(rows).all():
+            name = self._features[int(np.isfinite(rows).all(0).argmin())]
+            raise CaptureError(f"feature {name!r} gave a value that is not finite")
+        self._rows.append(rows)
+        return self._predict(rows)
+
+    def _computed(
+        self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int
+    ) -> list[tuple[Feature, np.ndarray]]:
+        """What features say of the tokens from ``start`` on."""
+        needs = frozenset().union(*(item.needs for item in features))
+        trace = steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
+        return [(item, np.asarray(item.function(trace), dtype=np.float32)) for item in features]
+
+    def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
+        repeated = []
+        for token in ids[start:]:
+            repeated.append(self._seen[token])
+            self._seen[token] += 1
+        position = np.arange(start, len(ids))
+        return np.stack([position, np.log1p(position, dtype=np.float32), repeated], 1)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """(T,) columns as the detector's table has them; those that it does not read are missing values."""
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(self._features)))
+        read = dict(zip(self._features, rows.T, strict=True))
+        return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._table}
+
+
+def _unread(ids: Sequence[int]) -> Answer:
+    """An answer whose text no feature reads."""
+    return Answer("", tuple(ids), ((0, 0),) * len(ids), (0.0,) * len(ids))
+
+
+def _check(detector: Detector, delay: int) -> None:
+    if not isinstance(delay, int) or delay < 0:
+        raise ConfigError(f"delay={delay!r} should be 0 (a warning with every token) or so many steps later")
+    named = [key for key in ("factored", "objects") if detector.settings[key]]
+    if named:
+        raise CapabilityError(
+            f"the detector reads the name of the object ({named[0]}=true), which is known when it is written out; "
+            f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
+        )
+    names = feature_set(detector.features).names
+    late = [name for name in names if not FEATURES[name].needs <= STEP_NEEDS]
+    if late:
+        raise CapabilityError(
+            f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=fast "
+            "to warn while the model writes, or give this one as final="
+        )
+    consuming = [name for name in names if name.endswith("_c")]
+    if consuming and not delay:
+        raise CapabilityError(
+            f"the detector reads {', '.join(consuming)} of the row that consumes the token; use delay=1, or train "
+            "with features=fast"
+        )
+
+
+def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
+    """Probabilities (rows,) of rows (rows, features) without missing values, without scikit-learn's checks.
+
+    These take some hundred microseconds a call, as long as a small model takes for a token. A pipeline of a logistic
+    regression or a network comes down to clipping and products, boosted trees to a walk through all of them at once.
+    """
+    score = _scores(model.model)
+    if isinstance(model.calibrator, IsotonicRegression):
+        return lambda rows: model.calibrate(score(rows))
+    slope, intercept = model.line
+    return lambda rows: expit(slope * score(rows) + intercept)
+
+
+def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows to log-odds."""
+    if isinstance(model, HistGradientBoostingClassifier):
+        return _Trees(model).scores
+    if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
+        return model.decision_function
+    impute, clip, scale, classify = (step for _, step in model.steps)
+    linear = isinstance(classify, LogisticRegression)
+    first, bias = (classify.coef_.T, classify.intercept_) if linear else (classify.coefs_[0], classify.intercepts_[0])
+    weights = first / scale.scale_[:, None]
+    bias = bias - scale.mean_ @ weights
+    extra = 0 if impute.indicator_ is None else len(impute.indicator_.features_)  # of missing values, here always 0
+    count = len(weights) - extra
+    bias = bias + np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]) @ weights[count:]
+    weights, low, high = weights[:count], clip.low_[:count], clip.high_[:count]
+
+    def line(rows: np.ndarray) -> np.ndarray:
+        return np.minimum(np.maximum(rows, low), high) @ weights + bias
+
+    if linear:
+        return lambda rows: line(rows)[:, 0]
+    last, final = classify.coefs_[1], classify.intercepts_[1]
+    limit = logit(1 - 1e-12)  # as in ``Network.decision_function``
+    return lambda rows: np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+
+class _Trees:
+    """Boosted trees as arrays (trees, nodes)."""
+
+    def __init__(self, model: HistGradientBoostingClassifier) -> None:
+        trees = [tree.nodes for (tree,) in model._predictors]
+        most = max(map(len, trees))
+        self._depth = max(int(tree["depth"].max()) for tree in trees)
+        self._base = float(model._baseline_prediction.item())
+
+        def field(name: str) -> np.ndarray:
+            return np.stack([np.pad(tree[name], (0, most - len(tree))) for tree in trees]).ravel()
+
+        starts = np.arange(len(trees)) * most
+        leaf, here = field("is_leaf").astype(bool), np.arange(len(trees) * most)
+        base = np.repeat(starts, most)
+        self._left, self._right = (np.where(leaf, here, base + field(side)) for side in ("left", "right"))
+        self._feature, self._limit, self._value = field("feature_idx"), field("num_threshold"), field("value")
+        self._starts = starts
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of (rows, features)."""
+        at = np.broadcast_to(self._starts, (len(rows), len(self._starts)))
+        which = np.arange(len(rows))[:, None]
+        for _ in range(self._depth):
+            at = np.where(rows[which, self._feature[at]] <= self._limit[at], self._left[at], self._right[at])
+        return self._value[at].sum(1) + self._base

@@ -1,0 +1,226 @@
+"""Promised thresholds: kept on simulated images of which the truth is known, not wasteful, and refused when too few."""
+
+import numpy as np
+import pytest
+from token_tables import halves, token_table
+
+from stethoscope.detection.conformal import Promise, certify, images_needed, log_wealth, per_image, stake
+from stethoscope.detection.training import train_detector
+from stethoscope.detector import Detector
+from stethoscope.errors import ConfigError, DataError
+from stethoscope.table import mention_rows
+
+REPETITIONS = 200
+MOST_BROKEN = 18  # of 200 at 5 %: a binomial variable is above that once in 500
+
+
+def images(count, seed):
+    """Clustered mentions: images differ in how high all their scores are, and busier images have higher ones."""
+    rng = np.random.default_rng(seed)
+    level = rng.normal(size=count)
+    sizes = np.minimum(1 + rng.poisson(np.exp(0.8 + 0.3 * level)), 8)
+    groups = np.repeat(np.arange(count), sizes)
+    labels = (rng.random(len(groups)) < 0.3).astype(int)
+    scores = 0.8 * level[groups] + rng.normal(size=len(groups)) + 2 * labels
+    return scores, labels, groups
+
+
+def risk(promise, threshold, population):
+    """Share of errors among all mentions of many images."""
+    scores, labels, _ = population
+    if promise.risk == "max_false_alarms":
+        return (scores[labels == 0] >= threshold).mean()
+    return (scores[labels == 1] < threshold).mean()
+
+
+def reference(promise, drawn):
+    """Mentions per image that can be in error, as the training fold would give them."""
+    _, labels, groups = drawn
+    return per_image(groups, labels == (0 if promise.risk == "max_false_alarms" else 1))
+
+
+@pytest.fixture(scope="module")
+def population():
+    return images(40_000, seed=10**6)
+
+
+@pytest.mark.parametrize(
+    ("promise", "count", "least"),
+    [
+        (Promise("max_false_alarms", 0.1), 400, 0.06),
+        (Promise("max_false_alarms", 0.05), 600, 0.025),
+        (Promise("max_missed", 0.2), 400, 0.12),
+        (Promise("max_missed", 0.2, confidence=0.8), 400, 0.15),
+    ],
+    ids=str,
+)
+def test_promises_are_kept_and_not_wasteful(promise, count, least, population):
+    """200 times new calibration images: the true risk is above the promise in at most 5 % of them, and near it."""
+    found, naive = [], 0
+    known = reference(promise, images(500, seed=10**7))
+    side = 1 if promise.risk == "max_false_alarms" else -1
+    for seed in range(REPETITIONS):
+        drawn = images(count, seed)
+        found.append(risk(promise, certify(*map(np.asarray, drawn), promise, known).threshold, population))
+        at_risk = side * drawn[0][drawn[1] == (0 if side > 0 else 1)]
+        naive += risk(promise, side * np.quantile(at_risk, 1 - promise.most), population) > promise.most
+    allowed = MOST_BROKEN if promise.confidence == 0.95 else 58  # of 200 at 20 %, the same once in 500
+    assert (np.array(found) > promise.most).sum() <= allowed
+    assert np.mean(found) >= least
+    assert naive > 60, "a threshold that only fits the calibration images breaks the promise half of the time"
+
+
+def test_wealth_at_the_edge_is_a_fair_game():
+    """With the risk exactly at alpha the mean wealth is 1, so that 20 is reached once in 20 times at most."""
+    rng = np.random.default_rng(0)
+    most, bet = 0.1, stake(50, 0.1, 0.95, 2.0, 3)
+    wealth = []
+    for _ in range(20_000):
+        chances = rng.integers(1, 4, size=50)
+        wealth.append(np.exp(log_wealth(rng.binomial(chances, most), chances, most, bet)))
+    assert np.mean(wealth) == pytest.approx(1, abs=0.05)
+    assert np.mean(np.array(wealth) >= 20) <= 0.05
+
+
+def test_a_bolder_promise_gives_a_bolder_threshold():
+    drawn = images(600, seed=1)
+    known = reference(Promise("max_false_alarms", 0.1), drawn)
+    given = [certify(*drawn, Promise("max_false_alarms", most), known) for most in (0.05, 0.1, 0.2, 0.4)]
+    assert [one.threshold for one in given] == sorted((one.threshold for one in given), reverse=True)
+    assert [one.observed for one in given] == sorted(one.observed for one in given)
+    assert all(one.observed < one.most for one in given)
+    surer = certify(*drawn, Promise("max_false_alarms", 0.1, confidence=0.999), known)
+    assert surer.threshold > given[1].threshold
+
+
+def test_the_found_threshold_is_the_boldest_that_passes():
+    """Against a slow search: every distinct score as threshold, from the most cautious, until the test fails."""
+    drawn = scores, labels, groups = images(300, seed=2)
+    promise = Promise("max_false_alarms", 0.1)
+    known = reference(promise, drawn)
+    bet = stake(300, 0.1, 0.95, known.mean(), known.max())
+    chances = per_image(groups, labels == 0)
+    passed = np.inf
+    for threshold in np.unique(scores)[::-1]:
+        errors = per_image(groups, (labels == 0) & (scores >= threshold))
+        if log_wealth(errors, chances, 0.1, bet) < np.log(20):
+            break
+        passed = threshold
+    found = certify(*drawn, promise, known)
+    assert ((scores >= found.threshold) == (scores >= passed)).all()
+    assert found.observed == (scores[labels == 0] >= passed).mean()
+    assert (found.images, found.mentions, found.most_per_image) == (300, (labels == 0).sum(), known.max())
+
+
+def test_a_miss_is_a_false_alarm_turned_round():
+    scores, labels, groups = images(500, seed=3)
+    missed = certify(scores, labels, groups, Promise("max_missed", 0.2), np.array([2, 8]))
+    turned = certify(-scores, 1 - labels, groups, Promise("max_false_alarms", 0.2), np.array([2, 8]))
+    assert missed.threshold == pytest.approx(-turned.threshold)
+    assert missed.observed == turned.observed == (scores[labels == 1] < missed.threshold).mean()
+
+
+def test_equal_scores_are_flagged_together():
+    scores, labels, groups = images(400, seed=4)
+    coarse = np.round(scores)
+    found = certify(coarse, labels, groups, Promise("max_false_alarms", 0.2), np.array([8]))
+    assert found.threshold % 1 == 0.5, "between two values"
+
+
+def test_images_with_more_mentions_than_known_count_no_more_than_those():
+    """One image with a hundred false alarms neither breaks the test nor decides alone."""
+    scores, labels, groups = images(400, seed=5)
+    promise = Promise("max_false_alarms", 0.1)
+    many = np.r_[scores, np.full(100, 9.0)], np.r_[labels, np.zeros(100, int)], np.r_[groups, np.full(100, 999)]
+    found = certify(*many, promise, reference(promise, images(400, seed=6)))
+    assert found.most_per_image <= 8
+    assert found.observed < 0.2
+
+
+@pytest.mark.parametrize(("count", "enough"), [(60, False), (120, False), (400, True)])
+def test_too_few_images_are_refused_with_how_many_are_needed(count, enough):
+    drawn = images(count, seed=7)
+    promise = Promise("max_false_alarms", 0.05)
+    known = reference(promise, images(500, seed=8))
+    if enough:
+        certify(*drawn, promise, known)
+        return
+    with pytest.raises(DataError, match=rf"the {count} calibration images .* at least about \d+ are needed") as error:
+        certify(*drawn, promise, known)
+    needed = images_needed(reference(promise, drawn), promise, int(known.max()))
+    assert str(needed) in str(error.value)
+    assert needed > count
+
+
+def test_the_number_of_images_needed_is_where_a_faultless_detector_passes():
+    promise, known = Promise("max_false_alarms", 0.1), np.array([2])
+    needed = images_needed(np.array([2, 2]), promise, 2)
+
+    def perfect(count):
+        groups = np.repeat(np.arange(count), 3)
+        labels = np.tile([0, 0, 1], count)
+        return certify(labels + 0.0, labels, groups, promise, known)
+
+    assert perfect(needed).observed == 0
+    with pytest.raises(DataError, match="no threshold can promise"):
+        perfect(needed - 1)
+
+
+def test_a_detector_that_is_sure_of_what_is_wrong_gets_no_threshold():
+    _, labels, groups = images(300, seed=9)
+    with pytest.raises(DataError, match="only a threshold of no use"):
+        certify(np.where(labels == 0, 5.0, 0.0), labels, groups, Promise("max_false_alarms", 0.1), np.array([8]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"max_false_alarm": 0.05}, "did you mean 'max_false_alarms'"),
+        ({"max_false_alarms": 5}, "max_false_alarms=5 should be a number between 0 and 1"),
+        ({"max_false_alarms": 0.05, "max_missed": 0.1}, "should name one of"),
+        ({"confidence": 0.9}, "should name one of"),
+        ({"max_missed": 0.1, "confidence": 1.0}, r"confidence=1\.0 should be"),
+        ({"max_missed": True}, "max_missed=True should be"),
+    ],
+)
+def test_wrong_promises_are_named(wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        Detector(threshold=wanted)
+
+
+def test_settings_that_cannot_promise_are_refused():
+    with pytest.raises(ConfigError, match="should be f1 or a promise"):
+        Detector(threshold="best")
+    with pytest.raises(ConfigError, match="use platt or none"):
+        Detector(calibration="isotonic", threshold={"max_missed": 0.1})
+    with pytest.raises(DataError, match="needs a calibration fold"):
+        Detector(threshold={"max_missed": 0.2}).fit(token_table(100))
+    train, calibration = halves(token_table(60))
+    with pytest.raises(
+        DataError, match=r"no threshold can promise at most 0\.01 of the grounded mentions get a warning"
+    ):
+        Detector(threshold={"max_false_alarms": 0.01}).fit(train, calibration)
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration": "none"}, {"factored": True}], ids=str)
+def test_a_detector_warns_as_certified(settings):
+    """On the calibration fold its warnings are the certified ones, and the manifest says what was promised."""
+    train, calibration = halves(token_table(800, seed=2))
+    detector = Detector(threshold={"max_false_alarms": 0.1}, **settings).fit(train, calibration)
+    judged = mention_rows(calibration)
+    flagged = detector.predict(judged) >= detector.threshold
+    certificate = detector.manifest["threshold"]["certificate"]
+    assert flagged[judged["label"] == 0].mean() == pytest.approx(certificate["observed"])
+    assert 0.04 < certificate["observed"] < 0.1
+    assert certificate["images"] == calibration["group"].nunique()
+    assert (certificate["risk"], certificate["most"], certificate["confidence"]) == ("max_false_alarms", 0.1, 0.95)
+    chosen = "at most 0.1 of the grounded mentions get a warning, at confidence 0.95, first mentions of an object only"
+    assert detector.manifest["threshold"]["chosen"] == chosen
+
+
+def test_training_reports_the_promise_and_what_came_of_it():
+    results = train_detector(token_table(900, seed=3), Detector(threshold={"max_missed": 0.2}), replicates=50).results
+    found = results["threshold"]
+    assert found["certificate"]["risk"] == "max_missed"
+    assert found["missed"]["value"] < 0.2
+    assert found["missed"]["value"] == pytest.approx(1 - found["recall"]["value"])

@@ -1,0 +1,155 @@
+"""Published detectors on the leader board: which there are, how each is judged, whom ours is compared with."""
+
+import numpy as np
+import pytest
+from token_tables import token_table
+
+from stethoscope import metrics
+from stethoscope.detection import leaderboard as board
+from stethoscope.detection.leaderboard import AREAS
+from stethoscope.detection.methods import cost_of, judge, published, refits
+from stethoscope.detection.training import train_detector
+from stethoscope.detector import Detector
+from stethoscope.errors import ConfigError
+from stethoscope.features import named_set, set_names
+from stethoscope.stats import split_groups
+from stethoscope.table import feature_names, mention_rows
+
+FRACTIONS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
+
+
+def made_up():
+    """``nll`` low where it should be high, a lens of which the second layer tells, heads, a question, a contrast."""
+    random = np.random.default_rng(0)
+    table = token_table(300, seed=2)
+    evidence = table["nll"].to_numpy()
+    noise = random.normal(size=(5, len(table))).astype(np.float32)
+    named = (table["number"] >= 0).to_numpy()
+    return table.drop(columns=["mass", "noise"]).assign(
+        nll=-evidence,
+        contextual_lens_c_l00=noise[0],
+        contextual_lens_c_l01=-evidence,
+        head_image_q_l00h00=evidence + noise[1],
+        head_image_q_l00h01=evidence + noise[2],
+        verify_yes=np.where(named, -evidence - noise[3] / 2, np.nan).astype(np.float32),
+        vcd_gap=-evidence,
+        vcd_logprob=noise[4],
+        noise_divergence=noise[4],
+        hidden_middle_q_d0000=noise[4],
+    )
+
+
+TABLE = made_up()
+NAMES = ["contextual_lens", "nll", "self_verification", "svar_heads", "vcd"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)
+    return {fold: mention_rows(TABLE[mask]) for fold, mask in folds.items()}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    before, board.SHUFFLES = board.SHUFFLES, 2
+    try:
+        return train_detector(TABLE, Detector(), seed=1, replicates=100, published=True, sets=["full"])
+    finally:
+        board.SHUFFLES = before
+
+
+def method(name):
+    return next(one for one in published(TABLE) if one.name == f"paper/{name}")
+
+
+def test_those_are_there_of_which_all_features_are():
+    assert [one.name for one in published(TABLE)] == [f"paper/{name}" for name in NAMES]
+    assert [one.name for one in published(TABLE.drop(columns="vcd_logprob"))] == [
+        f"paper/{name}" for name in NAMES if name != "vcd"
+    ]
+    empty = TABLE.assign(nll=np.float32(np.nan))
+    assert "paper/nll" not in [one.name for one in published(empty)]
+
+
+def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
+    said = judge(method("nll"), parts, {})
+    np.testing.assert_array_equal(said.values, parts["test"]["nll"].to_numpy())
+    assert metrics.auroc(parts["test"]["label"].to_numpy(), said.values) < 0.3
+    assert (said.sign, said.probability) == (1, False)
+    assert said.note == "nll, high for hallucinated by the paper"
+
+
+def test_a_layer_is_chosen_in_training_where_the_paper_chooses_it(parts):
+    said = judge(method("contextual_lens"), parts, {})
+    np.testing.assert_array_equal(said.values, -parts["test"]["contextual_lens_c_l01"].to_numpy())
+    assert "layer by the training fold, of 2" in said.note
+
+
+def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
+    said = judge(method("svar_heads"), parts, {})
+    own = Detector(features=["head_image_q_*"]).fit(parts["train"], parts["calibration"])
+    np.testing.assert_allclose(said.values, own.predict(parts["test"]))
+    assert said.probability
+
+
+def test_gaps_are_filled_by_the_training_fold(parts):
+    holes = {fold: part.assign(verify_yes=part["verify_yes"].where(part.index % 3 > 0)) for fold, part in parts.items()}
+    said = judge(method("self_verification"), holes, {})
+    middle = np.median(holes["train"]["verify_yes"].dropna())
+    expected = np.where(parts["test"].index % 3 > 0, parts["test"]["verify_yes"], middle)
+    np.testing.assert_allclose(said.values, -expected)
+
+
+def test_rows_of_the_leader_board(trained):
+    rows = {row["name"]: row for row in trained.results["leaderboard"]["rows"]}
+    there = [name for name, row in rows.items() if row["kind"] == "published"]
+    assert there == [f"paper/{name}" for name in NAMES]
+    assert rows["paper/vcd"]["cost"] == "one more forward pass"
+    assert rows["detector"]["cost"] == rows["paper/self_verification"]["cost"] == "one more question per mention"
+    assert rows["nll"]["cost"] == "same forward pass"
+    assert rows["text prior"]["cost"] == ""
+    assert "hidden_middle_q_d0000" not in rows  # a dimension means nothing by itself
+    assert "ece" in rows["paper/svar_heads"]["metrics"]
+    assert "ece" not in rows["paper/nll"]["metrics"]
+
+
+def test_ours_is_compared_with_the_best_of_one_pass_and_with_self_verification(trained):
+    found = trained.results["leaderboard"]
+    rows = {row["name"]: row for row in found["rows"]}
+    single = [f"paper/{name}" for name in ("contextual_lens", "nll", "svar_heads")]
+    for metric in AREAS:
+        best = max(single, key=lambda name: rows[name]["metrics"][metric]["value"])
+        assert found["best_published"][metric] == best
+        others = [
+            row["other"] for row in found["differences"] if (row["detector"], row["metric"]) == ("detector", metric)
+        ]
+        assert {best, "paper/self_verification", "position only", "text prior"} <= set(others)
+    ahead = next(
+        row for row in found["differences"] if (row["other"], row["metric"]) == ("paper/self_verification", "auroc")
+    )
+    expected = [rows[name]["metrics"]["auroc"]["value"] for name in ("detector", "paper/self_verification")]
+    assert ahead["value"] == pytest.approx(expected[0] - expected[1])
+
+
+def test_other_sets_for_the_same_detector():
+    found = refits(Detector("boosting", seed=3), ["paper/nll", "full"], feature_names(TABLE))
+    assert found["paper/nll"].settings["features"] == ["nll"]
+    assert found["paper/nll"].settings["estimator"] == "boosting"
+    assert "hidden_middle_q_d0000" not in found["full"].settings["features"]
+    with pytest.raises(ConfigError, match="sets=paper/opera: none of its features was computed"):
+        refits(Detector(), ["paper/opera"], feature_names(TABLE))
+    with pytest.raises(ConfigError, match="unknown feature set 'ful'; did you mean 'full'"):
+        refits(Detector(), ["ful"], feature_names(TABLE))
+
+
+def test_the_dearest_feature_says_the_cost():
+    assert cost_of(["nll", "relevancy_peak", "head_image_q_l00h01"]) == "a backward pass"
+    assert cost_of(["mine"]) == ""
+
+
+def test_scores_are_among_their_features():
+    scores = {name: named_set(name).score for name in set_names()}
+    assert all(score is None for name, score in scores.items() if not name.startswith("paper/"))
+    single = [name for name in scores if name.startswith("paper/") and len(named_set(name).features) == 1]
+    # one feature is a score by itself, but for the masses of all heads
+    assert {name for name in single if scores[name] is None} == {"paper/svar_heads"}

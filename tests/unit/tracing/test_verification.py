@@ -1,0 +1,88 @@
+"""Self-verification on the embedded model: runs, diagnoses and the ends of streams ask the same and hear the same."""
+
+import numpy as np
+import pytest
+from token_tables import halves, token_table
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.detector import Detector
+from stethoscope.diagnosis.making import diagnose, find_mentions
+from stethoscope.diagnosis.readers import default_reader
+from stethoscope.errors import CapabilityError
+from stethoscope.evaluator import Evaluator
+from stethoscope.features import FeatureSet
+from stethoscope.records import Generation
+from stethoscope.runs.store import RunStore
+from stethoscope.streaming import StreamedAnswer, stream
+from stethoscope.table import KEY_COLUMNS
+from stethoscope.tasks.chair import Chair
+from stethoscope.tracing.per_mention import trace_answers
+from stethoscope.tracing.verification import yes_odds
+
+QUESTION = "Please describe this image in detail."
+FEATURES = FeatureSet([], ["nll", "verify_odds"])
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    table = token_table(200).rename(columns={"mass": "verify_odds"}).drop(columns=["noise", "position"])
+    return Detector().fit(*halves(table))
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return testbed.scenes(3)[2].image()
+
+
+def test_it_knows_what_is_there(adapter):
+    scenes = testbed.scenes(12)
+    absent = [next(name for name in ("pizza", "zebra", "surfboard") if name not in scene.visible) for scene in scenes]
+    names = [[*scene.visible[:2], name] for scene, name in zip(scenes, absent, strict=True)]
+    found = yes_odds(adapter, [scene.image() for scene in scenes], names)
+    there = [odds[name] for odds, scene in zip(found, scenes, strict=True) for name in scene.visible[:2]]
+    away = [odds[name] for odds, name in zip(found, absent, strict=True)]
+    assert np.median(there) > 1 > -1 > np.median(away)
+
+
+def test_runs_ask_about_every_object_that_is_named(adapter, tmp_path):
+    task = Chair(scenes=4)
+    Evaluator(features=FEATURES, run_dir=tmp_path / "run").run(adapter, task)
+    table = RunStore(tmp_path / "run").tokens("chair")
+    named = table[table["number"] >= 0]
+    assert table["verify_odds"].notna().equals(table["number"] >= 0)
+    pictures = {scene.id: scene.image() for scene in testbed.scenes(4)}
+    for image, rows in named.groupby("group"):
+        odds = yes_odds(adapter, [pictures[image]], [list(rows["object"])])[0]
+        np.testing.assert_allclose(rows["verify_odds"], [odds[name] for name in rows["object"]], atol=1e-4)
+
+
+def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
+    found = diagnose(adapter, scene, QUESTION, detector=detector)
+    encoded = adapter.encode(scene, QUESTION)
+    answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
+    mentions = find_mentions(answer, default_reader())
+    trace = trace_answers(adapter, [encoded], [answer], FEATURES.needs, [scene], [mentions])[0]
+    columns = FEATURES.compute(trace)
+    keys = token_table(1, per_image=1)[:1]
+    keys = keys[[name for name in keys.columns if name in KEY_COLUMNS]]
+    for mention, named in zip(mentions, found.mentions, strict=True):
+        at = next(
+            token for token, owner in enumerate(answer.owners(mentions)) if owner and owner.object == mention.object
+        )
+        row = keys.assign(**{name: values[at] for name, values in columns.items()})
+        assert named.judgement.probability == pytest.approx(float(detector.predict(row)[0]), abs=1e-4)
+    *_, last = stream(adapter, scene, QUESTION, final=detector)
+    assert isinstance(last, StreamedAnswer)
+    for one, other in zip(last.mentions, found.mentions, strict=True):
+        assert one.judgement.probability == pytest.approx(other.judgement.probability, abs=1e-4)
+
+
+def test_a_stream_cannot_ask_while_it_writes(adapter, scene, detector):
+    with pytest.raises(CapabilityError, match="verify_odds, which a decoding step does not give"):
+        next(iter(stream(adapter, scene, QUESTION, detector=detector)))
