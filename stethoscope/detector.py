@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,24 +19,22 @@ from stethoscope.detection.estimators import (
     CalibratedModel,
     Examples,
     best_threshold,
-    make_estimator,
     strength_of,
 )
 from stethoscope.detection.explain import Explanation, explanation
-from stethoscope.detection.factor import EXTERNAL, Factored, external
+from stethoscope.detection.factor import EXTERNAL
+from stethoscope.detection.inputs import Inputs, told_apart
 from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.table import (
     SUBTOKENS,
     FeatureSchema,
     Subtokens,
-    feature_matrix,
     mention_rows,
     require,
     select_features,
 )
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
-RARE = 5  # mentions that an object needs in training to get a column of its own
 
 
 class Detector:
@@ -58,6 +57,9 @@ class Detector:
         factored: learn evidence and prior apart (``stethoscope.detection.factor``), so that every warning says how
             much is which; the prior knows place and name of the mention.
         subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.table.mention_rows``.
+        sight: read the feature ``looked_at``, where the table has it, to ask whether the place that a name was written
+            from looks like what it names (``stethoscope.detection.sight``). It must know the object, but for that
+            question alone. False leaves the feature out.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
             (``stethoscope.detection.conformal``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
@@ -83,6 +85,7 @@ class Detector:
         seed: int = 0,
         factored: bool = False,
         subtokens: Subtokens = "first",
+        sight: bool = True,
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
         for key, value, known in (
@@ -118,6 +121,7 @@ class Detector:
             "seed": seed,
             "factored": factored,
             "subtokens": subtokens,
+            "sight": sight,
             "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
         }
         self.threshold = 0.5
@@ -125,8 +129,7 @@ class Detector:
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
         self._schema = FeatureSchema(())
-        self._names: tuple[str, ...] = ()
-        self._objects: tuple[str, ...] = ()
+        self._inputs = Inputs()
         self._base_rate = 0.5
 
     def __repr__(self) -> str:
@@ -145,8 +148,8 @@ class Detector:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Names of the features it reads, in order; empty before ``fit``."""
-        return self._names
+        """Names of the columns it reads, in order; empty before ``fit``."""
+        return self._inputs.features
 
     @property
     def schema(self) -> FeatureSchema:
@@ -182,12 +185,13 @@ class Detector:
         """
         train = self.rows(train)
         self._schema = FeatureSchema.of(train)
-        self._names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
-        named = self.settings["objects"] or self.settings["factored"]
-        counts = train["object"].value_counts() if named else pd.Series(dtype=int)
-        self._objects = tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))
+        names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
+        self._inputs = self._reading(names, ())
+        if self._inputs.needs_objects:
+            self._inputs = self._reading(names, told_apart(train))
         examples = self._examples(train)
-        empty = [name for name, column in zip(self._names, examples.matrix.T, strict=False) if np.isnan(column).all()]
+        plain = self._inputs.plain
+        empty = [name for name, column in zip(plain, examples.matrix.T, strict=False) if np.isnan(column).all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
@@ -197,12 +201,20 @@ class Detector:
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
         kind, strength, seed = (self.settings[key] for key in ("estimator", "strength", "seed"))
-        factored = Factored(kind, len(self._objects), strength, seed) if self.settings["factored"] else None
-        model = factored or make_estimator(kind, seed)
+        model = self._inputs.classifier(kind, strength, seed)
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], strength)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(examples, held_out)
         return self
+
+    def _reading(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
+        """The columns that these settings ask for."""
+        every = Inputs(tuple(names), tuple(objects), self.settings["objects"], self.settings["factored"])
+        if self.settings["sight"]:
+            return every
+        if not every.plain:
+            raise ConfigError("detector.sight=false leaves nothing of features that are looked_at alone")
+        return replace(every, features=every.plain)
 
     def _choose_threshold(self, train: Examples, held_out: Examples | None) -> None:
         """The best F1, or the boldest threshold for which the promise can be given."""
@@ -260,24 +272,17 @@ class Detector:
             ArtefactError, DataError: as in ``predict``.
         """
         probability = self.predict(table)
-        return explanation(self._model, self._matrix(table), probability, self._names, self._base_rate)
+        return explanation(self._model, self._matrix(table), probability, self._inputs.shown, self._base_rate)
 
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows, features + objects or external columns) what the classifier reads."""
+        """(rows, columns) what the classifier reads."""
         schema = FeatureSchema.of(table)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
                 f"the table's features (schema {schema.hash}) are not those the detector was fitted on "
                 f"({self._schema.hash}): {self._schema.difference(schema)}"
             )
-        matrix = feature_matrix(table, self._names)
-        if self.settings["factored"]:
-            return np.hstack([matrix, external(table, self._objects)])
-        if not self._objects:
-            return matrix
-        require(table, ("object",))
-        named = table["object"].to_numpy(dtype=str)[:, None] == np.array(self._objects)
-        return np.hstack([matrix, named])
+        return self._inputs.matrix(table)
 
     def _examples(self, rows: pd.DataFrame) -> Examples:
         require(rows, ("group",))
@@ -295,10 +300,10 @@ class Detector:
             **dict.fromkeys(NOTES),
             **self.notes,
             "kind": "stethoscope.Detector",
-            "features": list(self._names),
+            "features": list(self._inputs.features),
             "feature_schema_hash": self._schema.hash,
             "table_features": list(self._schema.names),
-            "objects": list(self._objects),
+            "objects": list(self._inputs.objects),
             "settings": self.settings,
             "external": list(EXTERNAL) if self.settings["factored"] else [],
             "base_rate": self._base_rate,
@@ -323,9 +328,9 @@ class Detector:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
         self.notes |= dict(notes or {})
         fitted = {
-            "features": list(self._names),
+            "features": list(self._inputs.features),
             "table_features": list(self._schema.names),
-            "objects": list(self._objects),
+            "objects": list(self._inputs.objects),
             "model": self._model.model,
             "calibrator": self._model.calibrator,
         }
@@ -393,7 +398,7 @@ class Detector:
             raise ArtefactError(f"{Path(folder) / artefact.MANIFEST} is damaged: {error}") from None
         own = {*detector.manifest, *artefact.ADDED} - set(NOTES)
         detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}
-        detector._names, detector._objects = tuple(fitted["features"]), tuple(fitted["objects"])
+        detector._inputs = detector._reading(fitted["features"], fitted["objects"])
         detector._schema = FeatureSchema(tuple(fitted["table_features"]))
         detector._model = CalibratedModel(fitted["model"], fitted["calibrator"])
         return detector

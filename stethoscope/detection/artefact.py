@@ -55,6 +55,8 @@ TRUSTED = frozenset(
         "stethoscope.detection.estimators.Network",
         "stethoscope.detection.factor.ExternalInputs",
         "stethoscope.detection.factor.Factored",
+        "stethoscope.detection.sight.Sight",
+        "stethoscope.detection.sight.Sighted",
     }
 )
 """Every type that may be made from a file. skops itself trusts some hundred more."""

@@ -138,7 +138,8 @@ def strength_of(estimator: BaseEstimator) -> float | None:
     >>> strength_of(set_strength(make_estimator("per_head"), 0.1)), strength_of(make_estimator("boosting"))
     (0.1, None)
     """
-    estimator = getattr(estimator, "evidence_", estimator)
+    for part in ("classifier_", "evidence_"):  # behind a sight, of a factored one
+        estimator = getattr(estimator, part, estimator)
     if not isinstance(estimator, Pipeline):
         return None
     return 1 / estimator[-1].alpha if isinstance(estimator[-1], Network) else estimator[-1].C

@@ -12,6 +12,7 @@ from sklearn.pipeline import Pipeline
 
 from stethoscope.detection.estimators import CalibratedModel
 from stethoscope.detection.factor import Factored
+from stethoscope.detection.sight import Sighted
 
 REST = "(rest)"
 """What the pushes of single features leave of the evidence: the constant, and what is usual for such a mention."""
@@ -77,20 +78,22 @@ def explanation(
 
     Args:
         fitted: the classifier, its calibration a line in log-odds.
-        matrix: (rows, columns) what it reads; the first columns are those of ``names``.
+        matrix: (rows, columns) what it reads; the first columns, behind a ``Sighted``, are those of ``names``.
         probability: (rows,) what it gives.
         names: of features.
         base_rate: share of hallucinated mentions in training, the prior where none was learned.
     """
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
-    model, (slope, intercept) = fitted.model, fitted.line
+    model, (slope, intercept), scores = fitted.model, fitted.line, fitted.scores(matrix)
+    if isinstance(model, Sighted):
+        model, matrix = model.classifier_, model.joined(matrix)
     if isinstance(model, Factored):
         own, before = model.parts(matrix)
         evidence, prior = slope * own, slope * before + intercept
         terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
     else:
         prior = np.full(len(matrix), logit(base_rate))
-        evidence = slope * fitted.scores(matrix) + intercept - prior
+        evidence = slope * scores + intercept - prior
         terms, scale = linear_terms(model, matrix), slope
     return Explanation(probability, evidence, prior, None if terms is None else pushes(terms, names, evidence, scale))

@@ -18,6 +18,7 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
     maps as _maps,  # noqa: F401
     states as _states,  # noqa: F401
     probe as _probe,  # noqa: F401
+    sight as _sight,  # noqa: F401
     mention as _mention,  # noqa: F401
 )
 from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature

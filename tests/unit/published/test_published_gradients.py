@@ -93,3 +93,15 @@ def test_saliency(columns, plain, products):
     check(columns, "saliency_previous_max", found["previous_max"])
     check(columns, "saliency_previous_share", found["previous_share"])
     check(columns, "saliency_image_share", found["image_share"])
+
+
+def test_looked_at(columns, plain, relevancy):
+    """Not published: the places that relevancy points to, as the projector saw them."""
+    for dimension in range(len(plain.states[0][0])):
+        expected = []
+        for token in range(len(plain.ids)):
+            weights = [float(relevancy[-1][plain.at(token, "q"), at]) for at in plain.spans.image]
+            length = math.sqrt(sum(weight * weight for weight in weights))
+            pairs = zip(weights, plain.spans.image, strict=True)
+            expected.append(sum(weight * float(plain.states[0][at][dimension]) for weight, at in pairs) / length)
+        check(columns, f"looked_at_d{dimension:04d}", expected)

@@ -1,0 +1,126 @@
+"""Does the place that a name was written from look like what it names?
+
+Relevancy says where in the picture the model looked when it wrote a name, and the feature ``looked_at`` what came from
+there. Right mentions teach what every object looks like to this model; invented ones teach what a place looks like that
+gives rise to a name without being the thing. No label but that of the mention is needed, and nothing but the pass that
+gives the other features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+from stethoscope.detection.estimators import Grouped, choose_strength, inner_folds, set_strength
+
+FEATURE = "looked_at"
+"""The feature whose columns are read here and nowhere else."""
+COLUMNS = ("sight_named", "sight_other")
+STRENGTH = 0.03
+"""Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
+
+
+class Sight(BaseEstimator):
+    """What places look like: a multinomial logistic regression over the objects, and "none of them".
+
+    Args:
+        objects: number of objects that are told apart.
+    """
+
+    def __init__(self, objects: int = 0) -> None:
+        self.objects = objects
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> Sight:
+        """Learns from mentions.
+
+        Args:
+            X: (rows, dimensions of ``looked_at`` and the object's index, -1 for any that is not told apart).
+            y: (rows,) labels: a hallucinated mention is one of nothing.
+        """
+        looks = np.where(y == 1, self.objects, X[:, -1]).astype(int)
+        known = looks >= 0
+        self.counts_ = np.bincount(looks[known], minlength=self.objects + 1)
+        self.model_ = Pipeline(
+            [("scale", StandardScaler()), ("classify", LogisticRegression(C=STRENGTH, max_iter=1000))]
+        ).fit(X[known, :-1], looks[known])
+        return self
+
+    def looks(self, X: np.ndarray) -> np.ndarray:
+        """(rows, objects + 1) log-probability of what every place looks like, the last one nothing; -inf if never seen.
+
+        Args:
+            X: (rows, dimensions), without the object.
+        """
+        found = np.full((len(X), self.objects + 1), -np.inf)
+        if len(X):
+            found[:, self.model_.classes_] = self.model_.predict_log_proba(X)
+        return found
+
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        """(rows, 2) how much more the place speaks for an object than for none, in nats; NaN where that is not known.
+
+        log p(place | object) - log p(place | none), of the object that is named and the largest of all others. How
+        often an object is named or invented has no part in it: that would be prejudice, not sight.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            likely = self.looks(X[:, :-1]) - np.log(self.counts_)
+        likely = np.where(self.counts_ > 0, likely, np.nan)
+        more, named = likely[:, :-1] - likely[:, -1:], X[:, -1].astype(int)
+        made = np.full((len(X), len(COLUMNS)), np.nan)
+        there = np.flatnonzero(named >= 0)
+        made[there, 0] = more[there, named[there]]
+        more[there, named[there]] = -np.inf
+        best = np.nan_to_num(more[there], nan=-np.inf).max(1, initial=-np.inf)
+        made[there, 1] = np.where(np.isinf(best), np.nan, best)
+        return made
+
+
+class Sighted(Grouped):
+    """Another classifier that reads, before its own columns, what ``Sight`` makes of the last ones.
+
+    It learns from columns that were made without the row's image, since a sight knows the places that it has learned
+    from too well.
+
+    Args:
+        classifier: any of ``make_estimator`` or ``Factored``.
+        size: number of the last columns, those of ``Sight``.
+        objects: as in ``Sight``.
+        strength: inverse regularisation C of the classifier; None chooses it in inner folds.
+    """
+
+    def __init__(
+        self, classifier: BaseEstimator, size: int = 1, objects: int = 0, strength: float | None = None
+    ) -> None:
+        self.classifier, self.size, self.objects, self.strength = classifier, size, objects, strength
+
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Sighted:
+        """Learns from (rows, own columns, dimensions, object), labels and image ids."""
+        self.classes_ = np.array([0, 1])
+        own, places = X[:, : -self.size], X[:, -self.size :]
+        self.sight_ = Sight(self.objects).fit(places, y)
+        folds = inner_folds(groups, y)
+        if folds is None:
+            made = self.sight_.transform(places)
+        else:
+            made = np.zeros((len(X), len(COLUMNS)))
+            for learn, rest in folds:
+                made[rest] = Sight(self.objects).fit(places[learn], y[learn]).transform(places[rest])
+        matrix, classifier = np.hstack([made, own]), clone(self.classifier)
+        if isinstance(classifier, Grouped):
+            self.classifier_ = classifier.fit(matrix, y, groups)
+        elif self.strength is None:
+            self.classifier_ = choose_strength(classifier, matrix, y, groups)
+        else:
+            self.classifier_ = set_strength(classifier, self.strength).fit(matrix, y)
+        return self
+
+    def joined(self, X: np.ndarray) -> np.ndarray:
+        """(rows, 2 + own columns) what the classifier reads."""
+        return np.hstack([self.sight_.transform(X[:, -self.size :]), X[:, : -self.size]])
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of hallucination."""
+        return self.classifier_.decision_function(self.joined(X))

@@ -1,0 +1,122 @@
+"""Does the place that a name was written from look like what it names?"""
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from token_tables import OBJECTS, halves, token_table
+
+from stethoscope import metrics
+from stethoscope.detection.sight import COLUMNS, Sight
+from stethoscope.detector import Detector
+from stethoscope.errors import ConfigError
+from stethoscope.features import sight
+from stethoscope.table import mention_rows
+
+SIZE = 6
+
+
+def with_places(table, seed=0, noise=0.5):
+    """Grounded mentions look like their object, invented ones like another or like nothing that has a name."""
+    rng = np.random.default_rng(seed)
+    looks = np.random.default_rng(99).normal(size=(len(OBJECTS) + 1, SIZE))
+    kind = table["object"].map({name: number for number, name in enumerate(OBJECTS)}).fillna(len(OBJECTS)).to_numpy(int)
+    other = (kind + rng.integers(1, len(OBJECTS) + 1, len(table))) % (len(OBJECTS) + 1)
+    seen = looks[np.where(table["label"] == 1, other, kind)] + noise * rng.normal(size=(len(table), SIZE))
+    return table.assign(**{f"looked_at_d{i:04d}": seen[:, i].astype(np.float32) for i in range(SIZE)})
+
+
+TRAIN, CALIBRATION = halves(with_places(token_table(600)))
+TEST = mention_rows(with_places(token_table(400, seed=9), seed=9))
+LABELS = TEST["label"].to_numpy()
+PLACES = [name for name in TEST if name.startswith("looked_at")]
+
+
+def area(detector):
+    return metrics.auroc(LABELS, detector.predict(TEST))
+
+
+@pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
+def test_the_place_tells_more_than_its_dimensions_alone(kind):
+    strength = None if kind == "logistic" else 0.1
+    sighted = Detector(kind, strength=strength).fit(TRAIN, CALIBRATION)
+    blind = Detector(kind, strength=strength, sight=False).fit(TRAIN, CALIBRATION)
+    assert not set(PLACES) & set(blind.features)
+    assert area(sighted) > area(blind) + 0.05
+    assert metrics.ece(LABELS, sighted.predict(TEST)) < 0.05
+
+
+def test_what_it_learns_from_was_made_without_the_image():
+    """A sight that had seen a place would be trusted too much, and one that knew how often an object is invented would
+    pass that on: with pure noise for places nothing is gained or lost."""
+    noise = {name: np.random.default_rng(3).normal(size=len(TRAIN)).astype(np.float32) for name in PLACES}
+    sighted = Detector(features=["nll", *PLACES], strength=1.0).fit(TRAIN.assign(**noise), CALIBRATION)
+    plain = Detector(features=["nll"], strength=1.0).fit(TRAIN, CALIBRATION)
+    assert area(sighted) == pytest.approx(area(plain), abs=0.03)
+
+
+def test_it_works_beside_the_prior():
+    detector = Detector(factored=True, strength=0.1).fit(TRAIN, CALIBRATION)
+    why = detector.explain(TEST)
+    assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
+    assert list(why.pushes)[:2] == list(COLUMNS)
+    moved = TEST.assign(**{name: -TEST[name] for name in PLACES})
+    assert (detector.explain(moved).prior == why.prior).all()
+
+
+def test_explanations_name_it_and_add_up():
+    why = Detector(strength=0.1).fit(TRAIN, CALIBRATION).explain(TEST)
+    assert list(why.pushes)[:2] == list(COLUMNS)
+    assert why.pushes.sum(axis=1).to_numpy() == pytest.approx(why.evidence)
+    assert why.pushes["sight_named"].abs().mean() > why.pushes["noise"].abs().mean()
+
+
+def test_a_name_that_was_never_seen_has_no_sight():
+    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    unseen = TEST.assign(object="unicorn")
+    assert np.isfinite(detector.predict(unseen)).all()
+    moved = unseen.assign(**{name: -unseen[name] for name in PLACES})
+    assert (detector.predict(unseen) == detector.predict(moved)).all()
+
+
+def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
+    places = np.random.default_rng(0).normal(size=(60, 3))
+    labels, named = np.arange(60) % 2, np.arange(60) % 3
+    fitted = Sight(objects=4).fit(np.hstack([places, named[:, None]]), labels)  # object 3 is never named
+    looks = fitted.looks(places)
+    assert np.exp(looks).sum(1) == pytest.approx(np.ones(60))
+    assert np.isneginf(looks[:, 3]).all()
+    made = fitted.transform(np.hstack([places, named[:, None]]))
+    nothing, each = labels.sum(), np.bincount(named[labels == 0], minlength=3)
+    ratio = looks[:, :3] - np.log(each) - (looks[:, 4:] - np.log(nothing))
+    others = [ratio[row, [k for k in range(3) if k != named[row]]].max() for row in range(60)]
+    assert made == pytest.approx(np.column_stack([ratio[np.arange(60), named], others]))
+    assert np.isnan(fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]]))).all()
+
+
+def test_it_is_saved_and_read_again(tmp_path):
+    detector = Detector("boosting").fit(TRAIN, CALIBRATION)
+    detector.save(tmp_path / "detector")
+    again = Detector.load(tmp_path / "detector")
+    assert (again.predict(TEST) == detector.predict(TEST)).all()
+    assert again.features == detector.features
+    assert again.settings["sight"] is True
+
+
+def test_places_alone_are_enough_and_their_absence_is_no_error():
+    assert area(Detector(features=PLACES, strength=0.1).fit(TRAIN, CALIBRATION)) > 0.9
+    assert Detector(strength=0.1).fit(TRAIN.drop(columns=PLACES)).fitted
+    with pytest.raises(ConfigError, match=r"detector.sight=false leaves nothing"):
+        Detector(features=PLACES, sight=False).fit(TRAIN)
+
+
+def test_wide_states_are_projected_and_keep_their_angles():
+    drawn = np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
+    drawn[1] += drawn[0]
+    small = drawn @ sight._directions(3000)
+    assert small.shape == (2, sight.DIMENSIONS)
+    assert (small == drawn @ sight._directions(3000)).all()
+
+    def cosine(rows):
+        return rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])
+
+    assert cosine(small) == pytest.approx(cosine(drawn), abs=0.12)
