@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES
 from stethoscope.features.selection import as_columns
 from stethoscope.records import Answer
+from stethoscope.streaming import direct
+from stethoscope.streaming.direct import Direct
 from stethoscope.streaming.steps import STEP_NEEDS
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ class Scorer:
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
         self._predict = quick(detector.model)
+        self._direct: Direct | None = None
+        self._simple = not self._history and all(item.name in direct.NAMES for item in self._own)
         self._places: list[int] = []  # of the detector's columns among those that are computed
         self._seen: Counter[int] = Counter()
         self._rows: list[np.ndarray] = []
@@ -79,9 +84,7 @@ class Scorer:
             CapabilityError: the model does not give what the detector reads.
             CaptureError: a value is not finite.
         """
-        found = self._computed(self._own, steps, ids, start)
-        if self._history:
-            found += [(item, values[start:]) for item, values in self._computed(self._history, steps, ids, 0)]
+        found = self._found(steps, ids, start)
         counted = self._count(ids, start)
         if not self._places:
             names = [name for item, values in found for name in as_columns(item, values)] + list(COUNTED)
@@ -99,22 +102,45 @@ class Scorer:
         self._rows.append(rows)
         return self._predict(rows)
 
-    def _computed(
+    def _found(self, steps: Steps, ids: Sequence[int], start: int) -> list[tuple[Feature, np.ndarray]]:
+        """All but the counted features of the tokens from ``start`` on, directly where that is possible."""
+        if not self._simple:
+            found = self._traced(self._own, steps, ids, start)
+            if self._history:
+                found += [(item, values[start:]) for item, values in self._traced(self._history, steps, ids, 0)]
+            return found
+        if self._direct is None:
+            self._direct = Direct(steps, [item.name for item in self._own])
+        parts = []
+        while start < len(ids):
+            some = steps.alike(start, len(ids))
+            stop = start + len(some)
+            if self._direct.takes(some, start):
+                values = self._direct.values(some, ids[start:stop], start)
+                parts.append([(item, values[item.name]) for item in self._own])
+                steps.forget(stop)
+            else:
+                parts.append(self._traced(self._own, steps, ids[:stop], start))
+            start = stop
+        if len(parts) == 1:
+            return parts[0]
+        return [(same[0][0], np.concatenate([values for _, values in same])) for same in zip(*parts, strict=True)]
+
+    def _traced(
         self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int
     ) -> list[tuple[Feature, np.ndarray]]:
-        """What features say of the tokens from ``start`` on."""
+        """What features say of a trace of the tokens from ``start`` on."""
         needs = frozenset().union(*(item.needs for item in features))
         trace = steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
         return [(item, np.asarray(item.function(trace), dtype=np.float32)) for item in features]
 
     def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
         """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
-        repeated = []
-        for token in ids[start:]:
-            repeated.append(self._seen[token])
-            self._seen[token] += 1
-        position = np.arange(start, len(ids))
-        return np.stack([position, np.log1p(position, dtype=np.float32), repeated], 1)
+        rows = []
+        for place in range(start, len(ids)):
+            rows.append((place, math.log1p(place), self._seen[ids[place]]))
+            self._seen[ids[place]] += 1
+        return np.array(rows, np.float32)
 
     def columns(self) -> dict[str, np.ndarray]:
         """(T,) columns as the detector's table has them; those that it does not read are missing values."""

@@ -24,6 +24,9 @@ _LOGITS = 2**24  # as many are made at a time where all layers of a token are de
 class Lens:
     """Finds the stack of decoder layers, the norm behind it and the head, and checks them against the model.
 
+    Attributes:
+        checked: they have been seen to reproduce the model's own logits.
+
     Raises:
         CapabilityError: the model has no such parts.
     """
@@ -43,7 +46,7 @@ class Lens:
         # T5's first version shares the head with the input embeddings and scales what it reads
         self._scale = text.hidden_size**-0.5 if getattr(text, "scale_decoder_outputs", False) else 1.0
         self._softcap = getattr(text, "final_logit_softcapping", None)
-        self._checked = False
+        self.checked = False
 
     @contextmanager
     def listen(self, rows: Tensor) -> Iterator[list[Tensor]]:
@@ -87,7 +90,7 @@ class Lens:
         Raises:
             CapabilityError: the parts that were found do not reproduce the model's own logits.
         """
-        if not self._checked:
+        if not self.checked:
             self._check(heard[-1], logits)
         pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
@@ -120,7 +123,7 @@ class Lens:
             CapabilityError: see ``read``.
         """
         logits = logits.to(hidden.device)
-        if not self._checked:
+        if not self.checked:
             self._check(hidden[:, -1], logits)
         count, size = hidden.shape[1], max(1, _LOGITS // (hidden.shape[1] * logits.shape[-1]))
         parts: dict[str, list[Tensor]] = {"lens_logprob": [], "lens_rank": [], "trajectory": []}
@@ -140,7 +143,7 @@ class Lens:
         near = 1e-3 if hidden.dtype == torch.float32 else 5e-2
         if (decoded - logits).abs().max() > near * (1 + logits.abs().max()):
             raise CapabilityError("logit lens: final norm and head do not reproduce the model's logits")
-        self._checked = True
+        self.checked = True
 
 
 _lenses: WeakKeyDictionary[PreTrainedModel, Lens] = WeakKeyDictionary()
