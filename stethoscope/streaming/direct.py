@@ -8,23 +8,28 @@ third of the time, works on the memory of the tensors. Where there is much to co
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
 from stethoscope.trace import SEGMENTS
 
 if TYPE_CHECKING:
     from stethoscope.streaming.steps import Step, Steps
 
-NAMES = frozenset(name for name, item in FEATURES.items() if item.group in ("uncertainty", "attention", "lens"))
+COUNTED = ("position", "log_position", "repetition")
+"""Features that are counted: place, log(1 + place), how often the token stands before."""
+_WORDS = ("nll", "entropy", "max_prob", "margin")
+_MASS = tuple(f"attn_{segment}" for segment in SEGMENTS[:-1])  # nobody reads the rest
+_LENS = ("lens_rank", "lens_logprob")
+NAMES = frozenset((*_WORDS, *_MASS, "svar", "attn_entropy", *_LENS, *COUNTED))
 """Features that are known here."""
 _MOST = 2**18  # numbers of one kind; more are torch's business, which has threads
+_GROW = 512
 
 
 class Direct:
@@ -32,90 +37,112 @@ class Direct:
 
     Args:
         steps: of the answer.
-        names: the features to compute, of ``NAMES``.
+        columns: of the detector, all of ``NAMES``.
+
+    Attributes:
+        logprobs: (T,) of the tokens that were read last, natural logs.
     """
 
-    def __init__(self, steps: Steps, names: Collection[str]) -> None:
-        self._steps, self._names = steps, frozenset(names)
-        self._attends, self._decodes = (
-            any(need in FEATURES[name].needs for name in names) for need in ("attention", "lens")
-        )
+    def __init__(self, steps: Steps, columns: Sequence[str]) -> None:
+        self._steps, self._columns = steps, columns
+        self._decodes = any(column.startswith(_LENS) for column in columns)
+        self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)
         self._members = np.zeros((0, len(SEGMENTS)), np.float32)
-        self._fits: bool | None = None  # the model
+        self._norm: Callable[[np.ndarray], np.ndarray] | None = None
+        self._fits: bool | None = None  # the model; not known before the first step
 
     def takes(self, some: Sequence[Step], start: int) -> bool:
-        """Whether these steps, of the tokens from ``start`` on, can be read here and are small enough."""
+        """Whether these steps, of the tokens from ``start`` on, can be read here and are few enough."""
         if not some[0].later:
             return False
         if self._fits is None:
-            self._fits = self._fitting(some[0], start)
-        logits, rows = self._steps.logits[start], some[0].rows.get("language", ())
-        words = len(logits) * max(len(some[0].hidden), 1)
-        heads = sum(row.query.shape[1] for row in rows)
-        return self._fits and len(some) * max(words, heads * self._steps.seen(start + len(some) - 1)) <= _MOST
+            self._fits = self._fitting(some[0], self._steps.logits[start])
+        keys = self._steps.seen(start + len(some) - 1)
+        return self._fits and len(some) * max(self._words, self._heads * keys) <= _MOST
 
-    def _fitting(self, step: Step, start: int) -> bool:
-        rows = step.rows.get("language", ())
-        tensors = [self._steps.logits[start], *step.hidden, *(part for row in rows for part in (row.query, row.keys.newest))]
-        checked = not self._decodes or self._steps.lens.checked
-        return checked and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
-
-    def values(self, some: Sequence[Step], ids: Sequence[int], start: int) -> dict[str, np.ndarray]:
-        """Feature name to (T,) or (T, layers) float32 of T tokens, whose numbers begin with ``start``."""
-        found = self._words(some, ids, start)
+    def _fitting(self, step: Step, logits: Tensor) -> bool:
+        """Finds sizes and places of columns; whether all is there, on the CPU and in float32."""
+        rows, layers = step.rows["language"] if self._attends else [], len(step.hidden) if self._decodes else 1
+        self._words, self._heads = layers * len(logits), sum(row.query.shape[1] for row in rows)
+        self._middle, widths = middle(len(rows)), dict.fromkeys(_WORDS, 1)
         if self._attends:
-            found |= self._looks(some, start)
-        return found
+            widths |= {**dict.fromkeys(_MASS, len(rows)), "svar": 1, "attn_entropy": len(rows)}
+        widths |= dict.fromkeys(_LENS, layers - 1) | dict.fromkeys(COUNTED, 1)
+        names: list[str] = []
+        self._at: dict[str, slice] = {}
+        for name, width in widths.items():
+            single = name in _WORDS or name in COUNTED or name == "svar"
+            self._at[name] = slice(len(names), len(names) + width)
+            names += [name] if single else [f"{name}_l{layer:02d}" for layer in range(width)]
+        if not set(self._columns) <= set(names) or (self._decodes and not self._steps.lens.checked):
+            return False  # a trace says why, and checks the lens
+        self._width, self._places = len(names), np.array([names.index(column) for column in self._columns])
+        tensors = [logits, *step.hidden, *(part for row in rows for part in (row.query, row.keys.newest))]
+        return all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
 
-    def _words(self, some: Sequence[Step], ids: Sequence[int], start: int) -> dict[str, np.ndarray]:
+    def rows(self, some: Sequence[Step], ids: Sequence[int], start: int, counted: np.ndarray) -> np.ndarray:
+        """(T, columns) float32 of T tokens, whose numbers begin with ``start``; (T, 3) of ``COUNTED`` are given."""
+        out = np.empty((len(some), self._width), np.float32)
+        out[:, -len(COUNTED) :] = counted
+        self._read_words(some, ids, start, out)
+        if self._attends:
+            self._read_attention(some, start, out)
+        self.logprobs = -out[:, 0]
+        return out.take(self._places, 1)
+
+    def _read_words(self, some: Sequence[Step], ids: Sequence[int], start: int, out: np.ndarray) -> None:
         """Uncertainty, and the logit lens of all layers but the last, which is the model's own distribution."""
-        count = len(some)
-        rows = self._steps.logits[start : start + count]
-        logits = (rows[0][None] if count == 1 else torch.stack(rows))[:, None]
+        own = self._steps.logits[start : start + len(some)]
+        logits = own[0].view(1, 1, -1) if len(own) == 1 else torch.stack(own)[:, None]
         if self._decodes:
-            hidden = torch.cat([layer for step in some for layer in step.hidden[:-1]], 1)
-            layers = self._steps.lens.decode(hidden).view(count, -1, logits.shape[-1])
-            logits = torch.cat([layers, logits], 1)
+            layers = self._lens([layer for step in some for layer in step.hidden[:-1]])
+            logits = torch.cat([layers.view(len(some), -1, logits.shape[-1]), logits], 1)
         logprobs, logits = logits.log_softmax(-1).numpy(), logits.numpy()
-        at, ids = np.arange(count), np.asarray(ids)
-        chosen = logprobs[at, :, ids]
-        found = {"nll": -chosen[:, -1], "lens_logprob": chosen[:, :-1]}
-        if "lens_rank" in self._names:
-            above = logits[:, :-1] > logits[at, :-1, ids][..., None]
-            found["lens_rank"] = np.log1p(above.sum(-1), dtype=np.float32)
-        own = logprobs[:, -1]
-        shares = np.exp(own)
-        found["entropy"] = -(shares * own).sum(-1)
-        best = shares.argmax(-1)
-        found["max_prob"] = shares[at, best]
-        shares[at, best] = 0
-        found["margin"] = found["max_prob"] - shares.max(-1)
-        return found
+        rank, logprob = (self._at[name] for name in _LENS)
+        for row, each, raw, token in zip(out, logprobs, logits, ids, strict=True):
+            chosen, last = each[:, token], each[-1]
+            shares, best = np.exp(last), last.argmax()
+            entropy, top = -shares.dot(last), shares[best]
+            shares[best] = 0
+            row[:4] = -chosen[-1], entropy, top, top - shares.max()
+            if self._decodes:
+                row[rank] = [np.count_nonzero(layer > layer[token]) for layer in raw[:-1]]
+                row[logprob] = chosen[:-1]
+        if self._decodes:
+            out[:, rank] = np.log1p(out[:, rank])
 
-    def _looks(self, some: Sequence[Step], start: int) -> dict[str, np.ndarray]:
+    def _lens(self, hidden: list[Tensor]) -> Tensor:
+        """(states, V) logits of residual streams (1, 1, D)."""
+        states = np.concatenate([one.numpy()[0] for one in hidden])
+        if self._norm is None:
+            self._norm = _norm(self._steps.lens.norm, states)
+        return self._steps.lens.unembed(torch.from_numpy(self._norm(states)))
+
+    def _read_attention(self, some: Sequence[Step], start: int, out: np.ndarray) -> None:
         """Attention of the rows, mean over heads, by layer."""
         weights = self._weights(some, self._steps.seen(start + len(some) - 1))
-        mean = np.add.reduce(weights, 1) / weights.shape[1]  # (L, T, k), in a third of the time of mean
-        mass = (mean @ self._membership(mean.shape[-1])).transpose(2, 1, 0)
-        found = {f"attn_{name}": mass[number] for number, name in enumerate(SEGMENTS)}
-        found["svar"] = found["attn_image"][:, middle(len(weights))].sum(-1)
-        if "attn_entropy" in self._names:  # as ``stethoscope.features.reduce`` has it
-            image = mean[..., self._steps.image]
-            share = image / np.maximum(image.sum(-1, keepdims=True), 1e-12)
-            spread = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
-            found["attn_entropy"] = spread.T / math.log(max(image.shape[-1], 2))
-        return found
+        heads = weights.shape[1]
+        mean = np.add.reduce(weights, 1)  # (L, T, k), times the number of heads
+        mass = mean @ self._membership(mean.shape[-1]) / heads
+        out[:, self._at[_MASS[0]].start : self._at[_MASS[-1]].stop] = (
+            mass[..., : len(_MASS)].transpose(1, 2, 0).reshape(len(some), -1)
+        )
+        out[:, self._at["svar"].start] = np.add.reduce(mass[self._middle, :, 0], 0)
+        image = mean[..., self._steps.image]
+        share = image / np.maximum(mass[..., :1] * heads, 1e-12 * heads)  # as ``stethoscope.features.reduce`` has it
+        spread = np.einsum("ltn,ltn->tl", share, np.log(np.maximum(share, 1e-12)))
+        out[:, self._at["attn_entropy"]] = spread / -math.log(max(image.shape[-1], 2))
 
     def _weights(self, some: Sequence[Step], seen: int) -> np.ndarray:
         """(L, H, T, seen) attention of the queries of T steps in a row to the keys that the last has seen."""
         layers, count = list(zip(*(step.rows["language"] for step in some), strict=True)), len(some)
-        heads = layers[0][0].query.shape[1]
-        scores = np.empty((len(layers), heads, count, seen), np.float32)
+        scores = np.empty((len(layers), layers[0][0].query.shape[1], count, seen), np.float32)
         for rows, out in zip(layers, scores, strict=True):
-            keys = rows[0].keys.newest.numpy()[0, :, :seen]
-            query = rows[0].query if count == 1 else torch.cat([row.query for row in rows], 2)
-            query = query.numpy().reshape(len(keys), -1, keys.shape[-1]) * rows[0].keys.scaling  # by group of heads
-            np.matmul(query, keys.transpose(0, 2, 1), out=out.reshape(len(keys), -1, seen))
+            keys, query = rows[0].keys.newest.numpy()[0, :, :seen], rows[0].query
+            if count > 1:
+                query = torch.cat([row.query for row in rows], 2)
+            grouped = query.numpy().reshape(len(keys), -1, keys.shape[-1]) * rows[0].keys.scaling
+            np.matmul(grouped, keys.transpose(0, 2, 1), out=out.reshape(len(keys), -1, seen))
         if count > 1:
             scores[..., -count:] += np.triu(np.full((count, count), -np.inf, np.float32), 1)
         return torch.from_numpy(scores).softmax(-1).numpy()
@@ -123,5 +150,21 @@ class Direct:
     def _membership(self, length: int) -> np.ndarray:
         """(length, 5) which segment every key belongs to, as 0 and 1."""
         if len(self._members) < length:
-            self._members = self._steps.membership("language", length + 512).cpu().numpy()
+            self._members = self._steps.membership("language", length + _GROW).cpu().numpy()
         return self._members[:length]
+
+
+def _norm(norm: nn.Module, states: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The norm of (rows, D) in numpy, if on these states it is the usual one; else the module itself."""
+    own = norm(torch.from_numpy(states)).numpy()
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if epsilon is not None and isinstance(getattr(norm, "weight", None), Tensor):
+        weight = norm.weight.detach().numpy()
+
+        def root_mean_square(states: np.ndarray) -> np.ndarray:
+            mean = np.einsum("rd,rd->r", states, states)[:, None] / states.shape[1]
+            return states / np.sqrt(mean + epsilon) * weight
+
+        if np.allclose(root_mean_square(states), own, rtol=1e-5, atol=1e-5):
+            return root_mean_square
+    return lambda states: norm(torch.from_numpy(states)).numpy()

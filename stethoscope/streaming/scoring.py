@@ -19,10 +19,10 @@ from sklearn.pipeline import Pipeline
 from stethoscope.diagnosis.detecting import feature_set
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES
+from stethoscope.features.reduce import token_logprob
 from stethoscope.features.selection import as_columns
 from stethoscope.records import Answer
-from stethoscope.streaming import direct
-from stethoscope.streaming.direct import Direct
+from stethoscope.streaming.direct import COUNTED, NAMES, Direct
 from stethoscope.streaming.steps import STEP_NEEDS
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.features import Feature
     from stethoscope.streaming.steps import Steps
+    from stethoscope.trace import Trace
 
 HISTORY = frozenset(
     {"sequence_logprob"}
@@ -37,8 +38,6 @@ HISTORY = frozenset(
     | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
 )
 """Features of a token that are functions of the tokens before it too; most others read the token's own rows."""
-COUNTED = ("position", "log_position", "repetition")
-"""Those that are counted: place, log(1 + place), how often the token stands before."""
 
 
 class Scorer:
@@ -50,6 +49,7 @@ class Scorer:
 
     Attributes:
         needs: what the steps must hold.
+        logprobs: of the tokens that were judged last, natural logs.
         waits: 1 if a token can be judged only when the next step has read it, else 0.
         together: so many tokens are judged at a time.
 
@@ -68,8 +68,9 @@ class Scorer:
         self._features, self._table = detector.features, detector.schema.names
         self._predict = quick(detector.model)
         self._direct: Direct | None = None
-        self._simple = not self._history and all(item.name in direct.NAMES for item in self._own)
+        self._simple = NAMES.issuperset(features.names)
         self._places: list[int] = []  # of the detector's columns among those that are computed
+        self.logprobs: list[float] = []
         self._seen: Counter[int] = Counter()
         self._rows: list[np.ndarray] = []
 
@@ -84,8 +85,36 @@ class Scorer:
             CapabilityError: the model does not give what the detector reads.
             CaptureError: a value is not finite.
         """
-        found = self._found(steps, ids, start)
-        counted = self._count(ids, start)
+        if self._direct is None and self._simple:
+            self._direct = Direct(steps, self._features)
+        first, counted, parts, self.logprobs = start, self._count(ids, start), [], []
+        while start < len(ids):
+            some = steps.alike(start, len(ids)) if self._simple else []
+            stop = start + len(some) if some else len(ids)
+            given = counted[start - first : stop - first]
+            if some and self._direct.takes(some, start):
+                parts.append(self._direct.rows(some, ids[start:stop], start, given))
+                self.logprobs += self._direct.logprobs.tolist()
+                steps.forget(stop)
+            else:
+                parts.append(self._traced(steps, ids[:stop], start, given))
+            start = stop
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not math.isfinite(np.add.reduce(rows, None)) and not np.isfinite(rows).all():  # the sum is soon told
+            name = self._features[int(np.isfinite(rows).all(0).argmin())]
+            raise CaptureError(f"feature {name!r} gave a value that is not finite")
+        self._rows.append(rows)
+        return self._predict(rows)
+
+    def _traced(self, steps: Steps, ids: Sequence[int], start: int, counted: np.ndarray) -> np.ndarray:
+        """The detector's columns (T, features) of a trace of the tokens from ``start`` on."""
+        trace = self._trace(self._own, steps, ids, start)
+        self.logprobs += token_logprob(trace.logits, trace).tolist()
+        found = [(item, item.function(trace)) for item in self._own]
+        if self._history:
+            whole = self._trace(self._history, steps, ids, 0)
+            found += [(item, item.function(whole)[start:]) for item in self._history]
+        found = [(item, np.asarray(values, dtype=np.float32)) for item, values in found]
         if not self._places:
             names = [name for item, values in found for name in as_columns(item, values)] + list(COUNTED)
             missing = [name for name in self._features if name not in names]
@@ -95,44 +124,11 @@ class Scorer:
                 )
             self._places = [names.index(name) for name in self._features]
         rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), counted], 1)
-        rows = rows[:, self._places]
-        if not np.isfinite(rows).all():
-            name = self._features[int(np.isfinite(rows).all(0).argmin())]
-            raise CaptureError(f"feature {name!r} gave a value that is not finite")
-        self._rows.append(rows)
-        return self._predict(rows)
+        return rows[:, self._places]
 
-    def _found(self, steps: Steps, ids: Sequence[int], start: int) -> list[tuple[Feature, np.ndarray]]:
-        """All but the counted features of the tokens from ``start`` on, directly where that is possible."""
-        if not self._simple:
-            found = self._traced(self._own, steps, ids, start)
-            if self._history:
-                found += [(item, values[start:]) for item, values in self._traced(self._history, steps, ids, 0)]
-            return found
-        if self._direct is None:
-            self._direct = Direct(steps, [item.name for item in self._own])
-        parts = []
-        while start < len(ids):
-            some = steps.alike(start, len(ids))
-            stop = start + len(some)
-            if self._direct.takes(some, start):
-                values = self._direct.values(some, ids[start:stop], start)
-                parts.append([(item, values[item.name]) for item in self._own])
-                steps.forget(stop)
-            else:
-                parts.append(self._traced(self._own, steps, ids[:stop], start))
-            start = stop
-        if len(parts) == 1:
-            return parts[0]
-        return [(same[0][0], np.concatenate([values for _, values in same])) for same in zip(*parts, strict=True)]
-
-    def _traced(
-        self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int
-    ) -> list[tuple[Feature, np.ndarray]]:
-        """What features say of a trace of the tokens from ``start`` on."""
+    def _trace(self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int) -> Trace:
         needs = frozenset().union(*(item.needs for item in features))
-        trace = steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
-        return [(item, np.asarray(item.function(trace), dtype=np.float32)) for item in features]
+        return steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
 
     def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
         """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""

@@ -191,6 +191,7 @@ class WarningStreamer(BaseStreamer):
         """Called by ``generate`` when it is done: what waited is handed out, but for what is no part of the answer."""
         self.close()
         self._read(1)
+        self._logprobs += self._rest()
         ids = self._ids[: self._limit]
         if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._ends)]
@@ -200,15 +201,20 @@ class WarningStreamer(BaseStreamer):
         self._waiting = []
 
     def _read(self, least: int) -> None:
-        """Log-probabilities and, as far as steps are known, warnings of the newest tokens, if there are so many."""
-        done, known = len(self._logprobs), len(self._ids)
+        """Log-probabilities and warnings of the newest tokens, as far as their steps are known, if there are so many."""
+        if self.scorer is None:
+            self._logprobs += self._rest()
+            return
+        done, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.waits)
         if known - done >= least:
-            for row, token in zip(self.steps.logits[done:known], self._ids[done:], strict=True):
-                self._logprobs.append(row.float().log_softmax(-1)[token].item())
-        if self.scorer is not None:
-            done, known = len(self._probabilities), min(known, len(self.steps.logits) - self.scorer.waits)
-            if known - done >= least:
-                self._probabilities += self.scorer.judge(self.steps, self._ids[:known], done).tolist()
+            self._probabilities += self.scorer.judge(self.steps, self._ids[:known], done).tolist()
+            self._logprobs += self.scorer.logprobs
+
+    def _rest(self) -> list[float]:
+        """Log-probabilities of the tokens that have none."""
+        done = len(self._logprobs)
+        rows = zip(self.steps.logits[done:], self._ids[done:], strict=False)  # the last step may have ended the answer
+        return [row.float().log_softmax(-1)[token].item() for row, token in rows]
 
     def _held(self) -> bool:
         """Whether the text may be in the middle of a stop string."""

@@ -70,7 +70,10 @@ class Lens:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
-        states = self.norm(hidden)
+        return self.unembed(self.norm(hidden))
+
+    def unembed(self, states: Tensor) -> Tensor:
+        """Float32 logits (..., V) of normalised states (..., D)."""
         logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
