@@ -104,7 +104,7 @@ class Direct:
             shares, best = np.exp(last), last.argmax()
             entropy, top = -shares.dot(last), shares[best]
             shares[best] = 0
-            row[:4] = -chosen[-1], entropy, top, top - shares.max()
+            row[:4] = -chosen[-1], entropy, top, top - np.maximum.reduce(shares)
             if self._decodes:
                 row[rank] = [np.count_nonzero(layer > layer[token]) for layer in raw[:-1]]
                 row[logprob] = chosen[:-1]
@@ -113,7 +113,7 @@ class Direct:
 
     def _lens(self, hidden: list[Tensor]) -> Tensor:
         """(states, V) logits of residual streams (1, 1, D)."""
-        states = np.concatenate([one.numpy()[0] for one in hidden])
+        states = torch.cat(hidden, 1)[0].numpy()
         if self._norm is None:
             self._norm = _norm(self._steps.lens.norm, states)
         return self._steps.lens.unembed(torch.from_numpy(self._norm(states)))

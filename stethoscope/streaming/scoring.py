@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ class Scorer:
         self._simple = NAMES.issuperset(features.names)
         self._places: list[int] = []  # of the detector's columns among those that are computed
         self.logprobs: list[float] = []
-        self._seen: Counter[int] = Counter()
+        self._seen: dict[int, int] = {}  # how often
         self._rows: list[np.ndarray] = []
 
     def judge(self, steps: Steps, ids: Sequence[int], start: int) -> np.ndarray:
@@ -132,10 +131,11 @@ class Scorer:
 
     def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
         """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
-        rows = []
-        for place in range(start, len(ids)):
-            rows.append((place, math.log1p(place), self._seen[ids[place]]))
-            self._seen[ids[place]] += 1
+        rows, seen = [], self._seen
+        for place, token in enumerate(ids[start:], start):
+            before = seen.get(token, 0)
+            rows.append((place, math.log1p(place), before))
+            seen[token] = before + 1
         return np.array(rows, np.float32)
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -180,19 +180,21 @@ def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
     These take some hundred microseconds a call, as long as a small model takes for a token. A pipeline of a logistic
     regression or a network comes down to clipping and products, boosted trees to a walk through all of them at once.
     """
-    score = _scores(model.model)
     if isinstance(model.calibrator, IsotonicRegression):
+        score = _scores(model.model)
         return lambda rows: model.calibrate(score(rows))
-    slope, intercept = model.line
-    return lambda rows: expit(slope * score(rows) + intercept)
+    score = _scores(model.model, *model.line)
+    return lambda rows: expit(score(rows))
 
 
-def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
-    """From rows to log-odds."""
-    if isinstance(model, HistGradientBoostingClassifier):
-        return _Trees(model).scores
+def _scores(
+    model: BaseEstimator, slope: float = 1.0, intercept: float = 0.0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows to slope * log-odds + intercept."""
     if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
-        return model.decision_function
+        trees = isinstance(model, HistGradientBoostingClassifier)
+        scores = _Trees(model).scores if trees else model.decision_function
+        return lambda rows: slope * scores(rows) + intercept
     impute, clip, scale, classify = (step for _, step in model.steps)
     linear = isinstance(classify, LogisticRegression)
     first, bias = (classify.coef_.T, classify.intercept_) if linear else (classify.coefs_[0], classify.intercepts_[0])
@@ -202,15 +204,21 @@ def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
     count = len(weights) - extra
     bias = bias + np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]) @ weights[count:]
     weights, low, high = weights[:count], clip.low_[:count], clip.high_[:count]
+    if linear:
+        weights, bias = slope * weights[:, 0], slope * bias[0] + intercept
 
     def line(rows: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(rows, low), high) @ weights + bias
 
     if linear:
-        return lambda rows: line(rows)[:, 0]
+        return line
     last, final = classify.coefs_[1], classify.intercepts_[1]
     limit = logit(1 - 1e-12)  # as in ``Network.decision_function``
-    return lambda rows: np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+    def network(rows: np.ndarray) -> np.ndarray:
+        return np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+    return lambda rows: slope * network(rows) + intercept
 
 
 class _Trees:

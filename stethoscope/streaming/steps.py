@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from stethoscope.errors import CaptureError
@@ -29,6 +30,7 @@ from stethoscope.tracing.capture import (
     eager_attention,
     eager_rows,
     hearing,
+    modules_of,
     plain_attention,
     selected,
     sites,
@@ -142,7 +144,7 @@ class Steps(Listener):
             if self._decodes:
                 for layer in self.lens.layers:
                     self._hook(layer, self._after_layer)
-            speaking = [m for m in self._model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
+            speaking = [m for m in modules_of(self._model) if isinstance(m, PreTrainedModel) and m.can_generate()]
             self._nested = len(speaking) > 1
             if self._nested:
                 self._hook(self._model.get_output_embeddings(), self._after_head)
@@ -187,17 +189,20 @@ class Steps(Listener):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        output, _ = plain_attention(module, query, key, value, mask, **kwargs)  # the very ids of a plain call
-        batch, _, queries, _ = query.shape
+        batch, heads, queries, _ = query.shape
         if batch > 1:
             raise CaptureError(f"{batch} prompts are written at once; warnings are for one prompt at a time")
         if queries == 1 and mask is None and (keys := self._plain(site, module, query, key, value, kwargs)).plain:
             keys.newest = key
             self._rows[site.role].append(Later(query, keys))
-            return output, None
+            if heads == key.shape[1] and not kwargs.get("dropout"):  # what is left of transformers' function then
+                output = scaled_dot_product_attention(query, key, value, scale=kwargs.get("scaling"))
+                return output.transpose(1, 2).contiguous(), None
+            return plain_attention(module, query, key, value, mask, **kwargs)
+        output, _ = plain_attention(module, query, key, value, mask, **kwargs)  # the very ids of a plain call
         self._later = False
         if queries > 1:
-            last = torch.tensor([[query.shape[2] - 1]])
+            last = torch.tensor([[queries - 1]])
             row = eager_rows(module, last, query, key, value, mask, **kwargs)[0, :, 0]
         else:
             row = eager_attention(module, query, key, value, mask, **kwargs)[1][0, :, 0]
@@ -235,7 +240,7 @@ class Steps(Listener):
         logits = getattr(output, "logits", None)
         if logits is None or not self._on:
             return
-        row = logits[0, -1].detach()
+        row = logits[0, -1]
         if self._nested and not self._fresh:  # a model around the one that was heard a moment ago
             self.logits[-1] = row
             return
