@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from stethoscope.features.attention import middle
 from stethoscope.trace import SEGMENTS
@@ -25,6 +27,7 @@ COUNTED = ("position", "log_position", "repetition")
 """Features that are counted: place, log(1 + place), how often the token stands before."""
 _WORDS = ("nll", "entropy", "max_prob", "margin")
 _MASS = tuple(f"attn_{segment}" for segment in SEGMENTS[:-1])  # nobody reads the rest
+_FIRST = len(_WORDS) + len(COUNTED)  # columns, one for each
 _LENS = ("lens_rank", "lens_logprob")
 NAMES = frozenset((*_WORDS, *_MASS, "svar", "attn_entropy", *_LENS, *COUNTED))
 """Features that are known here."""
@@ -48,7 +51,7 @@ class Direct:
         self._decodes = any(column.startswith(_LENS) for column in columns)
         self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)
         self._members = np.zeros((0, len(SEGMENTS)), np.float32)
-        self._norm: Callable[[np.ndarray], np.ndarray] | None = None
+        self._norm: Callable[[Tensor], Tensor] | None = None
         self._fits: bool | None = None  # the model; not known before the first step
 
     def takes(self, some: Sequence[Step], start: int) -> bool:
@@ -64,87 +67,99 @@ class Direct:
         """Finds sizes and places of columns; whether all is there, on the CPU and in float32."""
         rows, layers = step.rows["language"] if self._attends else [], len(step.hidden) if self._decodes else 1
         self._words, self._heads = layers * len(logits), sum(row.query.shape[1] for row in rows)
-        self._middle, widths = middle(len(rows)), dict.fromkeys(_WORDS, 1)
+        widths = dict.fromkeys((*_WORDS, *COUNTED), 1)
         if self._attends:
             widths |= {**dict.fromkeys(_MASS, len(rows)), "svar": 1, "attn_entropy": len(rows)}
-        widths |= dict.fromkeys(_LENS, layers - 1) | dict.fromkeys(COUNTED, 1)
+        widths |= dict.fromkeys(_LENS, layers - 1)
         names: list[str] = []
         self._at: dict[str, slice] = {}
         for name, width in widths.items():
-            single = name in _WORDS or name in COUNTED or name == "svar"
             self._at[name] = slice(len(names), len(names) + width)
+            single = name in (*_WORDS, *COUNTED, "svar")
             names += [name] if single else [f"{name}_l{layer:02d}" for layer in range(width)]
         if not set(self._columns) <= set(names) or (self._decodes and not self._steps.lens.checked):
             return False  # a trace says why, and checks the lens
         self._width, self._places = len(names), np.array([names.index(column) for column in self._columns])
+        if len({(*row.query.shape, row.keys.scaling) for row in rows}) > 1:  # layers of different kinds
+            return False
         tensors = [logits, *step.hidden, *(part for row in rows for part in (row.query, row.keys.newest))]
         return all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
 
-    def rows(self, some: Sequence[Step], ids: Sequence[int], start: int, counted: np.ndarray) -> np.ndarray:
-        """(T, columns) float32 of T tokens, whose numbers begin with ``start``; (T, 3) of ``COUNTED`` are given."""
+    def rows(self, some: Sequence[Step], ids: Sequence[int], start: int, counted: Sequence[tuple]) -> np.ndarray:
+        """The detector's columns of tokens in a row.
+
+        Args:
+            some: their steps, T of them. ``ids``: the tokens.
+            start: number of the first one.
+            counted: their values of ``COUNTED``.
+
+        Returns:
+            (T, columns) float32.
+        """
         out = np.empty((len(some), self._width), np.float32)
-        out[:, -len(COUNTED) :] = counted
-        self._read_words(some, ids, start, out)
+        self._read_words(some, ids, start, counted, out)
         if self._attends:
             self._read_attention(some, start, out)
         self.logprobs = -out[:, 0]
         return out.take(self._places, 1)
 
-    def _read_words(self, some: Sequence[Step], ids: Sequence[int], start: int, out: np.ndarray) -> None:
+    def _read_words(
+        self, some: Sequence[Step], ids: Sequence[int], start: int, counted: Sequence[tuple], out: np.ndarray
+    ) -> None:
         """Uncertainty, and the logit lens of all layers but the last, which is the model's own distribution."""
-        own = self._steps.logits[start : start + len(some)]
-        logits = own[0].view(1, 1, -1) if len(own) == 1 else torch.stack(own)[:, None]
+        count = len(some)
+        own = self._steps.logits[start : start + count]
         if self._decodes:
-            layers = self._lens([layer for step in some for layer in step.hidden[:-1]])
-            logits = torch.cat([layers.view(len(some), -1, logits.shape[-1]), logits], 1)
-        logprobs, logits = logits.log_softmax(-1).numpy(), logits.numpy()
+            own = [self._lens([layer for step in some for layer in step.hidden[:-1]]).view(-1), *own]
+        together = (own[0] if len(own) == 1 else torch.cat(own)).view(-1, self._steps.logits[start].shape[0])
+        logprobs, raw = together.log_softmax(-1).numpy(), together.numpy()
         rank, logprob = (self._at[name] for name in _LENS)
-        for row, each, raw, token in zip(out, logprobs, logits, ids, strict=True):
-            chosen, last = each[:, token], each[-1]
+        layers = rank.stop - rank.start
+        for number, (row, token, known) in enumerate(zip(out, ids, counted, strict=True)):
+            last = logprobs[number - count]
             shares, best = np.exp(last), last.argmax()
             entropy, top = -shares.dot(last), shares[best]
             shares[best] = 0
-            row[:4] = -chosen[-1], entropy, top, top - np.maximum.reduce(shares)
-            if self._decodes:
-                row[rank] = [np.count_nonzero(layer > layer[token]) for layer in raw[:-1]]
-                row[logprob] = chosen[:-1]
-        if self._decodes:
-            out[:, rank] = np.log1p(out[:, rank])
+            row[:_FIRST] = -last[token], entropy, top, top - np.maximum.reduce(shares), *known
+            if layers:
+                here = slice(number * layers, (number + 1) * layers)
+                row[rank] = [math.log1p(np.count_nonzero(layer > layer[token])) for layer in raw[here]]
+                row[logprob] = logprobs[here, token]
 
     def _lens(self, hidden: list[Tensor]) -> Tensor:
         """(states, V) logits of residual streams (1, 1, D)."""
-        states = torch.cat(hidden, 1)[0].numpy()
+        states = torch.cat(hidden, 1)[0]
         if self._norm is None:
             self._norm = _norm(self._steps.lens.norm, states)
-        return self._steps.lens.unembed(torch.from_numpy(self._norm(states)))
+        return self._steps.lens.unembed(self._norm(states))
 
     def _read_attention(self, some: Sequence[Step], start: int, out: np.ndarray) -> None:
         """Attention of the rows, mean over heads, by layer."""
         weights = self._weights(some, self._steps.seen(start + len(some) - 1))
-        heads = weights.shape[1]
         mean = np.add.reduce(weights, 1)  # (L, T, k), times the number of heads
-        mass = mean @ self._membership(mean.shape[-1]) / heads
-        out[:, self._at[_MASS[0]].start : self._at[_MASS[-1]].stop] = (
-            mass[..., : len(_MASS)].transpose(1, 2, 0).reshape(len(some), -1)
-        )
-        out[:, self._at["svar"].start] = np.add.reduce(mass[self._middle, :, 0], 0)
+        mean *= 1 / weights.shape[1]
+        mass = mean @ self._membership(mean.shape[-1])
+        every = mass[..., : len(_MASS)].transpose(1, 2, 0)
+        out[:, self._at[_MASS[0]].start : self._at[_MASS[-1]].stop] = every.reshape(len(some), -1)
+        out[:, self._at["svar"].start] = np.add.reduce(mass[middle(len(mass)), :, 0], 0)
         image = mean[..., self._steps.image]
-        share = image / np.maximum(mass[..., :1] * heads, 1e-12 * heads)  # as ``stethoscope.features.reduce`` has it
+        share = image / np.maximum(mass[..., :1], 1e-12)  # as ``stethoscope.features.reduce`` has it
         spread = np.einsum("ltn,ltn->tl", share, np.log(np.maximum(share, 1e-12)))
         out[:, self._at["attn_entropy"]] = spread / -math.log(max(image.shape[-1], 2))
 
     def _weights(self, some: Sequence[Step], seen: int) -> np.ndarray:
         """(L, H, T, seen) attention of the queries of T steps in a row to the keys that the last has seen."""
         layers, count = list(zip(*(step.rows["language"] for step in some), strict=True)), len(some)
-        scores = np.empty((len(layers), layers[0][0].query.shape[1], count, seen), np.float32)
-        for rows, out in zip(layers, scores, strict=True):
-            keys, query = rows[0].keys.newest.numpy()[0, :, :seen], rows[0].query
-            if count > 1:
-                query = torch.cat([row.query for row in rows], 2)
-            grouped = query.numpy().reshape(len(keys), -1, keys.shape[-1]) * rows[0].keys.scaling
-            np.matmul(grouped, keys.transpose(0, 2, 1), out=out.reshape(len(keys), -1, seen))
+        queries = torch.cat([row.query for rows in layers for row in rows], 2).numpy()[0]
+        queries *= layers[0][0].keys.scaling
+        heads, _, size = queries.shape
+        scores = np.empty((len(layers), heads, count, seen), np.float32)
+        for number, rows in enumerate(layers):
+            keys = rows[0].keys.newest.numpy()[0, :, :seen]
+            grouped = queries[:, number * count : (number + 1) * count].reshape(len(keys), -1, size)
+            np.matmul(grouped, keys.transpose(0, 2, 1), out=scores[number].reshape(len(keys), -1, seen))
         if count > 1:
-            scores[..., -count:] += np.triu(np.full((count, count), -np.inf, np.float32), 1)
+            scores[..., -count:] += _after(count)
         return torch.from_numpy(scores).softmax(-1).numpy()
 
     def _membership(self, length: int) -> np.ndarray:
@@ -154,17 +169,16 @@ class Direct:
         return self._members[:length]
 
 
-def _norm(norm: nn.Module, states: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The norm of (rows, D) in numpy, if on these states it is the usual one; else the module itself."""
-    own = norm(torch.from_numpy(states)).numpy()
-    epsilon = getattr(norm, "variance_epsilon", None)
-    if epsilon is not None and isinstance(getattr(norm, "weight", None), Tensor):
-        weight = norm.weight.detach().numpy()
+@cache
+def _after(count: int) -> np.ndarray:
+    """(count, count) of 0, and -inf where a key comes after its step."""
+    return np.triu(np.full((count, count), -np.inf, np.float32), 1)
 
-        def root_mean_square(states: np.ndarray) -> np.ndarray:
-            mean = np.einsum("rd,rd->r", states, states)[:, None] / states.shape[1]
-            return states / np.sqrt(mean + epsilon) * weight
 
-        if np.allclose(root_mean_square(states), own, rtol=1e-5, atol=1e-5):
-            return root_mean_square
-    return lambda states: norm(torch.from_numpy(states)).numpy()
+def _norm(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
+    """The norm of (rows, D) in a single call, if on these states it is the usual one; else the module itself."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
+        return norm
+    usual = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
+    return usual if torch.allclose(usual(states), norm(states), rtol=1e-5, atol=1e-5) else norm

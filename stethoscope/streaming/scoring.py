@@ -105,7 +105,7 @@ class Scorer:
         self._rows.append(rows)
         return self._predict(rows)
 
-    def _traced(self, steps: Steps, ids: Sequence[int], start: int, counted: np.ndarray) -> np.ndarray:
+    def _traced(self, steps: Steps, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
         """The detector's columns (T, features) of a trace of the tokens from ``start`` on."""
         trace = self._trace(self._own, steps, ids, start)
         self.logprobs += token_logprob(trace.logits, trace).tolist()
@@ -122,21 +122,21 @@ class Scorer:
                     f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
                 )
             self._places = [names.index(name) for name in self._features]
-        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), counted], 1)
+        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), np.array(counted, np.float32)], 1)
         return rows[:, self._places]
 
     def _trace(self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int) -> Trace:
         needs = frozenset().union(*(item.needs for item in features))
         return steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
 
-    def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
-        """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
+    def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
+        """``COUNTED`` for the tokens from ``start`` on, each asked for once."""
         rows, seen = [], self._seen
         for place, token in enumerate(ids[start:], start):
             before = seen.get(token, 0)
             rows.append((place, math.log1p(place), before))
             seen[token] = before + 1
-        return np.array(rows, np.float32)
+        return rows
 
     def columns(self) -> dict[str, np.ndarray]:
         """(T,) columns as the detector's table has them; those that it does not read are missing values."""

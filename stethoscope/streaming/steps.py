@@ -192,7 +192,11 @@ class Steps(Listener):
         batch, heads, queries, _ = query.shape
         if batch > 1:
             raise CaptureError(f"{batch} prompts are written at once; warnings are for one prompt at a time")
-        if queries == 1 and mask is None and (keys := self._plain(site, module, query, key, value, kwargs)).plain:
+        plain = queries == 1 and mask is None
+        if plain:
+            keys = self._keys.get(site.name) or self._tried(site, module, query, key, value, kwargs)
+            plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # else a window has dropped some
+        if plain:
             keys.newest = key
             self._rows[site.role].append(Later(query, keys))
             if heads == key.shape[1] and not kwargs.get("dropout"):  # what is left of transformers' function then
@@ -209,20 +213,18 @@ class Steps(Listener):
         self._rows[site.role].append(row)
         return output, None
 
-    def _plain(
+    def _tried(
         self, site: Site, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
     ) -> Keys:
-        """Whether all keys are there and softmax(scaling q k) is the map, tried once for every module of an answer."""
-        keys = self._keys.get(site.name)
-        if keys is None:
-            keys = self._keys[site.name] = Keys()
-            if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
-                keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-                own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
-                keys.newest = key
-                near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
-                keys.plain = bool((Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
-        return keys if key.shape[2] == self.seen(len(self.logits)) else Keys()
+        """Whether softmax(scaling q k) is the map, tried once for every module of an answer."""
+        keys = self._keys[site.name] = Keys()
+        if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
+            keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
+            keys.newest = key
+            near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+            keys.plain = bool((Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
+        return keys
 
     def seen(self, step: int) -> int:
         """How many keys a step sees."""

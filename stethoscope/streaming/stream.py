@@ -202,7 +202,7 @@ class WarningStreamer(BaseStreamer):
         self._waiting = []
 
     def _read(self, least: int) -> None:
-        """Log-probabilities and warnings of the newest tokens, as far as their steps are known, if there are so many."""
+        """Log-probabilities and warnings of the newest tokens whose steps are known, if there are so many."""
         if self.scorer is None:
             self._logprobs += self._rest()
             return
