@@ -122,8 +122,8 @@ class Scorer:
                     f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
                 )
             self._places = [names.index(name) for name in self._features]
-        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), np.array(counted, np.float32)], 1)
-        return rows[:, self._places]
+        parts = [*(values.reshape(len(values), -1) for _, values in found), np.array(counted, np.float32)]
+        return np.concatenate(parts, 1)[:, self._places]
 
     def _trace(self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int) -> Trace:
         needs = frozenset().union(*(item.needs for item in features))
@@ -187,9 +187,7 @@ def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
     return lambda rows: expit(score(rows))
 
 
-def _scores(
-    model: BaseEstimator, slope: float = 1.0, intercept: float = 0.0
-) -> Callable[[np.ndarray], np.ndarray]:
+def _scores(model: BaseEstimator, slope: float = 1.0, intercept: float = 0.0) -> Callable[[np.ndarray], np.ndarray]:
     """From rows to slope * log-odds + intercept."""
     if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
         trees = isinstance(model, HistGradientBoostingClassifier)
