@@ -8,14 +8,13 @@ third of the time, works on the memory of the tensors. Where there is much to co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch import Tensor
 
 from stethoscope.features.attention import middle
 from stethoscope.trace import SEGMENTS
@@ -51,7 +50,6 @@ class Direct:
         self._decodes = any(column.startswith(_LENS) for column in columns)
         self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)
         self._members = np.zeros((0, len(SEGMENTS)), np.float32)
-        self._norm: Callable[[Tensor], Tensor] | None = None
         self._fits: bool | None = None  # the model; not known before the first step
 
     def takes(self, some: Sequence[Step], start: int) -> bool:
@@ -128,10 +126,8 @@ class Direct:
 
     def _lens(self, hidden: list[Tensor]) -> Tensor:
         """(states, V) logits of residual streams (1, 1, D)."""
-        states = torch.cat(hidden, 1)[0]
-        if self._norm is None:
-            self._norm = _norm(self._steps.lens.norm, states)
-        return self._steps.lens.unembed(self._norm(states))
+        lens = self._steps.lens
+        return lens.unembed(lens.normalise(torch.cat(hidden, 1)[0]))
 
     def _read_attention(self, some: Sequence[Step], start: int, out: np.ndarray) -> None:
         """Attention of the rows, mean over heads, by layer."""
@@ -173,12 +169,3 @@ class Direct:
 def _after(count: int) -> np.ndarray:
     """(count, count) of 0, and -inf where a key comes after its step."""
     return np.triu(np.full((count, count), -np.inf, np.float32), 1)
-
-
-def _norm(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
-    """The norm of (rows, D) in a single call, if on these states it is the usual one; else the module itself."""
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
-        return norm
-    usual = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
-    return usual if torch.allclose(usual(states), norm(states), rtol=1e-5, atol=1e-5) else norm

@@ -6,12 +6,14 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from stethoscope.errors import CapabilityError
@@ -47,6 +49,7 @@ class Lens:
         self._scale = text.hidden_size**-0.5 if getattr(text, "scale_decoder_outputs", False) else 1.0
         self._softcap = getattr(text, "final_logit_softcapping", None)
         self.checked = False
+        self._normalise: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
     def listen(self, rows: Tensor) -> Iterator[list[Tensor]]:
@@ -71,6 +74,12 @@ class Lens:
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
         return self.unembed(self.norm(hidden))
+
+    def normalise(self, states: Tensor) -> Tensor:
+        """The final norm of a few states (rows, D), in one call where it is the usual one, which is tried once."""
+        if self._normalise is None:
+            self._normalise = _one_call(self.norm, states)
+        return self._normalise(states)
 
     def unembed(self, states: Tensor) -> Tensor:
         """Float32 logits (..., V) of normalised states (..., D)."""
@@ -147,6 +156,15 @@ class Lens:
         if (decoded - logits).abs().max() > near * (1 + logits.abs().max()):
             raise CapabilityError("logit lens: final norm and head do not reproduce the model's logits")
         self.checked = True
+
+
+def _one_call(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
+    """Torch's own RMS norm, if it gives what the model's norm gives of these states; else the module itself."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.device != states.device or not isinstance(epsilon, float):
+        return norm
+    usual = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
+    return usual if torch.allclose(usual(states), norm(states), rtol=1e-5, atol=1e-5) else norm
 
 
 _lenses: WeakKeyDictionary[PreTrainedModel, Lens] = WeakKeyDictionary()
