@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,10 @@ from sklearn.pipeline import Pipeline
 from stethoscope.diagnosis.detecting import feature_set
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES
+from stethoscope.features.reduce import token_logprob
 from stethoscope.features.selection import as_columns
 from stethoscope.records import Answer
+from stethoscope.streaming.direct import COUNTED, NAMES, Direct
 from stethoscope.streaming.steps import STEP_NEEDS
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.features import Feature
     from stethoscope.streaming.steps import Steps
+    from stethoscope.trace import Trace
 
 HISTORY = frozenset(
     {"sequence_logprob"}
@@ -34,8 +37,6 @@ HISTORY = frozenset(
     | {f"{name}_{row}" for name in ("overtrust", "overtrust_column") for row in "qc"}
 )
 """Features of a token that are functions of the tokens before it too; most others read the token's own rows."""
-COUNTED = ("position", "log_position", "repetition")
-"""Those that are counted: place, log(1 + place), how often the token stands before."""
 
 
 class Scorer:
@@ -47,6 +48,7 @@ class Scorer:
 
     Attributes:
         needs: what the steps must hold.
+        logprobs: of the tokens that were judged last, natural logs.
         waits: 1 if a token can be judged only when the next step has read it, else 0.
         together: so many tokens are judged at a time.
 
@@ -64,8 +66,11 @@ class Scorer:
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
         self._predict = quick(detector.model)
+        self._direct: Direct | None = None
+        self._simple = NAMES.issuperset(features.names)
         self._places: list[int] = []  # of the detector's columns among those that are computed
-        self._seen: Counter[int] = Counter()
+        self.logprobs: list[float] = []
+        self._seen: dict[int, int] = {}  # how often
         self._rows: list[np.ndarray] = []
 
     def judge(self, steps: Steps, ids: Sequence[int], start: int) -> np.ndarray:
@@ -79,10 +84,36 @@ class Scorer:
             CapabilityError: the model does not give what the detector reads.
             CaptureError: a value is not finite.
         """
-        found = self._computed(self._own, steps, ids, start)
+        if self._direct is None and self._simple:
+            self._direct = Direct(steps, self._features)
+        first, counted, parts, self.logprobs = start, self._count(ids, start), [], []
+        while start < len(ids):
+            some = steps.alike(start, len(ids)) if self._simple else []
+            stop = start + len(some) if some else len(ids)
+            given = counted[start - first : stop - first]
+            if some and self._direct.takes(some, start):
+                parts.append(self._direct.rows(some, ids[start:stop], start, given))
+                self.logprobs += self._direct.logprobs.tolist()
+                steps.forget(stop)
+            else:
+                parts.append(self._traced(steps, ids[:stop], start, given))
+            start = stop
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not math.isfinite(np.add.reduce(rows, None)) and not np.isfinite(rows).all():  # the sum is soon told
+            name = self._features[int(np.isfinite(rows).all(0).argmin())]
+            raise CaptureError(f"feature {name!r} gave a value that is not finite")
+        self._rows.append(rows)
+        return self._predict(rows)
+
+    def _traced(self, steps: Steps, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
+        """The detector's columns (T, features) of a trace of the tokens from ``start`` on."""
+        trace = self._trace(self._own, steps, ids, start)
+        self.logprobs += token_logprob(trace.logits, trace).tolist()
+        found = [(item, item.function(trace)) for item in self._own]
         if self._history:
-            found += [(item, values[start:]) for item, values in self._computed(self._history, steps, ids, 0)]
-        counted = self._count(ids, start)
+            whole = self._trace(self._history, steps, ids, 0)
+            found += [(item, item.function(whole)[start:]) for item in self._history]
+        found = [(item, np.asarray(values, dtype=np.float32)) for item, values in found]
         if not self._places:
             names = [name for item, values in found for name in as_columns(item, values)] + list(COUNTED)
             missing = [name for name in self._features if name not in names]
@@ -91,30 +122,21 @@ class Scorer:
                     f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
                 )
             self._places = [names.index(name) for name in self._features]
-        rows = np.concatenate([*(values.reshape(len(values), -1) for _, values in found), counted], 1)
-        rows = rows[:, self._places]
-        if not np.isfinite(rows).all():
-            name = self._features[int(np.isfinite(rows).all(0).argmin())]
-            raise CaptureError(f"feature {name!r} gave a value that is not finite")
-        self._rows.append(rows)
-        return self._predict(rows)
+        parts = [*(values.reshape(len(values), -1) for _, values in found), np.array(counted, np.float32)]
+        return np.concatenate(parts, 1)[:, self._places]
 
-    def _computed(
-        self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int
-    ) -> list[tuple[Feature, np.ndarray]]:
-        """What features say of the tokens from ``start`` on."""
+    def _trace(self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int) -> Trace:
         needs = frozenset().union(*(item.needs for item in features))
-        trace = steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
-        return [(item, np.asarray(item.function(trace), dtype=np.float32)) for item in features]
+        return steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
 
-    def _count(self, ids: Sequence[int], start: int) -> np.ndarray:
-        """(T, 3) of ``COUNTED`` for the tokens from ``start`` on, each asked for once."""
-        repeated = []
-        for token in ids[start:]:
-            repeated.append(self._seen[token])
-            self._seen[token] += 1
-        position = np.arange(start, len(ids))
-        return np.stack([position, np.log1p(position, dtype=np.float32), repeated], 1)
+    def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
+        """``COUNTED`` for the tokens from ``start`` on, each asked for once."""
+        rows, seen = [], self._seen
+        for place, token in enumerate(ids[start:], start):
+            before = seen.get(token, 0)
+            rows.append((place, math.log1p(place), before))
+            seen[token] = before + 1
+        return rows
 
     def columns(self) -> dict[str, np.ndarray]:
         """(T,) columns as the detector's table has them; those that it does not read are missing values."""
@@ -158,19 +180,19 @@ def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
     These take some hundred microseconds a call, as long as a small model takes for a token. A pipeline of a logistic
     regression or a network comes down to clipping and products, boosted trees to a walk through all of them at once.
     """
-    score = _scores(model.model)
     if isinstance(model.calibrator, IsotonicRegression):
+        score = _scores(model.model)
         return lambda rows: model.calibrate(score(rows))
-    slope, intercept = model.line
-    return lambda rows: expit(slope * score(rows) + intercept)
+    score = _scores(model.model, *model.line)
+    return lambda rows: expit(score(rows))
 
 
-def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
-    """From rows to log-odds."""
-    if isinstance(model, HistGradientBoostingClassifier):
-        return _Trees(model).scores
+def _scores(model: BaseEstimator, slope: float = 1.0, intercept: float = 0.0) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows to slope * log-odds + intercept."""
     if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
-        return model.decision_function
+        trees = isinstance(model, HistGradientBoostingClassifier)
+        scores = _Trees(model).scores if trees else model.decision_function
+        return lambda rows: slope * scores(rows) + intercept
     impute, clip, scale, classify = (step for _, step in model.steps)
     linear = isinstance(classify, LogisticRegression)
     first, bias = (classify.coef_.T, classify.intercept_) if linear else (classify.coefs_[0], classify.intercepts_[0])
@@ -180,15 +202,21 @@ def _scores(model: BaseEstimator) -> Callable[[np.ndarray], np.ndarray]:
     count = len(weights) - extra
     bias = bias + np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]) @ weights[count:]
     weights, low, high = weights[:count], clip.low_[:count], clip.high_[:count]
+    if linear:
+        weights, bias = slope * weights[:, 0], slope * bias[0] + intercept
 
     def line(rows: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(rows, low), high) @ weights + bias
 
     if linear:
-        return lambda rows: line(rows)[:, 0]
+        return line
     last, final = classify.coefs_[1], classify.intercepts_[1]
     limit = logit(1 - 1e-12)  # as in ``Network.decision_function``
-    return lambda rows: np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+    def network(rows: np.ndarray) -> np.ndarray:
+        return np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
+
+    return lambda rows: slope * network(rows) + intercept
 
 
 class _Trees:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from stethoscope.errors import CaptureError
@@ -29,6 +30,7 @@ from stethoscope.tracing.capture import (
     eager_attention,
     eager_rows,
     hearing,
+    modules_of,
     plain_attention,
     selected,
     sites,
@@ -46,7 +48,7 @@ _NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # how far it may be from the model file's att
 
 
 @dataclass
-class _Keys:
+class Keys:
     """Of one attention module: the keys (1, key heads, k, d) of its newest call, if the plain formula gives its map."""
 
     plain: bool = False
@@ -55,11 +57,11 @@ class _Keys:
 
 
 @dataclass
-class _Later:
+class Later:
     """A row of attention that is still to be made, from its query (1, H, 1, d)."""
 
     query: Tensor
-    keys: _Keys
+    keys: Keys
 
     def row(self, seen: int) -> Tensor:
         """(H, seen) float32."""
@@ -68,11 +70,16 @@ class _Later:
 
 
 @dataclass
-class _Step:
-    """What one step has left behind: its residual stream by layer (1, 1, D), its rows (H, k) by role and layer."""
+class Step:
+    """What one step has left behind: its residual stream by layer (1, 1, D), its rows (H, k) by role and layer.
+
+    Attributes:
+        later: all of its rows are still to be made.
+    """
 
     hidden: list[Tensor]
-    rows: dict[str, list[Tensor | _Later]]
+    rows: dict[str, list[Tensor | Later]]
+    later: bool
 
 
 @dataclass
@@ -95,12 +102,13 @@ class Steps(Listener):
 
     Attributes:
         logits: (V,) of every step so far, unprocessed.
+        image: where the image tokens are in a row of attention, as an index.
     """
 
     def __init__(
         self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, needs: frozenset[str]
     ) -> None:
-        self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
+        self._model, self.lens, self.spans, self._encoder = model, lens, spans, encoder
         self._decodes = not needs.isdisjoint({"lens", "trajectory"})
         self._attends, self._by_head = not needs.isdisjoint({"attention", "heads"}), "heads" in needs
         self._roles = ("language", "cross") if encoder else ("language",)
@@ -108,14 +116,15 @@ class Steps(Listener):
         self._begin = 1 if encoder else spans.length  # of the answer, in the sequence that the rows' keys are of
         first, last = spans.image[0], spans.image[-1] + 1
         whole = last - first == len(spans.image)
-        self._image = slice(first, last) if whole else torch.tensor(spans.image, dtype=torch.long)
+        self.image = slice(first, last) if whole else torch.tensor(spans.image, dtype=torch.long)
         self._members: dict[str, Tensor] = {}
-        self._keys: dict[str, _Keys] = {}
-        self._rows: dict[str, list[Tensor | _Later]] = {role: [] for role in self._roles}
+        self._keys: dict[str, Keys] = {}
+        self._rows: dict[str, list[Tensor | Later]] = {role: [] for role in self._roles}
         self._hidden: list[Tensor] = []
         self._fresh = self._on = False
+        self._later = True  # all rows of the step so far are still to be made
         self._open: ExitStack | None = None
-        self._waiting: list[_Step] = []
+        self._waiting: list[Step] = []
         self._blocks: list[_Block] = []
         self.logits: list[Tensor] = []
 
@@ -133,9 +142,9 @@ class Steps(Listener):
                 if always:
                     self._open.enter_context(hearing(self._recording))
             if self._decodes:
-                for layer in self._lens.layers:
+                for layer in self.lens.layers:
                     self._hook(layer, self._after_layer)
-            speaking = [m for m in self._model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
+            speaking = [m for m in modules_of(self._model) if isinstance(m, PreTrainedModel) and m.can_generate()]
             self._nested = len(speaking) > 1
             if self._nested:
                 self._hook(self._model.get_output_embeddings(), self._after_head)
@@ -180,33 +189,46 @@ class Steps(Listener):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, queries, _ = query.shape
+        if batch > 1:
+            raise CaptureError(f"{batch} prompts are written at once; warnings are for one prompt at a time")
+        plain = queries == 1 and mask is None
+        if plain:
+            keys = self._keys.get(site.name) or self._tried(site, module, query, key, value, kwargs)
+            plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # else a window has dropped some
+        if plain:
+            keys.newest = key
+            self._rows[site.role].append(Later(query, keys))
+            if heads == key.shape[1] and not kwargs.get("dropout"):  # what is left of transformers' function then
+                output = scaled_dot_product_attention(query, key, value, scale=kwargs.get("scaling"))
+                return output.transpose(1, 2).contiguous(), None
+            return plain_attention(module, query, key, value, mask, **kwargs)
         output, _ = plain_attention(module, query, key, value, mask, **kwargs)  # the very ids of a plain call
-        if len(query) > 1:
-            raise CaptureError(f"{len(query)} prompts are written at once; warnings are for one prompt at a time")
-        if query.shape[2] > 1:
-            last = torch.tensor([[query.shape[2] - 1]])
+        self._later = False
+        if queries > 1:
+            last = torch.tensor([[queries - 1]])
             row = eager_rows(module, last, query, key, value, mask, **kwargs)[0, :, 0]
-        elif mask is None and (keys := self._plain(site, module, query, key, value, kwargs)).plain:
-            keys.newest, row = key, _Later(query, keys)
         else:
             row = eager_attention(module, query, key, value, mask, **kwargs)[1][0, :, 0]
         self._rows[site.role].append(row)
         return output, None
 
-    def _plain(
+    def _tried(
         self, site: Site, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-    ) -> _Keys:
-        """Whether all keys are there and softmax(scaling q k) is the map, tried once for every module of an answer."""
-        keys = self._keys.get(site.name)
-        if keys is None:
-            keys = self._keys[site.name] = _Keys()
-            if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
-                keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-                own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
-                keys.newest = key
-                near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
-                keys.plain = bool((_Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
-        return keys if key.shape[2] == self._begin + len(self.logits) else _Keys()
+    ) -> Keys:
+        """Whether softmax(scaling q k) is the map, tried once for every module of an answer."""
+        keys = self._keys[site.name] = Keys()
+        if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
+            keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
+            keys.newest = key
+            near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+            keys.plain = bool((Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
+        return keys
+
+    def seen(self, step: int) -> int:
+        """How many keys a step sees."""
+        return self._begin + step
 
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:
@@ -220,7 +242,7 @@ class Steps(Listener):
         logits = getattr(output, "logits", None)
         if logits is None or not self._on:
             return
-        row = logits[0, -1].detach()
+        row = logits[0, -1]
         if self._nested and not self._fresh:  # a model around the one that was heard a moment ago
             self.logits[-1] = row
             return
@@ -228,8 +250,9 @@ class Steps(Listener):
         if self._attends and not all(self._rows.values()):
             role = next(role for role, rows in self._rows.items() if not rows)
             raise CaptureError(f"no {role} attention was heard; open the stream in the thread that generates")
-        self._waiting.append(_Step(self._hidden, self._rows))
+        self._waiting.append(Step(self._hidden, self._rows, self._later))
         self.logits.append(row)
+        self._later = True
         self._hidden, self._rows = [], {role: [] for role in self._roles}
 
     def trace(self, start: int, answer: Answer, needs: frozenset[str], consuming: bool = False) -> Trace:
@@ -241,9 +264,9 @@ class Steps(Listener):
             needs: parts to fill.
             consuming: the step that reads the last token is known too; parts of ``Heads`` need it.
         """
-        self._reduce()
         stop = start + len(answer.token_ids)
         end = stop + consuming
+        self._reduce(end)
         rows = self.logits[start:stop]
         parts: dict[str, Any] = {"logits": (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float().cpu()}
         if "attention" in needs:
@@ -251,7 +274,7 @@ class Steps(Listener):
         if not needs.isdisjoint({"lens", "trajectory"}):
             hidden = self._part("hidden", start, stop)
             ids = torch.tensor(answer.token_ids, device=hidden.device)
-            parts |= self._lens.read_together(hidden, parts["logits"], ids, needs)
+            parts |= self.lens.read_together(hidden, parts["logits"], ids, needs)
         if "heads" in needs:
             rows = self._part("response", start, end)
             response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))
@@ -273,10 +296,19 @@ class Steps(Listener):
             return [row for part in reversed(found) for row in part]
         return found[0] if len(found) == 1 else torch.cat(found[::-1])
 
-    def _reduce(self) -> None:
-        """Makes blocks of the steps that wait: one of those in a row whose maps are all still to be made."""
+    def alike(self, start: int, stop: int) -> list[Step]:
+        """The steps from ``start`` on, up to ``stop``, that are all ``later``, or all are not. None has been read."""
+        first = start - (len(self.logits) - len(self._waiting))
+        return list(next(groupby(self._waiting[first : stop - start + first], _is_later))[1])
+
+    def forget(self, stop: int) -> None:
+        """Drops what waits of the steps up to ``stop``, which have been read."""
+        del self._waiting[: stop - (len(self.logits) - len(self._waiting))]
+
+    def _reduce(self, stop: int) -> None:
+        """Makes blocks of the steps up to ``stop`` that wait: one of those in a row that are all ``later``."""
         first = len(self.logits) - len(self._waiting)
-        for _, some in groupby(self._waiting, _is_later):
+        for _, some in groupby(self._waiting[: max(stop - first, 0)], _is_later):
             steps, parts = list(some), {}
             if self._decodes:
                 hidden = torch.cat([layer for step in steps for layer in step.hidden], 1)
@@ -285,16 +317,16 @@ class Steps(Listener):
                 parts |= self._maps(steps, first)
             self._blocks.append(_Block(first, parts))
             first += len(steps)
-        self._waiting = []
+        self.forget(first)
 
-    def _maps(self, steps: list[_Step], first: int) -> dict[str, Any]:
+    def _maps(self, steps: list[Step], first: int) -> dict[str, Any]:
         """Attention of some steps, reduced as ``stethoscope.tracing.rows`` does it."""
         masses, found = [], {}
         for role in self._roles:
             weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
-            masses.append(weights @ self._membership(role, weights.shape[-1], weights.device))
+            masses.append(weights @ self.membership(role, weights.shape[-1]).to(weights.device))
             if role == self._reads:
-                image = weights[..., self._image]
+                image = weights[..., self.image]
                 found["image"] = image.mean(1).transpose(0, 1)
                 if self._by_head:
                     found["top"], found["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self._roles))
@@ -310,24 +342,24 @@ class Steps(Listener):
         """Float32 (L, H, T, k); keys that a sliding window has dropped have no weight, places not yet filled are left.
 
         Args:
-            rows: by step and layer, as in ``_Step``. ``first``: number of the first step.
+            rows: by step and layer, as in ``Step``. ``first``: number of the first step.
         """
         length = self.spans.length if role == "cross" else self._begin + first + len(rows) - 1
-        if isinstance(rows[0][0], _Later) and all(isinstance(row, _Later) for row in rows[0]):
+        if isinstance(rows[0][0], Later) and all(isinstance(row, Later) for row in rows[0]):
             return _together(rows, length).softmax(-1)
         steps = []
         for number, step in enumerate(rows, first):
             seen = self.spans.length if role == "cross" else self._begin + number
-            made = [row.row(seen) if isinstance(row, _Later) else row[:, :seen] for row in step]
+            made = [row.row(seen) if isinstance(row, Later) else row[:, :seen] for row in step]
             pads = [(seen - row.shape[1], length - seen) for row in made]
             steps.append(torch.stack([nn.functional.pad(*one).float().cpu() for one in zip(made, pads, strict=True)]))
         return torch.stack(steps, 2)
 
-    def _membership(self, role: str, length: int, device: torch.device) -> Tensor:
-        """(length, 5) which segment every key belongs to, as 0 and 1."""
+    def membership(self, role: str, length: int) -> Tensor:
+        """(length, 5) float32 which of ``SEGMENTS`` every key of a row belongs to, as 0 and 1."""
         if role not in self._members or len(self._members[role]) < length:
-            self._members[role] = self._kinds(role, length + _GROW).to(device)
-        return self._members[role][:length].to(device)
+            self._members[role] = self._kinds(role, length + _GROW).to(self._model.device)
+        return self._members[role][:length]
 
     def _kinds(self, role: str, length: int) -> Tensor:
         if not self._encoder:
@@ -349,12 +381,11 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     return (grouped @ key.transpose(2, 3)).float().view(*query.shape[:3], -1)
 
 
-def _is_later(step: _Step) -> bool:
-    """Whether all rows of a step are still to be made."""
-    return all(isinstance(row, _Later) for rows in step.rows.values() for row in rows)
+def _is_later(step: Step) -> bool:
+    return step.later
 
 
-def _together(rows: list[list[_Later]], length: int) -> Tensor:
+def _together(rows: list[list[Later]], length: int) -> Tensor:
     """(L, H, T, length) scores of the rows of T steps in a row, -inf where a key comes after its step."""
     count, layers = len(rows), []
     for later in zip(*rows, strict=True):

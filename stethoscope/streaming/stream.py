@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from stethoscope.diagnosis.making import find_mentions, judge_mentions
@@ -27,6 +27,7 @@ from stethoscope.tracing.lens import lens_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
 
     from stethoscope.adapter import Adapter
     from stethoscope.detector import Detector
@@ -131,7 +132,7 @@ class WarningStreamer(BaseStreamer):
             self.arguments["stopping_criteria"] = [_Late(one) for one in self.arguments["stopping_criteria"]]
         self._ends = frozenset(settings.eos_token_id or ())
         self._stops = (*getattr(adapter, "stop", ()), *self._generation.stop)
-        self._tokenizer, self._on_token = adapter.processor.tokenizer, on_token
+        self._write, self._on_token = _decoder(adapter.processor.tokenizer), on_token
         self._text = GrowingText(self._decode)
         self._waiting: list[tuple[str, int, int]] = []  # of tokens that are not handed out: text, start, end
         self._ids: list[int] = []
@@ -191,6 +192,7 @@ class WarningStreamer(BaseStreamer):
         """Called by ``generate`` when it is done: what waited is handed out, but for what is no part of the answer."""
         self.close()
         self._read(1)
+        self._logprobs += self._rest()
         ids = self._ids[: self._limit]
         if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._ends)]
@@ -200,15 +202,20 @@ class WarningStreamer(BaseStreamer):
         self._waiting = []
 
     def _read(self, least: int) -> None:
-        """Log-probabilities and, as far as steps are known, warnings of the newest tokens, if there are so many."""
-        done, known = len(self._logprobs), len(self._ids)
+        """Log-probabilities and warnings of the newest tokens whose steps are known, if there are so many."""
+        if self.scorer is None:
+            self._logprobs += self._rest()
+            return
+        done, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.waits)
         if known - done >= least:
-            for row, token in zip(self.steps.logits[done:known], self._ids[done:], strict=True):
-                self._logprobs.append(row.float().log_softmax(-1)[token].item())
-        if self.scorer is not None:
-            done, known = len(self._probabilities), min(known, len(self.steps.logits) - self.scorer.waits)
-            if known - done >= least:
-                self._probabilities += self.scorer.judge(self.steps, self._ids[:known], done).tolist()
+            self._probabilities += self.scorer.judge(self.steps, self._ids[:known], done).tolist()
+            self._logprobs += self.scorer.logprobs
+
+    def _rest(self) -> list[float]:
+        """Log-probabilities of the tokens that have none."""
+        done = len(self._logprobs)
+        rows = zip(self.steps.logits[done:], self._ids[done:], strict=False)  # the last step may have ended the answer
+        return [row.float().log_softmax(-1)[token].item() for row, token in rows]
 
     def _held(self) -> bool:
         """Whether the text may be in the middle of a stop string."""
@@ -218,7 +225,7 @@ class WarningStreamer(BaseStreamer):
         )
 
     def _decode(self, ids: Sequence[int], special: bool = False) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return self._write(ids, skip_special_tokens=not special)
 
     def _hand_out(self) -> None:
         ready = len(self._ids if self.scorer is None else self._probabilities) - len(self.tokens)
@@ -297,6 +304,14 @@ def _written(
         streamer.end()
         yield from streamer.tokens[given:]
     yield StreamedAnswer(streamer.answer, named)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """``tokenizer.decode`` without cleaning up spaces; of fast tokenizers what lies below, in half of the time."""
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    if own == [PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode]:
+        return tokenizer.backend_tokenizer.decode
+    return partial(tokenizer.decode, clean_up_tokenization_spaces=False)
 
 
 class _Late(StoppingCriteria):

@@ -6,12 +6,14 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from stethoscope.errors import CapabilityError
@@ -23,6 +25,9 @@ _LOGITS = 2**24  # as many are made at a time where all layers of a token are de
 
 class Lens:
     """Finds the stack of decoder layers, the norm behind it and the head, and checks them against the model.
+
+    Attributes:
+        checked: they have been seen to reproduce the model's own logits.
 
     Raises:
         CapabilityError: the model has no such parts.
@@ -43,7 +48,8 @@ class Lens:
         # T5's first version shares the head with the input embeddings and scales what it reads
         self._scale = text.hidden_size**-0.5 if getattr(text, "scale_decoder_outputs", False) else 1.0
         self._softcap = getattr(text, "final_logit_softcapping", None)
-        self._checked = False
+        self.checked = False
+        self._normalise: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
     def listen(self, rows: Tensor) -> Iterator[list[Tensor]]:
@@ -67,7 +73,16 @@ class Lens:
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of a residual stream (..., D)."""
-        states = self.norm(hidden)
+        return self.unembed(self.norm(hidden))
+
+    def normalise(self, states: Tensor) -> Tensor:
+        """The final norm of a few states (rows, D), in one call where it is the usual one, which is tried once."""
+        if self._normalise is None:
+            self._normalise = _one_call(self.norm, states)
+        return self._normalise(states)
+
+    def unembed(self, states: Tensor) -> Tensor:
+        """Float32 logits (..., V) of normalised states (..., D)."""
         logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
@@ -87,7 +102,7 @@ class Lens:
         Raises:
             CapabilityError: the parts that were found do not reproduce the model's own logits.
         """
-        if not self._checked:
+        if not self.checked:
             self._check(heard[-1], logits)
         pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
@@ -120,7 +135,7 @@ class Lens:
             CapabilityError: see ``read``.
         """
         logits = logits.to(hidden.device)
-        if not self._checked:
+        if not self.checked:
             self._check(hidden[:, -1], logits)
         count, size = hidden.shape[1], max(1, _LOGITS // (hidden.shape[1] * logits.shape[-1]))
         parts: dict[str, list[Tensor]] = {"lens_logprob": [], "lens_rank": [], "trajectory": []}
@@ -140,7 +155,16 @@ class Lens:
         near = 1e-3 if hidden.dtype == torch.float32 else 5e-2
         if (decoded - logits).abs().max() > near * (1 + logits.abs().max()):
             raise CapabilityError("logit lens: final norm and head do not reproduce the model's logits")
-        self._checked = True
+        self.checked = True
+
+
+def _one_call(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
+    """Torch's own RMS norm, if it gives what the model's norm gives of these states; else the module itself."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.device != states.device or not isinstance(epsilon, float):
+        return norm
+    usual = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
+    return usual if torch.allclose(usual(states), norm(states), rtol=1e-5, atol=1e-5) else norm
 
 
 _lenses: WeakKeyDictionary[PreTrainedModel, Lens] = WeakKeyDictionary()

@@ -13,6 +13,7 @@ from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.records import Generation
 from stethoscope.runs.store import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
+from stethoscope.streaming.direct import NAMES, Direct
 from stethoscope.streaming.scoring import quick
 from stethoscope.streaming.steps import STEP_NEEDS
 from stethoscope.table import FeatureSchema
@@ -209,12 +210,68 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
     assert {one.judgement for one in last.mentions} == {None}
 
 
-@pytest.mark.parametrize("model", ["blip2-flan-t5-xl", "blip2-opt-2.7b", "qwen2-vl-2b", "smolvlm-2.2b"])
-def test_rows_of_other_families(model, images, every):
-    """Every feature that a step can give, on random weights: an encoder, a language model of its own, tiles."""
+def counted(monkeypatch):
+    """How many tokens have been read without a trace."""
+    tokens, rows = [], Direct.rows
+
+    def count(self, some, *more):
+        tokens.extend(some)
+        return rows(self, some, *more)
+
+    monkeypatch.setattr(Direct, "rows", count)
+    return tokens
+
+
+@pytest.mark.parametrize("delay", [0, 1, 6])
+def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, monkeypatch):
+    found, tokens = [], counted(monkeypatch)
+    for takes in (None, lambda *_: False):
+        if takes is not None:
+            monkeypatch.setattr(Direct, "takes", takes)
+        encoded = adapter.encode(images[0], QUESTION)
+        with WarningStreamer(adapter, encoded, fast, delay, generation=Generation(max_new_tokens=60)) as warner:
+            warner.model.generate(**warner.arguments, streamer=warner)
+        assert len(tokens) == len(warner.tokens) - 1  # all but the prompt's own, and none the second time
+        found.append((warner.scorer.columns(), warner.answer.logprobs))
+    assert set(FeatureSet(groups=FAST).names) == NAMES
+    for name, values in found[1][0].items():
+        assert np.allclose(found[0][0][name], values, rtol=1e-4, atol=1e-4), name
+    assert np.allclose(found[0][1], found[1][1], atol=1e-5)
+
+
+def test_only_a_few_numbers_are_read_without_a_trace(adapter, images, fast, monkeypatch):
+    monkeypatch.setattr("stethoscope.streaming.direct._MOST", 1000)
+    tokens = counted(monkeypatch)
+    *streamed, _ = stream(adapter, images[0], QUESTION, detector=fast, generation=Generation(max_new_tokens=5))
+    assert len(streamed) == 5
+    assert not tokens
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["blip2-opt-2.7b", "gemma-3-4b", "instructblip-flan-t5-xl", "llava-1.6-mistral-7b", "qwen2-vl-2b", "smolvlm-2.2b"],
+)
+def test_the_loop_writes_what_generate_writes(model, images):
+    other = stethoscope.load(model, random_init="tiny")
+    for generation in (Generation(max_new_tokens=16), Generation(max_new_tokens=9, do_sample=True, seed=1)):
+        answer = other.generate([other.encode(images[0], QUESTION)], generation)[0]
+        *tokens, last = stream(other, images[0], QUESTION, generation=generation)
+        assert tuple(token.id for token in tokens) == answer.token_ids == last.answer.token_ids
+        assert np.allclose([token.logprob for token in tokens], answer.logprobs, atol=1e-5)
+        assert last.answer.finished == answer.finished
+
+
+@pytest.mark.parametrize(
+    ("model", "straight"),
+    [("blip2-flan-t5-xl", 0), ("blip2-opt-2.7b", 4), ("qwen2-vl-2b", 4), ("smolvlm-2.2b", 4)],
+)
+@pytest.mark.parametrize("names", [STEPWISE, FeatureSet(groups=FAST).names], ids=["every", "fast"])
+def test_rows_of_other_families(model, straight, names, images, every, monkeypatch):
+    """Features that a step can give, on random weights: an encoder, a language model of its own, tiles."""
+    tokens, straight = counted(monkeypatch), straight if len(names) < len(STEPWISE) else 0
     other = stethoscope.load(model, random_init="tiny")
     encoded, generation = other.encode(images[0], QUESTION), Generation(max_new_tokens=5)
-    names = [name for name in STEPWISE if FEATURES[name].group != "grid"]
+    names = [name for name in names if FEATURES[name].group != "grid"]
     fake = stethoscope.Detector()
     features = FeatureSet(groups=(), names=names)
     answer = other.generate([encoded], generation)[0]
@@ -227,6 +284,7 @@ def test_rows_of_other_families(model, images, every):
     assert streamer.answer.token_ids == answer.token_ids
     for name, values in columns.items():
         assert np.allclose(streamer.scorer.columns()[name], values, rtol=1e-3, atol=1e-3), name
+    assert len(tokens) == straight
 
 
 @pytest.mark.parametrize(
