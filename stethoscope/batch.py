@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
@@ -108,7 +108,8 @@ class Worker:
                 for draft in some:
                     if draft.score is None:
                         self._judge(draft)
-                self._trace([d for d in some if d.error is None and self.wants_rows(d.answer, d.mentions)])
+                _forget([d for d in some if not self._traces(d)])
+                self._trace([d for d in some if self._traces(d)])
                 for draft in some:
                     draft.encoded = None
                 finished += some
@@ -141,7 +142,13 @@ class Worker:
         drafts = [draft for draft in drafts if draft.sample.answer is None]
 
         def generate(some: Sequence[Draft]) -> Sequence[Answer]:
-            return self.run.adapter.generate([draft.encoded for draft in some], self.generation)
+            prompts = [draft.encoded for draft in some]
+            if self.features is None:  # nothing will be traced
+                return self.run.adapter.generate(prompts, self.generation)
+            answers, kept = self.run.adapter.generate_and_keep(prompts, self.generation)
+            for draft, encoded in zip(some, kept, strict=True):
+                draft.encoded = encoded
+            return answers
 
         for draft, answer in zip(drafts, self._together(drafts, "generate", generate), strict=True):
             if answer is None:
@@ -163,6 +170,7 @@ class Worker:
             done = self._attempt(some, stage, call)
             if done is None:
                 self._most[stage] = len(some) // 2
+                _forget(drafts)
                 free_memory()
             elif done:
                 results += done
@@ -243,6 +251,9 @@ class Worker:
             and (self.trace == "all" or len(mentions) > 0)
         )
 
+    def _traces(self, draft: Draft) -> bool:
+        return draft.error is None and self.wants_rows(draft.answer, draft.mentions)
+
     @contextmanager
     def _stage(self, draft: Draft, stage: str) -> Iterator[None]:
         """Times a stage of a sample; its error becomes the sample's unless errors are to be raised."""
@@ -277,6 +288,13 @@ class Worker:
         if isinstance(error, StethoscopeError):
             raise type(error)(f"all of the first {self.run.done} samples failed; sample {draft.sample.id}: {error}")
         raise error
+
+
+def _forget(drafts: Sequence[Draft]) -> None:
+    """Lets go of what generation has kept of prompts; a trace is then a pass over the whole prompt."""
+    for draft in drafts:
+        if draft.encoded is not None and draft.encoded.cache is not None:
+            draft.encoded = replace(draft.encoded, cache=None)
 
 
 def message(error: BaseException) -> str:

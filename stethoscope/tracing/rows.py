@@ -29,8 +29,8 @@ TOP = 20
 _IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
 
 
-def segments(spans: Spans, length: int) -> Tensor:
-    """Which of ``SEGMENTS`` every position belongs to.
+def segments(spans: Spans, length: int, first: int = 0) -> Tensor:
+    """Which of ``SEGMENTS`` every position belongs to; ``first`` is the prompt's first, behind padding on the left.
 
     >>> segments(Spans(length=6, image=(1, 2), question=(4,)), 8).tolist()
     [3, 0, 0, 4, 1, 4, 2, 2]
@@ -39,7 +39,7 @@ def segments(spans: Spans, length: int) -> Tensor:
         (length,) int64, indices into ``SEGMENTS``.
     """
     kind = torch.full((length,), _REST)
-    kind[0] = _FIRST
+    kind[first] = _FIRST
     kind[spans.length :] = _PREVIOUS
     kind[list(spans.question)] = _QUESTION
     kind[list(spans.image)] = _IMAGE
@@ -57,11 +57,20 @@ class AttentionRows(Listener):
         spans: B spans of the prompts, in positions of the (right-padded) batch.
         length: length of the sequence that the prompts are in.
         decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
+        firsts: where the prompts begin; at 0 unless they are padded on the left.
     """
 
-    def __init__(self, rows: Tensor, spans: Sequence[Spans], length: int, decoder: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
+    ) -> None:
         self._rows = rows
-        kinds = {"language": torch.stack([segments(span, length) for span in spans])}
+        pairs = zip(spans, firsts or [0] * len(spans), strict=True)
+        kinds = {"language": torch.stack([segments(span, length, first) for span, first in pairs])}
         self._reads = "language" if decoder is None else "cross"  # the attention that has the prompt's tokens as keys
         if decoder is not None:
             prompt = kinds["language"]
@@ -130,13 +139,19 @@ class HeadRows(AttentionRows):
     Args:
         rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
         counts: number of answer tokens of every sample.
-        spans, length, decoder: see ``AttentionRows``.
+        spans, length, decoder, firsts: see ``AttentionRows``.
     """
 
     def __init__(
-        self, rows: Tensor, counts: Sequence[int], spans: Sequence[Spans], length: int, decoder: int | None = None
+        self,
+        rows: Tensor,
+        counts: Sequence[int],
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(rows, spans, length, decoder)
+        super().__init__(rows, spans, length, decoder, firsts)
         self._tokens = list(counts)
         starts = [span.length if decoder is None else 1 for span in spans]
         self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
