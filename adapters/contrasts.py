@@ -158,7 +158,7 @@ class Contrasts:
         return prompt_caches(cache, [one.spans.length for one in encoded], ends)
 
     def _logits(self, run: Pass, rows: Tensor | None = None) -> Tensor:
-        """Rows (B, T, V) of the logits in float32, all of the pass by default; the head runs on no more than it must."""
+        """(B, T, V) float32 logits of the rows, by default all of the pass; the head runs on no more than it must."""
         rows = run.rows if rows is None else rows
         positions = rows.unique()
         options = {"logits_to_keep": positions.to(self._input_device())} if self._keeps else {}

@@ -5,8 +5,9 @@ Where ``generate_and_keep`` has left the keys and values of the prompts, this pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from stethoscope.adapters.passes import Pass
 from stethoscope.errors import CapabilityError, CaptureError
 from stethoscope.features import FEATURES
 from stethoscope.records import Answer
-from stethoscope.relevancy import Relevancy, answer_relevancy
+from stethoscope.relevancy import Relevancy, answer_relevancy, relevancies_from_inputs
 from stethoscope.trace import Encoded, Trace
 from stethoscope.tracing.capture import record, selected
 from stethoscope.tracing.knockout import core
@@ -126,11 +127,38 @@ class Tracing(Contrasts):
             found["trajectory"] = self._lens.divergence(heard, logits)
         return found
 
-    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[Relevancy]:
-        """Relevancy of every answer, each by passes of its own; layers run again only where their maps are large."""
-        text = self._model.config.get_text_config()
+    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> list[Relevancy]:
+        """Relevancy of every answer; small models take several together, where their prompts are alike."""
+        found: dict[int, Relevancy] = {}
         with selected(self._model):
-            for one, answer in zip(encoded, answers, strict=True):
-                length = one.spans.length + len(answer.token_ids)
-                size = text.num_hidden_layers * text.num_attention_heads * length**2 * self._model.dtype.itemsize
-                yield answer_relevancy(self, one, answer, recompute=size > _SMALL_MAPS)
+            for some in self._alike(encoded, answers):
+                if len(some) == 1:
+                    one, answer = encoded[some[0]], answers[some[0]]
+                    recompute = self._maps([one], [answer]) > _SMALL_MAPS
+                    found[some[0]] = answer_relevancy(self, one, answer, recompute=recompute)
+                    continue
+                ids = [answers[index].token_ids for index in some]
+                run = self._whole([encoded[index] for index in some], ids, consuming=True)
+                together = relevancies_from_inputs(self._model, run.inputs, ids, recompute=False)
+                for index, one in zip(some, together, strict=True):
+                    found[index] = replace(one, question_at=encoded[index].spans.question)
+        return [found[index] for index in range(len(encoded))]
+
+    def _alike(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:
+        """Indices of answers whose relevancy is computed together."""
+        alike: dict[Hashable, list[int]] = {}
+        for index, one in enumerate(encoded):
+            pixels = one.inputs["pixel_values"].shape
+            single = not self._causal or len(pixels) != 4 or pixels[0] != 1
+            alike.setdefault(index if single else (one.spans.length, one.spans.image, pixels), []).append(index)
+        for some in alike.values():
+            largest = self._maps([encoded[index] for index in some], [answers[index] for index in some]) / len(some)
+            size = max(1, int(_SMALL_MAPS // largest))
+            yield from (some[start : start + size] for start in range(0, len(some), size))
+
+    def _maps(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> int:
+        """Bytes of the language model's attention maps over prompts and answers, padded to the longest."""
+        text = self._model.config.get_text_config()
+        length = max(one.spans.length + len(answer.token_ids) for one, answer in zip(encoded, answers, strict=True))
+        heads = text.num_hidden_layers * text.num_attention_heads
+        return len(encoded) * heads * length**2 * self._model.dtype.itemsize

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.records import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from torch import Tensor
 
@@ -187,6 +187,7 @@ class Trace:
             for tokens that name nothing. Of ``questions``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
+        found: what features have made of the trace for each other (``features.reduce.once``).
     """
 
     answer: Answer
@@ -207,6 +208,7 @@ class Trace:
     core_logits: Tensor | None = None
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def mean_mass(self) -> Tensor:

@@ -156,9 +156,9 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
     image = (weights * cosine(token, _image(trace, 32)).clamp(min=0)).sum(-1)
     near = cosine(token, states.prefix).clamp(min=0)
     question = states.prefix.shape[0] - len(token)
-    ends = range(question, question + len(token))
-    means = [row[:end].topk(min(VISER_TOP, end)).values.mean() for row, end in zip(near, ends, strict=True)]
-    text = image.new_tensor([float(mean) for mean in means])
+    near = near.tril(question - 1)  # what stands before the token; the rest is nothing to a sum
+    top = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1)
+    text = top / top.new_tensor([min(VISER_TOP, question + index) for index in range(len(token))])
     return image / (image + text + EPSILON)
 
 
