@@ -87,10 +87,23 @@ class Contrasts:
         self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], hidden: Sequence[Sequence[int]]
     ) -> Tensor:
         """Logits (B, T, V) when nothing behind the image may attend to some positions of it."""
-        run = self._whole(encoded, ids)
-        knockout = Knockout(hidden, run.spans, run.length, self._start is not None)
+        run = self._behind_images(encoded, ids) or self._whole(encoded, ids)
+        hidden = [[at + first for at in some] for some, first in zip(hidden, run.firsts, strict=True)]
+        knockout = Knockout(hidden, run.spans, run.length, self._start is not None, run.queries)
         with record(self._model, knockout):
             return self._logits(run)
+
+    def _behind_images(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Pass | None:
+        """A pass that begins behind the images, whose own rows no contrast of attention changes.
+
+        None where the prompts are not known, or have other tokens between those of the image.
+        """
+        spans = [one.spans for one in encoded]
+        whole = all(span.image[-1] - span.image[0] + 1 == len(span.image) for span in spans)
+        if not whole or not all(one.cache for one in encoded):
+            return None
+        tails = [span.length - 1 - span.image[-1] for span in spans]
+        return self._behind(encoded, ids, [one.cache for one in encoded], tails)
 
     def _blank(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Pass:
         """A pass over answers to blank pictures."""

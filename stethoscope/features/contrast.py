@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import entropy_of, logprobs, of_tokens, probabilities, token_logprob
+from stethoscope.features.reduce import entropy_of, logprobs, of_tokens, once, probabilities, token_logprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +84,7 @@ VAUQ_ALPHA = 0.6
 
 
 @feature("core", high="grounded", needs=["core"])
+@once
 def core_information(trace: Trace) -> Tensor:
     """Entropy without the most attended 40 % of the image tokens minus entropy, in bits (IS_core of VAUQ).
 

@@ -94,7 +94,7 @@ def shared_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answers:
 
 
 def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: Layout) -> Tensor:
-    """Logits (B, A) of the answers' tokens, each at the row that predicts it; behind an answer's last they mean nothing."""
+    """Logits (B, A) of the answers' tokens, each at the row that predicts it; padding's mean nothing."""
     samples, count = place.answer.shape
     rows = torch.arange(place.first, place.first + count)
     options: dict[str, Any] = {}
