@@ -13,9 +13,13 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.trace import Encoded, PromptCache, Spans
 
-CAUSAL = frozenset({"llava"})
+CAUSAL = frozenset(
+    {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
+)
 """``model_type`` of models whose prompt is causal text around image tokens, with one position a token, so that an
-answer can be read behind the keys and values of its prompt. The contract tests compare traces of all of them."""
+answer can be read behind the keys and values of its prompt. Not among them are PaliGemma and Gemma 3, which read
+prompts in both directions, Qwen's models, whose positions are of three kinds, and those that hand no cache out (BLIP-2)
+or have an encoder. The contract tests compare traces of all of them."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Tracing(Contrasts):
             logits = self._logits(run, rows)
         if logits.isnan().any():
             raise CaptureError(f"{self.name}: the logits hold values that are not numbers")
-        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(heard, logits, ids, rows, needs)}
+        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(heard, logits, ids, needs)}
         if "attention" in needs:
             parts |= {"mass": listener.mass(), "image_attention": listener.image()}
         chosen = None
@@ -107,25 +107,21 @@ class Tracing(Contrasts):
         return self._lens
 
     def _decoded(
-        self,
-        heard: list[Tensor],
-        logits: Tensor,
-        ids: Sequence[Sequence[int]],
-        rows: Tensor,
-        needs: frozenset[str],
-    ) -> dict[str, Tensor]:
-        """What the logit lens says."""
+        self, heard: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], needs: frozenset[str]
+    ) -> dict[str, Sequence[Tensor]]:
+        """What the logit lens says, by sample; rows of padding are not decoded."""
         found = {}
         if not heard:
             return found
-        tokens = torch.zeros(rows.shape, dtype=torch.long)
-        for index, one in enumerate(ids):
-            tokens[index, : len(one)] = torch.tensor(one)
+        counts = [len(one) for one in ids]
+        tokens = torch.tensor([token for one in ids for token in one], dtype=torch.long)
+        there = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
+        heard, logits = [hidden[there.to(hidden.device)] for hidden in heard], logits[there]
         if "lens" in needs:
-            found["lens_logprob"], found["lens_rank"] = self._lens.read(heard, logits, tokens)
+            found["lens_logprob"], found["lens_rank"] = self._find_lens().read(heard, logits, tokens)
         if "trajectory" in needs:
-            found["trajectory"] = self._lens.divergence(heard, logits)
-        return found
+            found["trajectory"] = self._find_lens().divergence(heard, logits)
+        return {name: part.split(counts) for name, part in found.items()}
 
     def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> list[Relevancy]:
         """Relevancy of every answer; small models take several together, where their prompts are alike."""

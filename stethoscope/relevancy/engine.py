@@ -94,7 +94,8 @@ def relevancies_from_inputs(
     Nothing passes between samples, so that the gradient of the sum of all their logits is that of every sample's own.
 
     Args:
-        model: a decoder-only model that reads causally and whose vision tower takes pictures one by one.
+        model: a decoder-only model that reads causally, without a Q-Former, and whose vision tower takes pictures one
+            by one.
         inputs: as for ``relevancy_from_inputs``, of B samples with one picture of one tile each. The prompts are of one
             length and have their image tokens at the same places; shorter answers are padded on the right.
         answers: B answers' token ids.
@@ -208,7 +209,7 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
 def _queries(maps: Maps, place: Layout) -> int:
     """The number of queries of an abstractor, the first of the image tokens; 0 where its maps have other columns."""
     bridge, vision = ({maps.sizes[site] for site in maps.layers.get(role, ())} for role in ("bridge", "vision"))
-    count = bridge.pop() - vision.pop() if len(bridge) == len(vision) == 1 else 0
+    count = (bridge.pop() - vision.pop()) // len(place.counts) if len(bridge) == len(vision) == 1 else 0
     return count if 0 < count <= len(place.image) else 0
 
 
@@ -250,7 +251,8 @@ class _Pass:
         elif role == "bridge" and self.kind == "joint":
             if self._joint is None:  # the language model's layers are through: they come first
                 queries = self.place.image[: len(call.ends)]
-                self._joint = QueryRows(self._language.mass()[..., queries], call.keys - len(queries))
+                rows = self._language.mass()[..., queries]
+                self._joint = QueryRows(rows, call.keys - len(queries), self._samples)
             self._joint.receive(abar)
         elif role == "bridge":
             part = "crossing" if "crossattention" in call.site.name else "own"

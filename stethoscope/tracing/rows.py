@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stethoscope.errors import CaptureError
 from stethoscope.trace import SEGMENTS, Heads, Spans
-from stethoscope.tracing.capture import Listener, Site, eager_rows, plain_attention
+from stethoscope.tracing.capture import Listener, Site, eager_attention, eager_rows, plain_attention
 
 TOP = 20
 """Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
@@ -50,10 +50,12 @@ class AttentionRows(Listener):
     """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
 
     The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
-    nothing of size N x N is made. One forward pass per instance.
+    nothing of size N x N is made. Where a pass has no other rows, eager attention gives both. One forward pass per
+    instance.
 
     Args:
-        rows: (B, T) positions of the rows.
+        rows: (B, T) positions of the rows among the queries. Where there are as many as queries, they are all of them;
+            a sample that needs fewer repeats its last, and what is found in its place then means nothing.
         spans: B spans of the prompts, in positions of the (right-padded) batch.
         length: length of the sequence that the prompts are in.
         decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
@@ -99,8 +101,12 @@ class AttentionRows(Listener):
     ) -> tuple[Tensor, Tensor | None]:
         if site.name in self._mass[site.role]:
             raise CaptureError(f"{site.name} was called twice in one recording")
-        output, _ = plain_attention(module, query, key, value, mask, **kwargs)
-        self.hear(site, eager_rows(module, self._rows, query, key, value, mask, **kwargs))
+        if self._rows.shape[1] == query.shape[2]:
+            output, weights = eager_attention(module, query, key, value, mask, **kwargs)
+        else:
+            output, _ = plain_attention(module, query, key, value, mask, **kwargs)
+            weights = eager_rows(module, self._rows, query, key, value, mask, **kwargs)
+        self.hear(site, weights)
         return output, None
 
     def hear(self, site: Site, weights: Tensor) -> None:
