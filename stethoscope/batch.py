@@ -96,12 +96,13 @@ class Worker:
         self.run, self.generation, self.features = run, generation, features
         self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
         self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
+        self._batch: Sequence[Draft] = ()
 
     def do(self, samples: Sequence[Sample]) -> list[Record]:
         """Answers, judges and traces some samples; what is finished is on disk even if an error or Ctrl-C ends it."""
         finished: list[Draft] = []
         try:
-            drafts = [self._encode(sample) for sample in samples]
+            self._batch = drafts = [self._encode(sample) for sample in samples]
             self._generate([draft for draft in drafts if draft.error is None and draft.answer is None])
             for start in range(0, len(drafts), TRACED_TOGETHER):
                 some = drafts[start : start + TRACED_TOGETHER]
@@ -114,6 +115,7 @@ class Worker:
                     draft.encoded = None
                 finished += some
         finally:
+            self._batch = ()
             records = self._keep(finished)
         self._check_hope(finished)
         return records
@@ -143,7 +145,7 @@ class Worker:
 
         def generate(some: Sequence[Draft]) -> Sequence[Answer]:
             prompts = [draft.encoded for draft in some]
-            if self.features is None:  # nothing will be traced
+            if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
                 return self.run.adapter.generate(prompts, self.generation)
             answers, kept = self.run.adapter.generate_and_keep(prompts, self.generation)
             for draft, encoded in zip(some, kept, strict=True):
@@ -170,7 +172,7 @@ class Worker:
             done = self._attempt(some, stage, call)
             if done is None:
                 self._most[stage] = len(some) // 2
-                _forget(drafts)
+                _forget(self._batch)
                 free_memory()
             elif done:
                 results += done
