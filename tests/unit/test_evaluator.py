@@ -3,11 +3,8 @@ import json
 import os
 import subprocess
 import sys
-import weakref
-from dataclasses import replace
 
 import pytest
-import torch
 from tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
 from stethoscope.callbacks import Callback
@@ -17,7 +14,6 @@ from stethoscope.loggers import Logger
 from stethoscope.records import Generation
 from stethoscope.runs.results import TaskResults
 from stethoscope.runs.store import RunStore
-from stethoscope.trace import PromptCache
 
 
 def lines(folder, without=("seconds",)):
@@ -403,53 +399,3 @@ def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monk
     monkeypatch.setattr("stethoscope.runs.fingerprint.code_of", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
-
-
-class Keeping(TinyAdapter):
-    """Keeps something of every prompt; a pass over more than so many answers does not fit while it is there."""
-
-    def __init__(self, fits=100):
-        super().__init__()
-        self.fits, self.kept, self.with_cache = fits, [], []
-
-    def generate_and_keep(self, encoded, generation):
-        caches = [PromptCache(((torch.zeros(1), torch.zeros(1)),)) for _ in encoded]
-        self.kept += map(weakref.ref, caches)
-        prompts = [replace(one, cache=cache) for one, cache in zip(encoded, caches, strict=True)]
-        return self.generate(encoded, generation), prompts
-
-    def trace_batch(self, encoded, answers, needs=()):
-        held = [one for one in self.kept if one() is not None]
-        if len(held) > self.fits:
-            raise MemoryError("no room")
-        self.with_cache.append([one.cache is not None for one in encoded])
-        return super().trace_batch(encoded, answers, needs)
-
-
-def test_what_generation_keeps_reaches_the_trace_and_is_gone_with_the_batch():
-    alive = []
-
-    class Count(Callback):
-        def on_batch_end(self, run, records):
-            alive.append(sum(one() is not None for one in adapter.kept))
-
-    adapter = Keeping()
-    Evaluator([Count()], batch_size=4, features=TinyFeatures()).run(adapter, TinyTask())
-    assert len(adapter.kept) == 10
-    assert all(all(batch) for batch in adapter.with_cache)
-    assert alive == [0, 0, 0]
-
-
-def test_nothing_is_kept_when_nothing_is_traced():
-    adapter = Keeping()
-    Evaluator(batch_size=4).run(adapter, TinyTask())
-    assert adapter.kept == []
-
-
-def test_what_is_kept_gives_way_to_a_trace_that_does_not_fit():
-    adapter = Keeping(fits=0)
-    with pytest.warns(UserWarning, match="trace"):
-        results = Evaluator(batch_size=4, features=TinyFeatures()).run(adapter, TinyTask())
-    assert results.counts["failed"] == 0
-    assert len(adapter.kept) == 4  # of the first batch; from then on nothing is kept
-    assert not any(any(batch) for batch in adapter.with_cache)
