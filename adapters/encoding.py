@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from stethoscope.adapters.recent import Recent
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.images import rgb
 from stethoscope.trace import Encoded, Spans
@@ -25,30 +24,6 @@ _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mas
 _IMAGE_BYTES = 32 * 2**20
 """Enough for the questions that follow each other about a picture: more would only make long runs grow."""
 _TEXT_BYTES = 16 * 2**20
-
-
-@dataclass
-class _Cache:
-    """Least recently used values up to a total size."""
-
-    limit: int
-    size: Callable[[Any], int]
-    used: int = 0
-    values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
-
-    def get(self, key: Hashable) -> Any:
-        if key in self.values:
-            self.values.move_to_end(key)
-        return self.values.get(key)
-
-    def put(self, key: Hashable, value: Any) -> Any:
-        if key in self.values:
-            self.used -= self.size(self.values.pop(key))
-        self.used += self.size(value)
-        self.values[key] = value
-        while self.used > self.limit and len(self.values) > 1:
-            self.used -= self.size(self.values.popitem(last=False)[1])
-        return value
 
 
 @dataclass(frozen=True)
@@ -90,8 +65,8 @@ class Encoder:
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
         self._inserted = (0, len(bos)) if bos else (0,)
-        self._texts = _Cache(_TEXT_BYTES, _Text.size)
-        self._images = _Cache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
+        self._texts = Recent(_TEXT_BYTES, _Text.size)
+        self._images = Recent(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
         self._image_names: frozenset[str] | None = None
         self._alone: dict[tuple[int, int], bool] = {}
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from stethoscope.adapter import Adapter
 from stethoscope.adapters import identity, loading, memory, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
+from stethoscope.adapters.contrasts import Blanks
 from stethoscope.adapters.encoding import Encoder, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tracing import Tracing
 from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
-from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, Trace
+from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
 from stethoscope.tracing.lens import Lens
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class HfAdapter(Tracing, Adapter):
         self._model: PreTrainedModel | None = None
         self._digest: str | None = None
         self._lens: Lens | None = None
+        self._blanks = Blanks()
 
     def setup(self) -> None:
         """Loads weights and processor; does nothing the second time.
@@ -119,7 +121,7 @@ class HfAdapter(Tracing, Adapter):
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholders = [token for token in named if token is not None]
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
-        self._blank = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
+        self._blank_value = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -172,28 +174,46 @@ class HfAdapter(Tracing, Adapter):
         self.setup()
         return self._encoder(image, question)
 
-    @torch.inference_mode()
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it."""
+        return self._answers(encoded, generation, keep=False)[0]
+
+    def generate_and_keep(
+        self, encoded: Sequence[Encoded], generation: Generation
+    ) -> tuple[list[Answer], list[Encoded]]:
+        """See ``Adapter.generate_and_keep``. Kept are keys and values of models of ``passes.CAUSAL``."""
+        return self._answers(encoded, generation, keep=True)
+
+    @torch.inference_mode()
+    def _answers(
+        self, encoded: Sequence[Encoded], generation: Generation, keep: bool
+    ) -> tuple[list[Answer], list[Encoded]]:
         self.setup()
         sampling.check(generation)
-        answers: dict[int, Answer] = {}
+        done: dict[int, tuple[Answer, Encoded]] = {}
         for group in groups([one.inputs for one in encoded]):
             batch = [encoded[index] for index in group]
-            answers.update(zip(group, self._generate(batch, generation), strict=True))
-        return [answers[index] for index in range(len(encoded))]
+            answers, caches = self._generate(batch, generation, keep)
+            kept = [replace(one, cache=cache) for one, cache in zip(batch, caches, strict=True)] if keep else batch
+            done.update(zip(group, zip(answers, kept, strict=True), strict=True))
+        pairs = [done[index] for index in range(len(encoded))]
+        return [answer for answer, _ in pairs], [one for _, one in pairs]
 
-    def _generate(self, encoded: list[Encoded], generation: Generation) -> list[Answer]:
+    def _generate(
+        self, encoded: list[Encoded], generation: Generation, keep: bool
+    ) -> tuple[list[Answer], list[PromptCache | None]]:
         model, arguments = self.writing(encoded, generation)
         output = model.generate(**arguments)
         start = arguments["input_ids"].shape[1] if self._start is None else 1
         answers = output.sequences[:, start:]
-        if generation.num_beams > 1:
-            return self._scored(encoded, [self._cut(ids, generation) for ids in answers.tolist()])
+        if generation.num_beams > 1:  # whose cache is of beams, not of prompts
+            found = self._scored(encoded, [self._cut(ids, generation) for ids in answers.tolist()])
+            return found, [None] * len(encoded)
         steps = zip(output.logits, answers.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
         pairs = zip(answers.tolist(), logprobs.tolist(), strict=True)
-        return [self.written(ids, values, generation) for ids, values in pairs]
+        caches = self._prompt_caches(output.past_key_values, encoded, [start] * len(encoded)) if keep else []
+        return [self.written(ids, values, generation) for ids, values in pairs], caches
 
     def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
         """See ``Adapter.writing``."""
@@ -250,8 +270,7 @@ class HfAdapter(Tracing, Adapter):
         """Answers with log-probabilities from a teacher-forced pass."""
         scored = []
         for one, cut in zip(encoded, answers, strict=True):
-            inputs, rows = self._teacher_forced([one], [cut.ids])
-            logits = self._logits(inputs, rows)[0, : len(cut.ids)]
+            logits = self._logits(self._whole([one], [cut.ids]))[0, : len(cut.ids)]
             chosen = logits.log_softmax(-1).gather(-1, torch.tensor(cut.ids, device=logits.device).long()[:, None])
             scored.append(self._answer(cut, chosen[:, 0].tolist()))
         return scored

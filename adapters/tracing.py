@@ -1,42 +1,49 @@
-"""The traced pass of ``HfAdapter``: one teacher-forced forward for all that it can leave behind, then contrasts."""
+"""The traced pass of ``HfAdapter``: one teacher-forced forward for all that it can leave behind, then contrasts.
+
+Where ``generate_and_keep`` has left the keys and values of the prompts, this pass begins with their last token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.batching import collate, extend
+from stethoscope.adapters.contrasts import Contrasts
+from stethoscope.adapters.passes import Pass
 from stethoscope.errors import CapabilityError, CaptureError
 from stethoscope.features import FEATURES
 from stethoscope.records import Answer
-from stethoscope.relevancy import Relevancy, answer_relevancy
+from stethoscope.relevancy import Relevancy, answer_relevancy, relevancies_from_inputs
 from stethoscope.trace import Encoded, Trace
 from stethoscope.tracing.capture import record, selected
-from stethoscope.tracing.knockout import Knockout, core
+from stethoscope.tracing.knockout import core
 from stethoscope.tracing.lens import Lens
-from stethoscope.tracing.noise import noised
 from stethoscope.tracing.rows import AttentionRows, HeadRows
 from stethoscope.tracing.states import StateRows
 
 _SMALL_MAPS = 2**24  # bytes that the attention maps of an answer may take, to be kept for the backward pass
-_IN_ONE_STREAM = frozenset({"states", "image_lens"})
+_OF_PROMPTS = frozenset({"states", "image_lens"})
+"""What reads the rows of the prompt, in one stream with those of the answer."""
 
 
-class Tracing:
+class Tracing(Contrasts):
     """What ``HfAdapter.trace_batch`` does with prompts whose inputs make one batch. A part of that class."""
 
     def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
         self._check_needs(needs)
-        ids, spans = [answer.token_ids for answer in answers], [one.spans for one in encoded]
+        ids, caches = [answer.token_ids for answer in answers], [one.cache for one in encoded]
         consuming = not needs.isdisjoint({"heads", "states"})
-        inputs, every = self._teacher_forced(encoded, ids, consuming)
-        rows = every[:, :-1].contiguous() if consuming and every.shape[1] > 1 else every
-        listener = self._listener(inputs, every, encoded, ids, needs)
-        states = self._states(every, ids, spans, needs)
+        if all(caches) and needs.isdisjoint(_OF_PROMPTS):
+            run = self._behind(encoded, ids, caches, consuming=consuming)
+        else:
+            run = self._whole(encoded, ids, consuming)
+        rows = run.rows[:, :-1].contiguous() if consuming and run.rows.shape[1] > 1 else run.rows
+        listener, states = self._listener(run, ids, needs), self._states(run, ids, needs)
         with ExitStack() as stack:
             if listener is not None:
                 stack.enter_context(record(self._model, listener))
@@ -44,13 +51,17 @@ class Tracing:
                 stack.enter_context(states.listen())
             decodes = not needs.isdisjoint({"lens", "trajectory"})
             heard = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
-            logits = self._logits(inputs, rows)
+            logits = self._logits(run, rows)
         if logits.isnan().any():
             raise CaptureError(f"{self.name}: the logits hold values that are not numbers")
-        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(heard, logits, ids, rows, needs)}
+        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(heard, logits, ids, needs)}
         if "attention" in needs:
             parts |= {"mass": listener.mass(), "image_attention": listener.image()}
-        parts |= self._contrasts(encoded, answers, inputs, rows, needs, listener)
+        chosen = None
+        if "core" in needs:
+            pairs = zip(listener.image(), answers, encoded, strict=True)
+            chosen = [core(image[: len(answer.token_ids)], one.spans) for image, answer, one in pairs]
+        parts |= self._contrasts(encoded, ids, needs, chosen)
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
         if "heads" in needs:
             whole["heads"] = listener.heads()
@@ -68,7 +79,7 @@ class Tracing:
         ]
 
     def _check_needs(self, needs: frozenset[str]) -> None:
-        missing = needs & _IN_ONE_STREAM
+        missing = needs & _OF_PROMPTS
         if self._start is None or not missing:
             return
         lacking = [item for item in FEATURES.values() if item.needs & missing]
@@ -78,26 +89,17 @@ class Tracing:
             f"kind; add features.without=[{groups}], which are {', '.join(item.name for item in lacking)}"
         )
 
-    def _listener(
-        self,
-        inputs: dict[str, Tensor],
-        rows: Tensor,
-        encoded: Sequence[Encoded],
-        ids: Sequence[Sequence[int]],
-        needs: frozenset[str],
-    ) -> AttentionRows | None:
-        decoder = None if self._start is None else inputs["decoder_input_ids"].shape[1]
-        spans, length = [one.spans for one in encoded], inputs["input_ids"].shape[1]
+    def _listener(self, run: Pass, ids: Sequence[Sequence[int]], needs: frozenset[str]) -> AttentionRows | None:
+        decoder = None if self._start is None else run.inputs["decoder_input_ids"].shape[1]
+        where = (run.spans, run.length, decoder, run.firsts)
         if "heads" in needs:
-            return HeadRows(rows, [len(one) for one in ids], spans, length, decoder)
-        return None if needs.isdisjoint({"attention", "core"}) else AttentionRows(rows, spans, length, decoder)
+            return HeadRows(run.rows, [len(one) for one in ids], *where)
+        return None if needs.isdisjoint({"attention", "core"}) else AttentionRows(run.rows, *where)
 
-    def _states(
-        self, rows: Tensor, ids: Sequence[Sequence[int]], spans: Sequence[Any], needs: frozenset[str]
-    ) -> StateRows | None:
-        if needs.isdisjoint(_IN_ONE_STREAM):
+    def _states(self, run: Pass, ids: Sequence[Sequence[int]], needs: frozenset[str]) -> StateRows | None:
+        if needs.isdisjoint(_OF_PROMPTS):
             return None
-        return StateRows(self._find_lens(), rows, ids, spans, "states" in needs, "image_lens" in needs)
+        return StateRows(self._find_lens(), run.rows, ids, run.spans, "states" in needs, "image_lens" in needs)
 
     def _find_lens(self) -> Lens:
         if self._lens is None:
@@ -105,86 +107,54 @@ class Tracing:
         return self._lens
 
     def _decoded(
-        self,
-        heard: list[Tensor],
-        logits: Tensor,
-        ids: Sequence[Sequence[int]],
-        rows: Tensor,
-        needs: frozenset[str],
-    ) -> dict[str, Tensor]:
-        """What the logit lens says."""
+        self, heard: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], needs: frozenset[str]
+    ) -> dict[str, Sequence[Tensor]]:
+        """What the logit lens says, by sample; rows of padding are not decoded."""
         found = {}
         if not heard:
             return found
-        tokens = torch.zeros(rows.shape, dtype=torch.long)
-        for index, one in enumerate(ids):
-            tokens[index, : len(one)] = torch.tensor(one)
+        counts = [len(one) for one in ids]
+        tokens = torch.tensor([token for one in ids for token in one], dtype=torch.long)
+        there = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
+        heard, logits = [hidden[there.to(hidden.device)] for hidden in heard], logits[there]
         if "lens" in needs:
-            found["lens_logprob"], found["lens_rank"] = self._lens.read(heard, logits, tokens)
+            found["lens_logprob"], found["lens_rank"] = self._find_lens().read(heard, logits, tokens)
         if "trajectory" in needs:
-            found["trajectory"] = self._lens.divergence(heard, logits)
-        return found
+            found["trajectory"] = self._find_lens().divergence(heard, logits)
+        return {name: part.split(counts) for name, part in found.items()}
 
-    def _contrasts(
-        self,
-        encoded: Sequence[Encoded],
-        answers: Sequence[Answer],
-        inputs: dict[str, Tensor],
-        rows: Tensor,
-        needs: frozenset[str],
-        listener: AttentionRows | None,
-    ) -> dict[str, Tensor]:
-        """The same rows with another picture, or with less of it; one pass each."""
-        found, spans = {}, [one.spans for one in encoded]
-        if "noise" in needs:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
-            changed = [
-                Encoded({**one.inputs, "pixel_values": noised(one.inputs["pixel_values"])}, one.spans, "", "")
-                for one in encoded
-            ]
-            others, again = self._teacher_forced(changed, [answer.token_ids for answer in answers])
-            found["noise_logits"] = self._logits(others, again).cpu()
-        hidden = {"no_image": [span.image for span in spans]} if "no_image" in needs else {}
-        if "core" in needs:
-            pairs = zip(listener.image(), answers, spans, strict=True)
-            hidden["core"] = [core(image[: len(answer.token_ids)], span) for image, answer, span in pairs]
-        for name, positions in hidden.items():
-            knockout = Knockout(positions, spans, inputs["input_ids"].shape[1], self._start is not None)
-            with record(self._model, knockout):
-                found[f"{name}_logits"] = self._logits(inputs, rows).cpu()
-        if "blank" in needs:
-            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank)
-            found["blank_logits"] = self._logits(inputs, rows).cpu()
-        return found
-
-    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[Relevancy]:
-        """Relevancy of every answer, each by passes of its own; layers run again only where their maps are large."""
-        text = self._model.config.get_text_config()
+    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> list[Relevancy]:
+        """Relevancy of every answer; small models take several together, where their prompts are alike."""
+        found: dict[int, Relevancy] = {}
         with selected(self._model):
-            for one, answer in zip(encoded, answers, strict=True):
-                length = one.spans.length + len(answer.token_ids)
-                size = text.num_hidden_layers * text.num_attention_heads * length**2 * self._model.dtype.itemsize
-                yield answer_relevancy(self, one, answer, recompute=size > _SMALL_MAPS)
+            for some in self._alike(encoded, answers):
+                if len(some) == 1:
+                    one, answer = encoded[some[0]], answers[some[0]]
+                    recompute = self._maps([one], [answer]) > _SMALL_MAPS
+                    found[some[0]] = answer_relevancy(self, one, answer, recompute=recompute)
+                    continue
+                ids = [answers[index].token_ids for index in some]
+                run = self._whole([encoded[index] for index in some], ids, consuming=True)
+                together = relevancies_from_inputs(self._model, run.inputs, ids, recompute=False)
+                for index, one in zip(some, together, strict=True):
+                    found[index] = replace(one, question_at=encoded[index].spans.question)
+        return [found[index] for index in range(len(encoded))]
 
-    def _teacher_forced(
-        self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]], consuming: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs of a pass over prompts and answers, and the rows (B, T) that predict the answer tokens.
+    def _alike(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:
+        """Indices of answers whose relevancy is computed together."""
+        alike: dict[Hashable, list[int]] = {}
+        for index, one in enumerate(encoded):
+            pixels = one.inputs["pixel_values"].shape
+            single = not self._causal or len(pixels) != 4 or pixels[0] != 1
+            alike.setdefault(index if single else (one.spans.length, one.spans.image, pixels), []).append(index)
+        for some in alike.values():
+            largest = self._maps([encoded[index] for index in some], [answers[index] for index in some]) / len(some)
+            size = max(1, int(_SMALL_MAPS // largest))
+            yield from (some[start : start + size] for start in range(0, len(some), size))
 
-        The last token of an answer predicts nothing of it and is left out, unless ``consuming`` wants its row too
-        (B, T + 1): row k + 1 is the one that consumes token k. Shorter answers repeat their last row.
-        """
-        model_type = self._model.config.model_type
-        kept = [ids if consuming else ids[:-1] for ids in answers]
-        parts = [extend(one.inputs, ids, model_type, self._start) for one, ids in zip(encoded, kept, strict=True)]
-        steps = torch.arange(max([0, *map(len, kept)]) + 1)
-        last = torch.tensor([[len(ids)] for ids in kept])
-        starts = torch.tensor([[one.spans.length - 1 if self._start is None else 0] for one in encoded])
-        return self._to_device(collate(parts, self._pad, "right")), starts + steps.minimum(last)
-
-    def _logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """Rows (B, T, V) of the logits in float32; the head runs on no more positions than it must."""
-        positions = rows.unique()
-        options = {"logits_to_keep": positions.to(self._input_device())} if self._keeps else {}
-        logits = self._model(**inputs, **options, use_cache=False).logits
-        at = torch.searchsorted(positions, rows) if self._keeps else rows
-        return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
+    def _maps(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> int:
+        """Bytes of the language model's attention maps over prompts and answers, padded to the longest."""
+        text = self._model.config.get_text_config()
+        length = max(one.spans.length + len(answer.token_ids) for one, answer in zip(encoded, answers, strict=True))
+        heads = text.num_hidden_layers * text.num_attention_heads
+        return len(encoded) * heads * length**2 * self._model.dtype.itemsize

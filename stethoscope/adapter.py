@@ -37,6 +37,16 @@ class Adapter(ABC):
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """Answers for a batch of prompts; in float32 the same as one by one."""
 
+    def generate_and_keep(
+        self, encoded: Sequence[Encoded], generation: Generation
+    ) -> tuple[list[Answer], list[Encoded]]:
+        """``generate``, and the prompts with what a trace of these answers can use again (``Encoded.cache``).
+
+        What is kept takes as much memory as the cache of ``generate``, for as long as the prompts returned live. An
+        adapter that keeps nothing returns the prompts as they are; traces are the same either way.
+        """
+        return self.generate(encoded, generation), list(encoded)
+
     def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The transformers model, and the arguments of its ``generate`` for which ``generate`` here gives its answers.
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
@@ -96,23 +96,26 @@ class Worker:
         self.run, self.generation, self.features = run, generation, features
         self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
         self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
+        self._batch: Sequence[Draft] = ()
 
     def do(self, samples: Sequence[Sample]) -> list[Record]:
         """Answers, judges and traces some samples; what is finished is on disk even if an error or Ctrl-C ends it."""
         finished: list[Draft] = []
         try:
-            drafts = [self._encode(sample) for sample in samples]
+            self._batch = drafts = [self._encode(sample) for sample in samples]
             self._generate([draft for draft in drafts if draft.error is None and draft.answer is None])
             for start in range(0, len(drafts), TRACED_TOGETHER):
                 some = drafts[start : start + TRACED_TOGETHER]
                 for draft in some:
                     if draft.score is None:
                         self._judge(draft)
-                self._trace([d for d in some if d.error is None and self.wants_rows(d.answer, d.mentions)])
+                _forget([d for d in some if not self._traces(d)])
+                self._trace([d for d in some if self._traces(d)])
                 for draft in some:
                     draft.encoded = None
                 finished += some
         finally:
+            self._batch = ()
             records = self._keep(finished)
         self._check_hope(finished)
         return records
@@ -141,7 +144,13 @@ class Worker:
         drafts = [draft for draft in drafts if draft.sample.answer is None]
 
         def generate(some: Sequence[Draft]) -> Sequence[Answer]:
-            return self.run.adapter.generate([draft.encoded for draft in some], self.generation)
+            prompts = [draft.encoded for draft in some]
+            if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
+                return self.run.adapter.generate(prompts, self.generation)
+            answers, kept = self.run.adapter.generate_and_keep(prompts, self.generation)
+            for draft, encoded in zip(some, kept, strict=True):
+                draft.encoded = encoded
+            return answers
 
         for draft, answer in zip(drafts, self._together(drafts, "generate", generate), strict=True):
             if answer is None:
@@ -163,6 +172,7 @@ class Worker:
             done = self._attempt(some, stage, call)
             if done is None:
                 self._most[stage] = len(some) // 2
+                _forget(self._batch)
                 free_memory()
             elif done:
                 results += done
@@ -243,6 +253,9 @@ class Worker:
             and (self.trace == "all" or len(mentions) > 0)
         )
 
+    def _traces(self, draft: Draft) -> bool:
+        return draft.error is None and self.wants_rows(draft.answer, draft.mentions)
+
     @contextmanager
     def _stage(self, draft: Draft, stage: str) -> Iterator[None]:
         """Times a stage of a sample; its error becomes the sample's unless errors are to be raised."""
@@ -277,6 +290,13 @@ class Worker:
         if isinstance(error, StethoscopeError):
             raise type(error)(f"all of the first {self.run.done} samples failed; sample {draft.sample.id}: {error}")
         raise error
+
+
+def _forget(drafts: Sequence[Draft]) -> None:
+    """Lets go of what generation has kept of prompts; a trace is then a pass over the whole prompt."""
+    for draft in drafts:
+        if draft.encoded is not None and draft.encoded.cache is not None:
+            draft.encoded = replace(draft.encoded, cache=None)
 
 
 def message(error: BaseException) -> str:

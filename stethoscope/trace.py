@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.records import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from torch import Tensor
 
@@ -75,6 +75,18 @@ class Spans:
     separators: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class PromptCache:
+    """What a model has computed of a prompt already, so that tokens behind it need no pass over it.
+
+    Attributes:
+        layers: by layer of the language model keys and values of the P prompt tokens, each (1, key-value heads, P, d),
+            in the model's dtype and on its devices. They are parts of larger tensors, which live as long as they do.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One prompt, ready for the model.
@@ -84,12 +96,14 @@ class Encoded:
         spans: token positions.
         text: the prompt as text, before image placeholders are expanded.
         question: the user's question as it stands in ``text``.
+        cache: of this prompt, as ``Adapter.generate_and_keep`` leaves it for a trace; None where nothing is kept.
     """
 
     inputs: Mapping[str, Tensor]
     spans: Spans
     text: str
     question: str
+    cache: PromptCache | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,7 @@ class Trace:
             for tokens that name nothing. Of ``questions``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
+        found: what features have made of the trace for each other (``features.reduce.once``).
     """
 
     answer: Answer
@@ -193,6 +208,7 @@ class Trace:
     core_logits: Tensor | None = None
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def mean_mass(self) -> Tensor:

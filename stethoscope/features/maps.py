@@ -11,6 +11,7 @@ from stethoscope.errors import CapabilityError
 from stethoscope.features.attention import middle
 from stethoscope.features.catalogue import both_rows, feature
 from stethoscope.features.heads import rows_of
+from stethoscope.features.reduce import once
 from stethoscope.trace import SEGMENTS, Spans, Trace
 
 if TYPE_CHECKING:
@@ -52,21 +53,20 @@ def attention_peak(trace: Trace, offset: int) -> Tensor:
     return rows_of(trace.heads.peak, trace, offset).mean(-1)
 
 
-def _overtrust(trace: Trace, offset: int) -> tuple[Tensor, Tensor]:
-    """(T,) log phi and the (T,) column that has it."""
-    tokens = len(trace.answer.token_ids)
-    scaled = (OVERTRUST_SCALE * trace.heads.response[1:]).clamp(min=1e-30).log()  # row i is the one of answer token i
-    scores, columns = [], []
-    for end in range(offset, tokens + offset):
-        products = scaled[:end, :end].tril().sum(0)
-        best = int(products.argmax()) if end else 0
-        scores.append(float(products[best]) if end else 0.0)
-        columns.append(float(best))
-    return scaled.new_tensor(scores) + math.log(OVERTRUST_FACTOR), scaled.new_tensor(columns)
+@once
+def _overtrust(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """(T + 1,) log phi of the first 0, 1, ..., T answer tokens, and the (T + 1,) columns that have it."""
+    response = trace.heads.response[1:].numpy()  # row i is the one of answer token i
+    within = np.tri(*response.shape, dtype=bool)  # a column begins at the diagonal
+    scaled = np.where(within, np.log(np.maximum(OVERTRUST_SCALE * response, 1e-30)), 0)
+    products = np.where(within, scaled.cumsum(0), -np.inf)
+    products = np.pad(products, ((0, 0), (0, 1)), constant_values=-np.inf)  # an empty answer has a column, too
+    scores = np.concatenate([[0.0], products.max(1)])
+    return scores + math.log(OVERTRUST_FACTOR), np.concatenate([[0.0], products.argmax(1)])
 
 
 @both_rows("maps", high="hallucinated", needs=["heads"])
-def overtrust(trace: Trace, offset: int) -> Tensor:
+def overtrust(trace: Trace, offset: int) -> np.ndarray:
     """Log of OPERA's over-trust score phi, in nats (Huang et al., arXiv 2311.17911).
 
     Last layer, maximum over heads, rows renormalised; within the answer so far, every attention times 50; the score of
@@ -74,13 +74,13 @@ def overtrust(trace: Trace, offset: int) -> Tensor:
     products leave half precision. An empty answer has the empty product. OPERA's other rule for answers of up to ten
     tokens (minus the image attention, ``attn_image``) is on another scale and left out.
     """
-    return _overtrust(trace, offset)[0]
+    return rows_of(_overtrust(trace)[0], trace, offset)
 
 
 @both_rows("maps", high="depends", needs=["heads"])
-def overtrust_column(trace: Trace, offset: int) -> Tensor:
+def overtrust_column(trace: Trace, offset: int) -> np.ndarray:
     """Index of the answer token that has OPERA's over-trust score, from 0."""
-    return _overtrust(trace, offset)[1]
+    return rows_of(_overtrust(trace)[1], trace, offset)
 
 
 # --- attention sinks among the image tokens -------------------------------------------------------------------------
@@ -174,9 +174,10 @@ def dispersion(tiles: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.abs((1 - mass) * entropy), spots, mass], 1)
 
 
-def _dispersion(trace: Trace, offset: int) -> np.ndarray:
-    """(T, L, 3) of ``dispersion``."""
-    image = rows_of(trace.heads.image, trace, offset)
+@once
+def _dispersion(trace: Trace) -> np.ndarray:
+    """(T + 1, L, 3) of ``dispersion``."""
+    image = trace.heads.image
     if not trace.spans.grids:
         raise CapabilityError(
             "features 'dispersion_score', 'components' and 'component_mass' need image tokens that lie on a grid, "
@@ -189,16 +190,16 @@ def _dispersion(trace: Trace, offset: int) -> np.ndarray:
 @both_rows("grid", high="hallucinated", needs=["heads"])
 def dispersion_score(trace: Trace, offset: int) -> np.ndarray:
     """Attention dispersion score, in [0, 1], by layer (ADS, arXiv 2604.04863)."""
-    return _dispersion(trace, offset)[..., 0]
+    return rows_of(_dispersion(trace), trace, offset)[..., 0]
 
 
 @both_rows("grid", high="depends", needs=["heads"])
 def components(trace: Trace, offset: int) -> np.ndarray:
     """Number of connected spots of high attention on the picture, by layer (arXiv 2604.04863)."""
-    return _dispersion(trace, offset)[..., 1]
+    return rows_of(_dispersion(trace), trace, offset)[..., 1]
 
 
 @both_rows("grid", high="grounded", needs=["heads"])
 def component_mass(trace: Trace, offset: int) -> np.ndarray:
     """Share of the image attention, less its floor, that lies in these spots, by layer (arXiv 2604.04863)."""
-    return _dispersion(trace, offset)[..., 2]
+    return rows_of(_dispersion(trace), trace, offset)[..., 2]

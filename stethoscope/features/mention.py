@@ -41,4 +41,4 @@ def masked_prob(trace: Trace) -> Tensor:
 @feature("masked", high="grounded", needs=["attention", "masked"])
 def masked_drop(trace: Trace) -> Tensor:
     """Probability of the token less ``masked_prob``, in [-1, 1] (Delta P of CADMP, 2026)."""
-    return token_logprob(trace.logits, trace).exp() - masked_prob(trace)
+    return token_logprob(trace).exp() - masked_prob(trace)

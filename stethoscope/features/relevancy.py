@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import normalised_entropy
+from stethoscope.features.reduce import normalised_entropy, once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ def _share(part: Tensor, trace: Trace) -> Tensor:
     return part.sum(-1) / trace.relevancy.total.clamp(min=1e-12)
 
 
+@once
 def _text(trace: Trace) -> Tensor:
     """(T, text) relevancy to question and earlier answer tokens after the last layer."""
     relevancy = trace.relevancy
@@ -86,6 +87,7 @@ def relevancy_peak(trace: Trace) -> Tensor:
     return top / image.sum(-1).clamp(min=1e-12)
 
 
+@once
 def _saliency(trace: Trace) -> Tensor:
     """(T, late layers, S) saliency of the later half of the layers, every row divided by its L2 norm."""
     saliency = trace.relevancy.saliency

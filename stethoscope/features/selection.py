@@ -106,6 +106,7 @@ class FeatureSet:
             if not (np.isfinite(values) | (np.isnan(values) & item.gaps)).all():
                 raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
             columns.update(as_columns(item, values))
+        trace.found.clear()
         return columns
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from stethoscope.features.catalogue import both_rows, feature
 from stethoscope.features.heads import rows_of
+from stethoscope.features.reduce import once
 from stethoscope.trace import Trace, of_depth
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def contextual_lens(trace: Trace, offset: int) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def glsim_global(trace: Trace, offset: int) -> Tensor:
     """Cosine of the token's state (layer 31 of 32) to the last prompt token's (layer 32) (GLSim, arXiv 2508.19972)."""
     end = trace.states.prompt_end[_depth(trace)]
@@ -71,6 +73,7 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def glsim_local(trace: Trace, offset: int) -> Tensor:
     """Mean cosine of the token's state to the image tokens where its lens probability is largest (GLSim).
 
@@ -91,6 +94,7 @@ def glsim(trace: Trace, offset: int) -> Tensor:
 
 
 @feature("states", high="grounded", needs=["states"])
+@once
 def cafe(trace: Trace) -> Tensor:
     """Largest probability of the token when question tokens at layer 22 of 32 are decoded, tau 10 (InsLen's Cafe).
 
@@ -100,6 +104,7 @@ def cafe(trace: Trace) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def inslen_local(trace: Trace, offset: int) -> Tensor:
     """Cafe times the mean of the largest cosines to image tokens (InsLen's calibrated local score).
 
@@ -110,6 +115,7 @@ def inslen_local(trace: Trace, offset: int) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def inslen_context(trace: Trace, offset: int) -> Tensor:
     """Closeness of the token's state to the question tokens that say it most, weighted (InsLen's context consistency).
 
@@ -134,6 +140,7 @@ def inslen(trace: Trace, offset: int) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def visual_evidence(trace: Trace, offset: int) -> Tensor:
     """Cosine of the token's state to the last prompt token's, gated by what the image says of it (VisER's VE, 2026).
 
@@ -145,6 +152,7 @@ def visual_evidence(trace: Trace, offset: int) -> Tensor:
 
 
 @both_rows("states", high="grounded", needs=["states"])
+@once
 def visual_ratio(trace: Trace, offset: int) -> Tensor:
     """Similarity to the image over that plus the similarity to the text before the token, in [0, 1] (VisER's VR).
 
@@ -156,9 +164,9 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
     image = (weights * cosine(token, _image(trace, 32)).clamp(min=0)).sum(-1)
     near = cosine(token, states.prefix).clamp(min=0)
     question = states.prefix.shape[0] - len(token)
-    ends = range(question, question + len(token))
-    means = [row[:end].topk(min(VISER_TOP, end)).values.mean() for row, end in zip(near, ends, strict=True)]
-    text = image.new_tensor([float(mean) for mean in means])
+    near = near.tril(question - 1)  # what stands before the token; the rest is nothing to a sum
+    top = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1)
+    text = top / top.new_tensor([min(VISER_TOP, question + index) for index in range(len(token))])
     return image / (image + text + EPSILON)
 
 

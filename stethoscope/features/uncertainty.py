@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import entropy_of, token_logprob
+from stethoscope.features.reduce import entropy_of, logprobs, probabilities, token_logprob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 @feature("uncertainty", high="hallucinated")
 def nll(trace: Trace) -> Tensor:
     """Negative log-probability of the token, in nats (LURE, Zhou et al. 2024)."""
-    return -token_logprob(trace.logits, trace)
+    return -token_logprob(trace)
 
 
 @feature("uncertainty", high="hallucinated")
 def entropy(trace: Trace) -> Tensor:
     """Entropy of the predicted distribution, in nats (Malinin & Gales 2021)."""
-    return entropy_of(trace.logits)
+    return entropy_of(trace)
 
 
 @feature("uncertainty", high="grounded")
 def max_prob(trace: Trace) -> Tensor:
     """Largest probability, in [0, 1]; the token's own under greedy decoding."""
-    return trace.logits.softmax(-1).amax(-1)
+    return probabilities(trace).amax(-1)
 
 
 @feature("uncertainty", high="grounded")
 def margin(trace: Trace) -> Tensor:
     """Largest minus second largest probability, in [0, 1]."""
-    top = trace.logits.softmax(-1).topk(2, dim=-1).values
+    top = probabilities(trace).topk(2, dim=-1).values
     return top[:, 0] - top[:, 1]
 
 
@@ -47,7 +47,8 @@ TOP = 100
 @feature("logits", high="hallucinated")
 def top100_entropy(trace: Trace) -> Tensor:
     """Entropy of the softmax over the 100 largest logits, in nats (HaloProbe, arXiv 2604.06165)."""
-    return entropy_of(trace.logits.topk(min(TOP, trace.logits.shape[-1]), dim=-1).values)
+    top = trace.logits.topk(min(TOP, trace.logits.shape[-1]), dim=-1).values.log_softmax(-1)
+    return -(top.exp() * top).sum(-1)
 
 
 @feature("logits", high="grounded")
@@ -59,17 +60,17 @@ def max_logit(trace: Trace) -> Tensor:
 @feature("logits", high="grounded")
 def token_prob(trace: Trace) -> Tensor:
     """Probability of the token, in [0, 1] (P_orig of CADMP, 2026)."""
-    return token_logprob(trace.logits, trace).exp()
+    return token_logprob(trace).exp()
 
 
 @feature("logits", high="hallucinated")
 def logprob_gap(trace: Trace) -> Tensor:
     """Largest log-probability minus the token's own, in nats; 0 under greedy decoding (MetaToken, arXiv 2405.19186)."""
-    return trace.logits.log_softmax(-1).amax(-1) - token_logprob(trace.logits, trace)
+    return logprobs(trace).amax(-1) - token_logprob(trace)
 
 
 @feature("logits", high="grounded")
 def sequence_logprob(trace: Trace) -> Tensor:
     """Mean log-probability of the answer up to and with the token, in nats (after MetaToken, arXiv 2405.19186)."""
-    logprob = token_logprob(trace.logits, trace)
+    logprob = token_logprob(trace)
     return logprob.cumsum(0) / logprob.new_tensor([index + 1.0 for index in range(len(logprob))])

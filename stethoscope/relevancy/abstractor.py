@@ -29,28 +29,29 @@ class QueryRows:
     Args:
         rows: (..., Q) relevancy of the queries.
         vision: number of vision tokens M.
+        samples: of several samples (samples, ..., Q).
     """
 
-    def __init__(self, rows: Tensor, vision: int) -> None:
-        self._count = rows.shape[-1]
-        self._values = torch.nn.functional.pad(rows, (0, vision))
+    def __init__(self, rows: Tensor, vision: int, samples: int = 1) -> None:
+        self._count, self._shape = rows.shape[-1], rows.shape[:-1]
+        self._values = torch.nn.functional.pad(rows, (0, vision)).view(samples, -1, rows.shape[-1] + vision)
 
     def receive(self, abar: Abar) -> None:
-        """Takes Abar (Q, Q + M) of a layer in blocks, B = 1."""
+        """Takes Abar (Q, Q + M) of a layer in blocks, of every sample."""
         before = None
         for start, block in abar:
             if before is None:
                 self._values = self._values.to(block)
-                before = self.queries.clone()
+                before = self._values[..., : self._count].clone()
             _, rows, end = block.shape
-            self._values[..., :end] += before[..., start : start + rows] @ block[0]
+            self._values[..., :end] += before[..., start : start + rows] @ block
 
     @property
     def queries(self) -> Tensor:
         """(..., Q) what is left to the queries themselves."""
-        return self._values[..., : self._count]
+        return self._values[..., : self._count].reshape(*self._shape, -1)
 
     @property
     def vision(self) -> Tensor:
         """(..., M) what flows on into the vision tokens."""
-        return self._values[..., self._count :]
+        return self._values[..., self._count :].reshape(*self._shape, -1)

@@ -46,6 +46,8 @@ class Call:
         rows: first and last + 1 of the queries that gradients come to; all by default.
         narrow: gradients come to a few rows among them alone, so that it is worth looking.
         maps: blocks of the map by rows, kept when several backward passes come through; None to keep none.
+        keep: keep the whole map of the forward pass, if it makes one in float32 or better.
+        whole: this map, (B, heads, q, k).
         sound: whether all gradients are finite, a tensor so that no device waits for it.
     """
 
@@ -63,15 +65,17 @@ class Call:
     rows: tuple[int, int] | None = None
     narrow: bool = False
     maps: dict[tuple[int, int], Tensor] | None = None
+    keep: bool = False
+    whole: Tensor | None = None
     sound: Tensor | None = None
 
 
 def forward_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    """Output (B, q, heads, d) of a call."""
+) -> tuple[Tensor, Tensor | None]:
+    """Output (B, q, heads, d) of a call, and its map where that is small."""
     small = query.shape[:3].numel() * key.shape[2] <= _SMALL
-    return (eager_attention if small else plain_attention)(module, query, key, value, mask, **options)[0]
+    return (eager_attention if small else plain_attention)(module, query, key, value, mask, **options)
 
 
 def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
@@ -108,7 +112,10 @@ class _TracedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.call = call
-        return forward_attention(call.module, query, key, value, call.mask, call.options)
+        output, weights = forward_attention(call.module, query, key, value, call.mask, call.options)
+        if call.keep and weights is not None and weights.dtype == torch.promote_types(query.dtype, torch.float32):
+            call.whole = weights
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,6 +194,8 @@ def _weights(
     call: Call, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int, stop: int, end: int
 ) -> Tensor:
     """A block of the map, (B, groups, heads / groups * rows, end), float32 or better."""
+    if call.whole is not None:
+        return _grouped(call.whole[:, :, start:stop, :end], key.shape[1])
     if call.maps is not None and (start, stop) in call.maps:
         return call.maps[start, stop]
     some, keys = query[:, :, start:stop], key[:, :, :end]

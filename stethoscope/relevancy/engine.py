@@ -14,7 +14,7 @@ from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.abstractor import QueryRows
 from stethoscope.relevancy.attention import Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
-from stethoscope.relevancy.layout import Layout, answer_logits, layout
+from stethoscope.relevancy.layout import Layout, answer_logits, layout, shared_layout
 from stethoscope.relevancy.listener import Maps, still
 from stethoscope.relevancy.merging import Merging, merging
 from stethoscope.relevancy.patches import pixel_order, tiled
@@ -28,6 +28,8 @@ from stethoscope.tracing.spans import tile_grids
 
 SCOPES = ("row", "token")
 LAYERS = ("all", "final")
+_SEQUENCE = ("llm", "saliency")
+"""Parts that lie along the sequence of prompt and answer."""
 
 
 def relevancy_from_inputs(
@@ -77,7 +79,37 @@ def relevancy_from_inputs(
     with torch.inference_mode(False), torch.enable_grad(), still(model), selected(model):
         inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
         place, every = layout(model, inputs, answer_ids), layers == "all"
-        return _relevancy(model, inputs, place, scope, rule, every, tokens, budget, recompute)
+        return _relevancy(model, inputs, place, scope, rule, every, tokens, budget, recompute)[0]
+
+
+def relevancies_from_inputs(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    answers: Sequence[Sequence[int]],
+    budget: int = 2**26,
+    recompute: bool = True,
+) -> list[Relevancy]:
+    """``relevancy_from_inputs`` in scope ``row`` of several answers by one pass, the same as one by one.
+
+    Nothing passes between samples, so that the gradient of the sum of all their logits is that of every sample's own.
+
+    Args:
+        model: a decoder-only model that reads causally, without a Q-Former, and whose vision tower takes pictures one
+            by one.
+        inputs: as for ``relevancy_from_inputs``, of B samples with one picture of one tile each. The prompts are of one
+            length and have their image tokens at the same places; shorter answers are padded on the right.
+        answers: B answers' token ids.
+        budget, recompute: see ``relevancy_from_inputs``.
+
+    Raises:
+        DataError: the inputs do not fit the answers.
+        CapabilityError, CaptureError: as ``relevancy_from_inputs``.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), still(model), selected(model):
+        inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # causal rows never see the padding
+        place = shared_layout(model, inputs, answers)
+        return _relevancy(model, inputs, place, "row", RULES[0], True, None, budget, recompute)
 
 
 def _relevancy(
@@ -90,16 +122,18 @@ def _relevancy(
     tokens: Sequence[int] | None,
     budget: int,
     recompute: bool,
-) -> Relevancy:
-    """``relevancy_from_inputs`` with its options checked, where gradients may flow."""
-    chosen = tuple(range(len(place.answer))) if tokens is None else tuple(int(token) for token in tokens)
-    if not all(0 <= token < len(place.answer) for token in chosen) or not chosen:
-        raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {len(place.answer) - 1}")
+) -> list[Relevancy]:
+    """``relevancy_from_inputs`` of every sample with its options checked, where gradients may flow."""
+    count = place.answer.shape[1]
+    chosen = tuple(range(count)) if tokens is None else tuple(int(token) for token in tokens)
+    if not all(0 <= token < count for token in chosen) or not chosen:
+        raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {count - 1}")
     maps = Maps(place.first + 1 if scope == "row" else None, budget, keep=scope == "row" and not recompute)
     with record(model, maps), steps(model, maps.tape):
         logits = answer_logits(model, inputs, place)
     kind = _kind(model, maps, place)
-    merged = merging(model, inputs, place.image) if kind == "merged" else None
+    sample = inputs if len(place.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
+    merged = merging(model, sample, place.image) if kind == "merged" else None
     groups = [chosen] if scope == "row" else _groups(chosen, budget // 2 // maps.tape.width())
     passes = []
     with record(model, maps):  # for layers that run again
@@ -108,11 +142,29 @@ def _relevancy(
             of = [group] if scope == "row" else [(token,) for token in group]
             some = [_Pass(maps, place, kind, merged, tokens, rule, every) for tokens in of]
             end = max(group) + 1
-            roots = [logits[:end].sum()] if scope == "row" else [logits[token] for token in group]
+            roots = [_sum(logits, place, end)] if scope == "row" else [logits[0, token] for token in group]
             maps.backward(roots, [one.receive for one in some], place.first + end, last=number == len(groups))
             passes += [one.result() for one in some]
-    parts = {name: torch.cat([one[name] for one in passes], 1).transpose(0, 1).cpu() for name in passes[0]}
-    return _result(model, inputs, place, kind, chosen, merged, parts)
+    parts = {name: torch.cat([some[name] for some in passes], 2).transpose(1, 2).cpu() for name in passes[0]}
+    return [
+        _result(model, sample, place, kind, chosen[:count], merged, _parts_of(parts, index, place))
+        for index, count in enumerate(place.counts)
+    ]
+
+
+def _sum(logits: Tensor, place: Layout, end: int) -> Tensor:
+    """The sum of the first ``end`` logits of all answers."""
+    there = torch.arange(end) < torch.tensor(place.counts)[:, None]
+    return logits[:, :end][there.to(logits.device)].sum()
+
+
+def _parts_of(parts: Mapping[str, Tensor], index: int, place: Layout) -> dict[str, Tensor]:
+    """What belongs to one sample, without the padding behind its answer."""
+    if len(place.counts) == 1:
+        return {name: part[0] for name, part in parts.items()}
+    count = place.counts[index]
+    length = place.first + 1 + count
+    return {name: part[index, :count, ..., : length if name in _SEQUENCE else None] for name, part in parts.items()}
 
 
 def _groups(tokens: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
@@ -157,7 +209,7 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
 def _queries(maps: Maps, place: Layout) -> int:
     """The number of queries of an abstractor, the first of the image tokens; 0 where its maps have other columns."""
     bridge, vision = ({maps.sizes[site] for site in maps.layers.get(role, ())} for role in ("bridge", "vision"))
-    count = bridge.pop() - vision.pop() if len(bridge) == len(vision) == 1 else 0
+    count = (bridge.pop() - vision.pop()) // len(place.counts) if len(bridge) == len(vision) == 1 else 0
     return count if 0 < count <= len(place.image) else 0
 
 
@@ -184,8 +236,9 @@ class _Pass:
     def __post_init__(self) -> None:
         rows = [self.place.first + token for token in self.tokens]
         count = len(self.maps.layers["language"])
-        self._language = LayerRows(torch.tensor(rows), self.place.length, count, self.every)
-        self._saliency = Saliency(rows, self.place.length, count)
+        self._samples = len(self.place.counts)
+        self._language = LayerRows(torch.tensor(rows), self.place.length, count, self.every, self._samples)
+        self._saliency = Saliency(rows, self.place.length, count, self._samples)
         self._joint: QueryRows | None = None
 
     def receive(self, call: Call, layer: int, blocks: Blocks) -> None:
@@ -194,11 +247,12 @@ class _Pass:
         if role == "language" and not self.place.encoder_decoder:
             self._language.receive(layer, abar)
         elif role in ("vision", "encoder"):
-            self._tower(role, call.site.name).receive(call.offset, call.keys, abar)
+            self._tower(role, call.site.name).receive(call.offset // self._samples, call.keys, abar)
         elif role == "bridge" and self.kind == "joint":
             if self._joint is None:  # the language model's layers are through: they come first
                 queries = self.place.image[: len(call.ends)]
-                self._joint = QueryRows(self._language.mass()[..., queries], call.keys - len(queries))
+                rows = self._language.mass()[..., queries]
+                self._joint = QueryRows(rows, call.keys - len(queries), self._samples)
             self._joint.receive(abar)
         elif role == "bridge":
             part = "crossing" if "crossattention" in call.site.name else "own"
@@ -221,17 +275,18 @@ class _Pass:
                 rows = self._joint.vision
             else:
                 rows = torch.eye(self.maps.sizes[name])
-            self.towers[role] = BlockRows(rows)
+            self.towers[role] = BlockRows(rows, self._samples)
         return self.towers[role]
 
     def result(self) -> dict[str, Tensor]:
-        """Rows by the names of ``Relevancy``, each (L or 1, T, positions)."""
-        found = {"saliency": self._saliency.values if self.every else self._saliency.values[-1:]}
+        """Rows by the names of ``Relevancy``, each (B, L or 1, T, positions)."""
+        found = {"saliency": self._saliency.values[:, slice(None) if self.every else slice(-1, None)]}
         if self.place.encoder_decoder:
             rows = [self.place.first + token for token in self.tokens]
             own, crossing = self.kept["language"], self.kept["cross"]
             read = self.towers["encoder"].values
-            found["decoder"], found["encoder"] = decoder_rows(self.rule, read, own, crossing, rows, self.every)
+            both = decoder_rows(self.rule, read, own, crossing, rows, self.every)
+            found["decoder"], found["encoder"] = (part[None] for part in both)
         else:
             found["llm"] = self._language.mass()
         image = next(found[name] for name in ("encoder", "llm") if name in found)[..., self.place.image]

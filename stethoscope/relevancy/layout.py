@@ -16,10 +16,11 @@ from stethoscope.errors import CapabilityError, DataError
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions in the sequences of one sample.
+    """Positions in the sequences of one sample, or of B samples where they are the same.
 
     Attributes:
-        answer: (A,) int64, the answer's ids.
+        answer: (B, A) int64, the answers' ids, followed by zeros.
+        counts: number of tokens of every answer, A at most.
         first: row that predicts answer token 0; token k is predicted by row ``first + k``.
         length: length of the sequence that these rows are in (the decoder's, for an encoder-decoder model).
         image: (N,) positions of the image tokens in ``input_ids``.
@@ -27,6 +28,7 @@ class Layout:
     """
 
     answer: Tensor
+    counts: tuple[int, ...]
     first: int
     length: int
     image: Tensor
@@ -68,15 +70,38 @@ def layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer_ids: Seq
     image = (ids[: len(ids) if both else first + 1] == image_id).nonzero()[:, 0] if image_id is not None else None
     if image is None or not len(image):
         raise DataError(f"the inputs hold no image token (id {image_id})")
-    return Layout(answer, first, length, image, bool(both))
+    return Layout(answer[None], (len(answer),), first, length, image, bool(both))
+
+
+def shared_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> Layout:
+    """The layout of several samples of a decoder-only model, padded on the right.
+
+    Raises:
+        DataError: their prompts are not alike, or the inputs do not hold them and the answers.
+    """
+    ids, counts = inputs["input_ids"].cpu(), tuple(map(len, answers))
+    first = ids.shape[1] - max(counts) - 1
+    answer = torch.zeros(len(answers), max(counts), dtype=torch.long)
+    for index, one in enumerate(answers):
+        answer[index, : len(one)] = torch.as_tensor(one)
+    there = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    image = ids[:, : first + 1] == model.config.image_token_id
+    if min(counts) < 1 or not torch.equal(ids[:, first + 1 :][there], answer[there]):
+        raise DataError(f"the inputs do not hold answers of {counts} tokens behind prompts of {first + 1}")
+    if not image[0].any() or not (image == image[0]).all():
+        raise DataError("the image tokens of the prompts are not at the same places")
+    return Layout(answer, counts, first, ids.shape[1], image[0].nonzero()[:, 0], False)
 
 
 def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: Layout) -> Tensor:
-    """Logits (A,) of the answer's tokens, each at the row that predicts it."""
-    rows = torch.arange(place.first, place.first + len(place.answer))
+    """Logits (B, A) of the answers' tokens, each at the row that predicts it; padding's mean nothing."""
+    samples, count = place.answer.shape
+    rows = torch.arange(place.first, place.first + count)
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares the head most of the prompt
         options["logits_to_keep"] = rows.to(inputs["input_ids"].device)
         rows = torch.arange(len(rows))
-    logits = model(**inputs, **options, use_cache=False).logits[0]
-    return logits[rows.to(logits.device), place.answer.to(logits.device)]
+    logits = model(**inputs, **options, use_cache=False).logits
+    return logits[
+        torch.arange(samples)[:, None].to(logits.device), rows.to(logits.device), place.answer.to(logits.device)
+    ]

@@ -80,12 +80,13 @@ class Maps(Listener):
             live = self._live if site.role in ("language", "cross") else None
             keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
             call = Call(site, module, mask, options, self._receive, ends, live, self._budget, offset, size, keys)
+            call.keep = self._keep
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
                 self.tape.leaves.append(query)
             output = traced_attention(query, key, value, call)
         else:
-            output = forward_attention(module, query, key, value, mask, options)
+            output, _ = forward_attention(module, query, key, value, mask, options)
         if not again:
             names = self.layers.setdefault(site.role, [])
             if site.name not in names:

@@ -51,12 +51,12 @@ class Relevancy:
         """(T, L, rows, columns) where there is one grid; images cut into several tiles have ``tiles``."""
         return self.tiles[:, :, 0] if self.tiles is not None and self.tiles.shape[2] == 1 else None
 
-    @property
+    @cached_property
     def image(self) -> Tensor:
         """(T, L, N) over the image tokens of the language model."""
         return self._whole[..., list(self.image_at)]
 
-    @property
+    @cached_property
     def question(self) -> Tensor:
         """(T, L, Q) over the question's tokens."""
         return self._whole[..., list(self.question_at)]
@@ -74,7 +74,7 @@ class Relevancy:
         used[self._answer_at :] = True
         return self._whole[..., ~used]
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """(T, L) the sum of the whole row: of image, question, answer and rest."""
         return self._whole.sum(-1)

@@ -30,15 +30,24 @@ class Knockout(Listener):
         spans: B spans of the prompts.
         length: length of the sequence that the prompts are in.
         encoder: whether the language model has an encoder.
+        queries: number of queries of a pass that begins behind the images; None for a pass over the whole prompts.
     """
 
-    def __init__(self, hidden: Sequence[Sequence[int]], spans: Sequence[Spans], length: int, encoder: bool) -> None:
+    def __init__(
+        self,
+        hidden: Sequence[Sequence[int]],
+        spans: Sequence[Spans],
+        length: int,
+        encoder: bool,
+        queries: int | None = None,
+    ) -> None:
         self._roles = ("encoder", "cross") if encoder else ("language",)
         self._keys = torch.zeros(len(spans), length, dtype=torch.bool)
-        self._queries = torch.ones(len(spans), length, dtype=torch.bool)
+        self._queries = torch.ones(len(spans), length if queries is None else queries, dtype=torch.bool)
         for index, (positions, span) in enumerate(zip(hidden, spans, strict=True)):
             self._keys[index, list(positions)] = True
-            self._queries[index, list(span.image)] = False
+            if queries is None:
+                self._queries[index, list(span.image)] = False
 
     def wants(self, site: Site) -> bool:
         return site.role in self._roles

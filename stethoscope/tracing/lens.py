@@ -92,17 +92,17 @@ class Lens:
         One layer is decoded at a time, so memory is that of one row of logits per token.
 
         Args:
-            heard: L tensors (B, T, D) from ``listen``.
-            logits: (B, T, V) the model's own.
-            tokens: (B, T) ids.
+            heard: L tensors (..., D), rows of those from ``listen``.
+            logits: (..., V) the model's own.
+            tokens: (...) ids.
 
         Returns:
-            Both (B, T, L) float32 on the CPU.
+            Both (..., L) float32 on the CPU.
 
         Raises:
             CapabilityError: the parts that were found do not reproduce the model's own logits.
         """
-        if not self.checked:
+        if not self.checked and tokens.numel():
             self._check(heard[-1], logits)
         pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
@@ -114,11 +114,11 @@ class Lens:
             heard, logits: as for ``read``.
 
         Returns:
-            (B, T, L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
+            (..., L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
         """
         final = logits.log_softmax(-1)
         layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in heard[:-1]]
-        return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:2], 0)).cpu()
+        return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:-1], 0)).cpu()
 
     def read_together(self, hidden: Tensor, logits: Tensor, tokens: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
         """``read`` and ``divergence`` of a few tokens, all layers at once: faster where little is to be decoded.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stethoscope.errors import CaptureError
 from stethoscope.trace import SEGMENTS, Heads, Spans
-from stethoscope.tracing.capture import Listener, Site, eager_rows, plain_attention
+from stethoscope.tracing.capture import Listener, Site, eager_attention, eager_rows, plain_attention
 
 TOP = 20
 """Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
@@ -29,8 +29,8 @@ TOP = 20
 _IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
 
 
-def segments(spans: Spans, length: int) -> Tensor:
-    """Which of ``SEGMENTS`` every position belongs to.
+def segments(spans: Spans, length: int, first: int = 0) -> Tensor:
+    """Which of ``SEGMENTS`` every position belongs to; ``first`` is the prompt's first, behind padding on the left.
 
     >>> segments(Spans(length=6, image=(1, 2), question=(4,)), 8).tolist()
     [3, 0, 0, 4, 1, 4, 2, 2]
@@ -39,7 +39,7 @@ def segments(spans: Spans, length: int) -> Tensor:
         (length,) int64, indices into ``SEGMENTS``.
     """
     kind = torch.full((length,), _REST)
-    kind[0] = _FIRST
+    kind[first] = _FIRST
     kind[spans.length :] = _PREVIOUS
     kind[list(spans.question)] = _QUESTION
     kind[list(spans.image)] = _IMAGE
@@ -50,18 +50,29 @@ class AttentionRows(Listener):
     """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
 
     The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
-    nothing of size N x N is made. One forward pass per instance.
+    nothing of size N x N is made. Where a pass has no other rows, eager attention gives both. One forward pass per
+    instance.
 
     Args:
-        rows: (B, T) positions of the rows.
+        rows: (B, T) positions of the rows among the queries. Where there are as many as queries, they are all of them;
+            a sample that needs fewer repeats its last, and what is found in its place then means nothing.
         spans: B spans of the prompts, in positions of the (right-padded) batch.
         length: length of the sequence that the prompts are in.
         decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
+        firsts: where the prompts begin; at 0 unless they are padded on the left.
     """
 
-    def __init__(self, rows: Tensor, spans: Sequence[Spans], length: int, decoder: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
+    ) -> None:
         self._rows = rows
-        kinds = {"language": torch.stack([segments(span, length) for span in spans])}
+        pairs = zip(spans, firsts or [0] * len(spans), strict=True)
+        kinds = {"language": torch.stack([segments(span, length, first) for span, first in pairs])}
         self._reads = "language" if decoder is None else "cross"  # the attention that has the prompt's tokens as keys
         if decoder is not None:
             prompt = kinds["language"]
@@ -90,8 +101,12 @@ class AttentionRows(Listener):
     ) -> tuple[Tensor, Tensor | None]:
         if site.name in self._mass[site.role]:
             raise CaptureError(f"{site.name} was called twice in one recording")
-        output, _ = plain_attention(module, query, key, value, mask, **kwargs)
-        self.hear(site, eager_rows(module, self._rows, query, key, value, mask, **kwargs))
+        if self._rows.shape[1] == query.shape[2]:
+            output, weights = eager_attention(module, query, key, value, mask, **kwargs)
+        else:
+            output, _ = plain_attention(module, query, key, value, mask, **kwargs)
+            weights = eager_rows(module, self._rows, query, key, value, mask, **kwargs)
+        self.hear(site, weights)
         return output, None
 
     def hear(self, site: Site, weights: Tensor) -> None:
@@ -130,13 +145,19 @@ class HeadRows(AttentionRows):
     Args:
         rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
         counts: number of answer tokens of every sample.
-        spans, length, decoder: see ``AttentionRows``.
+        spans, length, decoder, firsts: see ``AttentionRows``.
     """
 
     def __init__(
-        self, rows: Tensor, counts: Sequence[int], spans: Sequence[Spans], length: int, decoder: int | None = None
+        self,
+        rows: Tensor,
+        counts: Sequence[int],
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(rows, spans, length, decoder)
+        super().__init__(rows, spans, length, decoder, firsts)
         self._tokens = list(counts)
         starts = [span.length if decoder is None else 1 for span in spans]
         self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]

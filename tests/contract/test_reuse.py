@@ -1,0 +1,150 @@
+"""What generation leaves for a trace, and what several answers share, changes no value; and nothing of it stays."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from contract_helpers import picture
+
+from stethoscope.adapters.passes import CAUSAL
+from stethoscope.records import Answer, Generation
+
+WAYS = {
+    "greedy": Generation(max_new_tokens=7),
+    "sampled": Generation(max_new_tokens=9, do_sample=True, temperature=1.5, seed=3),
+    "stopped": Generation(max_new_tokens=9, stop=("e", " ")),
+}
+NEEDS = (("attention", "lens", "blank"), ("heads", "trajectory"), ("no_image", "core", "noise"))
+PARTS = (
+    "logits", "mass", "image_attention", "lens_logprob", "blank_logits", "trajectory", "noise_logits",
+    "no_image_logits", "core_logits", "image", "top", "peak", "response",
+)  # fmt: skip
+NEAR = 5e-5  # of tiny models with wide weights, whose logits are around 10
+
+
+def tensors(trace):
+    held = {**vars(trace), **(vars(trace.heads) if trace.heads else {})}
+    return {name: held[name] for name in PARTS if held.get(name) is not None}
+
+
+def same(one, other):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    for name, part in one.items():
+        assert part.shape == other[name].shape
+        assert not part.numel() or (part - other[name]).abs().max() <= NEAR, name
+
+
+def reuses(adapter):
+    return adapter.model.config.model_type in CAUSAL
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, way):
+    answers, kept = adapter.generate_and_keep(encoded, WAYS[way])
+    assert answers == adapter.generate(encoded, WAYS[way])
+    assert [one.cache is not None for one in kept] == [reuses(adapter)] * len(encoded)
+    answers[1] = answers[1].until(
+        min(2, len(answers[1].token_ids))
+    )  # of different lengths, whatever the model has written
+    for needs in NEEDS:
+        whole = adapter.trace_batch(encoded, answers, needs)
+        for one, other in zip(adapter.trace_batch(kept, answers, needs), whole, strict=True):
+            same(one, other)
+        same(adapter.trace(kept[2], answers[2], needs), whole[2])
+        some = adapter.trace_batch([kept[2], kept[0]], [answers[2], answers[0]], needs)
+        for one, other in zip(some, (whole[2], whole[0]), strict=True):
+            same(one, other)
+
+
+def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded):
+    (first, second), kept = adapter.generate_and_keep(encoded[:2], WAYS["greedy"])
+    (third,), more = adapter.generate_and_keep(encoded[2:], WAYS["greedy"])
+    answers, needs = [first, second, third], ("attention", "no_image")
+    whole = adapter.trace_batch(encoded, answers, needs)
+    for prompts in ([*kept, *more], [kept[0], encoded[1], *more]):
+        for one, other in zip(adapter.trace_batch(prompts, answers, needs), whole, strict=True):
+            same(one, other)
+
+
+def test_hidden_states_come_from_a_whole_pass(adapter, encoded):
+    if not reuses(adapter):
+        pytest.skip("keeps nothing")
+    answers, kept = adapter.generate_and_keep(encoded, WAYS["greedy"])
+    for one, other in zip(
+        adapter.trace_batch(kept, answers, ["states", "heads"]),
+        adapter.trace_batch(encoded, answers, ["states", "heads"]),
+        strict=True,
+    ):
+        same(one, other)
+        assert torch.equal(one.states.patch_top, other.states.patch_top)
+
+
+def test_beams_leave_nothing(adapter, encoded):
+    answers, kept = adapter.generate_and_keep(encoded[:1], Generation(max_new_tokens=3, num_beams=2))
+    assert kept[0].cache is None
+    assert len(adapter.trace(kept[0], answers[0], ()).logits) == len(answers[0].token_ids)
+
+
+def test_kept_prompts_do_not_outlive_the_prompts_and_traces(adapter, encoded):
+    if not reuses(adapter):
+        pytest.skip("keeps nothing")
+    answers, kept = adapter.generate_and_keep(encoded, WAYS["greedy"])
+    held = [weakref.ref(part) for one in kept for layer in one.cache.layers for part in layer]
+    traces = adapter.trace_batch(kept, answers, ("attention", "blank", "no_image"))
+    del kept
+    gc.collect()
+    assert traces
+    assert not any(one() is not None for one in held)
+
+
+def test_blank_prompts_are_computed_once_and_again_for_other_weights(adapter, encoded, monkeypatch):
+    if not reuses(adapter):
+        pytest.skip("reads blank pictures in whole passes")
+    ids = adapter.generate(encoded, WAYS["greedy"])
+    adapter.trace_batch(encoded, ids, ("blank",))
+    calls = []
+
+    def counted(module, arguments, options):
+        calls.append(options.get("pixel_values") is not None)
+
+    handle = adapter.model.register_forward_pre_hook(counted, with_kwargs=True)
+    try:
+        other = [adapter.encode(picture(9 + at, *size), one.question) for at, (one, size) in enumerate(
+            zip(encoded, ((72, 56), (72, 56), (100, 40)), strict=True)
+        )]  # fmt: skip
+        calls.clear()
+        adapter.trace(other[0], ids[0], ("blank",))
+        assert calls == [True, False]  # the picture's own pass, and the answer behind the blank one
+        weight = adapter.model.get_output_embeddings().weight
+        with torch.no_grad():
+            weight.mul_(1.0)
+        calls.clear()
+        adapter.trace(other[0], ids[0], ("blank",))
+        assert calls == [True, True, False]
+    finally:
+        handle.remove()
+
+
+def test_relevancy_of_several_answers_is_that_of_each(adapter):
+    question = "What is in the image?"
+    encoded = [adapter.encode(picture(seed), question) for seed in range(3)]
+    ids = adapter.generate(encoded, Generation(max_new_tokens=8))
+    answers = [ids[0], *(one.until(min(at, len(one.token_ids))) for at, one in zip((3, 5), ids[1:], strict=True))]
+    together = adapter.trace_batch(encoded, answers, ["relevancy"])
+    for one, answer, trace in zip(encoded, answers, together, strict=True):
+        alone, found = adapter.trace(one, answer, ["relevancy"]).relevancy, trace.relevancy
+        assert (found.tokens, found.image_at, found.question_at) == (alone.tokens, alone.image_at, alone.question_at)
+        for name in ("llm", "decoder", "encoder", "vision", "tiles", "saliency", "query_text"):
+            part, expected = getattr(found, name), getattr(alone, name)
+            assert (part is None) == (expected is None)
+            if expected is not None:
+                assert part.shape == expected.shape
+                assert (part - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+
+
+def test_an_empty_answer_behind_a_kept_prompt(adapter, encoded):
+    _, kept = adapter.generate_and_keep(encoded[:1], WAYS["greedy"])
+    trace = adapter.trace(kept[0], Answer("", (), (), (), True), ("attention", "lens", "blank"))
+    assert len(trace.logits) == len(trace.mass) == len(trace.lens_rank) == len(trace.blank_logits) == 0
