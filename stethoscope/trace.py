@@ -36,9 +36,9 @@ MENTION_NEEDS = ("questions", "masked")
 """What costs passes for every object that an answer names, and is not of the adapter but of ``per_mention``:
 ``questions`` asks the model whether each object is there, ``masked`` hides from it what it looked at."""
 
-KEPT_LAYERS = {"token": (16, 31, 32), "image": (0, 24, 32), "instruction": (22,), "prompt_end": (32,)}
+KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
 """Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it, and the
-middle one for the probe of hidden states; layer 0 of the image is what ``looked_at`` reads."""
+middle one for the probe of hidden states."""
 TEMPERATURE = 10.0
 """Of InsLen's lens on the instruction (arXiv 2605.12258)."""
 

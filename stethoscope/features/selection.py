@@ -13,7 +13,7 @@ from stethoscope.features.catalogue import CLASSES, COSTS, EXTRA_FORWARD, FEATUR
 if TYPE_CHECKING:
     from stethoscope.trace import Trace
 
-EVERYWHERE = ("uncertainty", "position", "attention", "lens", "blank", "relevancy")
+EVERYWHERE = ("uncertainty", "position", "attention", "lens", "blank", "relevancy", "sight")
 """Groups that every family of models has and that are chosen when nothing is said: those of ``features=default``."""
 
 

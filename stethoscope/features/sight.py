@@ -16,7 +16,7 @@ DIMENSIONS = 256
 """Columns at most; wider states are projected onto so many random directions, which keeps their angles to about 6 %."""
 
 
-@feature("sight", high="depends", needs=["states", "relevancy"], vector=True)
+@feature("sight", high="depends", needs=["relevancy"], vector=True)
 def looked_at(trace: Trace) -> np.ndarray:
     """What was looked at: image tokens as they enter the language model, weighted with the token's relevancy.
 
@@ -26,7 +26,7 @@ def looked_at(trace: Trace) -> np.ndarray:
     """
     relevancy = trace.relevancy.image[:, -1].float().numpy()
     weights = relevancy / np.maximum(np.linalg.norm(relevancy, axis=-1, keepdims=True), 1e-12)
-    seen = weights @ trace.states.image[0].numpy()
+    seen = weights @ trace.relevancy.seen.numpy()
     return seen if seen.shape[-1] <= DIMENSIONS else seen @ _directions(seen.shape[-1])
 
 

@@ -14,6 +14,7 @@ from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.abstractor import QueryRows
 from stethoscope.relevancy.attention import Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
+from stethoscope.relevancy.entry import entering
 from stethoscope.relevancy.layout import Layout, answer_logits, layout, shared_layout
 from stethoscope.relevancy.listener import Maps, still
 from stethoscope.relevancy.merging import Merging, merging
@@ -129,7 +130,7 @@ def _relevancy(
     if not all(0 <= token < count for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} must be numbers of answer tokens, 0 to {count - 1}")
     maps = Maps(place.first + 1 if scope == "row" else None, budget, keep=scope == "row" and not recompute)
-    with record(model, maps), steps(model, maps.tape):
+    with record(model, maps), entering(model, place.encoder_decoder) as heard, steps(model, maps.tape):
         logits = answer_logits(model, inputs, place)
     kind = _kind(model, maps, place)
     sample = inputs if len(place.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
@@ -146,9 +147,10 @@ def _relevancy(
             maps.backward(roots, [one.receive for one in some], place.first + end, last=number == len(groups))
             passes += [one.result() for one in some]
     parts = {name: torch.cat([some[name] for some in passes], 2).transpose(1, 2).cpu() for name in passes[0]}
+    seen = heard[0][:, place.image.to(heard[0].device)].to("cpu", torch.promote_types(heard[0].dtype, torch.float32))
     return [
-        _result(model, sample, place, kind, chosen[:count], merged, _parts_of(parts, index, place))
-        for index, count in enumerate(place.counts)
+        _result(model, sample, place, kind, chosen[:count], merged, _parts_of(parts, index, place) | {"seen": one})
+        for index, (count, one) in enumerate(zip(place.counts, seen, strict=True))
     ]
 
 

@@ -31,6 +31,7 @@ class Relevancy:
             over heads, in the row that predicts it of every layer's own attention map (or the last layer's); no
             recursion. On earlier answer tokens it drops before hallucinations (LVLMs-Saliency, arXiv 2601.20279,
             which takes all rows of a layer and divides by the map's norm). The same in both scopes.
+        seen: (N, D) the image tokens as they enter the first layer of the language model (of its encoder).
         query_text: (T, L, Q) over the tokens that a Q-Former reads beside its queries (InstructBLIP).
     """
 
@@ -43,6 +44,7 @@ class Relevancy:
     encoder: Tensor | None = None
     vision: Tensor | None = None
     tiles: Tensor | None = None
+    seen: Tensor | None = None
     query_text: Tensor | None = None
     saliency: Tensor | None = None
 
