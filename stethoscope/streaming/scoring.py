@@ -108,7 +108,7 @@ class Scorer:
     def _traced(self, steps: Steps, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
         """The detector's columns (T, features) of a trace of the tokens from ``start`` on."""
         trace = self._trace(self._own, steps, ids, start)
-        self.logprobs += token_logprob(trace.logits, trace).tolist()
+        self.logprobs += token_logprob(trace).tolist()
         found = [(item, item.function(trace)) for item in self._own]
         if self._history:
             whole = self._trace(self._history, steps, ids, 0)
