@@ -102,6 +102,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
     if len(told) > MOST:
         lines.append(f"  and {len(told) - MOST} more, all of them in report.html")
+    lines += _looks(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
     lines += ["", f"{sum(diagnosis.seconds.values()):.2f} s ({seconds})"]
@@ -163,6 +164,15 @@ def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
     share = diagnosis.shares["image"][mention.tokens[0], -1]
     boxes = ", ".join(f"{_where(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
     yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
+
+
+def _looks(diagnosis: Diagnosis) -> list[str]:
+    """Lines about what the place of every named object looks like; none where the detector has no sight."""
+    from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
+
+    judged = [(mention.object, mention.judgement) for mention in diagnosis.mentions if mention.judgement is not None]
+    told = [f"  {name}: looks like {in_words(judgement.looks)}" for name, judgement in judged if judgement.looks]
+    return ["", *dict.fromkeys(told), ABOUT_LOOKS] if told else []
 
 
 def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:

@@ -21,7 +21,7 @@ from stethoscope.tasks.chair import Chair
 def trained(tmp_path_factory):
     """A run directory with a detector that warns of everything."""
     folder = tmp_path_factory.mktemp("trained")
-    features = FeatureSet(groups=["uncertainty", "position"])
+    features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
     detector = package.Detector(strength=0.1).fit(RunStore(folder).tokens("chair"))
     detector.threshold = 0.0
@@ -64,6 +64,13 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
     for named in data["mentions"]:
         assert f"{named['object']} [{named['probability']:.0%}]" in out
         assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
+        looks = ", ".join(
+            f"{one['object'] or 'nothing known'} {one['probability']:.0%}".replace("%", " %")
+            for one in named["looks"]
+            if one["probability"] >= 0.005
+        )
+        assert f"{named['object']}: looks like {looks}" in out
+    assert "no object detector" in out
     assert "features: " in out
     assert "picture: " in out
     assert "no detector" not in out

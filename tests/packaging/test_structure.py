@@ -65,6 +65,7 @@ LAYERS = [
         "detection.warn",
         "detection.columns",
         "detection.inputs",
+        "detection.settings",
         "detection.transfer",
     },
     {"loggers", "runs.store", "runs.jobs"},
