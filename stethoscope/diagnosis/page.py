@@ -62,7 +62,7 @@ def _body(diagnosis: Diagnosis, data: dict[str, Any]) -> Iterator[str]:
     if diagnosis.evolution is not None:
         words = f'<th colspan="{diagnosis.evolution.probabilities.shape[-1]}">most probable words</th>'
         head = f"<tr><th>layer</th><th>rank</th><th>probability</th>{words}</tr>"
-        table = f'<table><thead>{head}</thead><tbody id="evolution"></tbody></table>'
+        table = f'<table class="evolution"><thead>{head}</thead><tbody id="evolution"></tbody></table>'
         yield _card("Prediction evolution: what every layer would have said", f'<div class="scroll">{table}</div>')
     yield "</main>"
 

@@ -19,8 +19,8 @@ _FLOOR = 1e-9  # what float32 can tell from nothing; as in the features of the s
 NOTHING = "nothing known"
 """What people read where a place looks like none of the objects."""
 ABOUT_LOOKS = (
-    "“Looks like” is what the detector has learned from right and invented mentions: how the place that a name was "
-    "written from looks inside the model. It is no object detector, knows what was named often alone, and can be wrong."
+    "'Looks like' is what the detector has learned from right and invented mentions: how the place that a name was "
+    "written from looks inside the model. It is no object detector: it knows only what was often named, and can err."
 )
 """What people should know who read it."""
 
@@ -146,10 +146,10 @@ def in_words(looks: Sequence[Look]) -> str:
     """What a place looks like, for people; what rounds to nothing is left out.
 
     >>> in_words([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])
-    'spoon 61 %, fork 22 %, nothing known 9 %'
+    'spoon 61%, fork 22%, nothing known 9%'
     """
     named = [(NOTHING if name is None else name, chance) for name, chance in looks]
-    return ", ".join(f"{name} {100 * chance:.0f} %" for name, chance in named if chance >= 0.005)
+    return ", ".join(f"{name} {chance:.0%}" for name, chance in named if chance >= 0.005)
 
 
 def _short(value: float | None) -> float | None:

@@ -65,7 +65,7 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
         assert f"{named['object']} [{named['probability']:.0%}]" in out
         assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
         looks = ", ".join(
-            f"{one['object'] or 'nothing known'} {one['probability']:.0%}".replace("%", " %")
+            f"{one['object'] or 'nothing known'} {one['probability']:.0%}"
             for one in named["looks"]
             if one["probability"] >= 0.005
         )

@@ -113,11 +113,11 @@ def test_the_pages_scope_is_told(real):
 
 def test_what_the_place_looks_like_is_told_with_what_that_means(evil, real):
     page = evil.to_html()
-    assert "looks like: &lt;u&gt;cat&lt;/u&gt; 61 %, nothing known 30 %" in page
+    assert "looks like: &lt;u&gt;cat&lt;/u&gt; 61%, nothing known 30%" in page
     assert "It is no object detector" in page
     assert "no object detector" not in real.to_html()
     data = json.loads(Seen(page).scripts[0])
-    assert data["tokens"][data["start"]]["looks"] == "<u>cat</u> 61 %, nothing known 30 %"
+    assert data["tokens"][data["start"]]["looks"] == "<u>cat</u> 61%, nothing known 30%"
     looks = [{"object": "<u>cat</u>", "probability": 0.61}, {"object": None, "probability": 0.3}]
     assert evil.to_dict()["mentions"][0]["looks"] == looks
 
