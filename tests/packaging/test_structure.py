@@ -48,6 +48,7 @@ LAYERS = [
         "detection.estimators",
         "detection.factor",
         "detection.conformal",
+        "detection.finding",
         "detection.explain",
         "detection.sight",
         "detection.artefact",
