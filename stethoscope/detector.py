@@ -13,26 +13,14 @@ import pandas as pd
 
 from stethoscope.detection import artefact, hub
 from stethoscope.detection.conformal import Certificate, Promise, promised
-from stethoscope.detection.estimators import (
-    CALIBRATIONS,
-    ESTIMATORS,
-    CalibratedModel,
-    Examples,
-    best_threshold,
-    strength_of,
-)
+from stethoscope.detection.estimators import CalibratedModel, Examples, best_threshold, strength_of
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.factor import EXTERNAL
 from stethoscope.detection.inputs import Inputs, told_apart
-from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.table import (
-    SUBTOKENS,
-    FeatureSchema,
-    Subtokens,
-    mention_rows,
-    require,
-    select_features,
-)
+from stethoscope.detection.settings import checked
+from stethoscope.detection.sight import Look, Sighted, most_likely
+from stethoscope.errors import ArtefactError, ConfigError, DataError
+from stethoscope.table import FeatureSchema, Subtokens, mention_rows, require, select_features
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
 
@@ -88,42 +76,21 @@ class Detector:
         sight: bool = True,
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
-        for key, value, known in (
-            ("estimator", estimator, ESTIMATORS),
-            ("calibration", calibration, CALIBRATIONS),
-            ("repeats", repeats, ("first", "all")),
-            ("subtokens", subtokens, SUBTOKENS),
-        ):
-            if value not in known:
-                raise ConfigError(unknown(f"detector.{key}", str(value), known))
-        if strength is not None and not strength > 0:
-            raise ConfigError(f"detector.strength={strength} should be above 0, or null to choose it")
-        if isinstance(features, str) or isinstance(exclude, str):
-            raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
-        if objects and factored:
-            raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
-        if not isinstance(threshold, Mapping) and threshold != "f1":
-            raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
+        self.settings = checked(
+            estimator=estimator,
+            calibration=calibration,
+            features=features,
+            exclude=exclude,
+            objects=objects,
+            strength=strength,
+            repeats=repeats,
+            seed=seed,
+            factored=factored,
+            subtokens=subtokens,
+            sight=sight,
+            threshold=threshold,
+        )
         self._promise = Promise.parse(threshold) if isinstance(threshold, Mapping) else None
-        if self._promise is not None and calibration == "isotonic":
-            raise ConfigError(
-                "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold can "
-                "promise anything; use platt or none"
-            )
-        self.settings: dict[str, Any] = {
-            "estimator": estimator,
-            "calibration": calibration,
-            "features": None if features is None else list(features),
-            "exclude": list(exclude),
-            "objects": objects,
-            "strength": strength,
-            "repeats": repeats,
-            "seed": seed,
-            "factored": factored,
-            "subtokens": subtokens,
-            "sight": sight,
-            "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
-        }
         self.threshold = 0.5
         self.certificate: Certificate | None = None
         self.notes: dict[str, Any] = {}
@@ -260,9 +227,7 @@ class Detector:
                 message names the differences.
             DataError: a feature has an infinite value.
         """
-        if self._model is None:
-            raise ArtefactError("the detector was not fitted; call fit or load it from a folder")
-        return self._model.predict(self._matrix(table))
+        return self._ready().predict(self._matrix(table))
 
     def explain(self, table: pd.DataFrame) -> Explanation:
         """Evidence, prior and, for ``logistic``, what every feature adds, for all rows of a token table.
@@ -273,6 +238,34 @@ class Detector:
         """
         probability = self.predict(table)
         return explanation(self._model, self._matrix(table), probability, self._inputs.shown, self._base_rate)
+
+    def looks(self, table: pd.DataFrame, count: int = 3) -> list[tuple[Look, ...]]:
+        """What the place that every row's name was written from looks like, for all rows of a token table.
+
+        It is what the detector has learned from mentions (``stethoscope.detection.sight``): how a place that a name was
+        written from looks inside the model, and how often that was there. No object is searched for in the picture.
+
+        Args:
+            table: a token table.
+            count: at most so many for a row.
+
+        Returns:
+            For every row pairs of an object, or None for nothing known, and its probability, the most probable first;
+            empty for a row that names no object, and for all where the detector has no sight.
+
+        Raises:
+            ArtefactError, DataError: as in ``predict``.
+        """
+        model, matrix = self._ready().model, self._matrix(table)
+        if not isinstance(model, Sighted):
+            return [()] * len(table)
+        found = most_likely(model.looks(matrix), self._inputs.objects, count)
+        return [looks if name else () for looks, name in zip(found, table["object"], strict=True)]
+
+    def _ready(self) -> CalibratedModel:
+        if self._model is None:
+            raise ArtefactError("the detector was not fitted; call fit or load it from a folder")
+        return self._model
 
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
         """(rows, columns) what the classifier reads."""

@@ -170,5 +170,5 @@ def _explain(ready: Ready, case: Case, scope: str, reader: Reader, start: float)
 def _notes(ready: Ready, question: Question) -> tuple[str, ...]:
     detector = question.detector or ready.detectors.final
     if detector is None:
-        return (*question.notes, TRAIN_ONE.format(model=question.model))
+        return (*question.notes, ready.detectors.names or TRAIN_ONE.format(model=question.model))
     return (*question.notes, *([f"Detector: {ready.detectors.names}"] if question.detector is None else []))

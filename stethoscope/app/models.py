@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stethoscope.app.eyes import Eyes
 from stethoscope.build import build, choices, compose
-from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, unknown
+from stethoscope.detection.finding import AUTO, SWITCHED_OFF, called, detector_folder, shipped, trained, wanted
+from stethoscope.errors import CapabilityError, ConfigError, unknown
 
 if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
-    "`stethoscope benchmark model={model}` trains one (in minutes for the embedded model); then start the app again."
+    "`stethoscope benchmark model={model}` trains one; then start the app again."
 )
 
 
@@ -31,7 +31,7 @@ class Detectors:
     Attributes:
         final: judges the finished answer; None for no warnings.
         live: judges tokens while the answer is written; None where none can. ``delay`` of ``stethoscope.stream``.
-        names: where they come from, for people.
+        names: where they come from, for people, or that they are switched off.
     """
 
     final: Detector | None = None
@@ -58,7 +58,8 @@ class Pool:
 
     Args:
         adapter: the model to begin with. ``name``: of it, one of ``conf/model`` or of the user's own.
-        detector: folder of a detector for that model, or of a run that has one; None for the newest in ``runs``.
+        detector: folder of a detector for that model, or of a run that has one; ``auto`` for the newest in ``runs``
+            that was trained on this very model, or the one that comes with it; None or ``none`` for no warnings.
         live: the same for a detector that judges while the answer is written.
         runs: folder of run directories, in which detectors are looked for. ``run``: one to be looked at first.
         plugins: packages from which models may be made.
@@ -71,7 +72,7 @@ class Pool:
         self,
         adapter: Adapter,
         name: str,
-        detector: str | None = None,
+        detector: str | None = AUTO,
         live: str | None = None,
         runs: Path = Path("runs"),
         run: Path | None = None,
@@ -79,7 +80,7 @@ class Pool:
     ) -> None:
         self.name = name
         self._runs, self._run = runs, run
-        self._first, self._given, self._plugins = adapter, (detector, live), plugins
+        self._first, self._given, self._plugins = adapter, (wanted(detector), live), plugins
         self._lock = threading.Lock()
         self._loaded: tuple[str, Ready] | None = None
 
@@ -116,7 +117,7 @@ class Pool:
 
         if name not in self.names:
             raise ConfigError(unknown("model", name, self.names))
-        given: tuple[str | None, str | None] = (None, None)
+        given = (None if self._given[0] is None else AUTO, None)
         if name == self.name:
             adapter, given = self._first, self._given
         else:
@@ -127,8 +128,10 @@ class Pool:
     def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
         from stethoscope.detector import Detector
 
-        found = trained(self._runs, adapter.fingerprint(), self._run)
-        final = detector_folder(folder) if folder is not None else next(iter(found), None)
+        if folder is None:
+            return Detectors(names=SWITCHED_OFF)
+        found = [*trained(self._runs, adapter.fingerprint(), self._run), *shipped(adapter)]
+        final = detector_folder(folder) if folder != AUTO else next(iter(found), None)
         if final is None:
             return Detectors()
         detector = Detector.load(final)
@@ -137,49 +140,11 @@ class Pool:
             quick = detector if one == final else Detector.load(one)
             delay = streaming_delay(quick)
             if delay is not None:
-                names = _name(final) if one == final else f"{_name(final)}, while writing {_name(one)}"
+                names = called(final) if one == final else f"{called(final)}, while writing {called(one)}"
                 return Detectors(detector, quick, delay, names)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
-        return Detectors(detector, names=_name(final))
-
-
-def _name(folder: Path) -> str:
-    """How a detector is called: by the run that has it."""
-    return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
-
-
-def detector_folder(folder: str) -> Path:
-    """The folder of a detector, which may be given as that of the run that has it.
-
-    Raises:
-        ArtefactError: there is no such folder.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
-    return path / "detector" if (path / "detector").is_dir() else path
-
-
-def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
-    """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
-
-    Those of ``runs`` are in the order of their age, newest first.
-    """
-    manifests = sorted(runs.glob("*/detector/manifest.json"), key=lambda path: -path.stat().st_mtime)
-    if run is not None and (run / "detector" / "manifest.json").is_file():
-        manifests.insert(0, run / "detector" / "manifest.json")
-    return [manifest.parent for manifest in manifests if _of(manifest, fingerprint)]
-
-
-def _of(manifest: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a detector was trained on answers of this model."""
-    try:
-        model = json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
-    except (OSError, ValueError, AttributeError):  # named by its user, it says what is wrong
-        return False
-    # runs note our code too; other versions of it and of transformers give the same answers but for rounding
-    return bool(model) and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers")
+        return Detectors(detector, names=called(final))
 
 
 def streaming_delay(detector: Detector) -> int | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stethoscope.diagnosis.page import page_data
+from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
 from stethoscope.markup import data_uri
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def finished(diagnosis: Diagnosis, case: str, scope: str, notes: Sequence[str] =
             mentions.append(_mention(one.object, one.tokens, None))
             continue
         odds = [None if value is None else round(value, 3) for value in (judgement.evidence, judgement.prior)]
-        top = [[name, round(push, 3)] for name, push in judgement.top]
-        mentions.append(_mention(one.object, one.tokens, round(judgement.probability, 4), *odds, top))
+        top, looks = [[name, round(push, 3)] for name, push in judgement.top], in_words(judgement.looks)
+        mentions.append(_mention(one.object, one.tokens, round(judgement.probability, 4), *odds, top, looks))
     shown = diagnosis.image.copy()
     shown.thumbnail((WIDEST, WIDEST))
     cut = [] if diagnosis.answer.finished else [f"The answer was cut off at {len(diagnosis)} tokens."]
@@ -109,6 +110,7 @@ def finished(diagnosis: Diagnosis, case: str, scope: str, notes: Sequence[str] =
         text=text,
         mentions=mentions,
         threshold=diagnosis.threshold,
+        about_looks=ABOUT_LOOKS if any(one["looks"] for one in mentions) else "",
         photo=_address(shown),
         summary=f"{diagnosis.model}, {len(diagnosis)} tokens",
         notes=[*cut, *(f"Not shown: {note}" for note in diagnosis.notes), *notes],
@@ -122,6 +124,7 @@ def _mention(
     evidence: float | None = None,
     prior: float | None = None,
     top: Sequence[Sequence[Any]] = (),
+    looks: str = "",
 ) -> dict[str, Any]:
     return {
         "object": name,
@@ -130,6 +133,7 @@ def _mention(
         "evidence": evidence,
         "prior": prior,
         "top": list(top),
+        "looks": looks,
     }
 
 

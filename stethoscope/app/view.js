@@ -108,6 +108,7 @@ function tip(event) {
   if (mention !== null && mention.probability !== null) {
     lines.unshift(`${mention.object}: ${percent(mention.probability)} hallucinated`);
     if (mention.evidence !== null) lines.push(`evidence ${signed(mention.evidence)}, prior ${signed(mention.prior)} (log-odds)`);
+    if (mention.looks) lines.push(`the place looks like: ${mention.looks}`);
     mention.top.slice(0, 3).forEach(([name, push]) => lines.push(`${name} ${signed(push)}`));
   }
   box.replaceChildren(...lines.map((line, index) => make("div", line, index ? "" : "st-tip-head")));
@@ -193,6 +194,7 @@ function facts(token, mention) {
       rows.push(["evidence", signed(mention.evidence) + " log-odds, what the model's own computation says"]);
       rows.push(["prior", signed(mention.prior) + " log-odds, what place and name say"]);
     }
+    if (mention.looks) rows.push(["the place looks like", mention.looks]);
   } else if (data.threshold !== null) rows.push(["hallucinated", "no object is named here"]);
   list("facts", rows);
 }
@@ -246,17 +248,24 @@ function evolution(token) {
 
 function mentions() {
   const odds = data.mentions.some((one) => one.evidence !== null), head = make("tr");
-  const names = data.threshold === null ? ["object"] : odds ? ["object", "hallucinated", "evidence", "prior", ""] : ["object", "hallucinated", ""];
+  const names = data.threshold === null ? ["object"] : ["object", "hallucinated", ...(odds ? ["evidence", "prior"] : [])];
   head.append(...names.map((name) => make("th", name)));
   $("mentions-head").replaceChildren(head);
-  $("mentions").replaceChildren(...data.mentions.map((one) => {
+  $("about-looks").textContent = data.about_looks;
+  $("mentions").replaceChildren(...data.mentions.flatMap((one) => {
     const row = make("tr", undefined, warned(one) ? "st-alarm" : ""), cells = [one.object];
-    if (data.threshold !== null) cells.push(one.probability === null ? "" : percent(one.probability));
+    if (data.threshold !== null) cells.push(one.probability === null ? "" : percent(one.probability) + (warned(one) ? ", warned" : ""));
     if (odds) cells.push(...[one.evidence, one.prior].map((value) => (value === null ? "" : signed(value))));
-    if (data.threshold !== null) cells.push(warned(one) ? "warned" : "");
     row.append(...cells.map((cell) => make("td", cell)));
-    if (one.tokens.length) row.dataset.token = one.tokens[0];
-    return row;
+    const rows = [row];
+    if (one.looks) {
+      const cell = make("td", `looks like: ${one.looks}`);
+      cell.colSpan = cells.length;
+      rows.push(make("tr", undefined, "st-looks"));
+      rows[1].append(cell);
+    }
+    if (one.tokens.length) rows.forEach((made) => { made.dataset.token = one.tokens[0]; });
+    return rows;
   }));
 }
 

@@ -11,27 +11,30 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.errors import ArtefactError, CapabilityError, ConfigError
+from stethoscope.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from stethoscope.detector import Detector
     from stethoscope.diagnosis import Diagnosis
     from stethoscope.diagnosis.parts import Named
     from stethoscope.records import ImageRef
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (
-    "no detector was given, so no warnings; `stethoscope benchmark` trains one for the embedded model in minutes, "
-    "then add detector=runs/benchmark-testbed"
+    "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one, "
+    "then add detector=runs/benchmark-{model}"
 )
 MOST = 5  # mentions that are told at length
 
 
 def run(config: DictConfig) -> None:
     """Asks, diagnoses, prints and writes. What is wrong in the configuration is found before the model is loaded."""
+    from hydra.core.hydra_config import HydraConfig
+
     from stethoscope.adapter import Adapter
+    from stethoscope.detection.finding import AUTO, detector_folder, shipped, wanted
+    from stethoscope.detector import Detector
     from stethoscope.diagnosis import diagnose
     from stethoscope.diagnosis.readers import reader
     from stethoscope.records import Generation
@@ -40,8 +43,14 @@ def run(config: DictConfig) -> None:
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
     image = _image(config)
     picture = image.load()
-    detector = None if config.detector.folder is None else _detector(str(config.detector.folder))
+    setting = wanted(config.detector.folder)
+    folders = [] if setting in (None, AUTO) else [detector_folder(setting)]
+    detector = Detector.load(folders[0]) if folders else None
     adapter = build(config.model, Adapter, "model", config.plugins)
+    if setting == AUTO:
+        adapter.setup()
+        folders = shipped(adapter)
+        detector = Detector.load(folders[0]) if folders else None
     diagnosis = diagnose(
         adapter,
         picture,
@@ -53,10 +62,8 @@ def run(config: DictConfig) -> None:
         mentions=reader(config.mentions, config.plugins),
     )
     show(diagnosis, image.name)
-    if detector is None:
-        print(f"\n{TRAIN_ONE}")
-    folder = Path(config.out)
-    for path in write(diagnosis, folder):
+    print(f"\n{_origin(setting, folders, str(HydraConfig.get().runtime.choices.model))}")
+    for path in write(diagnosis, Path(config.out)):
         print(f"wrote {path}")
 
 
@@ -72,15 +79,15 @@ def _image(config: DictConfig) -> ImageRef:
     return ImageRef(f"{scene.id}.png (rendered)", scene.image)
 
 
-def _detector(folder: str) -> Detector:
-    """The detector of a folder, or of a run directory."""
-    from stethoscope.detector import Detector
+def _origin(setting: str | None, folders: list[Path], model: str) -> str:
+    """Where the detector came from, or why there is none."""
+    from stethoscope.detection.finding import AUTO, SWITCHED_OFF, called
 
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
-    inner = path / "detector"
-    return Detector.load(inner if inner.is_dir() else path)
+    if setting is None:
+        return SWITCHED_OFF
+    if not folders:
+        return TRAIN_ONE.format(model=model)
+    return f"detector: {called(folders[0])}" + (" (detector=none switches it off)" if setting == AUTO else "")
 
 
 def show(diagnosis: Diagnosis, name: str) -> None:
@@ -102,6 +109,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
     if len(told) > MOST:
         lines.append(f"  and {len(told) - MOST} more, all of them in report.html")
+    lines += _looks(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
     lines += ["", f"{sum(diagnosis.seconds.values()):.2f} s ({seconds})"]
@@ -163,6 +171,15 @@ def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
     share = diagnosis.shares["image"][mention.tokens[0], -1]
     boxes = ", ".join(f"{_where(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
     yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
+
+
+def _looks(diagnosis: Diagnosis) -> list[str]:
+    """Lines about what the place of every named object looks like; none where the detector has no sight."""
+    from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
+
+    judged = [(mention.object, mention.judgement) for mention in diagnosis.mentions if mention.judgement is not None]
+    told = [f"  {name}: looks like {in_words(judgement.looks)}" for name, judgement in judged if judgement.looks]
+    return ["", *dict.fromkeys(told), ABOUT_LOOKS] if told else []
 
 
 def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:

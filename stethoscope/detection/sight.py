@@ -8,6 +8,8 @@ gives the other features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
@@ -21,6 +23,8 @@ FEATURE = "looked_at"
 COLUMNS = ("sight_named", "sight_other")
 STRENGTH = 0.03
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
+Look = tuple[str | None, float]
+"""An object, or None for none of those that are known, and the probability that a place looks like it."""
 
 
 class Sight(BaseEstimator):
@@ -121,6 +125,29 @@ class Sighted(Grouped):
         """(rows, 2 + own columns) what the classifier reads."""
         return np.hstack([self.sight_.transform(X[:, -self.size :]), X[:, : -self.size]])
 
+    def looks(self, X: np.ndarray) -> np.ndarray:
+        """(rows, objects + 1) as ``Sight.looks``."""
+        return self.sight_.looks(X[:, -self.size : -1])
+
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """(rows,) log-odds of hallucination."""
         return self.classifier_.decision_function(self.joined(X))
+
+
+def most_likely(looks: np.ndarray, objects: Sequence[str], count: int = 3) -> list[tuple[Look, ...]]:
+    """The most probable looks of every place.
+
+    >>> most_likely(np.log([[0.2, 0.7, 0.1]]), ["cup", "fork"], 2)
+    [(('fork', 0.7), ('cup', 0.2))]
+
+    Args:
+        looks: (rows, objects + 1) log-probabilities, the last one of nothing known.
+        objects: their names.
+        count: at most so many for a row; what was never seen in training is left out.
+    """
+    names = [*objects, None]
+    best = np.argsort(-looks, axis=1, kind="stable")[:, :count]
+    return [
+        tuple((names[at], float(np.exp(row[at]))) for at in order if np.isfinite(row[at]))
+        for row, order in zip(looks, best, strict=True)
+    ]

@@ -25,6 +25,8 @@ COLUMNS = {
     "probability": "calibrated probability that the object is hallucinated",
     "evidence": "what the model's own computation says, in log-odds; above 0 it speaks for hallucination",
     "prior": "what place and name say (or, not factored, the base rate), in log-odds; the sum gives the probability",
+    "looks": "what the place that it was written from looks like: [object, probability], null for nothing known; [] "
+    "where the detector has no sight",
     "warned": "the probability is at or above the detector's threshold",
     "label": "the truth where the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
     "fold": "train, calibration or test where the detector was fitted on this run, else empty",
@@ -56,6 +58,8 @@ def mention_warnings(
     if detector.additive:
         why = detector.explain(first)
         rows["evidence"], rows["prior"] = why.evidence[deciding], why.prior[deciding]
+    looks = detector.looks(first)
+    rows["looks"] = [looks[row] for row in deciding]
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
@@ -71,5 +75,6 @@ def write_warnings(rows: pd.DataFrame, path: Path) -> None:
         for row in rows.to_dict("records"):
             exact = {name: row[name] for name in ("probability", "evidence", "prior")}
             short = {name: None if value is None else round(value, 6) for name, value in exact.items()}
-            file.write(json.dumps({**row, **short}, ensure_ascii=False) + "\n")
+            looks = [[name, round(chance, 6)] for name, chance in row["looks"]]
+            file.write(json.dumps({**row, **short, "looks": looks}, ensure_ascii=False) + "\n")
     os.replace(temporary, path)

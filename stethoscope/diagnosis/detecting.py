@@ -84,11 +84,12 @@ def judge(
 def _judgements(detector: Detector, rows: pd.DataFrame) -> list[Judgement]:
     if not len(rows):
         return []
+    looks = detector.looks(rows)
     if not detector.additive:
-        return [Judgement(float(value)) for value in detector.predict(rows)]
+        return [Judgement(float(value), looks=seen) for value, seen in zip(detector.predict(rows), looks, strict=True)]
     why = detector.explain(rows)
-    values = zip(why.probability, why.evidence, why.prior, strict=True)
+    values = zip(why.probability, why.evidence, why.prior, looks, strict=True)
     return [
-        Judgement(float(probability), float(evidence), float(prior), tuple(why.top(row, _TOP)))
-        for row, (probability, evidence, prior) in enumerate(values)
+        Judgement(float(probability), float(evidence), float(prior), tuple(why.top(row, _TOP)), seen)
+        for row, (probability, evidence, prior, seen) in enumerate(values)
     ]

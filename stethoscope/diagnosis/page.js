@@ -86,6 +86,7 @@ function facts(token) {
   if (token.object) rows.push(["object", token.object]);
   if (token.warning !== null) rows.push(["hallucinated", percent(token.warning) + (token.warned ? ", warned" : "")]);
   if (token.evidence !== null) rows.push(["evidence and prior", `${signed(token.evidence)} and ${signed(token.prior)} log-odds`]);
+  if (token.looks) rows.push(["the place looks like", token.looks]);
   $("facts").replaceChildren(...rows.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stethoscope.diagnosis.parts import SHARES
+from stethoscope.diagnosis.parts import ABOUT_LOOKS, SHARES, in_words
 from stethoscope.errors import CapabilityError
 from stethoscope.markup import data_uri, document, escape, json_block
 from stethoscope.pictures import RAMP, heat, raster, relevancy_tiles
@@ -62,7 +62,7 @@ def _body(diagnosis: Diagnosis, data: dict[str, Any]) -> Iterator[str]:
     if diagnosis.evolution is not None:
         words = f'<th colspan="{diagnosis.evolution.probabilities.shape[-1]}">most probable words</th>'
         head = f"<tr><th>layer</th><th>rank</th><th>probability</th>{words}</tr>"
-        table = f'<table><thead>{head}</thead><tbody id="evolution"></tbody></table>'
+        table = f'<table class="evolution"><thead>{head}</thead><tbody id="evolution"></tbody></table>'
         yield _card("Prediction evolution: what every layer would have said", f'<div class="scroll">{table}</div>')
     yield "</main>"
 
@@ -138,6 +138,7 @@ def _mention_table(diagnosis: Diagnosis) -> Iterator[str]:
     columns = ["object", "hallucinated", "evidence", "prior"] if judged else ["object", "probability of its token"]
     yield '<section class="card"><h2>Objects that the answer names</h2><div class="scroll"><table><thead><tr>'
     yield "".join(f"<th>{name}</th>" for name in columns) + "</tr></thead><tbody>"
+    told = False
     for mention in diagnosis.mentions:
         cells = [mention.object]
         judgement = mention.judgement
@@ -149,7 +150,11 @@ def _mention_table(diagnosis: Diagnosis) -> Iterator[str]:
         kind = "warned" if mention.warned else ""
         token = f' data-token="{mention.tokens[0]}"' if mention.tokens else ""
         yield f'<tr class="{kind}"{token}>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    yield "</tbody></table></div></section>"
+        if judgement is not None and judgement.looks:
+            told, text = True, f"looks like: {in_words(judgement.looks)}"
+            yield f'<tr class="looks"{token}><td colspan="{len(columns)}">{escape(text)}</td></tr>'
+    yield "</tbody></table></div>"
+    yield f'<p class="soft">{escape(ABOUT_LOOKS)}</p></section>' if told else "</section>"
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
@@ -197,6 +202,7 @@ def _token(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any
         "evidence": None if shown is None or shown.evidence is None else round(shown.evidence, 3),
         "prior": None if shown is None or shown.prior is None else round(shown.prior, 3),
         "top": [] if shown is None else [[name, round(push, 3)] for name, push in shown.top],
+        "looks": "" if shown is None else in_words(shown.looks),
         "word": "",
         "evolution": [],
     }

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from stethoscope.detection.sight import Look
     from stethoscope.relevancy import Relevancy
 
 CONTRIBUTIONS = ("sum", "max", "mean")
 SHARES = ("image", "question", "answer", "rest")
 _FLOOR = 1e-9  # what float32 can tell from nothing; as in the features of the same name
+
+NOTHING = "nothing known"
+"""What people read where a place looks like none of the objects."""
+ABOUT_LOOKS = (
+    "'Looks like' is what the detector has learned from right and invented mentions: how the place that a name was "
+    "written from looks inside the model. It is no object detector: it knows only what was often named, and can err."
+)
+"""What people should know who read it."""
 
 Pushes = tuple[tuple[str, float], ...]
 """Features and what they add to the evidence, in log-odds, strongest first; above 0 it speaks for hallucination."""
@@ -28,12 +38,15 @@ class Judgement:
         evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
             where the detector's calibration does not add up.
         top: the features that push it the most; empty unless the detector is linear.
+        looks: what the place that a name was written from looks like, most probable first, None for nothing known
+            (``Detector.looks``); empty for other tokens and where the detector has no sight.
     """
 
     probability: float
     evidence: float | None = None
     prior: float | None = None
     top: Pushes = ()
+    looks: tuple[Look, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, rounded."""
@@ -42,6 +55,7 @@ class Judgement:
             "evidence": _short(self.evidence),
             "prior": _short(self.prior),
             "top": [{"feature": name, "push": _short(push)} for name, push in self.top],
+            "looks": [{"object": name, "probability": _short(chance)} for name, chance in self.looks],
         }
 
 
@@ -126,6 +140,16 @@ def shares(relevancy: Relevancy) -> dict[str, np.ndarray]:
     """For each of ``SHARES`` (T, L) in [0, 1], its share of the whole row's relevancy; they add up to 1."""
     total = relevancy.total.numpy().clip(min=1e-12)
     return {name: getattr(relevancy, name).sum(-1).numpy() / total for name in SHARES}
+
+
+def in_words(looks: Sequence[Look]) -> str:
+    """What a place looks like, for people; what rounds to nothing is left out.
+
+    >>> in_words([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])
+    'spoon 61%, fork 22%, nothing known 9%'
+    """
+    named = [(NOTHING if name is None else name, chance) for name, chance in looks]
+    return ", ".join(f"{name} {chance:.0%}" for name, chance in named if chance >= 0.005)
 
 
 def _short(value: float | None) -> float | None:

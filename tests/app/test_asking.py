@@ -13,7 +13,8 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.app import asking, payload
 from stethoscope.app.eyes import Eyes
-from stethoscope.app.models import Pool, trained
+from stethoscope.app.models import Pool
+from stethoscope.detection.finding import trained
 from stethoscope.errors import ArtefactError, ConfigError
 from stethoscope.records import Generation
 
@@ -195,8 +196,6 @@ def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
     assert trained(folder, {**fingerprint, "weights": "others"}) == []
     assert trained(tmp_path, fingerprint) == []
     assert trained(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
-    with Pool(adapter, "testbed", runs=tmp_path).use("testbed") as ready:
-        assert ready.detectors.final is None
     with (
         pytest.raises(ArtefactError, match="is no directory"),
         Pool(adapter, "testbed", str(tmp_path / "x")).use("testbed"),
@@ -204,7 +203,25 @@ def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
         pass
 
 
-def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path):
+def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_first(pool, adapter, reader, tmp_path):
+    shown, _ = ask(Pool(adapter, "testbed", runs=tmp_path), reader)
+    assert 0 < shown[-1]["threshold"] < 1
+    assert shown[-1]["mentions"][0]["probability"] is not None
+    assert any("comes with the embedded model" in note for note in shown[-1]["notes"])
+    with pool.use("testbed") as ready:
+        assert ready.detectors.names == "of the run small"
+
+
+@pytest.mark.parametrize("off", [None, "none"])
+def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off):
+    shown, _ = ask(Pool(adapter, "testbed", off, runs=folder), reader)
+    assert shown[-1]["threshold"] is None
+    assert any("switched off" in note for note in shown[-1]["notes"])
+
+
+def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch):
+    other = {**adapter.fingerprint(), "weights": "of another model"}
+    monkeypatch.setattr(adapter, "fingerprint", lambda: other)
     shown, _ = ask(Pool(adapter, "testbed", runs=tmp_path), reader)
     assert shown[-1]["threshold"] is None
     assert any("stethoscope benchmark model=testbed" in note for note in shown[-1]["notes"])

@@ -21,7 +21,7 @@ from stethoscope.tasks.chair import Chair
 def trained(tmp_path_factory):
     """A run directory with a detector that warns of everything."""
     folder = tmp_path_factory.mktemp("trained")
-    features = FeatureSet(groups=["uncertainty", "position"])
+    features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
     detector = package.Detector(strength=0.1).fit(RunStore(folder).tokens("chair"))
     detector.threshold = 0.0
@@ -33,8 +33,9 @@ def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
     out = stethoscope("diagnose", code=0)
     assert "testbed on counter-000000.png" in out
     assert "The image" in out
-    assert "no detector was given" in out
-    assert "stethoscope benchmark" in out
+    assert "detector: the one that comes with the embedded model" in out
+    assert "detector=none switches it off" in out
+    assert re.search(r"warned of \d of \d mentions", out)
     folder = tmp_path / "runs" / "diagnose-testbed"
     data = json.loads((folder / "diagnosis.json").read_text())
     assert data["answer"].split()[0] in out
@@ -64,9 +65,16 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
     for named in data["mentions"]:
         assert f"{named['object']} [{named['probability']:.0%}]" in out
         assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
+        looks = ", ".join(
+            f"{one['object'] or 'nothing known'} {one['probability']:.0%}"
+            for one in named["looks"]
+            if one["probability"] >= 0.005
+        )
+        assert f"{named['object']}: looks like {looks}" in out
+    assert "no object detector" in out
     assert "features: " in out
     assert "picture: " in out
-    assert "no detector" not in out
+    assert f"detector: of the run {trained.name}" in out
     assert "<script>alert" not in (tmp_path / "o" / "report.html").read_text()
     stethoscope("diagnose", *words, "answer=Nothing here.", code=0)
     assert not list((tmp_path / "o" / "heatmaps").iterdir())  # none is left of the answer before
@@ -89,9 +97,23 @@ def test_colours_are_for_terminals(trained):
         assert re.sub(r" \[\d+%\]", "", shown[False]) == "A dog on a tree.\n"
 
 
+@pytest.mark.parametrize("off", ["detector=none", "detector=null"])
+def test_the_detector_can_be_switched_off(stethoscope, off):
+    out = stethoscope("diagnose", off, "answer=a dog", code=0)
+    assert "The detector is switched off, so there are no warnings." in out
+    assert "warned of" not in out
+
+
+def test_an_altered_model_has_no_detector(stethoscope):
+    out = stethoscope("diagnose", "model.random_init=tiny", "answer=a dog", code=0)
+    assert "no detector comes with this model" in out
+    assert "stethoscope benchmark model=testbed" in out
+    assert "warned of" not in out
+
+
 def test_another_model_and_the_other_scope(stethoscope, tmp_path):
     words = ["model=smolvlm-2.2b", "model.random_init=tiny", "answer=a dog", "scope=token", "out=o"]
-    stethoscope("diagnose", *words, code=0)
+    assert "stethoscope benchmark model=smolvlm-2.2b" in stethoscope("diagnose", *words, code=0)
     assert (tmp_path / "o" / "heatmaps").is_dir()
     assert len(json.loads((tmp_path / "o" / "diagnosis.json").read_text())["grids"]) > 1
 

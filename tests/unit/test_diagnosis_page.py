@@ -59,7 +59,7 @@ def evil():
     """A made-up diagnosis with a warned mention in the middle of hostile text."""
     answer = tokens(EVIL)
     start = EVIL.index("dog")
-    why = Judgement(0.9, 3.0, -0.8, (("<b>nll</b>", 2.0), ("entropy", -1.0)))
+    why = Judgement(0.9, 3.0, -0.8, (("<b>nll</b>", 2.0), ("entropy", -1.0)), (("<u>cat</u>", 0.61), (None, 0.3)))
     owners = tuple(answer.covering(start, start + 3))
     return Diagnosis(
         model="<i>model</i>", image=Image.new("RGB", (30, 20), "teal"), question="<script>what</script>?",
@@ -109,6 +109,17 @@ def test_the_pages_scope_is_told(real):
     assert "gradient of scope row" in real.to_html()
     assert real.to_dict()["scope"] == "row"
     assert "gradient of scope token" in replace(real, scope="token").to_html()
+
+
+def test_what_the_place_looks_like_is_told_with_what_that_means(evil, real):
+    page = evil.to_html()
+    assert "looks like: &lt;u&gt;cat&lt;/u&gt; 61%, nothing known 30%" in page
+    assert "It is no object detector" in page
+    assert "no object detector" not in real.to_html()
+    data = json.loads(Seen(page).scripts[0])
+    assert data["tokens"][data["start"]]["looks"] == "<u>cat</u> 61%, nothing known 30%"
+    looks = [{"object": "<u>cat</u>", "probability": 0.61}, {"object": None, "probability": 0.3}]
+    assert evil.to_dict()["mentions"][0]["looks"] == looks
 
 
 def test_figures_show_themselves(real):

@@ -1,5 +1,7 @@
 """Does the place that a name was written from look like what it names?"""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -7,8 +9,9 @@ from token_tables import OBJECTS, halves, token_table
 
 from stethoscope import metrics
 from stethoscope.detection.sight import COLUMNS, Sight
+from stethoscope.detection.warn import mention_warnings, write_warnings
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError
+from stethoscope.errors import ArtefactError, ConfigError
 from stethoscope.features import sight
 from stethoscope.table import mention_rows
 
@@ -93,12 +96,45 @@ def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
     assert np.isnan(fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]]))).all()
 
 
+def test_it_tells_what_every_place_looks_like():
+    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    named = TEST["object"].to_numpy()
+    found = detector.looks(TEST, count=2)
+    right = [looks[0][0] == name for looks, name in zip(found, named, strict=True)]
+    assert np.mean(np.array(right)[LABELS == 0]) > 0.6
+    assert np.mean(np.array(right)[LABELS == 1]) < 0.2
+    assert all(len(looks) == 2 and looks[0][1] >= looks[1][1] > 0 for looks in found)
+    every = detector.looks(TEST, count=len(OBJECTS) + 1)
+    assert [sum(chance for _, chance in looks) for looks in every] == pytest.approx([1] * len(TEST))
+    assert all(None in dict(looks) for looks in every)
+    assert detector.looks(TEST.assign(object="")) == [()] * len(TEST)  # no name was written
+    assert detector.looks(TEST.iloc[:0]) == []
+
+
+def test_without_a_sight_there_are_no_looks():
+    assert Detector(strength=0.1, sight=False).fit(TRAIN, CALIBRATION).looks(TEST) == [()] * len(TEST)
+    plain = TRAIN.drop(columns=PLACES)
+    assert Detector(strength=0.1).fit(plain).looks(plain) == [()] * len(plain)
+    with pytest.raises(ArtefactError, match="not fitted"):
+        Detector().looks(TEST)
+
+
+def test_warnings_tell_it_too(tmp_path):
+    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    rows = mention_warnings(TEST, detector)
+    write_warnings(rows, tmp_path / "warnings.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    for line, looks in zip(lines, detector.looks(TEST), strict=True):
+        assert line["looks"] == [[name, pytest.approx(chance, abs=1e-6)] for name, chance in looks]
+
+
 def test_it_is_saved_and_read_again(tmp_path):
     detector = Detector("boosting").fit(TRAIN, CALIBRATION)
     detector.save(tmp_path / "detector")
     again = Detector.load(tmp_path / "detector")
     assert (again.predict(TEST) == detector.predict(TEST)).all()
     assert again.features == detector.features
+    assert again.looks(TEST) == detector.looks(TEST)
     assert again.settings["sight"] is True
 
 

@@ -1,0 +1,82 @@
+"""Which detector judges a model: one that is named, one that a run trained on this very model, or the shipped one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.errors import ArtefactError
+from stethoscope.testbed import DETECTOR_DIR
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+
+AUTO = "auto"
+"""What ``detector=`` is by default: look for one of this very model."""
+SWITCHED_OFF = "The detector is switched off, so there are no warnings."
+
+
+def wanted(setting: str | None) -> str | None:
+    """The value of ``detector=``; None where it is switched off.
+
+    >>> wanted("runs/mine"), wanted("auto"), wanted("none"), wanted(None)
+    ('runs/mine', 'auto', None, None)
+    """
+    return None if setting is None or str(setting) == "none" else str(setting)
+
+
+def detector_folder(folder: str) -> Path:
+    """The folder of a detector, which may be given as that of the run that has it.
+
+    Raises:
+        ArtefactError: there is no such folder.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
+    return path / "detector" if (path / "detector").is_dir() else path
+
+
+def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
+    """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
+
+    Those of ``runs`` are in the order of their age, newest first.
+    """
+    manifests = sorted(runs.glob("*/detector/manifest.json"), key=lambda path: -path.stat().st_mtime)
+    if run is not None and (run / "detector" / "manifest.json").is_file():
+        manifests.insert(0, run / "detector" / "manifest.json")
+    return [manifest.parent for manifest in manifests if _of(_model(manifest), fingerprint)]
+
+
+def shipped(adapter: Adapter) -> list[Path]:
+    """The folder of the detector that comes with the embedded model, if this is that model, unchanged; else nothing.
+
+    Args:
+        adapter: set up. Weights, which can be large, are digested only where its class is that of the embedded model.
+    """
+    model = _model(DETECTOR_DIR / "manifest.json")
+    own = f"{type(adapter).__module__}.{type(adapter).__qualname__}"
+    return [DETECTOR_DIR] if model.get("adapter") == own and _of(model, adapter.fingerprint()) else []
+
+
+def called(folder: Path) -> str:
+    """How a detector is called: by the run that has it."""
+    if folder == DETECTOR_DIR:
+        return "the one that comes with the embedded model, trained on captions of its own"
+    return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
+
+
+def _model(manifest: Path) -> dict[str, Any]:
+    """The fingerprint of the model that a detector was trained on; empty where that is not known."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
+    except (OSError, ValueError, AttributeError):  # named by its user, it says what is wrong
+        return {}
+
+
+def _of(model: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a detector was trained on answers of the model with this fingerprint."""
+    # runs note our code too; other versions of it and of transformers give the same answers but for rounding
+    return bool(model) and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers")

@@ -1,0 +1,65 @@
+"""The detector that comes with the embedded model: it fits that model, is small, and reads without a warning."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stethoscope
+from stethoscope import metrics
+from stethoscope.detection.finding import shipped
+from stethoscope.evaluator import Evaluator
+from stethoscope.features import FeatureSet
+from stethoscope.runs.store import RunStore
+from stethoscope.tasks.chair import Chair
+from stethoscope.testbed import DETECTOR_DIR
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    adapter = stethoscope.load("testbed")
+    adapter.setup()
+    return adapter
+
+
+def test_it_is_that_of_the_embedded_model_as_it_is(adapter):
+    """If this fails after the model was trained again: scripts/train_testbed_detector.py."""
+    assert shipped(adapter) == [DETECTOR_DIR]
+
+
+def test_an_altered_model_does_not_get_it(adapter, monkeypatch):
+    known = adapter.fingerprint()
+    for changed in ({"weights": "sha256:0"}, {"prompt": "{question}"}, {"dtype": "bfloat16"}, {"settings": {}}):
+        monkeypatch.setattr(adapter, "fingerprint", lambda changed=changed: {**known, **changed})
+        assert shipped(adapter) == []
+    tiny = stethoscope.load("testbed", random_init="tiny")
+    tiny.setup()
+    assert shipped(tiny) == []
+    other = stethoscope.load("qwen2-vl-2b", random_init="tiny")  # whose weights are not even digested
+    monkeypatch.setattr(other, "fingerprint", None)
+    assert shipped(other) == []
+
+
+def test_it_is_small_and_reads_without_a_warning():
+    files = {path.name: path.stat().st_size for path in DETECTOR_DIR.iterdir()}
+    assert files.keys() == {"detector.skops", "manifest.json", "README.md"}
+    assert sum(files.values()) < 300_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stethoscope.Detector.load(DETECTOR_DIR).fitted
+    assert str(Path.home()) not in (DETECTOR_DIR / "manifest.json").read_text()
+
+
+def test_it_warns_of_what_is_not_there(adapter, tmp_path):
+    """On scenes that it has not learned from."""
+    detector = stethoscope.Detector.load(DETECTOR_DIR)
+    task = Chair(scenes=1040)
+    task.setup()
+    names = FeatureSet(groups=["uncertainty", "position", "attention", "lens", "blank", "relevancy"])
+    task.samples = lambda samples=task.samples: list(samples())[1000:]
+    Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
+    rows = detector.rows(RunStore(tmp_path).tokens("chair"))
+    labels, found = rows["label"].to_numpy(), detector.predict(rows)
+    assert metrics.auroc(labels, found) > 0.8
+    assert np.mean(found[labels == 1]) > np.mean(found[labels == 0]) + 0.2
