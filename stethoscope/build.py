@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from stethoscope.adapter import Adapter
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ def build(config: DictConfig, base: type[T], key: str, plugins: Sequence[str] = 
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
+    from omegaconf import DictConfig, ListConfig, OmegaConf
 
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, (DictConfig, ListConfig)) else config
     if not isinstance(plain, dict) or "_target_" not in plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from stethoscope.errors import ConfigError, unknown
@@ -15,9 +16,10 @@ def folder() -> Path:
     return Path(stethoscope.conf.__file__).parent / "features"
 
 
-def set_names() -> list[str]:
+@cache
+def set_names() -> tuple[str, ...]:
     """Names of all sets, such as ``fast`` or ``paper/svar``."""
-    return [path.relative_to(folder()).with_suffix("").as_posix() for path in sorted(folder().rglob("*.yaml"))]
+    return tuple(path.relative_to(folder()).with_suffix("").as_posix() for path in sorted(folder().rglob("*.yaml")))
 
 
 def named_set(name: str) -> FeatureSet:
@@ -33,5 +35,6 @@ def named_set(name: str) -> FeatureSet:
 
     if name not in set_names():
         raise ConfigError(unknown("feature set", name, set_names()))
-    config = yaml.safe_load((folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    config = yaml.load((folder() / f"{name}.yaml").read_text(encoding="utf-8"), loader)
     return FeatureSet(**{key: value for key, value in config.items() if key != "_target_"})

@@ -8,6 +8,7 @@ import torch
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.detection.inputs import Inputs
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.records import Generation
@@ -276,7 +277,7 @@ def test_rows_of_other_families(model, straight, names, images, every, monkeypat
     features = FeatureSet(groups=(), names=names)
     answer = other.generate([encoded], generation)[0]
     columns = features.compute(other.trace(encoded, answer, features.needs))
-    fake._schema, fake._names, fake._model = FeatureSchema(tuple(columns)), tuple(columns), every.model
+    fake._schema, fake._inputs, fake._model = FeatureSchema(tuple(columns)), Inputs(tuple(columns)), every.model
     streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation)
     streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)
     with streamer:
@@ -326,7 +327,7 @@ def test_rows_are_judged_as_a_table_is(settings):
 )
 def test_detectors_that_read_more_are_refused_in_a_line(adapter, images, names, settings, delay, message):
     detector = stethoscope.Detector(**settings)
-    detector._schema, detector._names = FeatureSchema(tuple(names)), tuple(names)
+    detector._schema, detector._inputs = FeatureSchema(tuple(names)), Inputs(tuple(names))
     with pytest.raises(CapabilityError, match=message) as caught:
         stream(adapter, images[0], QUESTION, detector=detector, delay=delay)
     assert "\n" not in str(caught.value)

@@ -45,7 +45,7 @@ def trace():
         lens_logprob=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS).neg().float(),
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
-        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency),
+        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency, seen=torch.eye(IMAGE)),
     )
 
 
