@@ -56,7 +56,7 @@ def test_it_warns_of_what_is_not_there(adapter, tmp_path):
     detector = stethoscope.Detector.load(DETECTOR_DIR)
     task = Chair(scenes=1040)
     task.setup()
-    names = FeatureSet(groups=["uncertainty", "position", "attention", "lens", "blank", "relevancy"])
+    names = FeatureSet()  # those of features=default
     task.samples = lambda samples=task.samples: list(samples())[1000:]
     Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
     rows = detector.rows(RunStore(tmp_path).tokens("chair"))
