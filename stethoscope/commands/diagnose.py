@@ -44,13 +44,13 @@ def run(config: DictConfig) -> None:
     image = _image(config)
     picture = image.load()
     setting = wanted(config.detector.folder)
-    folders = [] if setting in (None, AUTO) else [detector_folder(setting)]
-    detector = Detector.load(folders[0]) if folders else None
     adapter = build(config.model, Adapter, "model", config.plugins)
     if setting == AUTO:
         adapter.setup()
         folders = shipped(adapter)
-        detector = Detector.load(folders[0]) if folders else None
+    else:  # before the model is loaded, in case there is something wrong with it
+        folders = [] if setting is None else [detector_folder(setting)]
+    detector = Detector.load(folders[0]) if folders else None
     diagnosis = diagnose(
         adapter,
         picture,

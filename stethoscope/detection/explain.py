@@ -85,7 +85,7 @@ def explanation(
     """
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
-    model, (slope, intercept), scores = fitted.model, fitted.line, fitted.scores(matrix)
+    model, (slope, intercept) = fitted.model, fitted.line
     if isinstance(model, Sighted):
         model, matrix = model.classifier_, model.joined(matrix)
     if isinstance(model, Factored):
@@ -94,6 +94,6 @@ def explanation(
         terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
     else:
         prior = np.full(len(matrix), logit(base_rate))
-        evidence = slope * scores + intercept - prior
+        evidence = slope * model.decision_function(matrix) + intercept - prior
         terms, scale = linear_terms(model, matrix), slope
     return Explanation(probability, evidence, prior, None if terms is None else pushes(terms, names, evidence, scale))

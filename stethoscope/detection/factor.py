@@ -39,13 +39,15 @@ HEAVIEST = 10.0  # weight of a mention, in means: a hallucination where hardly a
 
 
 def external(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
-    """(rows, 4) float, the columns of ``EXTERNAL`` with an object as its index in ``objects``, -1 for any other."""
+    """(rows, 4) float, the columns of ``EXTERNAL`` with the object as ``codes`` has it."""
     require(table, EXTERNAL)
+    return np.column_stack([*(table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]), codes(table, objects)])
+
+
+def codes(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
+    """(rows,) float, the index in ``objects`` of what every row names, -1 for any other."""
     index = {name: number for number, name in enumerate(objects)}
-    codes = table["object"].map(index).fillna(-1)
-    return np.column_stack(
-        [table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]] + [codes.to_numpy(dtype=float)]
-    )
+    return table["object"].map(index).fillna(-1).to_numpy(dtype=float)
 
 
 class ExternalInputs(TransformerMixin, BaseEstimator):

@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator
 
 from stethoscope.detection.columns import feature_of
 from stethoscope.detection.estimators import make_estimator
-from stethoscope.detection.factor import Factored, external
+from stethoscope.detection.factor import Factored, codes, external
 from stethoscope.detection.sight import COLUMNS, FEATURE, Sighted
 from stethoscope.table import feature_matrix, require
 
@@ -62,14 +62,12 @@ class Inputs:
         parts, places = [feature_matrix(table, self.plain)], self.places
         if self.needs_objects:
             require(table, ("object",))
-            objects = table["object"].to_numpy(dtype=str)
         if self.factored:
             parts.append(external(table, self.objects))
         elif self.named:
-            parts.append(objects[:, None] == np.array(self.objects, dtype=str))
+            parts.append(table["object"].to_numpy(dtype=str)[:, None] == np.array(self.objects, dtype=str))
         if places:
-            codes = {name: number for number, name in enumerate(self.objects)}
-            parts += [feature_matrix(table, places), np.array([codes.get(name, -1) for name in objects])[:, None]]
+            parts += [feature_matrix(table, places), codes(table, self.objects)[:, None]]
         return np.hstack(parts)
 
     def classifier(self, kind: str, strength: float | None, seed: int) -> BaseEstimator:
