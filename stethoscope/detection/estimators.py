@@ -18,6 +18,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.metrics import Ranking
@@ -276,6 +277,18 @@ class CalibratedModel:
             DataError: a fold has no rows or only one label.
         """
         train.check("training")
+        with threadpool_limits(1, user_api="blas"):  # the matrices are small: threads would only wait for each other
+            return cls._fit(estimator, train, calibration, method, strength)
+
+    @classmethod
+    def _fit(
+        cls,
+        estimator: BaseEstimator,
+        train: Examples,
+        calibration: Examples | None,
+        method: Literal["platt", "isotonic", "none"],
+        strength: float | None,
+    ) -> CalibratedModel:
         if isinstance(estimator, Grouped):
             model = estimator.fit(train.matrix, train.labels, train.groups)
         elif strength is None:

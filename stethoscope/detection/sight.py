@@ -21,7 +21,7 @@ from stethoscope.detection.estimators import Grouped, choose_strength, inner_fol
 FEATURE = "looked_at"
 """The feature whose columns are read here and nowhere else."""
 COLUMNS = ("sight_named", "sight_other")
-STRENGTH = 0.03
+STRENGTH, TOLERANCE = 0.03, 1e-3
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
 Look = tuple[str | None, float]
 """An object, or None for none of those that are known, and the probability that a place looks like it."""
@@ -48,7 +48,7 @@ class Sight(BaseEstimator):
         known = looks >= 0
         self.counts_ = np.bincount(looks[known], minlength=self.objects + 1)
         self.model_ = Pipeline(
-            [("scale", StandardScaler()), ("classify", LogisticRegression(C=STRENGTH, max_iter=1000))]
+            [("scale", StandardScaler()), ("classify", LogisticRegression(C=STRENGTH, tol=TOLERANCE, max_iter=1000))]
         ).fit(X[known, :-1], looks[known])
         return self
 

@@ -1,9 +1,8 @@
 """Scenes: what is in a picture, where, and how to draw it with an exact id mask.
 
 A scene is plain data; the picture is rendered from it on demand and always comes out the same. "Visible" means that
-the object
-owns pixels in the mask: objects that would be hidden to less than :data:`MIN_PIXELS` are not drawn at all, so the
-ground truth has no grey zone.
+the object owns pixels in the mask: objects that would be hidden to less than :data:`MIN_PIXELS` are not drawn at all,
+so the ground truth has no grey zone.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -98,17 +98,7 @@ class Scene:
 
     def image(self) -> Image.Image:
         """Render the picture: RGB, 96 x 96 pixels, always the same."""
-        rng = random.Random(self.seed)
-        canvas = background(self.place, rng)
-        for item in self._drawn():
-            _paint(canvas, item, item.category, (1 - item.haze) * (1 - item.doubt))
-            if item.alike:
-                _paint(canvas, item, item.alike, (1 - item.haze) * item.doubt)
-        if rng.random() < 0.3:
-            canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
-        pixels = np.asarray(canvas, np.float32) * rng.uniform(0.82, 1.12)
-        pixels += np.random.default_rng(self.seed).standard_normal(pixels.shape, np.float32) * self.noise
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        return Image.frombytes("RGB", (SIZE, SIZE), _pixels(self))
 
     def mask(self) -> np.ndarray:
         """Which object owns each pixel: uint8, shape (96, 96); 0 is background, 1 + index into CATEGORIES an object."""
@@ -120,6 +110,22 @@ class Scene:
 
     def _drawn(self) -> list[SceneObject]:
         return sorted((o for o in self.objects if o.visible), key=lambda o: o.depth)
+
+
+@lru_cache(maxsize=1024)  # POPE asks 18 questions about a picture, far apart
+def _pixels(scene: Scene) -> bytes:
+    """Of a rendered scene, row by row."""
+    rng = random.Random(scene.seed)
+    canvas = background(scene.place, rng)
+    for item in scene._drawn():
+        _paint(canvas, item, item.category, (1 - item.haze) * (1 - item.doubt))
+        if item.alike:
+            _paint(canvas, item, item.alike, (1 - item.haze) * item.doubt)
+    if rng.random() < 0.3:
+        canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    pixels = np.asarray(canvas, np.float32) * rng.uniform(0.82, 1.12)
+    pixels += np.random.default_rng(scene.seed).standard_normal(pixels.shape, np.float32) * scene.noise
+    return pixels.clip(0, 255).astype(np.uint8).tobytes()
 
 
 def scene_at(index: int, mode: str, seed: int, unseen_rate: float = 0.0, name: str | None = None) -> Scene:
