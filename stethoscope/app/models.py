@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from stethoscope.app.eyes import Eyes
 from stethoscope.build import build, choices, compose
-from stethoscope.detection.finding import AUTO, SWITCHED_OFF, called, detector_folder, shipped, trained, wanted
+from stethoscope.detection.finding import (
+    AUTO,
+    SWITCHED_OFF,
+    called,
+    check_model,
+    detector_folder,
+    shipped,
+    trained,
+    wanted,
+)
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -135,11 +144,13 @@ class Pool:
         if final is None:
             return Detectors()
         detector = Detector.load(final)
+        check_model(detector, adapter)
         candidates = [final, *found] if live is None else [detector_folder(live)]
         for one in candidates:
             quick = detector if one == final else Detector.load(one)
             delay = streaming_delay(quick)
             if delay is not None:
+                check_model(quick, adapter)
                 names = called(final) if one == final else f"{called(final)}, while writing {called(one)}"
                 return Detectors(detector, quick, delay, names)
         if live is not None:

@@ -15,6 +15,7 @@ from stethoscope.runs.processes import rank
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
+    from stethoscope.detection.columns import one_space
     from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.detector import Detector
     from stethoscope.evaluator import Evaluator
@@ -33,6 +34,9 @@ def run(config: DictConfig) -> None:
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)
     adapter, task = build(saved.model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
+    if detector is not None:
+        wrote = RunStore(folder).fingerprints().get(task.name, {}).get("adapter") or {}
+        one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         limit=saved.limit,

@@ -11,7 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stethoscope.build import build, choices, compose
-from stethoscope.detection.columns import fitting, only, select_columns
+from stethoscope.detection.columns import fitting, one_space, only, select_columns
+from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.report.tables import text
@@ -50,9 +51,11 @@ def run(config: DictConfig) -> None:
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
+        names = names if settings["sight"] else Inputs(tuple(names)).plain
         table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             fitting(target.table, names, target.name)
+            one_space(names, _model(store, config.mentions), target.model, target.name)
     with RunLock(folder), loggers_of(config) as loggers:
         if folder.resolve() != source.resolve():
             store = share_table(store, folder, config.mentions)
@@ -135,7 +138,12 @@ def _target(config: DictConfig, node: Any) -> Target:
         task = tasks[0]
     subset = wanted.get("subset")
     name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
-    return Target(name, token_table(config, store, task, subset))
+    return Target(name, token_table(config, store, task, subset), _model(store, task))
+
+
+def _model(store: RunStore, task: str) -> Mapping[str, Any]:
+    """The fingerprint of the model that answered a task; empty where it is not known."""
+    return store.fingerprints().get(task, {}).get("adapter") or {}
 
 
 def _flat(results: Mapping[str, Any]) -> dict[str, float]:
@@ -213,7 +221,7 @@ def fit(
         raise _no_rows(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
-        results["transfer"] = transfer(detector, Target(home, table), targets, shares, seed)
+        results["transfer"] = transfer(detector, Target(home, table, _model(store, task)), targets, shares, seed)
     fingerprint = store.fingerprints().get(task, {})
     detector.save(
         store.run_dir / "detector",

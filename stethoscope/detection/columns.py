@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ArtefactError, ConfigError
 from stethoscope.features import FEATURES
@@ -82,6 +82,40 @@ def fitting(table: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFra
             "missing ones with `stethoscope extract`"
         )
     return only(table, names)
+
+
+def states_of(columns: Iterable[str]) -> list[str]:
+    """The features among columns of which these are dimensions of a state.
+
+    >>> states_of(["nll", "looked_at_000", "looked_at_001"])
+    ['looked_at']
+    """
+    owners = dict.fromkeys(map(feature_of, columns))
+    return [owner for owner in owners if owner in FEATURES and FEATURES[owner].vector]
+
+
+def one_space(names: Sequence[str], home: Mapping[str, Any], there: Mapping[str, Any], where: str) -> None:
+    """Checks that dimensions of states are those of the model that they were learned from.
+
+    States of all models may have one width (``looked_at`` has 256 columns in all large ones), and mean nothing to each
+    other.
+
+    Args:
+        names: of columns.
+        home, there: fingerprints of both models, see ``Adapter.fingerprint``; without ``weights`` nothing is known.
+        where: what the second one is called in messages.
+
+    Raises:
+        ConfigError: a column is a dimension of a state, and the weights are not the same.
+    """
+    states, weights = states_of(names), [model.get("weights") for model in (home, there)]
+    if states and None not in weights and weights[0] != weights[1]:
+        without = ",".join(f"'{name}*'" for name in states)
+        raise ConfigError(
+            f"{where} has other weights than the model that the detector learns from, {home.get('model_id')}, and "
+            f"{shorten(states)} are states, which mean nothing in another model. Leave them out when you train: "
+            f"detector.exclude=[{without}]"
+        )
 
 
 def shorten(names: Sequence[str]) -> str:

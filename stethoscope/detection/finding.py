@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.detection.columns import one_space, states_of
 from stethoscope.errors import ArtefactError
 from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
+    from stethoscope.detector import Detector
 
 AUTO = "auto"
 """What ``detector=`` is by default: look for one of this very model."""
@@ -59,6 +61,20 @@ def shipped(adapter: Adapter) -> list[Path]:
     model = _model(DETECTOR_DIR / "manifest.json")
     own = f"{type(adapter).__module__}.{type(adapter).__qualname__}"
     return [DETECTOR_DIR] if model.get("adapter") == own and _of(model, adapter.fingerprint()) else []
+
+
+def check_model(detector: Detector, adapter: Adapter) -> None:
+    """Checks that a detector may judge a model's answers.
+
+    Args:
+        detector: fitted.
+        adapter: of the model, set up. Its weights are digested only if the detector reads states.
+
+    Raises:
+        ConfigError: the detector reads states of another model, which mean nothing in this one.
+    """
+    if states_of(detector.features):
+        one_space(detector.features, detector.notes.get("model") or {}, adapter.fingerprint(), adapter.name)
 
 
 def called(folder: Path) -> str:

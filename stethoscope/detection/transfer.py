@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stethoscope.detection.columns import fitting
+from stethoscope.detection.columns import fitting, one_space
 from stethoscope.detection.judging import measure
 from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError, DataError, StethoscopeError, unknown
@@ -26,10 +26,12 @@ class Target:
     Attributes:
         name: what to call it.
         table: token table, all folds, with the features of the detector and perhaps more.
+        model: fingerprint of the model that wrote the answers; empty where that is not known.
     """
 
     name: str
     table: pd.DataFrame
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 def of_subset(table: pd.DataFrame, subset: str | None, where: str) -> pd.DataFrame:
@@ -73,9 +75,11 @@ def transfer(
         the first less the second, paired over images, with ``p``.
 
     Raises:
-        ConfigError: a target has not the detector's features.
+        ConfigError: a target has not the detector's features, or they are states of another model.
         DataError: a target has too few mentions to learn from or to measure on.
     """
+    for target in targets:
+        one_space(detector.features, home.model, target.model, target.name)
     found = [_judge(home, {HOME: detector}, fractions, seed, replicates)]
     for target in targets:
         table = fitting(target.table, detector.schema.names, target.name)

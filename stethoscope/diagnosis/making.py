@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.detection.finding import check_model
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.diagnosis.result import Diagnosis
@@ -53,7 +54,7 @@ def diagnose(
 
     Raises:
         DataError: the picture is missing or cannot be read, or the answer is empty.
-        ConfigError: the question is empty, or the scope is not known.
+        ConfigError: the question is empty, the scope is not known, or the detector reads states of another model.
         CapabilityError: the detector reads features that the model does not give.
         ArtefactError: the folder holds no detector.
     """
@@ -63,6 +64,8 @@ def diagnose(
     with _timed(seconds, "read"):
         picture = _load(image)
         adapter.setup()
+        if detector is not None:
+            check_model(detector, adapter)
         encoded = adapter.encode(picture, question)
     with _timed(seconds, "generate"):
         answer = _answer(adapter, encoded, answer, generation)

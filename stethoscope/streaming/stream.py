@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from stethoscope.detection.finding import check_model
 from stethoscope.diagnosis.making import find_mentions, judge_mentions
 from stethoscope.diagnosis.parts import Named
 from stethoscope.diagnosis.readers import Reader, default_reader
@@ -277,7 +278,7 @@ def stream(
 
     Raises:
         CapabilityError: the detector reads what is not known while an answer is written, or the adapter has no model.
-        ConfigError: the question is empty, or a setting is out of range.
+        ConfigError: the question is empty, a setting is out of range, or a detector reads states of another model.
         DataError: the picture is missing or cannot be read.
     """
     generation = _bounded(generation)
@@ -287,6 +288,8 @@ def stream(
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
     detector, final = _loaded(detector), _loaded(final)
     adapter.setup()
+    for one in filter(None, (detector, final)):
+        check_model(one, adapter)
     picture = _picture(image)
     encoded = adapter.encode(picture, question)
     streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)

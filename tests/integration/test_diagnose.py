@@ -11,6 +11,7 @@ from rich.console import Console
 import stethoscope as package
 from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
+from stethoscope.errors import ConfigError
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.runs.store import RunStore
@@ -44,6 +45,19 @@ def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
     for name in maps:
         assert Image.open(folder / "heatmaps" / name).width >= 480
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_detector_that_reads_states_of_another_model_is_refused(trained, tmp_path):
+    detector = package.Detector.load(trained / "detector")
+    detector.notes["model"] = {"weights": "sha256:0", "model_id": "another"}
+    adapter, scene = package.load("testbed"), testbed.scenes(1)[0].image()
+    with pytest.raises(ConfigError, match="other weights than the model that the detector learns from, another"):
+        package.diagnose(adapter, scene, "What is this?", detector=detector)
+    with pytest.raises(ConfigError, match="looked_at are states"):
+        list(package.stream(adapter, scene, "What is this?", final=detector))
+    own = package.Detector(sight=False, strength=0.1).fit(RunStore(trained).tokens("chair"))
+    own.notes["model"] = detector.notes["model"]  # other features may be tried elsewhere
+    package.diagnose(adapter, scene, "What is this?", detector=own)
 
 
 def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trained):

@@ -95,6 +95,23 @@ def test_another_depth_is_refused_and_its_columns_are_named(home, tmp_path, stet
     assert Detector.load(home / "detector").features == ("nll", "position")
 
 
+def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
+    def seeing(table):
+        return table.assign(looked_at_d0000=table["nll"], looked_at_d0001=-table["position"])
+
+    home, away = (made_up_run(tmp_path / name, change=seeing) for name in ("home", "away"))
+    for run, weights in ((home, "sha256:a"), (away, "sha256:b")):
+        model = {"chair": {"adapter": {"weights": weights, "model_id": f"model of {run.name}"}}}
+        (run / "fingerprint.json").write_text(json.dumps(model))
+    line = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK)
+    assert "away chair has other weights than the model that the detector learns from, model of home" in line
+    assert not (home / "detector").exists()  # it is said before anything is fitted
+    for words in (("detector.exclude=['looked_at*']",), ("detector.sight=false",)):
+        assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, *QUICK, code=0)
+    (away / "fingerprint.json").write_text((home / "fingerprint.json").read_text())
+    assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK, code=0)
+
+
 def test_wrong_targets_are_one_line(home, tmp_path, stethoscope):
     assert "no samples.jsonl in runs/none" in stethoscope("train", f"run={home}", "test=[runs/none]", *QUICK)
     line = stethoscope("train", f"run={home}", f"test=[{{run: {home}, task: chair}}]", *QUICK)

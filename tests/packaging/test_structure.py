@@ -48,7 +48,6 @@ LAYERS = [
         "detection.estimators",
         "detection.factor",
         "detection.conformal",
-        "detection.finding",
         "detection.explain",
         "detection.sight",
         "detection.artefact",
@@ -65,6 +64,7 @@ LAYERS = [
         "detection.training",
         "detection.warn",
         "detection.columns",
+        "detection.finding",
         "detection.inputs",
         "detection.settings",
         "detection.transfer",
@@ -121,10 +121,13 @@ def test_light_commands_import_no_torch_and_answer_at_once(arguments):
         "    heavy = {'torch', 'transformers', 'datasets', 'sklearn'} & set(sys.modules)\n"
         "    sys.exit(f'imported {heavy}' if heavy or end.code else 0)"
     )
-    before = _seconds_of_children()  # CPU time, since other processes share the machine
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert _seconds_of_children() - before < 0.5
+    spent = []
+    for _ in range(3):  # CPU time, since other processes share the machine; they still slow each other down by chance
+        before = _seconds_of_children()
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spent.append(_seconds_of_children() - before)
+    assert min(spent) < 0.5
 
 
 def _seconds_of_children():
