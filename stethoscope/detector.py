@@ -236,8 +236,8 @@ class Detector:
             ConfigError: the calibration is isotonic, under which nothing adds up.
             ArtefactError, DataError: as in ``predict``.
         """
-        probability = self.predict(table)
-        return explanation(self._model, self._matrix(table), probability, self._inputs.shown, self._base_rate)
+        model, matrix = self._ready(), self._matrix(table)
+        return explanation(model, matrix, model.predict(matrix), self._inputs.shown, self._base_rate)
 
     def looks(self, table: pd.DataFrame, count: int = 3) -> list[tuple[Look, ...]]:
         """What the place that every row's name was written from looks like, for all rows of a token table.

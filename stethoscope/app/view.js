@@ -192,7 +192,7 @@ function facts(token, mention) {
     rows.push(["hallucinated", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned")]);
     if (mention.evidence !== null) {
       rows.push(["evidence", signed(mention.evidence) + " log-odds, what the model's own computation says"]);
-      rows.push(["prior", signed(mention.prior) + " log-odds, what place and name say"]);
+      rows.push(["prior", signed(mention.prior) + " log-odds, before any evidence"]);
     }
     if (mention.looks) rows.push(["the place looks like", mention.looks]);
   } else if (data.threshold !== null) rows.push(["hallucinated", "no object is named here"]);
