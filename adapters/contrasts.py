@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters.batching import collate, extend
+from stethoscope.adapters.identity import hooks, tensors_of, versions
 from stethoscope.adapters.passes import CAUSAL, Pass, answer_rows, pass_behind, prompt_caches
 from stethoscope.adapters.recent import Recent
 from stethoscope.trace import Encoded, PromptCache
@@ -28,18 +29,20 @@ _BLANK_BYTES = 64 * 2**20
 class Blanks:
     """Keys and values of prompts with a blank picture, which all pictures of one size share that are asked the same.
 
-    They are forgotten when the model's weights are others, or have been changed in place.
+    They are forgotten when the model's weights or hooks are others, or weights have been changed in place (but not
+    through ``.data``, of which a tensor keeps no count).
     """
 
     def __init__(self) -> None:
         self._kept = Recent(_BLANK_BYTES, _bytes)
-        self._weights: tuple[Any, ...] = ()
+        self._model: tuple[Any, ...] | None = None
 
     def check(self, model: PreTrainedModel) -> None:
-        """Forgets what other weights have computed."""
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-        if weights != self._weights:
-            self._kept, self._weights = Recent(_BLANK_BYTES, _bytes), weights
+        """Forgets what other weights or hooks have computed, and all where changes of weights cannot be told."""
+        changes = versions(model)
+        now = changes and (changes, [tensor.data_ptr() for tensor in tensors_of(model)], hooks(model))
+        if now is None or now != self._model:
+            self._kept, self._model = Recent(_BLANK_BYTES, _bytes), now
 
     def get(self, encoded: Encoded) -> PromptCache | None:
         """Of a prompt, if it is known."""
@@ -168,7 +171,10 @@ class Contrasts:
         """Of every prompt what can be used again of a cache, in which their last tokens stand before ``ends``."""
         if not self._causal:
             return [None] * len(encoded)
-        return prompt_caches(cache, [one.spans.length for one in encoded], ends)
+        found = prompt_caches(cache, [one.spans.length for one in encoded], ends)
+        # a prompt's last token runs again, and without the picture that of an image would be read as a word
+        last = [one.spans.image[-1] == one.spans.length - 1 for one in encoded]
+        return [None if image else one for one, image in zip(found, last, strict=True)]
 
     def _logits(self, run: Pass, rows: Tensor | None = None) -> Tensor:
         """(B, T, V) float32 logits of the rows, by default all of the pass; the head runs on no more than it must."""

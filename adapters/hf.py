@@ -86,6 +86,7 @@ class HfAdapter(Tracing, Adapter):
         self.threads, self.random_init, self.family = threads, random_init, family
         self._model: PreTrainedModel | None = None
         self._digest: str | None = None
+        self._loaded: tuple[int, ...] | None = None  # versions of the weights as they came
         self._lens: Lens | None = None
         self._blanks = Blanks()
 
@@ -116,6 +117,7 @@ class HfAdapter(Tracing, Adapter):
         self._encoder = self._make_encoder(model, processor)
         self._processor = processor
         self._model = model.eval().requires_grad_(False)
+        self._loaded = identity.versions(model)
         self._ends, self._pad = _special_ids(model, processor.tokenizer)
         self._start = _decoder_start(model)
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
@@ -335,8 +337,10 @@ class HfAdapter(Tracing, Adapter):
         import transformers
 
         folder = not self.random_init and loading.is_folder(self.model_id)
-        if self._digest is None:
-            self._digest = identity.weights(self.model, None if self.random_init else self.model_id, folder)
+        changed = identity.versions(self.model) != self._loaded  # in place: they are no longer those of the files
+        if self._digest is None or changed:
+            model_id = None if self.random_init or changed else self.model_id
+            self._digest = identity.weights(self.model, model_id, folder and not changed)
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,

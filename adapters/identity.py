@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.runs.digests import remembered
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, ProcessorMixin
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -35,6 +36,29 @@ def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
     if model_id is not None and commit:
         return f"commit:{commit}"
     return f"state:{_of_state(model)}"
+
+
+def tensors_of(model: PreTrainedModel) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def versions(model: PreTrainedModel) -> tuple[int, ...] | None:
+    """How often each of ``tensors_of`` was changed in place; None if a model made in inference mode keeps no count.
+
+    Changes through ``.data`` are not counted.
+    """
+    tensors = tensors_of(model)
+    return None if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
+
+
+def hooks(model: PreTrainedModel) -> tuple[int, ...]:
+    """What tells one set of forward hooks from another."""
+    return tuple(
+        id(hook)
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
 
 
 def _of_files(paths: list[Path]) -> str:

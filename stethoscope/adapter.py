@@ -43,7 +43,8 @@ class Adapter(ABC):
         """``generate``, and the prompts with what a trace of these answers can use again (``Encoded.cache``).
 
         What is kept takes as much memory as the cache of ``generate``, for as long as the prompts returned live. An
-        adapter that keeps nothing returns the prompts as they are; traces are the same either way.
+        adapter that keeps nothing returns the prompts as they are; traces are the same either way, as long as nobody
+        changes the model in between.
         """
         return self.generate(encoded, generation), list(encoded)
 
@@ -78,7 +79,11 @@ class Adapter(ABC):
     def trace_batch(
         self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
     ) -> list[Trace]:
-        """Traces of several answers, the same as one by one; an adapter that can do it in fewer passes does."""
+        """Traces of several answers, the same as one by one; an adapter that can do it in fewer passes does.
+
+        Raises:
+            DataError: relevancy is needed, and an answer has no token.
+        """
         return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]
 
     def forward_inputs(

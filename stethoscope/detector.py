@@ -150,6 +150,7 @@ class Detector:
                 value at all or an infinite one.
             ArtefactError: the two tables have different features.
         """
+        self._model = None  # were it to fail, it must not judge new columns as the old ones
         train = self.rows(train)
         self._schema = FeatureSchema.of(train)
         names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
@@ -157,8 +158,7 @@ class Detector:
         if self._inputs.needs_objects:
             self._inputs = self._reading(names, told_apart(train))
         examples = self._examples(train)
-        plain = self._inputs.plain
-        empty = [name for name, column in zip(plain, examples.matrix.T, strict=False) if np.isnan(column).all()]
+        empty = [name for name in self.features if train[name].isna().all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None

@@ -137,10 +137,15 @@ class Pool:
     def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
         from stethoscope.detector import Detector
 
-        if folder is None:
+        if folder is None and live is None:
             return Detectors(names=SWITCHED_OFF)
         found = [*trained(self._runs, adapter.fingerprint(), self._run), *shipped(adapter)]
-        final = detector_folder(folder) if folder != AUTO else next(iter(found), None)
+        final = next(iter(found), None) if folder == AUTO else folder and detector_folder(folder)
+        if final is None and live is not None:
+            raise ConfigError(
+                f"detector.live={live} judges while an answer is written, before another detector judges all of it: "
+                "name that one too, detector.folder=..."
+            )
         if final is None:
             return Detectors()
         detector = Detector.load(final)

@@ -114,10 +114,11 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
 
 
 def inner_folds(groups: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """(train, test) indices of inner folds by image, or None if there are too few images of a class."""
+    """(train, test) indices of inner folds by image, or None if there are too few images of a class for all of them."""
     if min(len(np.unique(groups[labels == label])) for label in (0, 1)) < ENOUGH_IMAGES:
         return None
-    return list(GroupKFold(INNER_FOLDS).split(labels, labels, groups))
+    folds = list(GroupKFold(INNER_FOLDS).split(labels, labels, groups))
+    return folds if all(len(np.unique(labels[learn])) == 2 for learn, _ in folds) else None
 
 
 def set_strength(estimator: BaseEstimator, strength: float) -> BaseEstimator:

@@ -87,9 +87,10 @@ def called(folder: Path) -> str:
 def _model(manifest: Path) -> dict[str, Any]:
     """The fingerprint of the model that a detector was trained on; empty where that is not known."""
     try:
-        return json.loads(manifest.read_text(encoding="utf-8")).get("model") or {}
+        model = json.loads(manifest.read_text(encoding="utf-8")).get("model")
     except (OSError, ValueError, AttributeError):  # named by its user, it says what is wrong
         return {}
+    return model if isinstance(model, dict) else {}
 
 
 def _of(model: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:

@@ -85,5 +85,5 @@ class Inputs:
 
 def told_apart(rows: pd.DataFrame) -> tuple[str, ...]:
     """The objects of mentions that are named often enough, sorted."""
-    counts = rows["object"].value_counts()
+    counts = rows.loc[rows["first"].astype(bool), "object"].value_counts()  # a mention may have several rows
     return tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))

@@ -31,6 +31,9 @@ def checked(**settings: Any) -> dict[str, Any]:
         raise ConfigError(f"detector.strength={strength} should be above 0, or null to choose it")
     if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
         raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
+    for key in ("objects", "factored", "sight"):
+        if not isinstance(settings[key], bool):
+            raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
     if settings["objects"] and settings["factored"]:
         raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
     if not isinstance(threshold, Mapping) and threshold != "f1":

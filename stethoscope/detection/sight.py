@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import log_softmax
 from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
@@ -45,41 +46,46 @@ class Sight(BaseEstimator):
             y: (rows,) labels: a hallucinated mention is one of nothing.
         """
         looks = np.where(y == 1, self.objects, X[:, -1]).astype(int)
-        known = looks >= 0
-        self.counts_ = np.bincount(looks[known], minlength=self.objects + 1)
-        self.model_ = Pipeline(
-            [("scale", StandardScaler()), ("classify", LogisticRegression(C=STRENGTH, tol=TOLERANCE, max_iter=1000))]
-        ).fit(X[known, :-1], looks[known])
+        learned = (looks >= 0) & np.isfinite(X[:, :-1]).all(1)
+        self.counts_ = np.bincount(looks[learned], minlength=self.objects + 1)
+        self.model_ = None  # of one kind of place alone there is nothing to learn
+        if (self.counts_ > 0).sum() > 1:
+            classify = LogisticRegression(C=STRENGTH, tol=TOLERANCE, max_iter=1000)
+            pipeline = Pipeline([("scale", StandardScaler()), ("classify", classify)])
+            self.model_ = pipeline.fit(X[learned, :-1], looks[learned])
         return self
 
     def looks(self, X: np.ndarray) -> np.ndarray:
         """(rows, objects + 1) log-probability of what every place looks like, the last one nothing; -inf if never seen.
 
         Args:
-            X: (rows, dimensions), without the object.
+            X: (rows, dimensions), without the object. A place with a NaN looks like nothing that is known: -inf.
         """
         found = np.full((len(X), self.objects + 1), -np.inf)
-        if len(X):
-            found[:, self.model_.classes_] = self.model_.predict_log_proba(X)
+        known = np.flatnonzero(np.isfinite(X).all(1))
+        if self.model_ is not None and len(known):
+            scores = self.model_.decision_function(X[known])
+            scores = scores if scores.ndim == 2 else np.stack([np.zeros(len(known)), scores], axis=1)
+            found[np.ix_(known, self.model_.classes_)] = log_softmax(scores, axis=1)
         return found
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        """(rows, 2) how much more the place speaks for an object than for none, in nats; NaN where that is not known.
+        """(rows, 2) how much more the place speaks for an object than for none, in nats; 0 where that is not known.
 
         log p(place | object) - log p(place | none), of the object that is named and the largest of all others. How
-        often an object is named or invented has no part in it: that would be prejudice, not sight.
+        often an object is named or invented has no part in it: that would be prejudice, not sight. (That an object was
+        hardly ever there, so that its looks are not known, can still be told from the exact 0.)
         """
-        with np.errstate(divide="ignore", invalid="ignore"):
-            likely = self.looks(X[:, :-1]) - np.log(self.counts_)
-        likely = np.where(self.counts_ > 0, likely, np.nan)
+        looks = self.looks(X[:, :-1])
+        likely = np.where(np.isfinite(looks), looks - np.log(np.maximum(self.counts_, 1)), np.nan)
         more, named = likely[:, :-1] - likely[:, -1:], X[:, -1].astype(int)
-        made = np.full((len(X), len(COLUMNS)), np.nan)
+        made = np.zeros((len(X), len(COLUMNS)))
         there = np.flatnonzero(named >= 0)
         made[there, 0] = more[there, named[there]]
-        more[there, named[there]] = -np.inf
-        best = np.nan_to_num(more[there], nan=-np.inf).max(1, initial=-np.inf)
-        made[there, 1] = np.where(np.isinf(best), np.nan, best)
-        return made
+        more[there, named[there]] = np.nan
+        others = np.where(np.isnan(more[there]), -np.inf, more[there]).max(1, initial=-np.inf)
+        made[there, 1] = np.where(np.isinf(others), 0, others)
+        return np.nan_to_num(made, nan=0.0)
 
 
 class Sighted(Grouped):

@@ -195,6 +195,10 @@ def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
     assert trained(folder, fingerprint) == [folder / "small" / "detector"]
     assert trained(folder, {**fingerprint, "weights": "others"}) == []
     assert trained(tmp_path, fingerprint) == []
+    for number, odd in enumerate(('{"model": "llava"}', "[]", "{")):
+        (tmp_path / f"odd{number}" / "detector").mkdir(parents=True)
+        (tmp_path / f"odd{number}" / "detector" / "manifest.json").write_text(odd)
+    assert trained(tmp_path, fingerprint) == []
     assert trained(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
     with (
         pytest.raises(ArtefactError, match="is no directory"),
@@ -217,6 +221,12 @@ def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off):
     shown, _ = ask(Pool(adapter, "testbed", off, runs=folder), reader)
     assert shown[-1]["threshold"] is None
     assert any("switched off" in note for note in shown[-1]["notes"])
+
+
+@pytest.mark.parametrize("off", [None, "none"])
+def test_a_live_detector_needs_another_for_the_finished_answer(adapter, folder, off):
+    with pytest.raises(ConfigError, match="name that one too"), Pool(adapter, "testbed", off, "x", folder).use("testbed"):
+        pass
 
 
 def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch):

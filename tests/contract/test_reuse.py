@@ -99,11 +99,10 @@ def test_kept_prompts_do_not_outlive_the_prompts_and_traces(adapter, encoded):
     assert not any(one() is not None for one in held)
 
 
-def test_blank_prompts_are_computed_once_and_again_for_other_weights(adapter, encoded, monkeypatch):
+def test_blank_prompts_are_computed_once_and_again_for_other_weights_or_hooks(adapter, encoded, monkeypatch):
     if not reuses(adapter):
         pytest.skip("reads blank pictures in whole passes")
     ids = adapter.generate(encoded, WAYS["greedy"])
-    adapter.trace_batch(encoded, ids, ("blank",))
     calls = []
 
     def counted(module, arguments, options):
@@ -111,6 +110,7 @@ def test_blank_prompts_are_computed_once_and_again_for_other_weights(adapter, en
 
     handle = adapter.model.register_forward_pre_hook(counted, with_kwargs=True)
     try:
+        adapter.trace_batch(encoded, ids, ("blank",))
         other = [adapter.encode(picture(9 + at, *size), one.question) for at, (one, size) in enumerate(
             zip(encoded, ((72, 56), (72, 56), (100, 40)), strict=True)
         )]  # fmt: skip
@@ -122,6 +122,11 @@ def test_blank_prompts_are_computed_once_and_again_for_other_weights(adapter, en
             weight.mul_(1.0)
         calls.clear()
         adapter.trace(other[0], ids[0], ("blank",))
+        assert calls == [True, True, False]
+        steering = adapter.model.get_output_embeddings().register_forward_hook(lambda module, given, out: out)
+        calls.clear()
+        adapter.trace(other[0], ids[0], ("blank",))
+        steering.remove()
         assert calls == [True, True, False]
     finally:
         handle.remove()

@@ -142,6 +142,21 @@ def test_gaps_are_bridged(estimator):
     assert np.isfinite(detector.predict(TEST.assign(nll=np.float32(np.nan)))).all()
 
 
+def test_inner_folds_that_lack_a_class_are_no_choice():
+    table = TRAIN[TRAIN["number"] == 0].reset_index(drop=True).iloc[:60]
+    table = table.assign(group=[f"image-{row}" for row in range(60)], label=[int(row % 5 == 0) for row in range(60)])
+    assert 0 < Detector(calibration="none").fit(table).predict(table).mean() < 1
+
+
+def test_a_fit_that_fails_leaves_nothing_to_predict_with():
+    detector = Detector(strength=0.1).fit(TRAIN)
+    with pytest.raises(DataError):
+        detector.fit(TRAIN.drop(columns="noise").assign(label=0))
+    assert not detector.fitted
+    with pytest.raises(ArtefactError, match="not fitted"):
+        detector.predict(TRAIN.drop(columns="noise"))
+
+
 def test_a_wild_value_does_not_decide_alone():
     detector = Detector().fit(TRAIN, CALIBRATION)
     usual, wild = detector.predict(TEST), detector.predict(TEST.assign(noise=np.float32(1e6)))

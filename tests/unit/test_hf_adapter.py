@@ -69,6 +69,29 @@ def test_fingerprints_tell_weights_apart_and_hold_no_path(folder):
     assert {key: value for key, value in second.items() if key != "weights"} == {
         key: value for key, value in first.items() if key != "weights"
     }
+    loaded = from_folder(folder)
+    loaded.setup()
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1)
+    changed = loaded.fingerprint()
+    assert changed["weights"].startswith("state:") and changed["model_id"] == second["model_id"]
+
+
+def test_a_prompt_that_ends_with_its_image_is_read_as_a_whole():
+    adapter = HfAdapter(random_init="tiny", prompt="USER: {question} ASSISTANT: <image>")
+    encoded = [adapter.encode(IMAGE.resize(size), "What?") for size in ((40, 40), (60, 60))]
+    answers, kept = adapter.generate_and_keep(encoded, Generation(max_new_tokens=5))
+    assert [one.cache for one in kept] == [None, None]
+    traces = adapter.trace_batch(kept, answers, ("blank", "no_image"))
+    for one, answer, trace in zip(encoded, answers, traces, strict=True):
+        model, inputs = adapter.forward_inputs(one, answer.token_ids)
+        rows = slice(one.spans.length - 1, -1)
+        with torch.no_grad():
+            blank = model(**{**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}).logits[0, rows]
+            seen = model(**inputs).logits[0, rows]
+        assert torch.allclose(trace.logits, seen, atol=1e-4)
+        assert torch.allclose(trace.blank_logits, blank, atol=1e-4)
+        assert (trace.no_image_logits - seen).abs().max() > 1e-3
 
 
 def test_fingerprints_of_random_models():
@@ -76,7 +99,6 @@ def test_fingerprints_of_random_models():
     assert one.fingerprint() == other.fingerprint()
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
-    other._digest = None
     assert one.fingerprint()["weights"] != other.fingerprint()["weights"]
     assert HfAdapter(random_init="tiny", prompt="{image}{question}").fingerprint()["prompt"] == "{image}{question}"
 

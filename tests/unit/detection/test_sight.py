@@ -3,15 +3,17 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 from token_tables import OBJECTS, halves, token_table
 
 from stethoscope import metrics
+from stethoscope.detection.inputs import told_apart
 from stethoscope.detection.sight import COLUMNS, Sight
 from stethoscope.detection.warn import mention_warnings, write_warnings
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError, ConfigError
+from stethoscope.errors import ArtefactError, ConfigError, DataError
 from stethoscope.features import sight
 from stethoscope.table import mention_rows
 
@@ -93,7 +95,44 @@ def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
     ratio = looks[:, :3] - np.log(each) - (looks[:, 4:] - np.log(nothing))
     others = [ratio[row, [k for k in range(3) if k != named[row]]].max() for row in range(60)]
     assert made == pytest.approx(np.column_stack([ratio[np.arange(60), named], others]))
-    assert np.isnan(fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]]))).all()
+    assert (fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]])) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
+def test_few_and_strange_places_are_no_reason_to_fail(kind):
+    def fitted(table):
+        return Detector(kind, strength=0.1).fit(table)
+
+    one = TRAIN.assign(object=np.where(TRAIN["object"] == "", "", "dog"))
+    rare = TRAIN.assign(object=[name and f"{name} {row}" for row, name in enumerate(TRAIN["object"])])
+    nothing = TRAIN[(TRAIN["label"] == 1) | (TRAIN["object"] != "dog")]  # a dog was never there
+    gaps = TRAIN.assign(**{PLACES[0]: TRAIN[PLACES[0]].where(TRAIN["token"] % 5 > 0)})
+    for table in (one, rare, nothing, gaps):
+        detector = fitted(table)
+        assert np.isfinite(detector.predict(TEST)).all()
+        assert area(detector) > 0.6
+        holes = TEST.assign(**{PLACES[1]: np.float32(np.nan)})
+        assert np.isfinite(detector.predict(holes)).all()
+        assert detector.looks(holes) == [()] * len(holes)
+    far = TEST.assign(**{name: TEST[name] * 1000 for name in PLACES})
+    assert np.isfinite(fitted(TRAIN).predict(far)).all()
+
+
+def test_a_place_column_without_any_value_is_named():
+    with pytest.raises(DataError, match=f"without any value: {PLACES[0]}"):
+        Detector(strength=0.1).fit(TRAIN.assign(**{PLACES[0]: np.float32(np.nan)}))
+
+
+@pytest.mark.parametrize("images", [8, 12, 20])
+def test_a_handful_of_images_is_enough_to_fit(images):
+    few = TRAIN[TRAIN["group"].isin(TRAIN["group"].unique()[:images])]
+    detector = Detector(calibration="none").fit(few)
+    assert np.isfinite(detector.predict(TEST)).all()
+
+
+def test_objects_are_counted_by_their_mentions():
+    rows = pd.DataFrame({"object": ["dog"] * 6 + ["cat"] * 5, "first": [True] + [False] * 5 + [True] * 5})
+    assert told_apart(rows) == ("cat",)
 
 
 def test_it_tells_what_every_place_looks_like():
