@@ -225,7 +225,8 @@ def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off):
 
 @pytest.mark.parametrize("off", [None, "none"])
 def test_a_live_detector_needs_another_for_the_finished_answer(adapter, folder, off):
-    with pytest.raises(ConfigError, match="name that one too"), Pool(adapter, "testbed", off, "x", folder).use("testbed"):
+    pool = Pool(adapter, "testbed", off, "x", folder)
+    with pytest.raises(ConfigError, match="name that one too"), pool.use("testbed"):
         pass
 
 

@@ -14,6 +14,7 @@ from token_tables import halves, token_table
 
 from stethoscope import metrics
 from stethoscope.detection import artefact
+from stethoscope.detection.estimators import inner_folds
 from stethoscope.detector import Detector
 from stethoscope.errors import ArtefactError, ConfigError, DataError
 from stethoscope.table import FeatureSchema, mention_rows
@@ -144,7 +145,9 @@ def test_gaps_are_bridged(estimator):
 
 def test_inner_folds_that_lack_a_class_are_no_choice():
     table = TRAIN[TRAIN["number"] == 0].reset_index(drop=True).iloc[:60]
-    table = table.assign(group=[f"image-{row}" for row in range(60)], label=[int(row % 5 == 0) for row in range(60)])
+    groups, labels = [f"image-{row:02d}" for row in range(60)], [int(row % 5 == 0) for row in range(60)]
+    table = table.assign(group=groups, label=labels)
+    assert inner_folds(table["group"].to_numpy(), table["label"].to_numpy()) is None
     assert 0 < Detector(calibration="none").fit(table).predict(table).mean() < 1
 
 
