@@ -123,6 +123,8 @@ class ChunkEncoder:
     """
 
     def __init__(self, processor: ChunkProcessor, prompt: str, grids: Grids = ()) -> None:
+        if prompt is None:
+            raise ConfigError("model.prompt is missing; for example 'USER: <image>\\n{question} ASSISTANT:'")
         template = prompt.replace(_IMAGE, processor.placeholder)
         for place in (processor.placeholder, _QUESTION):
             if template.count(place) != 1:

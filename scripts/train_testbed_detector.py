@@ -9,6 +9,7 @@ the same detector.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ WORDS = ["name=ship", "pope.scenes=20", "chair.scenes=1000", "features=default",
 
 def main() -> None:
     """Runs the benchmark in a temporary folder and keeps nothing but its detector."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "stethoscope", "benchmark", *WORDS, f"runs={folder}"]
         subprocess.run(command, check=True)

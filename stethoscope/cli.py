@@ -103,13 +103,15 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from stethoscope.commands.overrides import explain, quoted
+    from stethoscope.commands.overrides import check_values, explain, quoted
     from stethoscope.commands.sweeps import Sweep
 
     if count() > 1 and {"-m", "--multirun"} & set(arguments):
         raise ConfigError(
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~", "+")):
+        raise ConfigError(f"{arguments[0]!r} should be a setting, key=value, for example run={arguments[0]}")
     arguments = quoted(arguments, TEXTS.get(command, {}))
     sweep = Sweep.of(command, arguments)
     failed: list[StethoscopeError] = []
@@ -120,6 +122,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             sweep.run(config, found.job.num, list(found.overrides.task))
             return
         try:
+            check_values(config)
             importlib.import_module(f"stethoscope.commands.{command}").run(config)
         except StethoscopeError as error:  # Hydra would print more than the one line
             failed.append(error)

@@ -39,7 +39,8 @@ def run(config: DictConfig) -> None:
         past = Runs(runs, run, folder, config.plugins)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
-            print(ready.detectors.names or TRAIN_ONE.format(model=name), file=sys.stderr)
+            names = ready.detectors.names
+            print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
         screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)))
         address = start(screen, str(config.host), int(config.port), bool(config.share))
         if config.share or not loopback(str(config.host)):

@@ -8,14 +8,15 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
-from stethoscope.errors import ArtefactError
+from stethoscope.errors import ArtefactError, ConfigError
 from stethoscope.runs.processes import rank
 
 
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
-    from stethoscope.detection.columns import one_space
+    from stethoscope.detection.columns import feature_of, fitting, one_space, shorten
+    from stethoscope.detection.finding import detector_folder
     from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.detector import Detector
     from stethoscope.evaluator import Evaluator
@@ -29,7 +30,7 @@ def run(config: DictConfig) -> None:
     asked = saved.get("task") or saved.get("chair")  # of a benchmark, the task that has features
     if asked is None:
         raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`")
-    detector = Detector.load(config.warn) if config.warn else None
+    detector = Detector.load(detector_folder(str(config.warn))) if config.warn else None
     plugins = [*saved.plugins, *config.plugins]
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)
@@ -37,6 +38,12 @@ def run(config: DictConfig) -> None:
     if detector is not None:
         wrote = RunStore(folder).fingerprints().get(task.name, {}).get("adapter") or {}
         one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
+        lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
+        if lacking:
+            raise ConfigError(
+                f"warn={config.warn} was trained on {len(lacking)} features that features= does not choose: "
+                f"{shorten(lacking)}; choose what it was trained on"
+            )
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         limit=saved.limit,
@@ -54,6 +61,7 @@ def run(config: DictConfig) -> None:
     mentions = int((table["first"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
+        table = fitting(table, detector.schema.names, str(folder))
         warnings = mention_warnings(table, detector)
         write_warnings(warnings, folder / "warnings.jsonl")
         print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")

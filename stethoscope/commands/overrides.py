@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from stethoscope.errors import unknown
+from stethoscope.errors import ConfigError, unknown
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Launchers of Hydra that come with an extra of ours."""
@@ -115,3 +116,22 @@ def _quoted(value: str) -> str:
 def _escape(found: re.Match[str]) -> str:
     slashes, what = found.groups()
     return slashes * 2 + (f"\\{what}" if what else "")
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Checks the plain numbers and switches of a command before anything is loaded.
+
+    Raises:
+        ConfigError: one has a value that it cannot have.
+
+    >>> check_values({"seed": 3, "share": False})
+    """
+    for key, most in (("seed", None), ("port", 65535), ("examples", None)):
+        value = config.get(key)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 0 <= value <= (most or value)):
+            limit = f"from 0 to {most}" if most else "0 or more"
+            raise ConfigError(f"{key}={value} should be a whole number, {limit}")
+    for key in ("ablation", "published", "share"):
+        if not isinstance(config.get(key, False), bool):
+            raise ConfigError(f"{key}={config[key]} should be true or false")

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from stethoscope.commands.overrides import check_values
 from stethoscope.errors import ConfigError, StethoscopeError
 from stethoscope.runs.jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
 
@@ -84,6 +85,7 @@ class Sweep:
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
         try:
+            check_values(config)
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
         except StethoscopeError as error:
             self._failed(job, start, str(error))

@@ -44,10 +44,10 @@ def run(config: DictConfig) -> None:
         )
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    beside = {name: _other(name, same, config.plugins) for name in config.beside}
+    beside = {name: _other(name, same, config.plugins) for name in _listed(config.beside)}
     shares, store = fractions(config), RunStore(source)
     table = token_table(config, store, config.mentions, config.subset)
-    targets = [_target(config, node) for node in config.test]
+    targets = [_target(config, node) for node in _listed(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
@@ -112,6 +112,11 @@ def _no_rows(store: RunStore, task: str) -> ArtefactError:
     )
 
 
+def _listed(given: Any) -> Sequence[Any]:
+    """A list, also of one thing that was given without brackets."""
+    return given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
 def _target(config: DictConfig, node: Any) -> Target:
     """What an entry of ``test`` names: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
 
@@ -132,11 +137,16 @@ def _target(config: DictConfig, node: Any) -> Target:
     task = wanted.get("mentions") or (config.mentions if config.mentions in tasks else None)
     if task is None:
         if not tasks:
-            raise _no_rows(store, "any")
+            raise ArtefactError(
+                f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
+            )
         if len(tasks) > 1:
             raise ConfigError(f"test={node} has tokens of {', '.join(tasks)}: say which, {{run: ..., mentions: ...}}")
         task = tasks[0]
     subset = wanted.get("subset")
+    same = store.run_dir.resolve() == Path(config.run).resolve()
+    if same and (task, subset) == (config.mentions, config.subset):
+        raise ConfigError(f"test={node} is what the detector is trained on; its own test images are judged anyway")
     name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
     return Target(name, token_table(config, store, task, subset), _model(store, task))
 

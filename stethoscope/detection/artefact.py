@@ -163,7 +163,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         data = (folder / OBJECTS).read_bytes()
     except FileNotFoundError as error:
-        raise ArtefactError(f"no detector in {folder}: {Path(error.filename).name} is missing") from None
+        why = f"{Path(error.filename).name} is missing" if folder.is_dir() else "there is no such folder"
+        raise ArtefactError(f"no detector in {folder}: {why}") from None
     except (OSError, ValueError) as error:
         raise ArtefactError(f"the detector in {folder} cannot be read: {error}") from None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None

@@ -33,12 +33,16 @@ def detector_folder(folder: str) -> Path:
     """The folder of a detector, which may be given as that of the run that has it.
 
     Raises:
-        ArtefactError: there is no such folder.
+        ArtefactError: there is no such folder, or it is a run without a detector.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
-    return path / "detector" if (path / "detector").is_dir() else path
+    if (path / "detector").is_dir():
+        return path / "detector"
+    if (path / "samples.jsonl").is_file():
+        raise ArtefactError(f"the run in {folder} has no detector; `stethoscope train run={folder}` makes one")
+    return path
 
 
 def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:

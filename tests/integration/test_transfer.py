@@ -113,6 +113,7 @@ def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
 
 
 def test_wrong_targets_are_one_line(home, tmp_path, stethoscope):
+    assert "is what the detector is trained on" in stethoscope("train", f"run={home}", f"test={home}", *QUICK)
     assert "no samples.jsonl in runs/none" in stethoscope("train", f"run={home}", "test=[runs/none]", *QUICK)
     line = stethoscope("train", f"run={home}", f"test=[{{run: {home}, task: chair}}]", *QUICK)
     assert "should be a run directory or {run: ..., mentions: ..., subset: ...}" in line
