@@ -44,12 +44,14 @@ def tensors_of(model: PreTrainedModel) -> list[Tensor]:
 
 
 def versions(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """How often each of ``tensors_of`` was changed in place; None if a model made in inference mode keeps no count.
+    """How often each of ``tensors_of`` was changed in place, but for changes through ``.data``.
 
-    Changes through ``.data`` are not counted.
+    None where there is no count: made in inference mode, or moved in and out by accelerate (``is_meta`` in between).
     """
     tensors = tensors_of(model)
-    return None if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
+    if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+        return None
+    return tuple(tensor._version for tensor in tensors)
 
 
 def hooks(model: PreTrainedModel) -> tuple[int, ...]:

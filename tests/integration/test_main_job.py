@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -132,8 +133,10 @@ def test_train_again_and_refuse_other_features(copy, stethoscope):
     stethoscope("evaluate", *words, code=0)
     extract = ["extract", "run=runs/other", "callbacks=none", f"warn={copy / 'detector'}"]
     assert "mentions warned" in stethoscope(*extract, code=0)
+    table = Path("runs/other/tokens.parquet").read_bytes()
     line = stethoscope(*extract, "features=fast")
-    assert "missing: blank_divergence" in line
+    assert "was trained on 16 features that features= does not choose: blank_divergence" in line
+    assert Path("runs/other/tokens.parquet").read_bytes() == table  # it is said before anything is replaced
 
 
 def test_exported_files_give_the_same_metrics(tmp_path, stethoscope):
