@@ -90,8 +90,9 @@ def states_of(columns: Iterable[str]) -> list[str]:
     >>> states_of(["nll", "looked_at_000", "looked_at_001"])
     ['looked_at']
     """
-    owners = dict.fromkeys(map(feature_of, columns))
-    return [owner for owner in owners if owner in FEATURES and FEATURES[owner].vector]
+    vectors = tuple(name for name, feature in FEATURES.items() if feature.vector)
+    owners = dict.fromkeys(feature_of(column) for column in columns if column.startswith(vectors))
+    return [owner for owner in owners if owner in vectors]
 
 
 def one_space(names: Sequence[str], home: Mapping[str, Any], there: Mapping[str, Any], where: str) -> None:
