@@ -110,8 +110,6 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         raise ConfigError(
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~", "+")):
-        raise ConfigError(f"{arguments[0]!r} should be a setting, key=value, for example run={arguments[0]}")
     arguments = quoted(arguments, TEXTS.get(command, {}))
     sweep = Sweep.of(command, arguments)
     failed: list[StethoscopeError] = []

@@ -141,13 +141,13 @@ class Pool:
             return Detectors(names=SWITCHED_OFF)
         found = [*trained(self._runs, adapter.fingerprint(), self._run), *shipped(adapter)]
         final = next(iter(found), None) if folder == AUTO else folder and detector_folder(folder)
-        if final is None and live is not None:
+        if final is None:
+            if live is None:
+                return Detectors()
             raise ConfigError(
                 f"detector.live={live} judges while an answer is written, before another detector judges all of it: "
                 "name that one too, detector.folder=..."
             )
-        if final is None:
-            return Detectors()
         detector = Detector.load(final)
         check_model(detector, adapter)
         candidates = [final, *found] if live is None else [detector_folder(live)]

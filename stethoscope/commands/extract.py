@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
     print(features.head)
     adapter, task = build(saved.model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
     if detector is not None:
-        wrote = RunStore(folder).fingerprints().get(task.name, {}).get("adapter") or {}
+        wrote = RunStore(folder).model(task.name)
         one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
         lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
         if lacking:

@@ -37,6 +37,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
     if isinstance(error, InterpolationResolutionError):
         return text.splitlines()[0]
+    bare = re.search(r"parsing override '(.*)'\s+missing EQUAL", text)
+    if bare:
+        return f"{bare[1]!r} should be a setting, key=value, for example run={bare[1]}"
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)

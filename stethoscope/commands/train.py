@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
         table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             fitting(target.table, names, target.name)
-            one_space(names, _model(store, config.mentions), target.model, target.name)
+            one_space(names, store.model(config.mentions), target.model, target.name)
     with RunLock(folder), loggers_of(config) as loggers:
         if folder.resolve() != source.resolve():
             store = share_table(store, folder, config.mentions)
@@ -105,10 +105,10 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
     return of_subset(table, subset, str(store.run_dir))
 
 
-def _no_rows(store: RunStore, task: str) -> ArtefactError:
+def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
+    of = "" if task is None else f" of task {task!r}"
     return ArtefactError(
-        f"{store.run_dir} has no token features of task {task!r}; `stethoscope extract run={store.run_dir}` "
-        "computes them"
+        f"{store.run_dir} has no token features{of}; `stethoscope extract run={store.run_dir}` computes them"
     )
 
 
@@ -137,9 +137,7 @@ def _target(config: DictConfig, node: Any) -> Target:
     task = wanted.get("mentions") or (config.mentions if config.mentions in tasks else None)
     if task is None:
         if not tasks:
-            raise ArtefactError(
-                f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
-            )
+            raise _no_rows(store)
         if len(tasks) > 1:
             raise ConfigError(f"test={node} has tokens of {', '.join(tasks)}: say which, {{run: ..., mentions: ...}}")
         task = tasks[0]
@@ -148,12 +146,7 @@ def _target(config: DictConfig, node: Any) -> Target:
     if same and (task, subset) == (config.mentions, config.subset):
         raise ConfigError(f"test={node} is what the detector is trained on; its own test images are judged anyway")
     name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
-    return Target(name, token_table(config, store, task, subset), _model(store, task))
-
-
-def _model(store: RunStore, task: str) -> Mapping[str, Any]:
-    """The fingerprint of the model that answered a task; empty where it is not known."""
-    return store.fingerprints().get(task, {}).get("adapter") or {}
+    return Target(name, token_table(config, store, task, subset), store.model(task))
 
 
 def _flat(results: Mapping[str, Any]) -> dict[str, float]:
@@ -231,7 +224,7 @@ def fit(
         raise _no_rows(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
-        results["transfer"] = transfer(detector, Target(home, table, _model(store, task)), targets, shares, seed)
+        results["transfer"] = transfer(detector, Target(home, table, store.model(task)), targets, shares, seed)
     fingerprint = store.fingerprints().get(task, {})
     detector.save(
         store.run_dir / "detector",

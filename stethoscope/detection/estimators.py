@@ -257,6 +257,7 @@ class CalibratedModel:
     calibrator: LogisticRegression | IsotonicRegression | None = None
 
     @classmethod
+    @threadpool_limits.wrap(limits=1, user_api="blas")  # the matrices are small: threads would only wait for each other
     def fit(
         cls,
         estimator: BaseEstimator,
@@ -278,18 +279,6 @@ class CalibratedModel:
             DataError: a fold has no rows or only one label.
         """
         train.check("training")
-        with threadpool_limits(1, user_api="blas"):  # the matrices are small: threads would only wait for each other
-            return cls._fit(estimator, train, calibration, method, strength)
-
-    @classmethod
-    def _fit(
-        cls,
-        estimator: BaseEstimator,
-        train: Examples,
-        calibration: Examples | None,
-        method: Literal["platt", "isotonic", "none"],
-        strength: float | None,
-    ) -> CalibratedModel:
         if isinstance(estimator, Grouped):
             model = estimator.fit(train.matrix, train.labels, train.groups)
         elif strength is None:

@@ -22,8 +22,10 @@ from stethoscope.detection.estimators import Grouped, choose_strength, inner_fol
 FEATURE = "looked_at"
 """The feature whose columns are read here and nowhere else."""
 COLUMNS = ("sight_named", "sight_other")
-STRENGTH, TOLERANCE = 0.03, 1e-3
+STRENGTH = 0.03
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
+TOLERANCE = 1e-3
+"""Of the fit: half the steps of the default, and the AUROC on held-out mentions changes by less than 0.0002."""
 Look = tuple[str | None, float]
 """An object, or None for none of those that are known, and the probability that a place looks like it."""
 
@@ -83,9 +85,8 @@ class Sight(BaseEstimator):
         there = np.flatnonzero(named >= 0)
         made[there, 0] = more[there, named[there]]
         more[there, named[there]] = np.nan
-        others = np.where(np.isnan(more[there]), -np.inf, more[there]).max(1, initial=-np.inf)
-        made[there, 1] = np.where(np.isinf(others), 0, others)
-        return np.nan_to_num(made, nan=0.0)
+        made[there, 1] = np.where(np.isnan(more[there]), -np.inf, more[there]).max(1, initial=-np.inf)
+        return np.where(np.isfinite(made), made, 0.0)
 
 
 class Sighted(Grouped):

@@ -94,6 +94,10 @@ class RunStore:
         """``fingerprint.json``: a section per task."""
         return self._read_json("fingerprint.json")
 
+    def model(self, task: str) -> dict[str, Any]:
+        """The fingerprint of the model that answered a task; empty where it is not known."""
+        return self.fingerprints().get(task, {}).get("adapter") or {}
+
     def status(self) -> dict[str, str]:
         """``status.json``: by task ``running`` (or killed), ``finished``, ``interrupted`` or ``failed``."""
         return self._read_json("status.json")
