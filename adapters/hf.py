@@ -191,7 +191,6 @@ class HfAdapter(Tracing, Adapter):
         self, encoded: Sequence[Encoded], generation: Generation, keep: bool
     ) -> tuple[list[Answer], list[Encoded]]:
         self.setup()
-        sampling.check(generation)
         done: dict[int, tuple[Answer, Encoded]] = {}
         for group in groups([one.inputs for one in encoded]):
             batch = [encoded[index] for index in group]
@@ -220,7 +219,6 @@ class HfAdapter(Tracing, Adapter):
     def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
         """See ``Adapter.writing``."""
         self.setup()
-        sampling.check(generation)
         side = "left" if self._start is None else "right"
         inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, side))
         settings = sampling.config(generation, self._ends, self._pad)

@@ -22,25 +22,16 @@ from stethoscope.records import Generation
 from stethoscope.trace import Encoded
 
 
-def check(generation: Generation) -> None:
-    """Raises ConfigError for values out of range and for settings that exclude each other."""
-    for right, field, wanted in (
-        (generation.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-        (generation.temperature > 0, "temperature", "above 0; for the most probable token set do_sample=false"),
-        (0 < generation.top_p <= 1, "top_p", "above 0 and at most 1"),
-        (generation.num_beams >= 1, "num_beams", "at least 1"),
-    ):
-        if not right:
-            raise ConfigError(f"generation.{field}={getattr(generation, field)} must be {wanted}")
-    if generation.do_sample and generation.num_beams > 1:
-        raise ConfigError(f"generation.do_sample=true and num_beams={generation.num_beams} exclude each other")
-
-
 def config(generation: Generation, ends: Sequence[int], pad_id: int) -> GenerationConfig:
     """Settings for transformers that leave nothing to the defaults that a model repository may carry.
 
     Sampling is done by ``Sampler``, so transformers always takes the highest score.
+
+    Raises:
+        ConfigError: there is no longest answer.
     """
+    if generation.max_new_tokens is None:
+        raise ConfigError("generation.max_new_tokens must be given: the longest answer, in tokens")
     return GenerationConfig(
         max_new_tokens=generation.max_new_tokens,
         num_beams=generation.num_beams,

@@ -103,7 +103,7 @@ def groups() -> list[str]:
     return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
-def compose(overrides: Sequence[str], root: str | None = None) -> DictConfig:
+def compose(overrides: Sequence[str], root: str | None = None, hydra: bool = False) -> DictConfig:
     """A configuration as the commands see it, from a file of ``conf`` and words like those of the command line.
 
     Hydra keeps one state for the whole process; it is the same before and after, also inside a Hydra application.
@@ -111,16 +111,17 @@ def compose(overrides: Sequence[str], root: str | None = None) -> DictConfig:
     Args:
         overrides: such as ``+model=llava-1.5-7b``.
         root: name of the file to start from; None for an empty one.
+        hydra: with Hydra's own settings under ``hydra``, such as the chosen names and the text of the help.
     """
-    import hydra
-    from hydra import version
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module, version
     from hydra.core.global_hydra import GlobalHydra
 
     running, base = GlobalHydra.instance().hydra, version.getbase()
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_module("stethoscope.conf", version_base="1.3"):
-            return hydra.compose(root, overrides=list(overrides))
+        with initialize_config_module("stethoscope.conf", version_base="1.3"):
+            return hydra_compose(root, overrides=list(overrides), return_hydra_config=hydra)
     finally:
         GlobalHydra.instance().hydra = running
         version.VersionBase.instance().version_base = base

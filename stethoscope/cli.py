@@ -103,6 +103,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from stethoscope.commands.help import help_text
     from stethoscope.commands.overrides import check_values, explain, quoted
     from stethoscope.commands.sweeps import Sweep
 
@@ -111,6 +112,13 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
     arguments = quoted(arguments, TEXTS.get(command, {}))
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    if {"-h", "--help"} & set(arguments):
+        try:
+            print(help_text(command, overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error, command, overrides)) from error
+        return
     sweep = Sweep.of(command, arguments)
     failed: list[StethoscopeError] = []
 
@@ -130,7 +138,6 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     wrapped: Callable[[], None] = hydra.main(
         version_base="1.3", config_path="pkg://stethoscope.conf", config_name=command
     )(job)
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     try:
         wrapped()
     except (HydraException, OmegaConfBaseException) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ class ImageRef:
 
         file = self.source if isinstance(self.source, Path) else None
         if file is not None and not file.is_file():
-            raise DataError(f"image {self.name!r} is missing: no file {file}")
+            what = f"{file} is a folder, not a file" if file.is_dir() else f"no file {file}"
+            raise DataError(f"image {self.name!r} is missing: {what}")
         where = repr(self.name) if file is None else file
         try:
             if file is None:
@@ -115,6 +117,9 @@ class Generation:
         seed: seed of the sampling.
         stop: strings that end an answer; it holds what stands before the first of them. White space at the very start
             of an answer is no part of it and so ends nothing. A model may have stop strings of its own besides.
+
+    Raises:
+        ConfigError: a value is out of range, or sampling and beams are asked for at once.
     """
 
     max_new_tokens: int | None = None
@@ -129,6 +134,23 @@ class Generation:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop or ()):
             raise ConfigError(f"generation.stop={self.stop!r} should be a list of texts, as ['###']")
         object.__setattr__(self, "stop", tuple(self.stop or ()))
+        limits: tuple[tuple[str, type, Callable[[float], bool], str], ...] = (
+            ("max_new_tokens", Integral, lambda value: value >= 1, "a whole number, at least 1"),
+            ("temperature", Real, lambda value: value > 0, "above 0; for the most probable token, do_sample=false"),
+            ("top_p", Real, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("num_beams", Integral, lambda value: value >= 1, "a whole number, at least 1"),
+            ("seed", Integral, lambda value: value >= 0, "a whole number, 0 or more"),
+        )
+        for name, kind, right, wanted in limits:
+            value = getattr(self, name)
+            if value is None and name == "max_new_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not right(value):
+                raise ConfigError(f"generation.{name}={value} must be {wanted}")
+        if not isinstance(self.do_sample, bool):
+            raise ConfigError(f"generation.do_sample={self.do_sample} must be true or false")
+        if self.do_sample and self.num_beams > 1:
+            raise ConfigError(f"generation.do_sample=true and num_beams={self.num_beams} exclude each other")
 
 
 @dataclass(frozen=True)

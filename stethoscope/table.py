@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ KEY_COLUMNS: dict[str, str] = {
 }
 """Every key column and its meaning. All other columns of a token table are features (float32)."""
 
+_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
 SUBTOKENS = ("first", "mean", "max", "min", "all")
 Subtokens = Literal["first", "mean", "max", "min", "all"]
 
@@ -156,6 +158,33 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
     return matrix
 
 
+def stem(column: str) -> str:
+    """The feature that a column is of, without the layer, the head of it or the dimension.
+
+    >>> [stem(column) for column in ("nll", "attn_image_l00", "head_image_l00h03", "hidden_d0012")]
+    ['nll', 'attn_image', 'head_image', 'hidden']
+    """
+    return _SUFFIX.sub("", column)
+
+
+def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
+    """Checks, before any column is computed, that names or shell patterns can fit columns of some features.
+
+    Raises:
+        ConfigError: one cannot.
+
+    >>> check_patterns(["nll", "attn_*_l0?", "attn_image_l01"], ["nll", "attn_image"])
+    """
+    for pattern in patterns:
+        start = re.split(r"[*?[]", pattern)[0]
+        open_end = start != pattern
+        if not any(
+            name == pattern or start.startswith(f"{name}_") or (open_end and name.startswith(start))
+            for name in features
+        ):
+            raise ConfigError(unknown("feature", pattern, features))
+
+
 def select_features(
     names: Sequence[str], wanted: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> tuple[str, ...]:
@@ -169,7 +198,7 @@ def select_features(
     """
     for pattern in [*(wanted or ()), *exclude]:
         if not fnmatch.filter(names, pattern):
-            raise ConfigError(unknown("feature", pattern, names))
+            raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
     kept = tuple(
         name
         for name in names

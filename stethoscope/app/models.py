@@ -21,6 +21,7 @@ from stethoscope.detection.finding import (
     trained,
     wanted,
 )
+from stethoscope.diagnosis import diagnose
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -150,17 +151,32 @@ class Pool:
             )
         detector = Detector.load(final)
         check_model(detector, adapter)
+        if final not in found:  # those were trained on this very model
+            _try(detector, adapter)
         candidates = [final, *found] if live is None else [detector_folder(live)]
         for one in candidates:
             quick = detector if one == final else Detector.load(one)
             delay = streaming_delay(quick)
             if delay is not None:
                 check_model(quick, adapter)
+                if one not in (final, *found):
+                    _try(quick, adapter)
                 names = called(final) if one == final else f"{called(final)}, while writing {called(one)}"
                 return Detectors(detector, quick, delay, names)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
         return Detectors(detector, names=called(final))
+
+
+def _try(detector: Detector, adapter: Adapter) -> None:
+    """Judges a word, so that a model without the detector's features is told before the first question.
+
+    Raises:
+        CapabilityError: the model does not give them.
+    """
+    from PIL import Image
+
+    diagnose(adapter, Image.new("RGB", (64, 64)), "What is this?", answer="a thing", detector=detector)
 
 
 def streaming_delay(detector: Detector) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from stethoscope.build import build
-from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
+from stethoscope.commands.session import answer, listed, loggers_of, report_failures, run_dir
 from stethoscope.runs.processes import rank
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ def run(config: DictConfig) -> None:
     from stethoscope.adapter import Adapter
     from stethoscope.commands.tables import print_answer, print_detector, terminal
     from stethoscope.commands.train import fit, fractions
+    from stethoscope.detection.methods import check_sets
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
     from stethoscope.report.sending import send_detector
     from stethoscope.runs.store import RunStore
+    from stethoscope.table import check_patterns
     from stethoscope.task import Task
 
     start = time.monotonic()
@@ -34,6 +36,8 @@ def run(config: DictConfig) -> None:
     features = build(config.features, FeatureSet, "features", config.plugins)
     print(features.head)
     detector = build(config.detector, Detector, "detector", config.plugins)
+    check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
+    check_sets(listed(config.sets), features.names)
     for task in (pope, chair):
         task.setup()
     store = RunStore(folder)
@@ -45,7 +49,7 @@ def run(config: DictConfig) -> None:
         asked.print(terminal())
         told.print(terminal())
         if not config.fast_dev_run:  # two samples are no data to learn from
-            compared = {"published": config.published, "sets": list(config.sets)}
+            compared = {"published": config.published, "sets": listed(config.sets)}
             results = fit(store, chair.name, detector, shares, config.seed, **compared)
             log_detector(loggers, results)
             send_detector(loggers, folder)

@@ -35,7 +35,7 @@ FORMATS = ("text", "markdown", "latex", "html")
 
 def main(arguments: Sequence[str]) -> None:
     """Prints or writes the tables of a comparison; remarks go to stderr."""
-    if not arguments or any(word in ("-h", "--help") for word in arguments):
+    if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
     from stethoscope.report.page import table_page

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stethoscope.build import choices, compose, groups
 from stethoscope.errors import ConfigError, unknown
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
@@ -26,7 +27,11 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MissingConfigException) and cause.options is not None:
-            group, _, name = (cause.missing_cfg_file or "").rpartition("/")
+            file = cause.missing_cfg_file or ""
+            if file.partition("/")[0] in groups():  # a name may have a folder in it, as paper/svar
+                group, _, name = file.partition("/")
+                return unknown(group, name, choices(group))
+            group, _, name = file.rpartition("/")
             if group == "hydra/launcher" and name in LAUNCHERS:
                 return f'{group}={name} is not installed: pip install "lvlm-stethoscope[sweeps]"'
             return unknown(group or "configuration", name, cause.options)
@@ -43,6 +48,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
+        if (command, key) == ("benchmark", "task"):
+            return "benchmark asks POPE and CHAIR, and learns from CHAIR; `stethoscope evaluate task=...` asks others"
         return _unknown_setting(key, _known_keys(command, overrides, key))
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
@@ -55,19 +62,15 @@ def _offending(key: str, overrides: Sequence[str]) -> str:
 
 def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[str]:
     """Dotted keys of the command's configuration, composed without the offending override, and its own groups."""
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    GlobalHydra.instance().clear()
-    with initialize_config_module("stethoscope.conf", version_base="1.3"):
-        good = [word for word in overrides if not word.lstrip("+~").startswith(offending + "=") and "," not in word]
-        try:
-            config = compose(command, overrides=good, return_hydra_config=True)
-        except HydraException:  # another override is wrong too: the command's own keys are hint enough
-            config = compose(command, return_hydra_config=True)
-    groups = [name for name in config.hydra.runtime.choices if "/" not in name]
+    good = [word for word in overrides if not word.lstrip("+~").startswith(offending + "=") and "," not in word]
+    try:
+        config = compose(good, command, hydra=True)
+    except HydraException:  # another override is wrong too: the command's own keys are hint enough
+        config = compose([], command, hydra=True)
+    chosen = [name for name in config.hydra.runtime.choices if "/" not in name]
     keys: list[str] = []
 
     def walk(node: object, path: str) -> None:
@@ -78,7 +81,7 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
 
     whole = OmegaConf.to_container(config, resolve=False)
     walk({name: value for name, value in whole.items() if name != "hydra"}, "")
-    return sorted({*keys, *groups})
+    return sorted({*keys, *chosen})
 
 
 def _unknown_setting(key: str, known: Sequence[str]) -> str:

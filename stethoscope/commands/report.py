@@ -43,7 +43,7 @@ SETTINGS = {"out": "", "cases": "6", "pictures": "true", "plugins": ""}
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the report of one run and says where."""
-    if not arguments or any(word in ("-h", "--help") for word in arguments):
+    if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
     from stethoscope.report.page import collect

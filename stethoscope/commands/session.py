@@ -34,6 +34,11 @@ def run_dir(config: DictConfig) -> Path:
     return Path(config.run_dir)
 
 
+def listed(given: Any) -> list[Any]:
+    """A list, also of one thing that was given without brackets."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
 def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
     """The callbacks of a configuration's ``callbacks`` group, in its order."""
     return [build(node, Callback, f"callbacks.{name}", plugins) for name, node in nodes.items()]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
     from stethoscope.commands.benchmark import log_detector
-    from stethoscope.commands.session import loggers_of, overrides
+    from stethoscope.commands.session import listed, loggers_of, overrides
     from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
     from stethoscope.report.sending import send_detector
@@ -39,15 +39,17 @@ def run(config: DictConfig) -> None:
 
     source, folder = Path(config.run), Path(config.run_dir)
     if not source.is_dir():
-        raise ArtefactError(
-            f"run={source} is no directory; name a run of `stethoscope extract` or `benchmark` (run=runs/...)"
-        )
+        chosen = HydraConfig.get().runtime.choices.get("experiment")
+        hint = "name a run of `stethoscope extract` or `benchmark` (run=runs/...)"
+        if chosen:
+            hint = f"`stethoscope train experiment={chosen} --help` tells how to make it"
+        raise ArtefactError(f"run={source} is no directory; {hint}")
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    beside = {name: _other(name, same, config.plugins) for name in _listed(config.beside)}
+    beside = {name: _other(name, same, config.plugins) for name in listed(config.beside)}
     shares, store = fractions(config), RunStore(source)
     table = token_table(config, store, config.mentions, config.subset)
-    targets = [_target(config, node) for node in _listed(config.test)]
+    targets = [_target(config, node) for node in listed(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
@@ -73,7 +75,7 @@ def run(config: DictConfig) -> None:
             beside=beside,
             ablation=config.ablation,
             published=config.published,
-            sets=list(config.sets),
+            sets=listed(config.sets),
             progress=lambda line: print(f"{line} ...", file=sys.stderr),
         )
         log_detector(loggers, results)
@@ -106,15 +108,12 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
 
 
 def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
-    of = "" if task is None else f" of task {task!r}"
+    others = sorted(set(store.tokens()["task"]))
+    if task is not None and others:
+        return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
     return ArtefactError(
-        f"{store.run_dir} has no token features{of}; `stethoscope extract run={store.run_dir}` computes them"
+        f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
     )
-
-
-def _listed(given: Any) -> Sequence[Any]:
-    """A list, also of one thing that was given without brackets."""
-    return given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def _target(config: DictConfig, node: Any) -> Target:

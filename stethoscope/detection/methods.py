@@ -8,7 +8,7 @@ layer or head) is a logistic regression on them, fitted and calibrated on the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,19 +94,38 @@ def refits(detector: Detector, names: Sequence[str], columns: Sequence[str]) -> 
 
     Args:
         detector: that the others are compared with.
-        names: of feature sets, such as ``one_pass``; the detectors are called so.
+        names: of feature sets, such as ``one_pass``; the detectors are called so. Where the table has a part of a set
+            alone, the name says so.
         columns: of the token table.
 
     Raises:
         ConfigError: a set is not known, or the table has no column of it.
     """
+    computed = {feature_of(column) for column in columns}
+    check_sets(names, computed)
     found = {}
     for name in names:
-        own = columns_of(named_set(name), columns)
-        if not own:
-            raise ConfigError(f"sets={name}: none of its features was computed; choose features={name} or more")
-        found[name] = Detector(**{**detector.settings, "features": list(own), "exclude": []})
+        features = named_set(name)
+        have, all_of_it = len(computed & set(features.names)), len(features.names)
+        label = name if have == all_of_it else f"{name} ({have} of {all_of_it} features)"
+        own = list(columns_of(features, columns))
+        found[label] = Detector(**{**detector.settings, "features": own, "exclude": []})
     return found
+
+
+def check_sets(names: Sequence[str], computed: Collection[str]) -> None:
+    """Checks that features hold something of every feature set.
+
+    Args:
+        names: of feature sets.
+        computed: names of features.
+
+    Raises:
+        ConfigError: a set is not known, or none of its features is among them.
+    """
+    for name in names:
+        if not set(named_set(name).names) & set(computed):
+            raise ConfigError(f"sets={name}: none of its features is computed; choose features={name} or more")
 
 
 def judge(method: Method, folds: Mapping[str, pd.DataFrame], settings: Mapping[str, str], seed: int = 0) -> Judged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.features import FeatureSet
 from stethoscope.records import Answer, ImageRef, Mention, Sample
 from stethoscope.runs.tokens import token_table
-from stethoscope.table import FeatureSchema
+from stethoscope.table import FeatureSchema, stem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.trace import Encoded, Trace
 
-_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
 _TOP = 5  # features that are told for every token
 
 
@@ -42,7 +40,7 @@ def feature_names(columns: Sequence[str]) -> list[str]:
     >>> feature_names(["nll", "attn_image_l00", "attn_image_l01", "head_image_l00h03"])
     ['nll', 'attn_image', 'head_image']
     """
-    return list(dict.fromkeys(_SUFFIX.sub("", column) for column in columns))
+    return list(dict.fromkeys(stem(column) for column in columns))
 
 
 def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:

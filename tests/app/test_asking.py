@@ -8,14 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from token_tables import token_table
 
 import stethoscope
-from stethoscope import testbed
+from stethoscope import Detector, testbed
 from stethoscope.app import asking, payload
 from stethoscope.app.eyes import Eyes
 from stethoscope.app.models import Pool
 from stethoscope.detection.finding import trained
-from stethoscope.errors import ArtefactError, ConfigError
+from stethoscope.errors import ArtefactError, CapabilityError, ConfigError
 from stethoscope.records import Generation
 
 DESCRIBE = "Please describe this image in detail."
@@ -154,24 +155,21 @@ def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader
 
 
 @pytest.mark.parametrize(
-    ("text", "settings", "said"),
-    [
-        (" ", {}, "the question is empty"),
-        ("What is <image>?", {}, "holds the image placeholder"),
-        (DESCRIBE, {"length": 0}, "max_new_tokens"),
-    ],
+    ("text", "said"), [(" ", "the question is empty"), ("What is <image>?", "holds the image placeholder")]
 )
-def test_what_the_user_can_mend_is_shown(pool, reader, text, settings, said):
-    shown, case = ask(pool, reader, text, **settings)
+def test_what_the_user_can_mend_is_shown(pool, reader, text, said):
+    shown, case = ask(pool, reader, text)
     assert shown[-1]["kind"] == "error"
     assert said in shown[-1]["text"]
     assert case is None
     assert not pool.busy
 
 
-def test_drawing_and_beams_exclude_each_other():
+def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="exclude each other"):
         asking.generation(temperature=1, beams=2)
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        asking.generation(length=0)
     assert asking.generation(temperature=0.5, top_p=0.9, seed=3).seed == 3
 
 
@@ -228,6 +226,17 @@ def test_a_live_detector_needs_another_for_the_finished_answer(adapter, folder, 
     pool = Pool(adapter, "testbed", off, "x", folder)
     with pytest.raises(ConfigError, match="name that one too"), pool.use("testbed"):
         pass
+
+
+def test_a_detector_of_features_that_the_model_lacks_is_refused_before_the_first_question(adapter, tmp_path):
+    table = token_table(60, seed=1).rename(columns={"mass": "attn_image_l07", "noise": "svar"})
+    Detector(strength=0.1).fit(table).save(tmp_path / "other")
+    for pair in ((str(tmp_path / "other"), None), ("auto", str(tmp_path / "other"))):
+        with (
+            pytest.raises(CapabilityError, match=r"features that testbed does not give.*attn_image_l07"),
+            Pool(adapter, "testbed", *pair, runs=tmp_path).use("testbed"),
+        ):
+            pass
 
 
 def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch):

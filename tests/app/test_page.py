@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from stethoscope import testbed
+from stethoscope.diagnosis import diagnose
 from stethoscope.records import Generation
 
 DONE = "#view [data-id=diagnosed]:not([hidden])"
@@ -89,12 +90,13 @@ def take(page, name, folder):
 def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_path):
     from PIL import Image
 
+    picture = Image.open(photograph()).convert("RGB")
     start = time.process_time()  # of all threads, since other processes share the machine
     ask(page, photograph())
-    seconds = time.process_time() - start
-    assert seconds < 3  # an upload, an answer and everything about it
+    served_in, start = time.process_time() - start, time.process_time()
+    diagnose(adapter, picture, DESCRIBE)
+    assert served_in < 6 * (time.process_time() - start)  # a ratio, since machines differ; 2 to 4 in trials
     take(page, "answer", tmp_path)
-    picture = Image.open(photograph()).convert("RGB")
     answer = adapter.generate([adapter.encode(picture, DESCRIBE)], Generation(max_new_tokens=128))[0]
     assert page.evaluate("document.querySelector('#view [data-id=answer]').textContent").strip() == answer.text
 

@@ -12,6 +12,7 @@ import wandb_reader
 from stethoscope import Detector, testbed
 from stethoscope.build import choices
 from stethoscope.cli import main
+from stethoscope.detection import leaderboard
 from stethoscope.runs.store import RunStore
 from stethoscope.table import feature_names, mention_rows
 
@@ -19,8 +20,16 @@ LIMIT = 120
 SUBSETS = ("random", "popular", "adversarial")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_shuffles():
+    """Detectors of shuffled labels take most of the time; three of the twenty are enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leaderboard, "SHUFFLES", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, few_shuffles):
     """A run directory that the benchmark has left; the tests below only read it."""
     folder = tmp_path_factory.mktemp("main_job")
     with pytest.MonkeyPatch.context() as patch:

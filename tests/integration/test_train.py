@@ -14,6 +14,11 @@ from stethoscope.runs.tokens import SCHEMA
 from stethoscope.table import mention_rows
 
 
+@pytest.fixture(autouse=True)
+def few_shuffles(monkeypatch):
+    monkeypatch.setattr(leaderboard, "SHUFFLES", 2)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A finished run of 400 images, as ``stethoscope extract`` leaves it."""
@@ -95,8 +100,7 @@ def test_several_detectors_and_ablation(run, stethoscope):
     assert "did you mean 'boosting'" in stethoscope("train", f"run={run}", "beside=[bosting]")
 
 
-def test_every_detector_of_the_configuration_trains(run, stethoscope, monkeypatch):
-    monkeypatch.setattr(leaderboard, "SHUFFLES", 1)
+def test_every_detector_of_the_configuration_trains(run, stethoscope):
     for name in ("factored", "per_head"):
         stethoscope("train", f"run={run}", f"detector={name}", "detector.strength=0.1", code=0)
         assert Detector.load(run / "detector").settings["factored"] == (name == "factored")

@@ -154,6 +154,10 @@ def test_stop_strings_belong_to_the_fingerprint():
         ({"temperature": 0.0, "do_sample": True}, "do_sample=false"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"num_beams": 0}, "num_beams=0"),
+        ({"num_beams": 1.5}, "whole number"),
+        ({"seed": -1}, "seed=-1"),
+        ({"temperature": "hot"}, "temperature=hot"),
+        ({"do_sample": "yes"}, "true or false"),
         ({"num_beams": 2, "do_sample": True}, "exclude each other"),
         ({"stop": "###"}, r"\['###'\]"),
         ({"stop": ["a", ""]}, "list of texts"),
@@ -162,4 +166,9 @@ def test_stop_strings_belong_to_the_fingerprint():
 )
 def test_wrong_settings(settings, words):
     with pytest.raises(ConfigError, match=words):
-        sampling.check(Generation(**{"max_new_tokens": 4} | settings))
+        Generation(**{"max_new_tokens": 4} | settings)
+
+
+def test_the_longest_answer_must_be_known_to_write_one():
+    with pytest.raises(ConfigError, match="max_new_tokens must be given"):
+        sampling.config(Generation(), [0], 0)

@@ -1,0 +1,138 @@
+"""``stethoscope COMMAND --help``: what it does, its groups, and its settings with the words of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from string import Template
+from textwrap import fill
+from typing import Any
+
+import yaml
+
+from stethoscope.build import choices, compose, conf_folder
+
+WIDTH, COLUMN = 118, 28
+"""Of the page, and where explanations begin that stand behind a setting."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Comment lines of one setting: those above it, and those behind it and below."""
+
+    above: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
+
+
+def help_text(command: str, overrides: Sequence[str]) -> str:
+    """The help of a command as it is composed with these overrides: ``task=chair`` explains CHAIR's settings.
+
+    Args:
+        command: a file of ``conf`` with a ``hydra.help.template``.
+        overrides: words like ``task=chair``.
+    """
+    from omegaconf import OmegaConf
+
+    config = compose(overrides, command, hydra=True)
+    chosen = {key: name for key, name in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
+    words = explanations(conf_folder() / "common.yaml") | explanations(conf_folder() / f"{command}.yaml")
+    heads = []
+    for key, name in chosen.items():
+        group, _, package = key.partition("@")
+        if name is None:
+            continue
+        file, prefix = conf_folder() / group / f"{name}.yaml", f"{package or group}."
+        if group == "experiment":  # it changes settings of others, and may tell what to do before
+            heads, prefix = [f"# {key}={name}", *_head(file)], ""
+        words |= {f"{prefix}{setting}": said for setting, said in explanations(file).items()}
+        words[package or group] = Words((f"{key}={name}: {choices(group)[name]}",))
+    packages = [key.rpartition("@")[2] for key in chosen]
+    whole = OmegaConf.to_container(config, resolve=False)
+    own = {key: value for key, value in whole.items() if key not in ("hydra", *packages)}
+    parts = [own, *({key: whole[key]} for key in packages if whole.get(key) is not None)]
+    shown = ["\n".join(heads), *("\n".join(_settings(part, "", words)) for part in parts)]
+    return Template(config.hydra.help.template).substitute(
+        APP_CONFIG_GROUPS="\n".join(_group(key) for key in sorted(chosen)),
+        CONFIG="\n\n".join(filter(None, shown)),
+    )
+
+
+def _head(file: Path) -> list[str]:
+    """The comment that a file begins with, less what it tells Hydra."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [line for line in takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
+
+
+def _group(key: str) -> str:
+    names = ", ".join(choices(key.partition("@")[0]))
+    return fill(f"{key}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def _settings(node: Mapping[str, Any], path: str, words: Mapping[str, Words]) -> Iterator[str]:
+    """The lines of a mapping of settings, as they would stand in a YAML file."""
+    indent = "  " * path.count(".")
+    for key, value in node.items():
+        said = words.get(f"{path}{key}", Words())
+        yield from (f"{indent}# {line}" for line in said.above)
+        inner = isinstance(value, dict) and bool(value)
+        shown = "" if inner else " " + yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0]
+        line = f"{indent}{key}:{shown.rstrip()}"
+        first, *more = said.behind or ("",)
+        place = max(COLUMN, len(line) + 2)
+        yield f"{line:<{place}}# {first}" if first else line
+        yield from (f"{'':<{place}}# {text}" for text in more)
+        if inner:
+            yield from _settings(value, f"{path}{key}.", words)
+
+
+def explanations(file: Path) -> dict[str, Words]:
+    """What the comments of a configuration file, and of those that it starts from, say of its settings.
+
+    The comment that the file begins with is its title, not a word on its first setting.
+
+    Returns:
+        The words of each dotted key that has some.
+    """
+    text = file.read_text(encoding="utf-8")
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        return {}
+    found: dict[str, Words] = {}
+    for base in yaml.safe_load(text).get("defaults", []):
+        if isinstance(base, str) and (file.parent / f"{base}.yaml").is_file():
+            found |= explanations(file.parent / f"{base}.yaml")
+    ends: dict[int, int] = {}  # column where a line's last token ends; lines of comments alone have none
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.StreamStartToken):
+            continue
+        ends[token.end_mark.line] = max(token.end_mark.column, ends.get(token.end_mark.line, 0))
+    remarks: dict[int, tuple[int, str]] = {}  # of a line: column of its sign, text
+    for number, line in enumerate(text.splitlines()):
+        place = line.find("#", ends.get(number, 0))
+        if place >= 0:
+            remarks[number] = place, line[place + 1 :].strip()
+
+    def alone(number: int, column: int) -> bool:
+        return number in remarks and number not in ends and remarks[number][0] == column
+
+    for key, line, column in _keys(root, ""):
+        first, last = line, line + 1
+        while alone(first - 1, column):
+            first -= 1
+        while line in remarks and alone(last, remarks[line][0]):
+            last += 1
+        above = [remarks[number][1] for number in range(first, line) if first > 0]
+        behind = [remarks[number][1] for number in range(line, last) if line in remarks]
+        if above or behind:
+            found[key] = Words(tuple(above), tuple(behind))
+    return found
+
+
+def _keys(node: yaml.MappingNode, path: str) -> Iterator[tuple[str, int, int]]:
+    """(dotted key, line, column) of every setting of a file."""
+    for name, value in node.value:
+        yield f"{path}{name.value}", name.start_mark.line, name.start_mark.column
+        if isinstance(value, yaml.MappingNode):
+            yield from _keys(value, f"{path}{name.value}.")
