@@ -82,13 +82,17 @@ def conf_folder() -> Path:
     return Path(stethoscope.conf.__file__).parent
 
 
-def choices(group: str) -> dict[str, str]:
+def choices(group: str, conf: Path | None = None) -> dict[str, str]:
     """Names of a configuration group's files, each with its first comment line.
+
+    Args:
+        group: such as ``model``.
+        conf: folder of groups; None for our own.
 
     >>> "testbed" in choices("model")
     True
     """
-    folder = conf_folder() / group
+    folder = (conf or conf_folder()) / group
     return {str(path.relative_to(folder).with_suffix("")): _title(path) for path in sorted(folder.rglob("*.yaml"))}
 
 

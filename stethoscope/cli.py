@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -90,6 +91,13 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigError(unknown("command", command, [*HYDRA_COMMANDS, *PLAIN_COMMANDS]))
 
 
+def _config_dir(arguments: Sequence[str]) -> str | None:
+    """The value of Hydra's option ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    return parser.parse_known_args(arguments)[0].config_dir
+
+
 def run_hydra(command: str, arguments: list[str]) -> None:
     """Composes the command's configuration from ``conf/<command>.yaml`` and the overrides, and runs it.
 
@@ -115,7 +123,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     if {"-h", "--help"} & set(arguments):
         try:
-            print(help_text(command, overrides))
+            print(help_text(command, overrides, _config_dir(arguments)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, command, overrides)) from error
         return

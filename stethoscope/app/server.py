@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,24 @@ def loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_address(host: str, port: int) -> None:
+    """Checks, before a model is loaded, that a server can listen there.
+
+    Raises:
+        ConfigError: the address is taken, or is none of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an ended server's connections may still linger
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise ConfigError(_refusal(host, port, error)) from None
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    return f"port={port} on host={host} cannot be used: {error.strerror or error}; choose another with port= or host="
+
+
 def start(screen: gradio.Blocks, host: str, port: int, share: bool = False) -> str:
     """Serves the page from threads of its own and gives its address; ``screen.close()`` ends it.
 
@@ -96,5 +115,5 @@ def start(screen: gradio.Blocks, host: str, port: int, share: bool = False) -> s
             app_kwargs={"middleware": [Middleware(Headers)]},
         )
     except OSError as error:
-        raise ConfigError(f"port={port} on host={host} cannot be used: {error}; choose another with port=") from None
+        raise ConfigError(_refusal(host, port, error)) from None
     return shared or address

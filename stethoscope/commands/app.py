@@ -22,9 +22,10 @@ def run(config: DictConfig) -> None:
     from stethoscope.adapter import Adapter
     from stethoscope.app.models import TRAIN_ONE, Pool
     from stethoscope.app.runs import Runs, write_examples
-    from stethoscope.app.server import loopback, own_folder, start
+    from stethoscope.app.server import check_address, loopback, own_folder, start
     from stethoscope.diagnosis.readers import reader
 
+    check_address(str(config.host), int(config.port))
     finds = reader(config.mentions, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     runs, detector = Path(str(config.runs)), config.detector

@@ -26,47 +26,61 @@ class Words:
     behind: tuple[str, ...] = ()
 
 
-def help_text(command: str, overrides: Sequence[str]) -> str:
+def help_text(command: str, overrides: Sequence[str], folder: str | None = None) -> str:
     """The help of a command as it is composed with these overrides: ``task=chair`` explains CHAIR's settings.
 
     Args:
         command: a file of ``conf`` with a ``hydra.help.template``.
         overrides: words like ``task=chair``.
+        folder: the user's own configuration files, ``--config-dir``.
     """
     from omegaconf import OmegaConf
 
-    config = compose(overrides, command, hydra=True)
+    own = [] if folder is None else [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
+    config = compose([*overrides, *own], command, hydra=True)
+    sources = config.hydra.runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.schema == "file"] + [conf_folder()]
     chosen = {key: name for key, name in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
-    words = explanations(conf_folder() / "common.yaml") | explanations(conf_folder() / f"{command}.yaml")
-    heads = []
+    words, heads = explanations(command, folders), []
     for key, name in chosen.items():
         group, _, package = key.partition("@")
         if name is None:
             continue
-        file, prefix = conf_folder() / group / f"{name}.yaml", f"{package or group}."
+        file, prefix = f"{group}/{name}", f"{package or group}."
         if group == "experiment":  # it changes settings of others, and may tell what to do before
-            heads, prefix = [f"# {key}={name}", *_head(file)], ""
-        words |= {f"{prefix}{setting}": said for setting, said in explanations(file).items()}
-        words[package or group] = Words((f"{key}={name}: {choices(group)[name]}",))
+            heads, prefix = [f"# {key}={name}", *_head(file, folders)], ""
+        words |= {f"{prefix}{setting}": said for setting, said in explanations(file, folders).items()}
+        words[package or group] = Words((f"{key}={name}: {_names(group, folders).get(name, '')}",))
     packages = [key.rpartition("@")[2] for key in chosen]
     whole = OmegaConf.to_container(config, resolve=False)
-    own = {key: value for key, value in whole.items() if key not in ("hydra", *packages)}
-    parts = [own, *({key: whole[key]} for key in packages if whole.get(key) is not None)]
+    plain = {key: value for key, value in whole.items() if key not in ("hydra", *packages)}
+    parts = [plain, *({key: whole[key]} for key in packages if whole.get(key) is not None)]
     shown = ["\n".join(heads), *("\n".join(_settings(part, "", words)) for part in parts)]
     return Template(config.hydra.help.template).substitute(
-        APP_CONFIG_GROUPS="\n".join(_group(key) for key in sorted(chosen)),
+        APP_CONFIG_GROUPS="\n".join(_group(key, folders) for key in sorted(chosen)),
         CONFIG="\n\n".join(filter(None, shown)),
     )
 
 
-def _head(file: Path) -> list[str]:
+def _read(name: str, folders: Sequence[Path]) -> str:
+    """The text of the first configuration file of a name; empty if there is none."""
+    files = (folder / f"{name}.yaml" for folder in folders)
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+
+
+def _head(name: str, folders: Sequence[Path]) -> list[str]:
     """The comment that a file begins with, less what it tells Hydra."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = _read(name, folders).splitlines()
     return [line for line in takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
 
 
-def _group(key: str) -> str:
-    names = ", ".join(choices(key.partition("@")[0]))
+def _names(group: str, folders: Sequence[Path]) -> dict[str, str]:
+    """The names to choose from, each with its title."""
+    return {name: title for folder in reversed(folders) for name, title in choices(group, folder).items()}
+
+
+def _group(key: str, folders: Sequence[Path]) -> str:
+    names = ", ".join(sorted(_names(key.partition("@")[0], folders)))
     return fill(f"{key}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
@@ -87,22 +101,27 @@ def _settings(node: Mapping[str, Any], path: str, words: Mapping[str, Words]) ->
             yield from _settings(value, f"{path}{key}.", words)
 
 
-def explanations(file: Path) -> dict[str, Words]:
+def explanations(name: str, folders: Sequence[Path]) -> dict[str, Words]:
     """What the comments of a configuration file, and of those that it starts from, say of its settings.
 
     The comment that the file begins with is its title, not a word on its first setting.
 
+    Args:
+        name: of the file, such as ``model/hf``.
+        folders: where it may lie, the user's own before ours.
+
     Returns:
         The words of each dotted key that has some.
     """
-    text = file.read_text(encoding="utf-8")
+    text = _read(name, folders)
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
         return {}
     found: dict[str, Words] = {}
+    group = name.rpartition("/")[0]
     for base in yaml.safe_load(text).get("defaults", []):
-        if isinstance(base, str) and (file.parent / f"{base}.yaml").is_file():
-            found |= explanations(file.parent / f"{base}.yaml")
+        if isinstance(base, str) and base != "_self_":
+            found |= explanations(f"{group}/{base}".lstrip("/"), folders)
     ends: dict[int, int] = {}  # column where a line's last token ends; lines of comments alone have none
     for token in yaml.scan(text):
         if isinstance(token, yaml.StreamStartToken):

@@ -30,7 +30,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             file = cause.missing_cfg_file or ""
             if file.partition("/")[0] in groups():  # a name may have a folder in it, as paper/svar
                 group, _, name = file.partition("/")
-                return unknown(group, name, choices(group))
+                return unknown(group, name, {*choices(group), *cause.options})
             group, _, name = file.rpartition("/")
             if group == "hydra/launcher" and name in LAUNCHERS:
                 return f'{group}={name} is not installed: pip install "lvlm-stethoscope[sweeps]"'

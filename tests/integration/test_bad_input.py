@@ -54,6 +54,7 @@ def pope(tmp_path):
         (["train", "run=.", "seed=abc"], "seed=abc should be a whole number, 0 or more"),
         (["diagnose", "seed=-1"], "seed=-1 should be a whole number, 0 or more"),
         (["app", "port=99999"], "port=99999 should be a whole number, from 0 to 65535"),
+        (["app", "host=192.0.2.1"], "port=7860 on host=192.0.2.1 cannot be used: Cannot assign requested address"),
         (["app", "examples=-1"], "examples=-1 should be a whole number, 0 or more"),
         (["app", "share=maybe"], "share=maybe should be true or false"),
         (["list", "modl"], "unknown group 'modl'; did you mean 'model'?"),

@@ -1,10 +1,13 @@
 """The help of commands: what their configuration files say of every setting, and the groups that they take."""
 
+import re
+
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
 from stethoscope.build import compose, conf_folder, groups
+from stethoscope.cli import main
 from stethoscope.commands import HYDRA_COMMANDS
 from stethoscope.commands.help import Words, explanations, help_text
 
@@ -12,9 +15,9 @@ UNEXPLAINED = {"_target_", "defaults", "hydra"}
 
 
 def made(tmp_path, text, name="one"):
-    file = tmp_path / f"{name}.yaml"
-    file.write_text(text)
-    return explanations(file)
+    (tmp_path / "group").mkdir(exist_ok=True)
+    (tmp_path / "group" / f"{name}.yaml").write_text(text)
+    return explanations(f"group/{name}", [tmp_path])
 
 
 def test_comments_above_behind_and_below(tmp_path):
@@ -45,7 +48,7 @@ def test_a_file_has_the_words_of_the_one_that_it_starts_from(tmp_path):
 
 @pytest.mark.parametrize("command", HYDRA_COMMANDS)
 def test_every_setting_of_a_command_is_explained(command):
-    found = explanations(conf_folder() / f"{command}.yaml")
+    found = explanations(command, [conf_folder()])
     settings = yaml.safe_load((conf_folder() / f"{command}.yaml").read_text())
     assert set(settings) - UNEXPLAINED <= set(found)
 
@@ -72,3 +75,21 @@ def test_choices_and_experiments_are_explained():
     text = help_text("train", ["experiment=transfer_sampling"])
     assert "#     stethoscope evaluate task=chair generation=$how" in text
     assert text.count("First make the runs, once") == 1
+
+
+def test_files_of_the_user_count_too(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    mine = "# My own model\ndefaults: [hf, _self_]\nmodel_id: here  # where it lies\n"
+    (tmp_path / "model" / "mine.yaml").write_text(mine)
+    for words in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", "model=mine", "--help", *words])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert "llava-onevision-7b, mine, minigpt4-llama2-7b" in " ".join(text.split())
+        assert "# model=mine: My own model" in text
+        assert re.search(r"model_id: here +# where it lies", text)
+        assert re.search(r"device: auto +# auto \(a GPU when there is one\)", text)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "model=min", "--config-dir", str(tmp_path)])
+    assert "did you mean 'mine'" in capsys.readouterr().err
