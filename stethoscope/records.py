@@ -80,6 +80,18 @@ class ImageRef:
         return known != sha256
 
 
+def load_picture(image: Image | ImageRef | Path | str) -> Image:
+    """A picture as RGB, from what a user gives: a PIL image, a path, or a reference.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        path = Path(image).expanduser()
+        image = ImageRef(path.name, path)
+    return image.load() if isinstance(image, ImageRef) else rgb(image)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question about one image.

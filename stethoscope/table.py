@@ -37,6 +37,7 @@ KEY_COLUMNS: dict[str, str] = {
 """Every key column and its meaning. All other columns of a token table are features (float32)."""
 
 _SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
+_DIMENSION = re.compile(r"_d\d+$")
 SUBTOKENS = ("first", "mean", "max", "min", "all")
 Subtokens = Literal["first", "mean", "max", "min", "all"]
 
@@ -110,8 +111,8 @@ def mention_rows(
     Args:
         table: a token table.
         subtokens: what stands for a mention of several sub-tokens: the ``first`` (as published: the decision is made
-            when the name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them, or ``all`` of
-            them, a row each. Key columns are always those of the first.
+            when the name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them (of a state, which
+            is a vector, always the mean), or ``all`` of them, a row each. Key columns are always those of the first.
         repeats: take only the first mention of every object in an answer (the field's protocol: later ones are
             nearly free of information), or all.
         judged: take only mentions with a label of 0 or 1.
@@ -136,7 +137,10 @@ def mention_rows(
     require(table, ("task", "sample_id", "number"))
     names = list(feature_names(table))
     rows = table[keep & first].reset_index(drop=True)
-    whole = table[keep].groupby(["task", "sample_id", "number"], sort=False)[names].agg(subtokens)
+    states = [name for name in names if _DIMENSION.search(name)]
+    plain = [name for name in names if name not in set(states)]
+    grouped = table[keep].groupby(["task", "sample_id", "number"], sort=False)
+    whole = pd.concat([grouped[plain].agg(subtokens), grouped[states].mean()], axis=1)[names]
     keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "number"]])
     rows[names] = whole.loc[keys].to_numpy(dtype=np.float32)
     return rows

@@ -16,9 +16,8 @@ def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
     from stethoscope.detection.columns import feature_of, fitting, one_space, shorten
-    from stethoscope.detection.finding import detector_folder
+    from stethoscope.detection.finding import load_detector
     from stethoscope.detection.warn import mention_warnings, write_warnings
-    from stethoscope.detector import Detector
     from stethoscope.evaluator import Evaluator
     from stethoscope.features import FeatureSet
     from stethoscope.records import Generation
@@ -30,7 +29,7 @@ def run(config: DictConfig) -> None:
     asked = saved.get("task") or saved.get("chair")  # of a benchmark, the task that has features
     if asked is None:
         raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`")
-    detector = Detector.load(detector_folder(str(config.warn))) if config.warn else None
+    detector = load_detector(config.warn or None)
     plugins = [*saved.plugins, *config.plugins]
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)

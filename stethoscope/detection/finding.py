@@ -45,6 +45,19 @@ def detector_folder(folder: str) -> Path:
     return path
 
 
+def load_detector(detector: Detector | Path | str | None) -> Detector | None:
+    """A detector as a user gives it: itself, its folder, or that of a run that has one.
+
+    Raises:
+        ArtefactError: there is no such folder, or no detector in it.
+    """
+    if not isinstance(detector, (str, Path)):
+        return detector
+    from stethoscope.detector import Detector
+
+    return Detector.load(detector_folder(str(detector)))
+
+
 def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
     """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.detection.finding import check_model
+from stethoscope.detection.finding import check_model, load_detector
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.diagnosis.result import Diagnosis
 from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.pictures import places
-from stethoscope.records import Answer, Generation, ImageRef, Mention
+from stethoscope.records import Answer, Generation, ImageRef, Mention, load_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ def diagnose(
         image: the picture, or the path of its file.
         question: what to ask.
         answer: what the model answered, or a text written elsewhere; None to let the model answer.
-        detector: gives warnings; or the folder of one.
+        detector: gives warnings; or the folder of one, or of a run that has one.
         scope: of the gradient of relevancy, ``row`` or ``token`` (see ``stethoscope.relevancy``).
         generation: how to write an answer; greedy, at most 128 tokens by default.
         mentions: finds the objects that a text names, as things with ``name``, ``start`` and ``end``; by default the
@@ -58,11 +58,12 @@ def diagnose(
         CapabilityError: the detector reads features that the model does not give.
         ArtefactError: the folder holds no detector.
     """
-    detector = _checked(question, scope, detector)
+    _check(question, scope)
+    detector = load_detector(detector)
     seconds: dict[str, float] = {}
     notes: list[str] = []
     with _timed(seconds, "read"):
-        picture = _load(image)
+        picture = load_picture(image)
         adapter.setup()
         if detector is not None:
             check_model(detector, adapter)
@@ -98,17 +99,11 @@ def diagnose(
     )
 
 
-def _checked(question: str, scope: str, detector: Detector | Path | str | None) -> Detector | None:
-    """The detector, loaded; what can be wrong without the model is found here."""
+def _check(question: str, scope: str) -> None:
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
     if scope not in ("row", "token"):
         raise ConfigError(f"scope={scope!r} should be row or token")
-    if isinstance(detector, (str, Path)):
-        from stethoscope.detector import Detector
-
-        return Detector.load(detector)
-    return detector
 
 
 @contextmanager
@@ -116,15 +111,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-
-def _load(image: Image | ImageRef | Path | str) -> Image:
-    from stethoscope.images import rgb
-
-    if isinstance(image, (str, Path)):
-        path = Path(image).expanduser()
-        image = ImageRef(path.name, path)
-    return image.load() if isinstance(image, ImageRef) else rgb(image)
 
 
 def _answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None) -> Answer:

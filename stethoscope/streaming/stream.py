@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from stethoscope.detection.finding import check_model
+from stethoscope.detection.finding import check_model, load_detector
 from stethoscope.diagnosis.making import find_mentions, judge_mentions
 from stethoscope.diagnosis.parts import Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.errors import CaptureError, ConfigError
-from stethoscope.images import rgb
 from stethoscope.offsets import GrowingText
-from stethoscope.records import Answer, Generation, ImageRef
+from stethoscope.records import Answer, Generation, ImageRef, load_picture
 from stethoscope.streaming.loop import run
 from stethoscope.streaming.scoring import Scorer
 from stethoscope.streaming.steps import Steps
@@ -119,7 +118,7 @@ class WarningStreamer(BaseStreamer):
     ) -> None:
         self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
         self._adapter, self._generation = adapter, _bounded(generation)
-        self.detector = _loaded(detector)
+        self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.writing([encoded], self._generation)
         needs = frozenset() if self.scorer is None else self.scorer.needs
@@ -264,8 +263,8 @@ def stream(
         adapter: the model.
         image: the picture, or the path of its file.
         question: what to ask.
-        detector: gives probabilities, or the folder of one; it may read features of the decoding step alone, as
-            ``features=fast`` are.
+        detector: gives probabilities; or the folder of one, or of a run that has one. It may read features of the
+            decoding step alone, as ``features=fast`` are.
         generation: how to write; greedy, at most 128 tokens by default. No beams.
         delay: how many steps a token may wait for its probability. With 0 every token is judged as it is written.
             Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait together are
@@ -286,11 +285,11 @@ def stream(
         raise ConfigError(f"generation.num_beams={generation.num_beams}: beams are not known until they end; use 1")
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
-    detector, final = _loaded(detector), _loaded(final)
+    detector, final = load_detector(detector), load_detector(final)
     adapter.setup()
     for one in filter(None, (detector, final)):
         check_model(one, adapter)
-    picture = _picture(image)
+    picture = load_picture(image)
     encoded = adapter.encode(picture, question)
     streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)
     return _written(streamer, lambda: _named(adapter, picture, encoded, streamer, final, mentions))
@@ -357,18 +356,3 @@ def _named(
 def _bounded(generation: Generation | None) -> Generation:
     generation = generation or Generation()
     return replace(generation, max_new_tokens=LONGEST) if generation.max_new_tokens is None else generation
-
-
-def _loaded(detector: Detector | Path | str | None) -> Detector | None:
-    if isinstance(detector, (str, Path)):
-        from stethoscope.detector import Detector
-
-        return Detector.load(detector)
-    return detector
-
-
-def _picture(image: Image | ImageRef | Path | str) -> Image:
-    if isinstance(image, (str, Path)):
-        path = Path(image).expanduser()
-        image = ImageRef(path.name, path)
-    return image.load() if isinstance(image, ImageRef) else rgb(image)

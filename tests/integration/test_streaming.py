@@ -338,7 +338,6 @@ def test_settings_that_are_wrong(adapter, images, fast):
         ({"delay": -1, "detector": fast}, "delay=-1"),
         ({"question": " "}, "question is empty"),
         ({"generation": Generation(num_beams=2)}, "num_beams=2"),
-        ({"generation": Generation(max_new_tokens=0)}, "max_new_tokens=0"),
     ):
         with pytest.raises(ConfigError, match=message):
             stream(adapter, images[0], **{"question": QUESTION, **arguments})

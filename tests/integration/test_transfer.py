@@ -137,4 +137,6 @@ def test_greedy_to_sampled_answers_of_a_model(finished, tmp_path, stethoscope):
 @pytest.mark.parametrize("name", ["task", "split", "sampling", "model"])
 def test_every_study_composes_and_says_what_is_missing(name, stethoscope):
     line = stethoscope("train", f"experiment=transfer_{name}", "logger=none")
-    assert re.match(r"stethoscope: run=runs/\S+ is no directory; name a run of", line)
+    assert re.match(r"stethoscope: run=runs/\S+ is no directory; ", line)
+    assert f"`stethoscope train experiment=transfer_{name} --help` tells how to make it" in line
+    assert "stethoscope extract run=runs/" in stethoscope("train", f"experiment=transfer_{name}", "--help", code=0)

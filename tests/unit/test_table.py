@@ -56,11 +56,13 @@ def test_subtokens_of_a_mention_become_one_row(subtokens, light):
     }
     one = pd.concat([one, pd.DataFrame([more])], ignore_index=True)
     values = np.array([9, 3, 4, 1, 2, 5, 0.5], dtype=np.float32)
+    one = one.assign(looked_at_d0000=values)
     table = pd.concat([one.assign(sample_id="a", nll=values), one.assign(sample_id="b", nll=values + 100)])
     rows = mention_rows(table, subtokens, repeats="all")
     assert rows["text"].tolist() == [" traffic", " car", " car"] * 2
     assert rows["nll"].tolist() == [light, 1.0, 2.0, light + 100, 101.0, 102.0]
     assert rows["nll"].dtype == np.float32
+    assert rows["looked_at_d0000"].tolist()[:3] == [3.0 if subtokens == "first" else 2.5, 1.0, 2.0]  # a vector's
     pd.testing.assert_frame_equal(mention_rows(rows, subtokens, repeats="all"), rows)
     assert len(mention_rows(table, subtokens, repeats="all", judged=False)) == 8
 
