@@ -93,6 +93,7 @@ class Detector:
         self._promise = Promise.parse(threshold) if isinstance(threshold, Mapping) else None
         self.threshold = 0.5
         self.certificate: Certificate | None = None
+        self._chosen = ""
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
         self._schema = FeatureSchema(())
@@ -163,7 +164,8 @@ class Detector:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
-            held_out = self._examples(self.rows(calibration))
+            calibration = self.rows(calibration)
+            held_out = self._examples(calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
@@ -171,7 +173,7 @@ class Detector:
         model = self._inputs.classifier(kind, strength, seed)
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], strength)
         self._base_rate = float(examples.labels.mean())
-        self._choose_threshold(examples, held_out)
+        self._choose_threshold(train, calibration)
         return self
 
     def _reading(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
@@ -183,16 +185,31 @@ class Detector:
             raise ConfigError("detector.sight=false leaves nothing of features that are looked_at alone")
         return replace(every, features=every.plain)
 
-    def _choose_threshold(self, train: Examples, held_out: Examples | None) -> None:
-        """The best F1, or the boldest threshold for which the promise can be given."""
+    def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
+        """The best F1, or the boldest threshold for which the promise can be given.
+
+        It is about warnings, which a mention has one of: where all sub-tokens are rows, at the first.
+        """
         self.certificate = None
-        if self._promise is None:
-            seen = train if held_out is None else held_out
-            if len(seen.labels):
-                self.threshold = best_threshold(seen.labels, self._model.predict(seen.matrix))
+        whole = train
+        train, calibration = (None if rows is None else rows[rows["first"]] for rows in (train, calibration))
+        only = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
+        if self._promise is not None:
+            held_out = None if calibration is None else self._examples(calibration)
+            self.certificate = promised(self._model, self._examples(train), held_out, self._promise)
+            self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
+            self._chosen = f"{self._promise}{only}"
             return
-        self.certificate = promised(self._model, train, held_out, self._promise)
-        self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
+        if calibration is not None:
+            rows, probabilities, where = calibration, self.predict(calibration), "calibration fold"
+        elif self._model.unseen is None:  # without calibration
+            rows, probabilities, where = train, self.predict(train), "training fold"
+        else:
+            rows, probabilities = train, self._model.calibrate(self._model.unseen[whole["first"]])
+            where = "training fold, out of fold"
+        if len(rows):
+            self.threshold = best_threshold(rows["label"].to_numpy(dtype=int), probabilities)
+        self._chosen = f"highest F1 on the {where}{only}"
 
     def rows(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
         """The rows of a token table that this detector learns from and is measured on: one for every mention.
@@ -281,11 +298,6 @@ class Detector:
         require(rows, ("group",))
         return Examples(self._matrix(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
 
-    def _chosen(self) -> str:
-        """How the threshold was chosen, in words."""
-        how = "highest F1 on the calibration fold" if self.certificate is None else str(self._promise)
-        return how + (", first mentions of an object only" if self.settings["repeats"] == "first" else "")
-
     @property
     def manifest(self) -> dict[str, Any]:
         """What ``manifest.json`` says of the detector; JSON-able. ``artefact.write`` adds versions and digests."""
@@ -302,7 +314,7 @@ class Detector:
             "base_rate": self._base_rate,
             "threshold": {
                 "value": self.threshold,
-                "chosen": self._chosen(),
+                "chosen": self._chosen,
                 "certificate": None if self.certificate is None else self.certificate.to_dict(),
             },
         }
@@ -384,6 +396,7 @@ class Detector:
         try:
             detector = cls(**manifest["settings"])
             detector.threshold = float(manifest["threshold"]["value"])
+            detector._chosen = str(manifest["threshold"]["chosen"])
             promised = manifest["threshold"]["certificate"]
             detector.certificate = None if promised is None else Certificate(**promised)
             detector._base_rate = float(manifest["base_rate"])

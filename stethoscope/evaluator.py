@@ -216,6 +216,13 @@ class Evaluator:
         """
         if run.store is not None:
             run.store.finish(run.task.name, [sample.id for sample in samples])
+            others = run.store.count(run.task.name) - len(samples)
+            if others:
+                warnings.warn(
+                    f"{self.run_dir} holds {others} more answers of {run.task.name} than are asked for. Its figures "
+                    "are without them, but `train`, `report` and `compare` read them: give a smaller run its own name",
+                    stacklevel=2,
+                )
         if run.processes.several:
             self._gather(run, samples)
         results = self._results(run)
@@ -253,6 +260,7 @@ class Evaluator:
             [row.subset for row in rows],
             macro=run.task.macro,
             seed=self.seed,
+            asked=[sample.subset for sample in run.samples] if run.task.macro else (),
         )
         stages = list(dict.fromkeys(stage for outcome in outcomes for stage in outcome.seconds))
         return TaskResults(

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+UNKNOWN = "unknown"
+"""The object of a mention that names none, such as a yes to a question that asks about no single object."""
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """An image that is read when it is needed.
@@ -31,6 +35,15 @@ class ImageRef:
 
     name: str
     source: Path | Callable[[], Image] = field(repr=False)
+
+    @property
+    def group(self) -> str:
+        """Id of the image among all tasks: its name without the suffix, folders included.
+
+        >>> ImageRef("val2014/a.b.jpg", Path("x.jpg")).group
+        'val2014/a.b'
+        """
+        return Path(self.name).with_suffix("").as_posix()
 
     def load(self) -> Image:
         """The whole image as RGB, see ``images.rgb``.

@@ -230,6 +230,7 @@ def count_replicates(
     subsets: Sequence[str] | np.ndarray,
     drawn: Resamples,
     macro: Iterable[str] = (),
+    asked: Iterable[str] = (),
 ) -> dict[tuple[str, str], np.ndarray]:
     """Replicate arrays of metrics that are functions of totals, by (metric, subset).
 
@@ -239,6 +240,7 @@ def count_replicates(
         subsets: (samples,) subset of every sample.
         drawn: resampled images of the samples. To compare two runs, use one set of images for both.
         macro: metrics of which the mean over subsets (as subset ``mean``) is wanted too, if there is more than one.
+        asked: subsets that the mean is over. If all samples of one of them are missing, it is not defined.
     """
     subsets, names, made = np.asarray(subsets, dtype=str), list(counts), {}
     matrix = np.zeros((len(subsets), len(names)))
@@ -251,8 +253,10 @@ def count_replicates(
         named = {str(name): totals[:, column] for column, name in enumerate(names)}
         with np.errstate(all="ignore"):  # 0 / 0 is how a metric says that it is not defined
             made |= {(name, subset): np.asarray(metric(named), dtype=float) for name, metric in metrics.items()}
-    if len(order) > 1:
-        made |= {(name, "mean"): np.mean([made[name, subset] for subset in order], axis=0) for name in macro}
+    over = list(dict.fromkeys([*order, *asked]))
+    if len(over) > 1:
+        nothing = np.full(len(drawn.counts), np.nan)
+        made |= {(name, "mean"): np.mean([made.get((name, one), nothing) for one in over], axis=0) for name in macro}
     return made
 
 
@@ -264,6 +268,7 @@ def count_metrics(
     macro: Iterable[str] = (),
     replicates: int = REPLICATES,
     seed: int = 0,
+    asked: Iterable[str] = (),
 ) -> list[MetricRow]:
     """A task's metrics for every subset, and their means over subsets, each with its interval over images.
 
@@ -277,7 +282,7 @@ def count_metrics(
     """
     drawn, subsets = group_weights(groups, replicates, seed), np.asarray(subsets, dtype=str)
     rows = []
-    for (metric, subset), values in count_replicates(metrics, counts, subsets, drawn, macro).items():
+    for (metric, subset), values in count_replicates(metrics, counts, subsets, drawn, macro, asked).items():
         inside = drawn if subset not in subsets else drawn.select(subsets == subset)
         rows.append(MetricRow(metric, subset, inside.interval(values)))
     return rows

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, Mention, Sample, Score
+from stethoscope.records import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.captions import labelled
@@ -138,6 +138,7 @@ class Amber(Task):
 
     name: ClassVar[str] = "amber"
     version: ClassVar[str] = "1"
+    max_new_tokens = 512
     primary: str = "amber"
 
     def __init__(
@@ -250,12 +251,10 @@ class Amber(Task):
             question = row["query"]
             if part != "generative":
                 nouns = self._nouns(question)
-                reference = {**reference, "object": nouns[0].name if nouns else "unknown"}
+                reference = {**reference, "object": nouns[0].name if nouns else UNKNOWN}
                 question += self.suffix
             image = images.find(str(row["image"]), where)
-            samples[row["id"]] = Sample(
-                f"{subset}-{row['id']}", image, question, Path(image.name).stem, subset, reference
-            )
+            samples[row["id"]] = Sample(f"{subset}-{row['id']}", image, question, image.group, subset, reference)
         if not samples:
             raise DataError(f"{path} has no question of {', '.join(self.parts)}")
         return list(samples.values())

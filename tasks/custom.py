@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
 from stethoscope.tasks.nouns import Vocabulary
@@ -129,8 +129,7 @@ class Custom(Task):
         subset: str = "all",
         answer: str | None = None,
     ) -> Sample:
-        group = Path(image.name).with_suffix("").as_posix()
-        return Sample(id_, image, question.strip() + self.suffix, group, subset, reference, answer)
+        return Sample(id_, image, question.strip() + self.suffix, image.group, subset, reference, answer)
 
     def _truth(self, value: Any, where: str) -> dict[str, Any]:
         """The reference of one line: its label, or its objects by the vocabulary's names."""
@@ -168,7 +167,7 @@ class Custom(Task):
             return captions.labelled(self._find(answer.text), lambda name: int(name not in truth))
         if self.kind == "yes_no":
             reply = yes_no.PARSERS[self.parser](answer.text)
-            return yes_no.claim(answer.text, reply, sample.reference["label"], "unknown")
+            return yes_no.claim(answer.text, reply, sample.reference["label"], UNKNOWN)
         return ()
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:

@@ -43,7 +43,7 @@ class HalLoc(Task):
     """
 
     name: ClassVar[str] = "halloc"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     primary: ClassVar[str] = "nll_gap"
 
     def __init__(self, file: str | None = None, images: str | None = None, text_only: bool = False) -> None:
@@ -82,7 +82,7 @@ class HalLoc(Task):
                     id=id_,
                     image=_grey(image) if self.text_only else image,
                     question=row["question"].strip(),
-                    group=Path(image.name).with_suffix("").as_posix(),
+                    group=image.group,
                     subset=str(row.get("subset", "all")),
                     reference={"answer": row["answer"], "spans": read_spans(row["spans"], row["answer"], where)},
                     answer=row["answer"],
@@ -122,15 +122,13 @@ class HalLoc(Task):
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Marked spans as hallucinated, all other words as grounded; the words themselves name the object.
 
-        The type is not part of the name: only what is hallucinated has one, so it would give the label away.
+        The type is not part of the name: only what is hallucinated has one, so it would give the label away. None is
+        a repetition: people have judged every place, and the same word can be right in one and wrong in the next.
         """
-        before: Counter[str] = Counter()
-        rows = []
-        for number, (start, end, kind) in enumerate(self._labelled(sample, answer) or ()):
-            name = answer.text[start:end].lower()
-            rows.append(Mention(start, end, name, int(kind is not None), number, before[name]))
-            before[name] += 1
-        return tuple(rows)
+        return tuple(
+            Mention(start, end, answer.text[start:end].lower(), int(kind is not None), number, 0)
+            for number, (start, end, kind) in enumerate(self._labelled(sample, answer) or ())
+        )
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Surprise in nats per token by type, the share of hallucinated tokens, and the gap between the two kinds."""

@@ -142,9 +142,10 @@ class HallusionBench(Task):
 
     def tally(self, judged: Judged) -> Sequence[Tally]:
         """Every sample under ``all`` and its category, the first of a figure or question with what all came to."""
+        self.setup()  # the task of a finished run has read nothing yet
         counts = [dict(some) for _, some in judged]
         for name, keys in SETS.items():
-            for places in complete_sets(judged, self._samples, key=lambda sample, keys=keys: _set(sample, keys)):
+            for places in complete_sets(judged, self.samples(), key=lambda sample, keys=keys: _set(sample, keys)):
                 rights, reads = ([judged[place][1][what] for place in places] for what in ("right", "read"))
                 counts[places[0]] |= set_counts(name, rights, reads)
         return [

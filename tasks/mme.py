@@ -154,8 +154,9 @@ class Mme(Task):
 
         Counts are named by category, since the total of the scores is not the score of the totals.
         """
+        self.setup()  # the task of a finished run has read nothing yet
         counts = [{f"{sample.subset} {name}": value for name, value in some.items()} for sample, some in judged]
-        for places in complete_sets(judged, self._samples, key=lambda sample: (sample.subset, sample.group)):
+        for places in complete_sets(judged, self.samples(), key=lambda sample: (sample.subset, sample.group)):
             first = judged[places[0]][0]
             for prefix in READINGS:
                 rights, reads = ([judged[place][1][prefix + name] for place in places] for name in ("right", "read"))

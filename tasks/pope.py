@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique
@@ -32,7 +32,7 @@ def asked_object(text: str) -> str:
     'unknown'
     """
     found = _ASKED.search(text)
-    return found.group(1) if found else "unknown"
+    return found.group(1) if found else UNKNOWN
 
 
 def yes_rate(totals: Totals) -> np.ndarray:

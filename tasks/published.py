@@ -165,7 +165,7 @@ def question(row: Mapping[str, Any], image: ImageRef, where: str) -> Question:
         raise DataError(f"{where}: label {shown(row['label'])} is neither yes nor no")
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise DataError(f"{where}: {shown(row['text'])} is no question")
-    return Question(str(row["question_id"]), image, Path(image.name).stem, row["text"].strip(), label)
+    return Question(str(row["question_id"]), image, image.group, row["text"].strip(), label)
 
 
 def unique(ids: Iterable[tuple[str, str]]) -> None:

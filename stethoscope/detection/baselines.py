@@ -34,8 +34,8 @@ class Predictor(Protocol):
 class Constant:
     """The share of hallucinated mentions in training, for every token."""
 
-    def __init__(self, repeats: str = "first") -> None:
-        self.repeats = repeats
+    def __init__(self, repeats: str = "first", subtokens: str = "first") -> None:
+        self.ways = {"repeats": repeats, "subtokens": subtokens}
         self.share = np.nan
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Constant:
@@ -44,7 +44,7 @@ class Constant:
         Raises:
             DataError: there are no judged rows.
         """
-        folds = [mention_rows(part, repeats=self.repeats) for part in (train, calibration) if part is not None]
+        folds = [mention_rows(part, **self.ways) for part in (train, calibration) if part is not None]
         labels = pd.concat([fold["label"] for fold in folds])
         if not len(labels):
             raise DataError("the training fold has no judged mention; run the task on more samples")
@@ -61,8 +61,8 @@ class _FromKeys:
 
     columns: tuple[str, ...]
 
-    def __init__(self, repeats: str = "first") -> None:
-        self.repeats = repeats
+    def __init__(self, repeats: str = "first", subtokens: str = "first") -> None:
+        self.ways = {"repeats": repeats, "subtokens": subtokens}
         self._model: CalibratedModel | None = None
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
@@ -85,12 +85,12 @@ class _FromKeys:
         Raises:
             DataError: a key column is missing, a fold has no judged rows or only one label.
         """
-        train = mention_rows(train, repeats=self.repeats)
+        train = mention_rows(train, **self.ways)
         require(train, ("group", *self.columns))
         if not len(train):
             raise DataError("the training fold has no judged mention; run the task on more samples")
         self._learn_inputs(train)
-        held_out = None if calibration is None else self._examples(mention_rows(calibration, repeats=self.repeats))
+        held_out = None if calibration is None else self._examples(mention_rows(calibration, **self.ways))
         # the same search for C as the detector's: a weak baseline would flatter it
         estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
         self._model = CalibratedModel.fit(estimator, self._examples(train), held_out)
@@ -142,10 +142,10 @@ def _kinds(rows: pd.DataFrame) -> np.ndarray:
     return np.stack([*capped, rows["object"].to_numpy(dtype=str)], axis=1).astype(object)
 
 
-def baselines(repeats: str = "first") -> dict[str, Predictor]:
-    """The three baselines by name, not fitted."""
+def baselines(repeats: str = "first", subtokens: str = "first") -> dict[str, Predictor]:
+    """The three baselines by name, not fitted; arguments as in ``mention_rows``."""
     return {
-        "constant": Constant(repeats),
-        "position only": PositionOnly(repeats),
-        "text prior": TextPrior(repeats),
+        "constant": Constant(repeats, subtokens),
+        "position only": PositionOnly(repeats, subtokens),
+        "text prior": TextPrior(repeats, subtokens),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -251,10 +251,13 @@ class CalibratedModel:
         model: classifier with ``decision_function``.
         calibrator: Platt's logistic regression or an isotonic regression of the scores; None for the classifier's
             own probabilities.
+        unseen: (rows,) the scores that the calibration was fitted on, of rows that the classifier has not seen; None
+            without calibration, and once saved.
     """
 
     model: BaseEstimator
     calibrator: LogisticRegression | IsotonicRegression | None = None
+    unseen: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     @threadpool_limits.wrap(limits=1, user_api="blas")  # the matrices are small: threads would only wait for each other
@@ -296,7 +299,7 @@ class CalibratedModel:
             calibrator = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
         else:
             calibrator = LogisticRegression(C=1e6).fit(scores[:, None], labels)  # in effect without a penalty
-        return cls(model, calibrator)
+        return cls(model, calibrator, scores)
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """(rows,) log-odds before calibration: what the classifier says that has seen the training images alone."""

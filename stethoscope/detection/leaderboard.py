@@ -272,12 +272,12 @@ def _entries(
         _Entry(name, "detector", detector.predict(test), cost=methods.cost_of(detector.features))
         for name, detector in detectors.items()
     ]
-    for method in methods.published(table) if published else ():
+    for method in methods.published(train) if published else ():
         said = methods.judge(method, parts, ways, seed)
         entries.append(
             _Entry(method.name, "published", said.values, said.probability, said.sign, method.cost, said.note)
         )
-    for name, baseline in baselines("all").items():  # all of the rows that are given
+    for name, baseline in baselines("all", "all").items():  # all of the rows that are given
         entries.append(_Entry(name, "baseline", baseline.fit(train, parts["calibration"]).predict(test)))
     taken = {one.name for one in entries}
     single = [name for name in FeatureSchema.of(table).names if name not in taken and not _is_vector(name)]

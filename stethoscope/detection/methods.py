@@ -75,7 +75,11 @@ def cost_of(columns: Sequence[str]) -> str:
 
 
 def published(table: pd.DataFrame) -> list[Method]:
-    """The published detectors of which a token table has all features, with a value somewhere."""
+    """The published detectors of which a token table has all features, with a value somewhere.
+
+    Args:
+        table: what they would learn from, the mentions of the training fold.
+    """
     columns = [name for name in feature_names(table) if table[name].notna().any()]
     found = []
     for name in set_names():

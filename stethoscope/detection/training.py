@@ -121,8 +121,10 @@ def at_threshold(test: pd.DataFrame, detector: Detector, replicates: int = REPLI
     Returns:
         JSON-able: ``value``, ``chosen`` and ``certificate`` as in the detector's manifest, and intervals over images of
         ``precision`` and ``recall`` of the warnings, of ``false_alarms`` (share of grounded mentions with a warning),
-        ``missed`` (share of hallucinated ones without) and ``flagged`` (share of all mentions with a warning).
+        ``missed`` (share of hallucinated ones without) and ``flagged`` (share of all mentions with a warning). Where
+        all sub-tokens are rows, a mention is its first.
     """
+    test = test[test["first"]].reset_index(drop=True)
     wrong = test["label"].to_numpy() == 1
     flagged = detector.predict(test) >= detector.threshold
     drawn = group_weights(test["group"], replicates, seed)

@@ -15,8 +15,8 @@ from stethoscope.report.source import Source
 from stethoscope.stats import Interval, group_weights
 
 SHUFFLES, REPLICATES = 3, 200
+_MENTION = ["sample_id", "number"]
 PRIOR = "place and name"
-_PLACE = ("token", "object", "repeat")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
     with without_torch():
+        from stethoscope.detection.columns import only
+        from stethoscope.detection.factor import EXTERNAL
         from stethoscope.detector import Detector
     detector = Detector.load(source.folder / "detector")
-    rows = detector.rows(source.table[source.table["group"].isin(set(source.held_out["group"]))])
+    mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
+    table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
+    rows = detector.rows(only(table, detector.schema.names))
     labels, drawn = rows["label"].to_numpy(dtype=int), group_weights(rows["group"], REPLICATES, seed)
     generator = np.random.default_rng(seed)
 
@@ -75,7 +79,7 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     whole = area(detector.predict(rows))
     parts = by_feature(detector.features)
     if detector.settings["factored"] or detector.settings["objects"]:
-        parts[PRIOR] = list(_PLACE)
+        parts[PRIOR] = list(EXTERNAL) if detector.settings["factored"] else ["object"]
     found = []
     for feature, columns in parts.items():
         areas = [area(detector.predict(mixed)) for mixed in _shuffled(rows, columns, generator)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,8 @@ def task_table(first: Source, other: Source, task: Task, heads: tuple[str, str])
     rows = [task.tally([_judged(found[name]) for name in both]) for found in records]
     drawn = group_weights([row.group for some in rows for row in some])
     parts = drawn.select(np.arange(len(rows[0]))), drawn.select(np.arange(len(rows[0]), len(drawn.index)))
-    figures = [_replicates(task, some, part) for some, part in zip(rows, parts, strict=True)]
+    asked = {record.subset for record in records[0].values()} if task.macro else set()
+    figures = [_replicates(task, some, part, asked) for some, part in zip(rows, parts, strict=True)]
     cells: list[tuple[Cell, ...]] = []
     bold = set()
     for metric, subset in figures[0]:
@@ -157,9 +158,11 @@ def _judged(record: Record) -> tuple[Sample, Mapping[str, float]]:
     return sample, record.score.counts if record.score else {}
 
 
-def _replicates(task: Task, rows: Sequence[Tally], drawn: Resamples) -> dict[tuple[str, str], np.ndarray]:
+def _replicates(
+    task: Task, rows: Sequence[Tally], drawn: Resamples, asked: Collection[str] = ()
+) -> dict[tuple[str, str], np.ndarray]:
     counts = pd.DataFrame([dict(row.counts) for row in rows]).fillna(0.0)
-    return count_replicates(task.metrics(), counts, [row.subset for row in rows], drawn, task.macro)
+    return count_replicates(task.metrics(), counts, [row.subset for row in rows], drawn, task.macro, asked)
 
 
 def _tested(difference: np.ndarray, drawn: Resamples) -> Gap:

@@ -72,6 +72,10 @@ class RunStore:
         for line in _read(sorted(entries, key=self._place)):
             yield Record.from_dict(json.loads(line))
 
+    def count(self, task: str) -> int:
+        """How many samples of a task have a record."""
+        return sum(name == task for name, _ in self._index())
+
     def find(self, task: str, sample_id: str) -> Record | None:
         """The record of one sample, if there is one."""
         entry = self._index().get((task, sample_id))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import nan
 from typing import TYPE_CHECKING
 
-from stethoscope.records import Answer, ImageRef, Mention
+from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention
 from stethoscope.trace import MENTION_NEEDS, Encoded, Trace
 from stethoscope.tracing.masking import masked_pictures
 from stethoscope.tracing.verification import yes_odds
@@ -44,9 +45,9 @@ def trace_answers(
     shown = [picture.load() if isinstance(picture, ImageRef) else picture for picture in pictures]
     owners = [answer.owners(some) for answer, some in zip(answers, mentions, strict=True)]
     if "questions" in needs:
-        names = [[mention.object for mention in some if mention] for some in owners]
+        names = [[mention.object for mention in some if mention and mention.object != UNKNOWN] for some in owners]
         for at, odds in enumerate(yes_odds(adapter, shown, names)):
-            values = [odds[mention.object] if mention else float("nan") for mention in owners[at]]
+            values = [odds.get(mention.object, nan) if mention else nan for mention in owners[at]]
             traces[at] = replace(traces[at], yes_odds=traces[at].logits.new_tensor(values))
     if "masked" in needs:
         for at, picture in enumerate(shown):
@@ -57,7 +58,7 @@ def trace_answers(
 
 def _masked(adapter: Adapter, encoded: Encoded, trace: Trace, picture: Image, tokens: Sequence[int]) -> Tensor:
     """(T,) log-probabilities of some tokens, each predicted from a picture of its own; NaN for the others."""
-    values = trace.logits.new_full((len(trace.answer.token_ids),), float("nan"))
+    values = trace.logits.new_full((len(trace.answer.token_ids),), nan)
     changed = masked_pictures(adapter, picture, encoded.spans, trace.image_attention.numpy(), tokens)
     for start in range(0, len(tokens), TOGETHER):
         some = tokens[start : start + TOGETHER]

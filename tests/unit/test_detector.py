@@ -6,6 +6,7 @@ import json
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import skops.io
 from sklearn.linear_model import LogisticRegression
@@ -14,7 +15,8 @@ from token_tables import halves, token_table
 
 from stethoscope import metrics
 from stethoscope.detection import artefact
-from stethoscope.detection.estimators import inner_folds
+from stethoscope.detection.estimators import best_threshold, inner_folds
+from stethoscope.detection.warn import mention_warnings
 from stethoscope.detector import Detector
 from stethoscope.errors import ArtefactError, ConfigError, DataError
 from stethoscope.table import FeatureSchema, mention_rows
@@ -296,3 +298,35 @@ def test_a_file_that_unpacks_to_too_much_is_not_unpacked(monkeypatch):
         archive.writestr("bomb.npy", bytes(artefact.LARGEST + 1))
     with pytest.raises(ArtefactError, match="unpacks to"):
         artefact.load_objects(buffer.getvalue())
+
+
+def split_up(table, pieces=4):
+    """Every mention as several sub-tokens, of which the later ones tell more than the first."""
+    parts = [table.assign(nll=table["nll"] * (0.2 if piece == 0 else 1), first=table["first"] & (piece == 0))
+             for piece in range(pieces)]  # fmt: skip
+    return pd.concat([parts[0], *(part[part["label"] >= 0] for part in parts[1:])]).sort_index(kind="stable")
+
+
+def test_a_promise_is_about_mentions_where_all_sub_tokens_are_rows():
+    train, calibration = (split_up(part) for part in halves(token_table(800, seed=4)))
+    promise = {"max_false_alarms": 0.1}
+    detector = Detector(features=["nll"], subtokens="all", strength=1.0, threshold=promise).fit(train, calibration)
+    grounded = calibration[calibration["first"] & (calibration["label"] == 0)]
+    assert detector.certificate.mentions == len(grounded)
+    warned = mention_warnings(split_up(token_table(800, seed=5)), detector)
+    assert warned[warned["label"] == 0]["warned"].mean() < 0.13
+
+
+def test_without_a_calibration_fold_the_threshold_is_chosen_out_of_fold():
+    """A detector knows its own training images too well: their best threshold is too high for others."""
+    random = np.random.default_rng(0)
+    table = token_table(250, seed=6)
+    noise = {f"noise_{n}": random.normal(size=len(table)).astype(np.float32) for n in range(40)}
+    table = table.assign(**noise)
+    detector = Detector("boosting").fit(table)
+    rows = mention_rows(table)
+    own = best_threshold(rows["label"].to_numpy(int), detector.predict(rows))
+    assert detector.threshold < own - 0.02
+    assert "out of fold" in detector.manifest["threshold"]["chosen"]
+    plain = Detector("boosting", calibration="none").fit(table)
+    assert plain.manifest["threshold"]["chosen"].startswith("highest F1 on the training fold, first")

@@ -139,6 +139,18 @@ def test_count_replicates_equal_resampling_by_hand():
     assert arrays["precision", "mean"][7] == pytest.approx(np.mean(by_hand))
 
 
+def test_a_mean_over_subsets_needs_all_that_were_asked():
+    counts, images = {"right": [1, 0, 1], "answers": [1, 1, 1]}, ["a", "b", "a"]
+    accuracy = {"accuracy": lambda totals: totals["right"] / totals["answers"]}
+
+    def mean(**asked):
+        rows = count_metrics(accuracy, counts, images, ["easy", "easy", "hard"], ["accuracy"], **asked)
+        return next(row.interval.value for row in rows if row.subset == "mean")
+
+    assert mean() == mean(asked=["hard", "easy"]) == 0.75
+    assert np.isnan(mean(asked=["easy", "hard", "all failed"]))
+
+
 def test_a_metric_that_is_not_defined_is_nan():
     table = pd.DataFrame({"hits": [0, 0], "flagged": [0, 0], "right": [1, 0], "n": [1, 1]})
     rows = count_metrics(PRECISION, table, ["a", "b"], ["all", "all"], macro=["accuracy"], replicates=20)

@@ -6,6 +6,7 @@ from token_tables import token_table
 
 from stethoscope import metrics
 from stethoscope.detection import leaderboard as board
+from stethoscope.detection.baselines import baselines
 from stethoscope.detection.leaderboard import AREAS
 from stethoscope.detection.methods import cost_of, judge, published, refits
 from stethoscope.detection.training import train_detector
@@ -155,3 +156,18 @@ def test_scores_are_among_their_features():
     single = [name for name in scores if name.startswith("paper/") and len(named_set(name).features) == 1]
     # one feature is a score by itself, but for the masses of all heads
     assert {name for name in single if scores[name] is None} == {"paper/svar_heads"}
+
+
+def test_a_method_without_values_in_training_is_left_out():
+    folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)
+    table = TABLE.assign(verify_yes=TABLE["verify_yes"].where(folds["test"]))
+    train = mention_rows(table[folds["train"]])
+    assert "paper/self_verification" in [one.name for one in published(table)]
+    assert "paper/self_verification" not in [one.name for one in published(train)]
+
+
+def test_baselines_learn_from_the_rows_that_they_are_measured_on():
+    rows = TABLE.assign(first=TABLE["first"] & (TABLE["token"] > 5))
+    every = mention_rows(rows, "all", "all")
+    made = baselines("all", "all")["constant"].fit(every)
+    assert made.predict(every)[0] == pytest.approx(every["label"].mean())

@@ -1,5 +1,7 @@
 """What a detector leans on, where that is known."""
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -12,9 +14,10 @@ from stethoscope.report.source import Source
 from stethoscope.runs.lines import Record
 from stethoscope.runs.store import RunStore
 from stethoscope.runs.tokens import SCHEMA
+from stethoscope.table import KEY_COLUMNS, mention_rows
 
 
-def _source(folder, table, detector):
+def _source(folder, table, detector, warned=None):
     """A finished run of a table, with warnings of a detector that was fitted elsewhere."""
     table = table.assign(prompt_hash="0" * 16, labeller="chair/1")
     types = {field.name: field.type for field in SCHEMA}
@@ -29,7 +32,10 @@ def _source(folder, table, detector):
     store.finish("chair", list(rows))
     store.set_status("chair", "finished")
     store.write_metrics("chair", {"primary": "chair_i", "counts": {}, "metrics": []})
-    write_warnings(mention_warnings(store.tokens("chair"), detector), folder / "warnings.jsonl")
+    judged = store.tokens("chair")[[*KEY_COLUMNS, *detector.schema.names]]
+    if warned is not None:
+        judged = judged[judged["sample_id"].isin(warned["sample_id"])]
+    write_warnings(mention_warnings(judged, detector), folder / "warnings.jsonl")
     detector.save(folder / "detector")
     return Source.read(folder)
 
@@ -60,3 +66,27 @@ def test_a_run_without_a_detector_of_its_own_has_none(tmp_path):
     source = _source(tmp_path / "run", test, Detector(features=["nll"], strength=1.0).fit(train))
     (source.folder / "detector" / "manifest.json").unlink()
     assert importances(source) == []
+
+
+def test_the_mention_number_is_part_of_place_and_name(tmp_path):
+    random = np.random.default_rng(3)
+    table = token_table(300, seed=2, signal=0, prior=False)
+    later = (table["number"] >= 2) & (table["label"] >= 0)
+    label = np.where(random.random(len(table)) < 0.1, ~later, later).astype(np.int8)
+    table = table.assign(label=np.where(table["label"] >= 0, label, -1), token=random.permutation(len(table)) % 30)
+    train, test = halves(table)
+    detector = Detector(features=["noise"], factored=True, strength=1.0).fit(train)
+    found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
+    assert found[PRIOR].value > 0.25
+
+
+def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
+    train, test = halves(token_table(300, seed=2))
+    detector = Detector(strength=1.0).fit(train.drop(columns=["mass"]))  # of a part of the columns
+    other = test.assign(
+        sample_id="other/" + test["sample_id"], label=np.where(test["label"] >= 0, 1 - test["label"], -1)
+    )
+    source = _source(tmp_path / "run", pd.concat([test, other]), detector, warned=test)
+    found = {one.feature: one.loss for one in importances(source)}
+    assert set(found) == {"nll", "noise", "position"}
+    assert found["nll"].items == len(mention_rows(test))

@@ -1,5 +1,7 @@
 """What several tests of tasks share."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 
@@ -16,6 +18,12 @@ QUESTIONS = [
 def reply(text: str, finished: bool = True) -> Answer:
     """An answer of one token."""
     return Answer(text, (1,), ((0, len(text)),), (0.0,), finished)
+
+
+def settings_of(task) -> dict:
+    """The arguments that a task was made with, as far as it keeps them."""
+    names = inspect.signature(type(task)).parameters
+    return {name: value for name, value in vars(task).items() if name in names}
 
 
 def totals_of(counts) -> dict:

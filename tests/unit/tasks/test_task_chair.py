@@ -152,3 +152,9 @@ def test_broken_annotation_files(instances, captions, images, tmp_path):
     change(instances, images=[{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "a.png"}])
     with pytest.raises(DataError, match="'a' is there more than once"):
         ready(instances=instances, images=images)
+
+
+def test_answers_about_published_pictures_may_be_as_long_as_is_usual(tmp_path):
+    files = {"instances": str(tmp_path / "i.json"), "images": str(tmp_path)}
+    assert Chair("files", **files).max_new_tokens == Chair("hub").max_new_tokens == 512
+    assert Chair().max_new_tokens == 128

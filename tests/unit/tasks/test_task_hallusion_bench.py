@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from by_hand import figures, reply
+from by_hand import figures, reply, settings_of
 from PIL import Image
 from test_hub_source import cache, write  # noqa: F401 (a fixture)
 
@@ -150,3 +150,11 @@ def test_the_hub_gives_the_same(place, tmp_path):
 def test_wrong_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         HallusionBench(**{"file": "a", "images": "b", **settings})
+
+
+def test_a_task_that_has_read_nothing_yet_tallies_the_same(place):
+    """As `stethoscope compare` makes it, of the records of a finished run."""
+    task = made(place)
+    fresh = type(task)(**settings_of(task))
+    judged = [(sample, task.score(sample, reply("Yes")).counts) for sample in task.samples()]
+    assert fresh.tally(judged) == task.tally(judged)

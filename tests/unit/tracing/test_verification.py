@@ -12,7 +12,7 @@ from stethoscope.diagnosis.readers import default_reader
 from stethoscope.errors import CapabilityError
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.records import Generation
+from stethoscope.records import UNKNOWN, Generation, Mention
 from stethoscope.runs.store import RunStore
 from stethoscope.streaming import StreamedAnswer, stream
 from stethoscope.table import KEY_COLUMNS
@@ -86,3 +86,11 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
 def test_a_stream_cannot_ask_while_it_writes(adapter, scene, detector):
     with pytest.raises(CapabilityError, match="verify_odds, which a decoding step does not give"):
         next(iter(stream(adapter, scene, QUESTION, detector=detector)))
+
+
+def test_a_mention_that_names_no_object_is_not_asked_about(adapter, scene):
+    encoded = adapter.encode(scene, QUESTION)
+    answer = adapter.answer(encoded, "Yes, it is.")
+    mention = Mention(0, 3, UNKNOWN, 0, 0, 0)
+    (trace,) = trace_answers(adapter, [encoded], [answer], {"questions"}, [scene], [[mention]])
+    assert trace.yes_odds.isnan().all()
