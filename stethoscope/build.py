@@ -131,7 +131,7 @@ def compose(overrides: Sequence[str], root: str | None = None, hydra: bool = Fal
         version.VersionBase.instance().version_base = base
 
 
-def load(model: str, **settings: Any) -> Adapter:
+def load(model: str | Path, **settings: Any) -> Adapter:
     """A model, ready to answer.
 
     Args:
@@ -147,7 +147,7 @@ def load(model: str, **settings: Any) -> Adapter:
     """
     from stethoscope.adapter import Adapter
 
-    known = choices("model")
+    known, model = choices("model"), str(model)
     if model not in known and not ("/" in model or Path(model).is_dir()):
         raise ConfigError(unknown("model", model, known))
     name = model if model in known else "hf"

@@ -82,7 +82,7 @@ class Progress(Callback):
         if self._console.is_terminal:
             self._start_bar(run)
         else:
-            before = f", {run.resumed} of them done before" if run.resumed else ""
+            before = f", {run.resumed} of them need nothing more" if run.resumed else ""
             among = f" for the first of {run.processes.count} processes" if run.processes.several else ""
             self._say(f"{run.task.name}: {run.total} samples{among}{before}")
 

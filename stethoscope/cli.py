@@ -20,6 +20,9 @@ INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
 TEXTS = {
+    "benchmark": {"chair.question": "chair.question", "pope.suffix": "pope.suffix"},
+    "evaluate": {"task.question": "task.question", "task.suffix": "task.suffix"},
+    "train": {"subset": "subset"},
     "app": {"run": "run", "runs": "runs", "detector": "detector.folder"},
     "diagnose": {**{name: name for name in ("image", "question", "answer", "out")}, "detector": "detector.folder"},
 }

@@ -364,6 +364,10 @@ class Detector:
         Raises:
             ArtefactError: the detector was not fitted, or the hub refuses or cannot be reached.
         """
+        if repo_id.startswith(("/", ".", "~")):
+            raise ArtefactError(
+                f"{repo_id} is a path, not a repository (owner/name); `save` writes a detector to a path"
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "detector")
             return hub.push(Path(folder) / "detector", repo_id, private, token, revision, commit_message)
@@ -380,16 +384,24 @@ class Detector:
         Raises:
             ArtefactError: neither holds a detector, or it is damaged or not to be trusted; as ``load``.
         """
+        if not Path(name).is_dir() and str(name).startswith(("/", ".", "~")):
+            raise ArtefactError(f"there is no folder {name}")
         return cls.load(name if Path(name).is_dir() else hub.fetch(str(name), revision, token))
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
         """Reads a detector. Nothing is unpickled, and no type beyond a fixed list is made.
 
+        Args:
+            folder: that ``save`` wrote, or that of a run that has one.
+
         Raises:
             ArtefactError: the folder holds no detector, or one that is damaged, was changed, or holds foreign types.
         """
-        fitted, manifest = artefact.read(Path(folder))
+        folder = Path(folder)
+        if not (folder / artefact.MANIFEST).is_file() and (folder / "detector" / artefact.MANIFEST).is_file():
+            folder /= "detector"
+        fitted, manifest = artefact.read(folder)
         doubled = ("features", "table_features", "objects")  # in the manifest for people, in the other file for us
         if set(fitted) != {*doubled, "model", "calibrator"} or any(manifest.get(key) != fitted[key] for key in doubled):
             raise ArtefactError(f"{folder}: {artefact.MANIFEST} and {artefact.OBJECTS} do not belong together")

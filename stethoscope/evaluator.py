@@ -105,6 +105,10 @@ class Evaluator:
             DataError: the task has no samples, or all of them failed.
             Exception: whatever a callback raises; with ``on_error="raise"``, whatever stopped the first sample.
         """
+        for given, kind, example in ((adapter, Adapter, "stethoscope.load('testbed')"), (task, Task, "Pope()")):
+            if not isinstance(given, kind):
+                what = kind.__name__
+                raise ConfigError(f"{what.lower()}={given!r} should be an object of class {what}, such as {example}")
         run = Run(adapter, task, self.loggers if joined().first else Loggers())
         lock = None if self.run_dir is None else RunLock(self.run_dir, run.processes.rank)
         try:

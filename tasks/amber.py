@@ -18,7 +18,7 @@ from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.captions import labelled
 from stethoscope.tasks.nouns import Nouns
-from stethoscope.tasks.published import ImageFolder, clipped, read_json, read_json_list, read_text, shown
+from stethoscope.tasks.published import ImageFolder, clipped, read_json, read_json_list, read_text, shown, with_suffix
 from stethoscope.tasks.totals import CONFUSION, accuracy, confusion, f1, precision, ratio, recall
 
 PARTS = ("generative", "existence", "attribute", "relation")
@@ -252,7 +252,7 @@ class Amber(Task):
             if part != "generative":
                 nouns = self._nouns(question)
                 reference = {**reference, "object": nouns[0].name if nouns else UNKNOWN}
-                question += self.suffix
+                question = with_suffix(question, self.suffix)
             image = images.find(str(row["image"]), where)
             samples[row["id"]] = Sample(f"{subset}-{row['id']}", image, question, image.group, subset, reference)
         if not samples:

@@ -15,7 +15,7 @@ from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Scor
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
 from stethoscope.tasks.nouns import Vocabulary
-from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, read_text, shown
+from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, read_text, shown, with_suffix
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 
 KINDS = ("yes_no", "caption", "free")
@@ -99,23 +99,26 @@ class Custom(Task):
     def _from_file(self) -> list[Sample]:
         path = Path(self.file).expanduser()
         truth = _TRUTH[self.kind]
-        rows = list(read_json_lines(path, ("image", *((truth,) if truth else ()))))
+        rows = list(read_json_lines(path, ("image", *((truth,) if truth else ())), nulls=False))
         folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
         samples: dict[str, Sample] = {}
         for line, row in rows:
             where = f"{path}, line {line}"
             question, answer = row.get("question", self.question), row.get("answer")
-            id_ = str(row.get("id", "")).strip() or str(line)
+            id_, subset = str(row.get("id", "")).strip() or str(line), row.get("subset", "all")
             if not isinstance(question, str) or not question.strip():
                 raise DataError(f"{where}: {shown(question)} is no question; give one on every line, or task.question")
             if answer is not None and not (isinstance(answer, str) and answer.strip()):
                 raise DataError(f"{where}: answer {shown(answer)} is no text")
+            if not isinstance(subset, (str, int)) or not str(subset).strip():
+                raise DataError(f"{where}: subset {shown(subset)} is no name")
             if id_ in samples:
-                raise DataError(f"{where}: id {clipped(id_)} is used before")
+                own = f"id {clipped(id_)} is used before"
+                raise DataError(f"{where}: {own if 'id' in row else f'a line without id has its number, but {own}'}")
             reference = self._truth(row[truth], where) if truth else {}
             reference |= {"answer": answer} if answer is not None else {}
             image = folder.find(str(row["image"]), where)
-            samples[id_] = self._sample(id_, image, question, reference, str(row.get("subset", "all")), answer)
+            samples[id_] = self._sample(id_, image, question, reference, str(subset), answer)
         if not samples:
             raise DataError(f"{path} holds no question")
         return list(samples.values())
@@ -129,7 +132,7 @@ class Custom(Task):
         subset: str = "all",
         answer: str | None = None,
     ) -> Sample:
-        return Sample(id_, image, question.strip() + self.suffix, image.group, subset, reference, answer)
+        return Sample(id_, image, with_suffix(question.strip(), self.suffix), image.group, subset, reference, answer)
 
     def _truth(self, value: Any, where: str) -> dict[str, Any]:
         """The reference of one line: its label, or its objects by the vocabulary's names."""

@@ -17,7 +17,7 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
-from stethoscope.tasks.published import ImageFolder, clipped, read_json_list, shown
+from stethoscope.tasks.published import ImageFolder, clipped, read_json_list, shown, with_suffix
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -119,7 +119,7 @@ class HallusionBench(Task):
         return Sample(
             id="_".join([row["category"], *ids.values()]),
             image=image,
-            question=row["question"].strip() + self.suffix,
+            question=with_suffix(row["question"].strip(), self.suffix),
             group=f"{row['category']}_{ids['subcategory']}_{ids['set_id']}",  # figures of a set are versions of one
             subset=row["category"],
             reference={"label": label, **ids},

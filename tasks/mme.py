@@ -17,7 +17,7 @@ from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text, shown
+from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text, shown, with_suffix
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -91,7 +91,7 @@ class Mme(Task):
                 Sample(
                     id=f"{pair}-{number[pair]}",
                     image=image,
-                    question=question + self.suffix,
+                    question=with_suffix(question, self.suffix),
                     group=Path(image.name).stem,  # categories share images
                     subset=category,
                     reference={"label": label, "object": asked_object(question)},

@@ -13,7 +13,7 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
-from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique
+from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique, with_suffix
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 from stethoscope.tasks.yes_no import PARSERS, claim
 
@@ -110,7 +110,7 @@ class Pope(Task):
             Sample(
                 id=f"{subset}-{one.id}",
                 image=one.image,
-                question=one.text + self.suffix,
+                question=with_suffix(one.text, self.suffix),
                 group=one.group,
                 subset=subset,
                 reference={"label": one.label, "object": asked_object(one.text)},

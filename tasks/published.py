@@ -32,14 +32,23 @@ def shown(value: object) -> str:
     return repr(value) if isinstance(value, str) and len(value) <= 70 else clipped(repr(value))
 
 
+def with_suffix(question: str, suffix: str) -> str:
+    """A question with what is added to every one; a blank that the command line has lost stands between words again.
+
+    >>> with_suffix("Is there a dog?", "Answer yes or no."), with_suffix("Is it red?", "\\n(yes or no)")
+    ('Is there a dog? Answer yes or no.', 'Is it red?\\n(yes or no)')
+    """
+    return question + (" " if suffix[:1].isalnum() else "") + suffix
+
+
 def read_text(path: Path) -> str:
-    """A whole UTF-8 text file.
+    """A whole UTF-8 text file, with a byte order mark or without.
 
     Raises:
         DataError: it is missing, cannot be read or is not text.
     """
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -48,8 +57,13 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_json_lines(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line of a JSON-lines file that is not blank.
+
+    Args:
+        path: of the file.
+        keys: that every object must have.
+        nulls: False to take a key with null, which pandas writes for a missing cell, as one that is not there.
 
     Raises:
         DataError: a line is no JSON object or lacks one of ``keys``; the file is missing.
@@ -61,6 +75,8 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict
         row, end = _value(line, _BLANK.match(line).end(), path, number)
         if line[end:].strip():
             raise DataError(f"{where}: not JSON (more after the object's end, at column {end + 1})")
+        if not nulls and isinstance(row, dict):
+            row = {key: value for key, value in row.items() if value is not None}
         yield number, _object(row, keys, where)
 
 
@@ -111,7 +127,14 @@ _DECODER = json.JSONDecoder()
 def _value(text: str, at: int, path: Path, line: int | None = None) -> tuple[Any, int]:
     """The JSON value at a place of a text, and where it ends; ``line`` where the text is one line of a file."""
     try:
-        return _DECODER.raw_decode(text, at)
+        value, end = _DECODER.raw_decode(text, at)
+        if "\\u" in text[at:end]:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value, end
+    except UnicodeEncodeError as error:
+        place = f"line {line or text.count(chr(10), 0, at) + 1}"
+        half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+        raise DataError(f"{path}, {place}: half of a surrogate pair, {half}, which is no text") from None
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}"
         raise DataError(f"{path}, {place}: not JSON ({error.msg} at column {error.colno})") from None
@@ -217,13 +240,17 @@ class ImageFolder:
         self.path = path
         try:
             self._names = frozenset(os.listdir(path))
+            folders = {entry.name for entry in os.scandir(path) if entry.is_dir()}
         except FileNotFoundError:
             raise DataError(f"image folder {path} does not exist") from None
         except OSError as error:
             raise DataError(f"image folder {path} cannot be read: {error.strerror}") from None
-        if not any(name.lower().endswith(IMAGE_SUFFIXES) for name in self._names) and not any(
-            (path / name).is_dir() for name in self._names
-        ):
+        self._images = sorted(
+            name
+            for name in self._names - folders
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # as macOS leaves beside every file
+        )
+        if not self._images and not folders:
             raise DataError(f"image folder {path} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
 
     def find(self, name: str, where: str) -> ImageRef:
@@ -250,5 +277,5 @@ class ImageFolder:
             return False
 
     def names(self) -> list[str]:
-        """Names of the images that lie directly in the folder, sorted."""
-        return sorted(name for name in self._names if name.lower().endswith(IMAGE_SUFFIXES))
+        """Names of the images that lie directly in the folder, sorted; hidden files are none."""
+        return self._images

@@ -58,6 +58,10 @@ def run(config: DictConfig) -> None:
         return
     table = RunStore(folder).tokens(task.name)
     mentions = int((table["first"] & (table["label"] >= 0)).sum())
+    if table.empty:
+        print(f"no answer names an object that {task.name} judges, and none was traced; trace=all traces every answer")
+        report_failures([results], folder)
+        return
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
         table = fitting(table, detector.schema.names, str(folder))

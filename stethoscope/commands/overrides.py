@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stethoscope.build import choices, compose, groups
@@ -42,6 +43,12 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
     if isinstance(error, InterpolationResolutionError):
         return text.splitlines()[0]
+    unread = re.search(r"LexerNoViableAlt|Ambiguous value|mismatched input|token recognition|extraneous input", text)
+    found = [word for word in overrides if word in text] or [word for word in overrides if word.split("=")[0] in text]
+    word = next(iter(found), None)
+    if unread and word:
+        key, _, value = word.partition("=")
+        return f"{word} cannot be read as it is; put its text into quotes of its own: '{key}=\"{value}\"'"
     bare = re.search(r"parsing override '(.*)'\s+missing EQUAL", text)
     if bare:
         return f"{bare[1]!r} should be a setting, key=value, for example run={bare[1]}"
@@ -138,6 +145,10 @@ def check_values(config: Mapping[str, Any]) -> None:
         if value is not None and not (whole and 0 <= value <= (most or value)):
             limit = f"from 0 to {most}" if most else "0 or more"
             raise ConfigError(f"{key}={value} should be a whole number, {limit}")
+    if "name" in config:
+        parts = Path(str(config["name"] or "")).parts
+        if not parts or ".." in parts or Path(str(config["name"])).is_absolute():
+            raise ConfigError(f"name={config['name']} should name a folder for this run inside runs={config['runs']}")
     for key in ("ablation", "published", "share"):
         if not isinstance(config.get(key, False), bool):
             raise ConfigError(f"{key}={config[key]} should be true or false")

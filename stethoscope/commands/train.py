@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,9 @@ def run(config: DictConfig) -> None:
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
     beside = {name: _other(name, same, config.plugins) for name in listed(config.beside)}
     shares, store = fractions(config), RunStore(source)
-    table = token_table(config, store, config.mentions, config.subset)
-    targets = [_target(config, node) for node in listed(config.test)]
+    task = config.mentions or _only(store)
+    table = token_table(config, store, task, config.subset)
+    targets = [_target(config, node, task) for node in listed(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
@@ -57,15 +59,15 @@ def run(config: DictConfig) -> None:
         table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             fitting(target.table, names, target.name)
-            one_space(names, store.model(config.mentions), target.model, target.name)
+            one_space(names, store.model(task), target.model, target.name)
     with RunLock(folder), loggers_of(config) as loggers:
         if folder.resolve() != source.resolve():
-            store = share_table(store, folder, config.mentions)
+            store = share_table(store, folder, task)
             store.write_config(config, overrides())
         loggers.setup(folder)
         results = fit(
             store,
-            config.mentions,
+            task,
             detector,
             shares,
             config.seed,
@@ -87,6 +89,12 @@ def run(config: DictConfig) -> None:
     print(f"detector: {folder / 'detector'}")
 
 
+def _only(store: RunStore) -> str:
+    """The only task of a run that has token rows, or CHAIR."""
+    tasks = set(store.tokens()["task"])
+    return tasks.pop() if len(tasks) == 1 else "chair"
+
+
 def token_table(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
     """The token rows of a run that a command was asked for: one task, one subset or all, the chosen features or all.
 
@@ -99,6 +107,9 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
     table = store.tokens(task)
     if table.empty:
         raise _no_rows(store, task)
+    if (table["label"] < 0).all():
+        raise ArtefactError(f"{task} judges no mention in {store.run_dir}, so that there is nothing to learn from")
+    _tell_of_gaps(store, task)
     if "features" in config:
         chosen = HydraConfig.get().runtime.choices.get("features", "...")
         wanted = build(config.features, FeatureSet, "features", config.plugins).names
@@ -107,16 +118,32 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
     return of_subset(table, subset, str(store.run_dir))
 
 
+def _tell_of_gaps(store: RunStore, task: str) -> None:
+    """Warns of answers that have no token rows, as after a run has gone on beyond what was extracted."""
+    named = [record for record in store.records(task) if record.mentions]
+    lacking = sum(not store.has_tokens(record) for record in named)
+    if lacking:
+        warnings.warn(
+            f"{lacking} of {len(named)} answers of {task} that name an object have no token features and are left out; "
+            f"`stethoscope extract run={store.run_dir}` with the same features adds them",
+            stacklevel=2,
+        )
+
+
 def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
     others = sorted(set(store.tokens()["task"]))
     if task is not None and others:
         return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
+    if not any(record.mentions for record in store.records()):
+        return ArtefactError(
+            f"no answer in {store.run_dir} names an object that is judged: there is nothing to learn from"
+        )
     return ArtefactError(
         f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
     )
 
 
-def _target(config: DictConfig, node: Any) -> Target:
+def _target(config: DictConfig, node: Any, own: str) -> Target:
     """What an entry of ``test`` names: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
 
     Without ``mentions`` they are of the task that the detector is trained on or, where the run has no such, of its only
@@ -133,7 +160,7 @@ def _target(config: DictConfig, node: Any) -> Target:
         raise ConfigError(f"test={node} should be a run directory or {{run: ..., mentions: ..., subset: ...}}")
     store = RunStore(wanted["run"])
     tasks = list(dict.fromkeys(store.tokens()["task"]))
-    task = wanted.get("mentions") or (config.mentions if config.mentions in tasks else None)
+    task = wanted.get("mentions") or (own if own in tasks else None)
     if task is None:
         if not tasks:
             raise _no_rows(store)
@@ -142,7 +169,7 @@ def _target(config: DictConfig, node: Any) -> Target:
         task = tasks[0]
     subset = wanted.get("subset")
     same = store.run_dir.resolve() == Path(config.run).resolve()
-    if same and (task, subset) == (config.mentions, config.subset):
+    if same and (task, subset) == (own, config.subset):
         raise ConfigError(f"test={node} is what the detector is trained on; its own test images are judged anyway")
     name = " ".join(part for part in (store.run_dir.name, task, subset) if part)
     return Target(name, token_table(config, store, task, subset), store.model(task))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,14 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
         from stethoscope.detection.factor import EXTERNAL
         from stethoscope.detector import Detector
     detector = Detector.load(source.folder / "detector")
+    lacking = set(detector.schema.names) - set(source.table.columns)
+    if lacking:
+        warnings.warn(
+            f"the token table of {source.folder} lacks {len(lacking)} columns that its detector reads, so that "
+            f"feature importance is left out; `stethoscope train run={source.folder}` makes both fit again",
+            stacklevel=2,
+        )
+        return []
     mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
     table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
     rows = detector.rows(only(table, detector.schema.names))

@@ -102,12 +102,13 @@ class TaskResults:
     def print(self, console: Console | None = None) -> None:
         """Prints the table for people."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         header, body = self._cells()
-        table = Table(*header)
+        table = Table(*map(escape, header))
         for row in body:
-            table.add_row(*row, style="bold" if row[0] == self.primary else None)
+            table.add_row(*map(escape, row), style="bold" if row[0] == self.primary else None)
         console = console or Console()
         console.print(table)
         console.print(self.summary(), highlight=False, soft_wrap=True)

@@ -7,7 +7,9 @@ import pytest
 from token_tables import token_table
 
 from stethoscope import Detector
+from stethoscope.commands.train import _tell_of_gaps
 from stethoscope.detection import leaderboard
+from stethoscope.records import Mention
 from stethoscope.runs.lines import Record
 from stethoscope.runs.store import RunStore
 from stethoscope.runs.tokens import SCHEMA
@@ -19,13 +21,12 @@ def few_shuffles(monkeypatch):
     monkeypatch.setattr(leaderboard, "SHUFFLES", 2)
 
 
-@pytest.fixture
-def run(tmp_path):
+def made_up(folder, task):
     """A finished run of 400 images, as ``stethoscope extract`` leaves it."""
     table = token_table(400, seed=3).rename(columns={"mass": "attn_image_l00", "noise": "lens_rank_l00"})
-    table = table.assign(prompt_hash="0" * 16, labeller="chair/1")
-    store = RunStore(tmp_path / "run")
-    store.begin("chair", {"adapter": {"model_id": "made-up"}, "task": {"name": "chair", "version": "1"}})
+    table = table.assign(task=task, prompt_hash="0" * 16, labeller=f"{task}/1")
+    store = RunStore(folder)
+    store.begin(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
     keys = {field.name: field.type for field in SCHEMA}
     rows = {
         name: pa.Table.from_pandas(part, preserve_index=False).cast(
@@ -34,9 +35,14 @@ def run(tmp_path):
         for name, part in table.groupby("sample_id", sort=False)
     }
     groups = dict(zip(table["sample_id"], table["group"], strict=True))
-    store.append([Record("chair", name, groups[name], "all", "x.png", "What?") for name in rows], rows)
-    store.finish("chair", list(rows))
+    store.append([Record(task, name, groups[name], "all", "x.png", "What?") for name in rows], rows)
+    store.finish(task, list(rows))
     return store.run_dir
+
+
+@pytest.fixture
+def run(tmp_path):
+    return made_up(tmp_path / "run", "chair")
 
 
 def test_one_detector(run, stethoscope):
@@ -58,6 +64,20 @@ def test_the_task_is_chosen(run, stethoscope):
     out = stethoscope("train", f"run={run}", "mentions=pope", code=2)
     assert "no token features of task 'pope'" in out
     assert "leader board" in stethoscope("train", f"run={run}", "mentions=chair", code=0)
+
+
+def test_the_only_task_of_a_run_need_not_be_named(tmp_path, stethoscope):
+    run = made_up(tmp_path / "run", "mine")
+    assert "leader board" in stethoscope("train", f"run={run}", "detector.strength=0.1", code=0)
+    assert json.loads((run / "detector" / "manifest.json").read_text())["task"]["name"] == "mine"
+
+
+def test_answers_without_token_rows_are_told(run):
+    store = RunStore(run)
+    dog = Mention(0, 3, "dog", 1, 0, 0)
+    store.append([Record("chair", f"late-{n}", "late", "all", "x.png", "What?", mentions=(dog,)) for n in range(3)])
+    with pytest.warns(UserWarning, match="3 of 3 answers of chair that name an object have no token features"):
+        _tell_of_gaps(RunStore(run), "chair")
 
 
 def _logit(probability):

@@ -330,3 +330,12 @@ def test_without_a_calibration_fold_the_threshold_is_chosen_out_of_fold():
     assert "out of fold" in detector.manifest["threshold"]["chosen"]
     plain = Detector("boosting", calibration="none").fit(table)
     assert plain.manifest["threshold"]["chosen"].startswith("highest F1 on the training fold, first")
+
+
+def test_a_run_stands_for_its_detector_and_a_path_for_no_repository(fitted, tmp_path):
+    fitted.save(tmp_path / "run" / "detector")
+    assert Detector.load(tmp_path / "run").threshold == Detector.from_pretrained(tmp_path / "run").threshold
+    with pytest.raises(ArtefactError, match="is a path, not a repository"):
+        fitted.push_to_hub("./here")
+    with pytest.raises(ArtefactError, match=r"there is no folder \./nowhere"):
+        Detector.from_pretrained("./nowhere")

@@ -14,6 +14,7 @@ from stethoscope.loggers import Logger
 from stethoscope.records import Generation
 from stethoscope.runs.results import TaskResults
 from stethoscope.runs.store import RunStore
+from stethoscope.stats import Interval, MetricRow
 
 
 def lines(folder, without=("seconds",)):
@@ -144,6 +145,23 @@ def test_limit_takes_samples_in_turn_from_the_subsets(adapter):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Evaluator(**settings)
+
+
+def test_what_is_no_adapter_and_no_task_is_said(adapter):
+    with pytest.raises(ConfigError, match="adapter='testbed' should be an object of class Adapter"):
+        Evaluator().run("testbed", TinyTask())
+    with pytest.raises(ConfigError, match="task='pope' should be an object of class Task"):
+        Evaluator().run(adapter, "pope")
+
+
+def test_names_of_subsets_are_no_markup(capsys):
+    rows = [MetricRow("right", name, Interval(0.5, 0.4, 0.6, 2, 2)) for name in ("[/x]", "[red]a[/red]")]
+    TaskResults(
+        "[b]", "right", tuple(rows), dict.fromkeys(("samples", "ok", "unparsed", "failed", "truncated"), 0)
+    ).print()
+    out = capsys.readouterr().out
+    assert "[/x]" in out
+    assert "[red]a[/red]" in out
 
 
 def test_a_task_without_samples_or_with_double_ids_is_refused(adapter):

@@ -90,3 +90,12 @@ def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
     found = {one.feature: one.loss for one in importances(source)}
     assert set(found) == {"nll", "noise", "position"}
     assert found["nll"].items == len(mention_rows(test))
+
+
+def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
+    train, test = halves(token_table(100, seed=2))
+    detector = Detector(features=["nll"], strength=1.0).fit(train)
+    source = _source(tmp_path / "run", test, detector)
+    source.__dict__["table"] = source.table.drop(columns="nll")
+    with pytest.warns(UserWarning, match="lacks 1 columns that its detector reads"):
+        assert importances(source) == []

@@ -128,7 +128,7 @@ BAD = [
     ("halloc", "answers.jsonl", changed(ANSWER, image="/etc/passwd"), "line 1: image '/etc/passwd' leads out of"),
     ("halloc", "answers.jsonl", changed(ANSWER, image="a\0.png"), "is not in"),
     ("halloc", "answers.jsonl", changed(ANSWER, image="a" * 5000), "is not in"),
-    ("halloc", "answers.jsonl", changed(ANSWER, image="\ud800.png"), "is not in"),
+    ("halloc", "answers.jsonl", changed(ANSWER, image="\ud800.png"), "half of a surrogate pair"),
     ("mme", "MME/count/a.txt", "Is it? Yes\n", "a.txt, line 1: a question, a tab and Yes or No were expected"),
     ("mme", "MME/count/a.txt", "Is it?\tYes\n\nIs it?\tPerhaps", "line 3: answer 'Perhaps' is neither Yes nor No"),
     ("mme", "MME/count/a.txt", "\tYes\n", "a.txt, line 1: '' is no question"),

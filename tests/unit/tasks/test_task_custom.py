@@ -153,3 +153,43 @@ def test_broken_vocabularies(tmp_path, text, message):
         read_vocabulary(tmp_path / "words")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_null_is_a_key_that_is_not_there(tmp_path, images):
+    row = {"image": "images/a.png", "question": None, "id": None, "subset": None, "label": "no"}
+    (one, two) = made(kind="yes_no", file=write(tmp_path / "asked.jsonl", row, row), question="Is it red?").samples()
+    assert (one.id, two.id, one.question, one.subset) == ("1", "2", "Is it red?", "all")
+    with pytest.raises(DataError, match="line 1: key 'image' is missing"):
+        made(kind="yes_no", file=write(tmp_path / "asked.jsonl", {**row, "image": None}), question="Is it red?")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"subset": ""}], "subset '' is no name"),
+        ([{"subset": ["a", "b"]}], "subset .* is no name"),
+        ([{"id": 2}, {}], "line 2: a line without id has its number, but id 2 is used before"),
+        ([{"question": "\ud800?"}], "half of a surrogate pair"),
+    ],
+)
+def test_wrong_lines(tmp_path, images, rows, message):
+    plain = {"image": "images/a.png", "question": "Is it red?"}
+    with pytest.raises(DataError, match=message):
+        made(file=write(tmp_path / "asked.jsonl", *({**plain, **row} for row in rows)))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, images):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps({"image": "images/a.png", "question": "Is it red? \U0001f415"}), "utf-8-sig")
+    assert made(file=str(file)).samples()[0].question == "Is it red? \U0001f415"
+
+
+def test_hidden_files_and_folders_are_no_images(images):
+    (images / "._a.png").write_bytes(b"of macOS")
+    (images / "album.png").mkdir()
+    assert [sample.id for sample in made(images=str(images), question="What is it?").samples()] == ["a.png", "b.png"]
+
+
+def test_a_suffix_whose_blank_was_lost_has_one(asked):
+    (one, *_) = made(kind="yes_no", file=asked, question="Is it red?", suffix="Yes or no?").samples()
+    assert one.question == "Is there a dog? Yes or no?"
