@@ -153,8 +153,9 @@ def test_a_local_folder_needs_no_hub(fitted, tmp_path):
     fitted.save(tmp_path / "detector")
     again = Detector.from_pretrained(tmp_path / "detector")
     assert (again.predict(TEST) == fitted.predict(TEST)).all()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ArtefactError, match=r"manifest\.json is missing"):
-        Detector.from_pretrained(tmp_path)
+        Detector.from_pretrained(tmp_path / "empty")
 
 
 def test_the_card_says_what_it_is(fitted, tmp_path):
