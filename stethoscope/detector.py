@@ -384,9 +384,11 @@ class Detector:
         Raises:
             ArtefactError: neither holds a detector, or it is damaged or not to be trusted; as ``load``.
         """
-        if not Path(name).is_dir() and str(name).startswith(("/", ".", "~")):
+        if Path(name).is_dir():
+            return cls.load(name)
+        if str(name).startswith(("/", ".", "~")):
             raise ArtefactError(f"there is no folder {name}")
-        return cls.load(name if Path(name).is_dir() else hub.fetch(str(name), revision, token))
+        return cls.load(hub.fetch(str(name), revision, token))
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:

@@ -239,12 +239,13 @@ class ImageFolder:
         """
         self.path = path
         try:
-            self._names = frozenset(os.listdir(path))
-            folders = {entry.name for entry in os.scandir(path) if entry.is_dir()}
+            entries = list(os.scandir(path))
         except FileNotFoundError:
             raise DataError(f"image folder {path} does not exist") from None
         except OSError as error:
             raise DataError(f"image folder {path} cannot be read: {error.strerror}") from None
+        self._names = frozenset(entry.name for entry in entries)
+        folders = {entry.name for entry in entries if entry.is_dir()}
         self._images = sorted(
             name
             for name in self._names - folders

@@ -57,11 +57,11 @@ def run(config: DictConfig) -> None:
     if rank():  # of several processes the first one does the rest
         return
     table = RunStore(folder).tokens(task.name)
-    mentions = int((table["first"] & (table["label"] >= 0)).sum())
     if table.empty:
         print(f"no answer names an object that {task.name} judges, and none was traced; trace=all traces every answer")
         report_failures([results], folder)
         return
+    mentions = int((table["first"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
         table = fitting(table, detector.schema.names, str(folder))

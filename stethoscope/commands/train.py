@@ -91,8 +91,8 @@ def run(config: DictConfig) -> None:
 
 def _only(store: RunStore) -> str:
     """The only task of a run that has token rows, or CHAIR."""
-    tasks = set(store.tokens()["task"])
-    return tasks.pop() if len(tasks) == 1 else "chair"
+    tasks = store.traced()
+    return tasks[0] if len(tasks) == 1 else "chair"
 
 
 def token_table(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
@@ -131,7 +131,7 @@ def _tell_of_gaps(store: RunStore, task: str) -> None:
 
 
 def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
-    others = sorted(set(store.tokens()["task"]))
+    others = sorted(store.traced())
     if task is not None and others:
         return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
     if not any(record.mentions for record in store.records()):
@@ -159,7 +159,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
         raise ConfigError(f"test={node} should be a run directory or {{run: ..., mentions: ..., subset: ...}}")
     store = RunStore(wanted["run"])
-    tasks = list(dict.fromkeys(store.tokens()["task"]))
+    tasks = store.traced()
     task = wanted.get("mentions") or (own if own in tasks else None)
     if task is None:
         if not tasks:

@@ -90,6 +90,15 @@ class RunStore:
         self._require(self.samples_file)
         return self.token_files.frame([(key, part) for key, part in self._token_order() if task in (None, key[0])])
 
+    def traced(self) -> list[str]:
+        """Tasks that have token rows, in the order of the records; the rows themselves are not read.
+
+        Raises:
+            ArtefactError: there is no such run.
+        """
+        self._require(self.samples_file)
+        return list(dict.fromkeys(task for (task, _), _ in self._token_order()))
+
     def metrics(self) -> dict[str, Any]:
         """``metrics.json``: a section per task, and ``detector``; empty before the first task is finished."""
         return self._read_json("metrics.json")
