@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import ConfigError, DataError
-from stethoscope.images import file_digest, pixel_digest, rgb
+from stethoscope.images import file_digest, pixel_digest, read_image, rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,26 +49,18 @@ class ImageRef:
         """The whole image as RGB, see ``images.rgb``.
 
         Raises:
-            DataError: the file is missing, is not an image or is cut short.
+            DataError: the file is missing, is not an image, is cut short or too large.
         """
-        from PIL import Image, UnidentifiedImageError
-
-        file = self.source if isinstance(self.source, Path) else None
-        if file is not None and not file.is_file():
-            what = f"{file} is a folder, not a file" if file.is_dir() else f"no file {file}"
-            raise DataError(f"image {self.name!r} is missing: {what}")
-        where = repr(self.name) if file is None else file
+        if isinstance(self.source, Path):
+            name = self.source if self.source.is_file() else repr(self.name)
+            return read_image(self.source, f"image {name}")
         try:
-            if file is None:
-                made = rgb(self.source(), f"image {where}")
-                if "sha256" not in self.__dict__:
-                    self.__dict__["sha256"] = pixel_digest(made)  # it is not made again for its digest alone
-                return made
-            with Image.open(file) as image:
-                image.load()  # every pixel is decoded, so that a file cut short is found here
-                return rgb(image, f"image {where}")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {where} cannot be read: {error}") from None
+            made = rgb(self.source(), f"image {self.name!r}")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"image {self.name!r} cannot be read: {error}") from None
+        if "sha256" not in self.__dict__:
+            self.__dict__["sha256"] = pixel_digest(made)  # it is not made again for its digest alone
+        return made
 
     @cached_property
     def sha256(self) -> str:

@@ -7,7 +7,6 @@ every mention. Lines are only appended while a run goes on, the last one of a sa
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import numpy as np
 
 from stethoscope.callbacks import Callback
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
+from stethoscope.images import read_image
 from stethoscope.runs.lines import lines
 from stethoscope.pictures import heat, overlay, places, raster, relevancy_tiles
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stethoscope.trace import Trace
 
 FILE = "maps.jsonl"
+MAX_SIDE = 2048  # pixels of a kept picture: a larger one is none of ours
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ class MapFile:
             return None
         try:
             return _view(found)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
             raise ArtefactError(
                 f"{self.path}: what it holds of {record.sample_id} is damaged ({error}); the report does without the "
                 "file if it is deleted"
@@ -151,12 +152,10 @@ def _jpeg(picture: Image) -> bytes:
 
 
 def _view(found: Mapping[str, Any]) -> View:
-    from PIL import Image
-
     picture = None
     if found["picture"]:
-        picture = Image.open(io.BytesIO(base64.b64decode(found["picture"], validate=True)), formats=["JPEG"])
-        picture = picture.convert("RGB")
+        data = base64.b64decode(found["picture"], validate=True)
+        picture = read_image(data, "its picture", formats=("JPEG",), max_pixels=MAX_SIDE**2)
     shape = tuple(found["shape"])
     maps = {
         int(token): np.frombuffer(base64.b64decode(text, validate=True), np.uint8).reshape(shape)
@@ -177,11 +176,11 @@ class KeepMaps(Callback):
             cells: of a kept map's longer side, at most; maps of one tile with fewer are kept as they are.
 
         Raises:
-            ConfigError: a number below 1.
+            ConfigError: a number is below 1 or above ``MAX_SIDE``.
         """
         for name, value in (("side", side), ("cells", cells)):
-            if value < 1:
-                raise ConfigError(f"callbacks.maps.{name}={value} should be at least 1")
+            if not 1 <= value <= MAX_SIDE:
+                raise ConfigError(f"callbacks.maps.{name}={value} should be 1 to {MAX_SIDE}")
         self.pictures, self.side, self.cells = pictures, side, cells
 
     def on_trace(self, run: Run, sample: Sample, trace: Trace) -> None:

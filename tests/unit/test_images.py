@@ -1,11 +1,18 @@
 """Every kind of file becomes the picture that a person would see, or an error that says why not."""
 
+import ast
+import io
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from stethoscope import images
 from stethoscope.errors import DataError
-from stethoscope.images import rgb
+from stethoscope.images import MAX_PIXELS, MAX_RATIO, is_image_file, read_image, rgb
 from stethoscope.records import ImageRef
 
 RED, WHITE = (220, 30, 40), (255, 255, 255)
@@ -134,3 +141,147 @@ def test_no_pixels():
 
 def test_a_picture_that_needs_nothing_is_not_copied(photo):
     assert rgb(photo) is photo
+
+
+def png(width, height, extra=b"", data=b"", bits=8, colour=0):
+    """A PNG whose header says what it likes; ``data`` are the bytes before compression."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), extra, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts), chunk
+
+
+def tiff(tags, data):
+    """A TIFF with one directory of whole numbers behind its data."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    header = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return header + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("size", [(1, 150_000_000), (150_000_000, 1), (13_300, 13_300), (8193, 8192)], ids=str)
+def test_pixels_are_counted_before_any_is_decoded(size, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=rf"is {size[0]} x {size[1]}, .* pixels; at most {MAX_PIXELS:,} are read"):
+        read_image(png(*size)[0], "image a")
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (65_535, 65_535)], ids=str)
+def test_a_header_beyond_pillows_own_limit(size):
+    with pytest.raises(DataError, match="image a has too many pixels"):
+        read_image(png(*size)[0], "image a")
+
+
+def test_the_first_frame_of_an_animation_counts_even_where_it_leaves_the_screen(photo):
+    file = io.BytesIO()
+    photo.convert("P").save(file, "GIF")
+    data = bytearray(file.getvalue())
+    frame = data.index(b"\x2c")
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 60_000, 60_000)
+    with pytest.raises(DataError, match="too many pixels"):
+        read_image(bytes(data), "image a")
+
+
+def test_a_canvas_counts_as_its_picture(photo):
+    file = io.BytesIO()
+    photo.save(file, "WEBP", lossless=True)
+    sizes = struct.pack("<I", 9_999)[:3] * 2
+    frame = struct.pack("<I", 59)[:3] + struct.pack("<I", 39)[:3]
+    body = file.getvalue()[12:]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + sizes + b"ANIM" + struct.pack("<I", 6) + bytes(6) + (
+        b"ANMF" + struct.pack("<I", 16 + len(body)) + bytes(6) + frame + bytes(4) + body
+    )  # fmt: skip
+    with pytest.raises(DataError, match="pixels"):
+        read_image(b"RIFF" + struct.pack("<I", len(body)) + body, "image a")
+
+
+def test_tiles_of_a_tiff_are_counted_too():
+    data = zlib.compress(bytes(1000))
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: 60_000, 323: 30_000, 324: 8, 325: len(data)}
+    with pytest.raises(DataError, match="tiles of 60000 x 30000 pixels"):
+        read_image(tiff(tags, data), "image a")
+
+
+def test_strips_that_scaling_would_blow_up_are_refused_and_made_pictures_too():
+    assert rgb(Image.new("RGB", (MAX_RATIO, 1))).size == (MAX_RATIO, 1)
+    for size in ((MAX_RATIO + 1, 1), (2, 2 * MAX_RATIO + 1)):
+        with pytest.raises(DataError, match="300 times the shorter"):
+            rgb(Image.new("L", size))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_texts_and_profiles_that_unpack_to_gigabytes(kind):
+    _, chunk = png(1, 1)
+    packed = zlib.compressobj(9)
+    body = b"".join(packed.compress(bytes(2**20)) for _ in range(100)) + packed.flush()
+    data, _ = png(1, 1, chunk(kind, b"k\0\0" + body), b"\0\0")
+    with pytest.raises(DataError, match=r"image a cannot be read: .*large"):
+        read_image(data, "image a")
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with (tmp_path / "a.webp").open("wb") as file:
+        file.write(b"RIFF\xf0\xff\xff\xffWEBPVP8 ")
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(DataError, match="bytes; at most"):
+        read(tmp_path / "a.webp")
+
+
+def test_a_postscript_file_starts_nothing_whatever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    for name in ("a.eps", "a.png", "a"):
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+        with pytest.raises(DataError, match=r"no intact file of JPEG, PNG") as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
+        assert is_image_file(tmp_path / name) == (name == "a.png")
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "SGI", "PDF"])
+def test_formats_that_are_not_named_are_refused(photo, kind):
+    file = io.BytesIO()
+    photo.save(file, kind)
+    with pytest.raises(DataError, match="no intact file of"):
+        read_image(file.getvalue(), "image a")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "jfif", "jpe", "png", "webp", "gif", "bmp", "tiff", "avif", "jp2", "ppm", ""]
+)
+def test_every_named_format_is_read_from_files_and_from_bytes(photo, tmp_path, suffix):
+    path = tmp_path / f"000123.{suffix}".rstrip(".")
+    photo.save(path, format={"jfif": "JPEG", "jpe": "JPEG", "": "PNG"}.get(suffix))
+    assert read_image(path, "image a").size == read_image(path.read_bytes(), "image a").size == photo.size
+    assert is_image_file(path)
+
+
+def test_endings_are_those_that_pillow_knows_of_the_named_formats():
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in images.FORMATS}
+    assert set(images.SUFFIXES) >= known - {".jps"}
+    assert set(images.SUFFIXES) <= {*Image.registered_extensions()}
+
+
+def test_a_decoder_may_raise_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: {}["quantisation\ntable"])
+    with pytest.raises(DataError, match=r"cannot be read: 'quantisation\\ntable'"):
+        read_image(png(1, 1, b"", b"\0\0")[0], "image a")
+
+
+def test_nothing_else_of_the_product_opens_pictures():
+    root = Path(images.__file__).parents[1]
+    doors = set()
+    for path in (path for folder in ("stethoscope", "tasks", "adapters") for path in (root / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        pillow = {
+            name.asname or name.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "PIL"
+            for name in node.names
+            if name.name == "Image"
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", None) in pillow:
+                doors.add(path.name)
+    assert doors == {"images.py"}
