@@ -118,6 +118,9 @@ class ChunkEncoder:
         prompt: template with ``{question}`` and the placeholder (or ``{image}``), each once.
         grids: (rows, columns) of the image tokens, as in ``Spans``; empty where they are no grid.
 
+    Attributes:
+        template: the prompt with the placeholder and ``{question}``.
+
     Raises:
         ConfigError: the template has not one place for the image and one for the question.
     """
@@ -131,6 +134,7 @@ class ChunkEncoder:
                 raise ConfigError(
                     f"prompt {prompt!r} must hold {place} once; it holds it {template.count(place)} times"
                 )
+        self.template = template
         self._before, self._after = template.split(_QUESTION)
         self._processor, self._grids = processor, grids
         self.image_token_id = processor.image_token_id

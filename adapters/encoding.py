@@ -46,6 +46,9 @@ class Encoder:
     Args:
         prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
 
+    Attributes:
+        template: the prompt as rendered, with the image placeholder and ``{question}``.
+
     Raises:
         ConfigError: there is no chat template to use, or the prompt has a place for an image that has one already.
     """
@@ -61,6 +64,7 @@ class Encoder:
         if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
             name = type(processor).__name__
             raise ConfigError(f"prompt {prompt!r}: {name} puts the image before the text by itself; leave {_IMAGE} out")
+        self.template = template
         self._before, self._after = template.split(_QUESTION)
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}

@@ -26,7 +26,7 @@ from stethoscope.tracing.lens import Lens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 
 class HfAdapter(Tracing, Adapter):
@@ -120,6 +120,7 @@ class HfAdapter(Tracing, Adapter):
         self._loaded = identity.versions(model)
         self._ends, self._pad = _special_ids(model, processor.tokenizer)
         self._start = _decoder_start(model)
+        sampling.drop_defaults(model)
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholders = [token for token in named if token is not None]
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
@@ -221,9 +222,7 @@ class HfAdapter(Tracing, Adapter):
         self.setup()
         side = "left" if self._start is None else "right"
         inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, side))
-        settings = sampling.config(generation, self._ends, self._pad)
-        settings.decoder_start_token_id = self._start
-        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
+        settings = self._generation_config(generation)
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if self._start is None else 1
         return self._model, {
             **inputs,
@@ -231,6 +230,17 @@ class HfAdapter(Tracing, Adapter):
             "logits_processor": [sampling.Sampler(generation, encoded)] if generation.do_sample else [],
             "stopping_criteria": [sampling.Stop(stops, self._decode, start)] if stops else [],
         }
+
+    def _generation_config(self, generation: Generation) -> GenerationConfig:
+        settings = sampling.config(generation, self._ends, self._pad)
+        settings.decoder_start_token_id = self._start
+        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
+        return settings
+
+    def generation_settings(self, generation: Generation) -> dict[str, Any]:
+        """See ``Adapter.generation_settings``."""
+        self.setup()
+        return sampling.effective(self._model, self._generation_config(generation))
 
     def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """See ``Adapter.written``."""
@@ -350,7 +360,7 @@ class HfAdapter(Tracing, Adapter):
             "image_processor": type(self.processor.image_processor).__name__,
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
-            "prompt": self.prompt,
+            "prompt": getattr(self._encoder, "template", self.prompt),
             "ends": list(self._ends),
             "settings": identity.settings(self.model, self.processor),
             "transformers": transformers.__version__,

@@ -1,4 +1,4 @@
-"""What identifies a loaded model beyond its name: digests of its weights, configuration, tokenizer and processor."""
+"""Digests of a loaded model's weights, configuration, tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.errors import DataError
 from stethoscope.runs.digests import remembered
 
 if TYPE_CHECKING:
@@ -24,14 +25,16 @@ of their own in the fingerprint."""
 
 
 def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
-    """Digest of the weight files of a folder, the commit of a hub model, or a digest of the weights in memory.
+    """Compute a digest of the weight files of a folder, name the commit of a hub model, or digest weights in memory.
 
-    Files are read whole; see ``digests.remembered`` for when they are read again.
+    Files are read whole; see ``digests.remembered`` for when they are read again. The weights in memory count where
+    those of another repository were loaded too, as under a LoRA, and where the folder holds none that we know of.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return f"state:{_of_state(model)}"
     if folder:
-        root = Path(model_id).expanduser()
-        paths = sorted(path for pattern in _WEIGHTS for path in root.glob(pattern))
-        return f"sha256:{remembered(paths, lambda: _of_files(paths))}"
+        paths = _weight_files(Path(model_id).expanduser())
+        return f"sha256:{remembered(paths, lambda: _of_files(paths))}" if paths else f"state:{_of_state(model)}"
     commit = getattr(model.config, "_commit_hash", None)
     if model_id is not None and commit:
         return f"commit:{commit}"
@@ -63,6 +66,22 @@ def hooks(model: PreTrainedModel) -> tuple[int, ...]:
     )
 
 
+def _weight_files(root: Path) -> list[Path]:
+    """List the weight files of a model folder: those in it, and the shards that its indices name, wherever they are.
+
+    Raises:
+        DataError: an index cannot be read.
+    """
+    paths = {path for pattern in _WEIGHTS for path in root.glob(pattern)}
+    for index in root.glob("*.index.json"):
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths.update(root / shard for shard in shards if (root / shard).is_file())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{index} is no index of weights: {error}") from None
+    return sorted(paths)
+
+
 def _of_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
@@ -91,18 +110,18 @@ def _of_state(model: PreTrainedModel) -> str:
 def settings(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str]:
     """Digests of the settings that change answers, as they are in memory: wherever they were read from.
 
+    The chat template is not among them: the prompt that it renders has a key of its own in the fingerprint.
+
     Returns:
         ``config`` of the model, ``tokenizer`` (vocabulary, rules, special tokens), ``image_processor`` where it can
-        tell its settings, and ``chat_template`` where there is one.
+        tell its settings.
     """
     tokenizer = processor.tokenizer
     images = getattr(processor.image_processor, "to_dict", dict)()
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     found = {
         "config": _plain(model.config.to_dict()),
         "tokenizer": [_rules(tokenizer), _plain(tokenizer.special_tokens_map), tokenizer.padding_side],
         "image_processor": _plain(images),
-        "chat_template": template,
     }
     return {name: _digest(value) for name, value in found.items() if value}
 

@@ -1,16 +1,18 @@
-"""What ``generate`` is told, and sampling that does not depend on the batch that a prompt is in."""
+"""Settings of ``generate``, and sampling that does not depend on the batch that a prompt is in."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    PreTrainedModel,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
@@ -21,9 +23,47 @@ from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Generation
 from stethoscope.trace import Encoded
 
+_SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+_OUTPUTS = ("output_logits", "return_dict_in_generate", "transformers_version")
+
+
+def drop_defaults(model: PreTrainedModel) -> None:
+    """Clear the model's own generation settings, all but the ids of special tokens.
+
+    ``generate`` fills every setting that is None with the one of the repository's ``generation_config.json``; no list
+    of fields could name those that later versions of transformers add.
+    """
+    for module in _generating(model):
+        kept = {name: getattr(module.generation_config, name) for name in _SPECIAL_TOKENS}
+        module.generation_config = GenerationConfig(**kept)
+
+
+def effective(model: PreTrainedModel, settings: GenerationConfig) -> dict[str, Any]:
+    """List the settings that ``generate`` applies: those given, filled with the model's where they are None.
+
+    Args:
+        settings: of one call; left as it is.
+
+    Returns:
+        By name, those that are not None and change what is generated.
+    """
+    filled = copy.deepcopy(settings)
+    for module in _generating(model):
+        filled.update(**module.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    return {
+        name: value
+        for name, value in filled.to_dict().items()
+        if value is not None and name not in _OUTPUTS and not name.startswith("_")
+    }
+
+
+def _generating(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Modules with generation settings: the model, and in BLIP-2 the language model inside it."""
+    return (m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig))
+
 
 def config(generation: Generation, ends: Sequence[int], pad_id: int) -> GenerationConfig:
-    """Settings for transformers that leave nothing to the defaults that a model repository may carry.
+    """Build the settings for transformers; of the model's own, ``drop_defaults`` leaves nothing to fill them with.
 
     Sampling is done by ``Sampler``, so transformers always takes the highest score.
 

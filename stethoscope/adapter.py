@@ -48,6 +48,14 @@ class Adapter(ABC):
         """
         return self.generate(encoded, generation), list(encoded)
 
+    def generation_settings(self, generation: Generation) -> dict[str, Any]:
+        """List the settings that the model really generates with, beyond those of ``generation``; JSON-able.
+
+        They are part of what identifies answers. Nothing by default: an adapter that passes ``generation`` on and
+        fills it with defaults of the model lists these here.
+        """
+        return {}
+
     def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The transformers model, and the arguments of its ``generate`` for which ``generate`` here gives its answers.
 
@@ -110,4 +118,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the model's answers: class, id, revision, weights digest, processor, dtype, prompt."""
+        """Identify the model behind the answers: class, id, revision, weights digest, processor, dtype, prompt.
+
+        What reached the model counts, not what files say: the ``prompt`` as rendered, with ``{question}`` in it, and
+        the weights as loaded.
+        """

@@ -93,8 +93,8 @@ def settings(component: Any) -> dict[str, Any]:
 def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
     """What identifies the answers of one model to one task; the adapter must be set up.
 
-    The adapter's own word (weights, processor, dtype, ...), the source code of adapter and task, the task's settings
-    and how answers are generated. The pictures are not here: every record has the digest of its own.
+    The adapter's own word (weights, processor, dtype, rendered prompt, ...), the source code of adapter and task, the
+    task's settings, how answers are to be generated, and the settings that the model applies for that. The pictures are not here: every record has the digest of its own.
 
     Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
     answer as it is. Neither do the settings of sampling while nothing is sampled.
@@ -102,6 +102,7 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
     decoding = jsonable(generation)
     if not generation.do_sample:
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
+    applied = adapter.generation_settings(generation)
     return {
         "adapter": {**jsonable(adapter.fingerprint()), "code": code_of(type(adapter))},
         "task": {
@@ -111,7 +112,7 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
             "settings": settings(task),
             "code": code_of(type(task)),
         },
-        "generation": decoding,
+        "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
     }
 
 
@@ -162,12 +163,16 @@ def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
     >>> describe([("task.version", "1", "2"), ("seed", None, 0)])
     "task.version: '1' before, '2' now; seed: None before, 0 now"
     """
-    shown = [f"{key}: {_short(old)} before, {_short(new)} now" for key, old, new in changes[:limit]]
+    shown = [f"{key}: {_short(old, new)} before, {_short(new, old)} now" for key, old, new in changes[:limit]]
     more = [f"and {len(changes) - limit} more"] if len(changes) > limit else []
     return "; ".join(shown + more)
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, other: Any) -> str:
+    """Write a value in 60 characters; of a long text the part in which it begins to differ from another."""
+    if isinstance(value, str) and isinstance(other, str) and len(value) > 50:
+        start = max(len(os.path.commonprefix([value, other])) - 15, 0)
+        return ("..." if start else "") + repr(value[start : start + 45]) + ("..." if start + 45 < len(value) else "")
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from stethoscope.adapters import sampling
 from stethoscope.adapters.hf import HfAdapter
@@ -172,3 +173,63 @@ def test_wrong_settings(settings, words):
 def test_the_longest_answer_must_be_known_to_write_one():
     with pytest.raises(ConfigError, match="max_new_tokens must be given"):
         sampling.config(Generation(), [0], 0)
+
+
+LEAKS = {
+    "bad_words_ids": [[5], [6, 7]],
+    "begin_suppress_tokens": [5, 6],
+    "exponential_decay_length_penalty": (1, 9.0),
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 7,
+    "max_time": 1e-6,
+    "min_new_tokens": 23,
+    "num_return_sequences": 2,
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 3,
+    "repetition_penalty": 5.0,
+    "sequence_bias": [[[5], 50.0]],
+    "stop_strings": ["a", "e"],
+    "suppress_tokens": list(range(100)),
+    "watermarking_config": {"bias": 9.0, "greenlist_ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "blip-2-opt"])  # the language model of the second generates by itself
+def test_no_setting_of_a_repository_changes_an_answer(family):
+    """Greedy is greedy, and beams are beams, whatever ``generation_config.json`` holds."""
+    prompt = "USER: <image>\n{question} ASSISTANT:" if family == "llava" else "{question}"
+    clean, full = (HfAdapter(random_init="tiny", family=family, prompt=prompt, device="cpu") for _ in range(2))
+    clean.setup()
+    model, processor = full._tiny()
+    for module in model.modules():
+        if isinstance(getattr(module, "generation_config", None), GenerationConfig):
+            for name, value in LEAKS.items():
+                setattr(module.generation_config, name, value)
+    full._tiny = lambda: (model, processor)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
+    for way in ("greedy", "beams"):
+        expected, answer = (one.generate([one.encode(image, "Yes?")], WAYS[way])[0] for one in (clean, full))
+        assert answer == expected
+        assert full.generation_settings(WAYS[way]) == clean.generation_settings(WAYS[way])
+
+
+def test_every_setting_that_transformers_has_is_dropped_but_special_tokens(adapter):
+    """Over all fields of GenerationConfig, so that those of a later version are covered or fail here."""
+    model = HfAdapter(random_init="tiny", device="cpu")._tiny()[0]
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    assert len(names) > 50
+    for name in (*names, "of_a_later_version"):
+        setattr(model.generation_config, name, 77)
+    sampling.drop_defaults(model)
+    kept = {name for name, value in vars(model.generation_config).items() if value == 77}
+    assert kept == {"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"}
+
+
+def test_settings_of_the_model_that_are_applied_are_listed(adapter, monkeypatch):
+    before = adapter.generation_settings(WAYS["greedy"])
+    assert before["num_beams"] == 1
+    assert before["max_new_tokens"] == 24
+    assert before["do_sample"] is False
+    assert "min_new_tokens" not in before
+    monkeypatch.setattr(adapter.model, "generation_config", GenerationConfig(min_new_tokens=3))
+    assert adapter.generation_settings(WAYS["greedy"])["min_new_tokens"] == 3

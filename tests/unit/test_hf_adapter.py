@@ -101,7 +101,7 @@ def test_fingerprints_of_random_models():
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
     assert one.fingerprint()["weights"] != other.fingerprint()["weights"]
-    assert HfAdapter(random_init="tiny", prompt="{image}{question}").fingerprint()["prompt"] == "{image}{question}"
+    assert HfAdapter(random_init="tiny", prompt="{image}{question}").fingerprint()["prompt"] == "<image>{question}"
 
 
 @pytest.mark.parametrize("model_id", ["/no/such/folder", "./nor/here", "one/two/three"])

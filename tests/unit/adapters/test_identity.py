@@ -1,0 +1,71 @@
+"""Identity of a model: the prompt as rendered and the weights as loaded, wherever their files lie."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stethoscope.adapters import identity
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    adapter = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu")
+    adapter.model.save_pretrained(folder)
+    adapter.processor.save_pretrained(folder)
+    return folder
+
+
+def fingerprint(folder, **settings):
+    return HfAdapter(str(folder), dtype="float32", device="cpu", **settings).fingerprint()
+
+
+def test_the_prompt_is_identified_as_rendered_not_by_the_text_of_its_template(saved):
+    file = saved / "chat_template.jinja"
+    text = file.read_text()
+    try:
+        before = fingerprint(saved)
+        file.write_text("{# another comment #}" + text)
+        assert fingerprint(saved) == before
+        file.write_text("Today: {{ strftime_now('%H:%M:%S.%f') }} " + text)
+        dated = [fingerprint(saved)["prompt"] for _ in range(2)]
+        assert dated[0] != dated[1]
+        assert "{question}" in dated[0]
+        assert fingerprint(saved, prompt=dated[0])["prompt"] == dated[0]  # how a run goes on with its own prompt
+    finally:
+        file.write_text(text)
+
+
+def test_weights_of_shards_in_subfolders_count(saved, tmp_path):
+    model = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu").model
+    (tmp_path / "parts").mkdir()
+    shard = tmp_path / "parts" / "model-00001-of-00001.safetensors"
+    shard.write_bytes((saved / "model.safetensors").read_bytes())
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: f"parts/{shard.name}" for name in load_file(shard)}}))
+    before = identity.weights(model, str(tmp_path), True)
+    assert before.startswith("sha256:")
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, shard)
+    assert identity.weights(model, str(tmp_path), True) != before
+    index.write_text("[]")
+    with pytest.raises(DataError, match="no index of weights"):
+        identity.weights(model, str(tmp_path), True)
+
+
+@pytest.mark.parametrize("way", ["a folder without weights of its own", "an adapter on a base model"])
+def test_where_files_do_not_say_the_weights_in_memory_count(way, saved, tmp_path):
+    model = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu").model
+    folder = tmp_path if way.startswith("a folder") else saved
+    if folder is saved:
+        model._hf_peft_config_loaded = True  # as transformers marks it
+    before = identity.weights(model, str(folder), True)
+    assert before.startswith("state:")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1)
+    assert identity.weights(model, str(folder), True) != before
