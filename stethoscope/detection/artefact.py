@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +15,7 @@ from typing import Any
 
 import skops.io
 
+from stethoscope.core.files import replace_folder
 from stethoscope.errors import ArtefactError
 
 SCHEMA_VERSION = 2
@@ -138,16 +137,13 @@ def write(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            made, old = Path(temporary) / "new", Path(temporary) / "old"
+            made = Path(temporary) / "new"
             made.mkdir()
             (made / OBJECTS).write_bytes(data)
             (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
             for name, content in (texts or {}).items():
                 (made / name).write_text(content, encoding="utf-8")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(made, folder)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(folder, made)
     except OSError as error:
         raise ArtefactError(f"the detector cannot be written to {folder}: {error}") from None
 

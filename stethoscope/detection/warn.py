@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from stethoscope.core.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,11 +71,10 @@ def mention_warnings(
 
 def write_warnings(rows: pd.DataFrame, path: Path) -> None:
     """Writes ``warnings.jsonl``, a JSON object per line; an older file is replaced at the very end."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for row in rows.to_dict("records"):
             exact = {name: row[name] for name in ("probability", "evidence", "prior")}
             short = {name: None if value is None else round(value, 6) for name, value in exact.items()}
             looks = [[name, round(chance, 6)] for name, chance in row["looks"]]
-            file.write(json.dumps({**row, **short, "looks": looks}, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+            line = json.dumps({**row, **short, "looks": looks}, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))

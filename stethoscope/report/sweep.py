@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.files import atomic_write, write_json
 from stethoscope.errors import StethoscopeError
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Cell, Gap, Table, markdown, plain
 from stethoscope.report.versus import TaskOf, detector_table, require_same, task_table
+from stethoscope.runs.fingerprint import jsonable
 from stethoscope.runs.jobs import FINISHED, Job
 from stethoscope.runs.results import TaskResults
 from stethoscope.runs.store import RunStore
@@ -133,12 +133,12 @@ class Comparison:
         parts = [f"# {name}", markdown(self.table)]
         parts += [f"## Jobs to look at\n\n{problems}"] if problems else []
         parts += [f"## Runs\n\n{runs}"]
-        _put(folder / "sweep.md", "\n".join(part.rstrip() + "\n" for part in parts))
-        _put(folder / "sweep.json", json.dumps([one.to_dict() for one in self.results], indent=1, ensure_ascii=False))
+        atomic_write(folder / "sweep.md", "\n".join(part.rstrip() + "\n" for part in parts))
+        write_json(folder / "sweep.json", jsonable([result.to_dict() for result in self.results]))
         columns, rows = self.long()
         file = io.StringIO()
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-        _put(folder / "sweep.csv", file.getvalue())
+        atomic_write(folder / "sweep.csv", file.getvalue())
 
     def long(self) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows of a table with a row for every job and figure; a job without figures has one row."""
@@ -156,12 +156,6 @@ class Comparison:
 
 def _names(results: Sequence[Result], what: str) -> list[str]:
     return list(dict.fromkeys(name for result in results for name in getattr(result, what)))
-
-
-def _put(path: Path, words: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(words, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def comparison(jobs: Sequence[Job], task_of: TaskOf) -> Comparison:

@@ -9,9 +9,11 @@ import inspect
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from stethoscope.core.files import read_json, write_json
+from stethoscope.errors import ArtefactError
 
 REMEMBERED_FROM = 2**26
 """Bytes of files from which a digest is worth remembering: less is read again in a few hundredths of a second."""
@@ -53,19 +55,15 @@ def _cache_file() -> Path:
 
 def _read(file: Path) -> dict[str, str]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the first time, or damaged: the files are read again
+        return read_json(file, default={})
+    except ArtefactError:  # damaged: the files are read again
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write(file: Path, known: dict[str, str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as target:
-            json.dump(known, target)
-        os.replace(temporary, file)
+        write_json(file, known, indent=None)
     except OSError:  # a home that cannot be written to: the files are read again the next time
         return
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stethoscope.errors import ArtefactError
+from stethoscope.core.files import damaged, read_json, write_json
 
 FOLDER = "jobs"  # of the files, inside the sweep's folder
+REMEDY = "delete it and start the sweep again"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 
 
@@ -57,9 +56,7 @@ class Job:
         """Writes the job's file into the folder of its sweep; it appears whole or not at all."""
         path = folder / FOLDER / f"{self.number:04d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, asdict(self))
 
 
 def read_jobs(folder: Path, sweep: str) -> list[Job]:
@@ -68,15 +65,27 @@ def read_jobs(folder: Path, sweep: str) -> list[Job]:
     Raises:
         ArtefactError: a job's file is damaged.
     """
-    found = []
+    jobs = []
     for path in sorted((folder / FOLDER).glob("*.json")):
-        try:
-            job = Job(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ArtefactError(f"{path} is damaged: {error}; start the sweep again") from None
+        job = _job(read_json(path, REMEDY), path)
         if job.sweep == sweep:
-            found.append(replace(job, words=tuple(job.words)))
-    return sorted(found, key=lambda job: job.number)
+            jobs.append(job)
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _job(values: dict[str, Any], path: Path) -> Job:
+    """The job that a file holds."""
+    words = values.get("words")
+    try:
+        job = Job(**{**values, "words": tuple(words) if isinstance(words, list) else words})
+    except TypeError as error:
+        raise damaged(path, str(error).replace("Job.__init__()", "a job"), REMEDY) from None
+    texts = (job.sweep, job.folder, job.status, job.error, *(job.words or ("",)))
+    sound = isinstance(job.words, tuple) and all(isinstance(text, str) for text in texts)
+    numbers = isinstance(job.number, int) and isinstance(job.seconds, (int, float))
+    if not (sound and numbers and isinstance(job.logger, dict)):
+        raise damaged(path, "a value is of another type than a job's", REMEDY)
+    return job
 
 
 def own_words(words: Sequence[str], fixed: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stethoscope.callbacks import Callback
+from stethoscope.core.files import replacing
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.images import read_image
 from stethoscope.runs.lines import lines
@@ -118,13 +119,11 @@ class MapFile:
         """Leaves out the lines that later ones have replaced."""
         if not self.path.is_file():
             return
-        kept = sorted(self._index().values())
-        temporary = self.path.with_name(f"{FILE}.{os.getpid()}.tmp")
-        with self.path.open("rb") as source, temporary.open("wb") as target:
-            for at in kept:
-                source.seek(at)
+        offsets = sorted(self._index().values())
+        with self.path.open("rb") as source, replacing(self.path) as target:
+            for offset in offsets:
+                source.seek(offset)
                 target.write(source.readline())
-        os.replace(temporary, self.path)
 
     def _index(self) -> dict[tuple[str, str], int]:
         """Where the last line of every sample begins, read again if the file has changed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.files import link_or_copy, replacing
 from stethoscope.errors import ArtefactError
 from stethoscope.runs.fingerprint import answers_of, digest, jsonable
 from stethoscope.runs.lines import FAILED, Record, dump, lines
@@ -30,7 +30,7 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
     """A run directory with the answers and token rows of one task of another run, for a detector of its own.
 
     ``tokens.parquet`` is the same file on disk where the file system allows (it is only ever replaced, never written
-    into), as are the pictures and heat maps that the run has kept; the task's lines of ``samples.jsonl`` are copied.
+    into); the task's lines of ``samples.jsonl`` are copied, and the pictures and heat maps that the run has kept.
 
     Args:
         source: the other run; the task must be finished there.
@@ -48,27 +48,16 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
     features = fingerprint.pop("features", None)
     target = RunStore(folder)
     target.begin(task, fingerprint, features, overwrite="features")
-    _link(source.token_files.merged, target.token_files.merged)
-    if (source.run_dir / MAPS).is_file():
-        _link(source.run_dir / MAPS, target.run_dir / MAPS)
-    temporary = target.samples_file.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(dump(replace(record, part="").to_dict()) for record in records))
-    os.replace(temporary, target.samples_file)
+    link_or_copy(source.token_files.merged, target.token_files.merged)
+    if (source.run_dir / MAPS).is_file():  # appended to by `extract`, so never the same file on disk
+        with (source.run_dir / MAPS).open("rb") as maps, replacing(target.run_dir / MAPS) as file:
+            shutil.copyfileobj(maps, file)
+    with replacing(target.samples_file) as file:
+        file.writelines(dump(replace(record, part="").to_dict()) for record in records)
     if task in source.metrics():
         target.write_metrics(task, source.metrics()[task])
     target.set_status(task, source.status().get(task, "finished"))
     return RunStore(folder)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy on file systems that cannot do that; it appears whole."""
-    temporary = target.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
 
 
 @contextmanager

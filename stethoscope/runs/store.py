@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from stethoscope.core.files import atomic_write, replacing
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.runs.fingerprint import comparable, describe, differences, environment, jsonable, redact, redact_override
 from stethoscope.runs.lines import Record, dump, lines
@@ -307,15 +308,13 @@ class RunStore:
         stale = self.token_files.keys("") - {key for key, entry in entries.items() if entry.tokens}
         if stale or any(entry.part for entry in entries.values()):
             self.token_files.merge([(key, entry.part) for key, entry in entries.items() if entry.tokens])
-        temporary = self.samples_file.with_name("samples.jsonl.tmp")
-        with temporary.open("wb") as target:
+        with replacing(self.samples_file) as target:
             for entry, line in zip(entries.values(), _read(entries.values()), strict=True):
                 if entry.part or not entry.tokens:
                     found = {**json.loads(line), "tokens": entry.tokens}
                     found.pop("part", None)
                     line = dump(found)
                 target.write(line)
-        os.replace(temporary, self.samples_file)
         self._repair()
 
     def _drop_tokens(self, task: str) -> None:
@@ -369,10 +368,7 @@ class RunStore:
     def _write(self, name: str, text: str) -> None:
         """Writes a file that appears whole or not at all."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / name
-        temporary = path.with_name(name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        atomic_write(self.run_dir / name, text)
 
 
 def _with_code_of(old: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

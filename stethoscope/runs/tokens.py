@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stethoscope.core.files import replacing
 from stethoscope.errors import ArtefactError
 from stethoscope.records import Answer, Mention, Sample
 
@@ -223,13 +224,10 @@ def _slices(places: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     """Writes tables as the row groups of one file that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer: pq.ParquetWriter | None = None
-    try:
+    with replacing(path) as file, ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
         for table in tables:
-            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            if writer is None:
+                writer = pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
+                stack.callback(writer.close)
             writer.write_table(table, row_group_size=max(len(table), 1))
-    finally:
-        if writer is not None:
-            writer.close()
-    os.replace(temporary, path)

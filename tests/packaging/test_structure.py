@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 # who may import whom inside the package: a module may import modules of its own or of an earlier layer
 LAYERS = [
+    {"errors", "core"},
     {
-        "errors",
         "background",
         "faults",
         "images",

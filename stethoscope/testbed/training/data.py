@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
+from stethoscope.core.files import replacing
 from stethoscope.testbed.backgrounds import SIZE
 from stethoscope.testbed.scene import Scene, SceneObject, scene_at
 from stethoscope.testbed.vocabulary import CATEGORIES
@@ -108,11 +109,9 @@ def _render_shard(job: tuple[pathlib.Path, str, int, int]) -> None:
     rate = UNSEEN_RATE if mode == "prior" else 0.0
     scenes = [scene_at(i, mode, seed, rate) for i in range(shard * SHARD, (shard + 1) * SHARD)]
     path.with_suffix(".jsonl").write_text("".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in scenes))
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         np.savez(
             file,
             images=np.stack([np.asarray(s.image()) for s in scenes]),
             labels=np.stack([patch_labels(s.mask()) for s in scenes]),
         )
-    partial.replace(path)  # a shard is there as a whole or not at all

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from stethoscope.core.files import replacing
 from stethoscope.testbed.training.optimiser import MuonWithAdam
 from stethoscope.testbed.training.stages import Stage
 
@@ -83,9 +84,8 @@ def load_student(path: pathlib.Path, student: nn.Module, only: tuple[str, ...] =
 
 def _save(path: pathlib.Path, stage: Stage, optimiser: MuonWithAdam, step: int) -> None:
     state = {"student": stage.student.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-    partial = path.with_suffix(".part")
-    torch.save(state, partial)
-    partial.replace(path)  # never leave half a checkpoint behind
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def _resume(path: pathlib.Path, stage: Stage, optimiser: MuonWithAdam) -> int:

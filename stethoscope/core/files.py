@@ -1,0 +1,290 @@
+"""Files that appear whole or not at all, and readers that say in one line what is wrong with a damaged file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stethoscope.errors import ArtefactError
+
+LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
+"""Bytes of a file that is read as a whole. A run's largest, the detector's figures, has some hundred kilobytes."""
+
+DEEPEST_YAML = 50  # levels; PyYAML needs a second for a thousand
+_REQUIRED = object()
+_TEMPORARY = "tmp"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a new binary file that takes the place of ``path`` when the block ends without an error.
+
+    Readers see the old content or the new, never a part, whatever ends the process. The content is on disk before it
+    gets its name, so that a power cut leaves a whole file too. A symbolic link in the place is replaced, not followed.
+
+    Args:
+        path: of the file; its folder must exist.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8; see ``replacing``. Halves of surrogate pairs become their escapes."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
+    """Write a value of plain JSON types as a whole file, finite numbers only; see ``replacing``.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    atomic_write(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links; the target appears whole.
+
+    Only for files that are replaced and never written into: see ``unshare``.
+    """
+    temporary = _beside(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def unshare(path: Path) -> None:
+    """Copy a file that has further names (hard links), so that what is appended to it appears under this name only."""
+    if path.is_file() and path.stat().st_nlink > 1:
+        with path.open("rb") as source, replacing(path) as target:
+            shutil.copyfileobj(source, target)
+
+
+def replace_folder(folder: Path, made: Path) -> None:
+    """Put a folder that has been written into the place of another one, whose content is deleted.
+
+    Args:
+        folder: the place; may be empty or not there.
+        made: the new content, on the same file system.
+    """
+    for path in made.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = _beside(folder)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(made, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes have left of unfinished files; only where no other process writes."""
+    for path in folder.glob(f".*.{_TEMPORARY}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes, durable: bool = False) -> None:
+    """Append bytes to a file in one write.
+
+    Args:
+        path: of the file; made if it is not there.
+        data: to append.
+        durable: return only when a power cut would leave them.
+    """
+    with path.open("ab") as file:
+        file.write(data)
+        if durable:
+            sync(file)
+
+
+def sync(file: BinaryIO) -> None:
+    """Return when what was written to a file is on disk, so that a power cut leaves it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder, so that renaming it is one step."""
+    return path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.{_TEMPORARY}")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST_JSON) -> bytes:
+    """Read a file of a run or a detector.
+
+    Args:
+        path: of the file.
+        remedy: what the user can do, put behind what is wrong.
+        largest: bytes that it may have.
+
+    Raises:
+        ArtefactError: it is missing, no regular file, too large, or cannot be read.
+    """
+    path = Path(path)
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for its other end
+            raise damaged(path, "it is no regular file", remedy)
+        if state.st_size > largest:
+            raise damaged(path, f"it has {state.st_size} bytes, more than the {largest} expected at most", remedy)
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from None
+
+
+def read_text(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST_JSON) -> str:
+    """Read a UTF-8 text; arguments and errors as of ``read_bytes``."""
+    try:
+        return read_bytes(path, remedy, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"it is no UTF-8 text: {error.reason} at byte {error.start}", remedy) from None
+
+
+def read_json(path: str | os.PathLike, remedy: str = "", kind: type = dict, default: Any = _REQUIRED) -> Any:
+    """Read a JSON file whose outermost value is an object.
+
+    Args:
+        path: of the file.
+        remedy: what the user can do about a damaged file, put behind what is wrong.
+        kind: type of the outermost value.
+        default: returned where there is no such file; without it that is an error.
+
+    Raises:
+        ArtefactError: the file is missing or damaged; the message is one line and ends with the remedy.
+    """
+    if default is not _REQUIRED and not os.path.lexists(path):
+        return default
+    text = read_text(path, remedy)
+    try:
+        value = _plain_json(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, _reason(error), remedy) from None
+    return _of_kind(path, value, kind, remedy)
+
+
+def read_jsonl(path: str | os.PathLike, remedy: str = "", default: Any = _REQUIRED) -> list[dict[str, Any]]:
+    """Read a file with a JSON object on every line; arguments and errors as of ``read_json``."""
+    if default is not _REQUIRED and not os.path.lexists(path):
+        return default
+    rows = []
+    for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
+        if line.strip():
+            try:
+                row = _plain_json(line)
+            except (ValueError, RecursionError) as error:
+                raise damaged(f"{path}:{number}", _reason(error), remedy) from None
+            rows.append(_of_kind(f"{path}:{number}", row, dict, remedy))
+    return rows
+
+
+def read_yaml(path: str | os.PathLike, remedy: str = "", kind: type = dict, default: Any = _REQUIRED) -> Any:
+    """Read a YAML file of plain values without anchors; arguments and errors as of ``read_json``."""
+    if default is not _REQUIRED and not os.path.lexists(path):
+        return default
+    import yaml
+
+    text = read_text(path, remedy, LARGEST_YAML)
+    try:
+        value = yaml.load(text, Loader=_plain_loader())
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise damaged(path, f"{error.problem or 'no YAML'}{line}", remedy) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, _reason(error), remedy) from None
+    return _of_kind(path, value, kind, remedy)
+
+
+def damaged(path: object, reason: str, remedy: str = "") -> ArtefactError:
+    """The error of a file that cannot be used, as one line: what is wrong, and what the user can do."""
+    line = " ".join(reason.split())  # readers of other projects write several lines
+    shown = line if len(line) <= 200 else line[:197] + "..."
+    return ArtefactError(f"{path} is damaged ({shown})" + (f"; {remedy}" if remedy else ""))
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> ArtefactError:
+    if isinstance(error, FileNotFoundError):
+        return ArtefactError(f"{path} is missing" + (f"; {remedy}" if remedy else ""))
+    why = error.strerror or str(error)
+    return ArtefactError(f"{path} cannot be read ({why})" + (f"; {remedy}" if remedy else ""))
+
+
+def _plain_json(text: str) -> Any:
+    return json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+
+
+def _not_finite(word: str) -> Any:
+    raise ValueError(f"{word} is no value of JSON")
+
+
+@cache
+def _plain_loader() -> type:
+    """PyYAML's safe loader without what can unfold to any size or depth; made late, as yaml is imported late."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has aliases (*name)")
+            self.depth += 1
+            if self.depth > DEEPEST_YAML:
+                raise RecursionError
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    return PlainLoader
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number - number != 0:
+        raise ValueError(f"{digits[:20]} is beyond all numbers")
+    return number
+
+
+def _of_kind(path: object, value: Any, kind: type, remedy: str) -> Any:
+    if not isinstance(value, kind):
+        names = {dict: "an object", list: "a list"}
+        raise damaged(path, f"{names[kind]} was expected, not {type(value).__name__}", remedy)
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
