@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+import inspect
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,58 +17,107 @@ if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
 
 T = TypeVar("T")
+TARGET = "_target_"
+"""The key of a configuration node that names its class."""
+_SHORT = reprlib.Repr()  # of values in messages
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
-def _targets(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, target) of every ``_target_`` below a configuration node."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "_target_":
-                yield path, str(value)
-            else:
-                yield from _targets(value, f"{path}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _targets(value, f"{path}[{index}]")
+def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
+    """Import the class or function of a dotted path, if an allowed package defines it at the top of a module.
 
-
-def build(config: DictConfig, base: type[T], key: str, plugins: Sequence[str] = (), **extra: Any) -> T:
-    """Makes the object that a configuration node describes.
+    Nothing outside the allowed packages is imported for the check, and what they have imported from others is not
+    theirs: of ``stethoscope.table.pd.read_pickle`` not even ``stethoscope.table.pd`` is looked up.
 
     Args:
-        config: node with a ``_target_``.
-        base: what the object must be an instance of.
-        key: where the node stands in the configuration, for messages.
-        plugins: names of packages outside ``stethoscope`` from which classes may be made.
-        extra: further arguments of the constructor.
+        path: ``package.module.name``, where ``name`` may also be one that the package imports from its own modules.
+        key: the setting that holds the path, for messages.
+        plugins: names of packages besides ``stethoscope``, as the present command line or Python call gives them.
 
     Raises:
-        ConfigError: the target is missing, not allowed, cannot be imported, rejects its arguments or is of another
-            type.
+        ConfigError: the path is outside the allowed packages, cannot be imported or is not defined by them.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, (DictConfig, ListConfig)) else config
-    if not isinstance(plain, dict) or "_target_" not in plain:
-        raise ConfigError(f"{key} has no _target_; it should name a class, for example by choosing {key}=<name>")
-    allowed = ("stethoscope", *plugins)
-    for where, target in _targets(plain, key):
-        if target.split(".")[0] not in allowed:
-            raise ConfigError(
-                f"{where}._target_={target!r} is outside the packages that may be instantiated "
-                f"({', '.join(allowed)}); add plugins=[{target.split('.')[0]}] if you trust it"
-            )
+    allowed = ("stethoscope", *([plugins] if isinstance(plugins, str) else plugins))
+    shown = _SHORT.repr(path)
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    package = module.split(".")[0]
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ConfigError(f"{key}={shown} is no name of something in a module, such as package.module.Name")
+    if package not in allowed:  # the check before any import
+        raise ConfigError(
+            f"{key}={shown} is outside the packages that may be used ({', '.join(allowed)}); "
+            f"add plugins=[{package[:80]}] if you trust it"
+        )
     try:
-        made = instantiate(plain, **extra, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, StethoscopeError):
-            raise error.__cause__ from None
-        raise ConfigError(f"{key}: {plain['_target_']} cannot be made: {_reason(error)}") from error
-    if not isinstance(made, base):
-        raise ConfigError(f"{key}: {plain['_target_']} makes a {type(made).__name__}, not a {base.__name__}")
-    return made
+        value = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the code of a plug-in raises: the line names it, the cause stays attached
+        raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}") from error
+    home = getattr(value, "__module__", None)
+    if not callable(value) or str(home).split(".")[0] not in allowed:
+        raise ConfigError(f"{key}={shown} is no class or function that {' or '.join(allowed)} defines")
+    return value
+
+
+def import_class(path: Any, base: type[T], key: str, plugins: Sequence[str] = ()) -> type[T]:
+    """Import a class of a contract, as ``import_name``.
+
+    Args:
+        path: ``package.module.Class``.
+        base: what it must be a subclass of.
+        key: the setting that holds the path, for messages.
+        plugins: as for ``import_name``.
+
+    Raises:
+        ConfigError: as ``import_name``, or it is another kind of class.
+    """
+    cls = import_name(path, key, plugins)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise ConfigError(f"{key}={_SHORT.repr(path)} is no {base.__name__}; it should name a subclass of it")
+    return cls
+
+
+def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugins: Sequence[str] = ()) -> T:
+    """Make the object that a configuration node describes.
+
+    The node's other keys are the constructor's arguments, plain values all the way down: a class inside them is not
+    made, since nobody says what it would have to be.
+
+    Args:
+        config: node with a ``_target_``, composed from the command line or as plain data from a file.
+        base: what the class must be a subclass of.
+        key: path of the node in the configuration, for messages.
+        plugins: names of packages outside ``stethoscope`` whose classes may be made.
+
+    Raises:
+        ConfigError: the class is missing, not allowed, cannot be imported, is of another kind or rejects its settings.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    if not isinstance(plain, Mapping) or TARGET not in plain:
+        raise ConfigError(f"{key} has no {TARGET}; it should name a class, for example by choosing {key}=<name>")
+    settings = {name: value for name, value in plain.items() if name != TARGET}
+    for path in _special_keys(settings, key):
+        raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
+    cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
+    try:
+        return cls(**settings)
+    except StethoscopeError:
+        raise
+    except Exception as error:  # settings of a wrong type or name show in whatever the constructor does with them
+        raise ConfigError(f"{key}: {plain[TARGET]} cannot be made: {_reason(error)}") from error
+
+
+def _special_keys(node: Any, path: str) -> Iterator[str]:
+    """Dotted path of every key below a node that is no name, or that Hydra would act on (``_target_``, ``_args_``)."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if isinstance(name, str) and name.startswith("_") and name.endswith("_") and name.strip("_"):
+                yield f"{path}.{name}"
+            yield from _special_keys(value, f"{path}.{name}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _special_keys(value, f"{path}[{index}]")
 
 
 def _reason(error: BaseException) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from stethoscope.errors import ConfigError
 from stethoscope.tasks.nouns import Nouns
@@ -34,6 +36,11 @@ class SpacyNouns:
             import spacy
         except ImportError:
             raise ConfigError(f"task.spacy={model!r} needs spaCy: {INSTALL}") from None
+        if not Path(model).is_dir() and not entry_points(group="spacy_models", name=model):
+            # spaCy would import any installed package of that name
+            raise ConfigError(
+                f"task.spacy={model!r} is no installed spaCy model and no folder; to install it: {INSTALL}"
+            )
         try:
             self._pipeline = spacy.load(model)
         except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.past import parse, saved_task
+from stethoscope.commands.past import package_names, parse, saved_task
 from stethoscope.errors import ConfigError, unknown
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(folders) < 2:
         named = f"; {folders[0]} is one" if folders else ""
         raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{named}")
-    plugins = [name for name in settings["plugins"].split(",") if name]
+    plugins = package_names(settings["plugins"])
     sources = [Source.read(folder) for folder in folders]
     tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
     if settings["format"] == "html":

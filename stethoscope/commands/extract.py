@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -10,6 +13,35 @@ from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
 from stethoscope.errors import ArtefactError, ConfigError
 from stethoscope.runs.processes import rank
+
+SAVED = ("limit", "batch_size", "seed")
+"""Settings of the evaluator that a run goes on with."""
+
+
+def trusted_settings(saved: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run's model, of which some count only where they are typed again.
+
+    Args:
+        saved: the model in the run's configuration.
+        typed: those settings by this command line, off where it does not name them.
+
+    Raises:
+        ConfigError: the run was made with one of them; the line says what to type.
+        ArtefactError: the run's configuration holds no model.
+
+    >>> trusted_settings({"model_id": "a/b", "trust_remote_code": False}, {"trust_remote_code": False})
+    {'model_id': 'a/b', 'trust_remote_code': False}
+    """
+    if not isinstance(saved, dict):
+        raise ArtefactError("the run's config.yaml has no settings under model; it should hold a _target_ and more")
+    for key, value in typed.items():
+        if not value and saved.get(key):
+            wanted = f"{key}={'true' if saved[key] is True else reprlib.repr(saved[key])}"
+            raise ConfigError(
+                f"the run's model was loaded with {wanted}, which no file can ask for; "
+                f"add model.{wanted} if you trust the run"
+            )
+    return {**saved, **{key: value for key, value in typed.items() if key in saved or value}}
 
 
 def run(config: DictConfig) -> None:
@@ -27,13 +59,15 @@ def run(config: DictConfig) -> None:
     folder = Path(config.run)
     saved = saved_config(folder)
     asked = saved.get("task") or saved.get("chair")  # of a benchmark, the task that has features
-    if asked is None:
-        raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`")
-    detector = load_detector(config.warn or None)
-    plugins = [*saved.plugins, *config.plugins]
+    lacking = [key for key in (*SAVED, "model", "generation") if key not in saved]
+    if asked is None or lacking:
+        which = f", its config.yaml has no {lacking[0]}" if lacking else ""
+        raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`{which}")
+    detector, plugins = load_detector(config.warn or None), config.plugins
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)
-    adapter, task = build(saved.model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
+    model = trusted_settings(saved["model"], config.model)
+    adapter, task = build(model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
     if detector is not None:
         wrote = RunStore(folder).model(task.name)
         one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
@@ -45,14 +79,12 @@ def run(config: DictConfig) -> None:
             )
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
-        limit=saved.limit,
-        batch_size=saved.batch_size,
-        generation=build(saved.generation, Generation, "generation", plugins),
+        **{key: saved[key] for key in SAVED},
+        generation=build(saved["generation"], Generation, "generation", plugins),
         features=features,
         trace=config.trace,
         run_dir=folder,
         overwrite="features",
-        seed=saved.seed,
     ).run(adapter, task)
     if rank():  # of several processes the first one does the rest
         return

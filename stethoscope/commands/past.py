@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import TYPE_CHECKING
 
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 
@@ -34,6 +35,15 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
     return runs, settings
 
 
+def package_names(text: str) -> list[str]:
+    """Package names of the setting ``plugins``, with or without the brackets of the other commands.
+
+    >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
+    (['mine', 'yours'], ['mine'], [])
+    """
+    return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+
+
 def saved_task(source: Source, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
     """The task that a run was asked with, made again from its configuration or else from its fingerprint.
 
@@ -47,19 +57,17 @@ def saved_task(source: Source, name: str, plugins: Sequence[str] = (), offline: 
         ArtefactError: the run does not say how its task is made.
         ConfigError: the task cannot be made.
     """
-    from omegaconf import DictConfig, OmegaConf
-
-    from stethoscope.build import build
+    from stethoscope.build import TARGET, build, import_class
+    from stethoscope.commands.session import saved_config
     from stethoscope.task import Task
 
-    found = source.store.fingerprints().get(name, {}).get("task", {})
-    file = source.folder / "config.yaml"
-    config = OmegaConf.load(file) if file.is_file() else {}
-    nodes: list[Any] = [node for node in config.values() if isinstance(node, DictConfig)]
-    mine = [node for node in nodes if node.get("_target_") == found.get("class")]
-    if "class" not in found:
+    described = source.store.fingerprints().get(name, {}).get("task", {})
+    path, settings = described.get("class"), described.get("settings", {})
+    if path is None or not isinstance(settings, dict):
         raise ArtefactError(f"{source.folder / 'fingerprint.json'} does not say what {name} is")
-    node = dict(OmegaConf.to_container(mine[0])) if mine else {"_target_": found["class"], **found.get("settings", {})}
-    if offline and "local_files_only" in node:
-        node["local_files_only"] = True
+    nodes = saved_config(source.folder).values() if (source.folder / "config.yaml").is_file() else ()
+    configured = (node for node in nodes if isinstance(node, dict) and node.get(TARGET) == path)
+    node = next(configured, {TARGET: path, **settings})
+    if offline and "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
+        node = {**node, "local_files_only": True}  # also where the file does not have the key
     return build(node, Task, name, plugins)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stethoscope.commands.past import parse, saved_task
+from stethoscope.commands.past import package_names, parse, saved_task
 from stethoscope.errors import ConfigError, StethoscopeError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings["pictures"] not in ("true", "false"):
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
     source = Source.read(Path(runs[0]))
-    plugins = [name for name in settings["plugins"].split(",") if name]
+    plugins = package_names(settings["plugins"])
     picture = _pictures(source, plugins) if settings["pictures"] == "true" else None
     report = collect(source, int(settings["cases"]), picture)
     folder = Path(settings["out"] or runs[0])

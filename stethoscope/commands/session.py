@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.callbacks import Callback
@@ -117,16 +118,33 @@ def answer(
         return evaluator.run(adapter, task)
 
 
-def saved_config(folder: Path) -> DictConfig:
-    """The configuration that a run directory was made with.
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references, with which a small file would unfold to an endless one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose the next node, unless it repeats another."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} refers to another part of the file")
+        return super().compose_node(parent, index)
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration that a run directory was made with, as plain data: nothing in it is resolved.
 
     Raises:
-        ArtefactError: there is no such run.
+        ArtefactError: there is no such run, or the file is damaged.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
-    return OmegaConf.load(file)
+    try:
+        config = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtefactError(f"{file} is damaged: {reason}; the command that made the run writes it again") from None
+    if not isinstance(config, dict):
+        raise ArtefactError(f"{file} is damaged: it holds no settings; the command that made the run writes it again")
+    return config
 
 
 def report_failures(results: Sequence[TaskResults], folder: Path) -> None:

@@ -11,8 +11,9 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ class Sweep:
 
     def run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         """Runs one job and writes down how it ended. Its errors are told and noted, and do not stop the sweep."""
+        from stethoscope.commands.session import listed
+
         own = own_words(words, self.fixed)
         folder = self._prepare(config, own or (f"job={number}",))
-        job = Job(self.key, number, own, folder, logger=_logger_of(config))
+        plugins = tuple(map(str, listed(config.get("plugins") or ())))
+        job = Job(self.key, number, own, folder, logger=_logger_of(config), plugins=plugins)
         job.write(self.folder)
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
@@ -125,7 +129,7 @@ class Sweep:
         from stethoscope.report.sweep import comparison
 
         jobs = read_jobs(self.folder, self.key)
-        found = comparison(jobs, _task_of)
+        found = comparison(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
         found.print(terminal())
         found.write(self.folder, self.name)
         print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
@@ -152,13 +156,11 @@ class Sweep:
         loggers.finalize("finished" if all(job.status == FINISHED for job in jobs) else "failed")
 
 
-def _task_of(source: Any, name: str) -> Any:
-    """A task of a run, made again from its configuration, without the network."""
+def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
+    """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
     from stethoscope.commands.past import saved_task
 
-    saved = source.folder / "config.yaml"
-    plugins = OmegaConf.load(saved).get("plugins", []) if saved.is_file() else []
-    return saved_task(source, name, plugins, offline=True)
+    return saved_task(source, name, sorted(plugins), offline=True)
 
 
 def _logger_of(config: DictConfig) -> dict[str, Any]:

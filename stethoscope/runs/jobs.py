@@ -27,6 +27,7 @@ class Job:
         error: one line that says why it failed, else empty.
         seconds: how long it took.
         logger: settings of its W&B logger; empty without one.
+        plugins: the user's packages that its command line names.
     """
 
     sweep: str
@@ -37,6 +38,7 @@ class Job:
     error: str = ""
     seconds: float = 0.0
     logger: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ def pope(tmp_path):
         (["evaluate", "task.parser=offical"], "unknown parser of pope 'offical'; did you mean 'official'?"),
         (["evaluate", "batch_size=0"], "batch_size=0 should be at least 1"),
         (["evaluate", "on_error=explode"], "unknown on_error 'explode'"),
-        (["evaluate", "model._target_=os.system"], "'os.system' is outside the packages that may be instantiated"),
+        (["evaluate", "model._target_=os.system"], "'os.system' is outside the packages that may be used"),
         (["evaluate", "model=hf"], "model_id"),
         (["extract"], "run must be given"),
         (["train", "run=nowhere"], "run=nowhere is no directory"),

@@ -74,12 +74,14 @@ def test_a_task_runs_on_it(mine, stethoscope, way):
 
 
 def test_its_features_need_nothing_more(mine, stethoscope):
-    """Also relevancy's; the second command finds the class through the run's own configuration."""
+    """Also relevancy's; the run's configuration tells the second command the class, its user the package."""
     import pandas
 
     words = ("--config-dir", mine / "conf", "model=pooled", "plugins=[my_models]", "generation.max_new_tokens=3")
     stethoscope("evaluate", *words, *TASK, "name=two", code=0)
-    stethoscope("extract", "run=runs/two", "features=default", "trace=all", code=0)
+    words = ("extract", "run=runs/two", "features=default", "trace=all")
+    assert "add plugins=[my_models] if you trust it" in stethoscope(*words)
+    stethoscope(*words, "plugins=[my_models]", code=0)
     table = pandas.read_parquet("runs/two/tokens.parquet")
     columns = [name for name in table.columns if name.startswith("relevancy")]
     assert columns

@@ -1,5 +1,7 @@
 """From a name to a model, in Python, whatever Hydra is doing meanwhile."""
 
+import sys
+
 import hydra
 import pytest
 from hydra import version
@@ -7,8 +9,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import stethoscope
-from stethoscope.build import build, choices, compose
+from stethoscope.adapter import Adapter
+from stethoscope.build import build, choices, compose, import_class, import_name
+from stethoscope.detector import Detector
 from stethoscope.errors import ConfigError
+from stethoscope.features import FeatureSet
+from stethoscope.records import Generation
 
 SETTINGS = {"random_init": "tiny", "device": "cpu"}
 
@@ -75,6 +81,42 @@ def test_hydras_state_survives_an_error(tmp_path):
 def test_wrong_names(model, settings, words):
     with pytest.raises(ConfigError, match=words):
         stethoscope.load(model, **settings)
+
+
+def test_what_a_package_defines_and_what_it_has_imported():
+    """Names that a package takes over from its own modules are its own too."""
+    assert import_class("stethoscope.Detector", object, "detector").__module__ == "stethoscope.detector"
+    assert import_class("stethoscope.features.FeatureSet", FeatureSet, "features") is FeatureSet
+    assert import_name("stethoscope.tasks.objects.mentions", "mentions")("a dog")
+    for path in ("stethoscope.build.importlib", "stethoscope.build.TARGET", "stethoscope.build.Path", "stethoscope"):
+        with pytest.raises(ConfigError, match=r"no class or function that|no name of something"):
+            import_name(path, "model._target_")
+
+
+def test_nothing_outside_is_imported_to_be_refused(monkeypatch, tmp_path):
+    (tmp_path / "never_imported.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"add plugins=\[never_imported\]"):
+        build({"_target_": "never_imported.Model"}, Adapter, "model")
+    assert "never_imported" not in sys.modules
+
+
+@pytest.mark.parametrize("path", [None, 3, ["os.system"], {"a": 1}, "", ".", "a..b", "os.system ", "x" * 10**6 + ".y"])
+def test_what_names_nothing_is_refused_in_a_short_line(path):
+    with pytest.raises(ConfigError) as error:
+        build({"_target_": path}, Adapter, "model")
+    assert len(str(error.value)) < 300
+
+
+def test_a_plugin_by_itself_or_in_a_list():
+    assert build({"_target_": "collections.OrderedDict"}, dict, "model", "collections") == {}
+
+
+def test_settings_that_the_constructor_refuses():
+    with pytest.raises(ConfigError, match=r"generation: stethoscope.records.Generation cannot be made: .*no_such"):
+        build({"_target_": "stethoscope.records.Generation", "no_such": 1}, Generation, "generation")
+    with pytest.raises(ConfigError, match="is no Detector"):
+        build({"_target_": "stethoscope.records.Generation"}, Detector, "detector")
 
 
 def test_classes_of_others_are_not_made_unless_trusted():
