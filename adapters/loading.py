@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import blip, processors
 from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, unknown
+from stethoscope.runs.processes import variable
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ class Loading:
         """Raises CapabilityError for a GPU, by its number, that is not there, or that other processes take too."""
         import torch
 
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        beside = variable("LOCAL_WORLD_SIZE", 1)
         if self.device_map in DEVICE_MAPS and beside > 1 and torch.accelerator.device_count():
             raise CapabilityError(
                 f"device_map={self.device_map} takes all GPUs of a machine, and {beside} processes run on this one; "
@@ -140,7 +141,7 @@ class Loading:
 
         if not torch.cuda.is_available():
             return "cpu"
-        local = int(os.environ.get("LOCAL_RANK") or 0)
+        local = variable("LOCAL_RANK", 0)
         return f"cuda:{local % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
     def options(self) -> dict[str, Any]:

@@ -53,17 +53,19 @@ def _help() -> str:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted, 143 by SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if rank():  # of several processes the first one speaks, and one that fails
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    number = 0
     warnings.showwarning = _warn
     try:
         with ended_by_signal(), disk_faults():
+            number = rank()
+            if number:  # of several processes the first one speaks, and one that fails
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
             _dispatch(arguments)
     except StethoscopeError as error:
-        print(f"stethoscope: {f'process {rank()}: ' if rank() else ''}{error}", file=sys.stderr)
+        print(f"stethoscope: {f'process {number}: ' if number else ''}{error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as error:
-        if not rank():
+        if not number:
             print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
     except BrokenPipeError:  # `stethoscope list | head`

@@ -19,7 +19,7 @@ from stethoscope.records import Generation, Sample
 from stethoscope.runs.fingerprint import answers_of, digest, features_of, jsonable
 from stethoscope.runs.lines import FAILED, OK, UNPARSED
 from stethoscope.runs.lock import RunLock
-from stethoscope.runs.processes import Ended, joined
+from stethoscope.runs.processes import MEETING_MINUTES, Ended, joined
 from stethoscope.runs.results import TaskResults
 from stethoscope.runs.run import Run
 from stethoscope.runs.store import Overwrite, RunStore
@@ -53,6 +53,7 @@ class Evaluator:
         on_error: str = "record",
         overwrite: Overwrite = False,
         seed: int = 0,
+        meeting_minutes: float = MEETING_MINUTES,
     ) -> None:
         """Stores and checks the settings.
 
@@ -71,6 +72,7 @@ class Evaluator:
             overwrite: throw away what another run of this task has left in the run directory; ``features`` for its
                 token rows only.
             seed: of the bootstrap.
+            meeting_minutes: how long the processes of one run wait for each other at its start.
 
         Raises:
             ConfigError: a value is out of range.
@@ -86,13 +88,19 @@ class Evaluator:
                 raise ConfigError(f"{name}={value!r} should be a whole number")
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} should be at least 1")
+        if (
+            isinstance(meeting_minutes, bool)
+            or not isinstance(meeting_minutes, (int, float))
+            or not meeting_minutes > 0
+        ):
+            raise ConfigError(f"meeting_minutes={meeting_minutes!r} should be a number above 0")
         self.callbacks = tuple(callbacks)
         self.loggers = loggers if isinstance(loggers, Loggers) else Loggers(loggers)
         self.limit, self.fast_dev_run, self.batch_size = limit, fast_dev_run, batch_size
         self.generation, self.features, self.trace = generation, features, trace
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.on_error = "raise" if fast_dev_run else on_error
-        self.overwrite, self.seed = overwrite, seed
+        self.overwrite, self.seed, self.meeting_minutes = overwrite, seed, meeting_minutes
 
     def run(self, adapter: Adapter, task: Task) -> TaskResults:
         """Evaluates one model on one task; what the run directory has already is not done again.
@@ -122,6 +130,7 @@ class Evaluator:
                 lock.release()
 
     def _run(self, run: Run, lock: RunLock | None) -> TaskResults:
+        run.processes.meet(self.meeting_minutes)
         with run.processes.step():
             self._call("on_run_start", run)
             run.task.setup()

@@ -13,8 +13,10 @@ from pathlib import Path
 from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.callbacks import Progress
+from stethoscope.cli import TERMINATED
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluator import Evaluator
+from stethoscope.faults import Terminated, ended_by_signal
 from stethoscope.runs.processes import rank
 
 
@@ -41,9 +43,13 @@ def main(folder: str, options: str) -> None:
         features=TinyFeatures() if given.get("features", True) else None,
         run_dir=folder,
         on_error=given.get("on_error", "record"),
+        meeting_minutes=given.get("meeting_minutes", 10),
     )
     try:
-        results = evaluator.run(adapter, TinyTask(count=given["count"]))
+        with ended_by_signal():
+            results = evaluator.run(adapter, TinyTask(count=given["count"]))
+    except Terminated:
+        sys.exit(TERMINATED)
     except (StethoscopeError, RuntimeError) as error:
         print(f"tiny: {error}", file=sys.stderr)
         sys.exit(2)

@@ -85,6 +85,7 @@ def run(config: DictConfig) -> None:
         trace=config.trace,
         run_dir=folder,
         overwrite="features",
+        meeting_minutes=config.meeting_minutes,
     ).run(adapter, task)
     if rank():  # of several processes the first one does the rest
         return

@@ -93,6 +93,7 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
         on_error=config.on_error,
         overwrite=config.overwrite,
         seed=config.seed,
+        meeting_minutes=config.meeting_minutes,
         **settings,
     )
 

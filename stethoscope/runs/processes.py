@@ -12,10 +12,13 @@ import atexit
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,51 @@ PATIENCE = timedelta(days=30)
 noticed at once by its closed connection, and a machine that vanishes by the launcher, so this is no watch on them."""
 
 
+MEETING_MINUTES = 10.0
+"""How long the first meeting may take by default. It comes before any model is loaded, so that it takes no longer than
+a launcher needs for its last process; variables left over from another launch end here."""
+
+_HINT = "start the processes with torchrun, or unset WORLD_SIZE and RANK to run one"
+_POLL, _SILENT = 0.1, 3.0  # seconds between two looks, and before it is said whom a process waits for
+_STORE_TIMEOUT = timedelta(seconds=60)  # of one question to the table of keys
+_WAITING = "stethoscope-waiting"
+
+
+def variable(name: str, default: int) -> int:
+    """Read a whole number of at least 0 that a launcher has set in the environment.
+
+    Raises:
+        ConfigError: the variable holds something else.
+    """
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"the environment variable {name}={text!r:.60} should be a whole number; {_HINT}")
+    return int(text)
+
+
 def count() -> int:
-    """How many processes were started together, by their launcher's word; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Count the processes that were started together, by their launcher's word; 1 without one.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` is no number of processes.
+    """
+    return max(variable("WORLD_SIZE", 1), 1)
 
 
 def rank() -> int:
-    """Number of this process among those, from 0."""
-    return int(os.environ.get("RANK") or 0) if count() > 1 else 0
+    """Return the number of this process among those, from 0.
+
+    Raises:
+        ConfigError: ``RANK`` is missing or not below ``WORLD_SIZE``.
+    """
+    processes = count()
+    if processes == 1:
+        return 0
+    number = variable("RANK", processes)  # without the variable, one that no process has
+    if number >= processes:
+        given = os.environ.get("RANK")
+        raise ConfigError(f"RANK={given} should be 0 to {processes - 1}, as WORLD_SIZE={processes}; {_HINT}")
+    return number
 
 
 class Ended(SystemExit):
@@ -67,23 +107,31 @@ class Processes:
         """Whether this process does what is done once."""
         return self.rank == 0
 
-    @cached_property
-    def _group(self) -> Any:
-        """The connection to the others.
+    def meet(self, minutes: float = MEETING_MINUTES) -> None:
+        """Connect to the other processes; does nothing where that is done, or there are none.
+
+        Args:
+            minutes: how long to wait for all to come.
 
         Raises:
-            CapabilityError: there is none.
+            CapabilityError: not all have come in time.
+            ConfigError: the launcher has not said where to meet.
         """
-        from accelerate import PartialState
-
-        try:
-            PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
-        except (RuntimeError, ValueError) as error:
-            raise CapabilityError(f"process {self.rank} of {self.count} cannot reach the others: {error}") from None
+        if not self.several:
+            return
         import torch.distributed
 
+        if torch.distributed.is_initialized():
+            return
+        meeting = Meeting(self.rank, self.count, minutes)
+        store = meeting.store()
+        meeting.complete(store)
+        options = {"store": store, "rank": self.rank, "world_size": self.count, "timeout": PATIENCE}
+        try:
+            patiently(lambda: torch.distributed.init_process_group("gloo", **options))
+        except (RuntimeError, ValueError) as error:
+            raise CapabilityError(f"process {self.rank} cannot reach the others: {_line(error)}") from None
         atexit.register(_leave)
-        return torch.distributed
 
     def takes(self, sample_id: str) -> bool:
         """Whether a sample falls to this process; goes by the id alone, not by order or number of samples."""
@@ -104,19 +152,25 @@ class Processes:
         """
         if not self.several:
             return [value]
-        import torch
-
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        self.meet()
         try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-            self._group.all_gather(sizes, torch.tensor([len(text)]))
-            longest = max(int(size) for size in sizes)
-            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
-            self._group.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+            return [json.loads(text) for text in patiently(lambda: self._gather(json.dumps(value).encode()))]
         except RuntimeError as error:
             self.check()
-            raise CapabilityError(f"a process of the run has gone ({str(error).splitlines()[0][:80]})") from None
-        return [json.loads(bytes(one[: int(size)].tolist())) for one, size in zip(texts, sizes, strict=True)]
+            raise CapabilityError(f"a process of the run has gone ({_line(error)})") from None
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        """Exchange some bytes with all others; waits in C++."""
+        import torch
+        from torch.distributed import all_gather
+
+        text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        all_gather(sizes, torch.tensor([len(text)]))
+        longest = max(int(size) for size in sizes)
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        return [bytes(text[: int(size)].tolist()) for text, size in zip(texts, sizes, strict=True)]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -176,11 +230,122 @@ class Processes:
         return True
 
 
+class Meeting:
+    """The first meeting of all processes of a launch, at the address that the launcher has given them."""
+
+    def __init__(self, rank: int, count: int, minutes: float) -> None:
+        """Read the address.
+
+        Raises:
+            ConfigError: the launcher has set none.
+        """
+        host = os.environ.get("MASTER_ADDR")
+        port = variable("MASTER_PORT", 0)
+        if not host or not 0 < port < 65536:
+            what = "MASTER_PORT from 1 to 65535" if host else "MASTER_ADDR"
+            raise ConfigError(f"WORLD_SIZE={count} without {what}, the place where processes meet; {_HINT}")
+        self.rank, self.count, self.minutes, self.host, self.port = rank, count, minutes, host, port
+        self._begun, self._announced = time.monotonic(), False
+
+    def store(self) -> Any:
+        """Open the table of keys that the first process, or else torchrun, keeps at the address."""
+        from torch.distributed import PrefixStore, TCPStore
+
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        keeps = self.rank == 0 and not agent
+        while not keeps and not self._reachable():
+            self._wait([0], "has not been started" if not agent else "cannot be reached")
+        options = {"is_master": keeps, "wait_for_workers": False, "multi_tenant": True, "timeout": _STORE_TIMEOUT}
+        try:
+            table = patiently(lambda: TCPStore(self.host, self.port, self.count, **options))
+        except RuntimeError as error:
+            raise CapabilityError(
+                f"process {self.rank} cannot use {self.host}:{self.port}, the place of the meeting: {_line(error)}"
+            ) from None
+        return PrefixStore(f"stethoscope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", table)
+
+    def complete(self, store: Any) -> None:
+        """Wait until all processes have come.
+
+        Raises:
+            CapabilityError: not all have come in time.
+        """
+        missing = list(range(self.count))
+        try:
+            patiently(lambda: store.set(f"here/{self.rank}", "1"))
+            while missing:
+                here = patiently(lambda: [store.check([f"here/{other}"]) for other in missing])  # noqa: B023
+                missing = [other for other, present in zip(missing, here, strict=True) if not present]
+                if missing:
+                    self._wait(missing, "has not come")
+        except RuntimeError as error:
+            raise CapabilityError(f"process 0 has gone before all processes had come ({_line(error)})") from None
+
+    def _reachable(self) -> bool:
+        """Whether somebody listens at the address; asked by Python, as C++ would be deaf to signals meanwhile."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def _wait(self, missing: Sequence[int], what: str) -> None:
+        """Wait a moment; say once whom for.
+
+        Raises:
+            CapabilityError: the time is up.
+        """
+        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        whom = f"process{'es' if len(missing) > 1 else ''} {shown} of {self.count} (numbered from 0)"
+        waited = time.monotonic() - self._begun
+        if waited > 60 * self.minutes:
+            raise CapabilityError(
+                f"{whom} {what} at {self.host}:{self.port} within {self.minutes:g} minutes; {_HINT}, or wait longer "
+                "with meeting_minutes="
+            )
+        if waited > _SILENT and not self._announced:
+            self._announced = True
+            print(
+                f"process {self.rank} waits for {whom} at {self.host}:{self.port}, up to {self.minutes:g} minutes ...",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(_POLL)
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """Call something that may wait in C++, in a thread, so that this one hears signals meanwhile.
+
+    A signal leaves the thread behind; it ends with the process.
+    """
+    outcome: list[Any] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:  # raised again by the thread that waits for it
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name=_WAITING, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:100]
+
+
 def _leave() -> None:
     """Ends the connection's threads before the interpreter goes: C++ aborts a process in which one is left."""
     import torch.distributed
 
-    if torch.distributed.is_initialized():
+    waiting = any(thread.name == _WAITING for thread in threading.enumerate())
+    if torch.distributed.is_initialized() and not waiting:  # which would wait for the others once more
         torch.distributed.destroy_process_group()
 
 

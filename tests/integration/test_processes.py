@@ -153,6 +153,100 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(kill_runs, tmp_
     assert alone_in(tmp_path / "run", 50).counts["samples"] == 50
 
 
+@pytest.fixture
+def alone(kill_runs, tmp_path):
+    """Starts one process of two, whose partner never comes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    started = []
+
+    def start(rank, **options):
+        words = [sys.executable, TINY, str(tmp_path / "run"), json.dumps({"count": 2, **options})]
+        variables = {**environment, "RANK": str(rank), "MASTER_PORT": str(kill_runs.free_port())}
+        started.append(subprocess.Popen(words, env=variables, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_without_a_partner_says_so_and_hears_signals(alone, rank, number):
+    worker = alone(rank)
+    line = worker.stderr.readline()
+    assert line.startswith(f"process {rank} waits for process {1 - rank} of 2 (numbered from 0) at 127.0.0.1:")
+    assert line.endswith(", up to 10 minutes ...\n")
+    worker.send_signal(number)
+    rest = worker.communicate(timeout=20)[1]
+    assert worker.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    assert number == signal.SIGINT or rest == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_partner_that_does_not_come_is_one_line(alone, rank, tmp_path):
+    worker = alone(rank, meeting_minutes=0.01)
+    said = worker.communicate(timeout=60)[1].splitlines()
+    assert worker.returncode == 2
+    assert f"process {1 - rank} of 2 (numbered from 0) has not " in said[-1]
+    assert said[-1].endswith("or wait longer with meeting_minutes=")
+    assert len(said) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_at_the_end_hears_signals(kill_runs, tmp_path, number):
+    run = Launch(kill_runs, tmp_path / "run", 2, count=8, pause=0.05)
+    slow, waiting = run.workers[1], run.workers[0]
+    while not (tmp_path / "run/shards").exists():
+        time.sleep(0.005)
+    slow.send_signal(signal.SIGSTOP)
+    while sum(line["sample_id"] in _share(0, 8) for line in kill_runs._records(tmp_path / "run")) < len(_share(0, 8)):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert waiting.poll() is None
+    waiting.send_signal(number)
+    begun = time.monotonic()
+    waiting.wait(timeout=30)
+    assert time.monotonic() - begun < 10
+    assert waiting.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    slow.send_signal(signal.SIGCONT)
+    run.end()
+    assert slow.returncode == 2
+    assert alone_in(tmp_path / "run", 8).counts["samples"] == 8
+
+
+def _share(rank, count):
+    return {f"s{number:02d}" for number in range(count) if Processes(rank, 2).takes(f"s{number:02d}")}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "auto"}, "WORLD_SIZE='auto' should be a whole number; start the processes with torchrun"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' should be a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK=None should be 0 to 1, as WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 should be 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK='x' should be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 without MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "without MASTER_PORT from 1 to 65535"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "MASTER_PORT from 1"),
+    ],
+)
+def test_junk_of_a_launcher_is_one_line(monkeypatch, capsys, tmp_path, variables, message):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the command line silences it
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "model.random_init=tiny", "logger=none", f"runs={tmp_path}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
 def test_samples_fall_to_processes_by_their_ids_alone():
     ids = [f"sample {number}" for number in range(3000)]
     for count in (1, 2, 3, 7):
