@@ -13,7 +13,7 @@ import pandas as pd
 
 from stethoscope.detection import artefact, hub
 from stethoscope.detection.conformal import Certificate, Promise, promised
-from stethoscope.detection.estimators import CalibratedModel, Examples, best_threshold, strength_of
+from stethoscope.detection.estimators import CalibratedModel, Examples, best_threshold
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.factor import EXTERNAL
 from stethoscope.detection.inputs import Inputs, told_apart
@@ -132,7 +132,7 @@ class Detector:
     @property
     def strength(self) -> float | None:
         """The inverse regularisation C that was given or chosen; None before ``fit`` and for ``boosting``."""
-        return None if self._model is None else strength_of(self._model.model)
+        return None if self._model is None else self._model.strength
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Detector:
         """Learns from the judged rows of a token table.
@@ -320,26 +320,22 @@ class Detector:
         }
 
     def save(self, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
-        """Writes ``detector.skops``, ``manifest.json`` and a model card, ``README.md``.
+        """Writes ``detector.safetensors``, ``manifest.json`` and a model card, ``README.md``.
 
         Args:
             folder: where to; an older detector there is replaced.
             notes: JSON-able facts to add to the manifest: ``model`` (fingerprint), ``task``, ``label``, ...
 
         Raises:
-            ArtefactError: the detector was not fitted, or the folder holds something else or cannot be written.
+            ArtefactError: the detector was not fitted, would not be read back, or the folder holds something else or
+                cannot be written.
         """
         if self._model is None:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
         self.notes |= dict(notes or {})
-        fitted = {
-            "features": list(self._inputs.features),
-            "table_features": list(self._schema.names),
-            "objects": list(self._inputs.objects),
-            "model": self._model.model,
-            "calibrator": self._model.calibrator,
-        }
-        artefact.write(Path(folder), fitted, self.manifest, {hub.CARD: hub.card(self.manifest)})
+        manifest = self.manifest
+        texts = {hub.CARD: hub.card(manifest)}
+        artefact.write(Path(folder), self._model.arrays(), manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -392,33 +388,58 @@ class Detector:
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
-        """Reads a detector. Nothing is unpickled, and no type beyond a fixed list is made.
+        """Reads a detector: arrays of numbers, each of which is checked, and a manifest in JSON.
 
         Args:
             folder: that ``save`` wrote, or that of a run that has one.
 
         Raises:
-            ArtefactError: the folder holds no detector, or one that is damaged, was changed, or holds foreign types.
+            ArtefactError: the folder holds no detector, or one that is damaged, was changed, or holds arrays that do
+                not fit its manifest.
         """
         folder = Path(folder)
         if not (folder / artefact.MANIFEST).is_file() and (folder / "detector" / artefact.MANIFEST).is_file():
             folder /= "detector"
-        fitted, manifest = artefact.read(folder)
-        doubled = ("features", "table_features", "objects")  # in the manifest for people, in the other file for us
-        if set(fitted) != {*doubled, "model", "calibrator"} or any(manifest.get(key) != fitted[key] for key in doubled):
-            raise ArtefactError(f"{folder}: {artefact.MANIFEST} and {artefact.OBJECTS} do not belong together")
+        arrays, manifest = artefact.read(folder)
         try:
             detector = cls(**manifest["settings"])
-            detector.threshold = float(manifest["threshold"]["value"])
-            detector._chosen = str(manifest["threshold"]["chosen"])
-            promised = manifest["threshold"]["certificate"]
-            detector.certificate = None if promised is None else Certificate(**promised)
-            detector._base_rate = float(manifest["base_rate"])
-        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-            raise ArtefactError(f"{Path(folder) / artefact.MANIFEST} is damaged: {error}") from None
+            threshold = manifest["threshold"]
+            detector.threshold, detector._chosen = _share(threshold["value"]), str(threshold["chosen"])
+            promised = threshold["certificate"]
+            detector.certificate = None if promised is None else Certificate.parse(promised)
+            detector._base_rate = _share(manifest["base_rate"])
+            if not 0 < detector._base_rate < 1:
+                raise ValueError("base_rate should lie between 0 and 1")
+            detector._schema = FeatureSchema(tuple(_names(manifest, "table_features")))
+            features, objects = _names(manifest, "features"), _names(manifest, "objects")
+            if not set(features) <= set(detector._schema.names):
+                raise ValueError("features should be among table_features")
+            if not isinstance(manifest.get("model") or {}, Mapping):
+                raise ValueError("model should be a fingerprint or null")
+            detector._inputs = detector._reading(features, objects)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+            raise ArtefactError(f"{folder / artefact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
         own = {*detector.manifest, *artefact.ADDED} - set(NOTES)
         detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}
-        detector._inputs = detector._reading(fitted["features"], fitted["objects"])
-        detector._schema = FeatureSchema(tuple(fitted["table_features"]))
-        detector._model = CalibratedModel(fitted["model"], fitted["calibrator"])
+        settings, inputs = detector.settings, detector._inputs
+        model = inputs.classifier(settings["estimator"], settings["strength"], settings["seed"])
+        try:
+            detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
+        except ArtefactError as error:
+            raise ArtefactError(f"{folder / artefact.OBJECTS} cannot be used: {error}") from None
         return detector
+
+
+def _share(value: Any) -> float:
+    """A number from 0 to 1 as a manifest has it."""
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{value!r} should lie from 0 to 1")
+    return float(value)
+
+
+def _names(manifest: Mapping[str, Any], key: str) -> list[str]:
+    """A list of different names as a manifest has it."""
+    names = manifest[key]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{key} should be a list of different names")
+    return names

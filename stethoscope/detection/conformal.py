@@ -106,6 +106,19 @@ class Certificate:
     mentions: int
     most_per_image: int
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Certificate:
+        """From what ``to_dict`` gave.
+
+        Raises:
+            TypeError, ValueError: a value is missing, foreign or no finite number.
+        """
+        certificate = cls(**values)
+        numbers = [value for name, value in values.items() if name != "risk"]
+        if certificate.risk not in RISKS or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"{dict(values)} is no certificate")
+        return certificate
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
@@ -20,6 +22,18 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.inference import (
+    MAX_LEAVES,
+    MAX_TREES,
+    NEURONS,
+    SURE,
+    Classifier,
+    IsotonicSteps,
+    PlattScaling,
+    compile_classifier,
+    restore_classifier,
+)
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.metrics import Ranking
 
@@ -27,7 +41,6 @@ ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_STRENGTHS = (0.01, 0.03, 0.1, 0.3)
-NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 INNER_FOLDS = 5
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and their choice would be noise
 
@@ -64,13 +77,12 @@ class Network(MLPClassifier):
         """Learns from (rows, columns) without NaN."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            super().fit(X, y, sample_weight=sample_weight)
-        del self._random_state  # needed for nothing any more, and no business of a file that people exchange
-        return self
+            return super().fit(X, y, sample_weight=sample_weight)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """(rows,) log-odds of the second class."""
-        return logit(np.clip(self.predict_proba(X)[:, 1], 1e-12, 1 - 1e-12))
+        hidden = np.maximum(X @ self.coefs_[0] + self.intercepts_[0], 0)
+        return np.clip((hidden @ self.coefs_[1] + self.intercepts_[1])[:, 0], -SURE, SURE)
 
 
 def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
@@ -101,9 +113,9 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
         )
     if kind == "boosting":
         return HistGradientBoostingClassifier(
-            max_iter=250,
+            max_iter=MAX_TREES,
             learning_rate=0.04,
-            max_leaf_nodes=8,
+            max_leaf_nodes=MAX_LEAVES,
             min_samples_leaf=40,
             l2_regularization=5.0,
             max_features=0.3,
@@ -132,19 +144,6 @@ def set_strength(estimator: BaseEstimator, strength: float) -> BaseEstimator:
     if isinstance(estimator[-1], Network):
         return estimator.set_params(classify__alpha=1 / strength)
     return estimator.set_params(classify__C=strength)
-
-
-def strength_of(estimator: BaseEstimator) -> float | None:
-    """The inverse regularisation C of an estimator, None if it has none.
-
-    >>> strength_of(set_strength(make_estimator("per_head"), 0.1)), strength_of(make_estimator("boosting"))
-    (0.1, None)
-    """
-    for part in ("classifier_", "evidence_"):  # behind a sight, of a factored one
-        estimator = getattr(estimator, part, estimator)
-    if not isinstance(estimator, Pipeline):
-        return None
-    return 1 / estimator[-1].alpha if isinstance(estimator[-1], Network) else estimator[-1].C
 
 
 def strengths(estimator: BaseEstimator) -> tuple[float, ...]:
@@ -210,7 +209,43 @@ def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 class Grouped(BaseEstimator):
-    """A classifier whose own fit takes image ids beside rows and labels, for inner folds."""
+    """A classifier made of compiled ones, whose own fit takes image ids beside rows and labels, for inner folds."""
+
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Grouped:
+        """Learns from (rows, columns), labels and image ids."""
+        raise NotImplementedError
+
+    def restore(self, arrays: Arrays, columns: int) -> Grouped:
+        """Reads what ``arrays`` gave instead of learning it.
+
+        Args:
+            arrays: by name.
+            columns: that it reads.
+
+        Raises:
+            ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+        """
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What it has learned, by name."""
+        raise NotImplementedError
+
+    @property
+    def strength_(self) -> float | None:
+        """The inverse regularisation C that was given or chosen."""
+        raise NotImplementedError
+
+
+def restored(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier | Grouped:
+    """The fitted form of an estimator, read from arrays; see ``restore_classifier``."""
+    restore = estimator.restore if isinstance(estimator, Grouped) else partial(restore_classifier, estimator)
+    return restore(arrays, columns)
+
+
+def prefixed(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays under the names that ``Arrays.under`` looks for."""
+    return {f"{name}.{key}": array for key, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -245,18 +280,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """A fitted classifier and the map from its scores to probabilities.
+    """A fitted classifier and the map from its scores to probabilities, both as arrays of our own.
 
     Attributes:
         model: classifier with ``decision_function``.
-        calibrator: Platt's logistic regression or an isotonic regression of the scores; None for the classifier's
-            own probabilities.
+        calibrator: from the scores to probabilities; None for the classifier's own.
         unseen: (rows,) the scores that the calibration was fitted on, of rows that the classifier has not seen; None
             without calibration, and once saved.
     """
 
-    model: BaseEstimator
-    calibrator: LogisticRegression | IsotonicRegression | None = None
+    model: Classifier | Grouped
+    calibrator: PlattScaling | IsotonicSteps | None = None
     unseen: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -284,22 +318,56 @@ class CalibratedModel:
         train.check("training")
         if isinstance(estimator, Grouped):
             model = estimator.fit(train.matrix, train.labels, train.groups)
-        elif strength is None:
-            model = choose_strength(estimator, train.matrix, train.labels, train.groups)
         else:
-            model = set_strength(estimator, strength).fit(train.matrix, train.labels)
+            if strength is None:
+                estimator = choose_strength(estimator, train.matrix, train.labels, train.groups)
+            else:
+                estimator = set_strength(estimator, strength).fit(train.matrix, train.labels)
+            model = compile_classifier(estimator)
         if method == "none":
             return cls(model)
         if calibration is not None:
             calibration.check("calibration")
             scores, labels = model.decision_function(calibration.matrix), calibration.labels
         else:
-            scores, labels = _without_own_image(model, train), train.labels
+            scores, labels = _without_own_image(estimator, train), train.labels
         if method == "isotonic":
-            calibrator = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
-        else:
-            calibrator = LogisticRegression(C=1e6).fit(scores[:, None], labels)  # in effect without a penalty
-        return cls(model, calibrator, scores)
+            fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
+            return cls(model, IsotonicSteps(fitted.X_thresholds_, fitted.y_thresholds_), scores)
+        fitted = LogisticRegression(C=1e6).fit(scores[:, None], labels)  # in effect without a penalty
+        return cls(model, PlattScaling(float(fitted.coef_[0, 0]), float(fitted.intercept_[0])), scores)
+
+    @classmethod
+    def restore(cls, estimator: BaseEstimator, method: str, arrays: Arrays, columns: int) -> CalibratedModel:
+        """Reads what ``arrays`` gave.
+
+        Args:
+            estimator: of the same kind, not fitted.
+            method: of its calibration.
+            arrays: by name.
+            columns: that the classifier reads.
+
+        Raises:
+            ArtefactError: an array is missing, of no use, has another shape or type, or holds numbers that it cannot
+                have.
+        """
+        model, kinds = (
+            restored(estimator, arrays.under("model"), columns),
+            {"platt": PlattScaling, "isotonic": IsotonicSteps},
+        )
+        calibrator = kinds[method].restore(arrays.under("calibrator")) if method in kinds else None
+        arrays.finish()
+        return cls(model, calibrator)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that was learned, by name."""
+        calibrator = {} if self.calibrator is None else self.calibrator.arrays()
+        return {**prefixed("model", self.model.arrays()), **prefixed("calibrator", calibrator)}
+
+    @property
+    def strength(self) -> float | None:
+        """The inverse regularisation C that was given or chosen; None for boosting."""
+        return self.model.strength_ if isinstance(self.model, Grouped) else self.model.strength
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """(rows,) log-odds before calibration: what the classifier says that has seen the training images alone."""
@@ -309,8 +377,8 @@ class CalibratedModel:
         """(rows,) probabilities from the scores."""
         if not len(scores):
             return np.zeros(0)
-        if isinstance(self.calibrator, IsotonicRegression):
-            return self.calibrator.predict(scores).astype(np.float64)
+        if isinstance(self.calibrator, IsotonicSteps):
+            return self.calibrator.predict(scores)
         slope, intercept = self.line
         return expit(slope * scores + intercept)
 
@@ -323,28 +391,28 @@ class CalibratedModel:
         """
         if self.calibrator is None:
             return 1.0, 0.0
-        if isinstance(self.calibrator, IsotonicRegression):
+        if isinstance(self.calibrator, IsotonicSteps):
             raise ConfigError("isotonic calibration has no slope; use detector.calibration=platt or none")
-        return float(self.calibrator.coef_[0, 0]), float(self.calibrator.intercept_[0])
+        return self.calibrator.slope, self.calibrator.intercept
 
     def predict(self, matrix: np.ndarray) -> np.ndarray:
         """(rows,) probabilities of hallucination."""
         return self.calibrate(self.scores(matrix))
 
 
-def _without_own_image(model: BaseEstimator, train: Examples) -> np.ndarray:
-    """(rows,) scores of copies of the fitted classifier that have not seen the row's image."""
+def _without_own_image(estimator: BaseEstimator, train: Examples) -> np.ndarray:
+    """(rows,) scores of copies of a fitted estimator that have not seen the row's image."""
     folds = inner_folds(train.groups, train.labels)
     if folds is None:
         raise DataError(
             f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "
             "give a calibration fold, more samples or calibration=none"
         )
-    if not isinstance(model, Grouped):
-        return out_of_fold(model, train.matrix, train.labels, folds)
+    if not isinstance(estimator, Grouped):
+        return out_of_fold(estimator, train.matrix, train.labels, folds)
     made = np.zeros(len(train.labels))
     for learn, rest in folds:
-        part = clone(model).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
+        part = clone(estimator).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
         made[rest] = part.decision_function(train.matrix[rest])
     return made
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.special import logit
-from sklearn.pipeline import Pipeline
 
 from stethoscope.detection.estimators import CalibratedModel
 from stethoscope.detection.factor import Factored
+from stethoscope.detection.inference import LinearClassifier
 from stethoscope.detection.sight import Sighted
 
 REST = "(rest)"
@@ -44,25 +44,6 @@ class Explanation:
         return [(str(pushes.index[at]), float(pushes.iloc[at])) for at in order]
 
 
-def linear_terms(model: Pipeline, matrix: np.ndarray) -> np.ndarray | None:
-    """(rows, columns) what every column adds to a linear pipeline's log-odds, against its mean; None for other models.
-
-    That a value is missing counts as a value of its column.
-
-    Args:
-        model: a fitted ``make_estimator("logistic")``, or something else.
-        matrix: (rows, columns).
-    """
-    if not isinstance(model, Pipeline) or not hasattr(model[-1], "coef_"):
-        return None
-    terms = model[:-1].transform(matrix) * model[-1].coef_[0]
-    columns = matrix.shape[1]
-    own = terms[:, :columns].copy()
-    if terms.shape[1] > columns:
-        own[:, model["impute"].indicator_.features_] += terms[:, columns:]
-    return own
-
-
 def pushes(terms: np.ndarray, names: Sequence[str], evidence: np.ndarray, scale: float) -> pd.DataFrame:
     """Terms of the named first columns, scaled, and ``REST``, so that every row adds up to its evidence."""
     own = scale * terms[:, : len(names)]
@@ -91,9 +72,10 @@ def explanation(
     if isinstance(model, Factored):
         own, before = model.parts(matrix)
         evidence, prior = slope * own, slope * before + intercept
-        terms, scale = linear_terms(model.evidence_, model.joined(matrix)), slope * model.scales_[0]
+        model, matrix, scale = model.evidence_, model.joined(matrix), slope * model.scales_[0]
     else:
         prior = np.full(len(matrix), logit(base_rate))
         evidence = slope * model.decision_function(matrix) + intercept - prior
-        terms, scale = linear_terms(model, matrix), slope
+        scale = slope
+    terms = model.terms(matrix) if isinstance(model, LinearClassifier) else None
     return Explanation(probability, evidence, prior, None if terms is None else pushes(terms, names, evidence, scale))

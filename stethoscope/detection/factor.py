@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
     Grouped,
     choose_strength,
@@ -27,14 +28,18 @@ from stethoscope.detection.estimators import (
     log_loss_of,
     make_estimator,
     out_of_fold,
+    prefixed,
+    restored,
     set_strength,
     strengths,
 )
+from stethoscope.detection.inference import LinearClassifier, compile_classifier
 from stethoscope.table import require
 
 EXTERNAL = ("token", "number", "repeat", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""
 MOST = 5  # mention numbers and repetitions from here on share a column
+QUINTILES = (0.2, 0.4, 0.6, 0.8)
 HEAVIEST = 10.0  # weight of a mention, in means: a hallucination where hardly any is expected should not decide alone
 
 
@@ -58,7 +63,7 @@ class ExternalInputs(TransformerMixin, BaseEstimator):
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> ExternalInputs:
         """Learns where the pieces of the position end: at its quintiles."""
-        self.knots_ = np.unique(np.quantile(X[:, 0], (0.2, 0.4, 0.6, 0.8)))
+        self.knots_ = np.unique(np.quantile(X[:, 0], QUINTILES))
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
@@ -92,13 +97,12 @@ class Factored(Grouped):
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Factored:
         """Learns from (rows, features + 4), labels and image ids; without inner folds where images are too few."""
-        self.classes_ = np.array([0, 1])
         self.inputs_ = ExternalInputs(self.objects).fit(X[:, -len(EXTERNAL) :])
         matrix, outside = self.joined(X), self.inputs_.transform(X[:, -len(EXTERNAL) :])
         folds = inner_folds(groups, y)
-        self.prior_ = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))])
-        choose_strength(self.prior_, outside, y, groups)
-        prior = self.prior_.decision_function(outside) if folds is None else out_of_fold(self.prior_, outside, y, folds)
+        before = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))])
+        self.prior_ = compile_classifier(choose_strength(before, outside, y, groups))
+        prior = self.prior_.decision_function(outside) if folds is None else out_of_fold(before, outside, y, folds)
         weights = np.exp(np.logaddexp(0, np.where(y == 1, -prior, prior)))  # 1 / g(label)
         weights = np.minimum(weights / weights.mean(), HEAVIEST)
         evidence = make_estimator(self.kind, self.seed)
@@ -107,8 +111,35 @@ class Factored(Grouped):
         self.scales_, self.offset_ = np.ones(2), 0.0
         if folds is not None:
             evidence = self._tune(evidence, matrix, y, weights, prior, folds)
-        self.evidence_ = fit_weighted(evidence, matrix, y, weights)
+        self.evidence_ = compile_classifier(fit_weighted(evidence, matrix, y, weights))
         return self
+
+    def restore(self, arrays: Arrays, columns: int) -> Factored:
+        """As ``Grouped.restore``."""
+        knots = arrays.numbers("knots", None)
+        increasing = len(knots) <= len(QUINTILES) and (np.diff(knots) > 0).all()
+        arrays.require(increasing, "knots", f"should be at most {len(QUINTILES)} numbers that increase")
+        self.inputs_ = ExternalInputs(self.objects)
+        self.inputs_.knots_ = knots
+        self.scales_, self.offset_ = arrays.numbers("scales", 2), float(arrays.numbers("offset"))
+        outside = self.inputs_.transform(np.zeros((0, len(EXTERNAL)))).shape[1]
+        self.prior_ = LinearClassifier.restore(arrays.under("prior"), outside)
+        evidence = make_estimator(self.kind, self.seed)
+        self.evidence_ = restored(evidence, arrays.under("evidence"), columns - len(EXTERNAL) + outside)
+        return self
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As ``Grouped.arrays``."""
+        own = {"knots": self.inputs_.knots_, "scales": self.scales_, "offset": np.array(self.offset_)}
+        parts = {"prior": self.prior_, "evidence": self.evidence_}
+        return own | {
+            key: value for name, part in parts.items() for key, value in prefixed(name, part.arrays()).items()
+        }
+
+    @property
+    def strength_(self) -> float | None:
+        """As ``Grouped.strength_``, of the evidence."""
+        return self.evidence_.strength
 
     def _tune(
         self,

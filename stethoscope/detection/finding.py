@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.detection.artefact import MANIFEST, read_manifest
 from stethoscope.detection.columns import one_space, states_of
 from stethoscope.errors import ArtefactError
 from stethoscope.testbed import DETECTOR_DIR
@@ -61,12 +62,34 @@ def load_detector(detector: Detector | Path | str | None) -> Detector | None:
 def trained(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
     """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
 
-    Those of ``runs`` are in the order of their age, newest first.
+    Those of ``runs`` are in the order of their age, newest first. A detector that cannot be read is passed over with a
+    warning.
     """
-    manifests = sorted(runs.glob("*/detector/manifest.json"), key=lambda path: -path.stat().st_mtime)
-    if run is not None and (run / "detector" / "manifest.json").is_file():
-        manifests.insert(0, run / "detector" / "manifest.json")
-    return [manifest.parent for manifest in manifests if _of(_model(manifest), fingerprint)]
+    folders = sorted((path.parent for path in runs.glob(f"*/detector/{MANIFEST}")), key=_age)
+    if run is not None and (run / "detector" / MANIFEST).is_file():
+        folders.insert(0, run / "detector")
+    return [folder for folder in folders if _usable(folder, fingerprint)]
+
+
+def _age(folder: Path) -> float:
+    try:
+        return -(folder / MANIFEST).stat().st_mtime
+    except OSError:  # gone since it was listed, or a link to nothing
+        return 0.0
+
+
+def _usable(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a detector was trained on the model with this fingerprint and can be read; else warns of the latter."""
+    from stethoscope.detector import Detector
+
+    try:
+        if not _of(_model(folder), fingerprint):
+            return False
+        Detector.load(folder)
+    except ArtefactError as error:
+        warnings.warn(f"passed over a detector: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def shipped(adapter: Adapter) -> list[Path]:
@@ -75,7 +98,7 @@ def shipped(adapter: Adapter) -> list[Path]:
     Args:
         adapter: set up. Weights, which can be large, are digested only where its class is that of the embedded model.
     """
-    model = _model(DETECTOR_DIR / "manifest.json")
+    model = _model(DETECTOR_DIR)
     own = f"{type(adapter).__module__}.{type(adapter).__qualname__}"
     return [DETECTOR_DIR] if model.get("adapter") == own and _of(model, adapter.fingerprint()) else []
 
@@ -101,12 +124,9 @@ def called(folder: Path) -> str:
     return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
 
 
-def _model(manifest: Path) -> dict[str, Any]:
+def _model(folder: Path) -> dict[str, Any]:
     """The fingerprint of the model that a detector was trained on; empty where that is not known."""
-    try:
-        model = json.loads(manifest.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, AttributeError):  # named by its user, it says what is wrong
-        return {}
+    model = read_manifest(folder).get("model")
     return model if isinstance(model, dict) else {}
 
 

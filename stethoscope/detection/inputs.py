@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator
 
 from stethoscope.detection.columns import feature_of
 from stethoscope.detection.estimators import make_estimator
-from stethoscope.detection.factor import Factored, codes, external
+from stethoscope.detection.factor import EXTERNAL, Factored, codes, external
 from stethoscope.detection.sight import COLUMNS, FEATURE, Sighted
 from stethoscope.table import feature_matrix, require
 
@@ -52,6 +52,12 @@ class Inputs:
     def needs_objects(self) -> bool:
         """Whether the objects matter."""
         return self.named or self.factored or bool(self.places)
+
+    @property
+    def width(self) -> int:
+        """The number of columns of ``matrix``."""
+        names = len(EXTERNAL) if self.factored else len(self.objects) if self.named else 0
+        return len(self.plain) + names + (len(self.places) + 1 if self.places else 0)
 
     def matrix(self, table: pd.DataFrame) -> np.ndarray:
         """(rows, columns) float64, NaN where a value is missing.

@@ -17,7 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stethoscope.detection.estimators import Grouped, choose_strength, inner_folds, set_strength
+from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.estimators import Grouped, choose_strength, inner_folds, prefixed, restored, set_strength
+from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
 FEATURE = "looked_at"
 """The feature whose columns are read here and nowhere else."""
@@ -26,6 +28,8 @@ STRENGTH = 0.03
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
 TOLERANCE = 1e-3
 """Of the fit: half the steps of the default, and the AUROC on held-out mentions changes by less than 0.0002."""
+MOST_MENTIONS = 2**40
+"""No count of a file is larger."""
 Look = tuple[str | None, float]
 """An object, or None for none of those that are known, and the probability that a place looks like it."""
 
@@ -50,12 +54,30 @@ class Sight(BaseEstimator):
         looks = np.where(y == 1, self.objects, X[:, -1]).astype(int)
         learned = (looks >= 0) & np.isfinite(X[:, :-1]).all(1)
         self.counts_ = np.bincount(looks[learned], minlength=self.objects + 1)
+        self.classes_ = np.flatnonzero(self.counts_)
         self.model_ = None  # of one kind of place alone there is nothing to learn
-        if (self.counts_ > 0).sum() > 1:
+        if len(self.classes_) > 1:
             classify = LogisticRegression(C=STRENGTH, tol=TOLERANCE, max_iter=1000)
             pipeline = Pipeline([("scale", StandardScaler()), ("classify", classify)])
-            self.model_ = pipeline.fit(X[learned, :-1], looks[learned])
+            self.model_ = compile_classifier(pipeline.fit(X[learned, :-1], looks[learned]))
         return self
+
+    def restore(self, arrays: Arrays, dimensions: int) -> Sight:
+        """Reads what ``arrays`` gave, of places with so many dimensions.
+
+        Raises:
+            ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+        """
+        self.counts_ = arrays.counts("counts", self.objects + 1, below=MOST_MENTIONS)
+        self.classes_, self.model_ = np.flatnonzero(self.counts_), None
+        if len(self.classes_) > 1:
+            outputs = len(self.classes_) if len(self.classes_) > 2 else 1
+            self.model_ = LinearClassifier.restore(arrays, dimensions, outputs)
+        return self
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What it has learned, by name."""
+        return {"counts": self.counts_} | ({} if self.model_ is None else self.model_.arrays())
 
     def looks(self, X: np.ndarray) -> np.ndarray:
         """(rows, objects + 1) log-probability of what every place looks like, the last one nothing; -inf if never seen.
@@ -68,7 +90,7 @@ class Sight(BaseEstimator):
         if self.model_ is not None and len(known):
             scores = self.model_.decision_function(X[known])
             scores = scores if scores.ndim == 2 else np.stack([np.zeros(len(known)), scores], axis=1)
-            found[np.ix_(known, self.model_.classes_)] = log_softmax(scores, axis=1)
+            found[np.ix_(known, self.classes_)] = log_softmax(scores, axis=1)
         return found
 
     def transform(self, X: np.ndarray) -> np.ndarray:
@@ -109,7 +131,6 @@ class Sighted(Grouped):
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Sighted:
         """Learns from (rows, own columns, dimensions, object), labels and image ids."""
-        self.classes_ = np.array([0, 1])
         own, places = X[:, : -self.size], X[:, -self.size :]
         self.sight_ = Sight(self.objects).fit(places, y)
         folds = inner_folds(groups, y)
@@ -123,10 +144,26 @@ class Sighted(Grouped):
         if isinstance(classifier, Grouped):
             self.classifier_ = classifier.fit(matrix, y, groups)
         elif self.strength is None:
-            self.classifier_ = choose_strength(classifier, matrix, y, groups)
+            self.classifier_ = compile_classifier(choose_strength(classifier, matrix, y, groups))
         else:
-            self.classifier_ = set_strength(classifier, self.strength).fit(matrix, y)
+            self.classifier_ = compile_classifier(set_strength(classifier, self.strength).fit(matrix, y))
         return self
+
+    def restore(self, arrays: Arrays, columns: int) -> Sighted:
+        """As ``Grouped.restore``."""
+        self.sight_ = Sight(self.objects).restore(arrays.under("sight"), self.size - 1)
+        self.classifier_ = restored(self.classifier, arrays.under("classifier"), columns - self.size + len(COLUMNS))
+        return self
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As ``Grouped.arrays``."""
+        return prefixed("sight", self.sight_.arrays()) | prefixed("classifier", self.classifier_.arrays())
+
+    @property
+    def strength_(self) -> float | None:
+        """As ``Grouped.strength_``, of the classifier."""
+        own = self.classifier_
+        return own.strength_ if isinstance(own, Grouped) else own.strength
 
     def joined(self, X: np.ndarray) -> np.ndarray:
         """(rows, 2 + own columns) what the classifier reads."""

@@ -11,7 +11,6 @@ import pandas as pd
 
 from stethoscope.features import FEATURES
 from stethoscope.metrics import Ranking
-from stethoscope.report.light import without_torch
 from stethoscope.report.source import Source
 from stethoscope.stats import Interval, group_weights
 
@@ -63,10 +62,10 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     """
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
-    with without_torch():
-        from stethoscope.detection.columns import only
-        from stethoscope.detection.factor import EXTERNAL
-        from stethoscope.detector import Detector
+    from stethoscope.detection.columns import only
+    from stethoscope.detection.factor import EXTERNAL
+    from stethoscope.detector import Detector
+
     detector = Detector.load(source.folder / "detector")
     lacking = set(detector.schema.names) - set(source.table.columns)
     if lacking:

@@ -12,7 +12,6 @@ import pandas as pd
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import ImageRef, Sample
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary, shown_rows
-from stethoscope.report.light import without_torch
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Cell, Gap, Table
 from stethoscope.runs.fingerprint import differences
@@ -185,8 +184,7 @@ def detector_table(first: Source, other: Source, heads: tuple[str, str]) -> Tabl
     Raises:
         DataError: they have no test image in common, or one kind of mention is missing there.
     """
-    with without_torch():
-        from stethoscope.detection.judging import measure
+    from stethoscope.detection.judging import measure
 
     images = set(first.warnings["group"]) | set(other.warnings["group"])
     common = _test_images(first, images) & _test_images(other, images)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
-    "pillow", "scikit-learn", "skops", "hydra-core", "wandb",
+    "pillow", "scikit-learn", "safetensors", "hydra-core", "wandb",
 )  # fmt: skip
 _SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
 _LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")

@@ -1,19 +1,12 @@
-"""A detector on the rows of tokens as they come: the features that decoding steps can fill, quickly judged."""
+"""A detector on the rows of tokens as they come: the features that decoding steps can fill, judged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit, logit
-from sklearn.base import BaseEstimator
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import Pipeline
 
 from stethoscope.diagnosis.detecting import feature_set
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError
@@ -25,7 +18,6 @@ from stethoscope.streaming.direct import COUNTED, NAMES, Direct
 from stethoscope.streaming.steps import STEP_NEEDS
 
 if TYPE_CHECKING:
-    from stethoscope.detection.estimators import CalibratedModel
     from stethoscope.detector import Detector
     from stethoscope.features import Feature
     from stethoscope.streaming.steps import Steps
@@ -65,7 +57,7 @@ class Scorer:
         self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
-        self._predict = quick(detector.model)
+        self._predict = detector.model.predict
         self._direct: Direct | None = None
         self._simple = NAMES.issuperset(features.names)
         self._places: list[int] = []  # of the detector's columns among those that are computed
@@ -172,76 +164,3 @@ def _check(detector: Detector, delay: int) -> None:
             f"the detector reads {', '.join(consuming)} of the row that consumes the token; use delay=1, or train "
             "with features=fast"
         )
-
-
-def quick(model: CalibratedModel) -> Callable[[np.ndarray], np.ndarray]:
-    """Probabilities (rows,) of rows (rows, features) without missing values, without scikit-learn's checks.
-
-    These take some hundred microseconds a call, as long as a small model takes for a token. A pipeline of a logistic
-    regression or a network comes down to clipping and products, boosted trees to a walk through all of them at once.
-    """
-    if isinstance(model.calibrator, IsotonicRegression):
-        score = _scores(model.model)
-        return lambda rows: model.calibrate(score(rows))
-    score = _scores(model.model, *model.line)
-    return lambda rows: expit(score(rows))
-
-
-def _scores(model: BaseEstimator, slope: float = 1.0, intercept: float = 0.0) -> Callable[[np.ndarray], np.ndarray]:
-    """From rows to slope * log-odds + intercept."""
-    if not isinstance(model, Pipeline) or not isinstance(model[-1], (LogisticRegression, MLPClassifier)):
-        trees = isinstance(model, HistGradientBoostingClassifier)
-        scores = _Trees(model).scores if trees else model.decision_function
-        return lambda rows: slope * scores(rows) + intercept
-    impute, clip, scale, classify = (step for _, step in model.steps)
-    linear = isinstance(classify, LogisticRegression)
-    first, bias = (classify.coef_.T, classify.intercept_) if linear else (classify.coefs_[0], classify.intercepts_[0])
-    weights = first / scale.scale_[:, None]
-    bias = bias - scale.mean_ @ weights
-    extra = 0 if impute.indicator_ is None else len(impute.indicator_.features_)  # of missing values, here always 0
-    count = len(weights) - extra
-    bias = bias + np.clip(np.zeros(extra), clip.low_[count:], clip.high_[count:]) @ weights[count:]
-    weights, low, high = weights[:count], clip.low_[:count], clip.high_[:count]
-    if linear:
-        weights, bias = slope * weights[:, 0], slope * bias[0] + intercept
-
-    def line(rows: np.ndarray) -> np.ndarray:
-        return np.minimum(np.maximum(rows, low), high) @ weights + bias
-
-    if linear:
-        return line
-    last, final = classify.coefs_[1], classify.intercepts_[1]
-    limit = logit(1 - 1e-12)  # as in ``Network.decision_function``
-
-    def network(rows: np.ndarray) -> np.ndarray:
-        return np.clip((np.maximum(line(rows), 0) @ last + final)[:, 0], -limit, limit)
-
-    return lambda rows: slope * network(rows) + intercept
-
-
-class _Trees:
-    """Boosted trees as arrays (trees, nodes)."""
-
-    def __init__(self, model: HistGradientBoostingClassifier) -> None:
-        trees = [tree.nodes for (tree,) in model._predictors]
-        most = max(map(len, trees))
-        self._depth = max(int(tree["depth"].max()) for tree in trees)
-        self._base = float(model._baseline_prediction.item())
-
-        def field(name: str) -> np.ndarray:
-            return np.stack([np.pad(tree[name], (0, most - len(tree))) for tree in trees]).ravel()
-
-        starts = np.arange(len(trees)) * most
-        leaf, here = field("is_leaf").astype(bool), np.arange(len(trees) * most)
-        base = np.repeat(starts, most)
-        self._left, self._right = (np.where(leaf, here, base + field(side)) for side in ("left", "right"))
-        self._feature, self._limit, self._value = field("feature_idx"), field("num_threshold"), field("value")
-        self._starts = starts
-
-    def scores(self, rows: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of (rows, features)."""
-        at = np.broadcast_to(self._starts, (len(rows), len(self._starts)))
-        which = np.arange(len(rows))[:, None]
-        for _ in range(self._depth):
-            at = np.where(rows[which, self._feature[at]] <= self._limit[at], self._left[at], self._right[at])
-        return self._value[at].sum(1) + self._base

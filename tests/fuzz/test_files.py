@@ -103,4 +103,4 @@ def test_detector_objects(detector):
 
 @given(found=VALUES)
 def test_any_line_as_a_record(found):
-    answers(lambda: artefact.load_objects(json.dumps(found).encode()))
+    answers(lambda: artefact.load_arrays(json.dumps(found).encode()))

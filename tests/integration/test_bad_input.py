@@ -199,8 +199,8 @@ MALFORMED = {
     # detectors
     "a detector without manifest": (bad.detector(bad.remove(artefact.MANIFEST)), "manifest.json is missing"),
     "a detector cut short": (bad.detector(bad.cut(artefact.OBJECTS)), "was changed since it was written"),
-    "a manifest cut short": (bad.detector(bad.cut(artefact.MANIFEST)), "cannot be read"),
-    "a manifest that is a list": (bad.detector(bad.write(artefact.MANIFEST, b"[]")), "schema version None"),
+    "a manifest cut short": (bad.detector(bad.cut(artefact.MANIFEST)), "manifest.json is damaged"),
+    "a manifest that is a list": (bad.detector(bad.write(artefact.MANIFEST, b"[]")), "an object was expected"),
     "a detector of the future": (bad.detector(bad.manifest(schema_version=99)), "has schema version 99"),
     "a manifest without settings": (bad.detector(bad.manifest(settings=None)), "is damaged"),
     "a manifest of other features": (bad.detector(bad.manifest(features=["a"])), "do not belong together"),

@@ -53,7 +53,11 @@ def test_the_run_directory_is_complete(finished):
         "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "samples.jsonl",
         "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
     }  # fmt: skip
-    assert {path.name for path in (finished / "detector").iterdir()} == {"README.md", "detector.skops", "manifest.json"}
+    assert {path.name for path in (finished / "detector").iterdir()} == {
+        "README.md",
+        "detector.safetensors",
+        "manifest.json",
+    }
     assert {path.name for path in finished.parent.parent.iterdir()} == {"runs"}
 
 

@@ -15,7 +15,6 @@ from stethoscope.records import Generation
 from stethoscope.runs.store import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
 from stethoscope.streaming.direct import NAMES, Direct
-from stethoscope.streaming.scoring import quick
 from stethoscope.streaming.steps import STEP_NEEDS
 from stethoscope.table import FeatureSchema
 from stethoscope.tasks.chair import Chair
@@ -307,7 +306,7 @@ def test_rows_are_judged_as_a_table_is(settings):
     detector = stethoscope.Detector(strength=1.0, **settings).fit(table)
     whole = table[~table["b"].isna()].copy()
     whole.loc[:5, "a"] = 50.0  # is clipped
-    judge, rows = quick(detector.model), whole[["a", "b", "c"]].to_numpy()
+    judge, rows = detector.model.predict, whole[["a", "b", "c"]].to_numpy()
     found = [judge(row[None])[0] for row in rows]
     assert np.ptp(found) > 0.3
     assert np.allclose(found, detector.predict(whole), rtol=0, atol=1e-12)

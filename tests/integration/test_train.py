@@ -49,7 +49,11 @@ def test_one_detector(run, stethoscope):
     out = stethoscope("train", f"run={run}", code=0)
     for word in ("leader board", "same position and word", "shuffled labels", "text prior", "ahead by", "highest F1"):
         assert word in out
-    assert {path.name for path in (run / "detector").iterdir()} == {"detector.skops", "manifest.json", "README.md"}
+    assert {path.name for path in (run / "detector").iterdir()} == {
+        "detector.safetensors",
+        "manifest.json",
+        "README.md",
+    }
     assert "made-up" in (run / "detector" / "README.md").read_text()
     detector = Detector.load(run / "detector")
     assert detector.manifest["label"].startswith("first sub-token of the first mention of an object")

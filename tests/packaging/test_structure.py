@@ -46,6 +46,8 @@ LAYERS = [
         "tracing.masking",
         "tracing.verification",
         "tracing.per_mention",
+        "detection.arrays",
+        "detection.inference",
         "detection.estimators",
         "detection.factor",
         "detection.conformal",

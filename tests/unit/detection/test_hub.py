@@ -117,7 +117,7 @@ def test_a_detector_goes_to_the_hub_and_comes_back(hub, fitted):
     assert address.endswith(f"/commit/{1:040x}")
     assert hub.made.get("private") or hub.made.get("visibility") == "private"
     assert all(authorization == "Bearer hf_secret" for _, authorization in hub.asked)
-    assert set(hub.commits[f"{1:040x}"]) == {"README.md", "detector.skops", "manifest.json"}
+    assert set(hub.commits[f"{1:040x}"]) == {"README.md", "detector.safetensors", "manifest.json"}
     again = Detector.from_pretrained("me/detector", token="hf_secret")
     assert (again.predict(TEST) == fitted.predict(TEST)).all()
     assert again.certificate == fitted.certificate

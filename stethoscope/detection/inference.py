@@ -1,0 +1,338 @@
+"""Evaluate fitted classifiers from plain arrays, which a detector's file holds and a reader can check.
+
+A fitted estimator of scikit-learn is compiled once, right after its fit. From then on nothing depends on the library's
+private state, so a saved detector reads back under every version, and hostile numbers in a file cannot lead a compiled
+walk through trees out of its memory: there are no pointers in these arrays, and every one is checked when it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from scipy.special import logit
+from sklearn.base import BaseEstimator
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+
+from stethoscope.detection.arrays import LARGEST_NUMBER, Arrays
+
+NEURONS = 32  # of the small network; 8 and 16 do nearly as well
+MAX_TREES, MAX_LEAVES = 250, 8
+SURE = float(logit(1 - 1e-12))  # log-odds beyond which a network's are cut off
+CHUNK = 1024  # rows whose tree nodes are compared at once: 14 MB
+_FIRST_LEAF = np.array([(byte & -byte).bit_length() - 1 if byte else 0 for byte in range(256)])
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Median imputation with indicators, clipping, standardisation: from (rows, columns) to (rows, columns + k).
+
+    Attributes:
+        fill: (columns,) values in place of NaN.
+        missing: (k,) columns with an indicator of a missing value.
+        low, high: (columns + k,) limits. ``mean``, ``scale``: (columns + k,) of the standardisation.
+    """
+
+    fill: np.ndarray
+    missing: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def compile(cls, pipeline: Pipeline) -> Preprocessing:
+        """From the fitted steps ``impute``, ``clip`` (both may be left out) and ``scale``."""
+        steps = pipeline.named_steps
+        scale = steps["scale"]
+        width = len(scale.mean_)
+        fill, missing = np.zeros(width), np.zeros(0, np.int64)
+        low, high = np.full(width, -LARGEST_NUMBER), np.full(width, LARGEST_NUMBER)
+        if "impute" in steps:
+            fill, indicator = steps["impute"].statistics_, steps["impute"].indicator_
+            missing = missing if indicator is None else indicator.features_
+        if "clip" in steps:
+            low, high = steps["clip"].low_, steps["clip"].high_
+        numbers = (np.array(part, np.float64) for part in (low, high, scale.mean_, scale.scale_))
+        return cls(np.array(fill, np.float64), np.array(missing, np.int64), *numbers)
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int) -> Preprocessing:
+        """Reads and checks what ``arrays`` gave."""
+        missing = arrays.indices("missing", None, below=columns)
+        width = columns + len(missing)
+        low, high = arrays.numbers("low", width), arrays.numbers("high", width)
+        arrays.require((low <= high).all(), "low", "should be nowhere above 'high'")
+        mean, scale = arrays.numbers("mean", width), arrays.positive("scale", width)
+        return cls(arrays.numbers("fill", columns), missing, low, high, mean, scale)
+
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        """(rows, columns + k) standardised inputs."""
+        gaps = np.isnan(X)
+        if gaps.any():
+            X = np.where(gaps, self.fill, X)
+        if len(self.missing):
+            X = np.hstack([X, gaps[:, self.missing]])
+        return (np.minimum(np.maximum(X, self.low), self.high) - self.mean) / self.scale
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Logistic regression behind ``Preprocessing``.
+
+    Attributes:
+        inputs: of the columns.
+        weights, intercept: (columns + k, outputs) and (outputs,); one output for two classes.
+        strength: inverse regularisation C of the fit.
+    """
+
+    inputs: Preprocessing
+    weights: np.ndarray
+    intercept: np.ndarray
+    strength: float
+
+    @classmethod
+    def compile(cls, pipeline: Pipeline) -> LinearClassifier:
+        """From a fitted pipeline that ends in a ``LogisticRegression``."""
+        last = pipeline[-1]
+        weights, intercept = np.array(last.coef_.T, np.float64, order="C"), np.array(last.intercept_, np.float64)
+        return cls(Preprocessing.compile(pipeline), weights, intercept, float(last.C))
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int, outputs: int = 1) -> LinearClassifier:
+        """Reads and checks what ``arrays`` gave."""
+        inputs, strength = Preprocessing.restore(arrays, columns), float(arrays.positive("strength"))
+        width = len(inputs.scale)
+        return cls(inputs, arrays.numbers("weights", width, outputs), arrays.numbers("intercept", outputs), strength)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its numbers by name."""
+        own = {"weights": self.weights, "intercept": self.intercept, "strength": np.array(self.strength)}
+        return vars(self.inputs) | own
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of the second class; (rows, outputs) scores of more classes."""
+        scores = self.inputs.transform(X) @ self.weights + self.intercept
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def terms(self, X: np.ndarray) -> np.ndarray:
+        """(rows, columns) what every column adds to the log-odds, against its mean; that it is missing counts too."""
+        terms, columns = self.inputs.transform(X) * self.weights[:, 0], X.shape[1]
+        own = terms[:, :columns].copy()
+        own[:, self.inputs.missing] += terms[:, columns:]
+        return own
+
+
+@dataclass(frozen=True)
+class NetworkClassifier:
+    """One hidden layer of ``NEURONS`` rectified units behind ``Preprocessing``.
+
+    Attributes:
+        inputs: of the columns.
+        hidden, hidden_bias: (columns + k, NEURONS) and (NEURONS,). ``output``, ``bias``: (NEURONS,) and a number.
+        strength: inverse regularisation C of the fit.
+    """
+
+    inputs: Preprocessing
+    hidden: np.ndarray
+    hidden_bias: np.ndarray
+    output: np.ndarray
+    bias: np.ndarray
+    strength: float
+
+    @classmethod
+    def compile(cls, pipeline: Pipeline) -> NetworkClassifier:
+        """From a fitted pipeline that ends in a ``Network``."""
+        (first, last), (before, final) = pipeline[-1].coefs_, pipeline[-1].intercepts_
+        numbers = (np.array(part, np.float64, order="C") for part in (first, before, last[:, 0], final[0]))
+        return cls(Preprocessing.compile(pipeline), *numbers, 1 / pipeline[-1].alpha)
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int) -> NetworkClassifier:
+        """Reads and checks what ``arrays`` gave."""
+        inputs, strength = Preprocessing.restore(arrays, columns), float(arrays.positive("strength"))
+        hidden, before = arrays.numbers("hidden", len(inputs.scale), NEURONS), arrays.numbers("hidden_bias", NEURONS)
+        return cls(inputs, hidden, before, arrays.numbers("output", NEURONS), arrays.numbers("bias"), strength)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its numbers by name."""
+        own = {name: getattr(self, name) for name in ("hidden", "hidden_bias", "output", "bias")}
+        return vars(self.inputs) | own | {"strength": np.array(self.strength)}
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of the second class."""
+        activations = np.maximum(self.inputs.transform(X) @ self.hidden + self.hidden_bias, 0)
+        return np.clip(activations @ self.output + self.bias, -SURE, SURE)
+
+
+@dataclass(frozen=True)
+class TreeEnsemble:
+    """Boosted trees without pointers: every node knows which leaves it rules out (QuickScorer, Lucchese et al. 2015).
+
+    Leaves are numbered from left to right. A node whose test fails sends the row to the right and rules out the leaves
+    on its left; the first leaf that no node rules out is the one that the row reaches. Trees with fewer nodes are
+    filled up with tests that never fail.
+
+    Attributes:
+        feature, threshold: (trees, ``MAX_LEAVES`` - 1) column and largest value that goes to the left.
+        missing_left: (trees, ``MAX_LEAVES`` - 1) whether NaN goes to the left.
+        remaining: (trees, ``MAX_LEAVES`` - 1) the leaves that are left when the test fails, a bit each.
+        value: (trees, ``MAX_LEAVES``) log-odds to add. ``baseline``: log-odds to begin with.
+    """
+
+    strength: ClassVar[None] = None
+
+    feature: np.ndarray
+    threshold: np.ndarray
+    missing_left: np.ndarray
+    remaining: np.ndarray
+    value: np.ndarray
+    baseline: np.ndarray
+
+    @classmethod
+    def compile(cls, model: HistGradientBoostingClassifier) -> TreeEnsemble:
+        """From a fitted model; the only reader of its private trees."""
+        trees = [tree.nodes for (tree,) in model._predictors]
+        shape = (len(trees), MAX_LEAVES - 1)
+        feature, threshold = np.zeros(shape, np.int64), np.full(shape, np.finfo(np.float64).max)
+        missing_left, remaining = np.ones(shape, bool), np.full(shape, 255, np.uint8)
+        value = np.zeros((len(trees), MAX_LEAVES))
+        for index, nodes in enumerate(trees):
+            pending, leaves, splits = (
+                [(0, None)],
+                0,
+                0,
+            )  # nodes to visit, left before right, and whose left part ends there
+            while pending:
+                node, closes = pending.pop()
+                if closes is not None:  # all leaves of that split's left part are numbered
+                    split, start = closes
+                    remaining[index, split] = 255 & ~((1 << leaves) - (1 << start))
+                if nodes[node]["is_leaf"]:
+                    value[index, leaves] = nodes[node]["value"]
+                    leaves += 1
+                    continue
+                feature[index, splits] = nodes[node]["feature_idx"]
+                # a limit of infinity splits off missing values alone
+                threshold[index, splits] = min(nodes[node]["num_threshold"], np.finfo(np.float64).max)
+                missing_left[index, splits] = nodes[node]["missing_go_to_left"]
+                pending += [(int(nodes[node]["right"]), (splits, leaves)), (int(nodes[node]["left"]), None)]
+                splits += 1
+        baseline = np.array(float(model._baseline_prediction.item()))
+        return cls(feature, threshold, missing_left, remaining, value, baseline)
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int) -> TreeEnsemble:
+        """Reads and checks what ``arrays`` gave."""
+        value = arrays.numbers("value", None, MAX_LEAVES)
+        shape = (len(value), MAX_LEAVES - 1)
+        arrays.require(1 <= len(value) <= MAX_TREES, "value", f"should have 1 to {MAX_TREES} rows, one for each tree")
+        return cls(
+            arrays.counts("feature", *shape, below=columns),
+            arrays.numbers("threshold", *shape, largest=np.inf),  # is only compared with
+            arrays.bits("missing_left", np.bool_, *shape),
+            arrays.bits("remaining", np.uint8, *shape),
+            value,
+            arrays.numbers("baseline"),
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its numbers by name."""
+        return vars(self)
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """(rows,) log-odds of the second class."""
+        parts = [self._scores(X[start : start + CHUNK]) for start in range(0, len(X), CHUNK)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _scores(self, X: np.ndarray) -> np.ndarray:
+        values = X[:, self.feature]
+        right = ~(values <= self.threshold)  # NaN is not
+        gaps = np.isnan(values)
+        if gaps.any():
+            right &= ~(gaps & self.missing_left)
+        leaves = np.bitwise_and.reduce(np.where(right, self.remaining, np.uint8(255)), axis=2)
+        return self.value[np.arange(len(self.value)), _FIRST_LEAF[leaves]].sum(1) + self.baseline
+
+
+Classifier = LinearClassifier | NetworkClassifier | TreeEnsemble
+_COMPILED = {
+    LogisticRegression: LinearClassifier,
+    MLPClassifier: NetworkClassifier,
+    HistGradientBoostingClassifier: TreeEnsemble,
+}
+
+
+def _compiled_class(estimator: BaseEstimator) -> type[Classifier]:
+    last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
+    return next(compiled for kind, compiled in _COMPILED.items() if isinstance(last, kind))
+
+
+def compile_classifier(estimator: BaseEstimator) -> Classifier:
+    """A fitted estimator of ``make_estimator``, or a pipeline of ``scale`` and a logistic regression, as arrays."""
+    return _compiled_class(estimator).compile(estimator)
+
+
+def restore_classifier(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier:
+    """The compiled form of an estimator, read from a file.
+
+    Args:
+        estimator: of the same kind, not fitted.
+        arrays: of its compiled form.
+        columns: that it reads.
+
+    Raises:
+        ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+    """
+    return _compiled_class(estimator).restore(arrays, columns)
+
+
+@dataclass(frozen=True)
+class PlattScaling:
+    """Calibration that is a line in log-odds."""
+
+    slope: float
+    intercept: float
+
+    @classmethod
+    def restore(cls, arrays: Arrays) -> PlattScaling:
+        """Reads and checks what ``arrays`` gave."""
+        return cls(float(arrays.numbers("slope")), float(arrays.numbers("intercept")))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its numbers by name."""
+        return {"slope": np.array(self.slope), "intercept": np.array(self.intercept)}
+
+
+@dataclass(frozen=True)
+class IsotonicSteps:
+    """Calibration that is a rising line through points, level before and behind them.
+
+    Attributes:
+        scores, probabilities: (points,).
+    """
+
+    scores: np.ndarray
+    probabilities: np.ndarray
+
+    @classmethod
+    def restore(cls, arrays: Arrays) -> IsotonicSteps:
+        """Reads and checks what ``arrays`` gave."""
+        scores = arrays.numbers("scores", None)
+        probabilities = arrays.numbers("probabilities", len(scores))
+        arrays.require(len(scores) and (np.diff(scores) >= 0).all(), "scores", "should be there and rise")
+        rising = (np.diff(probabilities, prepend=0, append=1) >= 0).all()
+        arrays.require(rising, "probabilities", "should rise from 0 to 1")
+        return cls(scores, probabilities)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its numbers by name."""
+        return vars(self)
+
+    def predict(self, scores: np.ndarray) -> np.ndarray:
+        """(rows,) probabilities."""
+        return np.interp(scores, self.scores, self.probabilities)
