@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stethoscope.errors import StethoscopeError
 from stethoscope.tasks.objects import NAMES, mentions
-from stethoscope.tasks.published import read_json_lines
+from stethoscope.tasks.published import read_rows
 
 WORDS = 80
 COMMON = (
@@ -43,7 +43,7 @@ def built_in(count: int, seed: int = 0) -> list[str]:
 
 def real(paths: list[Path]) -> list[str]:
     """The captions of some files, one after the other, cut anew into pieces of 80 words."""
-    rows = (row for path in paths for _, row in read_json_lines(path, ["caption"]))
+    rows = (row for path in paths for _, _, row in read_rows(path, ["caption"]))
     return _of_80([word for row in rows for word in str(row["caption"]).split()])
 
 

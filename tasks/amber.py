@@ -17,8 +17,9 @@ from stethoscope.records import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.captions import labelled
+from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.nouns import Nouns
-from stethoscope.tasks.published import ImageFolder, clipped, read_json, read_json_list, read_text, shown, with_suffix
+from stethoscope.tasks.published import clipped, read_json, read_rows, read_text, shown, with_suffix
 from stethoscope.tasks.totals import CONFUSION, accuracy, confusion, f1, precision, ratio, recall
 
 PARTS = ("generative", "existence", "attribute", "relation")
@@ -215,8 +216,7 @@ class Amber(Task):
     def _read_annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
         """Question id -> the authors' type, and the reference of its sample."""
         found: dict[int, tuple[str, dict[str, Any]]] = {}
-        for line, row in read_json_list(path, ("id", "type", "truth")):
-            where = f"{path}, line {line}"
+        for _, where, row in read_rows(path, ("id", "type", "truth")):
             if str(row["type"]) not in SUBSETS:
                 raise DataError(f"{where}: {unknown('type of question', clipped(row['type']), SUBSETS)}")
             if not isinstance(row["id"], int):
@@ -236,8 +236,7 @@ class Amber(Task):
 
     def _read_samples(self, annotations: Mapping[int, tuple[str, dict[str, Any]]]) -> list[Sample]:
         path, images, samples = self._path("query_all.json"), ImageFolder(Path(self.images).expanduser()), {}
-        for line, row in read_json_list(path, ("id", "image", "query")):
-            where = f"{path}, line {line}"
+        for _, where, row in read_rows(path, ("id", "image", "query")):
             if not isinstance(row["id"], int) or row["id"] not in annotations:
                 raise DataError(f"{where}: id {shown(row['id'])} is not among the annotations")
             if row["id"] in samples:

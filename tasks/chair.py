@@ -18,9 +18,10 @@ from stethoscope.records import Answer, ImageRef, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.captions import METRICS, complete_sentences, labelled, score_caption
-from stethoscope.tasks.coco import read_captions, read_instances
+from stethoscope.tasks.coco import image_id, read_captions, read_instances
+from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.objects import OBJECTS, Mention, mentions
-from stethoscope.tasks.published import ImageFolder, clipped, read_text
+from stethoscope.tasks.published import clipped, read_text
 
 __all__ = ["Chair", "Mention", "complete_sentences", "mentions"]
 
@@ -118,7 +119,7 @@ class Chair(Task):
             for id_ in ids
         ]
 
-    def _chosen(self, names: Mapping[int, str], path: Path) -> list[int]:
+    def _chosen(self, names: Mapping[int | str, str], path: Path) -> list[int | str]:
         """The image ids that the user lists, here or in a file with one on each line."""
         if isinstance(self.image_ids, str):
             listed = Path(self.image_ids).expanduser()
@@ -129,16 +130,15 @@ class Chair(Task):
             ]
         else:
             places = [(id_, "task.image_ids") for id_ in self.image_ids]
-        known = {str(id_): id_ for id_ in names}
         for id_, where in places:
-            if str(id_) not in known:
+            if image_id(id_) not in names:
                 raise DataError(f"{where}: image id {id_} is not in {path}")
         if not places:
             raise DataError(f"task.image_ids={self.image_ids!r} lists no image")
-        return [known[str(id_)] for id_, _ in places]
+        return [image_id(id_) for id_, _ in places]
 
     def _from_hub(self) -> list[tuple[ImageRef, frozenset[str]]]:
-        data, rows = hub.load(self.hub, ("question_id", "gt_object", "image"))
+        images, rows = hub.load(self.hub, ("question_id", "gt_object", "image"))
         found = []
         for index, row in enumerate(rows):
             objects = row["gt_object"]
@@ -146,7 +146,7 @@ class Chair(Task):
             if wrong:
                 where = f"data set {self.hub.dataset!r}, row {index}, gt_object"
                 raise DataError(f"{where}: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
-            found.append((hub.image(data, index, str(row["question_id"])), frozenset(objects)))
+            found.append((images.ref(index, str(row["question_id"])), frozenset(objects)))
         return found
 
     def samples(self) -> Sequence[Sample]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -34,7 +36,21 @@ def _field(path: Path, kind: str, index: int, row: Any, key: str) -> Any:
     return row[key]
 
 
-def read_instances(path: Path) -> tuple[dict[int, str], dict[int, frozenset[str]]]:
+_IMAGE_ID = re.compile(r"(?:.*/)?(?:COCO_\w+_)?0*(\d+)(?:\.[A-Za-z]\w*)?")
+
+
+def image_id(value: Any) -> int | str:
+    """One form for the ways in which files write the same id: a number, its digits, or the name of COCO's file.
+
+    >>> image_id(42), image_id("42"), image_id(42.0), image_id("COCO_val2014_000000000042.jpg"), image_id("cat.jpg")
+    (42, 42, 42, 42, 'cat.jpg')
+    """
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    digits = _IMAGE_ID.fullmatch(text)
+    return int(digits[1]) if digits and digits[1].isascii() and len(digits[1]) < 20 else text
+
+
+def read_instances(path: Path) -> tuple[dict[int | str, str], dict[int | str, frozenset[str]]]:
     """Images and the objects annotated in them.
 
     Args:
@@ -48,21 +64,23 @@ def read_instances(path: Path) -> tuple[dict[int, str], dict[int, frozenset[str]
         DataError: the file is not of that form, has no image, or annotates a category that is not one of COCO's 80.
     """
     data = _read(path, ("images", "annotations", "categories"))
-    images = {
-        _field(path, "images", index, row, "id"): str(_field(path, "images", index, row, "file_name"))
-        for index, row in enumerate(data["images"])
-    }
+    images: dict[int | str, str] = {}
+    for index, row in enumerate(data["images"]):
+        image = image_id(_field(path, "images", index, row, "id"))
+        if image in images:
+            raise DataError(f"{path}: images[{index}] has the id {shown(row['id'])}, which is used before")
+        images[image] = str(_field(path, "images", index, row, "file_name"))
     if not images:
         raise DataError(f"{path} lists no image")
     names = {
-        _field(path, "categories", index, row, "id"): str(_field(path, "categories", index, row, "name"))
+        str(_field(path, "categories", index, row, "id")): str(_field(path, "categories", index, row, "name"))
         for index, row in enumerate(data["categories"])
     }
-    objects: dict[int, set[str]] = {image: set() for image in images}
+    objects: dict[int | str, set[str]] = {image: set() for image in images}
     for index, row in enumerate(data["annotations"]):
-        image = _field(path, "annotations", index, row, "image_id")
+        image = image_id(_field(path, "annotations", index, row, "image_id"))
         category = _field(path, "annotations", index, row, "category_id")
-        name = names.get(category)
+        name = names.get(str(category))
         if name is None:
             raise DataError(
                 f"{path}: annotations[{index}] has category_id {shown(category)}, which is not among categories"
@@ -70,12 +88,13 @@ def read_instances(path: Path) -> tuple[dict[int, str], dict[int, frozenset[str]
         if name not in OBJECTS:
             raise DataError(f"{path}: annotations[{index}]: {unknown('COCO object', clipped(name), OBJECTS)}")
         if image not in objects:
-            raise DataError(f"{path}: annotations[{index}] has image_id {shown(image)}, which is not among images")
+            where = f"{path}: annotations[{index}]"
+            raise DataError(f"{where} has image_id {shown(row['image_id'])}, which is not among images")
         objects[image].add(name)
     return images, {image: frozenset(found) for image, found in objects.items()}
 
 
-def read_captions(path: Path, images: Collection[int]) -> Mapping[int, frozenset[str]]:
+def read_captions(path: Path, images: Collection[int | str]) -> Mapping[int | str, frozenset[str]]:
     """The objects that people named in the captions of some images.
 
     Args:
@@ -83,18 +102,24 @@ def read_captions(path: Path, images: Collection[int]) -> Mapping[int, frozenset
         images: ids of the images to read captions of.
 
     Returns:
-        Image id -> canonical names, for those of the images that have captions.
+        Image id -> canonical names, for those of the images that have captions; how many have none is warned of.
 
     Raises:
         DataError: the file is not of that form, or has captions of none of the images.
     """
     wanted = set(images)
-    found: dict[int, set[str]] = defaultdict(set)
+    found: dict[int | str, set[str]] = defaultdict(set)
     for index, row in enumerate(_read(path, ("annotations",))["annotations"]):
-        image = _field(path, "annotations", index, row, "image_id")
+        image = image_id(_field(path, "annotations", index, row, "image_id"))
         caption = _field(path, "annotations", index, row, "caption")
         if image in wanted:
             found[image].update(mention.name for mention in mentions(str(caption)))
     if wanted and not found:
         raise DataError(f"{path} has captions of none of the {len(wanted)} images")
+    if len(found) < len(wanted):
+        warnings.warn(
+            f"{path} has no caption of {len(wanted) - len(found)} of {len(wanted)} images: "
+            "what is in these is known from the annotated boxes alone",
+            stacklevel=2,
+        )
     return {image: frozenset(names) for image, names in found.items()}

@@ -14,8 +14,9 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
+from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.nouns import Vocabulary
-from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, read_text, shown, with_suffix
+from stethoscope.tasks.published import clipped, read_rows, read_text, shown, with_suffix
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 
 KINDS = ("yes_no", "caption", "free")
@@ -91,21 +92,20 @@ class Custom(Task):
 
     def _from_folder(self) -> list[Sample]:
         folder = ImageFolder(Path(self.images).expanduser())
-        names = folder.names()
+        names = folder.walk()
         if not names:
-            raise DataError(f"image folder {folder.path} holds no image, only folders; name one of them")
+            raise DataError(f"image folder {folder.path} and the folders in it hold no image")
         return [self._sample(name, folder.find(name, "task.images"), self.question, {}) for name in names]
 
     def _from_file(self) -> list[Sample]:
         path = Path(self.file).expanduser()
         truth = _TRUTH[self.kind]
-        rows = list(read_json_lines(path, ("image", *((truth,) if truth else ())), nulls=False))
+        rows = list(read_rows(path, ("image", *((truth,) if truth else ())), nulls=False))
         folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
         samples: dict[str, Sample] = {}
-        for line, row in rows:
-            where = f"{path}, line {line}"
+        for number, where, row in rows:
             question, answer = row.get("question", self.question), row.get("answer")
-            id_, subset = str(row.get("id", "")).strip() or str(line), row.get("subset", "all")
+            id_, subset = str(row.get("id", "")).strip() or str(number), row.get("subset", "all")
             if not isinstance(question, str) or not question.strip():
                 raise DataError(f"{where}: {shown(question)} is no question; give one on every line, or task.question")
             if answer is not None and not (isinstance(answer, str) and answer.strip()):

@@ -20,7 +20,8 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks.given import moved
-from stethoscope.tasks.published import ImageFolder, clipped, read_json_lines, shown
+from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.published import clipped, read_rows, shown
 from stethoscope.tasks.totals import ratio
 
 if TYPE_CHECKING:
@@ -66,13 +67,12 @@ class HalLoc(Task):
         if self._samples:
             return
         path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
-        seen: dict[str, int] = {}
-        for line, row in read_json_lines(path, ("image", "question", "answer", "spans")):
-            where = f"{path}, line {line}"
-            id_ = str(row.get("id", "")).strip() or str(line)
+        seen: dict[str, str] = {}
+        for number, where, row in read_rows(path, ("image", "question", "answer", "spans")):
+            id_ = str(row.get("id", "")).strip() or str(number)
             if id_ in seen:
-                raise DataError(f"{where}: id {clipped(id_)} is used before, in line {seen[id_]}")
-            seen[id_] = line
+                raise DataError(f"{where}: id {clipped(id_)} is used before, in {seen[id_]}")
+            seen[id_] = where
             for key in ("question", "answer"):
                 if not isinstance(row[key], str) or not row[key].strip():
                     raise DataError(f"{where}: {key} {shown(row[key])} is no text")

@@ -7,7 +7,8 @@ yes or no, as VLMEvalKit and lmms-eval do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,8 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
-from stethoscope.tasks.published import ImageFolder, clipped, read_json_list, shown, with_suffix
+from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.published import clipped, read_rows, shown, with_suffix
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -79,6 +81,7 @@ class HallusionBench(Task):
         if self._samples:
             return
         samples: dict[str, Sample] = {}
+        self._without_image = 0
         for row, image, where in {"files": self._from_files, "hub": self._from_hub}[self.source]():
             sample = self._sample(row, image, where)
             if sample.id in samples:
@@ -86,26 +89,30 @@ class HallusionBench(Task):
             samples[sample.id] = sample
         if not samples:
             raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
+        if self._without_image:
+            warnings.warn(
+                f"hallusion_bench: {self._without_image} questions without an image are left out, "
+                f"{len(samples)} are asked",
+                stacklevel=2,
+            )
         self._samples = list(samples.values())
 
-    def _from_files(self) -> list[tuple[dict[str, Any], ImageRef, str]]:
-        path, images, found = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser()), []
-        for line, row in read_json_list(path, KEYS):
-            ids = f"set {clipped(row['set_id'])}, figure {clipped(row['figure_id'])}"  # often all rows are on one line
-            where = f"{path}, line {line}, {ids}"
-            if str(row["visual_input"]) != "0":
-                name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
-                found.append((row, images.find(name, where), where))
-        return found
+    def _from_files(self) -> Iterator[tuple[dict[str, Any], ImageRef, str]]:
+        path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
+        for _, where, row in read_rows(path, KEYS):
+            if self._has_image(row):
+                yield row, images.find(_file_name(row), where), where
 
-    def _from_hub(self) -> list[tuple[dict[str, Any], ImageRef, str]]:
-        data, rows = hub.load(self.hub, (*KEYS, "image"))
-        found = []
+    def _from_hub(self) -> Iterator[tuple[dict[str, Any], ImageRef, str]]:
+        images, rows = hub.load(self.hub, (*KEYS, "image"))
         for index, row in enumerate(rows):
-            if str(row["visual_input"]) != "0":
-                name = f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
-                found.append((row, hub.image(data, index, name), f"data set {self.hub.dataset!r}, row {index}"))
-        return found
+            if self._has_image(row):
+                yield row, images.ref(index, _file_name(row)), f"data set {self.hub.dataset!r}, row {index}"
+
+    def _has_image(self, row: Mapping[str, Any]) -> bool:
+        """Whether a question is about an image; the others are counted."""
+        self._without_image += str(row["visual_input"]) == "0"
+        return str(row["visual_input"]) != "0"
 
     def _sample(self, row: Mapping[str, Any], image: ImageRef, where: str) -> Sample:
         if row["category"] not in CATEGORIES:
@@ -165,6 +172,10 @@ class HallusionBench(Task):
             "fAcc_published": lambda totals: _share(totals, "figures_right", "figures_asked"),
             "qAcc_published": lambda totals: _share(totals, "questions_right", "questions_asked"),
         }
+
+
+def _file_name(row: Mapping[str, Any]) -> str:
+    return f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
 
 
 def _set(sample: Sample, keys: Sequence[str]) -> tuple[str, ...]:

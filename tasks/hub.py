@@ -1,7 +1,15 @@
-"""Benchmarks from the Hugging Face hub, or from a folder laid out like one, through ``datasets``."""
+"""Benchmarks from the Hugging Face hub, or from a folder laid out like one: Parquet files, read through ``datasets``.
+
+Only Parquet files are read, and only those that lie in the data set itself. The data set's card, which may name files
+elsewhere, and the other builders of ``datasets`` have no part in it. Images are never decoded or fetched by
+``datasets``: they are bytes, or paths inside the data set, and go through ``images.read_image``.
+"""
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.errors import DataError
+from stethoscope.images import read_image
 from stethoscope.records import ImageRef
+from stethoscope.tasks.image_folder import Bounds, ImageFolder
+from stethoscope.tasks.published import clipped
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from PIL.Image import Image
+
+_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5,})-of-(?P<count>\d{5,})")
+_OTHER_SPLITS = {"test", "validation", "valid", "val", "dev"}
 
 
 @dataclass(frozen=True)
@@ -21,8 +36,8 @@ class HubSource:
     """Where a data set is.
 
     Attributes:
-        dataset: ``owner/name`` on the hub, or a local folder with the same files.
-        split: part of the data set, such as ``test``.
+        dataset: ``owner/name`` on the hub, or a local folder with the same Parquet files.
+        split: part of the data set, such as ``test``, after which its files are named.
         revision: branch, tag or commit; None for the newest.
         local_files_only: use what the hub cache holds and never the network.
     """
@@ -33,64 +48,189 @@ class HubSource:
     local_files_only: bool = False
 
 
-def load(source: HubSource, columns: Iterable[str]) -> tuple[Dataset, list[dict[str, Any]]]:
-    """A data set whose images are read row by row, and its other columns as plain rows.
+class ImageColumn:
+    """The column of images of a data set, whose cells are read one by one."""
+
+    def __init__(self, data: Dataset, source: HubSource, folder: Path) -> None:
+        """Check what the column holds, without decoding any picture.
+
+        Args:
+            data: data set with a column ``image``.
+            source: what it was loaded from, for messages.
+            folder: where its files are, in which paths are resolved.
+
+        Raises:
+            DataError: the column holds neither bytes nor paths, several pictures in a cell, or a path that is not in
+                the data set.
+        """
+        self._data = data.select_columns("image").with_format("arrow")
+        self._name = f"data set {source.dataset!r}"
+        self._files: dict[int, ImageRef] = {}
+        kind = data.data.schema.field("image").type
+        if not _is_image_type(kind):
+            raise DataError(
+                f"{self._name}: the column 'image' holds {clipped(kind)}; the bytes of image files were "
+                "expected, paths inside the data set, or a struct of both as `datasets` writes it"
+            )
+        paths = self._paths()
+        if any(path is not None for path in paths):
+            images = ImageFolder(folder, may_be_empty=True)
+            for index, path in enumerate(paths):
+                if path is not None:
+                    self._files[index] = images.find(path, f"{self._name}, row {index}")
+
+    def _paths(self) -> list[str | None]:
+        """The path of every cell that has no bytes; None for those that have."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        paths: list[str | None] = []
+        for column in (chunk for batch in self._data.iter(batch_size=1000) for chunk in batch["image"].chunks):
+            if _is_list(column.type):
+                for row, length in enumerate(pc.list_value_length(column).to_pylist(), len(paths)):
+                    if length != 1:
+                        raise DataError(f"{self._name}, row {row}: 'image' should be one picture, not {length or 0}")
+                column = column.flatten()
+            if pa.types.is_struct(column.type):
+                names = {field.name for field in column.type}
+                data = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column))
+                path = pc.struct_field(column, "path") if "path" in names else pa.nulls(len(column))
+                column = pc.if_else(pc.is_null(data), path, pa.scalar(None, path.type))
+            paths += column.to_pylist() if _is_text(column.type) else [None] * len(column)
+        return paths
+
+    def ref(self, index: int, name: str) -> ImageRef:
+        """The image of one row, decoded when it is needed.
+
+        Args:
+            index: row number from 0.
+            name: what to call it.
+        """
+        file = self._files.get(index)
+        return ImageRef(name, partial(self._decode, index, name) if file is None else file.source)
+
+    def _decode(self, index: int, name: str) -> Image:
+        cell = self._data[index : index + 1]["image"][0].as_py()
+        cell = cell[0] if isinstance(cell, list) else cell
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None:
+            raise DataError(f"image {name!r} (row {index}) is missing from the data set")
+        return read_image(data, f"image {name!r} (row {index})")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return kind in (pa.string(), pa.large_string())
+
+
+def _is_image_type(kind: pa.DataType) -> bool:
+    """Whether cells of an Arrow type may be pictures: bytes, paths, a struct of these, or a list of one such."""
+    import pyarrow as pa
+
+    if _is_list(kind):
+        kind = kind.value_type
+    data_types = (pa.binary(), pa.large_binary())
+    if pa.types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
+        return (data in data_types and (path == pa.null() or _is_text(path))) or (data == pa.null() and _is_text(path))
+    return _is_text(kind) or kind in data_types
+
+
+def load(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn, list[dict[str, Any]]]:
+    """A data set's images, which are read row by row, and its other columns as plain rows.
 
     Args:
         source: where it is.
         columns: columns that it must have, ``image`` among them.
 
     Returns:
-        The data set (for :func:`image`), and one dict per row without the image.
+        The images, and one dict per row without the image; class labels are given by name.
 
     Raises:
-        DataError: it cannot be found or loaded, is empty, or lacks a column.
+        DataError: it cannot be found or loaded, is empty, or lacks a column; its images are of no form that is read.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    columns, name = tuple(columns), f"data set {source.dataset!r}, split {source.split!r},"
+    split = re.split(r"[\[+]", source.split)[0]
     try:
-        data = datasets.load_dataset(_place(source), split=source.split, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        folder = _folder(source, split)
+        files = [glob.escape(os.fspath(file)) for file in split_files(folder, split)]
+        data = datasets.load_dataset("parquet", data_files={split: files}, split=source.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError, DataError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data set {source.dataset!r}, split {source.split!r}, cannot be loaded: {reason}") from None
+        raise DataError(f"{name} cannot be loaded: {reason}") from None
     for column in columns:
         if column not in data.column_names:
-            there = ", ".join(data.column_names)
+            there = ", ".join(map(clipped, data.column_names))
             raise DataError(f"data set {source.dataset!r} has no column {column!r}; there are: {there}")
     if not len(data):
-        raise DataError(f"data set {source.dataset!r}, split {source.split!r}, has no row")
-    return data, data.remove_columns("image").to_list()
+        raise DataError(f"{name} has no row")
+    others = data.select_columns([column for column in columns if column != "image"])
+    labels = {key: kind.names for key, kind in others.features.items() if isinstance(kind, datasets.ClassLabel)}
+    rows = others.to_list()
+    for row in rows:
+        row.update({key: names[row[key]] for key, names in labels.items() if row[key] in range(len(names))})
+    return ImageColumn(data, source, folder), rows
 
 
-def _place(source: HubSource) -> str:
-    """What ``load_dataset`` is given: the name, or the folder of the hub cache where the files already are.
-
-    The folder is asked for because ``load_dataset`` forgets the revision when it finds the hub out of reach.
-    """
-    if not source.local_files_only or Path(source.dataset).is_dir():
-        return source.dataset
+def _folder(source: HubSource, split: str) -> Path:
+    """The data set's own folder, or that of the hub cache, once the Parquet files of a split have been fetched."""
+    folder = Path(source.dataset).expanduser()
+    if folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(source.dataset, repo_type="dataset", revision=source.revision, local_files_only=True)
+    return Path(
+        snapshot_download(
+            source.dataset,
+            repo_type="dataset",
+            revision=source.revision,
+            local_files_only=source.local_files_only,
+            allow_patterns=[f"*{glob.escape(split)}*.parquet"],
+        )
+    )
 
 
-def image(data: Dataset, index: int, name: str) -> ImageRef:
-    """The image of one row, decoded when it is needed.
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of a split, in the order of their names.
 
-    Args:
-        data: data set with a column ``image`` of PIL images.
-        index: row number from 0.
-        name: what to call it.
+    They are called after it (``test.parquet``, ``test-00000-of-00002.parquet``) or lie in a folder of its name. Where
+    no file is called after any split, all are ``train``.
+
+    Raises:
+        DataError: there are none, some are missing, or they lie in several folders.
     """
-    return ImageRef(name, partial(_decode, data, index, name))
-
-
-def _decode(data: Dataset, index: int, name: str) -> Image:
-    try:
-        found = data[index]["image"]
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image {name!r} (row {index}) cannot be read: {error}") from None
-    if found is None:
-        raise DataError(f"image {name!r} (row {index}) is missing from the data set")
-    return found
+    bounds = Bounds(folder)
+    names = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        place = file.relative_to(folder)
+        if not any(part.startswith(".") for part in place.parts) and bounds.holds(place.as_posix()):
+            shard = _SHARD.fullmatch(file.stem)
+            names[file] = (shard["split"] if shard else file.stem), shard
+    files = [file for file, (name, _) in names.items() if split in (name, *file.relative_to(folder).parts[-2:-1])]
+    if not files and split == "train" and _OTHER_SPLITS.isdisjoint(name for name, _ in names.values()):
+        files = list(names)
+    if not files:
+        there = clipped(", ".join(file.relative_to(folder).as_posix() for file in names)) or "none"
+        raise DataError(f"no Parquet file inside {folder} is called after it; there are: {there}")
+    parents = sorted({file.parent for file in files})
+    if len(parents) > 1 and folder / "data" in parents:  # the default of the hub, beside other configurations
+        parents = [folder / "data"]
+    if len(parents) > 1:
+        raise DataError(f"its files are in several folders, {clipped(', '.join(map(str, parents)))}; name one of them")
+    files = [file for file in files if file.parent == parents[0]]
+    shards = [names[file][1] for file in files if names[file][1]]
+    counts = {int(shard["count"]) for shard in shards}
+    if counts and sum(counts) != len(shards):
+        raise DataError(f"{len(shards)} of {sum(counts)} files are in {parents[0]}: {clipped(files[0].name)} ...")
+    return files

@@ -6,6 +6,7 @@ questions about every image, one of which deserves a yes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,8 +17,9 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
+from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.published import IMAGE_SUFFIXES, ImageFolder, read_text, shown, with_suffix
+from stethoscope.tasks.published import clipped, read_text, shown, with_suffix
 from stethoscope.tasks.sets import complete_sets, set_counts
 from stethoscope.tasks.totals import ratio
 
@@ -105,25 +107,34 @@ class Mme(Task):
             # large categories keep texts and images apart
             texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
             images = ImageFolder(folder / "images" if (folder / "images").is_dir() else folder)
-            names = {Path(name).stem: name for name in images.names()}
-            files = sorted(texts.glob("*.txt"))
+            names: dict[str, list[str]] = {}
+            for name in images.names():
+                names.setdefault(Path(name).stem, []).append(name)
+            files = [path for path in sorted(texts.glob("*")) if path.suffix.lower() == ".txt" and path.name[0] != "."]
             if not files:
                 raise DataError(f"{texts} has no text file with questions")
             for path in files:
-                if path.stem not in names:
-                    wanted = ", ".join(path.stem + suffix for suffix in IMAGE_SUFFIXES[:3])
-                    raise DataError(f"{path}: its image is not in {images.path} (looked for {wanted} ...)")
-                image = images.find(names[path.stem], str(path))
+                if len(names.get(path.stem, ())) != 1:
+                    there = ", ".join(map(clipped, names.get(path.stem, ()))) or "none"
+                    wanted = f"one image named {clipped(path.stem)} was expected in {images.path}"
+                    raise DataError(f"{path}: {wanted}, there is {there}")
+                image = images.find(names.pop(path.stem)[0], str(path))
                 found += [(category, image, question, label) for question, label in read_questions(path)]
+            if names:
+                warnings.warn(
+                    f"{len(names)} images in {images.path} are left out, having no text file in {texts}: "
+                    f"{clipped(', '.join(sorted(names)))}",
+                    stacklevel=2,
+                )
         return found
 
     def _from_hub(self) -> list[Question]:
-        data, rows = hub.load(self.hub, ("question_id", "question", "answer", "category", "image"))
+        images, rows = hub.load(self.hub, ("question_id", "question", "answer", "category", "image"))
         found = []
         for index, row in enumerate(rows):
             where = f"data set {self.hub.dataset!r}, row {index}"
             if row["category"] in self.categories:
-                image = hub.image(data, index, Path(str(row["question_id"])).name)
+                image = images.ref(index, Path(str(row["question_id"])).name)
                 found.append((row["category"], image, *_checked(row["question"], row["answer"], where)))
         for category in self.categories:
             if category not in {question[0] for question in found}:

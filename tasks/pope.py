@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +15,8 @@ from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
-from stethoscope.tasks.published import ImageFolder, Question, question, read_pope, unique, with_suffix
+from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.published import Question, clipped, question, read_pope, unique, with_suffix
 from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
 from stethoscope.tasks.yes_no import PARSERS, claim
 
@@ -141,16 +144,25 @@ class Pope(Task):
 
     def _from_hub(self) -> dict[str, list[Question]]:
         columns = ("question_id", "question", "answer", "image_source", "image", "category")
-        data, rows = hub.load(self.hub, columns)
+        images, rows = hub.load(self.hub, columns)
         found: dict[str, list[Question]] = {subset: [] for subset in self.subsets}
         places: dict[str, list[tuple[str, str]]] = {subset: [] for subset in self.subsets}
+        others: Counter[str] = Counter()
         for index, row in enumerate(rows):
-            subset, where = row["category"], f"data set {self.hub.dataset!r}, row {index}"
+            subset, where = str(row["category"]).strip().lower(), f"data set {self.hub.dataset!r}, row {index}"
             if subset in found:
-                image = hub.image(data, index, str(row["image_source"]))
+                image = images.ref(index, str(row["image_source"]))
                 checked = {"question_id": row["question_id"], "text": row["question"], "label": row["answer"]}
                 found[subset].append(question(checked, image, where))
                 places[subset].append((found[subset][-1].id, where))
+            elif subset not in SUBSETS:
+                others[str(row["category"])] += 1
+        if others:
+            warnings.warn(
+                f"{others.total()} of {len(rows)} rows of data set {self.hub.dataset!r} are left out, being of no "
+                f"category of POPE: {clipped(', '.join(others))}",
+                stacklevel=2,
+            )
         for subset, questions in found.items():
             if not questions:
                 raise DataError(f"data set {self.hub.dataset!r} has no row of category {subset!r}")

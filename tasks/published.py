@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.errors import DataError
 from stethoscope.records import ImageRef
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+if TYPE_CHECKING:
+    from stethoscope.tasks.image_folder import ImageFolder
+
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+"""Byte order mark -> encoding; the marks of UTF-32 come first, as one of them begins with that of UTF-16."""
+_SIGNATURES = {
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstandard archive; unpack it first",
+    b"PAR1": "a Parquet file; task.source=hub reads a folder of these",
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file itself; `git lfs pull` fetches that",
+    b"<!doctype html": "a web page, as servers send it where a download needs a login",
+    b"<html": "a web page, as servers send it where a download needs a login",
+}
+_TABLES = {"\t": "tab-separated values (TSV)", ",": "comma-separated values (CSV)", ";": "values between semicolons"}
+_OBJECTS = "JSON objects were expected, one on each line or all in one list"
 
 
 def clipped(value: object) -> str:
@@ -42,61 +60,123 @@ def with_suffix(question: str, suffix: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 text file, with a byte order mark or without.
+    """A whole text file: UTF-8, or UTF-16 and UTF-32 that begin with a byte order mark; lines end with a newline each.
 
     Raises:
-        DataError: it is missing, cannot be read or is not text.
+        DataError: it is missing, cannot be read or is not text; archives and the like are called what they are.
     """
     try:
-        return path.read_text("utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    head = data[:32].lstrip().lower()
+    for signature, description in _SIGNATURES.items():
+        if data.startswith(signature) or (signature.isascii() and head.startswith(signature.lower())):
+            raise DataError(f"{path} is {description}")
+    mark, encoding = next(((mark, name) for mark, name in _MARKS.items() if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        text = data.removeprefix(mark).decode("utf-8") if encoding == "utf-8" else data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not {encoding.upper()} text: {error.reason} at byte {error.start}") from None
+    if "\0" in text:
+        raise DataError(
+            f"{path} is no UTF-8 text: zero byte at {text.index(chr(0))}; UTF-16 is read if it has a byte order mark"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json_lines(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line of a JSON-lines file that is not blank.
+class Row(NamedTuple):
+    """An object of a file of objects.
+
+    Attributes:
+        number: line on which it begins in a file of JSON lines, place in the list in a JSON list; both from 1.
+        where: file and line, for messages.
+        values: the object.
+    """
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[Row]:
+    """The objects of a JSON file: one on each line, or one after another over several lines, or all in one list.
 
     Args:
-        path: of the file.
+        path: of the file, whatever its ending.
         keys: that every object must have.
         nulls: False to take a key with null, which pandas writes for a missing cell, as one that is not there.
 
     Raises:
-        DataError: a line is no JSON object or lacks one of ``keys``; the file is missing.
+        DataError: the file is missing, empty or of another kind (which is named), or a value is no JSON object or
+            lacks one of ``keys``.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row, end = _value(line, _BLANK.match(line).end(), path, number)
-        if line[end:].strip():
-            raise DataError(f"{where}: not JSON (more after the object's end, at column {end + 1})")
+    text, keys = read_text(path), tuple(keys)
+    start = _BLANK.match(text).end()
+    if start == len(text):
+        raise DataError(f"{path} is empty; {_OBJECTS}")
+    _refuse_table(path, text[start:].partition("\n")[0], keys)
+    items = _list_items(path, text, start) if text[start] == "[" else _line_items(path, text)
+    for number, where, row in items:
         if not nulls and isinstance(row, dict):
             row = {key: value for key, value in row.items() if value is not None}
-        yield number, _object(row, keys, where)
+        yield Row(number, where, _object(row, keys, where))
 
 
-def read_json_list(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number on which it starts, object) of every item of a file that is one JSON list of objects.
+def _refuse_table(path: Path, line: str, keys: tuple[str, ...]) -> None:
+    """Name a table by its header, which has some of the keys that are wanted."""
+    if line[0] in "[{":
+        return
+    for separator, name in _TABLES.items():
+        columns = [column.strip().strip("\"'") for column in line.split(separator)]
+        if len(columns) > 1 and not set(keys).isdisjoint(columns):
+            raise DataError(
+                f"{path} holds {name} with the columns {clipped(', '.join(columns))}; {_OBJECTS}: "
+                f"pandas.read_csv(..., sep={separator!r}).to_json(..., orient='records', lines=True) makes them"
+            )
 
-    Raises:
-        DataError: the file is missing or no such list, an item is no object or lacks one of ``keys``.
-    """
-    text = read_text(path)
-    at, seen, line, mark = _BLANK.match(text).end(), 0, 1, "["
-    if text[at : at + 1] != mark:
-        raise DataError(f"{path}: a JSON list was expected, not {text[at : at + 40]!r}")
+
+def _line_items(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
+    """Line number, place and value of every line; a value that goes on over several lines counts as its first."""
+    start, number = 0, 1
+    while start < len(text):
+        end = text.find("\n", start) % (len(text) + 1)  # -1, none, is the text's end
+        line, where = text[start:end], f"{path}, line {number}"
+        if line.strip():
+            indent = _BLANK.match(line).end()
+            try:
+                value, stop = _value(line, indent, path, number)
+                stop += start
+            except DataError:
+                try:
+                    value, stop = _value(text, start + indent, path)
+                except DataError:
+                    stop = end
+                if stop <= end or not isinstance(value, dict):
+                    raise
+                end = text.find("\n", stop) % (len(text) + 1)
+            if text[stop:end].strip():
+                column = stop - text.rfind("\n", 0, stop)
+                raise DataError(f"{where}: not JSON (more after the object's end, at column {column})")
+            yield number, where, value
+        number += text.count("\n", start, end) + 1
+        start = end + 1
+
+
+def _list_items(path: Path, text: str, at: int) -> Iterator[tuple[int, str, Any]]:
+    """Place in the list, place in the file and value of every item of a JSON list that begins at an offset."""
+    seen, line, last, number, mark = 0, 1, 0, 0, "["
     while mark != "]":
         at = _BLANK.match(text, at + 1).end()
-        line, seen = line + text.count("\n", seen, at), at
+        line, seen, number = line + text.count("\n", seen, at), at, number + 1
         if mark == "[" and text[at : at + 1] == "]":
             break
+        where = f"{path}, line {line}" + (f", item {number}" if line == last else "")
         row, at = _value(text, at, path)
-        yield line, _object(row, keys, f"{path}, line {line}")
+        yield number, where, row
+        last = line
         at = _BLANK.match(text, at).end()
         mark = text[at : at + 1]
         if mark not in (",", "]"):
@@ -113,10 +193,13 @@ def read_json(path: Path) -> Any:
         DataError: the file is missing or not JSON.
     """
     text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path} is empty; JSON was expected")
     value, end = _value(text, _BLANK.match(text).end(), path)
     if text[end:].strip():
         line = text.count("\n", 0, end) + 1
-        raise DataError(f"{path}, line {line}: not JSON (more after the value's end)")
+        hint = "; this is JSON lines, one value was expected" if text[end:].lstrip()[0] in "[{" else ""
+        raise DataError(f"{path}, line {line}: not JSON (more after the value's end){hint}")
     return value
 
 
@@ -208,75 +291,16 @@ def unique(ids: Iterable[tuple[str, str]]) -> None:
 
 
 def read_pope(path: Path, images: ImageFolder) -> list[Question]:
-    """The questions of one POPE file: JSON lines with ``question_id``, ``image``, ``text`` and ``label``.
+    """The questions of one POPE file: objects with ``question_id``, ``image``, ``text`` and ``label``.
 
     Raises:
         DataError: a broken line, a label that is neither yes nor no, an id that comes twice, an image that is missing.
     """
     places, questions = [], []
-    for number, row in read_json_lines(path, ("question_id", "image", "text", "label")):
-        where = f"{path}, line {number}"
+    for _, where, row in read_rows(path, ("question_id", "image", "text", "label")):
         questions.append(question(row, images.find(str(row["image"]), where), where))
         places.append((questions[-1].id, where))
     unique(places)
     if not questions:
         raise DataError(f"{path} holds no question")
     return questions
-
-
-class ImageFolder:
-    """A folder of images, listed once so that missing files are found before anything runs.
-
-    Attributes:
-        path: the folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Lists the folder.
-
-        Raises:
-            DataError: it does not exist, is no folder or holds no image.
-        """
-        self.path = path
-        try:
-            entries = list(os.scandir(path))
-        except FileNotFoundError:
-            raise DataError(f"image folder {path} does not exist") from None
-        except OSError as error:
-            raise DataError(f"image folder {path} cannot be read: {error.strerror}") from None
-        self._names = frozenset(entry.name for entry in entries)
-        folders = {entry.name for entry in entries if entry.is_dir()}
-        self._images = sorted(
-            name
-            for name in self._names - folders
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")  # as macOS leaves beside every file
-        )
-        if not self._images and not folders:
-            raise DataError(f"image folder {path} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
-
-    def find(self, name: str, where: str) -> ImageRef:
-        """The image of that name, which may be a path inside the folder.
-
-        Args:
-            name: file name as an annotation gives it.
-            where: file and line of that annotation, for messages.
-
-        Raises:
-            DataError: there is no such file, or the name leads out of the folder.
-        """
-        parts = PurePosixPath(name.replace("\\", "/")).parts
-        if ".." in parts or parts[:1] == ("/",) or re.match(r"[A-Za-z]:[\\/]", name):
-            raise DataError(f"{where}: image {shown(name)} leads out of {self.path}; it should be inside it")
-        if name not in self._names and not self._holds(name):
-            raise DataError(f"{where}: image {shown(name)} is not in {self.path}")
-        return ImageRef(name, self.path / name)
-
-    def _holds(self, name: str) -> bool:
-        try:
-            return (self.path / name).is_file()
-        except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
-            return False
-
-    def names(self) -> list[str]:
-        """Names of the images that lie directly in the folder, sorted; hidden files are none."""
-        return self._images

@@ -1,10 +1,13 @@
-"""Data sets through ``datasets.load_dataset``: a local folder of parquet files goes the way of a hub data set."""
+"""Data sets of Parquet files: a local folder goes the way of a hub data set; nothing outside of it is read."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from by_hand import QUESTIONS
 
 from stethoscope.errors import DataError
 from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.hub import split_files
 from stethoscope.tasks.pope import Pope
 
 datasets = pytest.importorskip("datasets")
@@ -103,3 +106,188 @@ def test_what_is_wrong_is_said_in_one_line(pope_set, tmp_path, images):
             task.setup()
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def plain(folder, cells, kind, name="test-00000-of-00001", metadata=None, **columns):
+    """One Parquet file as other tools write it, with nothing of ``datasets`` in it; gives the task."""
+    count = len(cells)
+    table = pa.table(
+        {
+            "question_id": [str(n) for n in range(count)],
+            "question": ["Is there a dog in the image?"] * count,
+            "answer": (["yes", "no"] * count)[:count],
+            "image_source": [f"p{n}" for n in range(count)],
+            "category": ["random"] * count,
+            **columns,
+            "image": pa.array(cells, kind),
+        }
+    )
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "data" / f"{name}.parquet")
+    return Pope("hub", dataset=str(folder), subsets=["random"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (STRUCT, lambda data, name: {"bytes": data, "path": None}),
+        (STRUCT, lambda data, name: {"bytes": data, "path": "http://127.0.0.1:9/ignored.png"}),
+        (STRUCT, lambda data, name: {"bytes": None, "path": f"images/{name}"}),
+        (pa.struct([("bytes", pa.binary())]), lambda data, name: {"bytes": data}),
+        (pa.struct([("bytes", pa.large_binary()), ("path", pa.null())]), lambda data, name: {"bytes": data}),
+        (pa.struct([("path", pa.string())]), lambda data, name: {"path": f"images/{name}"}),
+        (pa.binary(), lambda data, name: data),
+        (pa.large_binary(), lambda data, name: data),
+        (pa.string(), lambda data, name: f"images/{name}"),
+        (pa.large_string(), lambda data, name: f"images/{name}"),
+        (pa.list_(STRUCT), lambda data, name: [{"bytes": data, "path": None}]),
+        (pa.list_(pa.binary()), lambda data, name: [data]),
+        (pa.list_(pa.string()), lambda data, name: [f"images/{name}"]),
+    ],
+    ids=str,
+)
+def test_images_as_other_tools_write_them(tmp_path, images, kind, cell):
+    folder = tmp_path / "set[1]"
+    folder.mkdir()
+    images.rename(folder / "images")
+    names = ["a.png", "b.png"]
+    task = plain(folder, [cell((folder / "images" / name).read_bytes(), name) for name in names], kind)
+    task.setup()
+    colours = [sample.image.load().getpixel((0, 0)) for sample in task.samples()]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+    assert [sample.image.name for sample in task.samples()] == ["p0", "p1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells", "message"),
+    [
+        (pa.int64(), [1], "the column 'image' holds int64; the bytes of image files were expected"),
+        (pa.list_(pa.uint8()), [[1]], "holds list<"),
+        (pa.list_(pa.list_(pa.binary())), [[[b""]]], "holds list<"),
+        (pa.struct([("data", pa.binary())]), [{"data": b""}], "holds struct<data: binary>"),
+        (pa.struct([("bytes", pa.string())]), [{"bytes": ""}], "holds struct<bytes: string>"),
+        (pa.list_(pa.binary()), [[b""], [b"", b""]], "row 1: 'image' should be one picture, not 2"),
+        (pa.list_(pa.binary()), [[b""], []], "row 1: 'image' should be one picture, not 0"),
+        (pa.string(), ["images/a.png", "../out.png"], "row 1: image '../out.png' leads out of"),
+        (pa.string(), ["/etc/hostname"], "row 0: image '/etc/hostname' leads out of"),
+        (STRUCT, [{"bytes": None, "path": "http://127.0.0.1:9/a.png"}], "is an address; .* nothing is fetched"),
+        (STRUCT, [{"bytes": None, "path": "file:///etc/hostname"}], "is an address"),
+        (STRUCT, [{"bytes": None, "path": "zip://a.png::http://127.0.0.1:9/b.zip"}], "is an address"),
+        (STRUCT, [{"bytes": None, "path": "images/linked.png"}], "is a link that leads out of"),
+        (STRUCT, [{"bytes": None, "path": "hf://datasets/a/b/c.png"}], "is an address"),
+    ],
+)
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "plain"])
+def test_images_from_elsewhere_or_of_another_type_are_refused_at_once(
+    tmp_path, images, kind, cells, message, typed, monkeypatch
+):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (images / "a.png").rename(tmp_path / "out.png")
+    images.rename(folder / "images")
+    (folder / "images" / "a.png").symlink_to(folder / "images" / "b.png")
+    (folder / "images" / "linked.png").symlink_to(tmp_path / "out.png")
+    metadata = None
+    if typed and kind == STRUCT:  # what made ``datasets`` open paths and addresses
+        names = ("question_id", "question", "answer", "image_source", "category")
+        features = {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
+        metadata = datasets.Features(features).arrow_schema.metadata
+    task = plain(folder, cells, kind, metadata=metadata)
+    with pytest.raises(DataError, match=message) as error:
+        task.setup()
+    assert "\n" not in str(error.value)
+
+
+def test_the_card_of_a_data_set_names_no_files(pope_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+    for path in ("http://127.0.0.1:9/x.parquet", str(tmp_path / "x.parquet"), "../x.parquet"):
+        (pope_set / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: {path}\n---\n"
+        )
+        task = Pope("hub", dataset=str(pope_set))
+        task.setup()
+        assert len(task.samples()) == 9
+
+
+def test_a_picture_that_is_missing_or_broken_fails_its_sample_alone(tmp_path, images):
+    cells = [{"bytes": (images / "a.png").read_bytes()}, None, {"bytes": b"none"}, {"bytes": None, "path": None}]
+    task = plain(tmp_path / "set", cells, STRUCT)
+    task.setup()
+    one, *others = task.samples()
+    assert one.image.load().size == (4, 4)
+    for sample, message in zip(others, ("is missing from", "no intact file of", "is missing from"), strict=True):
+        with pytest.raises(DataError, match=message):
+            sample.image.load()
+
+
+def test_class_labels_are_names(tmp_path, images):
+    names = {"answer": ["no", "yes"], "category": ["popular", "random"]}
+    picture = {"path": None, "bytes": (images / "a.png").read_bytes()}
+    columns = {
+        "question_id": ["1", "2"],
+        "question": ["Is there a dog in the image?"] * 2,
+        "answer": ["yes", "no"],
+        "image_source": ["a", "b"],
+        "category": ["random"] * 2,
+        "image": [picture] * 2,
+    }
+    data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    for column, labels in names.items():
+        data = data.cast_column(column, datasets.ClassLabel(names=labels))
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "test.parquet")
+    task = Pope("hub", dataset=str(tmp_path / "set"), subsets=["random"])
+    task.setup()
+    assert [sample.reference["label"] for sample in task.samples()] == ["yes", "no"]
+
+
+def test_rows_of_no_category_are_counted(tmp_path, images):
+    data = (images / "a.png").read_bytes()
+    task = plain(tmp_path / "set", [data] * 3, pa.binary(), category=[" Random", "randm", None])
+    with pytest.warns(UserWarning, match="2 of 3 rows .* are left out, being of no category of POPE: randm, None"):
+        task.setup()
+    assert len(task.samples()) == 1
+
+
+def test_all_parts_of_a_split_must_be_there(tmp_path, images):
+    data = (images / "a.png").read_bytes()
+    folder = tmp_path / "set"
+    plain(folder, [data], pa.binary(), "test-00000-of-00003")
+    plain(folder, [data], pa.binary(), "test-00002-of-00003", question_id=["2"])
+    plain(folder, [data], pa.binary(), "._test-00001-of-00003", question_id=["8"])
+    plain(folder, [data], pa.binary(), "non_test-00000-of-00001", question_id=["9"])
+    task = Pope("hub", dataset=str(folder), subsets=["random"])
+    with pytest.raises(DataError, match="cannot be loaded: 2 of 3 files are in"):
+        task.setup()
+    plain(folder, [data], pa.binary(), "test-00001-of-00003", question_id=["1"])
+    task.setup()
+    assert [sample.id for sample in task.samples()] == ["random-0", "random-1", "random-2"]
+
+
+def test_where_the_files_of_a_split_may_lie(tmp_path):
+    def files(*names, split="test"):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return [file.relative_to(tmp_path).as_posix() for file in split_files(tmp_path, split)]
+
+    assert files("one.parquet", split="train") == ["one.parquet"]
+    assert files("default/test/0.parquet", "default/test/1.parquet") == [
+        "default/test/0.parquet",
+        "default/test/1.parquet",
+    ]
+    with pytest.raises(DataError, match=r"several folders, .*; name one of them"):
+        files("Full/test-00000-of-00001.parquet")
+    assert files("data/test.parquet") == ["data/test.parquet"]
+    with pytest.raises(DataError, match=r"no Parquet file inside .* there are: Full/test-00000-of-00001.parquet, data"):
+        files(split="image")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "outside" / "test.parquet").touch()
+    (tmp_path / "inside" / "test.parquet").symlink_to(tmp_path / "outside" / "test.parquet")
+    with pytest.raises(DataError, match="there are: none"):
+        split_files(tmp_path / "inside", "test")

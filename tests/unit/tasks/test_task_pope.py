@@ -150,7 +150,7 @@ def test_missing_and_empty_files_and_folders(pope_folder, images, tmp_path):
         with pytest.raises(DataError, match=message):
             Pope("files", questions=str(questions), images=str(folder)).setup()
     (empty / "coco_pope_random.json").write_text("\n")
-    with pytest.raises(DataError, match="holds no question"):
+    with pytest.raises(DataError, match="is empty"):
         Pope("files", questions=str(empty), images=str(images)).setup()
 
 
