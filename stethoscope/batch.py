@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from stethoscope.trace import Encoded, Trace
 
+CHANGED = "changed since it was asked: "
+"""How the reason begins why ``extract`` leaves a sample alone; what has changed follows, separated by commas."""
+
 HOPELESS = 16
 """A run in which this many samples have failed and none has succeeded is stopped: the fault is not the sample's."""
 
@@ -42,6 +45,10 @@ class Features(Protocol):
     def compute(self, trace: Trace) -> Mapping[str, np.ndarray]: ...
 
 
+class SampleChanged(DataError):
+    """A recorded answer is of a sample that was another one when it was asked."""
+
+
 @dataclass
 class Draft:
     """A record in the making."""
@@ -54,12 +61,18 @@ class Draft:
     rows: pa.Table | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     prompt: str = ""
+    prompt_sha256: str = ""
     image_sha256: str = ""
     error: Exception | None = None
+    kept: Record | None = None  # of an answer that is only traced: it stays, whatever happens
 
     def record(self, task: str) -> Record:
         """The finished record."""
         sample, error = self.sample, self.error
+        if self.kept is not None:
+            if error is None:
+                return replace(self.kept, seconds=self.seconds, untraced="")
+            return replace(self.kept, untraced=message(error))
         status = FAILED if error is not None or self.score is None else self.score.status
         return Record(
             task=task,
@@ -75,6 +88,7 @@ class Draft:
             answer=self.answer,
             score=self.score if status != FAILED else None,
             mentions=self.mentions,
+            prompt_sha256=self.prompt_sha256,
             image_sha256=self.image_sha256,
             seconds=self.seconds,
         )
@@ -91,8 +105,16 @@ class Worker:
         trace: str,
         on_error: str,
         on_trace: Callable[[Sample, Trace], None],
+        keep_answers: bool = False,
     ) -> None:
-        """Settings as the evaluator's; ``on_trace`` is called with every traced sample."""
+        """Stores the evaluator's settings.
+
+        Args:
+            on_trace: called with every traced sample.
+            keep_answers: trace recorded answers and change nothing of their records; a sample of which anything has
+                changed is left alone.
+        """
+        self.keep_answers = keep_answers
         self.run, self.generation, self.features = run, generation, features
         self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
         self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
@@ -122,18 +144,31 @@ class Worker:
 
     def _encode(self, sample: Sample) -> Draft:
         """A draft with its prompt, and with the answer if the run directory has it and only token rows are missing."""
-        draft = Draft(sample)
+        draft, record = Draft(sample), self._recorded(sample)
+        if record is not None and self.keep_answers:
+            draft.kept = record
         with self._stage(draft, "encode"):
             picture = sample.image.load()
             draft.image_sha256 = sample.image.sha256
             draft.encoded = self.run.adapter.encode(picture, sample.question)
-            draft.prompt = draft.encoded.text
-        if self.features is not None and self.run.store is not None and draft.error is None:
-            record = self.run.store.find(self.run.task.name, sample.id)
-            if record is not None and record.status != FAILED and record.about(sample):
+            draft.prompt, draft.prompt_sha256 = draft.encoded.text, draft.encoded.sha256
+            changes = [] if record is None else record.changes(sample)
+            if record is not None and (record.prompt, record.prompt_sha256) != (draft.prompt, draft.prompt_sha256):
+                changes.append("prompt")
+            if record is not None and not changes:
                 draft.answer, draft.score, draft.mentions = record.answer, record.score, record.mentions
-                draft.seconds = {**record.seconds}
+            elif draft.kept is not None:
+                raise SampleChanged(CHANGED + ", ".join(changes))
+        if draft.answer is not None:
+            draft.seconds = {**record.seconds}
         return draft
+
+    def _recorded(self, sample: Sample) -> Record | None:
+        """The record of an answer that token rows can be added to."""
+        if self.features is None or self.run.store is None:
+            return None
+        record = self.run.store.find(self.run.task.name, sample.id)
+        return None if record is None or record.status == FAILED else record
 
     def _generate(self, drafts: Sequence[Draft]) -> None:
         """Writes answers, or reads those that samples bring along."""
@@ -287,6 +322,8 @@ class Worker:
             return
         draft = next(draft for draft in drafts if draft.error is not None)
         error = draft.error
+        if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted
+            return
         if isinstance(error, StethoscopeError):
             raise type(error)(f"all of the first {self.run.done} samples failed; sample {draft.sample.id}: {error}")
         raise error

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.adapter import Adapter
 from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
-from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.faults import disk_faults
 from stethoscope.loggers import Logger, Loggers
 from stethoscope.records import Generation, Sample
-from stethoscope.runs.fingerprint import answers_of, digest, features_of, jsonable
+from stethoscope.runs.fingerprint import answers_of, differences, digest, features_of, jsonable, locations_of
 from stethoscope.runs.lines import FAILED, OK, UNPARSED
 from stethoscope.runs.lock import RunLock
 from stethoscope.runs.processes import MEETING_MINUTES, Ended, joined
@@ -136,13 +136,16 @@ class Evaluator:
             run.task.setup()
             run.adapter.setup()
             limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
-            samples = select(_checked(run.task), limit)
+            available = _checked(run.task)
+            samples = select(available, limit)
+            if self._keep_answers:
+                samples = self._recorded(run.task, available, samples)
             fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
         if run.processes.several:
             self._agree(run, samples, fingerprint)
         with run.processes.step():
             if run.processes.first:
-                self._open(run, fingerprint, lock)
+                self._open(run, available, fingerprint, lock)
         with run.processes.step():
             if not run.processes.first:
                 lock.acquire()
@@ -164,7 +167,9 @@ class Evaluator:
             run.store.join(run.processes.rank)
             run.processes.stop = run.store.stop
         on_trace = partial(self._call, "on_trace", run)
-        worker = Worker(run, self._generation(run.task), self.features, self.trace, self.on_error, on_trace)
+        worker = Worker(
+            run, self._generation(run.task), self.features, self.trace, self.on_error, on_trace, self._keep_answers
+        )
         todo = self._resume(run, worker)
         self._call("on_task_start", run)
         for start in range(0, len(todo), self.batch_size):
@@ -173,6 +178,11 @@ class Evaluator:
             self._call("on_batch_start", run, batch)
             self._call("on_batch_end", run, worker.do(batch))
         run.resumed = sum(run.processes.share(run.resumed))
+
+    @property
+    def _keep_answers(self) -> bool:
+        """Whether answers are only traced, as ``extract`` does it, and stay as they are."""
+        return self.overwrite == "features" and self.run_dir is not None
 
     def _generation(self, task: Task) -> Generation:
         """How answers are written, with the task's own length where none was asked for."""
@@ -192,7 +202,26 @@ class Evaluator:
         run.processes.same(fingerprint, "fingerprint")
         run.processes.same(digest({"samples": [sample.id for sample in samples]}), "list of samples")
 
-    def _open(self, run: Run, fingerprint: dict[str, Any], lock: RunLock | None) -> None:
+    def _recorded(self, task: Task, available: Sequence[Sample], samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        """Keep the samples that the run directory has a record of.
+
+        Raises:
+            DataError: it has records of samples that the task no longer has.
+            ArtefactError: it has none of the samples.
+        """
+        recorded = set(RunStore(self.run_dir).sample_ids(task.name))
+        gone = recorded - {sample.id for sample in available}
+        if gone:
+            raise DataError(
+                f"{len(gone)} of {len(recorded)} samples that {self.run_dir} has answers to are not in the data of "
+                f"{task.name} any more, such as {min(gone)}; give it the data that it was asked about"
+            )
+        samples = tuple(sample for sample in samples if sample.id in recorded)
+        if not samples:
+            raise ArtefactError(f"{self.run_dir} has no answer to {task.name}; the command that began it goes on")
+        return samples
+
+    def _open(self, run: Run, available: Sequence[Sample], fingerprint: dict[str, Any], lock: RunLock | None) -> None:
         """Accepts the run directory and starts the loggers."""
         features = None if self.features is None else features_of(self.features, self.trace)
         if lock is not None:
@@ -201,23 +230,61 @@ class Evaluator:
             if store.fingerprints().get(run.task.name, {}).get("fast_dev_run"):
                 store.clear([run.task.name])  # a trial leaves nothing worth keeping
             mark = {"fast_dev_run": True} if self.fast_dev_run else {}
-            store.begin(run.task.name, {**fingerprint, **mark}, features, self.overwrite)
+            moved = self._moved(store, run.task, available, fingerprint)
+            store.begin(run.task.name, {**fingerprint, **mark}, features, self.overwrite, moved)
             run.store = store
         self.loggers.setup(self.run_dir)
         settings = {"limit": self.limit, "fast_dev_run": self.fast_dev_run, "batch_size": self.batch_size}
         settings |= {"seed": self.seed, "processes": run.processes.count}
         self.loggers.log_config({run.task.name: {**fingerprint, "features": features, **settings}})
 
+    def _moved(
+        self, store: RunStore, task: Task, available: Sequence[Sample], fingerprint: Mapping[str, Any]
+    ) -> list[str]:
+        """List keys of the fingerprint that may differ from the run's: model or data lie elsewhere, and are the same.
+
+        Of data that the samples of its records have changed in, only ``extract`` takes another location, since it
+        leaves those samples alone.
+        """
+        keys = locations_of(task, fingerprint)
+        old = store.fingerprints().get(task.name)
+        if old is None or self._keep_answers or self.overwrite:
+            return keys
+        changed = {key for key, *_ in differences(old, jsonable(fingerprint))}
+        if not changed & {key for key in keys if key.startswith("task.")}:
+            return keys
+        samples = {sample.id: sample for sample in available}
+        for record in store.records(task.name):
+            if record.sample_id not in samples or record.changes(samples[record.sample_id]):
+                return [key for key in keys if key.startswith("adapter.")]
+        return keys
+
     def _resume(self, run: Run, worker: Worker) -> list[Sample]:
-        """The samples that are left to do. Failed ones are tried again, changed ones are asked again."""
+        """The samples that are left to do. Failed ones are tried again, changed ones are asked again.
+
+        Where answers are kept, only those are left that lack their token rows.
+        """
         if run.store is not None:
+            changed: list[list[str]] = []
             samples = {sample.id: sample for sample in run.samples}
             for record in run.store.records(run.task.name):
                 sample = samples.get(record.sample_id)
-                if sample is None or record.status == FAILED or not record.about(sample):
+                if sample is None or (record.status == FAILED and not self._keep_answers):
                     continue
-                if run.store.has_tokens(record) or not worker.wants_rows(record.answer, record.mentions):
+                traced = run.store.has_tokens(record)
+                if record.status == FAILED or (self._keep_answers and traced):
                     run.note(record)
+                elif changes := record.changes(sample):
+                    changed.append(changes)
+                elif traced or not (worker.wants_rows(record.answer, record.mentions) or record.untraced):
+                    run.note(record)
+            if changed and not self._keep_answers:
+                names = ", ".join(dict.fromkeys(name for changes in changed for name in changes))
+                warnings.warn(
+                    f"{len(changed)} samples of {run.task.name} have changed since they were asked ({names}); "
+                    "they are asked again",
+                    stacklevel=2,
+                )
         run.resumed = run.done
         return [sample for sample in run.samples if sample.id not in run.outcomes]
 
@@ -240,8 +307,10 @@ class Evaluator:
             self._gather(run, samples)
         results = self._results(run)
         if run.store is not None:
-            run.store.write_metrics(run.task.name, results.to_dict())
-            run.store.set_status(run.task.name, "finished")
+            if not self._keep_answers:
+                run.store.write_metrics(run.task.name, results.to_dict())
+            finished = run.task.name in run.store.metrics()
+            run.store.set_status(run.task.name, "finished" if finished else "interrupted")
         self.loggers.log_metrics(results.flat())
         self.loggers.log_table(f"{run.task.name}/metrics", *results.rows())
         return results
@@ -253,7 +322,9 @@ class Evaluator:
         for record in run.store.records(run.task.name):
             if record.sample_id in ids:
                 run.note(record)
-        if run.failed == run.total:  # of few samples no single process can tell that all fail
+        if (
+            run.failed == run.total and not self._keep_answers
+        ):  # of few samples no single process can tell that all fail
             first = next(run.store.records(run.task.name))
             raise DataError(f"all {run.total} samples failed; sample {first.sample_id}: {first.error}")
 

@@ -40,6 +40,8 @@ class Task(ABC):
         primary: the metric that stands for the task.
         macro: metrics of which the mean over subsets is reported too.
         max_new_tokens: longest answer that the task needs, in tokens.
+        locations: constructor arguments that tell where data lies, not what it is. A run goes on with others as long as
+            its samples are the same; a task with more of them extends the tuple.
     """
 
     name: ClassVar[str]
@@ -47,6 +49,10 @@ class Task(ABC):
     primary: ClassVar[str]
     macro: ClassVar[tuple[str, ...]] = ()
     max_new_tokens: int = 128
+    locations: ClassVar[tuple[str, ...]] = (
+        "file", "folder", "images", "questions", "instances", "captions", "image_ids", "vocabulary", "dataset",
+        "local_files_only",
+    )  # fmt: skip
 
     def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
         """Reads what ``samples`` needs; called before anything else, does nothing the second time.

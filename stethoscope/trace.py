@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,12 @@ class Encoded:
     text: str
     question: str
     cache: PromptCache | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompt's token ids, image placeholders expanded; empty for a model that reads none."""
+        ids = self.inputs.get("input_ids")
+        return "" if ids is None else hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ PACKAGES = (
 _SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
 _LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
 """Keys that fingerprints did not have from the beginning."""
+_MODEL_LOCATIONS = ("model_id", "revision", "tower", *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")))
 _SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
@@ -114,6 +115,15 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
     }
+
+
+def locations_of(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:
+    """List the dotted keys of a fingerprint that tell where model and data lie.
+
+    A model is known by the digest of its weights, if it has one, and data by the samples that records hold.
+    """
+    model = _MODEL_LOCATIONS if fingerprint["adapter"].get("weights") else ()
+    return [*(f"adapter.{name}" for name in model), *(f"task.settings.{name}" for name in task.locations)]
 
 
 def features_of(features: Any, trace: str) -> dict[str, Any]:

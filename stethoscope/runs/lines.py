@@ -14,7 +14,9 @@ from stethoscope.records import Answer, Mention, Sample, Score
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
-_TEXTS = ("group", "subset", "image", "question", "prompt", "status", "error", "image_sha256")
+_TEXTS = (
+    "group", "subset", "image", "question", "prompt", "status", "error", "prompt_sha256", "image_sha256", "untraced",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,12 @@ class Record:
         error: why the sample failed, else empty.
         answer, score: None where the sample failed before.
         mentions: labelled objects that the answer names.
+        prompt_sha256: digest of the prompt's token ids as the model read them, see ``Encoded.sha256``; empty if there
+            was no prompt.
         image_sha256: digest of the picture that was asked about, see ``ImageRef.sha256``; empty if it could not be
             loaded, and in records of runs from before there was one.
         seconds: time spent by stage (``encode``, ``generate``, ``score``, ``trace``); a batch's time is shared evenly.
+        untraced: why ``extract`` could not add token rows; empty if it did, or was never asked to.
         tokens: number of rows in the token table.
         part: file in ``tokens/`` that holds those rows; empty once they are in ``tokens.parquet``.
     """
@@ -48,7 +53,9 @@ class Record:
     answer: Answer | None = None
     score: Score | None = None
     mentions: tuple[Mention, ...] = ()
+    prompt_sha256: str = ""
     image_sha256: str = ""
+    untraced: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     part: str = ""
@@ -94,11 +101,24 @@ class Record:
     def about(self, sample: Sample) -> bool:
         """Whether the record's sample asked the same as this one, about the same picture.
 
-        A changed data file or picture makes old answers worthless. Of the picture see ``ImageRef.differs``.
+        A changed data file or picture makes old answers worthless.
         """
-        mine = (self.group, self.subset, self.image, self.question, self.reference)
-        asked = (sample.group, sample.subset, sample.image.name, sample.question, jsonable(sample.reference))
-        return mine == asked and not (self.image_sha256 and sample.image.differs(self.image_sha256))
+        return not self.changes(sample)
+
+    def changes(self, sample: Sample) -> list[str]:
+        """Name what of the sample is not as it was asked: question, picture, label, group, subset.
+
+        Of the picture see ``ImageRef.differs``.
+        """
+        picture = self.image != sample.image.name or (self.image_sha256 and sample.image.differs(self.image_sha256))
+        changed = {
+            "question": self.question != sample.question,
+            "picture": picture,
+            "label": self.reference != jsonable(sample.reference),
+            "group": self.group != sample.group,
+            "subset": self.subset != sample.subset,
+        }
+        return [name for name, differs in changed.items() if differs]
 
 
 def _parts(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Run:
         samples: the samples of this run in the order of the task; empty before ``on_task_start``.
         outcomes: by sample id, what is done already.
         resumed: how many samples were done before this sitting.
-        failed: how many of the samples done have failed.
+        failed: how many of the samples done have failed, or could not be traced by ``extract``.
     """
 
     adapter: Adapter
@@ -71,7 +71,7 @@ class Run:
     def note(self, record: Record) -> None:
         """Counts a sample as done."""
         self.outcomes[record.sample_id] = Outcome.of(record)
-        self.failed += record.status == FAILED
+        self.failed += record.status == FAILED or bool(record.untraced)
 
     def forget(self) -> None:
         """Counts nothing as done any more."""

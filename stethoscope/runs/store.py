@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +77,10 @@ class RunStore:
         """How many samples of a task have a record."""
         return sum(name == task for name, _ in self._index())
 
+    def sample_ids(self, task: str) -> list[str]:
+        """Ids of the samples of a task that have a record."""
+        return [sample_id for name, sample_id in self._index() if name == task]
+
     def find(self, task: str, sample_id: str) -> Record | None:
         """The record of one sample, if there is one."""
         entry = self._index().get((task, sample_id))
@@ -146,6 +150,7 @@ class RunStore:
         fingerprint: Mapping[str, Any],
         features: Mapping[str, Any] | None = None,
         overwrite: Overwrite = False,
+        moved: Collection[str] = (),
     ) -> None:
         """Makes the directory ready for a task: what is there and fits is kept, a half-written line is dropped.
 
@@ -154,7 +159,8 @@ class RunStore:
             fingerprint: what identifies the answers.
             features: what identifies the token rows; None to leave those that are there alone.
             overwrite: True to throw away what is there of this task and of any other model, ``features`` to throw
-                away only the token rows.
+                away only the token rows; answers and metrics then stay as they are.
+            moved: dotted keys of the fingerprint that may differ: they tell where model and data lie.
 
         Raises:
             ConfigError: the directory holds answers or token rows that were made with other settings.
@@ -172,20 +178,22 @@ class RunStore:
             self.clear([task, *others])
             old = None
         for name in others if overwrite is not True else ():
-            self._refuse(name, differences(others[name].get("adapter"), model, "adapter"))
+            self._refuse(name, differences(others[name].get("adapter"), model, "adapter"), moved)
         self._repair()
         old_features = old.pop("features", None) if old else None
         if old is not None:
-            self._refuse(task, differences(old, fingerprint))
+            self._refuse(task, differences(old, fingerprint), moved)
         if features is not None and old_features is not None and old_features != features:
             if overwrite != "features":
                 self._refuse(task, differences(old_features, features, "features"))
             self._drop_tokens(task)
         self.samples_file.touch()
         kept = features if features is not None else old_features
-        self._put("fingerprint.json", task, {**fingerprint, **({"features": kept} if kept is not None else {})})
+        answers = old if overwrite == "features" and old is not None else fingerprint
+        self._put("fingerprint.json", task, {**answers, **({"features": kept} if kept is not None else {})})
         self._write_json("environment.json", environment())
-        self._put("metrics.json", task, None)
+        if overwrite != "features":
+            self._put("metrics.json", task, None)
         self.set_status(task, "running")
 
     def join(self, rank: int) -> None:
@@ -322,7 +330,8 @@ class RunStore:
         drop = {key: entry._replace(tokens=0, part="") for key, entry in self._index().items() if key[0] == task}
         self._rewrite({**self._index(), **drop})
 
-    def _refuse(self, task: str, changes: list[tuple[str, Any, Any]]) -> None:
+    def _refuse(self, task: str, changes: list[tuple[str, Any, Any]], moved: Collection[str] = ()) -> None:
+        changes = [change for change in changes if change[0] not in moved]
         changes, late = comparable(changes)
         if late:
             warnings.warn(
