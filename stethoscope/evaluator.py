@@ -276,13 +276,15 @@ class Evaluator:
                     run.note(record)
                 elif changes := record.changes(sample):
                     changed.append(changes)
-                elif traced or not (worker.wants_rows(record.answer, record.mentions) or record.untraced):
-                    run.note(record)
+                elif self._keep_answers and record.untraced:
+                    continue  # to be tried again, or to lose its note
+                elif traced or not worker.wants_rows(record.answer, record.mentions):
+                    run.note(replace(record, untraced=""))
             if changed and not self._keep_answers:
                 names = ", ".join(dict.fromkeys(name for changes in changed for name in changes))
                 warnings.warn(
-                    f"{len(changed)} samples of {run.task.name} have changed since they were asked ({names}); "
-                    "they are asked again",
+                    f"changed since they were asked, so asked again: {len(changed)} samples of {run.task.name} "
+                    f"({names})",
                     stacklevel=2,
                 )
         run.resumed = run.done

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.commands.session import make_callbacks, report_failures, saved_config
-from stethoscope.errors import ArtefactError, ConfigError
+from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.runs.processes import rank
+
+if TYPE_CHECKING:
+    from stethoscope.runs.store import RunStore
 
 SAVED = ("limit", "batch_size", "seed")
 """Settings of the evaluator that a run goes on with."""
+TRUSTED = ("trust_remote_code", "offload_folder")
+"""Settings of the model that no file can ask for."""
+MODEL_LOCATIONS = ("model_id", "tower", "llm", "vision", "qformer", "projector")
+"""Settings of adapters that may name a folder or file of the model."""
 
 
 def trusted_settings(saved: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +51,77 @@ def trusted_settings(saved: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, **{key: value for key, value in typed.items() if key in saved or value}}
 
 
+def relocated(kind: str, saved: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run's model or task, with those that this command line names in place of the recorded ones.
+
+    Raises:
+        ConfigError: the model or task has no such setting.
+
+    >>> relocated("task", {"file": "q.jsonl", "images": "img"}, {"images": "/mnt/img", "folder": None})
+    {'file': 'q.jsonl', 'images': '/mnt/img'}
+    """
+    typed = {key: value for key, value in typed.items() if value is not None}
+    for key in typed:
+        if key not in saved:
+            raise ConfigError(unknown(f"setting of the run's {kind}", key, [key for key in saved if key[:1] != "_"]))
+    return {**saved, **typed}
+
+
+def from_origin(settings: Mapping[str, Any], keys: Collection[str], folder: Path, run_dir: Any) -> dict[str, Any]:
+    """Settings whose relative paths are read from the folder that the run was made in, where they lead nowhere here.
+
+    Args:
+        settings: of the run's model or task.
+        keys: those that may hold paths.
+        folder: the run directory.
+        run_dir: the run directory as the command that made it named it; what precedes it in ``folder`` is the origin.
+    """
+    parts, absolute = Path(str(run_dir)).parts, folder.resolve()
+    if absolute.parts[-len(parts) :] != parts:
+        return dict(settings)
+    origin = Path(*absolute.parts[: -len(parts)])
+    paths = {key: settings[key] for key in keys if isinstance(settings.get(key), str) and settings[key]}
+    elsewhere = {key: origin / path for key, path in paths.items() if not Path(path).expanduser().exists()}
+    return {**settings, **{key: str(path) for key, path in elsewhere.items() if path.exists()}}
+
+
+def check_data(settings: Mapping[str, Any], keys: Collection[str], folder: Path) -> None:
+    """Check that the files of the run's data are there.
+
+    Raises:
+        DataError: one is not; the line says how to name its new location.
+    """
+    for key in keys:
+        path = settings.get(key)
+        if key != "dataset" and isinstance(path, str) and path and not Path(path).expanduser().exists():
+            raise DataError(f"{folder} was made with task.{key}={path}, which does not exist; name its new location")
+
+
+def report_untraced(store: RunStore, task: str) -> None:
+    """Count the samples that have no token rows because they have changed or could not be traced.
+
+    Raises:
+        DataError: there are some.
+    """
+    from stethoscope.batch import CHANGED
+
+    records = list(store.records(task))
+    untraced = [record for record in records if record.untraced]
+    if not untraced:
+        return
+    changed = [record.untraced.removeprefix(CHANGED) for record in untraced if record.untraced.startswith(CHANGED)]
+    kinds = sorted({kind for names in changed for kind in names.split(", ")})
+    counted = [f"{len(changed)} have changed since they were asked ({', '.join(kinds)})"] if changed else []
+    if len(changed) < len(untraced):
+        counted.append(f"{len(untraced) - len(changed)} could not be traced")
+    first = untraced[0]
+    raise DataError(
+        f"{len(untraced)} of {len(records)} samples of {task} have no features: {', '.join(counted)}; the first is "
+        f"sample {first.sample_id}: {first.untraced}. Their answers stay as they are; "
+        "the command that made the run asks changed samples again"
+    )
+
+
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
@@ -66,8 +144,16 @@ def run(config: DictConfig) -> None:
     detector, plugins = load_detector(config.warn or None), config.plugins
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.head)
-    model = trusted_settings(saved["model"], config.model)
-    adapter, task = build(model, Adapter, "model", plugins), build(asked, Task, "task", plugins)
+    trusted = {key: config.model[key] for key in TRUSTED}
+    model = trusted_settings(saved["model"], trusted)
+    model = relocated("model", model, {key: value for key, value in config.model.items() if key not in trusted})
+    model = from_origin(model, MODEL_LOCATIONS, folder, saved.get("run_dir"))
+    asked = from_origin(relocated("task", asked, config.task), Task.locations, folder, saved.get("run_dir"))
+    check_data(asked, Task.locations, folder)
+    task = build(asked, Task, "task", plugins)
+    if "prompt" in model and model["prompt"] is None:  # a chat template may render another one today
+        model["prompt"] = RunStore(folder).model(task.name).get("prompt")
+    adapter = build(model, Adapter, "model", plugins)
     if detector is not None:
         wrote = RunStore(folder).model(task.name)
         one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
@@ -91,6 +177,7 @@ def run(config: DictConfig) -> None:
         return
     table = RunStore(folder).tokens(task.name)
     if table.empty:
+        report_untraced(RunStore(folder), task.name)
         print(f"no answer names an object that {task.name} judges, and none was traced; trace=all traces every answer")
         report_failures([results], folder)
         return
@@ -101,4 +188,5 @@ def run(config: DictConfig) -> None:
         warnings = mention_warnings(table, detector)
         write_warnings(warnings, folder / "warnings.jsonl")
         print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")
+    report_untraced(RunStore(folder), task.name)
     report_failures([results], folder)
