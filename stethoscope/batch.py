@@ -153,8 +153,8 @@ class Worker:
             draft.encoded = self.run.adapter.encode(picture, sample.question)
             draft.prompt, draft.prompt_sha256 = draft.encoded.text, draft.encoded.sha256
             changes = [] if record is None else record.changes(sample)
-            if record is not None and (record.prompt, record.prompt_sha256) != (draft.prompt, draft.prompt_sha256):
-                changes.append("prompt")
+            if record is not None and not changes and record.prompt_sha256 != draft.prompt_sha256:
+                changes = ["prompt"]
             if record is not None and not changes:
                 draft.answer, draft.score, draft.mentions = record.answer, record.score, record.mentions
             elif draft.kept is not None:

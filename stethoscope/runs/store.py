@@ -339,9 +339,11 @@ class RunStore:
                 stacklevel=4,
             )
         if changes:
+            asked = [old for key, old, _ in changes if key == "adapter.prompt"]
+            dated = "; model.prompt with the text of before goes on" if asked and len(changes) == 1 else ""
             raise ConfigError(
                 f"{self.run_dir} holds a run of {task} with other settings ({describe(changes)}); "
-                "set overwrite=true to replace it, or choose another name"
+                f"set overwrite=true to replace it, or choose another name{dated}"
             )
 
     def _require(self, path: Path) -> None:
