@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.errors import DataError
 from stethoscope.media import Picture
 from stethoscope.runs.fingerprint import jsonable
+from stethoscope.terminal import console, wrap_streams
 
 if TYPE_CHECKING:
     from stethoscope.records import Sample
@@ -75,9 +76,7 @@ class Progress(Callback):
 
     def on_task_start(self, run: Run) -> None:
         """Starts the bar."""
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._started = self._said = time.monotonic()
         if self._console.is_terminal:
             self._start_bar(run)
@@ -112,19 +111,20 @@ class Progress(Callback):
         from rich import progress
 
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[rate]}"),
+            progress.TextColumn("{task.fields[rate]}", markup=False),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[failed]}", style="red"),
+            progress.TextColumn("{task.fields[failed]}", style="red", markup=False),
             console=self._console,
         )
         self._line = self._bar.add_task(
             run.task.name, total=run.total, completed=run.done, rate="", failed=self._failed(run)
         )
         self._bar.start()
+        wrap_streams()  # the bar puts its own in the place of standard output, which would pass styles on
 
     def _stop(self) -> None:
         if self._bar is not None:

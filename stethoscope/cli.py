@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -15,19 +14,11 @@ from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
 from stethoscope.faults import Terminated, disk_faults, ended_by_signal
 from stethoscope.runs.processes import count, rank
+from stethoscope.terminal import one_line, visible_output
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
-TEXTS = {
-    "benchmark": {"chair.question": "chair.question", "pope.suffix": "pope.suffix"},
-    "evaluate": {"task.question": "task.question", "task.suffix": "task.suffix"},
-    "train": {"subset": "subset"},
-    "app": {"run": "run", "runs": "runs", "detector": "detector.folder"},
-    "diagnose": {**{name: name for name in ("image", "question", "answer", "out")}, "detector": "detector.folder"},
-}
-"""Settings whose values are taken as they are typed, whatever Hydra's grammar would make of commas and brackets, with
-their keys: ``detector=`` by itself would choose a file of ``conf/detector``."""
 
 
 def _help() -> str:
@@ -53,8 +44,13 @@ def _help() -> str:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted, 143 by SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    number = 0
     warnings.showwarning = _warn
+    with visible_output():
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> NoReturn:
+    number = 0
     try:
         with ended_by_signal(), disk_faults():
             number = rank()
@@ -62,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
             _dispatch(arguments)
     except StethoscopeError as error:
-        print(f"stethoscope: {f'process {number}: ' if number else ''}{error}", file=sys.stderr)
+        print(f"stethoscope: {f'process {number}: ' if number else ''}{one_line(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as error:
         if not number:
@@ -75,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:
     """A warning as one line for the user, who has no use for the place in our code."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -96,13 +92,6 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigError(unknown("command", command, [*HYDRA_COMMANDS, *PLAIN_COMMANDS]))
 
 
-def _config_dir(arguments: Sequence[str]) -> str | None:
-    """The value of Hydra's option ``--config-dir``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    return parser.parse_known_args(arguments)[0].config_dir
-
-
 def run_hydra(command: str, arguments: list[str]) -> None:
     """Composes the command's configuration from ``conf/<command>.yaml`` and the overrides, and runs it.
 
@@ -117,22 +106,25 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from stethoscope.commands.help import help_text
-    from stethoscope.commands.overrides import check_values, explain, quoted
-    from stethoscope.commands.sweeps import Sweep
+    from stethoscope.commands.overrides import check_values, explain
+    from stethoscope.commands.sweeps import Sweep, masked_multirun
+    from stethoscope.commands.words import option, spell, split
 
-    if count() > 1 and {"-m", "--multirun"} & set(arguments):
+    options, words = split(arguments)
+    sweeping = bool({"-m", "--multirun"} & set(options))
+    if count() > 1 and sweeping:
         raise ConfigError(
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
-    arguments = quoted(arguments, TEXTS.get(command, {}))
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-    if {"-h", "--help"} & set(arguments):
+    if not {"-sc", "--shell-completion"} & set(options):
+        words = [spell(word, command, sweeping) for word in words]
+    if {"-h", "--help"} & set(options):
         try:
-            print(help_text(command, overrides, _config_dir(arguments)))
+            print(help_text(command, words, option(options, "--config-dir", "-cd")))
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, command, overrides)) from error
+            raise ConfigError(explain(error, command, words)) from error
         return
-    sweep = Sweep.of(command, arguments)
+    sweep = Sweep.of(command, words)
     failed: list[StethoscopeError] = []
 
     def job(config: DictConfig) -> None:
@@ -146,20 +138,21 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         except StethoscopeError as error:  # Hydra would print more than the one line
             failed.append(error)
 
-    sys.argv = [f"stethoscope {command}", *sweep.arguments(arguments)]
+    sys.argv = [f"stethoscope {command}", *options, *sweep.overrides, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     wrapped: Callable[[], None] = hydra.main(
         version_base="1.3", config_path="pkg://stethoscope.conf", config_name=command
     )(job)
     try:
-        wrapped()
+        with masked_multirun():
+            wrapped()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, command, overrides)) from error
+        raise ConfigError(explain(error, command, words)) from error
     except Exception as error:
-        if not (sweep.started or {"-m", "--multirun"} & set(arguments)):
+        if not (sweep.started or sweeping):
             raise
         # no job of a sweep raises: the launcher has lost a worker, or could not start any
-        gave_up = f"the launcher gave up, {type(error).__name__}: {' '.join(str(error).split())}"
+        gave_up = f"the launcher gave up, {type(error).__name__}: {one_line(error)}"
         if not sweep.started:
             raise ConfigError(gave_up) from error
         print(f"stethoscope: {gave_up}", file=sys.stderr)

@@ -17,7 +17,8 @@ from typing import Any
 from stethoscope.background import Background
 from stethoscope.errors import ConfigError, unknown
 from stethoscope.media import Marked, Picture, plain
-from stethoscope.runs.fingerprint import jsonable, redact
+from stethoscope.redaction import redact
+from stethoscope.runs.fingerprint import jsonable
 
 MODES = ("offline", "online", "disabled")
 _STAGE = "WANDB_DATA_DIR"  # W&B's variable
@@ -81,7 +82,7 @@ class Loggers(Logger):
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Sends settings to every logger, secrets replaced."""
-        self._each("log_config", redact(config))
+        self._each("log_config", redact(jsonable(config)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Sends figures to every logger, without those that are not defined (NaN)."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
     from stethoscope.adapter import Adapter
-    from stethoscope.commands.tables import print_answer, print_detector, terminal
+    from stethoscope.commands.tables import print_answer, print_detector
     from stethoscope.commands.train import fit, fractions
     from stethoscope.detection.methods import check_sets
     from stethoscope.detector import Detector
@@ -46,8 +46,8 @@ def run(config: DictConfig) -> None:
         told = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return
-        asked.print(terminal())
-        told.print(terminal())
+        asked.print()
+        told.print()
         if not config.fast_dev_run:  # two samples are no data to learn from
             compared = {"published": config.published, "sets": listed(config.sets)}
             results = fit(store, chair.name, detector, shares, config.seed, **compared)

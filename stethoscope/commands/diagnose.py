@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.terminal import console, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -92,11 +93,8 @@ def _origin(setting: str | None, folders: list[Path], model: str) -> str:
 
 def show(diagnosis: Diagnosis, name: str) -> None:
     """Prints the answer coloured by its warnings and what speaks for and against every object to doubt."""
-
-    from stethoscope.commands.tables import terminal
-
-    console = terminal()
-    asked = f"{diagnosis.model} on {plain(name)}: {plain(diagnosis.question)}"
+    terminal = console()
+    asked = f"{diagnosis.model} on {name}: {diagnosis.question}"
     lines: list[str | Text] = [asked, "", answer_text(diagnosis), ""]
     warned = [mention for mention in diagnosis.mentions if mention.warned]
     if diagnosis.threshold is not None:
@@ -114,7 +112,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
     lines += ["", f"{sum(diagnosis.seconds.values()):.2f} s ({seconds})"]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+        terminal.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
 
 
 def answer_text(diagnosis: Diagnosis) -> Text:
@@ -127,9 +125,9 @@ def answer_text(diagnosis: Diagnosis) -> Text:
     text, whole, at = diagnosis.answer.text, Text(), 0
     for start, end, style, note in _spans(diagnosis):
         if start >= at:
-            whole.append(plain(text[at:start])).append(plain(text[start:end]), style).append(note, "bold red")
+            whole.append(visible(text[at:start])).append(visible(text[start:end]), style).append(note, "bold red")
             at = end
-    return whole.append(plain(text[at:]))
+    return whole.append(visible(text[at:]))
 
 
 def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
@@ -193,15 +191,6 @@ def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:
     words = [("top", "", "bottom")[min(down, 2)], ("left", "", "right")[min(across, 2)]]
     name = " ".join(word for word in words if word) or "middle"
     return f"{name} x {left:.0f}-{right:.0f} y {top:.0f}-{bottom:.0f}"
-
-
-def plain(text: str) -> str:
-    """Text without characters that could steer a terminal.
-
-    >>> plain("a\\x1b[31mb\\nc")
-    'a\\\\x1b[31mb\\nc'
-    """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:

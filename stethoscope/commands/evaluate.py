@@ -21,8 +21,6 @@ def run(config: DictConfig) -> None:
         results = answer(config, folder, loggers, adapter, task)
     if rank():  # of several processes the first one tells of the results
         return
-    from stethoscope.commands.tables import terminal  # half a second that the first sample need not wait for
-
-    results.print(terminal())
+    results.print()
     print(f"run directory: {folder}")
     report_failures([results], folder)

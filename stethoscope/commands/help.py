@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stethoscope.build import choices, compose, conf_folder
+from stethoscope.commands.words import quote
 
 WIDTH, COLUMN = 118, 28
 """Of the page, and where explanations begin that stand behind a setting."""
@@ -36,7 +37,7 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
     """
     from omegaconf import OmegaConf
 
-    own = [] if folder is None else [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
+    own = [] if folder is None else [f"hydra.searchpath=[{quote(f'file://{Path(folder).resolve()}')}]"]
     config = compose([*overrides, *own], command, hydra=True)
     sources = config.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"] + [conf_folder()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from stethoscope.build import choices, compose, groups
 from stethoscope.errors import ConfigError, unknown
+from stethoscope.terminal import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Launchers of Hydra that come with an extra of ours."""
@@ -42,23 +43,14 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         key = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
         return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
     if isinstance(error, InterpolationResolutionError):
-        return text.splitlines()[0]
-    unread = re.search(r"LexerNoViableAlt|Ambiguous value|mismatched input|token recognition|extraneous input", text)
-    found = [word for word in overrides if word in text] or [word for word in overrides if word.split("=")[0] in text]
-    word = next(iter(found), None)
-    if unread and word:
-        key, _, value = word.partition("=")
-        return f"{word} cannot be read as it is; put its text into quotes of its own: '{key}=\"{value}\"'"
-    bare = re.search(r"parsing override '(.*)'\s+missing EQUAL", text)
-    if bare:
-        return f"{bare[1]!r} should be a setting, key=value, for example run={bare[1]}"
+        return one_line(text.splitlines()[0])
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
         if (command, key) == ("benchmark", "task"):
             return "benchmark asks POPE and CHAIR, and learns from CHAIR; `stethoscope evaluate task=...` asks others"
         return _unknown_setting(key, _known_keys(command, overrides, key))
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
 
 
 def _offending(key: str, overrides: Sequence[str]) -> str:
@@ -98,37 +90,6 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     if parent and siblings:
         return unknown(f"setting of {parent}", last, [name for name in siblings if name != "_target_"])
     return unknown("setting", key, [name for name in known if "." not in name])
-
-
-def quoted(arguments: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Words of the command line, the values of some settings quoted for Hydra; in a sweep they are left alone.
-
-    Args:
-        names: settings, with their keys in the configuration.
-
-    >>> quoted(["question=a, b?", "limit=3"], {"question": "question"})
-    ["question='a, b?'", 'limit=3']
-    """
-    if {"-m", "--multirun"} & set(arguments):
-        return list(arguments)
-    parts = [word.partition("=") for word in arguments]
-    return [
-        f"{names[name]}={_quoted(value)}" if equals and name in names else name + equals + value
-        for name, equals, value in parts
-    ]
-
-
-def _quoted(value: str) -> str:
-    if value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return value
-    # backslashes before a quote or an interpolation count, all others stand for themselves
-    value = re.sub(r"(\\*)('|\$\{|$)", _escape, value)
-    return f"'{value}'"
-
-
-def _escape(found: re.Match[str]) -> str:
-    slashes, what = found.groups()
-    return slashes * 2 + (f"\\{what}" if what else "")
 
 
 def check_values(config: Mapping[str, Any]) -> None:

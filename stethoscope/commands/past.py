@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stethoscope.errors import ArtefactError, ConfigError, unknown
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """Runs and settings among the words of a command.
 
-    A word is a setting if what stands before its ``=`` is a name; paths of swept runs have the sign in them too.
+    A word is a setting if what stands before its ``=`` is a name, and no file is called so: paths of swept runs have
+    the sign in them too. ``None`` stands for the default.
 
     Raises:
         ConfigError: an unknown setting or option.
@@ -26,10 +28,10 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
         key, equals, value = word.partition("=")
         if word.startswith("-"):
             raise ConfigError(f"stethoscope {command} has no option {word}; `stethoscope {command} --help` explains it")
-        if equals and key.isidentifier():
+        if equals and key.isidentifier() and (key in settings or not Path(word).exists()):
             if key not in settings:
                 raise ConfigError(unknown(f"setting of {command}", key, settings))
-            settings[key] = value
+            settings[key] = defaults[key] if value in ("None", "null") else value
         else:
             runs.append(word)
     return runs, settings

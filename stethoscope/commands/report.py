@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"stethoscope report takes one run, not {len(runs)}; `stethoscope compare` takes several")
     if not settings["cases"].isdecimal():
         raise ConfigError(f"cases={settings['cases']} should be a number, 0 or more")
+    settings["pictures"] = settings["pictures"].lower()
     if settings["pictures"] not in ("true", "false"):
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
     source = Source.read(Path(runs[0]))

@@ -11,17 +11,22 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.overrides import check_values
+from stethoscope.commands.words import quote, unquoted
 from stethoscope.errors import ConfigError, StethoscopeError
+from stethoscope.redaction import redact, redact_text, redact_word
 from stethoscope.runs.jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
+from stethoscope.terminal import console, one_line, visible_output
 
 LONGEST = 120  # characters of a folder's name
 
@@ -47,30 +52,33 @@ class Sweep:
         """The sweep that a command line asks for; the same words give the same folder, so that it can be resumed.
 
         Its folder is ``runs/<name>`` where the name is given, else ``runs/sweep-<command>-<what is swept>``.
+
+        Args:
+            command: what every job runs.
+            words: settings as ``spell`` writes them.
+
+        Raises:
+            ConfigError: the name of the folder holds an interpolation that cannot be resolved.
         """
-        settings = [word for word in words if "=" in word and not word.startswith("-")]
-        read = {word: _read(word) for word in settings}
-        swept = [word for word in settings if read[word] is None]
-        fixed = [word for word in settings if word not in swept]
-        given = {key: value for key, _, value in (word.partition("=") for word in fixed)}
-        named = [word for word in fixed if word.split("=")[0] not in ("runs", "name") and not word.startswith("hydra")]
-        name = given.get("name") or slug([f"sweep-{command}", *(word.split("=")[0] for word in swept), *named])
-        folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs", "runs")) / name[:LONGEST])
-        return cls(command, folder, tuple(read[word] for word in fixed), secrets.token_hex(4))
+        read = {word: _read(word) for word in words if "=" in word}
+        swept = [word for word, hydras in read.items() if hydras is None]
+        fixed = {word: unquoted(hydras) for word, hydras in read.items() if hydras is not None}
+        given = {key: value for key, _, value in (word.partition("=") for word in fixed.values())}
+        named = [word for word in fixed.values() if not word.startswith(("runs=", "name=", "hydra"))]
+        keys = [word.partition("=")[0] for word in swept]
+        name = given.get("name") or slug([f"sweep-{command}", *keys, *map(redact_word, named)])[:LONGEST]
+        folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs") or "runs") / name)
+        return cls(command, _resolved(folder), tuple(read[word] for word in fixed), secrets.token_hex(4))
 
     @property
     def name(self) -> str:
         """Last part of the folder's path, and the group of its W&B runs."""
         return self.folder.resolve().name
 
-    def arguments(self, words: Sequence[str]) -> list[str]:
-        """The command line with what Hydra must be told: where to put its files, and not to tell of the jobs itself.
-
-        They stand beside the other settings, between which Hydra's parser wants no options.
-        """
-        mine = [f"hydra.sweep.dir='{self.folder}'", "hydra/hydra_logging=none"]
-        at = next((at for at, word in enumerate(words) if "=" in word and not word.startswith("-")), len(words))
-        return [*words[:at], *mine, *words[at:]]
+    @property
+    def overrides(self) -> list[str]:
+        """Settings for Hydra: where to put its files, and not to tell of the jobs itself."""
+        return [f"hydra.sweep.dir={quote(str(self.folder))}", "hydra/hydra_logging=none"]
 
     @property
     def started(self) -> bool:
@@ -79,12 +87,16 @@ class Sweep:
 
     def run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         """Runs one job and writes down how it ended. Its errors are told and noted, and do not stop the sweep."""
+        with visible_output():  # perhaps in another process
+            self._run(config, number, words)
+
+    def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         from stethoscope.commands.session import listed
 
-        own = own_words(words, self.fixed)
+        own = tuple(redact_word(unquoted(word)) for word in own_words(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
         plugins = tuple(map(str, listed(config.get("plugins") or ())))
-        job = Job(self.key, number, own, folder, logger=_logger_of(config), plugins=plugins)
+        job = Job(self.key, number, own, folder, logger=redact(_logger_of(config)), plugins=plugins)
         job.write(self.folder)
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
@@ -103,7 +115,7 @@ class Sweep:
             job.ended(FINISHED, time.monotonic() - start).write(self.folder)
 
     def _failed(self, job: Job, start: float, error: str) -> None:
-        line = " ".join(error.split())
+        line = redact_text(one_line(error))
         job.ended(FAILED, time.monotonic() - start, line).write(self.folder)
         print(f"stethoscope: job {job.number} ({job.title}): {line}", file=sys.stderr, flush=True)
 
@@ -125,12 +137,11 @@ class Sweep:
         Raises:
             ConfigError: a job did not finish.
         """
-        from stethoscope.commands.tables import terminal
         from stethoscope.report.sweep import comparison
 
         jobs = read_jobs(self.folder, self.key)
         found = comparison(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
-        found.print(terminal())
+        found.print(console())
         found.write(self.folder, self.name)
         print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
         self._log(jobs, found)
@@ -150,7 +161,8 @@ class Sweep:
 
         loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
         loggers.setup(self.folder)
-        loggers.log_config({"sweep": {"command": self.command, "settings": list(self.fixed), "jobs": len(jobs)}})
+        shared = [redact_word(unquoted(word)) for word in self.fixed]
+        loggers.log_config({"sweep": {"command": self.command, "settings": shared, "jobs": len(jobs)}})
         loggers.log_table("sweep/comparison", *found.long())
         loggers.log_metrics({"sweep/jobs": len(jobs), "sweep/finished": sum(job.status == FINISHED for job in jobs)})
         loggers.finalize("finished" if all(job.status == FINISHED for job in jobs) else "failed")
@@ -172,17 +184,42 @@ def _logger_of(config: DictConfig) -> dict[str, Any]:
 
 
 def _read(word: str) -> str | None:
-    """A setting as Hydra spells it; None where it gives several values to go through.
-
-    What cannot be read is left as it is, for Hydra to complain of.
-    """
+    """A setting as Hydra spells it; None where it gives several values to go through."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
-    try:
-        override = OverridesParser.create().parse_overrides([word])[0]
-    except HydraException:
-        return word
+    override = OverridesParser.create().parse_overrides([word])[0]
     if override.is_sweep_override():
         return None
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+def _resolved(folder: Path) -> Path:
+    """A folder with the values of the interpolations that were typed in it.
+
+    Raises:
+        ConfigError: one of them cannot be resolved.
+    """
+    try:
+        return Path(OmegaConf.create({"folder": str(folder)}).folder)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the folder of the sweep, {folder}: {one_line(str(error).splitlines()[0])}") from None
+
+
+@contextmanager
+def masked_multirun() -> Iterator[None]:
+    """Mask secrets in the ``multirun.yaml`` that Hydra's sweeper writes, for which it has no hook."""
+    from hydra._internal.core_plugins import basic_sweeper
+
+    class Masking:
+        @staticmethod
+        def save(config: DictConfig, path: Path) -> None:
+            plain = redact(OmegaConf.to_container(config, resolve=False))
+            task = OmegaConf.select(config, "hydra.overrides.task") or ()
+            plain["hydra"]["overrides"]["task"] = [redact_word(word) for word in task]
+            OmegaConf.save(OmegaConf.create(plain), path)
+
+    before, basic_sweeper.OmegaConf = basic_sweeper.OmegaConf, Masking
+    try:
+        yield
+    finally:
+        basic_sweeper.OmegaConf = before

@@ -18,27 +18,19 @@ from stethoscope.report.figures import (
     sizes,
 )
 from stethoscope.stats import Interval
+from stethoscope.terminal import console
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from stethoscope.runs.store import RunStore
-
-
-def terminal() -> Console:
-    """Standard output; 150 columns where it is a file or a pipe, so that tables stay in one piece."""
-    from rich.console import Console
-
-    found = Console()
-    return found if found.is_terminal else Console(width=150)
 
 
 def print_detector(results: Mapping[str, Any]) -> None:
     """The leader board: detectors, single features and baselines, how they rank, what they are worth at work, tests."""
     from rich.table import Table
 
-    board, console = results["leaderboard"], terminal()
+    board, terminal = results["leaderboard"], console()
     rows = shown_rows(board)
     for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", AT_WORK)):
         found = {metric: name for metric, name in columns.items() if metric in rows[0]["metrics"]}
@@ -54,11 +46,11 @@ def print_detector(results: Mapping[str, Any]) -> None:
                 style="bold" if row["kind"] == "detector" else None,
             )
         table.caption = sizes(results) if columns is RANKING else None
-        console.print(table, markup=False)
+        terminal.print(table, markup=False)
     if board["differences"]:
-        console.print(_difference_table(board), markup=False)
+        terminal.print(_difference_table(board), markup=False)
     for line in [*_ablation(results.get("ablation", ())), *_threshold(results["threshold"])]:
-        console.print(line, markup=False, highlight=False)
+        terminal.print(line, markup=False, highlight=False)
 
 
 def _interval(plain: Mapping[str, Any] | None) -> str:
@@ -131,8 +123,8 @@ def print_answer(store: RunStore, task: str) -> None:
     mine = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
     record = store.find(task, best["sample_id"])
     if record is not None and record.answer is not None:
-        terminal().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
-        terminal().print(Text.assemble(*_marked(record.answer.text, mine)), highlight=False)
+        console().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
+        console().print(Text.assemble(*_marked(record.answer.text, mine)), highlight=False)
 
 
 def _marked(text: str, warnings: Sequence[Mapping[str, Any]]) -> list[str | tuple[str, str]]:

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.redaction import redact
 from stethoscope.runs.digests import code_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ PACKAGES = (
     "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
     "pillow", "scikit-learn", "safetensors", "hydra-core", "wandb",
 )  # fmt: skip
-_SECRET = re.compile(r"(api_?key|secret|passw|credential|private_?key|(^|[_.-])(auth|token)$)", re.IGNORECASE)
 _LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
 """Keys that fingerprints did not have from the beginning."""
 _MODEL_LOCATIONS = ("model_id", "revision", "tower", *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")))
@@ -58,33 +58,6 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def redact(value: Any) -> Any:
-    """A JSON-able copy with the values of keys that name a secret replaced.
-
-    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}})
-    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}}
-    """
-    if isinstance(value, Mapping):
-        return {
-            str(key): "***" if _SECRET.search(str(key)) and item is not None else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return value if isinstance(value, os.PathLike) else jsonable(value)
-
-
-def redact_override(word: str) -> str:
-    """A word of the command line, its value replaced if its key names a secret or its value holds such a key.
-
-    >>> redact_override("model.hub_token=hf_abc"), redact_override("task=pope"), redact_override("+x={api_key: a}")
-    ('model.hub_token=***', 'task=pope', '+x=***')
-    """
-    key, equals, value = word.partition("=")
-    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
-    return f"{key}=***" if equals and any(map(_SECRET.search, (key, *inside))) else word
-
-
 def settings(component: Any) -> dict[str, Any]:
     """The constructor arguments that a component kept as attributes of the same name."""
     names = inspect.signature(type(component).__init__).parameters
@@ -104,7 +77,7 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
     if not generation.do_sample:
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
     applied = adapter.generation_settings(generation)
-    return {
+    identity = {
         "adapter": {**jsonable(adapter.fingerprint()), "code": code_of(type(adapter))},
         "task": {
             "class": f"{type(task).__module__}.{type(task).__qualname__}",
@@ -115,6 +88,7 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
     }
+    return redact(identity, environment=False)
 
 
 def locations_of(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.stats import Interval, MetricRow
+from stethoscope.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,9 +100,8 @@ class TaskResults:
             lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]]
         return "\n".join([*lines, "", self.summary()] if markdown else [*lines, self.summary()])
 
-    def print(self, console: Console | None = None) -> None:
+    def print(self, output: Console | None = None) -> None:
         """Prints the table for people."""
-        from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
@@ -109,9 +109,9 @@ class TaskResults:
         table = Table(*map(escape, header))
         for row in body:
             table.add_row(*map(escape, row), style="bold" if row[0] == self.primary else None)
-        console = console or Console()
-        console.print(table)
-        console.print(self.summary(), highlight=False, soft_wrap=True)
+        output = output or console()
+        output.print(table)
+        output.print(self.summary(), highlight=False, soft_wrap=True)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         subsets = self.subsets

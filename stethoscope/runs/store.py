@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stethoscope.core.files import atomic_write, replacing
 from stethoscope.errors import ArtefactError, ConfigError, unknown
-from stethoscope.runs.fingerprint import comparable, describe, differences, environment, jsonable, redact, redact_override
+from stethoscope.redaction import redact, redact_word
+from stethoscope.runs.fingerprint import comparable, describe, differences, environment, jsonable
 from stethoscope.runs.lines import Record, dump, lines
 from stethoscope.runs.tokens import Key, TokenFiles
 
@@ -133,8 +134,8 @@ class RunStore:
         from omegaconf import OmegaConf
 
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
-        self._write("config.yaml", yaml.safe_dump(jsonable(redact(plain)), sort_keys=False, allow_unicode=True))
-        self._write("overrides.yaml", yaml.safe_dump(list(map(redact_override, overrides)), allow_unicode=True))
+        self._write("config.yaml", yaml.safe_dump(redact(jsonable(plain)), sort_keys=False, allow_unicode=True))
+        self._write("overrides.yaml", yaml.safe_dump(list(map(redact_word, overrides)), allow_unicode=True))
 
     def write_metrics(self, section: str, values: Mapping[str, Any]) -> None:
         """Puts one section into ``metrics.json``: the name of a task, or ``detector``."""

@@ -1,0 +1,110 @@
+"""Mask secrets in everything that is written or printed: by the name of a setting, or by the look of a value."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+MASK = "***"
+_NAME = re.compile(
+    r"secret|wandb_?key|passw|passphrase|pwd$|credential|cookie|authoriz|bearer|(api|access|private|signing|session|account)[_-]?key"
+    r"|(^|[_.-])(auth|sig|signature|sas|pat|token)$|^token[_-]|[a-z0-9]Token$|(api|access|auth|hub|hf|bot|refresh)[_-]?token",
+    re.IGNORECASE,
+)
+"""Names of settings, headers and variables that hold a secret."""
+_TOKEN_OF_TEXT = re.compile(
+    r"(^|[_.-])(audio|begin|bo[sit]|cls|end|eo[sit]|first|image|last|mask|next|pad|per|row|scope|sep|special|start|stop|sub"
+    r"|unk|video)[_-]?token$|^token[_-](ids?|types?|index|count)",
+    re.IGNORECASE,
+)
+"""Names of the tokens that a tokenizer makes."""
+_VALUES = re.compile(
+    r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@"  # user:password@host
+    r"|(?P<scheme>\b(?:[Bb]earer|[Bb]asic)\s+)(?=\S*[A-Z0-9=_])[A-Za-z0-9+/=._~-]{8,}"
+    r"|\bhf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{16,})|\bapi_org_[A-Za-z0-9]{16,}"
+    r"|\b(?:gh[pousr]|github_pat|glpat|sk|xox[abeprs]|npm|pypi)[_-](?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9._-]+"
+)
+"""Values that are secrets by their look, whatever they are called."""
+_ASSIGNED = re.compile(
+    r"""(?P<name>[\w.\-+~$@]+)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
+)
+_HEADER = re.compile(
+    r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
+)
+
+
+@lru_cache(maxsize=4096)
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret.
+
+    >>> [is_secret(name) for name in ("hub_token", "HF_TOKEN", "auth", "max_new_tokens", "eos_token_id", "subtokens")]
+    [True, True, True, False, False, False]
+    """
+    return bool(_NAME.search(name)) and not _TOKEN_OF_TEXT.search(name)
+
+
+def redact(value: Any, environment: bool = True) -> Any:
+    """A copy of nested mappings and lists with secrets masked; numbers and switches are none.
+
+    Args:
+        value: mappings, lists, texts and whatever else.
+        environment: mask also the values of the environment's secrets, so that the result depends on who calls.
+
+    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}, "proxy": "http://me:pw@host:80"})
+    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}, 'proxy': 'http://***@host:80'}
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if is_secret(str(key)) and _holds(item) else redact(item, environment)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item, environment) for item in value]
+    return redact_text(value, environment) if isinstance(value, str) else value
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is anything to mask."""
+    return value is not None and not isinstance(value, (bool, int, float)) and value not in ("", MASK)
+
+
+def redact_text(text: str, environment: bool = True) -> str:
+    """Text with secrets masked: credentials of addresses, tokens of known forms, values of the environment's secrets.
+
+    >>> redact_text("no answer from https://me:pw@host/x?token=abc"), redact_text("model.hub_token=abc limit=3")
+    ('no answer from https://***@host/x?token=***', 'model.hub_token=*** limit=3')
+    """
+    for secret in _environment() if environment else ():
+        text = text.replace(secret, MASK)
+    return _HEADER.sub(_assigned, _ASSIGNED.sub(_assigned, _VALUES.sub(_looked, text)))
+
+
+def _looked(match: re.Match[str]) -> str:
+    return f"{match['address'] or match['scheme'] or ''}{MASK}{'@' if match['address'] else ''}"
+
+
+def _assigned(match: re.Match[str]) -> str:
+    return f"{match['name']}{match['sign']}{MASK}" if is_secret(match["name"]) else match[0]
+
+
+def _environment() -> list[str]:
+    """Values of environment variables whose names say that they are secret, the longest first; paths are none."""
+    values = {
+        value for name, value in os.environ.items() if is_secret(name) and len(value) >= 8 and value[0] not in "/~."
+    }
+    return sorted(values, key=len, reverse=True)
+
+
+def redact_word(word: str) -> str:
+    """A word of the command line, its value masked if its key names a secret or its value holds such a key.
+
+    >>> redact_word("model.hub_token=hf_abc"), redact_word("task=pope"), redact_word("+x={api_key: a}")
+    ('model.hub_token=***', 'task=pope', '+x=***')
+    """
+    key, equals, value = word.partition("=")
+    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
+    return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(word)
