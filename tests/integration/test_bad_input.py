@@ -77,7 +77,7 @@ def pope(tmp_path):
         (["evaluate", "model=test bed=1"], "unknown model 'test bed=1'; did you mean 'testbed'?"),
         (["diagnose", "question=B\udce4ume?"], "question=B\\xe4ume? is not UTF-8 text"),
         (["evaluate", "name=${oc.env:NO_SUCH_VARIABLE}"], "Environment variable 'NO_SUCH_VARIABLE' not found"),
-        (["evaluate", "task=chair", "task.source=files", "task.instances=a, (b", "task.images={c}=Größe?"], "Größe?"),
+        (["evaluate", "task=chair", "task.source=files", "task.instances=a, (b", "task.images={c}=Größe?"], "a, (b"),
         (["extract", "run='a' and 'b'=$c"], "'a' and 'b'=$c is not a run directory"),
         (["train", "run=runs/study/limit=4"], "run=runs/study/limit=4 is no directory"),
         (["app", "run=runs/study/limit=4 [old]"], "runs/study/limit=4 [old]"),
