@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from stethoscope.app import payload
 from stethoscope.app.models import TRAIN_ONE, Pool, Ready
+from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.diagnosis import diagnose
-from stethoscope.errors import ConfigError, DataError, StethoscopeError
+from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import Answer, Generation, ImageRef
 from stethoscope.streaming import StreamedToken, stream
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
     from stethoscope.detector import Detector
     from stethoscope.diagnosis.readers import Reader
+    from stethoscope.trace import Encoded
 
+MAX_QUESTION = 512  # tokens of a question
+MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and how many are written side by side
 PAUSE = 0.05  # seconds between two views of an answer that is being written: what an eye and a network can follow
 
 
@@ -31,7 +35,8 @@ class Question:
 
     Attributes:
         model: a name of the pool.
-        picture: RGB. ``text``: the question.
+        picture: a file of the app's own folder, decoded while the question is answered; sessions keep no pixels.
+        text: the question.
         generation: how to write.
         answer: a stored answer to look at; None lets the model answer.
         detector: judges in place of the model's own; None for that.
@@ -39,7 +44,7 @@ class Question:
     """
 
     model: str
-    picture: Image
+    picture: Path | None
     text: str
     generation: Generation
     answer: Answer | None = None
@@ -65,14 +70,16 @@ Step = tuple[str, Case | None]
 
 
 def read_picture(path: str | Path | None) -> Image:
-    """The picture of an upload, as a person would see it.
+    """Read the picture of an upload, as a person would see it.
 
     Raises:
-        ConfigError: there is none. DataError: the file is no picture.
+        ConfigError: there is none. DataError: the file is no picture, too large a one, or gone.
     """
     if path is None:
         raise ConfigError("there is no picture yet: upload one, or choose an example")
     file = Path(path)
+    if not file.is_file():
+        raise DataError(NO_PICTURE)
     try:
         return ImageRef(file.name, file).load()
     except DataError as error:  # the user need not know where the server keeps it
@@ -85,8 +92,10 @@ def generation(
     """How to write, from the settings on the screen. Temperature 0 takes the most probable token every time.
 
     Raises:
-        ConfigError: drawing and beams at once.
+        ConfigError: drawing and beams at once, or more than the screen offers.
     """
+    if not (length <= MAX_LENGTH and beams <= MAX_BEAMS):  # not a number either
+        raise ConfigError(f"{length} tokens and {beams} beams: at most {MAX_LENGTH} and {MAX_BEAMS} are written")
     if temperature > 0 and beams > 1:
         raise ConfigError(f"temperature {temperature:g} and {beams} beams exclude each other; set one back to 0 or 1")
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "seed": int(seed)} if temperature else {}
@@ -94,9 +103,9 @@ def generation(
 
 
 def ask(pool: Pool, question: Question, reader: Reader) -> Iterator[Step]:
-    """Lets the model answer and explains the answer. Closing the iterator ends the answer and frees the model.
+    """Let the model answer and explain the answer. Closing the iterator ends the answer and frees the model.
 
-    Errors that the user can mend are shown, not raised.
+    Errors are shown (:func:`stethoscope.app.payload.failure`), not raised, so that the page never waits for more.
     """
     try:
         if not question.text.strip():
@@ -104,17 +113,20 @@ def ask(pool: Pool, question: Question, reader: Reader) -> Iterator[Step]:
         yield payload.message("waiting for the model …" if pool.busy else "reading …", "busy", clear=True), None
         with pool.use(question.model) as ready:
             start = time.perf_counter()
+            picture = read_picture(question.picture)
+            encoded = ready.adapter.encode(picture, question.text)
+            _check_question(encoded)
             answer = question.answer
             if answer is None:
-                answer = yield from _write(ready, question, reader)
+                answer = yield from _write(ready, question, encoded, picture, reader)
             case = Case(
                 uuid.uuid4().hex, Question(**{**vars(question), "answer": answer, "notes": _notes(ready, question)})
             )
             yield payload.message("looking at every token …", "busy"), None
-            shown = _explain(ready, case, "row", reader, start)
+            shown = _explain(ready, case, picture, "row", reader, start)
         yield shown, case
-    except StethoscopeError as error:
-        yield payload.message(str(error), "error"), None
+    except Exception as error:
+        yield payload.failure(error), None
 
 
 def again(pool: Pool, case: Case, scope: str, reader: Reader) -> Iterator[Step]:
@@ -124,24 +136,35 @@ def again(pool: Pool, case: Case, scope: str, reader: Reader) -> Iterator[Step]:
             raise ConfigError(f"scope={scope!r} should be row or token")
         yield payload.message("looking at every token again …", "busy"), case
         with pool.use(case.question.model) as ready:
-            shown = _explain(ready, case, scope, reader, time.perf_counter())
+            start = time.perf_counter()
+            shown = _explain(ready, case, read_picture(case.question.picture), scope, reader, start)
         yield shown, case
-    except StethoscopeError as error:
-        yield payload.message(str(error), "error"), case
+    except Exception as error:
+        yield payload.failure(error), case
 
 
-def _write(ready: Ready, question: Question, reader: Reader) -> Iterator[Step]:
-    """Yields the answer while it is written, and returns it."""
+def _check_question(encoded: Encoded) -> None:
+    """Refuse a question that would hold the model for everybody.
+
+    Raises:
+        DataError: it has more than ``MAX_QUESTION`` tokens.
+    """
+    tokens = len(encoded.spans.question)
+    if tokens > MAX_QUESTION:
+        raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
+
+
+def _write(ready: Ready, question: Question, encoded: Encoded, picture: Image, reader: Reader) -> Iterator[Step]:
+    """Yield the answer while it is written, and return it."""
     detectors, settings = ready.detectors, question.generation
     if settings.num_beams > 1:
         yield payload.message(f"writing {settings.num_beams} answers side by side …", "busy"), None
-        encoded = ready.adapter.encode(question.picture, question.text)
         return ready.adapter.generate([encoded], settings)[0]
     threshold = None if detectors.live is None else detectors.live.threshold
     tokens: list[StreamedToken] = []
     shown = 0.0
     options = {"detector": detectors.live, "delay": detectors.delay, "generation": settings, "mentions": _no_mentions}
-    for item in stream(ready.adapter, question.picture, question.text, **options):
+    for item in stream(ready.adapter, picture, question.text, **options):
         if not isinstance(item, StreamedToken):
             return item.answer
         tokens.append(item)
@@ -156,13 +179,11 @@ def _no_mentions(text: str) -> list:
     return []
 
 
-def _explain(ready: Ready, case: Case, scope: str, reader: Reader, start: float) -> str:
+def _explain(ready: Ready, case: Case, picture: Image, scope: str, reader: Reader, start: float) -> str:
     """Everything about the answer of a case, to be shown."""
     question = case.question
     detector = question.detector or ready.detectors.final
-    diagnosis = diagnose(
-        ready.adapter, question.picture, question.text, question.answer, detector, scope=scope, mentions=reader
-    )
+    diagnosis = diagnose(ready.adapter, picture, question.text, question.answer, detector, scope=scope, mentions=reader)
     seconds = time.perf_counter() - start
     return payload.finished(diagnosis, case.id, scope, [*question.notes, f"Answered and explained in {seconds:.1f} s."])
 

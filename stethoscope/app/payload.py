@@ -5,13 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
+import os
+import re
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stethoscope.diagnosis.page import page_data
 from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
+from stethoscope.errors import StethoscopeError
 from stethoscope.markup import data_uri
 
 if TYPE_CHECKING:
@@ -21,8 +27,13 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.readers import Reader
     from stethoscope.streaming import StreamedToken
 
+logger = logging.getLogger(__name__)
+
 MAP_BYTES = 8 * 2**20  # of heat maps on a screen; in larger answers layers are thinned out
 WIDEST = 1024  # pixels of the picture on the screen
+
+_ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\":;,]+(?: [^\s/\\'\":;,]+)*[/\\]+)*")
+"""Drive or root and folders of an absolute path, blanks within their names included; no part of an address (``://``)."""
 
 
 def encode(kind: str, **parts: Any) -> str:
@@ -45,6 +56,30 @@ def message(text: str, kind: str = "hint", clear: bool = False) -> str:
         clear: takes the last answer off the screen.
     """
     return encode(kind, text=text, clear=clear)
+
+
+def failure(error: Exception) -> str:
+    """An error as a line above the answer, which ends whatever the page waits for.
+
+    Errors that a user can mend say so, without the folders of this machine; of all others only the kind is shown, and
+    the traceback goes to the server's log.
+    """
+    if isinstance(error, StethoscopeError):
+        return message(without_folders(str(error)), "error")
+    logger.error("a question failed", exc_info=error)
+    return message(f"the server failed: {type(error).__name__}; its log says more", "error")
+
+
+def without_folders(text: str) -> str:
+    """A message whose absolute paths are cut to the name of their file.
+
+    >>> without_folders("/home/me/my runs/a/metrics.json: no JSON; see https://example.org/a/b and runs/a")
+    'metrics.json: no JSON; see https://example.org/a/b and runs/a'
+    """
+    known = {str(path) + os.sep for path in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))} - {os.sep}
+    for folder in sorted(known, key=len, reverse=True):
+        text = text.replace(folder, "/")
+    return _ABSOLUTE.sub("", text)
 
 
 def writing(question: str, tokens: Sequence[StreamedToken], reader: Reader, threshold: float | None) -> str:

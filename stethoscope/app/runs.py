@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from stethoscope.records import Sample
     from stethoscope.runs.lines import Record
 
+logger = logging.getLogger(__name__)
+
 MOST = 3000  # samples of a task in the list
 WORDS = 320  # characters of an answer in the list
 NO_RUN = "There is no finished run yet: `stethoscope benchmark` makes one, then start the app again."
@@ -40,8 +44,8 @@ class Runs:
     """
 
     def __init__(self, folder: Path, run: Path | None, kept: Path, plugins: Sequence[str] = ()) -> None:
-        found = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
-        self._folders = {path.parent.name: path.parent for path in found if _finished(path.parent)}
+        files = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
+        self._folders = {path.parent.name: path.parent for path in files if _finished(path.parent)}
         if run is not None:
             Source.read(run)
             self._folders = {run.resolve().name: run, **self._folders}
@@ -76,8 +80,8 @@ class Runs:
         try:
             source = self.source(name)
             rows = [row for task in _tasks(source) for row in _rows(source, task)]
-        except StethoscopeError as error:
-            return payload.encode("list", rows=[], note=str(error), run=str(name))
+        except Exception as error:  # one bad run never stops the app
+            return payload.encode("list", rows=[], note=_note(error), run=str(name))
         return payload.encode("list", rows=rows, note=source.no_detector(), run=str(name))
 
     def figures(self, name: str | None) -> str:
@@ -87,12 +91,12 @@ class Runs:
         try:
             folder = self.source(name).folder
             page = self._report(folder, (folder / "metrics.json").stat().st_mtime_ns)
-        except StethoscopeError as error:
-            return payload.encode("figures", note=str(error))
+        except Exception as error:
+            return payload.encode("figures", note=_note(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
-    def question(self, name: str, task: str, sample_id: str, pool: Pool, model: str) -> tuple[Question, Path]:
-        """A sample with its stored answer, to be looked at, and a file of its picture.
+    def question(self, name: str, task: str, sample_id: str, pool: Pool, model: str) -> Question:
+        """A sample with its stored answer, to be looked at; its picture is a new file of the app's own folder.
 
         Args:
             model: chosen on the page; taken where the run's own is none of the pool.
@@ -118,7 +122,7 @@ class Runs:
             notes.append("Judged by the run's own detector.")
         file = Path(tempfile.mkdtemp(dir=self._kept)) / "sample.png"
         picture.save(file)
-        return Question(model, picture, record.question, Generation(), record.answer, detector, tuple(notes)), file
+        return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes))
 
     def _picture(self, name: str, source: Source, record: Record, notes: list[str]) -> Any:
         """The picture that was asked about, or the run's small copy of it."""
@@ -146,7 +150,15 @@ def _finished(folder: Path) -> bool:
         Source.read(folder)
     except StethoscopeError:  # half a run, or another kind of folder: nothing to look through yet
         return False
+    except Exception as error:  # a damaged one, in a way that no reader knows; the other runs are shown all the same
+        logger.error("%s is left out, it cannot be read: %s", folder, type(error).__name__, exc_info=error)
+        return False
     return True
+
+
+def _note(error: Exception) -> str:
+    """What is wrong with a run, for the page."""
+    return json.loads(payload.failure(error))["text"]
 
 
 def _report(folder: Path, changed: int) -> str:

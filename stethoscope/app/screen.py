@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +13,8 @@ import gradio as gr
 from stethoscope.app import asking, payload
 from stethoscope.app.models import Pool
 from stethoscope.app.runs import NO_RUN, Runs
+from stethoscope.app.sessions import Sessions
 from stethoscope.diagnosis.readers import Reader
-from stethoscope.errors import StethoscopeError
 from stethoscope.markup import escape
 
 TITLE = "LVLM-Stethoscope"
@@ -34,7 +35,7 @@ def theme() -> gr.themes.Base:
     return gr.themes.Base(font=sans, font_mono=mono, primary_hue="blue", neutral_hue="slate", radius_size="md")
 
 
-def build_screen(pool: Pool, runs: Runs, reader: Reader, examples: Sequence[Path]) -> gr.Blocks:
+def build_screen(pool: Pool, runs: Runs, reader: Reader, examples: Sequence[Path], sessions: Sessions) -> gr.Blocks:
     """The page; ``queue`` and ``launch`` make it a server.
 
     Args:
@@ -42,17 +43,17 @@ def build_screen(pool: Pool, runs: Runs, reader: Reader, examples: Sequence[Path
         runs: finished runs to look through.
         reader: finds the objects that a text names.
         examples: files of pictures to choose from.
+        sessions: of the server; they keep the answer that each page looks at.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as screen:
         gr.HTML(f"<h1>{TITLE}</h1>", elem_classes="st-head", js_on_load=None)
-        case = gr.State(None)
         with gr.Tabs(selected="ask") as tabs:
             with gr.Tab("Ask", id="ask", elem_id="tab-ask"):
                 parts = _ask_tab(pool, examples)
             with gr.Tab("Finished run", id="run", elem_id="tab-run"):
                 browser = _run_tab(runs)
-        _wire_ask(pool, reader, parts, case)
-        _wire_run(pool, runs, reader, parts, browser, tabs, case)
+        _wire_ask(pool, reader, parts, sessions)
+        _wire_run(pool, runs, reader, parts, browser, tabs, sessions)
     return screen
 
 
@@ -86,40 +87,67 @@ def _ask_tab(pool: Pool, examples: Sequence[Path]) -> dict[str, Any]:
                     0, 2, 0, step=0.05, label="temperature", info="0: always the most probable token"
                 )
                 parts["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="top-p", info="read with a temperature")
-                parts["beams"] = gr.Slider(1, 10, 1, step=1, label="beams", info="more than 1: not shown while written")
-                parts["length"] = gr.Slider(1, 512, 128, step=1, label="length", info="tokens at most")
+                parts["beams"] = gr.Slider(
+                    1, asking.MAX_BEAMS, 1, step=1, label="beams", info="more than 1: not shown while written"
+                )
+                parts["length"] = gr.Slider(1, asking.MAX_LENGTH, 128, step=1, label="length", info="tokens at most")
                 parts["seed"] = gr.Number(0, label="seed", precision=0, info="of the drawing")
         with gr.Column(scale=3, min_width=320, elem_id="looking"):
             parts["view"] = _component("view", payload.message(HINT))
     return parts
 
 
-def _wire_ask(pool: Pool, reader: Reader, parts: dict[str, Any], case: gr.State) -> None:
+def _wire_ask(pool: Pool, reader: Reader, parts: dict[str, Any], sessions: Sessions) -> None:
     options = [parts[name] for name in ("temperature", "top_p", "beams", "length", "seed")]
 
-    def ask(model: str, picture: str | None, question: str, *settings: float) -> Iterator[asking.Step]:
+    def own_file(picture: str | None) -> Path | None:
+        return None if picture is None else sessions.own_file(picture)
+
+    def ask(request: gr.Request, model: str, picture: str | None, question: str, *settings: float) -> Iterator[str]:
         try:
-            asked = asking.Question(model, asking.read_picture(picture), question, asking.generation(*settings))
-        except StethoscopeError as error:
-            yield payload.message(str(error), "error"), None
+            asked = asking.Question(model, own_file(picture), question, asking.generation(*settings))
+        except Exception as error:
+            yield payload.failure(error)
             return
-        yield from asking.ask(pool, asked, reader)
+        yield from _kept(asking.ask(pool, asked, reader), request, sessions)
 
-    def look_again(case: asking.Case | None, event: gr.EventData) -> Iterator[asking.Step]:
-        if case is None or case.id != event.case:
-            yield payload.message("this answer is no longer there: ask again", "error"), case
+    def look_again(request: gr.Request, event: gr.EventData) -> Iterator[str]:
+        case = sessions.case(str(request.session_hash))
+        try:
+            chosen, scope = event.case, str(event.scope)
+        except AttributeError:  # no event of the page
+            chosen = scope = None
+        if case is None or case.id != chosen:
+            yield payload.message("this answer is no longer there: ask again", "error")
             return
-        yield from asking.again(pool, case, str(event.scope), reader)
+        yield from _kept(asking.again(pool, case, scope, reader), request, sessions)
 
-    shown = [parts["view"], case]
+    def arrived(picture: str | None) -> Any:
+        """Read a picture when it arrives, so that what is wrong with it is said before a question is written."""
+        try:
+            if picture is not None:
+                asking.read_picture(own_file(picture))
+        except Exception as error:
+            return payload.failure(error)
+        return gr.skip()
+
     turn = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-    inputs = [parts["model"], parts["picture"], parts["question"], *options]
-    begun = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, shown, trigger_mode="once", **turn)
-    parts["view"].gradient(look_again, [case], shown, **turn)
+    inputs, view = [parts["model"], parts["picture"], parts["question"], *options], parts["view"]
+    begun = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **turn)
+    view.gradient(look_again, None, view, **turn)
+    parts["picture"].change(arrived, parts["picture"], view, **{**turn, "concurrency_id": "picture"})
     parts["stop"].click(
-        lambda: payload.message("stopped", clear=True), None, parts["view"], cancels=[begun], show_progress="hidden",
+        lambda: payload.message("stopped", clear=True), None, view, cancels=[begun], show_progress="hidden",
         queue=False, api_visibility="private",
     )  # fmt: skip
+
+
+def _kept(steps: Iterator[asking.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
+    """What to show, while the session remembers the answer that it is about."""
+    for shown, case in steps:
+        if case is not None:
+            sessions.keep_case(str(request.session_hash), case)
+        yield shown
 
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
@@ -140,29 +168,30 @@ def _wire_run(
     parts: dict[str, Any],
     browser: dict[str, Any],
     tabs: gr.Tabs,
-    case: gr.State,
+    sessions: Sessions,
 ) -> None:
     quiet = {"show_progress": "minimal", "api_visibility": "private"}
 
-    def look(run: str | None, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
-        """Opens a sample in the first tab, with its stored answer."""
+    def look(request: gr.Request, run: str | None, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Open a sample in the first tab, with its stored answer."""
         unchanged = gr.skip()
         try:
-            asked, file = runs.question(str(run), str(event.task), str(event.sample), pool, model)
-        except StethoscopeError as error:
-            gr.Warning(escape(error), duration=8)
-            yield (unchanged,) * 6
+            asked = runs.question(str(run), str(event.task), str(event.sample), pool, model)
+            sessions.use(str(request.session_hash), [asked.picture])
+        except Exception as error:
+            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            yield (unchanged,) * 5
             return
-        first = gr.Tabs(selected="ask"), str(file), asked.text, asked.model
-        for shown, found in asking.ask(pool, asked, reader):
-            yield *first, shown, found
+        first = gr.Tabs(selected="ask"), str(asked.picture), asked.text, asked.model
+        for shown in _kept(asking.ask(pool, asked, reader), request, sessions):
+            yield *first, shown
             first = (unchanged,) * 4
 
     browser["run"].change(runs.listing, browser["run"], browser["list"], **quiet)
     emptied = payload.encode("figures", note="")
     browser["run"].change(lambda: emptied, None, browser["report"], **quiet)
     browser["figures"].select(runs.figures, browser["run"], browser["report"], **quiet)
-    outputs = [tabs, parts["picture"], parts["question"], parts["model"], parts["view"], case]
+    outputs = [tabs, parts["picture"], parts["question"], parts["model"], parts["view"]]
     browser["list"].look(
         look, [browser["run"], parts["model"]], outputs, concurrency_id=MODEL, concurrency_limit=1, **quiet
     )

@@ -20,11 +20,15 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from stethoscope.adapter import Adapter
+    from stethoscope.app.access import loopback, read_accounts
     from stethoscope.app.models import TRAIN_ONE, Pool
     from stethoscope.app.runs import Runs, write_examples
-    from stethoscope.app.server import check_address, loopback, own_folder, start
+    from stethoscope.app.server import check_address, own_folder, start
+    from stethoscope.app.sessions import Sessions
     from stethoscope.diagnosis.readers import reader
 
+    public = bool(config.share) or not loopback(str(config.host))
+    accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
     finds = reader(config.mentions, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
@@ -42,10 +46,12 @@ def run(config: DictConfig) -> None:
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             names = ready.detectors.names
             print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
-        screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)))
-        address = start(screen, str(config.host), int(config.port), bool(config.share))
-        if config.share or not loopback(str(config.host)):
-            print("warning: others can reach this page, ask the model and look through the runs", file=sys.stderr)
+        sessions = Sessions(folder)
+        screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)), sessions)
+        hosts = [str(name) for name in config.hosts]
+        address = start(screen, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
+        if public and accounts is None:
+            print("warning: everybody can reach this page, ask the model and look through the runs", file=sys.stderr)
         print(f"open {address} (Ctrl+C ends it)")
         try:
             screen.block_thread()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import stethoscope as package
+from stethoscope import testbed
 from stethoscope.app.models import Pool
 from stethoscope.app.runs import Runs, write_examples
 from stethoscope.cli import main
@@ -48,6 +49,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
+def picture_file(tmp_path):
+    """Writes a rendered scene as a file and gives its path."""
+
+    def write(number):
+        file = tmp_path / f"scene-{number}.png"
+        testbed.scenes(number + 1)[number].image().save(file)
+        return file
+
+    return write
+
+
+@pytest.fixture
 def pool(adapter, folder):
     return Pool(adapter, "testbed", runs=folder)
 
@@ -58,6 +71,7 @@ def served(adapter, folder, reader, tmp_path_factory):
     pytest.importorskip("gradio", reason='no gradio; pip install "lvlm-stethoscope[app]"')
     from stethoscope.app.screen import build_screen
     from stethoscope.app.server import own_folder, start
+    from stethoscope.app.sessions import Sessions
 
     runs = shutil.copytree(folder, tmp_path_factory.mktemp("shown") / "runs")
     hostile(runs / "small" / "samples.jsonl")
@@ -66,9 +80,10 @@ def served(adapter, folder, reader, tmp_path_factory):
     pool = Pool(adapter, "testbed", runs=runs)
     with own_folder() as own:
         with pool.use("testbed"):
-            screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3))
-        address = start(screen, "127.0.0.1", free_port())
-        yield SimpleNamespace(address=address.rstrip("/"), pool=pool, secret=secret, own=own, evil=EVIL)
+            sessions = Sessions(own, grace=1.0)
+            screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3), sessions)
+        address = start(screen, "127.0.0.1", free_port(), sessions).rstrip("/")
+        yield SimpleNamespace(address=address, pool=pool, secret=secret, own=own, evil=EVIL, sessions=sessions)
         screen.close(verbose=False)
 
 

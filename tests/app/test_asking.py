@@ -26,14 +26,19 @@ def picture(number):
     return testbed.scenes(number + 1)[number].image()
 
 
-def ask(pool, reader, text=DESCRIBE, number=2, **settings):
-    """Everything that is shown, and the case."""
-    question = asking.Question("testbed", picture(number), text, asking.generation(**settings))
-    steps = list(asking.ask(pool, question, reader))
-    return [json.loads(shown) for shown, _ in steps], steps[-1][1]
+@pytest.fixture
+def ask(picture_file):
+    """Asks and gives everything that is shown, and the case."""
+
+    def run(pool, reader, text=DESCRIBE, number=2, **settings):
+        question = asking.Question("testbed", picture_file(number), text, asking.generation(**settings))
+        steps = list(asking.ask(pool, question, reader))
+        return [json.loads(shown) for shown, _ in steps], steps[-1][1]
+
+    return run
 
 
-def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_it(pool, reader, monkeypatch):
+def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_it(pool, reader, monkeypatch, ask):
     monkeypatch.setattr(asking, "PAUSE", 0)
     shown, case = ask(pool, reader)
     kinds = [one["kind"] for one in shown]
@@ -46,7 +51,7 @@ def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_i
     )[0].text  # fmt: skip
 
 
-def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, reader, monkeypatch):
+def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, reader, monkeypatch, ask):
     monkeypatch.setattr(asking, "PAUSE", 0)
     shown, _ = ask(pool, reader)
     final = {(one["object"], one["tokens"][0]): one["probability"] for one in shown[-1]["mentions"]}
@@ -60,7 +65,7 @@ def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, rea
             assert probability == pytest.approx(final[key], abs=1e-3)
 
 
-def test_what_is_shown_is_the_diagnosis(pool, reader):
+def test_what_is_shown_is_the_diagnosis(pool, reader, ask):
     shown, case = ask(pool, reader)
     found = shown[-1]
     with pool.use("testbed") as ready:
@@ -80,7 +85,7 @@ def test_what_is_shown_is_the_diagnosis(pool, reader):
     assert peaks == pytest.approx(whole.relevancy.image.amax(-1).numpy(), rel=1e-3)
 
 
-def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader):
+def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):
     shown, case = ask(pool, reader)
     again = [json.loads(one) for one, _ in asking.again(pool, case, "token", reader)]
     row, token = shown[-1], again[-1]
@@ -90,7 +95,7 @@ def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader):
     assert json.loads(next(reversed(list(asking.again(pool, case, "rows", reader))))[0])["kind"] == "error"
 
 
-def test_a_second_question_does_not_look_at_the_picture_again(pool, reader, adapter):
+def test_a_second_question_does_not_look_at_the_picture_again(pool, reader, adapter, ask):
     ask(pool, reader, "Is there a dog in the image?")
     with pool.use("testbed") as ready:
         looked = ready.eyes.looked
@@ -108,7 +113,7 @@ def test_a_second_question_does_not_look_at_the_picture_again(pool, reader, adap
         assert ready.eyes.looked == looked + 1
 
 
-def test_the_model_is_left_as_it_was(pool, reader, adapter):
+def test_the_model_is_left_as_it_was(pool, reader, adapter, ask):
     ask(pool, reader, "Is there a dog in the image?")
     assert not [module for module in adapter.model.modules() if "get_image_features" in vars(module)]
 
@@ -136,10 +141,10 @@ def slow(adapter, seconds=0.03):
     return passes, adapter.model.register_forward_pre_hook(wait)
 
 
-def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader, adapter):
+def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader, adapter, ask, picture_file):
     passes, hook = slow(adapter)
     try:
-        steps = asking.ask(pool, asking.Question("testbed", picture(2), DESCRIBE, asking.generation()), reader)
+        steps = asking.ask(pool, asking.Question("testbed", picture_file(2), DESCRIBE, asking.generation()), reader)
         while json.loads(next(steps)[0])["kind"] != "writing":
             pass
         assert pool.busy
@@ -157,7 +162,7 @@ def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader
 @pytest.mark.parametrize(
     ("text", "said"), [(" ", "the question is empty"), ("What is <image>?", "holds the image placeholder")]
 )
-def test_what_the_user_can_mend_is_shown(pool, reader, text, said):
+def test_what_the_user_can_mend_is_shown(pool, reader, text, said, ask):
     shown, case = ask(pool, reader, text)
     assert shown[-1]["kind"] == "error"
     assert said in shown[-1]["text"]
@@ -183,8 +188,8 @@ def test_a_picture_that_is_none_is_said(tmp_path):
         asking.read_picture(None)
 
 
-def test_an_unknown_model_is_said(pool, reader):
-    steps = list(asking.ask(pool, asking.Question("testbad", picture(0), DESCRIBE, asking.generation()), reader))
+def test_an_unknown_model_is_said(pool, reader, picture_file):
+    steps = list(asking.ask(pool, asking.Question("testbad", picture_file(0), DESCRIBE, asking.generation()), reader))
     assert "unknown model 'testbad'" in json.loads(steps[-1][0])["text"]
 
 
@@ -205,7 +210,9 @@ def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
         pass
 
 
-def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_first(pool, adapter, reader, tmp_path):
+def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_first(
+    pool, adapter, reader, tmp_path, ask
+):
     shown, _ = ask(Pool(adapter, "testbed", runs=tmp_path), reader)
     assert 0 < shown[-1]["threshold"] < 1
     assert shown[-1]["mentions"][0]["probability"] is not None
@@ -215,7 +222,7 @@ def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_
 
 
 @pytest.mark.parametrize("off", [None, "none"])
-def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off):
+def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off, ask):
     shown, _ = ask(Pool(adapter, "testbed", off, runs=folder), reader)
     assert shown[-1]["threshold"] is None
     assert any("switched off" in note for note in shown[-1]["notes"])
@@ -239,7 +246,7 @@ def test_a_detector_of_features_that_the_model_lacks_is_refused_before_the_first
             pass
 
 
-def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch):
+def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch, ask):
     other = {**adapter.fingerprint(), "weights": "of another model"}
     monkeypatch.setattr(adapter, "fingerprint", lambda: other)
     shown, _ = ask(Pool(adapter, "testbed", runs=tmp_path), reader)

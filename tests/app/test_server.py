@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from stethoscope.app.server import POLICY, loopback, start
+from stethoscope.app.access import loopback
+from stethoscope.app.server import POLICY, start
+from stethoscope.app.sessions import Sessions
 from stethoscope.errors import ConfigError
 
 TRICKS = [
@@ -90,7 +92,7 @@ def test_a_port_that_is_taken_is_one_line(served):
     import gradio
 
     with gradio.Blocks() as other, pytest.raises(ConfigError, match="choose another with port="):
-        start(other, "127.0.0.1", urlsplit(served.address).port)
+        start(other, "127.0.0.1", urlsplit(served.address).port, Sessions(served.own))
 
 
 def free_port():

@@ -1,0 +1,171 @@
+"""Who may talk to the app: names that it answers to, pages that may call it, accounts, and the routes that it has."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from stethoscope.errors import ConfigError
+
+API = "/gradio_api"
+STARTUP = f"{API}/startup-events"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+LOGIN_DELAY = 1.0
+"""Seconds that a wrong password takes, so that guessing is slow."""
+
+_ROUTES = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?)|/(assets|static|svelte)/.+"
+    rf"|{API}/(queue/(join|data)|cancel|upload|upload_progress|startup-events|app_id|theme\.css|heartbeat/[^/]+|file=.+)"
+)
+"""What the page asks for. Gradio has more routes (``/run``, ``/call``, ``/proxy=``, ``/stream``, deep links,
+monitoring, servers of components), which are not part of this app and are not answered."""
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?")
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there.
+
+    >>> loopback("127.0.0.1"), loopback("localhost"), loopback("::1"), loopback("0.0.0.0")
+    (True, True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
+    """Passwords by user from the setting ``auth``; None for an app without accounts.
+
+    Args:
+        auth: ``user:password``, the path of a file with such lines, ``none`` for no accounts; None if nothing is set.
+        public: other machines can reach the app.
+
+    Raises:
+        ConfigError: it is none of these, or nothing is set and others can reach the app. The password is not shown.
+    """
+    if auth is None:
+        if public:
+            raise ConfigError(
+                "other machines can reach the app, so auth=user:password (or auth=FILE with such lines) is needed; "
+                "auth=none lets everybody in"
+            )
+        return None
+    if auth == "none":
+        return None
+    lines, source = [auth], "auth"
+    file = Path(auth).expanduser()
+    if file.is_file():
+        try:
+            lines, source = file.read_text("utf-8-sig").splitlines(), f"auth={auth}"
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"auth={auth} cannot be read: {error}") from None
+    pairs = [line.strip().partition(":") for line in lines if line.strip()]
+    accounts = {user: password for user, _, password in pairs}
+    if not accounts or not all(user and password for user, password in accounts.items()):
+        raise ConfigError(f"{source} should be user:password, the path of a file with such lines, or none")
+    return accounts
+
+
+def add_to_no_proxy(host: str) -> None:
+    """Let this process ask its own address without a proxy, also where ``http_proxy`` is set without ``no_proxy``."""
+    for name in ("no_proxy", "NO_PROXY"):
+        names = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
+        if "*" not in names:
+            os.environ[name] = ",".join(dict.fromkeys([*names, *LOOPBACK_NAMES, host]))
+
+
+class AccessMiddleware:
+    """ASGI middleware that answers only requests to the app's own name, from its own page, by somebody with an account.
+
+    ``Host`` must be a loopback name, the address that the app listens on, the address that the connection came in at,
+    or one of ``hosts``: otherwise any web page could have its own name point here (DNS rebinding). ``Origin``, if a
+    browser sends it, must be that very host, or one of ``hosts``. Accounts use HTTP Basic authentication, because
+    Gradio's own login leaves some of its routes open.
+
+    Args:
+        app: the next ASGI application.
+        host: the address that the app listens on.
+        hosts: further names. The list is read at every request, so a name can be added later.
+        accounts: passwords by user; None for no accounts.
+    """
+
+    def __init__(
+        self, app: Any, host: str, hosts: Sequence[str] = (), accounts: Mapping[str, str] | None = None
+    ) -> None:
+        self.app, self._host, self._hosts, self._accounts = app, host.strip("[]").lower(), hosts, accounts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or hand it on."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page uses no WebSocket
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        refusal = self._refusal(scope, dict(headers), sum(name == "host" for name, _ in headers))
+        if refusal is not None:
+            await respond(send, 403, refusal)
+        elif not _ROUTES.fullmatch(scope["path"]):
+            await respond(send, 404, "there is no such page")
+        elif self._accounts is None or scope["path"] == STARTUP or self._known(dict(headers).get("authorization")):
+            await self.app(scope, receive, send)
+        else:
+            if "authorization" in dict(headers):
+                await asyncio.sleep(LOGIN_DELAY)
+            challenge = {"www-authenticate": 'Basic realm="LVLM-Stethoscope", charset="UTF-8"'}
+            await respond(send, 401, "user and password are needed", challenge)
+
+    def _refusal(self, scope: Any, headers: Mapping[str, str], count: int) -> str | None:
+        """Why the request's host or origin is refused; None if they are right."""
+        host = headers.get("host", "")
+        match = _HOST.fullmatch(host)
+        further = {name.lower() for name in self._hosts}
+        listening = str((scope.get("server") or ("",))[0]).removeprefix("::ffff:")
+        names = {*LOOPBACK_NAMES, self._host, listening, *further}
+        if count != 1 or match is None or match[1].strip("[]").lower() not in names:
+            return "this app does not answer to that host name; hosts=[NAME] adds one"
+        origin = headers.get("origin")
+        if origin is not None and not _same_origin(origin, host, further):
+            return "this app is called from its own page alone; hosts=[NAME] adds another"
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
+            return "this app is called from its own page alone"
+        return None
+
+    def _known(self, header: str | None) -> bool:
+        """Whether an ``Authorization`` header holds the name and password of an account."""
+        kind, _, encoded = (header or "").partition(" ")
+        try:
+            user, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
+        except ValueError:
+            return False
+        accounts = self._accounts or {}
+        equal = hmac.compare_digest(password.encode(), accounts.get(user, "").encode())
+        return kind.lower() == "basic" and user in accounts and equal
+
+
+def _same_origin(origin: str, host: str, further: set[str]) -> bool:
+    try:
+        parts = urlsplit(origin.lower())
+        return parts.scheme in ("http", "https") and (parts.netloc == host.lower() or parts.hostname in further)
+    except ValueError:
+        return False
+
+
+async def respond(send: Any, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    """Answer an HTTP request with JSON that Gradio's page shows as an error."""
+    content = json.dumps({"detail": message}).encode()
+    pairs = {"content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
+    start = [(name.encode(), value.encode()) for name, value in pairs.items()]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": content})
