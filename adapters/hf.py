@@ -172,10 +172,19 @@ class HfAdapter(Tracing, Adapter):
         """See ``Adapter.encode``.
 
         Raises:
-            DataError: the processor refuses the image, or the question holds the image placeholder.
+            DataError: the processor refuses the image, the question holds the image placeholder, or the prompt leaves
+                no place for an answer in the model's context: it would run for minutes, or fail inside. Models with
+                relative positions (T5) have no such end.
         """
         self.setup()
-        return self._encoder(image, question)
+        encoded = self._encoder(image, question)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and encoded.spans.length >= context:
+            raise DataError(
+                f"the prompt has {encoded.spans.length:,} tokens, image tokens included; {self.name} reads fewer than "
+                f"{context:,}"
+            )
+        return encoded
 
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it."""

@@ -54,6 +54,7 @@ def build_screen(pool: Pool, runs: Runs, reader: Reader, examples: Sequence[Path
                 browser = _run_tab(runs)
         _wire_ask(pool, reader, parts, sessions)
         _wire_run(pool, runs, reader, parts, browser, tabs, sessions)
+        screen.unload(lambda: None)  # a page with this event holds a connection open, by which its session lives
     return screen
 
 

@@ -70,3 +70,11 @@ def test_a_question_that_holds_the_placeholder_is_refused(adapter):
     token = adapter.processor.tokenizer.convert_ids_to_tokens(adapter.model.config.image_token_id)
     with pytest.raises(DataError, match="placeholder"):
         adapter.encode(picture(0), f"what is {token}?")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_the_model_runs(adapter):
+    context = getattr(adapter.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        pytest.skip("relative positions have no end")
+    with pytest.raises(DataError, match=f"reads fewer than {context:,}"):
+        adapter.encode(picture(0), "a b " * context)
