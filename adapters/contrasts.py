@@ -16,6 +16,7 @@ from stethoscope.trace import Encoded, PromptCache
 from stethoscope.tracing.capture import record
 from stethoscope.tracing.knockout import Knockout
 from stethoscope.tracing.noise import noised
+from stethoscope.tracing.rows import logits_to_keep
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -125,8 +126,8 @@ class Contrasts:
         if missing:
             inputs = self._to_device(collate([one.inputs for one in missing], self._pad, "right"))
             inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
-            options = {"logits_to_keep": 1} if self._keeps else {}
-            cache = self._model(**inputs, **options, use_cache=True).past_key_values
+            last = inputs["input_ids"].shape[1] - 1
+            cache = self._model(**inputs, **logits_to_keep(self._model, [last]), use_cache=True).past_key_values
             found = self._prompt_caches(cache, missing, [one.spans.length for one in missing])
             if None in found:
                 return None
@@ -180,10 +181,9 @@ class Contrasts:
         """(B, T, V) float32 logits of the rows, by default all of the pass; the head runs on no more than it must."""
         rows = run.rows if rows is None else rows
         positions = rows.unique()
-        options = {"logits_to_keep": positions.to(self._input_device())} if self._keeps else {}
-        options["use_cache"] = "past_key_values" in run.inputs
-        logits = self._model(**run.inputs, **options).logits
-        at = torch.searchsorted(positions, rows) if self._keeps else rows
+        options = logits_to_keep(self._model, positions.tolist())
+        logits = self._model(**run.inputs, **options, use_cache="past_key_values" in run.inputs).logits
+        at = torch.searchsorted(positions, rows) if options else rows
         return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
 
 

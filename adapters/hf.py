@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +124,6 @@ class HfAdapter(Tracing, Adapter):
         self._placeholders = [token for token in named if token is not None]
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
         self._blank_value = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Model and processor from their files. Families that transformers does not have replace this."""

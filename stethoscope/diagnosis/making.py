@@ -199,28 +199,23 @@ def _question_tokens(adapter: Adapter, encoded: Encoded) -> tuple[str, ...]:
 
 def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
     """The logit lens in one forward pass; one layer is decoded at a time."""
-    import inspect
-
     import torch
 
     from stethoscope.relevancy.layout import layout
     from stethoscope.tracing.lens import Lens
+    from stethoscope.tracing.rows import logits_to_keep
 
     decode = _decoder(adapter)
     model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
     first = layout(model, inputs, answer.token_ids).first
     rows = torch.arange(first, first + len(answer.token_ids))
-    options: dict[str, Any] = {}
-    at = rows
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares the head most of the prompt
-        options["logits_to_keep"] = rows.to(inputs["input_ids"].device)
-        at = torch.arange(len(rows))
+    options = logits_to_keep(model, rows.tolist())
     lens, tokens = Lens(model), torch.tensor([answer.token_ids])
     words, parts = [], []
     with torch.inference_mode():
         with lens.listen(rows[None]) as heard:
             logits = model(**inputs, **options, use_cache=False).logits
-        logits = logits[:, at.to(logits.device)].float()
+        logits = (logits if options else logits[:, rows.to(logits.device)]).float()
         lens.read(heard[-1:], logits, tokens)  # checks that final norm and head are found
         for hidden in [*heard[:-1], None]:
             decoded = (logits if hidden is None else lens.decode(hidden))[0].log_softmax(-1)

@@ -258,9 +258,15 @@ class _Pass:
             self._joint.receive(abar)
         elif role == "bridge":
             part = "crossing" if "crossattention" in call.site.name else "own"
-            self.kept.setdefault(part, {})[call.site.layer] = whole(abar, len(call.ends), call.keys)
+            self._keep(part, call.site.layer, call, abar)
         else:
-            self.kept.setdefault(role, {})[layer] = whole(abar, len(call.ends), call.keys)
+            self._keep(role, layer, call, abar)
+
+    def _keep(self, part: str, layer: int, call: Call, abar: Abar) -> None:
+        """Keep Abar whole, on the device of the first: layers may be on several, and the rules read them together."""
+        matrix = whole(abar, len(call.ends), call.keys)
+        first = next((other for layers in self.kept.values() for other in layers.values()), matrix)
+        self.kept.setdefault(part, {})[layer] = matrix.to(first.device)
 
     def _abar(self, call: Call, layer: int, blocks: Blocks) -> Abar:
         """Equation 5."""

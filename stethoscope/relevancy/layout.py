@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.errors import CapabilityError, DataError
+from stethoscope.tracing.rows import logits_to_keep
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,8 @@ def shared_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answers:
 
 def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: Layout) -> Tensor:
     """Logits (B, A) of the answers' tokens, each at the row that predicts it; padding's mean nothing."""
-    samples, count = place.answer.shape
-    rows = torch.arange(place.first, place.first + count)
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares the head most of the prompt
-        options["logits_to_keep"] = rows.to(inputs["input_ids"].device)
-        rows = torch.arange(len(rows))
+    rows = range(place.first, place.first + place.answer.shape[1])
+    options = logits_to_keep(model, rows)
     logits = model(**inputs, **options, use_cache=False).logits
-    return logits[
-        torch.arange(samples)[:, None].to(logits.device), rows.to(logits.device), place.answer.to(logits.device)
-    ]
+    kept = logits if options else logits[:, rows.start : rows.stop]
+    return kept.gather(-1, place.answer[..., None].to(logits.device))[..., 0]

@@ -161,7 +161,7 @@ class Direct:
     def _membership(self, length: int) -> np.ndarray:
         """(length, 5) which segment every key belongs to, as 0 and 1."""
         if len(self._members) < length:
-            self._members = self._steps.membership("language", length + _GROW).cpu().numpy()
+            self._members = self._steps.membership("language", length + _GROW, torch.device("cpu")).numpy()
         return self._members[:length]
 
 

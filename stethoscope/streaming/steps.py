@@ -117,7 +117,7 @@ class Steps(Listener):
         first, last = spans.image[0], spans.image[-1] + 1
         whole = last - first == len(spans.image)
         self.image = slice(first, last) if whole else torch.tensor(spans.image, dtype=torch.long)
-        self._members: dict[str, Tensor] = {}
+        self._members: dict[tuple[str, torch.device], Tensor] = {}
         self._keys: dict[str, Keys] = {}
         self._rows: dict[str, list[Tensor | Later]] = {role: [] for role in self._roles}
         self._hidden: list[Tensor] = []
@@ -311,7 +311,8 @@ class Steps(Listener):
         for _, some in groupby(self._waiting[: max(stop - first, 0)], _is_later):
             steps, parts = list(some), {}
             if self._decodes:
-                hidden = torch.cat([layer for step in steps for layer in step.hidden], 1)
+                device = steps[0].hidden[-1].device  # layers may be on several; norm and head are with the last
+                hidden = torch.cat([layer.to(device) for step in steps for layer in step.hidden], 1)
                 parts["hidden"] = hidden.view(len(steps), -1, hidden.shape[-1])
             if self._attends:
                 parts |= self._maps(steps, first)
@@ -324,7 +325,7 @@ class Steps(Listener):
         masses, found = [], {}
         for role in self._roles:
             weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
-            masses.append(weights @ self.membership(role, weights.shape[-1]).to(weights.device))
+            masses.append(weights @ self.membership(role, weights.shape[-1], weights.device))
             if role == self._reads:
                 image = weights[..., self.image]
                 found["image"] = image.mean(1).transpose(0, 1)
@@ -355,11 +356,12 @@ class Steps(Listener):
             steps.append(torch.stack([nn.functional.pad(*one).float().cpu() for one in zip(made, pads, strict=True)]))
         return torch.stack(steps, 2)
 
-    def membership(self, role: str, length: int) -> Tensor:
-        """(length, 5) float32 which of ``SEGMENTS`` every key of a row belongs to, as 0 and 1."""
-        if role not in self._members or len(self._members[role]) < length:
-            self._members[role] = self._kinds(role, length + _GROW).to(self._model.device)
-        return self._members[role][:length]
+    def membership(self, role: str, length: int, device: torch.device) -> Tensor:
+        """Tell which of ``SEGMENTS`` every key of a row belongs to, as 0 and 1, (length, 5) float32."""
+        key = role, device
+        if key not in self._members or len(self._members[key]) < length:
+            self._members[key] = self._kinds(role, length + _GROW).to(device)
+        return self._members[key][:length]
 
     def _kinds(self, role: str, length: int) -> Tensor:
         if not self._encoder:

@@ -13,11 +13,13 @@ weights); the start token, ``first`` here, is among its ``rest``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stethoscope.errors import CaptureError
 from stethoscope.trace import SEGMENTS, Heads, Spans
@@ -44,6 +46,23 @@ def segments(spans: Spans, length: int, first: int = 0) -> Tensor:
     kind[list(spans.question)] = _QUESTION
     kind[list(spans.image)] = _IMAGE
     return kind
+
+
+def logits_to_keep(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Build the argument that makes the head run on some rows alone.
+
+    The rows are numbers, no tensor: with a model on several devices accelerate moves every tensor argument to the first
+    of them, where the head's states are not.
+
+    Args:
+        model: the model.
+        rows: positions in the sequence of the logits.
+
+    Returns:
+        Keyword arguments of ``forward``; empty where the model has no such argument and gives logits of all rows.
+    """
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": list(rows)} if takes else {}
 
 
 class AttentionRows(Listener):
