@@ -192,7 +192,7 @@ def _locate(source: str, loading: Loading, only: Sequence[str], what: str) -> li
 
 def _all(folder: Path, what: str) -> list[Path]:
     for suffix in _SUFFIXES:
-        if found := sorted(folder.glob(f"*{suffix}")):
+        if found := sorted(path for path in folder.glob(f"*{suffix}") if path.name[0] != "."):  # ._ of macOS
             return found
     raise ConfigError(f"{what}={folder}: the folder holds no {', '.join(_SUFFIXES)} file")
 

@@ -72,8 +72,8 @@ def _weight_files(root: Path) -> list[Path]:
     Raises:
         DataError: an index cannot be read.
     """
-    paths = {path for pattern in _WEIGHTS for path in root.glob(pattern)}
-    for index in root.glob("*.index.json"):
+    paths = {path for pattern in _WEIGHTS for path in root.glob(pattern) if path.name[0] != "."}  # ._ of macOS
+    for index in (path for path in root.glob("*.index.json") if path.name[0] != "."):
         try:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             paths.update(root / shard for shard in shards if (root / shard).is_file())

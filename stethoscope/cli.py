@@ -12,7 +12,7 @@ from typing import NoReturn
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.errors import ConfigError, StethoscopeError, unknown
-from stethoscope.faults import Terminated, disk_faults, ended_by_signal
+from stethoscope.faults import Terminated, disk_faults, ended_by_signal, unread_output
 from stethoscope.runs.processes import count, rank
 from stethoscope.terminal import one_line, visible_output
 
@@ -42,14 +42,17 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 2 an error of the user's (one line), 130 interrupted, 143 by SIGTERM."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and exit: 0 done, 2 an error of the user's (one line), 130 interrupted, 143 by SIGTERM.
+
+    A reader of the output that goes away (``| head -1``) ends nothing: the work is done and its status is the same.
+    """
     warnings.showwarning = _warn
-    with visible_output():
-        _run(arguments)
+    with unread_output(), visible_output():
+        sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(arguments: list[str]) -> NoReturn:
+def _run(arguments: list[str]) -> int:
+    """Run one command; its exit status."""
     number = 0
     try:
         with ended_by_signal(), disk_faults():
@@ -57,16 +60,15 @@ def _run(arguments: list[str]) -> NoReturn:
             if number:  # of several processes the first one speaks, and one that fails
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
             _dispatch(arguments)
+            sys.stdout.flush()
     except StethoscopeError as error:
         print(f"stethoscope: {f'process {number}: ' if number else ''}{one_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        return USER_ERROR
     except KeyboardInterrupt as error:
         if not number:
             print("stethoscope: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
-    except BrokenPipeError:  # `stethoscope list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    return 0
 
 
 def _warn(message: Warning | str, *where: object, **more: object) -> None:

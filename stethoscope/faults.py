@@ -1,4 +1,4 @@
-"""What can befall a long run through no fault of its own: memory that does not suffice, a full disk, a signal."""
+"""Handle out-of-memory errors, disk errors, signals and closed pipes of long runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from stethoscope.errors import CapabilityError
 
@@ -103,3 +103,60 @@ def ended_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Output:
+    """A stream of text that takes what is written to it, whether or not somebody still reads at its other end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self.discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self.discard()
+
+    def discard(self) -> None:
+        """Send what comes, and what waits in the buffer, nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def unread_output() -> Iterator[None]:
+    """Let a command go on with its work when the reader of its output has gone, as after ``| head -1``.
+
+    After an error of ours the streams stay as they are: its traceback is still to be printed.
+    """
+    streams = sys.stdout, sys.stderr
+    wrapped = tuple(stream if stream is None else _Output(stream) for stream in streams)
+    sys.stdout, sys.stderr = wrapped
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        _restore(streams, wrapped)
+        raise
+    _restore(streams, wrapped)
+
+
+def _restore(streams: tuple[Any, Any], wrapped: tuple[Any, ...]) -> None:
+    for stream in filter(None, wrapped):
+        try:
+            stream.flush()
+        except OSError:  # said before; the interpreter would fail again while it ends
+            stream.discard()
+    sys.stdout, sys.stderr = streams
