@@ -20,7 +20,7 @@ from stethoscope.runs.fingerprint import answers_of, differences, digest, featur
 from stethoscope.runs.lines import FAILED, OK, UNPARSED
 from stethoscope.runs.lock import RunLock
 from stethoscope.runs.processes import MEETING_MINUTES, Ended, joined
-from stethoscope.runs.results import TaskResults
+from stethoscope.runs.results import COUNTS, TaskResults
 from stethoscope.runs.run import Run
 from stethoscope.runs.store import Overwrite, RunStore
 from stethoscope.task import Task
@@ -348,12 +348,18 @@ class Evaluator:
             seed=self.seed,
             asked=[sample.subset for sample in run.samples] if run.task.macro else (),
         )
+        subset_counts: dict[str, dict[str, int]] = {}
+        for sample, outcome in zip(run.samples, outcomes, strict=True):
+            subset_counts.setdefault(sample.subset, dict.fromkeys(COUNTS[:4], 0))
+            for name in ("samples", outcome.status):
+                subset_counts[sample.subset][name] += 1
         stages = list(dict.fromkeys(stage for outcome in outcomes for stage in outcome.seconds))
         return TaskResults(
             task=run.task.name,
             primary=run.task.primary,
             metrics=tuple(metrics),
             counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
+            subset_counts=subset_counts,
             seconds={stage: sum(outcome.seconds.get(stage, 0.0) for outcome in outcomes) for stage in stages},
         )
 

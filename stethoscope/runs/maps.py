@@ -179,7 +179,7 @@ class KeepMaps(Callback):
         """
         for name, value in (("side", side), ("cells", cells)):
             if not 1 <= value <= MAX_SIDE:
-                raise ConfigError(f"callbacks.maps.{name}={value} should be 1 to {MAX_SIDE}")
+                raise ConfigError(f"callbacks.maps.{name}={value} should be at least 1 and at most {MAX_SIDE}")
         self.pictures, self.side, self.cells = pictures, side, cells
 
     def on_trace(self, run: Run, sample: Sample, trace: Trace) -> None:

@@ -25,6 +25,7 @@ class TaskResults:
         metrics: every metric on every subset (``mean`` for the mean over subsets) with its interval over images.
         counts: ``samples`` and, of these, ``ok``, ``unparsed`` and ``failed``; ``truncated`` counts the answers among
             them that were cut off at the longest length allowed.
+        subset_counts: ``samples``, ``ok``, ``unparsed`` and ``failed`` of every subset of the samples.
         seconds: time spent by stage, over all sittings of a resumed run. Not part of ``to_dict``: the same run gives
             the same ``metrics.json``.
     """
@@ -33,6 +34,7 @@ class TaskResults:
     primary: str
     metrics: tuple[MetricRow, ...]
     counts: Mapping[str, int]
+    subset_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -73,6 +75,7 @@ class TaskResults:
         return {
             "primary": self.primary,
             "counts": dict(self.counts),
+            "subset_counts": {subset: dict(counts) for subset, counts in self.subset_counts.items()},
             "metrics": [row.to_dict() for row in self.metrics],
         }
 
@@ -83,12 +86,20 @@ class TaskResults:
             MetricRow(row["metric"], row["subset"], Interval.from_dict({k: row[k] for k in _INTERVAL}))
             for row in section["metrics"]
         )
-        return cls(task, section["primary"], rows, section["counts"])
+        return cls(task, section["primary"], rows, section["counts"], section.get("subset_counts", {}))
 
     def summary(self) -> str:
-        """The counts as one line, to be printed beside every metric."""
+        """The counts as one line, to be printed beside every metric; and of every subset that lost some."""
         counts = [f"{self.counts[name]} {name}" for name in COUNTS[1:]]
-        return f"{self.counts['samples']} samples: {', '.join(counts[:3])}; {counts[3]}"
+        missing = [
+            f"{subset} {' and '.join(f'{some[name]} {name}' for name in ('unparsed', 'failed') if some[name])} "
+            f"of {some['samples']}"
+            for subset, some in self.subset_counts.items()
+            if len(self.subset_counts) > 1 and some["unparsed"] + some["failed"]
+        ]
+        return f"{self.counts['samples']} samples: {', '.join(counts[:3])}; {counts[3]}" + (
+            f"; by subset: {', '.join(missing)}" if missing else ""
+        )
 
     def table(self, markdown: bool = False) -> str:
         """Metrics down, subsets across, each figure with its 95 % interval; aligned text or Markdown."""

@@ -11,6 +11,7 @@ import published_files
 import pytest
 
 from stethoscope import testbed
+from stethoscope.runs.results import TaskResults
 from stethoscope.runs.store import RunStore
 from stethoscope.table import mention_rows
 
@@ -223,3 +224,34 @@ def test_a_broken_line_of_ones_own(tmp_path, scenes, stethoscope):
     (tmp_path / "mine.jsonl").write_text(rows)
     line = stethoscope("evaluate", "task=custom", "task.kind=yes_no", "task.file=mine.jsonl", *PLAIN)
     assert "mine.jsonl, line 2: not JSON" in line
+
+
+def test_answers_that_are_no_yes_and_no_no_are_counted_where_they_are(tmp_path, stethoscope):
+    """Given answers, so that which ones can be read is known; none is scored as wrong, none is lost."""
+    testbed.scenes(1)[0].image().save(tmp_path / "a.png")
+    replies = {"colour": ["Yes.", "no", "A city.", "No"], "shape": ["A city.", "A city."], "size": ["Yes."]}
+    rows = [
+        {"image": name, "question": "Is it red?", "label": "no", "subset": subset, "answer": answer}
+        for subset, answers in replies.items()
+        for answer, name in zip(answers, ["a.png"] * 4, strict=False)
+    ]
+    (tmp_path / "broken.png").write_bytes(b"none")
+    rows.append({**rows[-1], "image": "broken.png"})
+    (tmp_path / "asked.json").write_text(json.dumps(rows, indent=1))
+    words = ["model.random_init=tiny", "task=custom", "task.kind=yes_no", f"task.file={tmp_path / 'asked.json'}"]
+    assert "1 of 8 samples failed" in stethoscope("evaluate", *words, *PLAIN)
+    (section,) = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text()).values()
+    figures = {(row["metric"], row["subset"]): row["value"] for row in section["metrics"]}
+    assert section["counts"] == {"samples": 8, "ok": 4, "unparsed": 3, "failed": 1, "truncated": 0}
+    assert section["subset_counts"] == {
+        "colour": {"samples": 4, "ok": 3, "unparsed": 1, "failed": 0},
+        "shape": {"samples": 2, "ok": 0, "unparsed": 2, "failed": 0},
+        "size": {"samples": 2, "ok": 1, "unparsed": 0, "failed": 1},
+    }
+    assert figures["accuracy", "colour"] == pytest.approx(2 / 3)
+    assert figures["accuracy", "shape"] is None
+    assert figures["accuracy", "size"] == 0
+    assert TaskResults.from_dict("custom", section).summary() == (
+        "8 samples: 4 ok, 3 unparsed, 1 failed; 0 truncated; "
+        "by subset: colour 1 unparsed of 4, shape 2 unparsed of 2, size 1 failed of 2"
+    )
