@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stethoscope.adapters.recent import Recent
 from stethoscope.errors import ConfigError, DataError
+from stethoscope.faults import deadly_signals, reason
 from stethoscope.images import rgb
 from stethoscope.trace import Encoded, Spans
 from stethoscope.tracing.spans import image_layout, image_positions, question_positions
@@ -50,7 +51,7 @@ class Encoder:
         template: the prompt as rendered, with the image placeholder and ``{question}``.
 
     Raises:
-        ConfigError: there is no chat template to use, or the prompt has a place for an image that has one already.
+        ConfigError: no chat template can be used, or the prompt has a place for an image that has one already.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None) -> None:
@@ -60,7 +61,10 @@ class Encoder:
         names = ("boi_token", "image_token") if model.config.model_type == "gemma3" else ("image_token",)
         self._placeholder = next((v for name in names if (v := getattr(processor, name, None))), self._image_token)
         self._placeholder = str(self._placeholder)  # Blip processors hold an AddedToken
-        template = _chat(processor) if prompt is None else prompt.replace(_IMAGE, self._placeholder)
+        if prompt is None:
+            template = _chat(processor, self._image_text(), self._placeholder)
+        else:
+            template = prompt.replace(_IMAGE, self._placeholder)
         if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
             name = type(processor).__name__
             raise ConfigError(f"prompt {prompt!r}: {name} puts the image before the text by itself; leave {_IMAGE} out")
@@ -73,6 +77,12 @@ class Encoder:
         self._images = Recent(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
         self._image_names: frozenset[str] | None = None
         self._alone: dict[tuple[int, int], bool] = {}
+
+    def _image_text(self) -> str:
+        """The image placeholder, between the tokens that Qwen's models count images by."""
+        names = (getattr(self._config, f"vision_{end}_token_id", None) for end in ("start", "end"))
+        start, end = ("" if token is None else self._tokenizer.convert_ids_to_tokens(token) for token in names)
+        return f"{start}{self._placeholder}{end}"
 
     def __call__(self, image: Image, question: str) -> Encoded:
         """See ``Adapter.encode``. The prompt's text depends on the image by nothing but its size."""
@@ -148,9 +158,50 @@ def check_prompt(prompt: str | None) -> None:
         )
 
 
-def _chat(processor: ProcessorMixin) -> str:
-    """The chat template as a prompt template."""
+def check_chat_template(processor: ProcessorMixin) -> None:
+    """Check that the chat template renders a picture and a question, as lists or as text; needs no weights.
+
+    Raises:
+        ConfigError: there is none, or it cannot.
+    """
+    _renderings(processor, f"{getattr(processor, 'image_token', _IMAGE)}\n{_QUESTION}")
+
+
+def _chat(processor: ProcessorMixin, image: str, placeholder: str) -> str:
+    """Render the chat template as a prompt template.
+
+    Args:
+        image: text that stands for the picture, for templates that take no lists.
+        placeholder: of the image within it.
+
+    Raises:
+        ConfigError: there is no chat template, or none of its renderings holds the question once.
+    """
+    renderings = _renderings(processor, f"{image}\n{_QUESTION}")
+    usable = [text for text in renderings if text.count(_QUESTION) == 1]
+    if not usable:
+        raise ConfigError(
+            f"the chat template of {type(processor).__name__} writes the question {renderings[0].count(_QUESTION)} "
+            f"times as it is, not once; set model.prompt, with {_QUESTION} in it"
+        )
+    return next((text for text in usable if placeholder in text), usable[0])
+
+
+def _renderings(processor: ProcessorMixin, text: str) -> list[str]:
+    """Renderings of a picture and a question: as a list of parts, and for templates that join strings, as ``text``."""
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
-    return processor.apply_chat_template([turn], add_generation_prompt=True)
+    renderings, errors = [], []
+    for content in ([{"type": "image"}, {"type": "text", "text": _QUESTION}], text):
+        try:
+            with deadly_signals():  # a template may loop in a C function, which no handler interrupts
+                turn = {"role": "user", "content": content}
+                renderings.append(str(processor.apply_chat_template([turn], add_generation_prompt=True)))
+        except Exception as error:  # a template may raise anything
+            errors.append(error)
+    if not renderings:
+        raise ConfigError(
+            f"the chat template of {type(processor).__name__} cannot take a picture and a question "
+            f"({reason(errors[0])}); set model.prompt, with {_QUESTION} in it"
+        ) from errors[0]
+    return renderings

@@ -14,10 +14,11 @@ from stethoscope.adapter import Adapter
 from stethoscope.adapters import identity, loading, memory, sampling, tiny
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.contrasts import Blanks
-from stethoscope.adapters.encoding import Encoder, check_prompt
+from stethoscope.adapters.encoding import Encoder, check_chat_template, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tracing import Tracing
-from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
+from stethoscope.faults import model_faults
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
 from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
@@ -113,12 +114,14 @@ class HfAdapter(Tracing, Adapter):
                 model = model.to(device)
             except (RuntimeError, AssertionError) as error:
                 raise CapabilityError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-        self._encoder = self._make_encoder(model, processor)
-        self._processor = processor
+        with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
+            encoder = self._make_encoder(model, processor)
+            _try_out(encoder, self.name)
+            self._ends, self._pad = _special_ids(model, processor.tokenizer)
+            self._start = _decoder_start(model)
+        self._encoder, self._processor = encoder, processor
         self._model = model.eval().requires_grad_(False)
         self._loaded = identity.versions(model)
-        self._ends, self._pad = _special_ids(model, processor.tokenizer)
-        self._start = _decoder_start(model)
         sampling.drop_defaults(model)
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholders = [token for token in named if token is not None]
@@ -127,7 +130,8 @@ class HfAdapter(Tracing, Adapter):
 
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Model and processor from their files. Families that transformers does not have replace this."""
-        return loading.load(self.model_id, self.loading)
+        check = {} if self.prompt is not None else {"check": check_chat_template}
+        return loading.load(self.model_id, self.loading, **check)
 
     def memory(self, context: int, batch_size: int = 1) -> Memory:
         """See ``Adapter.memory``.
@@ -170,12 +174,13 @@ class HfAdapter(Tracing, Adapter):
         """See ``Adapter.encode``.
 
         Raises:
-            DataError: the processor refuses the image, the question holds the image placeholder, or the prompt leaves
-                no place for an answer in the model's context: it would run for minutes, or fail inside. Models with
-                relative positions (T5) have no such end.
+            DataError: the processor refuses the image or fails, the question holds the image placeholder, or the prompt
+                leaves no place for an answer in the model's context: it would run for minutes, or fail inside. Models
+                with relative positions (T5) have no such end.
         """
         self.setup()
-        encoded = self._encoder(image, question)
+        with model_faults(f"the processor of {self.name} fails on this picture and question"):
+            encoded = self._encoder(image, question)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and encoded.spans.length >= context:
             raise DataError(
@@ -202,7 +207,8 @@ class HfAdapter(Tracing, Adapter):
         done: dict[int, tuple[Answer, Encoded]] = {}
         for group in groups([one.inputs for one in encoded]):
             batch = [encoded[index] for index in group]
-            answers, caches = self._generate(batch, generation, keep)
+            with model_faults(f"{self.name} fails to answer"):
+                answers, caches = self._generate(batch, generation, keep)
             kept = [replace(one, cache=cache) for one, cache in zip(batch, caches, strict=True)] if keep else batch
             done.update(zip(group, zip(answers, kept, strict=True), strict=True))
         pairs = [done[index] for index in range(len(encoded))]
@@ -264,10 +270,11 @@ class HfAdapter(Tracing, Adapter):
             DataError: the text holds a placeholder, which would stand for another picture.
         """
         self.setup()
-        ids = self._tokenise(encoded, text.strip())
-        if not set(self._placeholders).isdisjoint(ids):
-            raise DataError(f"the answer holds the image placeholder: {text!r}")
-        return self._scored([encoded], [sampling.Cut(ids, True)])[0]
+        with model_faults(f"{self.name} fails to read the answer"):
+            ids = self._tokenise(encoded, text.strip())
+            if not set(self._placeholders).isdisjoint(ids):
+                raise DataError(f"the answer holds the image placeholder: {text!r}")
+            return self._scored([encoded], [sampling.Cut(ids, True)])[0]
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
@@ -316,19 +323,20 @@ class HfAdapter(Tracing, Adapter):
         Raises:
             ConfigError: ``needs`` holds something unknown.
             CapabilityError: it holds something that this kind of model has not.
-            CaptureError: see ``Adapter.trace``.
+            CaptureError: see ``Adapter.trace``; or the model fails.
         """
         self.setup()
         for need in needs:
             if need not in (*NEEDS, *MORE_NEEDS):
                 raise ConfigError(unknown("need", need, [*NEEDS, *MORE_NEEDS]))
         traces: dict[int, Trace] = {}
-        for group in groups([one.inputs for one in encoded]):
-            chosen = [encoded[index] for index in group], [answers[index] for index in group]
-            traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
-        if "relevancy" in needs:
-            for index, relevancy in enumerate(self._relevancies(encoded, answers)):
-                traces[index] = replace(traces[index], relevancy=relevancy)
+        with model_faults(f"{self.name} fails while its answer is traced", CaptureError):
+            for group in groups([one.inputs for one in encoded]):
+                chosen = [encoded[index] for index in group], [answers[index] for index in group]
+                traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
+            if "relevancy" in needs:
+                for index, relevancy in enumerate(self._relevancies(encoded, answers)):
+                    traces[index] = replace(traces[index], relevancy=relevancy)
         return [traces[index] for index in range(len(encoded))]
 
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -372,6 +380,21 @@ class HfAdapter(Tracing, Adapter):
             "settings": identity.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }
+
+
+def _try_out(encoder: Callable[[Image, str], Encoded], name: str) -> None:
+    """Encode a grey picture and a question, so that a processor that cannot work is known before the first sample.
+
+    Raises:
+        ConfigError: the prompt has no place for the image.
+        CapabilityError: the processor refuses the picture.
+    """
+    from PIL import Image
+
+    try:
+        encoder(Image.new("RGB", (336, 336), "grey"), "Is there a dog in the image?")
+    except DataError as error:
+        raise CapabilityError(f"the processor of {name} does not work: {error}") from error
 
 
 def _special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +171,14 @@ class Loading:
         }
 
 
-def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    model_id: str, loading: Loading, check: Callable[[ProcessorMixin], None] = lambda processor: None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor.
 
     Args:
         model_id: folder or hub id.
+        check: called with the processor before weights are read.
 
     Raises:
         ConfigError: there is no such model, or it asks for code of its own.
@@ -190,6 +193,7 @@ def load(model_id: str, loading: Loading) -> tuple[PreTrainedModel, ProcessorMix
     with one_line(model_id), quiet(folder):
         is_blip = blip.model_type(source, where) in blip.PROCESSORS
         processor = (blip.load_processor if is_blip else processors.load)(source, where)
+    check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     if is_blip:
         blip.complete(model, processor)

@@ -1,4 +1,4 @@
-"""Handle out-of-memory errors, disk errors, signals and closed pipes of long runs."""
+"""Handle out-of-memory errors, disk errors, signals, closed pipes, and errors of models and processors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from stethoscope.errors import CapabilityError
+from stethoscope.errors import CapabilityError, DataError, StethoscopeError
 
 _MEMORY_WORDS = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
@@ -60,6 +61,62 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def own_fault(error: BaseException) -> bool:
+    """Tell whether an error was raised in this package's own code: by its innermost frame."""
+    names = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and str(names[-1]).partition(".")[0] == "stethoscope"
+
+
+@contextmanager
+def model_faults(failing: str, kind: type[StethoscopeError] = DataError) -> Iterator[None]:
+    """Turn what a model, processor, tokenizer or template raises into an error of one line.
+
+    What this package's own code raises stays as it is, and so does a lack of memory.
+
+    Args:
+        failing: begins the line: what fails.
+        kind: of the error.
+
+    Raises:
+        StethoscopeError: of that kind.
+    """
+    try:
+        yield
+    except StethoscopeError:
+        raise
+    except Exception as error:  # their code may raise anything
+        if own_fault(error) or out_of_memory(error):
+            raise
+        raise kind(f"{failing}: {reason(error)}") from error
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """Describe an error in one line: its type and its own words.
+
+    >>> reason(KeyError("image")), reason(NotImplementedError())
+    ("KeyError: 'image'", 'NotImplementedError')
+    """
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@contextmanager
+def deadly_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once, also where a C function of others never returns.
+
+    Only for steps before which nothing is begun that should be ended properly.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
