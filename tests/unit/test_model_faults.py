@@ -68,22 +68,20 @@ def test_a_chat_template_that_joins_texts_is_given_one_with_the_image(saved):
     assert adapter.generate([encoded], Generation(max_new_tokens=2))
 
 
-LOOPS = "{% for i in range(99999) %}" * 5 + "x" + "{% endfor %}" * 5
 RENDER = """
-from transformers import AutoProcessor
+from stethoscope.adapters import processors
 from stethoscope.adapters.encoding import check_chat_template
 from stethoscope.faults import ended_by_signal
-processor = AutoProcessor.from_pretrained({folder!r})
+processor = processors.load({folder!r}, {{}})
 with ended_by_signal():
     print("ready", flush=True)
     check_chat_template(processor)
 """
 
 
-@pytest.mark.parametrize("template", ["{{ 9 ** 9 ** 9 ** 9 }}", LOOPS], ids=["in a C function", "in Python"])
-def test_a_chat_template_that_never_ends_ends_with_the_signal(saved, template):
-    """For a C function that does not return a handler of Python would wait for ever."""
-    with_template(saved, template)
+def test_a_chat_template_that_never_ends_ends_with_the_signal(saved):
+    """This power is one C function, for which a handler of Python would wait for ever."""
+    with_template(saved, "{{ 9 ** 9 ** 9 ** 9 }}")
     code = RENDER.format(folder=str(saved))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
