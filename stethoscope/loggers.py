@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.background import Background
+from stethoscope.core.files import unshare
 from stethoscope.errors import ConfigError, unknown
 from stethoscope.media import Marked, Picture, plain
 from stethoscope.redaction import redact
@@ -168,6 +169,7 @@ class JsonLogger(Logger):
             self.path = Path(run_dir) / "events.jsonl"
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            unshare(self.path)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Writes a ``config`` event."""

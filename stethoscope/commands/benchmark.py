@@ -25,7 +25,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
     from stethoscope.report.sending import send_detector
-    from stethoscope.runs.store import RunStore
+    from stethoscope.runs.store import DETECTOR, RunStore
     from stethoscope.table import check_patterns
     from stethoscope.task import Task
 
@@ -43,6 +43,8 @@ def run(config: DictConfig) -> None:
     store = RunStore(folder)
     with loggers_of(config) as loggers:
         asked = answer(config, folder, loggers, adapter, pope)
+        if not rank() and DETECTOR in store.metrics():
+            store.set_status(DETECTOR, "running")  # until it is fitted again, it may be one of fewer answers
         told = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return

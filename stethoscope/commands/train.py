@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stethoscope.build import build, choices, compose
+from stethoscope.core.files import remove_temporaries
 from stethoscope.detection.columns import fitting, one_space, only, select_columns
 from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
@@ -61,6 +62,7 @@ def run(config: DictConfig) -> None:
             fitting(target.table, names, target.name)
             one_space(names, store.model(task), target.model, target.name)
     with RunLock(folder), loggers_of(config) as loggers:
+        remove_temporaries(folder)
         if folder.resolve() != source.resolve():
             store = share_table(store, folder, task)
             store.write_config(config, overrides())
@@ -244,6 +246,7 @@ def fit(
     from stethoscope.detection.training import train_detector
     from stethoscope.detection.transfer import transfer
     from stethoscope.detection.warn import mention_warnings, write_warnings
+    from stethoscope.runs.store import DETECTOR
 
     table = store.tokens(task) if table is None else table
     if table.empty:
@@ -252,12 +255,14 @@ def fit(
     if targets:
         results["transfer"] = transfer(detector, Target(home, table, store.model(task)), targets, shares, seed)
     fingerprint = store.fingerprints().get(task, {})
+    store.set_status(DETECTOR, "running")  # a kill from here on leaves parts of two detectors
     detector.save(
         store.run_dir / "detector",
         {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
     )
-    store.write_metrics("detector", results)
+    store.write_metrics(DETECTOR, results)
     write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
+    store.set_status(DETECTOR, None)
     return results
 
 

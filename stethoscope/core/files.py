@@ -39,7 +39,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _beside(path)
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("x+b") as file:
             yield file
             sync(file)
         os.replace(temporary, path)
@@ -154,14 +154,23 @@ def read_bytes(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST
     Raises:
         ArtefactError: it is missing, no regular file, too large, or cannot be read.
     """
+    try:
+        with open_regular(path, remedy) as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise _unreadable(Path(path), error, remedy) from None
+    if len(data) > largest:
+        raise damaged(path, f"it has more than {largest} bytes", remedy)
+    return data
+
+
+def open_regular(path: str | os.PathLike, remedy: str = "") -> BinaryIO:
+    """Open a file of a run to read it in parts; arguments and errors as of ``read_bytes``."""
     path = Path(path)
     try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for its other end
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
             raise damaged(path, "it is no regular file", remedy)
-        if state.st_size > largest:
-            raise damaged(path, f"it has {state.st_size} bytes, more than the {largest} expected at most", remedy)
-        return path.read_bytes()
+        return path.open("rb")
     except OSError as error:
         raise _unreadable(path, error, remedy) from None
 

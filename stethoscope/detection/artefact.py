@@ -87,7 +87,7 @@ def write(
     text = json.dumps(plain, indent=2, allow_nan=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
             made = Path(temporary) / "new"
             made.mkdir()
             (made / OBJECTS).write_bytes(data)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.errors import ArtefactError, unknown
 from stethoscope.runs.maps import MapFile, View
 from stethoscope.runs.results import TaskResults
-from stethoscope.runs.store import RunStore
+from stethoscope.runs.store import DETECTOR, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +51,11 @@ class Source:
         late = {task: status for task, status in store.status().items() if status != "finished"}
         figures = store.metrics()
         late |= {task: "without figures" for task in store.fingerprints() if task not in figures and task not in late}
+        if set(late) == {DETECTOR}:
+            raise ArtefactError(
+                f"the run in {folder} has parts of two detectors: fitting one was cut short. The command that did "
+                f"(`stethoscope train run={folder}`, or `benchmark`) makes it whole"
+            )
         if late or not store.status():
             how = ", ".join(f"{task}: {status}" for task, status in late.items()) or "it has no status.json"
             raise ArtefactError(

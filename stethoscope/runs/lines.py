@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.files import open_regular
 from stethoscope.errors import ArtefactError
 from stethoscope.runs.fingerprint import jsonable
 from stethoscope.records import Answer, Mention, Sample, Score
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
+_REMEDY = "remove it, and run the command that made the run again"
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
 _TEXTS = (
     "group", "subset", "image", "question", "prompt", "status", "error", "prompt_sha256", "image_sha256", "untraced",
@@ -153,7 +155,7 @@ def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str,
         ArtefactError: a line before the end is broken.
     """
     offset, broken = 0, 0
-    with path.open("rb") as file:
+    with open_regular(path, _REMEDY) as file:
         for number, line in enumerate(file, 1):
             try:
                 found = json.loads(line)

@@ -23,6 +23,7 @@ from stethoscope.core.files import replacing
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.images import read_image
 from stethoscope.runs.lines import lines
+from stethoscope.runs.store import MAPS
 from stethoscope.pictures import heat, overlay, places, raster, relevancy_tiles
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from stethoscope.runs.run import Run
     from stethoscope.trace import Trace
 
-FILE = "maps.jsonl"
 MAX_SIDE = 2048  # pixels of a kept picture: a larger one is none of ours
 
 
@@ -63,7 +63,7 @@ class MapFile:
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         """Names the file; nothing is read or made."""
-        self.path = Path(run_dir) / FILE
+        self.path = Path(run_dir) / MAPS
         self._places: dict[tuple[str, str], int] = {}
         self._seen: tuple[int, int] | None = None
 

@@ -15,8 +15,7 @@ from stethoscope.errors import ArtefactError
 from stethoscope.runs.fingerprint import answers_of, digest, jsonable
 from stethoscope.runs.lines import FAILED, Record, dump, lines
 from stethoscope.runs.lock import RunLock
-from stethoscope.runs.maps import FILE as MAPS
-from stethoscope.runs.store import RunStore
+from stethoscope.runs.store import MAPS, RunStore
 
 if TYPE_CHECKING:
     from stethoscope.adapter import Adapter

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import os
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stethoscope.core.files import replacing
+from stethoscope.core.files import damaged, open_regular, replacing
 from stethoscope.errors import ArtefactError
 from stethoscope.records import Answer, Mention, Sample
 
@@ -23,6 +24,9 @@ Key = tuple[str, str]
 """Task name and sample id."""
 
 ROWS_AT_ONCE = 50_000
+_REMEDY = "delete it and run `stethoscope extract` again"
+_NUMBERS = {"float", "double", "int32", "int64", "bool"}
+_SEAL = b"CRC\0"  # before the checksum of a footer
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("task", "subset", "sample_id", "group")),
@@ -112,6 +116,13 @@ class TokenFiles:
         self._writer.write_table(table)
         return self._part
 
+    def sync(self) -> None:
+        """Puts what this sitting has appended on disk."""
+        if self._sink is not None:
+            self._sink.flush()
+            with (self.folder / self._part).open("rb") as file:
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         """Ends this sitting's part; the next rows begin another one."""
         if self._writer is not None and self._sink is not None:
@@ -147,16 +158,13 @@ class TokenFiles:
     def _chunks(self, part: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of the merged file, or the batches of a part up to the place where a kill cut it off."""
         if not part:
-            if self.merged.is_file():
+            if os.path.lexists(self.merged):
                 try:
-                    file = pq.ParquetFile(self.merged)
+                    file = _open_parquet(self.merged)
                     for group in range(file.num_row_groups):
                         yield file.read_row_group(group, columns=columns)
-                except (pa.ArrowException, OSError) as error:
-                    raise ArtefactError(
-                        f"{self.merged} is damaged ({str(error).splitlines()[0]:.80}); delete it and run "
-                        "`stethoscope extract` again"
-                    ) from None
+                except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                    raise damaged(self.merged, str(error), _REMEDY) from None
         elif (self.folder / part).is_file():
             try:
                 for batch in pa.ipc.open_stream(pa.memory_map(str(self.folder / part))):
@@ -223,11 +231,51 @@ def _slices(places: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, 
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Writes tables as the row groups of one file that appears whole or not at all."""
-    with replacing(path) as file, ExitStack() as stack:
+    """Writes tables as the row groups of one file that appears whole or not at all.
+
+    Every page has its checksum, as Parquet knows it. The footer, which names the columns and says where their pages
+    are, has none there: its own is put before it, where readers of Parquet do not look.
+    """
+    with replacing(path) as file:
         writer: pq.ParquetWriter | None = None
         for table in tables:
-            if writer is None:
-                writer = pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
-                stack.callback(writer.close)
+            writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(table, row_group_size=max(len(table), 1))
+        if writer is not None:
+            writer.close()
+            start, footer = _footer(file)
+            file.seek(start)
+            file.write(_SEAL + zlib.crc32(footer).to_bytes(4, "little") + footer)
+
+
+def _footer(file: BinaryIO) -> tuple[int, bytes]:
+    """Where the footer of a Parquet file starts, and all that follows."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 8, 0))
+    length = int.from_bytes(file.read(4), "little") + 8
+    start = max(size - length, 0)
+    file.seek(start)
+    return start, file.read()
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    """Opens a file whose footer is as it was written, if ``_write_parquet`` wrote it; its pages are checked as read.
+
+    Raises:
+        ValueError: the footer has changed.
+    """
+    with open_regular(path, _REMEDY) as file:
+        start, footer = _footer(file)
+        file.seek(max(start - 8, 0))
+        seal = file.read(8)
+    if seal[:4] == _SEAL and seal[4:] != zlib.crc32(footer).to_bytes(4, "little"):
+        raise ValueError("the checksum of its footer does not match")
+    parquet = pq.ParquetFile(path, page_checksum_verification=True)
+    types = {field.name: str(field.type).removeprefix("large_") for field in parquet.schema_arrow}
+    for field in SCHEMA:
+        if types.get(field.name) != str(field.type):
+            raise ValueError(f"column {field.name} should be {field.type}, not {types.get(field.name, 'missing')}")
+    odd = [name for name, kind in types.items() if name not in SCHEMA.names and kind not in _NUMBERS]
+    if odd:
+        raise ValueError(f"column {odd[0]} should be float, not {types[odd[0]]}")
+    return parquet

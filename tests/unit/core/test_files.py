@@ -141,12 +141,12 @@ def test_files_that_cannot_be_opened(tmp_path, read, monkeypatch):
         read(path)
     path.unlink()
     path.write_text("a")
-    monkeypatch.setattr(files.Path, "read_bytes", _refuse)
+    monkeypatch.setattr(files.Path, "open", _refuse)
     with pytest.raises(ArtefactError, match=r"a cannot be read \(Permission denied\)"):
         read(path)
 
 
-def _refuse(path):
+def _refuse(path, mode):
     raise PermissionError(13, "Permission denied", str(path))
 
 
