@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+LOCK := constraints-hashes.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint slow floors pythons lock release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/stethoscope benchmark
@@ -16,13 +18,62 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# torch goes first and by its exact version, so that a CPU build that the machine offers is taken
-$(VENV)/.ready: pyproject.toml constraints.txt
+# everything is taken only with the SHA-256 that the lock file has, but for torch (and what its builds for GPUs bring):
+# by its exact version alone, so that a CPU build that the machine offers is taken
+$(VENV)/.ready: pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
-	$(BIN)/pip install --quiet torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# CI's slow job, by hand or at night: `.ci/run` has no time for it
+slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	$(MAKE) floors pythons
+
+# the part of the suite that speaks to other libraries: formats, fits, loggers, runs, images, the main job, the app
+TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/runs tests/unit/test_images.py tests/unit/test_table.py \
+	tests/unit/test_build.py tests/unit/test_loggers.py tests/unit/detection/test_artefact.py \
+	tests/unit/detection/test_inference.py tests/unit/detection/test_factor.py tests/integration/test_main_job.py \
+	tests/app/test_server.py
+
+TRY = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile $(TRIED)
+
+# all lower bounds of pyproject.toml together, on the oldest Python
+FLOOR_PYTHON ?= python3.11
+floors:
+	mkdir -p build
+	$(FLOOR_PYTHON) scripts/floors.py > build/floors.txt
+	$(FLOOR_PYTHON) -m venv build/floors
+	build/floors/bin/pip install --quiet torch==$(TORCH)
+	build/floors/bin/pip install --quiet --constraint build/floors.txt --editable ".[dev]"
+	PATH="$(CURDIR)/build/floors/bin:$$PATH" $(TRY)
+
+# the versions of the lock file on the newer Pythons
+PYTHONS ?= python3.12 python3.13
+pythons: $(foreach python,$(PYTHONS),$(notdir $(python))-tried)
+
+%-tried:
+	$(MAKE) VENV=build/$* PYTHON=$(filter %$*,$(PYTHONS)) build/$*/.ready
+	PATH="$(CURDIR)/build/$*/bin:$$PATH" $(TRY)
+
+# constraints-hashes.txt from constraints.txt and pyproject.toml. torch is left out, whose wheel is another one on every
+# kind of machine; what all of its wheels need (the last four) is not
+lock:
+	mkdir -p build
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
+	printf '%s\n' pip setuptools wheel sympy networkx jinja2 fsspec > build/lock.in
+	echo torch > build/lock.excluded
+	build/lock/bin/uv pip compile --quiet pyproject.toml build/lock.in --extra dev --universal --python-version 3.11 \
+		--constraints constraints.txt --excludes build/lock.excluded --generate-hashes --no-header --no-annotate \
+		--output-file $(LOCK)
+
+# wheel, source archive and a bill of what they are built to run with (CycloneDX)
+release: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python scripts/sbom.py dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

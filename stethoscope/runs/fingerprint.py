@@ -29,7 +29,12 @@ PACKAGES = (
 )  # fmt: skip
 _LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
 """Keys that fingerprints did not have from the beginning."""
-_MODEL_LOCATIONS = ("model_id", "revision", "tower", *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")))
+_MODEL_LOCATIONS = (
+    "model_id",
+    "revision",
+    "tower",
+    *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")),
+)
 _SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
@@ -68,7 +73,8 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
     """What identifies the answers of one model to one task; the adapter must be set up.
 
     The adapter's own word (weights, processor, dtype, rendered prompt, ...), the source code of adapter and task, the
-    task's settings, how answers are to be generated, and the settings that the model applies for that. The pictures are not here: every record has the digest of its own.
+    task's settings, how answers are to be generated, and the settings that the model applies for that. The pictures
+    are not here: every record has the digest of its own.
 
     Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
     answer as it is. Neither do the settings of sampling while nothing is sampled.
@@ -155,7 +161,7 @@ def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
 def _short(value: Any, other: Any) -> str:
     """Write a value in 60 characters; of a long text the part in which it begins to differ from another."""
     if isinstance(value, str) and isinstance(other, str) and len(value) > 50:
-        start = max(len(os.path.commonprefix([value, other])) - 15, 0)
+        start = max(len(os.path.commonprefix([value, other])) - 15, 0)  # noqa: RUF071 - of texts, not paths
         return ("..." if start else "") + repr(value[start : start + 45]) + ("..." if start + 45 < len(value) else "")
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,8 +10,8 @@ from typing import Any
 
 from stethoscope.core.files import open_regular
 from stethoscope.errors import ArtefactError
-from stethoscope.runs.fingerprint import jsonable
 from stethoscope.records import Answer, Mention, Sample, Score
+from stethoscope.runs.fingerprint import jsonable
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
 _REMEDY = "remove it, and run the command that made the run again"

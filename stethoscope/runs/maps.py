@@ -22,15 +22,15 @@ from stethoscope.callbacks import Callback
 from stethoscope.core.files import replacing
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.images import read_image
+from stethoscope.pictures import heat, overlay, places, raster, relevancy_tiles
 from stethoscope.runs.lines import lines
 from stethoscope.runs.store import MAPS
-from stethoscope.pictures import heat, overlay, places, raster, relevancy_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.runs.lines import Record
     from stethoscope.records import Answer, Sample
+    from stethoscope.runs.lines import Record
     from stethoscope.runs.results import TaskResults
     from stethoscope.runs.run import Run
     from stethoscope.trace import Trace

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from stethoscope.adapter import Adapter
-from stethoscope.runs.lines import FAILED, Record
 from stethoscope.loggers import Loggers
-from stethoscope.runs.processes import Processes, joined
 from stethoscope.records import Sample
+from stethoscope.runs.lines import FAILED, Record
+from stethoscope.runs.processes import Processes, joined
 from stethoscope.runs.store import RunStore
 from stethoscope.task import Task
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MAPS = "maps.jsonl"
 DETECTOR = "detector"  # section of metrics.json, and of status.json while detector, figures and warnings do not fit
 SYNC_SECONDS = 1.0
-"""A power cut takes what was answered within so many seconds before it, and the batch before. To wait for the disk takes
-8 ms here, up to 0.1 s on a network: as often as every batch that would be felt with a small model."""
+"""A power cut takes what was answered within so many seconds before it, and the batch before. To wait for the disk
+takes 8 ms here, up to 0.1 s on a network: as often as every batch that would be felt with a small model."""
 Overwrite = bool | Literal["features"]
 
 

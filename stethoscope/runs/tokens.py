@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import os
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stethoscope.core.files import damaged, open_regular, replacing
-from stethoscope.errors import ArtefactError
 from stethoscope.records import Answer, Mention, Sample
 
 if TYPE_CHECKING:
