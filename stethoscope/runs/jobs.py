@@ -68,7 +68,7 @@ def read_jobs(folder: Path, sweep: str) -> list[Job]:
         ArtefactError: a job's file is damaged.
     """
     jobs = []
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in sorted((folder / FOLDER).glob("[!.]*.json")):  # not the ._ files of macOS
         job = _job(read_json(path, REMEDY), path)
         if job.sweep == sweep:
             jobs.append(job)
