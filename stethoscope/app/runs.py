@@ -18,7 +18,7 @@ from stethoscope.commands.past import saved_task
 from stethoscope.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.records import Generation, ImageRef
 from stethoscope.report.page import collect
-from stethoscope.report.source import Source
+from stethoscope.report.source import Source, readable
 
 if TYPE_CHECKING:
     from stethoscope.records import Sample
@@ -79,7 +79,8 @@ class Runs:
             return payload.encode("list", rows=[], note=NO_RUN, run="")
         try:
             source = self.source(name)
-            rows = [row for task in _tasks(source) for row in _rows(source, task)]
+            with readable(source.folder):
+                rows = [row for task in _tasks(source) for row in _rows(source, task)]
         except Exception as error:  # one bad run never stops the app
             return payload.encode("list", rows=[], note=_note(error), run=str(name))
         return payload.encode("list", rows=rows, note=source.no_detector(), run=str(name))
@@ -107,7 +108,8 @@ class Runs:
         from stethoscope.detector import Detector
 
         source = self.source(name)
-        record = source.store.find(task, sample_id)
+        with readable(source.folder):
+            record = source.store.find(task, sample_id)
         if record is None or record.answer is None or not record.answer.token_ids:
             raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
         notes = [f"Stored answer of the run {name}, sample {sample_id} of {task}."]
@@ -163,7 +165,8 @@ def _note(error: Exception) -> str:
 
 def _report(folder: Path, changed: int) -> str:
     """The page of ``stethoscope report``, made again when the figures have changed."""
-    return collect(Source.read(folder), cases=0).html()
+    with readable(folder):
+        return collect(Source.read(folder), cases=0).html()
 
 
 def _tasks(source: Source) -> list[str]:

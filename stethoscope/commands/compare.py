@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     from stethoscope.report.page import table_page
-    from stethoscope.report.source import Source
+    from stethoscope.report.source import Source, readable
     from stethoscope.report.tables import render
     from stethoscope.report.versus import compare
 
@@ -52,11 +52,12 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{named}")
     plugins = package_names(settings["plugins"])
     sources = [Source.read(folder) for folder in folders]
-    tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
-    if settings["format"] == "html":
-        text = table_page(" and ".join(source.name for source in sources[:4]), tables)
-    else:
-        text = render(tables, settings["format"])
+    with readable(" or ".join(map(str, folders[:4]))):
+        tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
+        if settings["format"] == "html":
+            text = table_page(" and ".join(source.name for source in sources[:4]), tables)
+        else:
+            text = render(tables, settings["format"])
     if settings["out"]:
         try:
             Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     from stethoscope.report.page import collect
-    from stethoscope.report.source import Source
+    from stethoscope.report.source import Source, readable
 
     runs, settings = parse("report", arguments, SETTINGS)
     if len(runs) != 1:
@@ -60,9 +60,10 @@ def main(arguments: Sequence[str]) -> None:
     source = Source.read(Path(runs[0]))
     plugins = package_names(settings["plugins"])
     picture = _pictures(source, plugins) if settings["pictures"] == "true" else None
-    report = collect(source, int(settings["cases"]), picture)
+    with readable(source.folder):
+        report = collect(source, int(settings["cases"]), picture)
+        written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
     folder = Path(settings["out"] or runs[0])
-    written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():

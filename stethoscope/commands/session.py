@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.callbacks import Callback
+from stethoscope.core.files import read_yaml
 from stethoscope.errors import ArtefactError, DataError
 
 if TYPE_CHECKING:
@@ -119,16 +119,6 @@ def answer(
         return evaluator.run(adapter, task)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without references, with which a small file would unfold to an endless one."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose the next node, unless it repeats another."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"*{self.peek_event().anchor} refers to another part of the file")
-        return super().compose_node(parent, index)
-
-
 def saved_config(folder: Path) -> dict[str, Any]:
     """Read the configuration that a run directory was made with, as plain data: nothing in it is resolved.
 
@@ -138,14 +128,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
-    try:
-        config = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtefactError(f"{file} is damaged: {reason}; the command that made the run writes it again") from None
-    if not isinstance(config, dict):
-        raise ArtefactError(f"{file} is damaged: it holds no settings; the command that made the run writes it again")
-    return config
+    return read_yaml(file, "the command that made the run writes it again")
 
 
 def report_failures(results: Sequence[TaskResults], folder: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.files import read_jsonl, read_yaml
 from stethoscope.errors import ArtefactError, unknown
 from stethoscope.runs.maps import MapFile, View
 from stethoscope.runs.results import TaskResults
@@ -20,6 +22,32 @@ if TYPE_CHECKING:
     from stethoscope.runs.lines import Record
 
 _KEYS = ["sample_id", "start"]
+
+
+@contextmanager
+def readable(folder: Path | str) -> Iterator[None]:
+    """Turn what wrong values in a run's files make of any step into one line about the run.
+
+    The files are JSON with some hundred fields, some of them numbers that are only formatted; a changed one shows where
+    it is used. The line names that place in our code too, in case that the fault is ours.
+
+    Args:
+        folder: the run directory, or the names of several, for the message.
+
+    Raises:
+        ArtefactError: a value was of another kind than the code expected.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = next((frame for frame in reversed(frames) if "stethoscope" in frame.filename), frames[-1])
+        why = " ".join(str(error).split())[:160]
+        raise ArtefactError(
+            f"a file of the run in {folder} is damaged, it holds a value of another kind than expected "
+            f"({type(error).__name__}: {why}; {Path(ours.filename).name}, line {ours.lineno}); "
+            "the command that made the file makes it again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,11 @@ class Source:
         """
         if not (folder / "samples.jsonl").is_file():
             raise ArtefactError(_no_run(folder))
+        with readable(folder):
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> Source:
         store = RunStore(folder)
         late = {task: status for task, status in store.status().items() if status != "finished"}
         figures = store.metrics()
@@ -72,11 +105,8 @@ class Source:
     @property
     def model(self) -> str:
         """What model answered."""
-        import yaml
-
-        file = self.folder / "config.yaml"
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        chosen = config.get("model") if isinstance(config, dict) else None
+        remedy = "the command that made the run writes it again"
+        chosen = read_yaml(self.folder / "config.yaml", remedy, default={}).get("model")
         if isinstance(chosen, dict) and chosen.get("name"):
             return str(chosen["name"])
         adapter = next(iter(self.store.fingerprints().values()), {}).get("adapter", {})
@@ -96,13 +126,9 @@ class Source:
         """
         import pandas as pd
 
-        path = self.folder / "warnings.jsonl"
-        if not path.is_file():
-            return pd.DataFrame()
-        try:
-            return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-        except ValueError as error:
-            raise ArtefactError(f"{path} is damaged: {error}; `stethoscope train` makes it again") from None
+        return pd.DataFrame(
+            read_jsonl(self.folder / "warnings.jsonl", "`stethoscope train` makes it again", default=[])
+        )
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """``stethoscope report`` and ``compare`` on small real runs of the embedded model."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stethoscope.app.runs import Runs
 from stethoscope.cli import main
 from stethoscope.detection import leaderboard
 from stethoscope.report import versus
@@ -300,3 +302,40 @@ def test_a_run_names_no_code(copy, stethoscope, capsys):
         main(["report", str(copy)])
     assert "has no pictures: chair._target_='os.system' is outside the packages" in capsys.readouterr().err
     assert "<img" not in Path(copy / "report.html").read_text()
+
+
+def _set(path, keys, value):
+    """Exchanges one value of a JSON file, or of a line of JSON lines."""
+    number, *keys = keys if isinstance(keys[0], int) else (None, *keys)
+    texts = path.read_text().splitlines() if number is not None else [path.read_text()]
+    data = json.loads(texts[number or 0])
+    inside = data
+    for key in keys[:-1]:
+        inside = inside[key]
+    inside[keys[-1]] = value
+    texts[number or 0] = json.dumps(data)
+    path.write_text("\n".join(texts) + "\n")
+
+
+DAMAGE = {
+    "a figure": ("metrics.json", ("detector", "leaderboard", "rows", 0, "metrics", "auroc_controlled", "high"), "x"),
+    "a section": ("metrics.json", ("detector", "leaderboard", "rows", 0, "metrics", "brier"), True),
+    "a count": ("metrics.json", ("chair", "counts", "failed"), "\x00"),
+    "a probability": ("warnings.jsonl", (3, "probability"), "x"),
+    "a name": ("fingerprint.json", ("chair", "features", "names"), [{}]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_value_of_another_kind_is_one_line_about_the_run(copy, finished, tmp_path, stethoscope, kind):
+    name, keys, value = DAMAGE[kind]
+    _set(copy / name, keys, value)
+    said = []
+    for words in (("report", copy), ("compare", copy, finished / "sampled")):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
+            main(list(map(str, words)))
+        said += err.getvalue().splitlines()[-1:]
+    runs = Runs(copy.parent, copy, tmp_path) if "is not finished" not in " ".join(said) else None
+    said += [json.loads(text).get("note", "") for text in (runs.listing("copy"), runs.figures("copy"))] if runs else []
+    assert any(f"{copy}" in line and "damaged" in line for line in said)
+    assert not any("Traceback" in line or len(line) > 1000 for line in said)
