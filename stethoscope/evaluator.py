@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.adapter import Adapter
 from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
-from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.errors import ConfigError, DataError, unknown
 from stethoscope.faults import disk_faults
 from stethoscope.loggers import Logger, Loggers
 from stethoscope.records import Generation, Sample
@@ -22,6 +22,7 @@ from stethoscope.runs.lock import RunLock
 from stethoscope.runs.processes import MEETING_MINUTES, Ended, joined
 from stethoscope.runs.results import COUNTS, TaskResults
 from stethoscope.runs.run import Run
+from stethoscope.runs.selection import checked, recorded, select
 from stethoscope.runs.store import Overwrite, RunStore
 from stethoscope.task import Task
 
@@ -136,10 +137,10 @@ class Evaluator:
             run.task.setup()
             run.adapter.setup()
             limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
-            available = _checked(run.task)
+            available = checked(run.task)
             samples = select(available, limit)
             if self._keep_answers:
-                samples = self._recorded(run.task, available, samples)
+                samples = recorded(RunStore(self.run_dir), run.task, available, samples)
             fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
         if run.processes.several:
             self._agree(run, samples, fingerprint)
@@ -201,25 +202,6 @@ class Evaluator:
             raise ConfigError("run_dir=None should be a directory where several processes can share their records")
         run.processes.same(fingerprint, "fingerprint")
         run.processes.same(digest({"samples": [sample.id for sample in samples]}), "list of samples")
-
-    def _recorded(self, task: Task, available: Sequence[Sample], samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        """Keep the samples that the run directory has a record of.
-
-        Raises:
-            DataError: it has records of samples that the task no longer has.
-            ArtefactError: it has none of the samples.
-        """
-        recorded = set(RunStore(self.run_dir).sample_ids(task.name))
-        gone = recorded - {sample.id for sample in available}
-        if gone:
-            raise DataError(
-                f"{len(gone)} of {len(recorded)} samples that {self.run_dir} has answers to are not in the data of "
-                f"{task.name} any more, such as {min(gone)}; give it the data that it was asked about"
-            )
-        samples = tuple(sample for sample in samples if sample.id in recorded)
-        if not samples:
-            raise ArtefactError(f"{self.run_dir} has no answer to {task.name}; the command that began it goes on")
-        return samples
 
     def _open(self, run: Run, available: Sequence[Sample], fingerprint: dict[str, Any], lock: RunLock | None) -> None:
         """Accepts the run directory and starts the loggers."""
@@ -388,31 +370,3 @@ class Evaluator:
     def _call(self, hook: str, run: Run, *arguments: Any) -> None:
         for callback in self._called(run):
             getattr(callback, hook)(run, *arguments)
-
-
-def select(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """At most ``limit`` samples, taken in turn from the subsets, in the order of the task."""
-    if limit is None or limit >= len(samples):
-        return tuple(samples)
-    seen: dict[str, int] = {}
-    turns = []
-    for index, sample in enumerate(samples):
-        turns.append((seen.setdefault(sample.subset, 0), index))
-        seen[sample.subset] += 1
-    return tuple(samples[index] for index in sorted(index for _, index in sorted(turns)[:limit]))
-
-
-def _checked(task: Task) -> Sequence[Sample]:
-    """The samples of a task.
-
-    Raises:
-        DataError: there are none, or two have the same id.
-    """
-    samples = task.samples()
-    ids = [sample.id for sample in samples]
-    if not ids:
-        raise DataError(f"task {task.name!r} has no samples")
-    if len(set(ids)) < len(ids):
-        double = next(name for index, name in enumerate(ids) if name in ids[:index])
-        raise DataError(f"task {task.name!r} has two samples with the id {double!r}")
-    return samples

@@ -9,10 +9,11 @@ from tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
 from stethoscope.callbacks import Callback
 from stethoscope.errors import CapabilityError, ConfigError, DataError
-from stethoscope.evaluator import Evaluator, select
+from stethoscope.evaluator import Evaluator
 from stethoscope.loggers import Logger
 from stethoscope.records import Generation
 from stethoscope.runs.results import TaskResults
+from stethoscope.runs.selection import select
 from stethoscope.runs.store import RunStore
 from stethoscope.stats import Interval, MetricRow
 
