@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.faults import free_memory, out_of_memory
 from stethoscope.records import Answer, Generation, Mention, Sample, Score
+from stethoscope.redaction import redact_text
 from stethoscope.runs.lines import FAILED, OK, UNPARSED, Record
 from stethoscope.runs.run import Run
 
@@ -338,7 +339,7 @@ def _forget(drafts: Sequence[Draft]) -> None:
 
 def message(error: BaseException) -> str:
     """One line about an error: its own words if it is ours, its type as well if not."""
-    text = " ".join(str(error).split())
+    text = redact_text(" ".join(str(error).split()))
     return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 

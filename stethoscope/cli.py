@@ -119,7 +119,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
         )
     if not {"-sc", "--shell-completion"} & set(options):
-        words = [spell(word, command, sweeping) for word in words]
+        words = list(filter(None, (spell(word, command, sweeping) for word in words)))
     if {"-h", "--help"} & set(options):
         try:
             print(help_text(command, words, option(options, "--config-dir", "-cd")))

@@ -35,6 +35,7 @@ _ASSIGNED = re.compile(
 _HEADER = re.compile(
     r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
 )
+_YAML_LINE = re.compile(r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!null$|''$|\*{3}).+)$", re.MULTILINE)
 
 
 @lru_cache(maxsize=4096)
@@ -80,7 +81,10 @@ def redact_text(text: str, environment: bool = True) -> str:
     """
     for secret in _environment() if environment else ():
         text = text.replace(secret, MASK)
-    return _HEADER.sub(_assigned, _ASSIGNED.sub(_assigned, _VALUES.sub(_looked, text)))
+    text = _VALUES.sub(_looked, text)
+    for pattern in (_ASSIGNED, _HEADER, _YAML_LINE):
+        text = pattern.sub(_assigned, text)
+    return text
 
 
 def _looked(match: re.Match[str]) -> str:
@@ -88,7 +92,7 @@ def _looked(match: re.Match[str]) -> str:
 
 
 def _assigned(match: re.Match[str]) -> str:
-    return f"{match['name']}{match['sign']}{MASK}" if is_secret(match["name"]) else match[0]
+    return f"{match['name']}{match['sign']}{MASK}" if is_secret(match["name"].strip(" \t-")) else match[0]
 
 
 def _environment() -> list[str]:

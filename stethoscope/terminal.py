@@ -58,7 +58,8 @@ class VisibleStream:
 
     def write(self, text: str) -> int:
         """Write text. The bars of tqdm, with which files are downloaded, may move the cursor."""
-        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "tqdm":
+        caller = sys._getframe().f_back  # None where the interpreter itself prints a traceback
+        if caller is not None and caller.f_globals.get("__name__", "").partition(".")[0] == "tqdm":
             moves = _CURSOR.findall(text)
             pieces = [*map(visible, _CURSOR.split(text))]
             self.raw.write("".join(piece + move for piece, move in zip(pieces, [*moves, ""], strict=True)))

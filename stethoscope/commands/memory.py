@@ -63,7 +63,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
     wrong = next((word for word in words if "=" not in word or word.startswith("-")), None)
     if wrong is not None:
         raise ConfigError(f"doctor takes settings as model=llava-1.5-7b, got {wrong!r}")
-    words = [spell(word, "doctor") for word in words]
+    words = list(filter(None, (spell(word, "doctor") for word in words)))
     try:
         config = compose(words, "doctor")
     except (HydraException, OmegaConfBaseException) as error:

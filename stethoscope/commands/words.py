@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stethoscope.build import groups
+from stethoscope.build import choices, groups
 from stethoscope.errors import ConfigError, unknown
 from stethoscope.terminal import visible
 
@@ -27,6 +27,8 @@ PATHS = {
 """Settings of a file, a folder or a name: what is typed, but for interpolations of Hydra such as ``${oc.env:USER}``."""
 LISTS = {"test", "image_ids", "vision", "hydra.searchpath", "hydra.launcher.setup"}
 """Settings of a path, or of lists and mappings of paths in brackets."""
+NOT_CHOSEN = {("train", "features")}
+"""Groups besides ``experiment`` of which a command takes none by default."""
 ALIASES = {("app", "detector"): "detector.folder", ("diagnose", "detector"): "detector.folder"}
 """Settings by another name: ``detector=`` by itself would choose a file of ``conf/detector``."""
 FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
@@ -108,6 +110,9 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
         command: whose setting it is.
         sweep: whether commas separate the values of several jobs.
 
+    Returns:
+        The word, empty where it says what is so without it.
+
     Raises:
         ConfigError: it is no setting, or its value cannot be one.
 
@@ -145,8 +150,29 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
             f"{word} gives several values: --multirun makes a run of each, '{key}=[{value}]' is one list, and quotes "
             f"of its own make one text of it: '{key}=\"{value}\"'"
         )
+    group = plain.partition("@")[0]
+    if group in groups() and any(part.source in ("null", "None") for part in parts):
+        return _without(key, command, group, len(parts))
     writer = _value if kind is None else _path_or_list if kind is LISTS else _text
     return f"{key}={','.join(writer(part, kind is not TEXTS, sweep) for part in parts)}"
+
+
+def _without(key: str, command: str, group: str, values: int) -> str:
+    """A group of configuration files of which none is chosen, for which Hydra has no word.
+
+    Raises:
+        ConfigError: it has to be one of them.
+
+    >>> _without("logger", "train", "logger", 1), _without("experiment", "train", "experiment", 1)
+    ('logger=none', '')
+    """
+    if "none" in choices(group) and values == 1:
+        return f"{key}=none"
+    default = group == "experiment" or (command, group) in NOT_CHOSEN
+    if default and values == 1:
+        return ""
+    where = " in a sweep" if default else ""
+    raise ConfigError(f"{key}=null cannot stand{where}; there are: {', '.join(choices(group))}")
 
 
 def quote(text: str, interpolations: bool = False) -> str:
