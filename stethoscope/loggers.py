@@ -191,7 +191,7 @@ class JsonLogger(Logger):
         if self.path is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **jsonable(fields)}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
 

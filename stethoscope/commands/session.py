@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from stethoscope.build import build
 from stethoscope.callbacks import Callback
+from stethoscope.commands.words import unquoted
 from stethoscope.core.files import read_yaml
 from stethoscope.errors import ArtefactError, DataError
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def overrides() -> list[str]:
-    """The user's words on the command line, as Hydra took them."""
+    """The user's words on the command line."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return [unquoted(word) for word in HydraConfig.get().overrides.task]
 
 
 def run_dir(config: DictConfig) -> Path:

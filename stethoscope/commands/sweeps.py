@@ -215,7 +215,8 @@ def masked_multirun() -> Iterator[None]:
         def save(config: DictConfig, path: Path) -> None:
             plain = redact(OmegaConf.to_container(config, resolve=False))
             task = OmegaConf.select(config, "hydra.overrides.task") or ()
-            plain["hydra"]["overrides"]["task"] = [redact_word(word) for word in task]
+            plain["hydra"]["overrides"]["task"] = [redact_word(unquoted(word)) for word in task]
+            plain["hydra"]["job"].pop("override_dirname", None)  # the same words once more
             OmegaConf.save(OmegaConf.create(plain), path)
 
     before, basic_sweeper.OmegaConf = basic_sweeper.OmegaConf, Masking

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from stethoscope.build import choices, groups
 from stethoscope.errors import ConfigError, unknown
+from stethoscope.redaction import redact_word
 from stethoscope.terminal import visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "subset"}
@@ -137,6 +138,7 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     if not value:
         return word if alias is None else f"{key}{equals}"
     kind = next((kind for kind in (TEXTS, PATHS, LISTS) if plain in kind or plain.rpartition(".")[2] in kind), None)
+    sweep = sweep and not (kind is not None and plain.startswith("hydra."))  # which has one value for all jobs
     if kind in (TEXTS, None):
         _check_unicode(key, value)
     function = _FUNCTION.fullmatch(value)
@@ -146,6 +148,7 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
         return f"{key}={_function(key, value, sweep)}"
     parts = [_whole(value)] if kind is not None and not sweep else list(_parts(value, ","))
     if len(parts) > 1 and not sweep:
+        word, value = redact_word(word), redact_word(word).partition("=")[2]
         raise ConfigError(
             f"{word} gives several values: --multirun makes a run of each, '{key}=[{value}]' is one list, and quotes "
             f"of its own make one text of it: '{key}=\"{value}\"'"
@@ -194,13 +197,13 @@ def quote(text: str, interpolations: bool = False) -> str:
 def unquoted(word: str) -> str:
     """A setting in Hydra's spelling as people read it: its text without quotes.
 
-    >>> unquoted("run='runs/a=1'"), unquoted("limit=3"), unquoted("features=['a',b]")
-    ('run=runs/a=1', 'limit=3', "features=['a',b]")
+    >>> unquoted("run='runs/a=1'"), unquoted(r"x=http\://a"), unquoted("features=['a',b]")
+    ('run=runs/a=1', 'x=http://a', "features=['a',b]")
     """
     key, equals, value = word.partition("=")
     text, end = _quoted(value, 0)
     if text is None or end != len(value):
-        return word
+        return word if value[:1] in ("[", "{") else key + equals + re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
     return key + equals + re.sub(r"(\\*)\\(?=\$\{)", lambda found: found[1][: len(found[1]) // 2], text)
 
 

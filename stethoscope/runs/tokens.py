@@ -110,7 +110,9 @@ class TokenFiles:
             numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("part-*.arrow")]
             self._part = f"part-{self.writer}{max(numbers, default=-1) + 1:06d}.arrow"
             self._schema = table.schema
-            self._sink = pa.OSFile(str(self.folder / self._part), "wb")  # writes through, as a record's line does
+            self._sink = pa.OSFile(
+                os.fsencode(self.folder / self._part), "wb"
+            )  # writes through, as a record's line does
             self._writer = pa.ipc.new_stream(self._sink, self._schema)
         self._writer.write_table(table)
         return self._part
@@ -166,7 +168,7 @@ class TokenFiles:
                     raise damaged(self.merged, str(error), _REMEDY) from None
         elif (self.folder / part).is_file():
             try:
-                for batch in pa.ipc.open_stream(pa.memory_map(str(self.folder / part))):
+                for batch in pa.ipc.open_stream(pa.memory_map(os.fsencode(self.folder / part))):
                     yield pa.Table.from_batches([batch]).select(columns or batch.schema.names)
             except (pa.ArrowInvalid, OSError):
                 return
