@@ -271,7 +271,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         seal = file.read(8)
     if seal[:4] == _SEAL and seal[4:] != zlib.crc32(footer).to_bytes(4, "little"):
         raise ValueError("the checksum of its footer does not match")
-    parquet = pq.ParquetFile(path, page_checksum_verification=True)
+    parquet = pq.ParquetFile(pa.OSFile(os.fsencode(path)), page_checksum_verification=True)
     types = {field.name: str(field.type).removeprefix("large_") for field in parquet.schema_arrow}
     for field in SCHEMA:
         if types.get(field.name) != str(field.type):
