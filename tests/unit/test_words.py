@@ -13,6 +13,7 @@ PLAIN = {
     "on_error", "parser", "quantize", "random_init", "repeats", "scope", "score", "source", "subtokens", "trace",
     "version",
     # numbers and mappings that may be null, lists of names
+    "hosts",
     "abstractor", "beside", "categories", "exclude", "features", "groups", "limit", "max_memory", "max_new_tokens",
     "names", "parts", "plugins", "seed", "sets", "stop", "strength", "subsets", "tags", "text", "threads",
     "threshold", "without",
