@@ -41,9 +41,7 @@ def checked(task: Task) -> Sequence[Sample]:
     return samples
 
 
-def recorded(
-    store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]
-) -> tuple[Sample, ...]:
+def recorded(store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]) -> tuple[Sample, ...]:
     """Keep the samples that a run directory has a record of.
 
     Args:
