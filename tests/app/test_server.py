@@ -1,12 +1,14 @@
 """What the server hands out, to whom, and what it says when it cannot start."""
 
 import http.client
+import http.server
 import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from urllib.parse import urlsplit
 
 import pytest
@@ -54,23 +56,6 @@ def test_its_own_pictures_are_handed_out(served):
     file = next(served.own.glob("counter-*.png"))
     status, _, body = get(served.address, f"/gradio_api/file={file}")
     assert (status, body) == (200, file.read_bytes())
-
-
-def test_a_picture_named_by_a_user_is_one_that_was_uploaded(served):
-    """An event may name any file as its picture; files that nobody uploaded are refused before they are read."""
-    import json
-
-    file = {"path": str(served.secret), "meta": {"_type": "gradio.FileData"}}
-    _, _, config = get(served.address, "/config")
-    known = json.loads(config)
-    ask = next(one for one in known["dependencies"] if len(one["inputs"]) == 8)
-    values = ["testbed", file, "What is this?", 0, 1, 1, 20, 0]
-    body = json.dumps({"data": values, "fn_index": ask["id"], "session_hash": "trick", "trigger_id": None})
-    status, _, _ = get(served.address, "/gradio_api/queue/join", "POST", body, {"content-type": "application/json"})
-    assert status == 200
-    _, _, said = get(served.address, "/gradio_api/queue/data?session_hash=trick")
-    assert b'"success":false' in said
-    assert served.secret.read_bytes() not in said
 
 
 def test_every_answer_forbids_other_servers(served):
@@ -122,6 +107,57 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
 )
 def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):
     assert said in stethoscope("app", *words)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A proxy that lets nothing through."""
+
+    def refuse(self):
+        self.send_error(403)
+
+    do_GET = do_HEAD = do_POST = do_CONNECT = refuse
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """All requests of this process would go through a proxy that refuses them."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "")  # and back afterwards
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_its_own_address_is_asked_without_a_proxy(proxy, host, tmp_path):
+    import gradio
+
+    with gradio.Blocks() as screen:
+        gradio.Markdown("a page")
+    address = start(screen, host, free_port(), Sessions(tmp_path), accounts={"me": "secret"})
+    try:
+        assert get(address, "/")[0] == 401
+        assert get(address, "/", headers={"authorization": "Basic bWU6c2VjcmV0"})[0] == 200
+    finally:
+        screen.close(verbose=False)
+
+
+def test_whatever_launch_raises_is_one_line(monkeypatch, tmp_path):
+    import gradio
+
+    def fail(*_, **__):
+        raise RuntimeError("Unknown scheme for proxy URL\nand more")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", fail)
+    with gradio.Blocks() as screen, pytest.raises(ConfigError, match="Unknown scheme for proxy URL") as error:
+        start(screen, "127.0.0.1", free_port(), Sessions(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
