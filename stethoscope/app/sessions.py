@@ -177,8 +177,9 @@ class Sessions:
             for name in ended:
                 del self._sessions[name]
         kept = self._claimed() | self._shared
+        spared = max(self.grace, _TRANSFER_SECONDS) if self._arriving else self.grace  # an upload may be half written
         for file in self._files():
-            if file not in kept and time.time() - _modified(file) > self.grace:
+            if file not in kept and time.time() - _modified(file) > spared:
                 file.unlink(missing_ok=True)
                 if file.parent != self.folder:
                     with suppress(OSError):  # it holds another file
@@ -256,6 +257,9 @@ class SessionMiddleware:
                 await self._stream(name, scope, receive, send)
             elif path.startswith(f"{API}/heartbeat/"):
                 await self._stream(path.rpartition("/")[2], scope, receive, send)
+            elif path.startswith(f"{API}/file="):  # Gradio would fetch addresses, and tell files from folders
+                self._check_files([path.partition("=")[2]])
+                await self.app(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         except _Refused as refusal:
@@ -295,10 +299,7 @@ class SessionMiddleware:
         session_hash = _check_hash(body.get("session_hash"))
         if self._pending(session_hash) >= MAX_PENDING:
             raise _Refused(429, f"{MAX_PENDING} questions of this page wait already: let them be answered first")
-        try:
-            self._sessions.use(session_hash, [self._sessions.own_file(path) for path in paths])
-        except DataError as error:
-            raise _Refused(403, str(error)) from None
+        self._sessions.use(session_hash, self._check_files(paths))
 
         async def replay() -> Any:
             nonlocal content
@@ -309,6 +310,12 @@ class SessionMiddleware:
             return await receive()
 
         return replay
+
+    def _check_files(self, paths: Sequence[object]) -> list[Path]:
+        try:
+            return [self._sessions.own_file(path) for path in paths]
+        except DataError as error:
+            raise _Refused(403, str(error)) from None
 
     async def _upload(self, scope: Any, receive: Any, send: Any) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")

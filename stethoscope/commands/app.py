@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
             print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
         screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)), sessions)
-        hosts = [str(name) for name in config.hosts]
+        hosts = [config.hosts] if isinstance(config.hosts, str) else [str(name) for name in config.hosts or ()]
         address = start(screen, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
         if public and accounts is None:
             print("warning: everybody can reach this page, ask the model and look through the runs", file=sys.stderr)

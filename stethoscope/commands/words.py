@@ -16,7 +16,7 @@ from stethoscope.errors import ConfigError, unknown
 from stethoscope.redaction import redact_word
 from stethoscope.terminal import visible
 
-TEXTS = {"question", "answer", "suffix", "prompt", "subset"}
+TEXTS = {"question", "answer", "suffix", "prompt", "subset", "auth"}
 """Settings of free text, by the last part of their key: exactly what is typed."""
 PATHS = {
     "answers", "auth", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",

@@ -80,7 +80,7 @@ def served(adapter, folder, reader, tmp_path_factory):
     pool = Pool(adapter, "testbed", runs=runs)
     with own_folder() as own:
         with pool.use("testbed"):
-            sessions = Sessions(own, grace=8.0)  # seconds; short, so that tests see sessions end
+            sessions = Sessions(own)
             screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3), sessions)
         address = start(screen, "127.0.0.1", free_port(), sessions).rstrip("/")
         yield SimpleNamespace(address=address, pool=pool, secret=secret, own=own, evil=EVIL, sessions=sessions)

@@ -70,6 +70,19 @@ def test_every_foreign_path_gets_one_and_the_same_answer(served, client, tmp_pat
     assert "there is no picture yet" in client.ask({"url": "http://127.0.0.1:9/a.png"})["text"]
 
 
+def test_no_address_is_fetched_and_no_file_told_from_a_folder(served, client):
+    for path in (
+        "http://127.0.0.1:9/a.png",
+        "https://example.org/a.png",
+        "/etc/passwd",
+        "/etc",
+        "/no/such",
+        served.own,
+    ):
+        answer = client.http.get(f"{API}/file={path}")
+        assert (answer.status_code, answer.json()) == (403, {"detail": NO_PICTURE})
+
+
 def test_an_uploaded_picture_is_answered_about(client):
     shown = client.ask(file(client.upload(png()).json()[0]), length=4)
     assert (shown["kind"], shown["photo"][:15]) == ("done", "data:image/png;")

@@ -146,10 +146,11 @@ def test_a_session_holds_no_pixels(client, served):
     assert isinstance(case.question.picture, Path)
 
 
-def test_after_its_session_a_picture_and_what_gradio_kept_are_gone(client, served):
+def test_after_its_session_a_picture_and_what_gradio_kept_are_gone(client, served, monkeypatch):
     path = Path(client.upload(png(colour=7, size=(40, 40))).json()[0])
     client.ask(file(path), length=4)
     assert path.is_file()
+    monkeypatch.setattr(served.sessions, "grace", 0.5)  # from the next time that sessions end
     until = time.monotonic() + 60
     while path.is_file() and time.monotonic() < until:
         time.sleep(0.1)
@@ -269,7 +270,7 @@ def upload_hostile(address, number):
 
 
 @pytest.mark.slow
-def test_ninety_users_and_twenty_hostile_uploads_leave_no_memory_behind(served):
+def test_ninety_users_and_twenty_hostile_uploads_leave_no_memory_behind(served, monkeypatch):
     assert ask_once(served.address, 0) == "done"  # everything is imported
     before = memory()
     with ThreadPoolExecutor(USERS) as users:
@@ -278,6 +279,7 @@ def test_ninety_users_and_twenty_hostile_uploads_leave_no_memory_behind(served):
     with ThreadPoolExecutor(4) as users:
         kinds = list(users.map(lambda number: upload_hostile(served.address, number), range(20)))
     assert [kind for number, kind in enumerate(kinds) if number % 5 != 2] == ["error"] * 16
+    monkeypatch.setattr(served.sessions, "grace", 0.5)
     until = time.monotonic() + 60
     while (len(served.sessions) or memory() - before > 100 * 2**20) and time.monotonic() < until:
         time.sleep(0.5)
