@@ -129,6 +129,11 @@ def build(
         stray = weights[unexpected[0]] if unexpected else None
         hint = f"; {stray.file} holds {stray.key}, which belongs nowhere" if stray else ""
         raise DataError(f"{what} lacks {len(missing)} of {len(wanted)} weights, the first is {missing[0]}{hint}")
+    if (surplus := files.surplus_layer(unexpected, wanted)) is not None:
+        raise DataError(
+            f"{weights[surplus].file} holds {weights[surplus].key}, a layer behind the last of {what} as configured; "
+            "set the number of layers to that of the file"
+        )
     fitting = {name: weight for name, weight in weights.items() if name in wanted}
     options: dict[str, Any] = {"config": config, "state_dict": {name: one.tensor for name, one in fitting.items()}}
     if loading.dtype == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -78,8 +79,19 @@ class ConvLlavaAdapter(HfAdapter):
 
         tower, beside, text, vision = self._parts()
         tokenizer = companions.llama_tokenizer(self.model_id, self.loading)
+        side = _side(companions.settings(tower, beside, "preprocessor_config.json"))
         if self.resolution is None:
-            self.resolution = _side(companions.settings(tower, beside, "preprocessor_config.json"))
+            if side is None:
+                raise ConfigError(
+                    "model.resolution is missing and the tower's preprocessor_config.json says none; give 768, ..."
+                )
+            self.resolution = side
+        elif side not in (None, self.resolution):
+            warnings.warn(
+                f"model.resolution={self.resolution}, but the preprocessor_config.json of model.tower={tower} says "
+                f"{side}, which the tower has learnt; resolution=null takes that",
+                stacklevel=2,
+            )
         colours = companions.mean_and_std(tower, beside)
         processor = make_processor(tokenizer, text, vision, self.resolution, *colours)
         weights = language_weights(checkpoints.read(self.model_id, self.loading, what="model.model_id"))
@@ -103,7 +115,12 @@ class ConvLlavaAdapter(HfAdapter):
             raise CapabilityError(f"{self.model_id}: projector {held['mm_projector_type']!r}; only mlp2x_gelu is known")
         beside = replace(self.loading, revision=self.tower_revision)
         text = companions.sized(LlamaConfig, "text", companions.LLAMA_7B, held, chosen=self.text)
-        vision = companions.sized(ConvNextConfig, "vision", companions.settings(tower, beside), chosen=self.vision)
+        try:
+            seeing = companions.settings(tower, beside)
+        except ConfigError as error:
+            named = "" if self.tower else f", which the config.json of {self.model_id} names"
+            raise ConfigError(f"model.tower={tower}{named}: {error}") from error
+        vision = companions.sized(ConvNextConfig, "vision", seeing, chosen=self.vision)
         if not len(vision.depths) == len(vision.hidden_sizes) == vision.num_stages:
             raise ConfigError(
                 f"model.vision: depths={list(vision.depths)} and hidden_sizes={list(vision.hidden_sizes)} should each "
@@ -198,11 +215,11 @@ def tower_weights(weights: Weights, vision: ConvNextConfig) -> Weights:
     return named
 
 
-def _side(settings: Mapping[str, Any]) -> int:
-    """The side of the image in ``preprocessor_config.json``, in any of its forms."""
+def _side(settings: Mapping[str, Any]) -> int | None:
+    """Read the side of the image off ``preprocessor_config.json``, in any of its forms; None if it says none."""
     for name in ("crop_size", "size"):
         size = settings.get(name)
         size = next(iter(size.values()), None) if isinstance(size, Mapping) else size
         if isinstance(size, int):
             return size
-    raise ConfigError("model.resolution is missing and the tower's preprocessor_config.json says none; give 768, ...")
+    return None

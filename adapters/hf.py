@@ -133,13 +133,13 @@ class HfAdapter(Tracing, Adapter):
         check = {} if self.prompt is not None else {"check": check_chat_template}
         return loading.load(self.model_id, self.loading, **check)
 
-    def memory(self, context: int, batch_size: int = 1) -> Memory:
+    def memory(self, context: int, batch_size: int = 1, new_tokens: int = 512) -> Memory:
         """See ``Adapter.memory``.
 
         Raises:
             ConfigError, CapabilityError: there is no configuration to read, as in ``loading.load``.
         """
-        return memory.estimate(self._skeleton(), self.loading, context, batch_size)
+        return memory.estimate(self._skeleton(), self.loading, context, batch_size, new_tokens)
 
     def _skeleton(self) -> PreTrainedModel:
         """The model on no device, for counting. Families that transformers does not have replace this."""

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICE_MAP = re.compile(rf"{'|'.join(DEVICE_MAPS)}|(cpu|mps|cuda|xpu|npu|hpu)(:\d+)?")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 QUANTIZE = ("4bit", "8bit")
 WHOLE = (
     r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder|image_encoder|multi_modal_projector|mm_projector|"
@@ -191,13 +192,40 @@ def load(
     folder = is_folder(model_id)
     source, where = source_of(model_id, folder), loading.where(folder)
     with one_line(model_id), quiet(folder):
+        _check_kind(model_id, source, where)
         is_blip = blip.model_type(source, where) in blip.PROCESSORS
         processor = (blip.load_processor if is_blip else processors.load)(source, where)
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     if is_blip:
         blip.complete(model, processor)
+    processors.complete(model, processor)
     return model, processor
+
+
+def _check_kind(model_id: str, source: str, where: Mapping[str, Any]) -> None:
+    """Refuse folders of other kinds than models of transformers, which would fail late or load as something else.
+
+    Raises:
+        CapabilityError: it is a LoRA adapter and peft is missing, or a checkpoint of LLaVA's authors.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.utils import find_adapter_config_file, is_peft_available
+
+    places = {name: where[name] for name in ("revision", "local_files_only")}
+    if not is_peft_available() and find_adapter_config_file(source, **places) is not None:
+        raise CapabilityError(
+            f"model {model_id} is a LoRA adapter (adapter_config.json); peft, which loads it, is not installed: "
+            "pip install peft"
+        )
+    config, _ = PreTrainedConfig.get_config_dict(source, **places)
+    tower = config.get("mm_vision_tower")
+    if tower is not None and "vision_config" not in config:
+        raise CapabilityError(
+            f"model {model_id} is a checkpoint in the format of LLaVA's authors (mm_vision_tower={tower}), which "
+            "transformers does not read; take the converted one, as llava-hf/llava-1.5-7b-hf, or model=convllava-768 "
+            "for ConvLLaVA"
+        )
 
 
 def pretrained(
@@ -214,15 +242,23 @@ def pretrained(
     Raises:
         ConfigError, CapabilityError, DataError: as ``load``; one line each.
     """
+    import torch
+
     loading.ready()
     folder, name = source is None or is_folder(source), name or str(source)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which do not fit
     options = {**told, **loading.where(folder), **loading.options(), **more}
     with one_line(name), quiet(folder):
         model, report = cls.from_pretrained(None if source is None else source_of(source, folder), **options)
-    _check_report(report, name)
+    _check_report(report, name, model.state_dict())
     if loading.quantize == "4bit":
         _settle_four_bits(model)
+    if loading.quantize == "8bit" and head_dtype(model) != torch.float16:
+        # bitsandbytes says so for every product of every step
+        warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+        warnings.warn(
+            f"model {name}: quantize=8bit multiplies in float16; dtype=float16 spares the casts", stacklevel=3
+        )
     return model
 
 
@@ -249,7 +285,17 @@ def _settle_four_bits(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_report(report: Mapping[str, Any], name: str) -> None:
+def surplus_layer(unexpected: Iterable[str], known: Iterable[str]) -> str | None:
+    """Find a weight of a layer behind the last one that the model has: it differs from others by numbers alone.
+
+    >>> surplus_layer(["head.bias", "layers.2.weight"], ["layers.0.weight", "layers.1.weight"])
+    'layers.2.weight'
+    """
+    numbered = {_NUMBER.sub("#", key) for key in known if _NUMBER.search(key)}
+    return next((key for key in unexpected if _NUMBER.sub("#", key) in numbered), None)
+
+
+def _check_report(report: Mapping[str, Any], name: str, known: Iterable[str]) -> None:
     """Raises DataError for weights that are missing or of another size; warns of such that the model has no use for."""
     if report["mismatched_keys"]:
         key, there, wanted = sorted(report["mismatched_keys"])[0]
@@ -261,6 +307,11 @@ def _check_report(report: Mapping[str, Any], name: str) -> None:
         raise DataError(f"model {name} lacks {len(missing)} weights, the first is {missing[0]}")
     if report["unexpected_keys"]:
         unused = sorted(report["unexpected_keys"])
+        if (surplus := surplus_layer(unused, known)) is not None:
+            raise DataError(
+                f"model {name}: its files hold more layers than its config.json says, such as {surplus}; set the "
+                "number of layers there to that of the files"
+            )
         warnings.warn(
             f"model {name} has no use for {len(unused)} weights of its files, the first is {unused[0]}", stacklevel=4
         )

@@ -13,6 +13,7 @@ from torch import nn
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
 from stethoscope.records import Memory
+from stethoscope.relevancy.attention import BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,25 +69,29 @@ def dtype_of(config: PreTrainedConfig, loading: Loading) -> torch.dtype:
     return torch.float32
 
 
-def estimate(model: PreTrainedModel, loading: Loading, context: int, batch_size: int) -> Memory:
-    """What a model needs to answer and to be explained.
+def estimate(model: PreTrainedModel, loading: Loading, context: int, batch_size: int, new_tokens: int = 512) -> Memory:
+    """Estimate what a model needs to answer and to be explained.
 
-    The weights are exact. The cache holds keys and values of every layer for the whole context. What the relevancy of
-    one answer keeps for its backward pass is an estimate, within a third of what was measured on Llama and CLIP
-    layers: six times the hidden and four times the inner width of a layer, for every layer and position, of the
-    language model and of the tower.
+    The weights are exact. Generation keeps keys and values of every layer for the whole context, and the logits of
+    every step in float32. Relevancy keeps the inputs of all layers and runs one layer at a time again
+    (``relevancy.tape``): of that layer it keeps about six times the hidden and four times the inner width for every
+    position, and attention maps up to its budget; of the head the logits of the answer, in the model's precision, in
+    float32 and their gradient.
 
     Args:
         model: with or without weights.
         context: prompt and answer in tokens, image tokens too.
         batch_size: prompts that generate together.
+        new_tokens: the longest answer in tokens, of ``context`` at most.
     """
+    rows = min(new_tokens, context)
+    logits = rows * model.config.get_text_config(decoder=True).vocab_size
     return Memory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         weights=weights(model, loading),
-        cache=batch_size * context * _cache_of_a_token(model),
-        relevancy=_kept_for_backward(model, context),
+        cache=batch_size * (context * _cache_of_a_token(model) + 4 * logits),
+        relevancy=_kept_for_backward(model, context) + (4 + 2 * model.dtype.itemsize) * logits,
     )
 
 
@@ -143,17 +148,21 @@ def _cache_of_a_token(model: PreTrainedModel) -> int:
 
 
 def _kept_for_backward(model: PreTrainedModel, context: int) -> int:
+    """Bytes of the layers' inputs, and of the graph of the largest layer with its attention maps."""
     parts = [(model.config.get_text_config(decoder=True), context)]
     vision = getattr(model.config, "vision_config", None)
     if vision is not None and _first(vision, ("num_attention_heads", "num_heads", "attention_heads"), 0):
         parts.append((vision, _patches(vision, context)))  # relevancy stops before a tower without attention
-    total = 0
+    kept = again = maps = 0
     for config, positions in parts:
         layers = _first(config, ("num_hidden_layers", "num_layers", "depth"), 0)
         layers += _first(config, ("num_decoder_layers",), 0) if config.is_encoder_decoder else 0
         inner = _first(config, ("intermediate_size", "ffn_dim", "d_ff"), 0) or 4 * _width(config)
-        total += layers * positions * (6 * _width(config) + 4 * inner)
-    return total * model.dtype.itemsize
+        kept += layers * positions * _width(config)
+        again = max(again, positions * (6 * _width(config) + 4 * inner))
+        heads = _first(config, ("num_attention_heads", "num_heads", "attention_heads"), 1)
+        maps = max(maps, 4 * heads * positions**2)
+    return (kept + again) * model.dtype.itemsize + min(maps, BUDGET)
 
 
 def _patches(vision: PreTrainedConfig, context: int) -> int:

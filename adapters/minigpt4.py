@@ -106,13 +106,13 @@ class MiniGpt4Adapter(HfAdapter):
         from stethoscope.adapters import minigpt4_model as parts
 
         what = f"MiniGPT-4 ({self.version})"
-        weights, text = self._seen(), self._text()
+        text = self._text()  # what is small comes first: a fault of it costs no download of the large files
         tokenizer = companions.llama_tokenizer(self.sources["llm"], self.loading)
         trained = parts.named(self._read("projector"), self.vision_layers)
         if "language_projection.weight" not in trained:
             first = next(iter(trained.values()))
             raise DataError(f"{first.file} holds no llama_proj.weight; it begins with {first.key}")
-        words = self._read("llm", ("model.", "lm_head."))
+        weights, words = self._seen(), self._read("llm", ("model.", "lm_head."))
         weights |= parts.named({f"language_model.{key}": word for key, word in words.items()}, self.vision_layers)
         weights |= trained
         image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)

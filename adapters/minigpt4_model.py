@@ -31,7 +31,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 
 from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.words import make_room
-from stethoscope.errors import DataError
+from stethoscope.errors import ConfigError, DataError
 
 MERGED = 4
 """Horizontally neighbouring patches that the Llama-2 version makes one token of."""
@@ -65,6 +65,7 @@ _UNUSED = re.compile(
     r"Qformer\.cls\.|qformer\.embeddings\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|"  # for text
     r".*\.rotary_emb\.inv_freq$|.*\.relative_position_index$|vision_model\.encoder\.layers\.(?P<layer>\d+)\."
 )
+_LAYER = r"vision_model\.encoder\.layers\.(\d+)\."
 _LLAMA2 = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -155,12 +156,22 @@ def named(weights: Weights, vision_layers: int) -> Weights:
     """Weights of authors' files, or of transformers' BLIP-2, under the names of ``MiniGpt4Vicuna``.
 
     Queries' and values' biases of the tower become one, with zeros for the keys between them. Left out is what no
-    MiniGPT-4 uses: the Q-Former's parts for text, layers of the tower behind the first ``vision_layers``.
+    MiniGPT-4 uses: the Q-Former's parts for text, and the last layer of the tower where it has one too many, as
+    ``eva_vit_g.pth`` does.
+
+    Raises:
+        ConfigError: the tower has more layers than that.
     """
     found = {}
     for key, weight in _with_biases(weights).items():
         name = _renamed(key, _RENAMED)
         unused = _UNUSED.match(name)
+        if unused is not None and unused["layer"] is not None and int(unused["layer"]) > vision_layers:
+            layers = _numbers({_renamed(other, _RENAMED): weight for other in weights}, _LAYER)
+            raise ConfigError(
+                f"model.vision_layers={vision_layers}, but {weight.file} holds {len(layers)} layers; the last is left "
+                f"out at most: give {len(layers) - 1} or {len(layers)}"
+            )
         if unused is None or (unused["layer"] is not None and int(unused["layer"]) < vision_layers):
             found[name] = weight
     return found

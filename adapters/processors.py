@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.errors import CapabilityError
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 _VIDEO = "video_processor"
 
@@ -54,6 +55,25 @@ def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
         parts = cls.get_attributes()
         known = [name for name in inspect.signature(cls.__init__).parameters if name in settings and name not in parts]
         return images_only(cls, images, tokenizer, **{name: settings[name] for name in known})
+
+
+def complete(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Set what a LLaVA processor must know of its model, by the model: folders from before 2025 lack or mistake it."""
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None or not hasattr(processor, "num_additional_image_tokens"):
+        return
+    facts = {
+        "patch_size": getattr(vision, "patch_size", None),
+        "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", None),
+        "num_additional_image_tokens": int(any("class_embedding" in name for name, _ in model.named_parameters())),
+    }
+    for name, value in facts.items():
+        before = getattr(processor, name, None)
+        if value is None or before == value:
+            continue
+        setattr(processor, name, value)
+        if before:
+            warnings.warn(f"{name}={before} of the processor does not fit the model; taken is {value}", stacklevel=3)
 
 
 def images_only(cls: type[ProcessorMixin], images: Any, tokenizer: Any, **settings: Any) -> ProcessorMixin:

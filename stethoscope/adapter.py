@@ -104,12 +104,13 @@ class Adapter(ABC):
         """
         raise CapabilityError(f"{self.name} gives no access to its model, which relevancy needs")
 
-    def memory(self, context: int, batch_size: int = 1) -> Memory:
+    def memory(self, context: int, batch_size: int = 1, new_tokens: int = 512) -> Memory:
         """What the model needs, told from its configuration; nothing is loaded.
 
         Args:
             context: prompt and answer in tokens, image tokens too.
             batch_size: prompts that generate together.
+            new_tokens: the longest answer in tokens.
 
         Raises:
             CapabilityError: this adapter cannot tell.

@@ -231,7 +231,7 @@ class Memory:
         parameters: number of weights.
         dtype: what they are computed in.
         weights: bytes of all weights as they would be stored.
-        cache: keys and values of a context while answers are generated.
+        cache: keys and values of a context and the logits of all steps while answers are generated.
         relevancy: about what the backward pass of one answer's relevancy keeps.
     """
 

@@ -23,6 +23,10 @@ _SMALLER = (
 )
 
 
+_FEWER = (8, 1)
+"""Prompts that may generate together instead."""
+
+
 class Room(NamedTuple):
     """Free bytes of a device."""
 
@@ -40,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     config = _compose(words)
     adapter, rooms = _adapter(config), free()
     try:
-        need = adapter.memory(config.context, config.batch_size)
+        need = adapter.memory(config.context, config.batch_size, config.new_tokens)
     except ConfigError as error:
         model_id = config.model.get("model_id")
         print(f"note  {adapter.name}: nothing to count. {error}")
@@ -70,7 +74,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
         from stethoscope.commands.overrides import explain
 
         raise ConfigError(explain(error, "doctor", list(words))) from error
-    for name in ("context", "batch_size"):
+    for name in ("context", "batch_size", "new_tokens"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ConfigError(f"{name}={config[name]} should be a number of at least 1")
     return config
@@ -89,12 +93,15 @@ def _adapter(config: DictConfig, **settings: str) -> Adapter:
 
 
 def _alternatives(config: DictConfig) -> dict[str, Memory]:
-    """The same model stored in less, by the settings to write for it."""
+    """What the model needs in less, by the settings to write for it: in smaller batches, or stored in less."""
     found = {}
+    for size in _FEWER:
+        if size < config.batch_size:
+            found[f"batch_size={size}"] = _adapter(config).memory(config.context, size, config.new_tokens)
     for settings in _SMALLER:
         if all(config.model.get(name) != value for name, value in settings.items()):
             try:
-                need = _adapter(config, **settings).memory(config.context, config.batch_size)
+                need = _adapter(config, **settings).memory(config.context, config.batch_size, config.new_tokens)
             except (ConfigError, CapabilityError):  # an adapter without this setting
                 continue
             found[" ".join(f"model.{name}={value}" for name, value in settings.items())] = need
@@ -148,7 +155,7 @@ def _table(name: str, need: Memory, config: DictConfig, rooms: Sequence[Room]) -
     stored = f"{need.dtype}, {config.model.quantize}" if config.model.get("quantize") else need.dtype
     rows = [
         (f"{name}, weights", f"{need.parameters:,} in {stored}", _size(need.weights)),
-        ("cache", f"{config.batch_size} x {config.context} tokens", _size(need.cache)),
+        ("generation", f"{config.batch_size} x {config.context} tokens, cache and logits", _size(need.cache)),
         ("relevancy pass", "one answer, about", _size(need.relevancy)),
         ("together", "weights and the larger of the two", _size(need.total)),
         *((f"free on {room.device}", "", _size(room.free)) for room in rooms),

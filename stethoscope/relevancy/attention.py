@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from stethoscope.tracing.capture import Site, eager_attention, plain_attention
 
+BUDGET = 2**26
+"""Bytes that attention maps and gradients of tokens may take at once, unless a call says otherwise."""
 _SMALL = 2**20  # entries of a map
 _CACHE = 2**20  # bytes of a block of rows that stays in a processor's cache
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
@@ -58,7 +60,7 @@ class Call:
     receive: Callable[[Call, Blocks], None]
     ends: list[int]
     live: int | None = None
-    budget: int = 2**26
+    budget: int = BUDGET
     offset: int = 0
     size: int = 0
     keys: int = 0

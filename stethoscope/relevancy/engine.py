@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.errors import CapabilityError, ConfigError, unknown
 from stethoscope.relevancy.abstractor import QueryRows
-from stethoscope.relevancy.attention import Blocks, Call
+from stethoscope.relevancy.attention import BUDGET, Blocks, Call
 from stethoscope.relevancy.bridge import through_queries
 from stethoscope.relevancy.entry import entering
 from stethoscope.relevancy.layout import Layout, answer_logits, layout, shared_layout
@@ -42,7 +42,7 @@ def relevancy_from_inputs(
     rule: str = "eq10",
     layers: str = "all",
     tokens: Sequence[int] | None = None,
-    budget: int = 2**26,
+    budget: int = BUDGET,
     recompute: bool = True,
 ) -> Relevancy:
     """Relevancy of answer tokens from the exact inputs of a forward pass over prompt and answer.
@@ -87,7 +87,7 @@ def relevancies_from_inputs(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     answers: Sequence[Sequence[int]],
-    budget: int = 2**26,
+    budget: int = BUDGET,
     recompute: bool = True,
 ) -> list[Relevancy]:
     """``relevancy_from_inputs`` in scope ``row`` of several answers by one pass, the same as one by one.

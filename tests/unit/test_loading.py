@@ -1,6 +1,7 @@
 """Loading options: where weights lie changes no answer, no trace and no map; what goes wrong is one line."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -294,3 +295,56 @@ def test_weights_that_nobody_needs(folder):
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     one_line(folder, StethoscopeError, str(folder), "safetensors")
+
+
+@pytest.fixture
+def old_llava(tmp_path):
+    """A LLaVA folder without ``processor_config.json``, as from before it had one."""
+    model, processor = tiny.build("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings["image_processor"]))
+    return tmp_path, settings
+
+
+def test_an_old_llava_folder_tells_its_patches_by_its_model(old_llava):
+    adapter = load((old_llava[0], "llava"))
+    text = tiny.build("llava")[1]
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        assert getattr(adapter.processor, name) == getattr(text, name)
+    assert adapter.generate([adapter.encode(IMAGE, QUESTION)], Generation(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_additional_image_tokens", 3), ("patch_size", 7)])
+def test_a_processor_that_does_not_fit_its_model_is_corrected(old_llava, name, value):
+    folder, settings = old_llava
+    (folder / "processor_config.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.warns(UserWarning, match=f"{name}={value}"):
+        adapter = load((folder, "llava"))
+    assert adapter.generate([adapter.encode(IMAGE, QUESTION)], Generation(max_new_tokens=2))
+
+
+def test_fewer_layers_than_the_file_holds_are_refused(old_llava):
+    path = old_llava[0] / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    config["text_config"].pop("layer_types", None)
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"more layers than its config\.json"):
+        load((old_llava[0], "llava"))
+
+
+def test_an_adapter_of_peft_without_peft_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b", "peft_type": "LORA"}))
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
+    with pytest.raises(CapabilityError, match="pip install peft"):
+        HfAdapter(str(tmp_path)).setup()
+
+
+def test_a_checkpoint_of_llavas_authors_is_named_for_what_it_is(tmp_path):
+    config = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CapabilityError, match=r"format of LLaVA's authors.*llava-hf"):
+        HfAdapter(str(tmp_path)).setup()

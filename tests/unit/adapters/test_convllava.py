@@ -300,6 +300,15 @@ def test_a_config_that_is_no_json(parts, tmp_path):
     refused(DataError, parts, path, "list", tower=str(path.parent))
 
 
+def test_another_resolution_than_the_tower_has_learnt(parts):
+    with pytest.warns(UserWarning, match=f"resolution=64, .*tower.* says {authors.RESOLUTION}"):
+        load(parts[0], resolution=64)
+
+
+def test_fewer_layers_than_the_files_hold(parts):
+    refused(DataError, parts, "layer behind the last", "layers.1.", text={"num_hidden_layers": 1})
+
+
 def test_another_projector(parts, tmp_path):
     path = copied(parts, tmp_path, "model") / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "mm_projector_type": "linear"}))
@@ -328,8 +337,8 @@ def test_sizes_without_a_config_come_from_the_settings(parts, adapter, tmp_path)
         ({"resolution": 0}, ("resolution=0", "64")),
         ({"prompt": "USER: {question}"}, ("<image>",)),
         ({"prompt": "llava_v2"}, ("{question}",)),
-        ({"tower": "/no/such/tower"}, ("/no/such/tower",)),
-        ({"tower": "nobody/has-this", "local_files_only": True}, ("nobody/has-this", "not found")),
+        ({"tower": "/no/such/tower"}, ("model.tower=/no/such/tower",)),
+        ({"tower": "nobody/has-this", "local_files_only": True}, ("model.tower=nobody/has-this", "not found")),
         ({"model_id": "/no/such/model"}, ("/no/such/model",)),
         ({"model_id": "nobody/has-this", "local_files_only": True}, ("nobody/has-this", "not found")),
         ({"text": {"num_heads": 4}}, ("num_heads", "num_attention_heads")),

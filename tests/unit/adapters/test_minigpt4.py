@@ -25,9 +25,10 @@ from transformers import (
 
 import stethoscope
 from stethoscope.adapter import Adapter
+from stethoscope.adapters import checkpoints, companions
 from stethoscope.adapters.minigpt4 import MiniGpt4Adapter
 from stethoscope.build import build, conf_folder
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.errors import CapabilityError, ConfigError, DataError
 from stethoscope.records import Generation
 from stethoscope.relevancy import token_relevancy
 
@@ -341,6 +342,27 @@ def test_a_projector_that_is_none(parts, version, tmp_path):
 
 def test_a_tower_with_too_few_blocks(parts, version):
     refused(DataError, version, parts, "vision", "layers.4", vision_layers=5)
+
+
+def test_a_tower_with_more_blocks_than_are_used(parts, version):
+    layers = authors.LAYERS + 1  # the published file has one too many
+    refused(ConfigError, version, parts, f"vision_layers={layers - 2}", f"{layers} layers", vision_layers=layers - 2)
+
+
+def test_small_files_are_read_before_large_ones(parts, version, tmp_path, monkeypatch):
+    def read(source, loading, only=(), what=""):
+        assert what == "projector", f"{what} was read before the projector"
+        return original(source, loading, only, what)
+
+    original = checkpoints.read
+    monkeypatch.setattr(checkpoints, "read", read)
+    torch.save({"model": {"mm_projector.0.weight": torch.ones(2, 2)}}, tmp_path / "other.pth")
+    refused(DataError, version, parts, "llama_proj.weight", projector=str(tmp_path / "other.pth"))
+    monkeypatch.setattr(companions, "find_spec", lambda name: None)
+    shutil.copytree(parts[0] / "llm", tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").unlink()
+    (tmp_path / "llm" / "tokenizer.model").touch()
+    refused(CapabilityError, version, parts, "sentencepiece", llm=str(tmp_path / "llm"))
 
 
 def test_a_vision_file_without_a_tower(parts, version):
