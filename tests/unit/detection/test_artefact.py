@@ -206,7 +206,7 @@ def test_a_manifest_of_brackets_and_one_that_is_no_file_are_refused(saved, tmp_p
 
 def test_files_that_are_too_large_are_not_read(saved, monkeypatch):
     monkeypatch.setattr(artefact, "LARGEST", 1000)
-    assert "more than the 1000 expected" in refused(saved / "logistic")
+    assert "more than 1000 bytes" in refused(saved / "logistic")
 
 
 def test_what_would_not_be_read_back_is_not_saved(saved, tmp_path, monkeypatch):
