@@ -75,7 +75,7 @@ LAYERS = [
         "detection.transfer",
     },
     {"loggers", "runs.store", "runs.jobs"},
-    {"runs.run", "batch", "runs.results", "callbacks", "runs.maps", "evaluator", "runs.sharing"},
+    {"runs.run", "batch", "runs.results", "callbacks", "runs.maps", "evaluator", "runs.selection", "runs.sharing"},
     {"report"},
     {"build", "commands.overrides", "commands.words"},
     {"diagnosis"},
