@@ -124,7 +124,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that started a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def conf_folder() -> Path:

@@ -18,7 +18,8 @@ from typing import Any
 
 CANARY = "hostile_canary"
 """A package that stands on the path and that nothing but a hostile string names."""
-STRANGE = {CANARY, "antigravity", "this", "idlelib", "turtle", "turtledemo", "pydoc", "webbrowser"}
+STRANGE = {CANARY, "antigravity", "this", "idlelib", "turtle", "turtledemo", "webbrowser"}
+COMPILED = ("cython_runtime", "_cyutility")  # what modules made by Cython register
 PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
 NETWORK = (
     "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request",
@@ -76,7 +77,7 @@ class Audit:
             str(Path(module.__file__).parent) for module in map(sys.modules.get, ("transformers", "torch")) if module
         ]
         self._readable = tuple(os.path.realpath(place) for place in places if place and CANARY not in place)
-        self._modules = {*sys.stdlib_module_names, *dependencies(), "stethoscope", "hydra_plugins"} - STRANGE
+        self._modules = {*sys.stdlib_module_names, *dependencies(), "stethoscope", "hydra_plugins", *COMPILED} - STRANGE
         self._before: set[str] = set()
         sys.addaudithook(self._hook)
 
@@ -88,7 +89,11 @@ class Audit:
             yield self.found
         finally:
             self._on = False
-            self.found += [f"module {name}" for name in _tops() - self._before if name not in self._modules]
+            self.found += [
+                f"module {name}"
+                for name in _tops() - self._before
+                if name not in self._modules and not name.startswith("_cython_")
+            ]
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._on:

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import data_sets
 import pytest
-from audit import CANARY, Audit
-from mutations import MARK, hostile_strings
+from audit import CANARY
+from mutations import MARK
 from PIL import Image
 
 from stethoscope.adapters import tiny
@@ -154,7 +153,7 @@ def test_the_audit_sees_what_it_should(tmp_path):
         f"open({str(outside / 'new')!r}, 'w').close()": "write ",
         f"import os; os.mkdir({str(outside / 'made')!r})": "os.mkdir",
         f"import pickle; pickle.load(open({str(outside / 'pickled.bin')!r}, 'rb'))": "unpickled ('pathlib'",
-        "import pandas; open('inside', 'w').close()": "",
+        "import csv; open('inside', 'w').close()": "",
     }
     code = (
         "import sys, pathlib, contextlib; sys.path[:0] = [{tests!r}, {path!r}]\nfrom audit import Audit\n"
@@ -167,7 +166,3 @@ def test_the_audit_sees_what_it_should(tmp_path):
         assert done.returncode == 0, done.stderr
         assert event in done.stdout, (deed, done.stdout)
         assert event or not done.stdout.strip(), (deed, done.stdout)
-    assert Audit is not None
-    with suppress(FileNotFoundError):
-        (tmp_path / MARK).unlink()
-    assert len(hostile_strings(work, outside)) > 90
