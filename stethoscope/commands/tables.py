@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from stethoscope.report.figures import (
     shown_rows,
     sizes,
 )
+from stethoscope.report.source import read_warnings
 from stethoscope.stats import Interval
 from stethoscope.terminal import console
 
@@ -114,8 +114,7 @@ def print_answer(store: RunStore, task: str) -> None:
     """One answer of the test images with its warnings, the one with the most confident true warning."""
     from rich.text import Text
 
-    path = store.run_dir / "warnings.jsonl"
-    warnings = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    warnings = read_warnings(store.run_dir)
     caught = [row for row in warnings if row["fold"] == "test" and row["warned"] and row["label"] == 1]
     if not caught:
         return

@@ -21,6 +21,7 @@ LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
 DEEPEST_YAML = 50  # levels; PyYAML needs a second for a thousand
 _REQUIRED = object()
 _TEMPORARY = "tmp"
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", type(None): "null"}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -235,6 +236,40 @@ def read_yaml(path: str | os.PathLike, remedy: str = "", kind: type = dict, defa
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, _reason(error), remedy) from None
     return _of_kind(path, value, kind, remedy)
+
+
+def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: str = "") -> None:
+    """Check that content has the shape that its reader relies on; more keys than that are no fault.
+
+    Args:
+        path: of the file.
+        value: the content.
+        shape: a type or types; for an object its keys with their shapes, ``*`` for any key; for a list, its items' one.
+        remedy: as of ``read_json``.
+        name: of the content within the file.
+
+    Raises:
+        ArtefactError: it has another shape.
+
+    >>> check_shape("a.json", {"rows": [{"name": "x"}, {"name": 1}]}, {"rows": [{"name": str}]}, "start again")
+    Traceback (most recent call last):
+        ...
+    stethoscope.errors.ArtefactError: a.json is damaged (rows[1].name should be text, not int); start again
+    """
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    wanted = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        named = " or ".join(_KINDS.get(one, one.__name__) for one in wanted)
+        raise damaged(path, f"{name or 'it'} should be {named}, not {type(value).__name__}", remedy)
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(path, item, shape[0], remedy, f"{name}[{index}]")
+    if isinstance(shape, dict):
+        for key in (*(key for key in shape if key != "*"), *(value if "*" in shape else ())):
+            inner = f"{name}.{key}" if name else str(key)[:40]
+            if key not in value:
+                raise damaged(path, f"{inner} is missing", remedy)
+            check_shape(path, value[key], shape.get(key, shape.get("*")), remedy, inner)
 
 
 def damaged(path: object, reason: str, remedy: str = "") -> ArtefactError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.files import check_shape, read_json
 from stethoscope.markup import document, escape
 from stethoscope.report import curves, figures, gallery, svg, tables
 from stethoscope.report.importance import Importance, importances
@@ -292,8 +293,10 @@ def _provenance(source: Source) -> Table:
         rows += [(f"adapter.{key}", _short(adapter[key])) for key in adapter if ("adapter." + key) not in dict(rows)]
         rows.append((task, _short({key: found["task"][key] for key in ("class", "version", "settings")})))
         rows.append((f"{task}: generation", _short(found.get("generation"))))
-    file = source.folder / "environment.json"
-    packages = json.loads(file.read_text(encoding="utf-8")).get("packages", {}) if file.is_file() else {}
+    file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"
+    environment = read_json(file, remedy, default={"packages": {}})
+    check_shape(file, environment, {"packages": {"*": (str, type(None))}}, remedy)
+    packages = environment["packages"]
     rows += [("packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version))]
     return Table("fingerprint", ("", "value"), tuple(rows))
 

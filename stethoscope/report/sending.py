@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.files import read_json
 from stethoscope.errors import StethoscopeError
 from stethoscope.markup import escape
 from stethoscope.media import Marked, Picture
@@ -41,7 +41,7 @@ def _send(loggers: Loggers, source: Source) -> None:
     detector = source.folder / "detector"
     manifest = detector / "manifest.json"
     if manifest.is_file():
-        notes = json.loads(manifest.read_text(encoding="utf-8"))
+        notes = read_json(manifest)
         loggers.log_folder(f"{source.name}-detector", "detector", detector, notes)
     if source.no_detector() or source.held_out.empty:
         return

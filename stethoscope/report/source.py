@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.files import read_jsonl, read_yaml
+from stethoscope.core.files import check_shape, read_jsonl, read_yaml
 from stethoscope.errors import ArtefactError, unknown
+from stethoscope.report.shapes import DETECTOR as DETECTOR_SHAPE
+from stethoscope.report.shapes import FINGERPRINT, TASK, WARNING
 from stethoscope.runs.maps import MapFile, View
 from stethoscope.runs.results import TaskResults
 from stethoscope.runs.store import DETECTOR, RunStore
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
     from stethoscope.runs.lines import Record
 
+CONFIG_REMEDY = "delete it; the command that made the run writes it again"
+_FINGERPRINT_REMEDY = "bring it back, or delete the run and make it again"
+_METRICS_REMEDY = "delete it and run the commands that made the run again: answers are kept"
+_WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
 _KEYS = ["sample_id", "start"]
 
 
@@ -94,6 +100,11 @@ class Source:
             raise ArtefactError(
                 f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
             )
+        for task, section in store.fingerprints().items():
+            check_shape(folder / "fingerprint.json", section, FINGERPRINT, _FINGERPRINT_REMEDY, task)
+            check_shape(folder / "metrics.json", figures[task], TASK, _METRICS_REMEDY, task)
+        if figures.get("detector"):
+            check_shape(folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, _METRICS_REMEDY, "detector")
         tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in store.fingerprints())
         return cls(folder, store, tasks, figures.get("detector", {}))
 
@@ -105,8 +116,7 @@ class Source:
     @property
     def model(self) -> str:
         """What model answered."""
-        remedy = "the command that made the run writes it again"
-        chosen = read_yaml(self.folder / "config.yaml", remedy, default={}).get("model")
+        chosen = read_yaml(self.folder / "config.yaml", CONFIG_REMEDY, default={}).get("model")
         if isinstance(chosen, dict) and chosen.get("name"):
             return str(chosen["name"])
         adapter = next(iter(self.store.fingerprints().values()), {}).get("adapter", {})
@@ -126,9 +136,7 @@ class Source:
         """
         import pandas as pd
 
-        return pd.DataFrame(
-            read_jsonl(self.folder / "warnings.jsonl", "`stethoscope train` makes it again", default=[])
-        )
+        return pd.DataFrame(read_warnings(self.folder))
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -190,6 +198,19 @@ class Source:
         if not (self.folder / "tokens.parquet").is_file():
             return f"{self.folder} has no detector: `stethoscope extract run={self.folder}` and then `train` make one"
         return f"{self.folder} has no detector: `stethoscope train run={self.folder}` makes one"
+
+
+def read_warnings(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of ``warnings.jsonl`` of a run; none where no detector was applied to it.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    path = folder / "warnings.jsonl"
+    rows = read_jsonl(path, _WARNINGS_REMEDY, default=[])
+    for number, row in enumerate(rows, 1):
+        check_shape(f"{path}:{number}", row, WARNING, _WARNINGS_REMEDY)
+    return rows
 
 
 def _no_run(folder: Path) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stethoscope.core.files import read_json, read_yaml
 from stethoscope.errors import ConfigError, DataError
 from stethoscope.records import ImageRef, Sample
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary, shown_rows
-from stethoscope.report.source import Source
+from stethoscope.report.source import CONFIG_REMEDY, Source
 from stethoscope.report.tables import Cell, Gap, Table
 from stethoscope.runs.fingerprint import differences
 from stethoscope.runs.lines import FAILED, Record
@@ -47,11 +48,8 @@ def names(sources: Sequence[Source]) -> list[str]:
 
 def _overrides(source: Source) -> list[str]:
     """The words on the command line that began the run, without its name."""
-    import yaml
-
-    file = source.folder / "overrides.yaml"
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return [str(word) for word in found or () if not str(word).startswith("name=")]
+    words = read_yaml(source.folder / "overrides.yaml", CONFIG_REMEDY, kind=list, default=[])
+    return [str(word) for word in words if not str(word).startswith("name=")]
 
 
 def common_tasks(first: Source, other: Source) -> list[str]:
@@ -284,7 +282,6 @@ def setting_table(sources: Sequence[Source], heads: Sequence[str]) -> Table | No
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    import json
 
     found = next(iter(source.store.fingerprints().values()), {})
     settings = {key: found[key] for key in ("adapter", "generation") if key in found}
@@ -292,7 +289,7 @@ def _settings(source: Source) -> dict[str, Any]:
     manifest = source.folder / "detector" / "manifest.json"
     settings["features"] = features[0].get("names", []) if features else []
     if manifest.is_file():
-        settings["detector"] = json.loads(manifest.read_text(encoding="utf-8")).get("settings", {})
+        settings["detector"] = read_json(manifest, "`stethoscope train` makes the detector again").get("settings", {})
     return settings
 
 

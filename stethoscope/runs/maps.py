@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stethoscope.callbacks import Callback
-from stethoscope.core.files import replacing
+from stethoscope.core.files import open_regular, replacing
 from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.images import read_image
 from stethoscope.pictures import heat, overlay, places, raster, relevancy_tiles
@@ -102,13 +102,12 @@ class MapFile:
         at = self._index().get((record.task, record.sample_id))
         if at is None or record.answer is None:
             return None
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(at)
-            found = json.loads(file.readline())
-        if found.get("answer") != _digest(record.answer):
-            return None
+            line = file.readline()
         try:
-            return _view(found)
+            found = json.loads(line)
+            return _view(found) if found.get("answer") == _digest(record.answer) else None
         except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
             raise ArtefactError(
                 f"{self.path}: what it holds of {record.sample_id} is damaged ({error}); the report does without the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -113,7 +114,13 @@ def take_over(folder: Path, target: RunStore, task: str, fingerprint: Mapping[st
     """
     runs = (path.parent for path in folder.glob("*/samples.jsonl"))
     others = [path for path in runs if path.resolve() != target.run_dir.resolve()]
-    same = [path for path in others if _answers(RunStore(path), task) == fingerprint]
+    same = []
+    for path in others:
+        try:
+            if _answers(RunStore(path), task) == fingerprint:
+                same.append(path)
+        except ArtefactError as error:  # another run's fault is none of this one's
+            warnings.warn(f"no answers are taken from {path}: {error}", stacklevel=3)
     if not same:
         return 0
     source = max(same, key=lambda path: (path / "samples.jsonl").stat().st_size)
