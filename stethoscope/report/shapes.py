@@ -27,8 +27,11 @@ DETECTOR: dict[str, Any] = {
 }
 """The detector's section."""
 
-FINGERPRINT: dict[str, Any] = {"adapter": dict, "task": {"class": str, "version": str, "settings": dict}}
-"""A section of ``fingerprint.json`` that a report shows."""
+FINGERPRINT: dict[str, Any] = {"adapter": dict, "task": dict}
+"""A section of ``fingerprint.json``."""
+
+SHOWN_TASK: dict[str, Any] = {"class": str, "version": str, "settings": dict}
+"""What a report shows of its task."""
 
 WARNING: dict[str, Any] = {
     **dict.fromkeys(("task", "sample_id", "group", "object", "fold"), str),

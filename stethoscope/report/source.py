@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stethoscope.runs.lines import Record
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
-_FINGERPRINT_REMEDY = "bring it back, or delete the run and make it again"
+FINGERPRINT_REMEDY = "bring it back, or delete the run and make it again"
 _METRICS_REMEDY = "delete it and run the commands that made the run again: answers are kept"
 _WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
 _KEYS = ["sample_id", "start"]
@@ -101,7 +101,7 @@ class Source:
                 f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
             )
         for task, section in store.fingerprints().items():
-            check_shape(folder / "fingerprint.json", section, FINGERPRINT, _FINGERPRINT_REMEDY, task)
+            check_shape(folder / "fingerprint.json", section, FINGERPRINT, FINGERPRINT_REMEDY, task)
             check_shape(folder / "metrics.json", figures[task], TASK, _METRICS_REMEDY, task)
         if figures.get("detector"):
             check_shape(folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, _METRICS_REMEDY, "detector")
