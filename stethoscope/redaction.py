@@ -35,7 +35,11 @@ _ASSIGNED = re.compile(
 _HEADER = re.compile(
     r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
 )
-_YAML_LINE = re.compile(r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!null$|''$|\*{3}).+)$", re.MULTILINE)
+_NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD"}
+"""Values that choose something, and stand-ins of help texts."""
+_YAML_LINE = re.compile(
+    r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!''|\*{3})[^\s#].*?)(?P<comment>[ \t]+#.*)?$", re.MULTILINE
+)
 
 
 @lru_cache(maxsize=4096)
@@ -92,15 +96,16 @@ def _looked(match: re.Match[str]) -> str:
 
 
 def _assigned(match: re.Match[str]) -> str:
-    return f"{match['name']}{match['sign']}{MASK}" if is_secret(match["name"].strip(" \t-")) else match[0]
+    if match["value"] in _NOT_SECRET or not is_secret(match["name"].strip(" \t-")):
+        return match[0]
+    return f"{match['name']}{match['sign']}{MASK}{match.groupdict().get('comment') or ''}"
 
 
 def _environment() -> list[str]:
     """Values of environment variables whose names say that they are secret, the longest first; paths are none."""
-    values = {
-        value for name, value in os.environ.items() if is_secret(name) and len(value) >= 8 and value[0] not in "/~."
-    }
-    return sorted(values, key=len, reverse=True)
+    names = [name for name in list(os.environ) if is_secret(name)]  # a copy: threads of libraries set variables
+    values = {os.environ.get(name, "") for name in names}
+    return sorted((value for value in values if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
 
 
 def redact_word(word: str) -> str:

@@ -56,7 +56,7 @@ def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
     if auth is None:
         if public:
             raise ConfigError(
-                "other machines can reach the app, so auth=user:password (or auth=FILE with such lines) is needed; "
+                "other machines can reach the app, so auth=USER:PASSWORD (or auth=FILE with such lines) is needed; "
                 "auth=none lets everybody in"
             )
         return None

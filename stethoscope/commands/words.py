@@ -19,7 +19,7 @@ from stethoscope.terminal import visible
 TEXTS = {"question", "answer", "suffix", "prompt", "subset", "auth"}
 """Settings of free text, by the last part of their key: exactly what is typed."""
 PATHS = {
-    "answers", "auth", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
+    "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
     "qformer", "questions", "revision", "run", "run_dir", "runs", "spacy", "split", "tower", "tower_revision",

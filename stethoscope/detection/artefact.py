@@ -133,4 +133,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: it is missing or damaged.
     """
+    if not (folder / MANIFEST).exists():
+        raise ArtefactError(f"{folder} holds no detector: it has no {MANIFEST}")
     return read_json(folder / MANIFEST)

@@ -213,7 +213,7 @@ def test_accounts_are_read_from_the_setting_or_a_file(tmp_path):
 
 @pytest.mark.parametrize("words", [["host=0.0.0.0"], ["share=true"], ["host=::"]])
 def test_listening_beyond_this_machine_needs_accounts(stethoscope, words):
-    assert "auth=user:password" in stethoscope("app", *words)
+    assert "auth=USER:PASSWORD" in stethoscope("app", *words)
 
 
 def test_its_own_address_is_asked_without_a_proxy(monkeypatch):

@@ -137,7 +137,7 @@ def test_another_model_and_the_other_scope(stethoscope, tmp_path):
     [
         (["image=nowhere.png"], "image 'nowhere.png' is missing"),
         (["question="], "question is empty"),
-        (["question=' '"], "question is empty"),
+        (["question= "], "question is empty"),
         (["answer="], "the answer is empty"),
         (["detector=nowhere"], "detector=nowhere is no directory"),
         (["detector=."], "no detector"),

@@ -53,7 +53,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_said_once():
         UserWarning, match=r"generate: 16 samples together do not fit into memory; .* 2 at a time"
     ) as said:
         results = Evaluator(batch_size=16).run(adapter, TinyTask(40))
-    assert len(said) == 1
+    assert len([warning for warning in said if "do not fit" in str(warning.message)]) == 1
     assert [len(numbers) for numbers in adapter.generated] == [2] * 20  # what did not fit was never written
     assert results.counts == {"samples": 40, "ok": 40, "unparsed": 0, "failed": 0, "truncated": 0}
     assert results.flat() == {

@@ -57,7 +57,7 @@ GADGETS = {
         "No module named 'stethoscope.table.pd'",
     ),
     "a name that a module of ours imports": ("stethoscope.build.Path", {}, NO_TASK),
-    "a module of ours": ("stethoscope.detection.artefact.os", {}, NO_TASK),
+    "a module of ours": ("stethoscope.core.files.os", {}, NO_TASK),
     "a function of ours": ("stethoscope.build.load", {"model": "a/b"}, "is no Task"),
     "a class of another contract": ("stethoscope.adapters.testbed.TestbedAdapter", {}, "is no Task"),
     "a plug-in of its own": ("pandas.read_pickle", PICKLED, "add plugins=[pandas] if you trust it"),

@@ -1,8 +1,11 @@
 """Secrets are masked by the name of a setting and by the look of a value, and nothing else is."""
 
+import os
+import threading
+
 import pytest
 
-from stethoscope.redaction import is_secret, redact, redact_text, redact_word
+from stethoscope.redaction import MASK, is_secret, redact, redact_text, redact_word
 
 SECRET = "Ab3" + "x9Y" * 6
 
@@ -82,3 +85,28 @@ def test_settings():
     assert not is_secret("patience")
     assert redact_word("x.y={'password': a}") == "x.y=***"
     assert redact_word(f"model.model_id=https://u:{SECRET}@h/x") == "model.model_id=https://***@h/x"
+
+
+def test_help_texts_stay_readable():
+    for text in ("stethoscope app share=true auth=USER:PASSWORD", "auth: null  # a file of accounts"):
+        assert redact_text(text) == text
+    assert redact_text("auth: me:secret  # mine") == "auth: ***  # mine"
+
+
+def test_variables_that_a_thread_sets_meanwhile(monkeypatch):
+    ends = threading.Event()
+
+    def change():
+        while not ends.is_set():
+            for name in ("STETHOSCOPE_A_DIR", "STETHOSCOPE_B_DIR"):
+                os.environ[name] = "x"
+                del os.environ[name]
+
+    monkeypatch.setenv("MY_SECRET", "open sesame")
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        assert all(redact_text("it is open sesame") == f"it is {MASK}" for _ in range(5000))
+    finally:
+        ends.set()
+        thread.join()

@@ -279,11 +279,18 @@ def test_the_folders_exchanged(parts):
 
 def test_a_model_of_one_weight_too_many(parts, tmp_path):
     folder = copied(parts, tmp_path, "model")
+    weights = load_file(folder / "model.safetensors") | {"model.layers.0.mlp.bias": torch.ones(2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 tensors.*layers\.0\.mlp\.bias"):
+        loaded = load(parts[0], model_id=str(folder))
+    assert loaded.report.unexpected == ("model.language_model.layers.0.mlp.bias",)
+
+
+def test_a_layer_behind_the_last(parts, tmp_path):
+    folder = copied(parts, tmp_path, "model")
     weights = load_file(folder / "model.safetensors") | {"model.layers.3.mlp.up_proj.weight": torch.ones(2)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"1 tensors.*layers\.3\.mlp\.up_proj"):
-        loaded = load(parts[0], model_id=str(folder))
-    assert loaded.report.unexpected == ("model.language_model.layers.3.mlp.up_proj.weight",)
+    refused(DataError, parts, folder / "model.safetensors", "number of layers", model_id=str(folder))
 
 
 def test_weights_that_are_cut_short(parts, tmp_path):
