@@ -222,7 +222,7 @@ MALFORMED = {
     "a vocabulary of two minds": (bad.vocabulary("dog: [pet]\ncat: [pet]"), "'pet' stands for both 'dog' and 'cat'"),
     "a vocabulary that is no YAML": (bad.vocabulary("dog: [pet"), "line 1: neither YAML nor JSON"),
     # detectors
-    "a detector without manifest": (bad.detector(bad.remove(artefact.MANIFEST)), "holds no detector: it has no manifest.json"),
+    "a detector without manifest": (bad.detector(bad.remove(artefact.MANIFEST)), "holds no detector"),
     "a detector cut short": (bad.detector(bad.cut(artefact.OBJECTS)), "was changed since it was written"),
     "a manifest cut short": (bad.detector(bad.cut(artefact.MANIFEST)), "manifest.json is damaged"),
     "a manifest that is a list": (bad.detector(bad.write(artefact.MANIFEST, b"[]")), "an object was expected"),
