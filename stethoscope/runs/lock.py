@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stethoscope.core.files import write_json
 from stethoscope.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class RunLock:
                 raise
             self._lock = lock
             holder = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            _holder(own).write_text(json.dumps(holder))
+            write_json(_holder(own), holder)
         except OSError as error:
             raise ConfigError(f"run directory {self.run_dir} cannot be written to: {error}") from None
 

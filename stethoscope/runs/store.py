@@ -182,6 +182,8 @@ class RunStore:
             ArtefactError: a line of ``samples.jsonl`` is damaged.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        for path in (self.samples_file, self.run_dir / MAPS):  # both are repaired and appended to
+            unshare(path)
         fingerprint, features = jsonable(fingerprint), jsonable(features)
         old = self.fingerprints().get(task)
         if overwrite == "features":  # nothing is generated, so that answers stay those of the code that wrote them
@@ -195,8 +197,6 @@ class RunStore:
         for name in others if overwrite is not True else ():
             self._refuse(name, differences(others[name].get("adapter"), model, "adapter"), moved)
         remove_temporaries(self.run_dir)
-        for path in (self.samples_file, self.run_dir / MAPS):  # both are appended to
-            unshare(path)
         self._repair()
         self._refuse_unknown()
         old_features = old.pop("features", None) if old else None

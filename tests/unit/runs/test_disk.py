@@ -115,17 +115,20 @@ def test_runs_that_share_a_table_append_to_files_of_their_own(tmp_path):
         assert not (one / name).samefile(two / name)
 
 
-def test_a_copy_of_hard_links_is_a_run_of_its_own(tmp_path):
-    """As ``cp -al`` or a backup makes them."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_copy_of_hard_links_is_a_run_of_its_own(tmp_path, overwrite):
+    """As ``cp -al`` or a backup makes them, of a run that was killed in the middle of a line."""
     one, two = tmp_path / "one", tmp_path / "two"
     evaluate(one, 4)
     (one / "maps.jsonl").touch()
+    with (one / "samples.jsonl").open("a") as file:
+        file.write('{"half')
     two.mkdir()
     for path in one.iterdir():
         if path.is_file():
             os.link(path, two / path.name)
     before = {path.name: path.read_bytes() for path in one.iterdir() if path.suffix in (".jsonl", ".parquet", ".json")}
-    evaluate(two, 8)
+    evaluate(two, 8, overwrite=overwrite)
     assert RunStore(two).count("tiny") == 8
     assert {name: (one / name).read_bytes() for name in before} == before
 
