@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -402,7 +403,13 @@ def _special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...
     ends: set[int] = set()
     for part in (model, getattr(model, "language_model", None)):  # in BLIP-2 the language model generates by itself
         named = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
-        ends.update([named] if isinstance(named, int) else named or ())
+        ids = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+        if not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise DataError(
+                f"eos_token_id={reprlib.repr(named)} in the model's generation_config.json should be a token's id "
+                "or a list of them"
+            )
+        ends.update(ids)
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id

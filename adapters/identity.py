@@ -128,9 +128,12 @@ def settings(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str
 
 def _rules(tokenizer: Any) -> Any:
     """All that a tokenizer goes by; what its last call has left in it (padding, truncation) stands before the rest."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend, vocabulary = getattr(tokenizer, "backend_tokenizer", None), tokenizer.get_vocab()
     if backend is None:
-        return sorted(tokenizer.get_vocab().items())
+        return sorted(vocabulary.items())
+    token = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary.get(token, 0) > 100 * (len(vocabulary) + 1000):  # written with a line for every id that has no token
+        raise DataError(f"the tokenizer's {token[:80]!r} has the id {vocabulary[token]}, of {len(vocabulary)} tokens")
     text = backend.to_str()
     return text[text.index('"added_tokens"') :]
 

@@ -143,7 +143,9 @@ def disk_faults(folder: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """Lets SIGTERM end a run like Ctrl-C does: flushed and marked as interrupted.
+    """Let SIGTERM end a run like Ctrl-C does: flushed and marked as interrupted.
+
+    SIGINT is heard too where it was ignored: a shell does that to what a script starts in the background.
 
     Raises:
         Terminated: the signal came.
@@ -155,11 +157,14 @@ def ended_by_signal() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def require_same(first: Source, other: Source, swept: bool = False) -> None:
         for key, old, new in differences(mine, theirs):
             # a moved folder: the samples tell whether they are the same
             if not (_path(old) and _path(new)) and not (swept and key.startswith("settings")):
-                found.append(f"{task} {key} is {old!r} and {new!r}")
+                found.append(f"{task} {key} is {reprlib.repr(old)} and {reprlib.repr(new)}")
         found += [f"{task} {line}" for line in _sample_differences(first, other, task, asked)]
     if found:
         shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")

@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from stethoscope.core.files import append, atomic_write, damaged, read_json, remove_temporaries, replacing, unshare
+from stethoscope.core.files import (
+    append,
+    atomic_write,
+    check_shape,
+    damaged,
+    read_json,
+    remove_temporaries,
+    replacing,
+    unshare,
+)
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.redaction import redact, redact_word
 from stethoscope.runs.fingerprint import comparable, describe, differences, environment, jsonable
@@ -124,8 +133,16 @@ class RunStore:
         return self._read_json("metrics.json")
 
     def fingerprints(self) -> dict[str, Any]:
-        """``fingerprint.json``: a section per task."""
-        return self._read_json("fingerprint.json")
+        """``fingerprint.json``: a section per task.
+
+        Raises:
+            ArtefactError: the file is damaged.
+        """
+        sections = self._read_json("fingerprint.json")
+        for task, section in sections.items():
+            parts = {key: dict for key in ("adapter", "task") if section.get(key) is not None}
+            check_shape(self.run_dir / "fingerprint.json", section, parts, _REMEDIES["fingerprint.json"], task)
+        return sections
 
     def model(self, task: str) -> dict[str, Any]:
         """The fingerprint of the model that answered a task; empty where it is not known."""

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import socket
 import threading
+import time
 import warnings
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.callbacks import Callback
 from stethoscope.errors import CapabilityError
 from stethoscope.evaluator import Evaluator
-from stethoscope.faults import Terminated, disk_faults, out_of_memory
+from stethoscope.faults import Terminated, disk_faults, ended_by_signal, out_of_memory
 from stethoscope.records import Answer
 from stethoscope.runs.store import RunStore
 
@@ -264,3 +266,15 @@ def silent_hub(monkeypatch):
 def test_a_hub_that_hangs_is_one_line(stethoscope, silent_hub):
     line = stethoscope("evaluate", "model=hf", "model.model_id=nobody/nothing", "task.scenes=1", "logger=none")
     assert "nobody/nothing" in line
+
+
+def test_ctrl_c_is_heard_where_a_shell_had_it_ignored():
+    """As it does to what a script starts with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), ended_by_signal():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

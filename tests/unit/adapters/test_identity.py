@@ -1,6 +1,7 @@
 """Identity of a model: the prompt as rendered and the weights as loaded, wherever their files lie."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import identity
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import DataError
+from stethoscope.errors import DataError, StethoscopeError
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,25 @@ def test_where_files_do_not_say_the_weights_in_memory_count(way, saved, tmp_path
     with torch.no_grad():
         model.get_output_embeddings().weight.add_(1)
     assert identity.weights(model, str(folder), True) != before
+
+
+@pytest.mark.parametrize("value", ["2", [[2]], [None], -1, {"id": 2}])
+def test_ids_of_ends_that_are_no_ids_are_one_line(saved, tmp_path, value):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": value}))
+    with pytest.raises(StethoscopeError, match=r"eos_token_id|generation_config") as error:
+        HfAdapter(str(folder), dtype="float32", device="cpu").setup()
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_far_beyond_the_vocabulary_is_refused(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    token = next(iter(tokenizer["model"]["vocab"]))
+    tokenizer["model"]["vocab"][token] = 2**31 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(StethoscopeError):  # at the latest where the tokenizer is digested; it took minutes
+        fingerprint(folder)

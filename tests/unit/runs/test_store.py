@@ -330,3 +330,10 @@ def test_features_may_be_added_with_newer_code_and_the_answers_keep_their_own(st
     assert len(list(store.records())) == 1
     with pytest.raises(ConfigError, match=r"adapter\.code: 'a' before, 'b' now"):
         store.begin("tiny", {**MODEL, **new})
+
+
+@pytest.mark.parametrize("section", ["text", {"adapter": "text"}, {"adapter": MODEL["adapter"], "task": [1]}])
+def test_a_fingerprint_of_another_kind_is_damaged(tmp_path, section):
+    (tmp_path / "fingerprint.json").write_text(json.dumps({"tiny": section}))
+    with pytest.raises(ArtefactError, match=r"fingerprint\.json is damaged"):
+        RunStore(tmp_path).model("tiny")
