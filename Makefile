@@ -21,6 +21,7 @@ lint: $(VENV)/.ready
 # everything is taken only with the SHA-256 that the lock file has, but for torch (and what its builds for GPUs bring):
 # by its exact version alone, so that a CPU build that the machine offers is taken
 $(VENV)/.ready: pyproject.toml constraints.txt $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement $(LOCK)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
