@@ -13,8 +13,9 @@ from stethoscope.markup import document, escape
 from stethoscope.report import curves, figures, gallery, svg, tables
 from stethoscope.report.importance import Importance, importances
 from stethoscope.report.shapes import SHOWN_TASK
-from stethoscope.report.source import FINGERPRINT_REMEDY, Source
+from stethoscope.report.source import Source
 from stethoscope.report.tables import Table
+from stethoscope.runs.store import REMEDIES
 from stethoscope.stats import Interval
 
 CASES, FEATURES_SHOWN = 6, 15
@@ -292,7 +293,9 @@ def _provenance(source: Source) -> Table:
     for task, found in source.store.fingerprints().items():
         adapter = found.get("adapter", {})
         rows += [(f"adapter.{key}", _short(adapter[key])) for key in adapter if ("adapter." + key) not in dict(rows)]
-        check_shape(source.folder / "fingerprint.json", found["task"], SHOWN_TASK, FINGERPRINT_REMEDY, f"{task}.task")
+        check_shape(
+            source.folder / "fingerprint.json", found["task"], SHOWN_TASK, REMEDIES["fingerprint.json"], f"{task}.task"
+        )
         rows.append((task, _short({key: found["task"][key] for key in ("class", "version", "settings")})))
         rows.append((f"{task}: generation", _short(found.get("generation"))))
     file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"

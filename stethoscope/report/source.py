@@ -16,7 +16,7 @@ from stethoscope.report.shapes import DETECTOR as DETECTOR_SHAPE
 from stethoscope.report.shapes import FINGERPRINT, TASK, WARNING
 from stethoscope.runs.maps import MapFile, View
 from stethoscope.runs.results import TaskResults
-from stethoscope.runs.store import DETECTOR, RunStore
+from stethoscope.runs.store import DETECTOR, REMEDIES, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from stethoscope.runs.lines import Record
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
-FINGERPRINT_REMEDY = "bring it back, or delete the run and make it again"
-_METRICS_REMEDY = "delete it and run the commands that made the run again: answers are kept"
 _WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
 _KEYS = ["sample_id", "start"]
 
@@ -101,10 +99,12 @@ class Source:
                 f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
             )
         for task, section in store.fingerprints().items():
-            check_shape(folder / "fingerprint.json", section, FINGERPRINT, FINGERPRINT_REMEDY, task)
-            check_shape(folder / "metrics.json", figures[task], TASK, _METRICS_REMEDY, task)
+            check_shape(folder / "fingerprint.json", section, FINGERPRINT, REMEDIES["fingerprint.json"], task)
+            check_shape(folder / "metrics.json", figures[task], TASK, REMEDIES["metrics.json"], task)
         if figures.get("detector"):
-            check_shape(folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, _METRICS_REMEDY, "detector")
+            check_shape(
+                folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, REMEDIES["metrics.json"], "detector"
+            )
         tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in store.fingerprints())
         return cls(folder, store, tasks, figures.get("detector", {}))
 

@@ -41,11 +41,12 @@ takes 8 ms here, up to 0.1 s on a network: as often as every batch that would be
 Overwrite = bool | Literal["features"]
 
 
-_REMEDIES = {
+REMEDIES = {
     "metrics.json": "delete it and run the commands that made the run again: answers are kept",
     "status.json": "delete it and run the command that made the run again: answers are kept",
     "fingerprint.json": "bring it back, or delete the run and make it again",
 }
+"""What the user can do about a damaged file, by its name."""
 
 
 class _Entry(NamedTuple):
@@ -141,7 +142,7 @@ class RunStore:
         sections = self._read_json("fingerprint.json")
         for task, section in sections.items():
             parts = {key: dict for key in ("adapter", "task") if section.get(key) is not None}
-            check_shape(self.run_dir / "fingerprint.json", section, parts, _REMEDIES["fingerprint.json"], task)
+            check_shape(self.run_dir / "fingerprint.json", section, parts, REMEDIES["fingerprint.json"], task)
         return sections
 
     def model(self, task: str) -> dict[str, Any]:
@@ -407,10 +408,10 @@ class RunStore:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.run_dir / name
-        sections = read_json(path, _REMEDIES[name], default={})
+        sections = read_json(path, REMEDIES[name], default={})
         kind = str if name == "status.json" else dict
         if not all(isinstance(section, kind) for section in sections.values()):
-            raise damaged(path, f"every section should be {'a text' if kind is str else 'an object'}", _REMEDIES[name])
+            raise damaged(path, f"every section should be {'a text' if kind is str else 'an object'}", REMEDIES[name])
         return sections
 
     def _put(self, name: str, section: str, values: Any) -> None:
