@@ -154,7 +154,7 @@ def test_a_local_folder_needs_no_hub(fitted, tmp_path):
     again = Detector.from_pretrained(tmp_path / "detector")
     assert (again.predict(TEST) == fitted.predict(TEST)).all()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtefactError, match=r"manifest\.json is missing"):
+    with pytest.raises(ArtefactError, match=r"no manifest\.json"):
         Detector.from_pretrained(tmp_path / "empty")
 
 
