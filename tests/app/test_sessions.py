@@ -277,8 +277,8 @@ def test_ninety_users_and_twenty_hostile_uploads_leave_no_memory_behind(served, 
         kinds = list(users.map(lambda number: ask_once(served.address, number), range(USERS)))
     assert kinds == ["done"] * USERS
     with ThreadPoolExecutor(4) as users:
-        kinds = list(users.map(lambda number: upload_hostile(served.address, number), range(20)))
-    assert [kind for number, kind in enumerate(kinds) if number % 5 != 2] == ["error"] * 16
+        kinds = list(users.map(lambda number: upload_hostile(served.address, number), range(25)))
+    assert [kind for number, kind in enumerate(kinds) if number % 5 != 2] == ["error"] * 20
     monkeypatch.setattr(served.sessions, "grace", 0.5)
     until = time.monotonic() + 60
     while (len(served.sessions) or memory() - before > 100 * 2**20) and time.monotonic() < until:
