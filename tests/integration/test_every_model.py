@@ -9,6 +9,8 @@ import stethoscope.conf
 from stethoscope import testbed
 from stethoscope.runs.store import RunStore
 
+pytestmark = pytest.mark.slow
+
 FILES = sorted((Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml"))
 
 

@@ -23,6 +23,7 @@ def kill_runs():
     return module
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(kill_runs, tmp_path):
     def steps(folder, pause):
         words = [str(ROOT / "tests/tiny_run.py"), str(folder), json.dumps({"count": 99, "pause": pause})]

@@ -139,6 +139,7 @@ def test_the_same_command_does_nothing_again(copy, tmp_path, stethoscope):
     assert json.loads((tmp_path / "runs" / "small" / "metrics.json").read_text()) == before
 
 
+@pytest.mark.slow
 def test_train_again_and_refuse_other_features(copy, stethoscope):
     out = stethoscope("train", f"run={copy}", "detector=boosting", code=0)
     assert "text prior" in out
@@ -152,6 +153,7 @@ def test_train_again_and_refuse_other_features(copy, stethoscope):
     assert Path("runs/other/tokens.parquet").read_bytes() == table  # it is said before anything is replaced
 
 
+@pytest.mark.slow
 def test_exported_files_give_the_same_metrics(tmp_path, stethoscope):
     """Scenes written as COCO annotations, POPE's JSON lines and PNG files, read back as published files are."""
     scenes = testbed.scenes(8)

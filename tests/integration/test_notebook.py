@@ -10,6 +10,8 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TOUR = ROOT / "scripts" / "tour.ipynb"
 

@@ -40,6 +40,7 @@ def odd_run(tmp_path):
     return made_up_run(tmp_path / "runs" / "study, (b) [c]" / "max_new_tokens=4 'd' {e} $f é", images=100)
 
 
+@pytest.mark.slow
 def test_a_run_in_an_odd_folder(call, odd_run, tmp_path):
     """Given by every command that takes a run."""
     other = shutil.copytree(odd_run, odd_run.with_name("max_new_tokens=6"))
@@ -54,6 +55,7 @@ def test_a_run_in_an_odd_folder(call, odd_run, tmp_path):
     assert "the detector reads features" in call(*words, f"detector={odd_run}", code=2)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_odd_folders(call, odd_run, tmp_path):
     other = shutil.copytree(odd_run, odd_run.with_name("limit=6"))
     values = ",".join('"' + str(folder) + '"' for folder in (odd_run, other))
@@ -104,6 +106,7 @@ def test_bytes_that_are_no_text_in_paths(call, tmp_path):
     call("extract", "run=runs/R\udce4um", "features=fast", "trace=all", "callbacks=none")
 
 
+@pytest.mark.slow
 def test_secrets_of_a_sweep_are_in_no_file_and_no_line(call, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}")
     words = [
@@ -134,6 +137,7 @@ def test_secrets_of_a_sweep_are_in_no_file_and_no_line(call, tmp_path, monkeypat
     assert SECRET not in call("evaluate", f"task=https://me:{SECRET}@host", code=2)
 
 
+@pytest.mark.slow
 def test_hostile_names_do_not_steer_the_terminal(call, tmp_path):
     name = HOSTILE.replace("/", "_")
     (tmp_path / "images").mkdir()

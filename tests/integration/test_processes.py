@@ -111,6 +111,7 @@ def test_samples_that_all_fail_are_an_error_however_few_each_process_has(kill_ru
     assert said[1] == ""
 
 
+@pytest.mark.slow
 def test_a_small_share_that_fails_does_not_end_the_run(kill_runs, tmp_path):
     alone = [number for number in range(10) if Processes(0, 2).takes(f"s{number:02d}")]
     assert len(alone) < 5
@@ -139,6 +140,7 @@ def test_processes_with_different_models_are_refused(kill_runs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused_until_its_process_is_gone(kill_runs, tmp_path):
     holders = Launch(kill_runs, tmp_path / "run", 2, count=50, pause=0.5)
     while not kill_runs._records(tmp_path / "run"):
@@ -170,6 +172,7 @@ def alone(kill_runs, tmp_path):
         worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_without_a_partner_says_so_and_hears_signals(alone, rank, number):
@@ -194,6 +197,7 @@ def test_a_partner_that_does_not_come_is_one_line(alone, rank, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_waits_at_the_end_hears_signals(kill_runs, tmp_path, number):
     run = Launch(kill_runs, tmp_path / "run", 2, count=8, pause=0.05)

@@ -230,6 +230,7 @@ def test_task_differences_are_paired_over_images(finished):
     assert width < np.hypot(mine.high - mine.low, theirs.high - theirs.low)  # what pairing is for
 
 
+@pytest.mark.slow
 def test_detector_differences_are_those_of_the_leader_board(finished, copy, monkeypatch, stethoscope):
     """Two detectors fitted on one run, compared as two runs, give the paired difference that training gives."""
     monkeypatch.setattr(leaderboard, "SHUFFLES", 1)

@@ -50,6 +50,7 @@ def _jobs(folder):
     return json.loads((folder / "sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_detectors_and_feature_sets_in_one_table(call, tmp_path):
     source = made_up_run(tmp_path / "made", images=150)
     before = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
@@ -162,6 +163,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("joblib", marks=pytest.mark.slow), "submitit_local"])
 def test_jobs_in_other_processes(name, call, tmp_path, monkeypatch):
     """Errors come back from other processes: into the table, the exit code and the file of the job."""

@@ -15,6 +15,8 @@ from stethoscope.runs.store import RunStore
 from stethoscope.stats import split_groups
 from stethoscope.table import mention_rows
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("logger=none", "detector.strength=0.1", "published=false")
 
 

@@ -26,6 +26,8 @@ from stethoscope.runs.maps import MapFile
 from stethoscope.runs.store import RunStore
 
 pytest.importorskip("wandb")
+
+pytestmark = pytest.mark.slow
 EVIL = "<script>alert(1)</script> **b** [a](javascript:alert(1)) "
 
 

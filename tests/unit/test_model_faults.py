@@ -79,6 +79,7 @@ with ended_by_signal():
 """
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_never_ends_ends_with_the_signal(saved):
     """This power is one C function, for which a handler of Python would wait for ever."""
     with_template(saved, "{{ 9 ** 9 ** 9 ** 9 }}")

@@ -98,6 +98,7 @@ def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
     assert (fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]])) == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
 def test_few_and_strange_places_are_no_reason_to_fail(kind):
     def fitted(table):

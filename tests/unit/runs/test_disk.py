@@ -20,6 +20,7 @@ def evaluate(folder, limit=6, **settings):
     return Evaluator(run_dir=folder, features=TinyFeatures(), limit=limit, **settings).run(TinyAdapter(), TinyTask(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["detector", "warnings", "metrics"])
 def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, monkeypatch, moment):
     from stethoscope.commands.train import fit
