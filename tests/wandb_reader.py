@@ -40,6 +40,8 @@ def records(path: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
+    if not data:  # the service has made the file and not flushed its first block yet
+        return
     assert data[:4] == MAGIC, f"{path} is not a W&B run"
     position, pending = HEADER, b""
     while position + HEADER <= len(data):
