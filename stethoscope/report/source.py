@@ -85,27 +85,27 @@ class Source:
     @classmethod
     def _read(cls, folder: Path) -> Source:
         store = RunStore(folder)
-        late = {task: status for task, status in store.status().items() if status != "finished"}
-        figures = store.metrics()
-        late |= {task: "without figures" for task in store.fingerprints() if task not in figures and task not in late}
+        statuses, figures, fingerprints = store.status(), store.metrics(), store.fingerprints()
+        late = {task: status for task, status in statuses.items() if status != "finished"}
+        late |= {task: "without figures" for task in fingerprints if task not in figures and task not in late}
         if set(late) == {DETECTOR}:
             raise ArtefactError(
                 f"the run in {folder} has parts of two detectors: fitting one was cut short. The command that did "
                 f"(`stethoscope train run={folder}`, or `benchmark`) makes it whole"
             )
-        if late or not store.status():
+        if late or not statuses:
             how = ", ".join(f"{task}: {status}" for task, status in late.items()) or "it has no status.json"
             raise ArtefactError(
                 f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
             )
-        for task, section in store.fingerprints().items():
+        for task, section in fingerprints.items():
             check_shape(folder / "fingerprint.json", section, FINGERPRINT, REMEDIES["fingerprint.json"], task)
             check_shape(folder / "metrics.json", figures[task], TASK, REMEDIES["metrics.json"], task)
         if figures.get("detector"):
             check_shape(
                 folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, REMEDIES["metrics.json"], "detector"
             )
-        tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in store.fingerprints())
+        tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in fingerprints)
         return cls(folder, store, tasks, figures.get("detector", {}))
 
     @property

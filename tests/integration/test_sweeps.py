@@ -164,7 +164,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("joblib", marks=pytest.mark.slow), "submitit_local"])
+@pytest.mark.parametrize("name", ["joblib", "submitit_local"])
 def test_jobs_in_other_processes(name, call, tmp_path, monkeypatch):
     """Errors come back from other processes: into the table, the exit code and the file of the job."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
