@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.diagnosis.parts import SHARES
-from stethoscope.errors import ConfigError
 from stethoscope.pictures import colours
 
 if TYPE_CHECKING:
@@ -20,15 +19,8 @@ if TYPE_CHECKING:
 
 @cache
 def _shown_by_notebooks() -> type[Figure]:
-    """Figures that notebooks show by themselves; matplotlib's own need ``%matplotlib inline`` for that.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError('matplotlib is not installed; pip install "lvlm-stethoscope[plot]"') from None
+    """Figures that notebooks show by themselves; matplotlib's own need ``%matplotlib inline`` for that."""
+    from matplotlib.figure import Figure
 
     class Shown(Figure):
         def _repr_png_(self) -> bytes:
