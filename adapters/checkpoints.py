@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.errors import ConfigError, DataError, first_line
 from stethoscope.runs.digests import remembered
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
             with safe_open(path, "pt") as file:
                 return [(key, file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is no whole safetensors file: {_first(error)}") from error
+            raise DataError(f"{path} is no whole safetensors file: {first_line(error)}") from error
     held = _unpickled(path)
     inner = next((held[key] for key in _INSIDE if isinstance(held, dict) and isinstance(held.get(key), dict)), held)
     if not isinstance(inner, dict) or not any(torch.is_tensor(value) for value in inner.values()):
@@ -272,8 +272,4 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no whole checkpoint of torch: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is no whole checkpoint of torch: {first_line(error)}") from error

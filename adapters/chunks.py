@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.errors import ConfigError, DataError, first_line
 from stethoscope.trace import Encoded, Spans
 from stethoscope.tracing.spans import Grids
 
@@ -160,8 +160,8 @@ class ChunkEncoder:
             return dict(self._processor.image_processor(images=image))
         except (ValueError, ZeroDivisionError, ArithmeticError, IndexError, OSError) as error:
             width, height = image.size
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {first}") from error
+            reason = first_line(error)
+            raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {reason}") from error
 
 
 def add_placeholder(tokenizer: Any, placeholder: str, words: int) -> int:

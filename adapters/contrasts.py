@@ -11,7 +11,7 @@ from torch import Tensor
 from stethoscope.adapters.batching import collate, extend
 from stethoscope.adapters.identity import hooks, tensors_of, versions
 from stethoscope.adapters.passes import CAUSAL, Pass, answer_rows, pass_behind, prompt_caches
-from stethoscope.adapters.recent import Recent
+from stethoscope.core.cache import LRUCache
 from stethoscope.trace import Encoded, PromptCache
 from stethoscope.tracing.capture import record
 from stethoscope.tracing.knockout import Knockout
@@ -35,7 +35,7 @@ class Blanks:
     """
 
     def __init__(self) -> None:
-        self._kept = Recent(_BLANK_BYTES, _bytes)
+        self._kept = LRUCache(_BLANK_BYTES, _bytes)
         self._model: tuple[Any, ...] | None = None
 
     def check(self, model: PreTrainedModel) -> None:
@@ -43,7 +43,7 @@ class Blanks:
         changes = versions(model)
         now = changes and (changes, [tensor.data_ptr() for tensor in tensors_of(model)], hooks(model))
         if now is None or now != self._model:
-            self._kept, self._model = Recent(_BLANK_BYTES, _bytes), now
+            self._kept, self._model = LRUCache(_BLANK_BYTES, _bytes), now
 
     def get(self, encoded: Encoded) -> PromptCache | None:
         """Of a prompt, if it is known."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.recent import Recent
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.cache import LRUCache
+from stethoscope.errors import ConfigError, DataError, first_line
 from stethoscope.faults import deadly_signals, reason
 from stethoscope.images import rgb
 from stethoscope.trace import Encoded, Spans
@@ -73,8 +73,8 @@ class Encoder:
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
         self._inserted = (0, len(bos)) if bos else (0,)
-        self._texts = Recent(_TEXT_BYTES, _Text.size)
-        self._images = Recent(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
+        self._texts = LRUCache(_TEXT_BYTES, _Text.size)
+        self._images = LRUCache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
         self._image_names: frozenset[str] | None = None
         self._alone: dict[tuple[int, int], bool] = {}
 
@@ -143,8 +143,8 @@ class Encoder:
             return processor(return_tensors="pt", **arguments)
         except (ValueError, ZeroDivisionError, ArithmeticError, IndexError) as error:
             width, height = image.size
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"the processor refuses an image of {width} x {height} pixels: {first}") from error
+            reason = first_line(error)
+            raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)

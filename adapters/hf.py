@@ -18,7 +18,7 @@ from stethoscope.adapters.contrasts import Blanks
 from stethoscope.adapters.encoding import Encoder, check_chat_template, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tracing import Tracing
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
+from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
 from stethoscope.faults import model_faults
 from stethoscope.offsets import decode_with_offsets
 from stethoscope.records import Answer, Generation, Memory
@@ -114,7 +114,7 @@ class HfAdapter(Tracing, Adapter):
             try:
                 model = model.to(device)
             except (RuntimeError, AssertionError) as error:
-                raise CapabilityError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+                raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             encoder = self._make_encoder(model, processor)
             _try_out(encoder, self.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import blip, processors
-from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, unknown
+from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
 from stethoscope.runs.processes import variable
 
 if TYPE_CHECKING:
@@ -360,17 +360,19 @@ def one_line(model_id: str) -> Iterator[None]:
     except StethoscopeError:
         raise
     except ImportError as error:
-        raise CapabilityError(f"model {model_id} needs more to be installed: {_first(error)}") from error
+        raise CapabilityError(f"model {model_id} needs more to be installed: {first_line(error)}") from error
     except OSError as error:
         if Path(model_id).expanduser().is_dir():
-            raise DataError(f"model folder {model_id} lacks a file or holds a damaged one: {_first(error)}") from error
-        raise ConfigError(f"model {model_id} was not found as a folder or on the hub: {_first(error)}") from error
+            raise DataError(
+                f"model folder {model_id} lacks a file or holds a damaged one: {first_line(error)}"
+            ) from error
+        raise ConfigError(f"model {model_id} was not found as a folder or on the hub: {first_line(error)}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(f"model {model_id} brings its own code; set trust_remote_code=true to run it") from error
-        raise CapabilityError(f"model {model_id} cannot be loaded: {_first(error)}") from error
+        raise CapabilityError(f"model {model_id} cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # safetensors and pickle errors have no common base
-        raise DataError(f"the files of model {model_id} cannot be read: {_first(error)}") from error
+        raise DataError(f"the files of model {model_id} cannot be read: {first_line(error)}") from error
 
 
 @functools.cache  # once a process: a hub that is out of reach costs seconds each time
@@ -384,11 +386,6 @@ def _hub_answers() -> bool:
     except Exception:  # of whichever HTTP library the hub's client builds on: each has its own
         return False
     return True
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import CapabilityError
+from stethoscope.errors import CapabilityError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -48,9 +48,8 @@ def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
             settings, _ = cls.get_processor_dict(source, **where)
         except (ImportError, OSError, ValueError, TypeError, AttributeError) as second:
-            first = (str(second).strip().splitlines() or [type(second).__name__])[0]
             raise CapabilityError(
-                f"the {cls.__name__} of {source} cannot be loaded, even without videos: {first}"
+                f"the {cls.__name__} of {source} cannot be loaded, even without videos: {first_line(second)}"
             ) from error
         parts = cls.get_attributes()
         known = [name for name in inspect.signature(cls.__init__).parameters if name in settings and name not in parts]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stethoscope.errors import ConfigError, StethoscopeError, unknown
+from stethoscope.errors import ConfigError, StethoscopeError, first_line, unknown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -124,7 +124,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that started a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(error)
 
 
 def conf_folder() -> Path:

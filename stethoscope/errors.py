@@ -30,6 +30,15 @@ class ArtefactError(StethoscopeError):
     """A saved detector or run directory is missing, damaged or does not fit."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters; the name of its type where it has none.
+
+    >>> first_line(ValueError("bad magic\\nsee the log")), first_line(KeyboardInterrupt())
+    ('bad magic', 'KeyboardInterrupt')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Message for a name that is not known, with close matches and what there is.
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stethoscope.errors import DataError
+from stethoscope.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,8 +155,7 @@ def _decoder_errors(name: str) -> Iterator[None]:
     except (MemoryError, UnidentifiedImageError, Images.DecompressionBombError):
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise DataError(f"{name} cannot be read: {reason}") from None
+        raise DataError(f"{name} cannot be read: {first_line(error)}") from None
 
 
 def file_digest(path: Path) -> str:

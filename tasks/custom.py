@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
@@ -202,7 +202,7 @@ def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or first_line(error)
         raise DataError(f"{path}{place}: neither YAML nor JSON ({reason})") from None
     if isinstance(data, list):
         data = {name: [] for name in data if isinstance(name, str)} if all(isinstance(n, str) for n in data) else None

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import DataError
+from stethoscope.errors import DataError, first_line
 from stethoscope.images import read_image
 from stethoscope.records import ImageRef
 from stethoscope.tasks.image_folder import Bounds, ImageFolder
@@ -167,8 +167,7 @@ def load(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn, list[d
         files = [glob.escape(os.fspath(file)) for file in split_files(folder, split)]
         data = datasets.load_dataset("parquet", data_files={split: files}, split=source.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError, DataError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} cannot be loaded: {reason}") from None
+        raise DataError(f"{name} cannot be loaded: {first_line(error)}") from None
     for column in columns:
         if column not in data.column_names:
             there = ", ".join(map(clipped, data.column_names))

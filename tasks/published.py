@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.errors import DataError
+from stethoscope.errors import DataError, first_line
 from stethoscope.records import ImageRef
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _value(text: str, at: int, path: Path, line: int | None = None) -> tuple[Any
         raise DataError(f"{path}, {place}: not JSON ({error.msg} at column {error.colno})") from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         place = f"line {line or text.count(chr(10), 0, at) + 1}"
-        raise DataError(f"{path}, {place}: not JSON that can be read ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}, {place}: not JSON that can be read ({first_line(error)})") from None
 
 
 def _object(row: Any, keys: Iterable[str], where: str) -> dict[str, Any]:

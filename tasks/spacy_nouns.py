@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from stethoscope.errors import ConfigError
+from stethoscope.errors import ConfigError, first_line
 from stethoscope.tasks.nouns import Nouns
 from stethoscope.tasks.objects import Mention
 
@@ -44,8 +44,9 @@ class SpacyNouns:
         try:
             self._pipeline = spacy.load(model)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"task.spacy={model!r} cannot be loaded: {reason}; to install it: {INSTALL}") from None
+            raise ConfigError(
+                f"task.spacy={model!r} cannot be loaded: {first_line(error)}; to install it: {INSTALL}"
+            ) from None
         if not self._pipeline.vocab.vectors_length:
             raise ConfigError(f"task.spacy={model!r} has no word vectors; a model that ends in _md or _lg has them")
         self._nouns, self._threshold = nouns, threshold

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.cache import LRUCache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +29,7 @@ class Eyes:
     """
 
     def __init__(self, pictures: int = 4) -> None:
-        self._pictures = pictures
-        self._seen: OrderedDict[Hashable, Any] = OrderedDict()
+        self._seen = LRUCache(pictures)
         self.looked = self.remembered = 0
 
     @contextmanager
@@ -57,13 +57,11 @@ class Eyes:
             key = _key((arguments, [pair for pair in given if pair[0] != "return_dict"]))
             if key in self._seen:
                 self.remembered += 1
-                self._seen.move_to_end(key)
+                features = self._seen.get(key)
             else:
                 self.looked += 1
-                self._seen[key] = look(*arguments, **options)
-            while len(self._seen) > self._pictures:
-                self._seen.popitem(last=False)
-            return copy(self._seen[key])  # beam search writes into what it is given
+                features = self._seen.put(key, look(*arguments, **options))
+            return copy(features)  # beam search writes into what it is given
 
         return remember
 

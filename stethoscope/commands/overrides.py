@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.build import choices, compose, groups
-from stethoscope.errors import ConfigError, unknown
+from stethoscope.errors import ConfigError, first_line, unknown
 from stethoscope.terminal import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
@@ -43,7 +43,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         key = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
         return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
     if isinstance(error, InterpolationResolutionError):
-        return one_line(text.splitlines()[0])
+        return one_line(first_line(error))
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)

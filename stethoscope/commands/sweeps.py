@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.overrides import check_values
 from stethoscope.commands.words import quote, unquoted
-from stethoscope.errors import ConfigError, StethoscopeError
+from stethoscope.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.redaction import redact, redact_text, redact_word
 from stethoscope.runs.jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
 from stethoscope.terminal import console, one_line, visible_output
@@ -202,7 +202,7 @@ def _resolved(folder: Path) -> Path:
     try:
         return Path(OmegaConf.create({"folder": str(folder)}).folder)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the folder of the sweep, {folder}: {one_line(str(error).splitlines()[0])}") from None
+        raise ConfigError(f"the folder of the sweep, {folder}: {one_line(first_line(error))}") from None
 
 
 @contextmanager

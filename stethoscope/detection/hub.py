@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.detection.artefact import MANIFEST, OBJECTS
-from stethoscope.errors import ArtefactError
+from stethoscope.errors import ArtefactError, first_line
 
 CARD = "README.md"
 SHOWN = {
@@ -82,8 +82,7 @@ def _spoken(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client lets errors of its HTTP library through, which changes with its versions
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ArtefactError(f"{what}: {type(error).__name__}: {reason}") from None
+        raise ArtefactError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def push(

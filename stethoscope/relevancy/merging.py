@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from stethoscope.core.cache import LRUCache
 from stethoscope.errors import CapabilityError
 from stethoscope.relevancy.scaling import scaled
 from stethoscope.tracing.capture import Listener, Site, record
@@ -59,7 +60,7 @@ class Merging:
         return shares.new_zeros(*shares.shape[:-1], self.size).index_add(-1, self.vision.to(shares.device), sent)
 
 
-_known: WeakKeyDictionary[nn.Module, dict[str, Merging]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, LRUCache] = WeakKeyDictionary()
 
 
 class _Reached(Exception):
@@ -107,12 +108,9 @@ def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor)
     Raises:
         CapabilityError: a vision token reaches several image tokens in a way that is not known, or none has a trail.
     """
-    known, key = _known.setdefault(model, {}), _key(model, inputs, len(image))
-    if key not in known:
-        if len(known) >= _MOST:
-            known.clear()
-        known[key] = _found(model, inputs, image)
-    return known[key]
+    cache, key = _known.setdefault(model, LRUCache(_MOST)), _key(model, inputs, len(image))
+    links = cache.get(key)
+    return cache.put(key, _found(model, inputs, image)) if links is None else links
 
 
 def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> str:

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -27,8 +26,6 @@ PACKAGES = (
     "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",
     "pillow", "scikit-learn", "safetensors", "hydra-core", "wandb",
 )  # fmt: skip
-_LATE = re.compile(r"(adapter|task)\.code|adapter\.(ends|settings\.\w+|settings)")
-"""Keys that fingerprints did not have from the beginning."""
 _MODEL_LOCATIONS = (
     "model_id",
     "revision",
@@ -135,16 +132,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
             for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if old == new else [(prefix, old, new)]
-
-
-def comparable(changes: list[tuple[str, Any, Any]]) -> tuple[list[tuple[str, Any, Any]], list[str]]:
-    """Differences to an older fingerprint, and the keys that were not noted yet when it was made.
-
-    >>> comparable([("task.version", "1", "2"), ("task.code", None, "5e1f"), ("adapter.settings.config", None, "77a0")])
-    ([('task.version', '1', '2')], ['task.code', 'adapter.settings.config'])
-    """
-    late = [key for key, old, _ in changes if old is None and _LATE.fullmatch(key)]
-    return [change for change in changes if change[0] not in late], late
 
 
 def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:

@@ -35,7 +35,7 @@ class Record:
         prompt_sha256: digest of the prompt's token ids as the model read them, see ``Encoded.sha256``; empty if there
             was no prompt.
         image_sha256: digest of the picture that was asked about, see ``ImageRef.sha256``; empty if it could not be
-            loaded, and in records of runs from before there was one.
+            loaded.
         seconds: time spent by stage (``encode``, ``generate``, ``score``, ``trace``); a batch's time is shared evenly.
         untraced: why ``extract`` could not add token rows; empty if it did, or was never asked to.
         tokens: number of rows in the token table.

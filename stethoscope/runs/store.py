@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +24,7 @@ from stethoscope.core.files import (
 )
 from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.redaction import redact, redact_word
-from stethoscope.runs.fingerprint import comparable, describe, differences, environment, jsonable
+from stethoscope.runs.fingerprint import describe, differences, environment, jsonable
 from stethoscope.runs.lines import Record, dump, lines
 from stethoscope.runs.tokens import Key, TokenFiles
 
@@ -376,12 +375,6 @@ class RunStore:
 
     def _refuse(self, task: str, changes: list[tuple[str, Any, Any]], moved: Collection[str] = ()) -> None:
         changes = [change for change in changes if change[0] not in moved]
-        changes, late = comparable(changes)
-        if late:
-            warnings.warn(
-                f"{self.run_dir} was begun before {', '.join(late)} was noted; it is taken to be unchanged",
-                stacklevel=4,
-            )
         if changes:
             asked = [old for key, old, _ in changes if key == "adapter.prompt"]
             dated = "; model.prompt with the text of before goes on" if asked and len(changes) == 1 else ""
