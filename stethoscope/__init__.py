@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stethoscope.streaming import WarningStreamer as WarningStreamer
     from stethoscope.streaming import stream as stream
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Detector",
     "Diagnosis",

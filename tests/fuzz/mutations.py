@@ -44,7 +44,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "torch.load",
         "pandas.read_pickle",
         "stethoscope.build.load",
-        "stethoscope.adapters.template.Adapter",
+        "stethoscope.adapters.testbed.TestbedAdapter",
         "stethoscope.adapters.hf.HfAdapter",
         "stethoscope.task.Task",
         "stethoscope.tasks.custom.Custom",

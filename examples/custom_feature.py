@@ -1,0 +1,37 @@
+"""Add a feature: a function of a trace with a value for every answer token. The first line explains it in lists.
+
+    stethoscope evaluate task=chair task.scenes=100 name=first
+    PYTHONPATH=examples stethoscope extract --config-dir examples/conf plugins=[custom_feature] \
+        run=runs/first features=surprise
+    stethoscope train run=runs/first
+
+The columns are then in `tokens.parquet`, on the leader board, and the detector has learned from them.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from stethoscope.features import FeatureSet, feature
+from stethoscope.features.attention import attn_image
+
+__all__ = ["FeatureSet"]  # named by the YAML file, so that this module is read and its features are known
+
+
+@feature("surprise", high="hallucinated")
+def running_nll(trace) -> np.ndarray:
+    """Mean negative log-probability of this token and the two before it, in nats."""
+    nll = -np.array(trace.answer.logprobs)
+    return np.array([nll[max(index - 2, 0) : index + 1].mean() for index in range(len(nll))])
+
+
+@feature("surprise", high="depends")
+def token_length(trace) -> np.ndarray:
+    """Number of characters that the token adds to the answer."""
+    return np.array([end - start for start, end in trace.answer.offsets])
+
+
+@feature("surprise", high="grounded", needs=["attention"])
+def attn_image_gain(trace) -> Tensor:
+    """Attention mass on the image in the last layer minus that in the first, in [-1, 1]."""
+    image = attn_image(trace)  # (tokens, layers); features are functions of a trace, so they can use each other
+    return image[:, -1] - image[:, 0]

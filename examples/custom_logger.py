@@ -1,0 +1,35 @@
+"""Add a logger: final figures as a CSV file in the run directory. `events.jsonl` is written beside it in any case.
+
+    PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[custom_logger] \
+        logger=csv task=pope task.scenes=50
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from stethoscope.loggers import Logger
+
+
+class CsvLogger(Logger):
+    """Write final figures as two columns, name and value. A logger that fails is warned about and stops no run."""
+
+    def __init__(self, file: str = "figures.csv") -> None:
+        self.file = file
+        self.path: Path | None = None
+        self.figures: dict[str, float] = {}
+
+    def setup(self, run_dir: Path | None) -> None:
+        """Called before anything is logged, with the run directory if there is one."""
+        self.path = None if run_dir is None else run_dir / self.file
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep final figures, which have no step; those of a curve are left out."""
+        if step is None:
+            self.figures |= metrics
+
+    def finalize(self, status: str) -> None:
+        """Write the file. `status` is `finished`, `failed` or `interrupted`."""
+        if self.path is not None and self.figures:
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerows([("name", "value"), *sorted(self.figures.items())])

@@ -1,0 +1,30 @@
+"""Train a detector on the objects that captions name, judge it on other images, save it, and read it back.
+
+    python examples/train_detector.py
+
+The commands `stethoscope evaluate`, `extract` and `train` do the same, with baselines and controls beside it.
+"""
+
+import stethoscope
+from stethoscope.features import FeatureSet
+from stethoscope.metrics import auroc, ece
+from stethoscope.runs.store import RunStore
+from stethoscope.stats import split_groups
+from stethoscope.tasks.chair import Chair
+
+adapter = stethoscope.load("testbed")
+features = FeatureSet(groups=["uncertainty", "position", "attention", "lens"])
+stethoscope.Evaluator(batch_size=32, features=features, run_dir="runs/example-chair").run(adapter, Chair(scenes=120))
+
+table = RunStore("runs/example-chair").tokens("chair")  # a row for every token of an answer that names an object
+folds = split_groups(table["group"].to_numpy(dtype=str), {"train": 0.5, "calibration": 0.2, "test": 0.3}, seed=0)
+detector = stethoscope.Detector().fit(table[folds["train"]], table[folds["calibration"]])
+
+test = detector.rows(table[folds["test"]])  # a row for every object that is named for the first time
+probability = detector.predict(test)
+labels = test["label"].to_numpy(dtype=int)
+print(f"{len(test)} mentions in {test['group'].nunique()} images, {labels.mean():.1%} hallucinated")
+print(f"AUROC {auroc(labels, probability):.3f}, calibration error {ece(labels, probability):.3f}")
+
+detector.save("runs/example-chair/detector")
+assert (stethoscope.Detector.load("runs/example-chair/detector").predict(test) == probability).all()

@@ -1,0 +1,142 @@
+"""The files of ``examples/``: each runs as its docstring says, and adding a part is one file and one YAML."""
+
+import csv
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from stethoscope.detector import Detector
+from stethoscope.features import FEATURES
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+FILES = sorted(EXAMPLES.glob("*.py"))
+CONF = ("--config-dir", EXAMPLES / "conf")
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Put ``examples/`` on the path; forget its modules and features afterwards."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch.set_num_threads(1)
+    features = dict(FEATURES)
+    yield EXAMPLES
+    FEATURES.clear()
+    FEATURES.update(features)
+    for name in {path.stem for path in FILES} & set(sys.modules):
+        del sys.modules[name]
+
+
+def run_example(name, capsys):
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_example_is_short(path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_example_is_run_by_a_test_of_this_file(path):
+    assert re.search(rf"def test_{path.stem}\b", Path(__file__).read_text())
+
+
+def test_evaluate(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = run_example("evaluate", capsys)
+    assert re.search(r"adversarial F1: 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", output)
+    assert "0 failed" in output
+
+
+def test_train_detector(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = run_example("train_detector", capsys)
+    assert float(re.search(r"AUROC (0\.\d+)", output)[1]) > 0.7
+    assert Detector.load("runs/example-chair").fitted
+
+
+def test_stream(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = run_example("stream", capsys)
+    assert output.startswith("The ")
+    assert re.search(r"^ *\d+% \w+", output, re.MULTILINE)
+
+
+def test_diagnose(examples, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = run_example("diagnose", capsys)
+    assert "warned" in output
+    assert "most relevant region" in output
+    assert Path("runs/example-diagnosis.html").read_text().startswith("<!")
+
+
+def test_custom_model(examples, stethoscope):
+    words = ("model=pooled", "model.random_init=tiny", "task=pope", "task.scenes=2", "logger=none", "callbacks=none")
+    output = stethoscope("evaluate", *CONF, "plugins=[custom_model]", *words, "name=one", code=0)
+    assert "0 failed" in output
+    assert "custom_model.PooledAdapter" in Path("runs/one/config.yaml").read_text()
+
+
+def test_custom_task(examples, stethoscope):
+    words = ("task=both_right", "task.scenes=10", "logger=none", "callbacks=none", "name=one")
+    stethoscope("evaluate", *CONF, "plugins=[custom_task]", *words, code=0)
+    metrics = json.loads(Path("runs/one/metrics.json").read_text())["both_right"]["metrics"]
+    values = {(row["metric"], row["subset"]): row["value"] for row in metrics}
+    assert values["pairs", "all"] <= min(values["accuracy", "yes"], values["accuracy", "no"]) <= 1
+
+
+def test_custom_feature(examples, finished, stethoscope, tmp_path):
+    run = shutil.copytree(finished / "alone", tmp_path / "run")
+    words = (f"run={run}", "features=surprise", "callbacks=none")
+    stethoscope("extract", *CONF, "plugins=[custom_feature]", *words, code=0)
+    table = pd.read_parquet(run / "tokens.parquet")
+    assert {"running_nll", "token_length", "attn_image_gain"} <= set(table.columns)
+    assert (table["token_length"] == table["end"] - table["start"]).all()
+    layers = table.filter(regex=r"^attn_image_l\d+$")
+    np.testing.assert_allclose(table["attn_image_gain"], layers.iloc[:, -1] - layers.iloc[:, 0], atol=1e-6)
+
+
+def test_custom_detector(examples, finished, stethoscope, tmp_path):
+    words = ("detector=few_columns", "detector.count=3", "logger=none", "published=false")
+    words = (*words, f"run={finished / 'greedy'}", f"run_dir={tmp_path / 'trained'}")
+    output = stethoscope("train", *CONF, "plugins=[custom_detector]", *words, code=0)
+    assert "detector" in output
+    detector = Detector.load(tmp_path / "trained")  # without the example's module
+    assert type(detector) is Detector
+    assert len(detector.features) == 3
+
+
+def test_custom_callback(examples, stethoscope):
+    words = ("callbacks=lengths", "task=chair", "task.scenes=7", "logger=none", "name=one")
+    stethoscope("evaluate", *CONF, "plugins=[custom_callback]", *words, code=0)
+    events = [json.loads(line) for line in Path("runs/one/events.jsonl").read_text().splitlines()]
+    tables = {event["name"]: event["rows"] for event in events if event["event"] == "table"}
+    lengths = [length for _, length in tables["chair/longest"]]
+    assert len(lengths) == 5
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_custom_logger(examples, stethoscope):
+    words = ("logger=csv", "task=pope", "task.scenes=2", "callbacks=none", "name=one")
+    stethoscope("evaluate", *CONF, "plugins=[custom_logger]", *words, code=0)
+    rows = dict(csv.reader(Path("runs/one/figures.csv").read_text().splitlines()))
+    assert 0 <= float(rows["pope/random/accuracy"]) <= 1
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "conf").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_has_a_title_and_names_its_module(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    node = yaml.safe_load(text)
+    targets = [value["_target_"] for value in node.values() if isinstance(value, dict)] or [node["_target_"]]
+    assert all((EXAMPLES / f"{target.split('.')[0]}.py").is_file() for target in targets)
