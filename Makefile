@@ -34,8 +34,8 @@ slow: $(VENV)/.ready
 	$(MAKE) floors pythons
 
 # the part of the suite that speaks to other libraries: formats, fits, loggers, runs, images, the main job, the app
-TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/runs tests/unit/test_images.py tests/unit/test_table.py \
-	tests/unit/test_build.py tests/unit/test_loggers.py tests/unit/detection/test_artefact.py \
+TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/storage tests/unit/core/test_images.py tests/unit/core/test_token_table.py \
+	tests/unit/core/test_component.py tests/unit/loggers/test_loggers.py tests/unit/detection/test_artefact.py \
 	tests/unit/detection/test_inference.py tests/unit/detection/test_factor.py tests/integration/test_main_job.py \
 	tests/app/test_server.py
 

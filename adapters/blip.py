@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

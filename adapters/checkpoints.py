@@ -21,8 +21,8 @@ from torch import Tensor
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
-from stethoscope.errors import ConfigError, DataError, first_line
-from stethoscope.runs.digests import remembered
+from stethoscope.core.digests import remembered
+from stethoscope.core.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

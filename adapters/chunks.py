@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.errors import ConfigError, DataError, first_line
+from stethoscope.core.errors import ConfigError, DataError, first_line
 from stethoscope.trace import Encoded, Spans
 from stethoscope.tracing.spans import Grids
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.loading import Loading, is_folder, one_line, quiet
 from stethoscope.adapters.pixels import CLIP_MEAN, CLIP_STD
-from stethoscope.errors import CapabilityError, ConfigError, DataError, unknown
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.pixels import PixelProcessor, pad_to_square, squash
-from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

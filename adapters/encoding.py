@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.cache import LRUCache
-from stethoscope.errors import ConfigError, DataError, first_line
-from stethoscope.faults import deadly_signals, reason
-from stethoscope.images import rgb
+from stethoscope.core.errors import ConfigError, DataError, first_line
+from stethoscope.core.images import rgb
+from stethoscope.core.system import deadly_signals, reason
 from stethoscope.trace import Encoded, Spans
 from stethoscope.tracing.spans import image_layout, image_positions, question_positions
 

@@ -18,10 +18,10 @@ from stethoscope.adapters.contrasts import Blanks
 from stethoscope.adapters.encoding import Encoder, check_chat_template, check_prompt
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tracing import Tracing
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
-from stethoscope.faults import model_faults
-from stethoscope.offsets import decode_with_offsets
-from stethoscope.records import Answer, Generation, Memory
+from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
+from stethoscope.core.offsets import decode_with_offsets
+from stethoscope.core.system import model_faults
+from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
 from stethoscope.tracing.lens import Lens
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import DataError
-from stethoscope.runs.digests import remembered
+from stethoscope.core.digests import remembered
+from stethoscope.core.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import blip, processors
-from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
 from stethoscope.runs.processes import variable
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import nn
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
-from stethoscope.records import Memory
-from stethoscope.relevancy.attention import BUDGET
+from stethoscope.core.types import Memory
+from stethoscope.relevancy.attention_backward import BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeh
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import is_folder, one_line
 from stethoscope.adapters.pixels import PixelProcessor, squash
-from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.trace import Encoded
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 
 from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.words import make_room
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 
 MERGED = 4
 """Horizontally neighbouring patches that the Llama-2 version makes one token of."""

@@ -11,7 +11,7 @@ from stethoscope.adapters.checkpoints import Weight, Weights
 from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.pixels import PixelProcessor, squash, squash_to_longest
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

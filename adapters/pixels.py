@@ -11,7 +11,7 @@ from PIL import Image as PIL
 from PIL.Image import Image
 from torch import Tensor
 
-from stethoscope.images import rgb
+from stethoscope.core.images import rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

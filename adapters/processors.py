@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import CapabilityError, first_line
+from stethoscope.core.errors import CapabilityError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

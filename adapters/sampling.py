@@ -18,9 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stethoscope.errors import ConfigError
-from stethoscope.offsets import decode_with_offsets
-from stethoscope.records import Generation
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.offsets import decode_with_offsets
+from stethoscope.core.types import Generation
 from stethoscope.trace import Encoded
 
 _SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stethoscope.adapters.contrasts import Contrasts
 from stethoscope.adapters.passes import Pass
-from stethoscope.errors import CapabilityError, CaptureError
+from stethoscope.core.errors import CapabilityError, CaptureError
+from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
-from stethoscope.records import Answer
 from stethoscope.relevancy import Relevancy, answer_relevancy, relevancies_from_inputs
 from stethoscope.trace import Encoded, Trace
 from stethoscope.tracing.capture import record, selected

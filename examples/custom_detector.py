@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from stethoscope import Detector
-from stethoscope.metrics import auroc
-from stethoscope.table import feature_names
+from stethoscope.core.token_table import feature_names
+from stethoscope.metrics.classification import auroc
 
 
 class FewColumns(Detector):

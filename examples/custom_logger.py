@@ -8,7 +8,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from stethoscope.loggers import Logger
+from stethoscope.loggers.base import Logger
 
 
 class CsvLogger(Logger):

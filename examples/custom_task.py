@@ -4,7 +4,7 @@ PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[cus
 """
 
 from stethoscope import testbed
-from stethoscope.records import Answer, ImageRef, Sample, Score
+from stethoscope.core.types import Answer, ImageRef, Sample, Score
 from stethoscope.task import Judged, Tally, Task
 from stethoscope.tasks import yes_no
 

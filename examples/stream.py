@@ -6,7 +6,7 @@ python examples/stream.py
 import stethoscope
 from stethoscope import testbed
 from stethoscope.features import FeatureSet
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."

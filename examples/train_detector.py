@@ -7,9 +7,9 @@ The commands `stethoscope evaluate`, `extract` and `train` do the same, with bas
 
 import stethoscope
 from stethoscope.features import FeatureSet
-from stethoscope.metrics import auroc, ece
-from stethoscope.runs.store import RunStore
-from stethoscope.stats import split_groups
+from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.metrics.classification import auroc, ece
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 
 adapter = stethoscope.load("testbed")

@@ -12,13 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.build import load as load
-    from stethoscope.detector import Detector as Detector
-    from stethoscope.diagnosis import Diagnosis as Diagnosis
-    from stethoscope.diagnosis import diagnose as diagnose
-    from stethoscope.evaluator import Evaluator as Evaluator
-    from stethoscope.streaming import WarningStreamer as WarningStreamer
-    from stethoscope.streaming import stream as stream
+    from stethoscope.core.component import load
+    from stethoscope.detector import Detector
+    from stethoscope.diagnosis import Diagnosis, diagnose
+    from stethoscope.evaluator import Evaluator
+    from stethoscope.streaming import WarningStreamer, stream
 
 __version__ = "0.2.0"
 __all__ = [
@@ -38,7 +36,7 @@ _HOMES = {
     "Evaluator": "stethoscope.evaluator",
     "diagnose": "stethoscope.diagnosis",
     "WarningStreamer": "stethoscope.streaming",
-    "load": "stethoscope.build",
+    "load": "stethoscope.core.component",
     "stream": "stethoscope.streaming",
 }
 

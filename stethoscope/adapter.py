@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import CapabilityError
-from stethoscope.records import Answer, Generation, Memory
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.trace import FORWARD_NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
-from stethoscope.faults import free_memory, out_of_memory
-from stethoscope.records import Answer, Generation, Mention, Sample, Score
-from stethoscope.redaction import redact_text
-from stethoscope.runs.lines import FAILED, OK, UNPARSED, Record
+from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
+from stethoscope.core.system import free_memory, out_of_memory
+from stethoscope.core.text import redact_text
+from stethoscope.core.types import Answer, Generation, Mention, Sample, Score
 from stethoscope.runs.run import Run
+from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,7 +261,7 @@ class Worker:
 
     def _trace(self, drafts: Sequence[Draft]) -> None:
         """Token rows with features."""
-        from stethoscope.runs.tokens import token_table
+        from stethoscope.storage.tokens import token_table
         from stethoscope.tracing.per_mention import trace_answers
 
         def trace(some: Sequence[Draft]) -> Sequence[Trace]:

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import DataError
-from stethoscope.media import Picture
-from stethoscope.runs.fingerprint import jsonable
-from stethoscope.terminal import console, wrap_streams
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import DataError
+from stethoscope.core.text import console, wrap_streams
+from stethoscope.loggers.media import Picture
 
 if TYPE_CHECKING:
-    from stethoscope.records import Sample
-    from stethoscope.runs.lines import Record
+    from stethoscope.core.types import Sample
     from stethoscope.runs.results import TaskResults
     from stethoscope.runs.run import Run
+    from stethoscope.storage.records import Record
     from stethoscope.trace import Trace
 
 

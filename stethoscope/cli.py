@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
-from stethoscope.errors import ConfigError, StethoscopeError, unknown
-from stethoscope.faults import Terminated, disk_faults, ended_by_signal, unread_output
+from stethoscope.core.errors import ConfigError, StethoscopeError, unknown
+from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, unread_output
+from stethoscope.core.text import one_line, visible_output
 from stethoscope.runs.processes import count, rank
-from stethoscope.terminal import one_line, visible_output
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
@@ -107,10 +107,10 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
     from stethoscope.commands.overrides import check_values, explain
     from stethoscope.commands.sweeps import Sweep, masked_multirun
-    from stethoscope.commands.words import option, spell, split
 
     options, words = split(arguments)
     sweeping = bool({"-m", "--multirun"} & set(options))

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema, Subtokens, mention_rows, require, select_features
 from stethoscope.detection import artefact, hub
 from stethoscope.detection.conformal import Certificate, Promise, promised
 from stethoscope.detection.estimators import CalibratedModel, Examples, best_threshold
@@ -19,8 +21,6 @@ from stethoscope.detection.factor import EXTERNAL
 from stethoscope.detection.inputs import Inputs, told_apart
 from stethoscope.detection.settings import checked
 from stethoscope.detection.sight import Look, Sighted, most_likely
-from stethoscope.errors import ArtefactError, ConfigError, DataError
-from stethoscope.table import FeatureSchema, Subtokens, mention_rows, require, select_features
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
 
@@ -44,7 +44,7 @@ class Detector:
         seed: of everything random; the same data and seed give the same detector.
         factored: learn evidence and prior apart (``stethoscope.detection.factor``), so that every warning says how
             much is which; the prior knows place and name of the mention.
-        subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.table.mention_rows``.
+        subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.core.token_table.mention_rows``.
         sight: read the feature ``looked_at``, where the table has it, to ask whether the place that a name was written
             from looks like what it names (``stethoscope.detection.sight``). It must know the object, but for that
             question alone. False leaves the feature out.

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.adapter import Adapter
 from stethoscope.batch import Features, Worker, message
 from stethoscope.callbacks import Callback
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.faults import disk_faults
-from stethoscope.loggers import Logger, Loggers
-from stethoscope.records import Generation, Sample
-from stethoscope.runs.fingerprint import answers_of, differences, digest, features_of, jsonable, locations_of
-from stethoscope.runs.lines import FAILED, OK, UNPARSED
-from stethoscope.runs.lock import RunLock
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.system import disk_faults
+from stethoscope.core.types import Generation, Sample
+from stethoscope.loggers.base import Logger, Loggers
 from stethoscope.runs.processes import MEETING_MINUTES, Ended, joined
 from stethoscope.runs.results import COUNTS, TaskResults
 from stethoscope.runs.run import Run
-from stethoscope.runs.selection import checked, recorded, select
-from stethoscope.runs.store import Overwrite, RunStore
+from stethoscope.storage.lock import RunLock
+from stethoscope.storage.records import FAILED, OK, UNPARSED, checked, recorded, select
+from stethoscope.storage.run_dir import Overwrite, RunStore
+from stethoscope.storage.run_fingerprint import answers_of, differences, digest, features_of, locations_of
 from stethoscope.task import Task
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class Evaluator:
 
     def _results(self, run: Run) -> TaskResults:
         """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
-        from stethoscope.stats import count_metrics
+        from stethoscope.metrics.bootstrap import count_metrics
 
         outcomes = [run.outcomes[sample.id] for sample in run.samples]
         pairs = zip(run.samples, outcomes, strict=True)

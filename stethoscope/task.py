@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from stethoscope.records import Answer, Mention, Sample, Score
+from stethoscope.core.types import Answer, Mention, Sample, Score
 
 Totals = Mapping[str, np.ndarray]
 """Sums of ``Score.counts`` over samples: one float array of any common shape for each name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.records import Answer
+from stethoscope.core.types import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping

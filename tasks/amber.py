@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import UNKNOWN, Answer, Mention, Sample, Score
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.captions import labelled

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from stethoscope import records
-from stethoscope.records import Score
+from stethoscope.core import types
+from stethoscope.core.types import Score
 from stethoscope.task import Totals
 from stethoscope.tasks.objects import Mention
 from stethoscope.tasks.totals import ratio
@@ -45,7 +45,7 @@ def score_caption(text: str, named: Sequence[str], truth: Collection[str]) -> Sc
     return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
 
 
-def labelled(found: Sequence[Mention], label: Callable[[str], int]) -> tuple[records.Mention, ...]:
+def labelled(found: Sequence[Mention], label: Callable[[str], int]) -> tuple[types.Mention, ...]:
     """Mentions with their labels and numbers.
 
     Args:
@@ -55,7 +55,7 @@ def labelled(found: Sequence[Mention], label: Callable[[str], int]) -> tuple[rec
     before: Counter[str] = Counter()
     rows = []
     for number, (name, start, end) in enumerate(found):
-        rows.append(records.Mention(start, end, name, label(name), number, before[name]))
+        rows.append(types.Mention(start, end, name, label(name), number, before[name]))
         before[name] += 1
     return tuple(rows)
 

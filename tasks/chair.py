@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from stethoscope import records
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, ImageRef, Sample, Score
+from stethoscope.core import types
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.types import Answer, ImageRef, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.captions import METRICS, complete_sentences, labelled, score_caption
@@ -162,7 +162,7 @@ class Chair(Task):
         text = self._judged(answer)
         return score_caption(text, [mention.name for mention in mentions(text)], sample.reference["objects"])
 
-    def mentions(self, sample: Sample, answer: Answer) -> tuple[records.Mention, ...]:
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[types.Mention, ...]:
         """Every object that the judged part of the answer names: 1 if it is not in the picture, 0 if it is."""
         truth = set(sample.reference["objects"])
         return labelled(mentions(self._judged(answer)), lambda name: int(name not in truth))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from stethoscope.errors import DataError, unknown
+from stethoscope.core.errors import DataError, unknown
 from stethoscope.tasks.objects import OBJECTS, mentions
 from stethoscope.tasks.published import clipped, read_json, shown
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from stethoscope.errors import ConfigError, DataError, first_line, unknown
-from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import captions, objects, yes_no
 from stethoscope.tasks.image_folder import ImageFolder

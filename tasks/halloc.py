@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks.given import moved
 from stethoscope.tasks.image_folder import ImageFolder

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.errors import DataError, first_line
-from stethoscope.images import read_image
-from stethoscope.records import ImageRef
+from stethoscope.core.errors import DataError, first_line
+from stethoscope.core.images import read_image
+from stethoscope.core.types import ImageRef
 from stethoscope.tasks.image_folder import Bounds, ImageFolder
 from stethoscope.tasks.published import clipped
 

@@ -8,9 +8,9 @@ import warnings
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from stethoscope.errors import DataError
-from stethoscope.images import SUFFIXES, is_image_file
-from stethoscope.records import ImageRef
+from stethoscope.core.errors import DataError
+from stethoscope.core.images import SUFFIXES, is_image_file
+from stethoscope.core.types import ImageRef
 from stethoscope.tasks.published import shown
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

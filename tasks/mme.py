@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import Answer, ImageRef, Mention, Sample, Score
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Judged, Tally, Task, Totals
 from stethoscope.tasks import hub, yes_no
 from stethoscope.tasks.image_folder import ImageFolder

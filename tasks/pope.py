@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from stethoscope.errors import ConfigError, DataError, unknown
-from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task, Totals
 from stethoscope.tasks import hub
 from stethoscope.tasks.image_folder import ImageFolder

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.errors import DataError, first_line
-from stethoscope.records import ImageRef
+from stethoscope.core.errors import DataError, first_line
+from stethoscope.core.types import ImageRef
 
 if TYPE_CHECKING:
     from stethoscope.tasks.image_folder import ImageFolder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-from stethoscope.records import Sample
+from stethoscope.core.types import Sample
 from stethoscope.task import Judged
 
 Key = Callable[[Sample], Hashable | None]

@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from stethoscope.errors import ConfigError, first_line
+from stethoscope.core.errors import ConfigError, first_line
 from stethoscope.tasks.nouns import Nouns
 from stethoscope.tasks.objects import Mention
 

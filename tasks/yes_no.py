@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from stethoscope.records import Mention
+from stethoscope.core.types import Mention
 
 Reply = str | None
 

@@ -13,7 +13,7 @@ import torch
 
 from stethoscope.adapters.tiny import authors, blip, gemma, idefics, internvl, llava, minigpt4, qwen
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
-from stethoscope.errors import CapabilityError, unknown
+from stethoscope.core.errors import CapabilityError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 
 API = "/gradio_api"
 STARTUP = f"{API}/startup-events"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from stethoscope.app import payload
 from stethoscope.app.models import TRAIN_ONE, Pool, Ready
 from stethoscope.app.sessions import NO_PICTURE
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.types import Answer, Generation, ImageRef
 from stethoscope.diagnosis import diagnose
-from stethoscope.errors import ConfigError, DataError
-from stethoscope.records import Answer, Generation, ImageRef
 from stethoscope.streaming import StreamedToken, stream
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stethoscope.app.eyes import Eyes
-from stethoscope.build import build, choices, compose
+from stethoscope.core.component import build, choices, compose
+from stethoscope.core.errors import CapabilityError, ConfigError, unknown
 from stethoscope.detection.finding import (
     AUTO,
     SWITCHED_OFF,
@@ -22,7 +23,6 @@ from stethoscope.detection.finding import (
     wanted,
 )
 from stethoscope.diagnosis import diagnose
-from stethoscope.errors import CapabilityError, ConfigError, unknown
 
 if TYPE_CHECKING:
     from stethoscope.adapter import Adapter
@@ -181,7 +181,7 @@ def _try(detector: Detector, adapter: Adapter) -> None:
 
 def streaming_delay(detector: Detector) -> int | None:
     """The ``delay`` at which a detector can judge while the answer is written; None if it cannot."""
-    from stethoscope.streaming.scoring import Scorer
+    from stethoscope.streaming.scorer import Scorer
 
     for delay in (0, 1):
         try:

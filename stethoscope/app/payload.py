@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stethoscope.core.errors import StethoscopeError
 from stethoscope.diagnosis.page import page_data
 from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
-from stethoscope.errors import StethoscopeError
 from stethoscope.markup import data_uri
 
 if TYPE_CHECKING:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.app import payload
 from stethoscope.app.asking import Question
 from stethoscope.app.models import Pool
-from stethoscope.commands.past import saved_task
-from stethoscope.errors import ArtefactError, StethoscopeError, unknown
-from stethoscope.records import Generation, ImageRef
+from stethoscope.commands.common import saved_task
+from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
+from stethoscope.core.types import Generation, ImageRef
 from stethoscope.report.page import collect
 from stethoscope.report.source import Source, readable
 
 if TYPE_CHECKING:
-    from stethoscope.records import Sample
-    from stethoscope.runs.lines import Record
+    from stethoscope.core.types import Sample
+    from stethoscope.storage.records import Record
 
 logger = logging.getLogger(__name__)
 

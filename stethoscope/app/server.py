@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from stethoscope.app.access import AccessMiddleware, add_to_no_proxy
 from stethoscope.app.sessions import MAX_SESSIONS, MAX_UPLOAD, SessionMiddleware, Sessions
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import gradio

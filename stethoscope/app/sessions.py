@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from stethoscope.app.access import API, respond
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 
 if TYPE_CHECKING:
     from stethoscope.app.asking import Case

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
-from stethoscope.errors import ConfigError
+from stethoscope.core.component import build
+from stethoscope.core.errors import ConfigError
 
 
 def run(config: DictConfig) -> None:

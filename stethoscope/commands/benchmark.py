@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
-from stethoscope.commands.session import answer, listed, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import answer, listed, loggers_of, report_failures, run_dir
+from stethoscope.core.component import build
 from stethoscope.runs.processes import rank
 
 if TYPE_CHECKING:
-    from stethoscope.loggers import Loggers
+    from stethoscope.loggers.base import Loggers
 
 
 def run(config: DictConfig) -> None:
@@ -21,12 +21,12 @@ def run(config: DictConfig) -> None:
     from stethoscope.adapter import Adapter
     from stethoscope.commands.tables import print_answer, print_detector
     from stethoscope.commands.train import fit, fractions
+    from stethoscope.core.token_table import check_patterns
     from stethoscope.detection.methods import check_sets
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
     from stethoscope.report.sending import send_detector
-    from stethoscope.runs.store import DETECTOR, RunStore
-    from stethoscope.table import check_patterns
+    from stethoscope.storage.run_dir import DETECTOR, RunStore
     from stethoscope.task import Task
 
     start = time.monotonic()

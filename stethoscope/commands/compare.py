@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.past import package_names, parse, saved_task
-from stethoscope.errors import ConfigError, unknown
+from stethoscope.commands.common import package_names, parse, saved_task
+from stethoscope.core.errors import ConfigError, unknown
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
-from stethoscope.errors import CapabilityError, ConfigError
-from stethoscope.terminal import console, visible
+from stethoscope.core.component import build
+from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.text import console, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from stethoscope.core.types import ImageRef
     from stethoscope.diagnosis import Diagnosis
     from stethoscope.diagnosis.parts import Named
-    from stethoscope.records import ImageRef
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (
@@ -34,11 +34,11 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from stethoscope.adapter import Adapter
+    from stethoscope.core.types import Generation
     from stethoscope.detection.finding import AUTO, detector_folder, shipped, wanted
     from stethoscope.detector import Detector
     from stethoscope.diagnosis import diagnose
     from stethoscope.diagnosis.readers import reader
-    from stethoscope.records import Generation
 
     if not str(config.question or "").strip():
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
@@ -69,7 +69,7 @@ def run(config: DictConfig) -> None:
 
 
 def _image(config: DictConfig) -> ImageRef:
-    from stethoscope.records import ImageRef
+    from stethoscope.core.types import ImageRef
 
     if config.image is not None:
         path = Path(str(config.image)).expanduser()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
-from stethoscope.commands.session import answer, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import answer, loggers_of, report_failures, run_dir
+from stethoscope.core.component import build
 from stethoscope.runs.processes import rank
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.build import build
-from stethoscope.commands.session import make_callbacks, report_failures, saved_config
-from stethoscope.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.commands.common import make_callbacks, report_failures, saved_config
+from stethoscope.core.component import build
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.runs.processes import rank
 
 if TYPE_CHECKING:
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.run_dir import RunStore
 
 SAVED = ("limit", "batch_size", "seed")
 """Settings of the evaluator that a run goes on with."""
@@ -125,13 +125,13 @@ def report_untraced(store: RunStore, task: str) -> None:
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapter import Adapter
-    from stethoscope.detection.columns import feature_of, fitting, one_space, shorten
+    from stethoscope.core.token_table import feature_of, fitting, one_space, shorten
+    from stethoscope.core.types import Generation
     from stethoscope.detection.finding import load_detector
     from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.evaluator import Evaluator
     from stethoscope.features import FeatureSet
-    from stethoscope.records import Generation
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.run_dir import RunStore
     from stethoscope.task import Task
 
     folder = Path(config.run)

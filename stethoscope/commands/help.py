@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from stethoscope.build import choices, compose, conf_folder
-from stethoscope.commands.words import quote
+from stethoscope.commands.command_line import quote
+from stethoscope.core.component import choices, compose, conf_folder
 
 WIDTH, COLUMN = 118, 28
 """Of the page, and where explanations begin that stand behind a setting."""

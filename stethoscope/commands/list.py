@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stethoscope.build import choices, groups
-from stethoscope.errors import ConfigError, unknown
+from stethoscope.core.component import choices, groups
+from stethoscope.core.errors import ConfigError, unknown
 
 USAGE = """usage: stethoscope list [GROUP]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.build import choices, compose, groups
-from stethoscope.errors import ConfigError, first_line, unknown
-from stethoscope.terminal import one_line
+from stethoscope.core.component import choices, compose, groups
+from stethoscope.core.errors import ConfigError, first_line, unknown
+from stethoscope.core.text import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Launchers of Hydra that come with an extra of ours."""

@@ -8,16 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stethoscope.commands.past import package_names, parse, saved_task
-from stethoscope.errors import ConfigError, StethoscopeError
+from stethoscope.commands.common import package_names, parse, saved_task
+from stethoscope.core.errors import ConfigError, StethoscopeError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.records import Sample
+    from stethoscope.core.types import Sample
     from stethoscope.report.gallery import Picture
     from stethoscope.report.source import Source
-    from stethoscope.runs.lines import Record
+    from stethoscope.storage.records import Record
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 

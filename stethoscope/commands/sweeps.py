@@ -21,12 +21,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_values
-from stethoscope.commands.words import quote, unquoted
-from stethoscope.errors import ConfigError, StethoscopeError, first_line
-from stethoscope.redaction import redact, redact_text, redact_word
-from stethoscope.runs.jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
-from stethoscope.terminal import console, one_line, visible_output
+from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
+from stethoscope.core.text import console, one_line, redact, redact_text, redact_word, visible_output
+from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
 
 LONGEST = 120  # characters of a folder's name
 
@@ -91,7 +90,7 @@ class Sweep:
             self._run(config, number, words)
 
     def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
-        from stethoscope.commands.session import listed
+        from stethoscope.commands.common import listed
 
         own = tuple(redact_word(unquoted(word)) for word in own_words(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
@@ -157,7 +156,7 @@ class Sweep:
         settings = next((job.logger for job in jobs if job.logger), None)
         if settings is None:
             return
-        from stethoscope.loggers import Loggers, WandbLogger
+        from stethoscope.loggers.base import Loggers, WandbLogger
 
         loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
         loggers.setup(self.folder)
@@ -170,7 +169,7 @@ class Sweep:
 
 def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
     """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
-    from stethoscope.commands.past import saved_task
+    from stethoscope.commands.common import saved_task
 
     return saved_task(source, name, sorted(plugins), offline=True)
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.text import console
+from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.figures import (
     AT_WORK,
     FIGURES,
@@ -17,13 +19,11 @@ from stethoscope.report.figures import (
     sizes,
 )
 from stethoscope.report.source import read_warnings
-from stethoscope.stats import Interval
-from stethoscope.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.run_dir import RunStore
 
 
 def print_detector(results: Mapping[str, Any]) -> None:

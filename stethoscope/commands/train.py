@@ -11,33 +11,32 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stethoscope.build import build, choices, compose
+from stethoscope.core.component import build, choices, compose
+from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import remove_temporaries
-from stethoscope.detection.columns import fitting, one_space, only, select_columns
+from stethoscope.core.token_table import feature_names, fitting, one_space, only, select_columns, select_features
 from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
-from stethoscope.errors import ArtefactError, ConfigError, unknown
 from stethoscope.report.tables import text
 from stethoscope.report.versus import transfer_table
-from stethoscope.table import feature_names, select_features
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from stethoscope.detector import Detector
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.run_dir import RunStore
 
 
 def run(config: DictConfig) -> None:
     """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
     from stethoscope.commands.benchmark import log_detector
-    from stethoscope.commands.session import listed, loggers_of, overrides
+    from stethoscope.commands.common import listed, loggers_of, overrides
     from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
     from stethoscope.report.sending import send_detector
-    from stethoscope.runs.lock import RunLock
-    from stethoscope.runs.sharing import share_table
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.lock import RunLock
+    from stethoscope.storage.reuse import share_table
+    from stethoscope.storage.run_dir import RunStore
 
     source, folder = Path(config.run), Path(config.run_dir)
     if not source.is_dir():
@@ -155,7 +154,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
         ConfigError: the entry says something else, or does not say which of several tasks.
         ArtefactError: there is no such run, or it has no token rows.
     """
-    from stethoscope.runs.store import RunStore
+    from stethoscope.storage.run_dir import RunStore
 
     wanted = {"run": node} if isinstance(node, str) else dict(node)
     if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
@@ -246,7 +245,7 @@ def fit(
     from stethoscope.detection.training import train_detector
     from stethoscope.detection.transfer import transfer
     from stethoscope.detection.warn import mention_warnings, write_warnings
-    from stethoscope.runs.store import DETECTOR
+    from stethoscope.storage.run_dir import DETECTOR
 
     table = store.tokens(task) if table is None else table
     if table.empty:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stethoscope.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError
 
 LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
 """Bytes of a file that is read as a whole. A run's largest, the detector's figures, has some hundred kilobytes."""
@@ -254,7 +254,7 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
     >>> check_shape("a.json", {"rows": [{"name": "x"}, {"name": 1}]}, {"rows": [{"name": str}]}, "start again")
     Traceback (most recent call last):
         ...
-    stethoscope.errors.ArtefactError: a.json is damaged (rows[1].name should be text, not int); start again
+    stethoscope.core.errors.ArtefactError: a.json is damaged (rows[1].name should be text, not int); start again
     """
     kind = type(shape) if isinstance(shape, (dict, list)) else shape
     wanted = kind if isinstance(kind, tuple) else (kind,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stethoscope.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError
 
 LARGEST_NUMBER = 1e50
 """Bound of every number in a file, and its inverse that of a scale: products of them all stay finite."""

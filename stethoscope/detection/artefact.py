@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from stethoscope.core.errors import ArtefactError
 from stethoscope.core.files import read_bytes, read_json, replace_folder
 from stethoscope.detection.arrays import Arrays
-from stethoscope.errors import ArtefactError
 
 SCHEMA_VERSION = 3
 OBJECTS, MANIFEST = "detector.safetensors", "manifest.json"

@@ -13,9 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScaler
 
+from stethoscope.core.errors import ArtefactError, DataError
+from stethoscope.core.token_table import mention_rows, require
 from stethoscope.detection.estimators import CalibratedModel, Examples
-from stethoscope.errors import ArtefactError, DataError
-from stethoscope.table import mention_rows, require
 
 KNOTS = 5
 MOST = 5  # mention numbers from here on share a column

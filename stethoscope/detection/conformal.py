@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stethoscope.errors import ConfigError, DataError, unknown
+from stethoscope.core.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     from stethoscope.detection.estimators import CalibratedModel, Examples

@@ -22,6 +22,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.inference import (
     MAX_LEAVES,
@@ -34,8 +35,7 @@ from stethoscope.detection.inference import (
     compile_classifier,
     restore_classifier,
 )
-from stethoscope.errors import ConfigError, DataError
-from stethoscope.metrics import Ranking
+from stethoscope.metrics.classification import Ranking
 
 ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
     Grouped,
@@ -34,7 +35,6 @@ from stethoscope.detection.estimators import (
     strengths,
 )
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
-from stethoscope.table import require
 
 EXTERNAL = ("token", "number", "repeat", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""

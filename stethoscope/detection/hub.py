@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stethoscope.core.errors import ArtefactError, first_line
 from stethoscope.detection.artefact import MANIFEST, OBJECTS
-from stethoscope.errors import ArtefactError, first_line
 
 CARD = "README.md"
 SHOWN = {

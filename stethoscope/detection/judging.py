@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
-from stethoscope.metrics import Ranking
-from stethoscope.stats import Resamples
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import Resamples
+from stethoscope.metrics.classification import Ranking
 
 CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
 AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_matched")
@@ -56,16 +56,18 @@ class JudgedMentions:
     def of(cls, rows: pd.DataFrame) -> JudgedMentions:
         return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
 
-    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, metrics.FloatOrArray]:
+    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, classification.FloatOrArray]:
         """The metrics of ``AREAS`` that compare mentions within bins."""
-        return {name: metrics.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()}
+        return {
+            name: classification.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()
+        }
 
     def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
         """All metrics of one score for a chunk of replicates, most of them in one sorting of the mentions."""
         ranking = Ranking.of(self.labels, scores, weights)
         figures = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
         if not self.first.all():
-            figures["auroc_first"] = metrics.auroc(self.labels, scores, weights * self.first)
+            figures["auroc_first"] = classification.auroc(self.labels, scores, weights * self.first)
         figures |= {
             "auprc_hallucinated": ranking.auprc(),
             "auprc_grounded": ranking.swapped().auprc(),
@@ -74,10 +76,10 @@ class JudgedMentions:
         }
         if probability:
             figures |= {
-                "ece": metrics.ece(self.labels, scores, weights),
-                "brier": metrics.brier(self.labels, scores, weights),
+                "ece": classification.ece(self.labels, scores, weights),
+                "brier": classification.brier(self.labels, scores, weights),
             }
-        return figures | {"base_rate": metrics.base_rate(self.labels, weights)}
+        return figures | {"base_rate": classification.base_rate(self.labels, weights)}
 
 
 def measure(

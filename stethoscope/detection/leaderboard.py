@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema, feature_matrix, feature_of, mention_rows, require
 from stethoscope.detection import methods
 from stethoscope.detection.baselines import baselines
-from stethoscope.detection.columns import feature_of
 from stethoscope.detection.judging import AREAS, METRICS, JudgedMentions, control_bins, measure
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
-from stethoscope.features.catalogue import FORWARD
-from stethoscope.stats import REPLICATES, Interval, Resamples, group_weights, p_value
-from stethoscope.table import FeatureSchema, feature_matrix, mention_rows, require
+from stethoscope.features.registry import FORWARD
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import REPLICATES, Interval, Resamples, group_weights, p_value
 
 SHUFFLES = 20  # detectors fitted to shuffled labels; one alone is off 0.5 by chance, as any direction among features is
 MOST_FEATURES = 100  # single features with a row of their own
@@ -141,7 +140,7 @@ def _single_features(
             continue
         middle = np.nanmedian(seen)
         seen, new = np.nan_to_num(seen, nan=middle), np.nan_to_num(new, nan=middle)
-        found = {"auroc": metrics.auroc(judged.labels, seen), **judged.areas(seen)}
+        found = {"auroc": classification.auroc(judged.labels, seen), **judged.areas(seen)}
         signs[name] = 1 if found["auroc"] >= 0.5 else -1
         scores[name] = signs[name] * new
         areas = np.array([found[metric] for metric in AREAS])
@@ -238,7 +237,7 @@ def leaderboard(
         )
     )
     labels = test["label"].to_numpy(dtype=int)
-    controls = {metric: metrics.comparable(labels, bins) for metric, bins in control_bins(test).items()}
+    controls = {metric: classification.comparable(labels, bins) for metric, bins in control_bins(test).items()}
     rivals = _best_published(made)
     asked = [row.name for row in made if row.name == methods.SELF_VERIFICATION]
     others = {metric: [*filter(None, [best.get(metric), rivals.get(metric)]), *asked] for metric in AREAS}

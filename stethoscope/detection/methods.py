@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
-from stethoscope.detection.columns import feature_of
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.token_table import feature_matrix, feature_names, feature_of
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
-from stethoscope.features.catalogue import CLASSES
-from stethoscope.table import feature_matrix, feature_names
+from stethoscope.features.registry import CLASSES
+from stethoscope.metrics import classification
 
 PREFIX = "paper/"
 SELF_VERIFICATION = "paper/self_verification"
@@ -153,7 +152,7 @@ def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> Judged:
     labels = train["label"].to_numpy(dtype=int)
     seen = feature_matrix(train, method.score)
     middle = np.nanmedian(seen, axis=0)
-    areas = np.array([metrics.auroc(labels, values) for values in np.where(np.isnan(seen), middle, seen).T])
+    areas = np.array([classification.auroc(labels, values) for values in np.where(np.isnan(seen), middle, seen).T])
     given = {"hallucinated": 1, "grounded": -1}.get(method.high)
     signs = np.full(len(areas), given) if given else np.where(areas >= 0.5, 1, -1)
     best = int(np.argmax(np.where(signs > 0, areas, 1 - areas)))

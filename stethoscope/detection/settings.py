@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.token_table import SUBTOKENS
 from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS
-from stethoscope.errors import ConfigError, unknown
-from stethoscope.table import SUBTOKENS
 
 CHOICES = {
     "estimator": ESTIMATORS,

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
-from stethoscope.detection.columns import feature_of
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.token_table import feature_names, feature_of, require
 from stethoscope.detection.judging import measure
 from stethoscope.detection.leaderboard import Difference, leaderboard
 from stethoscope.detection.methods import refits
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError, DataError
 from stethoscope.features import FEATURES
-from stethoscope.stats import REPLICATES, group_weights, split_groups
-from stethoscope.table import feature_names, require
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
 
 ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
@@ -97,7 +96,9 @@ def train_detector(
     results = {
         "split": split,
         "leaderboard": board.to_dict(),
-        "reliability": metrics.reliability(parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])),
+        "reliability": classification.reliability(
+            parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])
+        ),
         "threshold": at_threshold(parts["test"], detector, replicates, seed),
     }
     if ablation:

@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.diagnosis.making import diagnose as diagnose
-    from stethoscope.diagnosis.result import Diagnosis as Diagnosis
+    from stethoscope.diagnosis.making import diagnose
+    from stethoscope.diagnosis.result import Diagnosis
 
 __all__ = ["Diagnosis", "diagnose"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.token_table import FeatureSchema, stem
+from stethoscope.core.types import Answer, ImageRef, Mention, Sample
 from stethoscope.diagnosis.parts import Judgement
-from stethoscope.errors import CapabilityError, ConfigError
 from stethoscope.features import FeatureSet
-from stethoscope.records import Answer, ImageRef, Mention, Sample
-from stethoscope.runs.tokens import token_table
-from stethoscope.table import FeatureSchema, stem
+from stethoscope.storage.tokens import token_table
 
 if TYPE_CHECKING:
     import numpy as np

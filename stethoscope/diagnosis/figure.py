@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.diagnosis.parts import SHARES
-from stethoscope.pictures import colours
+from stethoscope.relevancy.heatmaps import colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Answer, Generation, ImageRef, Mention, load_picture
 from stethoscope.detection.finding import check_model, load_detector
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.diagnosis.result import Diagnosis
-from stethoscope.errors import CapabilityError, ConfigError, DataError
-from stethoscope.pictures import places
-from stethoscope.records import Answer, Generation, ImageRef, Mention, load_picture
+from stethoscope.relevancy.heatmaps import places
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -201,7 +201,7 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
     """The logit lens in one forward pass; one layer is decoded at a time."""
     import torch
 
-    from stethoscope.relevancy.layout import layout
+    from stethoscope.relevancy.result import layout
     from stethoscope.tracing.lens import Lens
     from stethoscope.tracing.rows import logits_to_keep
 

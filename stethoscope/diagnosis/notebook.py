@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from stethoscope.core.errors import CapabilityError
 from stethoscope.diagnosis.page import summary, word_start
-from stethoscope.errors import CapabilityError
 from stethoscope.markup import escape, photo_uri
-from stethoscope.pictures import overlay
+from stethoscope.relevancy.heatmaps import overlay
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.parts import Named

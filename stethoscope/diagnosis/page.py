@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stethoscope.core.errors import CapabilityError
 from stethoscope.diagnosis.parts import ABOUT_LOOKS, SHARES, in_words
-from stethoscope.errors import CapabilityError
 from stethoscope.markup import data_uri, document, escape, json_block
-from stethoscope.pictures import RAMP, heat, raster, relevancy_tiles
+from stethoscope.relevancy.heatmaps import RAMP, heat, raster, relevancy_tiles
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis.result import Diagnosis

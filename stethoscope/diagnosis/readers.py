@@ -24,7 +24,7 @@ def reader(path: str, plugins: Sequence[str] = ()) -> Reader:
     Raises:
         ConfigError: as ``build.import_name``.
     """
-    from stethoscope.build import import_name
+    from stethoscope.core.component import import_name
 
     return import_name(path, "mentions", plugins)
 
@@ -34,6 +34,6 @@ def default_reader() -> Reader:
     """The function that ``conf/diagnose.yaml`` names."""
     from omegaconf import OmegaConf
 
-    from stethoscope.build import conf_folder
+    from stethoscope.core.component import conf_folder
 
     return reader(OmegaConf.load(conf_folder() / "diagnose.yaml").mentions)

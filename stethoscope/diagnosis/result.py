@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.types import Answer
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named, contributions, shares
-from stethoscope.errors import CapabilityError, ConfigError
-from stethoscope.pictures import Box, Places, heat, overlay, relevancy_tiles
-from stethoscope.records import Answer
+from stethoscope.relevancy.heatmaps import Box, Places, heat, overlay, relevancy_tiles
 
 if TYPE_CHECKING:
     import pandas as pd

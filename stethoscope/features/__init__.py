@@ -11,19 +11,23 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
     uncertainty as _uncertainty,  # noqa: F401
     position as _position,  # noqa: F401
     attention as _attention,  # noqa: F401
-    lens as _lens,  # noqa: F401
+    hidden_states as _hidden_states,  # noqa: F401
     contrast as _contrast,  # noqa: F401
     relevancy as _relevancy,  # noqa: F401
-    heads as _heads,  # noqa: F401
-    maps as _maps,  # noqa: F401
-    states as _states,  # noqa: F401
-    probe as _probe,  # noqa: F401
-    sight as _sight,  # noqa: F401
-    mention as _mention,  # noqa: F401
+    visual_evidence as _visual_evidence,  # noqa: F401
+    verification as _verification,  # noqa: F401
 )
-from stethoscope.features.catalogue import COSTS, FEATURES, Feature, both_rows, feature
-from stethoscope.features.named import named_set, set_names
-from stethoscope.features.selection import EVERYWHERE, FeatureSet
+from stethoscope.features.registry import (
+    COSTS,
+    EVERYWHERE,
+    FEATURES,
+    Feature,
+    FeatureSet,
+    both_rows,
+    feature,
+    named_set,
+    set_names,
+)
 
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import entropy_of, logprobs, of_tokens, once, probabilities, token_logprob
+from stethoscope.features.common import entropy_of, logprobs, of_tokens, once, probabilities, token_logprob
+from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from torch import Tensor

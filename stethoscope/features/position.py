@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stethoscope.features.catalogue import feature
+from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from stethoscope.trace import Trace

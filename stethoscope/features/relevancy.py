@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import normalised_entropy, once
+from stethoscope.features.common import normalised_entropy, once
+from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.catalogue import feature
-from stethoscope.features.reduce import entropy_of, logprobs, probabilities, token_logprob
+from stethoscope.features.common import entropy_of, logprobs, probabilities, token_logprob
+from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from torch import Tensor

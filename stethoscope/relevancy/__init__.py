@@ -11,20 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.relevancy.engine import relevancies_from_inputs as relevancies_from_inputs
-    from stethoscope.relevancy.engine import relevancy_from_inputs as relevancy_from_inputs
-    from stethoscope.relevancy.question import answer_relevancy as answer_relevancy
-    from stethoscope.relevancy.question import token_relevancy as token_relevancy
-    from stethoscope.relevancy.result import Relevancy as Relevancy
+    from stethoscope.relevancy.engine import (
+        answer_relevancy,
+        relevancies_from_inputs,
+        relevancy_from_inputs,
+        token_relevancy,
+    )
+    from stethoscope.relevancy.result import Relevancy
 
 __all__ = ["Relevancy", "answer_relevancy", "relevancies_from_inputs", "relevancy_from_inputs", "token_relevancy"]
 
 _HOMES = {
     "Relevancy": "result",
-    "answer_relevancy": "question",
+    "answer_relevancy": "engine",
     "relevancies_from_inputs": "engine",
     "relevancy_from_inputs": "engine",
-    "token_relevancy": "question",
+    "token_relevancy": "engine",
 }
 
 

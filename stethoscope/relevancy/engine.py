@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.errors import CapabilityError, ConfigError, unknown
-from stethoscope.relevancy.abstractor import QueryRows
-from stethoscope.relevancy.attention import BUDGET, Blocks, Call
-from stethoscope.relevancy.bridge import through_queries
-from stethoscope.relevancy.entry import entering
-from stethoscope.relevancy.layout import Layout, answer_logits, layout, shared_layout
-from stethoscope.relevancy.listener import Maps, still
-from stethoscope.relevancy.merging import Merging, merging
-from stethoscope.relevancy.patches import pixel_order, tiled
-from stethoscope.relevancy.result import Relevancy
-from stethoscope.relevancy.rows import Abar, BlockRows, LayerRows, Saliency, whole
-from stethoscope.relevancy.rules import RULES
-from stethoscope.relevancy.seq2seq import decoder_rows
-from stethoscope.relevancy.tape import steps
+from stethoscope.core.errors import CapabilityError, ConfigError, unknown
+from stethoscope.relevancy.attention_backward import BUDGET, Blocks, Call
+from stethoscope.relevancy.checkpointing import steps
+from stethoscope.relevancy.grad_recorder import Maps, still
+from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, layout, shared_layout
+from stethoscope.relevancy.rules import (
+    RULES,
+    Abar,
+    BlockRows,
+    LayerRows,
+    QueryRows,
+    Saliency,
+    decoder_rows,
+    through_queries,
+    whole,
+)
+from stethoscope.relevancy.token_alignment import Merging, entering, merging, pixel_order, tiled
 from stethoscope.tracing.capture import record, selected, sites
 from stethoscope.tracing.spans import tile_grids
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from stethoscope.adapter import Adapter
+    from stethoscope.core.types import Answer
+    from stethoscope.trace import Encoded
+
 SCOPES = ("row", "token")
+
+
 LAYERS = ("all", "final")
+
+
 _SEQUENCE = ("llm", "saliency")
+
+
 """Parts that lie along the sequence of prompt and answer."""
 
 
@@ -336,3 +353,34 @@ def _square(count: int) -> tuple[tuple[int, int], ...]:
     """The grid of a convolutional tower's tokens, which fill a square or are none."""
     side = round(count**0.5)
     return ((side, side),) if side * side == count else ()
+
+
+def token_relevancy(
+    adapter: Adapter, image: Image, question: str, answer: Answer | str, *, scope: str = "row", **options: Any
+) -> Relevancy:
+    """Relevancy of an answer's tokens to image, question, earlier answer tokens and everything else.
+
+    Args:
+        adapter: the model.
+        image: the picture. ``question``: what was asked.
+        answer: what the model answered, with its ids; or a text, which the adapter tokenises.
+        scope: ``row`` or ``token``; this and ``options`` (rule, layers, tokens, budget, recompute) as for
+            ``relevancy_from_inputs``.
+
+    Returns:
+        With ``question_at``, so that ``image``, ``question``, ``answer`` and ``rest`` add up to the whole row.
+
+    Raises:
+        CapabilityError: the adapter has no transformers model, or its kind is not supported.
+        ConfigError, DataError, CaptureError: as ``relevancy_from_inputs``.
+    """
+    encoded = adapter.encode(image, question)
+    written = adapter.answer(encoded, answer) if isinstance(answer, str) else answer
+    return answer_relevancy(adapter, encoded, written, scope=scope, **options)
+
+
+def answer_relevancy(adapter: Adapter, encoded: Encoded, answer: Answer, **options: Any) -> Relevancy:
+    """``token_relevancy`` of a prompt that is encoded already."""
+    model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
+    found = relevancy_from_inputs(model, inputs, answer.token_ids, **options)
+    return replace(found, question_at=encoded.spans.question)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 RULES = ("eq10", "eq10_no_transpose", "plain")
+
+
 """Readings of equation 10 that the field's code has; the first is the equation as printed."""
 
 
@@ -59,3 +63,209 @@ def across(rule: str, own: Tensor, abar: Tensor, other: Tensor) -> Tensor:
     if rule == "plain":
         return abar @ other
     return (own.T if rule == "eq10" else own) @ abar @ normalised(other)
+
+
+Layers = Mapping[int, Tensor]
+
+
+def through_queries(rule: str, own: Layers, crossing: Layers, tower: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """R_si and R_ss of the query rows.
+
+    Args:
+        rule: one of ``rules.RULES``.
+        own: Abar (s, s) of the self-attention by layer.
+        crossing: Abar (queries, i) of the cross-attention, of the layers that have it.
+        tower: R_ii of the vision tower, (i, i).
+        queries: number of query tokens, the first of s.
+
+    Returns:
+        (queries, i) and (queries, s), float32.
+    """
+    width = tower.shape[-1]
+    like = next(iter(own.values()))
+    same, other = torch.eye(like.shape[-1]).to(like), torch.zeros(like.shape[-1], width).to(like)
+    for layer in sorted(own):
+        abar = own[layer]
+        same, other = same + abar @ same, other + abar @ other
+        if layer in crossing:
+            block = normalised(same)[:queries, :queries]
+            other[:queries] += across(rule, block, crossing[layer].to(like), tower.to(like))
+    return other[:queries], same[:queries]
+
+
+Seq2SeqLayers = Mapping[int, Tensor]
+
+
+def decoder_rows(
+    rule: str, encoder: Tensor, own: Seq2SeqLayers, crossing: Seq2SeqLayers, rows: Sequence[int], every: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows of R_dd - I and of R_de after every decoder layer, or after the last alone.
+
+    With the transposed reading of equation 10 later decoder rows would flow into earlier ones, so row k is computed
+    on rows 0 to k alone.
+
+    Args:
+        rule: one of ``rules.RULES``.
+        encoder: R_ee of the encoder, (e, e). ``own``: Abar (d, d) of the decoder's self-attention by layer.
+            ``crossing``: (d, e) of its cross-attention.
+        rows: decoder rows, T of them.
+        every: after every layer.
+
+    Returns:
+        (L or 1, T, d) and (L or 1, T, e), float32.
+    """
+    layers = sorted(own)
+    width, size = encoder.shape[-1], own[layers[0]].shape[-1]
+    read = encoder.to(own[layers[0]])
+    decoder, source = [], []
+    for row in rows:
+        end = row + 1
+        same, other = torch.eye(end).to(read), torch.zeros(end, width).to(read)
+        after = []
+        for layer in layers:
+            abar = own[layer][:end, :end]
+            same, other = same + abar @ same, other + abar @ other
+            other = other + across(rule, normalised(same), crossing[layer][:end], read)
+            mass = same[row].clone()
+            mass[row] -= 1
+            after.append((torch.nn.functional.pad(mass, (0, size - end)), other[row]))
+        kept = after if every else after[-1:]
+        decoder.append(torch.stack([one for one, _ in kept]))
+        source.append(torch.stack([one for _, one in kept]))
+    return torch.stack(decoder, 1), torch.stack(source, 1)
+
+
+class QueryRows:
+    """Rows that flow into queries, carried through the abstractor's layers from the last to the first.
+
+    >>> rows = QueryRows(torch.tensor([[1.0, 0.0]]), vision=2)
+    >>> rows.receive([(0, torch.tensor([[[0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]]))])
+    >>> rows.queries, rows.vision
+    (tensor([[1.0000, 0.5000]]), tensor([[0.2500, 0.0000]]))
+
+    Args:
+        rows: (..., Q) relevancy of the queries.
+        vision: number of vision tokens M.
+        samples: of several samples (samples, ..., Q).
+    """
+
+    def __init__(self, rows: Tensor, vision: int, samples: int = 1) -> None:
+        self._count, self._shape = rows.shape[-1], rows.shape[:-1]
+        self._values = torch.nn.functional.pad(rows, (0, vision)).view(samples, -1, rows.shape[-1] + vision)
+
+    def receive(self, abar: Abar) -> None:
+        """Takes Abar (Q, Q + M) of a layer in blocks, of every sample."""
+        before = None
+        for start, block in abar:
+            if before is None:
+                self._values = self._values.to(block)
+                before = self._values[..., : self._count].clone()
+            _, rows, end = block.shape
+            self._values[..., :end] += before[..., start : start + rows] @ block
+
+    @property
+    def queries(self) -> Tensor:
+        """(..., Q) what is left to the queries themselves."""
+        return self._values[..., : self._count].reshape(*self._shape, -1)
+
+    @property
+    def vision(self) -> Tensor:
+        """(..., M) what flows on into the vision tokens."""
+        return self._values[..., self._count :].reshape(*self._shape, -1)
+
+
+Abar = Iterable[tuple[int, Tensor]]
+
+
+"""Abar in blocks of rows: the first row and (B, rows, columns) of each. What no block holds is zero."""
+
+
+class LayerRows:
+    """Rows of R_l of the language model, after every layer l or after the last alone, of B samples.
+
+    Args:
+        rows: (T,) positions of the rows, the same in all samples. ``length``: size of the sequence.
+        layers: number of layers. ``every``: after every layer.
+        samples: B.
+    """
+
+    def __init__(self, rows: Tensor, length: int, layers: int, every: bool, samples: int = 1) -> None:
+        self._start = torch.nn.functional.one_hot(rows, length).float()
+        self._values = self._start.repeat(samples, layers if every else 1, 1, 1)
+        self._every = every
+
+    def receive(self, layer: int, abar: Abar) -> None:
+        """Takes Abar of a layer; rows after earlier layers do not see it."""
+        before = None
+        for start, block in abar:
+            if before is None:
+                self._values = self._values.to(block)
+                touched = self._values[:, layer:] if self._every else self._values
+                before = touched.flatten(1, 2).clone()
+            _, rows, end = block.shape
+            touched[..., :end] += (before[..., start : start + rows] @ block).view(*touched.shape[:3], end)
+
+    def mass(self) -> Tensor:
+        """(B, L or 1, T, N): the rows of R_l - I."""
+        return self._values - self._start.to(self._values)
+
+
+class BlockRows:
+    """Rows times the R of a part of the model whose Abar may come in blocks along the diagonal: crops or windows.
+
+    Args:
+        rows: (..., M) what flows into the part's tokens, blocks one after another. The identity gives R itself.
+        samples: of several samples (samples, ..., M), whose blocks come one sample after another.
+    """
+
+    def __init__(self, rows: Tensor, samples: int = 1) -> None:
+        self._shape = rows.shape
+        self._values = rows.clone().view(samples, -1, rows.shape[-1])
+
+    def receive(self, offset: int, size: int, abar: Abar) -> None:
+        """Takes Abar of the diagonal's blocks that begin at column ``offset``, ``size`` columns each."""
+        samples, before = len(self._values), None
+        for start, block in abar:
+            block = block.unflatten(0, (samples, -1))
+            _, blocks, rows, end = block.shape
+            if before is None:
+                self._values = self._values.to(block)
+                touched = self._values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
+                before = touched.clone()
+            touched[..., :end] += torch.einsum("skbr,sbrm->skbm", before[..., start : start + rows], block)
+
+    @property
+    def values(self) -> Tensor:
+        """The rows so far, in the shape in which they began."""
+        return self._values.view(self._shape)
+
+
+class Saliency:
+    """|A * dz/dA| summed over heads in the rows that predict tokens, by layer.
+
+    Args:
+        rows: positions of the rows. ``length``: size of the sequence. ``layers``: number of layers.
+        samples: B.
+    """
+
+    def __init__(self, rows: Iterable[int], length: int, layers: int, samples: int = 1) -> None:
+        self._rows = list(rows)
+        self.values = torch.zeros(samples, layers, len(self._rows), length)
+
+    def receive(self, layer: int, start: int, product: Tensor) -> None:
+        """Takes a block of A * dz/dA (B, heads, rows, columns)."""
+        stop = start + product.shape[2]
+        here = [index for index, row in enumerate(self._rows) if start <= row < stop]
+        if here:
+            self.values = self.values.to(product)
+            some = product[:, :, [self._rows[index] - start for index in here]].abs().sum(1)
+            self.values[:, layer, here, : product.shape[-1]] = some
+
+
+def whole(abar: Abar, rows: int, columns: int) -> Tensor:
+    """(rows, columns): Abar put together, B = 1."""
+    found = torch.zeros(rows, columns)
+    for start, block in abar:
+        found = found.to(block)
+        found[start : start + block.shape[1], : block.shape[2]] = block[0]
+    return found

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stethoscope import metrics
-from stethoscope.metrics import Ranking
-from stethoscope.stats import Interval, bootstrap, group_weights
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import Interval, bootstrap, group_weights
+from stethoscope.metrics.classification import Ranking
 
 POINTS = 400  # of a curve: more than a screen shows
 WIDTH, MOST_BINS = 10, 12  # tokens per bin of positions; with longer answers bins are wider
@@ -79,7 +79,7 @@ def by_position(rows: pd.DataFrame) -> list[Bin]:
             name=f"{number * width}–{number * width + width - 1}",
             mentions=len(part),
             hallucinated=int(part["label"].sum()),
-            figure=bootstrap(metrics.auroc, part["label"], part["probability"], part["group"])
+            figure=bootstrap(classification.auroc, part["label"], part["probability"], part["group"])
             if part["label"].nunique() == 2
             else None,
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.report.source import Source
-    from stethoscope.runs.lines import Record
+    from stethoscope.storage.records import Record
 
 CONTEXT = 240  # characters of the answer on either side of a mention
 SIDE = 320  # pixels: the longer side of a picture

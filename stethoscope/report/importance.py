@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.features import FEATURES
-from stethoscope.metrics import Ranking
+from stethoscope.metrics.bootstrap import Interval, group_weights
+from stethoscope.metrics.classification import Ranking
 from stethoscope.report.source import Source
-from stethoscope.stats import Interval, group_weights
 
 SHUFFLES, REPLICATES = 3, 200
 _MENTION = ["sample_id", "number"]
@@ -62,7 +62,7 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     """
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
-    from stethoscope.detection.columns import only
+    from stethoscope.core.token_table import only
     from stethoscope.detection.factor import EXTERNAL
     from stethoscope.detector import Detector
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from stethoscope.core.files import check_shape, read_json
 from stethoscope.markup import document, escape
+from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import curves, figures, gallery, svg, tables
 from stethoscope.report.importance import Importance, importances
 from stethoscope.report.shapes import SHOWN_TASK
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Table
-from stethoscope.runs.store import REMEDIES
-from stethoscope.stats import Interval
+from stethoscope.storage.run_dir import REMEDIES
 
 CASES, FEATURES_SHOWN = 6, 15
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import read_json
-from stethoscope.errors import StethoscopeError
+from stethoscope.loggers.media import Marked, Picture
 from stethoscope.markup import escape
-from stethoscope.media import Marked, Picture
 from stethoscope.report import curves, gallery
 from stethoscope.report.source import Source
 
 if TYPE_CHECKING:
-    from stethoscope.loggers import Loggers
+    from stethoscope.loggers.base import Loggers
 
 COLUMNS = (
     "kind", "sample", "object", "probability", "evidence", "prior", "picture", "heat map", "answer", "question",

@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
-from stethoscope.errors import ArtefactError, unknown
 from stethoscope.report.shapes import DETECTOR as DETECTOR_SHAPE
 from stethoscope.report.shapes import FINGERPRINT, TASK, WARNING
-from stethoscope.runs.maps import MapFile, View
 from stethoscope.runs.results import TaskResults
-from stethoscope.runs.store import DETECTOR, REMEDIES, RunStore
+from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
+from stethoscope.storage.saved_heatmaps import MapFile, View
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.runs.lines import Record
+    from stethoscope.storage.records import Record
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
 _WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
@@ -150,7 +150,7 @@ class Source:
         Raises:
             ArtefactError: warnings and token table are not of one run.
         """
-        from stethoscope.table import mention_rows
+        from stethoscope.core.token_table import mention_rows
 
         table = mention_rows(self.table, "first", "all", judged=False)
         said = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stethoscope.errors import ConfigError, unknown
+from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.markup import escape
-from stethoscope.stats import Interval
+from stethoscope.metrics.bootstrap import Interval
 
 
 class Gap(NamedTuple):

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import read_json, read_yaml
-from stethoscope.errors import ConfigError, DataError
-from stethoscope.records import ImageRef, Sample
+from stethoscope.core.types import ImageRef, Sample
+from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights, p_value
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary, shown_rows
 from stethoscope.report.source import CONFIG_REMEDY, Source
 from stethoscope.report.tables import Cell, Gap, Table
-from stethoscope.runs.fingerprint import differences
-from stethoscope.runs.lines import FAILED, Record
-from stethoscope.stats import Resamples, count_replicates, group_weights, p_value
+from stethoscope.storage.records import FAILED, Record
+from stethoscope.storage.run_fingerprint import differences
 
 if TYPE_CHECKING:
     from stethoscope.task import Tally, Task

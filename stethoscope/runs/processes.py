@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError
 
 PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the others. Shares of a run may end hours apart. A process that dies is

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.stats import Interval, MetricRow
-from stethoscope.terminal import console
+from stethoscope.core.text import console
+from stethoscope.metrics.bootstrap import Interval, MetricRow
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from stethoscope.adapter import Adapter
-from stethoscope.loggers import Loggers
-from stethoscope.records import Sample
-from stethoscope.runs.lines import FAILED, Record
+from stethoscope.core.types import Sample
+from stethoscope.loggers.base import Loggers
 from stethoscope.runs.processes import Processes, joined
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.records import FAILED, Record
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.task import Task
 
 

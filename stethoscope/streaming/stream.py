@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from stethoscope.core.errors import CaptureError, ConfigError
+from stethoscope.core.offsets import GrowingText
+from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.finding import check_model, load_detector
 from stethoscope.diagnosis.making import find_mentions, judge_mentions
 from stethoscope.diagnosis.parts import Named
 from stethoscope.diagnosis.readers import Reader, default_reader
-from stethoscope.errors import CaptureError, ConfigError
-from stethoscope.offsets import GrowingText
-from stethoscope.records import Answer, Generation, ImageRef, load_picture
-from stethoscope.streaming.loop import run
-from stethoscope.streaming.scoring import Scorer
-from stethoscope.streaming.steps import Steps
+from stethoscope.streaming.decode_loop import run
+from stethoscope.streaming.scorer import Scorer
+from stethoscope.streaming.step_recorder import Steps
 from stethoscope.tracing.lens import lens_of
 
 if TYPE_CHECKING:

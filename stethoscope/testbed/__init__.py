@@ -20,7 +20,7 @@ from stethoscope.testbed.vocabulary import CATEGORIES
 MODEL_DIR = pathlib.Path(__file__).parent / "model"
 """Folder of the trained model, for ``AutoProcessor`` and ``AutoModelForImageTextToText``."""
 DETECTOR_DIR = pathlib.Path(__file__).parent / "detector"
-"""Folder of a detector that was trained on this model's captions by ``scripts/train_testbed_detector.py``."""
+"""Folder of a detector that was trained on this model's captions by ``scripts/train_testbed/detector.py``."""
 
 __all__ = [
     "CATEGORIES",

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the one without torchvision
 
 from stethoscope.testbed import language
-from stethoscope.testbed.backgrounds import SIZE
+from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import sample_scene
 from stethoscope.testbed.vocabulary import COCO_IDS
 

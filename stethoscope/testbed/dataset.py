@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stethoscope.testbed import language
-from stethoscope.testbed.backgrounds import SIZE
+from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import MODES, Scene, sample_categories, scene_at
 from stethoscope.testbed.vocabulary import CATEGORIES, COCO_IDS, INDEX, PLACES
 

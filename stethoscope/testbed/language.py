@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from stethoscope.testbed.backgrounds import SIZE
-from stethoscope.testbed.pen import SPOKEN
+from stethoscope.testbed.drawing import SIZE, SPOKEN
 from stethoscope.testbed.scene import Scene, SceneObject
 from stethoscope.testbed.sprites import palette
 from stethoscope.testbed.vocabulary import BIG, CATEGORIES, NEVER_DRAWN, PLACES, SMALL, partners, with_article

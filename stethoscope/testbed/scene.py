@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from stethoscope.testbed.backgrounds import SIZE, background
+from stethoscope.testbed.drawing import SIZE, background
 from stethoscope.testbed.sprites import palette, sprite
 from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, PLACES, SMALL, boost, partners
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from stethoscope.testbed.pen import COLOURS, Pen, jitter, shade
+from stethoscope.testbed.drawing import COLOURS, Pen, jitter, shade
 
 ANY = ("red", "green", "blue", "yellow", "white", "black", "purple", "pink", "amber", "teal")
 INK, GLASS, METAL = (28, 28, 30), (175, 215, 235), (60, 60, 62)

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
 
 NAME = "stethoscope"
 ROLES = ("vision", "bridge", "encoder", "cross", "language")

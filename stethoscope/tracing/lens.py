@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.capture import sites, take_rows
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stethoscope.errors import CapabilityError
-from stethoscope.pictures import places
+from stethoscope.core.errors import CapabilityError
+from stethoscope.relevancy.heatmaps import places
 
 if TYPE_CHECKING:
     from PIL.Image import Image

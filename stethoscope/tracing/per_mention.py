@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import nan
 from typing import TYPE_CHECKING
 
-from stethoscope.records import UNKNOWN, Answer, ImageRef, Mention
+from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention
 from stethoscope.trace import MENTION_NEEDS, Encoded, Trace
 from stethoscope.tracing.masking import masked_pictures
 from stethoscope.tracing.verification import yes_odds

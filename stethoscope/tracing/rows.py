@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
 from stethoscope.trace import SEGMENTS, Heads, Spans
 from stethoscope.tracing.capture import Listener, Site, eager_attention, eager_rows, plain_attention
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
 from stethoscope.trace import KEPT_LAYERS, TEMPERATURE, Spans, States, of_depth
 from stethoscope.tracing.lens import Lens
 

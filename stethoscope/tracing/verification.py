@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from stethoscope.errors import CapabilityError
-from stethoscope.records import Answer
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.types import Answer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,13 +4,13 @@ import io
 import os
 
 import pytest
-from page_client import API, Client, file
+from helpers.page_client import API, Client, file
 
 from stethoscope import testbed
 from stethoscope.app import access
 from stethoscope.app.access import add_to_no_proxy, read_accounts
 from stethoscope.app.sessions import NO_PICTURE
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 
 CLOSED = [
     "/run/ask",

@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from token_tables import token_table
+from helpers.token_tables import token_table
 
 import stethoscope
 from stethoscope import Detector, testbed
 from stethoscope.app import asking, payload
 from stethoscope.app.eyes import Eyes
 from stethoscope.app.models import Pool
+from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError
+from stethoscope.core.types import Generation
 from stethoscope.detection.finding import trained
-from stethoscope.errors import ArtefactError, CapabilityError, ConfigError
-from stethoscope.records import Generation
 
 DESCRIBE = "Please describe this image in detail."
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from stethoscope import testbed
+from stethoscope.core.types import Generation
 from stethoscope.diagnosis import diagnose
-from stethoscope.records import Generation
 
 DONE = "#view [data-id=diagnosed]:not([hidden])"
 WIDTHS = {1280: 900, 390: 844}

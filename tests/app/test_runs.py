@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from stethoscope.app.runs import NO_RUN, Runs, write_examples
-from stethoscope.errors import ArtefactError
-from stethoscope.runs.store import RunStore
+from stethoscope.core.errors import ArtefactError
+from stethoscope.storage.run_dir import RunStore
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from stethoscope.app.access import loopback
 from stethoscope.app.server import POLICY, start
 from stethoscope.app.sessions import Sessions
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 
 TRICKS = [
     "/gradio_api/file={path}",

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from page_client import API, Client, file
+from helpers.page_client import API, Client, file
 from PIL import Image
 
 from stethoscope import testbed
@@ -18,7 +18,7 @@ from stethoscope.app import asking, sessions
 from stethoscope.app.payload import without_folders
 from stethoscope.app.runs import Runs
 from stethoscope.app.sessions import NO_PICTURE, Sessions
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 
 DESCRIBE = "Please describe this image in detail."
 USERS = 90

@@ -15,7 +15,7 @@ from stethoscope.app.models import Detectors
 from stethoscope.detector import Detector
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."

@@ -6,9 +6,9 @@ in tests/integration/test_every_model.py.
 
 import pytest
 import torch
-from contract_helpers import CONFIGS, QUESTIONS, SIZES, distinct, load, picture
+from helpers.contract_helpers import CONFIGS, QUESTIONS, SIZES, distinct, load, picture
 
-from stethoscope.records import Generation
+from stethoscope.core.types import Generation
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract_helpers import attention, extended, picture, predicting, said
+from helpers.contract_helpers import attention, extended, picture, predicting, said
 
-from stethoscope.errors import ConfigError
-from stethoscope.records import Generation
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Generation
 from stethoscope.tracing.capture import NAME
 
 GREEDY = Generation(max_new_tokens=7)

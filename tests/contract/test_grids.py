@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from contract_helpers import language
+from helpers.contract_helpers import language
 from PIL import Image
 
 from stethoscope.tracing.capture import Listener, record

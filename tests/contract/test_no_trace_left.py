@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from contract_helpers import attention, extended, has_encoder, language, queries
+from helpers.contract_helpers import attention, extended, has_encoder, language, queries
 from torch import nn
 
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.capture import NAME, Listener, record
 
 OWN = r"(layers\.1\.self_attn|decoder\.block\.1\.layer\.0\.SelfAttention)"  # self-attention of the decoder's layer 1

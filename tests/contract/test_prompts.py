@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from contract_helpers import QUESTIONS, picture, reads_by_queries, said
+from helpers.contract_helpers import QUESTIONS, picture, reads_by_queries, said
 
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 
 
 def ids_of(encoded):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import QUESTIONS, has_encoder, picture, predicting
+from helpers.contract_helpers import QUESTIONS, has_encoder, picture, predicting
 
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
 

@@ -5,10 +5,10 @@ import weakref
 
 import pytest
 import torch
-from contract_helpers import picture
+from helpers.contract_helpers import picture
 
 from stethoscope.adapters.passes import CAUSAL
-from stethoscope.records import Answer, Generation
+from stethoscope.core.types import Answer, Generation
 
 WAYS = {
     "greedy": Generation(max_new_tokens=7),

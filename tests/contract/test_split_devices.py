@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import find_tied_parameters
-from contract_helpers import CONFIGS, QUESTIONS, configured, has_encoder, language, load, picture
-from pretend_devices import CPU, one_device, place_of, pretend_devices, split
+from helpers.contract_helpers import CONFIGS, QUESTIONS, configured, has_encoder, language, load, picture
+from helpers.pretend_devices import CPU, one_device, place_of, pretend_devices, split
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.adapters import loading
+from stethoscope.core.types import Generation
 from stethoscope.diagnosis import diagnose
 from stethoscope.diagnosis.making import _evolution
-from stethoscope.records import Generation
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
-from stethoscope.streaming.steps import STEP_NEEDS, Steps
+from stethoscope.streaming.step_recorder import STEP_NEEDS, Steps
 from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS
 from stethoscope.tracing.lens import lens_of
 

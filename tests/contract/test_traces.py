@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
+from helpers.contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
-from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.trace import NEEDS, SEGMENTS
 from stethoscope.tracing.capture import Listener, record

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from stethoscope.errors import StethoscopeError
+from stethoscope.core.errors import StethoscopeError
 
 NUMBERS = st.one_of(st.integers(-3, 3), st.integers(), st.floats(), st.just(10**400))
 VALUES = st.recursive(
@@ -106,7 +106,7 @@ def answers(call: Callable[[], Any]) -> Any:
 
 def judged(task: Any) -> None:
     """A task that has been read must be able to judge any answer, and to say what all of them come to."""
-    from stethoscope.records import Answer
+    from stethoscope.core.types import Answer
 
     samples = list(task.samples())
     assert len({sample.id for sample in samples}) == len(samples) > 0

@@ -1,4 +1,4 @@
-"""Hypothesis for fuzzing: a short profile in the suite, longer ones from ``scripts/fuzz.py``."""
+"""Hypothesis for fuzzing: a short profile in the suite, longer ones from ``tests/slow/fuzz.py``."""
 
 import os
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from audit import CANARY
+from fuzz.audit import CANARY
 
 MARK = "executed"
 """File beside the cases that hostile code would make."""
@@ -32,18 +32,18 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "posix.system",
         "builtins.exec",
         "builtins.eval",
-        "stethoscope.table.pd.read_pickle",
-        "stethoscope.build.importlib.import_module",
+        "stethoscope.core.token_table.pd.read_pickle",
+        "stethoscope.core.component.importlib.import_module",
         "stethoscope.__main__.main",
         "stethoscope.report.source.json.loads",
-        "stethoscope.runs.lock.os.system",
+        "stethoscope.storage.lock.os.system",
         "subprocess.run",
         "antigravity.x",
         "idlelib.idle.x",
         "numpy.f2py.os.system",
         "torch.load",
         "pandas.read_pickle",
-        "stethoscope.build.load",
+        "stethoscope.core.component.load",
         "stethoscope.adapters.testbed.TestbedAdapter",
         "stethoscope.adapters.hf.HfAdapter",
         "stethoscope.task.Task",

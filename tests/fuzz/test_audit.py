@@ -1,6 +1,6 @@
 """Hostile strings in runs, detectors, models and data sets: nothing runs, nothing hangs, all errors are one line.
 
-``python scripts/fuzz.py --cases 2000`` runs more of them with another seed.
+``python tests/slow/fuzz.py --cases 2000`` runs more of them with another seed.
 """
 
 import json
@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import data_sets
 import pytest
-from audit import CANARY
-from mutations import MARK
+from fuzz import data_sets
+from fuzz.audit import CANARY
+from fuzz.mutations import MARK
 from PIL import Image
 
 from stethoscope.adapters import tiny
@@ -27,7 +27,8 @@ CASES, SEED = int(os.environ.get("STETHOSCOPE_FUZZ_CASES", 2000)), int(os.enviro
 SLOWEST = 10  # seconds of processor time that a case may take
 SMALL = (
     "features=uncertainty", "callbacks=none", "detector.strength=0.1", "batch_size=64", "limit=20", "pope.scenes=20",
-    "chair.scenes=20", "+callbacks.maps._target_=stethoscope.runs.maps.KeepMaps", "logger=none", "published=false",
+    "chair.scenes=20",
+    "+callbacks.maps._target_=stethoscope.storage.saved_heatmaps.KeepMaps", "logger=none", "published=false",
 )  # fmt: skip
 
 

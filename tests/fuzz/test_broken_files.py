@@ -4,17 +4,17 @@ import hashlib
 import json
 
 import pytest
-from broken import VALUES, answers, changed, damaged, json_bytes, line_bytes
+from fuzz.broken import VALUES, answers, changed, damaged, json_bytes, line_bytes
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
+from helpers.token_tables import halves, token_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
-from token_tables import halves, token_table
 
 from stethoscope.detection import artefact
 from stethoscope.detector import Detector
 from stethoscope.evaluator import Evaluator
-from stethoscope.runs.lines import Record
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from broken import answers, damaged, json_bytes, judged, line_bytes
+from fuzz.broken import answers, damaged, json_bytes, judged, line_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

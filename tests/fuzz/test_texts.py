@@ -3,20 +3,21 @@
 import html.parser
 import json
 
-from broken import VALUES, answers
+from fuzz.broken import VALUES, answers
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.adapters.sampling import cut
-from stethoscope.build import compose
 from stethoscope.commands.overrides import explain
-from stethoscope.errors import ConfigError
+from stethoscope.core.component import compose
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.offsets import decode_with_offsets
+from stethoscope.core.text import redact
 from stethoscope.markup import document, escape, json_block
-from stethoscope.offsets import decode_with_offsets
-from stethoscope.redaction import redact
-from stethoscope.runs.fingerprint import describe, differences, digest, jsonable
+from stethoscope.storage.run_fingerprint import describe, differences, digest
 from stethoscope.tasks import given as given_answers
 from stethoscope.tasks import objects, yes_no
 from stethoscope.tasks.captions import complete_sentences

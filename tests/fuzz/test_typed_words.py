@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from stethoscope.commands.words import INTERPOLATION, spell
-from stethoscope.errors import ConfigError
+from stethoscope.commands.command_line import INTERPOLATION, spell
+from stethoscope.core.errors import ConfigError
 
 PIECES = [*"=\"' \\[](){},$:+~@#.?*%&|;\n\t", "${", "b/c", "é", "日本", "choice(", "null", "None", "true", "1e5", "a"]
 ODD = st.lists(st.sampled_from(PIECES), min_size=1, max_size=10).map("".join)

@@ -37,9 +37,9 @@ def main(work: Path, seed: int, first: int, last: int) -> None:
     """Runs the cases from ``first`` to before ``last``."""
     said, sys.stdout = sys.stdout, StringIO()
     prepare(work)
-    from audit import Audit
-    from broken import StethoscopeError
-    from mutations import MARK, hostile_strings
+    from fuzz.audit import Audit
+    from fuzz.broken import StethoscopeError
+    from fuzz.mutations import MARK, hostile_strings
 
     world = World(work)
     strings = hostile_strings(work, work / "outside")
@@ -73,7 +73,7 @@ def main(work: Path, seed: int, first: int, last: int) -> None:
 
 def _fault(error: BaseException) -> str:
     """What is wrong with an error: it is none of ours, or is not one line that can be printed."""
-    from broken import StethoscopeError
+    from fuzz.broken import StethoscopeError
 
     if not isinstance(error, StethoscopeError):
         return "".join(traceback.format_exception(error)[-6:])
@@ -108,7 +108,7 @@ class World:
         """Composes what does not change from case to case."""
         global DEFAULT_MODEL
         from stethoscope.adapters.testbed import TestbedAdapter
-        from stethoscope.build import compose
+        from stethoscope.core.component import compose
         from stethoscope.evaluator import Evaluator
 
         DEFAULT_MODEL = TestbedAdapter().model_id
@@ -132,7 +132,7 @@ class World:
 
     def change(self, kind: str, folder: Path, files: list[Path], rng: random.Random, strings: list[str]) -> str:
         """Exchanges strings in the files; what was done."""
-        from mutations import mutate
+        from fuzz.mutations import mutate
 
         return "; ".join(f"{path.relative_to(folder)}: {mutate(path, rng, strings)}" for path in files)[:300]
 
@@ -160,7 +160,7 @@ class World:
         from stethoscope.commands import compare, extract, report, train
         from stethoscope.detection.finding import load_detector, trained
         from stethoscope.report.source import Source
-        from stethoscope.runs.store import RunStore
+        from stethoscope.storage.run_dir import RunStore
 
         run, whole = folder / "one", self.base / "run" / "one"
 
@@ -231,7 +231,7 @@ class World:
         return {"load": load, "doctor": lambda: memory.skeleton(str(folder), Loading())}
 
     def _readers_of_data(self, folder: Path) -> dict[str, Callable[[], Any]]:
-        from data_sets import tasks
+        from fuzz.data_sets import tasks
 
         return {name: lambda make=make: _all_of(make()) for name, make in tasks(folder).items()}
 
@@ -244,8 +244,8 @@ def _all_of(task: Any) -> None:
 
 def _reading_part(evaluator: Any, adapter: Any, task: Any) -> None:
     """In the place of ``Evaluator.run``: sets up what the run's files name, and traces nothing."""
-    from stethoscope.errors import DataError
-    from stethoscope.runs.store import RunStore
+    from stethoscope.core.errors import DataError
+    from stethoscope.storage.run_dir import RunStore
 
     task.setup()
     next(iter(task.samples()), None)

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import stethoscope as package
-from stethoscope.build import choices, conf_folder
-from stethoscope.errors import DataError, StethoscopeError
-from stethoscope.records import Generation
+from stethoscope.core.component import choices, conf_folder
+from stethoscope.core.errors import DataError, StethoscopeError
+from stethoscope.core.types import Generation
 from stethoscope.trace import NEEDS
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)

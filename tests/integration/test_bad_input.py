@@ -2,9 +2,9 @@
 
 import json
 
-import malformed as bad
 import pytest
-from malformed import AMBER, CUSTOM, HALLOC, HALLUSION, INSTANCES, POPE
+from helpers import malformed as bad
+from helpers.malformed import AMBER, CUSTOM, HALLOC, HALLUSION, INSTANCES, POPE
 from PIL import Image
 
 from stethoscope.detection import artefact

@@ -5,18 +5,18 @@ import os
 import shutil
 
 import pytest
-from made_up_runs import made_up_run
+from helpers.made_up_runs import made_up_run
 
 from stethoscope.app.runs import Runs
 from stethoscope.commands.train import fit
+from stethoscope.core.errors import StethoscopeError
 from stethoscope.detection import leaderboard
 from stethoscope.detector import Detector
-from stethoscope.errors import StethoscopeError
 from stethoscope.evaluator import Evaluator
 from stethoscope.report import versus
 from stethoscope.report.page import collect
 from stethoscope.report.source import Source
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 
 TASK = {"class": "stethoscope.tasks.chair.Chair", "name": "chair", "version": "1", "settings": {"scenes": 4}}
 FILES = [
@@ -142,10 +142,10 @@ def test_a_damaged_file_is_one_line_or_no_matter(finished, tmp_path, name, kind)
 
 
 def test_a_damaged_run_is_left_out_of_what_others_take_over(finished, tmp_path):
-    from tiny_world import TinyAdapter, TinyTask
+    from helpers.tiny_world import TinyAdapter, TinyTask
 
-    from stethoscope.records import Generation
-    from stethoscope.runs.sharing import shared_answers
+    from stethoscope.core.types import Generation
+    from stethoscope.storage.reuse import shared_answers
 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/samples.jsonl").write_bytes(bytes(100))

@@ -11,10 +11,10 @@ from rich.console import Console
 import stethoscope as package
 from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 
 

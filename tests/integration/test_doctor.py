@@ -74,7 +74,7 @@ def test_wandb_without_telling_the_key(monkeypatch, tmp_path):
 def test_a_run_that_is_under_way_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from stethoscope.runs.lock import RunLock; "
+        "import sys; from pathlib import Path; from stethoscope.storage.lock import RunLock; "
         "lock = RunLock(Path('runs/mine')); "
         "lock.acquire(); print('held', flush=True); sys.stdin.read()"
     )

@@ -7,7 +7,7 @@ import pytest
 
 import stethoscope.conf
 from stethoscope import testbed
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 
 pytestmark = pytest.mark.slow
 

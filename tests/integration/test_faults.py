@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.callbacks import Callback
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, out_of_memory
+from stethoscope.core.types import Answer
 from stethoscope.evaluator import Evaluator
-from stethoscope.faults import Terminated, disk_faults, ended_by_signal, out_of_memory
-from stethoscope.records import Answer
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 
 RUN = [
     "evaluate", "task=pope", "task.scenes=2", "batch_size=4", "generation.max_new_tokens=4", "model.threads=1",
@@ -183,7 +183,7 @@ def test_a_signal_flushes_marks_and_says_how_to_go_on(stethoscope, tmp_path, mon
 
 
 def test_a_signal_is_caught_only_where_it_can_be():
-    from stethoscope.faults import ended_by_signal
+    from stethoscope.core.system import ended_by_signal
 
     def elsewhere():
         with ended_by_signal():

@@ -1,4 +1,4 @@
-"""The quick form of ``scripts/kill_runs.py``: the tiny world in processes of its own, killed and started again."""
+"""The quick form of ``tests/slow/kill_runs.py``: the tiny world in processes of its own, killed and started again."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.evaluator import Evaluator
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def kill_runs():
-    spec = importlib.util.spec_from_file_location("kill_runs", ROOT / "scripts/kill_runs.py")
+    spec = importlib.util.spec_from_file_location("kill_runs", ROOT / "tests/slow/kill_runs.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["kill_runs"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -26,7 +26,7 @@ def kill_runs():
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(kill_runs, tmp_path):
     def steps(folder, pause):
-        words = [str(ROOT / "tests/tiny_run.py"), str(folder), json.dumps({"count": 99, "pause": pause})]
+        words = [str(ROOT / "tests/helpers/tiny_run.py"), str(folder), json.dumps({"count": 99, "pause": pause})]
         return [kill_runs.Step("tiny", words, lambda run: (run / "metrics.json").exists())]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import wandb_reader
+from helpers import wandb_reader
 
 from stethoscope import Detector, testbed
-from stethoscope.build import choices
 from stethoscope.cli import main
+from stethoscope.core.component import choices
+from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.detection import leaderboard
-from stethoscope.runs.store import RunStore
-from stethoscope.table import feature_names, mention_rows
+from stethoscope.storage.run_dir import RunStore
 
 LIMIT = 120
 SUBSETS = ("random", "popular", "adversarial")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 
 QUIET = ["callbacks=none", "features=fast", "trace=all"]
 ASKED = ["task=custom", "task.file=here/q.jsonl", "logger=none", "callbacks=none", "generation.max_new_tokens=3"]

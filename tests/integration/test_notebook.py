@@ -13,7 +13,7 @@ pytest.importorskip("ipykernel")
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-TOUR = ROOT / "scripts" / "tour.ipynb"
+TOUR = ROOT / "examples" / "tour.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cells(folder):
     """Its code cells with their outputs."""
-    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "scripts" / "run_notebook.py")
+    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "tests" / "slow" / "run_notebook.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return [cell for cell in script.run(TOUR, folder).cells if cell.cell_type == "code"]

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from made_up_runs import made_up_run
+from helpers.made_up_runs import made_up_run
 from PIL import Image
 
 from stethoscope.cli import main

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from stethoscope.adapters import tiny
-from stethoscope.build import build, compose
-from stethoscope.records import Generation
+from stethoscope.core.component import build, compose
+from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_model.py"

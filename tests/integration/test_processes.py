@@ -11,23 +11,23 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tiny_run import SlowAdapter
-from tiny_world import TinyFeatures, TinyTask
+from helpers.tiny_run import SlowAdapter
+from helpers.tiny_world import TinyFeatures, TinyTask
 
 from stethoscope.adapters.loading import Loading
 from stethoscope.cli import main
-from stethoscope.errors import CapabilityError, ConfigError
+from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.evaluator import Evaluator
 from stethoscope.runs.processes import Processes
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]
-TINY = str(ROOT / "tests/tiny_run.py")
+TINY = str(ROOT / "tests/helpers/tiny_run.py")
 
 
 @pytest.fixture(scope="module")
 def kill_runs():
-    spec = importlib.util.spec_from_file_location("kill_runs", ROOT / "scripts/kill_runs.py")
+    spec = importlib.util.spec_from_file_location("kill_runs", ROOT / "tests/slow/kill_runs.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["kill_runs"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

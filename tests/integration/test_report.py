@@ -17,12 +17,12 @@ from PIL import Image
 
 from stethoscope.app.runs import Runs
 from stethoscope.cli import main
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard
 from stethoscope.report import versus
 from stethoscope.report.source import Source
-from stethoscope.runs.maps import MapFile
-from stethoscope.runs.store import RunStore
-from stethoscope.table import mention_rows
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.saved_heatmaps import MapFile
 from stethoscope.tasks.chair import Chair
 
 LIMIT = 60  # samples of the runs in conftest.py

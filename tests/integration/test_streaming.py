@@ -8,15 +8,15 @@ import torch
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
+from stethoscope.core.token_table import FeatureSchema
+from stethoscope.core.types import Generation
 from stethoscope.detection.inputs import Inputs
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.features import FEATURES, FeatureSet
-from stethoscope.records import Generation
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
-from stethoscope.streaming.direct import NAMES, Direct
-from stethoscope.streaming.steps import STEP_NEEDS
-from stethoscope.table import FeatureSchema
+from stethoscope.streaming.scorer import NAMES, Direct
+from stethoscope.streaming.step_recorder import STEP_NEEDS
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
@@ -240,7 +240,7 @@ def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, mon
 
 
 def test_only_a_few_numbers_are_read_without_a_trace(adapter, images, fast, monkeypatch):
-    monkeypatch.setattr("stethoscope.streaming.direct._MOST", 1000)
+    monkeypatch.setattr("stethoscope.streaming.scorer._MOST", 1000)
     tokens = counted(monkeypatch)
     *streamed, _ = stream(adapter, images[0], QUESTION, detector=fast, generation=Generation(max_new_tokens=5))
     assert len(streamed) == 5

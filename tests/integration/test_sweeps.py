@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import wandb_reader
 import yaml
-from made_up_runs import made_up_run
+from helpers import wandb_reader
+from helpers.made_up_runs import made_up_run
 
 from stethoscope import Detector
-from stethoscope.build import compose
 from stethoscope.cli import main
+from stethoscope.core.component import compose
+from stethoscope.core.types import Answer, Score
 from stethoscope.detection import leaderboard
-from stethoscope.records import Answer, Score
-from stethoscope.runs.lines import FAILED, Record
-from stethoscope.runs.sharing import take_over
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.records import FAILED, Record
+from stethoscope.storage.reuse import take_over
+from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]
 

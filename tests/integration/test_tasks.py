@@ -7,16 +7,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import published_files
 import pytest
+from helpers import published_files
 
 from stethoscope import testbed
+from stethoscope.core.token_table import mention_rows
 from stethoscope.runs.results import TaskResults
-from stethoscope.runs.store import RunStore
-from stethoscope.table import mention_rows
+from stethoscope.storage.run_dir import RunStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tasks"))
-import amber_published
+from helpers import amber_published
 
 PLAIN = ["callbacks=none", "logger=none", "name=run"]
 SCENES = 12

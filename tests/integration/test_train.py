@@ -4,16 +4,16 @@ import json
 
 import pyarrow as pa
 import pytest
-from token_tables import token_table
+from helpers.token_tables import token_table
 
 from stethoscope import Detector
 from stethoscope.commands.train import _tell_of_gaps
+from stethoscope.core.token_table import mention_rows
+from stethoscope.core.types import Mention
 from stethoscope.detection import leaderboard
-from stethoscope.records import Mention
-from stethoscope.runs.lines import Record
-from stethoscope.runs.store import RunStore
-from stethoscope.runs.tokens import SCHEMA
-from stethoscope.table import mention_rows
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.tokens import SCHEMA
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_runs import made_up_run
+from helpers.made_up_runs import made_up_run
 
 from stethoscope import Detector
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard
-from stethoscope.metrics import auroc, ece
-from stethoscope.runs.store import RunStore
-from stethoscope.stats import split_groups
-from stethoscope.table import mention_rows
+from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.metrics.classification import auroc, ece
+from stethoscope.storage.run_dir import RunStore
 
 pytestmark = pytest.mark.slow
 

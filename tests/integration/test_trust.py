@@ -11,11 +11,11 @@ import yaml
 
 from stethoscope.adapters import tiny
 from stethoscope.app.runs import Runs
-from stethoscope.commands.past import saved_task
+from stethoscope.commands.common import saved_task
 from stethoscope.commands.sweeps import Sweep
-from stethoscope.errors import StethoscopeError
+from stethoscope.core.errors import StethoscopeError
 from stethoscope.report.source import Source
-from stethoscope.runs.jobs import FINISHED, Job
+from stethoscope.storage.sweep_jobs import FINISHED, Job
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
 
@@ -52,13 +52,13 @@ def hostile(copy, tmp_path):
 PICKLED = {"filepath_or_buffer": "pickled.bin", "compression": None}
 GADGETS = {
     "through an import of ours": (
-        "stethoscope.table.pd.read_pickle",
+        "stethoscope.core.token_table.pd.read_pickle",
         PICKLED,
-        "No module named 'stethoscope.table.pd'",
+        "No module named 'stethoscope.core.token_table.pd'",
     ),
-    "a name that a module of ours imports": ("stethoscope.build.Path", {}, NO_TASK),
+    "a name that a module of ours imports": ("stethoscope.core.component.Path", {}, NO_TASK),
     "a module of ours": ("stethoscope.core.files.os", {}, NO_TASK),
-    "a function of ours": ("stethoscope.build.load", {"model": "a/b"}, "is no Task"),
+    "a function of ours": ("stethoscope.core.component.load", {"model": "a/b"}, "is no Task"),
     "a class of another contract": ("stethoscope.adapters.testbed.TestbedAdapter", {}, "is no Task"),
     "a plug-in of its own": ("pandas.read_pickle", PICKLED, "add plugins=[pandas] if you trust it"),
     "a class in its settings": (HARMLESS, {"scenes": {"_target_": "os.getcwd"}}, "only chair itself names a class"),
@@ -98,7 +98,7 @@ def test_a_package_counts_that_this_command_names_and_still_gives_tasks_only(hos
 
 
 def test_the_app_shows_a_hostile_run_without_running_it(hostile, stethoscope, tmp_path):
-    run = hostile("stethoscope.table.pd.read_pickle", PICKLED)
+    run = hostile("stethoscope.core.token_table.pd.read_pickle", PICKLED)
     runs = Runs(run.parent, run, tmp_path)
     assert not json.loads(runs.listing("copy"))["note"]
     record = next(iter(Source.read(run).store.records("chair")))
@@ -117,7 +117,7 @@ def test_a_sweep_believes_the_plugins_of_its_jobs_command_lines(finished, copy, 
         believed.append(plugins)
         return {"chair": Chair, "pope": Pope}[name]()
 
-    monkeypatch.setattr("stethoscope.commands.past.saved_task", made)
+    monkeypatch.setattr("stethoscope.commands.common.saved_task", made)
     sweep = Sweep("benchmark", tmp_path / "sweep", (), "key")
     for number, folder in enumerate((finished / "sampled", copy)):
         job = Job("key", number, (f"seed={number}",), str(folder), FINISHED, plugins=("mine",) if number else ())
@@ -227,8 +227,8 @@ def test_a_report_stays_offline_whatever_the_run_leaves_out(copy):
 def test_the_command_as_a_module_is_no_trap():
     """A run that names it has it imported, and no command runs."""
     sys.modules.pop("stethoscope.__main__", None)
-    from stethoscope.build import import_name
-    from stethoscope.errors import ConfigError
+    from stethoscope.core.component import import_name
+    from stethoscope.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match="cannot be imported"):
         import_name("stethoscope.__main__.Task", "task._target_")

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_world import TinyAdapter, TinyTask
+from helpers.wandb_reader import read
 from PIL import Image
-from tiny_world import TinyAdapter, TinyTask
-from wandb_reader import read
 
 from stethoscope.callbacks import SampleTable
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.evaluator import Evaluator
-from stethoscope.loggers import JsonLogger, Logger, Loggers, WandbLogger
-from stethoscope.media import Marked, Picture
+from stethoscope.loggers.base import JsonLogger, Logger, Loggers, WandbLogger
+from stethoscope.loggers.media import Marked, Picture
 from stethoscope.report import curves
 from stethoscope.report.gallery import KINDS, cases
 from stethoscope.report.sending import COLUMNS, send_detector
 from stethoscope.report.source import Source
-from stethoscope.runs.maps import MapFile
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.saved_heatmaps import MapFile
 
 pytest.importorskip("wandb")
 

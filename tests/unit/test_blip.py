@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import CapabilityError, ConfigError, DataError
-from stethoscope.records import Generation
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Generation
 from stethoscope.trace import NEEDS
 from stethoscope.tracing.capture import Listener, record
 

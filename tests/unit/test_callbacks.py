@@ -2,13 +2,13 @@ import inspect
 import io
 
 import pytest
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from rich.console import Console
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope import callbacks
 from stethoscope.callbacks import Callback, Progress, SampleTable, Timing
 from stethoscope.evaluator import Evaluator
-from stethoscope.loggers import Logger
+from stethoscope.loggers.base import Logger
 
 
 class Memory(Logger):

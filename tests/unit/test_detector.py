@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.token_tables import halves, token_table
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from token_tables import halves, token_table
 
-from stethoscope import metrics
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema, mention_rows
 from stethoscope.detection.estimators import best_threshold, inner_folds
 from stethoscope.detection.warn import mention_warnings
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError, ConfigError, DataError
-from stethoscope.table import FeatureSchema, mention_rows
+from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(400))
 TEST = mention_rows(token_table(400, seed=9))
@@ -42,8 +42,8 @@ def test_it_learns_and_its_probabilities_are_right(estimator, calibration):
     assert probabilities.shape == (len(TEST),)
     assert 0 <= probabilities.min() <= probabilities.max() <= 1
     labels = TEST["label"].to_numpy()
-    assert metrics.auroc(labels, probabilities) > 0.75
-    assert metrics.ece(labels, probabilities) < 0.06
+    assert classification.auroc(labels, probabilities) > 0.75
+    assert classification.ece(labels, probabilities) < 0.06
 
 
 def test_it_is_the_logistic_regression_of_scikit_learn():
@@ -65,7 +65,7 @@ def test_the_fit_is_deterministic(estimator):
 
 def test_it_calibrates_on_out_of_fold_scores_without_a_calibration_fold():
     probabilities = Detector().fit(TRAIN).predict(TEST)
-    assert metrics.ece(TEST["label"].to_numpy(), probabilities) < 0.06
+    assert classification.ece(TEST["label"].to_numpy(), probabilities) < 0.06
 
 
 def test_it_predicts_for_tokens_that_name_nothing_and_for_empty_tables(fitted):
@@ -87,7 +87,9 @@ def test_only_judged_first_mentions_count(fitted):
 def test_objects_can_be_told_apart(fitted):
     labels = TEST["label"].to_numpy()
     informed = Detector(objects=True).fit(TRAIN, CALIBRATION)
-    assert metrics.auroc(labels, informed.predict(TEST)) > metrics.auroc(labels, fitted.predict(TEST)) + 0.02
+    assert (
+        classification.auroc(labels, informed.predict(TEST)) > classification.auroc(labels, fitted.predict(TEST)) + 0.02
+    )
     strange = TEST.assign(object="zebra")
     assert np.isfinite(informed.predict(strange)).all()
 
@@ -137,7 +139,7 @@ def test_gaps_are_bridged(estimator):
     holes = np.random.default_rng(0).random(len(TRAIN)) < 0.2
     gappy = TRAIN.assign(mass=TRAIN["mass"].where(~holes))
     detector = Detector(estimator=estimator).fit(gappy, CALIBRATION)
-    assert metrics.auroc(TEST["label"].to_numpy(), detector.predict(TEST)) > 0.75
+    assert classification.auroc(TEST["label"].to_numpy(), detector.predict(TEST)) > 0.75
     assert np.isfinite(detector.predict(TEST.assign(nll=np.float32(np.nan)))).all()
 
 

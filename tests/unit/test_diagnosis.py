@@ -10,14 +10,14 @@ from PIL import Image
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema
+from stethoscope.core.types import Generation
 from stethoscope.detection.warn import mention_warnings
 from stethoscope.diagnosis.detecting import feature_names
 from stethoscope.diagnosis.making import diagnose
-from stethoscope.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.features import GROUPS, FeatureSet
-from stethoscope.records import Generation
-from stethoscope.runs.store import RunStore
-from stethoscope.table import FeatureSchema
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 from stethoscope.tracing.per_mention import trace_answers
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.types import Answer
 from stethoscope.diagnosis.parts import Judgement
 from stethoscope.diagnosis.result import Diagnosis, Named
-from stethoscope.records import Answer
 
 EVIL = "A <script>alert(1)</script> *dog*\n# and </p> [a](javascript:alert(1)) <img src=x onerror=alert(1)> & `cat`"
 

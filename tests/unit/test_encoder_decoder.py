@@ -7,9 +7,9 @@ from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
+from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
-from stethoscope.records import Generation
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
 from stethoscope.trace import NEEDS, SEGMENTS, Spans
 from stethoscope.tracing.capture import Site

@@ -5,17 +5,17 @@ import subprocess
 import sys
 
 import pytest
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
 from stethoscope.callbacks import Callback
-from stethoscope.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Generation
 from stethoscope.evaluator import Evaluator
-from stethoscope.loggers import Logger
-from stethoscope.records import Generation
+from stethoscope.loggers.base import Logger
+from stethoscope.metrics.bootstrap import Interval, MetricRow
 from stethoscope.runs.results import TaskResults
-from stethoscope.runs.selection import select
-from stethoscope.runs.store import RunStore
-from stethoscope.stats import Interval, MetricRow
+from stethoscope.storage.records import select
+from stethoscope.storage.run_dir import RunStore
 
 
 def lines(folder, without=("seconds",)):
@@ -380,7 +380,7 @@ def test_a_picture_that_is_made_and_has_changed_is_asked_about_again_when_it_is_
 
 
 OTHER = """import sys, pathlib
-from stethoscope.runs.lock import RunLock
+from stethoscope.storage.lock import RunLock
 try:
     RunLock(pathlib.Path(sys.argv[1])).acquire()
 except Exception as error:
@@ -416,6 +416,6 @@ def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monk
     Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
     found = RunStore(tmp_path).fingerprints()["tiny"]
     assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 16
-    monkeypatch.setattr("stethoscope.runs.fingerprint.code_of", lambda cls: cls.__name__)
+    monkeypatch.setattr("stethoscope.storage.run_fingerprint.code_of", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())

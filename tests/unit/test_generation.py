@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 from stethoscope.adapters import sampling
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import ConfigError
-from stethoscope.records import Generation
-from stethoscope.runs.fingerprint import jsonable
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Generation
 
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 WAYS = {

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from stethoscope.adapters import loading
 from stethoscope.adapters.batching import collate, extend, groups
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
-from stethoscope.records import Generation
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
+from stethoscope.core.types import Generation
 
 PROMPT = "USER: <image>\n{question} ASSISTANT:"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_world import TinyAdapter, TinyFeatures, TinyTask
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.callbacks import Callback
 from stethoscope.evaluator import Evaluator

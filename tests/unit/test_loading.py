@@ -16,8 +16,8 @@ from stethoscope.adapters import loading, tiny
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.testbed import TestbedAdapter
-from stethoscope.errors import CapabilityError, ConfigError, DataError, StethoscopeError
-from stethoscope.records import Generation
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
+from stethoscope.core.types import Generation
 from stethoscope.trace import NEEDS
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))

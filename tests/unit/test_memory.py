@@ -11,9 +11,9 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import Loading, placed, pretrained
 from stethoscope.adapters.memory import estimate, skeleton, weights
 from stethoscope.cli import main
-from stethoscope.commands.memory import Room, verdict
-from stethoscope.errors import CapabilityError, StethoscopeError
-from stethoscope.records import Memory
+from stethoscope.commands.doctor import Room, verdict
+from stethoscope.core.errors import CapabilityError, StethoscopeError
+from stethoscope.core.types import Memory
 
 GIB = 2**30
 OF_TRANSFORMERS = [
@@ -86,7 +86,7 @@ def test_the_relevancy_pass_keeps_about_what_is_estimated():
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from stethoscope.relevancy import relevancy_from_inputs
-    from stethoscope.relevancy.attention import BUDGET
+    from stethoscope.relevancy.attention_backward import BUDGET
 
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
@@ -203,7 +203,7 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
     assert "fits on" in said.splitlines()[-1]
     assert "100,800 in bfloat16, 8bit" in doctor(*words, "model.dtype=bfloat16", "model.quantize=8bit")
     needs = [HfAdapter(str(tmp_path), dtype=dtype).memory(500, 4).total for dtype in ("float32", "bfloat16")]
-    monkeypatch.setattr("stethoscope.commands.memory.free", lambda: [Room("cpu", int(1.1 * sum(needs) / 2))])
+    monkeypatch.setattr("stethoscope.commands.doctor.free_rooms", lambda: [Room("cpu", int(1.1 * sum(needs) / 2))])
     assert "model.dtype=bfloat16 (about" in doctor(*words, "context=500")
     assert "needs batch_size=1 (about" in doctor(*words, "context=500", "batch_size=64", "model.dtype=bfloat16")
 

@@ -12,8 +12,8 @@ from transformers.utils import is_num2words_available, is_torchvision_available
 
 from stethoscope.adapters import processors, tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import CapabilityError, StethoscopeError
-from stethoscope.records import Generation
+from stethoscope.core.errors import CapabilityError, StethoscopeError
+from stethoscope.core.types import Generation
 
 PROMPTS = {
     "paligemma": "<image>answer en {question}",

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stethoscope.adapters import checkpoints
 from stethoscope.adapters.loading import Loading
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 
 WEIGHTS = {
     "a.one": torch.arange(6.0).view(2, 3),

@@ -13,7 +13,7 @@ from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.minigpt4 import PROMPTS as MINIGPT4
 from stethoscope.adapters.pixels import PixelProcessor, squash
 from stethoscope.adapters.tiny.tokenizers import TEXT
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
 QUESTIONS = ["Is there a dog in the image?", "a", "image", "How many café crèmes? 日本", "a  b\nc", "is <s> a token?"]

@@ -6,12 +6,12 @@ import sys
 import warnings
 from functools import partial
 
-import authors_checks as checks
-import authors_convllava as authors
-import authors_llama as llama
 import numpy as np
 import pytest
 import torch
+from helpers import authors_checks as checks
+from helpers import authors_convllava as authors
+from helpers import authors_llama as llama
 from hydra import compose, initialize_config_module
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 import stethoscope
 from stethoscope.adapters.convllava import PROMPTS, ConvLlavaAdapter
 from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
-from stethoscope.errors import CapabilityError, ConfigError, DataError
-from stethoscope.records import Generation
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy
 
 QUESTION = "Is there a dog in the image?"

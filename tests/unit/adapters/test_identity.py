@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import identity
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.errors import DataError, StethoscopeError
+from stethoscope.core.errors import DataError, StethoscopeError
 
 
 @pytest.fixture(scope="module")

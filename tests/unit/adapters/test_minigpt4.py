@@ -5,11 +5,11 @@ import shutil
 import warnings
 from functools import partial
 
-import authors_checks as checks
-import authors_minigpt4 as authors
 import numpy as np
 import pytest
 import torch
+from helpers import authors_checks as checks
+from helpers import authors_minigpt4 as authors
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,9 +27,9 @@ import stethoscope
 from stethoscope.adapter import Adapter
 from stethoscope.adapters import checkpoints, companions
 from stethoscope.adapters.minigpt4 import MiniGpt4Adapter
-from stethoscope.build import build, conf_folder
-from stethoscope.errors import CapabilityError, ConfigError, DataError
-from stethoscope.records import Generation
+from stethoscope.core.component import build, conf_folder
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy
 
 QUESTION = "Is there a dog in the image?"

@@ -5,12 +5,12 @@ import shutil
 import warnings
 from functools import partial
 
-import authors_checks as checks
-import authors_llama as llama
-import authors_owl2 as authors
 import numpy as np
 import pytest
 import torch
+from helpers import authors_checks as checks
+from helpers import authors_llama as llama
+from helpers import authors_owl2 as authors
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from transformers import AutoTokenizer
@@ -19,8 +19,8 @@ import stethoscope
 from stethoscope.adapters.batching import collate
 from stethoscope.adapters.mplug_owl2 import MplugOwl2Adapter
 from stethoscope.adapters.mplug_owl2_model import position_table
-from stethoscope.errors import ConfigError, DataError
-from stethoscope.records import Generation
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy
 
 QUESTION = "Is there a dog in the image?"

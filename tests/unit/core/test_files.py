@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from stethoscope.core import files
-from stethoscope.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

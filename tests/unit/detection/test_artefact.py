@@ -7,13 +7,13 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers.token_tables import halves, token_table
 from safetensors.numpy import load
-from token_tables import halves, token_table
 
+from stethoscope.core.errors import ArtefactError
 from stethoscope.detection import artefact
 from stethoscope.detection.finding import trained
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError
 
 TRAIN, CALIBRATION = halves(token_table(200))
 KINDS = {

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from token_tables import halves, token_table
+from helpers.token_tables import halves, token_table
 
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.conformal import Promise, certify, images_needed, log_wealth, per_image, stake
 from stethoscope.detection.training import train_detector
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError, DataError
-from stethoscope.table import mention_rows
 
 REPETITIONS = 200
 MOST_BROKEN = 18  # of 200 at 5 %: a binomial variable is above that once in 500

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.token_tables import halves, token_table
 from scipy.special import expit, logit
-from token_tables import halves, token_table
 
-from stethoscope import metrics
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.explain import REST
 from stethoscope.detection.warn import COLUMNS, mention_warnings, write_warnings
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError
-from stethoscope.table import mention_rows
+from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(700))
 TEST = mention_rows(token_table(700, seed=9))
@@ -37,8 +37,8 @@ def test_evidence_and_prior_add_up_to_the_probability(kind):
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
     assert (why.probability == detector.predict(TEST)).all()
     assert (why.pushes is None) == (kind != "logistic")
-    assert metrics.ece(LABELS, why.probability) < 0.05
-    assert metrics.auroc(LABELS, why.probability) > 0.8
+    assert classification.ece(LABELS, why.probability) < 0.05
+    assert classification.auroc(LABELS, why.probability) > 0.8
 
 
 def test_the_prior_knows_place_and_name_alone(factored):
@@ -49,7 +49,7 @@ def test_the_prior_knows_place_and_name_alone(factored):
     truth = TEST["token"].to_numpy() / 12 + 0.8 * kind
     assert np.corrcoef(why.prior, truth)[0, 1] > 0.97
     knowing = Detector(objects=True).fit(TRAIN, CALIBRATION)
-    assert metrics.auroc(LABELS, why.probability) > metrics.auroc(LABELS, knowing.predict(TEST)) - 0.01
+    assert classification.auroc(LABELS, why.probability) > classification.auroc(LABELS, knowing.predict(TEST)) - 0.01
 
 
 def test_the_evidence_is_fair_to_place_and_name(factored, plain):
@@ -58,7 +58,7 @@ def test_the_evidence_is_fair_to_place_and_name(factored, plain):
     place = TEST["token"].to_numpy()
     assert abs(np.corrcoef(evidence, place)[0, 1]) < 0.12
     assert np.corrcoef(logit(plain.predict(TEST)), place)[0, 1] > 0.3
-    assert metrics.auroc(LABELS, evidence) > 0.7
+    assert classification.auroc(LABELS, evidence) > 0.7
 
 
 def test_without_evidence_the_prior_decides(factored):
@@ -69,7 +69,7 @@ def test_without_evidence_the_prior_decides(factored):
     test = mention_rows(token_table(900, seed=5, signal=0.0))
     why = detector.explain(test)
     assert np.std(why.evidence) < 0.3 * np.std(why.prior)
-    assert metrics.ece(test["label"].to_numpy(), expit(why.prior)) < 0.05
+    assert classification.ece(test["label"].to_numpy(), expit(why.prior)) < 0.05
 
 
 def test_pushes_add_up_to_the_evidence(factored, plain):
@@ -160,7 +160,7 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
         rows = mention_warnings(test, detector)
         assert len(rows) == len(TEST)
         assert (rows["end"] == 107).all()
-        found[subtokens] = metrics.auroc(rows["label"].to_numpy(), rows["probability"].to_numpy(float))
+        found[subtokens] = classification.auroc(rows["label"].to_numpy(), rows["probability"].to_numpy(float))
     assert found["mean"] > found["first"] + 0.05
 
 

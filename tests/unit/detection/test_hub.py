@@ -7,12 +7,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from helpers.token_tables import halves, token_table
 from huggingface_hub import constants
-from token_tables import halves, token_table
 
+from stethoscope.core.errors import ArtefactError
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError
-from stethoscope.table import mention_rows
 
 TRAIN, CALIBRATION = halves(token_table(300))
 TEST = mention_rows(token_table(50, seed=9))

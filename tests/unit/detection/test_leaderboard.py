@@ -6,17 +6,17 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from token_tables import halves, token_table
+from helpers.token_tables import halves, token_table
 
-from stethoscope import metrics
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
 from stethoscope.detection.leaderboard import AREAS, METRICS, leaderboard
 from stethoscope.detection.training import ablate, feature_groups, train_detector
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError, ConfigError, DataError
-from stethoscope.stats import Interval, split_groups
-from stethoscope.table import mention_rows
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import Interval, split_groups
 
 TABLE = token_table(300)
 FRACTIONS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
@@ -68,11 +68,13 @@ def test_the_figures_are_those_of_the_test_fold(trained):
     test = mention_rows(TABLE[folds["test"]])
     labels, probabilities = test["label"].to_numpy(), detector.predict(test)
     auroc = figure(results, "detector", "auroc")
-    assert auroc.value == pytest.approx(metrics.auroc(labels, probabilities))
+    assert auroc.value == pytest.approx(classification.auroc(labels, probabilities))
     assert (auroc.items, auroc.groups) == (len(test), test["group"].nunique())
     assert auroc.low < auroc.value < auroc.high
-    assert figure(results, "mass", "auroc").value == pytest.approx(metrics.auroc(labels, -test["mass"].to_numpy()))
-    assert figure(results, "detector", "ece").value == pytest.approx(metrics.ece(labels, probabilities))
+    assert figure(results, "mass", "auroc").value == pytest.approx(
+        classification.auroc(labels, -test["mass"].to_numpy())
+    )
+    assert figure(results, "detector", "ece").value == pytest.approx(classification.ece(labels, probabilities))
     assert sum(point["count"] for point in results["reliability"]) == len(test)
     assert sum(fold["images"] for fold in results["split"]["folds"].values()) == 300
 
@@ -144,7 +146,7 @@ def test_answers_judged_at_one_position_leave_position_nothing_to_say():
     first, second = (half[half["label"] >= 0].assign(token=0, number=0) for half in halves(TABLE))
     assert np.ptp(PositionOnly().fit(first, second).predict(second)) == 0
     labels = second["label"].to_numpy()
-    assert metrics.auroc(labels, TextPrior().fit(first, second).predict(second)) > 0.55
+    assert classification.auroc(labels, TextPrior().fit(first, second).predict(second)) > 0.55
 
 
 def test_baselines_that_cannot_learn_say_so():

@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
-from token_tables import token_table
+from helpers.token_tables import token_table
 
-from stethoscope import metrics
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.leaderboard import AREAS
 from stethoscope.detection.methods import cost_of, judge, published, refits
 from stethoscope.detection.training import train_detector
 from stethoscope.detector import Detector
-from stethoscope.errors import ConfigError
 from stethoscope.features import named_set, set_names
-from stethoscope.stats import split_groups
-from stethoscope.table import feature_names, mention_rows
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import split_groups
 
 FRACTIONS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
 
@@ -75,7 +75,7 @@ def test_those_are_there_of_which_all_features_are():
 def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
     said = judge(method("nll"), parts, {})
     np.testing.assert_array_equal(said.values, parts["test"]["nll"].to_numpy())
-    assert metrics.auroc(parts["test"]["label"].to_numpy(), said.values) < 0.3
+    assert classification.auroc(parts["test"]["label"].to_numpy(), said.values) < 0.3
     assert (said.sign, said.probability) == (1, False)
     assert said.note == "nll, high for hallucinated by the paper"
 

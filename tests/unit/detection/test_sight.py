@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.token_tables import OBJECTS, halves, token_table
 from scipy.special import expit
-from token_tables import OBJECTS, halves, token_table
 
-from stethoscope import metrics
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.inputs import told_apart
 from stethoscope.detection.sight import COLUMNS, Sight
 from stethoscope.detection.warn import mention_warnings, write_warnings
 from stethoscope.detector import Detector
-from stethoscope.errors import ArtefactError, ConfigError, DataError
-from stethoscope.features import sight
-from stethoscope.table import mention_rows
+from stethoscope.features import visual_evidence
+from stethoscope.metrics import classification
 
 SIZE = 6
 
@@ -37,7 +37,7 @@ PLACES = [name for name in TEST if name.startswith("looked_at")]
 
 
 def area(detector):
-    return metrics.auroc(LABELS, detector.predict(TEST))
+    return classification.auroc(LABELS, detector.predict(TEST))
 
 
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
@@ -47,7 +47,7 @@ def test_the_place_tells_more_than_its_dimensions_alone(kind):
     blind = Detector(kind, strength=strength, sight=False).fit(TRAIN, CALIBRATION)
     assert not set(PLACES) & set(blind.features)
     assert area(sighted) > area(blind) + 0.05
-    assert metrics.ece(LABELS, sighted.predict(TEST)) < 0.05
+    assert classification.ece(LABELS, sighted.predict(TEST)) < 0.05
 
 
 def test_what_it_learns_from_was_made_without_the_image():
@@ -188,9 +188,9 @@ def test_places_alone_are_enough_and_their_absence_is_no_error():
 def test_wide_states_are_projected_and_keep_their_angles():
     drawn = np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
     drawn[1] += drawn[0]
-    small = drawn @ sight._directions(3000)
-    assert small.shape == (2, sight.DIMENSIONS)
-    assert (small == drawn @ sight._directions(3000)).all()
+    small = drawn @ visual_evidence._directions(3000)
+    assert small.shape == (2, visual_evidence.DIMENSIONS)
+    assert (small == drawn @ visual_evidence._directions(3000)).all()
 
     def cosine(rows):
         return rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])

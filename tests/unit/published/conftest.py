@@ -1,10 +1,10 @@
 """One traced answer of a tiny LLaVA, its published features, and the same answer in a plain eager pass."""
 
 import pytest
-from plain_pass import PICTURE, Plain, load
+from helpers.plain_pass import PICTURE, Plain, load
 
+from stethoscope.core.types import Generation
 from stethoscope.features import GROUPS, FeatureSet
-from stethoscope.records import Generation
 from stethoscope.trace import MORE_NEEDS, NEEDS
 
 

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from plain_pass import ROWS, TOLERANCE, check, check_layers, entropy, image_rows, mean
+from helpers.plain_pass import ROWS, TOLERANCE, check, check_layers, entropy, image_rows, mean
 
-from stethoscope.features.maps import dispersion
+from stethoscope.features.attention import dispersion
 
 
 @ROWS

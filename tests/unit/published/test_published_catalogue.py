@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plain_pass import PICTURE, load
+from helpers.plain_pass import PICTURE, load
 
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.types import Generation
 from stethoscope.features import COSTS, FEATURES, FeatureSet
-from stethoscope.records import Generation
 from stethoscope.trace import MENTION_NEEDS, MORE_NEEDS, NEEDS
 
 

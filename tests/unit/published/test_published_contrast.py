@@ -3,7 +3,7 @@
 import math
 
 import torch
-from plain_pass import check, differences, divergence, entropy, image_rows, logprob, mean, predicted
+from helpers.plain_pass import check, differences, divergence, entropy, image_rows, logprob, mean, predicted
 
 from stethoscope.tracing.noise import noised
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from plain_pass import check, mean
+from helpers.plain_pass import check, mean
 
 
 @pytest.fixture(scope="module")

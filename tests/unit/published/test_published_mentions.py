@@ -6,12 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.plain_pass import PICTURE, TOLERANCE, load
 from PIL import Image
-from plain_pass import PICTURE, TOLERANCE, load
 
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.types import Generation, Mention
 from stethoscope.features import FeatureSet
-from stethoscope.records import Generation, Mention
 from stethoscope.tracing.per_mention import trace_answers
 from stethoscope.tracing.verification import question, reply_ids
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from plain_pass import ROWS, TOLERANCE, check, check_layers, cos, divergence, image_rows, mean
+from helpers.plain_pass import ROWS, TOLERANCE, check, check_layers, cos, divergence, image_rows, mean
 
 from stethoscope.tracing.states import sinks
 

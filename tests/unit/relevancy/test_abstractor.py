@@ -1,14 +1,13 @@
 """Relevancy through a visual abstractor against the full matrix recursion over [queries ; vision tokens]."""
 
-import brute_force
 import pytest
 import torch
-import zoo
+from helpers import brute_force, zoo
 
 from stethoscope.adapters import tiny
-from stethoscope.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError
 from stethoscope.relevancy import relevancy_from_inputs
-from stethoscope.relevancy.abstractor import QueryRows
+from stethoscope.relevancy.rules import QueryRows
 
 QUERIES, VISION = 5, 17
 NEAR = 2e-5

@@ -1,9 +1,8 @@
 """Relevancy of every family against plain autograd per token with all maps kept, and the full matrix recursion."""
 
-import brute_force
 import pytest
 import torch
-import zoo
+from helpers import brute_force, zoo
 
 from stethoscope.relevancy import relevancy_from_inputs
 from stethoscope.relevancy.rules import RULES

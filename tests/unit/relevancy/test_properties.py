@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-import zoo
+from helpers import zoo
 
-from stethoscope.errors import CapabilityError, CaptureError, ConfigError, DataError
-from stethoscope.relevancy import attention, merging, relevancy_from_inputs
+from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
+from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
@@ -119,7 +119,7 @@ def test_patches_of_qwen_are_in_rows_and_columns():
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", ["llava", "blip2_opt", "qwen2_5_vl", "gemma3"])
 def test_left_padding_changes_nothing(family, scope, small, monkeypatch):
-    monkeypatch.setattr(attention, "_SMALL", small)
+    monkeypatch.setattr(attention_backward, "_SMALL", small)
     one = case(family)
     fills = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
     padded = {
@@ -183,20 +183,22 @@ def test_layers_that_run_again_change_nothing_and_leave_no_trace(family, scope):
 
 def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
     calls = []
-    find = merging._found
-    monkeypatch.setattr(merging, "_found", lambda *arguments: calls.append(1) or find(*arguments))
+    find = token_alignment._found
+    monkeypatch.setattr(token_alignment, "_found", lambda *arguments: calls.append(1) or find(*arguments))
     one = zoo.llava_next()
     other = {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != 7, 11)}
     for inputs in (one.inputs, other, one.inputs):
-        merging.merging(one.model, inputs, one.image)
+        token_alignment.merging(one.model, inputs, one.image)
     assert len(calls) == 1
     wider = {**one.inputs, "image_sizes": torch.tensor([[56, 56]])}
-    assert merging._key(one.model, wider, len(one.image)) != merging._key(one.model, one.inputs, len(one.image))
+    assert token_alignment._key(one.model, wider, len(one.image)) != token_alignment._key(
+        one.model, one.inputs, len(one.image)
+    )
 
 
 def test_the_last_key_that_a_query_sees():
     def ends(mask, queries=3, keys=4):
-        return attention.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
+        return attention_backward.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
 
     seen = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, False, False]])
     assert ends(None) == [1, 2, 3]
@@ -318,8 +320,8 @@ def test_a_decoder_may_hold_the_last_token_too():
 def test_merging_is_the_same_in_half_precision(family):
     """32 dimensions round more than the digits of large numbers bear: then they are asked for bit by bit."""
     one = zoo.FAMILIES[family]()
-    wanted = merging.merging(one.model, one.inputs, one.image)
+    wanted = token_alignment.merging(one.model, one.inputs, one.image)
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in one.inputs.items()}
-    found = merging.merging(one.model.to(torch.bfloat16), half, one.image)
+    found = token_alignment.merging(one.model.to(torch.bfloat16), half, one.image)
     for name in ("vision", "image", "weight"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))

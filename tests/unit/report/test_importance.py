@@ -4,17 +4,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from helpers.token_tables import halves, token_table
 from sklearn.metrics import roc_auc_score
-from token_tables import halves, token_table
 
 from stethoscope import Detector
+from stethoscope.core.token_table import KEY_COLUMNS, mention_rows
 from stethoscope.detection.warn import mention_warnings, write_warnings
 from stethoscope.report.importance import PRIOR, importances
 from stethoscope.report.source import Source
-from stethoscope.runs.lines import Record
-from stethoscope.runs.store import RunStore
-from stethoscope.runs.tokens import SCHEMA
-from stethoscope.table import KEY_COLUMNS, mention_rows
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.tokens import SCHEMA
 
 
 def _source(folder, table, detector, warned=None):

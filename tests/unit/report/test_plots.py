@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.token_tables import token_table
 from sklearn import metrics as sklearn
-from token_tables import token_table
 
+from stethoscope.core.token_table import mention_rows
 from stethoscope.report import curves, gallery, svg
-from stethoscope.table import mention_rows
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
+from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import tables
 from stethoscope.report.tables import Gap, Table
-from stethoscope.stats import Interval
 
 NASTY = "\\input{x} $1 & <b>50%</b> #_^~|`*\n[a](b)"
 FIGURE = Interval(-0.25, -0.5, 0.0, 10, 5)

@@ -3,12 +3,12 @@
 import pytest
 import yaml
 
-from stethoscope.errors import ConfigError
-from stethoscope.records import Score
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Score
 from stethoscope.report import versus
 from stethoscope.report.source import Source
-from stethoscope.runs.lines import Record
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 
 COUNTS = {

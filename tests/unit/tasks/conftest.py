@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from by_hand import QUESTIONS
+from helpers.by_hand import QUESTIONS
 from PIL import Image
 
 

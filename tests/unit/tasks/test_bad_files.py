@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from by_hand import reply
+from helpers.by_hand import reply
 
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 from stethoscope.tasks.amber import Amber
 from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.halloc import HalLoc

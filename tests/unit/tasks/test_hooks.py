@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_world import WORDS, TinyAdapter, TinyTask
+from helpers.tiny_world import WORDS, TinyAdapter, TinyTask
 
+from stethoscope.core.types import Answer
 from stethoscope.evaluator import Evaluator
-from stethoscope.records import Answer
 from stethoscope.task import Tally
 
 

@@ -3,9 +3,9 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from by_hand import QUESTIONS
+from helpers.by_hand import QUESTIONS
 
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.hub import split_files
 from stethoscope.tasks.pope import Pope

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.image_folder import ImageFolder
 

@@ -116,7 +116,7 @@ def test_thousand_real_captions(shared):
 
 
 def test_benchmark_script_makes_captions_of_80_words():
-    spec = importlib.util.spec_from_file_location("bench_mentions", ROOT / "scripts" / "bench_mentions.py")
+    spec = importlib.util.spec_from_file_location("bench_mentions", ROOT / "scripts" / "bench" / "mentions.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     captions = bench.built_in(20)

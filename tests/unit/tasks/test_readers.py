@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from stethoscope.errors import DataError
+from stethoscope.core.errors import DataError
 from stethoscope.tasks.amber import Amber
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.coco import image_id, read_instances

@@ -1,7 +1,7 @@
 """The embedded scenes, and the same scenes exported in the published formats and read back."""
 
 import pytest
-from by_hand import reply
+from helpers.by_hand import reply
 
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope

@@ -2,12 +2,12 @@
 
 import json
 
-import amber_published
 import numpy as np
 import pytest
-from by_hand import reply, totals_of
+from helpers import amber_published
+from helpers.by_hand import reply, totals_of
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.amber import Amber
 
 spacy = pytest.importorskip("spacy", reason="spaCy is not installed: pip install 'lvlm-stethoscope[amber]'")

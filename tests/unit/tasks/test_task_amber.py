@@ -4,12 +4,12 @@ import json
 import random
 import zlib
 
-import amber_published
 import numpy as np
 import pytest
-from by_hand import figures, reply, totals_of
+from helpers import amber_published
+from helpers.by_hand import figures, reply, totals_of
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.amber import Amber, amber_score, judge
 
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from by_hand import reply
+from helpers.by_hand import reply
 
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks.chair import Chair, complete_sentences
 
 

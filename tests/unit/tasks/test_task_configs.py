@@ -5,8 +5,8 @@ import inspect
 import pytest
 import yaml
 
-from stethoscope.build import build, choices, conf_folder
-from stethoscope.errors import ConfigError
+from stethoscope.core.component import build, choices, conf_folder
+from stethoscope.core.errors import ConfigError
 from stethoscope.task import Task
 
 REQUIRED = {

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import yaml
-from by_hand import figures, reply
+from helpers.by_hand import figures, reply
 
-from stethoscope.build import build
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.component import build
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.task import Task
 from stethoscope.tasks.custom import Custom, read_vocabulary
 

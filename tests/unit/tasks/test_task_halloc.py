@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from by_hand import totals_of
+from helpers.by_hand import totals_of
 
-from stethoscope.errors import ConfigError
-from stethoscope.records import Answer
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Answer
 from stethoscope.tasks.given import moved
 from stethoscope.tasks.halloc import HalLoc
 

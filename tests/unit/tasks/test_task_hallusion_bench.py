@@ -6,11 +6,11 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from by_hand import figures, reply, settings_of
+from helpers.by_hand import figures, reply, settings_of
 from PIL import Image
 from test_hub_source import cache, write  # noqa: F401 (a fixture)
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.hallusion_bench import HallusionBench
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from by_hand import figures, reply, settings_of
+from helpers.by_hand import figures, reply, settings_of
 from PIL import Image
 from test_hub_source import cache, write  # noqa: F401 (a fixture)
 
-from stethoscope.errors import ConfigError
+from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.mme import Mme
 
 ASKED = {"a": [("Is there a dog in this image? Please answer yes or no.", "Yes"), ("Is there an elephant?", "No")]}

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from by_hand import QUESTIONS, reply
+from helpers.by_hand import QUESTIONS, reply
 
-from stethoscope.errors import ConfigError, DataError
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks.pope import Pope, asked_object
 
 

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from scripts.train_testbed.data import Batch, Encoder, conversations, pack, pixels
 from stethoscope import testbed
 from stethoscope.testbed import language
-from stethoscope.testbed.training.batches import Batch, Encoder, conversations, pack, pixels
 from stethoscope.testbed.vocabulary import CATEGORIES
 
 transformers = pytest.importorskip("transformers")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import stethoscope
-from stethoscope import metrics
 from stethoscope.detection.finding import shipped
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.runs.store import RunStore
+from stethoscope.metrics import classification
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 from stethoscope.testbed import DETECTOR_DIR
 
@@ -24,7 +24,7 @@ def adapter():
 
 
 def test_it_is_that_of_the_embedded_model_as_it_is(adapter):
-    """If this fails after the model was trained again: scripts/train_testbed_detector.py."""
+    """If this fails after the model was trained again: scripts/train_testbed/detector.py."""
     assert shipped(adapter) == [DETECTOR_DIR]
 
 
@@ -61,5 +61,5 @@ def test_it_warns_of_what_is_not_there(adapter, tmp_path):
     Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
     rows = detector.rows(RunStore(tmp_path).tokens("chair"))
     labels, found = rows["label"].to_numpy(), detector.predict(rows)
-    assert metrics.auroc(labels, found) > 0.8
+    assert classification.auroc(labels, found) > 0.8
     assert np.mean(found[labels == 1]) > np.mean(found[labels == 0]) + 0.2

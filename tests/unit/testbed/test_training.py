@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.train_testbed.data import Encoder, Rendered, load_split, patch_labels, render_split
+from scripts.train_testbed.loop import MuonWithAdam, orthogonalise, run_stage
+from scripts.train_testbed.stages import AlignStage, JointStage, LanguageStage, Student, VisionStage, thin_noise
 from stethoscope import testbed
 from stethoscope.testbed.architecture import build_model
 from stethoscope.testbed.scene import scene_at
-from stethoscope.testbed.training.batches import Encoder
-from stethoscope.testbed.training.data import Rendered, load_split, patch_labels, render_split
-from stethoscope.testbed.training.loop import run_stage
-from stethoscope.testbed.training.optimiser import MuonWithAdam, orthogonalise
-from stethoscope.testbed.training.stages import AlignStage, JointStage, LanguageStage, Student, VisionStage, thin_noise
 from stethoscope.testbed.vocabulary import INDEX
 
 transformers = pytest.importorskip("transformers")
@@ -81,7 +79,7 @@ def test_every_stage_takes_a_step(
 
 
 def test_shards_read_back_as_rendered(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stethoscope.testbed.training import data
+    from scripts.train_testbed import data
 
     monkeypatch.setattr(data, "SHARD", 4)
     for shard in range(2):

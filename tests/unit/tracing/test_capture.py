@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from stethoscope.errors import CaptureError
+from stethoscope.core.errors import CaptureError
 from stethoscope.trace import Spans
 from stethoscope.tracing.capture import (
     NAME,

@@ -2,20 +2,20 @@
 
 import numpy as np
 import pytest
-from token_tables import halves, token_table
+from helpers.token_tables import halves, token_table
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.token_table import KEY_COLUMNS
+from stethoscope.core.types import UNKNOWN, Generation, Mention
 from stethoscope.detector import Detector
 from stethoscope.diagnosis.making import diagnose, find_mentions
 from stethoscope.diagnosis.readers import default_reader
-from stethoscope.errors import CapabilityError
 from stethoscope.evaluator import Evaluator
 from stethoscope.features import FeatureSet
-from stethoscope.records import UNKNOWN, Generation, Mention
-from stethoscope.runs.store import RunStore
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, stream
-from stethoscope.table import KEY_COLUMNS
 from stethoscope.tasks.chair import Chair
 from stethoscope.tracing.per_mention import trace_answers
 from stethoscope.tracing.verification import yes_odds

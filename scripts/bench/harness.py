@@ -1,0 +1,247 @@
+"""What the harness costs: `stethoscope evaluate` against a bare `generate` loop over the same POPE questions.
+
+    python scripts/bench/harness.py                   # 400 questions about rendered scenes, batches of 1 and of 16
+
+Both read the same PNG files and ask the embedded model the same questions in the same order. The bare loop is what a
+user would write: open the picture, processor, `model.generate`, decode, keep the text. The harness does all it does
+by default: records with token ids and log-probabilities, scores, events, an offline W&B run, timings, pictures.
+
+Loops alternate batch by batch in one process, so that other work on the machine falls on both. Overhead is judged by
+CPU time, which is told beside the time of the clock; what larger batches gain, which use more cores, by the clock, on
+an idle machine. Start and memory are those of whole processes, run in turn: from the start of the process to the first
+answer (bare) or the first record on disk (harness), and the largest resident size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PER_SCENE = 18
+"""Questions about a scene: three about objects that are there and three about others, in each of three subsets."""
+LONGEST = 8
+LIMITS = {"overhead": 0.05, "faster": 3.0, "start": 2.0, "memory": 100.0}
+Clock = tuple[float, float]
+
+
+def main() -> None:
+    """Measures and prints one table; exits with 1 when a limit is not kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=2, help="times that the loops are repeated")
+    parser.add_argument("--starts", type=int, default=3, help="processes of each kind")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; one is the default of the embedded model")
+    parser.add_argument("--bare", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        _bare_process(Path(options.bare), options.questions)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _export(folder / "data", options.questions)
+        later = _processes(folder, options)  # first: a child's largest size counts what its parent had when it forked
+        rows = [*_loops(folder, options), *later]
+    print(f"{options.questions} POPE questions, {LONGEST} tokens at most, {options.threads} thread(s)\n")
+    print("| what | bare | harness | | limit | kept |")
+    print("|---|---|---|---|---|---|")
+    for what, bare, harness, result, limit, kept in rows:
+        print(
+            f"| {what} | {bare} | {harness} | {result} | {limit} | {'' if kept is None else 'yes' if kept else 'NO'} |"
+        )
+    if any(kept is False for *_, kept in rows):
+        raise SystemExit(1)
+
+
+def _export(folder: Path, questions: int) -> None:
+    """POPE's files about rendered scenes, pictures as PNG."""
+    from stethoscope import testbed
+
+    testbed.export(folder, testbed.scenes(2 + questions // PER_SCENE))
+
+
+def _task(folder: Path) -> object:
+    from stethoscope.tasks.pope import Pope
+
+    return Pope(source="files", questions=str(folder), images=str(folder / "images"))
+
+
+# --- the bare loop ----------------------------------------------------------------------------------------------------
+
+
+def _model() -> tuple[object, object]:
+    """Model and processor as the documentation of transformers loads them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from stethoscope.testbed import MODEL_DIR
+
+    return AutoModelForImageTextToText.from_pretrained(MODEL_DIR).eval(), AutoProcessor.from_pretrained(MODEL_DIR)
+
+
+def _ask(model: object, processor: object, questions: Sequence[tuple[Path, str]]) -> list[str]:
+    """One batch of the bare loop."""
+    from PIL import Image
+
+    images = [Image.open(path).convert("RGB") for path, _ in questions]
+    texts = [f"USER: <image>\n{text} ASSISTANT:" for _, text in questions]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _bare_process(folder: Path, questions: int) -> None:
+    """A bare script at batch 1; says on a line of its own when the first question is answered."""
+    import json
+
+    rows = []
+    for file in sorted(folder.glob("coco_pope_*.json")):
+        rows += [json.loads(line) for line in file.read_text().splitlines()]
+    model, processor = _model()
+    processor.tokenizer.padding_side = "left"
+    for index, row in enumerate(rows[:questions]):
+        _ask(model, processor, [(folder / "images" / row["image"], row["text"])])
+        if index == 0:
+            print("first", flush=True)
+
+
+# --- loops ------------------------------------------------------------------------------------------------------------
+
+
+def _now() -> Clock:
+    return time.perf_counter(), time.process_time()
+
+
+def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
+    """Rows of the table about batches of 1 and 16, and about 16 against 1."""
+    import stethoscope
+
+    adapter, model, processor = stethoscope.load("testbed", threads=options.threads), *_model()
+    processor.tokenizer.padding_side = "left"
+    task = _task(folder / "data")
+    spent: dict[tuple[int, str], Clock] = {}
+    rows = []
+    for size in (1, 16):
+        ask = lambda samples: _ask(model, processor, [(s.image.source, s.question) for s in samples])  # noqa: E731
+        sittings = [
+            _sitting(adapter, task, size, folder / f"run-{size}-{number}", ask, options.questions)
+            for number in range(-1, options.rounds)  # the first one warms up
+        ][1:]
+        for way in ("bare", "harness"):
+            spent[size, way] = tuple(sum(parts) for parts in zip(*(one[way] for one in sittings), strict=True))
+        for index, clock in enumerate(("wall", "CPU")):
+            bare, harness = (spent[size, way][index] / options.rounds for way in ("bare", "harness"))
+            more, limit = harness / bare - 1, LIMITS["overhead"]
+            row = f"batch {size}, {clock}", f"{bare:.2f} s", f"{harness:.2f} s", f"{more:+.1%}", f"{limit:+.0%}"
+            rows.append((*row, more <= limit if index else None))
+    for index, clock in enumerate(("wall", "CPU")):
+        faster = {way: spent[1, way][index] / spent[16, way][index] for way in ("bare", "harness")}
+        row = f"batch 16 against 1, {clock}", f"{faster['bare']:.2f} x", f"{faster['harness']:.2f} x", ""
+        rows.append((*row, f"{LIMITS['faster']:.0f} x", None if index else faster["harness"] >= LIMITS["faster"]))
+    return rows
+
+
+def _sitting(
+    adapter: object, task: object, size: int, run_dir: Path, ask: Callable[[Sequence], list[str]], questions: int
+) -> dict[str, Clock]:
+    """One run of the harness that asks the bare loop the same batch before each of its own."""
+    from stethoscope import Evaluator
+    from stethoscope.callbacks import Callback, Progress, SampleTable, Timing
+    from stethoscope.core.types import Generation
+    from stethoscope.loggers.base import Loggers, WandbLogger
+    from stethoscope.storage.saved_heatmaps import KeepMaps
+
+    texts: list[str] = []
+    answers: list[str] = []
+
+    class Alternate(Callback):
+        """The first of the callbacks: what follows ``on_task_start`` is the harness's, but for the bare batches."""
+
+        def on_task_start(self, run: object) -> None:
+            self.bare, self.start = (0.0, 0.0), _now()
+
+        def on_batch_start(self, run: object, samples: Sequence) -> None:
+            start = _now()
+            texts.extend(ask(samples))
+            self.bare = tuple(sum + (end - begin) for sum, begin, end in zip(self.bare, start, _now(), strict=True))
+
+    class End(Callback):
+        """The last of the callbacks: how far it is until the last record is on disk."""
+
+        def on_batch_end(self, run: object, records: Sequence) -> None:
+            answers.extend(record.answer.text for record in records)
+            self.end = _now()
+
+    alternate, end = Alternate(), End()
+    loggers = Loggers([WandbLogger(project="bench")])
+    callbacks = [alternate, Progress(), Timing(), SampleTable(), KeepMaps(), end]
+    generation = Generation(max_new_tokens=LONGEST)
+    Evaluator(callbacks, loggers, questions, batch_size=size, generation=generation, run_dir=run_dir).run(adapter, task)
+    loggers.finalize("finished")
+    same = sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True))
+    if same < len(answers):
+        print(f"batch {size}: {len(answers) - same} of {len(answers)} answers differ", file=sys.stderr)
+    whole = tuple(stop - begin for begin, stop in zip(alternate.start, end.end, strict=True))
+    return {"bare": alternate.bare, "harness": tuple(a - b for a, b in zip(whole, alternate.bare, strict=True))}
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _processes(folder: Path, options: argparse.Namespace) -> list[tuple]:
+    """Rows of the table about the start of a process and its memory."""
+    data, count = folder / "data", options.questions
+    measured: dict[str, list[tuple[float, float]]] = {"bare": [], "harness": []}
+    for number in range(options.starts):
+        words = [sys.executable, __file__, "--bare", str(data), "--questions", str(count)]
+        measured["bare"].append(_watch(words, folder, None))
+        run_dir = folder / f"process-{number}"
+        words = [
+            *(sys.executable, "-m", "stethoscope", "evaluate", "task=pope", "task.source=files", "batch_size=1"),
+            *(f"task.questions={data}", f"task.images={data / 'images'}", f"limit={count}"),
+            *(f"generation.max_new_tokens={LONGEST}", f"run_dir={run_dir}", f"model.threads={options.threads}"),
+        ]
+        measured["harness"].append(_watch(words, folder, run_dir / "samples.jsonl"))
+    rows = []
+    for index, (what, unit, limit) in enumerate(
+        (("start to first answer", "s", LIMITS["start"]), ("peak memory", "MB", LIMITS["memory"]))
+    ):
+        bare, harness = (statistics.median(one[index] for one in measured[way]) for way in ("bare", "harness"))
+        form = "{:.1f} {}" if unit == "s" else "{:.0f} {}"
+        texts = [form.format(value, unit) for value in (bare, harness)]
+        rows.append(
+            (what, *texts, "+" + form.format(harness - bare, unit), f"+{limit:.0f} {unit}", harness - bare <= limit)
+        )
+    return rows
+
+
+def _watch(words: Sequence[str], folder: Path, records: Path | None) -> tuple[float, float]:
+    """Seconds until the first answer, and the largest resident size in MB.
+
+    Args:
+        records: the file whose first line shows the first answer; None where the process says so itself.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        if records is None:
+            process.stdout.readline()
+        else:
+            while process.poll() is None and not (records.is_file() and records.stat().st_size):
+                time.sleep(0.01)
+        first = time.perf_counter() - start
+        process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+    return first, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
+
+
+if __name__ == "__main__":
+    main()

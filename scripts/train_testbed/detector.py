@@ -1,0 +1,35 @@
+"""Train the detector that comes with the embedded model again: stethoscope/testbed/detector.
+
+It has to be done whenever the embedded model changes, since a detector is taken for exactly the model that it was
+trained on; `tests/unit/testbed/test_shipped_detector.py` tells. Three minutes on one core; the same code and seed give
+the same detector.
+
+    python -m scripts.train_testbed.detector
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from stethoscope import testbed
+
+WORDS = ["name=ship", "pope.scenes=20", "chair.scenes=1000", "features=default", "detector=logistic", "logger=none"]
+
+
+def main() -> None:
+    """Runs the benchmark in a temporary folder and keeps nothing but its detector."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "stethoscope", "benchmark", *WORDS, f"runs={folder}"]
+        subprocess.run(command, check=True)
+        shutil.copytree(Path(folder) / "ship" / "detector", testbed.DETECTOR_DIR, dirs_exist_ok=True)
+    print(f"wrote {testbed.DETECTOR_DIR}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""Read the ``key=value`` words of a command line and spell them so that Hydra's grammar takes every one of them.
+
+Paths and free text are taken as they are typed. In other settings brackets make lists and mappings, as YAML, JSON or
+Python write them, and ``None`` is null. With ``--multirun`` a comma outside of brackets and quotes separates values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from stethoscope.core.component import choices, groups
+from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.text import redact_word, visible
+
+TEXTS = {"question", "answer", "suffix", "prompt", "subset", "auth"}
+"""Settings of free text, by the last part of their key: exactly what is typed."""
+PATHS = {
+    "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
+    "images",
+    "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
+    "qformer", "questions", "revision", "run", "run_dir", "runs", "spacy", "split", "tower", "tower_revision",
+    "vocabulary", "warn",
+    "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
+}  # fmt: skip
+"""Settings of a file, a folder or a name: what is typed, but for interpolations of Hydra such as ``${oc.env:USER}``."""
+LISTS = {"test", "image_ids", "vision", "hydra.searchpath", "hydra.launcher.setup"}
+"""Settings of a path, or of lists and mappings of paths in brackets."""
+NOT_CHOSEN = {("train", "features")}
+"""Groups besides ``experiment`` of which a command takes none by default."""
+ALIASES = {("app", "detector"): "detector.folder", ("diagnose", "detector"): "detector.folder"}
+"""Settings by another name: ``detector=`` by itself would choose a file of ``conf/detector``."""
+FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+         "--shell-completion", "-sc", "--info", "-i"}  # fmt: skip
+WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+              "--experimental-rerun"}  # fmt: skip
+"""Hydra's options, without and with a value."""
+_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str)\((.*)\)", re.DOTALL)
+INTERPOLATION = re.compile(r"\$\{(?:[a-z_][\w.]*:[^{}]*|[a-z_]\w*(?:\.\w+)*)\}")
+"""What Hydra puts a value in the place of, in paths and in settings that are no free text."""
+_KEY = re.compile(r"(\+\+?|~)?[\w$.\-/]+(@[\w$.\-:]*)?")
+_BARE = re.compile(rf"(?:[A-Za-z0-9_/\-+.%*@?|:]|{INTERPOLATION.pattern})+")
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/\-]*(?:\.[A-Za-z_/][A-Za-z0-9_/\-]*)*")
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+class Quoted(str):
+    """Text that stood in quotes."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A value or a part of one.
+
+    Attributes:
+        value: text, a list or a mapping.
+        source: as typed.
+    """
+
+    value: str | list[Part] | dict[str, Part]
+    source: str
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate Hydra's options from the settings.
+
+    Raises:
+        ConfigError: an option that Hydra does not have, or one without its value.
+
+    >>> split(["-m", "seed=0,1", "--config-dir", "a=b"])
+    (['-m', '--config-dir', 'a=b'], ['seed=0,1'])
+    """
+    options, words = [], []
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        elif name not in FLAGS | WITH_VALUE:
+            raise ConfigError(unknown("option", name, (option for option in FLAGS | WITH_VALUE if option[:2] == "--")))
+        else:
+            options.append(word)
+            if name in WITH_VALUE and not equals:
+                value = next(rest, None)
+                if value is None:
+                    raise ConfigError(f"{name} needs a value")
+                options.append(value)
+    return options, words
+
+
+def option(options: Sequence[str], *names: str) -> str | None:
+    """The value of one of Hydra's options; None where it is not given.
+
+    >>> option(["-m", "--config-dir", "a=b"], "--config-dir", "-cd")
+    'a=b'
+    """
+    for index, word in enumerate(options):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else options[index + 1]
+    return None
+
+
+def spell(word: str, command: str, sweep: bool = False) -> str:
+    """Rewrite a setting for Hydra.
+
+    Args:
+        word: ``key=value`` as typed.
+        command: whose setting it is.
+        sweep: whether commas separate the values of several jobs.
+
+    Returns:
+        The word, empty where it says what is so without it.
+
+    Raises:
+        ConfigError: it is no setting, or its value cannot be one.
+
+    >>> spell("run=runs/study/limit=4", "train"), spell("detector.strength=None", "train")
+    ("run='runs/study/limit=4'", 'detector.strength=null')
+    >>> spell("detector.threshold={'max_false_alarms': 0.2}", "train")
+    'detector.threshold={max_false_alarms:0.2}'
+    >>> spell("run=runs/a=1,runs/b", "extract", sweep=True)
+    "run='runs/a=1',runs/b"
+    """
+    key, equals, value = word.partition("=")
+    if not equals and not key.startswith("~"):
+        raise ConfigError(f"{word!r} should be a setting, key=value, for example run={word}")
+    plain = key.lstrip("+~")
+    if "/" in plain and plain.partition("/")[0] not in ("hydra", *groups()):
+        raise ConfigError(f"{word!r} should be a setting, key=value, for example run={word}")
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"{word!r} is no setting: the name before '=' has letters, digits, '_', '.' and '/' only")
+    alias = ALIASES.get((command, plain))
+    if alias is not None:
+        key, plain = key[: len(key) - len(plain)] + alias, alias
+    if not value:
+        return word if alias is None else f"{key}{equals}"
+    kind = next((kind for kind in (TEXTS, PATHS, LISTS) if plain in kind or plain.rpartition(".")[2] in kind), None)
+    sweep = sweep and not (kind is not None and plain.startswith("hydra."))  # which has one value for all jobs
+    if kind in (TEXTS, None):
+        _check_unicode(key, value)
+    function = _FUNCTION.fullmatch(value)
+    if sweep and function and function[1] == "choice":
+        value = function[2]
+    elif function and (kind is None or sweep):
+        return f"{key}={_function(key, value, sweep)}"
+    parts = [_whole(value)] if kind is not None and not sweep else list(_parts(value, ","))
+    if len(parts) > 1 and not sweep:
+        word, value = redact_word(word), redact_word(word).partition("=")[2]
+        raise ConfigError(
+            f"{word} gives several values: --multirun makes a run of each, '{key}=[{value}]' is one list, and quotes "
+            f"of its own make one text of it: '{key}=\"{value}\"'"
+        )
+    group = plain.partition("@")[0]
+    if group in groups() and any(part.source in ("null", "None") for part in parts):
+        return _without(key, command, group, len(parts))
+    writer = _value if kind is None else _path_or_list if kind is LISTS else _text
+    return f"{key}={','.join(writer(part, kind is not TEXTS, sweep) for part in parts)}"
+
+
+def _without(key: str, command: str, group: str, values: int) -> str:
+    """A group of configuration files of which none is chosen, for which Hydra has no word.
+
+    Raises:
+        ConfigError: it has to be one of them.
+
+    >>> _without("logger", "train", "logger", 1), _without("experiment", "train", "experiment", 1)
+    ('logger=none', '')
+    """
+    if "none" in choices(group) and values == 1:
+        return f"{key}=none"
+    default = group == "experiment" or (command, group) in NOT_CHOSEN
+    if default and values == 1:
+        return ""
+    where = " in a sweep" if default else ""
+    raise ConfigError(f"{key}=null cannot stand{where}; there are: {', '.join(choices(group))}")
+
+
+def quote(text: str, interpolations: bool = False) -> str:
+    """Quote text for Hydra's grammar, so that it reads the very same text.
+
+    Args:
+        text: any.
+        interpolations: leave ``${...}`` to OmegaConf.
+
+    >>> quote("it's ${x}"), quote("${x}", interpolations=True)
+    ("'it\\\\'s \\\\${x}'", "'${x}'")
+    """
+    pieces = re.split(f"({INTERPOLATION.pattern})", text) if interpolations else [text]
+    # backslashes before a quote or an interpolation count, all others stand for themselves
+    quoted = [piece if index % 2 else re.sub(r"(\\*)('|\$\{|\Z)", _escape, piece) for index, piece in enumerate(pieces)]
+    return f"'{''.join(quoted)}'"
+
+
+def unquoted(word: str) -> str:
+    """A setting in Hydra's spelling as people read it: its text without quotes.
+
+    >>> unquoted("run='runs/a=1'"), unquoted(r"x=http\://a"), unquoted("features=['a',b]")
+    ('run=runs/a=1', 'x=http://a', "features=['a',b]")
+    """
+    key, equals, value = word.partition("=")
+    text, end = _quoted(value, 0)
+    if text is None or end != len(value):
+        return word if value[:1] in ("[", "{") else key + equals + re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
+    return key + equals + re.sub(r"(\\*)\\(?=\$\{)", lambda found: found[1][: len(found[1]) // 2], text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    slashes, special = match.groups()
+    return slashes * 2 + (f"\\{special}" if special else "")
+
+
+def _check_unicode(key: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}={visible(value)} is not UTF-8 text; the shell or the script that calls should be set to UTF-8"
+        ) from None
+
+
+def _function(key: str, value: str, sweep: bool) -> str:
+    """Check a function of Hydra's grammar, such as ``range(0,10)``, or quote what only looks like one.
+
+    Raises:
+        ConfigError: it gives several values without a sweep, or values that no sweep of ours can use.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    word = f"{key}={value}"
+    try:
+        override = OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        if sweep:
+            raise ConfigError(
+                f"{word} cannot be read: a sweep takes values between commas, choice(a,b) or range(0,10,2); quotes of "
+                f"its own make it one text: '{key}=\"{value}\"'"
+            ) from None
+        return quote(value)
+    if override.is_sweep_override() and not sweep:
+        raise ConfigError(f"{word} gives several values: --multirun makes a run of each")
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        raise ConfigError(f"{word} has no end: a sweep takes values one by one, as in {key}=0.1,0.5 or range(0,10,2)")
+    return value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _whole(text: str) -> Part:
+    """A value without separators: a list, a mapping, quoted or bare text."""
+    part, end = _read(text, 0, "")
+    return Part(part.value if end == len(text) else text, text)
+
+
+def _parts(text: str, stops: str) -> Iterator[Part]:
+    """The values between commas."""
+    start = 0
+    while start <= len(text):
+        part, end = _read(text, start, stops)
+        yield part
+        start = end + 1
+
+
+def _read(text: str, start: int, stops: str) -> tuple[Part, int]:
+    """One value from ``start`` to the next of ``stops`` outside of brackets and quotes, or to the end of the text."""
+    begin = start + len(text[start:]) - len(text[start:].lstrip(" \t"))
+    for read in (_quoted, _bracketed):
+        value, end = read(text, begin)
+        after = end + len(text[end:]) - len(text[end:].lstrip(" \t"))
+        if value is not None and (after == len(text) or text[after] in stops):
+            return Part(value, text[begin:end]), after
+    end = _bare_end(text, begin, stops)
+    bare = text[begin:end].rstrip(" \t") if stops else text[start:end]
+    return Part(bare, bare), end
+
+
+def _quoted(text: str, start: int) -> tuple[Quoted | None, int]:
+    """Text in quotes; backslashes before a quote count double, as Hydra writes them."""
+    match = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL).match(text, start)
+    if match is None:
+        return None, start
+    inner, mark = match[match.lastindex or 1], text[start]
+    halved = re.sub(rf"(\\+)({mark}|\Z)", lambda found: "\\" * (len(found[1]) // 2) + found[2], inner)
+    return Quoted(halved), match.end()
+
+
+def _bracketed(text: str, start: int) -> tuple[list[Part] | dict[str, Part] | None, int]:
+    """A list or a mapping; None where its brackets do not close or a mapping's entry has no key."""
+    opening = text[start : start + 1]
+    if opening not in ("[", "{"):
+        return None, start
+    closing, at = _CLOSING[opening], start + 1
+    items: list[Part] = []
+    mapping: dict[str, Part] = {}
+    while True:
+        blank = len(text[at:]) - len(text[at:].lstrip())
+        if text[at + blank : at + blank + 1] == closing:  # also after a last comma
+            return (items if opening == "[" else mapping), at + blank + 1
+        if opening == "{":
+            key, at = _read(text, at, ":,}")
+            if text[at : at + 1] != ":" or not isinstance(key.value, str):
+                return None, start
+            part, at = _read(text, at + 1, ",}")
+            mapping[key.value] = part
+        else:
+            part, at = _read(text, at, ",]")
+            items.append(part)
+        if at >= len(text):
+            return None, start
+        at += text[at] == ","
+
+
+def _bare_end(text: str, start: int, stops: str) -> int:
+    """Where bare text ends; a bracket that never closes does not hide what follows it."""
+    open_brackets: list[str] = []
+    for index in range(start, len(text)):
+        letter = text[index]
+        if open_brackets and letter == open_brackets[-1]:
+            open_brackets.pop()
+        elif letter in _CLOSING:
+            open_brackets.append(_CLOSING[letter])
+        elif letter in stops and not open_brackets:
+            return index
+    if not open_brackets:
+        return len(text)
+    return next((index for index in range(start, len(text)) if text[index] in stops), len(text))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _text(part: Part, path: bool, sweep: bool) -> str:
+    """Text or a path as typed. The words null and None stand for nothing, in quotes for themselves.
+
+    Quotes around all of it are taken off in a sweep, where they keep commas, and where there is a file of that name.
+    """
+    if part.source in ("null", "None"):
+        return "null"
+    text = part.source
+    if isinstance(part.value, Quoted):
+        bare = sweep or part.value in ("null", "None") or (path and os.path.lexists(part.value))
+        text = str(part.value) if bare else text
+    elif path and _PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null", "nan", "inf"):
+        return text  # it may stand in the name of a sweep's folder
+    return quote(text, interpolations=path)
+
+
+def _path_or_list(part: Part, path: bool, sweep: bool) -> str:
+    return _text(part, path, sweep) if isinstance(part.value, str) else _structure(part, _path_or_list, path)
+
+
+def _value(part: Part, path: bool, sweep: bool) -> str:
+    """A value of any other setting: Hydra decides what is a number and what a word."""
+    if not isinstance(part.value, str):
+        return _structure(part, _value, path)
+    if isinstance(part.value, Quoted) or not _BARE.fullmatch(part.value):
+        return quote(part.value, interpolations=True)
+    return "null" if part.value == "None" else part.value
+
+
+def _structure(part: Part, write: Callable[[Part, bool, bool], str], path: bool) -> str:
+    """A list or a mapping; quotes inside are those of its entries."""
+    if isinstance(part.value, list):
+        return f"[{','.join(write(item, path, True) for item in part.value)}]"
+    assert isinstance(part.value, dict)
+    return "{" + ",".join(f"{_key(key)}:{write(item, path, True)}" for key, item in part.value.items()) + "}"
+
+
+def _key(key: str) -> str:
+    """A key of a mapping.
+
+    Raises:
+        ConfigError: Hydra knows no spelling for it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_/\-+.%*@?|\\()\[\]{}:=, \t]+", key):
+        raise ConfigError(f"the key {key!r} of a mapping cannot be given on the command line; use a configuration file")
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", key)

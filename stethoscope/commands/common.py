@@ -1,0 +1,214 @@
+"""What the commands have in common: objects from the configuration, a run directory, loggers, honest endings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from stethoscope.callbacks import Callback
+from stethoscope.commands.command_line import unquoted
+from stethoscope.core.component import build
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.core.files import read_yaml
+
+if TYPE_CHECKING:
+    from stethoscope.adapter import Adapter
+    from stethoscope.evaluator import Evaluator
+    from stethoscope.loggers.base import Loggers
+    from stethoscope.report.source import Source
+    from stethoscope.runs.results import TaskResults
+    from stethoscope.runs.run import Run
+    from stethoscope.task import Task
+
+
+def overrides() -> list[str]:
+    """The user's words on the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [unquoted(word) for word in HydraConfig.get().overrides.task]
+
+
+def run_dir(config: DictConfig) -> Path:
+    """The run directory; in a sweep, every job's own inside the sweep's folder."""
+    return Path(config.run_dir)
+
+
+def listed(given: Any) -> list[Any]:
+    """A list, also of one thing that was given without brackets."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
+def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
+    """The callbacks of a configuration's ``callbacks`` group, in its order."""
+    return [build(node, Callback, f"callbacks.{name}", plugins) for name, node in nodes.items()]
+
+
+class KeepConfig(Callback):
+    """Writes the configuration into the run directory once the directory has been accepted for it."""
+
+    first_only = True
+
+    def __init__(self, config: DictConfig) -> None:
+        """Stores the composed configuration."""
+        self.config = config
+
+    def on_task_start(self, run: Run) -> None:
+        """Writes ``config.yaml`` and ``overrides.yaml`` before the first sample."""
+        if run.store is not None:
+            run.store.write_config(self.config, overrides())
+
+
+@contextmanager
+def loggers_of(config: DictConfig) -> Iterator[Loggers]:
+    """The configuration's logger, closed at the end of the block with the way it ended.
+
+    The evaluator starts it, once the run directory has been accepted, and adds the file of events.
+    """
+    from stethoscope.loggers.base import Logger, Loggers
+
+    loggers = Loggers([build(config.logger, Logger, "logger", config.plugins)])
+    try:
+        yield loggers
+    except BaseException as error:
+        loggers.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    loggers.finalize("finished")
+
+
+def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
+    """The evaluator of a command that generates answers."""
+    from stethoscope.core.types import Generation
+    from stethoscope.evaluator import Evaluator
+
+    return Evaluator(
+        callbacks=[KeepConfig(config), *make_callbacks(config.callbacks, config.plugins)],
+        loggers=loggers,
+        limit=config.limit,
+        fast_dev_run=config.fast_dev_run,
+        batch_size=config.batch_size,
+        generation=build(config.generation, Generation, "generation", config.plugins),
+        run_dir=folder,
+        on_error=config.on_error,
+        overwrite=config.overwrite,
+        seed=config.seed,
+        meeting_minutes=config.meeting_minutes,
+        **settings,
+    )
+
+
+def answer(
+    config: DictConfig, folder: Path, loggers: Loggers, adapter: Adapter, task: Task, **more: Any
+) -> TaskResults:
+    """Evaluates a task; answers that a run of the folder ``answers`` has already are taken from there.
+
+    Args:
+        config: of a command that generates answers.
+        folder: the run directory.
+        loggers: where figures go.
+        adapter, task: who is asked and what.
+        more: settings of the evaluator that are not in the configuration.
+    """
+    from stethoscope.storage.reuse import shared_answers
+
+    evaluator = make_evaluator(config, folder, loggers, **more)
+    if config.answers is None or config.overwrite or config.fast_dev_run:
+        return evaluator.run(adapter, task)
+    with shared_answers(Path(config.answers), folder, adapter, task, evaluator.generation):
+        return evaluator.run(adapter, task)
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration that a run directory was made with, as plain data: nothing in it is resolved.
+
+    Raises:
+        ArtefactError: there is no such run, or the file is damaged.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
+    return read_yaml(file, "the command that made the run writes it again")
+
+
+def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
+    """Ends a command with an error when samples failed, once everything else is done and stored.
+
+    Raises:
+        DataError: some samples failed; the message names the first.
+    """
+    from stethoscope.storage.run_dir import RunStore
+
+    failed = sum(result.counts["failed"] for result in results)
+    if not failed:
+        return
+    records = (record for result in results for record in RunStore(folder).records(result.task))
+    first = next(record for record in records if record.status == "failed")
+    total = sum(result.counts["samples"] for result in results)
+    raise DataError(
+        f"{failed} of {total} samples failed, the first is {first.task} sample {first.sample_id}: {first.error}. "
+        f"All others are in {folder}; the same command tries the failed ones again"
+    )
+
+
+def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Runs and settings among the words of a command.
+
+    A word is a setting if what stands before its ``=`` is a name, and no file is called so: paths of swept runs have
+    the sign in them too. ``None`` stands for the default.
+
+    Raises:
+        ConfigError: an unknown setting or option.
+    """
+    runs, settings = [], dict(defaults)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise ConfigError(f"stethoscope {command} has no option {word}; `stethoscope {command} --help` explains it")
+        if equals and key.isidentifier() and (key in settings or not Path(word).exists()):
+            if key not in settings:
+                raise ConfigError(unknown(f"setting of {command}", key, settings))
+            settings[key] = defaults[key] if value in ("None", "null") else value
+        else:
+            runs.append(word)
+    return runs, settings
+
+
+def package_names(text: str) -> list[str]:
+    """Package names of the setting ``plugins``, with or without the brackets of the other commands.
+
+    >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
+    (['mine', 'yours'], ['mine'], [])
+    """
+    return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+
+
+def saved_task(source: Source, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
+    """The task that a run was asked with, made again from its configuration or else from its fingerprint.
+
+    Args:
+        source: the run.
+        name: of the task.
+        plugins: packages besides our own that it may come from; the run's file does not decide that.
+        offline: a task that could fetch its data uses only what is on this machine.
+
+    Raises:
+        ArtefactError: the run does not say how its task is made.
+        ConfigError: the task cannot be made.
+    """
+    from stethoscope.core.component import TARGET, build, import_class
+    from stethoscope.task import Task
+
+    described = source.store.fingerprints().get(name, {}).get("task", {})
+    path, settings = described.get("class"), described.get("settings", {})
+    if path is None or not isinstance(settings, dict):
+        raise ArtefactError(f"{source.folder / 'fingerprint.json'} does not say what {name} is")
+    nodes = saved_config(source.folder).values() if (source.folder / "config.yaml").is_file() else ()
+    configured = (node for node in nodes if isinstance(node, dict) and node.get(TARGET) == path)
+    node = next(configured, {TARGET: path, **settings})
+    if offline and "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
+        node = {**node, "local_files_only": True}  # also where the file does not have the key
+    return build(node, Task, name, plugins)

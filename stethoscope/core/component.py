@@ -1,0 +1,215 @@
+"""From configuration to objects, with a guard: only classes of this package and of the user's plug-ins are made."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stethoscope.core.errors import ConfigError, StethoscopeError, first_line, unknown
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from stethoscope.adapter import Adapter
+
+T = TypeVar("T")
+TARGET = "_target_"
+"""The key of a configuration node that names its class."""
+_SHORT = reprlib.Repr()  # of values in messages
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
+    """Import the class or function of a dotted path, if an allowed package defines it at the top of a module.
+
+    Nothing outside the allowed packages is imported for the check, and what they have imported from others is not
+    theirs: of ``stethoscope.core.token_table.pd.read_pickle`` not even ``...token_table.pd`` is looked up.
+
+    Args:
+        path: ``package.module.name``, where ``name`` may also be one that the package imports from its own modules.
+        key: the setting that holds the path, for messages.
+        plugins: names of packages besides ``stethoscope``, as the present command line or Python call gives them.
+
+    Raises:
+        ConfigError: the path is outside the allowed packages, cannot be imported or is not defined by them.
+    """
+    allowed = ("stethoscope", *([plugins] if isinstance(plugins, str) else plugins))
+    shown = _SHORT.repr(path)
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    package = module.split(".")[0]
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ConfigError(f"{key}={shown} is no name of something in a module, such as package.module.Name")
+    if package not in allowed:  # the check before any import
+        raise ConfigError(
+            f"{key}={shown} is outside the packages that may be used ({', '.join(allowed)}); "
+            f"add plugins=[{package[:80]}] if you trust it"
+        )
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the code of a plug-in raises: the line names it, the cause stays attached
+        raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}") from error
+    home = getattr(value, "__module__", None)
+    if not callable(value) or str(home).split(".")[0] not in allowed:
+        raise ConfigError(f"{key}={shown} is no class or function that {' or '.join(allowed)} defines")
+    return value
+
+
+def import_class(path: Any, base: type[T], key: str, plugins: Sequence[str] = ()) -> type[T]:
+    """Import a class of a contract, as ``import_name``.
+
+    Args:
+        path: ``package.module.Class``.
+        base: what it must be a subclass of.
+        key: the setting that holds the path, for messages.
+        plugins: as for ``import_name``.
+
+    Raises:
+        ConfigError: as ``import_name``, or it is another kind of class.
+    """
+    cls = import_name(path, key, plugins)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise ConfigError(f"{key}={_SHORT.repr(path)} is no {base.__name__}; it should name a subclass of it")
+    return cls
+
+
+def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugins: Sequence[str] = ()) -> T:
+    """Make the object that a configuration node describes.
+
+    The node's other keys are the constructor's arguments, plain values all the way down: a class inside them is not
+    made, since nobody says what it would have to be.
+
+    Args:
+        config: node with a ``_target_``, composed from the command line or as plain data from a file.
+        base: what the class must be a subclass of.
+        key: path of the node in the configuration, for messages.
+        plugins: names of packages outside ``stethoscope`` whose classes may be made.
+
+    Raises:
+        ConfigError: the class is missing, not allowed, cannot be imported, is of another kind or rejects its settings.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    if not isinstance(plain, Mapping) or TARGET not in plain:
+        raise ConfigError(f"{key} has no {TARGET}; it should name a class, for example by choosing {key}=<name>")
+    settings = {name: value for name, value in plain.items() if name != TARGET}
+    for path in _special_keys(settings, key):
+        raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
+    cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
+    try:
+        return cls(**settings)
+    except StethoscopeError:
+        raise
+    except Exception as error:  # settings of a wrong type or name show in whatever the constructor does with them
+        raise ConfigError(f"{key}: {plain[TARGET]} cannot be made: {_reason(error)}") from error
+
+
+def _special_keys(node: Any, path: str) -> Iterator[str]:
+    """Dotted path of every key below a node that is no name, or that Hydra would act on (``_target_``, ``_args_``)."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if isinstance(name, str) and name.startswith("_") and name.endswith("_") and name.strip("_"):
+                yield f"{path}.{name}"
+            yield from _special_keys(value, f"{path}.{name}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _special_keys(value, f"{path}[{index}]")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def conf_folder() -> Path:
+    """Where the configuration files lie (beside the code in a checkout, inside the package once installed)."""
+    import stethoscope.conf
+
+    return Path(stethoscope.conf.__file__).parent
+
+
+def choices(group: str, conf: Path | None = None) -> dict[str, str]:
+    """Names of a configuration group's files, each with its first comment line.
+
+    Args:
+        group: such as ``model``.
+        conf: folder of groups; None for our own.
+
+    >>> "testbed" in choices("model")
+    True
+    """
+    folder = (conf or conf_folder()) / group
+    return {str(path.relative_to(folder).with_suffix("")): _title(path) for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _title(path: Path) -> str:
+    """The first comment line of a configuration file that is not a directive to Hydra."""
+    lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@package")), "")
+
+
+def groups() -> list[str]:
+    """Names of the configuration groups."""
+    return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def compose(overrides: Sequence[str], root: str | None = None, hydra: bool = False) -> DictConfig:
+    """A configuration as the commands see it, from a file of ``conf`` and words like those of the command line.
+
+    Hydra keeps one state for the whole process; it is the same before and after, also inside a Hydra application.
+
+    Args:
+        overrides: such as ``+model=llava-1.5-7b``.
+        root: name of the file to start from; None for an empty one.
+        hydra: with Hydra's own settings under ``hydra``, such as the chosen names and the text of the help.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module, version
+    from hydra.core.global_hydra import GlobalHydra
+
+    running, base = GlobalHydra.instance().hydra, version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("stethoscope.conf", version_base="1.3"):
+            return hydra_compose(root, overrides=list(overrides), return_hydra_config=hydra)
+    finally:
+        GlobalHydra.instance().hydra = running
+        version.VersionBase.instance().version_base = base
+
+
+def load(model: str | Path, **settings: Any) -> Adapter:
+    """A model, ready to answer.
+
+    Args:
+        model: a name of ``conf/model`` (``stethoscope list model``), the hub id of any image-text-to-text model of
+            transformers (``owner/name``), or the path of a folder that ``save_pretrained`` wrote.
+        settings: keys of the model's configuration to change, such as ``dtype="bfloat16"``.
+
+    Returns:
+        The adapter, its weights loaded.
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    from stethoscope.adapter import Adapter
+
+    known, model = choices("model"), str(model)
+    if model not in known and not ("/" in model or Path(model).is_dir()):
+        raise ConfigError(unknown("model", model, known))
+    name = model if model in known else "hf"
+    config = compose([f"+model={name}"]).model
+    if name != model:
+        config.model_id = model
+    for key, value in settings.items():
+        if key not in config:
+            raise ConfigError(unknown("model setting", key, [key for key in config if key != "_target_"]))
+        config[key] = value
+    adapter = build(config, Adapter, "model")
+    adapter.setup()
+    return adapter

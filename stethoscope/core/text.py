@@ -1,0 +1,275 @@
+"""The one place where text reaches the terminal: characters that could steer it are written as escapes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 150
+
+
+"""Columns of a table where the output is a file or a pipe, so that it stays in one piece."""
+
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tabs and line ends, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
+    "\u2028\u2029\ufeff\U000e0000-\U000e007f"  # line separators, marks and tags that nobody sees
+    "\ud800-\udfff]"  # bytes of file names that are no UTF-8
+)
+
+
+_CURSOR = re.compile("\r|\x1b\\[A|\n")  # what tqdm moves its bars with
+
+
+def visible(text: object) -> str:
+    """Text with control characters, direction overrides and bytes that are no text as escapes.
+
+    >>> visible("a\\x1b[31mb\\nc")
+    'a\\\\x1b[31mb\\nc'
+    """
+    return _STEERING.sub(_escaped, str(text))
+
+
+def one_line(text: object) -> str:
+    """Text on one line, as for messages that quote a value.
+
+    >>> one_line("no such\\n  file")
+    'no such file'
+    """
+    return visible(" ".join(filter(None, (line.strip() for line in re.split("[\r\n]+", str(text))))))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte of a file name
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class VisibleStream:
+    """A text stream that escapes what is written to it and masks secrets; all else is the stream's own."""
+
+    def __init__(self, raw: TextIO) -> None:
+        """Wrap a stream."""
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        """Write text. The bars of tqdm, with which files are downloaded, may move the cursor."""
+        caller = sys._getframe().f_back  # None where the interpreter itself prints a traceback
+        if caller is not None and caller.f_globals.get("__name__", "").partition(".")[0] == "tqdm":
+            moves = _CURSOR.findall(text)
+            pieces = [*map(visible, _CURSOR.split(text))]
+            self.raw.write("".join(piece + move for piece, move in zip(pieces, [*moves, ""], strict=True)))
+        else:
+            self.raw.write(visible(redact_text(text)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextmanager
+def visible_output() -> Iterator[None]:
+    """Escape everything that is printed within the block, by whatever library.
+
+    An error that ends the program leaves the streams wrapped: its traceback is printed after the block.
+    """
+    before = sys.stdout, sys.stderr
+    wrap_streams()
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        sys.stdout, sys.stderr = before
+        raise
+    sys.stdout, sys.stderr = before
+
+
+def wrap_streams() -> None:
+    """Escape everything that is printed from now on."""
+    sys.stdout, sys.stderr = _wrapped(sys.stdout), _wrapped(sys.stderr)
+
+
+def _wrapped(stream: Any) -> Any:
+    if stream is None or isinstance(stream, VisibleStream):
+        return stream
+    if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+        stream.reconfigure(errors="backslashreplace")  # a terminal without accents shows what it can
+    return VisibleStream(stream)
+
+
+def _raw(stream: Any) -> Any:
+    """The stream below ours and below those of a progress bar."""
+    while True:
+        if isinstance(stream, VisibleStream):
+            stream = stream.raw
+        elif hasattr(stream, "rich_proxied_file"):
+            stream = stream.rich_proxied_file
+        else:
+            return stream
+
+
+def console(stderr: bool = False) -> Console:
+    """A console of rich for standard output or error, of which text is escaped and only its own styles steer."""
+    from rich import console as rich_console
+    from rich.segment import Segment
+
+    class VisibleConsole(rich_console.Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else visible(redact_text(text)), style, control)
+
+        @property
+        def file(self) -> Any:
+            return _raw(super().file)
+
+    made = VisibleConsole(stderr=stderr)
+    return made if made.is_terminal or stderr else VisibleConsole(stderr=stderr, width=WIDTH)
+
+
+MASK = "***"
+
+
+_NAME = re.compile(
+    r"secret|wandb_?key|passw|passphrase|pwd$|credential|cookie|authoriz|bearer|(api|access|private|signing|session|account)[_-]?key"
+    r"|(^|[_.-])(auth|sig|signature|sas|pat|token)$|^token[_-]|[a-z0-9]Token$|(api|access|auth|hub|hf|bot|refresh)[_-]?token",
+    re.IGNORECASE,
+)
+
+
+"""Names of settings, headers and variables that hold a secret."""
+
+
+_TOKEN_OF_TEXT = re.compile(
+    r"(^|[_.-])(audio|begin|bo[sit]|cls|end|eo[sit]|first|image|last|mask|next|pad|per|row|scope|sep|special|start|stop|sub"
+    r"|unk|video)[_-]?token$|^token[_-](ids?|types?|index|count)",
+    re.IGNORECASE,
+)
+
+
+"""Names of the tokens that a tokenizer makes."""
+
+
+_VALUES = re.compile(
+    r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@"  # user:password@host
+    r"|(?P<scheme>\b(?:[Bb]earer|[Bb]asic)\s+)(?=\S*[A-Z0-9=_])[A-Za-z0-9+/=._~-]{8,}"
+    r"|\bhf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{16,})|\bapi_org_[A-Za-z0-9]{16,}"
+    r"|\b(?:gh[pousr]|github_pat|glpat|sk|xox[abeprs]|npm|pypi)[_-](?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9._-]+"
+)
+
+
+"""Values that are secrets by their look, whatever they are called."""
+
+
+_ASSIGNED = re.compile(
+    r"""(?P<name>[\w.\-+~$@]+)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
+)
+
+
+_HEADER = re.compile(
+    r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
+)
+
+
+_NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD"}
+
+
+"""Values that choose something, and stand-ins of help texts."""
+
+
+_YAML_LINE = re.compile(
+    r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!''|\*{3})[^\s#].*?)(?P<comment>[ \t]+#.*)?$", re.MULTILINE
+)
+
+
+@lru_cache(maxsize=4096)
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret.
+
+    >>> [is_secret(name) for name in ("hub_token", "HF_TOKEN", "auth", "max_new_tokens", "eos_token_id", "subtokens")]
+    [True, True, True, False, False, False]
+    """
+    return bool(_NAME.search(name)) and not _TOKEN_OF_TEXT.search(name)
+
+
+def redact(value: Any, environment: bool = True) -> Any:
+    """A copy of nested mappings and lists with secrets masked; numbers and switches are none.
+
+    Args:
+        value: mappings, lists, texts and whatever else.
+        environment: mask also the values of the environment's secrets, so that the result depends on who calls.
+
+    >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}, "proxy": "http://me:pw@host:80"})
+    {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}, 'proxy': 'http://***@host:80'}
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if is_secret(str(key)) and _holds(item) else redact(item, environment)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item, environment) for item in value]
+    return redact_text(value, environment) if isinstance(value, str) else value
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is anything to mask."""
+    return value is not None and not isinstance(value, (bool, int, float)) and value not in ("", MASK)
+
+
+def redact_text(text: str, environment: bool = True) -> str:
+    """Text with secrets masked: credentials of addresses, tokens of known forms, values of the environment's secrets.
+
+    >>> redact_text("no answer from https://me:pw@host/x?token=abc"), redact_text("model.hub_token=abc limit=3")
+    ('no answer from https://***@host/x?token=***', 'model.hub_token=*** limit=3')
+    """
+    for secret in _environment() if environment else ():
+        text = text.replace(secret, MASK)
+    text = _VALUES.sub(_looked, text)
+    for pattern in (_ASSIGNED, _HEADER, _YAML_LINE):
+        text = pattern.sub(_assigned, text)
+    return text
+
+
+def _looked(match: re.Match[str]) -> str:
+    return f"{match['address'] or match['scheme'] or ''}{MASK}{'@' if match['address'] else ''}"
+
+
+def _assigned(match: re.Match[str]) -> str:
+    if match["value"] in _NOT_SECRET or not is_secret(match["name"].strip(" \t-")):
+        return match[0]
+    return f"{match['name']}{match['sign']}{MASK}{match.groupdict().get('comment') or ''}"
+
+
+def _environment() -> list[str]:
+    """Values of environment variables whose names say that they are secret, the longest first; paths are none."""
+    names = [name for name in list(os.environ) if is_secret(name)]  # a copy: threads of libraries set variables
+    values = {os.environ.get(name, "") for name in names}
+    return sorted((value for value in values if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
+
+
+def redact_word(word: str) -> str:
+    """A word of the command line, its value masked if its key names a secret or its value holds such a key.
+
+    >>> redact_word("model.hub_token=hf_abc"), redact_word("task=pope"), redact_word("+x={api_key: a}")
+    ('model.hub_token=***', 'task=pope', '+x=***')
+    """
+    key, equals, value = word.partition("=")
+    inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
+    return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(word)

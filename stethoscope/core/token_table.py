@@ -1,0 +1,341 @@
+"""The token table: one row per answer token, key columns that say what the row is and feature columns beside them."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.features import FEATURES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEY_COLUMNS: dict[str, str] = {
+    "task": "name of the task that asked",
+    "subset": "part of the task that is reported on its own",
+    "sample_id": "id of the sample, unique within its task",
+    "group": "id of the image: the unit of data splits and of the bootstrap",
+    "token": "index of the token in the answer, from 0",
+    "token_id": "id of the token in the model's vocabulary",
+    "text": "text of the token",
+    "start": "character of the answer at which the token starts",
+    "end": "character of the answer at which the token ends (exclusive)",
+    "label": "1 hallucinated, 0 grounded, -1 not judged (the token names no object)",
+    "object": "canonical name of the object that the token names, empty if none",
+    "number": "how many object mentions came before in this answer, -1 if the token is part of none",
+    "repeat": "how many mentions of the same object came before in this answer, -1 if none",
+    "first": "the token is the first sub-token of its mention",
+    "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
+    "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
+}
+
+
+"""Every key column and its meaning. All other columns of a token table are features (float32)."""
+
+
+_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
+
+
+_DIMENSION = re.compile(r"_d\d+$")
+
+
+SUBTOKENS = ("first", "mean", "max", "min", "all")
+
+
+Subtokens = Literal["first", "mean", "max", "min", "all"]
+
+
+def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
+    """Names of the feature columns, in the table's order.
+
+    >>> feature_names(pd.DataFrame({"token": [0], "entropy": [0.1], "label": [1]}))
+    ('entropy',)
+    """
+    return tuple(str(name) for name in table.columns if name not in KEY_COLUMNS)
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """The names of a set of features. Two schemas are the same if they have the same names, in any order.
+
+    >>> FeatureSchema(("a", "b")).hash == FeatureSchema(("b", "a")).hash
+    True
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> FeatureSchema:
+        """Schema of a token table's feature columns."""
+        return cls(feature_names(table))
+
+    @cached_property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the sorted names."""
+        return hashlib.sha256(json.dumps(sorted(self.names)).encode()).hexdigest()[:16]
+
+    def difference(self, other: FeatureSchema) -> str:
+        """One line that says what ``other`` lacks and what it has besides; empty if the schemas are the same.
+
+        >>> FeatureSchema(("a", "b")).difference(FeatureSchema(("b", "c")))
+        'missing: a; not expected: c'
+        """
+        parts = (
+            ("missing", sorted(set(self.names) - set(other.names))),
+            ("not expected", sorted(set(other.names) - set(self.names))),
+        )
+        return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in parts if names)
+
+
+def _shorten(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Checks that a table has the columns.
+
+    Raises:
+        DataError: one is missing; the message names it.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise DataError(f"the token table has no column {', '.join(missing)}; make it with `stethoscope extract`")
+
+
+def mention_rows(
+    table: pd.DataFrame,
+    subtokens: Subtokens = "first",
+    repeats: Literal["first", "all"] = "first",
+    judged: bool = True,
+) -> pd.DataFrame:
+    """The object mentions of a token table, those that detectors are trained and measured on.
+
+    Args:
+        table: a token table.
+        subtokens: what stands for a mention of several sub-tokens: the ``first`` (as published: the decision is made
+            when the name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them (of a state, which
+            is a vector, always the mean), or ``all`` of them, a row each. Key columns are always those of the first.
+        repeats: take only the first mention of every object in an answer (the field's protocol: later ones are
+            nearly free of information), or all.
+        judged: take only mentions with a label of 0 or 1.
+
+    Returns:
+        The rows, the index starting anew at 0. Applied to its own result it changes nothing.
+
+    Raises:
+        DataError: a key column is missing, or a setting is not one of those above.
+    """
+    require(table, ("label", "first", "repeat"))
+    if subtokens not in SUBTOKENS:
+        raise DataError(f"subtokens={subtokens!r} should be one of {', '.join(SUBTOKENS)}")
+    if repeats not in ("first", "all"):
+        raise DataError(f"repeats={repeats!r} should be first or all")
+    keep = table["label"].to_numpy() >= 0 if judged else table["repeat"].to_numpy() >= 0
+    if repeats == "first":
+        keep &= table["repeat"].to_numpy() == 0
+    first = table["first"].to_numpy(dtype=bool)
+    if subtokens in ("first", "all"):
+        return table[keep & first if subtokens == "first" else keep].reset_index(drop=True)
+    require(table, ("task", "sample_id", "number"))
+    names = list(feature_names(table))
+    rows = table[keep & first].reset_index(drop=True)
+    states = [name for name in names if _DIMENSION.search(name)]
+    plain = [name for name in names if name not in set(states)]
+    grouped = table[keep].groupby(["task", "sample_id", "number"], sort=False)
+    whole = pd.concat([grouped[plain].agg(subtokens), grouped[states].mean()], axis=1)[names]
+    keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "number"]])
+    rows[names] = whole.loc[keys].to_numpy(dtype=np.float32)
+    return rows
+
+
+def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
+    """Feature columns as a float64 array (rows, features); NaN stands for a value that is not defined.
+
+    Raises:
+        DataError: a column is missing, or a value is infinite.
+    """
+    names = list(names)
+    require(table, names)
+    matrix = table[names].to_numpy(dtype=np.float64)
+    infinite = np.isinf(matrix).any(axis=0)
+    if infinite.any():
+        bad = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)
+        raise DataError(f"features with infinite values: {bad}; they should be finite, or NaN where not defined")
+    return matrix
+
+
+def stem(column: str) -> str:
+    """The feature that a column is of, without the layer, the head of it or the dimension.
+
+    >>> [stem(column) for column in ("nll", "attn_image_l00", "head_image_l00h03", "hidden_d0012")]
+    ['nll', 'attn_image', 'head_image', 'hidden']
+    """
+    return _SUFFIX.sub("", column)
+
+
+def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
+    """Checks, before any column is computed, that names or shell patterns can fit columns of some features.
+
+    Raises:
+        ConfigError: one cannot.
+
+    >>> check_patterns(["nll", "attn_*_l0?", "attn_image_l01"], ["nll", "attn_image"])
+    """
+    for pattern in patterns:
+        start = re.split(r"[*?[]", pattern)[0]
+        open_end = start != pattern
+        if not any(
+            name == pattern or start.startswith(f"{name}_") or (open_end and name.startswith(start))
+            for name in features
+        ):
+            raise ConfigError(unknown("feature", pattern, features))
+
+
+def select_features(
+    names: Sequence[str], wanted: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Names that fit one of the wanted names or shell patterns and none of the excluded, in their own order.
+
+    Raises:
+        ConfigError: a name or pattern fits nothing, or nothing is left.
+
+    >>> select_features(["nll", "entropy", "svar_l00", "svar_l01"], ["svar_*", "nll"], ["*_l01"])
+    ('nll', 'svar_l00')
+    """
+    for pattern in [*(wanted or ()), *exclude]:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
+    kept = tuple(
+        name
+        for name in names
+        if (wanted is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+    )
+    if not kept:
+        raise ConfigError(f"features={wanted} without exclude={list(exclude)} leaves no feature of {len(names)}")
+    return kept
+
+
+MOST = 6  # names in a message
+
+
+_LAYER = re.compile(r"_l\d+(h\d+)?")
+
+
+def feature_of(column: str) -> str:
+    """Name of the feature that a column holds, or one layer or head of; a column of no known feature stands for itself.
+
+    >>> feature_of("attn_image_l00"), feature_of("nll"), feature_of("mine_l3")
+    ('attn_image', 'nll', 'mine_l3')
+    """
+    fits = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
+    return max(fits, key=len) if fits else column
+
+
+def only(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """The table with the key columns that it has and these features."""
+    wanted = {*KEY_COLUMNS, *names}
+    return table[[column for column in table.columns if column in wanted]]
+
+
+def select_columns(table: pd.DataFrame, features: Sequence[str], where: str, remedy: str) -> pd.DataFrame:
+    """The table with all columns of some features and no others.
+
+    Args:
+        table: a token table.
+        features: names, of the catalogue.
+        where: what the table is called in messages.
+        remedy: the command that computes the features, for messages.
+
+    Raises:
+        ArtefactError: a feature has no column; the message names it and the command.
+    """
+    owners = {column: feature_of(column) for column in feature_names(table)}
+    lacking = [name for name in features if name not in owners.values()]
+    if lacking:
+        raise ArtefactError(
+            f"{where} has no columns of {len(lacking)} of {len(features)} features ({shorten(lacking)}); `{remedy}` "
+            "computes them, nothing is generated again; or leave them out: features.without=[...]"
+        )
+    return only(table, [column for column, owner in owners.items() if owner in set(features)])
+
+
+def fitting(table: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
+    """The table with these feature columns and no others, if they mean there what they meant where they come from.
+
+    Layers are numbered: column ``_l03`` of a model of eight layers is not that of a model of thirty-two. A table may
+    therefore neither lack one of the layers or heads of a feature nor have more of them.
+
+    Args:
+        table: a token table.
+        names: of columns.
+        where: what the table is called in messages.
+
+    Raises:
+        ConfigError: a column is missing, or a feature has other layers or heads; the message names them.
+    """
+    theirs = feature_names(table)
+    missing = [name for name in names if name not in theirs]
+    layered = {feature_of(name) for name in names if _LAYER.search(name)}
+    deeper = [name for name in theirs if name not in names and feature_of(name) in layered and _LAYER.search(name)]
+    if missing or deeper:
+        parts = [f"lacks {len(missing)} columns ({shorten(missing)})"] if missing else []
+        parts += [f"has {len(deeper)} layers or heads more ({shorten(deeper)})"] if deeper else []
+        raise ConfigError(
+            f"{where} {' and '.join(parts)}: a column of one layer means the same only in a model of the same depth. "
+            "Choose features without layers (features=uncertainty, or detector.exclude=['*_l*']), or compute the "
+            "missing ones with `stethoscope extract`"
+        )
+    return only(table, names)
+
+
+def states_of(columns: Iterable[str]) -> list[str]:
+    """The features among columns of which these are dimensions of a state.
+
+    >>> states_of(["nll", "looked_at_000", "looked_at_001"])
+    ['looked_at']
+    """
+    vectors = tuple(name for name, feature in FEATURES.items() if feature.vector)
+    owners = dict.fromkeys(feature_of(column) for column in columns if column.startswith(vectors))
+    return [owner for owner in owners if owner in vectors]
+
+
+def one_space(names: Sequence[str], home: Mapping[str, Any], there: Mapping[str, Any], where: str) -> None:
+    """Checks that dimensions of states are those of the model that they were learned from.
+
+    States of all models may have one width (``looked_at`` has 256 columns in all large ones), and mean nothing to each
+    other.
+
+    Args:
+        names: of columns.
+        home, there: fingerprints of both models, see ``Adapter.fingerprint``; without ``weights`` nothing is known.
+        where: what the second one is called in messages.
+
+    Raises:
+        ConfigError: a column is a dimension of a state, and the weights are not the same.
+    """
+    states, weights = states_of(names), [model.get("weights") for model in (home, there)]
+    if states and None not in weights and weights[0] != weights[1]:
+        without = ",".join(f"'{name}*'" for name in states)
+        raise ConfigError(
+            f"{where} has other weights than the model that the detector learns from, {home.get('model_id')}, and "
+            f"{shorten(states)} are states, which mean nothing in another model. Leave them out when you train: "
+            f"detector.exclude=[{without}]"
+        )
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more

@@ -1,0 +1,1 @@
+"""Loggers: where metrics, tables and media of a run go."""

@@ -1,0 +1,1 @@
+"""The run directory on disk: records, token rows, heat maps, fingerprints, locks."""

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models and tasks, made-up runs, references, readers."""

@@ -1,0 +1,54 @@
+"""The configuration group ``features``: every set can be made, and is known by its cost."""
+
+import pytest
+
+from stethoscope.core.component import build, choices, compose
+from stethoscope.features import GROUPS, FeatureSet
+
+NAMES = list(choices("features"))
+
+
+def chosen(name):
+    return build(compose([f"+features={name}"]).features, FeatureSet, "features")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_set_can_be_made(name):
+    features = chosen(name)
+    assert features.cost.removeprefix("one ") in features.head or "more forward passes" in features.head
+    if name.startswith("paper/"):
+        assert not compose([f"+features={name}"]).features.groups
+
+
+def test_costs_of_the_sets():
+    assert chosen("fast").cost == "same forward pass"
+    assert chosen("forward").cost == "one more forward pass"
+    assert chosen("default").cost == chosen("full").cost == "a backward pass"
+    assert chosen("one_pass").cost == "same forward pass"
+    assert chosen("full_verified").cost == chosen("everything").cost == "one more question per mention"
+    assert {item.group for item in chosen("everything").features} == set(GROUPS)
+    dear = {"verification", "masked", "hidden"}
+    assert {item.group for item in chosen("full").features} == set(GROUPS) - dear
+    assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
+    cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]
+    assert list(chosen("one_pass").features) == cheap
+
+
+def test_list_tells_the_cost_of_every_set(capsys):
+    from stethoscope.commands.list import main
+
+    main(["features"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in NAMES:
+        at = next(index for index, line in enumerate(lines) if line.split()[:1] == [name])
+        assert lines[at + 1].endswith(chosen(name).cost)
+
+
+def test_the_experiment_of_all_detectors_is_large_enough_and_computes_all():
+    config = compose(["experiment=detectors"], "benchmark")
+    assert config.chair.scenes >= 2000
+    assert config.published
+    features = build(config.features, FeatureSet, "features")
+    assert {item.group for item in features.features} == set(GROUPS)
+    for name in config.sets:
+        assert set(chosen(name).names) < set(features.names)

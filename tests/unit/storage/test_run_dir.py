@@ -1,0 +1,331 @@
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.tiny_world import TinyTask
+from omegaconf import OmegaConf
+
+from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.token_table import KEY_COLUMNS
+from stethoscope.core.types import Answer, Mention, Score
+from stethoscope.storage import tokens as tokens_module
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.tokens import SCHEMA, token_table
+
+SAMPLES = TinyTask(count=6).samples()
+ANSWER = Answer("a hot dog", (7, 8, 9), ((0, 1), (1, 5), (5, 9)), (-0.5, -1.25, -2.0))
+MENTIONS = (Mention(2, 9, "hot dog", 1, 0, 0),)
+MODEL = {"adapter": {"revision": 1}, "task": {"version": "1"}}
+
+
+def record(number, **other):
+    sample = SAMPLES[number]
+    settings = {
+        **{"task": "tiny", "sample_id": sample.id, "group": sample.group, "subset": sample.subset},
+        **{"image": sample.image.name, "question": sample.question, "reference": sample.reference},
+        **{"answer": ANSWER, "score": Score("ok", {"right": 1.0}, {"named": ["hot dog"]}), "mentions": MENTIONS},
+        "seconds": {"generate": 0.1234567},
+    }
+    return Record(**{**settings, **other})
+
+
+def rows(number, value=0.0, **other):
+    return token_table("tiny", SAMPLES[number], ANSWER, MENTIONS, {"level": np.full(3, value), **other})
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RunStore(tmp_path / "run")
+    store.begin("tiny", MODEL)
+    return store
+
+
+def test_records_come_back_as_they_went_in(store):
+    failed = record(1, status="failed", error="broken", answer=None, score=None, mentions=())
+    odd = record(2, question="née \u2028 \ud800?", status="unparsed", score=Score("unparsed", {}, {}))
+    store.append([record(0), failed, odd])
+    back = list(RunStore(store.run_dir).records("tiny"))
+    assert back[0] == record(0, seconds={"generate": 0.123457})
+    assert back[1].answer is None
+    assert (back[2].question, back[2].score) == (odd.question, odd.score)
+    assert back[0].about(SAMPLES[0])
+    assert not back[0].about(SAMPLES[1])
+    assert store.samples_file.read_bytes().count(b"\n") == 3
+
+
+def test_the_token_table_has_the_key_columns_in_order_and_labels_of_the_covering_mention():
+    table = rows(0, 0.5)
+    assert table.column_names == [*KEY_COLUMNS, "level"]
+    assert SCHEMA.names == list(KEY_COLUMNS)
+    frame = table.to_pandas()
+    assert frame["text"].tolist() == ["a", " hot", " dog"]
+    assert frame["label"].tolist() == [-1, 1, 1]
+    assert frame["first"].tolist() == [False, True, False]
+    assert frame["object"].tolist() == ["", "hot dog", "hot dog"]
+    assert frame["number"].tolist() == [-1, 0, 0]
+    assert frame["level"].dtype == np.float32
+
+
+def test_the_last_line_of_a_sample_counts_and_its_rows_with_it(store):
+    store.append([record(0), record(1)], {"s00": rows(0, 1.0), "s01": rows(1, 1.0)})
+    store.append([record(0)], {"s00": rows(0, 2.0)})
+    assert [item.sample_id for item in store.records()] == ["s01", "s00"]
+    assert store.tokens().groupby("sample_id")["level"].first().to_dict() == {"s00": 2.0, "s01": 1.0}
+    store.finish("tiny", ["s00", "s01"])
+    assert [item.sample_id for item in store.records()] == ["s00", "s01"]
+    merged = pd.read_parquet(store.run_dir / "tokens.parquet")
+    assert merged["sample_id"].tolist() == ["s00"] * 3 + ["s01"] * 3
+    assert merged.equals(store.tokens())
+    assert not (store.run_dir / "tokens").exists()
+    assert len(store.samples_file.read_text().splitlines()) == 2
+
+
+def test_rows_are_merged_in_the_order_of_the_samples_whatever_the_parts(store, monkeypatch):
+    monkeypatch.setattr(tokens_module, "ROWS_AT_ONCE", 7)
+    for number in (4, 1, 5, 0):
+        store.append([record(number)], {f"s{number:02d}": rows(number, number)})
+    store.finish("tiny", [sample.id for sample in SAMPLES])
+    store.begin("tiny", MODEL)
+    store.append([record(2), record(3)], {"s03": rows(3, 3, other=np.ones(3))})
+    store.finish("tiny", [sample.id for sample in SAMPLES])
+    frame = pd.read_parquet(store.run_dir / "tokens.parquet")
+    assert frame["level"].tolist() == [number for number in (0, 1, 3, 4, 5) for _ in range(3)]
+    assert frame["other"].isna().sum() == 12
+    assert store.find("tiny", "s02").tokens == 0
+
+
+@pytest.mark.parametrize("rest", ['{"task": "tiny", "sam', '{"task": "tiny"}\n', "\x00\x00\n{", '["tiny"]'])
+def test_what_a_kill_leaves_behind_is_dropped(store, rest):
+    store.append([record(0)], {"s00": rows(0)})
+    size = store.samples_file.stat().st_size
+    with store.samples_file.open("a") as file:
+        file.write(rest)
+    (store.run_dir / "tokens/part-000001.arrow").write_bytes(b"half")
+    again = RunStore(store.run_dir)
+    assert len(list(again.records())) == 1
+    again.begin("tiny", MODEL)
+    assert store.samples_file.stat().st_size == size
+    assert [path.name for path in (store.run_dir / "tokens").iterdir()] == ["part-000000.arrow"]
+
+
+@pytest.mark.parametrize("cut", [1, 100, 700])
+def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
+    store.append([record(0)], {"s00": rows(0, 5)})
+    store.append([record(1)], {"s01": rows(1, 6)})
+    part = store.run_dir / "tokens/part-000000.arrow"
+    part.write_bytes(part.read_bytes()[:-cut])
+    again = RunStore(store.run_dir)
+    again.begin("tiny", MODEL)
+    assert again.tokens()["level"].tolist() == [5, 5, 5]
+    assert [again.has_tokens(item) for item in again.records()] == [True, False]
+    again.append([record(1)], {"s01": rows(1, 7)})
+    again.finish("tiny", ["s00", "s01"])
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [5, 5, 5, 7, 7, 7]
+
+
+def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatch):
+    store.append([record(0), record(1)], {"s00": rows(0), "s01": rows(1)})
+    monkeypatch.setattr("stethoscope.storage.run_dir.dump", lambda found: (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(SystemExit):
+        store.finish("tiny", ["s00", "s01"])  # tokens.parquet is written, samples.jsonl is not
+    monkeypatch.undo()
+    assert (store.run_dir / "tokens.parquet").exists()
+    again = RunStore(store.run_dir)
+    assert len(again.tokens()) == 6
+    again.begin("tiny", MODEL)
+    again.finish("tiny", ["s00", "s01"])
+    assert len(again.tokens()) == len(pd.read_parquet(store.run_dir / "tokens.parquet")) == 6
+
+
+def test_rows_that_are_gone_are_missing_rows(store):
+    store.append([record(0)], {"s00": rows(0)})
+    assert store.has_tokens(store.find("tiny", "s00"))
+    (store.run_dir / "tokens/part-000000.arrow").unlink()
+    again = RunStore(store.run_dir)
+    assert not again.has_tokens(again.find("tiny", "s00"))
+    assert len(again.tokens()) == 0
+
+
+def test_a_damaged_line_in_the_middle_is_named(store):
+    store.append([record(0)])
+    with store.samples_file.open("a") as file:
+        file.write("what is this\n")
+    with store.samples_file.open("ab") as file:
+        file.write(store.samples_file.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(ArtefactError, match=r"samples\.jsonl:2 is damaged"):
+        list(RunStore(store.run_dir).records())
+
+
+def test_other_settings_are_refused_and_leave_everything_as_it_was(store):
+    store.append([record(0)], {"s00": rows(0)})
+    store.begin("tiny", MODEL, {"names": ["level"]})
+    before = {path: path.read_bytes() for path in store.run_dir.rglob("*") if path.is_file()}
+    other = {**MODEL, "adapter": {"revision": 2}}
+    with pytest.raises(
+        ConfigError, match=r"holds a run of tiny with other settings \(adapter\.revision: 1 before, 2 now"
+    ):
+        store.begin("tiny", other)
+    with pytest.raises(ConfigError, match=r"adapter\.revision"):
+        store.begin("another", other)
+    with pytest.raises(ConfigError, match=r"features\.names"):
+        store.begin("tiny", MODEL, {"names": ["entropy"]})
+    assert before == {path: path.read_bytes() for path in store.run_dir.rglob("*") if path.is_file()}
+    store.begin("another", other, overwrite=True)
+    assert list(store.fingerprints()) == ["another"]
+    assert store.samples_file.read_bytes() == b""
+    assert len(store.tokens()) == 0
+    assert not (store.run_dir / "tokens").exists()
+
+
+def test_metrics_are_merged_by_section(store):
+    store.write_metrics("tiny", {"value": 0.5, "missing": float("nan")})
+    store.write_metrics("detector", {"auroc": np.float64(0.9)})
+    assert json.loads((store.run_dir / "metrics.json").read_text()) == {
+        "tiny": {"value": 0.5, "missing": None},
+        "detector": {"auroc": 0.9},
+    }
+    store.begin("tiny", MODEL)
+    assert list(store.metrics()) == ["detector"]
+
+
+def test_config_is_written_without_secrets(store):
+    store.write_config(OmegaConf.create({"a": 1, "b": "${a}", "hub_token": "hf_x"}), ["a=1"])
+    assert (store.run_dir / "config.yaml").read_text() == "a: 1\nb: 1\nhub_token: '***'\n"
+    assert (store.run_dir / "overrides.yaml").read_text() == "- a=1\n"
+    assert "packages" in json.loads((store.run_dir / "environment.json").read_text())
+
+
+def test_a_run_that_is_not_there_is_named_with_its_neighbours(store):
+    with pytest.raises(ArtefactError, match=r"unknown run 'rum'; did you mean 'run'\?"):
+        list(RunStore(store.run_dir.parent / "rum").records())
+    with pytest.raises(ArtefactError, match="unknown task 'pope'"):
+        list(store.records("pope"))
+    (store.run_dir / "metrics.json").write_text("{")
+    with pytest.raises(ArtefactError, match=r"metrics\.json is damaged"):
+        store.metrics()
+
+
+def test_rows_say_what_the_model_was_asked_and_who_labelled():
+    table = token_table(
+        "tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what? ASSISTANT:", version="3"
+    ).to_pandas()
+    assert table["labeller"].unique().tolist() == ["tiny/3"]
+    assert table["prompt_hash"].unique().tolist() == ["01a8723f63495759"]
+    other = token_table("tiny", SAMPLES[0], ANSWER, MENTIONS, {}, prompt="USER: what else?", version="3").to_pandas()
+    assert other["prompt_hash"][0] != table["prompt_hash"][0]
+
+
+def test_token_rows_of_a_run_from_before_are_read_and_added_to(store):
+    """Older token tables lack the last two key columns: they stay empty, and are no features."""
+    store.append([record(0)], {SAMPLES[0].id: rows(0, 0.5).drop_columns(["prompt_hash", "labeller"])})
+    store.finish("tiny", [SAMPLES[0].id])
+    assert "labeller" in store.tokens().columns
+    store.append([record(1)], {SAMPLES[1].id: rows(1, 0.7)})
+    store.finish("tiny", [SAMPLES[0].id, SAMPLES[1].id])
+    table = RunStore(store.run_dir).tokens("tiny")
+    assert table["labeller"].isna().tolist() == [True] * 3 + [False] * 3
+    assert table["level"].tolist() == pytest.approx([0.5] * 3 + [0.7] * 3)
+    assert set(table.columns) == {*KEY_COLUMNS, "level"}
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def writers(store, count):
+    """Stores of several processes on a run directory that the first one has begun."""
+    found = [RunStore(store.run_dir) for _ in range(count)]
+    for rank, one in enumerate(found):
+        one.join(rank)
+    return found
+
+
+def test_each_process_writes_files_of_its_own_and_readers_see_all(store):
+    store.append([record(0)], {"s00": rows(0, 9.0)})  # of an earlier sitting
+    first, second = writers(store, 2)
+    first.append([record(1)], {"s01": rows(1, 1.0)})
+    second.append([record(2)], {"s02": rows(2, 2.0)})
+    second.append([record(0)], {"s00": rows(0, 3.0)})  # asked again
+    reader = RunStore(store.run_dir)
+    assert {item.sample_id for item in reader.records()} == {"s00", "s01", "s02"}
+    assert reader.tokens().groupby("sample_id")["level"].first().to_dict() == {"s00": 3.0, "s01": 1.0, "s02": 2.0}
+    assert first.find("tiny", "s02") is None  # a process knows what was there and its own
+    assert second.find("tiny", "s00").part.startswith("part-r1-")
+    first.finish("tiny", ["s00", "s01", "s02"])
+    assert [item.sample_id for item in reader.records()] == ["s00", "s01", "s02"]
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [3.0] * 3 + [1.0] * 3 + [2.0] * 3
+    assert sorted(path.name for path in store.run_dir.iterdir() if path.is_dir()) == []
+    assert len(store.samples_file.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("kill_at", range(12))
+def test_a_kill_while_the_files_of_processes_are_put_together_loses_and_doubles_nothing(store, monkeypatch, kill_at):
+    """Each step that changes the directory is the last in turn; the next sitting ends as if there had been no kill."""
+    for number, one in enumerate(writers(store, 2)):
+        one.append([record(number)], {f"s{number:02d}": rows(number, number)})
+    with (store.shards / "samples-1.jsonl").open("a") as file:
+        file.write('{"task": "tiny", "sam')
+    calls = []
+
+    def killing(function):
+        def step(*arguments, **settings):
+            calls.append(function)
+            if len(calls) > kill_at:
+                raise SystemExit
+            return function(*arguments, **settings)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for where, name in (("os", "truncate"), ("os", "replace"), ("shutil", "copyfileobj")):
+            module = importlib.import_module(where)
+            patched.setattr(module, name, killing(getattr(module, name)))
+        for name in ("unlink", "rmdir"):
+            patched.setattr(Path, name, killing(getattr(Path, name)))
+        with pytest.raises(SystemExit):
+            RunStore(store.run_dir).finish("tiny", ["s00", "s01"])
+    again = RunStore(store.run_dir)
+    again.begin("tiny", MODEL)
+    assert sorted(item.sample_id for item in again.records()) == ["s00", "s01"]
+    assert all(again.has_tokens(item) for item in again.records())
+    again.finish("tiny", ["s00", "s01"])
+    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [0] * 3 + [1] * 3
+    assert len(store.samples_file.read_text().splitlines()) == 2
+    assert not store.shards.exists()
+    assert not (store.run_dir / "tokens").exists()
+
+
+# --- changed code and features --------------------------------------------------------------------------------------
+
+
+def test_other_code_and_other_settings_of_the_model_are_refused(store):
+    fingerprint = {
+        "adapter": {"revision": 1, "code": "a1", "settings": {"config": "c1"}},
+        "task": {"version": "1", "code": "b1"},
+    }
+    store.begin("tiny", fingerprint, overwrite=True)
+    with pytest.raises(ConfigError, match=r"task\.code: 'b1' before, 'b2' now"):
+        store.begin("tiny", {**fingerprint, "task": {"version": "1", "code": "b2"}})
+    with pytest.raises(ConfigError, match=r"adapter\.settings\.config: 'c1' before, 'c2' now"):
+        store.begin("tiny", {**fingerprint, "adapter": {**fingerprint["adapter"], "settings": {"config": "c2"}}})
+
+
+def test_features_may_be_added_with_newer_code_and_the_answers_keep_their_own(store):
+    old, new = ({"adapter": {"code": code}, "task": {"code": code}} for code in "ab")
+    store.begin("tiny", {**MODEL, **old}, overwrite=True)
+    store.append([record(0)])
+    store.begin("tiny", {**MODEL, **new}, {"names": ["level"]}, overwrite="features")
+    assert store.fingerprints()["tiny"]["task"]["code"] == "a"
+    assert len(list(store.records())) == 1
+    with pytest.raises(ConfigError, match=r"adapter\.code: 'a' before, 'b' now"):
+        store.begin("tiny", {**MODEL, **new})
+
+
+@pytest.mark.parametrize("section", ["text", {"adapter": "text"}, {"adapter": MODEL["adapter"], "task": [1]}])
+def test_a_fingerprint_of_another_kind_is_damaged(tmp_path, section):
+    (tmp_path / "fingerprint.json").write_text(json.dumps({"tiny": section}))
+    with pytest.raises(ArtefactError, match=r"fingerprint\.json is damaged"):
+        RunStore(tmp_path).model("tiny")

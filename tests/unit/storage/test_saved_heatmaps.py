@@ -1,0 +1,161 @@
+"""Pictures and heat maps that a run keeps, against relevancy computed anew."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.types import Answer, ImageRef, Mention, Sample
+from stethoscope.evaluator import Evaluator
+from stethoscope.features import FeatureSet
+from stethoscope.relevancy import token_relevancy
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.saved_heatmaps import KeepMaps, MapFile
+from stethoscope.tasks.chair import Chair
+
+SCENES = 4
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, adapter):
+    """A run that has kept its maps; tests only read it."""
+    made = tmp_path_factory.mktemp("maps")
+    features = FeatureSet(groups=(), names=["relevancy_image"])
+    Evaluator([KeepMaps()], features=features, run_dir=made).run(adapter, Chair(scenes=SCENES))
+    return made
+
+
+def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adapter):
+    scenes = {scene.id: scene for scene in testbed.scenes(SCENES)}
+    table = RunStore(folder).tokens("chair")
+    assert len((folder / "maps.jsonl").read_text().splitlines()) == SCENES
+    for record in RunStore(folder).records("chair"):
+        view, picture = MapFile(folder).find(record), scenes[record.sample_id].image()
+        rows = table[(table["sample_id"] == record.sample_id) & table["first"]]
+        assert sorted(view.maps) == sorted(rows["token"])
+        found = token_relevancy(adapter, picture, record.question, record.answer)
+        for token, values in view.maps.items():
+            wanted = found.image[token, -1].numpy().reshape(8, 8)
+            assert values.shape == (8, 8)
+            assert np.abs(values / 255 - wanted / wanted.max()).max() < 0.02  # a byte, and a batch of others
+        assert view.picture.size == (96, 96)
+        small = [np.asarray(one.resize((12, 12), Image.Resampling.BOX), float) for one in (view.picture, picture)]
+        assert np.abs(small[0] - small[1]).max() < 12  # JPEG smooths the noise away
+        token = next(iter(view.maps))
+        assert view.overlay(token, 200).width >= 200
+        assert view.overlay(10_000) is None
+
+
+def test_maps_of_another_answer_or_sample_are_none(folder):
+    record = next(RunStore(folder).records("chair"))
+    assert MapFile(folder).find(replace(record, answer=replace(record.answer, text="a dog"))) is None
+    assert MapFile(folder).find(replace(record, answer=None)) is None
+    assert MapFile(folder).find(replace(record, sample_id="other")) is None
+    assert MapFile(folder / "detector").find(record) is None
+
+
+def test_a_run_without_relevancy_keeps_pictures_and_one_without_both_nothing(tmp_path, adapter):
+    features = FeatureSet(groups=["position"])
+    Evaluator([KeepMaps(side=48)], features=features, run_dir=tmp_path / "a").run(adapter, Chair(scenes=2))
+    record = next(RunStore(tmp_path / "a").records("chair"))
+    view = MapFile(tmp_path / "a").find(record)
+    assert (view.maps, view.picture.size) == ({}, (48, 48))
+    assert view.overlay(3) is None
+    Evaluator([KeepMaps(pictures=False)], features=features, run_dir=tmp_path / "b").run(adapter, Chair(scenes=2))
+    assert not (tmp_path / "b" / "maps.jsonl").exists()
+    Evaluator([KeepMaps()], features=features).run(adapter, Chair(scenes=1))  # no run directory, nothing to keep
+
+
+class Stub:
+    """What ``KeepMaps`` reads of a run."""
+
+    def __init__(self, adapter, folder, mentions):
+        self.adapter, self.task, self.store = adapter, self, RunStore(folder)
+        self.name, self.mentions = "stub", lambda sample, answer: mentions
+
+
+def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
+    adapter = stethoscope.load("llava-1.5-7b", random_init="tiny")
+    picture = Image.linear_gradient("L").resize((400, 160)).convert("RGB")
+    encoded = adapter.encode(picture, "What?")
+    answer = adapter.answer(encoded, "a dog")
+    trace = adapter.trace(encoded, answer, {"relevancy"})
+    run = Stub(adapter, tmp_path, (Mention(2, 5, "dog", -1),))
+    KeepMaps(cells=20, side=100).on_trace(run, Sample("s", ImageRef("p", lambda: picture), "What?", "p"), trace)
+    line = json.loads((tmp_path / "maps.jsonl").read_text())
+    token = answer.covering(2, 5)[0]
+    assert line["shape"] == [8, 20]
+    assert list(line["maps"]) == [str(token)]
+    view = MapFile(tmp_path).find(_record(answer))
+    assert view.picture.size == (100, 40)
+    values = view.maps[token]
+    assert not values[:, :6].any()  # the middle square is cut out: columns 6 to 13
+    assert not values[:, 14:].any()
+    assert values.max() == 255
+
+
+def _record(answer):
+    return Record("stub", "s", "p", "all", "p", "What?", answer=answer)
+
+
+def test_the_last_line_counts_and_the_others_go(tmp_path):
+    file, old, new = MapFile(tmp_path), *(Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog"))
+    for answer, level in ((old, 10), (new, 200)):
+        file.append("stub", "s", answer, Image.new("RGB", (8, 8), (level,) * 3), {0: np.full((2, 3), level, np.uint8)})
+    file.append("other", "s", old, None, {})
+    with file.path.open("ab") as half:
+        half.write(b'{"task": "stub", "sam')  # as a kill leaves it
+    for _ in range(2):
+        assert file.find(_record(old)) is None
+        view = file.find(_record(new))
+        assert view.maps[0].tolist() == [[200] * 3] * 2
+        assert abs(view.picture.getpixel((4, 4))[0] - 200) < 3
+        file.compact()
+        assert len(file.path.read_bytes().splitlines()) == 2
+
+
+def test_a_run_goes_on_behind_a_line_that_was_cut_short(tmp_path):
+    file, answers = MapFile(tmp_path), [Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog")]
+    file.append("stub", "s", answers[0], Image.new("RGB", (64, 64)), {})
+    whole = file.path.read_bytes()
+    for cut in (1, 2, len(whole) // 2, len(whole) - 1):
+        file.path.write_bytes(whole + whole[:cut])
+        file.append("stub", "s", answers[1], Image.new("RGB", (8, 8)), {})
+        assert file.find(_record(answers[1])).picture.size == (8, 8)
+        file.compact()
+        assert len(file.path.read_bytes().splitlines()) == 1
+        assert file.find(_record(answers[1])).picture.size == (8, 8)
+
+
+def test_what_is_damaged_is_one_line(tmp_path):
+    file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
+    file.append("stub", "s", answer, Image.new("RGB", (8, 8)), {0: np.zeros((2, 2), np.uint8)})
+    line = json.loads(file.path.read_text())
+    for change in ({"picture": "AAAA"}, {"shape": [3, 3]}, {"maps": {"x": "AAAA"}}, {"maps": [1]}, {"shape": 2}):
+        file.path.write_text(json.dumps({**line, **change}) + "\n")
+        with pytest.raises(ArtefactError, match="of s is damaged"):
+            MapFile(tmp_path).find(_record(answer))
+    with pytest.raises(ConfigError, match=r"callbacks\.maps\.cells=0 should be"):
+        KeepMaps(cells=0)
+
+
+def test_a_line_that_a_kill_has_cut_off_costs_no_other_sample(tmp_path):
+    file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
+    for number in range(4):
+        file.append("stub", f"s{number}", answer, None, {0: np.full((2, 2), number, np.uint8)})
+        if number == 1:
+            file.path.write_bytes(file.path.read_bytes()[:-20])  # the next sitting's line follows at once
+    file.compact()
+    kept = [json.loads(line)["sample_id"] for line in file.path.read_text().splitlines()]
+    assert kept == ["s0", "s2", "s3"]
