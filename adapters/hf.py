@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.adapter import Adapter
-from stethoscope.adapters import identity, loading, memory, sampling, tiny
-from stethoscope.adapters.batching import collate, extend, groups
-from stethoscope.adapters.contrasts import Blanks
-from stethoscope.adapters.encoding import Encoder, check_chat_template, check_prompt
+from stethoscope.adapters import fingerprint as digests
+from stethoscope.adapters import generation as generating
+from stethoscope.adapters import loading, memory, tiny
+from stethoscope.adapters.base import Adapter
+from stethoscope.adapters.forward import collate, extend, groups
 from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.tracing import Tracing
+from stethoscope.adapters.prompts import Encoder, check_chat_template, check_prompt
+from stethoscope.adapters.tracer import Blanks, Tracing
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
-from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
-from stethoscope.tracing.lens import Lens
+from stethoscope.tracing.logit_lens import Lens
+from stethoscope.tracing.types import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,8 +123,8 @@ class HfAdapter(Tracing, Adapter):
             self._start = _decoder_start(model)
         self._encoder, self._processor = encoder, processor
         self._model = model.eval().requires_grad_(False)
-        self._loaded = identity.versions(model)
-        sampling.drop_defaults(model)
+        self._loaded = digests.versions(model)
+        generating.drop_defaults(model)
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholders = [token for token in named if token is not None]
         # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
@@ -241,12 +242,12 @@ class HfAdapter(Tracing, Adapter):
         return self._model, {
             **inputs,
             "generation_config": settings,
-            "logits_processor": [sampling.Sampler(generation, encoded)] if generation.do_sample else [],
-            "stopping_criteria": [sampling.Stop(stops, self._decode, start)] if stops else [],
+            "logits_processor": [generating.Sampler(generation, encoded)] if generation.do_sample else [],
+            "stopping_criteria": [generating.Stop(stops, self._decode, start)] if stops else [],
         }
 
     def _generation_config(self, generation: Generation) -> GenerationConfig:
-        settings = sampling.config(generation, self._ends, self._pad)
+        settings = generating.config(generation, self._ends, self._pad)
         settings.decoder_start_token_id = self._start
         settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
         return settings
@@ -254,14 +255,14 @@ class HfAdapter(Tracing, Adapter):
     def generation_settings(self, generation: Generation) -> dict[str, Any]:
         """See ``Adapter.generation_settings``."""
         self.setup()
-        return sampling.effective(self._model, self._generation_config(generation))
+        return generating.effective(self._model, self._generation_config(generation))
 
     def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """See ``Adapter.written``."""
         return self._answer(self._cut(ids, generation), list(logprobs))
 
-    def _cut(self, ids: Sequence[int], generation: Generation) -> sampling.Cut:
-        return sampling.cut(ids, self._ends, (*self.stop, *generation.stop), self._decode)
+    def _cut(self, ids: Sequence[int], generation: Generation) -> generating.Cut:
+        return generating.cut(ids, self._ends, (*self.stop, *generation.stop), self._decode)
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str) -> Answer:
@@ -275,7 +276,7 @@ class HfAdapter(Tracing, Adapter):
             ids = self._tokenise(encoded, text.strip())
             if not set(self._placeholders).isdisjoint(ids):
                 raise DataError(f"the answer holds the image placeholder: {text!r}")
-            return self._scored([encoded], [sampling.Cut(ids, True)])[0]
+            return self._scored([encoded], [generating.Cut(ids, True)])[0]
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
@@ -291,7 +292,7 @@ class HfAdapter(Tracing, Adapter):
             return ids
         return tokenizer(joint + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
 
-    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[sampling.Cut]) -> list[Answer]:
+    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[generating.Cut]) -> list[Answer]:
         """Answers with log-probabilities from a teacher-forced pass."""
         scored = []
         for one, cut in zip(encoded, answers, strict=True):
@@ -300,7 +301,7 @@ class HfAdapter(Tracing, Adapter):
             scored.append(self._answer(cut, chosen[:, 0].tolist()))
         return scored
 
-    def _answer(self, cut: sampling.Cut, logprobs: list[float]) -> Answer:
+    def _answer(self, cut: generating.Cut, logprobs: list[float]) -> Answer:
         text, offsets = decode_with_offsets(cut.ids, lambda some: self._decode(some, skip_special_tokens=True))
         text = text[: len(text) - cut.surplus]
         offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
@@ -361,10 +362,10 @@ class HfAdapter(Tracing, Adapter):
         import transformers
 
         folder = not self.random_init and loading.is_folder(self.model_id)
-        changed = identity.versions(self.model) != self._loaded  # in place: they are no longer those of the files
+        changed = digests.versions(self.model) != self._loaded  # in place: they are no longer those of the files
         if self._digest is None or changed:
             model_id = None if self.random_init or changed else self.model_id
-            self._digest = identity.weights(self.model, model_id, folder and not changed)
+            self._digest = digests.weights(self.model, model_id, folder and not changed)
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,
@@ -378,7 +379,7 @@ class HfAdapter(Tracing, Adapter):
             "quantize": self.loading.quantize,
             "prompt": getattr(self._encoder, "template", self.prompt),
             "ends": list(self._ends),
-            "settings": identity.settings(self.model, self.processor),
+            "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters import blip, processors
+from stethoscope.adapters import processors
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
-from stethoscope.runs.processes import variable
+from stethoscope.core.launch import env_int
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ class Loading:
         """Raises CapabilityError for a GPU, by its number, that is not there, or that other processes take too."""
         import torch
 
-        beside = variable("LOCAL_WORLD_SIZE", 1)
+        beside = env_int("LOCAL_WORLD_SIZE", 1)
         if self.device_map in DEVICE_MAPS and beside > 1 and torch.accelerator.device_count():
             raise CapabilityError(
                 f"device_map={self.device_map} takes all GPUs of a machine, and {beside} processes run on this one; "
@@ -142,7 +142,7 @@ class Loading:
 
         if not torch.cuda.is_available():
             return "cpu"
-        local = variable("LOCAL_RANK", 0)
+        local = env_int("LOCAL_RANK", 0)
         return f"cuda:{local % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
     def options(self) -> dict[str, Any]:
@@ -193,12 +193,12 @@ def load(
     source, where = source_of(model_id, folder), loading.where(folder)
     with one_line(model_id), quiet(folder):
         _check_kind(model_id, source, where)
-        is_blip = blip.model_type(source, where) in blip.PROCESSORS
-        processor = (blip.load_processor if is_blip else processors.load)(source, where)
+        is_blip = processors.model_type_of(source, where) in processors.BLIP_PROCESSORS
+        processor = (processors.load_blip if is_blip else processors.load)(source, where)
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     if is_blip:
-        blip.complete(model, processor)
+        processors.complete_blip(model, processor)
     processors.complete(model, processor)
     return model, processor
 

@@ -118,3 +118,70 @@ def _words_of_videos(cls: type[ProcessorMixin]) -> Iterator[None]:
     finally:
         if missing:
             module.num2words = None
+
+
+BLIP_PROCESSORS = {"blip-2": "Blip2Processor", "instructblip": "InstructBlipProcessor"}
+"""Class of the processor by transformers' ``model_type``."""
+
+
+def model_type_of(source: str, where: Mapping[str, Any]) -> str | None:
+    """The ``model_type`` that the configuration of a folder or hub id names.
+
+    Args:
+        where: what ``from_pretrained`` is told about the place, see ``loading.Loading.where``.
+    """
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
+
+
+def load_blip(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
+    """The processor for images, put together from its parts.
+
+    The name that the repository gives is not believed: a revision of ``Salesforce/instructblip-vicuna-7b`` calls for
+    the processor of InstructBLIP's video model.
+
+    Args:
+        source: folder or hub id of a model whose type is one of ``BLIP_PROCESSORS``.
+        where: as for ``model_type_of``.
+    """
+    import transformers
+    from transformers import AutoTokenizer
+
+    family = model_type_of(source, where)
+    parts = [_blip_images().from_pretrained(source, **where), AutoTokenizer.from_pretrained(source, **where)]
+    if family == "instructblip":
+        parts.append(AutoTokenizer.from_pretrained(source, subfolder="qformer_tokenizer", **where))
+    return getattr(transformers, BLIP_PROCESSORS[family])(*parts)
+
+
+def complete_blip(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Makes model and processor agree on how many image tokens there are and which id they have.
+
+    The id's embedding is never read, since the image takes its place; a vocabulary without room for it grows by a row.
+
+    Raises:
+        CapabilityError: it has to grow and is not on a device.
+    """
+    processor.num_query_tokens = model.config.num_query_tokens
+    token = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    words = model.get_input_embeddings().weight
+    if token >= words.shape[0]:
+        if words.is_meta or model.get_output_embeddings().weight.is_meta:
+            raise CapabilityError(
+                f"an old revision with {words.shape[0]} words needs one more for the image, which cannot be added to "
+                "offloaded weights; take a newer revision, or a device_map with the language model on a device"
+            )
+        model.resize_token_embeddings(token + 1)
+    model.config.image_token_index = token
+
+
+def _blip_images() -> type:
+    """BLIP's image processor; the one that needs no torchvision where that is not installed."""
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        from transformers import BlipImageProcessor
+    else:
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as BlipImageProcessor
+    return BlipImageProcessor

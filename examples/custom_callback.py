@@ -4,7 +4,7 @@
         callbacks=lengths task=chair task.scenes=100
 """
 
-from stethoscope.callbacks import Callback
+from stethoscope.evaluation.callbacks import Callback
 
 
 class AnswerLengths(Callback):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stethoscope.core.component import load
     from stethoscope.detector import Detector
     from stethoscope.diagnosis import Diagnosis, diagnose
-    from stethoscope.evaluator import Evaluator
+    from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.streaming import WarningStreamer, stream
 
 __version__ = "0.2.0"
@@ -33,7 +33,7 @@ __all__ = [
 _HOMES = {
     "Detector": "stethoscope.detector",
     "Diagnosis": "stethoscope.diagnosis",
-    "Evaluator": "stethoscope.evaluator",
+    "Evaluator": "stethoscope.evaluation.evaluator",
     "diagnose": "stethoscope.diagnosis",
     "WarningStreamer": "stethoscope.streaming",
     "load": "stethoscope.core.component",

@@ -12,9 +12,9 @@ from typing import NoReturn
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.core.errors import ConfigError, StethoscopeError, unknown
+from stethoscope.core.launch import rank, world_size
 from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, unread_output
 from stethoscope.core.text import one_line, visible_output
-from stethoscope.runs.processes import count, rank
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
@@ -114,9 +114,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
 
     options, words = split(arguments)
     sweeping = bool({"-m", "--multirun"} & set(options))
-    if count() > 1 and sweeping:
+    if world_size() > 1 and sweeping:
         raise ConfigError(
-            f"--multirun and {count()} processes exclude each other; start the processes for each job of the sweep"
+            f"--multirun and {world_size()} processes exclude each other; start the processes for each job of the sweep"
         )
     if not {"-sc", "--shell-completion"} & set(options):
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stethoscope.adapters.tiny import authors, blip, gemma, idefics, internvl, llava, minigpt4, qwen
+from stethoscope.adapters.tiny import author_families, decoder_families, qformer_families
 from stethoscope.adapters.tiny.tokenizers import llama_tokenizer
 from stethoscope.core.errors import CapabilityError, unknown
 
@@ -23,26 +23,26 @@ __all__ = ["FAMILIES", "build", "llama_tokenizer"]
 _STD = 0.25
 
 FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
-    "llava": llava.llava,
-    "llava_next": llava.llava_next,
-    "llava_onevision": llava.llava_onevision,
-    "qwen2_vl": qwen.qwen2_vl,
-    "qwen2_5_vl": qwen.qwen2_5_vl,
-    "qwen3_vl": qwen.qwen3_vl,
-    "internvl": internvl.internvl,
-    "idefics3": idefics.idefics3,
-    "smolvlm": idefics.smolvlm,
-    "paligemma": gemma.paligemma,
-    "paligemma2": gemma.paligemma2,
-    "gemma3": gemma.gemma3,
-    "blip-2-opt": blip.blip2_opt,
-    "blip-2-t5": blip.blip2_t5,
-    "instructblip-vicuna": blip.instructblip_vicuna,
-    "instructblip-t5": blip.instructblip_t5,
-    "convllava": authors.convllava,
-    "mplug_owl2": authors.mplug_owl2,
-    "minigpt4-vicuna": minigpt4.vicuna,
-    "minigpt4-llama2": minigpt4.llama2,
+    "llava": decoder_families.llava,
+    "llava_next": decoder_families.llava_next,
+    "llava_onevision": decoder_families.llava_onevision,
+    "qwen2_vl": decoder_families.qwen2_vl,
+    "qwen2_5_vl": decoder_families.qwen2_5_vl,
+    "qwen3_vl": decoder_families.qwen3_vl,
+    "internvl": decoder_families.internvl,
+    "idefics3": decoder_families.idefics3,
+    "smolvlm": decoder_families.smolvlm,
+    "paligemma": decoder_families.paligemma,
+    "paligemma2": decoder_families.paligemma2,
+    "gemma3": decoder_families.gemma3,
+    "blip-2-opt": qformer_families.blip2_opt,
+    "blip-2-t5": qformer_families.blip2_t5,
+    "instructblip-vicuna": qformer_families.instructblip_vicuna,
+    "instructblip-t5": qformer_families.instructblip_t5,
+    "convllava": author_families.convllava,
+    "mplug_owl2": author_families.mplug_owl2,
+    "minigpt4-vicuna": author_families.minigpt4_vicuna,
+    "minigpt4-llama2": author_families.minigpt4_llama2,
 }
 """What ``family`` in a model's configuration may say: transformers' ``model_type``, or a family of our own."""
 

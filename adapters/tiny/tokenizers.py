@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -103,3 +103,21 @@ def byte_tokenizer(
     )
     add_special(tokenizer, extra)
     return tokenizer
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+"""Of language models and of most vision towers."""
+
+
+def words(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    """What a tokenizer and ``SIZES`` say about a language model: arguments of its config."""
+    return {
+        **SIZES,
+        "vocab_size": len(tokenizer),
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **more,
+    }

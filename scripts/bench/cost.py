@@ -18,11 +18,11 @@ import torch
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.adapter import Adapter
-from stethoscope.batch import TRACED_TOGETHER
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Answer, Generation
+from stethoscope.evaluation.pipeline import TRACED_TOGETHER
 from stethoscope.features import FeatureSet, named_set
-from stethoscope.trace import Encoded
+from stethoscope.tracing.types import Encoded
 
 QUESTION = "Please describe this image in detail."
 PLAIN, KEEPING = "generation", "generation that keeps"

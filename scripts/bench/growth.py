@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import stethoscope
-from stethoscope.callbacks import Callback, SampleTable, Timing
 from stethoscope.core.component import build, compose
 from stethoscope.core.types import Generation
+from stethoscope.evaluation.callbacks import Callback, SampleTable, Timing
 from stethoscope.features import FeatureSet
 from stethoscope.storage.saved_heatmaps import KeepMaps
 from stethoscope.tasks.chair import Chair

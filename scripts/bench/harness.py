@@ -152,8 +152,8 @@ def _sitting(
 ) -> dict[str, Clock]:
     """One run of the harness that asks the bare loop the same batch before each of its own."""
     from stethoscope import Evaluator
-    from stethoscope.callbacks import Callback, Progress, SampleTable, Timing
     from stethoscope.core.types import Generation
+    from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, Timing
     from stethoscope.loggers.base import Loggers, WandbLogger
     from stethoscope.storage.saved_heatmaps import KeepMaps
 

@@ -86,7 +86,7 @@ def train(tokens: Tensor, labels: Tensor, epochs: int, batch: int = 64, rate: fl
 
 
 @torch.inference_mode()
-def tokens_of(adapter: stethoscope.adapter.Adapter, scenes: list[testbed.Scene], batch: int = 50) -> Tensor:
+def tokens_of(adapter: stethoscope.adapters.base.Adapter, scenes: list[testbed.Scene], batch: int = 50) -> Tensor:
     """(pictures, N, D) what the projector hands to the language model."""
     found = []
     for start in range(0, len(scenes), batch):

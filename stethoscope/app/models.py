@@ -25,7 +25,7 @@ from stethoscope.detection.finding import (
 from stethoscope.diagnosis import diagnose
 
 if TYPE_CHECKING:
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
 
 TRAIN_ONE = (
@@ -123,7 +123,7 @@ class Pool:
                 yield ready
 
     def _ready(self, name: str) -> Ready:
-        from stethoscope.adapter import Adapter
+        from stethoscope.adapters.base import Adapter
 
         if name not in self.names:
             raise ConfigError(unknown("model", name, self.names))

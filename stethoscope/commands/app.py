@@ -19,7 +19,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.app.access import loopback, read_accounts
     from stethoscope.app.models import TRAIN_ONE, Pool
     from stethoscope.app.runs import Runs, write_examples

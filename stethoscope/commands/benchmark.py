@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import answer, listed, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
-from stethoscope.runs.processes import rank
+from stethoscope.core.launch import rank
 
 if TYPE_CHECKING:
     from stethoscope.loggers.base import Loggers
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.commands.tables import print_answer, print_detector
     from stethoscope.commands.train import fit, fractions
     from stethoscope.core.token_table import check_patterns

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.callbacks import Callback
 from stethoscope.commands.command_line import unquoted
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.files import read_yaml
+from stethoscope.evaluation.callbacks import Callback
 
 if TYPE_CHECKING:
-    from stethoscope.adapter import Adapter
-    from stethoscope.evaluator import Evaluator
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.evaluation.evaluator import Evaluator
+    from stethoscope.evaluation.results import TaskResults
+    from stethoscope.evaluation.state import Run
     from stethoscope.loggers.base import Loggers
     from stethoscope.report.source import Source
-    from stethoscope.runs.results import TaskResults
-    from stethoscope.runs.run import Run
     from stethoscope.task import Task
 
 
@@ -83,7 +83,7 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
 def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
     """The evaluator of a command that generates answers."""
     from stethoscope.core.types import Generation
-    from stethoscope.evaluator import Evaluator
+    from stethoscope.evaluation.evaluator import Evaluator
 
     return Evaluator(
         callbacks=[KeepConfig(config), *make_callbacks(config.callbacks, config.plugins)],

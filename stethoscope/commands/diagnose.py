@@ -33,7 +33,7 @@ def run(config: DictConfig) -> None:
     """Asks, diagnoses, prints and writes. What is wrong in the configuration is found before the model is loaded."""
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.detection.finding import AUTO, detector_folder, shipped, wanted
     from stethoscope.detector import Detector

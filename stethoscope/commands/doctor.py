@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from packaging.requirements import Requirement
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Memory
 
 USAGE = """usage: stethoscope doctor
@@ -269,7 +269,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
 def _adapter(config: DictConfig, **settings: str) -> Adapter:
     from omegaconf import open_dict
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.component import build
 
     node = config.model.copy()

@@ -6,12 +6,12 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import answer, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
-from stethoscope.runs.processes import rank
+from stethoscope.core.launch import rank
 
 
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.task import Task
 
     folder = run_dir(config)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import make_callbacks, report_failures, saved_config
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.runs.processes import rank
+from stethoscope.core.launch import rank
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
@@ -103,7 +103,7 @@ def report_untraced(store: RunStore, task: str) -> None:
     Raises:
         DataError: there are some.
     """
-    from stethoscope.batch import CHANGED
+    from stethoscope.evaluation.pipeline import CHANGED
 
     records = list(store.records(task))
     untraced = [record for record in records if record.untraced]
@@ -124,12 +124,12 @@ def report_untraced(store: RunStore, task: str) -> None:
 
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.token_table import feature_of, fitting, one_space, shorten
     from stethoscope.core.types import Generation
     from stethoscope.detection.finding import load_detector
     from stethoscope.detection.warn import mention_warnings, write_warnings
-    from stethoscope.evaluator import Evaluator
+    from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.task import Task

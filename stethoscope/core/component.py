@@ -14,7 +14,7 @@ from stethoscope.core.errors import ConfigError, StethoscopeError, first_line, u
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
 
 T = TypeVar("T")
 TARGET = "_target_"
@@ -197,7 +197,7 @@ def load(model: str | Path, **settings: Any) -> Adapter:
     Raises:
         ConfigError: an unknown name or setting.
     """
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
 
     known, model = choices("model"), str(model)
     if model not in known and not ("/" in model or Path(model).is_dir()):

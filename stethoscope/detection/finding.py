@@ -13,7 +13,7 @@ from stethoscope.detection.artefact import MANIFEST, read_manifest
 from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
 
 AUTO = "auto"

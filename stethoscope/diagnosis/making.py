@@ -16,14 +16,14 @@ from stethoscope.detection.finding import check_model, load_detector
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named
 from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.diagnosis.result import Diagnosis
-from stethoscope.relevancy.heatmaps import places
+from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
-    from stethoscope.trace import Encoded, Trace
+    from stethoscope.tracing.types import Encoded, Trace
 
 WORDS = 5  # most probable words that are kept for every layer
 
@@ -77,7 +77,7 @@ def diagnose(
         evolution = _optional(lambda: _evolution(adapter, encoded, answer), notes)
     with _timed(seconds, "places"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
-        where = places(adapter, picture.size, encoded.spans, tiles)
+        where = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "judge"):
         judgements, named = judge_mentions(encoded, answer, found, columns, detector)
     return Diagnosis(
@@ -146,7 +146,7 @@ def _trace(
     found: Sequence[Mention],
 ) -> tuple[Trace, dict[str, Any]]:
     """The traced pass with relevancy of the scope, and the features that the detector reads."""
-    from stethoscope.tracing.per_mention import trace_answers
+    from stethoscope.tracing.verification import trace_answers
 
     features, needs = None, frozenset()
     if detector is not None:
@@ -202,8 +202,8 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
     import torch
 
     from stethoscope.relevancy.result import layout
-    from stethoscope.tracing.lens import Lens
-    from stethoscope.tracing.rows import logits_to_keep
+    from stethoscope.tracing.attention import logits_to_keep
+    from stethoscope.tracing.logit_lens import Lens
 
     decode = _decoder(adapter)
     model, inputs = adapter.forward_inputs(encoded, answer.token_ids)

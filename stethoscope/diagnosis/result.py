@@ -12,7 +12,8 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.parts import Evolution, Judgement, Named, contributions, shares
-from stethoscope.relevancy.heatmaps import Box, Places, heat, overlay, relevancy_tiles
+from stethoscope.relevancy.heatmaps import heat, overlay, relevancy_tiles
+from stethoscope.tracing.token_spans import Box, TokenRegions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,7 @@ class Diagnosis:
     mentions: tuple[Named, ...] = ()
     threshold: float | None = None
     relevancy: Relevancy | None = None
-    places: Places | None = None
+    places: TokenRegions | None = None
     evolution: Evolution | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)

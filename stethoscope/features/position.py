@@ -9,7 +9,7 @@ import numpy as np
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
-    from stethoscope.trace import Trace
+    from stethoscope.tracing.types import Trace
 
 
 @feature("position", high="hallucinated")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.tracing.capture import Site, eager_attention, plain_attention
+from stethoscope.tracing.hooks import Site, eager_attention, plain_attention
 
 BUDGET = 2**26
 """Bytes that attention maps and gradients of tokens may take at once, unless a call says otherwise."""

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stethoscope.tracing.capture import modules_of
+from stethoscope.tracing.hooks import modules_of
 
 Key = tuple[Any, int]
 """A node of the graph and the number of its output."""

@@ -28,15 +28,15 @@ from stethoscope.relevancy.rules import (
     whole,
 )
 from stethoscope.relevancy.token_alignment import Merging, entering, merging, pixel_order, tiled
-from stethoscope.tracing.capture import record, selected, sites
-from stethoscope.tracing.spans import tile_grids
+from stethoscope.tracing.hooks import record, selected, sites
+from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Answer
-    from stethoscope.trace import Encoded
+    from stethoscope.tracing.types import Encoded
 
 SCOPES = ("row", "token")
 

@@ -19,7 +19,7 @@ from stethoscope.relevancy.attention_backward import (
     visible_ends,
 )
 from stethoscope.relevancy.checkpointing import Tape
-from stethoscope.tracing.capture import Listener, Site, modules_of
+from stethoscope.tracing.hooks import Listener, Site, modules_of
 
 Receiver = Callable[[Call, int, Blocks], None]
 

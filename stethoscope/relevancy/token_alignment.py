@@ -23,8 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.capture import Listener, Site, modules_of, record, sites
-from stethoscope.tracing.spans import image_layout
+from stethoscope.tracing.hooks import Listener, Site, modules_of, record, sites
+from stethoscope.tracing.token_spans import image_layout
 
 _MOST = 64  # shapes of inputs that are remembered of a model
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.tables import Gap, Table
-from stethoscope.runs.results import COUNTS, TaskResults
 
 RANKING = {
     "auroc": "AUROC",

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
+from stethoscope.evaluation.results import TaskResults
 from stethoscope.report.shapes import DETECTOR as DETECTOR_SHAPE
 from stethoscope.report.shapes import FINGERPRINT, TASK, WARNING
-from stethoscope.runs.results import TaskResults
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.saved_heatmaps import MapFile, View
 

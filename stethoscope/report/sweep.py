@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import atomic_write, write_json
+from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.figures import AT_WORK, RANKING, interval, primary
 from stethoscope.report.source import Source
 from stethoscope.report.tables import Cell, Gap, Table, markdown, plain
 from stethoscope.report.versus import TaskOf, detector_table, require_same, task_table
-from stethoscope.runs.results import TaskResults
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 

@@ -20,7 +20,7 @@ from stethoscope.storage.run_dir import MAPS, RunStore
 from stethoscope.storage.run_fingerprint import answers_of, digest
 
 if TYPE_CHECKING:
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.task import Task
 

@@ -17,7 +17,7 @@ from stethoscope.core.digests import code_of, jsonable
 from stethoscope.core.text import redact
 
 if TYPE_CHECKING:
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.task import Task
 

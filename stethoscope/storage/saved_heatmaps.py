@@ -18,22 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stethoscope.callbacks import Callback
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.files import open_regular, replacing
 from stethoscope.core.images import read_image
-from stethoscope.relevancy.heatmaps import heat, overlay, places, raster, relevancy_tiles
+from stethoscope.evaluation.callbacks import Callback
+from stethoscope.relevancy.heatmaps import heat, overlay, raster, relevancy_tiles
 from stethoscope.storage.records import lines
 from stethoscope.storage.run_dir import MAPS
+from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.core.types import Answer, Sample
-    from stethoscope.runs.results import TaskResults
-    from stethoscope.runs.run import Run
+    from stethoscope.evaluation.results import TaskResults
+    from stethoscope.evaluation.state import Run
     from stethoscope.storage.records import Record
-    from stethoscope.trace import Trace
+    from stethoscope.tracing.types import Trace
 
 MAX_SIDE = 2048  # pixels of a kept picture: a larger one is none of ours
 
@@ -212,7 +213,7 @@ class KeepMaps(Callback):
         if relevancy is None:
             return {}
         tiles = 0 if relevancy.tiles is None else relevancy.tiles.shape[2]
-        where = places(run.adapter, size, trace.spans, tiles)
+        where = token_regions(run.adapter, size, trace.spans, tiles)
         try:
             values, boxes = relevancy_tiles(relevancy, where, bool(where.grids), (list(tokens), -1))
         except CapabilityError:

@@ -23,15 +23,15 @@ from stethoscope.diagnosis.readers import Reader, default_reader
 from stethoscope.streaming.decode_loop import run
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import Steps
-from stethoscope.tracing.lens import lens_of
+from stethoscope.tracing.logit_lens import lens_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
-    from stethoscope.adapter import Adapter
+    from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
-    from stethoscope.trace import Encoded
+    from stethoscope.tracing.types import Encoded
 
 LONGEST = 128  # tokens of an answer where nothing is said
 
@@ -345,7 +345,7 @@ def _named(
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     else:
         from stethoscope.diagnosis.detecting import columns_of, feature_set
-        from stethoscope.tracing.per_mention import trace_answers
+        from stethoscope.tracing.verification import trace_answers
 
         features = feature_set(final.schema.names)
         trace = trace_answers(adapter, [encoded], [answer], features.needs, [picture], [found])[0]

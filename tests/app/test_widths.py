@@ -13,7 +13,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.app.models import Detectors
 from stethoscope.detector import Detector
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair

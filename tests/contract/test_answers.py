@@ -8,7 +8,7 @@ from helpers.contract_helpers import attention, extended, picture, predicting, s
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.capture import NAME
+from stethoscope.tracing.hooks import NAME
 
 GREEDY = Generation(max_new_tokens=7)
 SAMPLED = Generation(max_new_tokens=7, do_sample=True, temperature=0.9, top_p=0.95, seed=3)

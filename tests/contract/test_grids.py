@@ -6,7 +6,7 @@ import torch
 from helpers.contract_helpers import language
 from PIL import Image
 
-from stethoscope.tracing.capture import Listener, record
+from stethoscope.tracing.hooks import Listener, record
 
 QUESTION = "What is it?"
 WIDE, SQUARE, LARGE = (100, 40), (72, 56), (330, 250)

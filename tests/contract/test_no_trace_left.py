@@ -6,7 +6,7 @@ from helpers.contract_helpers import attention, extended, has_encoder, language,
 from torch import nn
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.capture import NAME, Listener, record
+from stethoscope.tracing.hooks import NAME, Listener, record
 
 OWN = r"(layers\.1\.self_attn|decoder\.block\.1\.layer\.0\.SelfAttention)"  # self-attention of the decoder's layer 1
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

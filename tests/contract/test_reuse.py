@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.contract_helpers import picture
 
-from stethoscope.adapters.passes import CAUSAL
+from stethoscope.adapters.forward import CAUSAL
 from stethoscope.core.types import Answer, Generation
 
 WAYS = {

@@ -27,8 +27,8 @@ from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
 from stethoscope.streaming.step_recorder import STEP_NEEDS, Steps
-from stethoscope.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS
-from stethoscope.tracing.lens import lens_of
+from stethoscope.tracing.logit_lens import lens_of
+from stethoscope.tracing.types import FORWARD_NEEDS, MORE_NEEDS, NEEDS
 
 GENERATION = Generation(max_new_tokens=4)
 

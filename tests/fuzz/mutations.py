@@ -48,7 +48,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "stethoscope.adapters.hf.HfAdapter",
         "stethoscope.task.Task",
         "stethoscope.tasks.custom.Custom",
-        "stethoscope.evaluator.Evaluator",
+        "stethoscope.evaluation.evaluator.Evaluator",
         "stethoscope.detector.Detector.load",
         f"__import__('os').system('touch {mark}')",
         f"exec(\"open('{mark}','w')\")",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stethoscope.detection import artefact
 from stethoscope.detector import Detector
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
 

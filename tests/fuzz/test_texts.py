@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from stethoscope.adapters.sampling import cut
+from stethoscope.adapters.generation import cut
 from stethoscope.commands.overrides import explain
 from stethoscope.core.component import compose
 from stethoscope.core.digests import jsonable

@@ -109,7 +109,7 @@ class World:
         global DEFAULT_MODEL
         from stethoscope.adapters.testbed import TestbedAdapter
         from stethoscope.core.component import compose
-        from stethoscope.evaluator import Evaluator
+        from stethoscope.evaluation.evaluator import Evaluator
 
         DEFAULT_MODEL = TestbedAdapter().model_id
         self.work, self.base = work, work / "base"

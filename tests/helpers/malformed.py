@@ -13,7 +13,7 @@ from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from helpers.token_tables import halves, token_table
 from stethoscope.detection import artefact
 from stethoscope.detector import Detector
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 
 EVALUATE = ["evaluate", "model.random_init=tiny", "logger=none", "callbacks=none"]
 POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?", "label": "no"}

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
-from stethoscope.callbacks import Progress
 from stethoscope.cli import TERMINATED
 from stethoscope.core.errors import StethoscopeError
+from stethoscope.core.launch import rank
 from stethoscope.core.system import Terminated, ended_by_signal
-from stethoscope.evaluator import Evaluator
-from stethoscope.runs.processes import rank
+from stethoscope.evaluation.callbacks import Progress
+from stethoscope.evaluation.evaluator import Evaluator
 
 
 class SlowAdapter(TinyAdapter):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stethoscope.adapter import Adapter
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, Score
 from stethoscope.task import Task
-from stethoscope.trace import Encoded, Spans, Trace
+from stethoscope.tracing.types import Encoded, Spans, Trace
 
 WORDS = ("a", "dog", "cat", "and", "tree", "yes", "no")
 

@@ -12,7 +12,7 @@ SMALL = ["features=fast", "callbacks=none", "detector.strength=0.1", "batch_size
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
 SHOWN = [
     "+callbacks.maps._target_=stethoscope.storage.saved_heatmaps.KeepMaps",
-    "+callbacks.samples._target_=stethoscope.callbacks.SampleTable",
+    "+callbacks.samples._target_=stethoscope.evaluation.callbacks.SampleTable",
     "features.names=[relevancy_image]",
     "logger.pictures=9",
 ]

@@ -12,7 +12,7 @@ from stethoscope.commands.train import fit
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.detection import leaderboard
 from stethoscope.detector import Detector
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.report import versus
 from stethoscope.report.page import collect
 from stethoscope.report.source import Source

@@ -12,7 +12,7 @@ import stethoscope as package
 from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
 from stethoscope.core.errors import ConfigError
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair

@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
-from stethoscope.callbacks import Callback
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, out_of_memory
 from stethoscope.core.types import Answer
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.callbacks import Callback
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.storage.run_dir import RunStore
 
 RUN = [

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,8 @@ from helpers.tiny_world import TinyFeatures, TinyTask
 from stethoscope.adapters.loading import Loading
 from stethoscope.cli import main
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.evaluator import Evaluator
-from stethoscope.runs.processes import Processes
+from stethoscope.evaluation.distributed import Processes
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]

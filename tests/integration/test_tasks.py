@@ -12,7 +12,7 @@ from helpers import published_files
 
 from stethoscope import testbed
 from stethoscope.core.token_table import mention_rows
-from stethoscope.runs.results import TaskResults
+from stethoscope.evaluation.results import TaskResults
 from stethoscope.storage.run_dir import RunStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "tasks"))

@@ -13,9 +13,9 @@ from helpers.tiny_world import TinyAdapter, TinyTask
 from helpers.wandb_reader import read
 from PIL import Image
 
-from stethoscope.callbacks import SampleTable
 from stethoscope.core.errors import ConfigError
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.callbacks import SampleTable
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import JsonLogger, Logger, Loggers, WandbLogger
 from stethoscope.loggers.media import Marked, Picture
 from stethoscope.report import curves

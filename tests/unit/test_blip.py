@@ -11,8 +11,8 @@ from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
-from stethoscope.trace import NEEDS
-from stethoscope.tracing.capture import Listener, record
+from stethoscope.tracing.hooks import Listener, record
+from stethoscope.tracing.types import NEEDS
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
 IMAGE = Image.effect_noise((64, 48), 80).convert("RGB")

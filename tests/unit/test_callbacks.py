@@ -5,9 +5,9 @@ import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from rich.console import Console
 
-from stethoscope import callbacks
-from stethoscope.callbacks import Callback, Progress, SampleTable, Timing
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation import callbacks
+from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, Timing
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import Logger
 
 
@@ -50,7 +50,7 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, tmp_path
 def test_progress_draws_a_bar_on_a_terminal_and_clears_up(monkeypatch, interrupt):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr("stethoscope.callbacks.console", lambda **settings: console)
+    monkeypatch.setattr("stethoscope.evaluation.callbacks.console", lambda **settings: console)
     progress, adapter = Progress(), TinyAdapter()
     adapter.interrupt_at = interrupt
     if interrupt is None:

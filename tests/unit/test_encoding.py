@@ -51,8 +51,8 @@ def test_an_image_of_a_known_size_is_prepared_without_the_text(internvl, monkeyp
 
 def test_what_is_kept_stays_within_its_bounds(monkeypatch):
     """Many questions about many pictures: old ones make room, and what is counted is what is there."""
-    monkeypatch.setattr("stethoscope.adapters.encoding._IMAGE_BYTES", 400_000)
-    monkeypatch.setattr("stethoscope.adapters.encoding._TEXT_BYTES", 20_000)
+    monkeypatch.setattr("stethoscope.adapters.prompts._IMAGE_BYTES", 400_000)
+    monkeypatch.setattr("stethoscope.adapters.prompts._TEXT_BYTES", 20_000)
     adapter = HfAdapter(random_init="tiny", family="llava", device="cpu")
     adapter.setup()
     for number in range(40):

@@ -7,13 +7,13 @@ import sys
 import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
-from stethoscope.callbacks import Callback
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.callbacks import Callback
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.evaluation.results import TaskResults
 from stethoscope.loggers.base import Logger
 from stethoscope.metrics.bootstrap import Interval, MetricRow
-from stethoscope.runs.results import TaskResults
 from stethoscope.storage.records import select
 from stethoscope.storage.run_dir import RunStore
 
@@ -219,7 +219,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(adapter,
 
 
 def test_ctrl_c_between_traces_keeps_what_is_finished_of_the_batch(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("stethoscope.batch.TRACED_TOGETHER", 2)
+    monkeypatch.setattr("stethoscope.evaluation.pipeline.TRACED_TOGETHER", 2)
 
     class Stop(Callback):
         def on_trace(self, run, sample, trace):

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import loading
-from stethoscope.adapters.batching import collate, extend, groups
+from stethoscope.adapters.forward import collate, extend, groups
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.types import Generation

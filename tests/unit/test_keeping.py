@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
-from stethoscope.callbacks import Callback
-from stethoscope.evaluator import Evaluator
-from stethoscope.trace import PromptCache
+from stethoscope.evaluation.callbacks import Callback
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.tracing.types import PromptCache
 
 
 class Keeping(TinyAdapter):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stethoscope.adapters import checkpoints
+from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.loading import Loading
 from stethoscope.core.errors import ConfigError, DataError
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from stethoscope.adapters import companions, tiny
-from stethoscope.adapters.chunks import ChunkEncoder, ChunkProcessor, add_placeholder
+from stethoscope.adapters import tiny
+from stethoscope.adapters.authors import checkpoints
+from stethoscope.adapters.authors.minigpt4 import PROMPTS as MINIGPT4
+from stethoscope.adapters.authors.processor import ChunkEncoder, ChunkProcessor, PixelProcessor, add_placeholder, squash
 from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.minigpt4 import PROMPTS as MINIGPT4
-from stethoscope.adapters.pixels import PixelProcessor, squash
 from stethoscope.adapters.tiny.tokenizers import TEXT
 from stethoscope.core.errors import ConfigError, DataError
 
@@ -138,7 +138,7 @@ def sentencepiece(tmp_path_factory):
 def test_ids_are_sentencepieces(sentencepiece, template, question):
     """As the authors' slow tokenizer works: text between special tokens goes to SentencePiece, piece by piece."""
     folder, reader = sentencepiece
-    tokenizer = companions.llama_tokenizer(str(folder), Loading())
+    tokenizer = checkpoints.load_llama_tokenizer(str(folder), Loading())
     token = add_placeholder(tokenizer, "<ImageHere>", len(tokenizer))
     pixels = PixelProcessor((partial(squash, size=28),))
     encoded = ChunkEncoder(ChunkProcessor(tokenizer, pixels, "<ImageHere>", token, 1), template)(IMAGE, question)

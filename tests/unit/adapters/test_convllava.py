@@ -19,8 +19,7 @@ from sklearn.datasets import load_sample_image
 from transformers import AutoConfig, AutoTokenizer
 
 import stethoscope
-from stethoscope.adapters.convllava import PROMPTS, ConvLlavaAdapter
-from stethoscope.adapters.convllava_model import ConvLlavaForConditionalGeneration
+from stethoscope.adapters.authors.convllava import PROMPTS, ConvLlavaAdapter, ConvLlavaForConditionalGeneration
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stethoscope.adapters import identity
+from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import DataError, StethoscopeError
 
@@ -48,15 +48,15 @@ def test_weights_of_shards_in_subfolders_count(saved, tmp_path):
     shard.write_bytes((saved / "model.safetensors").read_bytes())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: f"parts/{shard.name}" for name in load_file(shard)}}))
-    before = identity.weights(model, str(tmp_path), True)
+    before = digests.weights(model, str(tmp_path), True)
     assert before.startswith("sha256:")
     tensors = load_file(shard)
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, shard)
-    assert identity.weights(model, str(tmp_path), True) != before
+    assert digests.weights(model, str(tmp_path), True) != before
     index.write_text("[]")
     with pytest.raises(DataError, match="no index of weights"):
-        identity.weights(model, str(tmp_path), True)
+        digests.weights(model, str(tmp_path), True)
 
 
 @pytest.mark.parametrize("way", ["a folder without weights of its own", "an adapter on a base model"])
@@ -65,11 +65,11 @@ def test_where_files_do_not_say_the_weights_in_memory_count(way, saved, tmp_path
     folder = tmp_path if way.startswith("a folder") else saved
     if folder is saved:
         model._hf_peft_config_loaded = True  # as transformers marks it
-    before = identity.weights(model, str(folder), True)
+    before = digests.weights(model, str(folder), True)
     assert before.startswith("state:")
     with torch.no_grad():
         model.get_output_embeddings().weight.add_(1)
-    assert identity.weights(model, str(folder), True) != before
+    assert digests.weights(model, str(folder), True) != before
 
 
 @pytest.mark.parametrize("value", ["2", [[2]], [None], -1, {"id": 2}])

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import stethoscope
-from stethoscope.adapter import Adapter
-from stethoscope.adapters import checkpoints, companions
-from stethoscope.adapters.minigpt4 import MiniGpt4Adapter
+from stethoscope.adapters.authors import checkpoints
+from stethoscope.adapters.authors.minigpt4 import MiniGpt4Adapter
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.component import build, conf_folder
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
@@ -358,7 +358,7 @@ def test_small_files_are_read_before_large_ones(parts, version, tmp_path, monkey
     monkeypatch.setattr(checkpoints, "read", read)
     torch.save({"model": {"mm_projector.0.weight": torch.ones(2, 2)}}, tmp_path / "other.pth")
     refused(DataError, version, parts, "llama_proj.weight", projector=str(tmp_path / "other.pth"))
-    monkeypatch.setattr(companions, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
     shutil.copytree(parts[0] / "llm", tmp_path / "llm")
     (tmp_path / "llm" / "tokenizer.json").unlink()
     (tmp_path / "llm" / "tokenizer.model").touch()

@@ -16,9 +16,9 @@ from sklearn.datasets import load_sample_image
 from transformers import AutoTokenizer
 
 import stethoscope
-from stethoscope.adapters.batching import collate
-from stethoscope.adapters.mplug_owl2 import MplugOwl2Adapter
-from stethoscope.adapters.mplug_owl2_model import position_table
+from stethoscope.adapters.authors.mplug_owl2 import MplugOwl2Adapter
+from stethoscope.adapters.authors.mplug_owl2_model import position_table
+from stethoscope.adapters.forward import collate
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.relevancy import token_relevancy
@@ -177,8 +177,8 @@ def published():
     """The image processor of the published sizes."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from stethoscope.adapters.mplug_owl2 import VISION, make_processor
-    from stethoscope.adapters.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
+    from stethoscope.adapters.authors.mplug_owl2 import VISION, make_processor
+    from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
     from stethoscope.adapters.tiny import llama_tokenizer
 
     config = MplugOwl2Config(

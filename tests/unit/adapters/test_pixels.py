@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_images
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from stethoscope.adapters.pixels import (
+from stethoscope.adapters.authors.processor import (
     CLIP_MEAN,
     CLIP_STD,
     PixelProcessor,

@@ -1,6 +1,6 @@
 """The ``._`` files that macOS leaves beside every file on other disks and in archives are read as nothing."""
 
-from stethoscope.adapters.identity import _weight_files
+from stethoscope.adapters.fingerprint import _weight_files
 from stethoscope.storage.sweep_jobs import FOLDER, Job, read_jobs
 
 MAC = b"\0\5\26\7\0\2\0\0Mac OS X        \xb0\xff"

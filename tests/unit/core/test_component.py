@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import stethoscope
-from stethoscope.adapter import Adapter
+from stethoscope.adapters.base import Adapter
 from stethoscope.core.component import build, choices, compose, import_class, import_name
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation

@@ -90,7 +90,7 @@ def test_code_of_classes_of_this_package_and_of_none():
     assert {"stethoscope.tasks.pope", "stethoscope.tasks.yes_no", "stethoscope.task"} <= set(used)
     assert not {"stethoscope.tasks.chair", "stethoscope.metrics.bootstrap"} & set(used)
     used = digests._sources([TestbedAdapter])
-    assert {"stethoscope.adapters.hf", "stethoscope.adapters.sampling", "stethoscope.adapter"} <= set(used)
+    assert {"stethoscope.adapters.hf", "stethoscope.adapters.generation", "stethoscope.adapters.base"} <= set(used)
     typed = type("Typed", (), {"__module__": "__nowhere__"})
     assert code_of(typed) != code_of(Pope)
 

@@ -70,7 +70,7 @@ def test_a_chat_template_that_joins_texts_is_given_one_with_the_image(saved):
 
 RENDER = """
 from stethoscope.adapters import processors
-from stethoscope.adapters.encoding import check_chat_template
+from stethoscope.adapters.prompts import check_chat_template
 from stethoscope.core.system import ended_by_signal
 processor = processors.load({folder!r}, {{}})
 with ended_by_signal():
@@ -142,9 +142,9 @@ def test_a_processor_that_cannot_work_is_one_line_at_the_set_up(monkeypatch):
 
 
 def test_our_own_faults_stay_visible(adapter, monkeypatch):
-    from stethoscope.adapters import sampling
+    from stethoscope.adapters import generation as generating
 
-    monkeypatch.setattr(sampling, "config", None)  # called by our code: an error in its frame
+    monkeypatch.setattr(generating, "config", None)  # called by our code: an error in its frame
     encoded = adapter.encode(IMAGE, QUESTION)
     with pytest.raises(TypeError) as raised:
         adapter.generate([encoded], Generation(max_new_tokens=2))

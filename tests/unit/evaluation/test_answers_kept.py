@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
 
-from stethoscope.batch import CHANGED
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.evaluation.pipeline import CHANGED
 from stethoscope.storage.run_dir import RunStore
 
 

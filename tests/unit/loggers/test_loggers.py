@@ -6,9 +6,9 @@ import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from helpers.wandb_reader import read
 
-from stethoscope.callbacks import SampleTable, Timing
 from stethoscope.core.errors import ConfigError
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.callbacks import SampleTable, Timing
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import JsonLogger, Logger, Loggers, WandbLogger
 
 

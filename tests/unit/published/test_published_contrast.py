@@ -5,7 +5,7 @@ import math
 import torch
 from helpers.plain_pass import check, differences, divergence, entropy, image_rows, logprob, mean, predicted
 
-from stethoscope.tracing.noise import noised
+from stethoscope.tracing.interventions import noised
 
 
 def test_uncertainty(columns, plain):

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 import stethoscope
-from stethoscope.relevancy.heatmaps import colours, coverage, heat, overlay, places
+from stethoscope.relevancy.heatmaps import colours, coverage, heat, overlay
+from stethoscope.tracing.token_spans import token_regions
 
 WIDE = (100, 40)
 HALVES = [(0, 0, 50, 40), (50, 0, 100, 40), (0, 0, 100, 40)]
@@ -25,7 +26,7 @@ HALVES = [(0, 0, 50, 40), (50, 0, 100, 40), (0, 0, 100, 40)]
 def test_tiles_lie_where_the_processor_takes_them_from(model, boxes):
     adapter = stethoscope.load(model, random_init="tiny")
     spans = adapter.encode(Image.new("RGB", WIDE), "What?").spans
-    found = places(adapter, WIDE, spans, tiles=len(boxes))
+    found = token_regions(adapter, WIDE, spans, tiles=len(boxes))
     assert np.allclose([box for _, box in found.grids], boxes, atol=0.5)
     assert np.allclose(found.tiles, boxes, atol=0.5)
     assert tuple(grid for grid, _ in found.grids) == spans.grids
@@ -35,7 +36,7 @@ def test_tiles_lie_where_the_processor_takes_them_from(model, boxes):
 def test_a_picture_with_separators_lies_in_it_twice():
     adapter = stethoscope.load("llava-1.6-vicuna-7b", random_init="tiny")
     spans = adapter.encode(Image.new("RGB", WIDE), "What?").spans
-    found = places(adapter, WIDE, spans, tiles=4)
+    found = token_regions(adapter, WIDE, spans, tiles=4)
     assert [box for _, box in found.grids] == [(0, 0, 100, 40)] * 2
     assert len(found.cells) == len(spans.image) - len(spans.separators)
     assert np.allclose(found.tiles[0], (0, 0, 100, 40), atol=0.5)

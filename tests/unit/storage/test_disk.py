@@ -10,7 +10,7 @@ from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.detection.warn import write_warnings
 from stethoscope.detector import Detector
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.report.source import Source
 from stethoscope.storage.reuse import share_table
 from stethoscope.storage.run_dir import RunStore

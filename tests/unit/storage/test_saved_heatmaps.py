@@ -11,7 +11,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.relevancy import token_relevancy
 from stethoscope.storage.records import Record

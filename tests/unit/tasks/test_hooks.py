@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny_world import WORDS, TinyAdapter, TinyTask
 
 from stethoscope.core.types import Answer
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.task import Tally
 
 

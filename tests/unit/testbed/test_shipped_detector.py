@@ -8,7 +8,7 @@ import pytest
 
 import stethoscope
 from stethoscope.detection.finding import shipped
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.metrics import classification
 from stethoscope.storage.run_dir import RunStore

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.trace import Spans
-from stethoscope.tracing.capture import (
+from stethoscope.tracing.attention import AttentionRows
+from stethoscope.tracing.hooks import (
     NAME,
     Listener,
     Site,
@@ -20,7 +20,7 @@ from stethoscope.tracing.capture import (
     sites,
     take_rows,
 )
-from stethoscope.tracing.rows import AttentionRows
+from stethoscope.tracing.types import Spans
 
 B, H, S, D = 2, 4, 6, 8
 

@@ -17,7 +17,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from stethoscope.adapters import processors
 from stethoscope.adapters.tiny import llama_tokenizer
-from stethoscope.tracing.spans import image_layout, image_positions
+from stethoscope.tracing.token_spans import image_layout, image_positions
 
 NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ONEVISION = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]

@@ -12,13 +12,12 @@ from stethoscope.core.types import UNKNOWN, Generation, Mention
 from stethoscope.detector import Detector
 from stethoscope.diagnosis.making import diagnose, find_mentions
 from stethoscope.diagnosis.readers import default_reader
-from stethoscope.evaluator import Evaluator
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, stream
 from stethoscope.tasks.chair import Chair
-from stethoscope.tracing.per_mention import trace_answers
-from stethoscope.tracing.verification import yes_odds
+from stethoscope.tracing.verification import trace_answers, yes_odds
 
 QUESTION = "Please describe this image in detail."
 FEATURES = FeatureSet([], ["nll", "verify_odds"])

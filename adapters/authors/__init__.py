@@ -1,0 +1,1 @@
+"""Models in the format of their authors, which transformers does not read."""

@@ -1,0 +1,210 @@
+"""mPLUG-Owl2 (Ye et al. 2023, arXiv 2311.04257) from the authors' files: 64 queries and one learned token per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.adapters import memory
+from stethoscope.adapters.authors import checkpoints
+from stethoscope.adapters.authors.checkpoints import Weight, Weights
+from stethoscope.adapters.authors.processor import (
+    ChunkEncoder,
+    ChunkProcessor,
+    PixelProcessor,
+    add_placeholder,
+    squash,
+    squash_to_longest,
+)
+from stethoscope.adapters.hf import HfAdapter
+from stethoscope.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import LlamaTokenizer, PreTrainedModel
+
+    from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2Config
+    from stethoscope.tracing.types import Encoded
+
+PLACEHOLDER = "<|image|>"
+PROMPT = f"USER: {PLACEHOLDER}{{question}} ASSISTANT:"
+VISION = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 448, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+"""Published sizes of the vision tower, CLIP's ViT-L/14."""
+
+_TOWER = {
+    "embeddings.patch_embed.": "embeddings.patch_embedding.",
+    "embeddings.pre_layernorm.": "pre_layrnorm.",  # CLIP's own spelling
+    ".self_attn.dense.": ".self_attn.out_proj.",
+    ".input_layernorm.": ".layer_norm1.",
+    ".post_attention_layernorm.": ".layer_norm2.",
+}
+
+
+class MplugOwl2Adapter(HfAdapter):
+    """mPLUG-Owl2.
+
+    Args:
+        model_id: folder or hub id.
+        prompt: template with ``{question}`` and ``<|image|>``.
+        text, vision, abstractor: sizes that differ from the ``config.json``, by the names of ``LlamaConfig``,
+            ``CLIPVisionConfig`` and ``MplugOwl2AbstractorConfig``.
+        settings: as for ``HfAdapter``.
+
+    Attributes:
+        report: how files and model fitted together, once loaded.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        *,
+        prompt: str | None = None,
+        text: Mapping[str, Any] | None = None,
+        vision: Mapping[str, Any] | None = None,
+        abstractor: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model_id, prompt=prompt or PROMPT, **{"family": "mplug_owl2", **settings})
+        self.text, self.vision, self.abstractor = text, vision, abstractor
+        self.report: checkpoints.Report | None = None
+
+    def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
+
+        config = self._config()
+        tokenizer = checkpoints.load_llama_tokenizer(self.model_id, self.loading)
+        processor = make_processor(tokenizer, config, *checkpoints.mean_and_std(self.model_id, self.loading))
+        weights = checkpoints.read(self.model_id, self.loading, what="model.model_id")
+        weights = model_weights(weights, config.vision_config.num_attention_heads)
+        model, self.report = checkpoints.build(
+            MplugOwl2ForConditionalGeneration, config, weights, self.loading, self.name
+        )
+        checkpoints.warn_of_strays(self.name, self.report)
+        return model, processor
+
+    def _config(self) -> MplugOwl2Config:
+        """All sizes; the placeholder has no id yet."""
+        from transformers import CLIPVisionConfig, LlamaConfig
+
+        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
+
+        held = checkpoints.read_config(self.model_id, self.loading)
+        seeing = held.get("visual_config") or {}
+        reading = seeing.get("visual_abstractor")
+        config = MplugOwl2Config(
+            text_config=checkpoints.sized(LlamaConfig, "text", checkpoints.LLAMA_7B, held, chosen=self.text),
+            vision_config=checkpoints.sized(
+                CLIPVisionConfig, "vision", VISION, seeing.get("visual_model"), chosen=self.vision
+            ),
+            abstractor_config=checkpoints.sized(
+                MplugOwl2AbstractorConfig, "abstractor", reading, chosen=self.abstractor
+            ),
+        )
+        check(config)
+        return config
+
+    def _skeleton(self) -> PreTrainedModel:
+        if self.random_init:
+            return super()._skeleton()
+        from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
+
+        config = self._config()
+        dtype = checkpoints.dtype_of(checkpoints.read_config(self.model_id, self.loading), self.loading)
+        with memory.nowhere():
+            return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
+
+    def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
+        return ChunkEncoder(processor, self.prompt)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``Adapter.fingerprint``; the digest is that of all files together."""
+        self.setup()
+        if self._digest is None and self.report is not None:
+            self._digest = checkpoints.digest(self.report.files)
+        sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
+        return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
+
+
+def check(config: MplugOwl2Config) -> None:
+    """Raises ConfigError when the sizes of the parts do not fit together."""
+    vision, abstractor = config.vision_config, config.abstractor_config
+    grid, heads = vision.image_size // vision.patch_size, abstractor.num_attention_heads
+    if abstractor.grid_size != grid:
+        raise ConfigError(
+            f"model.abstractor.grid_size={abstractor.grid_size} should be {grid}: an image of {vision.image_size} "
+            f"pixels in patches of {vision.patch_size}"
+        )
+    if abstractor.encoder_hidden_size != vision.hidden_size or abstractor.hidden_size != vision.hidden_size:
+        raise ConfigError(
+            f"model.abstractor: hidden_size={abstractor.hidden_size} and encoder_hidden_size="
+            f"{abstractor.encoder_hidden_size} should be the vision tower's {vision.hidden_size}"
+        )
+    if abstractor.hidden_size % heads or abstractor.hidden_size % 4:
+        raise ConfigError(
+            f"model.abstractor.hidden_size={abstractor.hidden_size} should be a multiple of 4 and of its {heads} heads"
+        )
+
+
+def make_processor(
+    tokenizer: LlamaTokenizer, config: MplugOwl2Config, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ChunkProcessor:
+    """The authors' preprocessing: a square as wide as the longer side, then the tower's size, normalised.
+
+    Gives the placeholder its id, in the configuration too.
+    """
+    images = PixelProcessor((squash_to_longest, partial(squash, size=config.vision_config.image_size)), mean, std)
+    config.image_token_index = add_placeholder(tokenizer, PLACEHOLDER, config.text_config.vocab_size)
+    tokens = config.abstractor_config.num_learnable_queries + 1
+    return ChunkProcessor(tokenizer, images, PLACEHOLDER, config.image_token_index, tokens)
+
+
+def model_weights(weights: Weights, heads: int) -> Weights:
+    """The authors' weights under the model's names.
+
+    Args:
+        heads: of the vision tower, whose queries, keys and values lie together head by head.
+
+    Raises:
+        DataError: a fused weight cannot be taken apart.
+    """
+    found: Weights = {}
+    for name, weight in weights.items():
+        if "rotary_emb" in name or name.endswith((".q_pos_embed", ".k_pos_embed")):
+            continue  # fixed tables, which the model computes
+        if name.startswith("model.vision_model."):
+            found |= _tower(name, weight, heads)
+        elif name.startswith(("model.embed_tokens.", "model.layers.", "model.norm.")):
+            found[name.replace("model.", "model.language_model.", 1)] = weight
+        else:
+            found[name] = weight
+    return found
+
+
+def _tower(name: str, weight: Weight, heads: int) -> Weights:
+    """One weight of the tower under CLIP's names."""
+    tensor = weight.tensor
+    if name.endswith("embeddings.cls_token"):
+        return {name.replace("cls_token", "class_embedding"): Weight(tensor.flatten(), weight.file, weight.key)}
+    if name.endswith("embeddings.position_embedding"):
+        return {f"{name}.weight": Weight(tensor.flatten(0, -2), weight.file, weight.key)}
+    if ".query_key_value." in name:
+        if tensor.shape[0] % (3 * heads):
+            raise DataError(
+                f"{weight.file}: {weight.key} has {tensor.shape[0]} rows, which are not query, key and value of "
+                f"{heads} heads; see model.vision.num_attention_heads"
+            )
+        parts = tensor.unflatten(0, (heads, 3, -1)).unbind(1)
+        return {
+            name.replace("query_key_value", f"{letter}_proj"): Weight(part.flatten(0, 1), weight.file, weight.key)
+            for letter, part in zip("qkv", parts, strict=True)
+        }
+    for theirs, ours in _TOWER.items():
+        name = name.replace(theirs, ours)
+    return {name: weight}

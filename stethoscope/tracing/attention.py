@@ -1,0 +1,217 @@
+"""The rows of attention that predict answer tokens, reduced layer by layer while the model runs.
+
+A decoder-only model spends one distribution over prompt and answer in every layer and head. The decoder of an
+encoder-decoder model spends two in every layer: self-attention over its start token and the earlier answer tokens,
+cross-attention over the prompt that the encoder has read. Both are put into one row with weight 1/2 each, so that a row
+still covers everything that the token could be written from and adds up to 1: ``image``, ``question`` and ``rest`` are
+half the cross-attention, ``previous`` and ``first`` (the start token, the usual sink) half the self-attention. The
+heads of the two are different ones; head h of the row is head h of both. So no share of the prompt is above 1/2, and
+masses are to be compared within a model, not across the two kinds. The encoder's own attention is not in the row: it is
+the same for all tokens. Relevancy reads image, question and answer off the same two sequences (and adds them up without
+weights); the start token, ``first`` here, is among its ``rest``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stethoscope.core.errors import CaptureError
+from stethoscope.tracing.hooks import Listener, Site, eager_attention, eager_rows, plain_attention
+from stethoscope.tracing.types import SEGMENTS, Heads, Spans
+
+TOP = 20
+"""Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
+
+_IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
+
+
+def segments(spans: Spans, length: int, first: int = 0) -> Tensor:
+    """Which of ``SEGMENTS`` every position belongs to; ``first`` is the prompt's first, behind padding on the left.
+
+    >>> segments(Spans(length=6, image=(1, 2), question=(4,)), 8).tolist()
+    [3, 0, 0, 4, 1, 4, 2, 2]
+
+    Returns:
+        (length,) int64, indices into ``SEGMENTS``.
+    """
+    kind = torch.full((length,), _REST)
+    kind[first] = _FIRST
+    kind[spans.length :] = _PREVIOUS
+    kind[list(spans.question)] = _QUESTION
+    kind[list(spans.image)] = _IMAGE
+    return kind
+
+
+def logits_to_keep(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Build the argument that makes the head run on some rows alone.
+
+    The rows are numbers, no tensor: with a model on several devices accelerate moves every tensor argument to the first
+    of them, where the head's states are not.
+
+    Args:
+        model: the model.
+        rows: positions in the sequence of the logits.
+
+    Returns:
+        Keyword arguments of ``forward``; empty where the model has no such argument and gives logits of all rows.
+    """
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": list(rows)} if takes else {}
+
+
+class AttentionRows(Listener):
+    """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
+
+    The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
+    nothing of size N x N is made. Where a pass has no other rows, eager attention gives both. One forward pass per
+    instance.
+
+    Args:
+        rows: (B, T) positions of the rows among the queries. Where there are as many as queries, they are all of them;
+            a sample that needs fewer repeats its last, and what is found in its place then means nothing.
+        spans: B spans of the prompts, in positions of the (right-padded) batch.
+        length: length of the sequence that the prompts are in.
+        decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
+        firsts: where the prompts begin; at 0 unless they are padded on the left.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
+    ) -> None:
+        self._rows = rows
+        pairs = zip(spans, firsts or [0] * len(spans), strict=True)
+        kinds = {"language": torch.stack([segments(span, length, first) for span, first in pairs])}
+        self._reads = "language" if decoder is None else "cross"  # the attention that has the prompt's tokens as keys
+        if decoder is not None:
+            prompt = kinds["language"]
+            prompt[(prompt == _FIRST) | (prompt == _PREVIOUS)] = _REST
+            answer = torch.tensor([_FIRST] + [_PREVIOUS] * (decoder - 1)).expand(len(spans), -1)
+            kinds = {"language": answer, "cross": prompt}
+        self._members = {role: nn.functional.one_hot(kind, len(SEGMENTS)).float() for role, kind in kinds.items()}
+        self._counts = [len(span.image) for span in spans]
+        most = max(self._counts)
+        self._image = torch.tensor([list(span.image) + [0] * (most - len(span.image)) for span in spans]).long()
+        self._mass: dict[str, dict[str, Tensor]] = {role: {} for role in kinds}  # by role and name of the module
+        self._to_image: list[Tensor] = []
+
+    def wants(self, site: Site) -> bool:
+        return site.role in self._mass
+
+    def attend(
+        self,
+        site: Site,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if site.name in self._mass[site.role]:
+            raise CaptureError(f"{site.name} was called twice in one recording")
+        if self._rows.shape[1] == query.shape[2]:
+            output, weights = eager_attention(module, query, key, value, mask, **kwargs)
+        else:
+            output, _ = plain_attention(module, query, key, value, mask, **kwargs)
+            weights = eager_rows(module, self._rows, query, key, value, mask, **kwargs)
+        self.hear(site, weights)
+        return output, None
+
+    def hear(self, site: Site, weights: Tensor) -> None:
+        """Reduces the rows (B, heads, T, S) of one layer."""
+        weights = weights.detach().float()
+        self._mass[site.role][site.name] = weights @ self._members[site.role].to(weights.device)[:, None]
+        if site.role == self._reads:
+            columns = self._image.to(weights.device)[:, None].expand(-1, weights.shape[2], -1)
+            self._to_image.append(weights.mean(1).gather(-1, columns))
+
+    def finish(self) -> None:
+        heard = [len(masses) for masses in self._mass.values()]
+        if not heard[0]:
+            raise CaptureError("no attention of a language-model layer was seen; the model does not call the interface")
+        if len(set(heard)) != 1:
+            raise CaptureError(f"{heard[0]} layers of self-attention were seen and {heard[1]} of cross-attention")
+        for masses in zip(*(part.items() for part in self._mass.values()), strict=True):
+            for name, mass in masses:  # in the order of the layers, so the first to fail is named
+                if not torch.isfinite(mass).all():
+                    raise CaptureError(f"attention of {name} holds values that are not finite")
+
+    def mass(self) -> Tensor:
+        """(B, T, L, H, 5) float32 on the CPU; rows sum to 1."""
+        stacked = [torch.stack([mass.cpu() for mass in masses.values()]) for masses in self._mass.values()]
+        return (sum(stacked) / len(stacked)).permute(1, 3, 0, 2, 4)
+
+    def image(self) -> list[Tensor]:
+        """Per sample (T, L, N) float32 on the CPU: attention to each image token, mean over heads."""
+        stacked = torch.stack([image.cpu() for image in self._to_image]).permute(1, 2, 0, 3) / len(self._mass)
+        return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]
+
+
+class HeadRows(AttentionRows):
+    """The same, and what published detectors read of single heads.
+
+    Args:
+        rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
+        counts: number of answer tokens of every sample.
+        spans, length, decoder, firsts: see ``AttentionRows``.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        counts: Sequence[int],
+        spans: Sequence[Spans],
+        length: int,
+        decoder: int | None = None,
+        firsts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(rows, spans, length, decoder, firsts)
+        self._tokens = list(counts)
+        starts = [span.length if decoder is None else 1 for span in spans]
+        self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        self._columns = [list(span.image) for span in spans]
+        self._by_head: list[list[tuple[Tensor, Tensor]]] = [[] for _ in spans]
+        self._response: list[Tensor] = []
+
+    def hear(self, site: Site, weights: Tensor) -> None:
+        super().hear(site, weights)
+        weights = weights.detach().float()
+        if site.role == self._reads:
+            for index, columns in enumerate(self._columns):
+                image = weights[index][:, : self._tokens[index] + 1][..., columns] / len(self._mass)
+                self._by_head[index].append(strongest(image.transpose(0, 1)))
+        if site.role == "language":
+            most = weights.amax(1)
+            most = most / most.sum(-1, keepdim=True)
+            self._response = [
+                rows[: count + 1, answer].cpu()
+                for rows, count, answer in zip(most, self._tokens, self._answers, strict=True)
+            ]
+
+    def heads(self) -> list[Heads]:
+        """Per sample, what was heard."""
+        found = []
+        for index, (mass, image) in enumerate(zip(self.mass(), self.image(), strict=True)):
+            count = self._tokens[index] + 1
+            top, peak = (torch.stack(part, 1) for part in zip(*self._by_head[index], strict=True))
+            found.append(Heads(mass[:count], image[:count], top, peak, self._response[index]))
+        return found
+
+
+def strongest(image: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 2) mean and entropy of the ``TOP`` largest, and (...) the very largest, of (..., N) attentions; CPU."""
+    top = image.topk(min(TOP, image.shape[-1]), dim=-1).values
+    share = top / top.sum(-1, keepdim=True).clamp(min=1e-12)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(-1)
+    return torch.stack([top.mean(-1), entropy], -1).cpu(), top[..., 0].cpu()

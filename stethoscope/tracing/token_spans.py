@@ -1,0 +1,225 @@
+"""Where image and question tokens sit in the expanded prompt, and where image tokens lie in the picture.
+
+Both are measured: positions from what the processor returned, regions from a picture whose red says how far right a
+pixel is and whose green how far down, which goes through the processor and is read off again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.tracing.types import Spans
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Grids = tuple[tuple[int, int], ...]
+
+
+def image_positions(ids: Sequence[int], image_token_id: int) -> tuple[int, ...]:
+    """Positions of the image tokens.
+
+    >>> image_positions([1, 9, 9, 4], 9)
+    (1, 2)
+    """
+    return tuple(position for position, token in enumerate(ids) if token == image_token_id)
+
+
+def question_positions(
+    ids: Sequence[int],
+    offsets: Sequence[Sequence[int]],
+    replacements: Sequence[Mapping[str, Any]],
+    span: tuple[int, int],
+    image_token_id: int,
+    decodes: Callable[[Sequence[int]], bool],
+    inserted: Sequence[int] = (0,),
+) -> tuple[int, ...]:
+    """Positions of the question's tokens.
+
+    Args:
+        ids: the expanded prompt.
+        offsets: the characters of every token in the expanded text.
+        replacements: which characters of the prompt the processor replaced, each with ``span`` and ``replacement``.
+        span: the question's characters in the prompt.
+        image_token_id: placeholder; some processors give its tokens offsets that start again at 0.
+        decodes: whether ids decode to the question.
+        inserted: numbers of characters that the processor may have put before the question without reporting them
+            (PaliGemma inserts a beginning-of-sequence token); the first that decodes is taken.
+    """
+    start, end = span
+    grown = sum(
+        len(part["replacement"]) - (part["span"][1] - part["span"][0])
+        for part in replacements
+        if part["span"][1] <= start
+    )
+    first_try: tuple[int, ...] | None = None
+    for more in inserted:
+        first, last = start + grown + more, end + grown + more
+        found = tuple(
+            position
+            for position, (left, right) in enumerate(offsets)
+            if left < last and right > first and right > left and ids[position] != image_token_id
+        )
+        if decodes([ids[position] for position in found]):
+            return found
+        first_try = found if first_try is None else first_try
+    return first_try or ()
+
+
+def image_layout(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Grids, tuple[int, ...]]:
+    """``tile_grids``, also of LLaVA-NeXT and LLaVA-OneVision, whose image tokens hold separators.
+
+    There the first grid is the whole picture in one tile, the second the picture put together from all other tiles,
+    their padding cut off, with a newline token behind each row.
+
+    Returns:
+        The grids, and which of the N image tokens are separators, counted from 0.
+    """
+    shapes, vision = getattr(config, "image_grid_pinpoints", None), getattr(config, "vision_config", None)
+    if not shapes or "image_sizes" not in inputs:
+        return tile_grids(config, inputs, count), ()
+    import torch
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    side, size = vision.image_size // vision.patch_size, inputs["image_sizes"][0].tolist()
+    tiles = get_anyres_image_grid_shape(size, shapes, vision.image_size)
+    rows, columns = unpad_image(torch.empty(1, tiles[0] * side, tiles[1] * side), size).shape[1:]
+    most = getattr(config, "vision_aspect_ratio", "")
+    if most.startswith("anyres_max_"):  # OneVision scales down what is well above as many tiles
+        ratio = math.sqrt(rows * columns / int(most.removeprefix("anyres_max_"))) / side
+        rows, columns = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+    if side * side + rows * (columns + 1) != count:
+        return (), ()
+    newlines = tuple(side * side + row * (columns + 1) + columns for row in range(rows))
+    return ((side, side), (rows, columns)), newlines
+
+
+def tile_grids(config: Any, inputs: Mapping[str, Tensor], count: int) -> Grids:
+    """Rows and columns of every tile of image tokens; empty where they are not all in a grid or it is not known.
+
+    Args:
+        config: the model's config.
+        inputs: the processor's output for one image.
+        count: number of image tokens N; a grid that does not account for exactly N is not given.
+    """
+    vision = getattr(config, "vision_config", None)
+    if "image_grid_thw" in inputs:
+        merge = getattr(vision, "spatial_merge_size", 1)
+        grids = [(h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist() for _ in range(t)]
+        return tuple(grids) if sum(h * w for h, w in grids) == count else ()
+    queries = getattr(config, "qformer_config", None) is not None
+    padded = "image_sizes" in inputs  # LLaVA-NeXT and OneVision cut the padding off and add a token per row
+    pixels, patch = inputs.get("pixel_values"), getattr(vision, "patch_size", None)
+    if queries or padded or pixels is None or pixels.dim() < 4 or not patch or not count:
+        return ()
+    patch_rows, patch_columns = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    tiles = math.prod(pixels.shape[:-3])
+    rows, columns = pixels.shape[-2] // patch_rows, pixels.shape[-1] // patch_columns
+    merge = math.isqrt(max(rows * columns * tiles // count, 1))  # patches merged into a token, along each side
+    grid = (rows // merge, columns // merge)
+    return (grid,) * tiles if grid[0] * grid[1] * tiles == count else ()
+
+
+# --- where image tokens lie in the picture ----------------------------------------------------------------------------
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of the picture; beyond its edges where the picture was padded."""
+
+_QUESTION = "Where?"  # any will do: pixels do not depend on it
+_measured: WeakKeyDictionary[Adapter, dict[tuple[int, int], tuple[Box | None, ...] | None]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TokenRegions:
+    """Where the model's view of a picture lies in it.
+
+    Attributes:
+        size: width and height of the picture.
+        grids: (rows, columns) and box of every tile of image tokens, in order; empty where they are no grid.
+        cells: index among the N image tokens of every cell of the grids, tile by tile, row by row.
+        tiles: box of every tile of ``Relevancy.tiles``; None for a tile that shows nothing of the picture.
+    """
+
+    size: tuple[int, int]
+    grids: tuple[tuple[tuple[int, int], Box | None], ...]
+    cells: tuple[int, ...]
+    tiles: tuple[Box | None, ...]
+
+
+def token_regions(adapter: Adapter, size: tuple[int, int], spans: Spans, tiles: int = 0) -> TokenRegions:
+    """Measures where image tokens and patches lie in pictures of a size; three prompts are encoded the first time.
+
+    Args:
+        adapter: the model.
+        size: width and height of the picture.
+        spans: of a prompt with such a picture.
+        tiles: number of tiles of the vision tower's patches, as in ``Relevancy.tiles``; 0 where there are none.
+    """
+    whole = (0.0, 0.0, float(size[0]), float(size[1]))
+    known = _measured.setdefault(adapter, {})
+    if size not in known:
+        known[size] = _tile_boxes(adapter, size)
+    boxes = known[size]
+    # with separators the padding is cut off, and what is left of the tiles is the whole picture again
+    own = boxes if boxes is not None and not spans.separators and len(boxes) == len(spans.grids) else None
+    grids = tuple(zip(spans.grids, own or [whole] * len(spans.grids), strict=True))
+    separators = set(spans.separators)
+    cells = tuple(index for index, position in enumerate(spans.image) if position not in separators)
+    patches = boxes if boxes is not None and len(boxes) == tiles else (whole,) * tiles
+    return TokenRegions(size, grids, cells, patches)
+
+
+def _coordinates(width: int, height: int) -> Image:
+    from PIL import Image
+
+    pixels = np.full((height, width, 3), 200, dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None].round()
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None].round()
+    return Image.fromarray(pixels)
+
+
+def _tile_boxes(adapter: Adapter, size: tuple[int, int]) -> tuple[Box | None, ...] | None:
+    """Box of every tile of ``pixel_values``; None where they are no tiles but rows of patches."""
+    from PIL import Image
+
+    pictures = [_coordinates(*size), *(Image.new("RGB", size, shade) for shade in ("black", "white"))]
+    shown, black, white = (adapter.encode(picture, _QUESTION).inputs["pixel_values"].float() for picture in pictures)
+    if shown.dim() < 4 or shown.shape != black.shape:
+        return None
+    readings = ((shown - black) / (white - black)).flatten(0, -4)  # not a number where the picture is padded
+    return tuple(_box(tile, size) for tile in readings)
+
+
+def _box(tile: Tensor, size: tuple[int, int]) -> Box | None:
+    across, down = (
+        _ends(values, side)
+        for values, side in zip((tile[0].nanmean(0), tile[1].nanmean(1)), size, strict=True)
+    )  # fmt: skip
+    return None if across is None or down is None else (across[0], down[0], across[1], down[1])
+
+
+def _ends(values: Tensor, side: int) -> tuple[float, float] | None:
+    """Where a line of pixels begins and ends, from where the middles of some of them are: a straight line through them.
+
+    The outermost are left out: at an edge, resizing repeats pixels.
+    """
+    known = values.isfinite().nonzero()[:, 0].numpy()
+    if not len(known):
+        return None
+    if len(known) == 1 or side == 1:
+        return 0.0, float(side)
+    inset = (len(known) - 1) // 8
+    known = known[inset : len(known) - inset]
+    middles = values.numpy()[known] * (side - 1) + 0.5  # a level of 0 is the middle of the first pixel
+    step, start = np.polyfit(known + 0.5, middles, 1)
+    return float(start), float(start + step * len(values))

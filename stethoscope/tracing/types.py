@@ -1,0 +1,223 @@
+"""What one teacher-forced pass over prompt and answer leaves behind, already reduced to what features read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.types import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+    from torch import Tensor
+
+    from stethoscope.relevancy import Relevancy
+
+SEGMENTS = ("image", "question", "previous", "first", "rest")
+"""Parts of the sequence that a row's attention is split over: image tokens, question tokens, earlier answer tokens,
+the first token of the sequence (the usual attention sink; unless it is an image or question token), everything else.
+They are disjoint and cover the row, so the masses of one row add up to 1. In an encoder-decoder model ``first`` is the
+decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
+(``stethoscope.tracing.attention`` has the details)."""
+
+FORWARD_NEEDS = ("attention", "lens", "blank")
+"""What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
+on top of the traced one, the blank image costs one."""
+NEEDS = (*FORWARD_NEEDS, "relevancy")
+"""What a trace of every family can hold, for ``features=default``; relevancy costs a forward and a backward pass."""
+MORE_NEEDS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
+"""What published detectors read besides: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the traced
+pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
+the language model have no ``states`` and no ``image_lens``."""
+
+MENTION_NEEDS = ("questions", "masked")
+"""What costs passes for every object that an answer names, and is not of the adapter but of ``per_mention``:
+``questions`` asks the model whether each object is there, ``masked`` hides from it what it looked at."""
+
+KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
+"""Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it, and the
+middle one for the probe of hidden states."""
+TEMPERATURE = 10.0
+"""Of InsLen's lens on the instruction (arXiv 2605.12258)."""
+
+
+def of_depth(layer: int, layers: int, published: int = 32) -> int:
+    """The state at the same share of the depth as one of the ``published`` layers; 0 is what the embedding gives.
+
+    >>> [of_depth(layer, 40) for layer in (0, 16, 31, 32)]
+    [0, 20, 39, 40]
+    """
+    return round(layer / published * layers)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where things sit in the sequence that the language model reads. Measured from the processor's output.
+
+    Attributes:
+        length: number of prompt tokens P; answer token k is predicted at position P - 1 + k. The prompt of an
+            encoder-decoder model is what its encoder reads; there answer token k is predicted at position k of the
+            decoder's own sequence, which begins with a start token.
+        image: sorted positions of the image tokens, N of them.
+        question: sorted positions of the tokens of the user's question.
+        grids: (rows, columns) of every tile of image tokens, in order; empty where there is no grid. The image tokens
+            fill them one after another, row by row, those of ``separators`` left out.
+        separators: positions of image tokens that stand for no part of the picture, such as the newline that
+            LLaVA-NeXT puts behind each row; a subset of ``image``.
+    """
+
+    length: int
+    image: tuple[int, ...]
+    question: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...] = ()
+    separators: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PromptCache:
+    """What a model has computed of a prompt already, so that tokens behind it need no pass over it.
+
+    Attributes:
+        layers: by layer of the language model keys and values of the P prompt tokens, each (1, key-value heads, P, d),
+            in the model's dtype and on its devices. They are parts of larger tensors, which live as long as they do.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, ready for the model.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward pass, batch dimension 1, no padding.
+        spans: token positions.
+        text: the prompt as text, before image placeholders are expanded.
+        question: the user's question as it stands in ``text``.
+        cache: of this prompt, as ``Adapter.generate_and_keep`` leaves it for a trace; None where nothing is kept.
+    """
+
+    inputs: Mapping[str, Tensor]
+    spans: Spans
+    text: str
+    question: str
+    cache: PromptCache | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompt's token ids, image placeholders expanded; empty for a model that reads none."""
+        ids = self.inputs.get("input_ids")
+        return "" if ids is None else hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of T + 1 rows by head: row k predicts answer token k and consumes token k - 1. Float32 on the CPU.
+
+    Attributes:
+        mass: (T + 1, L, H, 5) attention mass on each of ``SEGMENTS``; rows sum to 1.
+        image: (T + 1, L, N) attention to each image token, mean over heads.
+        top: (T + 1, L, H, 2) mean, and entropy in nats after normalising to 1, of the 20 largest attentions to image
+            tokens (all of them where there are fewer).
+        peak: (T + 1, L, H) largest attention to an image token.
+        response: (T + 1, T) attention of the last layer to the answer tokens: maximum over heads, divided by the sum of
+            the maxima over the whole row.
+    """
+
+    mass: Tensor
+    image: Tensor
+    top: Tensor
+    peak: Tensor
+    response: Tensor
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states h_0 (what enters the first layer), ..., h_L (after the final norm), reduced. Float32 on the CPU.
+
+    D dimensions, M question tokens (the last prompt token if there is none). Rows as in ``Heads``. The layers of the
+    dictionaries are those of ``KEPT_LAYERS``, by share of depth (``of_depth``).
+
+    Attributes:
+        patch_top: (T + 1, L) mean of the largest 5 % of the cosines of the row's state to the image tokens' states of
+            the same layer, h_1 to h_L.
+        patch_peak: (T + 1, L) the largest of these cosines.
+        sinks: (L, N) bool, the image token is an attention sink by the state that enters the layer.
+        token: by layer (T + 1, D), states of the rows.
+        image: by layer (N, D). ``instruction``: by layer (M, D), question tokens. ``prompt_end``: by layer (D,).
+        prefix: (M + T, D) h_0 of the question tokens and of the answer tokens.
+        image_probability: (T, N) probability of the answer token when h_L of an image token is decoded by the head.
+        instruction_probability: (T, M) the same for question tokens at layer 22 of 32, logits divided by
+            ``TEMPERATURE``.
+    """
+
+    patch_top: Tensor
+    patch_peak: Tensor
+    sinks: Tensor
+    token: Mapping[int, Tensor]
+    image: Mapping[int, Tensor]
+    instruction: Mapping[int, Tensor]
+    prompt_end: Mapping[int, Tensor]
+    prefix: Tensor
+    image_probability: Tensor
+    instruction_probability: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """T answer tokens, L language layers, H heads, N image tokens, V words. All tensors float32 on the CPU.
+
+    Attributes:
+        answer: the answer that was traced.
+        spans: token positions of its prompt.
+        logits: (T, V), the row that predicts each token.
+        mass: (T, L, H, 5) attention mass of the predicting row on each of ``SEGMENTS``; rows sum to 1.
+        image_attention: (T, L, N) attention of the predicting row to each image token, mean over heads.
+        lens_logprob: (T, L) log-probability of the token when the residual stream after each layer is decoded by the
+            final norm and the head; the last layer is the model's own output.
+        lens_rank: (T, L) rank of the token in that distribution, 0 for the most probable.
+        blank_logits: (T, V), the same rows when the image is replaced by a blank one (the processor's mean colour).
+        relevancy: of every token after every layer, in scope ``row``.
+        heads: attention by head, of the predicting and the consuming rows.
+        states: hidden states of image, question and answer tokens.
+        trajectory: (T, L - 1) Jensen-Shannon divergence in nats, of the distribution decoded after each layer but the
+            last from the model's own.
+        image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without
+            the final norm but for h_L: the largest over image tokens, and the sum over them.
+        noise_logits: (T, V), the same rows when the image is noised as VCD does it.
+        no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
+        core_logits: (T, V), the same rows when nothing may attend to the image tokens that the answer attends to most.
+        yes_odds: (T,) log-odds of "yes" when the model is asked whether the object that the token names is there; NaN
+            for tokens that name nothing. Of ``questions``.
+        masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
+            tokens that name nothing. Of ``masked``.
+        found: what features have made of the trace for each other (``features.reduce.once``).
+    """
+
+    answer: Answer
+    spans: Spans
+    logits: Tensor
+    mass: Tensor | None = None
+    image_attention: Tensor | None = None
+    lens_logprob: Tensor | None = None
+    lens_rank: Tensor | None = None
+    blank_logits: Tensor | None = None
+    relevancy: Relevancy | None = None
+    heads: Heads | None = None
+    states: States | None = None
+    trajectory: Tensor | None = None
+    image_lens: Tensor | None = None
+    noise_logits: Tensor | None = None
+    no_image_logits: Tensor | None = None
+    core_logits: Tensor | None = None
+    yes_odds: Tensor | None = None
+    masked_logprob: Tensor | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def mean_mass(self) -> Tensor:
+        """(T, L, 5) ``mass``, mean over heads."""
+        return self.mass.mean(2)
