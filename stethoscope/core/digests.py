@@ -82,9 +82,10 @@ def code_of(*classes: type) -> str:
     """The first 16 digits of the SHA-256 of the source files that classes are made of, over their names and bytes.
 
     These are the modules of every class and its bases, and what those import at their top from the package they are
-    in: of ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not ``stethoscope.stats``,
-    and of a package of your own all that is used of it. What is imported within functions is left out: there stand
-    model families and data formats of which a run uses few. A class that was typed in, in a notebook, counts by itself.
+    in: of ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not those of
+    ``stethoscope.metrics``, and of a package of your own all that is used of it. Imports within functions are left
+    out: there stand model families and data formats of which a run uses few. A class that was typed in, in a notebook,
+    counts by itself.
     """
     digest = hashlib.sha256()
     for name, text in sorted(_sources(classes).items()):
