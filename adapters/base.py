@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer, Generation, Memory
-from stethoscope.tracing.types import FORWARD_NEEDS, Encoded, Trace
+from stethoscope.tracing.trace import FORWARD_NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from stethoscope.tracing.types import Encoded, PromptCache, Spans
+from stethoscope.tracing.trace import Encoded, PromptCache, Spans
 
 Inputs = Mapping[str, Tensor]
 

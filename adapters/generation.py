@@ -21,7 +21,7 @@ from transformers import (
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.types import Generation
-from stethoscope.tracing.types import Encoded
+from stethoscope.tracing.trace import Encoded
 
 _SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 _OUTPUTS = ("output_logits", "return_dict_in_generate", "transformers_version")

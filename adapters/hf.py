@@ -24,7 +24,7 @@ from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.types import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
+from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image

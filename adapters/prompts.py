@@ -14,7 +14,7 @@ from stethoscope.core.errors import ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.core.system import deadly_signals, reason
 from stethoscope.tracing.token_spans import image_layout, image_positions, question_positions
-from stethoscope.tracing.types import Encoded, Spans
+from stethoscope.tracing.trace import Encoded, Spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image

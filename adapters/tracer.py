@@ -20,12 +20,12 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, answer_relevancy, relevancies_from_inputs
-from stethoscope.tracing.attention import AttentionRows, HeadRows, logits_to_keep
-from stethoscope.tracing.hidden_states import StateRows
+from stethoscope.tracing.attention_recorder import AttentionRows, HeadRows, logits_to_keep
 from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.types import Encoded, PromptCache, Trace
+from stethoscope.tracing.state_recorder import StateRows
+from stethoscope.tracing.trace import Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

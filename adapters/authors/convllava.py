@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import ConvNextConfig, LlamaConfig, LlamaTokenizer, PreTrainedModel
 
     from stethoscope.adapters.loading import Loading
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 PLACEHOLDER = "<image>"
 _TURN = "USER: <image>\n{question} ASSISTANT:"

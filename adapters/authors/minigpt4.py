@@ -16,7 +16,7 @@ from stethoscope.adapters.authors.processor import ChunkEncoder, ChunkProcessor,
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import is_folder, one_line
 from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.tracing.types import Encoded
+from stethoscope.tracing.trace import Encoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

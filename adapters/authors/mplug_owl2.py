@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedModel
 
     from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2Config
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 PLACEHOLDER = "<|image|>"
 PROMPT = f"USER: {PLACEHOLDER}{{question}} ASSISTANT:"

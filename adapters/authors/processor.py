@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from stethoscope.core.errors import ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids
-from stethoscope.tracing.types import Encoded, Spans
+from stethoscope.tracing.trace import Encoded, Spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Answer, Generation
 from stethoscope.evaluation.pipeline import TRACED_TOGETHER
 from stethoscope.features import FeatureSet, named_set
-from stethoscope.tracing.types import Encoded
+from stethoscope.tracing.trace import Encoded
 
 QUESTION = "Please describe this image in detail."
 PLAIN, KEEPING = "generation", "generation that keeps"

@@ -20,9 +20,8 @@ import torch
 import stethoscope
 from stethoscope.core.component import build, compose
 from stethoscope.core.types import Generation
-from stethoscope.evaluation.callbacks import Callback, SampleTable, Timing
+from stethoscope.evaluation.callbacks import Callback, SampleTable, SaveHeatmaps, Timing
 from stethoscope.features import FeatureSet
-from stethoscope.storage.saved_heatmaps import KeepMaps
 from stethoscope.tasks.chair import Chair
 
 FIRST, LIMIT = 100, 200.0
@@ -66,7 +65,7 @@ def main() -> None:
     features = build(compose([f"+features={options.features}"]).features, FeatureSet, "features")
     size = Resident()
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [Timing(), SampleTable(), KeepMaps(), size]
+        callbacks = [Timing(), SampleTable(), SaveHeatmaps(), size]
         generation = Generation(max_new_tokens=options.tokens)
         evaluator = stethoscope.Evaluator(callbacks, generation=generation, features=features, run_dir=folder)
         evaluator.run(stethoscope.load("testbed"), Chair(scenes=options.scenes))

@@ -153,9 +153,8 @@ def _sitting(
     """One run of the harness that asks the bare loop the same batch before each of its own."""
     from stethoscope import Evaluator
     from stethoscope.core.types import Generation
-    from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, Timing
+    from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, SaveHeatmaps, Timing
     from stethoscope.loggers.base import Loggers, WandbLogger
-    from stethoscope.storage.saved_heatmaps import KeepMaps
 
     texts: list[str] = []
     answers: list[str] = []
@@ -180,7 +179,7 @@ def _sitting(
 
     alternate, end = Alternate(), End()
     loggers = Loggers([WandbLogger(project="bench")])
-    callbacks = [alternate, Progress(), Timing(), SampleTable(), KeepMaps(), end]
+    callbacks = [alternate, Progress(), Timing(), SampleTable(), SaveHeatmaps(), end]
     generation = Generation(max_new_tokens=LONGEST)
     Evaluator(callbacks, loggers, questions, batch_size=size, generation=generation, run_dir=run_dir).run(adapter, task)
     loggers.finalize("finished")

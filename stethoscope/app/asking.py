@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stethoscope.detector import Detector
     from stethoscope.diagnosis.readers import Reader
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 MAX_QUESTION = 512  # tokens of a question
 MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and how many are written side by side

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stethoscope.detector import Detector
-    from stethoscope.tracing.types import Encoded, Trace
+    from stethoscope.tracing.trace import Encoded, Trace
 
 _TOP = 5  # features that are told for every token
 

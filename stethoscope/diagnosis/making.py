@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
-    from stethoscope.tracing.types import Encoded, Trace
+    from stethoscope.tracing.trace import Encoded, Trace
 
 WORDS = 5  # most probable words that are kept for every layer
 
@@ -146,7 +146,7 @@ def _trace(
     found: Sequence[Mention],
 ) -> tuple[Trace, dict[str, Any]]:
     """The traced pass with relevancy of the scope, and the features that the detector reads."""
-    from stethoscope.tracing.verification import trace_answers
+    from stethoscope.tracing.mention_passes import trace_answers
 
     features, needs = None, frozenset()
     if detector is not None:
@@ -202,7 +202,7 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> Evolution:
     import torch
 
     from stethoscope.relevancy.result import layout
-    from stethoscope.tracing.attention import logits_to_keep
+    from stethoscope.tracing.attention_recorder import logits_to_keep
     from stethoscope.tracing.logit_lens import Lens
 
     decode = _decoder(adapter)

@@ -16,17 +16,22 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stethoscope.core.digests import jsonable
-from stethoscope.core.errors import DataError
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.text import console, wrap_streams
 from stethoscope.loggers.media import Picture
+from stethoscope.relevancy.heatmaps import heat, raster, relevancy_tiles
+from stethoscope.storage.saved_heatmaps import MAX_SIDE, MapFile
+from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
     from stethoscope.core.types import Sample
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import Run
     from stethoscope.storage.records import Record
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 
 class Callback:
@@ -230,6 +235,70 @@ class SampleTable(Callback):
         return Picture(image, sample.image.name)
 
 
+class SaveHeatmaps(Callback):
+    """Keeps small pictures, and the relevancy maps of all mentions where the features need relevancy anyway."""
+
+    def __init__(self, pictures: bool = True, side: int = 192, cells: int = 24) -> None:
+        """Stores the settings.
+
+        Args:
+            pictures: keep the pictures too; they are most of what is kept (about 10 kB each).
+            side: pixels of a kept picture's longer side.
+            cells: of a kept map's longer side, at most; maps of one tile with fewer are kept as they are.
+
+        Raises:
+            ConfigError: a number is below 1 or above ``MAX_SIDE``.
+        """
+        for name, value in (("side", side), ("cells", cells)):
+            if not 1 <= value <= MAX_SIDE:
+                raise ConfigError(f"callbacks.maps.{name}={value} should be at least 1 and at most {MAX_SIDE}")
+        self.pictures, self.side, self.cells = pictures, side, cells
+
+    def on_trace(self, run: Run, sample: Sample, trace: Trace) -> None:
+        """Keeps what belongs to one answer, before its record is on disk: maps without a record do no harm."""
+        answer = trace.answer
+        covering = [answer.covering(one.start, one.end)[:1] for one in run.task.mentions(sample, answer)]
+        tokens = sorted({token for some in covering for token in some})
+        if run.store is None or not tokens:
+            return
+        try:
+            picture = sample.image.load()
+        except DataError:  # gone since the question was asked: the run needs it no more, and nor do we
+            return
+        maps = self._maps(run, trace, picture.size, tokens)
+        if maps or self.pictures:
+            small = picture.copy() if self.pictures else None
+            if small is not None:
+                small.thumbnail((self.side, self.side))
+            MapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
+
+    def on_task_end(self, run: Run, results: TaskResults) -> None:
+        """Removes what samples that were traced again have left behind."""
+        if run.store is not None and run.processes.first:
+            MapFile(run.store.run_dir).compact()
+
+    def _maps(
+        self, run: Run, trace: Trace, size: tuple[int, int], tokens: Sequence[int]
+    ) -> dict[int, np.ndarray]:  # fmt: skip
+        """uint8 maps of some tokens; none where there is no relevancy, or it has no place in the picture."""
+        relevancy = trace.relevancy
+        if relevancy is None:
+            return {}
+        tiles = 0 if relevancy.tiles is None else relevancy.tiles.shape[2]
+        where = token_regions(run.adapter, size, trace.spans, tiles)
+        try:
+            values, boxes = relevancy_tiles(relevancy, where, bool(where.grids), (list(tokens), -1))
+        except CapabilityError:
+            return {}
+        shape = raster(size, self.cells)
+        if len(values) == 1 and max(values[0].shape[-2:]) <= self.cells and _whole(boxes[0], size):
+            shape = values[0].shape[-2:]
+        found = heat(values, boxes, size, shape)
+        top = found.max((-2, -1), keepdims=True)
+        scaled = np.rint(255 * found / np.where(top > 0, top, 1)).astype(np.uint8)
+        return dict(zip(tokens, scaled, strict=True))
+
+
 def _duration(seconds: float) -> str:
     """A length of time for people.
 
@@ -239,3 +308,9 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _whole(box: Sequence[float] | None, size: tuple[int, int]) -> bool:
+    """Whether a tile shows all of the picture, to a hundredth of it."""
+    edges = (0.0, 0.0, *map(float, size))
+    return box is not None and bool(np.allclose(box, edges, atol=max(size) / 100))

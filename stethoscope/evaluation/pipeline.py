@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from stethoscope.tracing.types import Encoded, Trace
+    from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "
 """How the reason begins why ``extract`` leaves a sample alone; what has changed follows, separated by commas."""
@@ -262,7 +262,7 @@ class Worker:
     def _trace(self, drafts: Sequence[Draft]) -> None:
         """Token rows with features."""
         from stethoscope.storage.tokens import token_table
-        from stethoscope.tracing.verification import trace_answers
+        from stethoscope.tracing.mention_passes import trace_answers
 
         def trace(some: Sequence[Draft]) -> Sequence[Trace]:
             encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]

@@ -10,7 +10,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.features.common import normalised_entropy, once
 from stethoscope.features.registry import both_rows, feature
-from stethoscope.tracing.types import SEGMENTS, Spans, Trace
+from stethoscope.tracing.trace import SEGMENTS, Spans, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,7 +213,7 @@ def sink_share(trace: Trace, offset: int) -> Tensor:
 def image_without_sinks(trace: Trace, offset: int) -> Tensor:
     """Attention mass on image tokens when the row is renormalised without its sinks, by layer (Kang et al., ICLR 2025).
 
-    Sinks are the image tokens that ``tracing.hidden_states.sinks`` finds and the first token of the sequence.
+    Sinks are the image tokens that ``tracing.state_recorder.sinks`` finds and the first token of the sequence.
     """
     image, sink = rows_of(trace.heads.image, trace, offset), trace.states.sinks
     first = rows_of(trace.heads.mass, trace, offset)[..., SEGMENTS.index("first")].mean(-1)

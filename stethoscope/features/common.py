@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 Result = TypeVar("Result")
 

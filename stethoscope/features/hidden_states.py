@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from stethoscope.features.attention import rows_of
 from stethoscope.features.common import once
 from stethoscope.features.registry import both_rows, feature
-from stethoscope.tracing.types import Trace, of_depth
+from stethoscope.tracing.trace import Trace, of_depth
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 GLSIM_TOP, GLSIM_FEWEST, GLSIM_WEIGHT = 32 / 576, 4, 0.6
 

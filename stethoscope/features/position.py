@@ -9,7 +9,7 @@ import numpy as np
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 
 @feature("position", high="hallucinated")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stethoscope.core.errors import CaptureError, ConfigError, unknown
-from stethoscope.tracing.types import MENTION_NEEDS
+from stethoscope.tracing.trace import MENTION_NEEDS
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
 
@@ -60,7 +60,7 @@ class Feature:
             layer and head ``_l00h00``, ..., those with one per dimension of a state ``_d0000``, ... .
         group: what configs switch on and off together.
         high: what a high value speaks for, as published: ``hallucinated``, ``grounded`` or ``depends``.
-        needs: parts of the trace it reads beyond the logits, of ``stethoscope.tracing.types``.
+        needs: parts of the trace it reads beyond the logits, of ``stethoscope.tracing.trace``.
         function: from a trace to (T,), (T, layers), (T, layers, heads) or (T, dimensions) values.
         vector: the columns are dimensions of a state and mean nothing one by one.
     """

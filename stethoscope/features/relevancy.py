@@ -12,7 +12,7 @@ from stethoscope.features.registry import feature
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 
 def _share(part: Tensor, trace: Trace) -> Tensor:

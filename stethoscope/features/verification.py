@@ -14,7 +14,7 @@ from stethoscope.features.registry import feature
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 
 @feature("verification", high="grounded", needs=["questions"])

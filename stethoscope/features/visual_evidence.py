@@ -10,7 +10,7 @@ import numpy as np
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 DIMENSIONS = 256
 """Columns at most; wider states are projected onto so many random directions, which keeps their angles to about 6 %."""

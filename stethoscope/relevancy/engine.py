@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Answer
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 SCOPES = ("row", "token")
 

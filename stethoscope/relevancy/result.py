@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, DataError
-from stethoscope.tracing.attention import logits_to_keep
+from stethoscope.tracing.attention_recorder import logits_to_keep
 
 
 @dataclass(frozen=True)

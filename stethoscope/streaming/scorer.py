@@ -19,13 +19,13 @@ from stethoscope.features.attention import middle
 from stethoscope.features.common import token_logprob
 from stethoscope.features.registry import as_columns
 from stethoscope.streaming.step_recorder import STEP_NEEDS
-from stethoscope.tracing.types import SEGMENTS
+from stethoscope.tracing.trace import SEGMENTS
 
 if TYPE_CHECKING:
     from stethoscope.detector import Detector
     from stethoscope.features import Feature
     from stethoscope.streaming.step_recorder import Step, Steps
-    from stethoscope.tracing.types import Trace
+    from stethoscope.tracing.trace import Trace
 
 HISTORY = frozenset(
     {"sequence_logprob"}

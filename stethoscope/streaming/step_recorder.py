@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Answer
-from stethoscope.tracing.attention import segments, strongest
+from stethoscope.tracing.attention_recorder import segments, strongest
 from stethoscope.tracing.hooks import (
     Listener,
     Recording,
@@ -36,7 +36,7 @@ from stethoscope.tracing.hooks import (
     sites,
 )
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.types import SEGMENTS, Heads, Spans, Trace
+from stethoscope.tracing.trace import SEGMENTS, Heads, Spans, Trace
 
 STEP_NEEDS = frozenset({"attention", "lens", "trajectory", "heads"})
 """Parts of a trace that the rows of single steps can fill; every other one needs a pass or a prompt of its own."""
@@ -321,7 +321,7 @@ class Steps(Listener):
         self.forget(first)
 
     def _maps(self, steps: list[Step], first: int) -> dict[str, Any]:
-        """Attention of some steps, reduced as ``stethoscope.tracing.attention`` does it."""
+        """Attention of some steps, reduced as ``stethoscope.tracing.attention_recorder`` does it."""
         masses, found = [], {}
         for role in self._roles:
             weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)

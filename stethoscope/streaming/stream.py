@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detector import Detector
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 LONGEST = 128  # tokens of an answer where nothing is said
 
@@ -345,7 +345,7 @@ def _named(
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     else:
         from stethoscope.diagnosis.detecting import columns_of, feature_set
-        from stethoscope.tracing.verification import trace_answers
+        from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
         trace = trace_answers(adapter, [encoded], [answer], features.needs, [picture], [found])[0]

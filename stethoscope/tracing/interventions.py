@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import Listener, Site, additive_mask, plain_attention
 from stethoscope.tracing.token_spans import token_regions
-from stethoscope.tracing.types import Spans, of_depth
+from stethoscope.tracing.trace import Spans, of_depth
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.tracing.types import Spans
+    from stethoscope.tracing.trace import Spans
 
 STEPS, STEP = 1000, 500
 """Steps of the diffusion schedule, and the one that the published scripts noise to."""

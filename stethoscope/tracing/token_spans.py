@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.tracing.types import Spans
+    from stethoscope.tracing.trace import Spans
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -28,7 +28,7 @@ from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
 from stethoscope.streaming.step_recorder import STEP_NEEDS, Steps
 from stethoscope.tracing.logit_lens import lens_of
-from stethoscope.tracing.types import FORWARD_NEEDS, MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS
 
 GENERATION = Generation(max_new_tokens=4)
 

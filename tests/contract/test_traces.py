@@ -8,7 +8,7 @@ from helpers.contract_helpers import attention, extended, has_encoder, language,
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.hooks import Listener, record
-from stethoscope.tracing.types import NEEDS, SEGMENTS
+from stethoscope.tracing.trace import NEEDS, SEGMENTS
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
 

@@ -28,7 +28,7 @@ SLOWEST = 10  # seconds of processor time that a case may take
 SMALL = (
     "features=uncertainty", "callbacks=none", "detector.strength=0.1", "batch_size=64", "limit=20", "pope.scenes=20",
     "chair.scenes=20",
-    "+callbacks.maps._target_=stethoscope.storage.saved_heatmaps.KeepMaps", "logger=none", "published=false",
+    "+callbacks.maps._target_=stethoscope.evaluation.callbacks.SaveHeatmaps", "logger=none", "published=false",
 )  # fmt: skip
 
 

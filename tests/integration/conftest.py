@@ -11,7 +11,7 @@ LIMIT = 60
 SMALL = ["features=fast", "callbacks=none", "detector.strength=0.1", "batch_size=64"]
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
 SHOWN = [
-    "+callbacks.maps._target_=stethoscope.storage.saved_heatmaps.KeepMaps",
+    "+callbacks.maps._target_=stethoscope.evaluation.callbacks.SaveHeatmaps",
     "+callbacks.samples._target_=stethoscope.evaluation.callbacks.SampleTable",
     "features.names=[relevancy_image]",
     "logger.pictures=9",

@@ -12,7 +12,7 @@ import stethoscope as package
 from stethoscope.core.component import choices, conf_folder
 from stethoscope.core.errors import DataError, StethoscopeError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.types import NEEDS
+from stethoscope.tracing.trace import NEEDS
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(PIXELS)

@@ -12,7 +12,7 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.tracing.hooks import Listener, record
-from stethoscope.tracing.types import NEEDS
+from stethoscope.tracing.trace import NEEDS
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
 IMAGE = Image.effect_noise((64, 48), 80).convert("RGB")

@@ -19,7 +19,7 @@ from stethoscope.diagnosis.making import diagnose
 from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
-from stethoscope.tracing.verification import trace_answers
+from stethoscope.tracing.mention_passes import trace_answers
 
 QUESTION = "Please describe this image in detail."
 

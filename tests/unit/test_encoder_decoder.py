@@ -11,10 +11,10 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
-from stethoscope.tracing.attention import AttentionRows
+from stethoscope.tracing.attention_recorder import AttentionRows
 from stethoscope.tracing.hooks import Site
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.types import NEEDS, SEGMENTS, Spans
+from stethoscope.tracing.trace import NEEDS, SEGMENTS, Spans
 
 QUESTION = "Is there a dog in the image?"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 72, 3), dtype=np.uint8))

@@ -9,7 +9,7 @@ from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.tracing.types import PromptCache
+from stethoscope.tracing.trace import PromptCache
 
 
 class Keeping(TinyAdapter):

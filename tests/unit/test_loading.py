@@ -18,7 +18,7 @@ from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.types import NEEDS
+from stethoscope.tracing.trace import NEEDS
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
 QUESTION = "Is there a dog in the image?"

@@ -10,7 +10,7 @@ from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
 from stethoscope.relevancy import Relevancy
-from stethoscope.tracing.types import NEEDS, SEGMENTS, Spans, Trace
+from stethoscope.tracing.trace import NEEDS, SEGMENTS, Spans, Trace
 
 TOKENS, LAYERS, HEADS, IMAGE, WORDS = 3, 4, 2, 5, 8
 

@@ -5,7 +5,7 @@ from helpers.plain_pass import PICTURE, Plain, load
 
 from stethoscope.core.types import Generation
 from stethoscope.features import GROUPS, FeatureSet
-from stethoscope.tracing.types import MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import MORE_NEEDS, NEEDS
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from helpers.plain_pass import PICTURE, load
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation
 from stethoscope.features import COSTS, FEATURES, FeatureSet
-from stethoscope.tracing.types import MENTION_NEEDS, MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import MENTION_NEEDS, MORE_NEEDS, NEEDS
 
 
 def test_every_feature_is_transcribed():

@@ -12,7 +12,7 @@ from PIL import Image
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation, Mention
 from stethoscope.features import FeatureSet
-from stethoscope.tracing.verification import question, reply_ids, trace_answers
+from stethoscope.tracing.mention_passes import question, reply_ids, trace_answers
 
 SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (140, 140, 3), dtype=np.uint8))
 FEATURES = FeatureSet(["verification", "masked"], ["nll"])

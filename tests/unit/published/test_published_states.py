@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from helpers.plain_pass import ROWS, TOLERANCE, check, check_layers, cos, divergence, image_rows, mean
 
-from stethoscope.tracing.hidden_states import sinks
+from stethoscope.tracing.state_recorder import sinks
 
 
 @ROWS

@@ -11,12 +11,13 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample
+from stethoscope.evaluation.callbacks import SaveHeatmaps
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.relevancy import token_relevancy
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.saved_heatmaps import KeepMaps, MapFile
+from stethoscope.storage.saved_heatmaps import MapFile
 from stethoscope.tasks.chair import Chair
 
 SCENES = 4
@@ -32,7 +33,7 @@ def folder(tmp_path_factory, adapter):
     """A run that has kept its maps; tests only read it."""
     made = tmp_path_factory.mktemp("maps")
     features = FeatureSet(groups=(), names=["relevancy_image"])
-    Evaluator([KeepMaps()], features=features, run_dir=made).run(adapter, Chair(scenes=SCENES))
+    Evaluator([SaveHeatmaps()], features=features, run_dir=made).run(adapter, Chair(scenes=SCENES))
     return made
 
 
@@ -67,18 +68,18 @@ def test_maps_of_another_answer_or_sample_are_none(folder):
 
 def test_a_run_without_relevancy_keeps_pictures_and_one_without_both_nothing(tmp_path, adapter):
     features = FeatureSet(groups=["position"])
-    Evaluator([KeepMaps(side=48)], features=features, run_dir=tmp_path / "a").run(adapter, Chair(scenes=2))
+    Evaluator([SaveHeatmaps(side=48)], features=features, run_dir=tmp_path / "a").run(adapter, Chair(scenes=2))
     record = next(RunStore(tmp_path / "a").records("chair"))
     view = MapFile(tmp_path / "a").find(record)
     assert (view.maps, view.picture.size) == ({}, (48, 48))
     assert view.overlay(3) is None
-    Evaluator([KeepMaps(pictures=False)], features=features, run_dir=tmp_path / "b").run(adapter, Chair(scenes=2))
+    Evaluator([SaveHeatmaps(pictures=False)], features=features, run_dir=tmp_path / "b").run(adapter, Chair(scenes=2))
     assert not (tmp_path / "b" / "maps.jsonl").exists()
-    Evaluator([KeepMaps()], features=features).run(adapter, Chair(scenes=1))  # no run directory, nothing to keep
+    Evaluator([SaveHeatmaps()], features=features).run(adapter, Chair(scenes=1))  # no run directory, nothing to keep
 
 
 class Stub:
-    """What ``KeepMaps`` reads of a run."""
+    """What ``SaveHeatmaps`` reads of a run."""
 
     def __init__(self, adapter, folder, mentions):
         self.adapter, self.task, self.store = adapter, self, RunStore(folder)
@@ -92,7 +93,7 @@ def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
     answer = adapter.answer(encoded, "a dog")
     trace = adapter.trace(encoded, answer, {"relevancy"})
     run = Stub(adapter, tmp_path, (Mention(2, 5, "dog", -1),))
-    KeepMaps(cells=20, side=100).on_trace(run, Sample("s", ImageRef("p", lambda: picture), "What?", "p"), trace)
+    SaveHeatmaps(cells=20, side=100).on_trace(run, Sample("s", ImageRef("p", lambda: picture), "What?", "p"), trace)
     line = json.loads((tmp_path / "maps.jsonl").read_text())
     token = answer.covering(2, 5)[0]
     assert line["shape"] == [8, 20]
@@ -147,7 +148,7 @@ def test_what_is_damaged_is_one_line(tmp_path):
         with pytest.raises(ArtefactError, match="of s is damaged"):
             MapFile(tmp_path).find(_record(answer))
     with pytest.raises(ConfigError, match=r"callbacks\.maps\.cells=0 should be"):
-        KeepMaps(cells=0)
+        SaveHeatmaps(cells=0)
 
 
 def test_a_line_that_a_kill_has_cut_off_costs_no_other_sample(tmp_path):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.attention import AttentionRows
+from stethoscope.tracing.attention_recorder import AttentionRows
 from stethoscope.tracing.hooks import (
     NAME,
     Listener,
@@ -20,7 +20,7 @@ from stethoscope.tracing.hooks import (
     sites,
     take_rows,
 )
-from stethoscope.tracing.types import Spans
+from stethoscope.tracing.trace import Spans
 
 B, H, S, D = 2, 4, 6, 8
 

@@ -17,7 +17,7 @@ from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, stream
 from stethoscope.tasks.chair import Chair
-from stethoscope.tracing.verification import trace_answers, yes_odds
+from stethoscope.tracing.mention_passes import trace_answers, yes_odds
 
 QUESTION = "Please describe this image in detail."
 FEATURES = FeatureSet([], ["nll", "verify_odds"])

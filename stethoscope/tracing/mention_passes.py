@@ -15,14 +15,14 @@ from weakref import WeakKeyDictionary
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention
 from stethoscope.tracing.interventions import masked_pictures
-from stethoscope.tracing.types import MENTION_NEEDS, Encoded, Trace
+from stethoscope.tracing.trace import MENTION_NEEDS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.tracing.types import Encoded
+    from stethoscope.tracing.trace import Encoded
 
 
 BLANKS = "▁Ġ "
@@ -110,7 +110,7 @@ def trace_answers(
     Args:
         adapter: the model.
         encoded: B prompts; ``answers``: to them.
-        needs: of ``stethoscope.tracing.types``; those of ``MENTION_NEEDS`` are made here.
+        needs: of ``stethoscope.tracing.trace``; those of ``MENTION_NEEDS`` are made here.
         pictures: those of the prompts; an ``ImageRef`` is read only if it is needed.
         mentions: the objects that every answer names.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.types import KEPT_LAYERS, TEMPERATURE, Spans, States, of_depth
+from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, Spans, States, of_depth
 
 PATCH_SHARE = 0.05
 """Share of the image tokens whose cosines are averaged (CGC, arXiv 2604.04863)."""

@@ -21,7 +21,7 @@ SEGMENTS = ("image", "question", "previous", "first", "rest")
 the first token of the sequence (the usual attention sink; unless it is an image or question token), everything else.
 They are disjoint and cover the row, so the masses of one row add up to 1. In an encoder-decoder model ``first`` is the
 decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
-(``stethoscope.tracing.attention`` has the details)."""
+(``stethoscope.tracing.attention_recorder`` has the details)."""
 
 FORWARD_NEEDS = ("attention", "lens", "blank")
 """What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.hooks import Listener, Site, eager_attention, eager_rows, plain_attention
-from stethoscope.tracing.types import SEGMENTS, Heads, Spans
+from stethoscope.tracing.trace import SEGMENTS, Heads, Spans
 
 TOP = 20
 """Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
