@@ -1,1 +1,44 @@
-"""Model adapters, one file per family; configuration names them, nothing else does."""
+"""Load models: adapters, one file per family, which only configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.component import build, choices, compose
+from stethoscope.core.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from stethoscope.adapters.base import Adapter
+
+
+def load(model: str | Path, **settings: Any) -> Adapter:
+    """Load a model, ready to answer.
+
+    Args:
+        model: a name of ``conf/model`` (``stethoscope list model``), the hub id of any image-text-to-text model of
+            transformers (``owner/name``), or the path of a folder that ``save_pretrained`` wrote.
+        settings: keys of the model's configuration to change, such as ``dtype="bfloat16"``.
+
+    Returns:
+        The adapter, its weights loaded.
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    from stethoscope.adapters.base import Adapter  # torch-free import of the package
+
+    known, model = choices("model"), str(model)
+    if model not in known and not ("/" in model or Path(model).is_dir()):
+        raise ConfigError(unknown("model", model, known))
+    name = model if model in known else "hf"
+    config = compose([f"+model={name}"]).model
+    if name != model:
+        config.model_id = model
+    for key, value in settings.items():
+        if key not in config:
+            raise ConfigError(unknown("model setting", key, [key for key in config if key != "_target_"]))
+        config[key] = value
+    adapter = build(config, Adapter, "model")
+    adapter.setup()
+    return adapter

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.core.component import load
+    from stethoscope.adapters import load
     from stethoscope.detector import Detector
     from stethoscope.diagnosis import Diagnosis, diagnose
     from stethoscope.evaluation.evaluator import Evaluator
@@ -36,7 +36,7 @@ _HOMES = {
     "Evaluator": "stethoscope.evaluation.evaluator",
     "diagnose": "stethoscope.diagnosis",
     "WarningStreamer": "stethoscope.streaming",
-    "load": "stethoscope.core.component",
+    "load": "stethoscope.adapters",
     "stream": "stethoscope.streaming",
 }
 

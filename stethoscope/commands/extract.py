@@ -125,12 +125,12 @@ def report_untraced(store: RunStore, task: str) -> None:
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.token_table import feature_of, fitting, one_space, shorten
     from stethoscope.core.types import Generation
     from stethoscope.detection.finding import load_detector
     from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
+    from stethoscope.features.columns import feature_of, fitting, one_space, shorten
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.task import Task
 

@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import remove_temporaries
-from stethoscope.core.token_table import feature_names, fitting, one_space, only, select_columns, select_features
+from stethoscope.core.token_table import feature_names, select_features
 from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
+from stethoscope.features.columns import fitting, one_space, only, select_columns
 from stethoscope.report.tables import text
 from stethoscope.report.versus import transfer_table
 

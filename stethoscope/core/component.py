@@ -9,17 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stethoscope.core.errors import ConfigError, StethoscopeError, first_line, unknown
+from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from stethoscope.adapters.base import Adapter
 
 T = TypeVar("T")
+
+
 TARGET = "_target_"
+
+
 """The key of a configuration node that names its class."""
+
+
 _SHORT = reprlib.Repr()  # of values in messages
+
+
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
@@ -181,35 +188,3 @@ def compose(overrides: Sequence[str], root: str | None = None, hydra: bool = Fal
     finally:
         GlobalHydra.instance().hydra = running
         version.VersionBase.instance().version_base = base
-
-
-def load(model: str | Path, **settings: Any) -> Adapter:
-    """A model, ready to answer.
-
-    Args:
-        model: a name of ``conf/model`` (``stethoscope list model``), the hub id of any image-text-to-text model of
-            transformers (``owner/name``), or the path of a folder that ``save_pretrained`` wrote.
-        settings: keys of the model's configuration to change, such as ``dtype="bfloat16"``.
-
-    Returns:
-        The adapter, its weights loaded.
-
-    Raises:
-        ConfigError: an unknown name or setting.
-    """
-    from stethoscope.adapters.base import Adapter
-
-    known, model = choices("model"), str(model)
-    if model not in known and not ("/" in model or Path(model).is_dir()):
-        raise ConfigError(unknown("model", model, known))
-    name = model if model in known else "hf"
-    config = compose([f"+model={name}"]).model
-    if name != model:
-        config.model_id = model
-    for key, value in settings.items():
-        if key not in config:
-            raise ConfigError(unknown("model setting", key, [key for key in config if key != "_target_"]))
-        config[key] = value
-    adapter = build(config, Adapter, "model")
-    adapter.setup()
-    return adapter

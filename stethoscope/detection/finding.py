@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError
-from stethoscope.core.token_table import one_space, states_of
 from stethoscope.detection.artefact import MANIFEST, read_manifest
+from stethoscope.features.columns import one_space, states_of
 from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:

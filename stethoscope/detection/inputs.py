@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator
 
-from stethoscope.core.token_table import feature_matrix, feature_of, require
+from stethoscope.core.token_table import feature_matrix, require
 from stethoscope.detection.estimators import make_estimator
 from stethoscope.detection.factor import EXTERNAL, Factored, codes, external
 from stethoscope.detection.sight import COLUMNS, FEATURE, Sighted
+from stethoscope.features.columns import feature_of
 
 RARE = 5
 """Mentions that an object needs in training to be told apart from others."""

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.token_table import FeatureSchema, feature_matrix, feature_of, mention_rows, require
+from stethoscope.core.token_table import FeatureSchema, feature_matrix, mention_rows, require
 from stethoscope.detection import methods
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.judging import AREAS, METRICS, JudgedMentions, control_bins, measure
 from stethoscope.detector import Detector
 from stethoscope.features import FEATURES
+from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FORWARD
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import REPLICATES, Interval, Resamples, group_weights, p_value

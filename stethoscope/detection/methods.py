@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.token_table import feature_matrix, feature_names, feature_of
+from stethoscope.core.token_table import feature_matrix, feature_names
 from stethoscope.detector import Detector
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
+from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import CLASSES
 from stethoscope.metrics import classification
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.token_table import feature_names, feature_of, require
+from stethoscope.core.token_table import feature_names, require
 from stethoscope.detection.judging import measure
 from stethoscope.detection.leaderboard import Difference, leaderboard
 from stethoscope.detection.methods import refits
 from stethoscope.detector import Detector
 from stethoscope.features import FEATURES
+from stethoscope.features.columns import feature_of
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
 

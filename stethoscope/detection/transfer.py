@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
-from stethoscope.core.token_table import fitting, one_space
 from stethoscope.detection.judging import measure
 from stethoscope.detector import Detector
+from stethoscope.features.columns import fitting, one_space
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, p_value, split_groups
 
 MEASURED = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece", "brier", "base_rate")

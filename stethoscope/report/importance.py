@@ -62,9 +62,9 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
     """
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
-    from stethoscope.core.token_table import only
     from stethoscope.detection.factor import EXTERNAL
     from stethoscope.detector import Detector
+    from stethoscope.features.columns import only
 
     detector = Detector.load(source.folder / "detector")
     lacking = set(detector.schema.names) - set(source.table.columns)

@@ -43,7 +43,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "numpy.f2py.os.system",
         "torch.load",
         "pandas.read_pickle",
-        "stethoscope.core.component.load",
+        "stethoscope.adapters.load",
         "stethoscope.adapters.testbed.TestbedAdapter",
         "stethoscope.adapters.hf.HfAdapter",
         "stethoscope.task.Task",

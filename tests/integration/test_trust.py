@@ -58,7 +58,7 @@ GADGETS = {
     ),
     "a name that a module of ours imports": ("stethoscope.core.component.Path", {}, NO_TASK),
     "a module of ours": ("stethoscope.core.files.os", {}, NO_TASK),
-    "a function of ours": ("stethoscope.core.component.load", {"model": "a/b"}, "is no Task"),
+    "a function of ours": ("stethoscope.adapters.load", {"model": "a/b"}, "is no Task"),
     "a class of another contract": ("stethoscope.adapters.testbed.TestbedAdapter", {}, "is no Task"),
     "a plug-in of its own": ("pandas.read_pickle", PICKLED, "add plugins=[pandas] if you trust it"),
     "a class in its settings": (HARMLESS, {"scenes": {"_target_": "os.getcwd"}}, "only chair itself names a class"),

@@ -34,8 +34,6 @@ SEVERAL = {
 }  # names of modules that several packages have
 MOVING = {  # to be mended
     "app.runs commands.common.saved_task",
-    "core.token_table features.FEATURES",
-    "tracing.masking relevancy.heatmaps.places",
 }
 FILES = [
     *sorted((ROOT / "stethoscope").rglob("*.py")),
