@@ -5,8 +5,8 @@ PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[cus
 
 from stethoscope import testbed
 from stethoscope.core.types import Answer, ImageRef, Sample, Score
-from stethoscope.task import Judged, Tally, Task
 from stethoscope.tasks import yes_no
+from stethoscope.tasks.base import ScoredSample, Tally, Task
 
 
 class BothRight(Task):
@@ -41,10 +41,10 @@ class BothRight(Task):
             return Score("unparsed")
         return Score("ok", {"asked": 1, "right": reply == sample.reference["label"]})
 
-    def tally(self, judged: Judged) -> list[Tally]:
+    def tally(self, scored: list[ScoredSample]) -> list[Tally]:
         """Add up single answers by subset, and pairs over all."""
-        rows = [Tally(sample.group, sample.subset, counts) for sample, counts in judged]
-        right = {(sample.group, sample.subset): counts["right"] for sample, counts in judged}
+        rows = [Tally(sample.group, sample.subset, counts) for sample, counts in scored]
+        right = {(sample.group, sample.subset): counts["right"] for sample, counts in scored}
         groups = [group for group, label in right if label == "yes" and (group, "no") in right]
         pairs = [(group, right[group, "yes"] * right[group, "no"]) for group in groups]
         return rows + [Tally(group, "all", {"pairs": 1, "both": both}) for group, both in pairs]

@@ -6,33 +6,29 @@ Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from stethoscope.core import types
 from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.core.types import Answer, ImageRef, Sample, Score
-from stethoscope.task import Task, Totals
-from stethoscope.tasks import hub
-from stethoscope.tasks.captions import METRICS, complete_sentences, labelled, score_caption
-from stethoscope.tasks.coco import image_id, read_captions, read_instances
+from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.tasks.annotations import clipped, image_id, read_captions, read_instances, read_text
+from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.objects import OBJECTS, Mention, mentions
-from stethoscope.tasks.published import clipped, read_text
+from stethoscope.tasks.object_extraction import OBJECTS, TextMention, mentions
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_positive, scene_image
 
-__all__ = ["Chair", "Mention", "complete_sentences", "mentions"]
-
-SOURCES = ("testbed", "files", "hub")
+__all__ = ["Chair", "TextMention", "complete_sentences", "mentions"]
 
 
 class Chair(Task):
     """Captions, with every COCO object that they name checked against what is in the picture.
 
     Ground truth is what the original takes: the annotated categories and whatever people named in their captions.
-    Every mention counts, also of the same object again. ``objects.mentions`` has the extraction. Answers of published
+    Every mention counts, also of the same object again. ``object_extraction.mentions`` finds them. Answers of published
     data may have 512 tokens, as is usual; for CHAIR at 64, set ``generation.max_new_tokens`` and ``drop_incomplete``.
     """
 
@@ -55,118 +51,109 @@ class Chair(Task):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Stores and checks; see ``conf/task/chair.yaml`` for every argument.
+        """Store and check the settings; ``conf/task/chair.yaml`` explains every argument.
 
         Raises:
             ConfigError: an unknown source, a number below 1, no question, or a path that the source needs.
         """
-        if source not in SOURCES:
-            raise ConfigError(unknown("source of chair", source, SOURCES))
+        self.data = DataSource(
+            "chair",
+            source,
+            {"testbed": self._read_testbed, "files": self._read_files, "hub": self._read_hub},
+            {"instances": (instances, "a COCO instances_*.json"), "images": (images, "a folder of images")},
+        )
         if not question.strip():
             raise ConfigError("task.question is empty; the usual one is 'Please describe this image in detail.'")
-        if scenes < 1:
-            raise ConfigError(f"task.scenes={scenes} must be at least 1")
+        check_positive(scenes=scenes)
         if not (image_ids is None or isinstance(image_ids, (str, list, tuple))):
             raise ConfigError(f"task.image_ids={image_ids!r} should be a list of image ids or a file with one per line")
-        if source == "files" and not (instances and images):
-            raise ConfigError(
-                "task.source=files needs task.instances, a COCO instances_*.json, and task.images, a folder of images"
-            )
         self.max_new_tokens = 128 if source == "testbed" else 512  # the usual length; the embedded model is brief
         self.source, self.question, self.drop_incomplete, self.scenes = source, question, drop_incomplete, scenes
         self.instances, self.captions, self.images, self.image_ids = instances, captions, images, image_ids
-        self.hub = hub.HubSource(dataset, split, revision, local_files_only)
+        self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Reads images and ground truth and checks that every image is there.
+        """Read images and ground truth and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names it.
         """
         if self._samples:
             return
-        read = {"testbed": self._from_testbed, "files": self._from_files, "hub": self._from_hub}[self.source]
         samples = [
             Sample(
                 id=Path(image.name).stem,
                 image=image,
                 question=self.question,
                 group=image.group,
-                reference={"objects": sorted(objects)},
+                reference={"objects": sorted(values["objects"])},
             )
-            for image, objects in read()
+            for values, image, _ in self.data.rows()
         ]
-        twice = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
-        if twice:
-            raise DataError(f"image {twice[0]!r} is there more than once ({len(twice)} such images)")
+        repeated = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
+        if repeated:
+            raise DataError(f"image {repeated[0]!r} is there more than once ({len(repeated)} such images)")
         self._samples = samples
 
-    def _from_testbed(self) -> list[tuple[ImageRef, frozenset[str]]]:
-        from stethoscope import testbed
+    def _read_testbed(self) -> Iterator[SourceRow]:
+        from stethoscope import testbed  # imports the renderer, which only this source needs
 
-        scenes = testbed.scenes(self.scenes)
-        return [(ImageRef(f"{scene.id}.png", scene.image), frozenset(scene.visible)) for scene in scenes]
+        for scene in testbed.scenes(self.scenes):
+            yield SourceRow({"objects": frozenset(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
 
-    def _from_files(self) -> list[tuple[ImageRef, frozenset[str]]]:
+    def _read_files(self) -> Iterator[SourceRow]:
         path = Path(self.instances).expanduser()
         names, objects = read_instances(path)
         folder = ImageFolder(Path(self.images).expanduser())
         ids = list(names) if self.image_ids is None else self._chosen(names, path)
-        named = read_captions(Path(self.captions).expanduser(), ids) if self.captions else {}
-        return [
-            (folder.find(names[id_], f"{path}, image id {id_}"), objects[id_] | named.get(id_, frozenset()))
-            for id_ in ids
-        ]
+        captioned = read_captions(Path(self.captions).expanduser(), ids) if self.captions else {}
+        for id_ in ids:
+            origin = f"{path}, image id {id_}"
+            truth = objects[id_] | captioned.get(id_, frozenset())
+            yield SourceRow({"objects": truth}, folder.find(names[id_], origin), origin)
 
     def _chosen(self, names: Mapping[int | str, str], path: Path) -> list[int | str]:
-        """The image ids that the user lists, here or in a file with one on each line."""
+        """Return the image ids that the user lists, here or in a file with one on each line."""
         if isinstance(self.image_ids, str):
             listed = Path(self.image_ids).expanduser()
-            places = [
-                (line.strip(), f"{listed}, line {n}")
-                for n, line in enumerate(read_text(listed).split("\n"), 1)
-                if line.strip()
-            ]
+            lines = enumerate(read_text(listed).split("\n"), 1)
+            ids = [(line.strip(), f"{listed}, line {number}") for number, line in lines if line.strip()]
         else:
-            places = [(id_, "task.image_ids") for id_ in self.image_ids]
-        for id_, where in places:
+            ids = [(id_, "task.image_ids") for id_ in self.image_ids]
+        for id_, origin in ids:
             if image_id(id_) not in names:
-                raise DataError(f"{where}: image id {id_} is not in {path}")
-        if not places:
+                raise DataError(f"{origin}: image id {id_} is not in {path}")
+        if not ids:
             raise DataError(f"task.image_ids={self.image_ids!r} lists no image")
-        return [image_id(id_) for id_, _ in places]
+        return [image_id(id_) for id_, _ in ids]
 
-    def _from_hub(self) -> list[tuple[ImageRef, frozenset[str]]]:
-        images, rows = hub.load(self.hub, ("question_id", "gt_object", "image"))
-        found = []
-        for index, row in enumerate(rows):
-            objects = row["gt_object"]
+    def _read_hub(self) -> Iterator[SourceRow]:
+        for values, image, origin in self.hub.rows(("question_id", "gt_object"), lambda row: str(row["question_id"])):
+            objects = values["gt_object"]
             wrong = [name for name in objects if name not in OBJECTS] if isinstance(objects, list) else [objects]
             if wrong:
-                where = f"data set {self.hub.dataset!r}, row {index}, gt_object"
-                raise DataError(f"{where}: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
-            found.append((images.ref(index, str(row["question_id"])), frozenset(objects)))
-        return found
+                raise DataError(f"{origin}, gt_object: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
+            yield SourceRow({"objects": frozenset(objects)}, image, origin)
 
     def samples(self) -> Sequence[Sample]:
-        """One sample per image, in the order of the source."""
+        """Return one sample per image, in the order of the source."""
         return self._samples
 
-    def _judged(self, answer: Answer) -> str:
-        """The part of the answer that is judged: all of it, or its complete sentences."""
+    def _scored_text(self, answer: Answer) -> str:
+        """Return the part of the answer that is scored: all of it, or its complete sentences."""
         return complete_sentences(answer.text) if self.drop_incomplete and not answer.finished else answer.text
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Counts mentions, hallucinated mentions, true objects named and words; an empty answer is ``unparsed``."""
-        text = self._judged(answer)
+        """Count mentions, hallucinated mentions, true objects named and words; an empty answer is ``unparsed``."""
+        text = self._scored_text(answer)
         return score_caption(text, [mention.name for mention in mentions(text)], sample.reference["objects"])
 
-    def mentions(self, sample: Sample, answer: Answer) -> tuple[types.Mention, ...]:
-        """Every object that the judged part of the answer names: 1 if it is not in the picture, 0 if it is."""
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Return every object that the scored text names, labelled 1 if it is not in the picture, else 0."""
         truth = set(sample.reference["objects"])
-        return labelled(mentions(self._judged(answer)), lambda name: int(name not in truth))
+        return label_mentions(mentions(self._scored_text(answer)), lambda name: int(name not in truth))
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """CHAIR_i, CHAIR_s, object recall and length in words; ``captions.METRICS`` defines them."""
-        return METRICS
+        """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""
+        return CHAIR_METRICS

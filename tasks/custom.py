@@ -1,4 +1,4 @@
-"""A benchmark of one's own: a JSON-lines file, or a folder of images, described by configuration alone."""
+"""Your own benchmark: a JSON-lines file, or a folder of images, described by configuration alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import yaml
 
 from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
-from stethoscope.task import Task, Totals
-from stethoscope.tasks import captions, objects, yes_no
+from stethoscope.tasks import counts, yes_no
+from stethoscope.tasks.annotations import clipped, read_rows, read_text, shown, with_suffix
+from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.nouns import Vocabulary
-from stethoscope.tasks.published import clipped, read_rows, read_text, shown, with_suffix
-from stethoscope.tasks.totals import accuracy, confusion, f1, precision, ratio, recall
+from stethoscope.tasks.noun_extraction import Vocabulary
+from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, mentions
+from stethoscope.tasks.sources import check_choice, check_positive
 
 KINDS = ("yes_no", "caption", "free")
 _PRIMARY = {"yes_no": "f1", "caption": "chair_i", "free": "length"}
@@ -25,10 +26,10 @@ _TRUTH = {"yes_no": "label", "caption": "objects", "free": None}
 
 
 class Custom(Task):
-    """Questions about images, judged in one of three ways.
+    """Questions about images, scored in one of three ways.
 
     ``yes_no``: every line has a ``label``, yes or no. ``caption``: every line has ``objects``, the list of what is in
-    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``free``: nothing is judged; for
+    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``free``: nothing is scored; for
     answers and features alone.
     """
 
@@ -46,15 +47,13 @@ class Custom(Task):
         vocabulary: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
-        """Stores and checks; see ``conf/task/custom.yaml`` for every argument.
+        """Store and check the settings; ``conf/task/custom.yaml`` explains every argument.
 
         Raises:
             ConfigError: an unknown kind or parser, neither file nor images, or what the kind needs is missing.
         """
-        if kind not in KINDS:
-            raise ConfigError(unknown("kind of custom task", str(kind), KINDS))
-        if parser not in yes_no.PARSERS:
-            raise ConfigError(unknown("parser of custom task", str(parser), yes_no.PARSERS))
+        check_choice("kind of custom task", kind, KINDS)
+        check_choice("parser of custom task", parser, yes_no.PARSERS)
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
         if not (file or images):
@@ -66,27 +65,26 @@ class Custom(Task):
             )
         if not file and not (question or "").strip():
             raise ConfigError("a folder of images needs task.question, which is asked of every one")
-        if max_new_tokens < 1:
-            raise ConfigError(f"task.max_new_tokens={max_new_tokens} should be at least 1")
+        check_positive(max_new_tokens=max_new_tokens)
         self.kind, self.name, self.primary, self.max_new_tokens = kind, str(name), _PRIMARY[kind], max_new_tokens
         self.file, self.images, self.question, self.suffix = file, images, question, suffix
         self.parser, self.vocabulary = parser, vocabulary
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Reads file, vocabulary and folder and checks that every image is there.
+        """Read file, vocabulary and folder and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
         """
         if self._samples:
             return
-        self._find = objects.mentions
-        self._names: Sequence[str] = objects.OBJECTS
+        self._extract: MentionExtractor = mentions
+        self._names: Sequence[str] = OBJECTS
         self._digest = "coco"
         if self.kind == "caption" and self.vocabulary is not None:
             words = read_vocabulary(Path(self.vocabulary).expanduser())
-            self._find, self._names = Vocabulary(words).mentions, tuple(words)
+            self._extract, self._names = Vocabulary(words).mentions, tuple(words)
             self._digest = hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest()[:16]
         self._samples = self._from_file() if self.file else self._from_folder()
 
@@ -103,21 +101,21 @@ class Custom(Task):
         rows = list(read_rows(path, ("image", *((truth,) if truth else ())), nulls=False))
         folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
         samples: dict[str, Sample] = {}
-        for number, where, row in rows:
+        for number, origin, row in rows:
             question, answer = row.get("question", self.question), row.get("answer")
             id_, subset = str(row.get("id", "")).strip() or str(number), row.get("subset", "all")
             if not isinstance(question, str) or not question.strip():
-                raise DataError(f"{where}: {shown(question)} is no question; give one on every line, or task.question")
+                raise DataError(f"{origin}: {shown(question)} is no question; give one on every line, or task.question")
             if answer is not None and not (isinstance(answer, str) and answer.strip()):
-                raise DataError(f"{where}: answer {shown(answer)} is no text")
+                raise DataError(f"{origin}: answer {shown(answer)} is no text")
             if not isinstance(subset, (str, int)) or not str(subset).strip():
-                raise DataError(f"{where}: subset {shown(subset)} is no name")
+                raise DataError(f"{origin}: subset {shown(subset)} is no name")
             if id_ in samples:
                 own = f"id {clipped(id_)} is used before"
-                raise DataError(f"{where}: {own if 'id' in row else f'a line without id has its number, but {own}'}")
-            reference = self._truth(row[truth], where) if truth else {}
+                raise DataError(f"{origin}: {own if 'id' in row else f'a line without id has its number, but {own}'}")
+            reference = self._truth(row[truth], origin) if truth else {}
             reference |= {"answer": answer} if answer is not None else {}
-            image = folder.find(str(row["image"]), where)
+            image = folder.find(str(row["image"]), origin)
             samples[id_] = self._sample(id_, image, question, reference, str(subset), answer)
         if not samples:
             raise DataError(f"{path} holds no question")
@@ -134,61 +132,57 @@ class Custom(Task):
     ) -> Sample:
         return Sample(id_, image, with_suffix(question.strip(), self.suffix), image.group, subset, reference, answer)
 
-    def _truth(self, value: Any, where: str) -> dict[str, Any]:
-        """The reference of one line: its label, or its objects by the vocabulary's names."""
+    def _truth(self, value: Any, origin: str) -> dict[str, Any]:
+        """Return the reference of one line: its label, or its objects by the vocabulary's names."""
         if self.kind == "yes_no":
             label = str(value).strip().lower()
             if label not in ("yes", "no"):
-                raise DataError(f"{where}: label {shown(value)} is neither yes nor no")
+                raise DataError(f"{origin}: label {shown(value)} is neither yes nor no")
             return {"label": label}
         if not isinstance(value, list):
-            raise DataError(f"{where}: objects should be a list of names, not {shown(value)}")
+            raise DataError(f"{origin}: objects should be a list of names, not {shown(value)}")
         for name in value:
             if name not in self._names:
-                raise DataError(f"{where}: {unknown('object of the vocabulary', clipped(name), self._names)}")
+                raise DataError(f"{origin}: {unknown('object of the vocabulary', clipped(name), self._names)}")
         return {"objects": sorted(set(value)), "vocabulary": self._digest}  # other words, other scores
 
     def samples(self) -> Sequence[Sample]:
-        """Questions in the order of the file, or of the images' names."""
+        """Return the questions in the order of the file, or of the images' names."""
         return self._samples
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Counts what the kind asks for; ``unparsed`` for an empty answer or one that is no yes and no no."""
+        """Count what the kind asks for; ``unparsed`` for an empty answer or one that is no yes and no no."""
         text = answer.text
         if self.kind == "caption":
-            return captions.score_caption(text, [word.name for word in self._find(text)], sample.reference["objects"])
+            return counts.score_caption(text, [word.name for word in self._extract(text)], sample.reference["objects"])
         if self.kind == "yes_no":
             reply, label = yes_no.PARSERS[self.parser](text), sample.reference["label"]
             status = "unparsed" if reply is None else "ok"
-            return Score(status, confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
+            return Score(status, counts.confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
         return Score("ok" if text.strip() else "unparsed", {"answers": 1.0, "words": float(len(text.split()))})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Objects that a caption names, or the yes of a reply; a free answer has no labels."""
+        """Return the objects that a caption names, or the yes of a reply; a free answer has no labels."""
         if self.kind == "caption":
             truth = set(sample.reference["objects"])
-            return captions.labelled(self._find(answer.text), lambda name: int(name not in truth))
+            return counts.label_mentions(self._extract(answer.text), lambda name: int(name not in truth))
         if self.kind == "yes_no":
             reply = yes_no.PARSERS[self.parser](answer.text)
             return yes_no.claim(answer.text, reply, sample.reference["label"], UNKNOWN)
         return ()
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Of ``yes_no``: with yes as the positive class. Of ``caption``: CHAIR's. Of ``free``: words per answer."""
+        """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer."""
         if self.kind == "caption":
-            return captions.METRICS
+            return counts.CHAIR_METRICS
         if self.kind == "free":
-            return {"length": lambda totals: ratio(totals["words"], totals["answers"])}
-
-        def yes_rate(totals: Totals) -> np.ndarray:
-            yes = totals["tp"] + totals["fp"]
-            return ratio(yes, yes + totals["tn"] + totals["fn"])
-
-        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_rate": yes_rate}
+            return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
+        names = ("accuracy", "precision", "recall", "f1", "yes_rate")
+        return {name: getattr(counts, name) for name in names}
 
 
 def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
-    """Canonical names, each with the other names that stand for it.
+    """Read canonical names, each with the other names that stand for it.
 
     Args:
         path: a YAML or JSON file with an object of lists ("dog: [puppy, hound]"), or with a list of names.
@@ -201,9 +195,9 @@ def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or first_line(error)
-        raise DataError(f"{path}{place}: neither YAML nor JSON ({reason})") from None
+        raise DataError(f"{path}{line}: neither YAML nor JSON ({reason})") from None
     if isinstance(data, list):
         data = {name: [] for name in data if isinstance(name, str)} if all(isinstance(n, str) for n in data) else None
     if not isinstance(data, dict) or not data:

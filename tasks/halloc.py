@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.errors import DataError, unknown
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
-from stethoscope.task import Task, Totals
-from stethoscope.tasks.given import moved
+from stethoscope.tasks.annotations import clipped, read_rows, shown
+from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.counts import ratio
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.published import clipped, read_rows, shown
-from stethoscope.tasks.totals import ratio
+from stethoscope.tasks.sources import check_paths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,18 +48,18 @@ class HalLoc(Task):
     primary: ClassVar[str] = "nll_gap"
 
     def __init__(self, file: str | None = None, images: str | None = None, text_only: bool = False) -> None:
-        """Stores and checks; see ``conf/task/halloc.yaml`` for every argument.
+        """Store and check the settings; ``conf/task/halloc.yaml`` explains every argument.
 
         Raises:
             ConfigError: no file or no folder.
         """
-        if not (file and images):
-            raise ConfigError("halloc needs task.file, a JSON-lines file, and task.images, the folder of its images")
+        paths = {"file": (file, "a JSON-lines file"), "images": (images, "the folder of its images")}
+        check_paths("halloc", paths)
         self.file, self.images, self.text_only = file, images, text_only
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Reads the answers and checks spans and images.
+        """Read the answers and check spans and images.
 
         Raises:
             DataError: the file is missing or broken; the message names file and line.
@@ -67,16 +67,16 @@ class HalLoc(Task):
         if self._samples:
             return
         path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
-        seen: dict[str, str] = {}
-        for number, where, row in read_rows(path, ("image", "question", "answer", "spans")):
+        origins: dict[str, str] = {}
+        for number, origin, row in read_rows(path, ("image", "question", "answer", "spans")):
             id_ = str(row.get("id", "")).strip() or str(number)
-            if id_ in seen:
-                raise DataError(f"{where}: id {clipped(id_)} is used before, in {seen[id_]}")
-            seen[id_] = where
+            if id_ in origins:
+                raise DataError(f"{origin}: id {clipped(id_)} is used before, in {origins[id_]}")
+            origins[id_] = origin
             for key in ("question", "answer"):
                 if not isinstance(row[key], str) or not row[key].strip():
-                    raise DataError(f"{where}: {key} {shown(row[key])} is no text")
-            image = images.find(str(row["image"]), where)
+                    raise DataError(f"{origin}: {key} {shown(row[key])} is no text")
+            image = images.find(str(row["image"]), origin)
             self._samples.append(
                 Sample(
                     id=id_,
@@ -84,7 +84,7 @@ class HalLoc(Task):
                     question=row["question"].strip(),
                     group=image.group,
                     subset=str(row.get("subset", "all")),
-                    reference={"answer": row["answer"], "spans": read_spans(row["spans"], row["answer"], where)},
+                    reference={"answer": row["answer"], "spans": read_spans(row["spans"], row["answer"], origin)},
                     answer=row["answer"],
                 )
             )
@@ -92,38 +92,38 @@ class HalLoc(Task):
             raise DataError(f"{path} holds no answer")
 
     def samples(self) -> Sequence[Sample]:
-        """Answers in the order of the file."""
+        """Return the answers in the order of the file."""
         return self._samples
 
     def _labelled(self, sample: Sample, answer: Answer) -> list[tuple[int, int, str | None]] | None:
-        """(start, end, type or None) of every marked span and every other word; None if the text did not come back."""
+        """Return (start, end, type or None) of marked spans and other words; None if the text did not come back."""
         reference = sample.reference
         spans = [(start, end) for start, end, _ in reference["spans"]]
-        places = moved(reference["answer"], spans, answer.text)
-        if places is None:
+        moved = move_spans(reference["answer"], spans, answer.text)
+        if moved is None:
             return None
-        marked = [(*place, kind) for place, (_, _, kind) in zip(places, reference["spans"], strict=True)]
-        taken = {at for start, end, _ in marked for at in range(start, end)}
+        marked = [(*span, kind) for span, (_, _, kind) in zip(moved, reference["spans"], strict=True)]
+        taken = {index for start, end, _ in marked for index in range(start, end)}
         words = [word.span() for word in _WORD.finditer(answer.text)]
         return sorted([*marked, *((*word, None) for word in words if taken.isdisjoint(range(*word)))])
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Adds up surprise by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
-        counts = Counter({f"{what}_{kind}": 0.0 for what in ("tokens", "nll") for kind in ("grounded", *TYPES)})
-        found = self._labelled(sample, answer)
-        if found is None:
+        """Add up surprise by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
+        counts = Counter({f"{unit}_{kind}": 0.0 for unit in ("tokens", "nll") for kind in ("grounded", *TYPES)})
+        words = self._labelled(sample, answer)
+        if words is None:
             return Score("unparsed", dict(counts), {"reason": f"the model's tokenizer makes {answer.text!r} of it"})
-        for start, end, kind in found:
+        for start, end, kind in words:
             for token in answer.covering(start, end):
                 counts[f"tokens_{kind or 'grounded'}"] += 1
                 counts[f"nll_{kind or 'grounded'}"] -= answer.logprobs[token]
-        return Score("ok", dict(counts), {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in found if kind]})
+        return Score("ok", dict(counts), {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in words if kind]})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Marked spans as hallucinated, all other words as grounded; the words themselves name the object.
+        """Return marked spans as hallucinated, all other words as grounded; the words themselves name the object.
 
         The type is not part of the name: only what is hallucinated has one, so it would give the label away. None is
-        a repetition: people have judged every place, and the same word can be right in one and wrong in the next.
+        a repetition: people have labelled every occurrence, and one can be right where another is wrong.
         """
         return tuple(
             Mention(start, end, answer.text[start:end].lower(), int(kind is not None), number, 0)
@@ -131,10 +131,10 @@ class HalLoc(Task):
         )
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Surprise in nats per token by type, the share of hallucinated tokens, and the gap between the two kinds."""
+        """Return surprise in nats per token by type, the share of hallucinated tokens, and the gap of the two kinds."""
 
-        def total(totals: Totals, what: str) -> np.ndarray:
-            return sum(totals[f"{what}_{kind}"] for kind in TYPES)
+        def total(totals: Totals, unit: str) -> np.ndarray:
+            return sum(totals[f"{unit}_{kind}"] for kind in TYPES)
 
         def surprise(kind: str) -> Callable[[Totals], np.ndarray]:
             return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])
@@ -153,13 +153,13 @@ class HalLoc(Task):
         }
 
 
-def read_spans(spans: Any, answer: str, where: str) -> list[tuple[int, int, str]]:
-    """(start, end, type) of the marked spans of one answer, checked and sorted.
+def read_spans(spans: Any, answer: str, origin: str) -> list[tuple[int, int, str]]:
+    """Check and sort the marked spans of one answer, as (start, end, type).
 
     Args:
         spans: list of objects with ``start``, ``end`` (half-open characters of the answer) and ``type``.
         answer: the text that they mark.
-        where: file and line, for messages.
+        origin: file and line, for messages.
 
     Raises:
         DataError: not such a list, a span outside the answer or of blanks alone, spans that overlap, an unknown type.
@@ -167,7 +167,7 @@ def read_spans(spans: Any, answer: str, where: str) -> list[tuple[int, int, str]
 
     def checked() -> Iterator[tuple[int, int, str]]:
         for index, span in enumerate(spans):
-            here = f"{where}, spans[{index}]"
+            here = f"{origin}, spans[{index}]"
             if not isinstance(span, dict) or not {"start", "end", "type"} <= span.keys():
                 raise DataError(f"{here}: an object with start, end and type was expected, not {shown(span)}")
             start, end, kind = span["start"], span["end"], span["type"]
@@ -182,12 +182,39 @@ def read_spans(spans: Any, answer: str, where: str) -> list[tuple[int, int, str]
             yield start, end, kind
 
     if not isinstance(spans, list):
-        raise DataError(f"{where}: spans should be a list, not {shown(spans)}")
-    found = sorted(checked())
-    for one, other in pairwise(found):
-        if other[0] < one[1]:
-            raise DataError(f"{where}: spans {one[0]}-{one[1]} and {other[0]}-{other[1]} overlap")
-    return found
+        raise DataError(f"{origin}: spans should be a list, not {shown(spans)}")
+    sorted_spans = sorted(checked())
+    for (start, end, _), (next_start, next_end, _) in pairwise(sorted_spans):
+        if next_start < end:
+            raise DataError(f"{origin}: spans {start}-{end} and {next_start}-{next_end} overlap")
+    return sorted_spans
+
+
+def move_spans(text: str, spans: Sequence[tuple[int, int]], answer: str) -> list[tuple[int, int]] | None:
+    """Move character spans of a text to the same text after a tokenizer has split it and put it together.
+
+    Tokenizers take away blanks at the ends, make several blanks one, write small letters. All other characters must
+    come back, but for their case.
+
+    Args:
+        text: text of the file.
+        spans: half-open spans in it, none of blanks alone.
+        answer: text that the tokenizer gives back.
+
+    Returns:
+        The same spans in ``answer``; None if that is another text (a letter that the tokenizer does not know).
+
+    >>> move_spans(" A  dog.", [(4, 7)], "a dog.")
+    [(2, 5)]
+    >>> move_spans("A dog", [(2, 5)], "A ?")
+    """
+    before = [index for index, letter in enumerate(text) if not letter.isspace()]
+    after = [index for index, letter in enumerate(answer) if not letter.isspace()]
+    if [text[index].lower() for index in before] != [answer[index].lower() for index in after]:
+        return None
+    moved = dict(zip(before, after, strict=True))
+    inside = [[moved[index] for index in range(start, end) if index in moved] for start, end in spans]
+    return [(indices[0], indices[-1] + 1) for indices in inside]
 
 
 def _grey(image: ImageRef) -> ImageRef:

@@ -14,16 +14,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
-from stethoscope.task import Judged, Tally, Task, Totals
-from stethoscope.tasks import hub, yes_no
+from stethoscope.core.errors import DataError, unknown
+from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.tasks import yes_no
+from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
+from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
+from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.published import clipped, read_rows, shown, with_suffix
-from stethoscope.tasks.sets import complete_sets, set_counts
-from stethoscope.tasks.totals import ratio
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice
 
-SOURCES = ("files", "hub")
 CATEGORIES = ("VD", "VS")
 KEYS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")
 SETS = {"figures": ("set_id", "figure_id"), "questions": ("set_id", "question_id")}
@@ -55,25 +54,24 @@ class HallusionBench(Task):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Stores and checks; see ``conf/task/hallusion_bench.yaml`` for every argument.
+        """Store and check the settings; ``conf/task/hallusion_bench.yaml`` explains every argument.
 
         Raises:
             ConfigError: an unknown source or parser, or a path that the source needs.
         """
-        if source not in SOURCES:
-            raise ConfigError(unknown("source of hallusion_bench", source, SOURCES))
-        if parser not in yes_no.PARSERS:
-            raise ConfigError(unknown("parser of hallusion_bench", parser, yes_no.PARSERS))
-        if source == "files" and not (file and images):
-            raise ConfigError(
-                "hallusion_bench needs task.file, HallusionBench.json, and task.images, the folder with VD/ and VS/"
-            )
+        self.data = DataSource(
+            "hallusion_bench",
+            source,
+            {"files": self._read_files, "hub": self._read_hub},
+            {"file": (file, "HallusionBench.json"), "images": (images, "the folder with VD/ and VS/")},
+        )
+        check_choice("parser of hallusion_bench", parser, yes_no.PARSERS)
         self.source, self.parser, self.suffix, self.file, self.images = source, parser, suffix, file, images
-        self.hub = hub.HubSource(dataset, split, revision, local_files_only)
+        self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Reads the questions and checks that every image is there.
+        """Read the questions and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
@@ -82,10 +80,10 @@ class HallusionBench(Task):
             return
         samples: dict[str, Sample] = {}
         self._without_image = 0
-        for row, image, where in {"files": self._from_files, "hub": self._from_hub}[self.source]():
-            sample = self._sample(row, image, where)
+        for row in self.data.rows():
+            sample = self._sample(row)
             if sample.id in samples:
-                raise DataError(f"{where}: question {clipped(sample.id)} is there before")
+                raise DataError(f"{row.origin}: question {clipped(sample.id)} is there before")
             samples[sample.id] = sample
         if not samples:
             raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
@@ -97,73 +95,71 @@ class HallusionBench(Task):
             )
         self._samples = list(samples.values())
 
-    def _from_files(self) -> Iterator[tuple[dict[str, Any], ImageRef, str]]:
+    def _read_files(self) -> Iterator[SourceRow]:
         path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
-        for _, where, row in read_rows(path, KEYS):
+        for _, origin, row in read_rows(path, KEYS):
             if self._has_image(row):
-                yield row, images.find(_file_name(row), where), where
+                yield SourceRow(row, images.find(_file_name(row), origin), origin)
 
-    def _from_hub(self) -> Iterator[tuple[dict[str, Any], ImageRef, str]]:
-        images, rows = hub.load(self.hub, (*KEYS, "image"))
-        for index, row in enumerate(rows):
-            if self._has_image(row):
-                yield row, images.ref(index, _file_name(row)), f"data set {self.hub.dataset!r}, row {index}"
+    def _read_hub(self) -> Iterator[SourceRow]:
+        return (row for row in self.hub.rows(KEYS, _file_name) if self._has_image(row.values))
 
     def _has_image(self, row: Mapping[str, Any]) -> bool:
-        """Whether a question is about an image; the others are counted."""
+        """Tell whether a question is about an image, and count those that are not."""
         self._without_image += str(row["visual_input"]) == "0"
         return str(row["visual_input"]) != "0"
 
-    def _sample(self, row: Mapping[str, Any], image: ImageRef, where: str) -> Sample:
-        if row["category"] not in CATEGORIES:
-            raise DataError(f"{where}: {unknown('category', clipped(row['category']), CATEGORIES)}")
-        label = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
+    def _sample(self, row: SourceRow) -> Sample:
+        values, origin = row.values, row.origin
+        if values["category"] not in CATEGORIES:
+            raise DataError(f"{origin}: {unknown('category', clipped(values['category']), CATEGORIES)}")
+        label = {"1": "yes", "0": "no"}.get(str(values["gt_answer"]))
         if label is None:
-            raise DataError(f"{where}: gt_answer {shown(row['gt_answer'])} is neither 0 (no) nor 1 (yes)")
-        if not isinstance(row["question"], str) or not row["question"].strip():
-            raise DataError(f"{where}: {shown(row['question'])} is no question")
-        ids = {key: str(row[key]) for key in ("subcategory", "set_id", "figure_id", "question_id")}
+            raise DataError(f"{origin}: gt_answer {shown(values['gt_answer'])} is neither 0 (no) nor 1 (yes)")
+        if not isinstance(values["question"], str) or not values["question"].strip():
+            raise DataError(f"{origin}: {shown(values['question'])} is no question")
+        ids = {key: str(values[key]) for key in ("subcategory", "set_id", "figure_id", "question_id")}
         return Sample(
-            id="_".join([row["category"], *ids.values()]),
-            image=image,
-            question=with_suffix(row["question"].strip(), self.suffix),
-            group=f"{row['category']}_{ids['subcategory']}_{ids['set_id']}",  # figures of a set are versions of one
-            subset=row["category"],
+            id="_".join([values["category"], *ids.values()]),
+            image=row.image,
+            question=with_suffix(values["question"].strip(), self.suffix),
+            group=f"{values['category']}_{ids['subcategory']}_{ids['set_id']}",  # figures of a set are versions of one
+            subset=values["category"],
             reference={"label": label, **ids},
         )
 
     def samples(self) -> Sequence[Sample]:
-        """Questions in the order of the source."""
+        """Return the questions in the order of the source."""
         return self._samples
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Counts the answer as right or wrong; ``unparsed`` if the parser reads neither yes nor no."""
+        """Count the answer as right or wrong; ``unparsed`` if the parser reads neither yes nor no."""
         reply, label = yes_no.PARSERS[self.parser](answer.text), sample.reference["label"]
         counts = {"asked": 1.0, "read": float(reply is not None), "right": float(reply == label)}
         return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """A yes claims what is asked: its word is one mention, hallucinated if the truth is no."""
+        """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
         reply = yes_no.PARSERS[self.parser](answer.text)
         return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["subcategory"])
 
-    def tally(self, judged: Judged) -> Sequence[Tally]:
-        """Every sample under ``all`` and its category, the first of a figure or question with what all came to."""
+    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
+        """Total every sample under ``all`` and its category, the first of a figure or question with its whole set."""
         self.setup()  # the task of a finished run has read nothing yet
-        counts = [dict(some) for _, some in judged]
+        counts = [dict(own) for _, own in scored]
         for name, keys in SETS.items():
-            for places in complete_sets(judged, self.samples(), key=lambda sample, keys=keys: _set(sample, keys)):
-                rights, reads = ([judged[place][1][what] for place in places] for what in ("right", "read"))
-                counts[places[0]] |= set_counts(name, rights, reads)
+            for indices in complete_sets(scored, self.samples(), key=lambda sample, keys=keys: _set(sample, keys)):
+                rights, reads = ([scored[index][1][count] for index in indices] for count in ("right", "read"))
+                counts[indices[0]] |= set_counts(name, rights, reads)
         return [
-            Tally(sample.group, subset, some)
+            Tally(sample.group, subset, own)
             for subset in ("all", *CATEGORIES)
-            for (sample, _), some in zip(judged, counts, strict=True)
+            for (sample, _), own in zip(scored, counts, strict=True)
             if subset in ("all", sample.subset)
         ]
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Accuracy of answers, of whole figures and of whole questions, from 0 to 1."""
+        """Return the accuracy of answers, of whole figures and of whole questions, from 0 to 1."""
         return {
             "aAcc": lambda totals: ratio(totals["right"], totals["read"]),
             "fAcc": lambda totals: _share(totals, "figures_right", "figures"),
@@ -183,6 +179,6 @@ def _set(sample: Sample, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _share(totals: Totals, part: str, whole: str) -> np.ndarray:
-    """A quotient of counts that only complete sets have; NaN where a limited run completed none."""
+    """Divide counts that only complete sets have; NaN where a limited run completed none."""
     nothing = np.zeros_like(totals["asked"])
     return ratio(totals.get(part, nothing), totals.get(whole, nothing))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from stethoscope.core.errors import DataError
 from stethoscope.core.images import SUFFIXES, is_image_file
 from stethoscope.core.types import ImageRef
-from stethoscope.tasks.published import shown
+from stethoscope.tasks.annotations import shown
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -36,7 +36,7 @@ class Bounds:
         self._known: dict[str, bool] = {}
 
     def holds(self, name: str) -> bool:
-        """Whether a path in the folder still lies inside when links are followed."""
+        """Tell whether a path in the folder still lies inside when links are followed."""
         if name not in self._known:
             real = Path(os.path.realpath(self.root / name))
             self._known[name] = any(real.is_relative_to(root) for root in self._roots)
@@ -77,38 +77,38 @@ class ImageFolder:
         if not may_be_empty and not self._folders and not any(self._is_image(name) for name in self._files):
             raise DataError(f"image folder {path} holds no image (looked for {', '.join(SUFFIXES)}, and inside files)")
 
-    def find(self, name: str, where: str) -> ImageRef:
-        """The image of that name, which may be a path inside the folder.
+    def find(self, name: str, origin: str) -> ImageRef:
+        """Find the image of that name, which may be a path inside the folder.
 
         Args:
             name: file name as an annotation gives it.
-            where: file and line of that annotation, for messages.
+            origin: file and line of that annotation, for messages.
 
         Raises:
             DataError: there is no such file, or the name leads out of the folder or is an address.
         """
         if _ADDRESS.match(name):
             raise DataError(
-                f"{where}: image {shown(name)} is an address; pictures are read inside {self.path}, nothing is fetched"
+                f"{origin}: image {shown(name)} is an address; pictures are read inside {self.path}, nothing is fetched"
             )
         if "\\" in name and not self._holds(name):  # written on Windows
             name = name if _DRIVE.match(name) else name.replace("\\", "/")
         inside = self._relative(name)
         if inside is None:
-            raise DataError(f"{where}: image {shown(name)} leads out of {self.path}; it should be inside it")
+            raise DataError(f"{origin}: image {shown(name)} leads out of {self.path}; it should be inside it")
         if inside not in self._files and not self._holds(inside):
-            raise DataError(f"{where}: image {shown(name)} is not in {self.path}")
+            raise DataError(f"{origin}: image {shown(name)} is not in {self.path}")
         parent, _, file = inside.rpartition("/")
         link = file in self._links if not parent else (self.path / inside).is_symlink()
         if not self._bounds.holds(inside if link else parent):
             raise DataError(
-                f"{where}: image {shown(name)} is a link that leads out of {self.path}; copy the file, "
+                f"{origin}: image {shown(name)} is a link that leads out of {self.path}; copy the file, "
                 "or name the folder in which it really is"
             )
         return ImageRef(inside, self.path / inside)
 
     def _relative(self, name: str) -> str | None:
-        """A path inside the folder, by its letters; None for one that leads out."""
+        """Return a path inside the folder, by its letters; None for one that leads out."""
         path = PurePosixPath(name)
         if ".." in path.parts or _DRIVE.match(name):
             return None
@@ -126,15 +126,15 @@ class ImageFolder:
             return False
 
     def _is_image(self, name: str) -> bool:
-        """Whether a file counts as a picture; hidden ones, as macOS leaves beside every file, do not."""
+        """Tell whether a file counts as a picture; hidden ones, as macOS leaves beside every file, do not."""
         return not PurePosixPath(name).name.startswith(".") and is_image_file(self.path / name)
 
     def names(self) -> list[str]:
-        """Names of the images that lie directly in the folder, sorted; hidden files are none."""
+        """Return the sorted names of the images that lie directly in the folder; hidden files do not count."""
         return sorted(filter(self._is_image, self._files))
 
     def walk(self) -> list[str]:
-        """Paths of all images in the folder and in the folders in it, sorted; hidden files and folders are passed over.
+        """Return the sorted paths of all images in the folder and its folders, without hidden files and folders.
 
         Warns of other files, which are left out, with their number and endings.
         """

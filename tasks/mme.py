@@ -7,32 +7,29 @@ questions about every image, one of which deserves a yes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
-from stethoscope.task import Judged, Tally, Task, Totals
-from stethoscope.tasks import hub, yes_no
+from stethoscope.core.errors import DataError
+from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.tasks import yes_no
+from stethoscope.tasks.annotations import clipped, read_text, shown, with_suffix
+from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
+from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.published import clipped, read_text, shown, with_suffix
-from stethoscope.tasks.sets import complete_sets, set_counts
-from stethoscope.tasks.totals import ratio
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices
 
 CATEGORIES = ("existence", "count", "position", "color")
-SOURCES = ("files", "hub")
 TOTAL = "total"
 """The subset that stands for all categories together."""
 
 READINGS = {"": yes_no.prefix, "strict_": yes_no.strict}
 """Prefix of counts -> parser: the published one, and one that wants a plain yes or no."""
-
-Question = tuple[str, ImageRef, str, str]
-"""Category, image, question, label."""
 
 
 class Mme(Task):
@@ -59,51 +56,49 @@ class Mme(Task):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Stores and checks; see ``conf/task/mme.yaml`` for every argument.
+        """Store and check the settings; ``conf/task/mme.yaml`` explains every argument.
 
         Raises:
             ConfigError: an unknown source or category, or no folder.
         """
-        if source not in SOURCES:
-            raise ConfigError(unknown("source of mme", source, SOURCES))
-        if isinstance(categories, str) or not categories:
-            raise ConfigError(f"task.categories={categories!r} should be a list of {', '.join(CATEGORIES)}")
-        for category in categories:
-            if category not in CATEGORIES:
-                raise ConfigError(unknown("category of mme", str(category), CATEGORIES))
-        if source == "files" and not folder:
-            raise ConfigError("mme needs task.folder, the published folder with one folder per category; or source=hub")
+        self.data = DataSource(
+            "mme",
+            source,
+            {"files": self._read_files, "hub": self._read_hub},
+            {"folder": (folder, "the published folder with one folder per category")},
+        )
+        check_choices("categories", "category of mme", categories, CATEGORIES)
         self.source, self.categories, self.suffix, self.folder = source, categories, suffix, folder
-        self.hub = hub.HubSource(dataset, split, revision, local_files_only)
+        self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Reads the questions and checks that every image is there.
+        """Read the questions and check that every image is there.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
         """
         if self._samples:
             return
-        number: dict[str, int] = {}
-        for category, image, question, label in {"files": self._from_files, "hub": self._from_hub}[self.source]():
-            pair = f"{category}-{Path(image.name).stem}"
-            number[pair] = number.get(pair, 0) + 1
+        asked: Counter[str] = Counter()
+        for values, image, _ in self.data.rows():
+            name, category = Path(image.name).stem, values["category"]
+            pair = f"{category}-{name}"
+            asked[pair] += 1
             self._samples.append(
                 Sample(
-                    id=f"{pair}-{number[pair]}",
+                    id=f"{pair}-{asked[pair]}",
                     image=image,
-                    question=with_suffix(question, self.suffix),
-                    group=Path(image.name).stem,  # categories share images
+                    question=with_suffix(values["question"], self.suffix),
+                    group=name,  # categories share images
                     subset=category,
-                    reference={"label": label, "object": asked_object(question)},
+                    reference={"label": values["label"], "object": asked_object(values["question"])},
                 )
             )
 
-    def _from_files(self) -> list[Question]:
-        root, found = Path(self.folder).expanduser(), []
+    def _read_files(self) -> Iterator[SourceRow]:
         for category in self.categories:
-            folder = root / category
+            folder = Path(self.folder).expanduser() / category
             # large categories keep texts and images apart
             texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
             images = ImageFolder(folder / "images" if (folder / "images").is_dir() else folder)
@@ -119,34 +114,33 @@ class Mme(Task):
                     wanted = f"one image named {clipped(path.stem)} was expected in {images.path}"
                     raise DataError(f"{path}: {wanted}, there is {there}")
                 image = images.find(names.pop(path.stem)[0], str(path))
-                found += [(category, image, question, label) for question, label in read_questions(path)]
+                for question, label in read_questions(path):
+                    yield SourceRow({"category": category, "question": question, "label": label}, image, str(path))
             if names:
                 warnings.warn(
                     f"{len(names)} images in {images.path} are left out, having no text file in {texts}: "
                     f"{clipped(', '.join(sorted(names)))}",
                     stacklevel=2,
                 )
-        return found
 
-    def _from_hub(self) -> list[Question]:
-        images, rows = hub.load(self.hub, ("question_id", "question", "answer", "category", "image"))
-        found = []
-        for index, row in enumerate(rows):
-            where = f"data set {self.hub.dataset!r}, row {index}"
-            if row["category"] in self.categories:
-                image = images.ref(index, Path(str(row["question_id"])).name)
-                found.append((row["category"], image, *_checked(row["question"], row["answer"], where)))
+    def _read_hub(self) -> Iterator[SourceRow]:
+        columns, categories = ("question_id", "question", "answer", "category"), set()
+        for row, image, origin in self.hub.rows(columns, lambda row: Path(str(row["question_id"])).name):
+            category = row["category"]
+            if category in self.categories:
+                question, label = _checked(row["question"], row["answer"], origin)
+                yield SourceRow({"category": category, "question": question, "label": label}, image, origin)
+                categories.add(category)
         for category in self.categories:
-            if category not in {question[0] for question in found}:
+            if category not in categories:
                 raise DataError(f"data set {self.hub.dataset!r} has no row of category {category!r}")
-        return found
 
     def samples(self) -> Sequence[Sample]:
-        """Questions category by category; the two about an image follow each other."""
+        """Return the questions category by category; the two about an image follow each other."""
         return self._samples
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Counts the answer as right or wrong, as both parsers read it; ``unparsed`` if the published one cannot."""
+        """Count the answer as right or wrong, as both parsers read it; ``unparsed`` if the published one cannot."""
         label, counts = sample.reference["label"], {"asked": 1.0}
         replies = {prefix: parse(answer.text) for prefix, parse in READINGS.items()}
         for prefix, reply in replies.items():
@@ -155,34 +149,34 @@ class Mme(Task):
         return Score("unparsed" if replies[""] is None else "ok", counts, detail)
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """A yes claims what is asked about: its word is one mention, hallucinated if the truth is no."""
+        """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
         return yes_no.claim(
             answer.text, yes_no.prefix(answer.text), sample.reference["label"], sample.reference["object"]
         )
 
-    def tally(self, judged: Judged) -> Sequence[Tally]:
-        """Every sample under ``total`` and under its category, the first of an image with what both came to.
+    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
+        """Total every sample under ``total`` and its category, the first of an image with what both came to.
 
         Counts are named by category, since the total of the scores is not the score of the totals.
         """
         self.setup()  # the task of a finished run has read nothing yet
-        counts = [{f"{sample.subset} {name}": value for name, value in some.items()} for sample, some in judged]
-        for places in complete_sets(judged, self.samples(), key=lambda sample: (sample.subset, sample.group)):
-            first = judged[places[0]][0]
+        counts = [{f"{sample.subset} {name}": value for name, value in own.items()} for sample, own in scored]
+        for indices in complete_sets(scored, self.samples(), key=lambda sample: (sample.subset, sample.group)):
+            first = scored[indices[0]][0]
             for prefix in READINGS:
-                rights, reads = ([judged[place][1][prefix + name] for place in places] for name in ("right", "read"))
+                rights, reads = ([scored[index][1][prefix + name] for index in indices] for name in ("right", "read"))
                 pair = set_counts(f"{prefix}images", rights, reads)
-                counts[places[0]] |= {f"{first.subset} {name}": value for name, value in pair.items()}
+                counts[indices[0]] |= {f"{first.subset} {name}": value for name, value in pair.items()}
         subsets = [TOTAL, *self.categories] if len(self.categories) > 1 else list(self.categories)
         return [
-            Tally(sample.group, subset, some)
+            Tally(sample.group, subset, own)
             for subset in subsets
-            for (sample, _), some in zip(judged, counts, strict=True)
+            for (sample, _), own in zip(scored, counts, strict=True)
             if subset in (TOTAL, sample.subset)
         ]
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Accuracy and accuracy+ from 0 to 1, scores from 0 to 200 for a category."""
+        """Return accuracy and accuracy+ from 0 to 1, scores from 0 to 200 for a category."""
         return {
             "accuracy": lambda totals: ratio(self._sum(totals, "right"), self._sum(totals, "read")),
             "accuracy_plus": lambda totals: ratio(self._sum(totals, "images_right"), self._sum(totals, "images")),
@@ -199,7 +193,7 @@ class Mme(Task):
         return sum(self._column(totals, category, name) for category in self.categories)
 
     def _score(self, totals: Totals, prefix: str, answers: str, images: str) -> np.ndarray:
-        """Sum over the categories that were asked about; NaN if one of them has nothing to judge."""
+        """Sum the scores of the categories that were asked about; NaN if one of them has nothing to score."""
         scores = []
         for category in self.categories:
             if self._column(totals, category, "asked").any():
@@ -211,27 +205,27 @@ class Mme(Task):
 
 
 def read_questions(path: Path) -> list[tuple[str, str]]:
-    """(question, label) of every line of one of MME's text files: question, a tab, Yes or No.
+    """Return (question, label) of every line of one of MME's text files: question, a tab, Yes or No.
 
     Raises:
         DataError: a line without tab or with another answer, or no line at all.
     """
-    found = []
+    questions = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             question, tab, label = line.rpartition("\t")
             if not tab:
                 raise DataError(f"{path}, line {number}: a question, a tab and Yes or No were expected")
-            found.append(_checked(question, label, f"{path}, line {number}"))
-    if not found:
+            questions.append(_checked(question, label, f"{path}, line {number}"))
+    if not questions:
         raise DataError(f"{path} holds no question")
-    return found
+    return questions
 
 
-def _checked(question: object, label: object, where: str) -> tuple[str, str]:
+def _checked(question: object, label: object, origin: str) -> tuple[str, str]:
     answer = str(label).strip().lower()
     if answer not in ("yes", "no"):
-        raise DataError(f"{where}: answer {shown(label)} is neither Yes nor No")
+        raise DataError(f"{origin}: answer {shown(label)} is neither Yes nor No")
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: {shown(question)} is no question")
+        raise DataError(f"{origin}: {shown(question)} is no question")
     return question.strip(), answer

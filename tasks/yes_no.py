@@ -16,7 +16,7 @@ Reply = str | None
 
 
 def official(text: str) -> Reply:
-    """POPE's own rule: a lone word "No", "no" or "not" in the first sentence is a no, everything else is a yes.
+    """Apply POPE's own rule: a lone word "No", "no" or "not" in the first sentence is a no, everything else is a yes.
 
     Commas are removed, then words are split at blanks, so "isn't", "No!" and "NO" are yes. Only an empty answer is not
     read. Source: evaluate.py of AoiDragon/POPE (Li et al., EMNLP 2023).
@@ -31,7 +31,7 @@ def official(text: str) -> Reply:
 
 
 def strict(text: str) -> Reply:
-    """The whole answer must be "yes" or "no", in any case, with or without final punctuation.
+    """Read an answer that is "yes" or "no" as a whole, in any case, with or without final punctuation.
 
     The exact match of lmms-eval, except that "Yes." is not held against the model.
 
@@ -43,18 +43,18 @@ def strict(text: str) -> Reply:
 
 
 def first_word(text: str) -> Reply:
-    """The first word, letters only, must be "yes" or "no", in any case.
+    """Read the first word, letters only, if it is "yes" or "no", in any case.
 
     >>> [first_word(text) for text in ("Yes, a dog.", '"No"', "Not sure", "There is")]
     ['yes', 'no', None, None]
     """
-    found = re.search(r"[^\W\d_]+", text)
-    word = found.group().lower() if found else ""
+    match = re.search(r"[^\W\d_]+", text)
+    word = match.group().lower() if match else ""
     return word if word in ("yes", "no") else None
 
 
 def exact(text: str) -> Reply:
-    """The answer must be the very word "Yes" or "No".
+    """Read an answer that is the very word "Yes" or "No".
 
     AMBER's rule. Source: inference.py of junyangwang0410/AMBER.
 
@@ -65,7 +65,7 @@ def exact(text: str) -> Reply:
 
 
 def prefix(text: str) -> Reply:
-    """A yes, or else a no, within the first four characters, in any case and with full stops removed.
+    """Find a yes, or else a no, within the first four characters, in any case and without full stops.
 
     MME's rule, in the form of lmms-eval (mme/utils.py), which also takes the single letters "y" and "n"; so "Not sure"
     and "Snow" are a no.
@@ -80,15 +80,15 @@ def prefix(text: str) -> Reply:
 
 
 def either(text: str) -> Reply:
-    """One of the words "yes" and "no" must occur anywhere, in any case, and the other must not.
+    """Read the one of the words "yes" and "no" that occurs anywhere, in any case, if the other does not.
 
     What VLMEvalKit does first with HallusionBench, and all it does without a judge model.
 
     >>> [either(text) for text in ("The answer is yes.", "No, it isn't", "Yes and no", "Nothing")]
     ['yes', 'no', None, None]
     """
-    there = {"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", text.lower()))
-    return there.pop() if len(there) == 1 else None
+    replies = {"yes", "no"}.intersection(re.findall(r"[^\W\d_]+", text.lower()))
+    return replies.pop() if len(replies) == 1 else None
 
 
 PARSERS: dict[str, Callable[[str], Reply]] = {
@@ -103,7 +103,7 @@ PARSERS: dict[str, Callable[[str], Reply]] = {
 
 
 def claim(text: str, reply: Reply, label: str, claimed: str) -> tuple[Mention, ...]:
-    """What a yes claims: its word is one mention, hallucinated if the truth is no. A no claims nothing.
+    """Return the word yes as a mention, hallucinated if the truth is no; a no claims nothing.
 
     Some parsers read a yes into answers without that word ("There is."); there the first word stands for it.
 
@@ -115,5 +115,5 @@ def claim(text: str, reply: Reply, label: str, claimed: str) -> tuple[Mention, .
     """
     if reply != "yes":
         return ()
-    found = re.search(r"\byes\b", text, re.IGNORECASE) or re.search(r"\w+|\S+", text)
-    return (Mention(*found.span(), object=claimed, label=int(label == "no")),)
+    match = re.search(r"\byes\b", text, re.IGNORECASE) or re.search(r"\w+|\S+", text)
+    return (Mention(*match.span(), object=claimed, label=int(label == "no")),)

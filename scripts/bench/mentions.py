@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.tasks.objects import NAMES, mentions
-from stethoscope.tasks.published import read_rows
+from stethoscope.tasks.annotations import read_rows
+from stethoscope.tasks.object_extraction import NAMES, mentions
 
 WORDS = 80
 COMMON = (

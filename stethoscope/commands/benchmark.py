@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.features import FeatureSet
     from stethoscope.report.sending import send_detector
     from stethoscope.storage.run_dir import DETECTOR, RunStore
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
     start = time.monotonic()
     folder, shares = run_dir(config), fractions(config)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.state import Run
     from stethoscope.loggers.base import Loggers
     from stethoscope.report.source import Source
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
 
 def overrides() -> list[str]:
@@ -200,7 +200,7 @@ def saved_task(source: Source, name: str, plugins: Sequence[str] = (), offline: 
         ConfigError: the task cannot be made.
     """
     from stethoscope.core.component import TARGET, build, import_class
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
     described = source.store.fingerprints().get(name, {}).get("task", {})
     path, settings = described.get("class"), described.get("settings", {})

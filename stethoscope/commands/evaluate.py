@@ -12,7 +12,7 @@ from stethoscope.core.launch import rank
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
     folder = run_dir(config)
     adapter = build(config.model, Adapter, "model", config.plugins)

@@ -132,7 +132,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.features import FeatureSet
     from stethoscope.features.columns import feature_of, fitting, one_space, shorten
     from stethoscope.storage.run_dir import RunStore
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
     folder = Path(config.run)
     saved = saved_config(folder)

@@ -24,7 +24,7 @@ from stethoscope.storage.lock import RunLock
 from stethoscope.storage.records import FAILED, OK, UNPARSED, checked, recorded, select
 from stethoscope.storage.run_dir import Overwrite, RunStore
 from stethoscope.storage.run_fingerprint import answers_of, differences, digest, features_of, locations_of
-from stethoscope.task import Task
+from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
     import os

@@ -12,7 +12,7 @@ from stethoscope.evaluation.distributed import Processes, joined
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.task import Task
+from stethoscope.tasks.base import Task
 
 
 class Outcome(NamedTuple):

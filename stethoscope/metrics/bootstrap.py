@@ -21,7 +21,7 @@ from stethoscope.core.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.task import Totals
+    from stethoscope.tasks.base import Totals
 
 REPLICATES = 1000
 CHUNK = 100  # replicates at a time: few enough for the weights of some thousand items to stay in the cache

@@ -25,7 +25,7 @@ from stethoscope.storage.sweep_jobs import FINISHED, Job
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
 TITLES = {**RANKING, **AT_WORK}
 TESTED = ("auroc", "auroc_controlled")

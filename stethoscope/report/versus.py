@@ -21,7 +21,7 @@ from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_fingerprint import differences
 
 if TYPE_CHECKING:
-    from stethoscope.task import Tally, Task
+    from stethoscope.tasks.base import Tally, Task
 
 ASKED = ("group", "subset", "image", "question", "reference")  # what makes a sample the same
 SUMMARY = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece")

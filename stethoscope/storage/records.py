@@ -15,7 +15,7 @@ from stethoscope.core.types import Answer, Mention, Sample, Score
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
 

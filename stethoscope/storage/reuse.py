@@ -22,7 +22,7 @@ from stethoscope.storage.run_fingerprint import answers_of, digest
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
 LOCKS = ".answers"  # folder of a lock file for every set of answers
 

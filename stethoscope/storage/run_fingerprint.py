@@ -19,7 +19,7 @@ from stethoscope.core.text import redact
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
-    from stethoscope.task import Task
+    from stethoscope.tasks.base import Task
 
 PACKAGES = (
     "lvlm-stethoscope", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pandas", "pyarrow",

@@ -46,7 +46,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "stethoscope.adapters.load",
         "stethoscope.adapters.testbed.TestbedAdapter",
         "stethoscope.adapters.hf.HfAdapter",
-        "stethoscope.task.Task",
+        "stethoscope.tasks.base.Task",
         "stethoscope.tasks.custom.Custom",
         "stethoscope.evaluation.evaluator.Evaluator",
         "stethoscope.detector.Detector.load",

@@ -18,10 +18,10 @@ from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.text import redact
 from stethoscope.markup import document, escape, json_block
 from stethoscope.storage.run_fingerprint import describe, differences, digest
-from stethoscope.tasks import given as given_answers
-from stethoscope.tasks import objects, yes_no
-from stethoscope.tasks.captions import complete_sentences
-from stethoscope.tasks.nouns import Vocabulary
+from stethoscope.tasks import object_extraction, yes_no
+from stethoscope.tasks.counts import complete_sentences
+from stethoscope.tasks.halloc import move_spans
+from stethoscope.tasks.noun_extraction import Vocabulary
 from stethoscope.tasks.pope import asked_object
 
 WORDS = st.sampled_from(
@@ -47,7 +47,7 @@ def test_yes_no(text, label):
 
 @given(text=TEXTS, words=st.dictionaries(NAMES, st.lists(NAMES, max_size=3), max_size=3))
 def test_mentions(text, words):
-    for find in (objects.mentions, Vocabulary({k: tuple(v) for k, v in words.items()}).mentions):
+    for find in (object_extraction.mentions, Vocabulary({k: tuple(v) for k, v in words.items()}).mentions):
         last = 0
         for name, start, end in find(text):
             assert name
@@ -60,7 +60,7 @@ def test_mentions(text, words):
 @given(text=TEXTS, more=TEXTS)
 def test_given_answers(text, more):
     spans = [(0, len(text))] if text.strip() else []
-    moved = given_answers.moved(text, spans, more)
+    moved = move_spans(text, spans, more)
     assert moved is None or all(0 <= start <= end <= len(more) for start, end in moved)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, Score
-from stethoscope.task import Task
+from stethoscope.tasks.base import Task
 from stethoscope.tracing.trace import Encoded, Spans, Trace
 
 WORDS = ("a", "dog", "cat", "and", "tree", "yes", "no")

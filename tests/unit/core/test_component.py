@@ -87,7 +87,7 @@ def test_what_a_package_defines_and_what_it_has_imported():
     """Names that a package takes over from its own modules are its own too."""
     assert import_class("stethoscope.Detector", object, "detector").__module__ == "stethoscope.detector"
     assert import_class("stethoscope.features.FeatureSet", FeatureSet, "features") is FeatureSet
-    assert import_name("stethoscope.tasks.objects.mentions", "mentions")("a dog")
+    assert import_name("stethoscope.tasks.object_extraction.mentions", "mentions")("a dog")
     for path in (
         "stethoscope.core.component.importlib",
         "stethoscope.core.component.TARGET",

@@ -7,7 +7,7 @@ import yaml
 
 from stethoscope.core.component import build, choices, conf_folder
 from stethoscope.core.errors import ConfigError
-from stethoscope.task import Task
+from stethoscope.tasks.base import Task
 
 REQUIRED = {
     "amber": {"folder": "data", "images": "image"},

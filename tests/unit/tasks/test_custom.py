@@ -8,7 +8,7 @@ from helpers.by_hand import figures, reply
 
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.task import Task
+from stethoscope.tasks.base import Task
 from stethoscope.tasks.custom import Custom, read_vocabulary
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark must supply: samples, a score for every answer, labelled mentions, metrics of the totals."""
+"""The contract of a benchmark: samples, a score for every answer, labelled mentions, metrics of the totals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stethoscope.core.types import Answer, Mention, Sample, Score
 Totals = Mapping[str, np.ndarray]
 """Sums of ``Score.counts`` over samples: one float array of any common shape for each name."""
 
-Judged = Sequence[tuple[Sample, Mapping[str, float]]]
-"""Samples that did not fail, each with the ``counts`` of its score, in the order of the task."""
+ScoredSample = tuple[Sample, Mapping[str, float]]
+"""A sample that did not fail, with the ``counts`` of its score."""
 
 
 class Tally(NamedTuple):
@@ -55,7 +55,7 @@ class Task(ABC):
     )  # fmt: skip
 
     def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
-        """Reads what ``samples`` needs; called before anything else, does nothing the second time.
+        """Read what ``samples`` needs; called before anything else, does nothing the second time.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
@@ -63,27 +63,30 @@ class Task(ABC):
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
-        """All samples in a fixed order, ids unique."""
+        """Return all samples in a fixed order, with unique ids."""
 
     @abstractmethod
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Judges one answer. An answer that cannot be read is ``unparsed``, never a wrong answer."""
+        """Score one answer. An answer that cannot be read is ``unparsed``, never a wrong answer."""
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Named metrics, each an element-wise function of the totals (NaN where it is not defined).
+        """Return metrics by name, each an element-wise function of the totals (NaN where it is not defined).
 
         Totals come as arrays so that one call covers the value and every bootstrap replicate.
         """
 
-    def tally(self, judged: Judged) -> Sequence[Tally]:
-        """What metrics are totalled from: by default the counts of every judged sample, under its own subset.
+    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
+        """Return the rows that metrics are totalled from: by default every sample's counts under its own subset.
 
         A task whose figures span several samples (both questions about an image answered rightly, subsets taken
         together) adds counts or rows here.
+
+        Args:
+            scored: samples that did not fail with the counts of their scores, in the order of the task.
         """
-        return [Tally(sample.group, sample.subset, counts) for sample, counts in judged]
+        return [Tally(sample.group, sample.subset, counts) for sample, counts in scored]
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Labelled object mentions of one answer, in reading order; none by default."""
+        """Return the labelled object mentions of one answer, in reading order; none by default."""
         return ()

@@ -8,7 +8,7 @@ from helpers.tiny_world import WORDS, TinyAdapter, TinyTask
 
 from stethoscope.core.types import Answer
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.task import Tally
+from stethoscope.tasks.base import Tally
 
 
 class Reader(TinyAdapter):

@@ -10,7 +10,7 @@ from helpers import amber_published
 from helpers.by_hand import figures, reply, totals_of
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.tasks.amber import Amber, amber_score, judge
+from stethoscope.tasks.amber import Amber, amber_score, compare_nouns
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_real_captions_have_sensible_nouns(real, shared):
 
 
 def test_first_word_of_several_associations_counts():
-    judged = judge(["water"], ["sea", "lake"], [], {"sea": ["water", "lake"], "lake": ["water"]})
-    assert judged.covered == {0}
-    judged = judge(["lake"], ["sea", "lake"], [], {"sea": ["water", "lake"], "lake": ["water"]})
-    assert judged.covered == {0}  # as published: the sea's word comes before the lake itself
+    verdicts = compare_nouns(["water"], ["sea", "lake"], [], {"sea": ["water", "lake"], "lake": ["water"]})
+    assert verdicts.covered == {0}
+    verdicts = compare_nouns(["lake"], ["sea", "lake"], [], {"sea": ["water", "lake"], "lake": ["water"]})
+    assert verdicts.covered == {0}  # as published: the sea's word comes before the lake itself

@@ -9,14 +9,13 @@ from PIL import Image
 
 from stethoscope.core.errors import DataError
 from stethoscope.tasks.amber import Amber
+from stethoscope.tasks.annotations import image_id, read_instances, read_rows
 from stethoscope.tasks.chair import Chair
-from stethoscope.tasks.coco import image_id, read_instances
 from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.halloc import HalLoc
 from stethoscope.tasks.hallusion_bench import HallusionBench
 from stethoscope.tasks.mme import Mme
 from stethoscope.tasks.pope import Pope
-from stethoscope.tasks.published import read_rows
 
 FIGURE = {
     "category": "VD", "subcategory": "map", "visual_input": "1", "set_id": "0", "figure_id": "0", "question": "Is it?",
@@ -124,7 +123,7 @@ def test_a_single_huge_line_is_a_line(tmp_path):
     (tmp_path / "a").write_text(json.dumps([{"a": "x" * 1000, "n": n} for n in range(5000)]))
     rows = list(read_rows(tmp_path / "a", ["a", "n"]))
     assert [row.values["n"] for row in rows] == [row.number - 1 for row in rows] == list(range(5000))
-    assert rows[4999].where.endswith("a, line 1, item 5000")
+    assert rows[4999].origin.endswith("a, line 1, item 5000")
 
 
 def test_objects_over_several_lines_that_break_off_are_named_by_line(tmp_path):

@@ -7,8 +7,7 @@ from helpers.by_hand import totals_of
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer
-from stethoscope.tasks.given import moved
-from stethoscope.tasks.halloc import HalLoc
+from stethoscope.tasks.halloc import HalLoc, move_spans
 
 TEXT = "A red dog's bowl near a cat, indoors."
 SPANS = [(2, 5, "attribute"), (17, 21, "relation"), (24, 27, "object"), (29, 36, "scene")]
@@ -126,5 +125,5 @@ def test_what_is_required(missing):
         ("", [], "  ", []),
     ],
 )
-def test_moved(text, spans, answer, expected):
-    assert moved(text, spans, answer) == expected
+def test_move_spans(text, spans, answer, expected):
+    assert move_spans(text, spans, answer) == expected

@@ -1,4 +1,4 @@
-"""Finds the 80 COCO objects in a text, word for word as CHAIR defines it.
+"""Find the 80 COCO objects in a text, word for word as CHAIR defines it.
 
 The definition is that of Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, as their code applies
 it: lower-case, tokenise as nltk's ``word_tokenize`` does, make every word singular as ``pattern.en`` does, merge pairs
@@ -11,6 +11,7 @@ and remembered, so that reading a caption is one pass of a regular expression an
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import yaml
 
 
-class Mention(NamedTuple):
+class TextMention(NamedTuple):
     """An object that a text names.
 
     Attributes:
@@ -31,12 +32,15 @@ class Mention(NamedTuple):
     end: int
 
 
+MentionExtractor = Callable[[str], list[TextMention]]
+"""Finds the objects that a text names, in reading order."""
+
 _Word = tuple[int, str, int, int]
-"""A word that can matter: its place among all tokens, its singular, where it starts and ends."""
+"""A word that can matter: its index among all tokens, its singular, its first character and the one after its last."""
 
 
 def _load() -> tuple[dict[str, str], dict[tuple[str, str], str]]:
-    """(word or merged pair -> canonical name, pair of words -> the word that it is read as)."""
+    """Load the vocabulary: word or merged pair -> canonical name, pair of words -> the word that it is read as."""
     data = yaml.safe_load(files("stethoscope.tasks").joinpath("data", "coco_objects.yaml").read_text("utf-8"))
     names = {word: name for name, words in data["objects"].items() for word in (name, *words)}
     pairs = {tuple(pair.split()): word for pair, word in data["pairs"].items()}
@@ -77,7 +81,7 @@ _ENDINGS = (  # the first that fits is applied
 
 
 def singular(word: str) -> str:
-    """The singular of a lower-case word, for all words of which the singular is in the vocabulary.
+    """Return the singular of a lower-case word, for all words of which the singular is in the vocabulary.
 
     Agrees with ``pattern.en.singularize`` (De Smedt & Daelemans 2012), which CHAIR is defined by, on every word that
     either of them turns into a word of the vocabulary; of other words it only promises that they stay outside it. Its
@@ -116,42 +120,43 @@ _FINAL_PERIOD = re.compile(r"""(?<=[^.])\.(?=[\])}>"'»”’]*$)""")
 
 
 def _periods(chunk: str, last: bool) -> set[int]:
-    """Where periods of a chunk end a sentence, and are therefore words of their own.
+    """Return the indices of the periods of a chunk that end a sentence, and are therefore words of their own.
 
     Sentences are found as nltk's Punkt does; its abbreviations do not matter, since none of them is an object. Of
     several possible ends in one chunk Punkt takes the last.
     """
-    found: set[int] = set()
+    periods: set[int] = set()
     rest = 0
     stops = [match.start() for match in (_STOP_INSIDE if last else _STOP_OR_END).finditer(chunk)]
     if stops:
         rest = stops[-1]
         if chunk[rest] == ".":
-            found.add(rest)
+            periods.add(rest)
     if last and (final := _FINAL_PERIOD.search(chunk, rest)):
-        found.add(final.start())
-    return found
+        periods.add(final.start())
+    return periods
 
 
 def _analyse(chunk: str, last: bool) -> tuple[int, tuple[_Word, ...]]:
-    """(number of tokens, words that can matter with offsets into the chunk) of a lower-case chunk without blanks."""
+    """Split a lower-case chunk without blanks: number of tokens, words that can matter with offsets into the chunk."""
     cuts = [match.span() for match in _APART.finditer(chunk)]
-    cuts += [(at, at + 1) for at in _periods(chunk, last) if not any(first <= at < end for first, end in cuts)]
-    place, start, words = 0, 0, []
+    periods = _periods(chunk, last)
+    cuts += [(period, period + 1) for period in periods if not any(first <= period < end for first, end in cuts)]
+    index, start, words = 0, 0, []
     for first, end in [*sorted(cuts), (len(chunk), len(chunk))]:
         if first > start:
             stem, count = chunk[start:first], 1
             for clitic in _CLITICS:
-                if found := clitic.search(stem):
-                    stem = stem[: found.start()]
+                if match := clitic.search(stem):
+                    stem = stem[: match.start()]
                     count += 1
             word = singular(stem)
             if word in _RELEVANT:
-                words.append((place, word, start, start + len(stem)))
-            place += count
-        place += end > first
+                words.append((index, word, start, start + len(stem)))
+            index += count
+        index += end > first
         start = end
-    return place, tuple(words)
+    return index, tuple(words)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -165,7 +170,7 @@ def _last(chunk: str) -> tuple[int, tuple[_Word, ...]]:
 
 
 def _lower(text: str) -> str:
-    """Lower case of the same length, so that offsets hold (one letter, İ, would become two)."""
+    """Lower a text without changing its length, so that offsets hold (one letter, İ, would become two)."""
     lowered = text.lower()
     if len(lowered) == len(text):
         return lowered
@@ -173,21 +178,21 @@ def _lower(text: str) -> str:
 
 
 def _words(text: str) -> list[_Word]:
-    """The words of a text that can matter, in reading order."""
+    """Return the words of a text that can matter, in reading order."""
     chunks = list(_CHUNK.finditer(_lower(text)))
     words: list[_Word] = []
     tokens = 0
     for index, chunk in enumerate(chunks, 1 - len(chunks)):
-        count, found = _inner(chunk[0]) if index else _last(chunk[0])
-        if found:
+        count, relevant = _inner(chunk[0]) if index else _last(chunk[0])
+        if relevant:
             base = chunk.start()
-            words += [(tokens + place, word, base + start, base + end) for place, word, start, end in found]
+            words += [(tokens + number, word, base + start, base + end) for number, word, start, end in relevant]
         tokens += count
     return words
 
 
-def mentions(text: str) -> list[Mention]:
-    """The COCO objects that a text names, every time it names them, in reading order.
+def mentions(text: str) -> list[TextMention]:
+    """Return the COCO objects that a text names, every time it names them, in reading order.
 
     Args:
         text: any text; offsets of the result are positions in it.
@@ -196,15 +201,15 @@ def mentions(text: str) -> list[Mention]:
         One mention for each word or pair of words. Source: ``caption_to_words`` of CHAIR (Rohrbach et al. 2018).
 
     >>> mentions("Baby elephants near a stop sign")
-    [Mention(name='elephant', start=0, end=14), Mention(name='stop sign', start=22, end=31)]
+    [TextMention(name='elephant', start=0, end=14), TextMention(name='stop sign', start=22, end=31)]
     """
     words = _words(text)
     read: list[tuple[str, int, int]] = []
     index = 0
     while index < len(words):
-        place, word, start, end = words[index]
+        token, word, start, end = words[index]
         index += 1
-        if index < len(words) and words[index][0] == place + 1:
+        if index < len(words) and words[index][0] == token + 1:
             pair = PAIRS.get((word, words[index][1]))
             if pair is not None:
                 word, end = pair, words[index][3]
@@ -213,7 +218,7 @@ def mentions(text: str) -> list[Mention]:
     # "the seat of the toilet" is no chair
     toilet = any(word == "toilet" for word, _, _ in read)
     return [
-        Mention(NAMES[word], start, end)
+        TextMention(NAMES[word], start, end)
         for word, start, end in read
         if word in NAMES and not (toilet and word == "seat")
     ]

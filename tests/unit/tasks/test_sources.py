@@ -7,8 +7,8 @@ from helpers.by_hand import QUESTIONS
 
 from stethoscope.core.errors import DataError
 from stethoscope.tasks.chair import Chair
-from stethoscope.tasks.hub import split_files
 from stethoscope.tasks.pope import Pope
+from stethoscope.tasks.sources import split_files
 
 datasets = pytest.importorskip("datasets")
 

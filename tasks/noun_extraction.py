@@ -1,4 +1,4 @@
-"""Nouns of a text that belong to a vocabulary, without a language model; and names of several words.
+"""Find the nouns of a text that belong to a vocabulary, and objects with names of several words.
 
 AMBER defines its nouns by NLTK's part-of-speech tagger and WordNet's lemmatiser, both of which need downloads. Within a
 vocabulary of things that can be pictured little of that is needed: a word is a noun unless its neighbours say that it
@@ -10,9 +10,13 @@ nouns are found; most of the rest are "orange" and "light" as adjectives.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
 
-from stethoscope.tasks.objects import Mention
+from stethoscope.core.errors import ConfigError, first_line
+from stethoscope.tasks.object_extraction import TextMention
 
 WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 """A word; hyphens join words to one, an apostrophe ends it."""
@@ -29,7 +33,7 @@ _ENDINGS = (
 
 
 def singulars(word: str) -> Iterator[str]:
-    """The word itself, then what could be its singular, likeliest first.
+    """Yield the word itself, then what could be its singular, likeliest first.
 
     The endings are those of WordNet's noun morphology, with the irregular plurals that a picture can show. What is no
     word ("bu" for "bus") does no harm where results are looked up in a vocabulary.
@@ -65,7 +69,7 @@ _BEFORE_TO = frozenset(
 )
 
 
-class Nouns:
+class NounExtractor:
     """Finds the words of a vocabulary where they are nouns.
 
     Words are compared as they are written: AMBER's vocabulary is in small letters but for "TV", so a word that begins
@@ -78,28 +82,29 @@ class Nouns:
     """
 
     def __init__(self, vocabulary: Collection[str]) -> None:
-        """Takes the vocabulary."""
+        """Store the vocabulary."""
         self.vocabulary = frozenset(vocabulary)
 
-    def __call__(self, text: str) -> list[Mention]:
-        """The nouns of a text in reading order, named by the vocabulary's word.
+    def __call__(self, text: str) -> list[TextMention]:
+        """Return the nouns of a text in reading order, named by the vocabulary's word.
 
-        >>> [noun.name for noun in Nouns(["dog", "board", "can"])("A dog can see two dogs on boards, about to board.")]
+        >>> extract = NounExtractor(["dog", "board", "can"])
+        >>> [noun.name for noun in extract("A dog can see two dogs on boards, about to board.")]
         ['dog', 'dog', 'board']
         """
         words = list(WORD.finditer(text))
-        found = []
+        nouns = []
         for index, word in enumerate(words):
             name = next((form for form in singulars(word[0]) if form in self.vocabulary), None)
-            if name is not None and self._noun(
+            if name is not None and self._is_noun(
                 word[0], [before[0].lower() for before in words[max(0, index - 2) : index]]
             ):
-                found.append(Mention(name, word.start(), word.end()))
-        return found
+                nouns.append(TextMention(name, word.start(), word.end()))
+        return nouns
 
     @staticmethod
-    def _noun(word: str, before: Sequence[str]) -> bool:
-        """Whether a word is a noun behind the (at most two) words before it, which are in small letters."""
+    def _is_noun(word: str, before: Sequence[str]) -> bool:
+        """Tell whether a word is a noun after the (at most two) words before it, which are in small letters."""
         last = before[-1] if before else ""
         if word == "can":
             return last in _TIN
@@ -115,7 +120,7 @@ class Vocabulary:
     """
 
     def __init__(self, objects: Mapping[str, Sequence[str]]) -> None:
-        """Takes canonical names, each with the other names that stand for it."""
+        """Store canonical names, each with the other names that stand for it."""
         self.names = {
             self._key(name): canonical for canonical, names in objects.items() for name in (canonical, *names)
         }
@@ -125,30 +130,94 @@ class Vocabulary:
     def _key(name: str) -> str:
         return " ".join(name.lower().split())
 
-    def mentions(self, text: str) -> list[Mention]:
-        """Every mention in reading order; of several names that fit at one place the longest, its last word in the
-        singular or plural.
+    def mentions(self, text: str) -> list[TextMention]:
+        """Return every mention in reading order.
+
+        Of several names that fit the same words the longest counts, with its last word in the singular or plural.
 
         >>> words = Vocabulary({"dog": ["puppy"], "hot dog": []})
         >>> [mention.name for mention in words.mentions("Puppies eat hot dogs; a dog looks on.")]
         ['dog', 'hot dog', 'dog']
         """
         words = list(WORD.finditer(text))
-        found, index = [], 0
+        mentions, index = [], 0
         while index < len(words):
             for last in range(min(index + self._longest, len(words)) - 1, index - 1, -1):
                 name = self._name(text, words[index : last + 1])
                 if name is not None:
-                    found.append(Mention(name, words[index].start(), words[last].end()))
+                    mentions.append(TextMention(name, words[index].start(), words[last].end()))
                     index = last
                     break
             index += 1
-        return found
+        return mentions
 
     def _name(self, text: str, words: Sequence[re.Match]) -> str | None:
-        """What these words of a text name; nothing if more than blanks stands between them."""
+        """Return what these words of a text name; None if more than blanks stands between them."""
         if text[words[0].start() : words[-1].end()].split() != [word[0] for word in words]:
             return None
         *first, last = (word[0].lower() for word in words)
         keys = (" ".join([*first, form]) for form in singulars(last))
         return next((self.names[key] for key in keys if key in self.names), None)
+
+
+# --- spaCy ------------------------------------------------------------------------------------------------------------
+
+INSTALL = "pip install 'lvlm-stethoscope[amber]' && python -m spacy download en_core_web_lg"
+
+
+class SpacyNounExtractor:
+    """Words of a vocabulary that a spaCy pipeline tags as nouns, and which words it takes for synonyms.
+
+    The authors take NLTK's tagger and WordNet's lemmatiser for the first and spaCy's vectors for the second; here the
+    pipeline does both. One without a tagger leaves the nouns to ``NounExtractor``.
+    """
+
+    def __init__(self, model: str, nouns: NounExtractor, threshold: float) -> None:
+        """Load the pipeline.
+
+        Args:
+            model: name of an installed spaCy model, or its folder.
+            nouns: the vocabulary, and the reader that stands in for a tagger.
+            threshold: words are synonyms if the cosine of their vectors is above it.
+
+        Raises:
+            ConfigError: spaCy or the model is not installed, or the model has no word vectors.
+        """
+        try:
+            import spacy
+        except ImportError:
+            raise ConfigError(f"task.spacy={model!r} needs spaCy: {INSTALL}") from None
+        if not Path(model).is_dir() and not entry_points(group="spacy_models", name=model):
+            # spaCy would import any installed package of that name
+            raise ConfigError(
+                f"task.spacy={model!r} is no installed spaCy model and no folder; to install it: {INSTALL}"
+            )
+        try:
+            self._pipeline = spacy.load(model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"task.spacy={model!r} cannot be loaded: {first_line(error)}; to install it: {INSTALL}"
+            ) from None
+        if not self._pipeline.vocab.vectors_length:
+            raise ConfigError(f"task.spacy={model!r} has no word vectors; a model that ends in _md or _lg has them")
+        self._nouns, self._threshold = nouns, threshold
+        self._tags = any(name in self._pipeline.pipe_names for name in ("tagger", "attribute_ruler"))
+        self.similar: Callable[[str, str], bool] = lru_cache(maxsize=1 << 18)(self._similar)
+
+    def __call__(self, text: str) -> list[TextMention]:
+        """Return the nouns of a text in reading order, named by the vocabulary's word."""
+        if not self._tags:
+            return self._nouns(text)
+        nouns = []
+        for token in self._pipeline(text):
+            name = next((form for form in (token.text, token.lemma_) if form in self._nouns.vocabulary), None)
+            if name is not None and token.tag_.startswith("NN"):
+                nouns.append(TextMention(name, token.idx, token.idx + len(token.text)))
+        return nouns
+
+    def _similar(self, word: str, other: str) -> bool:
+        # the rest of the pipeline does not touch the vectors, so it need not run
+        first, second = self._pipeline.make_doc(word), self._pipeline.make_doc(other)
+        if not (first.vector_norm and second.vector_norm):  # spaCy warns of words without vector, and calls them unlike
+            return word == other
+        return first.similarity(second) > self._threshold

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.by_hand import figures, reply, settings_of
 from PIL import Image
-from test_hub_source import cache, write  # noqa: F401 (a fixture)
+from test_sources import cache, write  # noqa: F401 (a fixture)
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.mme import Mme

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stethoscope.tasks.objects import NAMES, OBJECTS, mentions, singular
+from stethoscope.tasks.object_extraction import NAMES, OBJECTS, mentions, singular
 
 ROOT = Path(__file__).parents[3]
 

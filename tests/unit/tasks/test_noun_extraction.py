@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 
-from stethoscope.tasks import captions, given, nouns, published, sets, totals, yes_no
-from stethoscope.tasks.nouns import Nouns, Vocabulary, singulars
+from stethoscope.tasks import annotations, counts, halloc, noun_extraction, yes_no
+from stethoscope.tasks.noun_extraction import NounExtractor, Vocabulary, singulars
 
 WORDS = (
     *(
@@ -47,10 +47,10 @@ SENTENCES = [
 
 @pytest.mark.parametrize(("text", "expected"), SENTENCES)
 def test_nouns_of_a_sentence(text, expected):
-    found = Nouns(WORDS)(text)
-    assert [noun.name for noun in found] == expected
-    assert all(text[noun.start : noun.end].isprintable() for noun in found)
-    assert [noun.start for noun in found] == sorted(noun.start for noun in found)
+    nouns = NounExtractor(WORDS)(text)
+    assert [noun.name for noun in nouns] == expected
+    assert all(text[noun.start : noun.end].isprintable() for noun in nouns)
+    assert [noun.start for noun in nouns] == sorted(noun.start for noun in nouns)
 
 
 PLURALS = {
@@ -70,14 +70,14 @@ def test_singulars(plural, single):
 def test_vocabulary_of_several_words():
     words = Vocabulary({"traffic light": ["stop  Light"], "light": ["lamp"], "dog": [], "hot dog": []})
     text = "A Traffic Light, two stop\nlights, lamps; a hot, dog and HOT DOGS under traffic. Light"
-    found = words.mentions(text)
-    assert [word.name for word in found] == ["traffic light", "traffic light", "light", "dog", "hot dog", "light"]
-    assert text[found[1].start : found[1].end] == "stop\nlights"
+    mentions = words.mentions(text)
+    assert [word.name for word in mentions] == ["traffic light", "traffic light", "light", "dog", "hot dog", "light"]
+    assert text[mentions[1].start : mentions[1].end] == "stop\nlights"
     assert Vocabulary({}).mentions(text) == []
 
 
 @pytest.mark.parametrize(
-    "module", [captions, given, nouns, published, sets, totals, yes_no], ids=lambda module: module.__name__
+    "module", [annotations, counts, halloc, noun_extraction, yes_no], ids=lambda module: module.__name__
 )
 def test_examples_of_the_docstrings(module):
     assert doctest.testmod(module).failed == 0

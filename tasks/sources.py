@@ -1,8 +1,9 @@
-"""Benchmarks from the Hugging Face hub, or from a folder laid out like one: Parquet files, read through ``datasets``.
+"""Where the questions and images of a benchmark come from: embedded scenes, published files or a data set of the hub.
 
-Only Parquet files are read, and only those that lie in the data set itself. The data set's card, which may name files
-elsewhere, and the other builders of ``datasets`` have no part in it. Images are never decoded or fetched by
-``datasets``: they are bytes, or paths inside the data set, and go through ``images.read_image``.
+Of a data set on the Hugging Face hub, or of a folder laid out like one, only Parquet files are read, and only those in
+the data set itself: its card, which may name files elsewhere, and the other builders of ``datasets`` have no part in
+it. ``datasets`` never decodes or fetches an image: images are bytes, or paths inside the data set, and go through
+``images.read_image``.
 """
 
 from __future__ import annotations
@@ -10,30 +11,146 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.core.errors import DataError, first_line
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.images import read_image
 from stethoscope.core.types import ImageRef
+from stethoscope.tasks.annotations import clipped
 from stethoscope.tasks.image_folder import Bounds, ImageFolder
-from stethoscope.tasks.published import clipped
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from PIL.Image import Image
 
+    from stethoscope.testbed import Scene
+
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5,})-of-(?P<count>\d{5,})")
 _OTHER_SPLITS = {"test", "validation", "valid", "val", "dev"}
 
 
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def check_choice(kind: str, value: str, known: Collection[str]) -> None:
+    """Check that a setting has one of its values.
+
+    Args:
+        kind: what the setting chooses, such as ``parser of pope``.
+        value: what was chosen.
+        known: what there is.
+
+    Raises:
+        ConfigError: the value is not among them.
+    """
+    if value not in known:
+        raise ConfigError(unknown(kind, str(value), known))
+
+
+def check_choices(setting: str, kind: str, values: Sequence[str], known: Collection[str]) -> None:
+    """Check that a setting is a list of some of its values, at least one.
+
+    Args:
+        setting: name of the setting, such as ``subsets``.
+        kind: what each entry chooses, such as ``subset of pope``.
+        values: what was chosen.
+        known: what there is.
+
+    Raises:
+        ConfigError: it is empty or no list, or an entry is not known.
+    """
+    if isinstance(values, str) or not values:
+        raise ConfigError(f"task.{setting}={values!r} should be a list of {', '.join(known)}")
+    for value in values:
+        check_choice(kind, value, known)
+
+
+def check_positive(**settings: int) -> None:
+    """Check that settings are at least 1.
+
+    Raises:
+        ConfigError: one of them is smaller.
+
+    >>> check_positive(scenes=1)
+    """
+    if min(settings.values()) < 1:
+        shown = " and ".join(f"task.{name}={value}" for name, value in settings.items())
+        raise ConfigError(f"{shown} must be at least 1")
+
+
+def check_paths(task: str, paths: Mapping[str, tuple[str | None, str]], others: Collection[str] = ()) -> None:
+    """Check that the paths are given that a task cannot do without.
+
+    Args:
+        task: name of the task.
+        paths: by name of the setting its value, and what it should be.
+        others: sources that need no path.
+
+    Raises:
+        ConfigError: a path is missing; the message tells what each of them is.
+    """
+    if not all(path for path, _ in paths.values()):
+        needed = ", and ".join(f"task.{name}, {description}" for name, (_, description) in paths.items())
+        hint = f"; or choose {' or '.join(f'task.source={kind}' for kind in others)}" if others else ""
+        raise ConfigError(f"{task} needs {needed}{hint}")
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+class SourceRow(NamedTuple):
+    """A question, or an image to describe, as a source has it.
+
+    Attributes:
+        values: what the source says of it, by name.
+        image: its image.
+        origin: file and line, or data set and row, for messages.
+    """
+
+    values: Mapping[str, Any]
+    image: ImageRef
+    origin: str
+
+
+class DataSource:
+    """One of the places that a benchmark can be read from.
+
+    Args:
+        task: name of the task, for messages.
+        kind: the chosen one of ``readers``: ``testbed``, ``files`` or ``hub``.
+        readers: by kind, what yields the rows of that source; only the chosen one is ever called.
+        paths: of ``files``, the settings that it needs, as for ``check_paths``.
+
+    Raises:
+        ConfigError: the kind is not known, or a path is missing.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        kind: str,
+        readers: Mapping[str, Callable[[], Iterator[SourceRow]]],
+        paths: Mapping[str, tuple[str | None, str]] | None = None,
+    ) -> None:
+        check_choice(f"source of {task}", kind, readers)
+        if kind == "files":
+            check_paths(task, paths or {}, [other for other in readers if other != "files"])
+        self.rows = readers[kind]
+
+
+def scene_image(scene: Scene) -> ImageRef:
+    """Return the image of an embedded scene, which is rendered when it is needed."""
+    return ImageRef(f"{scene.id}.png", scene.image)
+
+
 @dataclass(frozen=True)
 class HubSource:
-    """Where a data set is.
+    """A data set of Parquet files on the hub, or in a folder.
 
     Attributes:
         dataset: ``owner/name`` on the hub, or a local folder with the same Parquet files.
@@ -46,6 +163,23 @@ class HubSource:
     split: str
     revision: str | None = None
     local_files_only: bool = False
+
+    def rows(self, columns: Iterable[str], image_name: Callable[[Mapping[str, Any]], str]) -> Iterator[SourceRow]:
+        """Yield the rows of the data set.
+
+        Args:
+            columns: columns that it must have beside ``image``.
+            image_name: gives the name of a row's image.
+
+        Raises:
+            DataError: as ``load_columns``.
+        """
+        images, rows = load_columns(self, (*columns, "image"))
+        for index, row in enumerate(rows):
+            yield SourceRow(row, images.ref(index, image_name(row)), f"data set {self.dataset!r}, row {index}")
+
+
+# --- Parquet files of a data set --------------------------------------------------------------------------------------
 
 
 class ImageColumn:
@@ -80,7 +214,7 @@ class ImageColumn:
                     self._files[index] = images.find(path, f"{self._name}, row {index}")
 
     def _paths(self) -> list[str | None]:
-        """The path of every cell that has no bytes; None for those that have."""
+        """Return the path of every cell that has no bytes; None for those that have."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -100,7 +234,7 @@ class ImageColumn:
         return paths
 
     def ref(self, index: int, name: str) -> ImageRef:
-        """The image of one row, decoded when it is needed.
+        """Return the image of one row, which is decoded when it is needed.
 
         Args:
             index: row number from 0.
@@ -131,7 +265,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_image_type(kind: pa.DataType) -> bool:
-    """Whether cells of an Arrow type may be pictures: bytes, paths, a struct of these, or a list of one such."""
+    """Tell whether cells of an Arrow type may be pictures: bytes, paths, a struct of these, or a list of one such."""
     import pyarrow as pa
 
     if _is_list(kind):
@@ -144,8 +278,8 @@ def _is_image_type(kind: pa.DataType) -> bool:
     return _is_text(kind) or kind in data_types
 
 
-def load(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn, list[dict[str, Any]]]:
-    """A data set's images, which are read row by row, and its other columns as plain rows.
+def load_columns(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn, list[dict[str, Any]]]:
+    """Load a data set: its images, which are read row by row, and its other columns as plain rows.
 
     Args:
         source: where it is.
@@ -183,7 +317,7 @@ def load(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn, list[d
 
 
 def _folder(source: HubSource, split: str) -> Path:
-    """The data set's own folder, or that of the hub cache, once the Parquet files of a split have been fetched."""
+    """Fetch the Parquet files of a split; return their folder, the data set's own or that of the hub cache."""
     folder = Path(source.dataset).expanduser()
     if folder.is_dir():
         return folder
@@ -201,7 +335,7 @@ def _folder(source: HubSource, split: str) -> Path:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The Parquet files of a split, in the order of their names.
+    """List the Parquet files of a split, in the order of their names.
 
     They are called after it (``test.parquet``, ``test-00000-of-00002.parquet``) or lie in a folder of its name. Where
     no file is called after any split, all are ``train``.

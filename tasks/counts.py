@@ -1,0 +1,181 @@
+"""Counts that tasks add up: answers to yes/no questions, sets of answers, objects in captions, and their quotients.
+
+Captions are scored by the objects that they name, as CHAIR does (Rohrbach et al., EMNLP 2018).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from stethoscope.core.types import Mention, Sample, Score
+from stethoscope.tasks.base import ScoredSample, Totals
+from stethoscope.tasks.object_extraction import TextMention
+
+# --- quotients and yes/no answers -------------------------------------------------------------------------------------
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide two arrays of one shape element by element; NaN where the divisor is 0.
+
+    >>> ratio(np.array([1, 0]), np.array([4, 0])).tolist()
+    [0.25, nan]
+    """
+    part, whole = np.asarray(part, float), np.asarray(whole, float)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def accuracy(totals: Totals) -> np.ndarray:
+    """Return the share of right answers (``tp``, ``tn``) among all that could be read (also ``fp``, ``fn``).
+
+    >>> float(accuracy({"tp": np.array(2), "fp": np.array(1), "tn": np.array(1), "fn": np.array(0)}))
+    0.75
+    """
+    return ratio(totals["tp"] + totals["tn"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
+
+
+def precision(totals: Totals) -> np.ndarray:
+    """Return the share of right answers among those that claim the positive class."""
+    return ratio(totals["tp"], totals["tp"] + totals["fp"])
+
+
+def recall(totals: Totals) -> np.ndarray:
+    """Return the share of questions with the positive class as their truth that get that answer."""
+    return ratio(totals["tp"], totals["tp"] + totals["fn"])
+
+
+def f1(totals: Totals) -> np.ndarray:
+    """Return the harmonic mean of precision and recall."""
+    return ratio(2 * totals["tp"], 2 * totals["tp"] + totals["fp"] + totals["fn"])
+
+
+def yes_rate(totals: Totals) -> np.ndarray:
+    """Return how often the model says yes, where yes is the positive class."""
+    return ratio(totals["tp"] + totals["fp"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
+
+
+CONFUSION = ("tp", "fp", "tn", "fn")
+"""Names of the counts that these functions take."""
+
+
+def confusion(reply: str | None, label: str, positive: str) -> dict[str, float]:
+    """Count one answer to a question with two possible replies; all 0 for an answer that was not read.
+
+    >>> confusion("no", "yes", positive="yes")
+    {'tp': 0.0, 'fp': 0.0, 'tn': 0.0, 'fn': 1.0}
+    """
+    counts = dict.fromkeys(CONFUSION, 0.0)
+    if reply is not None:
+        counts[("t" if reply == label else "f") + ("p" if reply == positive else "n")] = 1.0
+    return counts
+
+
+# --- several right answers at once ------------------------------------------------------------------------------------
+
+Key = Callable[[Sample], Hashable | None]
+"""Which set a sample belongs to; None for none."""
+
+
+def complete_sets(scored: Sequence[ScoredSample], samples: Iterable[Sample], key: Key) -> list[list[int]]:
+    """Return the indices of samples that belong together, for the sets of which every sample was scored.
+
+    A set with a sample that failed, or that a limited run did not ask, is left out: its outcome is not known, and
+    scoring it by the rest would keep the wrong sets and drop the right ones.
+
+    Args:
+        scored: samples of a run.
+        samples: all samples of the task.
+        key: which set a sample belongs to.
+
+    Returns:
+        Indices into ``scored`` set by set, in the order of the sets' first samples.
+    """
+    sizes = Counter(name for sample in samples if (name := key(sample)) is not None)
+    indices: dict[Hashable, list[int]] = defaultdict(list)
+    for index, (sample, _) in enumerate(scored):
+        if (name := key(sample)) is not None:
+            indices[name].append(index)
+    return [members for name, members in indices.items() if len(members) == sizes[name]]
+
+
+def set_counts(name: str, rights: Sequence[float], reads: Sequence[float]) -> Mapping[str, float]:
+    """Count one complete set for the totals.
+
+    Args:
+        name: prefix of the counts.
+        rights: 1 for every answer of the set that is right, else 0.
+        reads: 1 for every answer that could be read, else 0.
+
+    Returns:
+        ``<name>``: sets of which every answer was read; ``<name>_right``: those with every answer right;
+        ``<name>_asked``: all sets.
+
+    >>> dict(set_counts("pairs", [1, 0], [1, 1]))
+    {'pairs': 1.0, 'pairs_right': 0.0, 'pairs_asked': 1.0}
+    """
+    values = {"": all(reads), "_right": all(rights), "_asked": True}
+    return {name + end: float(value) for end, value in values.items()}
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+_COUNTS = ("mentions", "hallucinated", "captions", "hallucinated_captions", "truth", "found", "words")
+_SENTENCE_END = re.compile(r"""[.?!]["'”’)]*(?=\s|$)""")
+
+
+def complete_sentences(text: str) -> str:
+    """Drop the last sentence of a text if it is unfinished; a text of one sentence stays as it is.
+
+    >>> complete_sentences("A dog. A cat (black.) And a")
+    'A dog. A cat (black.)'
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text
+
+
+def score_caption(text: str, named: Sequence[str], truth: Collection[str]) -> Score:
+    """Count mentions, hallucinated mentions, true objects named and words; an empty caption is ``unparsed``.
+
+    Args:
+        text: the caption.
+        named: canonical names of the objects that it names, once for every mention.
+        truth: canonical names of the objects in the picture.
+    """
+    if not text.strip():
+        return Score("unparsed", dict.fromkeys(_COUNTS, 0.0), {"objects": [], "hallucinated": []})
+    truth = set(truth)
+    invented = [name for name in named if name not in truth]
+    values = (len(named), len(invented), 1, bool(invented), len(truth), len(truth & set(named)), len(text.split()))
+    detail = {"objects": list(named), "hallucinated": invented}
+    return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
+
+
+def label_mentions(mentions: Sequence[TextMention], label: Callable[[str], int]) -> tuple[Mention, ...]:
+    """Give mentions of a text their labels, numbers and repetitions.
+
+    Args:
+        mentions: mentions in reading order.
+        label: canonical name -> 1 hallucinated, 0 grounded, -1 not to be judged.
+    """
+    before: Counter[str] = Counter()
+    labelled = []
+    for number, (name, start, end) in enumerate(mentions):
+        labelled.append(Mention(start, end, name, label(name), number, before[name]))
+        before[name] += 1
+    return tuple(labelled)
+
+
+CHAIR_METRICS: Mapping[str, Callable[[Totals], np.ndarray]] = {
+    "chair_i": lambda totals: ratio(totals["hallucinated"], totals["mentions"]),
+    "chair_s": lambda totals: ratio(totals["hallucinated_captions"], totals["captions"]),
+    "recall": lambda totals: ratio(totals["found"], totals["truth"]),
+    "length": lambda totals: ratio(totals["words"], totals["captions"]),
+}
+"""CHAIR_i, CHAIR_s, object recall and length in words.
+
+``chair_i``: hallucinated mentions among all mentions. ``chair_s``: captions with at least one, among all captions.
+``recall``: true objects that are named, among all true objects. ``length``: words per caption.
+"""
