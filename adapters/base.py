@@ -37,14 +37,13 @@ class Adapter(ABC):
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """Answers for a batch of prompts; in float32 the same as one by one."""
 
-    def generate_and_keep(
+    def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:
-        """``generate``, and the prompts with what a trace of these answers can use again (``Encoded.cache``).
+        """Answer a batch of prompts, and return the prompts with their KV caches (``Encoded.cache``) for a trace.
 
-        What is kept takes as much memory as the cache of ``generate``, for as long as the prompts returned live. An
-        adapter that keeps nothing returns the prompts as they are; traces are the same either way, as long as nobody
-        changes the model in between.
+        The caches take as much memory as that of ``generate``, for as long as the returned prompts live. By default
+        none is returned; traces are the same either way, as long as nobody changes the model in between.
         """
         return self.generate(encoded, generation), list(encoded)
 
@@ -56,7 +55,9 @@ class Adapter(ABC):
         """
         return {}
 
-    def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def prepare_generate(
+        self, encoded: Sequence[Encoded], generation: Generation
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The transformers model, and the arguments of its ``generate`` for which ``generate`` here gives its answers.
 
         Raises:
@@ -64,11 +65,11 @@ class Adapter(ABC):
         """
         raise CapabilityError(f"{self.name} gives no access to its model, which streaming needs")
 
-    def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
+    def decode_answer(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """The answer in the ids that the model wrote: what stands before the first that ends it, or a stop string.
 
         Raises:
-            CapabilityError: as ``writing``.
+            CapabilityError: as ``prepare_generate``.
         """
         raise CapabilityError(f"{self.name} gives no access to its model, which streaming needs")
 

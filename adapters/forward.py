@@ -1,17 +1,29 @@
-"""Several prompts as one batch, and prompts extended by answers, for every family's set of inputs."""
+"""Teacher-forced forward passes: batches of prompts and answers, whole or continued from a prompt's KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stethoscope.tracing.attention_recorder import logits_to_keep
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CAUSAL = frozenset(
+    {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
+)
+"""``model_type`` of models whose prompt is causal text around image tokens, with one position a token, so that an
+answer can be read behind the keys and values of its prompt. Not among them are PaliGemma and Gemma 3, which read
+prompts in both directions, Qwen's models, whose positions are of three kinds, and those that hand no cache out (BLIP-2)
+or have an encoder. The contract tests compare traces of all of them."""
 
 Inputs = Mapping[str, Tensor]
 
@@ -24,7 +36,7 @@ SIDE = {"qformer_input_ids": 0, "qformer_attention_mask": 0, "decoder_input_ids"
 def extend(
     inputs: Inputs, answer: Sequence[int], model_type: str, decoder_start: int | None = None
 ) -> dict[str, Tensor]:
-    """The inputs of a forward pass over a prompt and the first tokens of its answer.
+    """Extend a prompt's inputs by the first tokens of its answer.
 
     Args:
         inputs: a prompt's inputs, batch 1.
@@ -47,17 +59,17 @@ def extend(
 
 
 def groups(inputs: Sequence[Inputs]) -> list[list[int]]:
-    """Indices of prompts that can share a batch: the same inputs, and images cut into the same number of tiles."""
-    found: dict[tuple, list[int]] = {}
-    for index, one in enumerate(inputs):
-        padded = {**SEQUENCE, **SIDE}
-        key = tuple(sorted((name, () if name in padded else tuple(v.shape[1:])) for name, v in one.items()))
-        found.setdefault(key, []).append(index)
-    return list(found.values())
+    """List the indices of prompts that can share a batch: the same inputs, images cut into as many tiles."""
+    batches: dict[tuple, list[int]] = {}
+    padded = {**SEQUENCE, **SIDE}
+    for index, prompt in enumerate(inputs):
+        key = tuple(sorted((name, () if name in padded else tuple(v.shape[1:])) for name, v in prompt.items()))
+        batches.setdefault(key, []).append(index)
+    return list(batches.values())
 
 
 def collate(inputs: Sequence[Inputs], pad_id: int, side: str) -> dict[str, Tensor]:
-    """One batch.
+    """Collate prompts into one batch.
 
     Args:
         inputs: prompts of one of ``groups``.
@@ -69,7 +81,7 @@ def collate(inputs: Sequence[Inputs], pad_id: int, side: str) -> dict[str, Tenso
         return dict(inputs[0])
     batch = {}
     for name in inputs[0]:
-        parts = [one[name] for one in inputs]
+        parts = [prompt[name] for prompt in inputs]
         if name in SEQUENCE or name in SIDE:
             fill = pad_id if name == "input_ids" else {**SEQUENCE, **SIDE}[name]
             parts = _pad(parts, fill, "right" if name in SIDE else side)
@@ -87,44 +99,178 @@ def _pad(parts: list[Tensor], fill: int, side: str) -> list[Tensor]:
     return padded
 
 
-CAUSAL = frozenset(
-    {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
-)
-"""``model_type`` of models whose prompt is causal text around image tokens, with one position a token, so that an
-answer can be read behind the keys and values of its prompt. Not among them are PaliGemma and Gemma 3, which read
-prompts in both directions, Qwen's models, whose positions are of three kinds, and those that hand no cache out (BLIP-2)
-or have an encoder. The contract tests compare traces of all of them."""
-
-
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """B answers in one forward pass, padded on the right, where causal rows never look.
 
     Attributes:
         inputs: keyword arguments of the forward pass. A cache among them serves one pass.
-        rows: (B, T) positions among the queries that predict the answer tokens, or (B, T + 1) with the one that reads
-            the last. Shorter answers repeat their last row.
-        spans: of the prompts, in positions of the keys.
-        firsts: position of every prompt's first token among the keys.
+        rows: (B, T) int64, query positions that predict the answer tokens, or (B, T + 1) with the one that reads the
+            last token. Shorter answers repeat their last row.
+        spans: of the prompts, in key positions.
+        pad_offsets: (B,) key position of every prompt's first token.
         length: number of keys of the sequence that the prompts are in.
-        behind: the pass begins behind the images.
+        continued: the pass begins behind the images, after a KV cache.
     """
 
     inputs: dict[str, Any]
     rows: Tensor
     spans: list[Spans]
-    firsts: list[int]
+    pad_offsets: list[int]
     length: int
-    behind: bool = False
+    continued: bool = False
 
     @property
     def queries(self) -> int | None:
-        """Number of queries of a pass behind the images."""
-        return self.inputs["input_ids"].shape[1] if self.behind else None
+        """Number of queries of a continued pass; None for a full one."""
+        return self.inputs["input_ids"].shape[1] if self.continued else None
+
+
+class ForwardRunner:
+    """Prepare and run teacher-forced passes of one loaded model.
+
+    Args:
+        model: in evaluation mode.
+        pad_id: token id that ``input_ids`` are padded with.
+        decoder_start: first token id of an encoder-decoder model's decoder; None for a decoder-only model.
+
+    Attributes:
+        causal: answers can be read behind the KV caches of their prompts (``CAUSAL``).
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, decoder_start: int | None) -> None:
+        self.model, self.pad_id, self.decoder_start = model, pad_id, decoder_start
+        self.causal = model.config.model_type in CAUSAL
+        self._takes_positions = bool(logits_to_keep(model, []))
+
+    def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Move inputs to where the model expects them, floating-point ones in its dtype.
+
+        Weights that accelerate has offloaded are on no device; its hook then names the device.
+        """
+        hook = getattr(self.model, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        device, dtype = self.model.device if device is None else torch.device(device), self.model.dtype
+        return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+
+    def collate(self, encoded: Sequence[Encoded], side: str) -> dict[str, Tensor]:
+        """Collate prompts into one batch on the model's device, padded on ``side`` (``left`` or ``right``)."""
+        return self.to_device(collate([prompt.inputs for prompt in encoded], self.pad_id, side))
+
+    def extended(self, encoded: Encoded, answer_ids: Sequence[int]) -> dict[str, Tensor]:
+        """Return the inputs of a pass over one prompt and its answer, on the model's device."""
+        return self.to_device(extend(encoded.inputs, answer_ids, self.model.config.model_type, self.decoder_start))
+
+    def full_forward(
+        self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]], consuming: bool = False
+    ) -> ForwardPass:
+        """Prepare a pass over whole prompts and answers.
+
+        Args:
+            encoded: B prompts. ``answers``: B lists of token ids.
+            consuming: also read the last token of every answer, whose row predicts nothing of the answer: row k + 1 is
+                the one that consumes token k.
+        """
+        model_type = self.model.config.model_type
+        read = [ids if consuming else ids[:-1] for ids in answers]
+        parts = [
+            extend(prompt.inputs, ids, model_type, self.decoder_start)
+            for prompt, ids in zip(encoded, read, strict=True)
+        ]
+        inputs = self.to_device(collate(parts, self.pad_id, "right"))
+        spans = [prompt.spans for prompt in encoded]
+        starts = [span.length - 1 if self.decoder_start is None else 0 for span in spans]
+        rows = answer_rows(starts, [len(ids) for ids in read])
+        return ForwardPass(inputs, rows, spans, [0] * len(spans), inputs["input_ids"].shape[1])
+
+    def continue_from_cache(
+        self,
+        encoded: Sequence[Encoded],
+        answers: Sequence[Sequence[int]],
+        caches: Sequence[PromptCache],
+        tail_lengths: Sequence[int] | None = None,
+        consuming: bool = False,
+    ) -> ForwardPass:
+        """Prepare a pass over the answers and the prompts' last tokens, behind the KV cache of the tokens before.
+
+        Args:
+            encoded: B prompts of a causal model. ``answers``: B lists of token ids.
+            caches: of these prompts, or of the same prompts with other images.
+            tail_lengths: how many prompt tokens run again, at least the last, which predicts the first answer token;
+                1 each by default.
+            consuming: as for ``full_forward``.
+        """
+        read = [ids if consuming else ids[:-1] for ids in answers]
+        tails = list(tail_lengths or [1] * len(encoded))
+        prefix_lengths = [prompt.spans.length - tail for prompt, tail in zip(encoded, tails, strict=True)]
+        longest_prefix = max(prefix_lengths)
+        pad_offsets = [longest_prefix - count for count in prefix_lengths]
+        queries = [
+            [*prompt.inputs["input_ids"][0, count:].tolist(), *ids]
+            for prompt, count, ids in zip(encoded, prefix_lengths, read, strict=True)
+        ]
+        longest = max(map(len, queries))
+        mask = torch.ones(len(queries), longest_prefix + longest, dtype=torch.long)
+        for index, offset in enumerate(pad_offsets):
+            mask[index, :offset] = 0
+        inputs: dict[str, Any] = self.to_device(
+            {
+                "input_ids": torch.tensor([[*ids, *[self.pad_id] * (longest - len(ids))] for ids in queries]),
+                "attention_mask": mask,
+                "position_ids": torch.tensor(prefix_lengths)[:, None] + torch.arange(longest),
+            }
+        )
+        inputs["past_key_values"] = _join_caches(caches, prefix_lengths, pad_offsets)
+        rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
+        spans = [_shift(prompt.spans, offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
+        return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
+
+    def prompt_caches(self, cache: Any, encoded: Sequence[Encoded], ends: Sequence[int]) -> list[PromptCache | None]:
+        """Cut a cache of transformers into one per prompt.
+
+        Args:
+            cache: what a forward pass or ``generate`` returned as ``past_key_values``.
+            encoded: B prompts. ``ends``: the cache column behind the last token of each.
+
+        Returns:
+            B caches; None where keys are dropped or changed, or cannot be used again.
+        """
+        dynamic = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not self.causal or not dynamic:
+            return [None] * len(encoded)
+        caches: list[PromptCache | None] = []
+        for index, (prompt, end) in enumerate(zip(encoded, ends, strict=True)):
+            start = end - prompt.spans.length
+            layers = tuple(
+                tuple(part[index : index + 1, :, start:end] for part in (layer.keys, layer.values))
+                for layer in cache.layers
+            )
+            # a prompt's last token runs again, and without the picture that of an image would be read as a word
+            ends_in_image = prompt.spans.image[-1] == prompt.spans.length - 1
+            caches.append(None if ends_in_image else PromptCache(layers))
+        return caches
+
+    def logits(self, forward: ForwardPass, rows: Tensor | None = None) -> Tensor:
+        """Run a pass and return the (B, T, V) float32 logits of its rows; the head runs on no other rows.
+
+        Args:
+            forward: the pass.
+            rows: (B, T) query positions; ``forward.rows`` by default.
+        """
+        rows = forward.rows if rows is None else rows
+        positions = rows.unique()
+        options = self.positions_to_keep(positions.tolist())
+        logits = self.model(**forward.inputs, **options, use_cache="past_key_values" in forward.inputs).logits
+        columns = torch.searchsorted(positions, rows) if options else rows
+        return logits[torch.arange(len(rows))[:, None].to(logits.device), columns.to(logits.device)].float()
+
+    def positions_to_keep(self, positions: Sequence[int]) -> dict[str, list[int]]:
+        """Return the argument that makes the head run on some positions alone, see ``logits_to_keep``."""
+        return {"logits_to_keep": list(positions)} if self._takes_positions else {}
 
 
 def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
-    """(B, T) rows of answers of which so many tokens are read, the first row at ``starts``.
+    """Return (B, T) rows of answers of which so many tokens are read, the first row at ``starts``.
 
     >>> answer_rows([4, 2], [2, 1]).tolist()
     [[4, 5, 6], [2, 3, 3]]
@@ -133,81 +279,28 @@ def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
     return torch.tensor(starts)[:, None] + steps.minimum(torch.tensor(read)[:, None])
 
 
-def pass_behind(
-    encoded: Sequence[Encoded],
-    caches: Sequence[PromptCache],
-    answers: Sequence[Sequence[int]],
-    tails: Sequence[int],
-    pad_id: int,
-) -> Pass:
-    """A pass over the last tokens of every prompt and the answer, behind the keys and values of the tokens before.
-
-    Args:
-        encoded: B prompts of a causal model. ``caches``: of them, or of prompts with other pictures.
-        answers: ids that are read.
-        tails: how many prompt tokens run again, at least the last, which predicts the answer's first token.
-        pad_id: what to pad ``input_ids`` with.
-    """
-    known = [one.spans.length - tail for one, tail in zip(encoded, tails, strict=True)]
-    firsts = [max(known) - count for count in known]
-    read = [
-        [*one.inputs["input_ids"][0, count:].tolist(), *ids]
-        for one, count, ids in zip(encoded, known, answers, strict=True)
-    ]
-    longest = max(map(len, read))
-    mask = torch.ones(len(read), max(known) + longest, dtype=torch.long)
-    for index, first in enumerate(firsts):
-        mask[index, :first] = 0
-    inputs = {
-        "input_ids": torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in read]),
-        "attention_mask": mask,
-        "position_ids": torch.tensor(known)[:, None] + torch.arange(longest),
-        "past_key_values": _joined(caches, known, firsts),
-    }
-    rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in answers])
-    spans = [_moved(one.spans, first) for one, first in zip(encoded, firsts, strict=True)]
-    return Pass(inputs, rows, spans, firsts, mask.shape[1], True)
-
-
-def prompt_caches(cache: Any, lengths: Sequence[int], ends: Sequence[int]) -> list[PromptCache | None]:
-    """Parts of a cache of transformers, one for every prompt; None where it is of a kind that drops or changes keys.
-
-    Args:
-        cache: what a forward pass or ``generate`` has left.
-        lengths: of the prompts. ``ends``: the column behind each one's last token.
-    """
-    if type(cache) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return [None] * len(lengths)
-    return [
-        PromptCache(
-            tuple(
-                tuple(part[index : index + 1, :, end - length : end] for part in (layer.keys, layer.values))
-                for layer in cache.layers
-            )
-        )
-        for index, (length, end) in enumerate(zip(lengths, ends, strict=True))
-    ]
-
-
-def _joined(caches: Sequence[PromptCache], known: Sequence[int], firsts: Sequence[int]) -> DynamicCache:
-    """One cache of the first ``known`` tokens of every prompt, padded on the left to begin at ``firsts``."""
+def _join_caches(
+    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
+) -> DynamicCache:
+    """Join the first tokens of every prompt's cache into one, padded on the left."""
     joined = DynamicCache()
-    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        both = []
-        for parts in zip(*layers, strict=True):
-            cut = [part[:, :, :count] for part, count in zip(parts, known, strict=True)]
+    for layer, pairs in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys_and_values = []
+        for parts in zip(*pairs, strict=True):
+            prefixes = [part[:, :, :count] for part, count in zip(parts, prefix_lengths, strict=True)]
             padded = [
-                torch.nn.functional.pad(part, (0, 0, first, 0)) if first else part
-                for part, first in zip(cut, firsts, strict=True)
+                torch.nn.functional.pad(prefix, (0, 0, offset, 0)) if offset else prefix
+                for prefix, offset in zip(prefixes, pad_offsets, strict=True)
             ]
-            both.append(torch.cat(padded))
-        joined.update(*both, number)
+            keys_and_values.append(torch.cat(padded))
+        joined.update(*keys_and_values, layer)
     return joined
 
 
-def _moved(spans: Spans, by: int) -> Spans:
-    """The spans behind ``by`` positions of padding."""
-    if not by:
+def _shift(spans: Spans, offset: int) -> Spans:
+    """Shift all positions by ``offset``."""
+    if not offset:
         return spans
-    moved = {name: tuple(at + by for at in getattr(spans, name)) for name in ("image", "question", "separators")}
-    return replace(spans, length=spans.length + by, **moved)
+    names = ("image", "question", "separators")
+    shifted = {name: tuple(position + offset for position in getattr(spans, name)) for name in names}
+    return replace(spans, length=spans.length + offset, **shifted)

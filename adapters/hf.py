@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,14 @@ from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import generation as generating
 from stethoscope.adapters import loading, memory, tiny
 from stethoscope.adapters.base import Adapter
-from stethoscope.adapters.forward import collate, extend, groups
+from stethoscope.adapters.forward import ForwardRunner, groups
 from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.prompts import Encoder, check_chat_template, check_prompt
-from stethoscope.adapters.tracer import Blanks, Tracing
+from stethoscope.adapters.prompts import PromptEncoder, check_chat_template, check_prompt
+from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
-from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 
-class HfAdapter(Tracing, Adapter):
+class HfAdapter(Adapter):
     """A model folder or hub id that ``AutoModelForImageTextToText`` loads.
 
     Args:
@@ -89,8 +89,6 @@ class HfAdapter(Tracing, Adapter):
         self._model: PreTrainedModel | None = None
         self._digest: str | None = None
         self._loaded: tuple[int, ...] | None = None  # versions of the weights as they came
-        self._lens: Lens | None = None
-        self._blanks = Blanks()
 
     def setup(self) -> None:
         """Loads weights and processor; does nothing the second time.
@@ -110,7 +108,7 @@ class HfAdapter(Tracing, Adapter):
         if self.random_init and self.loading.dtype != "auto":
             model = model.to(getattr(torch, self.loading.dtype))
         if self.random_init and self.loading.device_map is not None:
-            model = loading.placed(model, self.loading)
+            model = loading.dispatch_model(model, self.loading)
         if self.loading.device_map is None:
             try:
                 model = model.to(device)
@@ -121,14 +119,17 @@ class HfAdapter(Tracing, Adapter):
             _try_out(encoder, self.name)
             self._ends, self._pad = _special_ids(model, processor.tokenizer)
             self._start = _decoder_start(model)
+            tokenizer, plain = processor.tokenizer, {"clean_up_tokenization_spaces": False}
+            self._decode = partial(tokenizer.decode, **plain)
+            self._decode_text = partial(tokenizer.decode, **plain, skip_special_tokens=True)
         self._encoder, self._processor = encoder, processor
         self._model = model.eval().requires_grad_(False)
         self._loaded = digests.versions(model)
         generating.drop_defaults(model)
         named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholders = [token for token in named if token is not None]
-        # Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
-        self._blank_value = 1e-6 if model.config.model_type in ("idefics2", "idefics3", "smolvlm") else 0.0
+        self._forward = ForwardRunner(model, self._pad, self._start)
+        self._tracer = Tracer(self.name, self._forward)
 
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Model and processor from their files. Families that transformers does not have replace this."""
@@ -158,7 +159,7 @@ class HfAdapter(Tracing, Adapter):
 
     def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[Image, str], Encoded]:
         """What ``encode`` calls."""
-        return Encoder(model, processor, self.prompt)
+        return PromptEncoder(model, processor, self.prompt)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -193,50 +194,56 @@ class HfAdapter(Tracing, Adapter):
 
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it."""
-        return self._answers(encoded, generation, keep=False)[0]
+        return self._answers(encoded, generation, return_cache=False)[0]
 
-    def generate_and_keep(
+    def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:
-        """See ``Adapter.generate_and_keep``. Kept are keys and values of models of ``passes.CAUSAL``."""
-        return self._answers(encoded, generation, keep=True)
+        """See ``Adapter.generate_with_cache``; KV caches are returned of the models in ``forward.CAUSAL``."""
+        return self._answers(encoded, generation, return_cache=True)
 
     @torch.inference_mode()
     def _answers(
-        self, encoded: Sequence[Encoded], generation: Generation, keep: bool
+        self, encoded: Sequence[Encoded], generation: Generation, return_cache: bool
     ) -> tuple[list[Answer], list[Encoded]]:
         self.setup()
-        done: dict[int, tuple[Answer, Encoded]] = {}
-        for group in groups([one.inputs for one in encoded]):
+        answers: dict[int, Answer] = {}
+        prompts = dict(enumerate(encoded))
+        for group in groups([prompt.inputs for prompt in encoded]):
             batch = [encoded[index] for index in group]
             with model_faults(f"{self.name} fails to answer"):
-                answers, caches = self._generate(batch, generation, keep)
-            kept = [replace(one, cache=cache) for one, cache in zip(batch, caches, strict=True)] if keep else batch
-            done.update(zip(group, zip(answers, kept, strict=True), strict=True))
-        pairs = [done[index] for index in range(len(encoded))]
-        return [answer for answer, _ in pairs], [one for _, one in pairs]
+                generated, caches = self._generate(batch, generation, return_cache)
+            for index, answer, cache in zip(group, generated, caches, strict=True):
+                answers[index] = answer
+                if return_cache:
+                    prompts[index] = replace(encoded[index], cache=cache)
+        return [answers[index] for index in range(len(encoded))], list(prompts.values())
 
     def _generate(
-        self, encoded: list[Encoded], generation: Generation, keep: bool
+        self, encoded: list[Encoded], generation: Generation, return_cache: bool
     ) -> tuple[list[Answer], list[PromptCache | None]]:
-        model, arguments = self.writing(encoded, generation)
+        model, arguments = self.prepare_generate(encoded, generation)
         output = model.generate(**arguments)
         start = arguments["input_ids"].shape[1] if self._start is None else 1
-        answers = output.sequences[:, start:]
+        ids, no_caches = output.sequences[:, start:], [None] * len(encoded)
         if generation.num_beams > 1:  # whose cache is of beams, not of prompts
-            found = self._scored(encoded, [self._cut(ids, generation) for ids in answers.tolist()])
-            return found, [None] * len(encoded)
-        steps = zip(output.logits, answers.T, strict=True)
+            return self._scored(encoded, [self._cut(beam, generation) for beam in ids.tolist()]), no_caches
+        steps = zip(output.logits, ids.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
-        pairs = zip(answers.tolist(), logprobs.tolist(), strict=True)
-        caches = self._prompt_caches(output.past_key_values, encoded, [start] * len(encoded)) if keep else []
-        return [self.written(ids, values, generation) for ids, values in pairs], caches
+        answers = [
+            self.decode_answer(answer_ids, values, generation)
+            for answer_ids, values in zip(ids.tolist(), logprobs.tolist(), strict=True)
+        ]
+        if not return_cache:
+            return answers, no_caches
+        return answers, self._forward.prompt_caches(output.past_key_values, encoded, [start] * len(encoded))
 
-    def writing(self, encoded: Sequence[Encoded], generation: Generation) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """See ``Adapter.writing``."""
+    def prepare_generate(
+        self, encoded: Sequence[Encoded], generation: Generation
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """See ``Adapter.prepare_generate``."""
         self.setup()
-        side = "left" if self._start is None else "right"
-        inputs = self._to_device(collate([one.inputs for one in encoded], self._pad, side))
+        inputs = self._forward.collate(encoded, "left" if self._start is None else "right")
         settings = self._generation_config(generation)
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if self._start is None else 1
         return self._model, {
@@ -249,7 +256,7 @@ class HfAdapter(Tracing, Adapter):
     def _generation_config(self, generation: Generation) -> GenerationConfig:
         settings = generating.config(generation, self._ends, self._pad)
         settings.decoder_start_token_id = self._start
-        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second picture
+        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second image
         return settings
 
     def generation_settings(self, generation: Generation) -> dict[str, Any]:
@@ -257,8 +264,8 @@ class HfAdapter(Tracing, Adapter):
         self.setup()
         return generating.effective(self._model, self._generation_config(generation))
 
-    def written(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
-        """See ``Adapter.written``."""
+    def decode_answer(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
+        """See ``Adapter.decode_answer``."""
         return self._answer(self._cut(ids, generation), list(logprobs))
 
     def _cut(self, ids: Sequence[int], generation: Generation) -> generating.Cut:
@@ -292,25 +299,20 @@ class HfAdapter(Tracing, Adapter):
             return ids
         return tokenizer(joint + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
 
-    def _scored(self, encoded: Sequence[Encoded], answers: Sequence[generating.Cut]) -> list[Answer]:
-        """Answers with log-probabilities from a teacher-forced pass."""
-        scored = []
-        for one, cut in zip(encoded, answers, strict=True):
-            logits = self._logits(self._whole([one], [cut.ids]))[0, : len(cut.ids)]
+    def _scored(self, encoded: Sequence[Encoded], cuts: Sequence[generating.Cut]) -> list[Answer]:
+        """Answers with log-probabilities from teacher-forced passes."""
+        answers = []
+        for prompt, cut in zip(encoded, cuts, strict=True):
+            logits = self._forward.logits(self._forward.full_forward([prompt], [cut.ids]))[0, : len(cut.ids)]
             chosen = logits.log_softmax(-1).gather(-1, torch.tensor(cut.ids, device=logits.device).long()[:, None])
-            scored.append(self._answer(cut, chosen[:, 0].tolist()))
-        return scored
+            answers.append(self._answer(cut, chosen[:, 0].tolist()))
+        return answers
 
     def _answer(self, cut: generating.Cut, logprobs: list[float]) -> Answer:
-        text, offsets = decode_with_offsets(cut.ids, lambda some: self._decode(some, skip_special_tokens=True))
+        text, offsets = decode_with_offsets(cut.ids, self._decode_text)
         text = text[: len(text) - cut.surplus]
         offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
         return Answer(text, tuple(cut.ids), offsets, tuple(logprobs[: len(cut.ids)]), cut.finished)
-
-    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self._processor.tokenizer.decode(
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
 
     def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
         """See ``Adapter.trace``."""
@@ -331,31 +333,13 @@ class HfAdapter(Tracing, Adapter):
         for need in needs:
             if need not in (*NEEDS, *MORE_NEEDS):
                 raise ConfigError(unknown("need", need, [*NEEDS, *MORE_NEEDS]))
-        traces: dict[int, Trace] = {}
         with model_faults(f"{self.name} fails while its answer is traced", CaptureError):
-            for group in groups([one.inputs for one in encoded]):
-                chosen = [encoded[index] for index in group], [answers[index] for index in group]
-                traces.update(zip(group, self._trace(*chosen, frozenset(needs)), strict=True))
-            if "relevancy" in needs:
-                for index, relevancy in enumerate(self._relevancies(encoded, answers)):
-                    traces[index] = replace(traces[index], relevancy=relevancy)
-        return [traces[index] for index in range(len(encoded))]
+            return self._tracer.trace(encoded, answers, frozenset(needs))
 
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """See ``Adapter.forward_inputs``."""
         self.setup()
-        extended = extend(encoded.inputs, answer_ids, self._model.config.model_type, self._start)
-        return self._model, self._to_device(extended)
-
-    def _input_device(self) -> torch.device:
-        """Where inputs go. Weights that accelerate has offloaded are on no device, so its hook knows better."""
-        hook = getattr(self._model, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return self._model.device if device is None else torch.device(device)
-
-    def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = self._input_device(), self._model.dtype
-        return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+        return self._model, self._forward.extended(encoded, answer_ids)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``. Holds no path of this machine."""

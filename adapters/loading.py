@@ -146,7 +146,7 @@ class Loading:
         return f"cuda:{local % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
     def options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` of a model is told beyond ``where``."""
+        """What ``from_pretrained`` of a model is told beyond ``hub_kwargs``."""
         options = {"dtype": self.dtype, "device_map": self.device_map, "attn_implementation": self.attention}
         if self.max_memory is not None:
             options["max_memory"] = dict(self.max_memory)
@@ -160,7 +160,7 @@ class Loading:
             options["quantization_config"] = BitsAndBytesConfig(**chosen, llm_int8_skip_modules=[WHOLE])
         return options
 
-    def where(self, folder: bool) -> dict[str, Any]:
+    def hub_kwargs(self, folder: bool) -> dict[str, Any]:
         """What every ``from_pretrained`` of transformers is told about where the files are."""
         offline = self.local_files_only
         if not folder and not offline and not _hub_answers():
@@ -190,11 +190,11 @@ def load(
 
     loading.ready()
     folder = is_folder(model_id)
-    source, where = source_of(model_id, folder), loading.where(folder)
-    with one_line(model_id), quiet(folder):
-        _check_kind(model_id, source, where)
-        is_blip = processors.model_type_of(source, where) in processors.BLIP_PROCESSORS
-        processor = (processors.load_blip if is_blip else processors.load)(source, where)
+    source, hub_kwargs = source_of(model_id, folder), loading.hub_kwargs(folder)
+    with translate_loading_errors(model_id), silenced(folder):
+        _check_kind(model_id, source, hub_kwargs)
+        is_blip = processors.model_type_of(source, hub_kwargs) in processors.BLIP_PROCESSORS
+        processor = (processors.load_blip if is_blip else processors.load)(source, hub_kwargs)
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
     if is_blip:
@@ -203,7 +203,7 @@ def load(
     return model, processor
 
 
-def _check_kind(model_id: str, source: str, where: Mapping[str, Any]) -> None:
+def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> None:
     """Refuse folders of other kinds than models of transformers, which would fail late or load as something else.
 
     Raises:
@@ -212,7 +212,7 @@ def _check_kind(model_id: str, source: str, where: Mapping[str, Any]) -> None:
     from transformers import PreTrainedConfig
     from transformers.utils import find_adapter_config_file, is_peft_available
 
-    places = {name: where[name] for name in ("revision", "local_files_only")}
+    places = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
     if not is_peft_available() and find_adapter_config_file(source, **places) is not None:
         raise CapabilityError(
             f"model {model_id} is a LoRA adapter (adapter_config.json); peft, which loads it, is not installed: "
@@ -247,8 +247,8 @@ def pretrained(
     loading.ready()
     folder, name = source is None or is_folder(source), name or str(source)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which do not fit
-    options = {**told, **loading.where(folder), **loading.options(), **more}
-    with one_line(name), quiet(folder):
+    options = {**told, **loading.hub_kwargs(folder), **loading.options(), **more}
+    with translate_loading_errors(name), silenced(folder):
         model, report = cls.from_pretrained(None if source is None else source_of(source, folder), **options)
     _check_report(report, name, model.state_dict())
     if loading.quantize == "4bit":
@@ -317,10 +317,10 @@ def _check_report(report: Mapping[str, Any], name: str, known: Iterable[str]) ->
         )
 
 
-def placed(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+def dispatch_model(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
     """A model that was made in memory, loaded again so that it follows ``loading`` like one from files."""
     folder = tempfile.TemporaryDirectory(prefix="stethoscope-")
-    with quiet(True):
+    with silenced(True):
         model.save_pretrained(folder.name)
     again = pretrained(type(model), folder.name, loading)
     again._stethoscope_files = folder  # layers on disk are read from there as long as the model lives
@@ -353,7 +353,7 @@ def _max_memory(given: Mapping[int | str, int | str]) -> dict[int | str, int]:
 
 
 @contextmanager
-def one_line(model_id: str) -> Iterator[None]:
+def translate_loading_errors(model_id: str) -> Iterator[None]:
     """Turns what loading raises into an error of one line."""
     try:
         yield
@@ -389,7 +389,7 @@ def _hub_answers() -> bool:
 
 
 @contextmanager
-def quiet(folder: bool) -> Iterator[None]:
+def silenced(folder: bool) -> Iterator[None]:
     """Without transformers' reports about weights, which come as errors, nor progress bars where nothing is fetched."""
     from transformers.utils import logging
 

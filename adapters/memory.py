@@ -25,9 +25,9 @@ _CODES = 16 * 4  # the table of NF4's values that every matrix carries
 
 
 @contextmanager
-def nowhere() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Models made in this block have shapes but no numbers."""
-    with torch.device("meta"), files.quiet(True):
+    with torch.device("meta"), files.silenced(True):
         yield
 
 
@@ -40,10 +40,10 @@ def skeleton(model_id: str, loading: Loading) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder = files.is_folder(model_id)
-    with files.one_line(model_id):
-        where = loading.where(folder)
-        config = AutoConfig.from_pretrained(files.source_of(model_id, folder), **where)
-        with nowhere():
+    with files.translate_loading_errors(model_id):
+        hub_kwargs = loading.hub_kwargs(folder)
+        config = AutoConfig.from_pretrained(files.source_of(model_id, folder), **hub_kwargs)
+        with on_meta_device():
             trusted = {"trust_remote_code": loading.trust_remote_code}
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype_of(config, loading), **trusted)
     _own_head(model)

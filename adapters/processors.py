@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 _VIDEO = "video_processor"
 
 
-def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
+def load(source: str, hub_kwargs: Mapping[str, Any]) -> ProcessorMixin:
     """What ``AutoProcessor`` loads; where that fails and the family reads videos too, the processor without them.
 
     Args:
         source: folder or hub id.
-        where: what ``from_pretrained`` is told about the place, see ``loading.Loading.where``.
+        hub_kwargs: what ``from_pretrained`` is told about the place, see ``loading.Loading.hub_kwargs``.
 
     Raises:
         CapabilityError: the processor's parts for images and text cannot be loaded either.
@@ -35,18 +35,18 @@ def load(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     try:
-        return AutoProcessor.from_pretrained(source, **where)
+        return AutoProcessor.from_pretrained(source, **hub_kwargs)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
         try:
-            cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **where)), None)
+            cls = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **hub_kwargs)), None)
         except (OSError, ValueError):
             raise error from None
         if cls is None or _VIDEO not in cls.get_attributes():
             raise
         try:
-            images = AutoImageProcessor.from_pretrained(source, **where)
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            settings, _ = cls.get_processor_dict(source, **where)
+            images = AutoImageProcessor.from_pretrained(source, **hub_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+            settings, _ = cls.get_processor_dict(source, **hub_kwargs)
         except (ImportError, OSError, ValueError, TypeError, AttributeError) as second:
             raise CapabilityError(
                 f"the {cls.__name__} of {source} cannot be loaded, even without videos: {first_line(second)}"
@@ -124,18 +124,18 @@ BLIP_PROCESSORS = {"blip-2": "Blip2Processor", "instructblip": "InstructBlipProc
 """Class of the processor by transformers' ``model_type``."""
 
 
-def model_type_of(source: str, where: Mapping[str, Any]) -> str | None:
+def model_type_of(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
     """The ``model_type`` that the configuration of a folder or hub id names.
 
     Args:
-        where: what ``from_pretrained`` is told about the place, see ``loading.Loading.where``.
+        hub_kwargs: what ``from_pretrained`` is told about the place, see ``loading.Loading.hub_kwargs``.
     """
     from transformers import PreTrainedConfig
 
-    return PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
+    return PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0].get("model_type")
 
 
-def load_blip(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
+def load_blip(source: str, hub_kwargs: Mapping[str, Any]) -> ProcessorMixin:
     """The processor for images, put together from its parts.
 
     The name that the repository gives is not believed: a revision of ``Salesforce/instructblip-vicuna-7b`` calls for
@@ -143,15 +143,15 @@ def load_blip(source: str, where: Mapping[str, Any]) -> ProcessorMixin:
 
     Args:
         source: folder or hub id of a model whose type is one of ``BLIP_PROCESSORS``.
-        where: as for ``model_type_of``.
+        hub_kwargs: as for ``model_type_of``.
     """
     import transformers
     from transformers import AutoTokenizer
 
-    family = model_type_of(source, where)
-    parts = [_blip_images().from_pretrained(source, **where), AutoTokenizer.from_pretrained(source, **where)]
+    family = model_type_of(source, hub_kwargs)
+    parts = [_blip_images().from_pretrained(source, **hub_kwargs), AutoTokenizer.from_pretrained(source, **hub_kwargs)]
     if family == "instructblip":
-        parts.append(AutoTokenizer.from_pretrained(source, subfolder="qformer_tokenizer", **where))
+        parts.append(AutoTokenizer.from_pretrained(source, subfolder="qformer_tokenizer", **hub_kwargs))
     return getattr(transformers, BLIP_PROCESSORS[family])(*parts)
 
 

@@ -41,7 +41,7 @@ class _Text:
         return sum(part.nbytes for part in self.inputs.values()) + 40 * positions + 2000
 
 
-class Encoder:
+class PromptEncoder:
     """Encodes for one model and processor.
 
     Args:

@@ -1,6 +1,6 @@
-"""The traced pass of ``HfAdapter``: one teacher-forced forward for all that it can leave behind, then contrasts.
+"""Trace answers: one teacher-forced pass for all that it can record, then the contrast passes and relevancy.
 
-Where ``generate_and_keep`` has left the keys and values of the prompts, this pass begins with their last token.
+Where generation has returned the KV caches of the prompts, the traced pass begins with their last token.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters.fingerprint import hooks, tensors_of, versions
-from stethoscope.adapters.forward import CAUSAL, Pass, answer_rows, collate, extend, pass_behind, prompt_caches
+from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
-from stethoscope.relevancy import Relevancy, answer_relevancy, relevancies_from_inputs
-from stethoscope.tracing.attention_recorder import AttentionRows, HeadRows, logits_to_keep
+from stethoscope.relevancy import Relevancy, relevancies_from_inputs, relevancy_from_inputs
+from stethoscope.tracing.attention_recorder import AttentionRows, HeadRows
 from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
@@ -28,244 +28,146 @@ from stethoscope.tracing.state_recorder import StateRows
 from stethoscope.tracing.trace import Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from transformers import PreTrainedModel
 
+_BLANK_BYTES = 64 * 2**20
+"""Enough for the questions of a benchmark and a small model; of a large one hardly a prompt fits, and none is kept."""
 _SMALL_MAPS = 2**24  # bytes that the attention maps of an answer may take, to be kept for the backward pass
 _OF_PROMPTS = frozenset({"states", "image_lens"})
 """What reads the rows of the prompt, in one stream with those of the answer."""
+# Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
+_BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
 
-class Blanks:
-    """Keys and values of prompts with a blank picture, which all pictures of one size share that are asked the same.
+class BlankPrefixCache:
+    """KV caches of prompts with a blank image, shared by all images of one size with the same question.
 
-    They are forgotten when the model's weights or hooks are others, or weights have been changed in place (but not
+    They are dropped when the model's weights or hooks are others, or weights have been changed in place (but not
     through ``.data``, of which a tensor keeps no count).
     """
 
     def __init__(self) -> None:
-        self._kept = LRUCache(_BLANK_BYTES, _bytes)
+        self._caches = LRUCache(_BLANK_BYTES, _bytes)
         self._model: tuple[Any, ...] | None = None
 
     def check(self, model: PreTrainedModel) -> None:
-        """Forgets what other weights or hooks have computed, and all where changes of weights cannot be told."""
+        """Drop the caches of other weights or hooks, and all where changes of weights cannot be counted."""
         changes = versions(model)
         now = changes and (changes, [tensor.data_ptr() for tensor in tensors_of(model)], hooks(model))
         if now is None or now != self._model:
-            self._kept, self._model = LRUCache(_BLANK_BYTES, _bytes), now
+            self._caches, self._model = LRUCache(_BLANK_BYTES, _bytes), now
 
-    def get(self, encoded: Encoded) -> PromptCache | None:
-        """Of a prompt, if it is known."""
-        return self._kept.get(_key(encoded))
+    def get(self, key: Hashable) -> PromptCache | None:
+        """Return the cache of a prompt, by its ``_blank_key``."""
+        return self._caches.get(key)
 
-    def put(self, encoded: Encoded, cache: PromptCache) -> None:
-        """Keeps a prompt, by itself without the batch that it was computed in."""
+    def put(self, key: Hashable, cache: PromptCache) -> None:
+        """Keep a copy of a cache, without the batch that it was computed in."""
         if _bytes(cache) <= _BLANK_BYTES:
             own = tuple((keys.clone(), values.clone()) for keys, values in cache.layers)
-            self._kept.put(_key(encoded), PromptCache(own))
+            self._caches.put(key, PromptCache(own))
 
 
-class Contrasts:
-    """Passes over answers and what is compared with a trace. A part of ``HfAdapter``."""
+class Tracer:
+    """Trace answers of one loaded model.
 
-    @property
-    def _causal(self) -> bool:
-        """Whether answers can be read behind the keys and values of their prompts."""
-        return self._model.config.model_type in CAUSAL
+    Args:
+        name: of the model, for messages.
+        forward: prepares and runs its passes.
+    """
 
-    def _contrasts(
-        self,
-        encoded: Sequence[Encoded],
-        ids: Sequence[Sequence[int]],
-        needs: frozenset[str],
-        core: Sequence[Sequence[int]] | None,
-    ) -> dict[str, Tensor]:
-        """Logits (B, T, V) by name; one pass each. ``core`` are the image tokens that answers attend to most."""
-        found = {}
-        if "noise" in needs:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
-            changed = [
-                Encoded({**one.inputs, "pixel_values": noised(one.inputs["pixel_values"])}, one.spans, "", "")
-                for one in encoded
-            ]
-            found["noise_logits"] = self._logits(self._whole(changed, ids)).cpu()
-        if "no_image" in needs:
-            found["no_image_logits"] = self._without(encoded, ids, [one.spans.image for one in encoded]).cpu()
-        if core is not None:
-            found["core_logits"] = self._without(encoded, ids, core).cpu()
-        if "blank" in needs:
-            found["blank_logits"] = self._logits(self._blank(encoded, ids)).cpu()
-        return found
+    def __init__(self, name: str, forward: ForwardRunner) -> None:
+        self._name, self._forward, self._model = name, forward, forward.model
+        self._blank_value = _BLANK_VALUES.get(self._model.config.model_type, 0.0)
+        self._lens: Lens | None = None
+        self._blanks = BlankPrefixCache()
 
-    def _without(
-        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], hidden: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Logits (B, T, V) when nothing behind the image may attend to some positions of it."""
-        run = self._behind_images(encoded, ids) or self._whole(encoded, ids)
-        hidden = [[at + first for at in some] for some, first in zip(hidden, run.firsts, strict=True)]
-        knockout = Knockout(hidden, run.spans, run.length, self._start is not None, run.queries)
-        with record(self._model, knockout):
-            return self._logits(run)
-
-    def _behind_images(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Pass | None:
-        """A pass that begins behind the images, whose own rows no contrast of attention changes.
-
-        None where the prompts are not known, or have other tokens between those of the image.
-        """
-        spans = [one.spans for one in encoded]
-        whole = all(span.image[-1] - span.image[0] + 1 == len(span.image) for span in spans)
-        if not whole or not all(one.cache for one in encoded):
-            return None
-        tails = [span.length - 1 - span.image[-1] for span in spans]
-        return self._behind(encoded, ids, [one.cache for one in encoded], tails)
-
-    def _blank(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Pass:
-        """A pass over answers to blank pictures."""
-        caches = self._blank_caches(encoded) if self._causal else None
-        if caches is not None:
-            return self._behind(encoded, ids, caches)
-        run = self._whole(encoded, ids)
-        run.inputs["pixel_values"] = torch.full_like(run.inputs["pixel_values"], self._blank_value)
-        return run
-
-    def _blank_caches(self, encoded: Sequence[Encoded]) -> list[PromptCache] | None:
-        """Of every prompt with a blank picture; None where its keys and values cannot be used again."""
-        self._blanks.check(self._model)
-        known = {_key(one): (one, self._blanks.get(one)) for one in encoded}
-        missing = [one for one, cache in known.values() if cache is None]
-        if missing:
-            inputs = self._to_device(collate([one.inputs for one in missing], self._pad, "right"))
-            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
-            last = inputs["input_ids"].shape[1] - 1
-            cache = self._model(**inputs, **logits_to_keep(self._model, [last]), use_cache=True).past_key_values
-            found = self._prompt_caches(cache, missing, [one.spans.length for one in missing])
-            if None in found:
-                return None
-            for one, cache in zip(missing, found, strict=True):
-                self._blanks.put(one, cache)
-                known[_key(one)] = one, cache
-        return [known[_key(one)][1] for one in encoded]
-
-    # --- passes -----------------------------------------------------------------------------------------------------
-
-    def _whole(self, encoded: Sequence[Encoded], answers: Sequence[Sequence[int]], consuming: bool = False) -> Pass:
-        """A pass over prompts and answers; its rows predict the answer tokens.
-
-        The last token of an answer predicts nothing of it and is left out, unless ``consuming`` wants its row too:
-        row k + 1 is the one that consumes token k.
-        """
-        model_type = self._model.config.model_type
-        read = [ids if consuming else ids[:-1] for ids in answers]
-        parts = [extend(one.inputs, ids, model_type, self._start) for one, ids in zip(encoded, read, strict=True)]
-        inputs = self._to_device(collate(parts, self._pad, "right"))
-        spans = [one.spans for one in encoded]
-        starts = [span.length - 1 if self._start is None else 0 for span in spans]
-        rows = answer_rows(starts, [len(ids) for ids in read])
-        return Pass(inputs, rows, spans, [0] * len(spans), inputs["input_ids"].shape[1])
-
-    def _behind(
-        self,
-        encoded: Sequence[Encoded],
-        answers: Sequence[Sequence[int]],
-        caches: Sequence[PromptCache],
-        tails: Sequence[int] | None = None,
-        consuming: bool = False,
-    ) -> Pass:
-        """The same behind prompts that are known but for their last tokens, by default the very last."""
-        read = [ids if consuming else ids[:-1] for ids in answers]
-        run = pass_behind(encoded, caches, read, tails or [1] * len(encoded), self._pad)
-        tensors = {name: value for name, value in run.inputs.items() if isinstance(value, Tensor)}
-        run.inputs.update(self._to_device(tensors))
-        return run
-
-    def _prompt_caches(self, cache: Any, encoded: Sequence[Encoded], ends: Sequence[int]) -> list[PromptCache | None]:
-        """Of every prompt what can be used again of a cache, in which their last tokens stand before ``ends``."""
-        if not self._causal:
-            return [None] * len(encoded)
-        found = prompt_caches(cache, [one.spans.length for one in encoded], ends)
-        # a prompt's last token runs again, and without the picture that of an image would be read as a word
-        last = [one.spans.image[-1] == one.spans.length - 1 for one in encoded]
-        return [None if image else one for one, image in zip(found, last, strict=True)]
-
-    def _logits(self, run: Pass, rows: Tensor | None = None) -> Tensor:
-        """(B, T, V) float32 logits of the rows, by default all of the pass; the head runs on no more than it must."""
-        rows = run.rows if rows is None else rows
-        positions = rows.unique()
-        options = logits_to_keep(self._model, positions.tolist())
-        logits = self._model(**run.inputs, **options, use_cache="past_key_values" in run.inputs).logits
-        at = torch.searchsorted(positions, rows) if options else rows
-        return logits[torch.arange(len(rows))[:, None].to(logits.device), at.to(logits.device)].float()
-
-
-class Tracing(Contrasts):
-    """What ``HfAdapter.trace_batch`` does with prompts whose inputs make one batch. A part of that class."""
-
-    def _trace(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
+    def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: frozenset[str]) -> list[Trace]:
+        """Trace B answers in as few passes as their prompts allow; see ``Adapter.trace_batch``."""
         self._check_needs(needs)
-        ids, caches = [answer.token_ids for answer in answers], [one.cache for one in encoded]
+        traces: dict[int, Trace] = {}
+        for group in groups([prompt.inputs for prompt in encoded]):
+            batch = [encoded[index] for index in group], [answers[index] for index in group]
+            traces.update(zip(group, self._trace_group(*batch, needs), strict=True))
+        if "relevancy" in needs:
+            for index, relevancy in enumerate(self._relevancies(encoded, answers)):
+                traces[index] = replace(traces[index], relevancy=relevancy)
+        return [traces[index] for index in range(len(encoded))]
+
+    def _check_needs(self, needs: frozenset[str]) -> None:
+        missing = needs & _OF_PROMPTS
+        if self._forward.decoder_start is None or not missing:
+            return
+        lacking = [item for item in FEATURES.values() if item.needs & missing]
+        without = ",".join(dict.fromkeys(item.group for item in lacking))
+        raise CapabilityError(
+            f"{self._name} reads the image in an encoder, so hidden states of image and answer tokens are not of one "
+            f"kind; add features.without=[{without}], which are {', '.join(item.name for item in lacking)}"
+        )
+
+    def _trace_group(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
+        """Trace answers whose prompts make one batch."""
+        ids, caches = [answer.token_ids for answer in answers], [prompt.cache for prompt in encoded]
         consuming = not needs.isdisjoint({"heads", "states"})
         if all(caches) and needs.isdisjoint(_OF_PROMPTS):
-            run = self._behind(encoded, ids, caches, consuming=consuming)
+            forward = self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
         else:
-            run = self._whole(encoded, ids, consuming)
-        rows = run.rows[:, :-1].contiguous() if consuming and run.rows.shape[1] > 1 else run.rows
-        listener, states = self._listener(run, ids, needs), self._states(run, ids, needs)
+            forward = self._forward.full_forward(encoded, ids, consuming)
+        rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
+        attention, states = self._attention_recorder(forward, ids, needs), self._state_recorder(forward, ids, needs)
         with ExitStack() as stack:
-            if listener is not None:
-                stack.enter_context(record(self._model, listener))
+            if attention is not None:
+                stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
             decodes = not needs.isdisjoint({"lens", "trajectory"})
-            heard = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
-            logits = self._logits(run, rows)
+            hidden = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
+            logits = self._forward.logits(forward, rows)
         if logits.isnan().any():
-            raise CaptureError(f"{self.name}: the logits hold values that are not numbers")
-        parts: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(heard, logits, ids, needs)}
+            raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
+        by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, needs)}
         if "attention" in needs:
-            parts |= {"mass": listener.mass(), "image_attention": listener.image()}
-        chosen = None
+            by_token |= {"mass": attention.mass(), "image_attention": attention.image()}
+        core_tokens = None
         if "core" in needs:
-            pairs = zip(listener.image(), answers, encoded, strict=True)
-            chosen = [core(image[: len(answer.token_ids)], one.spans) for image, answer, one in pairs]
-        parts |= self._contrasts(encoded, ids, needs, chosen)
+            triples = zip(attention.image(), answers, encoded, strict=True)
+            core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
+        by_token |= self._contrasts(encoded, ids, needs, core_tokens)
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
         if "heads" in needs:
-            whole["heads"] = listener.heads()
+            whole["heads"] = attention.heads()
         if states is not None:
             whole |= {"states": states.states()} if "states" in needs else {}
             whole |= {"image_lens": states.image_lens()} if "image_lens" in needs else {}
         return [
             Trace(
                 answer,
-                one.spans,
-                **{name: part[index][: len(answer.token_ids)] for name, part in parts.items()},
+                prompt.spans,
+                **{name: part[index][: len(answer.token_ids)] for name, part in by_token.items()},
                 **{name: part[index] for name, part in whole.items()},
             )
-            for index, (one, answer) in enumerate(zip(encoded, answers, strict=True))
+            for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True))
         ]
 
-    def _check_needs(self, needs: frozenset[str]) -> None:
-        missing = needs & _OF_PROMPTS
-        if self._start is None or not missing:
-            return
-        lacking = [item for item in FEATURES.values() if item.needs & missing]
-        groups = ",".join(dict.fromkeys(item.group for item in lacking))
-        raise CapabilityError(
-            f"{self.name} reads the image in an encoder, so hidden states of image and answer tokens are not of one "
-            f"kind; add features.without=[{groups}], which are {', '.join(item.name for item in lacking)}"
-        )
+    # --- recorders --------------------------------------------------------------------------------------------------
 
-    def _listener(self, run: Pass, ids: Sequence[Sequence[int]], needs: frozenset[str]) -> AttentionRows | None:
-        decoder = None if self._start is None else run.inputs["decoder_input_ids"].shape[1]
-        where = (run.spans, run.length, decoder, run.firsts)
+    def _attention_recorder(
+        self, forward: ForwardPass, ids: Sequence[Sequence[int]], needs: frozenset[str]
+    ) -> AttentionRows | None:
+        decodes = self._forward.decoder_start is not None
+        decoder = forward.inputs["decoder_input_ids"].shape[1] if decodes else None
+        layout = (forward.spans, forward.length, decoder, forward.pad_offsets)
         if "heads" in needs:
-            return HeadRows(run.rows, [len(one) for one in ids], *where)
-        return None if needs.isdisjoint({"attention", "core"}) else AttentionRows(run.rows, *where)
+            return HeadRows(forward.rows, [len(answer) for answer in ids], *layout)
+        return None if needs.isdisjoint({"attention", "core"}) else AttentionRows(forward.rows, *layout)
 
-    def _states(self, run: Pass, ids: Sequence[Sequence[int]], needs: frozenset[str]) -> StateRows | None:
+    def _state_recorder(
+        self, forward: ForwardPass, ids: Sequence[Sequence[int]], needs: frozenset[str]
+    ) -> StateRows | None:
         if needs.isdisjoint(_OF_PROMPTS):
             return None
-        return StateRows(self._find_lens(), run.rows, ids, run.spans, "states" in needs, "image_lens" in needs)
+        parts = "states" in needs, "image_lens" in needs
+        return StateRows(self._find_lens(), forward.rows, ids, forward.spans, *parts)
 
     def _find_lens(self) -> Lens:
         if self._lens is None:
@@ -273,65 +175,146 @@ class Tracing(Contrasts):
         return self._lens
 
     def _decoded(
-        self, heard: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], needs: frozenset[str]
+        self, hidden: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], needs: frozenset[str]
     ) -> dict[str, Sequence[Tensor]]:
-        """What the logit lens says, by sample; rows of padding are not decoded."""
-        found = {}
-        if not heard:
-            return found
-        counts = [len(one) for one in ids]
-        tokens = torch.tensor([token for one in ids for token in one], dtype=torch.long)
-        there = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
-        heard, logits = [hidden[there.to(hidden.device)] for hidden in heard], logits[there]
+        """Decode the residual stream by the logit lens, by sample; rows of padding are left out."""
+        if not hidden:
+            return {}
+        counts = [len(answer) for answer in ids]
+        tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
+        valid = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
+        hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
+        decoded = {}
         if "lens" in needs:
-            found["lens_logprob"], found["lens_rank"] = self._find_lens().read(heard, logits, tokens)
+            decoded["lens_logprob"], decoded["lens_rank"] = self._lens.read(hidden, logits, tokens)
         if "trajectory" in needs:
-            found["trajectory"] = self._find_lens().divergence(heard, logits)
-        return {name: part.split(counts) for name, part in found.items()}
+            decoded["trajectory"] = self._lens.divergence(hidden, logits)
+        return {name: part.split(counts) for name, part in decoded.items()}
+
+    # --- the same answers with another image, or with less of it ----------------------------------------------------
+
+    def _contrasts(
+        self,
+        encoded: Sequence[Encoded],
+        ids: Sequence[Sequence[int]],
+        needs: frozenset[str],
+        core_tokens: Sequence[Sequence[int]] | None,
+    ) -> dict[str, Tensor]:
+        """Return (B, T, V) logits by name, one pass each; ``core_tokens`` are those that answers attend to most."""
+        contrasts = {}
+        if "noise" in needs:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
+            changed = [
+                Encoded({**prompt.inputs, "pixel_values": noised(prompt.inputs["pixel_values"])}, prompt.spans, "", "")
+                for prompt in encoded
+            ]
+            contrasts["noise_logits"] = self._forward.logits(self._forward.full_forward(changed, ids)).cpu()
+        if "no_image" in needs:
+            hidden = [prompt.spans.image for prompt in encoded]
+            contrasts["no_image_logits"] = self._without(encoded, ids, hidden).cpu()
+        if core_tokens is not None:
+            contrasts["core_logits"] = self._without(encoded, ids, core_tokens).cpu()
+        if "blank" in needs:
+            contrasts["blank_logits"] = self._forward.logits(self._blank_forward(encoded, ids)).cpu()
+        return contrasts
+
+    def _without(
+        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], hidden: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Return (B, T, V) logits when nothing behind the image may attend to the ``hidden`` positions."""
+        forward = self._behind_images(encoded, ids) or self._forward.full_forward(encoded, ids)
+        hidden = [
+            [position + offset for position in positions]
+            for positions, offset in zip(hidden, forward.pad_offsets, strict=True)
+        ]
+        encodes = self._forward.decoder_start is not None
+        with record(self._model, Knockout(hidden, forward.spans, forward.length, encodes, forward.queries)):
+            return self._forward.logits(forward)
+
+    def _behind_images(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass | None:
+        """Prepare a pass that begins behind the images, whose own rows no contrast of attention changes.
+
+        None where a prompt has no cache, or other tokens between those of the image.
+        """
+        spans = [prompt.spans for prompt in encoded]
+        contiguous = all(span.image[-1] - span.image[0] + 1 == len(span.image) for span in spans)
+        if not contiguous or not all(prompt.cache for prompt in encoded):
+            return None
+        tails = [span.length - 1 - span.image[-1] for span in spans]
+        return self._forward.continue_from_cache(encoded, ids, [prompt.cache for prompt in encoded], tails)
+
+    def _blank_forward(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass:
+        """Prepare a pass over answers to blank images."""
+        caches = self._blank_caches(encoded) if self._forward.causal else None
+        if caches is not None:
+            return self._forward.continue_from_cache(encoded, ids, caches)
+        forward = self._forward.full_forward(encoded, ids)
+        forward.inputs["pixel_values"] = torch.full_like(forward.inputs["pixel_values"], self._blank_value)
+        return forward
+
+    def _blank_caches(self, encoded: Sequence[Encoded]) -> list[PromptCache] | None:
+        """Return the KV cache of every prompt with a blank image; None where they cannot be used again."""
+        self._blanks.check(self._model)
+        keys = [_blank_key(prompt) for prompt in encoded]
+        caches = {key: self._blanks.get(key) for key in keys}
+        missing = {key: prompt for key, prompt in zip(keys, encoded, strict=True) if caches[key] is None}
+        if missing:
+            prompts = list(missing.values())
+            inputs = self._forward.collate(prompts, "right")
+            inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
+            last = self._forward.positions_to_keep([inputs["input_ids"].shape[1] - 1])
+            output = self._model(**inputs, **last, use_cache=True).past_key_values
+            computed = self._forward.prompt_caches(output, prompts, [prompt.spans.length for prompt in prompts])
+            if None in computed:
+                return None
+            for key, cache in zip(missing, computed, strict=True):
+                self._blanks.put(key, cache)
+                caches[key] = cache
+        return [caches[key] for key in keys]
+
+    # --- relevancy --------------------------------------------------------------------------------------------------
 
     def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> list[Relevancy]:
-        """Relevancy of every answer; small models take several together, where their prompts are alike."""
-        found: dict[int, Relevancy] = {}
+        """Compute the relevancy of every answer; small models take several together, where their prompts are alike."""
+        results: dict[int, Relevancy] = {}
         with selected(self._model):
-            for some in self._alike(encoded, answers):
-                if len(some) == 1:
-                    one, answer = encoded[some[0]], answers[some[0]]
-                    recompute = self._maps([one], [answer]) > _SMALL_MAPS
-                    found[some[0]] = answer_relevancy(self, one, answer, recompute=recompute)
-                    continue
-                ids = [answers[index].token_ids for index in some]
-                run = self._whole([encoded[index] for index in some], ids, consuming=True)
-                together = relevancies_from_inputs(self._model, run.inputs, ids, recompute=False)
-                for index, one in zip(some, together, strict=True):
-                    found[index] = replace(one, question_at=encoded[index].spans.question)
-        return [found[index] for index in range(len(encoded))]
+            for group in self._similar_prompts(encoded, answers):
+                ids = [answers[index].token_ids for index in group]
+                if len(group) == 1:
+                    prompt = encoded[group[0]]
+                    recompute = self._attention_bytes([prompt], [answers[group[0]]]) > _SMALL_MAPS
+                    inputs = self._forward.extended(prompt, ids[0])
+                    relevancies = [relevancy_from_inputs(self._model, inputs, ids[0], recompute=recompute)]
+                else:
+                    forward = self._forward.full_forward([encoded[index] for index in group], ids, consuming=True)
+                    relevancies = relevancies_from_inputs(self._model, forward.inputs, ids, recompute=False)
+                for index, relevancy in zip(group, relevancies, strict=True):
+                    results[index] = replace(relevancy, question_at=encoded[index].spans.question)
+        return [results[index] for index in range(len(encoded))]
 
-    def _alike(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:
-        """Indices of answers whose relevancy is computed together."""
-        alike: dict[Hashable, list[int]] = {}
-        for index, one in enumerate(encoded):
-            pixels = one.inputs["pixel_values"].shape
-            single = not self._causal or len(pixels) != 4 or pixels[0] != 1
-            alike.setdefault(index if single else (one.spans.length, one.spans.image, pixels), []).append(index)
-        for some in alike.values():
-            largest = self._maps([encoded[index] for index in some], [answers[index] for index in some]) / len(some)
-            size = max(1, int(_SMALL_MAPS // largest))
-            yield from (some[start : start + size] for start in range(0, len(some), size))
+    def _similar_prompts(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:
+        """Yield the indices of answers whose relevancy is computed together."""
+        similar: dict[Hashable, list[int]] = {}
+        for index, prompt in enumerate(encoded):
+            pixels = prompt.inputs["pixel_values"].shape
+            alone = not self._forward.causal or len(pixels) != 4 or pixels[0] != 1
+            key = index if alone else (prompt.spans.length, prompt.spans.image, pixels)
+            similar.setdefault(key, []).append(index)
+        for group in similar.values():
+            needed = self._attention_bytes([encoded[index] for index in group], [answers[index] for index in group])
+            size = max(1, int(_SMALL_MAPS // (needed / len(group))))
+            yield from (group[start : start + size] for start in range(0, len(group), size))
 
-    def _maps(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> int:
+    def _attention_bytes(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> int:
         """Bytes of the language model's attention maps over prompts and answers, padded to the longest."""
         text = self._model.config.get_text_config()
-        length = max(one.spans.length + len(answer.token_ids) for one, answer in zip(encoded, answers, strict=True))
+        pairs = zip(encoded, answers, strict=True)
+        length = max(prompt.spans.length + len(answer.token_ids) for prompt, answer in pairs)
         heads = text.num_hidden_layers * text.num_attention_heads
         return len(encoded) * heads * length**2 * self._model.dtype.itemsize
 
 
-_BLANK_BYTES = 64 * 2**20
-"""Enough for the questions of a benchmark and a small model; of a large one hardly a prompt fits, and none is kept."""
-
-
-def _key(encoded: Encoded) -> Hashable:
-    """All that a prompt with a blank picture depends on."""
+def _blank_key(encoded: Encoded) -> Hashable:
+    """All that a prompt with a blank image depends on."""
     return tuple(
         (name, tuple(value.shape), b"" if name == "pixel_values" else value.contiguous().cpu().numpy().tobytes())
         for name, value in sorted(encoded.inputs.items())

@@ -47,7 +47,7 @@ class PooledAdapter(HfAdapter):
 
     def _load(self) -> tuple[PooledLlava, LlavaProcessor]:
         model = loading.pretrained(PooledLlava, self.model_id, self.loading)
-        where = self.loading.where(loading.is_folder(self.model_id))
+        where = self.loading.hub_kwargs(loading.is_folder(self.model_id))
         return model, LlavaProcessor.from_pretrained(self.model_id, **where)
 
     def _tiny(self) -> tuple[PooledLlava, LlavaProcessor]:

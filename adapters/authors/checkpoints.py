@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.authors.processor import CLIP_MEAN, CLIP_STD
-from stethoscope.adapters.loading import Loading, is_folder, one_line, quiet
+from stethoscope.adapters.loading import Loading, is_folder, silenced, translate_loading_errors
 from stethoscope.core.digests import remembered
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line, unknown
 
@@ -195,7 +195,7 @@ def _locate(source: str, loading: Loading, only: Sequence[str], what: str) -> li
         raise ConfigError(
             f"{what}={source}: neither a folder here nor a hub model with "
             f"{match['file'] or ', '.join((*_INDEXES, *_SINGLE))}"
-            f"{' among the files on this machine' if loading.where(False)['local_files_only'] else ''}"
+            f"{' among the files on this machine' if loading.hub_kwargs(False)['local_files_only'] else ''}"
         )
     return found
 
@@ -211,8 +211,8 @@ def _of_hub(match: re.Match[str], loading: Loading, only: Sequence[str]) -> list
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    where = loading.where(False)
-    offline, revision = where["local_files_only"], match["revision"] or where["revision"]
+    hub_kwargs = loading.hub_kwargs(False)
+    offline, revision = hub_kwargs["local_files_only"], match["revision"] or hub_kwargs["revision"]
 
     def get(name: str) -> Path | None:
         try:
@@ -220,7 +220,7 @@ def _of_hub(match: re.Match[str], loading: Loading, only: Sequence[str]) -> list
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return None
 
-    with files.one_line(match["id"]):
+    with files.translate_loading_errors(match["id"]):
         if match["file"]:
             found = get(match["file"])
             return [found] if found else []
@@ -301,13 +301,13 @@ def find_file(source: str, name: str, loading: Loading) -> Path | None:
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    where = loading.where(False)
-    with one_line(source):
+    hub_kwargs = loading.hub_kwargs(False)
+    with translate_loading_errors(source):
         found = cached_file(
             source,
             name,
-            revision=where["revision"],
-            local_files_only=where["local_files_only"],
+            revision=hub_kwargs["revision"],
+            local_files_only=hub_kwargs["local_files_only"],
             _raise_exceptions_for_missing_entries=False,
         )
     return None if found is None else Path(found)
@@ -323,7 +323,7 @@ def read_config(source: str, loading: Loading, name: str = "config.json") -> dic
     path = find_file(source, name, loading)
     if path is None:
         if name == "config.json" and not is_folder(source):  # every hub model has one
-            here = "among the files on this machine" if loading.where(False)["local_files_only"] else "on the hub"
+            here = "among the files on this machine" if loading.hub_kwargs(False)["local_files_only"] else "on the hub"
             raise ConfigError(f"model {source} was not found as a folder or {here}")
         return {}
     try:
@@ -409,8 +409,8 @@ def load_llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:
     named = read_config(source, loading, "tokenizer_config.json").get("tokenizer_class")
     cls = LlamaTokenizer if named in (None, "LlamaTokenizer", "LlamaTokenizerFast") else AutoTokenizer
     folder = is_folder(source)
-    with one_line(source), quiet(folder):
-        return cls.from_pretrained(str(Path(source).expanduser()) if folder else source, **loading.where(folder))
+    with translate_loading_errors(source), silenced(folder):
+        return cls.from_pretrained(str(Path(source).expanduser()) if folder else source, **loading.hub_kwargs(folder))
 
 
 def warn_of_strays(what: str, report: Report) -> None:

@@ -18,8 +18,8 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
-    ChunkEncoder,
-    ChunkProcessor,
+    ImageTokenEncoder,
+    ImageTokenProcessor,
     PixelProcessor,
     add_placeholder,
     make_room,
@@ -86,7 +86,7 @@ class ConvLlavaAdapter(HfAdapter):
         self.text, self.vision = text, vision
         self.report: checkpoints.Report | None = None
 
-    def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+    def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         tower, beside, text, vision = self._parts()
         tokenizer = checkpoints.load_llama_tokenizer(self.model_id, self.loading)
         side = _side(checkpoints.read_config(tower, beside, "preprocessor_config.json"))
@@ -143,14 +143,14 @@ class ConvLlavaAdapter(HfAdapter):
             return super()._skeleton()
         _, _, text, vision = self._parts()
         dtype = checkpoints.dtype_of(checkpoints.read_config(self.model_id, self.loading), self.loading)
-        with memory.nowhere():
+        with memory.on_meta_device():
             return ConvLlavaForConditionalGeneration._from_config(
                 make_config(text, vision, text.vocab_size), dtype=dtype
             )
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
         side = round(processor.image_tokens**0.5)
-        return ChunkEncoder(processor, self.prompt, ((side, side),))
+        return ImageTokenEncoder(processor, self.prompt, ((side, side),))
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
@@ -181,7 +181,7 @@ def make_processor(
     resolution: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> ChunkProcessor:
+) -> ImageTokenProcessor:
     """The authors' preprocessing: padded to a square with the mean colour, resized, normalised.
 
     Raises:
@@ -192,7 +192,7 @@ def make_processor(
         raise ConfigError(f"model.resolution={resolution} should be a multiple of {side}, the side of an image token")
     images = PixelProcessor((partial(pad_to_square, mean=mean), partial(squash, size=resolution)), mean, std)
     image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
-    return ChunkProcessor(tokenizer, images, PLACEHOLDER, image_token_id, (resolution // side) ** 2)
+    return ImageTokenProcessor(tokenizer, images, PLACEHOLDER, image_token_id, (resolution // side) ** 2)
 
 
 def language_weights(weights: Weights) -> Weights:

@@ -12,9 +12,15 @@ from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors import minigpt4_model as parts
 from stethoscope.adapters.authors.checkpoints import Report, Weights
-from stethoscope.adapters.authors.processor import ChunkEncoder, ChunkProcessor, PixelProcessor, add_placeholder, squash
+from stethoscope.adapters.authors.processor import (
+    ImageTokenEncoder,
+    ImageTokenProcessor,
+    PixelProcessor,
+    add_placeholder,
+    squash,
+)
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import is_folder, one_line
+from stethoscope.adapters.loading import is_folder, translate_loading_errors
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.tracing.trace import Encoded
 
@@ -103,7 +109,7 @@ class MiniGpt4Adapter(HfAdapter):
         settings["name"] = settings.get("name") or f"minigpt4-{version}"
         super().__init__(llm, prompt=prompt or PROMPTS[version], **settings)
 
-    def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+    def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         what = f"MiniGPT-4 ({self.version})"
         text = self._text()  # what is small comes first: a fault of it costs no download of the large files
         tokenizer = checkpoints.load_llama_tokenizer(self.sources["llm"], self.loading)
@@ -128,9 +134,9 @@ class MiniGpt4Adapter(HfAdapter):
 
         llm = self.sources["llm"]
         folder = is_folder(llm)
-        with one_line(llm):
-            where = str(Path(llm).expanduser()) if folder else llm
-            text = AutoConfig.from_pretrained(where, **self.loading.where(folder))
+        with translate_loading_errors(llm):
+            source = str(Path(llm).expanduser()) if folder else llm
+            text = AutoConfig.from_pretrained(source, **self.loading.hub_kwargs(folder))
         if text.model_type != "llama":
             raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
         return text
@@ -148,7 +154,7 @@ class MiniGpt4Adapter(HfAdapter):
         here = Path(self.sources["vision"]).expanduser().exists()  # else it would be downloaded for its sizes
         text = self._text()
         cls, config = parts.configured(*self._sizes(self._seen() if here else None), text, text.vocab_size)
-        with memory.nowhere():
+        with memory.on_meta_device():
             return cls._from_config(config, dtype=memory.dtype_of(text, self.loading))
 
     def _seen(self) -> Weights:
@@ -171,11 +177,11 @@ class MiniGpt4Adapter(HfAdapter):
         loading = self.loading if part == "llm" else replace(self.loading, revision=None)
         return checkpoints.read(self.sources[part], loading, only, part)
 
-    def _tiny(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+    def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         return tiny.build(f"minigpt4-{self.version}")
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
-        return ChunkEncoder(processor, self.prompt, _grids(self.version, model.config.vision_config))
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
+        return ImageTokenEncoder(processor, self.prompt, _grids(self.version, model.config.vision_config))
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
@@ -188,7 +194,7 @@ class MiniGpt4Adapter(HfAdapter):
         return super().fingerprint() | {"version": self.version, "sources": names, **heads}
 
 
-def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> ChunkProcessor:
+def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> ImageTokenProcessor:
     """The authors' preprocessing, and the prompt's chunks.
 
     Args:
@@ -198,7 +204,7 @@ def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedToken
     queries = getattr(config, "num_query_tokens", None)
     tokens = config.image_seq_length if queries is None else queries
     pixels = PixelProcessor((partial(squash, size=config.vision_config.image_size),))
-    return ChunkProcessor(tokenizer, pixels, PLACEHOLDER, config.image_token_id, tokens)
+    return ImageTokenProcessor(tokenizer, pixels, PLACEHOLDER, config.image_token_id, tokens)
 
 
 def _grids(version: str, vision: Blip2VisionConfig) -> tuple[tuple[int, int], ...]:

@@ -10,8 +10,8 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
-    ChunkEncoder,
-    ChunkProcessor,
+    ImageTokenEncoder,
+    ImageTokenProcessor,
     PixelProcessor,
     add_placeholder,
     squash,
@@ -75,7 +75,7 @@ class MplugOwl2Adapter(HfAdapter):
         self.text, self.vision, self.abstractor = text, vision, abstractor
         self.report: checkpoints.Report | None = None
 
-    def _load(self) -> tuple[PreTrainedModel, ChunkProcessor]:
+    def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
@@ -117,11 +117,11 @@ class MplugOwl2Adapter(HfAdapter):
 
         config = self._config()
         dtype = checkpoints.dtype_of(checkpoints.read_config(self.model_id, self.loading), self.loading)
-        with memory.nowhere():
+        with memory.on_meta_device():
             return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ChunkProcessor) -> Callable[[Image, str], Encoded]:
-        return ChunkEncoder(processor, self.prompt)
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
+        return ImageTokenEncoder(processor, self.prompt)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
@@ -154,7 +154,7 @@ def check(config: MplugOwl2Config) -> None:
 
 def make_processor(
     tokenizer: LlamaTokenizer, config: MplugOwl2Config, mean: tuple[float, ...], std: tuple[float, ...]
-) -> ChunkProcessor:
+) -> ImageTokenProcessor:
     """The authors' preprocessing: a square as wide as the longer side, then the tower's size, normalised.
 
     Gives the placeholder its id, in the configuration too.
@@ -162,7 +162,7 @@ def make_processor(
     images = PixelProcessor((squash_to_longest, partial(squash, size=config.vision_config.image_size)), mean, std)
     config.image_token_index = add_placeholder(tokenizer, PLACEHOLDER, config.text_config.vocab_size)
     tokens = config.abstractor_config.num_learnable_queries + 1
-    return ChunkProcessor(tokenizer, images, PLACEHOLDER, config.image_token_index, tokens)
+    return ImageTokenProcessor(tokenizer, images, PLACEHOLDER, config.image_token_index, tokens)
 
 
 def model_weights(weights: Weights, heads: int) -> Weights:

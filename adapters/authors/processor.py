@@ -46,7 +46,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class ChunkProcessor:
+class ImageTokenProcessor:
     """Stands where transformers has a processor; called like one, it gives the inputs of a forward pass.
 
     Attributes:
@@ -116,7 +116,7 @@ class ChunkProcessor:
         return re.compile(f"({'|'.join(map(re.escape, sorted(self._ids)))})" if self._ids else "(?!)")
 
 
-class ChunkEncoder:
+class ImageTokenEncoder:
     """Encodes for one processor: see ``Adapter.encode``.
 
     Args:
@@ -130,7 +130,7 @@ class ChunkEncoder:
         ConfigError: the template has not one place for the image and one for the question.
     """
 
-    def __init__(self, processor: ChunkProcessor, prompt: str, grids: Grids = ()) -> None:
+    def __init__(self, processor: ImageTokenProcessor, prompt: str, grids: Grids = ()) -> None:
         if prompt is None:
             raise ConfigError("model.prompt is missing; for example 'USER: <image>\\n{question} ASSISTANT:'")
         template = prompt.replace(_IMAGE, processor.placeholder)

@@ -10,10 +10,10 @@ from stethoscope.adapters.tiny.tokenizers import SIZES, llama_tokenizer, words
 if TYPE_CHECKING:
     from transformers import Blip2QFormerConfig, PreTrainedModel
 
-    from stethoscope.adapters.authors.processor import ChunkProcessor
+    from stethoscope.adapters.authors.processor import ImageTokenProcessor
 
 
-def convllava() -> tuple[PreTrainedModel, ChunkProcessor]:
+def convllava() -> tuple[PreTrainedModel, ImageTokenProcessor]:
     """ConvLLaVA: an image of 192 x 192 pixels as 3 x 3 tokens."""
     from transformers import ConvNextConfig, LlamaConfig
 
@@ -28,7 +28,7 @@ def convllava() -> tuple[PreTrainedModel, ChunkProcessor]:
     return ConvLlavaForConditionalGeneration(make_config(text, vision, processor.image_token_id)), processor
 
 
-def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
+def mplug_owl2() -> tuple[PreTrainedModel, ImageTokenProcessor]:
     """mPLUG-Owl2: 4 x 4 patches, read by 5 queries."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -58,19 +58,19 @@ def mplug_owl2() -> tuple[PreTrainedModel, ChunkProcessor]:
 _MINIGPT4_QUERIES = 6
 
 
-def minigpt4_vicuna() -> tuple[PreTrainedModel, ChunkProcessor]:
+def minigpt4_vicuna() -> tuple[PreTrainedModel, ImageTokenProcessor]:
     """The version with a Q-Former."""
     from transformers import Blip2QFormerConfig
 
     return _minigpt4(56, (Blip2QFormerConfig(**{**SIZES, "num_hidden_layers": 4}), _MINIGPT4_QUERIES))
 
 
-def minigpt4_llama2() -> tuple[PreTrainedModel, ChunkProcessor]:
+def minigpt4_llama2() -> tuple[PreTrainedModel, ImageTokenProcessor]:
     """The version without."""
     return _minigpt4(112, None)
 
 
-def _minigpt4(size: int, bridge: tuple[Blip2QFormerConfig, int] | None) -> tuple[PreTrainedModel, ChunkProcessor]:
+def _minigpt4(size: int, bridge: tuple[Blip2QFormerConfig, int] | None) -> tuple[PreTrainedModel, ImageTokenProcessor]:
     from transformers import Blip2VisionConfig, LlamaConfig
 
     from stethoscope.adapters.authors.minigpt4 import PLACEHOLDER, make_processor

@@ -72,7 +72,7 @@ def measure(
         adapter.generate(some, generation)
 
     def keep(some: Sequence[Encoded]) -> None:
-        answers[:], kept[:] = adapter.generate_and_keep(some, generation)
+        answers[:], kept[:] = adapter.generate_with_cache(some, generation)
 
     def trace(features: FeatureSet) -> Callable[[Sequence[Encoded]], None]:
         def run(some: Sequence[Encoded]) -> None:

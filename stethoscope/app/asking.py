@@ -169,7 +169,7 @@ def _write(ready: Ready, question: Question, encoded: Encoded, picture: Image, r
             return item.answer
         tokens.append(item)
         if time.perf_counter() - shown > PAUSE:
-            yield payload.writing(question.text, tokens, reader, threshold), None
+            yield payload.prepare_generate(question.text, tokens, reader, threshold), None
             shown = time.perf_counter()
     raise AssertionError("a stream ends with its answer")
 

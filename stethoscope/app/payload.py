@@ -82,7 +82,7 @@ def without_folders(text: str) -> str:
     return _ABSOLUTE.sub("", text)
 
 
-def writing(question: str, tokens: Sequence[StreamedToken], reader: Reader, threshold: float | None) -> str:
+def prepare_generate(question: str, tokens: Sequence[StreamedToken], reader: Reader, threshold: float | None) -> str:
     """An answer so far. Only names of objects are coloured by their warning: for those it is calibrated.
 
     Args:

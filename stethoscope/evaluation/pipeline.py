@@ -183,7 +183,7 @@ class Worker:
             prompts = [draft.encoded for draft in some]
             if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
                 return self.run.adapter.generate(prompts, self.generation)
-            answers, kept = self.run.adapter.generate_and_keep(prompts, self.generation)
+            answers, kept = self.run.adapter.generate_with_cache(prompts, self.generation)
             for draft, encoded in zip(some, kept, strict=True):
                 draft.encoded = encoded
             return answers

@@ -120,7 +120,7 @@ class WarningStreamer(BaseStreamer):
         self._adapter, self._generation = adapter, _bounded(generation)
         self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
-        self.model, self.arguments = adapter.writing([encoded], self._generation)
+        self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
         needs = frozenset() if self.scorer is None else self.scorer.needs
         lens = lens_of(self.model) if needs & {"lens", "trajectory"} else None
         settings = self.arguments["generation_config"]
@@ -196,7 +196,7 @@ class WarningStreamer(BaseStreamer):
         ids = self._ids[: self._limit]
         if self._ended and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._ends)]
-        self.answer = self._adapter.written(ids, self._logprobs, self._generation)
+        self.answer = self._adapter.decode_answer(ids, self._logprobs, self._generation)
         for start, end in self.answer.offsets[len(self.tokens) :]:
             self._give(self.answer.text[start:end], start, end)
         self._waiting = []

@@ -97,7 +97,7 @@ class Encoded:
         spans: token positions.
         text: the prompt as text, before image placeholders are expanded.
         question: the user's question as it stands in ``text``.
-        cache: of this prompt, as ``Adapter.generate_and_keep`` leaves it for a trace; None where nothing is kept.
+        cache: of this prompt, as ``Adapter.generate_with_cache`` leaves it for a trace; None where nothing is kept.
     """
 
     inputs: Mapping[str, Tensor]

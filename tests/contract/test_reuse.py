@@ -42,7 +42,7 @@ def reuses(adapter):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, way):
-    answers, kept = adapter.generate_and_keep(encoded, WAYS[way])
+    answers, kept = adapter.generate_with_cache(encoded, WAYS[way])
     assert answers == adapter.generate(encoded, WAYS[way])
     assert [one.cache is not None for one in kept] == [reuses(adapter)] * len(encoded)
     answers[1] = answers[1].until(
@@ -59,8 +59,8 @@ def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, 
 
 
 def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded):
-    (first, second), kept = adapter.generate_and_keep(encoded[:2], WAYS["greedy"])
-    (third,), more = adapter.generate_and_keep(encoded[2:], WAYS["greedy"])
+    (first, second), kept = adapter.generate_with_cache(encoded[:2], WAYS["greedy"])
+    (third,), more = adapter.generate_with_cache(encoded[2:], WAYS["greedy"])
     answers, needs = [first, second, third], ("attention", "no_image")
     whole = adapter.trace_batch(encoded, answers, needs)
     for prompts in ([*kept, *more], [kept[0], encoded[1], *more]):
@@ -71,7 +71,7 @@ def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded
 def test_hidden_states_come_from_a_whole_pass(adapter, encoded):
     if not reuses(adapter):
         pytest.skip("keeps nothing")
-    answers, kept = adapter.generate_and_keep(encoded, WAYS["greedy"])
+    answers, kept = adapter.generate_with_cache(encoded, WAYS["greedy"])
     for one, other in zip(
         adapter.trace_batch(kept, answers, ["states", "heads"]),
         adapter.trace_batch(encoded, answers, ["states", "heads"]),
@@ -82,7 +82,7 @@ def test_hidden_states_come_from_a_whole_pass(adapter, encoded):
 
 
 def test_beams_leave_nothing(adapter, encoded):
-    answers, kept = adapter.generate_and_keep(encoded[:1], Generation(max_new_tokens=3, num_beams=2))
+    answers, kept = adapter.generate_with_cache(encoded[:1], Generation(max_new_tokens=3, num_beams=2))
     assert kept[0].cache is None
     assert len(adapter.trace(kept[0], answers[0], ()).logits) == len(answers[0].token_ids)
 
@@ -90,7 +90,7 @@ def test_beams_leave_nothing(adapter, encoded):
 def test_kept_prompts_do_not_outlive_the_prompts_and_traces(adapter, encoded):
     if not reuses(adapter):
         pytest.skip("keeps nothing")
-    answers, kept = adapter.generate_and_keep(encoded, WAYS["greedy"])
+    answers, kept = adapter.generate_with_cache(encoded, WAYS["greedy"])
     held = [weakref.ref(part) for one in kept for layer in one.cache.layers for part in layer]
     traces = adapter.trace_batch(kept, answers, ("attention", "blank", "no_image"))
     del kept
@@ -150,6 +150,6 @@ def test_relevancy_of_several_answers_is_that_of_each(adapter):
 
 
 def test_an_empty_answer_behind_a_kept_prompt(adapter, encoded):
-    _, kept = adapter.generate_and_keep(encoded[:1], WAYS["greedy"])
+    _, kept = adapter.generate_with_cache(encoded[:1], WAYS["greedy"])
     trace = adapter.trace(kept[0], Answer("", (), (), (), True), ("attention", "lens", "blank"))
     assert len(trace.logits) == len(trace.mass) == len(trace.lens_rank) == len(trace.blank_logits) == 0

@@ -165,7 +165,7 @@ def possible(adapter, needs):
 @torch.inference_mode()
 def steps_trace(adapter, encoded, answer):
     """A trace that is put together from the decoding steps themselves."""
-    model, arguments = adapter.writing([encoded], GENERATION)
+    model, arguments = adapter.prepare_generate([encoded], GENERATION)
     steps = Steps(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_NEEDS)
     steps.start()
     try:
@@ -204,7 +204,7 @@ def test_traces_a_batch_for_every_need(both, encoded, answers, need):
 @pytest.mark.slow
 def test_traces_behind_what_generation_has_kept(both, encoded):
     needs = {*NEEDS, *MORE_NEEDS} - {"states", "image_lens", "relevancy"}
-    both(lambda adapter: adapter.trace_batch(*adapter.generate_and_keep(encoded, GENERATION)[::-1], needs))
+    both(lambda adapter: adapter.trace_batch(*adapter.generate_with_cache(encoded, GENERATION)[::-1], needs))
 
 
 @pytest.mark.parametrize("scope", ["row", pytest.param("token", marks=pytest.mark.slow)])

@@ -81,7 +81,7 @@ def test_fingerprints_tell_weights_apart_and_hold_no_path(folder):
 def test_a_prompt_that_ends_with_its_image_is_read_as_a_whole():
     adapter = HfAdapter(random_init="tiny", prompt="USER: {question} ASSISTANT: <image>")
     encoded = [adapter.encode(IMAGE.resize(size), "What?") for size in ((40, 40), (60, 60))]
-    answers, kept = adapter.generate_and_keep(encoded, Generation(max_new_tokens=5))
+    answers, kept = adapter.generate_with_cache(encoded, Generation(max_new_tokens=5))
     assert [one.cache for one in kept] == [None, None]
     traces = adapter.trace_batch(kept, answers, ("blank", "no_image"))
     for one, answer, trace in zip(encoded, answers, traces, strict=True):

@@ -19,7 +19,7 @@ class Keeping(TinyAdapter):
         super().__init__()
         self.fits, self.kept, self.with_cache = fits, [], []
 
-    def generate_and_keep(self, encoded, generation):
+    def generate_with_cache(self, encoded, generation):
         caches = [PromptCache(((torch.zeros(1), torch.zeros(1)),)) for _ in encoded]
         self.kept += map(weakref.ref, caches)
         prompts = [replace(one, cache=cache) for one, cache in zip(encoded, caches, strict=True)]

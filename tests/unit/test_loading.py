@@ -164,7 +164,7 @@ def test_quantising_without_bitsandbytes_is_refused_before_anything_is_read(monk
     import transformers.utils.import_utils as installed
 
     monkeypatch.setattr(installed, "is_bitsandbytes_available", lambda *_: False)
-    monkeypatch.setattr(Loading, "where", lambda *_: pytest.fail("asked where the files are"))
+    monkeypatch.setattr(Loading, "hub_kwargs", lambda *_: pytest.fail("asked where the files are"))
     for settings in ({"model_id": "nobody/has-this-model"}, {"random_init": "tiny"}):
         with pytest.raises(CapabilityError, match=r"bitsandbytes>=0\.46\.1.*lvlm-stethoscope\[quantize\]"):
             HfAdapter(**settings, quantize="4bit", prompt="{image}{question}").setup()

@@ -8,7 +8,7 @@ import torch
 
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import Loading, placed, pretrained
+from stethoscope.adapters.loading import Loading, dispatch_model, pretrained
 from stethoscope.adapters.memory import estimate, skeleton, weights
 from stethoscope.cli import main
 from stethoscope.commands.doctor import Room, verdict
@@ -131,7 +131,7 @@ def test_the_relevancy_pass_keeps_about_what_is_estimated():
 def test_quantised_weights(family, quantize):
     pytest.importorskip("bitsandbytes", minversion="0.46.1")
     whole = tiny.build(family)[0]
-    model = placed(whole, Loading(quantize=quantize, device_map={"": "cpu"}))
+    model = dispatch_model(whole, Loading(quantize=quantize, device_map={"": "cpu"}))
     stored = bytes_of(model)
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)

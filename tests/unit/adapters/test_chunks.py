@@ -10,7 +10,13 @@ from PIL import Image
 from stethoscope.adapters import tiny
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.minigpt4 import PROMPTS as MINIGPT4
-from stethoscope.adapters.authors.processor import ChunkEncoder, ChunkProcessor, PixelProcessor, add_placeholder, squash
+from stethoscope.adapters.authors.processor import (
+    ImageTokenEncoder,
+    ImageTokenProcessor,
+    PixelProcessor,
+    add_placeholder,
+    squash,
+)
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.tiny.tokenizers import TEXT
 from stethoscope.core.errors import ConfigError, DataError
@@ -29,7 +35,7 @@ def plain():
 def processor():
     tokenizer = tiny.llama_tokenizer()
     token = add_placeholder(tokenizer, "<image>", len(tokenizer))
-    return ChunkProcessor(tokenizer, PixelProcessor((partial(squash, size=28),)), "<image>", token, 4)
+    return ImageTokenProcessor(tokenizer, PixelProcessor((partial(squash, size=28),)), "<image>", token, 4)
 
 
 def pieces(tokenizer, *texts):
@@ -40,7 +46,7 @@ def pieces(tokenizer, *texts):
 
 @pytest.mark.parametrize("question", QUESTIONS[:-1])
 def test_ids_are_those_of_the_chunks(processor, plain, question):
-    encoded = ChunkEncoder(processor, "USER: {image}\n{question} ASSISTANT:")(IMAGE, question)
+    encoded = ImageTokenEncoder(processor, "USER: {image}\n{question} ASSISTANT:")(IMAGE, question)
     before, behind = pieces(plain, "USER: ", f"\n{question} ASSISTANT:")
     assert encoded.inputs["input_ids"].tolist() == [[1, *before, *[len(plain)] * 4, *behind]]
     assert encoded.inputs["attention_mask"].tolist() == [[1] * encoded.spans.length]
@@ -49,7 +55,7 @@ def test_ids_are_those_of_the_chunks(processor, plain, question):
 
 
 def test_text_behind_a_special_token_begins_anew(processor, plain):
-    encoded = ChunkEncoder(processor, "See.<s>[INST] <image>{question}</s>")(IMAGE, "is it?")
+    encoded = ImageTokenEncoder(processor, "See.<s>[INST] <image>{question}</s>")(IMAGE, "is it?")
     parts = pieces(plain, 1, "See.", 1, "[INST] ", *[len(plain)] * 4, "is it?", 2)
     expected = [token for part in parts for token in part]
     assert encoded.inputs["input_ids"][0].tolist() == expected
@@ -61,7 +67,7 @@ def test_text_behind_a_special_token_begins_anew(processor, plain):
     "template", ["USER: {image}{question} ASSISTANT:", "{question} <image>.", "<s>A <image>\n{question}"]
 )
 def test_spans(processor, template, question):
-    encoded = ChunkEncoder(processor, template, ((2, 2),))(IMAGE, question)
+    encoded = ImageTokenEncoder(processor, template, ((2, 2),))(IMAGE, question)
     ids, spans = encoded.inputs["input_ids"][0], encoded.spans
     assert (spans.length, spans.grids) == (len(ids), ((2, 2),))
     assert list(spans.image) == (ids == processor.image_token_id).nonzero()[:, 0].tolist()
@@ -72,12 +78,12 @@ def test_spans(processor, template, question):
 
 
 def test_a_question_that_stands_elsewhere_too(processor):
-    encoded = ChunkEncoder(processor, "a a {image} a {question} a")(IMAGE, "a")
+    encoded = ImageTokenEncoder(processor, "a a {image} a {question} a")(IMAGE, "a")
     assert encoded.spans.question == (encoded.spans.length - 2,)
 
 
 def test_the_processor_gives_the_encoders_inputs(processor):
-    encoded = ChunkEncoder(processor, "USER: {image} {question}")(IMAGE, "What is it?")
+    encoded = ImageTokenEncoder(processor, "USER: {image} {question}")(IMAGE, "What is it?")
     direct = processor(images=IMAGE, text=encoded.text, return_tensors="pt")
     assert set(direct) == set(encoded.inputs)
     assert all(torch.equal(value, encoded.inputs[name]) for name, value in direct.items())
@@ -90,21 +96,21 @@ def test_the_processor_gives_the_encoders_inputs(processor):
 )
 def test_templates_without_one_place_for_each(processor, prompt):
     with pytest.raises(ConfigError, match="once"):
-        ChunkEncoder(processor, prompt)
+        ImageTokenEncoder(processor, prompt)
 
 
 def test_a_question_with_the_placeholder_is_refused(processor):
     with pytest.raises(DataError, match="placeholder"):
-        ChunkEncoder(processor, "{image} {question}")(IMAGE, "what is <image>?")
+        ImageTokenEncoder(processor, "{image} {question}")(IMAGE, "what is <image>?")
 
 
 def test_an_image_that_cannot_be_preprocessed_is_refused(processor):
     def refuses(images):
         raise ValueError("too small\nby far")
 
-    broken = ChunkProcessor(processor.tokenizer, refuses, "<image>", processor.image_token_id, 4)
+    broken = ImageTokenProcessor(processor.tokenizer, refuses, "<image>", processor.image_token_id, 4)
     with pytest.raises(DataError, match=r"40 x 30 pixels.*too small$"):
-        ChunkEncoder(broken, "{image} {question}")(IMAGE, "what?")
+        ImageTokenEncoder(broken, "{image} {question}")(IMAGE, "what?")
 
 
 def test_the_placeholder_comes_behind_all_words():
@@ -141,7 +147,9 @@ def test_ids_are_sentencepieces(sentencepiece, template, question):
     tokenizer = checkpoints.load_llama_tokenizer(str(folder), Loading())
     token = add_placeholder(tokenizer, "<ImageHere>", len(tokenizer))
     pixels = PixelProcessor((partial(squash, size=28),))
-    encoded = ChunkEncoder(ChunkProcessor(tokenizer, pixels, "<ImageHere>", token, 1), template)(IMAGE, question)
+    encoded = ImageTokenEncoder(ImageTokenProcessor(tokenizer, pixels, "<ImageHere>", token, 1), template)(
+        IMAGE, question
+    )
     expected, (before, behind) = [1], encoded.text.split("<ImageHere>")
     for number, piece in enumerate(before.split("<s>")):
         expected += ([1] if number else []) + reader.encode(piece)
