@@ -113,12 +113,12 @@ def answer(
         adapter, task: who is asked and what.
         more: settings of the evaluator that are not in the configuration.
     """
-    from stethoscope.storage.reuse import shared_answers
+    from stethoscope.storage.reuse import reuse_answers
 
     evaluator = make_evaluator(config, folder, loggers, **more)
     if config.answers is None or config.overwrite or config.fast_dev_run:
         return evaluator.run(adapter, task)
-    with shared_answers(Path(config.answers), folder, adapter, task, evaluator.generation):
+    with reuse_answers(Path(config.answers), folder, adapter, task, evaluator.generation):
         return evaluator.run(adapter, task)
 
 

@@ -25,7 +25,7 @@ from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_values
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import console, one_line, redact, redact_text, redact_word, visible_output
-from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, own_words, read_jobs, slug
+from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, distinct_overrides, read_jobs, slug
 
 LONGEST = 120  # characters of a folder's name
 
@@ -92,7 +92,7 @@ class Sweep:
     def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         from stethoscope.commands.common import listed
 
-        own = tuple(redact_word(unquoted(word)) for word in own_words(words, self.fixed))
+        own = tuple(redact_word(unquoted(word)) for word in distinct_overrides(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
         plugins = tuple(map(str, listed(config.get("plugins") or ())))
         job = Job(self.key, number, own, folder, logger=redact(_logger_of(config)), plugins=plugins)
@@ -116,7 +116,7 @@ class Sweep:
     def _failed(self, job: Job, start: float, error: str) -> None:
         line = redact_text(one_line(error))
         job.ended(FAILED, time.monotonic() - start, line).write(self.folder)
-        print(f"stethoscope: job {job.number} ({job.title}): {line}", file=sys.stderr, flush=True)
+        print(f"stethoscope: job {job.index} ({job.title}): {line}", file=sys.stderr, flush=True)
 
     def _prepare(self, config: DictConfig, own: Sequence[str]) -> str:
         """Gives a job a run directory of its own and puts its W&B run into the sweep's group; the run directory."""
@@ -147,7 +147,7 @@ class Sweep:
         lost = [job for job in jobs if job.status != FINISHED]
         if lost:
             raise ConfigError(
-                f"{len(lost)} of {len(jobs)} jobs of the sweep did not finish, the first is job {lost[0].number} "
+                f"{len(lost)} of {len(jobs)} jobs of the sweep did not finish, the first is job {lost[0].index} "
                 f"({lost[0].title}): {lost[0].error or lost[0].status}"
             )
 

@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detector import Detector
     from stethoscope.report.sending import send_detector
     from stethoscope.storage.lock import RunLock
-    from stethoscope.storage.reuse import share_table
+    from stethoscope.storage.reuse import copy_task
     from stethoscope.storage.run_dir import RunStore
 
     source, folder = Path(config.run), Path(config.run_dir)
@@ -64,7 +64,7 @@ def run(config: DictConfig) -> None:
     with RunLock(folder), loggers_of(config) as loggers:
         remove_temporaries(folder)
         if folder.resolve() != source.resolve():
-            store = share_table(store, folder, task)
+            store = copy_task(store, folder, task)
             store.write_config(config, overrides())
         loggers.setup(folder)
         results = fit(
@@ -93,7 +93,7 @@ def run(config: DictConfig) -> None:
 
 def _only(store: RunStore) -> str:
     """The only task of a run that has token rows, or CHAIR."""
-    tasks = store.traced()
+    tasks = store.traced_tasks()
     return tasks[0] if len(tasks) == 1 else "chair"
 
 
@@ -133,7 +133,7 @@ def _tell_of_gaps(store: RunStore, task: str) -> None:
 
 
 def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
-    others = sorted(store.traced())
+    others = sorted(store.traced_tasks())
     if task is not None and others:
         return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
     if not any(record.mentions for record in store.records()):
@@ -161,7 +161,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     if "run" not in wanted or not set(wanted) <= {"run", "mentions", "subset"}:
         raise ConfigError(f"test={node} should be a run directory or {{run: ..., mentions: ..., subset: ...}}")
     store = RunStore(wanted["run"])
-    tasks = store.traced()
+    tasks = store.traced_tasks()
     task = wanted.get("mentions") or (own if own in tasks else None)
     if task is None:
         if not tasks:

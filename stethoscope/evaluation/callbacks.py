@@ -23,7 +23,7 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.text import console, wrap_streams
 from stethoscope.loggers.media import Picture
 from stethoscope.relevancy.heatmaps import heat, raster, relevancy_tiles
-from stethoscope.storage.saved_heatmaps import MAX_SIDE, MapFile
+from stethoscope.storage.saved_heatmaps import MAX_SIDE, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
@@ -270,12 +270,12 @@ class SaveHeatmaps(Callback):
             small = picture.copy() if self.pictures else None
             if small is not None:
                 small.thumbnail((self.side, self.side))
-            MapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
+            HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
 
     def on_task_end(self, run: Run, results: TaskResults) -> None:
         """Removes what samples that were traced again have left behind."""
         if run.store is not None and run.processes.first:
-            MapFile(run.store.run_dir).compact()
+            HeatmapFile(run.store.run_dir).compact()
 
     def _maps(
         self, run: Run, trace: Trace, size: tuple[int, int], tokens: Sequence[int]

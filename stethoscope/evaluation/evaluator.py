@@ -21,9 +21,15 @@ from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import Run
 from stethoscope.loggers.base import Logger, Loggers
 from stethoscope.storage.lock import RunLock
-from stethoscope.storage.records import FAILED, OK, UNPARSED, checked, recorded, select
+from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples, select_samples
 from stethoscope.storage.run_dir import Overwrite, RunStore
-from stethoscope.storage.run_fingerprint import answers_of, differences, digest, features_of, locations_of
+from stethoscope.storage.run_fingerprint import (
+    answer_fingerprint,
+    differences,
+    digest,
+    feature_fingerprint,
+    location_keys,
+)
 from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -137,11 +143,11 @@ class Evaluator:
             run.task.setup()
             run.adapter.setup()
             limit = FAST_DEV_RUN_SAMPLES if self.fast_dev_run else self.limit
-            available = checked(run.task)
-            samples = select(available, limit)
+            available = load_samples(run.task)
+            samples = select_samples(available, limit)
             if self._keep_answers:
-                samples = recorded(RunStore(self.run_dir), run.task, available, samples)
-            fingerprint = answers_of(run.adapter, run.task, self._generation(run.task))
+                samples = recorded_samples(RunStore(self.run_dir), run.task, available, samples)
+            fingerprint = answer_fingerprint(run.adapter, run.task, self._generation(run.task))
         if run.processes.several:
             self._agree(run, samples, fingerprint)
         with run.processes.step():
@@ -165,8 +171,8 @@ class Evaluator:
         """Does what is left of this process's samples, and waits for the other processes."""
         if run.processes.several:
             run.store = run.store or RunStore(self.run_dir)
-            run.store.join(run.processes.rank)
-            run.processes.stop = run.store.stop
+            run.store.use_shard(run.processes.rank)
+            run.processes.stop = run.store.record_files.stop_file
         on_trace = partial(self._call, "on_trace", run)
         worker = Worker(
             run, self._generation(run.task), self.features, self.trace, self.on_error, on_trace, self._keep_answers
@@ -205,15 +211,15 @@ class Evaluator:
 
     def _open(self, run: Run, available: Sequence[Sample], fingerprint: dict[str, Any], lock: RunLock | None) -> None:
         """Accepts the run directory and starts the loggers."""
-        features = None if self.features is None else features_of(self.features, self.trace)
+        features = None if self.features is None else feature_fingerprint(self.features, self.trace)
         if lock is not None:
             lock.acquire()
             store = RunStore(self.run_dir)
             if store.fingerprints().get(run.task.name, {}).get("fast_dev_run"):
-                store.clear([run.task.name])  # a trial leaves nothing worth keeping
+                store.remove_tasks([run.task.name])  # a trial leaves nothing worth keeping
             mark = {"fast_dev_run": True} if self.fast_dev_run else {}
             moved = self._moved(store, run.task, available, fingerprint)
-            store.begin(run.task.name, {**fingerprint, **mark}, features, self.overwrite, moved)
+            store.open_task(run.task.name, {**fingerprint, **mark}, features, self.overwrite, moved)
             run.store = store
         self.loggers.setup(self.run_dir)
         settings = {"limit": self.limit, "fast_dev_run": self.fast_dev_run, "batch_size": self.batch_size}
@@ -228,7 +234,7 @@ class Evaluator:
         Of data that the samples of its records have changed in, only ``extract`` takes another location, since it
         leaves those samples alone.
         """
-        keys = locations_of(task, fingerprint)
+        keys = location_keys(task, fingerprint)
         old = store.fingerprints().get(task.name)
         if old is None or self._keep_answers or self.overwrite:
             return keys

@@ -16,7 +16,7 @@ from stethoscope.evaluation.results import TaskResults
 from stethoscope.report.shapes import DETECTOR as DETECTOR_SHAPE
 from stethoscope.report.shapes import FINGERPRINT, TASK, WARNING
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
-from stethoscope.storage.saved_heatmaps import MapFile, View
+from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,10 +180,10 @@ class Source:
         return self.store.find(self.task, sample_id)
 
     @cached_property
-    def _maps(self) -> MapFile:
-        return MapFile(self.folder)
+    def _maps(self) -> HeatmapFile:
+        return HeatmapFile(self.folder)
 
-    def view(self, record: Record) -> View | None:
+    def view(self, record: Record) -> SavedMedia | None:
         """Picture and heat maps that the run has kept of a record's sample; None where it has kept nothing.
 
         Raises:

@@ -53,7 +53,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "job": self.job.number,
+            "job": self.job.index,
             "settings": self.job.settings,
             "status": self.job.status,
             "error": self.job.error,
@@ -90,7 +90,7 @@ class Comparison:
         for name in names:
             columns += [name, *(["− first"] if name in tested else [])]
         for result in self.results:
-            cells: list[Cell] = [result.job.number, *(result.job.settings.get(key) for key in self.keys)]
+            cells: list[Cell] = [result.job.index, *(result.job.settings.get(key) for key in self.keys)]
             for name in names:
                 cells += [result.figures.get(name), *([result.gaps.get(name)] if name in tested else [])]
             rows.append((*cells, result.job.status))
@@ -110,9 +110,9 @@ class Comparison:
         for result in self.results:
             job = result.job
             if job.status != FINISHED:
-                yield f"job {job.number} ({job.title}) {job.status}: {job.error or 'it left no word; see its log'}"
+                yield f"job {job.index} ({job.title}) {job.status}: {job.error or 'it left no word; see its log'}"
             if result.remark:
-                yield f"job {job.number} ({job.title}) is not compared with the first: {result.remark}"
+                yield f"job {job.index} ({job.title}) is not compared with the first: {result.remark}"
 
     def print(self, console: Console) -> None:
         """Prints the table for people, and the jobs that failed."""
@@ -129,7 +129,7 @@ class Comparison:
     def write(self, folder: Path, name: str) -> None:
         """Writes ``sweep.md``, ``sweep.csv`` and ``sweep.json``; each appears whole or not at all."""
         problems = "".join(f"- {line}\n" for line in self.problems())
-        runs = "".join(f"- job {one.job.number}: `{one.job.folder}`\n" for one in self.results if one.job.folder)
+        runs = "".join(f"- job {one.job.index}: `{one.job.folder}`\n" for one in self.results if one.job.folder)
         parts = [f"# {name}", markdown(self.table)]
         parts += [f"## Jobs to look at\n\n{problems}"] if problems else []
         parts += [f"## Runs\n\n{runs}"]
@@ -146,7 +146,7 @@ class Comparison:
         columns, rows = ["job", *self.keys, "status", "error", "run", *own], []
         for result in self.results:
             job = result.job
-            head = [job.number, *(job.settings.get(key) for key in self.keys), job.status, job.error, job.folder]
+            head = [job.index, *(job.settings.get(key) for key in self.keys), job.status, job.error, job.folder]
             for name, found in result.figures.items() or [(None, None)]:
                 gap = result.gaps.get(name)
                 above = (gap.interval.value, gap.interval.low, gap.interval.high, gap.p) if gap else (None,) * 4

@@ -1,4 +1,4 @@
-"""One run at a time in a run directory."""
+"""Lock a run directory, so that one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ if TYPE_CHECKING:
 class RunLock:
     """A lock on a run directory, which the system frees when the process ends, however it ends.
 
-    Of several processes that do a run each takes one, the first one before the others: so a run is refused as long as
-    any process of an earlier one is left. Within a process a lock may be taken again by the same thread; the last
-    release frees it.
+    In a distributed run each process takes a lock, rank 0 first, so a run is refused while any process of an earlier
+    one is alive. The same thread may take a lock several times; the last release frees it.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0) -> None:
-        """Names the lock; nothing is made.
+        """Name the lock; nothing is created.
 
         Args:
-            run_dir: what is locked.
-            rank: number of the process.
+            run_dir: to lock.
+            rank: of the process.
         """
         self.run_dir, self.rank = run_dir, rank
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Takes the lock; makes the directory.
+        """Take the lock; create the directory.
 
         Raises:
-            ConfigError: another process has it, or the directory cannot be written to.
+            ConfigError: another process holds the lock, or the directory cannot be written to.
         """
         own = self.run_dir / (f".lock-{self.rank}" if self.rank else ".lock")
         try:
@@ -51,7 +50,7 @@ class RunLock:
                 raise
             self._lock = lock
             holder = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            write_json(_holder(own), holder)
+            write_json(_holder_file(own), holder)
         except OSError as error:
             raise ConfigError(f"run directory {self.run_dir} cannot be written to: {error}") from None
 
@@ -63,34 +62,34 @@ class RunLock:
             lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
-                f"{self.run_dir} is in use by {_who(path)}; wait until it has ended, or choose another name"
+                f"{self.run_dir} is in use by {_describe_holder(path)}; wait until it has ended, or choose another name"
             ) from None
         return lock
 
     def release(self) -> None:
-        """Gives the lock back; does nothing without one."""
+        """Release the lock if it is held."""
         if self._lock is not None:
             lock, self._lock = self._lock, None
             lock.release()
 
     def __enter__(self) -> RunLock:
-        """Takes the lock for a block."""
+        """Take the lock for a block."""
         self.acquire()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Gives it back."""
+        """Release the lock."""
         self.release()
 
 
-def _holder(path: Path) -> Path:
-    """Where it is written who has a lock."""
+def _holder_file(path: Path) -> Path:
+    """Return the path of the note on who holds a lock."""
     return path.with_name(f"{path.name}.json")
 
 
-def _who(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     try:
-        found = json.loads(_holder(path).read_text())
-        return f"process {found['pid']} since {found['since']}"
-    except (OSError, ValueError, KeyError):  # it has only just taken the lock
+        holder = json.loads(_holder_file(path).read_text())
+        return f"process {holder['pid']} since {holder['since']}"
+    except (OSError, ValueError, KeyError):  # the note is written just after the lock is taken
         return "another process"

@@ -1,4 +1,4 @@
-"""A sample's record and the file of them, ``samples.jsonl``: one JSON object per line, only ever appended to."""
+"""Define a sample's record and read and write its line of ``samples.jsonl``, one JSON object."""
 
 from __future__ import annotations
 
@@ -17,39 +17,33 @@ if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.tasks.base import Task
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
-
-
-_REMEDY = "remove it, and run the command that made the run again"
-
-
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
 
-
-_TEXTS = (
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonable)
+_REMEDY = "remove it, and run the command that made the run again"
+_TEXT_FIELDS = (
     "group", "subset", "image", "question", "prompt", "status", "error", "prompt_sha256", "image_sha256", "untraced",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one sample of one run; a line of ``samples.jsonl``.
+    """Everything a run stores about one sample: a line of ``samples.jsonl``.
 
     Attributes:
         task, sample_id, group, subset, question, reference: as in the sample; ``image`` is the image's name.
-        prompt: the model's own prompt, before image placeholders are expanded; empty if it could not be made.
+        prompt: in the model's chat format, before image placeholders are expanded; empty if encoding failed.
         status: ``ok``, ``unparsed`` (the task cannot read the answer) or ``failed`` (see ``error``).
         error: why the sample failed, else empty.
-        answer, score: None where the sample failed before.
+        answer, score: None where the sample failed before they were computed.
         mentions: labelled objects that the answer names.
         prompt_sha256: digest of the prompt's token ids as the model read them, see ``Encoded.sha256``; empty if there
             was no prompt.
-        image_sha256: digest of the picture that was asked about, see ``ImageRef.sha256``; empty if it could not be
-            loaded.
-        seconds: time spent by stage (``encode``, ``generate``, ``score``, ``trace``); a batch's time is shared evenly.
-        untraced: why ``extract`` could not add token rows; empty if it did, or was never asked to.
+        image_sha256: digest of the image, see ``ImageRef.sha256``; empty if it could not be loaded.
+        seconds: time by stage (``encode``, ``generate``, ``score``, ``trace``), a batch's time divided evenly.
+        untraced: why ``extract`` could not add token rows; empty if it did, or never tried.
         tokens: number of rows in the token table.
-        part: file in ``tokens/`` that holds those rows; empty once they are in ``tokens.parquet``.
+        part: file in ``tokens/`` with these rows; empty once they are in ``tokens.parquet``.
     """
 
     task: str
@@ -74,13 +68,13 @@ class Record:
 
     @property
     def truncated(self) -> bool:
-        """The answer was cut off at the longest length allowed."""
+        """Whether the answer was cut off at the maximum length."""
         return self.answer is not None and not self.answer.finished
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as a line holds it; what the task put into it is left as it is."""
+        """Return the record as plain values, as its line holds it; the task's own values are left unchanged."""
         answer, score = self.answer, self.score
-        found = {
+        values = {
             **vars(self),
             "answer": answer and {**vars(answer), "logprobs": [round(value, 6) for value in answer.logprobs]},
             "score": score and {"counts": score.counts, "detail": score.detail},
@@ -88,39 +82,32 @@ class Record:
             "seconds": {stage: round(value, 6) for stage, value in self.seconds.items()},
         }
         if not self.part:
-            del found["part"]
-        return found
+            del values["part"]
+        return values
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Record:
-        """The record that ``to_dict`` gave.
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Build the record from what ``to_dict`` returned.
 
         Raises:
-            ArtefactError: it did not give this.
+            ArtefactError: a key is missing, or a value has another type.
         """
         try:
-            record = cls(**{**found, **_parts(found)})
-            odd = [name for name in _TEXTS if not isinstance(getattr(record, name), str)]
-            if odd or not isinstance(record.reference, dict) or not isinstance(record.seconds, dict):
-                raise TypeError(f"{odd[0] if odd else 'reference or seconds'} is of another type")
+            record = cls(**{**values, **_decode_parts(values)})
+            wrong = [name for name in _TEXT_FIELDS if not isinstance(getattr(record, name), str)]
+            if wrong or not isinstance(record.reference, dict) or not isinstance(record.seconds, dict):
+                raise TypeError(f"{wrong[0] if wrong else 'reference or seconds'} is of another type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(
-                f"the record of sample {found.get('sample_id')!r:.80} is damaged ({str(error)!r:.80}); remove its line "
-                "from samples.jsonl and run the same command again"
+                f"the record of sample {values.get('sample_id')!r:.80} is damaged ({str(error)!r:.80}); "
+                "remove its line from samples.jsonl and run the same command again"
             ) from None
         return record
 
-    def about(self, sample: Sample) -> bool:
-        """Whether the record's sample asked the same as this one, about the same picture.
-
-        A changed data file or picture makes old answers worthless.
-        """
-        return not self.changes(sample)
-
     def changes(self, sample: Sample) -> list[str]:
-        """Name what of the sample is not as it was asked: question, picture, label, group, subset.
+        """List what has changed in the sample since it was answered: question, picture, label, group, subset.
 
-        Of the picture see ``ImageRef.differs``.
+        Images are compared by name and digest, see ``ImageRef.differs``.
         """
         picture = self.image != sample.image.name or (self.image_sha256 and sample.image.differs(self.image_sha256))
         changed = {
@@ -133,33 +120,33 @@ class Record:
         return [name for name, differs in changed.items() if differs]
 
 
-def _parts(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer, score and mentions of a line."""
-    answer, score = found["answer"], found["score"]
+def _decode_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Build answer, score and mentions from the plain values of a line."""
+    answer, score = values["answer"], values["score"]
     if answer:
         offsets = tuple((start, end) for start, end in answer["offsets"])
         ids, logprobs = tuple(answer["token_ids"]), tuple(answer["logprobs"])
         answer = Answer(answer["text"], ids, offsets, logprobs, answer["finished"])
     if score:
-        score = Score(found["status"], dict(score["counts"]), score["detail"])
-    return {"answer": answer, "score": score, "mentions": tuple(Mention(**mention) for mention in found["mentions"])}
+        score = Score(values["status"], dict(score["counts"]), score["detail"])
+    return {"answer": answer, "score": score, "mentions": tuple(Mention(**mention) for mention in values["mentions"])}
 
 
-def dump(found: Mapping[str, Any]) -> bytes:
-    """One line of the file."""
+def encode_line(values: Mapping[str, Any]) -> bytes:
+    """Encode plain values as one line of UTF-8 JSON; numbers that are not finite become null."""
     try:
-        text = _ENCODER.encode(found)
-    except ValueError:  # a value that is not finite, which JSON does not have
-        text = _ENCODER.encode(jsonable(found))
+        text = _ENCODER.encode(values)
+    except ValueError:  # JSON has no infinity and no NaN
+        text = _ENCODER.encode(jsonable(values))
     return text.encode("utf-8", errors="backslashreplace") + b"\n"  # half a surrogate pair becomes its JSON escape
 
 
-def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Offset, length and content of every line; broken lines at the very end, as a kill leaves them, are passed over.
+def read_lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield offset, length (bytes) and content of every line, but for broken ones at the end, which a kill leaves.
 
     Args:
         path: of the file.
-        strict: minds broken lines before the end, which are passed over otherwise.
+        strict: reject broken lines before the end, instead of skipping them.
 
     Raises:
         ArtefactError: a line before the end is broken.
@@ -168,27 +155,27 @@ def lines(path: Path, strict: bool = True) -> Iterator[tuple[int, int, dict[str,
     with open_regular(path, _REMEDY) as file:
         for number, line in enumerate(file, 1):
             try:
-                found = json.loads(line)
-                whole = line.endswith(b"\n") and isinstance(found, dict) and _named(found)
+                values = json.loads(line)
+                whole = line.endswith(b"\n") and isinstance(values, dict) and _has_keys(values)
             except (ValueError, RecursionError):
                 whole = False
             if whole and broken and strict:
                 raise ArtefactError(f"{path}:{broken} is damaged; remove the line, or the run, and start it again")
             if whole:
-                yield offset, len(line), found
+                yield offset, len(line), values
             else:
                 broken = broken or number
             offset += len(line)
 
 
-def _named(found: Mapping[str, Any]) -> bool:
-    """Whether a line says whose it is, and how many token rows belong to it, if any."""
-    names = (found.get("task"), found.get("sample_id"), found.get("part", ""))
-    return all(isinstance(name, str) for name in names) and isinstance(found.get("tokens", 0), int)
+def _has_keys(values: Mapping[str, Any]) -> bool:
+    """Return whether a line names its task and sample, with a valid ``part`` and ``tokens`` if it has them."""
+    names = (values.get("task"), values.get("sample_id"), values.get("part", ""))
+    return all(isinstance(name, str) for name in names) and isinstance(values.get("tokens", 0), int)
 
 
-def select(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """Take at most ``limit`` samples, in turn from the subsets, in the order of the task."""
+def select_samples(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
+    """Select at most ``limit`` samples, evenly from the subsets, in the order of the task."""
     if limit is None or limit >= len(samples):
         return tuple(samples)
     seen: dict[str, int] = {}
@@ -199,8 +186,8 @@ def select(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
     return tuple(samples[index] for index in sorted(index for _, index in sorted(turns)[:limit]))
 
 
-def checked(task: Task) -> Sequence[Sample]:
-    """Read the samples of a task.
+def load_samples(task: Task) -> Sequence[Sample]:
+    """Load the samples of a task and check their ids.
 
     Raises:
         DataError: there are none, or two have the same id.
@@ -215,12 +202,14 @@ def checked(task: Task) -> Sequence[Sample]:
     return samples
 
 
-def recorded(store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """Keep the samples that a run directory has a record of.
+def recorded_samples(
+    store: RunStore, task: Task, available: Sequence[Sample], samples: Sequence[Sample]
+) -> tuple[Sample, ...]:
+    """Select the samples of which a run directory has a record.
 
     Args:
         store: of the run directory.
-        task: whose records.
+        task: that the records belong to.
         available: all samples of the task.
         samples: those to choose from.
 

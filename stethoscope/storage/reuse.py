@@ -1,4 +1,4 @@
-"""What one run takes over from another: the answers and token rows of a task, without tracing or asking again."""
+"""Reuse the answers and token rows of another run, instead of generating and tracing again."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.files import link_or_copy, replacing
 from stethoscope.storage.lock import RunLock
-from stethoscope.storage.records import FAILED, Record, dump, lines
+from stethoscope.storage.records import FAILED, Record, encode_line, read_lines
 from stethoscope.storage.run_dir import MAPS, RunStore
-from stethoscope.storage.run_fingerprint import answers_of, digest
+from stethoscope.storage.run_fingerprint import answer_fingerprint, digest
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.tasks.base import Task
 
-LOCKS = ".answers"  # folder of a lock file for every set of answers
+LOCKS = ".answers"  # folder with a lock file per set of answers
 
 
-def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
-    """A run directory with the answers and token rows of one task of another run, for a detector of its own.
+def copy_task(source: RunStore, folder: Path, task: str) -> RunStore:
+    """Create a run directory with one task's answers and token rows of another run, to train another detector.
 
-    ``tokens.parquet`` is the same file on disk where the file system allows (it is only ever replaced, never written
-    into); the task's lines of ``samples.jsonl`` are copied, and the pictures and heat maps that the run has kept.
+    ``tokens.parquet`` is a hard link where the file system allows (it is only ever replaced, never written into); the
+    task's lines of ``samples.jsonl`` are copied, with stored pictures and heat maps.
 
     Args:
         source: the other run; the task must be finished there.
-        folder: the new directory, or one that was made so before.
-        task: whose answers.
+        folder: the new directory, or one that this function created before.
+        task: name of the task.
+
+    Returns:
+        The new run.
 
     Raises:
         ArtefactError: the other run has no such task, or has not finished it.
@@ -44,17 +47,17 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
     """
     records = list(source.records(task))
     if any(record.part for record in records):
-        raise ArtefactError(f"the run in {source.run_dir} has not finished {task}; the command that began it goes on")
+        raise ArtefactError(f"the run in {source.run_dir} has not finished {task}; run its command again to finish it")
     fingerprint = dict(source.fingerprints().get(task, {}))
     features = fingerprint.pop("features", None)
     target = RunStore(folder)
-    target.begin(task, fingerprint, features, overwrite="features")
+    target.open_task(task, fingerprint, features, overwrite="features")
     link_or_copy(source.token_files.merged, target.token_files.merged)
     if (source.run_dir / MAPS).is_file():  # appended to by `extract`, so never the same file on disk
         with (source.run_dir / MAPS).open("rb") as maps, replacing(target.run_dir / MAPS) as file:
             shutil.copyfileobj(maps, file)
     with replacing(target.samples_file) as file:
-        file.writelines(dump(replace(record, part="").to_dict()) for record in records)
+        file.writelines(encode_line(replace(record, part="").to_dict()) for record in records)
     if task in source.metrics():
         target.write_metrics(task, source.metrics()[task])
     target.set_status(task, source.status().get(task, "finished"))
@@ -62,18 +65,19 @@ def share_table(source: RunStore, folder: Path, task: str) -> RunStore:
 
 
 @contextmanager
-def shared_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, generation: Generation) -> Iterator[None]:
-    """Lets several runs generate the same answers only once: whoever comes first writes them, others take them over.
+def reuse_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, generation: Generation) -> Iterator[None]:
+    """Let several runs generate the same answers only once: the first run generates them, the others copy them.
 
-    Answers are the same if model, task and generation have one fingerprint. The block is to evaluate the task; a run
-    that needs the same answers meanwhile, in whatever process, waits at its own block. What a killed run has left is
-    taken over too.
+    Answers are the same if model, task and generation have the same fingerprint. The block should evaluate the task;
+    a run in any process that needs the same answers meanwhile waits to enter its own block. The answers of a killed run
+    are copied too.
 
     Args:
         folder: of the runs.
-        run_dir: of this one.
-        adapter, task: who is asked and what; both are set up here.
-        generation: how answers are written.
+        run_dir: of this run.
+        adapter: the model; it is set up here.
+        task: the benchmark; it is set up here.
+        generation: settings of decoding.
 
     Raises:
         ConfigError: the run directory belongs to a run with other settings.
@@ -84,7 +88,7 @@ def shared_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, ge
     task.setup()
     length = generation.max_new_tokens
     generation = replace(generation, max_new_tokens=task.max_new_tokens if length is None else length)
-    fingerprint = jsonable(answers_of(adapter, task, generation))
+    fingerprint = jsonable(answer_fingerprint(adapter, task, generation))
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     lock = FileLock((folder / LOCKS).resolve() / f"{digest(fingerprint)[:16]}.lock")
     try:
@@ -93,56 +97,56 @@ def shared_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, ge
         print(f"{run_dir}: waiting for the job that writes the same answers to {task.name} ...", file=sys.stderr)
         lock.acquire()
     try:
-        taken = take_over(folder, RunStore(run_dir), task.name, fingerprint)
-        if taken:
-            print(f"{run_dir}: {taken} answers to {task.name} are those of another job", file=sys.stderr)
+        copied = copy_answers(folder, RunStore(run_dir), task.name, fingerprint)
+        if copied:
+            print(f"{run_dir}: {copied} answers to {task.name} are those of another job", file=sys.stderr)
         yield
     finally:
         lock.release()
 
 
-def take_over(folder: Path, target: RunStore, task: str, fingerprint: Mapping[str, Any]) -> int:
-    """Copies the answers of one task, without token rows, from the run beside this one that has the most of them.
+def copy_answers(folder: Path, target: RunStore, task: str, fingerprint: Mapping[str, Any]) -> int:
+    """Copy the answers of one task, without token rows, from the run of the same folder that has the most of them.
 
     Args:
         folder: of the runs.
-        target: the run that takes them.
+        target: the run to copy to.
         task: name of the task.
-        fingerprint: what its answers must have.
+        fingerprint: that the copied answers must have.
 
     Returns:
-        How many answers were new to the target.
+        Number of answers that were new to the target.
     """
     runs = (path.parent for path in folder.glob("*/samples.jsonl"))
     others = [path for path in runs if path.resolve() != target.run_dir.resolve()]
-    same = []
+    matching = []
     for path in others:
         try:
-            if _answers(RunStore(path), task) == fingerprint:
-                same.append(path)
-        except ArtefactError as error:  # another run's fault is none of this one's
-            warnings.warn(f"no answers are taken from {path}: {error}", stacklevel=3)
-    if not same:
+            if _stored_fingerprint(RunStore(path), task) == fingerprint:
+                matching.append(path)
+        except ArtefactError as error:  # a damaged run must not stop another one
+            warnings.warn(f"no answers are copied from {path}: {error}", stacklevel=3)
+    if not matching:
         return 0
-    source = max(same, key=lambda path: (path / "samples.jsonl").stat().st_size)
-    had = set()
-    if _answers(target, task) is not None:
-        had = {record.sample_id for record in target.records(task) if record.status != FAILED}
-    # one pass over one open file: the job it belongs to may go on writing, or put a new file in its place
-    found = {line["sample_id"]: line for _, _, line in lines(source / "samples.jsonl") if line["task"] == task}
+    source = max(matching, key=lambda path: (path / "samples.jsonl").stat().st_size)
+    present = set()
+    if _stored_fingerprint(target, task) is not None:
+        present = {record.sample_id for record in target.records(task) if record.status != FAILED}
+    # in one pass over one open file, as its job may append to the file or replace it meanwhile
+    lines = {line["sample_id"]: line for _, _, line in read_lines(source / "samples.jsonl") if line["task"] == task}
     records = [
         Record.from_dict({**line, "tokens": 0, "part": ""})
-        for name, line in found.items()
-        if name not in had and line["status"] != FAILED
+        for sample_id, line in lines.items()
+        if sample_id not in present and line["status"] != FAILED
     ]
     if records:
         with RunLock(target.run_dir):
-            target.begin(task, fingerprint)
+            target.open_task(task, fingerprint)
             target.append(records)
     return len(records)
 
 
-def _answers(store: RunStore, task: str) -> dict[str, Any] | None:
-    """What identifies the answers of a run to one task; None where it has none."""
-    found = store.fingerprints().get(task)
-    return None if found is None else {key: value for key, value in found.items() if key != "features"}
+def _stored_fingerprint(store: RunStore, task: str) -> dict[str, Any] | None:
+    """Read the fingerprint of a run's answers to one task, without that of the token rows; None without answers."""
+    fingerprint = store.fingerprints().get(task)
+    return None if fingerprint is None else {key: value for key, value in fingerprint.items() if key != "features"}

@@ -1,4 +1,4 @@
-"""What changes the answers of a run, so that a run is resumed only by the same model on the same questions."""
+"""Fingerprint everything that can change a run's answers, so that only the same model and questions resume it."""
 
 from __future__ import annotations
 
@@ -26,33 +26,35 @@ PACKAGES = (
     "pillow", "scikit-learn", "safetensors", "hydra-core", "wandb",
 )  # fmt: skip
 
-
 _MODEL_LOCATIONS = (
     "model_id",
     "revision",
     "tower",
     *(f"sources.{part}" for part in ("llm", "vision", "qformer", "projector")),
 )
-
-
 _SAMPLING_ONLY = ("temperature", "top_p", "seed")
 
 
-def settings(component: Any) -> dict[str, Any]:
-    """The constructor arguments that a component kept as attributes of the same name."""
+def constructor_settings(component: Any) -> dict[str, Any]:
+    """Return the constructor arguments that a component stores as attributes of the same name."""
     names = inspect.signature(type(component).__init__).parameters
     return {name: jsonable(getattr(component, name)) for name in names if hasattr(component, name)}
 
 
-def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
-    """What identifies the answers of one model to one task; the adapter must be set up.
+def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
+    """Identify the answers of one model to one task.
 
-    The adapter's own word (weights, processor, dtype, rendered prompt, ...), the source code of adapter and task, the
-    task's settings, how answers are to be generated, and the settings that the model applies for that. The pictures
-    are not here: every record has the digest of its own.
+    Included are the adapter's own fingerprint (weights, processor, dtype, rendered prompt, ...), the source code of
+    adapter and task, the task's settings, the generation settings, and those that the model applies for them. Images
+    are not included: every record has the digest of its own.
 
-    Batch size, loggers, callbacks, the number of samples and the number of processes do not belong here: they leave an
-    answer as it is. Neither do the settings of sampling while nothing is sampled.
+    Batch size, loggers, callbacks, and the numbers of samples and processes are left out, as they change no answer. So
+    are the settings of sampling in greedy decoding.
+
+    Args:
+        adapter: that has been set up.
+        task: that has been set up.
+        generation: settings of decoding.
     """
     decoding = jsonable(generation)
     if not generation.do_sample:
@@ -64,7 +66,7 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
             "class": f"{type(task).__module__}.{type(task).__qualname__}",
             "name": task.name,
             "version": task.version,
-            "settings": settings(task),
+            "settings": constructor_settings(task),
             "code": code_of(type(task)),
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
@@ -72,22 +74,22 @@ def answers_of(adapter: Adapter, task: Task, generation: Generation) -> dict[str
     return redact(identity, environment=False)
 
 
-def locations_of(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys of a fingerprint that tell where model and data lie.
+def location_keys(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:
+    """List the dotted keys of a fingerprint that hold locations of model and data, which may change.
 
-    A model is known by the digest of its weights, if it has one, and data by the samples that records hold.
+    The model is then identified by the digest of its weights, if it has one, and the data by the recorded samples.
     """
     model = _MODEL_LOCATIONS if fingerprint["adapter"].get("weights") else ()
     return [*(f"adapter.{name}" for name in model), *(f"task.settings.{name}" for name in task.locations)]
 
 
-def features_of(features: Any, trace: str) -> dict[str, Any]:
-    """What identifies the token rows that a feature set leaves: its columns, their settings, which answers it sees."""
-    return {**settings(features), "names": jsonable(features.names), "trace": trace}
+def feature_fingerprint(features: Any, trace: str) -> dict[str, Any]:
+    """Identify the token rows of a feature set: its columns, their settings, and which answers are traced."""
+    return {**constructor_settings(features), "names": jsonable(features.names), "trace": trace}
 
 
 def digest(fingerprint: Mapping[str, Any]) -> str:
-    """SHA-256 of a fingerprint, the same for any order of its keys.
+    """Compute the SHA-256 of a fingerprint, the same for any order of its keys.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True
@@ -97,7 +99,7 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys on which two fingerprints differ, each with the old and the new value (None where it is missing).
+    """List the dotted keys on which two fingerprints differ, with old and new value (None where missing).
 
     >>> differences({"task": {"version": "1", "parser": "strict"}}, {"task": {"version": "2", "parser": "strict"}})
     [('task.version', '1', '2')]
@@ -113,7 +115,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 
 def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
-    """Differences as one line of text.
+    """Describe differences in one line.
 
     >>> describe([("task.version", "1", "2"), ("seed", None, 0)])
     "task.version: '1' before, '2' now; seed: None before, 0 now"
@@ -124,7 +126,7 @@ def describe(changes: list[tuple[str, Any, Any]], limit: int = 6) -> str:
 
 
 def _short(value: Any, other: Any) -> str:
-    """Write a value in 60 characters; of a long text the part in which it begins to differ from another."""
+    """Format a value in 60 characters; of a long text the part from which on it differs from another."""
     if isinstance(value, str) and isinstance(other, str) and len(value) > 50:
         start = max(len(os.path.commonprefix([value, other])) - 15, 0)  # noqa: RUF071 - of texts, not paths
         return ("..." if start else "") + repr(value[start : start + 45]) + ("..." if start + 45 < len(value) else "")
@@ -133,21 +135,21 @@ def _short(value: Any, other: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and kind of machine; no host name, user name or path."""
-    found: dict[str, Any] = {
+    """Collect versions and kind of machine; no host name, user name or path."""
+    values: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    torch = sys.modules.get("torch")  # whoever ran a model has imported it; do not pay for it otherwise
+    torch = sys.modules.get("torch")  # imported if a model has run; not worth importing otherwise
     if torch is not None:
-        found["threads"] = torch.get_num_threads()
-        found["cuda"] = torch.version.cuda
+        values["threads"] = torch.get_num_threads()
+        values["cuda"] = torch.version.cuda
         available = torch.cuda.is_available()
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
-    return found
+        values["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
+    return values
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
-"""Pictures and heat maps that a run directory keeps, so that they can be shown without the model and the data.
+"""Store small pictures and heat maps in a run directory, so that reports need neither the model nor the data.
 
 ``maps.jsonl`` has a line for every traced answer that names an object: the picture, small, and one relevancy map for
-every mention. Lines are only appended while a run goes on, the last one of a sample counts. Reading imports no torch.
+every mention. Lines are only appended during a run, and the last line of a sample counts. Reading imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.files import open_regular, replacing
 from stethoscope.core.images import read_image
 from stethoscope.relevancy.heatmaps import overlay
-from stethoscope.storage.records import lines
+from stethoscope.storage.records import read_lines
 from stethoscope.storage.run_dir import MAPS
 
 if TYPE_CHECKING:
@@ -31,45 +31,46 @@ if TYPE_CHECKING:
     from stethoscope.core.types import Answer
     from stethoscope.storage.records import Record
 
-MAX_SIDE = 2048  # pixels of a kept picture: a larger one is none of ours
+MAX_SIDE = 2048  # pixels of a stored picture; a larger one was not written by us
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What is kept of one sample.
+class SavedMedia:
+    """The picture and heat maps stored for one sample.
 
     Attributes:
-        picture: the picture, RGB, small; None where pictures are not kept.
+        picture: RGB, small; None where the run stores no pictures.
         maps: by answer token (the first of a mention) its relevancy over the picture after the last layer, uint8
-            (rows, columns), scaled to its own largest value.
+            (rows, columns), where 255 is the map's own maximum.
     """
 
     picture: Image | None
     maps: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def overlay(self, token: int, width: int = 320) -> Image | None:
-        """The picture under a token's heat map, at least ``width`` pixels wide; None where one of them is not kept."""
+        """Draw a token's heat map over the picture, at least ``width`` pixels wide; None where either is missing."""
         if self.picture is None or token not in self.maps:
             return None
         return overlay(self.picture, self.maps[token].astype(float), width=width)
 
 
-class MapFile:
+class HeatmapFile:
     """Reads and writes ``maps.jsonl`` of one run directory."""
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
-        """Names the file; nothing is read or made."""
+        """Name the file; nothing is read or created."""
         self.path = Path(run_dir) / MAPS
-        self._places: dict[tuple[str, str], int] = {}
-        self._seen: tuple[int, int] | None = None
+        self._offsets: dict[tuple[str, str], int] = {}
+        self._state: tuple[int, int] | None = None
 
     def append(
         self, task: str, sample_id: str, answer: Answer, picture: Image | None, maps: Mapping[int, np.ndarray]
     ) -> None:
-        """Adds a line.
+        """Append a line.
 
         Args:
-            task, sample_id: whose it is.
+            task: name of the task.
+            sample_id: of the sample.
             answer: that the maps belong to.
             picture: small, or None.
             maps: uint8 (rows, columns), all of one shape, by answer token.
@@ -78,40 +79,40 @@ class MapFile:
             "task": task,
             "sample_id": sample_id,
             "answer": _digest(answer),
-            "picture": "" if picture is None else _text(_jpeg(picture)),
+            "picture": "" if picture is None else _base64(_jpeg(picture)),
             "shape": list(next(iter(maps.values())).shape) if maps else [],
-            "maps": {str(token): _text(values.tobytes()) for token, values in maps.items()},
+            "maps": {str(token): _base64(values.tobytes()) for token, values in maps.items()},
         }
         text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                text = text if file.read(1) == b"\n" else b"\n" + text  # a kill has cut the last line short
-            file.write(text)  # at once, as several processes may write
+                text = text if file.read(1) == b"\n" else b"\n" + text  # a kill has cut off the last line
+            file.write(text)  # in one write, as several processes may append
 
-    def find(self, record: Record) -> View | None:
-        """What is kept of a record's sample; None where there is nothing, or it belongs to another answer.
+    def find(self, record: Record) -> SavedMedia | None:
+        """Read the media of a record's sample; None without a line, or where it belongs to another answer.
 
         Raises:
             ArtefactError: the line is damaged.
         """
-        at = self._index().get((record.task, record.sample_id))
-        if at is None or record.answer is None:
+        offset = self._index().get((record.task, record.sample_id))
+        if offset is None or record.answer is None:
             return None
         with open_regular(self.path) as file:
-            file.seek(at)
+            file.seek(offset)
             line = file.readline()
         try:
-            found = json.loads(line)
-            return _view(found) if found.get("answer") == _digest(record.answer) else None
+            values = json.loads(line)
+            return _decode(values) if values.get("answer") == _digest(record.answer) else None
         except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
             raise ArtefactError(
-                f"{self.path}: what it holds of {record.sample_id} is damaged ({error}); the report does without the "
-                "file if it is deleted"
+                f"{self.path}: the line of {record.sample_id} is damaged ({error}); delete the file to report without "
+                "pictures and heat maps"
             ) from None
 
     def compact(self) -> None:
-        """Leaves out the lines that later ones have replaced."""
+        """Delete the lines that later ones have replaced."""
         if not self.path.is_file():
             return
         offsets = sorted(self._index().values())
@@ -121,21 +122,21 @@ class MapFile:
                 target.write(source.readline())
 
     def _index(self) -> dict[tuple[str, str], int]:
-        """Where the last line of every sample begins, read again if the file has changed."""
+        """Return the offset of every sample's last line, read again if the file has changed."""
         stat = self.path.stat() if self.path.is_file() else None
         state = None if stat is None else (stat.st_size, stat.st_mtime_ns)
-        if state != self._seen:
-            found = lines(self.path, strict=False) if state else ()  # a kill may have cut one off amid a run
-            self._places = {(line["task"], line["sample_id"]): at for at, _, line in found}
-            self._seen = state
-        return self._places
+        if state != self._state:
+            lines = read_lines(self.path, strict=False) if state else ()  # a kill may have cut off one in the middle
+            self._offsets = {(line["task"], line["sample_id"]): offset for offset, _, line in lines}
+            self._state = state
+        return self._offsets
 
 
 def _digest(answer: Answer) -> str:
     return hashlib.sha256(repr((answer.text, answer.token_ids)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def _text(data: bytes) -> str:
+def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
@@ -145,14 +146,14 @@ def _jpeg(picture: Image) -> bytes:
     return file.getvalue()
 
 
-def _view(found: Mapping[str, Any]) -> View:
+def _decode(values: Mapping[str, Any]) -> SavedMedia:
     picture = None
-    if found["picture"]:
-        data = base64.b64decode(found["picture"], validate=True)
+    if values["picture"]:
+        data = base64.b64decode(values["picture"], validate=True)
         picture = read_image(data, "its picture", formats=("JPEG",), max_pixels=MAX_SIDE**2)
-    shape = tuple(found["shape"])
+    shape = tuple(values["shape"])
     maps = {
         int(token): np.frombuffer(base64.b64decode(text, validate=True), np.uint8).reshape(shape)
-        for token, text in found["maps"].items()
+        for token, text in values["maps"].items()
     }
-    return View(picture, maps)
+    return SavedMedia(picture, maps)

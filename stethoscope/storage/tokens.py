@@ -1,4 +1,4 @@
-"""Token rows on disk: made per answer, written in parts while a run goes on, merged into one file at its end."""
+"""Store token rows: built per answer, appended to part files during a run, merged into one file at its end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
         ("labeller", pa.string()),
     ]
 )
-"""Key columns (``stethoscope.core.token_table.KEY_COLUMNS`` explains them); float32 feature columns follow."""
+"""Key columns, explained by ``stethoscope.core.token_table.KEY_COLUMNS``; float32 feature columns follow."""
 
 
 def token_table(
@@ -52,10 +52,21 @@ def token_table(
     prompt: str = "",
     version: str = "",
 ) -> pa.Table:
-    """One row per answer token: key columns, then a column for every feature, each (T,).
+    """Build the token rows of an answer: key columns, then a column per feature.
 
-    A token belongs to the first mention that shares a character with it. ``prompt`` is the text that the model was
-    asked with, ``version`` that of the task, which labelled the mentions.
+    A token belongs to the first mention that shares a character with it.
+
+    Args:
+        task: name of the task.
+        sample: that was answered.
+        answer: with T tokens.
+        mentions: labelled objects that the answer names.
+        features: (T,) values by name, stored as float32.
+        prompt: in the model's chat format; its digest tells prompts apart.
+        version: of the task, which labelled the mentions.
+
+    Returns:
+        T rows.
     """
     count = len(answer.token_ids)
     owner = answer.owners(mentions)
@@ -84,80 +95,78 @@ def token_table(
 
 
 class TokenFiles:
-    """``tokens.parquet``, and the parts in ``tokens/`` that have not been merged into it yet.
+    """Reads and writes ``tokens.parquet`` and the parts in ``tokens/`` that have not been merged into it yet.
 
-    A Parquet file cannot be appended to, so every sitting of a run appends to an Arrow stream of its own, of which a
-    kill can only damage the end. Which file holds the valid rows of a sample is said by its record; rows that no record
-    speaks for (a kill, a sample done again) are left behind by the next merge.
+    A Parquet file cannot be appended to, so every session of a run appends to an Arrow stream of its own, of which a
+    kill can only damage the end. A sample's record names the file that holds its valid rows; the next merge leaves out
+    rows that no record names (after a kill, or when a sample was answered again).
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Names the files in a run directory; nothing is read or written."""
+        """Name the files in a run directory; nothing is read or written."""
         self.merged = run_dir / "tokens.parquet"
         self.folder = run_dir / "tokens"
-        self.writer = ""  # begins the names of parts where several processes write
+        self.part_prefix = ""  # in the names of parts, unique to each of several writing processes
         self._part = ""
         self._writer: pa.RecordBatchStreamWriter | None = None
         self._sink: pa.OSFile | None = None
         self._schema: pa.Schema | None = None
 
-    def write(self, tables: Sequence[pa.Table]) -> str:
-        """Appends the rows of some samples to this sitting's part and returns the part's name."""
+    def append(self, tables: Sequence[pa.Table]) -> str:
+        """Append the rows of some samples to this session's part; return the part's name."""
         table = pa.concat_tables(tables, promote_options="default")
         if self._writer is None or table.schema != self._schema:
             self.close()
             self.folder.mkdir(parents=True, exist_ok=True)
             numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("part-*.arrow")]
-            self._part = f"part-{self.writer}{max(numbers, default=-1) + 1:06d}.arrow"
+            self._part = f"part-{self.part_prefix}{max(numbers, default=-1) + 1:06d}.arrow"
             self._schema = table.schema
-            self._sink = pa.OSFile(
-                os.fsencode(self.folder / self._part), "wb"
-            )  # writes through, as a record's line does
+            self._sink = pa.OSFile(os.fsencode(self.folder / self._part), "wb")  # unbuffered, like a record's line
             self._writer = pa.ipc.new_stream(self._sink, self._schema)
         self._writer.write_table(table)
         return self._part
 
     def sync(self) -> None:
-        """Puts what this sitting has appended on disk."""
+        """Wait until the rows of this session would survive a power cut."""
         if self._sink is not None:
             self._sink.flush()
             with (self.folder / self._part).open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Ends this sitting's part; the next rows begin another one."""
+        """Close this session's part; the next rows start another one."""
         if self._writer is not None and self._sink is not None:
             self._writer.close()
             self._sink.close()
             self._writer = self._sink = None
 
-    def keep(self, parts: Iterable[str]) -> None:
-        """Deletes all parts but the named ones."""
+    def prune(self, used: Iterable[str]) -> None:
+        """Delete all parts but the used ones."""
         self.close()
-        wanted = set(parts)
+        names = set(used)
         for path in self.folder.glob("*"):
-            if path.name not in wanted:
+            if path.name not in names:
                 path.unlink()
-        if not wanted and self.folder.is_dir():
+        if not names and self.folder.is_dir():
             self.folder.rmdir()
 
     def keys(self, part: str) -> set[Key]:
-        """Whose rows a part holds; those of the merged file where ``part`` is empty."""
-        return set(self._places(part))
+        """Return the samples whose rows are in a part, or in the merged file where ``part`` is empty."""
+        return set(self._locate_samples(part))
 
     def merge(self, order: Sequence[tuple[Key, str]]) -> None:
-        """Makes ``tokens.parquet`` anew from samples in this order, each with its part ("" for the merged file)."""
+        """Rewrite ``tokens.parquet`` from samples in this order, each with its part ("" for the merged file)."""
         if order:
             _write_parquet(self.merged, self._tables(order))
         else:
             self.merged.unlink(missing_ok=True)
 
     def frame(self, order: Sequence[tuple[Key, str]]) -> pd.DataFrame:
-        """The rows of samples in this order, each with its part ("" for the merged file)."""
+        """Read the rows of samples in this order, each with its part ("" for the merged file)."""
         return pa.concat_tables([SCHEMA.empty_table(), *self._tables(order)], promote_options="default").to_pandas()
 
     def _chunks(self, part: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The row groups of the merged file, or the batches of a part up to the place where a kill cut it off."""
+        """Yield the row groups of the merged file, or the batches of a part until a kill cut it off."""
         if not part:
             if os.path.lexists(self.merged):
                 try:
@@ -173,27 +182,28 @@ class TokenFiles:
             except (pa.ArrowInvalid, OSError):
                 return
 
-    def _places(self, part: str) -> dict[Key, tuple[int, int, int]]:
-        """Where each sample lies in a file: chunk, first row within it, number of rows; the last chunk counts."""
-        found: dict[Key, tuple[int, int, int]] = {}
+    def _locate_samples(self, part: str) -> dict[Key, tuple[int, int, int]]:
+        """Map each sample of a file to its chunk, first row within it, and number of rows; the last chunk counts."""
+        locations: dict[Key, tuple[int, int, int]] = {}
         for chunk, table in enumerate(self._chunks(part, ["task", "sample_id"])):
             keys = zip(table["task"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
             for row, key in enumerate(keys):
-                before = found.get(key, (-1, 0, 0))
-                start, length = before[1:] if before[0] == chunk else (row, 0)
-                found[key] = (chunk, start, length + 1)
-        return found
+                last_chunk, start, length = locations.get(key, (-1, 0, 0))
+                if last_chunk != chunk:
+                    start, length = row, 0
+                locations[key] = (chunk, start, length + 1)
+        return locations
 
     def _tables(self, order: Sequence[tuple[Key, str]]) -> Iterator[pa.Table]:
-        """Tables of about ``ROWS_AT_ONCE`` rows with the rows of samples in this order; no sample is split."""
+        """Yield the rows of samples in this order, in tables of about ``ROWS_AT_ONCE`` rows; no sample is split."""
         parts = sorted({part for _, part in order})
-        places = {part: self._places(part) for part in parts}
-        read = {part: _Chunks(self._chunks, part) for part in parts}
-        schema = pa.unify_schemas([SCHEMA, *(read[part](0).schema for part in parts)])
+        locations = {part: self._locate_samples(part) for part in parts}
+        readers = {part: _ChunkReader(self._chunks, part) for part in parts}
+        schema = pa.unify_schemas([SCHEMA, *(readers[part].read(0).schema for part in parts)])
         pending: list[pa.Table] = []
         rows = 0
-        for part, chunk, start, length in _slices((part, *places[part][key]) for key, part in order):
-            pending.append(read[part](chunk).slice(start, length))
+        for part, chunk, start, length in _join_adjacent((part, *locations[part][key]) for key, part in order):
+            pending.append(readers[part].read(chunk).slice(start, length))
             rows += length
             if rows >= ROWS_AT_ONCE:
                 yield pa.concat_tables([schema.empty_table(), *pending], promote_options="default")
@@ -202,25 +212,26 @@ class TokenFiles:
             yield pa.concat_tables([schema.empty_table(), *pending], promote_options="default")
 
 
-class _Chunks:
-    """Chunks of a file by number, read in order and again only when an earlier one is asked for."""
+class _ChunkReader:
+    """Reads chunks of a file by index, in one pass as long as the indices grow."""
 
     def __init__(self, chunks: Callable[[str], Iterator[pa.Table]], part: str) -> None:
-        self.chunks, self.part, self.at = chunks, part, -1
+        self._chunks, self._part, self._index = chunks, part, -1
 
-    def __call__(self, chunk: int) -> pa.Table:
-        if chunk < self.at or self.at < 0:
-            self.at, self.rest = -1, self.chunks(self.part)
-        while self.at < chunk:
-            self.table = next(self.rest)
-            self.at += 1
-        return self.table
+    def read(self, index: int) -> pa.Table:
+        """Read one chunk."""
+        if index < self._index or self._index < 0:
+            self._index, self._remaining = -1, self._chunks(self._part)
+        while self._index < index:
+            self._table = next(self._remaining)
+            self._index += 1
+        return self._table
 
 
-def _slices(places: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, int, int, int]]:
-    """Places (part, chunk, start, length), with those that follow each other in a file made one."""
+def _join_adjacent(slices: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Join slices (part, chunk, first row, number of rows) that follow each other in a file."""
     last: tuple[str, int, int, int] | None = None
-    for part, chunk, start, length in places:
+    for part, chunk, start, length in slices:
         if last is not None and last[:2] == (part, chunk) and last[2] + last[3] == start:
             last = (part, chunk, last[2], last[3] + length)
         else:
@@ -232,10 +243,10 @@ def _slices(places: Iterable[tuple[str, int, int, int]]) -> Iterator[tuple[str, 
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Writes tables as the row groups of one file that appears whole or not at all.
+    """Write tables as the row groups of one file that appears whole or not at all.
 
-    Every page has its checksum, as Parquet knows it. The footer, which names the columns and says where their pages
-    are, has none there: its own is put before it, where readers of Parquet do not look.
+    Every page has a checksum, as Parquet defines it. The format has none for the footer, which lists columns and page
+    offsets, so ours is written in front of it, where Parquet readers do not look.
     """
     with replacing(path) as file:
         writer: pq.ParquetWriter | None = None
@@ -250,7 +261,7 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
 
 
 def _footer(file: BinaryIO) -> tuple[int, bytes]:
-    """Where the footer of a Parquet file starts, and all that follows."""
+    """Return the offset of a Parquet file's footer, and the bytes from there on."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 8, 0))
     length = int.from_bytes(file.read(4), "little") + 8
@@ -260,10 +271,10 @@ def _footer(file: BinaryIO) -> tuple[int, bytes]:
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    """Opens a file whose footer is as it was written, if ``_write_parquet`` wrote it; its pages are checked as read.
+    """Open a file after checking its footer, if ``_write_parquet`` wrote it; pages are checked when they are read.
 
     Raises:
-        ValueError: the footer has changed.
+        ValueError: the footer has changed, or a column has another type.
     """
     with open_regular(path, _REMEDY) as file:
         start, footer = _footer(file)
@@ -276,7 +287,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     for field in SCHEMA:
         if types.get(field.name) != str(field.type):
             raise ValueError(f"column {field.name} should be {field.type}, not {types.get(field.name, 'missing')}")
-    odd = [name for name, kind in types.items() if name not in SCHEMA.names and kind not in _NUMBERS]
-    if odd:
-        raise ValueError(f"column {odd[0]} should be float, not {types[odd[0]]}")
+    wrong = [name for name, kind in types.items() if name not in SCHEMA.names and kind not in _NUMBERS]
+    if wrong:
+        raise ValueError(f"column {wrong[0]} should be float, not {types[wrong[0]]}")
     return parquet

@@ -179,7 +179,7 @@ class World:
             config = self.train.copy()
             config.run = str(run)
             store = RunStore(run)
-            for task in (*store.traced(), "chair"):
+            for task in (*store.traced_tasks(), "chair"):
                 train.token_table(config, store, task, None)
                 store.model(task)
             store.metrics(), store.status(), store.fingerprints()

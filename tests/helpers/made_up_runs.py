@@ -17,7 +17,7 @@ def made_up_run(folder, images=200, seed=3, task="chair", change=lambda table: t
     )
     table = change(table.assign(task=task, prompt_hash="0" * 16, labeller=f"{task}/1"))
     store = RunStore(Path(folder))
-    store.begin(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
+    store.open_task(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
     keys = {field.name: field.type for field in SCHEMA}
     rows = {
         name: pa.Table.from_pandas(part, preserve_index=False).cast(

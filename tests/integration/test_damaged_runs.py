@@ -125,7 +125,7 @@ def test_a_damaged_file_is_one_line_or_no_matter(finished, tmp_path, name, kind)
 
     def train():
         store = RunStore(run)
-        store.traced()
+        store.traced_tasks()
         store.tokens("chair")
         list(store.records("chair"))
 
@@ -145,7 +145,7 @@ def test_a_damaged_run_is_left_out_of_what_others_take_over(finished, tmp_path):
     from helpers.tiny_world import TinyAdapter, TinyTask
 
     from stethoscope.core.types import Generation
-    from stethoscope.storage.reuse import shared_answers
+    from stethoscope.storage.reuse import reuse_answers
 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/samples.jsonl").write_bytes(bytes(100))
@@ -153,6 +153,6 @@ def test_a_damaged_run_is_left_out_of_what_others_take_over(finished, tmp_path):
     adapter, task = TinyAdapter(), TinyTask(4)
     with (
         pytest.warns(UserWarning, match=r"bad.*is damaged"),
-        shared_answers(tmp_path, tmp_path / "new", adapter, task, Generation()),
+        reuse_answers(tmp_path, tmp_path / "new", adapter, task, Generation()),
     ):
         assert Evaluator(run_dir=tmp_path / "new").run(adapter, task).counts["ok"] == 4

@@ -56,7 +56,7 @@ def test_the_recorded_prompt_is_traced_where_the_template_writes_the_time(stetho
     stethoscope("evaluate", *settings, "limit=1", code=0)
     line = stethoscope("evaluate", *settings)
     assert "adapter.prompt: " in line
-    assert "model.prompt with the text of before goes on" in line
+    assert "set model.prompt" in line
     run = tmp_path / "runs" / "r"
     (before,) = RunStore(run).records()
     stethoscope("extract", "run=runs/r", *QUIET, code=0)

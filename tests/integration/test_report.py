@@ -22,7 +22,7 @@ from stethoscope.detection import leaderboard
 from stethoscope.report import versus
 from stethoscope.report.source import Source
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.saved_heatmaps import MapFile
+from stethoscope.storage.saved_heatmaps import HeatmapFile
 from stethoscope.tasks.chair import Chair
 
 LIMIT = 60  # samples of the runs in conftest.py
@@ -78,7 +78,7 @@ def test_the_page_needs_no_network_and_shows_pictures(finished, tmp_path, stetho
 
 def test_pictures_are_those_that_the_run_has_kept(copy, stethoscope):
     """Another picture in ``maps.jsonl`` is the one that is shown, with the mention's map over it and all others too."""
-    file = MapFile(copy)
+    file = HeatmapFile(copy)
     for record in RunStore(copy).records("chair"):
         view = file.find(record)
         if view is not None:

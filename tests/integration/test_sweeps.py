@@ -18,7 +18,7 @@ from stethoscope.core.component import compose
 from stethoscope.core.types import Answer, Score
 from stethoscope.detection import leaderboard
 from stethoscope.storage.records import FAILED, Record
-from stethoscope.storage.reuse import take_over
+from stethoscope.storage.reuse import copy_answers
 from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]
@@ -270,16 +270,16 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path):
     records = [
         Record("chair", f"{at}", "g", "all", "x.png", "What?", answer=answer, score=Score("ok", {})) for at in range(4)
     ]
-    source.begin("chair", fingerprint, {"names": ["nll"]})
+    source.open_task("chair", fingerprint, {"names": ["nll"]})
     source.append([*records[:2], replace(records[2], status=FAILED, score=None, error="no")])
     with source.samples_file.open("ab") as file:
         file.write(b'{"task": "chair", "sample_id": "3"')
     other = RunStore(tmp_path / "c")
-    other.begin("chair", {**fingerprint, "adapter": {"model_id": "another"}})
+    other.open_task("chair", {**fingerprint, "adapter": {"model_id": "another"}})
     other.append(records)
-    assert take_over(tmp_path, target, "chair", fingerprint) == 2
+    assert copy_answers(tmp_path, target, "chair", fingerprint) == 2
     assert _told(target, "chair") == {"0": answer, "1": answer}
-    assert take_over(tmp_path, target, "chair", fingerprint) == 0
+    assert copy_answers(tmp_path, target, "chair", fingerprint) == 0
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def made_up(folder, task):
     table = token_table(400, seed=3).rename(columns={"mass": "attn_image_l00", "noise": "lens_rank_l00"})
     table = table.assign(task=task, prompt_hash="0" * 16, labeller=f"{task}/1")
     store = RunStore(folder)
-    store.begin(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
+    store.open_task(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
     keys = {field.name: field.type for field in SCHEMA}
     rows = {
         name: pa.Table.from_pandas(part, preserve_index=False).cast(

@@ -23,7 +23,7 @@ from stethoscope.report.gallery import KINDS, cases
 from stethoscope.report.sending import COLUMNS, send_detector
 from stethoscope.report.source import Source
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.saved_heatmaps import MapFile
+from stethoscope.storage.saved_heatmaps import HeatmapFile
 
 pytest.importorskip("wandb")
 
@@ -49,7 +49,7 @@ def test_mentions_with_their_pictures_heat_maps_and_marked_answers(greedy, logge
     found = cases(source, 3)
     assert 4 < len(table["data"]) == len(found) <= 9
     assert {row[0] for row in table["data"]} <= set(KINDS)
-    file = MapFile(greedy)
+    file = HeatmapFile(greedy)
     for row, case in zip(table["data"], found, strict=True):
         cells = dict(zip(COLUMNS, row, strict=True))
         assert (cells["kind"], cells["sample"], cells["object"]) == (case.kind, case.sample_id, case.object)

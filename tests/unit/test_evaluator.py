@@ -14,7 +14,7 @@ from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.loggers.base import Logger
 from stethoscope.metrics.bootstrap import Interval, MetricRow
-from stethoscope.storage.records import select
+from stethoscope.storage.records import select_samples
 from stethoscope.storage.run_dir import RunStore
 
 
@@ -129,8 +129,8 @@ def test_an_error_that_concerns_the_whole_run_is_not_a_failed_sample(adapter):
 def test_limit_takes_samples_in_turn_from_the_subsets(adapter):
     samples = TinyTask(count=6, subsets=("a", "b")).samples()
     order = sorted(samples, key=lambda sample: sample.subset)
-    assert [sample.id for sample in select(order, 3)] == ["s00", "s02", "s01"]
-    assert select(order, None) == select(order, 99) == tuple(order)
+    assert [sample.id for sample in select_samples(order, 3)] == ["s00", "s02", "s01"]
+    assert select_samples(order, None) == select_samples(order, 99) == tuple(order)
     assert Evaluator(limit=3).run(adapter, TinyTask()).counts["samples"] == 3
 
 

@@ -10,7 +10,7 @@ def test_jobs_of_a_sweep(tmp_path):
     job = Job("sweep", 0, ("limit=1",))
     job.write(tmp_path)
     (tmp_path / FOLDER / "._0000.json").write_bytes(MAC)
-    assert [(found.number, found.words) for found in read_jobs(tmp_path, "sweep")] == [(0, job.words)]
+    assert [(read.index, read.overrides) for read in read_jobs(tmp_path, "sweep")] == [(0, job.overrides)]
 
 
 def test_weights_of_a_model(tmp_path):

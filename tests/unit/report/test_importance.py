@@ -27,7 +27,7 @@ def _source(folder, table, detector, warned=None):
         for name, part in table.groupby("sample_id", sort=False)
     }
     store = RunStore(folder)
-    store.begin("chair", {"adapter": {}, "task": {"name": "chair"}})
+    store.open_task("chair", {"adapter": {}, "task": {"name": "chair"}})
     store.append([Record("chair", name, name, "all", "x.png", "What?") for name in rows], rows)
     store.finish("chair", list(rows))
     store.set_status("chair", "finished")

@@ -30,7 +30,7 @@ def made(tmp_path):
         store = RunStore(folder)
         settings = {"images": images, "parser": parser}
         task = {"class": "stethoscope.tasks.chair.Chair", "name": "chair", "version": "1", "settings": settings}
-        store.begin("chair", {"adapter": {"model_id": name}, "task": task})
+        store.open_task("chair", {"adapter": {"model_id": name}, "task": task})
         store.append([_record(sample, sample in failed) for sample in samples])
         store.finish("chair", list(samples))
         store.set_status("chair", "finished")

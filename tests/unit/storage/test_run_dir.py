@@ -40,7 +40,7 @@ def rows(number, value=0.0, **other):
 @pytest.fixture
 def store(tmp_path):
     store = RunStore(tmp_path / "run")
-    store.begin("tiny", MODEL)
+    store.open_task("tiny", MODEL)
     return store
 
 
@@ -52,8 +52,8 @@ def test_records_come_back_as_they_went_in(store):
     assert back[0] == record(0, seconds={"generate": 0.123457})
     assert back[1].answer is None
     assert (back[2].question, back[2].score) == (odd.question, odd.score)
-    assert back[0].about(SAMPLES[0])
-    assert not back[0].about(SAMPLES[1])
+    assert back[0].changes(SAMPLES[0]) == []
+    assert back[0].changes(SAMPLES[1])
     assert store.samples_file.read_bytes().count(b"\n") == 3
 
 
@@ -89,7 +89,7 @@ def test_rows_are_merged_in_the_order_of_the_samples_whatever_the_parts(store, m
     for number in (4, 1, 5, 0):
         store.append([record(number)], {f"s{number:02d}": rows(number, number)})
     store.finish("tiny", [sample.id for sample in SAMPLES])
-    store.begin("tiny", MODEL)
+    store.open_task("tiny", MODEL)
     store.append([record(2), record(3)], {"s03": rows(3, 3, other=np.ones(3))})
     store.finish("tiny", [sample.id for sample in SAMPLES])
     frame = pd.read_parquet(store.run_dir / "tokens.parquet")
@@ -107,7 +107,7 @@ def test_what_a_kill_leaves_behind_is_dropped(store, rest):
     (store.run_dir / "tokens/part-000001.arrow").write_bytes(b"half")
     again = RunStore(store.run_dir)
     assert len(list(again.records())) == 1
-    again.begin("tiny", MODEL)
+    again.open_task("tiny", MODEL)
     assert store.samples_file.stat().st_size == size
     assert [path.name for path in (store.run_dir / "tokens").iterdir()] == ["part-000000.arrow"]
 
@@ -119,7 +119,7 @@ def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
     part = store.run_dir / "tokens/part-000000.arrow"
     part.write_bytes(part.read_bytes()[:-cut])
     again = RunStore(store.run_dir)
-    again.begin("tiny", MODEL)
+    again.open_task("tiny", MODEL)
     assert again.tokens()["level"].tolist() == [5, 5, 5]
     assert [again.has_tokens(item) for item in again.records()] == [True, False]
     again.append([record(1)], {"s01": rows(1, 7)})
@@ -129,14 +129,16 @@ def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
 
 def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatch):
     store.append([record(0), record(1)], {"s00": rows(0), "s01": rows(1)})
-    monkeypatch.setattr("stethoscope.storage.run_dir.dump", lambda found: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(
+        "stethoscope.storage.record_files.encode_line", lambda values: (_ for _ in ()).throw(SystemExit)
+    )
     with pytest.raises(SystemExit):
         store.finish("tiny", ["s00", "s01"])  # tokens.parquet is written, samples.jsonl is not
     monkeypatch.undo()
     assert (store.run_dir / "tokens.parquet").exists()
     again = RunStore(store.run_dir)
     assert len(again.tokens()) == 6
-    again.begin("tiny", MODEL)
+    again.open_task("tiny", MODEL)
     again.finish("tiny", ["s00", "s01"])
     assert len(again.tokens()) == len(pd.read_parquet(store.run_dir / "tokens.parquet")) == 6
 
@@ -162,19 +164,19 @@ def test_a_damaged_line_in_the_middle_is_named(store):
 
 def test_other_settings_are_refused_and_leave_everything_as_it_was(store):
     store.append([record(0)], {"s00": rows(0)})
-    store.begin("tiny", MODEL, {"names": ["level"]})
+    store.open_task("tiny", MODEL, {"names": ["level"]})
     before = {path: path.read_bytes() for path in store.run_dir.rglob("*") if path.is_file()}
     other = {**MODEL, "adapter": {"revision": 2}}
     with pytest.raises(
         ConfigError, match=r"holds a run of tiny with other settings \(adapter\.revision: 1 before, 2 now"
     ):
-        store.begin("tiny", other)
+        store.open_task("tiny", other)
     with pytest.raises(ConfigError, match=r"adapter\.revision"):
-        store.begin("another", other)
+        store.open_task("another", other)
     with pytest.raises(ConfigError, match=r"features\.names"):
-        store.begin("tiny", MODEL, {"names": ["entropy"]})
+        store.open_task("tiny", MODEL, {"names": ["entropy"]})
     assert before == {path: path.read_bytes() for path in store.run_dir.rglob("*") if path.is_file()}
-    store.begin("another", other, overwrite=True)
+    store.open_task("another", other, overwrite=True)
     assert list(store.fingerprints()) == ["another"]
     assert store.samples_file.read_bytes() == b""
     assert len(store.tokens()) == 0
@@ -188,7 +190,7 @@ def test_metrics_are_merged_by_section(store):
         "tiny": {"value": 0.5, "missing": None},
         "detector": {"auroc": 0.9},
     }
-    store.begin("tiny", MODEL)
+    store.open_task("tiny", MODEL)
     assert list(store.metrics()) == ["detector"]
 
 
@@ -236,15 +238,15 @@ def test_token_rows_of_a_run_from_before_are_read_and_added_to(store):
 
 
 def writers(store, count):
-    """Stores of several processes on a run directory that the first one has begun."""
-    found = [RunStore(store.run_dir) for _ in range(count)]
-    for rank, one in enumerate(found):
-        one.join(rank)
-    return found
+    """Stores of several processes on a run directory that the first one has opened."""
+    stores = [RunStore(store.run_dir) for _ in range(count)]
+    for rank, process_store in enumerate(stores):
+        process_store.use_shard(rank)
+    return stores
 
 
 def test_each_process_writes_files_of_its_own_and_readers_see_all(store):
-    store.append([record(0)], {"s00": rows(0, 9.0)})  # of an earlier sitting
+    store.append([record(0)], {"s00": rows(0, 9.0)})  # of an earlier session
     first, second = writers(store, 2)
     first.append([record(1)], {"s01": rows(1, 1.0)})
     second.append([record(2)], {"s02": rows(2, 2.0)})
@@ -263,10 +265,10 @@ def test_each_process_writes_files_of_its_own_and_readers_see_all(store):
 
 @pytest.mark.parametrize("kill_at", range(12))
 def test_a_kill_while_the_files_of_processes_are_put_together_loses_and_doubles_nothing(store, monkeypatch, kill_at):
-    """Each step that changes the directory is the last in turn; the next sitting ends as if there had been no kill."""
-    for number, one in enumerate(writers(store, 2)):
-        one.append([record(number)], {f"s{number:02d}": rows(number, number)})
-    with (store.shards / "samples-1.jsonl").open("a") as file:
+    """Each step that changes the directory is the last in turn; the next session ends as if there had been no kill."""
+    for number, process_store in enumerate(writers(store, 2)):
+        process_store.append([record(number)], {f"s{number:02d}": rows(number, number)})
+    with (store.record_files.shards / "samples-1.jsonl").open("a") as file:
         file.write('{"task": "tiny", "sam')
     calls = []
 
@@ -280,21 +282,21 @@ def test_a_kill_while_the_files_of_processes_are_put_together_loses_and_doubles_
         return step
 
     with monkeypatch.context() as patched:
-        for where, name in (("os", "truncate"), ("os", "replace"), ("shutil", "copyfileobj")):
-            module = importlib.import_module(where)
+        for module_name, name in (("os", "truncate"), ("os", "replace"), ("shutil", "copyfileobj")):
+            module = importlib.import_module(module_name)
             patched.setattr(module, name, killing(getattr(module, name)))
         for name in ("unlink", "rmdir"):
             patched.setattr(Path, name, killing(getattr(Path, name)))
         with pytest.raises(SystemExit):
             RunStore(store.run_dir).finish("tiny", ["s00", "s01"])
     again = RunStore(store.run_dir)
-    again.begin("tiny", MODEL)
+    again.open_task("tiny", MODEL)
     assert sorted(item.sample_id for item in again.records()) == ["s00", "s01"]
     assert all(again.has_tokens(item) for item in again.records())
     again.finish("tiny", ["s00", "s01"])
     assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [0] * 3 + [1] * 3
     assert len(store.samples_file.read_text().splitlines()) == 2
-    assert not store.shards.exists()
+    assert not store.record_files.shards.exists()
     assert not (store.run_dir / "tokens").exists()
 
 
@@ -306,22 +308,22 @@ def test_other_code_and_other_settings_of_the_model_are_refused(store):
         "adapter": {"revision": 1, "code": "a1", "settings": {"config": "c1"}},
         "task": {"version": "1", "code": "b1"},
     }
-    store.begin("tiny", fingerprint, overwrite=True)
+    store.open_task("tiny", fingerprint, overwrite=True)
     with pytest.raises(ConfigError, match=r"task\.code: 'b1' before, 'b2' now"):
-        store.begin("tiny", {**fingerprint, "task": {"version": "1", "code": "b2"}})
+        store.open_task("tiny", {**fingerprint, "task": {"version": "1", "code": "b2"}})
     with pytest.raises(ConfigError, match=r"adapter\.settings\.config: 'c1' before, 'c2' now"):
-        store.begin("tiny", {**fingerprint, "adapter": {**fingerprint["adapter"], "settings": {"config": "c2"}}})
+        store.open_task("tiny", {**fingerprint, "adapter": {**fingerprint["adapter"], "settings": {"config": "c2"}}})
 
 
 def test_features_may_be_added_with_newer_code_and_the_answers_keep_their_own(store):
     old, new = ({"adapter": {"code": code}, "task": {"code": code}} for code in "ab")
-    store.begin("tiny", {**MODEL, **old}, overwrite=True)
+    store.open_task("tiny", {**MODEL, **old}, overwrite=True)
     store.append([record(0)])
-    store.begin("tiny", {**MODEL, **new}, {"names": ["level"]}, overwrite="features")
+    store.open_task("tiny", {**MODEL, **new}, {"names": ["level"]}, overwrite="features")
     assert store.fingerprints()["tiny"]["task"]["code"] == "a"
     assert len(list(store.records())) == 1
     with pytest.raises(ConfigError, match=r"adapter\.code: 'a' before, 'b' now"):
-        store.begin("tiny", {**MODEL, **new})
+        store.open_task("tiny", {**MODEL, **new})
 
 
 @pytest.mark.parametrize("section", ["text", {"adapter": "text"}, {"adapter": MODEL["adapter"], "task": [1]}])

@@ -6,45 +6,54 @@ from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.types import Generation
-from stethoscope.storage.run_fingerprint import answers_of, describe, differences, digest, environment, features_of
+from stethoscope.storage.run_fingerprint import (
+    answer_fingerprint,
+    describe,
+    differences,
+    digest,
+    environment,
+    feature_fingerprint,
+)
 
 GREEDY = Generation()
 
 
 def test_what_changes_answers_changes_the_fingerprint():
-    base = answers_of(TinyAdapter(), TinyTask(), GREEDY)
+    base = answer_fingerprint(TinyAdapter(), TinyTask(), GREEDY)
 
     class Newer(TinyTask):
         version = "2"
 
     others = [
-        answers_of(TinyAdapter("2"), TinyTask(), GREEDY),
-        answers_of(TinyAdapter(), TinyTask(count=3), GREEDY),
-        answers_of(TinyAdapter(), Newer(), GREEDY),
-        answers_of(TinyAdapter(), TinyTask(), Generation(max_new_tokens=9)),
-        answers_of(TinyAdapter(), TinyTask(), Generation(num_beams=2)),
-        answers_of(TinyAdapter(), TinyTask(), Generation(do_sample=True)),
+        answer_fingerprint(TinyAdapter("2"), TinyTask(), GREEDY),
+        answer_fingerprint(TinyAdapter(), TinyTask(count=3), GREEDY),
+        answer_fingerprint(TinyAdapter(), Newer(), GREEDY),
+        answer_fingerprint(TinyAdapter(), TinyTask(), Generation(max_new_tokens=9)),
+        answer_fingerprint(TinyAdapter(), TinyTask(), Generation(num_beams=2)),
+        answer_fingerprint(TinyAdapter(), TinyTask(), Generation(do_sample=True)),
     ]
     assert len({digest(found) for found in [base, *others]}) == 7
     assert digest(base) == digest(json.loads(json.dumps(base)))
 
 
 def test_settings_of_sampling_count_only_while_sampling():
-    greedy = [answers_of(TinyAdapter(), TinyTask(), Generation(seed=seed, top_p=0.5 + seed / 4)) for seed in (0, 1)]
-    drawn = [answers_of(TinyAdapter(), TinyTask(), Generation(do_sample=True, seed=seed)) for seed in (0, 1)]
+    greedy = [
+        answer_fingerprint(TinyAdapter(), TinyTask(), Generation(seed=seed, top_p=0.5 + seed / 4)) for seed in (0, 1)
+    ]
+    drawn = [answer_fingerprint(TinyAdapter(), TinyTask(), Generation(do_sample=True, seed=seed)) for seed in (0, 1)]
     assert greedy[0] == greedy[1]
     assert differences(*drawn) == [("generation.seed", 0, 1)]
 
 
 def test_a_moved_folder_is_the_same_data():
     here, there = (TinyTask(broken={1: Path(root) / "val2014/1.png"}) for root in ("/home/a", "/mnt/b"))
-    assert answers_of(TinyAdapter(), here, GREEDY) == answers_of(TinyAdapter(), there, GREEDY)
+    assert answer_fingerprint(TinyAdapter(), here, GREEDY) == answer_fingerprint(TinyAdapter(), there, GREEDY)
 
 
 def test_features_are_told_apart_by_name_and_by_what_is_traced():
-    found = features_of(TinyFeatures(), "mentions")
+    found = feature_fingerprint(TinyFeatures(), "mentions")
     assert found == {"names": ["position", "level"], "trace": "mentions"}
-    assert found != features_of(TinyFeatures(), "all")
+    assert found != feature_fingerprint(TinyFeatures(), "all")
 
 
 def test_differences_name_missing_and_nested_keys():

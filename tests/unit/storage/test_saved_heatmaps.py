@@ -17,7 +17,7 @@ from stethoscope.features import FeatureSet
 from stethoscope.relevancy import token_relevancy
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.saved_heatmaps import MapFile
+from stethoscope.storage.saved_heatmaps import HeatmapFile
 from stethoscope.tasks.chair import Chair
 
 SCENES = 4
@@ -42,7 +42,7 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
     table = RunStore(folder).tokens("chair")
     assert len((folder / "maps.jsonl").read_text().splitlines()) == SCENES
     for record in RunStore(folder).records("chair"):
-        view, picture = MapFile(folder).find(record), scenes[record.sample_id].image()
+        view, picture = HeatmapFile(folder).find(record), scenes[record.sample_id].image()
         rows = table[(table["sample_id"] == record.sample_id) & table["first"]]
         assert sorted(view.maps) == sorted(rows["token"])
         found = token_relevancy(adapter, picture, record.question, record.answer)
@@ -60,17 +60,17 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
 
 def test_maps_of_another_answer_or_sample_are_none(folder):
     record = next(RunStore(folder).records("chair"))
-    assert MapFile(folder).find(replace(record, answer=replace(record.answer, text="a dog"))) is None
-    assert MapFile(folder).find(replace(record, answer=None)) is None
-    assert MapFile(folder).find(replace(record, sample_id="other")) is None
-    assert MapFile(folder / "detector").find(record) is None
+    assert HeatmapFile(folder).find(replace(record, answer=replace(record.answer, text="a dog"))) is None
+    assert HeatmapFile(folder).find(replace(record, answer=None)) is None
+    assert HeatmapFile(folder).find(replace(record, sample_id="other")) is None
+    assert HeatmapFile(folder / "detector").find(record) is None
 
 
 def test_a_run_without_relevancy_keeps_pictures_and_one_without_both_nothing(tmp_path, adapter):
     features = FeatureSet(groups=["position"])
     Evaluator([SaveHeatmaps(side=48)], features=features, run_dir=tmp_path / "a").run(adapter, Chair(scenes=2))
     record = next(RunStore(tmp_path / "a").records("chair"))
-    view = MapFile(tmp_path / "a").find(record)
+    view = HeatmapFile(tmp_path / "a").find(record)
     assert (view.maps, view.picture.size) == ({}, (48, 48))
     assert view.overlay(3) is None
     Evaluator([SaveHeatmaps(pictures=False)], features=features, run_dir=tmp_path / "b").run(adapter, Chair(scenes=2))
@@ -98,7 +98,7 @@ def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
     token = answer.covering(2, 5)[0]
     assert line["shape"] == [8, 20]
     assert list(line["maps"]) == [str(token)]
-    view = MapFile(tmp_path).find(_record(answer))
+    view = HeatmapFile(tmp_path).find(_record(answer))
     assert view.picture.size == (100, 40)
     values = view.maps[token]
     assert not values[:, :6].any()  # the middle square is cut out: columns 6 to 13
@@ -111,7 +111,7 @@ def _record(answer):
 
 
 def test_the_last_line_counts_and_the_others_go(tmp_path):
-    file, old, new = MapFile(tmp_path), *(Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog"))
+    file, old, new = HeatmapFile(tmp_path), *(Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog"))
     for answer, level in ((old, 10), (new, 200)):
         file.append("stub", "s", answer, Image.new("RGB", (8, 8), (level,) * 3), {0: np.full((2, 3), level, np.uint8)})
     file.append("other", "s", old, None, {})
@@ -127,7 +127,7 @@ def test_the_last_line_counts_and_the_others_go(tmp_path):
 
 
 def test_a_run_goes_on_behind_a_line_that_was_cut_short(tmp_path):
-    file, answers = MapFile(tmp_path), [Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog")]
+    file, answers = HeatmapFile(tmp_path), [Answer(text, (1,), ((0, 3),), (-0.1,)) for text in ("cat", "dog")]
     file.append("stub", "s", answers[0], Image.new("RGB", (64, 64)), {})
     whole = file.path.read_bytes()
     for cut in (1, 2, len(whole) // 2, len(whole) - 1):
@@ -140,19 +140,19 @@ def test_a_run_goes_on_behind_a_line_that_was_cut_short(tmp_path):
 
 
 def test_what_is_damaged_is_one_line(tmp_path):
-    file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
+    file, answer = HeatmapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
     file.append("stub", "s", answer, Image.new("RGB", (8, 8)), {0: np.zeros((2, 2), np.uint8)})
     line = json.loads(file.path.read_text())
     for change in ({"picture": "AAAA"}, {"shape": [3, 3]}, {"maps": {"x": "AAAA"}}, {"maps": [1]}, {"shape": 2}):
         file.path.write_text(json.dumps({**line, **change}) + "\n")
         with pytest.raises(ArtefactError, match="of s is damaged"):
-            MapFile(tmp_path).find(_record(answer))
+            HeatmapFile(tmp_path).find(_record(answer))
     with pytest.raises(ConfigError, match=r"callbacks\.maps\.cells=0 should be"):
         SaveHeatmaps(cells=0)
 
 
 def test_a_line_that_a_kill_has_cut_off_costs_no_other_sample(tmp_path):
-    file, answer = MapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
+    file, answer = HeatmapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
     for number in range(4):
         file.append("stub", f"s{number}", answer, None, {0: np.full((2, 2), number, np.uint8)})
         if number == 1:
