@@ -6,7 +6,7 @@ WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCK := constraints-hashes.txt
 
-.PHONY: demo test lint slow floors pythons lock release clean
+.PHONY: demo test test-all lint types slow floors pythons lock release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/stethoscope benchmark
@@ -15,8 +15,17 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
+test-all: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m "slow or not slow"
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# on the package as it is installed, where adapters/ and tasks/ stand inside it
+types: $(VENV)/.ready
+	rm -rf build/types build/lib
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy-cache --package stethoscope
 
 # everything is taken only with the SHA-256 that the lock file has, but for torch (and what its builds for GPUs bring):
 # by its exact version alone, so that a CPU build that the machine offers is taken

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests" / "fuzz"
+TESTS = Path(__file__).parents[1] / "fuzz"
 
 
 def read_hostile_files(cases: int, seed: int, report: Path | None) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-TOUR = Path(__file__).with_name("tour.ipynb")
+TOUR = Path(__file__).parents[2] / "examples" / "tour.ipynb"
 
 
 def run(path: Path, folder: Path, timeout: int = 300):
