@@ -98,11 +98,11 @@ class Tracer:
         missing = needs & _OF_PROMPTS
         if self._forward.decoder_start is None or not missing:
             return
-        lacking = [item for item in FEATURES.values() if item.needs & missing]
+        lacking = [item for item in FEATURES.values() if item.requires & missing]
         without = ",".join(dict.fromkeys(item.group for item in lacking))
         raise CapabilityError(
             f"{self._name} reads the image in an encoder, so hidden states of image and answer tokens are not of one "
-            f"kind; add features.without=[{without}], which are {', '.join(item.name for item in lacking)}"
+            f"kind; add features.exclude=[{without}], which are {', '.join(item.name for item in lacking)}"
         )
 
     def _trace_group(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
@@ -288,7 +288,7 @@ class Tracer:
                     forward = self._forward.full_forward([encoded[index] for index in group], ids, consuming=True)
                     relevancies = relevancies_from_inputs(self._model, forward.inputs, ids, recompute=False)
                 for index, relevancy in zip(group, relevancies, strict=True):
-                    results[index] = replace(relevancy, question_at=encoded[index].spans.question)
+                    results[index] = replace(relevancy, question_positions=encoded[index].spans.question)
         return [results[index] for index in range(len(encoded))]
 
     def _similar_prompts(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:

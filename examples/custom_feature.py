@@ -17,21 +17,30 @@ from stethoscope.features.attention import attn_image
 __all__ = ["FeatureSet"]  # named by the YAML file, so that this module is read and its features are known
 
 
-@feature("surprise", high="hallucinated")
+@feature("surprise", higher_means="hallucinated")
 def running_nll(trace) -> np.ndarray:
-    """Mean negative log-probability of this token and the two before it, in nats."""
+    """Mean negative log-probability of this token and the two before it, in nats.
+
+    Higher means hallucinated.
+    """
     nll = -np.array(trace.answer.logprobs)
     return np.array([nll[max(index - 2, 0) : index + 1].mean() for index in range(len(nll))])
 
 
-@feature("surprise", high="depends")
+@feature("surprise", higher_means="depends")
 def token_length(trace) -> np.ndarray:
-    """Number of characters that the token adds to the answer."""
+    """Number of characters that the token adds to the answer.
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
     return np.array([end - start for start, end in trace.answer.offsets])
 
 
-@feature("surprise", high="grounded", needs=["attention"])
+@feature("surprise", higher_means="grounded", requires=["attention"])
 def attn_image_gain(trace) -> Tensor:
-    """Attention mass on the image in the last layer minus that in the first, in [-1, 1]."""
+    """Attention mass on the image in the last layer minus that in the first, in [-1, 1].
+
+    Lower means hallucinated.
+    """
     image = attn_image(trace)  # (tokens, layers); features are functions of a trace, so they can use each other
     return image[:, -1] - image[:, 0]

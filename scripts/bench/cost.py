@@ -78,7 +78,7 @@ def measure(
         def run(some: Sequence[Encoded]) -> None:
             for start in range(0, len(some), TRACED_TOGETHER):
                 few = slice(start, start + TRACED_TOGETHER)
-                for traced in adapter.trace_batch(kept[few], answers[few], features.needs):
+                for traced in adapter.trace_batch(kept[few], answers[few], features.requires):
                     features.compute(traced)
 
         return run

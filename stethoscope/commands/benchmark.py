@@ -34,7 +34,7 @@ def run(config: DictConfig) -> None:
     adapter = build(config.model, Adapter, "model", config.plugins)
     pope, chair = (build(config[name], Task, name, config.plugins) for name in ("pope", "chair"))
     features = build(config.features, FeatureSet, "features", config.plugins)
-    print(features.head)
+    print(features.summary)
     detector = build(config.detector, Detector, "detector", config.plugins)
     check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
     check_sets(listed(config.sets), features.names)

@@ -143,7 +143,7 @@ def run(config: DictConfig) -> None:
         raise ArtefactError(f"{folder} was made neither by `stethoscope evaluate` nor by `benchmark`{which}")
     detector, plugins = load_detector(config.warn or None), config.plugins
     features = build(config.features, FeatureSet, "features", plugins)
-    print(features.head)
+    print(features.summary)
     trusted = {key: config.model[key] for key in TRUSTED}
     model = trusted_settings(saved["model"], trusted)
     model = relocated("model", model, {key: value for key, value in config.model.items() if key not in trusted})

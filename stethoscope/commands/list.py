@@ -47,4 +47,4 @@ def _print_features() -> None:
 
     print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
     for item in FEATURES.values():
-        print(f"  {item.group:<12} {item.name:<26} {item.high:<13} {item.cost:<30} {item.summary}")
+        print(f"  {item.group:<12} {item.name:<26} {item.higher_means:<13} {item.cost:<30} {item.summary}")

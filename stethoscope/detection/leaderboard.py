@@ -36,7 +36,7 @@ class Row:
         kind: ``detector``, ``published``, ``baseline`` or ``feature``.
         sign: 1, or -1 for a feature of which low values speak for hallucination (on the training fold).
         metrics: intervals by name, of ``METRICS``.
-        cost: dearest cost class of what it reads; empty for baselines.
+        cost: most expensive cost class of what it reads; empty for baselines.
         note: of a published detector, how its score was made.
     """
 

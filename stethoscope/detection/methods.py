@@ -19,7 +19,7 @@ from stethoscope.core.token_table import feature_matrix, feature_names
 from stethoscope.detector import Detector
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
 from stethoscope.features.columns import feature_of
-from stethoscope.features.registry import CLASSES
+from stethoscope.features.registry import COST_CLASSES
 from stethoscope.metrics import classification
 
 PREFIX = "paper/"
@@ -32,18 +32,18 @@ class Method:
 
     Attributes:
         name: of its feature set, such as ``paper/svar``.
-        cost: dearest cost class of its features.
+        cost: most expensive cost class of its features.
         columns: all that it reads.
         score: columns that can be its score by themselves, one for each layer where the paper chooses a layer; none
             where it learns from all ``columns``.
-        high: what a high score speaks for: ``hallucinated``, ``grounded`` or ``depends``.
+        higher_means: what a higher score speaks for: ``hallucinated``, ``grounded`` or ``depends``.
     """
 
     name: str
     cost: str
     columns: tuple[str, ...]
     score: tuple[str, ...] = ()
-    high: str = "depends"
+    higher_means: str = "depends"
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def columns_of(features: FeatureSet, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def cost_of(columns: Sequence[str]) -> str:
-    """The dearest cost class of the features that columns are of; empty if none is known."""
+    """Return the most expensive cost class of the features of some columns; empty if none is known."""
     costs = [FEATURES[name].cost for name in map(feature_of, columns) if name in FEATURES]
-    return max(costs, key=CLASSES.index, default="")
+    return max(costs, key=COST_CLASSES.index, default="")
 
 
 def published(table: pd.DataFrame) -> list[Method]:
@@ -88,8 +88,8 @@ def published(table: pd.DataFrame) -> list[Method]:
         if features is None or {feature_of(column) for column in own} != set(features.names):
             continue
         score = tuple(column for column in own if feature_of(column) == features.score)
-        high = FEATURES[features.score].high if features.score else "depends"
-        found.append(Method(name, features.cost, own, score, high))
+        higher_means = FEATURES[features.score].higher_means if features.score else "depends"
+        found.append(Method(name, features.cost, own, score, higher_means))
     return found
 
 
@@ -154,7 +154,7 @@ def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> Judged:
     seen = feature_matrix(train, method.score)
     middle = np.nanmedian(seen, axis=0)
     areas = np.array([classification.auroc(labels, values) for values in np.where(np.isnan(seen), middle, seen).T])
-    given = {"hallucinated": 1, "grounded": -1}.get(method.high)
+    given = {"hallucinated": 1, "grounded": -1}.get(method.higher_means)
     signs = np.full(len(areas), given) if given else np.where(areas >= 0.5, 1, -1)
     best = int(np.argmax(np.where(signs > 0, areas, 1 - areas)))
     sign, column = int(signs[best]), method.score[best]

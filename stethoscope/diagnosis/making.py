@@ -153,7 +153,7 @@ def _trace(
         from stethoscope.diagnosis.detecting import columns_of, feature_set
 
         features = feature_set(detector.schema.names)
-        needs = features.needs
+        needs = features.requires
     try:
         trace = trace_answers(adapter, [encoded], [answer], {*needs, "relevancy"}, [picture], [found])[0]
     except CapabilityError as error:

@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 class Features(Protocol):
     """What the evaluator asks of ``stethoscope.features.FeatureSet``."""
 
-    needs: frozenset[str]
+    requires: frozenset[str]
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -267,7 +267,7 @@ class Worker:
         def trace(some: Sequence[Draft]) -> Sequence[Trace]:
             encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]
             pictures, mentions = [draft.sample.image for draft in some], [draft.mentions for draft in some]
-            return trace_answers(self.run.adapter, encoded, answers, self.features.needs, pictures, mentions)
+            return trace_answers(self.run.adapter, encoded, answers, self.features.requires, pictures, mentions)
 
         for draft, traced in zip(drafts, self._together(drafts, "trace", trace), strict=True):
             if traced is None:

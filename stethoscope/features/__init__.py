@@ -1,4 +1,4 @@
-"""Token features: pure functions of a trace, one named column each (one per layer or head where these are meant).
+"""Compute token features: pure functions of a trace, each with one column, or one column per layer or head.
 
 Without a suffix the value belongs to the row that *predicts* the token, so it is known before the token is shown.
 Papers differ in the row that they read: where both are offered, ``_q`` is that row and ``_c`` the next one, which
@@ -7,7 +7,7 @@ Papers differ in the row that they read: where both are offered, ``_q`` is that 
 
 from __future__ import annotations
 
-from stethoscope.features import (  # the order of the catalogue  # isort: skip
+from stethoscope.features import (  # the order of the registry  # isort: skip
     uncertainty as _uncertainty,  # noqa: F401
     position as _position,  # noqa: F401
     attention as _attention,  # noqa: F401
@@ -19,11 +19,10 @@ from stethoscope.features import (  # the order of the catalogue  # isort: skip
 )
 from stethoscope.features.registry import (
     COSTS,
-    EVERYWHERE,
+    DEFAULT_GROUPS,
     FEATURES,
     Feature,
     FeatureSet,
-    both_rows,
     feature,
     named_set,
     set_names,
@@ -32,6 +31,5 @@ from stethoscope.features.registry import (
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 
 __all__ = [
-    "COSTS", "EVERYWHERE", "FEATURES", "GROUPS", "Feature", "FeatureSet", "both_rows", "feature", "named_set",
-    "set_names",
+    "COSTS", "DEFAULT_GROUPS", "FEATURES", "GROUPS", "Feature", "FeatureSet", "feature", "named_set", "set_names",
 ]  # fmt: skip

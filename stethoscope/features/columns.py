@@ -55,7 +55,7 @@ def select_columns(table: pd.DataFrame, features: Sequence[str], where: str, rem
     if lacking:
         raise ArtefactError(
             f"{where} has no columns of {len(lacking)} of {len(features)} features ({shorten(lacking)}); `{remedy}` "
-            "computes them, nothing is generated again; or leave them out: features.without=[...]"
+            "computes them, nothing is generated again; or leave them out: features.exclude=[...]"
         )
     return only(table, [column for column, owner in owners.items() if owner in set(features)])
 

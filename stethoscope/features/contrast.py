@@ -1,34 +1,50 @@
-"""Contrast: what the token would have been without the picture."""
+"""Contrast features: how predictions change with a blank, a noised, a partly hidden or no image."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import entropy_of, logprobs, of_tokens, once, probabilities, token_logprob
+from stethoscope.features.common import (
+    cached_on_trace,
+    entropy_of,
+    logprobs,
+    probabilities,
+    select_tokens,
+    token_logprob,
+)
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stethoscope.tracing.trace import Trace
+    from stethoscope.tracing.trace import TensorPart, Trace
 
 
-@feature("blank", high="grounded", needs=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"])
 def pmi(trace: Trace) -> Tensor:
-    """log p(token | image) - log p(token | blank image), in nats: what the picture adds to the token."""
+    """log p(token | image) - log p(token | blank image), in nats: information that the image adds.
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace) - token_logprob(trace, "blank_logits")
 
 
-@feature("blank", high="grounded", needs=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"])
 def blank_entropy_difference(trace: Trace) -> Tensor:
-    """Entropy with a blank image minus entropy with the image, in nats (IS_blank of VAUQ, 2026)."""
+    """Entropy with a blank image minus entropy with the image, in nats (IS_blank of VAUQ, 2026).
+
+    Lower means hallucinated.
+    """
     return entropy_of(trace, "blank_logits") - entropy_of(trace)
 
 
-@feature("blank", high="grounded", needs=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"])
 def blank_divergence(trace: Trace) -> Tensor:
-    """Kullback-Leibler divergence from the blank-image distribution to the one with the image, in nats, at least 0."""
+    """Kullback-Leibler divergence of the prediction from that with a blank image, in nats, >= 0.
+
+    Lower means hallucinated.
+    """
     difference = logprobs(trace) - logprobs(trace, "blank_logits")
     return (probabilities(trace) * difference).sum(-1).clamp(min=0)
 
@@ -36,77 +52,102 @@ def blank_divergence(trace: Trace) -> Tensor:
 # --- contrast with a noised image (VCD) -----------------------------------------------------------------------------
 
 VCD_ALPHA = 1.0
-"""Of VCD's published script."""
+"""Contrast strength alpha of VCD's published script."""
 
 
-@feature("noise", high="grounded", needs=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"])
 def vcd_gap(trace: Trace) -> Tensor:
-    """log p(token | image) - log p(token | noised image), in nats (VCD, arXiv 2311.16922; noise step 500)."""
+    """log p(token | image) - log p(token | noised image), in nats (VCD, arXiv 2311.16922).
+
+    The image is noised as at diffusion step 500.
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace) - token_logprob(trace, "noise_logits")
 
 
-@feature("noise", high="grounded", needs=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"])
 def vcd_logprob(trace: Trace) -> Tensor:
-    """Log-probability of the token under VCD's contrasted logits 2 z(image) - z(noised image).
+    """Log-probability in nats of the token under VCD's logits 2 z(image) - z(noised image).
 
-    VCD also forbids improbable tokens (beta 0.2); that is a rule for choosing tokens and left out, since a token that
-    was sampled against it would have no logarithm.
+    VCD also forbids improbable tokens (beta 0.2). This decoding rule is left out: a token sampled against it would have
+    probability 0.
+
+    Lower means hallucinated.
     """
-    contrasted = (1 + VCD_ALPHA) * trace.logits - VCD_ALPHA * trace.noise_logits
-    return of_tokens(contrasted.log_softmax(-1), trace)
+    contrasted = (1 + VCD_ALPHA) * trace.logits - VCD_ALPHA * trace.part("noise_logits")
+    return select_tokens(contrasted.log_softmax(-1), trace)
 
 
-@feature("noise", high="grounded", needs=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"])
 def noise_divergence(trace: Trace) -> Tensor:
-    """Jensen-Shannon divergence between the distributions with the image and with the noised one, in nats."""
+    """Jensen-Shannon divergence between predictions with image and noised image, in nats, [0, log 2].
+
+    Lower means hallucinated.
+    """
     return _jensen_shannon(trace, "noise_logits")
 
 
 # --- contrast with no image at all ----------------------------------------------------------------------------------
 
 
-@feature("no_image", high="grounded", needs=["no_image"])
+@feature("no_image", higher_means="grounded", requires=["no_image"])
 def pmi_no_image(trace: Trace) -> Tensor:
-    """log p(token | image) - log p(token | no image), in nats; image tokens are hidden by the attention mask."""
+    """log p(token | image) - log p(token | no image), in nats; the mask hides the image tokens.
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace) - token_logprob(trace, "no_image_logits")
 
 
-@feature("no_image", high="grounded", needs=["no_image"])
+@feature("no_image", higher_means="grounded", requires=["no_image"])
 def no_image_divergence(trace: Trace) -> Tensor:
-    """Jensen-Shannon divergence between the distributions with and without image tokens, in nats."""
+    """Jensen-Shannon divergence between predictions with and without image tokens, in nats, [0, log 2].
+
+    Lower means hallucinated.
+    """
     return _jensen_shannon(trace, "no_image_logits")
 
 
 # --- contrast with the image less its core (VAUQ) -------------------------------------------------------------------
 
 VAUQ_ALPHA = 0.6
-"""VAUQ for LLaVA on MM-Vet, which goes with 40 % of the image tokens."""
+"""Weight of VAUQ for LLaVA on MM-Vet, which goes with a core of 40 % of the image tokens."""
 
 
-@feature("core", high="grounded", needs=["core"])
-@once
+@feature("core", higher_means="grounded", requires=["core"])
+@cached_on_trace
 def core_information(trace: Trace) -> Tensor:
-    """Entropy without the most attended 40 % of the image tokens minus entropy, in bits (IS_core of VAUQ).
+    """Entropy without the 40 % most attended image tokens minus entropy, in bits (IS_core of VAUQ).
 
-    Source: arXiv 2602.21054. The core is that of the whole answer, so one pass serves all tokens (``knockout.core``).
+    The hidden tokens are those of the whole answer, so one pass serves all tokens. Source: arXiv 2602.21054.
+
+    Lower means hallucinated.
     """
     return (entropy_of(trace, "core_logits") - entropy_of(trace)) / math.log(2)
 
 
-@feature("core", high="hallucinated", needs=["core"])
+@feature("core", higher_means="hallucinated", requires=["core"])
 def vauq(trace: Trace) -> Tensor:
-    """Entropy in bits minus 0.6 times ``core_information`` (VAUQ, arXiv 2602.21054)."""
+    """Entropy in bits minus 0.6 times ``core_information`` (VAUQ, arXiv 2602.21054).
+
+    Higher means hallucinated.
+    """
     return entropy_of(trace) / math.log(2) - VAUQ_ALPHA * core_information(trace)
 
 
-@feature("core", high="grounded", needs=["core"])
+@feature("core", higher_means="grounded", requires=["core"])
 def core_gap(trace: Trace) -> Tensor:
-    """log p(token | image) - log p(token | image less its core), in nats."""
+    """log p(token | image) - log p(token | image without its most attended tokens), in nats.
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace) - token_logprob(trace, "core_logits")
 
 
-def _jensen_shannon(trace: Trace, other: str) -> Tensor:
-    """(T,) divergence of the distribution with the image from another one, in [0, log 2]."""
-    parts = [(probabilities(trace, part), logprobs(trace, part)) for part in ("logits", other)]
-    middle = ((parts[0][0] + parts[1][0]) / 2).clamp(min=1e-38).log()
-    return sum((share * (logprob - middle)).sum(-1) for share, logprob in parts).clamp(min=0) / 2
+def _jensen_shannon(trace: Trace, part: TensorPart) -> Tensor:
+    """Compute the (T,) divergence between the prediction and a contrasted one, in nats, in [0, log 2]."""
+    first, other = probabilities(trace), probabilities(trace, part)
+    middle = ((first + other) / 2).clamp(min=1e-38).log()
+    divergences = [(first * (logprobs(trace) - middle)).sum(-1), (other * (logprobs(trace, part) - middle)).sum(-1)]
+    return (divergences[0] + divergences[1]).clamp(min=0) / 2

@@ -1,4 +1,4 @@
-"""Position and repetition: the prior that every detector must be compared with."""
+"""Position features: the prior that every detector must be compared with."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("position", high="hallucinated")
+@feature("position", higher_means="hallucinated")
 def position(trace: Trace) -> np.ndarray:
-    """Index of the token in the answer, from 0."""
+    """Index of the token in the answer, from 0.
+
+    Higher means hallucinated.
+    """
     return np.arange(len(trace.answer.token_ids))
 
 
-@feature("position", high="hallucinated")
+@feature("position", higher_means="hallucinated")
 def log_position(trace: Trace) -> np.ndarray:
-    """log(1 + index of the token in the answer)."""
+    """Natural log of 1 + index of the token in the answer, from 0.
+
+    Higher means hallucinated.
+    """
     return np.log1p(position(trace))
 
 
-@feature("position", high="grounded")
+@feature("position", higher_means="grounded")
 def repetition(trace: Trace) -> np.ndarray:
-    """How often the same token id stands earlier in the answer."""
+    """Count of earlier occurrences of the token id in the answer, from 0.
+
+    Lower means hallucinated.
+    """
     ids = trace.answer.token_ids
     return np.array([ids[:index].count(token) for index, token in enumerate(ids)])

@@ -1,12 +1,12 @@
-"""The catalogue of features: names, groups, costs and directions. The other modules of this package fill it."""
+"""Registry of token features: names, groups, costs and directions. The other modules of this package fill it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 
 import numpy as np
 
@@ -14,22 +14,18 @@ from stethoscope.core.errors import CaptureError, ConfigError, unknown
 from stethoscope.tracing.trace import MENTION_NEEDS
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from stethoscope.tracing.trace import Trace
 
+Values: TypeAlias = Union["Tensor", np.ndarray]
+FeatureFunction: TypeAlias = Callable[["Trace"], Values]
+Decorated = TypeVar("Decorated", bound=Callable[..., Values])
+
 FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
-
-
 PER_MENTION, QUESTION = "one more pass per mention", "one more question per mention"
-
-
-CLASSES = (FORWARD, EXTRA_FORWARD, BACKWARD, PER_MENTION, QUESTION)
-
-
+COST_CLASSES = (FORWARD, EXTRA_FORWARD, BACKWARD, PER_MENTION, QUESTION)
 """Cost classes, the cheapest first."""
-
 
 COSTS = {
     "attention": FORWARD,
@@ -46,9 +42,7 @@ COSTS = {
     "masked": PER_MENTION,
     "questions": QUESTION,
 }
-
-
-"""Cost class of every part of a trace that a feature may read."""
+"""Cost class of every part of a trace that a feature may require."""
 
 
 @dataclass(frozen=True)
@@ -58,98 +52,115 @@ class Feature:
     Attributes:
         name: column name; features with one column per layer get a suffix ``_l00``, ``_l01``, ..., those with one per
             layer and head ``_l00h00``, ..., those with one per dimension of a state ``_d0000``, ... .
-        group: what configs switch on and off together.
-        high: what a high value speaks for, as published: ``hallucinated``, ``grounded`` or ``depends``.
-        needs: parts of the trace it reads beyond the logits, of ``stethoscope.tracing.trace``.
-        function: from a trace to (T,), (T, layers), (T, layers, heads) or (T, dimensions) values.
+        group: name by which configurations choose features together.
+        higher_means: what a higher value speaks for, as published: ``hallucinated``, ``grounded`` or ``depends``.
+        requires: parts of the trace that it reads beyond the logits, see ``stethoscope.tracing.trace``.
+        function: maps a trace to (T,), (T, layers), (T, layers, heads) or (T, dimensions) values.
+        document: the function's docstring, which says unit, range and direction.
         vector: the columns are dimensions of a state and mean nothing one by one.
     """
 
     name: str
     group: str
-    high: str
-    needs: frozenset[str]
-    function: Callable[[Trace], Tensor | np.ndarray]
+    higher_means: str
+    requires: frozenset[str]
+    function: FeatureFunction
+    document: str = ""
     vector: bool = False
 
     @property
-    def gaps(self) -> bool:
-        """Whether tokens that name no object have no value (NaN)."""
-        return not self.needs.isdisjoint(MENTION_NEEDS)
+    def mentions_only(self) -> bool:
+        """Whether only tokens that name an object have a value; all others are NaN."""
+        return not self.requires.isdisjoint(MENTION_NEEDS)
 
     @property
     def summary(self) -> str:
-        """First line of the function's documentation."""
-        return (self.function.__doc__ or "").strip().splitlines()[0]
+        """First line of the docstring."""
+        return self.document.strip().splitlines()[0]
 
     @property
     def cost(self) -> str:
-        """What the feature costs beyond generating the answer."""
-        return max((COSTS[need] for need in self.needs), key=CLASSES.index, default=FORWARD)
+        """Cost class: what the feature costs beyond generating the answer."""
+        return max((COSTS[part] for part in self.requires), key=COST_CLASSES.index, default=FORWARD)
 
 
 FEATURES: dict[str, Feature] = {}
 
 
-def feature(group: str, high: str, needs: Iterable[str] = (), vector: bool = False) -> Callable:
-    """Registers the decorated function under its own name."""
-
-    def register(function: Callable[[Trace], Tensor | np.ndarray]) -> Callable[[Trace], Tensor | np.ndarray]:
-        name = function.__name__
-        FEATURES[name] = Feature(name, group, high, frozenset(needs), function, vector)
-        return function
-
-    return register
+def _call_with_offset(function: Callable[..., Values], offset: int, trace: Trace) -> Values:
+    return function(trace, offset)
 
 
-def both_rows(group: str, high: str, needs: Iterable[str] = (), vector: bool = False) -> Callable:
-    """Registers a function of a trace and a row convention twice, as ``<name>_q`` and ``<name>_c``.
+def feature(
+    group: str, higher_means: str, requires: Iterable[str] = (), vector: bool = False, rows: str = "predicting"
+) -> Callable[[Decorated], Decorated]:
+    """Register the decorated function as a feature under its own name.
 
-    ``q`` is the row that predicts the token, known before the token is shown; ``c`` the next one, which reads it.
-    The function's second argument is their offset, 0 or 1.
+    Args:
+        group: name by which configurations choose features together.
+        higher_means: ``hallucinated``, ``grounded`` or ``depends``.
+        requires: parts of the trace that the function reads beyond the logits.
+        vector: the columns are dimensions of a state and mean nothing one by one.
+        rows: ``predicting``: a function of a trace. ``both``: a function of a trace and an offset, registered twice:
+            ``<name>_q`` reads the row that predicts the token (offset 0), which is known before the token is shown;
+            ``<name>_c`` reads the next row (offset 1), which consumes the token.
+
+    Raises:
+        ValueError: ``rows`` is neither.
     """
+    if rows not in ("predicting", "both"):
+        raise ValueError(f"rows={rows!r} should be 'predicting' or 'both'")
 
-    def register(function: Callable[[Trace, int], Tensor]) -> Callable[[Trace, int], Tensor]:
-        for offset, (suffix, row) in enumerate((("q", "predicting row"), ("c", "consuming row"))):
-
-            def one(trace: Trace, offset: int = offset) -> Tensor:
-                return function(trace, offset)
-
-            first, _, rest = (function.__doc__ or "").strip().partition("\n")
-            one.__doc__ = f"{first.rstrip('.')}; {row}.\n{rest}"
-            one.__name__ = f"{function.__name__}_{suffix}"
-            feature(group, high, needs, vector)(one)
+    def register(function: Decorated) -> Decorated:
+        name, document = function.__name__, function.__doc__ or ""
+        variants: list[tuple[str, FeatureFunction, str]] = [(name, function, document)]
+        if rows == "both":
+            first, _, rest = document.strip().partition("\n")
+            variants = [
+                (
+                    f"{name}_{suffix}",
+                    partial(_call_with_offset, function, offset),
+                    f"{first.rstrip('.')}; {row}.\n{rest}",
+                )
+                for offset, (suffix, row) in enumerate((("q", "predicting row"), ("c", "consuming row")))
+            ]
+        for column, variant, text in variants:
+            FEATURES[column] = Feature(column, group, higher_means, frozenset(requires), variant, text, vector)
         return function
 
     return register
 
 
-EVERYWHERE = ("uncertainty", "position", "attention", "lens", "blank", "relevancy", "sight")
-
-
-"""Groups that every family of models has and that are chosen when nothing is said: those of ``features=default``."""
+DEFAULT_GROUPS = ("uncertainty", "position", "attention", "lens", "blank", "relevancy", "sight")
+"""Groups that every family of models supports, used where none is chosen: those of ``features=default``."""
 
 
 class FeatureSet:
-    """The features of a run, chosen by group and by name.
+    """Features of a run, chosen by group and by name.
 
     Attributes:
-        features: the chosen features in the order of the catalogue.
-        needs: what a trace must hold for them.
+        features: the chosen features in the order of the registry.
+        requires: parts that a trace must have for them.
         score: name of the feature that is a published detector's score by itself; None where it learns from them all.
     """
 
     def __init__(
         self,
-        groups: Sequence[str] = EVERYWHERE,
+        groups: Sequence[str] = DEFAULT_GROUPS,
         names: Sequence[str] = (),
-        without: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         score: str | None = None,
     ) -> None:
-        """Chooses all features of ``groups`` plus ``names``, less ``without``: features, or whole groups.
+        """Choose all features of some groups and single features by name, less those that are excluded.
+
+        Args:
+            groups: names of groups.
+            names: names of features that are added to the groups.
+            exclude: names of features, or of whole groups, that are left out.
+            score: name of the chosen feature that is a published detector's score by itself.
 
         Raises:
-            ConfigError: a group or name is not known, nothing is left, or the score is not among the features.
+            ConfigError: a group or name is unknown, no feature is left, or the score is not among the features.
         """
         known = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
         for group in groups:
@@ -158,22 +169,20 @@ class FeatureSet:
         for name in names:
             if name not in FEATURES:
                 raise ConfigError(unknown("feature", name, FEATURES))
-        for name in without:
+        for name in exclude:
             if name not in FEATURES and name not in known:
                 raise ConfigError(unknown("feature or group", name, [*FEATURES, *known]))
-        left_out = {group for group in without if group not in FEATURES}  # "position" is a feature first
+        left_out = {group for group in exclude if group not in FEATURES}  # "position" is a feature first
         self.features = tuple(
             item
             for item in FEATURES.values()
-            if (item.group in groups or item.name in names) and item.name not in without and item.group not in left_out
+            if (item.group in groups or item.name in names) and item.name not in exclude and item.group not in left_out
         )
         if not self.features:
-            raise ConfigError("no feature is left; choose groups of " + ", ".join(known))
-        self.needs = frozenset().union(*(item.needs for item in self.features))
+            raise ConfigError("no feature is left; choose groups from " + ", ".join(known))
+        self.requires: frozenset[str] = frozenset().union(*(item.requires for item in self.features))
         if score is not None and score not in self.names:
-            raise ConfigError(
-                f"features.score={score} is none of the features that are chosen: {', '.join(self.names)}"
-            )
+            raise ConfigError(f"features.score={score} is not among the chosen features: {', '.join(self.names)}")
         self.score = score
 
     @property
@@ -183,48 +192,55 @@ class FeatureSet:
 
     @property
     def cost(self) -> str:
-        """The dearest cost class among the features."""
-        return max((item.cost for item in self.features), key=CLASSES.index, default=FORWARD)
+        """Most expensive cost class among the features."""
+        return max((item.cost for item in self.features), key=COST_CLASSES.index, default=FORWARD)
 
     @property
-    def head(self) -> str:
-        """What is computed and what it costs, in a line.
+    def summary(self) -> str:
+        """Number, groups and cost of the features, in one line.
 
-        >>> FeatureSet(["position", "blank"]).head
+        >>> FeatureSet(["position", "blank"]).summary
         'features: 6 of position, blank; cost: one more forward pass (blank)'
-        >>> FeatureSet(["noise", "core", "relevancy"]).head.partition("; ")[2]
+        >>> FeatureSet(["noise", "core", "relevancy"]).summary.partition("; ")[2]
         'cost: 2 more forward passes (noise, core), a backward pass (relevancy)'
-        >>> FeatureSet(["verification"]).head
+        >>> FeatureSet(["verification"]).summary
         'features: 2 of verification; cost: one more question per mention (questions)'
         """
         groups = dict.fromkeys(item.group for item in self.features)
         parts = []
-        for cost in CLASSES[1:]:
-            needs = [need for need in COSTS if need in self.needs and COSTS[need] == cost]
-            several = cost == EXTRA_FORWARD and len(needs) > 1
-            words = f"{len(needs)} more forward passes" if several else cost
-            parts += [f"{words} ({', '.join(needs)})"] if needs else []
+        for cost in COST_CLASSES[1:]:
+            requires = [part for part in COSTS if part in self.requires and COSTS[part] == cost]
+            several = cost == EXTRA_FORWARD and len(requires) > 1
+            label = f"{len(requires)} more forward passes" if several else cost
+            parts += [f"{label} ({', '.join(requires)})"] if requires else []
         return f"features: {len(self.features)} of {', '.join(groups)}; cost: {', '.join(parts) or FORWARD}"
 
     def compute(self, trace: Trace) -> Mapping[str, np.ndarray]:
-        """All columns for one trace: name to (T,) float32.
+        """Compute the columns of all features for one trace: name to (T,) float32.
 
         Raises:
             CaptureError: a value is not finite; the message names the feature.
-            CapabilityError: a feature is not defined for this kind of model; the message names it.
+            CapabilityError: a feature is not defined for this model, or the trace lacks a part that it requires.
         """
         columns: dict[str, np.ndarray] = {}
         for item in self.features:
             values = np.asarray(item.function(trace), dtype=np.float32)
-            if not (np.isfinite(values) | (np.isnan(values) & item.gaps)).all():
+            if not (np.isfinite(values) | (np.isnan(values) & item.mentions_only)).all():
                 raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
             columns.update(as_columns(item, values))
-        trace.found.clear()
+        trace.cache.clear()
         return columns
 
 
 def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of one feature.
+    """Name the columns of one feature.
+
+    Args:
+        item: the feature.
+        values: (T,), (T, layers), (T, layers, heads) or (T, dimensions).
+
+    Returns:
+        Values (T,) by column name.
 
     >>> list(as_columns(FEATURES["head_image_q"], np.zeros((3, 1, 2))))
     ['head_image_q_l00h00', 'head_image_q_l00h01']
@@ -242,24 +258,26 @@ def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{name}_l{i:02d}h{j:02d}": values[:, i, j] for i in range(layers) for j in range(heads)}
 
 
-def folder() -> Path:
-    """Where the files lie."""
-    import stethoscope.conf
+def sets_folder() -> Path:
+    """Return the folder of the configuration files of feature sets."""
+    import stethoscope.conf  # a package of data files, which only this function reads
 
     return Path(stethoscope.conf.__file__).parent / "features"
 
 
 @cache
 def set_names() -> tuple[str, ...]:
-    """Names of all sets, such as ``fast`` or ``paper/svar``."""
-    return tuple(path.relative_to(folder()).with_suffix("").as_posix() for path in sorted(folder().rglob("*.yaml")))
+    """List the names of all feature sets, such as ``fast`` or ``paper/svar``."""
+    return tuple(
+        path.relative_to(sets_folder()).with_suffix("").as_posix() for path in sorted(sets_folder().rglob("*.yaml"))
+    )
 
 
 def named_set(name: str) -> FeatureSet:
-    """The feature set of a name.
+    """Build the feature set of a name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no feature set has this name.
 
     >>> named_set("paper/glsim").score
     'glsim_q'
@@ -269,5 +287,5 @@ def named_set(name: str) -> FeatureSet:
     if name not in set_names():
         raise ConfigError(unknown("feature set", name, set_names()))
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-    config = yaml.load((folder() / f"{name}.yaml").read_text(encoding="utf-8"), loader)
+    config = yaml.load((sets_folder() / f"{name}.yaml").read_text(encoding="utf-8"), loader)
     return FeatureSet(**{key: value for key, value in config.items() if key != "_target_"})

@@ -1,4 +1,4 @@
-"""Uncertainty: the distribution that the token was taken from."""
+"""Uncertainty features: statistics of the distribution that the token was sampled from."""
 
 from __future__ import annotations
 
@@ -13,64 +13,95 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("uncertainty", high="hallucinated")
+@feature("uncertainty", higher_means="hallucinated")
 def nll(trace: Trace) -> Tensor:
-    """Negative log-probability of the token, in nats (LURE, Zhou et al. 2024)."""
+    """Negative log-probability of the token, in nats, >= 0 (LURE, Zhou et al. 2024).
+
+    Higher means hallucinated.
+    """
     return -token_logprob(trace)
 
 
-@feature("uncertainty", high="hallucinated")
+@feature("uncertainty", higher_means="hallucinated")
 def entropy(trace: Trace) -> Tensor:
-    """Entropy of the predicted distribution, in nats (Malinin & Gales 2021)."""
+    """Entropy of the predicted distribution, in nats, >= 0 (Malinin & Gales 2021).
+
+    Higher means hallucinated.
+    """
     return entropy_of(trace)
 
 
-@feature("uncertainty", high="grounded")
+@feature("uncertainty", higher_means="grounded")
 def max_prob(trace: Trace) -> Tensor:
-    """Largest probability, in [0, 1]; the token's own under greedy decoding."""
+    """Largest predicted probability, in [0, 1]; that of the token itself under greedy decoding.
+
+    Lower means hallucinated.
+    """
     return probabilities(trace).amax(-1)
 
 
-@feature("uncertainty", high="grounded")
+@feature("uncertainty", higher_means="grounded")
 def margin(trace: Trace) -> Tensor:
-    """Largest minus second largest probability, in [0, 1]."""
+    """Largest minus second largest predicted probability, in [0, 1].
+
+    Lower means hallucinated.
+    """
     top = probabilities(trace).topk(2, dim=-1).values
     return top[:, 0] - top[:, 1]
 
 
-# --- more of the same, for the price of nothing ---------------------------------------------------------------------
+# --- further statistics of the logits ---------------------------------------------------------------------
 
 TOP = 100
-"""Logits that HaloProbe reads."""
+"""Number of logits that HaloProbe reads."""
 
 
-@feature("logits", high="hallucinated")
+@feature("logits", higher_means="hallucinated")
 def top100_entropy(trace: Trace) -> Tensor:
-    """Entropy of the softmax over the 100 largest logits, in nats (HaloProbe, arXiv 2604.06165)."""
+    """Entropy of the softmax over the 100 largest logits, in nats, >= 0 (HaloProbe, arXiv 2604.06165).
+
+    Higher means hallucinated.
+    """
     top = trace.logits.topk(min(TOP, trace.logits.shape[-1]), dim=-1).values.log_softmax(-1)
     return -(top.exp() * top).sum(-1)
 
 
-@feature("logits", high="grounded")
+@feature("logits", higher_means="grounded")
 def max_logit(trace: Trace) -> Tensor:
-    """Largest logit (HaloProbe, arXiv 2604.06165)."""
+    """Largest logit, unnormalised (HaloProbe, arXiv 2604.06165).
+
+    Lower means hallucinated.
+    """
     return trace.logits.amax(-1)
 
 
-@feature("logits", high="grounded")
+@feature("logits", higher_means="grounded")
 def token_prob(trace: Trace) -> Tensor:
-    """Probability of the token, in [0, 1] (P_orig of CADMP, 2026)."""
+    """Probability of the token, in [0, 1] (P_orig of CADMP, 2026).
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace).exp()
 
 
-@feature("logits", high="hallucinated")
+@feature("logits", higher_means="hallucinated")
 def logprob_gap(trace: Trace) -> Tensor:
-    """Largest log-probability minus the token's own, in nats; 0 under greedy decoding (MetaToken, arXiv 2405.19186)."""
+    """Largest log-probability minus that of the token, in nats; 0 under greedy decoding (MetaToken).
+
+    Source: arXiv 2405.19186.
+
+    Higher means hallucinated.
+    """
     return logprobs(trace).amax(-1) - token_logprob(trace)
 
 
-@feature("logits", high="grounded")
+@feature("logits", higher_means="grounded")
 def sequence_logprob(trace: Trace) -> Tensor:
-    """Mean log-probability of the answer up to and with the token, in nats (after MetaToken, arXiv 2405.19186)."""
+    """Mean log-probability of the answer up to and including the token, in nats (after MetaToken).
+
+    Source: arXiv 2405.19186.
+
+    Lower means hallucinated.
+    """
     logprob = token_logprob(trace)
     return logprob.cumsum(0) / logprob.new_tensor([index + 1.0 for index in range(len(logprob))])

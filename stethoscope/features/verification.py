@@ -1,7 +1,7 @@
-"""What a model says when it is asked again about an object that it named, or loses sight of it.
+"""Verification features: ask the model about each object that it named, or hide the image evidence for it.
 
-Tokens that name nothing have no value; all sub-tokens of a mention have that of the mention (questions) or their own
-(masked), and later mentions of an object share its question.
+Tokens that name no object have no value (NaN). All sub-tokens of a mention share the answer to its question; with
+masked evidence each sub-token has its own value. Later mentions of an object share its question.
 """
 
 from __future__ import annotations
@@ -17,28 +17,41 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("verification", high="grounded", needs=["questions"])
+@feature("verification", higher_means="grounded", requires=["questions"])
 def verify_yes(trace: Trace) -> Tensor:
-    """Probability of yes to "Is there a ...?" about the named object, of yes and no (self-verification, as POPE asks).
+    """Probability in [0, 1] of yes, against no, when asked "Is there a ...?" about the object.
 
-    Source: the wording of POPE (Li et al., EMNLP 2023); the first token of the model's reply is read.
+    The first token of the reply is read. Source: wording of POPE (Li et al., EMNLP 2023).
+
+    Lower means hallucinated.
     """
-    return trace.yes_odds.sigmoid()
+    return trace.part("yes_odds").sigmoid()
 
 
-@feature("verification", high="grounded", needs=["questions"])
+@feature("verification", higher_means="grounded", requires=["questions"])
 def verify_odds(trace: Trace) -> Tensor:
-    """The same as log-odds, in nats, which do not saturate."""
-    return trace.yes_odds
+    """Log-odds in nats of ``verify_yes``, which do not saturate.
+
+    Lower means hallucinated.
+    """
+    return trace.part("yes_odds")
 
 
-@feature("masked", high="depends", needs=["attention", "masked"])
+@feature("masked", higher_means="depends", requires=["attention", "masked"])
 def masked_prob(trace: Trace) -> Tensor:
-    """Probability of the token when the most attended 30 % of the picture are grey (P_masked of CADMP, 2026)."""
-    return trace.masked_logprob.exp()
+    """Probability in [0, 1] of the token when the most attended 30 % of the image are grey (CADMP, 2026).
+
+    P_masked of the paper.
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.part("masked_logprob").exp()
 
 
-@feature("masked", high="grounded", needs=["attention", "masked"])
+@feature("masked", higher_means="grounded", requires=["attention", "masked"])
 def masked_drop(trace: Trace) -> Tensor:
-    """Probability of the token less ``masked_prob``, in [-1, 1] (Delta P of CADMP, 2026)."""
+    """Probability of the token minus ``masked_prob``, in [-1, 1] (Delta P of CADMP, 2026).
+
+    Lower means hallucinated.
+    """
     return token_logprob(trace).exp() - masked_prob(trace)

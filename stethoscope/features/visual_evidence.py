@@ -1,4 +1,4 @@
-"""What the model looked at when it wrote a token, as it came from the picture: columns for ``detection.sight``."""
+"""Image evidence that a token attended to, as columns for ``detection.sight``."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stethoscope.core.errors import CapabilityError
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 DIMENSIONS = 256
-"""Columns at most; wider states are projected onto so many random directions, which keeps their angles to about 6 %."""
+"""Largest number of columns. Wider states are projected onto random directions, which keeps angles to about 6 %."""
 
 
-@feature("sight", high="depends", needs=["relevancy"], vector=True)
+@feature("sight", higher_means="depends", requires=["relevancy"], vector=True)
 def looked_at(trace: Trace) -> np.ndarray:
-    """What was looked at: image tokens as they enter the language model, weighted with the token's relevancy.
+    """Image embeddings at the input of the language model, weighted with the token's relevancy, unit-free.
 
-    (T, D), or (T, 256) of a random projection (Johnson and Lindenstrauss) where D is larger. The weights of a token are
-    its relevancy to the image tokens after the last layer, divided by their L2 norm, so that a small place weighs as
-    much as a large one; zero where nothing was looked at. Own; there is no paper.
+    (T, D), or (T, 256) after a random projection (Johnson and Lindenstrauss) where D is larger. The weights of a token
+    are its relevancy to the image tokens after the last layer, divided by their L2 norm, so that a small region counts
+    as much as a large one; zero where it has no relevancy to the image. Source: this project; there is no paper.
+
+    Either direction can mean hallucinated; it depends on the model.
     """
-    relevancy = trace.relevancy.image[:, -1].float().numpy()
+    relevancy = trace.part("relevancy").image[:, -1].float().numpy()
     weights = relevancy / np.maximum(np.linalg.norm(relevancy, axis=-1, keepdims=True), 1e-12)
-    seen = weights @ trace.relevancy.seen.numpy()
-    return seen if seen.shape[-1] <= DIMENSIONS else seen @ _directions(seen.shape[-1])
+    embeds = trace.part("relevancy").image_embeds
+    if embeds is None:
+        raise CapabilityError("the relevancy of this trace holds no image embeddings, which looked_at requires")
+    evidence = weights @ embeds.numpy()
+    return evidence if evidence.shape[-1] <= DIMENSIONS else evidence @ _directions(evidence.shape[-1])
 
 
 @lru_cache(maxsize=4)
 def _directions(size: int) -> np.ndarray:
-    """(size, DIMENSIONS) normal random numbers, always the same."""
-    drawn = np.random.default_rng(size).standard_normal((size, DIMENSIONS)) / DIMENSIONS**0.5
-    return drawn.astype(np.float32)
+    """Draw the (size, DIMENSIONS) normal random directions, float32, the same on every call."""
+    directions = np.random.default_rng(size).standard_normal((size, DIMENSIONS)) / DIMENSIONS**0.5
+    return directions.astype(np.float32)

@@ -166,7 +166,9 @@ def _relevancy(
     parts = {name: torch.cat([some[name] for some in passes], 2).transpose(1, 2).cpu() for name in passes[0]}
     seen = heard[0][:, place.image.to(heard[0].device)].to("cpu", torch.promote_types(heard[0].dtype, torch.float32))
     return [
-        _result(model, sample, place, kind, chosen[:count], merged, _parts_of(parts, index, place) | {"seen": one})
+        _result(
+            model, sample, place, kind, chosen[:count], merged, _parts_of(parts, index, place) | {"image_embeds": one}
+        )
         for index, (count, one) in enumerate(zip(place.counts, seen, strict=True))
     ]
 
@@ -368,7 +370,7 @@ def token_relevancy(
             ``relevancy_from_inputs``.
 
     Returns:
-        With ``question_at``, so that ``image``, ``question``, ``answer`` and ``rest`` add up to the whole row.
+        With ``question_positions``, so that ``image``, ``question``, ``answer`` and ``rest`` add up to the whole row.
 
     Raises:
         CapabilityError: the adapter has no transformers model, or its kind is not supported.
@@ -383,4 +385,4 @@ def answer_relevancy(adapter: Adapter, encoded: Encoded, answer: Answer, **optio
     """``token_relevancy`` of a prompt that is encoded already."""
     model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
     found = relevancy_from_inputs(model, inputs, answer.token_ids, **options)
-    return replace(found, question_at=encoded.spans.question)
+    return replace(found, question_positions=encoded.spans.question)

@@ -24,8 +24,8 @@ class Relevancy:
     Attributes:
         tokens: which answer tokens, numbered from 0.
         first: row that predicts answer token 0; answer token j itself stands at position ``first + 1 + j``.
-        image_at: positions of the image tokens in the prompt, N of them.
-        question_at: positions of the question's tokens in the prompt; empty where it is not known.
+        image_positions: positions of the image tokens in the prompt, N of them.
+        question_positions: positions of the question's tokens in the prompt; empty where it is not known.
         llm: (T, L, S) over prompt and answer; exactly zero behind the predicting row.
         decoder: (T, L, D) over the decoder's own sequence.
         encoder: (T, L, E) over the encoder's sequence, in which the prompt is.
@@ -36,20 +36,20 @@ class Relevancy:
             over heads, in the row that predicts it of every layer's own attention map (or the last layer's); no
             recursion. On earlier answer tokens it drops before hallucinations (LVLMs-Saliency, arXiv 2601.20279,
             which takes all rows of a layer and divides by the map's norm). The same in both scopes.
-        seen: (N, D) the image tokens as they enter the first layer of the language model (of its encoder).
+        image_embeds: (N, D) image tokens at the input of the first layer of the language model (of its encoder).
         query_text: (T, L, Q) over the tokens that a Q-Former reads beside its queries (InstructBLIP).
     """
 
     tokens: tuple[int, ...]
     first: int
-    image_at: tuple[int, ...]
-    question_at: tuple[int, ...] = ()
+    image_positions: tuple[int, ...]
+    question_positions: tuple[int, ...] = ()
     llm: Tensor | None = None
     decoder: Tensor | None = None
     encoder: Tensor | None = None
     vision: Tensor | None = None
     tiles: Tensor | None = None
-    seen: Tensor | None = None
+    image_embeds: Tensor | None = None
     query_text: Tensor | None = None
     saliency: Tensor | None = None
 
@@ -61,24 +61,24 @@ class Relevancy:
     @cached_property
     def image(self) -> Tensor:
         """(T, L, N) over the image tokens of the language model."""
-        return self._whole[..., list(self.image_at)]
+        return self._whole[..., list(self.image_positions)]
 
     @cached_property
     def question(self) -> Tensor:
         """(T, L, Q) over the question's tokens."""
-        return self._whole[..., list(self.question_at)]
+        return self._whole[..., list(self.question_positions)]
 
     @property
     def answer(self) -> Tensor:
         """(T, L, A) over the answer's tokens; zero for a token itself and those after it."""
-        return self._whole[..., self._answer_at :]
+        return self._whole[..., self._answer_start :]
 
     @property
     def rest(self) -> Tensor:
         """(T, L, rest) over everything else: the first token, the template, a decoder's start token."""
         used = torch.zeros(self._whole.shape[-1], dtype=torch.bool)
-        used[[*self.image_at, *self.question_at]] = True
-        used[self._answer_at :] = True
+        used[[*self.image_positions, *self.question_positions]] = True
+        used[self._answer_start :] = True
         return self._whole[..., ~used]
 
     @cached_property
@@ -92,7 +92,7 @@ class Relevancy:
         return self.llm if self.llm is not None else torch.cat([self.encoder, self.decoder], -1)
 
     @property
-    def _answer_at(self) -> int:
+    def _answer_start(self) -> int:
         return self.first + 1 + (0 if self.encoder is None else self.encoder.shape[-1])
 
 

@@ -95,7 +95,7 @@ def _base_rate(row: Mapping[str, Any]) -> str:
 
 
 def short_cost(row: Mapping[str, Any]) -> str:
-    """The dearest cost class of what a row reads; empty for baselines and rows that do not say."""
+    """Return the most expensive cost class of what a row reads; empty for baselines and rows that do not say."""
     return COSTS.get(row.get("cost", ""), "")
 
 

@@ -57,7 +57,7 @@ class Scorer:
     def __init__(self, detector: Detector, delay: int = 0) -> None:
         _check(detector, delay)
         features = feature_set(detector.features)
-        self.needs = features.needs
+        self.requires = features.requires
         self.waits = int(any(name.endswith("_c") for name in features.names))
         self.together = delay + 1 - self.waits
         self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
@@ -124,7 +124,7 @@ class Scorer:
         return np.concatenate(parts, 1)[:, self._places]
 
     def _trace(self, features: Sequence[Feature], steps: Steps, ids: Sequence[int], start: int) -> Trace:
-        needs = frozenset().union(*(item.needs for item in features))
+        needs = frozenset().union(*(item.requires for item in features))
         return steps.trace(start, _unread(ids[start:]), needs, bool(self.waits))
 
     def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
@@ -158,7 +158,7 @@ def _check(detector: Detector, delay: int) -> None:
             f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
         )
     names = feature_set(detector.features).names
-    late = [name for name in names if not FEATURES[name].needs <= STEP_NEEDS]
+    late = [name for name in names if not FEATURES[name].requires <= STEP_NEEDS]
     if late:
         raise CapabilityError(
             f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=fast "

@@ -121,7 +121,7 @@ class WarningStreamer(BaseStreamer):
         self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
-        needs = frozenset() if self.scorer is None else self.scorer.needs
+        needs = frozenset() if self.scorer is None else self.scorer.requires
         lens = lens_of(self.model) if needs & {"lens", "trajectory"} else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
@@ -348,7 +348,7 @@ def _named(
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
-        trace = trace_answers(adapter, [encoded], [answer], features.needs, [picture], [found])[0]
+        trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [found])[0]
         columns = columns_of(features, trace, final, adapter.name)
     return judge_mentions(encoded, answer, found, columns, detector)[1]
 

@@ -157,7 +157,7 @@ def grey(adapter: Adapter, picture: Image, spans: Spans, hidden: np.ndarray) -> 
     if not spans.grids:
         raise CapabilityError(
             "features 'masked_prob' and 'masked_drop' need image tokens that lie on a grid, which those of this model "
-            "(queries of a Q-Former or the like) do not; add features.without=[masked]"
+            "(queries of a Q-Former or the like) do not; add features.exclude=[masked]"
         )
     where = token_regions(adapter, picture.size, spans)
     painted, cells = picture.copy(), iter(where.cells)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.relevancy import Relevancy
+
+TensorPart = Literal[
+    "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
+    "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob",
+]  # fmt: skip
+"""Names of the parts of a trace that are tensors."""
 
 SEGMENTS = ("image", "question", "previous", "first", "rest")
 """Parts of the sequence that a row's attention is split over: image tokens, question tokens, earlier answer tokens,
@@ -194,7 +201,7 @@ class Trace:
             for tokens that name nothing. Of ``questions``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
-        found: what features have made of the trace for each other (``features.reduce.once``).
+        cache: intermediate results that features share (``stethoscope.features.common.cached_on_trace``).
     """
 
     answer: Answer
@@ -215,9 +222,37 @@ class Trace:
     core_logits: Tensor | None = None
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
-    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @overload
+    def part(self, name: Literal["relevancy"]) -> Relevancy: ...
+
+    @overload
+    def part(self, name: Literal["heads"]) -> Heads: ...
+
+    @overload
+    def part(self, name: Literal["states"]) -> States: ...
+
+    @overload
+    def part(self, name: TensorPart) -> Tensor: ...
+
+    def part(self, name: str) -> Any:
+        """Return a part of the trace that a feature requires.
+
+        Args:
+            name: one of the attributes above.
+
+        Raises:
+            CapabilityError: the trace was made without this part.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise CapabilityError(
+                f"the trace has no {name!r}; trace the answer with the parts that its features require"
+            )
+        return value
 
     @cached_property
     def mean_mass(self) -> Tensor:
         """(T, L, 5) ``mass``, mean over heads."""
-        return self.mass.mean(2)
+        return self.part("mass").mean(2)

@@ -13,7 +13,7 @@ def test_parts_of_an_answer(adapter, encoded, answers, scope):
     found = token_relevancy(adapter, picture(1), QUESTIONS[1], answer, scope=scope)
     tokens = len(answer.token_ids)
     assert found.first == predicting(adapter, encoded[1], answer.token_ids).start
-    assert (found.image_at, found.question_at) == (spans.image, spans.question)
+    assert (found.image_positions, found.question_positions) == (spans.image, spans.question)
     assert found.image.shape[::2] == (tokens, len(spans.image))
     assert found.question.shape[::2] == (tokens, len(spans.question))
     assert found.answer.shape[::2] == (tokens, tokens)

@@ -140,7 +140,11 @@ def test_relevancy_of_several_answers_is_that_of_each(adapter):
     together = adapter.trace_batch(encoded, answers, ["relevancy"])
     for one, answer, trace in zip(encoded, answers, together, strict=True):
         alone, found = adapter.trace(one, answer, ["relevancy"]).relevancy, trace.relevancy
-        assert (found.tokens, found.image_at, found.question_at) == (alone.tokens, alone.image_at, alone.question_at)
+        assert (found.tokens, found.image_positions, found.question_positions) == (
+            alone.tokens,
+            alone.image_positions,
+            alone.question_positions,
+        )
         for name in ("llm", "decoder", "encoder", "vision", "tiles", "saliency", "query_text"):
             part, expected = getattr(found, name), getattr(alone, name)
             assert (part is None) == (expected is None)

@@ -6,7 +6,7 @@ import torch
 from helpers.contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
+from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.hooks import Listener, record
 from stethoscope.tracing.trace import NEEDS, SEGMENTS
 
@@ -152,14 +152,14 @@ def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, trace
         assert relevancy.image.shape[::2] == (len(trace.answer.token_ids), len(one.spans.image))
         parts = (relevancy.image, relevancy.question, relevancy.answer, relevancy.rest)
         close(sum(part.sum(-1) for part in parts), relevancy.total, 1e-5)
-        assert relevancy.question_at == one.spans.question
+        assert relevancy.question_positions == one.spans.question
         assert (relevancy.image.sum(-1) > 0).any()
 
 
 def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, traces):
     features = FeatureSet()
     for one, trace in zip(encoded, traces, strict=True):
-        columns = features.compute(adapter.trace(one, trace.answer, features.needs))
+        columns = features.compute(adapter.trace(one, trace.answer, features.requires))
         assert {name for name in FEATURES if any(column.startswith(name) for column in columns)} >= set(features.names)
         for values in columns.values():
             assert values.shape == (len(trace.answer.token_ids),)
@@ -173,11 +173,11 @@ def lacking(adapter, encoded):
 
 
 def test_published_features_are_finite_and_the_same_in_a_batch(adapter, encoded, answers):
-    groups = set(GROUPS) - {*EVERYWHERE, "verification", "masked"} - lacking(adapter, encoded[0])
+    groups = set(GROUPS) - {*DEFAULT_GROUPS, "verification", "masked"} - lacking(adapter, encoded[0])
     features = FeatureSet(sorted(groups))
-    together = adapter.trace_batch(encoded, answers, features.needs)
+    together = adapter.trace_batch(encoded, answers, features.requires)
     for one, answer, trace in zip(encoded, answers, together, strict=True):
-        alone, columns = adapter.trace(one, answer, features.needs), features.compute(trace)
+        alone, columns = adapter.trace(one, answer, features.requires), features.compute(trace)
         assert all(values.shape == (len(answer.token_ids),) for values in columns.values())
         assert all(np.isfinite(values).all() for values in columns.values())
         for name in ("noise_logits", "no_image_logits", "core_logits", "trajectory"):
@@ -192,7 +192,7 @@ def test_published_features_that_a_model_lacks_are_refused_by_name(adapter, enco
     for group in lacking(adapter, encoded[0]):
         features = FeatureSet([group])
         with pytest.raises(CapabilityError, match=group):
-            features.compute(adapter.trace(encoded[0], answers[0], features.needs))
+            features.compute(adapter.trace(encoded[0], answers[0], features.requires))
 
 
 def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):

@@ -124,7 +124,7 @@ class TinyAdapter(Adapter):
 class TinyFeatures:
     """Two columns: the token's index, and the number of the picture."""
 
-    needs: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
 
     def __init__(self, names: tuple[str, ...] = ("position", "level")) -> None:
         self.names = tuple(names)

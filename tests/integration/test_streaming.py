@@ -21,7 +21,7 @@ from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
 FAST = ("uncertainty", "position", "attention", "lens")
-STEPWISE = [name for name, item in FEATURES.items() if item.needs <= STEP_NEEDS]
+STEPWISE = [name for name, item in FEATURES.items() if item.requires <= STEP_NEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def offline(adapter, image, generation, detector, names):
     encoded = adapter.encode(image, QUESTION)
     answer = adapter.generate([encoded], generation)[0]
     features = FeatureSet(groups=(), names=names)
-    columns = features.compute(adapter.trace(encoded, answer, features.needs))
+    columns = features.compute(adapter.trace(encoded, answer, features.requires))
     return answer, detector.predict(pd.DataFrame(columns))
 
 
@@ -98,7 +98,7 @@ def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):
     with WarningStreamer(adapter, encoded, every, delay=1, generation=Generation(max_new_tokens=40)) as warner:
         warner.model.generate(**warner.arguments, streamer=warner)
     features = FeatureSet(groups=(), names=STEPWISE)
-    columns = features.compute(adapter.trace(encoded, warner.answer, features.needs))
+    columns = features.compute(adapter.trace(encoded, warner.answer, features.requires))
     found = warner.scorer.columns()
     assert set(found) == set(columns)
     for name, values in columns.items():
@@ -275,7 +275,7 @@ def test_rows_of_other_families(model, straight, names, images, every, monkeypat
     fake = stethoscope.Detector()
     features = FeatureSet(groups=(), names=names)
     answer = other.generate([encoded], generation)[0]
-    columns = features.compute(other.trace(encoded, answer, features.needs))
+    columns = features.compute(other.trace(encoded, answer, features.requires))
     fake._schema, fake._inputs, fake._model = FeatureSchema(tuple(columns)), Inputs(tuple(columns)), every.model
     streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation)
     streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)

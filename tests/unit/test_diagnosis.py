@@ -276,7 +276,7 @@ def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
     every = FeatureSet(groups=GROUPS)
     encoded = adapter.encode(scene, QUESTION)
     answer = adapter.answer(encoded, "A dog.")
-    columns = every.compute(trace_answers(adapter, [encoded], [answer], every.needs, [scene], [()])[0])
+    columns = every.compute(trace_answers(adapter, [encoded], [answer], every.requires, [scene], [()])[0])
     assert any(name.endswith("_l00h00") for name in columns)
     assert set(feature_names(list(columns))) == set(every.names)
 

@@ -16,7 +16,7 @@ PLAIN = {
     "hosts",
     "abstractor", "beside", "categories", "exclude", "features", "groups", "limit", "max_memory", "max_new_tokens",
     "names", "parts", "plugins", "seed", "sets", "stop", "strength", "subsets", "tags", "text", "threads",
-    "threshold", "without",
+    "threshold",
 }  # fmt: skip
 
 

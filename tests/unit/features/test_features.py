@@ -8,7 +8,7 @@ import torch
 
 from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer
-from stethoscope.features import EVERYWHERE, FEATURES, GROUPS, FeatureSet
+from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.relevancy import Relevancy
 from stethoscope.tracing.trace import NEEDS, SEGMENTS, Spans, Trace
 
@@ -45,7 +45,9 @@ def trace():
         lens_logprob=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS).neg().float(),
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
-        relevancy=Relevancy((0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency, seen=torch.eye(IMAGE)),
+        relevancy=Relevancy(
+            (0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency, image_embeds=torch.eye(IMAGE)
+        ),
     )
 
 
@@ -102,21 +104,21 @@ def test_every_feature_says_what_it_reads(trace):
     }
     parts["relevancy"] = ("relevancy",)
     for item in FeatureSet().features:
-        kept = {name: getattr(trace, name) for need in item.needs for name in parts[need]}
+        kept = {name: getattr(trace, name) for need in item.requires for name in parts[need]}
         item.function(Trace(trace.answer, trace.spans, trace.logits, **kept))
-        assert item.needs <= set(NEEDS)
-        assert item.high in ("hallucinated", "grounded", "depends")
+        assert item.requires <= set(NEEDS)
+        assert item.higher_means in ("hallucinated", "grounded", "depends")
         assert item.summary.endswith(".") or item.summary.endswith(",")
 
 
 def test_choosing():
-    assert FeatureSet(groups=["position"]).needs == frozenset()
-    assert FeatureSet(groups=[], names=["pmi"]).needs == {"blank"}
-    assert "svar" not in FeatureSet(without=["svar"]).names
-    assert FeatureSet(["position", "blank"], without=["blank"]).names == ("position", "log_position", "repetition")
-    assert FeatureSet(["position"], without=["position"]).names == ("log_position", "repetition")
-    assert {item.group for item in FeatureSet().features} == set(EVERYWHERE)
-    assert set(EVERYWHERE) < set(GROUPS) == {item.group for item in FeatureSet(GROUPS).features}
+    assert FeatureSet(groups=["position"]).requires == frozenset()
+    assert FeatureSet(groups=[], names=["pmi"]).requires == {"blank"}
+    assert "svar" not in FeatureSet(exclude=["svar"]).names
+    assert FeatureSet(["position", "blank"], exclude=["blank"]).names == ("position", "log_position", "repetition")
+    assert FeatureSet(["position"], exclude=["position"]).names == ("log_position", "repetition")
+    assert {item.group for item in FeatureSet().features} == set(DEFAULT_GROUPS)
+    assert set(DEFAULT_GROUPS) < set(GROUPS) == {item.group for item in FeatureSet(GROUPS).features}
     assert FeatureSet(["position"]).cost == "same forward pass"
     assert FeatureSet(["position"], names=["pmi"]).cost == "one more forward pass"
     assert FeatureSet().cost == "a backward pass"
@@ -127,7 +129,7 @@ def test_choosing():
     [
         ({"groups": ["atention"]}, "unknown feature group 'atention'; did you mean 'attention'"),
         ({"names": ["nl"]}, "unknown feature 'nl'"),
-        ({"groups": ["position"], "without": ["position", "log_position", "repetition"]}, "no feature is left"),
+        ({"groups": ["position"], "exclude": ["position", "log_position", "repetition"]}, "no feature is left"),
     ],
 )
 def test_bad_choices(settings, message):
@@ -139,3 +141,15 @@ def test_refuses_values_that_are_not_finite(trace):
     trace.logits[1, 3] = float("nan")
     with pytest.raises(CaptureError, match="'nll'"):
         FeatureSet().compute(trace)
+
+
+@pytest.mark.parametrize("item", FEATURES.values(), ids=list(FEATURES))
+def test_docstrings_say_the_direction(item):
+    """``higher_means`` and the docstring agree, and the first line is one that a list can show."""
+    direction = {
+        "hallucinated": "Higher means hallucinated.",
+        "grounded": "Lower means hallucinated.",
+        "depends": "Either direction can mean hallucinated; it depends on the model.",
+    }
+    assert direction[item.higher_means] in item.document
+    assert len(item.summary.removesuffix("; predicting row.").removesuffix("; consuming row.")) <= 100

@@ -15,7 +15,7 @@ def chosen(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_set_can_be_made(name):
     features = chosen(name)
-    assert features.cost.removeprefix("one ") in features.head or "more forward passes" in features.head
+    assert features.cost.removeprefix("one ") in features.summary or "more forward passes" in features.summary
     if name.startswith("paper/"):
         assert not compose([f"+features={name}"]).features.groups
 

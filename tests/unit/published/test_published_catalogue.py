@@ -22,19 +22,19 @@ def test_every_feature_is_transcribed():
 def test_every_need_has_a_cost():
     """Also those that a run pays for every object that is named."""
     assert {*NEEDS, *MORE_NEEDS, *MENTION_NEEDS} == set(COSTS)
-    assert all(item.needs <= set(COSTS) for item in FEATURES.values())
+    assert all(item.requires <= set(COSTS) for item in FEATURES.values())
 
 
 def test_every_new_feature_says_what_it_reads(adapter, encoded, answer):
     """A feature works when the trace was asked for exactly the parts that it declares."""
     traces = {}
     for item in FEATURES.values():
-        if item.needs & set(MORE_NEEDS) and not item.gaps:
-            if item.needs not in traces:
-                traces[item.needs] = adapter.trace(encoded, answer, item.needs)
-            values = item.function(traces[item.needs])
+        if item.requires & set(MORE_NEEDS) and not item.mentions_only:
+            if item.requires not in traces:
+                traces[item.requires] = adapter.trace(encoded, answer, item.requires)
+            values = item.function(traces[item.requires])
             assert len(values) == len(answer.token_ids)
-            assert item.high in ("hallucinated", "grounded", "depends")
+            assert item.higher_means in ("hallucinated", "grounded", "depends")
             assert item.summary.endswith(".")
 
 
@@ -50,9 +50,9 @@ def test_models_that_lack_a_thing_say_so():
     encoded = adapter.encode(PICTURE, "Is there a dog?")
     answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
     with pytest.raises(
-        CapabilityError, match=r"reads the image in an encoder.*without=\[sinks,states,hidden\].*glsim_local_q"
+        CapabilityError, match=r"reads the image in an encoder.*exclude=\[sinks,states,hidden\].*glsim_local_q"
     ):
         adapter.trace(encoded, answer, ["states"])
     trace = adapter.trace(encoded, answer, ["heads"])
-    with pytest.raises(CapabilityError, match=r"dispersion_score.*without=\[grid\]"):
+    with pytest.raises(CapabilityError, match=r"dispersion_score.*exclude=\[grid\]"):
         FeatureSet(["grid"]).compute(trace)

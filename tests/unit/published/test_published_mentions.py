@@ -41,7 +41,7 @@ OWNERS = [None, "dog", "dog", None, "orange", None, "dog", None]
 def found(adapter, square):
     encoded, answer, mentions = square
     assert [one and one.object for one in answer.owners(mentions)] == OWNERS
-    return FEATURES.compute(trace_answers(adapter, [encoded], [answer], FEATURES.needs, [SQUARE], [mentions])[0])
+    return FEATURES.compute(trace_answers(adapter, [encoded], [answer], FEATURES.requires, [SQUARE], [mentions])[0])
 
 
 def eager(adapter, picture, text, ids=(), **options):
@@ -138,11 +138,11 @@ def test_other_families_are_asked_too(family, prompt):
     trace = trace_answers(adapter, [encoded], [answer], ["questions"], [PICTURE], [[mention]])[0]
     assert np.isfinite(FeatureSet([], ["verify_yes"]).compute(trace)["verify_yes"]).sum() >= 1
     if family == "blip-2-t5":
-        with pytest.raises(CapabilityError, match=r"without=\[masked\]"):
-            trace_answers(adapter, [encoded], [answer], FEATURES.needs, [PICTURE], [[mention]])
+        with pytest.raises(CapabilityError, match=r"exclude=\[masked\]"):
+            trace_answers(adapter, [encoded], [answer], FEATURES.requires, [PICTURE], [[mention]])
 
 
 def test_nothing_named_costs_nothing(adapter, square):
     encoded, answer, _ = square
-    trace = trace_answers(adapter, [encoded], [answer], FEATURES.needs, [SQUARE], [()])[0]
+    trace = trace_answers(adapter, [encoded], [answer], FEATURES.requires, [SQUARE], [()])[0]
     assert all(np.isnan(FEATURES.compute(trace)[name]).all() for name in NAMES)

@@ -81,14 +81,14 @@ def test_what_is_seen_enters_the_language_model(family):
     output = getattr(output, "language_model_outputs", None) or output
     states = getattr(output, "encoder_hidden_states", None) or output.hidden_states
     for options in ({"scope": "row"}, {"scope": "token", "tokens": [1]}, {"recompute": False}):
-        torch.testing.assert_close(relevancy(family, **options).seen, states[0][0, one.image].float())
+        torch.testing.assert_close(relevancy(family, **options).image_embeds, states[0][0, one.image].float())
 
 
 def test_a_known_question_is_a_part_of_its_own():
     from dataclasses import replace
 
     found = relevancy("llava")
-    asked = replace(found, question_at=(20, 21))
+    asked = replace(found, question_positions=(20, 21))
     assert torch.equal(asked.question, found.llm[..., 20:22])
     torch.testing.assert_close(asked.rest.sum(-1) + asked.question.sum(-1), found.rest.sum(-1))
 

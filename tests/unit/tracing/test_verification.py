@@ -66,7 +66,7 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
     encoded = adapter.encode(scene, QUESTION)
     answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
     mentions = find_mentions(answer, default_reader())
-    trace = trace_answers(adapter, [encoded], [answer], FEATURES.needs, [scene], [mentions])[0]
+    trace = trace_answers(adapter, [encoded], [answer], FEATURES.requires, [scene], [mentions])[0]
     columns = FEATURES.compute(trace)
     keys = token_table(1, per_image=1)[:1]
     keys = keys[[name for name in keys.columns if name in KEY_COLUMNS]]
