@@ -6,7 +6,7 @@ WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCK := constraints-hashes.txt
 
-.PHONY: demo test test-all lint types slow floors pythons lock release clean
+.PHONY: demo test test-all lint types docs slow floors pythons lock release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/stethoscope benchmark
@@ -26,6 +26,10 @@ types: $(VENV)/.ready
 	rm -rf build/types build/lib
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy-cache --package stethoscope
+
+# the site in build/site; any warning is an error
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # everything is taken only with the SHA-256 that the lock file has, but for torch (and what its builds for GPUs bring):
 # by its exact version alone, so that a CPU build that the machine offers is taken
