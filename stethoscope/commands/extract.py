@@ -130,7 +130,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.warn import mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
-    from stethoscope.features.columns import feature_of, fitting, one_space, shorten
+    from stethoscope.features.columns import check_same_model, feature_of, matching_columns, shorten
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.tasks.base import Task
 
@@ -156,7 +156,7 @@ def run(config: DictConfig) -> None:
     adapter = build(model, Adapter, "model", plugins)
     if detector is not None:
         wrote = RunStore(folder).model(task.name)
-        one_space(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
+        check_same_model(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
         lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
         if lacking:
             raise ConfigError(
@@ -184,7 +184,7 @@ def run(config: DictConfig) -> None:
     mentions = int((table["first"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
-        table = fitting(table, detector.schema.names, str(folder))
+        table = matching_columns(table, detector.schema.names, str(folder))
         warnings = mention_warnings(table, detector)
         write_warnings(warnings, folder / "warnings.jsonl")
         print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")

@@ -17,7 +17,7 @@ from stethoscope.core.files import remove_temporaries
 from stethoscope.core.token_table import feature_names, select_features
 from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
-from stethoscope.features.columns import fitting, one_space, only, select_columns
+from stethoscope.features.columns import check_same_model, keep_columns, matching_columns, select_columns
 from stethoscope.report.tables import text
 from stethoscope.report.versus import transfer_table
 
@@ -57,10 +57,10 @@ def run(config: DictConfig) -> None:
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
         names = names if settings["sight"] else Inputs(tuple(names)).plain
-        table, detector = only(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
+        table, detector = keep_columns(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
-            fitting(target.table, names, target.name)
-            one_space(names, store.model(task), target.model, target.name)
+            matching_columns(target.table, names, target.name)
+            check_same_model(names, store.model(task), target.model, target.name)
     with RunLock(folder), loggers_of(config) as loggers:
         remove_temporaries(folder)
         if folder.resolve() != source.resolve():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError
 from stethoscope.detection.artefact import MANIFEST, read_manifest
-from stethoscope.features.columns import one_space, states_of
+from stethoscope.features.columns import check_same_model, states_of
 from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def check_model(detector: Detector, adapter: Adapter) -> None:
         ConfigError: the detector reads states of another model, which mean nothing in this one.
     """
     if states_of(detector.features):
-        one_space(detector.features, detector.notes.get("model") or {}, adapter.fingerprint(), adapter.name)
+        check_same_model(detector.features, detector.notes.get("model") or {}, adapter.fingerprint(), adapter.name)
 
 
 def called(folder: Path) -> str:

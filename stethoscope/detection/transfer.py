@@ -12,7 +12,7 @@ import pandas as pd
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
 from stethoscope.detection.judging import measure
 from stethoscope.detector import Detector
-from stethoscope.features.columns import fitting, one_space
+from stethoscope.features.columns import check_same_model, matching_columns
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, p_value, split_groups
 
 MEASURED = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece", "brier", "base_rate")
@@ -79,10 +79,10 @@ def transfer(
         DataError: a target has too few mentions to learn from or to measure on.
     """
     for target in targets:
-        one_space(detector.features, home.model, target.model, target.name)
+        check_same_model(detector.features, home.model, target.model, target.name)
     found = [_judge(home, {HOME: detector}, fractions, seed, replicates)]
     for target in targets:
-        table = fitting(target.table, detector.schema.names, target.name)
+        table = matching_columns(target.table, detector.schema.names, target.name)
         folds = _folds(table, fractions, seed)
         own = Detector(**{**detector.settings, "threshold": "f1"})
         try:

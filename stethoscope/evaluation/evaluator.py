@@ -334,7 +334,7 @@ class Evaluator:
             [row.subset for row in rows],
             macro=run.task.macro,
             seed=self.seed,
-            asked=[sample.subset for sample in run.samples] if run.task.macro else (),
+            expected=[sample.subset for sample in run.samples] if run.task.macro else (),
         )
         subset_counts: dict[str, dict[str, int]] = {}
         for sample, outcome in zip(run.samples, outcomes, strict=True):

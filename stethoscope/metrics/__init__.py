@@ -1,1 +1,1 @@
-"""Classification metrics and cluster bootstrap."""
+"""Compute classification metrics and their confidence intervals from a cluster bootstrap."""

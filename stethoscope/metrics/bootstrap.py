@@ -1,8 +1,8 @@
-"""Confidence intervals from a seeded bootstrap over images, paired comparisons, and data splits by image.
+"""Compute confidence intervals by a seeded bootstrap over images, paired comparisons, and data splits by image.
 
-Everything is a *replicate array*: element 0 is the value on the data as they are, elements 1 ... R are its bootstrap
-replicates. Two arrays made with the same groups, number of replicates and seed rest on the same resampled images, so
-their difference is a paired comparison, element by element.
+Results are *replicate arrays*: element 0 is the value on the original data, elements 1 ... R are its bootstrap
+replicates. Two arrays with the same groups, number of replicates and seed use the same resampled images, so their
+difference is a paired comparison, element by element.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHUNK = 100  # replicates at a time: few enough for the weights of some thousand
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % percentile interval.
+    """A value with its 95 % percentile interval.
 
     Attributes:
-        value: the figure itself, NaN if it is not defined.
+        value: the value itself, NaN if it is not defined.
         low, high: 2.5th and 97.5th percentile of its bootstrap replicates.
-        items: how many items it rests on (mentions, samples).
-        groups: how many images they come from.
+        items: number of items that it is computed from (mentions, samples).
+        groups: number of images that they come from.
     """
 
     value: float
@@ -46,13 +46,18 @@ class Interval:
 
     @classmethod
     def of(cls, replicates: np.ndarray, items: int, groups: int) -> Interval:
-        """From a replicate array (1 + R,). Replicates in which the figure is not defined are left out.
+        """Build an interval from a replicate array, ignoring replicates in which the value is not defined.
+
+        Args:
+            replicates: (1 + R,), the value and its replicates.
+            items: number of items.
+            groups: number of images.
 
         >>> print(Interval.of(np.r_[0.5, np.linspace(0, 1, 101)], items=80, groups=20))
         0.500 [0.025, 0.975]
         """
-        rest = replicates[1:][np.isfinite(replicates[1:])]
-        low, high = np.percentile(rest, [2.5, 97.5]) if rest.size else (math.nan, math.nan)
+        finite = replicates[1:][np.isfinite(replicates[1:])]
+        low, high = np.percentile(finite, [2.5, 97.5]) if finite.size else (math.nan, math.nan)
         return cls(float(replicates[0]), float(low), float(high), int(items), int(groups))
 
     def __str__(self) -> str:
@@ -61,7 +66,7 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON: figures that are not defined become None."""
+        """Convert to a JSON object, with None for values that are not defined."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -69,8 +74,9 @@ class Interval:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Interval:
-        """Undoes ``to_dict``."""
-        return cls(**{key: math.nan if value is None else value for key, value in plain.items()})
+        """Rebuild an interval from the result of ``to_dict``."""
+        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in plain.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,8 @@ class Resamples:
 
     Attributes:
         names: (G,) sorted ids of the images, so that the order of the items does not matter.
-        index: (n,) which image each item belongs to.
-        counts: (1 + R, G) how often each image was drawn; row 0 is all ones, the data as they are.
+        index: (n,) index into ``names`` of the image of each item.
+        counts: (1 + R, G) number of times each image was drawn; row 0 is all ones, the original data.
     """
 
     names: np.ndarray
@@ -88,48 +94,48 @@ class Resamples:
     counts: np.ndarray
 
     def select(self, keep: np.ndarray) -> Resamples:
-        """The same resampled images for some of the items, given by a mask or by indices."""
+        """Keep the same resampled images for a subset of the items, given by a mask or by indices."""
         return replace(self, index=self.index[keep])
 
     @cached_property
     def groups(self) -> int:
-        """How many images the items come from."""
+        """Number of images that the items come from."""
         return len(np.unique(self.index))
 
     def weights(self, chunk: slice = slice(None)) -> np.ndarray:
-        """(replicates of the chunk, n) weight of every item in each replicate."""
+        """Return the weight of every item in each replicate of a chunk, (replicates, n)."""
         return np.ascontiguousarray(self.counts[chunk].T, dtype=np.float64)[self.index].T
 
     def apply(self, function: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Replicate arrays of a function of item weights.
+        """Evaluate a function of item weights on all replicates.
 
         Args:
-            function: takes weights (replicates, n) and gives named arrays (replicates,); called chunk by chunk.
+            function: maps weights (replicates, n) to named arrays (replicates,); called chunk by chunk.
 
         Returns:
             Replicate arrays (1 + R,) by name.
         """
-        parts = [function(self.weights(slice(at, at + CHUNK))) for at in range(0, len(self.counts), CHUNK)]
+        parts = [function(self.weights(slice(start, start + CHUNK))) for start in range(0, len(self.counts), CHUNK)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def interval(self, replicates: np.ndarray) -> Interval:
-        """Interval of a replicate array that was made from these items."""
+        """Build the interval of a replicate array that was computed from these items."""
         return Interval.of(replicates, len(self.index), self.groups)
 
 
 def group_weights(groups: Sequence[str] | np.ndarray, replicates: int = REPLICATES, seed: int = 0) -> Resamples:
-    """Resamples images: in each replicate G of the G images are drawn with replacement.
+    """Draw G of the G images with replacement for each replicate.
 
     Args:
         groups: (n,) image id of every item.
         replicates: number of replicates R, at least 0.
-        seed: of the draws; the same ids, replicates and seed give the same draws whatever the order of the items.
+        seed: of the draws; equal ids, replicates and seed give equal draws, whatever the order of the items.
 
     Raises:
         ConfigError: ``replicates`` is negative.
 
-    >>> drawn = group_weights(["a", "a", "b"], replicates=2)
-    >>> drawn.weights().shape, drawn.weights()[0].tolist()
+    >>> resamples = group_weights(["a", "a", "b"], replicates=2)
+    >>> resamples.weights().shape, resamples.weights()[0].tolist()
     ((3, 3), [1.0, 1.0, 1.0])
     """
     if replicates < 0:
@@ -151,20 +157,22 @@ def bootstrap(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of one weighted metric of item scores.
+    """Compute a weighted metric of item scores with its interval.
 
     Args:
         metric: function of (labels, scores, weights) as in ``stethoscope.metrics.classification``.
-        labels, scores: (n,) as the metric takes them.
+        labels: (n,) of 0 and 1.
+        scores: (n,) as the metric takes them.
         groups: (n,) image ids.
-        replicates, seed: as in ``group_weights``.
+        replicates: number of replicates.
+        seed: of the draws.
 
     >>> from stethoscope.metrics.classification import auroc
     >>> print(bootstrap(auroc, [0, 1] * 50, [0.1, 0.9] * 50, list(range(100))))
     1.000 [1.000, 1.000]
     """
-    drawn = group_weights(groups, replicates, seed)
-    return drawn.interval(drawn.apply(lambda weights: {"value": metric(labels, scores, weights)})["value"])
+    resamples = group_weights(groups, replicates, seed)
+    return resamples.interval(resamples.apply(lambda weights: {"value": metric(labels, scores, weights)})["value"])
 
 
 def paired_difference(
@@ -176,17 +184,17 @@ def paired_difference(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of metric(scores) - metric(other) on the same items, both under the same resampled images."""
-    drawn = group_weights(groups, replicates, seed)
+    """Compute metric(scores) - metric(other) on the same items and resampled images, with its interval."""
+    resamples = group_weights(groups, replicates, seed)
 
     def difference(weights: np.ndarray) -> dict[str, np.ndarray]:
         return {"value": metric(labels, scores, weights) - metric(labels, other, weights)}
 
-    return drawn.interval(drawn.apply(difference)["value"])
+    return resamples.interval(resamples.apply(difference)["value"])
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided bootstrap p-value of a difference: twice the smaller share of its replicates beyond 0, at most 1.
+    """Compute a two-sided p-value: twice the smaller share of replicates beyond 0, at most 1.
 
     One is added to both counts, so that R replicates never claim less than 2 / (R + 1) (Davison & Hinkley 1997, eq.
     4.11). NaN where the difference is not defined.
@@ -197,67 +205,73 @@ def p_value(differences: np.ndarray) -> float:
     >>> p_value(np.r_[0.3, np.full(99, 0.3)]), p_value(np.r_[0.0, -1.0, 0.0, 1.0])
     (0.02, 1.0)
     """
-    rest = differences[1:][np.isfinite(differences[1:])]
-    if not rest.size or not math.isfinite(differences[0]):
+    finite = differences[1:][np.isfinite(differences[1:])]
+    if not finite.size or not math.isfinite(differences[0]):
         return math.nan
-    beyond = min((rest <= 0).sum(), (rest >= 0).sum())
-    return float(min(2 * (1 + beyond) / (1 + rest.size), 1.0))
+    beyond = min((finite <= 0).sum(), (finite >= 0).sum())
+    return float(min(2 * (1 + beyond) / (1 + finite.size), 1.0))
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One figure of a task: its name, the subset it was computed on (``mean``: over subsets), value and interval."""
+    """One metric of a task, on one subset or as the mean over subsets.
+
+    Attributes:
+        metric: name of the metric.
+        subset: name of the subset; ``mean`` for the mean over subsets.
+        interval: value and interval.
+    """
 
     metric: str
     subset: str
     interval: Interval
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a JSON object."""
         return {"metric": self.metric, "subset": self.subset, **self.interval.to_dict()}
-
-
-def _group_sums(counts: np.ndarray, drawn: Resamples) -> np.ndarray:
-    """(G, names) counts added up within images."""
-    sums = np.zeros((len(drawn.names), counts.shape[1]))
-    np.add.at(sums, drawn.index, counts)
-    return sums
 
 
 def count_replicates(
     metrics: Mapping[str, Callable[[Totals], np.ndarray]],
     counts: Mapping[str, Sequence[float] | np.ndarray] | pd.DataFrame,
     subsets: Sequence[str] | np.ndarray,
-    drawn: Resamples,
+    resamples: Resamples,
     macro: Iterable[str] = (),
-    asked: Iterable[str] = (),
+    expected: Iterable[str] = (),
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Replicate arrays of metrics that are functions of totals, by (metric, subset).
+    """Evaluate metrics that are functions of totals on all replicates, by (metric, subset).
 
     Args:
-        metrics: what ``Task.metrics`` gives.
-        counts: by name of ``Score.counts``, (samples,) numbers; a data frame will do.
+        metrics: as returned by ``Task.metrics``.
+        counts: (samples,) numbers by name of ``Score.counts``, or a data frame of them.
         subsets: (samples,) subset of every sample.
-        drawn: resampled images of the samples. To compare two runs, use one set of images for both.
-        macro: metrics of which the mean over subsets (as subset ``mean``) is wanted too, if there is more than one.
-        asked: subsets that the mean is over. If all samples of one of them are missing, it is not defined.
+        resamples: resampled images of the samples. To compare two runs, use the same images for both.
+        macro: metrics whose mean over subsets is computed too (as subset ``mean``), if there is more than one subset.
+        expected: subsets that the mean is over. It is not defined if all samples of one of them are missing.
+
+    Returns:
+        Replicate arrays (1 + R,) by metric and subset.
     """
-    subsets, names, made = np.asarray(subsets, dtype=str), list(counts), {}
+    subsets, names = np.asarray(subsets, dtype=str), [str(name) for name in counts]
+    values: dict[tuple[str, str], np.ndarray] = {}
     matrix = np.zeros((len(subsets), len(names)))
     for column, name in enumerate(names):
         matrix[:, column] = counts[name]
     order = list(dict.fromkeys(subsets.tolist()))
     for subset in order:
         inside = subsets == subset
-        totals = drawn.counts @ _group_sums(matrix[inside], drawn.select(inside))
-        named = {str(name): totals[:, column] for column, name in enumerate(names)}
-        with np.errstate(all="ignore"):  # 0 / 0 is how a metric says that it is not defined
-            made |= {(name, subset): np.asarray(metric(named), dtype=float) for name, metric in metrics.items()}
-    over = list(dict.fromkeys([*order, *asked]))
-    if len(over) > 1:
-        nothing = np.full(len(drawn.counts), np.nan)
-        made |= {(name, "mean"): np.mean([made.get((name, one), nothing) for one in over], axis=0) for name in macro}
-    return made
+        group_sums = np.zeros((len(resamples.names), len(names)))  # counts added up within images
+        np.add.at(group_sums, resamples.select(inside).index, matrix[inside])
+        sums = resamples.counts @ group_sums
+        totals = {name: sums[:, column] for column, name in enumerate(names)}
+        with np.errstate(all="ignore"):  # a metric that is not defined divides 0 by 0
+            values |= {(name, subset): np.asarray(metric(totals), dtype=float) for name, metric in metrics.items()}
+    averaged = list(dict.fromkeys([*order, *expected]))
+    if len(averaged) > 1:
+        undefined = np.full(len(resamples.counts), np.nan)
+        for name in macro:
+            values[name, "mean"] = np.mean([values.get((name, subset), undefined) for subset in averaged], axis=0)
+    return values
 
 
 def count_metrics(
@@ -268,11 +282,11 @@ def count_metrics(
     macro: Iterable[str] = (),
     replicates: int = REPLICATES,
     seed: int = 0,
-    asked: Iterable[str] = (),
+    expected: Iterable[str] = (),
 ) -> list[MetricRow]:
-    """A task's metrics for every subset, and their means over subsets, each with its interval over images.
+    """Compute a task's metrics on every subset, and their means over subsets, with intervals over images.
 
-    Arguments as in ``count_replicates`` and ``group_weights``.
+    Arguments are those of ``count_replicates`` and ``group_weights``.
 
     >>> counts = {"right": [1, 0, 1, 1], "answers": [1, 1, 1, 1]}
     >>> accuracy = {"accuracy": lambda totals: totals["right"] / totals["answers"]}
@@ -280,10 +294,10 @@ def count_metrics(
     >>> [(row.subset, row.interval.value) for row in rows]
     [('easy', 0.5), ('hard', 1.0), ('mean', 0.75)]
     """
-    drawn, subsets = group_weights(groups, replicates, seed), np.asarray(subsets, dtype=str)
+    resamples, subsets = group_weights(groups, replicates, seed), np.asarray(subsets, dtype=str)
     rows = []
-    for (metric, subset), values in count_replicates(metrics, counts, subsets, drawn, macro, asked).items():
-        inside = drawn if subset not in subsets else drawn.select(subsets == subset)
+    for (metric, subset), values in count_replicates(metrics, counts, subsets, resamples, macro, expected).items():
+        inside = resamples if subset not in subsets else resamples.select(subsets == subset)
         rows.append(MetricRow(metric, subset, inside.interval(values)))
     return rows
 
@@ -291,19 +305,21 @@ def count_metrics(
 def split_groups(
     groups: Sequence[str] | np.ndarray, fractions: Mapping[str, float], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Splits items into folds by image. An image's fold depends on its id and the seed alone, so that adding images
-    never moves others; the sizes are therefore only about right.
+    """Split items into folds by image.
+
+    The fold of an image depends only on its id and the seed, so adding images never moves others; the sizes of the
+    folds are therefore approximate.
 
     Args:
         groups: (n,) image ids.
-        fractions: share of the images for each fold, adding up to 1.
+        fractions: share of the images for each fold, in [0, 1] and adding up to 1.
         seed: another seed gives another split.
 
     Returns:
         A boolean mask (n,) for every fold; each item is in exactly one.
 
     Raises:
-        ConfigError: fractions are negative or do not add up to 1.
+        ConfigError: a fraction is negative, or they do not add up to 1.
 
     >>> folds = split_groups(["a", "b", "a"], {"train": 0.5, "test": 0.5})
     >>> bool(folds["train"][0] == folds["train"][2]), int(sum(mask.sum() for mask in folds.values()))
@@ -311,13 +327,13 @@ def split_groups(
     """
     shares = np.array(list(fractions.values()), dtype=float)
     if not shares.size or (shares < 0).any() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
-        raise ConfigError(f"split fractions {dict(fractions)} should not be negative and should add up to 1")
+        raise ConfigError(f"split fractions {dict(fractions)} should be at least 0 and add up to 1")
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    place = np.array([_uniform(f"{seed}:{name}") for name in names])
-    fold = np.searchsorted(np.cumsum(shares)[:-1], place, side="right")[index.ravel()]
-    return {name: fold == number for number, name in enumerate(fractions)}
+    uniform = np.array([_uniform(f"{seed}:{name}") for name in names])
+    fold = np.searchsorted(np.cumsum(shares)[:-1], uniform, side="right")[index.ravel()]
+    return {name: fold == index for index, name in enumerate(fractions)}
 
 
 def _uniform(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Hash a text to a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56

@@ -1,7 +1,7 @@
-"""Detection metrics as pure functions. A higher score means "more likely hallucinated"; label 1 is hallucinated.
+"""Compute detection metrics of scores. A higher score means hallucinated; label 1 is hallucinated, 0 grounded.
 
-Every function takes ``weights`` of shape (n,), or (replicates, n) for a value per replicate: that is how the bootstrap
-asks for all its replicates at once. A weight of 2 is the same as the item standing there twice.
+Every function takes ``weights`` of shape (n,), or (replicates, n) for a value per replicate, so that the bootstrap
+evaluates all replicates at once. A weight of 2 is the same as having the item twice.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ FloatOrArray = float | np.ndarray
 def _checked(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Labels as bool (n,), scores as float (n,), weights (n, replicates), and whether one value is wanted.
+    """Validate labels, scores and weights and convert them to arrays.
 
-    One item per row lets sorting move whole rows and lets sums over items run over all replicates at once; that is
-    several times faster than the other way round.
+    Weights have one row per item: sorting then moves whole rows and sums over items run over all replicates at once,
+    which is several times faster than one row per replicate.
+
+    Returns:
+        Labels as bool (n,), scores as float64 (n,), weights (n, replicates), and whether a single value is expected.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
@@ -44,7 +47,7 @@ def _result(values: np.ndarray, single: bool) -> FloatOrArray:
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Element-wise quotient, NaN where the denominator is 0."""
+    """Divide element by element, with NaN where the denominator is 0."""
     shape = np.broadcast_shapes(numerator.shape, denominator.shape)
     return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=denominator > 0)
 
@@ -52,7 +55,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def _gather(
     labels: np.ndarray, matrix: np.ndarray, order: np.ndarray, fresh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of both classes in the given order, (rows, replicates); rows that are not fresh join the one above."""
+    """Order the (rows, replicates) weights of both classes; rows that are not ``fresh`` join the row above."""
     weights = matrix[order]
     positive = weights * labels[order, None]
     negative = np.subtract(weights, positive, out=weights)
@@ -63,7 +66,7 @@ def _gather(
 
 
 def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(replicates,) sum over rows of the product."""
+    """Sum the product over rows, (replicates,)."""
     return np.einsum("kr,kr->r", first, second)
 
 
@@ -81,12 +84,12 @@ class Ranking:
 
     @classmethod
     def of(cls, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> Ranking:
-        """Sorts the items once for all replicates.
+        """Sort the items once for all replicates.
 
         Args:
             labels: (n,) of 0 and 1.
             scores: (n,) finite.
-            weights: None, (n,) or (replicates, n), not negative.
+            weights: None, (n,) or (replicates, n), at least 0.
 
         Raises:
             ValueError: shapes, labels, scores or weights are not as stated.
@@ -111,45 +114,46 @@ class Ranking:
         return self.positive.sum(axis=0), self.negative.sum(axis=0)
 
     def auroc(self) -> np.ndarray:
-        """(replicates,) area under the ROC curve."""
+        """Compute the area under the ROC curve, (replicates,) in [0, 1]."""
         pairs = np.prod(self.totals, axis=0)
-        # pairs in the wrong order: grounded items above each hallucinated one, and those beside it by half
+        # pairs in the wrong order: grounded items above each hallucinated one, and half of those at the same score
         wrong = _dot(self.positive, self.false) - _dot(self.positive, self.negative) / 2
         return _divide(pairs - wrong, pairs)
 
     def auprc(self) -> np.ndarray:
-        """(replicates,) average precision with the hallucinated items as the positive class."""
+        """Compute the average precision, (replicates,) in [0, 1], with hallucinated items as the positive class."""
         flagged = self.true + self.false
         precision = np.divide(self.true, flagged, out=flagged, where=flagged > 0)
         return self._both(_dot(self.positive, precision), self.totals[0])
 
     def swapped(self) -> Ranking:
-        """The ranking from the lowest score with the classes exchanged: grounded items become the positive class."""
+        """Reverse the ranking and exchange the classes: grounded items become the positive class."""
         return Ranking(self.negative[::-1], self.positive[::-1])
 
     def fpr_at_tpr(self, level: float) -> np.ndarray:
-        """(replicates,) lowest false-positive rate at which the true-positive rate reaches ``level``."""
+        """Compute the lowest false-positive rate, (replicates,), at which the true-positive rate is ``level``."""
         if not len(self.positive):
             return np.full(self.positive.shape[1], np.nan)
-        # the slack keeps rounding in level * total from asking for one item more
+        # the slack keeps rounding of level * total from requiring one more item
         first = np.argmax(self.true >= level * self.totals[0] * (1 - 1e-12), axis=0)
         return self._both(self.false[first, np.arange(first.size)], self.totals[1])
 
     def recall_at_precision(self, level: float) -> np.ndarray:
-        """(replicates,) highest recall at which the precision is at least ``level``; 0 if it never is."""
+        """Compute the highest recall, (replicates,), with a precision of at least ``level``; 0 if there is none."""
         precise = self.true >= level * (self.true + self.false) * (1 - 1e-12)
         return self._both(np.max(self.true * precise, axis=0, initial=0.0), self.totals[0])
 
     def _both(self, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        """Quotient, NaN in replicates that lack one of the classes."""
+        """Divide, with NaN in replicates that lack one of the classes."""
         lacking = np.minimum(*self.totals) <= 0
         return np.where(lacking, np.nan, _divide(numerator, denominator))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
-    """Area under the ROC curve: the probability that a hallucinated item scores higher than a grounded one.
+    """Compute the area under the ROC curve, in [0, 1]; 0.5 is chance.
 
-    Ties count one half. NaN if a class is missing. Arguments and ``Raises`` as in ``Ranking.of``.
+    It is the probability that a hallucinated item scores higher than a grounded one. Ties count one half. NaN if a
+    class is missing. Arguments and errors are those of ``Ranking.of``.
 
     >>> auroc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.75
@@ -163,7 +167,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
 def auprc(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, positive: Literal[0, 1] = 1
 ) -> FloatOrArray:
-    """Average precision, the sum of (recall step) x (precision), without interpolation.
+    """Compute the average precision in [0, 1]: the sum of (recall step) x (precision), without interpolation.
 
     A score without information gets the share of the positive class. With ``positive=0`` grounded items are the
     positive class and low scores speak for them (the convention of GLSim and HaloProbe). NaN if a class is missing.
@@ -181,7 +185,7 @@ def auprc(
 def fpr_at_tpr(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, level: float = 0.95
 ) -> FloatOrArray:
-    """Share of grounded items that are flagged when the threshold finds ``level`` of the hallucinated ones.
+    """Compute the false-positive rate at the threshold that flags ``level`` of the hallucinated items.
 
     >>> fpr_at_tpr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.5
@@ -193,7 +197,7 @@ def fpr_at_tpr(
 def recall_at_precision(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, level: float = 0.9
 ) -> FloatOrArray:
-    """Highest share of hallucinated items found by a threshold at which ``level`` of the flagged ones are hallucinated.
+    """Compute the highest recall of a threshold whose precision is at least ``level``, in [0, 1].
 
     >>> recall_at_precision([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.5
@@ -210,19 +214,21 @@ def auroc_controlled(
     width: int = 10,
     average: Literal["pairs", "bins"] = "pairs",
 ) -> FloatOrArray:
-    """Position-controlled AUROC: the mean of the AUROCs within bins of ``width`` token positions.
+    """Compute the position-controlled AUROC: the mean of the AUROCs within bins of ``width`` token positions.
 
-    Only items at about the same place of an answer are compared, so a score that merely follows the position (late
-    mentions are hallucinated more often) gets one half. With ``average="pairs"`` a bin counts by its number of
+    Only items at similar positions of an answer are compared, so a score that merely follows the position (late
+    mentions are hallucinated more often) gets 0.5. With ``average="pairs"`` a bin counts by its number of
     (hallucinated, grounded) pairs, which makes the result the share of all comparable pairs that are in the right
     order and keeps nearly empty bins from adding noise; with ``"bins"`` every bin that has both classes counts the
     same. NaN if no bin has both classes.
 
     Args:
-        labels, scores, weights: as in ``Ranking.of``.
+        labels: (n,) of 0 and 1.
+        scores: (n,) finite.
+        weights: None, (n,) or (replicates, n), at least 0.
         positions: (n,) token positions, integers from 0.
         width: positions per bin, at least 1.
-        average: how bins are put together.
+        average: how bins are averaged: by number of ``pairs``, or all ``bins`` alike.
 
     >>> auroc_controlled([0, 1, 0, 1], [1, 2, 11, 12], [1, 2, 11, 12])
     1.0
@@ -242,11 +248,15 @@ def auroc_within(
     weights: np.ndarray | None = None,
     average: Literal["pairs", "bins"] = "pairs",
 ) -> FloatOrArray:
-    """Mean of the AUROCs within bins: only items of the same bin are compared, so what defines it cannot help.
+    """Compute the mean of the AUROCs within bins, in [0, 1].
+
+    Only items of the same bin are compared, so whatever defines the bins cannot raise the score.
 
     Args:
-        labels, scores, weights: as in ``Ranking.of``.
-        bins: (n,) integers, the same for items that may be compared.
+        labels: (n,) of 0 and 1.
+        scores: (n,) finite.
+        weights: None, (n,) or (replicates, n), at least 0.
+        bins: (n,) integers, equal for items that may be compared.
         average: a bin counts by its number of (hallucinated, grounded) ``pairs``, or all ``bins`` count the same.
 
     >>> auroc_within([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], [7, 7, 8, 8])
@@ -265,7 +275,7 @@ def auroc_within(
 
 
 def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
-    """What ``auroc_within`` rests on: ``pairs`` that are compared, ``items`` in one of them, and their ``share``.
+    """Count the ``pairs`` that ``auroc_within`` compares, the ``items`` in them and the ``share`` of these items.
 
     >>> comparable([0, 1, 1, 0], [7, 7, 7, 8])
     {'pairs': 2, 'items': 3, 'share': 0.75}
@@ -281,7 +291,7 @@ def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
 def _pairs_within(
     labels: np.ndarray, scores: np.ndarray, bins: np.ndarray, matrix: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per bin (bins, replicates): weight of the (hallucinated, grounded) pairs in the right order, and of all pairs."""
+    """Sum the weights of pairs within bins, (bins, replicates): those in the right order, and all."""
     order = np.lexsort((-scores, bins))
     bins, scores = bins[order], scores[order]
     opens = np.diff(bins, prepend=bins[0] - 1) != 0
@@ -289,7 +299,7 @@ def _pairs_within(
     positive, negative = _gather(labels, matrix, order, fresh)
     starts = np.flatnonzero(opens[fresh])
     positives, negatives = (np.add.reduceat(part, starts, axis=0) for part in (positive, negative))
-    # grounded items above each row and half of those beside it; those of earlier bins are taken off bin by bin
+    # grounded items above each row and half of those at its score; those of earlier bins are subtracted bin by bin
     above = np.cumsum(negative, axis=0)
     above -= negative / 2
     earlier = np.cumsum(negatives, axis=0) - negatives
@@ -297,13 +307,14 @@ def _pairs_within(
     return positives * negatives - wrong, positives * negatives
 
 
-def _probabilities(scores: np.ndarray) -> None:
+def _check_probabilities(scores: np.ndarray) -> None:
+    """Raise ``ValueError`` unless all scores are in [0, 1]."""
     if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
         raise ValueError(f"scores from {scores.min():.4g} to {scores.max():.4g} should be probabilities in [0, 1]")
 
 
 def _bin_edges(scores: np.ndarray, bins: int, equal: str) -> np.ndarray:
-    """(bins - 1,) inner edges; a score on an edge belongs to the bin below it."""
+    """Return the (bins - 1,) inner edges of bins; a score on an edge belongs to the bin below it."""
     if bins < 1 or equal not in ("width", "mass"):
         raise ValueError(f"bins={bins} should be at least 1 and equal={equal!r} should be width or mass")
     inner = np.linspace(0, 1, bins + 1)[1:-1]
@@ -313,8 +324,8 @@ def _bin_edges(scores: np.ndarray, bins: int, equal: str) -> np.ndarray:
 def _bin_sums(
     labels: np.ndarray, scores: np.ndarray, matrix: np.ndarray, bins: int, equal: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per bin (replicates, bins): weight, weighted sum of labels, weighted sum of scores."""
-    _probabilities(scores)
+    """Sum weights, weighted labels and weighted scores within bins, (replicates, bins) each."""
+    _check_probabilities(scores)
     member = np.zeros((scores.size, bins))
     member[np.arange(scores.size), np.searchsorted(_bin_edges(scores, bins, equal), scores)] = 1
     return matrix.T @ member, matrix.T @ (member * labels[:, None]), matrix.T @ (member * scores[:, None])
@@ -327,15 +338,17 @@ def ece(
     bins: int = 10,
     equal: Literal["width", "mass"] = "width",
 ) -> FloatOrArray:
-    """Expected calibration error: the mean over bins of |share hallucinated - mean probability|, weighted by size.
+    """Compute the expected calibration error, in [0, 1]; 0 is perfect calibration.
 
-    Default: ten bins of equal width (Naeini et al. 2015, eq. 3; Guo et al. 2017, eq. 3, in its L1 form). Their edges
-    do not depend on the data, so that detectors and bootstrap replicates share them; bins of equal mass spread the
-    items evenly when most probabilities are small. The plug-in estimate is biased upwards in small samples, and its
-    bootstrap replicates are biased once more: read the interval as a conservative one.
+    It is the mean over bins, weighted by size, of |share of hallucinated items - mean probability|. Default: ten bins
+    of equal width (Naeini et al. 2015, eq. 3; Guo et al. 2017, eq. 3, in its L1 form). Their edges do not depend on the
+    data, so that detectors and bootstrap replicates share them; bins of equal mass spread the items evenly when most
+    probabilities are small. The plug-in estimate is biased upwards in small samples, and its bootstrap replicates are
+    biased once more: read the interval as a conservative one.
 
     Args:
-        labels, weights: as in ``Ranking.of``.
+        labels: (n,) of 0 and 1.
+        weights: None, (n,) or (replicates, n), at least 0.
         scores: (n,) probabilities of hallucination in [0, 1].
         bins: number of bins.
         equal: bins of equal ``width`` on [0, 1], or of equal ``mass`` (quantiles of the unweighted scores).
@@ -354,7 +367,7 @@ def ece(
 def reliability(
     labels: np.ndarray, scores: np.ndarray, bins: int = 10, equal: Literal["width", "mass"] = "width"
 ) -> list[dict[str, float]]:
-    """Points of the reliability diagram, one for each bin that is not empty.
+    """Compute the points of the reliability diagram, one for each bin that is not empty.
 
     >>> reliability([0, 1, 1], [0.1, 0.95, 0.97])
     [{'probability': 0.1, 'share': 0.0, 'count': 1}, {'probability': 0.96, 'share': 1.0, 'count': 2}]
@@ -369,18 +382,20 @@ def reliability(
 
 
 def brier(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
-    """Mean squared difference between probability and label (Brier 1950, for two classes), from 0 to 1.
+    """Compute the mean squared difference between probability and label, in [0, 1]; lower is better.
+
+    Source: Brier 1950, for two classes.
 
     >>> brier([0, 1], [0.5, 0.5])
     0.25
     """
     labels, scores, matrix, single = _checked(labels, scores, weights)
-    _probabilities(scores)
+    _check_probabilities(scores)
     return _result(_divide(matrix.T @ (scores - labels) ** 2, matrix.sum(axis=0)), single)
 
 
 def base_rate(labels: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
-    """Share of hallucinated items.
+    """Compute the share of hallucinated items, in [0, 1].
 
     >>> base_rate([0, 0, 0, 1])
     0.25

@@ -64,7 +64,7 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
         return []
     from stethoscope.detection.factor import EXTERNAL
     from stethoscope.detector import Detector
-    from stethoscope.features.columns import only
+    from stethoscope.features.columns import keep_columns
 
     detector = Detector.load(source.folder / "detector")
     lacking = set(detector.schema.names) - set(source.table.columns)
@@ -77,7 +77,7 @@ def importances(source: Source, seed: int = 0) -> list[Importance]:
         return []
     mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
     table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
-    rows = detector.rows(only(table, detector.schema.names))
+    rows = detector.rows(keep_columns(table, detector.schema.names))
     labels, drawn = rows["label"].to_numpy(dtype=int), group_weights(rows["group"], REPLICATES, seed)
     generator = np.random.default_rng(seed)
 

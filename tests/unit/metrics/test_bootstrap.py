@@ -147,8 +147,8 @@ def test_a_mean_over_subsets_needs_all_that_were_asked():
         rows = count_metrics(accuracy, counts, images, ["easy", "easy", "hard"], ["accuracy"], **asked)
         return next(row.interval.value for row in rows if row.subset == "mean")
 
-    assert mean() == mean(asked=["hard", "easy"]) == 0.75
-    assert np.isnan(mean(asked=["easy", "hard", "all failed"]))
+    assert mean() == mean(expected=["hard", "easy"]) == 0.75
+    assert np.isnan(mean(expected=["easy", "hard", "all failed"]))
 
 
 def test_a_metric_that_is_not_defined_is_nan():
