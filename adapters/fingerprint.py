@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.digests import remembered
+from stethoscope.core.digests import cached_digest
 from stethoscope.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ of their own in the fingerprint."""
 def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
     """Compute a digest of the weight files of a folder, name the commit of a hub model, or digest weights in memory.
 
-    Files are read whole; see ``digests.remembered`` for when they are read again. The weights in memory count where
+    Files are read whole; see ``digests.cached_digest`` for when they are read again. The weights in memory count where
     those of another repository were loaded too, as under a LoRA, and where the folder holds none that we know of.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         return f"state:{_of_state(model)}"
     if folder:
         paths = _weight_files(Path(model_id).expanduser())
-        return f"sha256:{remembered(paths, lambda: _of_files(paths))}" if paths else f"state:{_of_state(model)}"
+        return f"sha256:{cached_digest(paths, lambda: _of_files(paths))}" if paths else f"state:{_of_state(model)}"
     commit = getattr(model.config, "_commit_hash", None)
     if model_id is not None and commit:
         return f"commit:{commit}"

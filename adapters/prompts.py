@@ -12,7 +12,7 @@ from torch import Tensor
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
-from stethoscope.core.system import deadly_signals, reason
+from stethoscope.core.system import default_signals, describe_error
 from stethoscope.tracing.token_spans import image_layout, image_positions, question_positions
 from stethoscope.tracing.trace import Encoded, Spans
 
@@ -194,7 +194,7 @@ def _renderings(processor: ProcessorMixin, text: str) -> list[str]:
     renderings, errors = [], []
     for content in ([{"type": "image"}, {"type": "text", "text": _QUESTION}], text):
         try:
-            with deadly_signals():  # a template may loop in a C function, which no handler interrupts
+            with default_signals():  # a template may loop in a C function, which no handler interrupts
                 turn = {"role": "user", "content": content}
                 renderings.append(str(processor.apply_chat_template([turn], add_generation_prompt=True)))
         except Exception as error:  # a template may raise anything
@@ -202,6 +202,6 @@ def _renderings(processor: ProcessorMixin, text: str) -> list[str]:
     if not renderings:
         raise ConfigError(
             f"the chat template of {type(processor).__name__} cannot take a picture and a question "
-            f"({reason(errors[0])}); set model.prompt, with {_QUESTION} in it"
+            f"({describe_error(errors[0])}); set model.prompt, with {_QUESTION} in it"
         ) from errors[0]
     return renderings

@@ -24,7 +24,7 @@ from torch import Tensor
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.authors.processor import CLIP_MEAN, CLIP_STD
 from stethoscope.adapters.loading import Loading, is_folder, silenced, translate_loading_errors
-from stethoscope.core.digests import remembered
+from stethoscope.core.digests import cached_digest
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line, unknown
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name
-    return remembered([path], lambda: _read_through(path))
+    return cached_digest([path], lambda: _read_through(path))
 
 
 def _read_through(path: Path) -> str:

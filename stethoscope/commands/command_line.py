@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.core.text import redact_word, visible
+from stethoscope.core.text import redact_override, visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "subset", "auth"}
 """Settings of free text, by the last part of their key: exactly what is typed."""
@@ -148,7 +148,7 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
         return f"{key}={_function(key, value, sweep)}"
     parts = [_whole(value)] if kind is not None and not sweep else list(_parts(value, ","))
     if len(parts) > 1 and not sweep:
-        word, value = redact_word(word), redact_word(word).partition("=")[2]
+        word, value = redact_override(word), redact_override(word).partition("=")[2]
         raise ConfigError(
             f"{word} gives several values: --multirun makes a run of each, '{key}=[{value}]' is one list, and quotes "
             f"of its own make one text of it: '{key}=\"{value}\"'"

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_values
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
-from stethoscope.core.text import console, one_line, redact, redact_text, redact_word, visible_output
+from stethoscope.core.text import console, one_line, redact, redact_override, redact_text, visible_output
 from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, distinct_overrides, read_jobs, slug
 
 LONGEST = 120  # characters of a folder's name
@@ -65,7 +65,7 @@ class Sweep:
         given = {key: value for key, _, value in (word.partition("=") for word in fixed.values())}
         named = [word for word in fixed.values() if not word.startswith(("runs=", "name=", "hydra"))]
         keys = [word.partition("=")[0] for word in swept]
-        name = given.get("name") or slug([f"sweep-{command}", *keys, *map(redact_word, named)])[:LONGEST]
+        name = given.get("name") or slug([f"sweep-{command}", *keys, *map(redact_override, named)])[:LONGEST]
         folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs") or "runs") / name)
         return cls(command, _resolved(folder), tuple(read[word] for word in fixed), secrets.token_hex(4))
 
@@ -92,7 +92,7 @@ class Sweep:
     def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         from stethoscope.commands.common import listed
 
-        own = tuple(redact_word(unquoted(word)) for word in distinct_overrides(words, self.fixed))
+        own = tuple(redact_override(unquoted(word)) for word in distinct_overrides(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
         plugins = tuple(map(str, listed(config.get("plugins") or ())))
         job = Job(self.key, number, own, folder, logger=redact(_logger_of(config)), plugins=plugins)
@@ -160,7 +160,7 @@ class Sweep:
 
         loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
         loggers.setup(self.folder)
-        shared = [redact_word(unquoted(word)) for word in self.fixed]
+        shared = [redact_override(unquoted(word)) for word in self.fixed]
         loggers.log_config({"sweep": {"command": self.command, "settings": shared, "jobs": len(jobs)}})
         loggers.log_table("sweep/comparison", *found.long())
         loggers.log_metrics({"sweep/jobs": len(jobs), "sweep/finished": sum(job.status == FINISHED for job in jobs)})
@@ -214,7 +214,7 @@ def masked_multirun() -> Iterator[None]:
         def save(config: DictConfig, path: Path) -> None:
             plain = redact(OmegaConf.to_container(config, resolve=False))
             task = OmegaConf.select(config, "hydra.overrides.task") or ()
-            plain["hydra"]["overrides"]["task"] = [redact_word(unquoted(word)) for word in task]
+            plain["hydra"]["overrides"]["task"] = [redact_override(unquoted(word)) for word in task]
             plain["hydra"]["job"].pop("override_dirname", None)  # the same words once more
             OmegaConf.save(OmegaConf.create(plain), path)
 

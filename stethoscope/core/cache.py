@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _one(value: Any) -> int:
-    return 1
-
-
 @dataclass
 class LRUCache:
     """Keep values up to a total size and drop the least recently used ones beyond it.
@@ -30,7 +26,7 @@ class LRUCache:
     """
 
     limit: int
-    size: Callable[[Any], int] = _one
+    size: Callable[[Any], int] = field(default=lambda value: 1)
     used: int = 0
     values: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
 

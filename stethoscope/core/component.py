@@ -1,4 +1,4 @@
-"""From configuration to objects, with a guard: only classes of this package and of the user's plug-ins are made."""
+"""Create objects from configuration, only of classes of this package and of the user's plug-ins."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _SHORT.maxstring = _SHORT.maxother = 100
 def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     """Import the class or function of a dotted path, if an allowed package defines it at the top of a module.
 
-    Nothing outside the allowed packages is imported for the check, and what they have imported from others is not
-    theirs: of ``stethoscope.core.token_table.pd.read_pickle`` not even ``...token_table.pd`` is looked up.
+    Nothing outside the allowed packages is imported for the check, and names that they import from elsewhere do not
+    count: of ``stethoscope.core.token_table.pd.read_pickle`` not even ``...token_table.pd`` is looked up.
 
     Args:
         path: ``package.module.name``, where ``name`` may also be one that the package imports from its own modules.
@@ -49,7 +49,7 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
     package = module.split(".")[0]
     if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ConfigError(f"{key}={shown} is no name of something in a module, such as package.module.Name")
+        raise ConfigError(f"{key}={shown} should be a dotted name such as package.module.Name")
     if package not in allowed:  # the check before any import
         raise ConfigError(
             f"{key}={shown} is outside the packages that may be used ({', '.join(allowed)}); "
@@ -57,16 +57,16 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
         )
     try:
         value = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the code of a plug-in raises: the line names it, the cause stays attached
+    except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
         raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}") from error
-    home = getattr(value, "__module__", None)
-    if not callable(value) or str(home).split(".")[0] not in allowed:
+    defined_in = getattr(value, "__module__", None)
+    if not callable(value) or str(defined_in).split(".")[0] not in allowed:
         raise ConfigError(f"{key}={shown} is no class or function that {' or '.join(allowed)} defines")
     return value
 
 
 def import_class(path: Any, base: type[T], key: str, plugins: Sequence[str] = ()) -> type[T]:
-    """Import a class of a contract, as ``import_name``.
+    """Import a class of a contract; see ``import_name``.
 
     Args:
         path: ``package.module.Class``.
@@ -84,16 +84,16 @@ def import_class(path: Any, base: type[T], key: str, plugins: Sequence[str] = ()
 
 
 def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugins: Sequence[str] = ()) -> T:
-    """Make the object that a configuration node describes.
+    """Create the object that a configuration node describes.
 
-    The node's other keys are the constructor's arguments, plain values all the way down: a class inside them is not
-    made, since nobody says what it would have to be.
+    The node's other keys are the constructor's arguments, plain values at every depth: a class named inside them is
+    rejected, as no contract says which base it must have.
 
     Args:
         config: node with a ``_target_``, composed from the command line or as plain data from a file.
         base: what the class must be a subclass of.
         key: path of the node in the configuration, for messages.
-        plugins: names of packages outside ``stethoscope`` whose classes may be made.
+        plugins: names of packages outside ``stethoscope`` whose classes are allowed.
 
     Raises:
         ConfigError: the class is missing, not allowed, cannot be imported, is of another kind or rejects its settings.
@@ -103,7 +103,7 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     if not isinstance(plain, Mapping) or TARGET not in plain:
         raise ConfigError(f"{key} has no {TARGET}; it should name a class, for example by choosing {key}=<name>")
-    settings = {name: value for name, value in plain.items() if name != TARGET}
+    settings = {str(name): value for name, value in plain.items() if name != TARGET}
     for path in _special_keys(settings, key):
         raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
     cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
@@ -111,12 +111,12 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
         return cls(**settings)
     except StethoscopeError:
         raise
-    except Exception as error:  # settings of a wrong type or name show in whatever the constructor does with them
+    except Exception as error:  # wrong names and types make constructors raise anything
         raise ConfigError(f"{key}: {plain[TARGET]} cannot be made: {_reason(error)}") from error
 
 
 def _special_keys(node: Any, path: str) -> Iterator[str]:
-    """Dotted path of every key below a node that is no name, or that Hydra would act on (``_target_``, ``_args_``)."""
+    """Yield the dotted path of every key below a node that Hydra would act on (``_target_``, ``_args_``, ...)."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             if isinstance(name, str) and name.startswith("_") and name.endswith("_") and name.strip("_"):
@@ -128,25 +128,25 @@ def _special_keys(node: Any, path: str) -> Iterator[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that started a chain of errors."""
+    """Return the first line of the error that started a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
 
 
 def conf_folder() -> Path:
-    """Where the configuration files lie (beside the code in a checkout, inside the package once installed)."""
+    """Return the folder of configuration files: beside the code in a checkout, inside an installed package."""
     import stethoscope.conf
 
     return Path(stethoscope.conf.__file__).parent
 
 
 def choices(group: str, conf: Path | None = None) -> dict[str, str]:
-    """Names of a configuration group's files, each with its first comment line.
+    """Map the names of a configuration group's files to their first comment lines.
 
     Args:
         group: such as ``model``.
-        conf: folder of groups; None for our own.
+        conf: folder of groups; None for the package's own.
 
     >>> "testbed" in choices("model")
     True
@@ -156,25 +156,25 @@ def choices(group: str, conf: Path | None = None) -> dict[str, str]:
 
 
 def _title(path: Path) -> str:
-    """The first comment line of a configuration file that is not a directive to Hydra."""
+    """Return the first comment line of a configuration file that is not a directive to Hydra."""
     lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in lines if not line.startswith("@package")), "")
 
 
 def groups() -> list[str]:
-    """Names of the configuration groups."""
+    """List the names of the configuration groups."""
     return sorted(path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 
 
 def compose(overrides: Sequence[str], root: str | None = None, hydra: bool = False) -> DictConfig:
-    """A configuration as the commands see it, from a file of ``conf`` and words like those of the command line.
+    """Compose a configuration as the commands see it, from a file of ``conf`` and overrides.
 
-    Hydra keeps one state for the whole process; it is the same before and after, also inside a Hydra application.
+    Hydra has one state per process, which is restored, so this also works inside a Hydra application.
 
     Args:
         overrides: such as ``+model=llava-1.5-7b``.
-        root: name of the file to start from; None for an empty one.
-        hydra: with Hydra's own settings under ``hydra``, such as the chosen names and the text of the help.
+        root: name of the file to start from; None to start from nothing.
+        hydra: include Hydra's own settings under ``hydra``, such as the chosen names and the text of the help.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module, version

@@ -1,4 +1,4 @@
-"""Digests of what lies in files: of weights, remembered between runs, and of the code that a class is made of."""
+"""Compute digests of weight files, cached between runs, and of the source code of classes."""
 
 from __future__ import annotations
 
@@ -12,49 +12,40 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.files import read_json, write_json
 
-if TYPE_CHECKING:
-    pass
+MIN_CACHED_BYTES = 2**26
+"""Size of files from which a digest is cached; smaller ones are read again in a few hundredths of a second."""
 
-REMEMBERED_FROM = 2**26
-
-
-"""Bytes of files from which a digest is worth remembering: less is read again in a few hundredths of a second."""
-
-
-_REMEMBERED_FILES = 500
-
-
+_MAX_ENTRIES = 500
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
-def remembered(paths: Sequence[Path], compute: Callable[[], str]) -> str:
-    """A digest of large files that is computed once, and again when one of them has changed.
+def cached_digest(paths: Sequence[Path], compute: Callable[[], str]) -> str:
+    """Return a digest of large files from the user's cache, or compute it where one of them has changed.
 
-    A file has changed when its path, size, inode, or the time of its last modification or change of state has. The last
-    cannot be set back by the usual tools, so that a checkpoint is found out that was written over with its old times.
-    What is remembered lies in the user's cache folder; nothing depends on it but time.
+    A file has changed when its path, size, inode, modification time or state change time has. The usual tools cannot
+    reset the last one, so a checkpoint that was overwritten with its old times is noticed.
 
     Args:
-        paths: what the digest depends on.
-        compute: reads the files.
+        paths: files that the digest depends on.
+        compute: reads the files and returns the digest.
     """
-    states = []
+    states: list[tuple[str, int, int, int, int]] = []
     for path in paths:
         stat = path.stat()
-        states.append([str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
-    if sum(size for _, size, *_ in states) < REMEMBERED_FROM:
+        states.append((str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+    if sum(size for _, size, *_ in states) < MIN_CACHED_BYTES:
         return compute()
     file = _cache_file()
     known = _read(file)
     key = json.dumps(states)
     if key not in known:
         known[key] = compute()
-        _write(file, dict(list(known.items())[-_REMEMBERED_FILES:]))
+        _write(file, dict(list(known.items())[-_MAX_ENTRIES:]))
     return known[key]
 
 
@@ -66,7 +57,7 @@ def _cache_file() -> Path:
 def _read(file: Path) -> dict[str, str]:
     try:
         return read_json(file, default={})
-    except ArtefactError:  # damaged: the files are read again
+    except ArtefactError:  # damaged: the digests are computed again
         return {}
 
 
@@ -74,18 +65,18 @@ def _write(file: Path, known: dict[str, str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known, indent=None)
-    except OSError:  # a home that cannot be written to: the files are read again the next time
+    except OSError:  # the folder is read-only: the digest is computed again the next time
         return
 
 
-def code_of(*classes: type) -> str:
-    """The first 16 digits of the SHA-256 of the source files that classes are made of, over their names and bytes.
+def source_digest(*classes: type) -> str:
+    """Compute a digest of the source files of classes: 16 hexadecimal digits of a SHA-256 over names and bytes.
 
-    These are the modules of every class and its bases, and what those import at their top from the package they are
-    in: of ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not those of
-    ``stethoscope.metrics``, and of a package of your own all that is used of it. Imports within functions are left
-    out: there stand model families and data formats of which a run uses few. A class that was typed in, in a notebook,
-    counts by itself.
+    These are the modules of every class and its bases, and the modules of the same package that those import at their
+    top: for ``stethoscope.tasks.pope`` the modules of ``stethoscope.tasks`` that it uses, but not those of
+    ``stethoscope.metrics``; for a package of your own all of it that is used. Imports within functions are left out:
+    they load model families and data formats, of which a run uses few. A class typed into a notebook counts by its
+    own source.
     """
     digest = hashlib.sha256()
     for name, text in sorted(_sources(classes).items()):
@@ -94,45 +85,45 @@ def code_of(*classes: type) -> str:
 
 
 def _sources(classes: Sequence[type]) -> dict[str, bytes]:
-    """Source files by the names of their modules; what has none, by the class."""
-    found: dict[str, bytes] = {}
+    """Read source files by module name, and classes without a file by class name."""
+    sources: dict[str, bytes] = {}
     for cls in classes:
         own = {"stethoscope", cls.__module__.partition(".")[0]}
         for base in cls.__mro__:
             top = base.__module__.partition(".")[0]
             file = getattr(sys.modules.get(base.__module__), "__file__", None)
             if top in sys.stdlib_module_names or (top not in own and _INSTALLED & set(Path(file or "").parts)):
-                continue  # of other projects the version is noted
+                continue  # the environment records versions of other projects
             if file is None:
-                found[f"{base.__module__}.{base.__qualname__}"] = _typed(base)
+                sources[f"{base.__module__}.{base.__qualname__}"] = _interactive_source(base)
             else:
                 name = Path(file).stem if base.__module__ == "__main__" else base.__module__
-                _follow(name, Path(file), found)
-    return found
+                _add_module(name, Path(file), sources)
+    return sources
 
 
-def _typed(cls: type) -> bytes:
-    """The source of a class whose module is no file."""
+def _interactive_source(cls: type) -> bytes:
+    """Return the source of a class that was typed into a notebook or interpreter; empty where it is not kept."""
     try:
         return inspect.getsource(cls).encode()
-    except (OSError, TypeError):  # typed into an interpreter that keeps no history
+    except (OSError, TypeError):
         return b""
 
 
-def _follow(module: str, file: Path, found: dict[str, bytes]) -> None:
-    """Adds a module and what it imports from its package."""
-    if module in found:
+def _add_module(module: str, file: Path, sources: dict[str, bytes]) -> None:
+    """Add a module and those that it imports from its package, recursively."""
+    if module in sources:
         return
-    found[module] = file.read_bytes()
+    sources[module] = file.read_bytes()
     parts = module.split(".")
     package = ".".join(parts[:2]) if parts[0] == "stethoscope" else parts[0]
-    for name in _imported(found[module], module, file.name == "__init__.py"):
-        if name.startswith(f"{package}.") and (path := _file_of(name, package)) is not None:
-            _follow(name, path, found)
+    for name in _imported_names(sources[module], module, file.name == "__init__.py"):
+        if name.startswith(f"{package}.") and (path := _module_file(name, package)) is not None:
+            _add_module(name, path, sources)
 
 
-def _imported(text: bytes, module: str, is_package: bool) -> Iterator[str]:
-    """Names of modules that a source file may mean by its imports, and of things in modules."""
+def _imported_names(text: bytes, module: str, is_package: bool) -> Iterator[str]:
+    """Yield the dotted names in a source file's top-level imports: modules, and names in modules."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -143,8 +134,8 @@ def _imported(text: bytes, module: str, is_package: bool) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def _file_of(name: str, package: str) -> Path | None:
-    """The file of a module in a package, without importing the module; None for a name that is none."""
+def _module_file(name: str, package: str) -> Path | None:
+    """Return the file of a module in a package, without importing it; None where the name is no module."""
     within = name.removeprefix(f"{package}.").split(".")
     for folder in getattr(importlib.import_module(package), "__path__", ()):
         path = Path(folder, *within)
@@ -155,7 +146,7 @@ def _file_of(name: str, package: str) -> Path | None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as plain JSON types: sequences as lists, sets sorted, paths by their last part, others by ``str``.
+    """Convert a value to plain JSON types: sets sorted, paths by their last part, other objects by ``str``.
 
     >>> jsonable({"needs": {"lens", "blank"}, "file": Path("/data/coco/val2014"), "tau": (0.5, None)})
     {'needs': ['blank', 'lens'], 'file': 'val2014', 'tau': [0.5, None]}

@@ -1,4 +1,4 @@
-"""The errors a user can cause, each a one-line message: what is wrong, the value, what would be right."""
+"""Define the errors a user can cause; each message is one line: what is wrong, the value, what would be right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class StethoscopeError(Exception):
-    """Base of all errors that the user can mend; the command line prints the message and exits with 2."""
+    """Base of all errors that the user can fix; the command line prints the message and exits with 2."""
 
 
 class ConfigError(StethoscopeError):
@@ -23,11 +23,11 @@ class DataError(StethoscopeError):
 
 
 class CaptureError(StethoscopeError):
-    """The traced pass did not record what it should have (no attention seen, a value that is not finite)."""
+    """The traced pass did not record what it should have: no attention, or a value that is not finite."""
 
 
 class ArtefactError(StethoscopeError):
-    """A saved detector or run directory is missing, damaged or does not fit."""
+    """A saved detector or run directory is missing, damaged, or belongs to another model or data set."""
 
 
 def first_line(error: BaseException) -> str:
@@ -40,7 +40,7 @@ def first_line(error: BaseException) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Message for a name that is not known, with close matches and what there is.
+    """Write the message for an unknown name, with close matches and the known names.
 
     >>> unknown("task", "popee", ["pope", "chair"])
     "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"

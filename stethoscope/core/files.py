@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and readers that say in one line what is wrong with a damaged file."""
+"""Write files atomically, and read them with one-line errors that say what is damaged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from typing import Any, BinaryIO
 from stethoscope.core.errors import ArtefactError
 
 LARGEST_JSON, LARGEST_YAML = 2**28, 2**20
-"""Bytes of a file that is read as a whole. A run's largest, the detector's figures, has some hundred kilobytes."""
+"""Largest files (bytes) that are read at once; a run's largest, the detector's metrics, has some 100 kB."""
 
-DEEPEST_YAML = 50  # levels; PyYAML needs a second for a thousand
+DEEPEST_YAML = 50  # levels; PyYAML needs a second for a thousand levels
 _REQUIRED = object()
 _TEMPORARY = "tmp"
-_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", type(None): "null"}
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -29,16 +36,16 @@ _KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number",
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a new binary file that takes the place of ``path`` when the block ends without an error.
+    """Open a new binary file that replaces ``path`` when the block ends without an error.
 
-    Readers see the old content or the new, never a part, whatever ends the process. The content is on disk before it
-    gets its name, so that a power cut leaves a whole file too. A symbolic link in the place is replaced, not followed.
+    Readers see the old content or the new, never a part, however the process ends. The content is synced before the
+    rename, so a power cut leaves a whole file too. A symbolic link at ``path`` is replaced, not followed.
 
     Args:
         path: of the file; its folder must exist.
     """
     path = Path(path)
-    temporary = _beside(path)
+    temporary = _temporary_path(path)
     try:
         with temporary.open("x+b") as file:
             yield file
@@ -51,14 +58,14 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a whole file, text as UTF-8; see ``replacing``. Halves of surrogate pairs become their escapes."""
+    """Write a whole file, text as UTF-8 with escaped halves of surrogate pairs; see ``replacing``."""
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with replacing(path) as file:
         file.write(data)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
-    """Write a value of plain JSON types as a whole file, finite numbers only; see ``replacing``.
+    """Write a value of plain JSON types as a whole file; see ``replacing``.
 
     Raises:
         ValueError: a number is not finite.
@@ -71,7 +78,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
     Only for files that are replaced and never written into: see ``unshare``.
     """
-    temporary = _beside(target)
+    temporary = _temporary_path(target)
     try:
         try:
             os.link(source, temporary)
@@ -90,25 +97,25 @@ def unshare(path: Path) -> None:
             shutil.copyfileobj(source, target)
 
 
-def replace_folder(folder: Path, made: Path) -> None:
-    """Put a folder that has been written into the place of another one, whose content is deleted.
+def replace_folder(folder: Path, new: Path) -> None:
+    """Replace a folder by a new one and delete its content.
 
     Args:
-        folder: the place; may be empty or not there.
-        made: the new content, on the same file system.
+        folder: to replace; may be missing.
+        new: the folder to rename, on the same file system.
     """
-    for path in made.iterdir():
+    for path in new.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    old = _beside(folder)
+    old = _temporary_path(folder)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(made, folder)
+    os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes have left of unfinished files; only where no other process writes."""
+    """Delete unfinished files of killed processes; call it only where no other process writes."""
     for path in folder.glob(f".*.{_TEMPORARY}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -120,9 +127,9 @@ def append(path: Path, data: bytes, durable: bool = False) -> None:
     """Append bytes to a file in one write.
 
     Args:
-        path: of the file; made if it is not there.
+        path: of the file; created if missing.
         data: to append.
-        durable: return only when a power cut would leave them.
+        durable: return only when the bytes would survive a power cut.
     """
     with path.open("ab") as file:
         file.write(data)
@@ -131,13 +138,13 @@ def append(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def sync(file: BinaryIO) -> None:
-    """Return when what was written to a file is on disk, so that a power cut leaves it."""
+    """Wait until the content of a file would survive a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _beside(path: Path) -> Path:
-    """A new name in the same folder, so that renaming it is one step."""
+def _temporary_path(path: Path) -> Path:
+    """Return a new name in the same folder, so that renaming it is atomic."""
     return path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.{_TEMPORARY}")
 
 
@@ -149,11 +156,11 @@ def read_bytes(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST
 
     Args:
         path: of the file.
-        remedy: what the user can do, put behind what is wrong.
-        largest: bytes that it may have.
+        remedy: advice to the user, at the end of error messages.
+        largest: maximum size in bytes.
 
     Raises:
-        ArtefactError: it is missing, no regular file, too large, or cannot be read.
+        ArtefactError: it is missing, not a regular file, too large, or cannot be read.
     """
     try:
         with open_regular(path, remedy) as file:
@@ -166,22 +173,22 @@ def read_bytes(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST
 
 
 def open_regular(path: str | os.PathLike, remedy: str = "") -> BinaryIO:
-    """Open a file of a run to read it in parts; arguments and errors as of ``read_bytes``."""
+    """Open a file of a run to read it in parts; arguments and errors as in ``read_bytes``."""
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise damaged(path, "it is no regular file", remedy)
+            raise damaged(path, "it is not a regular file", remedy)
         return path.open("rb")
     except OSError as error:
         raise _unreadable(path, error, remedy) from None
 
 
 def read_text(path: str | os.PathLike, remedy: str = "", largest: int = LARGEST_JSON) -> str:
-    """Read a UTF-8 text; arguments and errors as of ``read_bytes``."""
+    """Read a UTF-8 text; arguments and errors as in ``read_bytes``."""
     try:
         return read_bytes(path, remedy, largest).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise damaged(path, f"it is no UTF-8 text: {error.reason} at byte {error.start}", remedy) from None
+        raise damaged(path, f"it is not UTF-8 text: {error.reason} at byte {error.start}", remedy) from None
 
 
 def read_json(path: str | os.PathLike, remedy: str = "", kind: type = dict, default: Any = _REQUIRED) -> Any:
@@ -189,9 +196,9 @@ def read_json(path: str | os.PathLike, remedy: str = "", kind: type = dict, defa
 
     Args:
         path: of the file.
-        remedy: what the user can do about a damaged file, put behind what is wrong.
+        remedy: advice to the user, at the end of error messages.
         kind: type of the outermost value.
-        default: returned where there is no such file; without it that is an error.
+        default: returned where the file is missing; without it that is an error.
 
     Raises:
         ArtefactError: the file is missing or damaged; the message is one line and ends with the remedy.
@@ -207,7 +214,7 @@ def read_json(path: str | os.PathLike, remedy: str = "", kind: type = dict, defa
 
 
 def read_jsonl(path: str | os.PathLike, remedy: str = "", default: Any = _REQUIRED) -> list[dict[str, Any]]:
-    """Read a file with a JSON object on every line; arguments and errors as of ``read_json``."""
+    """Read a file with a JSON object on every line; arguments and errors as in ``read_json``."""
     if default is not _REQUIRED and not os.path.lexists(path):
         return default
     rows = []
@@ -222,7 +229,7 @@ def read_jsonl(path: str | os.PathLike, remedy: str = "", default: Any = _REQUIR
 
 
 def read_yaml(path: str | os.PathLike, remedy: str = "", kind: type = dict, default: Any = _REQUIRED) -> Any:
-    """Read a YAML file of plain values without anchors; arguments and errors as of ``read_json``."""
+    """Read a YAML file of plain values without anchors; arguments and errors as in ``read_json``."""
     if default is not _REQUIRED and not os.path.lexists(path):
         return default
     import yaml
@@ -239,13 +246,14 @@ def read_yaml(path: str | os.PathLike, remedy: str = "", kind: type = dict, defa
 
 
 def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: str = "") -> None:
-    """Check that content has the shape that its reader relies on; more keys than that are no fault.
+    """Check that content has the shape that its reader relies on; further keys are allowed.
 
     Args:
         path: of the file.
         value: the content.
-        shape: a type or types; for an object its keys with their shapes, ``*`` for any key; for a list, its items' one.
-        remedy: as of ``read_json``.
+        shape: a type or tuple of types; for an object its keys with their shapes, ``*`` for any key; for a list a
+            list of its items' shape.
+        remedy: as in ``read_json``.
         name: of the content within the file.
 
     Raises:
@@ -257,10 +265,10 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
     stethoscope.core.errors.ArtefactError: a.json is damaged (rows[1].name should be text, not int); start again
     """
     kind = type(shape) if isinstance(shape, (dict, list)) else shape
-    wanted = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        named = " or ".join(_KINDS.get(one, one.__name__) for one in wanted)
-        raise damaged(path, f"{name or 'it'} should be {named}, not {type(value).__name__}", remedy)
+    allowed = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        expected = " or ".join(_KINDS.get(cls, cls.__name__) for cls in allowed)
+        raise damaged(path, f"{name or 'it'} should be {expected}, not {type(value).__name__}", remedy)
     if isinstance(shape, list):
         for index, item in enumerate(value):
             check_shape(path, item, shape[0], remedy, f"{name}[{index}]")
@@ -273,8 +281,8 @@ def check_shape(path: object, value: Any, shape: Any, remedy: str = "", name: st
 
 
 def damaged(path: object, reason: str, remedy: str = "") -> ArtefactError:
-    """The error of a file that cannot be used, as one line: what is wrong, and what the user can do."""
-    line = " ".join(reason.split())  # readers of other projects write several lines
+    """Create the error for a damaged file, one line: what is wrong, and advice to the user."""
+    line = " ".join(reason.split())  # libraries raise messages of several lines
     shown = line if len(line) <= 200 else line[:197] + "..."
     return ArtefactError(f"{path} is damaged ({shown})" + (f"; {remedy}" if remedy else ""))
 
@@ -291,12 +299,12 @@ def _plain_json(text: str) -> Any:
 
 
 def _not_finite(word: str) -> Any:
-    raise ValueError(f"{word} is no value of JSON")
+    raise ValueError(f"{word} is not a JSON value")
 
 
 @cache
 def _plain_loader() -> type:
-    """PyYAML's safe loader without what can unfold to any size or depth; made late, as yaml is imported late."""
+    """Define PyYAML's safe loader without aliases and deep nesting; in a function, as yaml is imported late."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
@@ -319,14 +327,13 @@ def _plain_loader() -> type:
 def _finite(digits: str) -> float:
     number = float(digits)
     if number - number != 0:
-        raise ValueError(f"{digits[:20]} is beyond all numbers")
+        raise ValueError(f"{digits[:20]} is too large for a number")
     return number
 
 
 def _of_kind(path: object, value: Any, kind: type, remedy: str) -> Any:
     if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list"}
-        raise damaged(path, f"{names[kind]} was expected, not {type(value).__name__}", remedy)
+        raise damaged(path, f"{_KINDS[kind]} was expected, not {type(value).__name__}", remedy)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Any picture as the RGB picture that a person would see.
+"""Decode any image file to the RGB image that a person would see.
 
 :func:`read_image` is the only place of the product that decodes image files: formats are allowed by name, and pixels
 are counted before they are decoded.
@@ -22,27 +22,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels: white, as on a page. Dropping the transparency, as ``convert("RGB")`` does,
-would show colours that nobody sees, black more often than not."""
+"""Colour behind transparent pixels: white, as on a page.
+
+Dropping the transparency, as ``convert("RGB")`` does, would show colours that nobody sees, mostly black."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What is decoded, by Pillow's names. Not among them: formats that start a program (EPS), that only point to other
-data, and old ones whose decoders hardly anyone tests."""
+"""Formats that are decoded, by Pillow's names.
+
+Left out are formats that start a program (EPS), that only point to other data, and old ones with untested decoders."""
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".avifs",
     ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
 )  # fmt: skip
-"""Endings of files of these formats, in lower case."""
+"""File name suffixes of these formats, in lower case."""
 MAX_PIXELS = 2**26
-"""Pixels of the largest picture that is decoded, 8192 x 8192: 256 MiB in memory, above any photograph that a model
-tells from a smaller copy."""
+"""Largest image that is decoded, 8192 x 8192 pixels: 256 MiB in memory, more than any model makes use of."""
 MAX_RATIO = 300
-"""Of the longer side to the shorter. Image processors scale the *shorter* side to some 336 pixels, so that a strip of
-few pixels would become gigabytes."""
-MAX_BYTES = 2**30
-"""Of the largest file: some decoders read all of it before its size in pixels is known."""
+"""Largest ratio of the longer side to the shorter.
 
-_BAND = 2**22  # pixels that are converted at a time
+Image processors scale the *shorter* side to some 336 pixels, so a thin strip would become gigabytes."""
+MAX_BYTES = 2**30
+"""Largest file: some decoders read all of it before the size in pixels is known."""
+
+_BAND = 2**22  # pixels that are converted at once
 _WIDE = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these at 255
 _ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 0x0112, 322, 323  # tags of EXIF and TIFF
 _BROKEN_EXIF = (struct.error, SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError)
@@ -55,9 +57,9 @@ def read_image(
 
     Args:
         source: path of a regular file, or the file's bytes.
-        name: how to call the picture in messages, such as ``image a/b.png``.
-        formats: those of ``FORMATS`` that are allowed here.
-        max_pixels: pixels of the largest picture that is allowed here.
+        name: of the picture in messages, such as ``image a/b.png``.
+        formats: allowed ones of ``FORMATS``.
+        max_pixels: largest allowed picture.
 
     Raises:
         DataError: the file is missing, is of no allowed format, is cut short or otherwise broken, or its picture is
@@ -72,7 +74,7 @@ def read_image(
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a file is of one of ``FORMATS``, by its ending or else by its first bytes."""
+    """Return whether a file is of one of ``FORMATS``, by its suffix or else by its first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
@@ -83,10 +85,10 @@ def is_image_file(path: Path) -> bool:
 
 
 def check_size(image: Image, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse a picture, decoded or not yet, that has no pixels or too many.
+    """Reject an image, decoded or not, that has no pixels or too many.
 
     Raises:
-        DataError: it has none, more than ``max_pixels``, or is longer than ``MAX_RATIO`` times its shorter side.
+        DataError: it has no pixels, more than ``max_pixels``, or sides of a ratio above ``MAX_RATIO``.
     """
     width, height = image.size
     if not width or not height:
@@ -102,7 +104,7 @@ def check_size(image: Image, name: str = "image", max_pixels: int = MAX_PIXELS) 
 
 
 def _check_tiles(image: Image, name: str, max_pixels: int) -> None:
-    """Refuse a TIFF whose tiles, each of which is decoded as a whole, are larger than any picture may be."""
+    """Reject a TIFF with tiles, each decoded as a whole, larger than an image may be."""
     tags = getattr(image, "tag_v2", {})
     width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
     if isinstance(width, int) and isinstance(height, int) and width * height > max_pixels:
@@ -111,7 +113,7 @@ def _check_tiles(image: Image, name: str, max_pixels: int) -> None:
 
 @contextmanager
 def _opened(source: Path | bytes, name: str, formats: Sequence[str]) -> Iterator[Image]:
-    """An image whose header is read and whose pixels are not decoded yet; the file is closed at the end.
+    """Open an image, of which only the header is read yet, and close its file at the end of the block.
 
     Raises:
         DataError: see :func:`read_image`.
@@ -130,22 +132,22 @@ def _opened(source: Path | bytes, name: str, formats: Sequence[str]) -> Iterator
     known = [kind for kind in formats if kind in Images.OPEN]
     try:
         with _decoder_errors(name), warnings.catch_warnings():
-            warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # check_size has the last word
+            warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # check_size decides
             image = Images.open(source if isinstance(source, Path) else io.BytesIO(source), formats=known)
     except Images.DecompressionBombError:
         raise DataError(f"{name} has too many pixels; at most {MAX_PIXELS:,} are read: scale it down") from None
     except UnidentifiedImageError:
-        raise DataError(f"{name} cannot be read: it is no intact file of {', '.join(known)}") from None
+        raise DataError(f"{name} cannot be read: it is not an intact file of {', '.join(known)}") from None
     with image:
         yield image
 
 
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises about a broken file into one line.
+    """Turn any error of a decoder about a broken file into a ``DataError`` of one line.
 
-    Decoders raise nearly anything (``struct.error``, ``KeyError``, ``zlib.error``, ``AssertionError``, ...), so only
-    what is no fault of the file passes: too little memory, and what the caller words better.
+    Decoders raise nearly anything (``struct.error``, ``KeyError``, ``zlib.error``, ``AssertionError``, ...), so all
+    errors are translated but lack of memory and those for which the caller has a better message.
     """
     from PIL import Image as Images
     from PIL import UnidentifiedImageError
@@ -159,7 +161,7 @@ def _decoder_errors(name: str) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; read once for all questions about a picture, and again when it has been written to.
+    """Compute the SHA-256 of a file's bytes, cached until the file is written to.
 
     Raises:
         OSError: it cannot be read.
@@ -175,21 +177,22 @@ def _file_digest(path: Path, size: int, written: int) -> str:
 
 
 def pixel_digest(image: Image) -> str:
-    """SHA-256 of a picture's size and pixels."""
+    """Compute the SHA-256 of an image's size and pixels."""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def rgb(image: Image, name: str = "image") -> Image:
-    """The picture turned as its EXIF orientation says, over white where it is transparent, 8 bits per colour.
+    """Convert an image to RGB, 8 bits per channel, rotated as its EXIF data says, over white where transparent.
 
-    Sixteen bits are scaled (65535 becomes 255), of an animation this is the frame that the image stands at, the first
-    after opening. A picture that is RGB and upright already comes back as it is.
+    Sixteen bits are scaled (65535 becomes 255); of an animation the current frame is taken, the first after opening.
+    An image that is RGB and upright already is returned unchanged.
 
     Args:
-        name: how to call the picture in messages.
+        image: of any mode.
+        name: of the picture in messages.
 
     Raises:
-        DataError: it is no picture, has no pixels or too many (:func:`check_size`), or values that are no brightness.
+        DataError: it is not an image, has no pixels or too many (:func:`check_size`), or values outside 0 to 65535.
     """
     if not hasattr(image, "getexif"):
         raise DataError(f"{name} should be a PIL image, got {type(image).__name__}")
@@ -212,18 +215,18 @@ def _upright(image: Image) -> Image:
 
     try:
         return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
-    except _BROKEN_EXIF:  # the pixels are whole, only the note about the camera is not
+    except _BROKEN_EXIF:  # the pixels are intact
         return image
 
 
 def _eight_bits(image: Image, name: str) -> Image:
-    """Greyscale with 8 bits from 16 or 32, whose range is told by the largest value where the format leaves it open."""
+    """Scale greyscale of 16 or 32 bits to 8; the largest value decides the range where the format leaves it open."""
     import numpy as np
     from PIL import Image as Images
 
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # not a number either
+    if not (low >= 0 and high <= 65535):  # NaN fails too
         raise DataError(f"{name} holds values from {low:g} to {high:g}; brightness should be within 0 to 65535")
     if image.mode.startswith("I;16"):
         top = 65535
@@ -249,7 +252,7 @@ def _over_background(image: Image) -> Image:
 
 
 def _bands(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """First and last row (exclusive) of parts of a picture, so that a large one is never held several times."""
+    """Yield first and last row (exclusive) of bands of an image, so that large ones are never copied as a whole."""
     step = max(1, _BAND // columns)
     for first in range(0, rows, step):
         yield first, min(rows, first + step)

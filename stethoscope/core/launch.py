@@ -1,4 +1,4 @@
-"""Read what a launcher (``torchrun``, ``accelerate launch``) says about the processes that it has started."""
+"""Read rank and world size from the environment that a launcher (``torchrun``, ``accelerate launch``) sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HINT = "start the processes with torchrun, or unset WORLD_SIZE and RANK to run o
 
 
 def env_int(name: str, default: int) -> int:
-    """Read a whole number of at least 0 that a launcher has set in the environment.
+    """Read an environment variable that holds a whole number of at least 0.
 
     Raises:
         ConfigError: the variable holds something else.
@@ -22,16 +22,16 @@ def env_int(name: str, default: int) -> int:
 
 
 def world_size() -> int:
-    """Count the processes that were started together, by their launcher's word; 1 without one.
+    """Return the number of processes that the launcher started; 1 without a launcher.
 
     Raises:
-        ConfigError: ``WORLD_SIZE`` is no number of processes.
+        ConfigError: ``WORLD_SIZE`` is not a whole number.
     """
     return max(env_int("WORLD_SIZE", 1), 1)
 
 
 def rank() -> int:
-    """Return the number of this process among those, from 0.
+    """Return the index of this process among them, from 0.
 
     Raises:
         ConfigError: ``RANK`` is missing or not below ``WORLD_SIZE``.
@@ -39,8 +39,8 @@ def rank() -> int:
     processes = world_size()
     if processes == 1:
         return 0
-    number = env_int("RANK", processes)  # without the variable, one that no process has
-    if number >= processes:
-        given = os.environ.get("RANK")
-        raise ConfigError(f"RANK={given} should be 0 to {processes - 1}, as WORLD_SIZE={processes}; {HINT}")
-    return number
+    index = env_int("RANK", processes)  # if missing, an index out of range
+    if index >= processes:
+        value = os.environ.get("RANK")
+        raise ConfigError(f"RANK={value} should be 0 to {processes - 1}, as WORLD_SIZE={processes}; {HINT}")
+    return index

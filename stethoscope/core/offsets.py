@@ -1,24 +1,28 @@
-"""Which characters of a decoded answer each token wrote."""
+"""Map the tokens of an answer to character spans of its decoded text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-KEPT = 6
-"""So many tokens before a token may change how it reads."""
+CONTEXT = 6
+"""Number of preceding tokens that can change how a token is decoded."""
 
 
 def decode_with_offsets(
     ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The text of ``ids`` without leading white space, and a character span for every token.
+    """Decode token ids to text without leading white space, and a character span for every token.
 
-    A token ends where the decoded prefix up to it agrees with the whole text, so bytes of a character that is not
-    complete yet (shown as U+FFFD by the prefix) count for the token that completes it, and the spaces of
-    SentencePiece fall where the whole text has them. The spans follow each other without gaps and cover the text.
+    A token ends where the decoded prefix up to it agrees with the whole text. So the bytes of a character that is not
+    complete yet (U+FFFD in the prefix) count for the token that completes it, and SentencePiece's spaces are where the
+    whole text has them. The spans are adjacent and cover the text.
 
     Args:
+        ids: of the answer's tokens.
         decode: decodes a list of ids as a whole.
+
+    Returns:
+        The text, and a (start, end) pair for every id.
 
     >>> words = {1: b"a", 2: b" caf", 3: bytes([0xC3]), 4: bytes([0xA9])}
     >>> decode_with_offsets([1, 2, 3, 4], lambda ids: b"".join(words[i] for i in ids).decode(errors="replace"))
@@ -29,7 +33,7 @@ def decode_with_offsets(
     ends, end = [], 0
     for count in range(1, len(ids)):
         prefix = decode(ids[:count])
-        while not text.startswith(prefix[end:], end):  # the prefix ends in an incomplete character, seldom in more
+        while not text.startswith(prefix[end:], end):  # the prefix ends in an incomplete character, rarely in several
             prefix = prefix[:-1]
         end = max(end, len(prefix))
         ends.append(end)
@@ -40,10 +44,10 @@ def decode_with_offsets(
 
 
 class GrowingText:
-    """The text of tokens that come one by one, with the spans of ``decode_with_offsets``.
+    """Decodes tokens one by one, with the spans of ``decode_with_offsets``.
 
-    The newest tokens are decoded together, as many as may change how they read; not all of them, since that would take
-    time that grows with the answer.
+    Only the newest tokens, which can change how the next one is decoded, are decoded each time: decoding all of them
+    would take time that grows with the answer.
 
     Args:
         decode: decodes a list of ids as a whole.
@@ -56,21 +60,21 @@ class GrowingText:
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # the newest
-        self._told = 0  # characters of their text that have been told
-        self._end = 0  # of the answer so far
+        self._ids: list[int] = []  # the newest tokens
+        self._returned = 0  # characters of their text that have been returned
+        self._end = 0  # length of the answer so far
 
     def add(self, token: int) -> tuple[str, int, int]:
-        """The characters that a token completes, where they start in the answer and where they end."""
+        """Decode one more token; return the characters that it completes, and their start and end in the answer."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        whole = text.rstrip("\ufffd")  # which stands for a character that is not complete
+        whole = text.rstrip("\ufffd")  # U+FFFD stands for an incomplete character
         if not self._end:
-            self._told = len(whole) - len(whole.lstrip())
-        start, more = self._end, whole[self._told :]
-        self._end, self._told = start + len(more), max(self._told, len(whole))
-        if len(self._ids) >= 2 * KEPT and whole == text:
-            kept = self._decode(self._ids[-KEPT:])
-            if "\ufffd" not in kept and text.endswith(kept.lstrip()):  # it does not begin within a character
-                self._ids, self._told = self._ids[-KEPT:], len(kept)
+            self._returned = len(whole) - len(whole.lstrip())
+        start, more = self._end, whole[self._returned :]
+        self._end, self._returned = start + len(more), max(self._returned, len(whole))
+        if len(self._ids) >= 2 * CONTEXT and whole == text:
+            recent = self._decode(self._ids[-CONTEXT:])
+            if "\ufffd" not in recent and text.endswith(recent.lstrip()):  # it does not begin within a character
+                self._ids, self._returned = self._ids[-CONTEXT:], len(recent)
         return more, start, self._end

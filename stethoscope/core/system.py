@@ -1,4 +1,4 @@
-"""Handle out-of-memory errors, disk errors, signals, closed pipes, and errors of models and processors."""
+"""Handle out-of-memory and disk errors, signals, closed pipes, and errors of models and processors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any, NoReturn, TextIO
 
 from stethoscope.core.errors import CapabilityError, DataError, StethoscopeError
 
-_MEMORY_WORDS = (
+_MEMORY_PHRASES = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed",
 )  # fmt: skip
-_DISK = {
+_DISK_ERRORS = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file grew larger than is allowed",
-    errno.EROFS: "the disk can only be read",
+    errno.EFBIG: "the file exceeds the allowed size",
+    errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EIO: "the disk failed",
@@ -34,11 +34,11 @@ _DISK = {
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, as Slurm does before the time of a job is up."""
+    """The process received SIGTERM, as Slurm sends it before a job's time limit."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, of whichever device, by whatever library's words.
+    """Return whether an error means out of memory, on any device, raised by any library.
 
     >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA out of memory. Tried to ..."))
     (True, True)
@@ -48,11 +48,11 @@ def out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _MEMORY_PHRASES)
 
 
 def free_memory() -> None:
-    """Gives back what is held without need: unreachable objects, and blocks that torch keeps for later."""
+    """Release unreachable objects and torch's cached blocks."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is None:
@@ -63,21 +63,21 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-def own_fault(error: BaseException) -> bool:
-    """Tell whether an error was raised in this package's own code: by its innermost frame."""
+def raised_here(error: BaseException) -> bool:
+    """Return whether an error was raised in this package's own code, by its innermost frame."""
     names = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(names) and str(names[-1]).partition(".")[0] == "stethoscope"
 
 
 @contextmanager
 def model_faults(failing: str, kind: type[StethoscopeError] = DataError) -> Iterator[None]:
-    """Turn what a model, processor, tokenizer or template raises into an error of one line.
+    """Turn errors of a model, processor, tokenizer or template into an error of one line.
 
-    What this package's own code raises stays as it is, and so does a lack of memory.
+    Errors of this package's own code and lack of memory pass unchanged.
 
     Args:
-        failing: begins the line: what fails.
-        kind: of the error.
+        failing: what fails; the start of the message.
+        kind: of the error to raise.
 
     Raises:
         StethoscopeError: of that kind.
@@ -87,15 +87,15 @@ def model_faults(failing: str, kind: type[StethoscopeError] = DataError) -> Iter
     except StethoscopeError:
         raise
     except Exception as error:  # their code may raise anything
-        if own_fault(error) or out_of_memory(error):
+        if raised_here(error) or out_of_memory(error):
             raise
-        raise kind(f"{failing}: {reason(error)}") from error
+        raise kind(f"{failing}: {describe_error(error)}") from error
 
 
-def reason(error: BaseException, most: int = 300) -> str:
-    """Describe an error in one line: its type and its own words.
+def describe_error(error: BaseException, most: int = 300) -> str:
+    """Describe an error in one line: its type and message, at most ``most`` characters.
 
-    >>> reason(KeyError("image")), reason(NotImplementedError())
+    >>> describe_error(KeyError("image")), describe_error(NotImplementedError())
     ("KeyError: 'image'", 'NotImplementedError')
     """
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
@@ -103,10 +103,10 @@ def reason(error: BaseException, most: int = 300) -> str:
 
 
 @contextmanager
-def deadly_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process at once, also where a C function of others never returns.
+def default_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once, even while a C function never returns.
 
-    Only for steps before which nothing is begun that should be ended properly.
+    Only for steps before anything has begun that should be ended properly.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -121,10 +121,10 @@ def deadly_signals() -> Iterator[None]:
 
 @contextmanager
 def disk_faults(folder: Path | None = None) -> Iterator[None]:
-    """Makes one line of what a disk refuses.
+    """Turn errors of the disk into a ``CapabilityError`` of one line.
 
     Args:
-        folder: what to name where the error names no file.
+        folder: named in the message where the error names no file.
 
     Raises:
         CapabilityError: the disk is full, cannot be written to, or fails.
@@ -132,12 +132,12 @@ def disk_faults(folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
-        where = error.filename if isinstance(error.filename, str) else folder or os.curdir
+        path = error.filename if isinstance(error.filename, str) else folder or os.curdir
         raise CapabilityError(
-            f"{where} cannot be written or read: {_DISK[error.errno]}; what was done so far is kept, "
-            "once this is mended the same command goes on from there"
+            f"{path} cannot be written or read: {_DISK_ERRORS[error.errno]}; the results so far are kept; "
+            "fix this and run the same command again to resume"
         ) from error
 
 
@@ -145,16 +145,16 @@ def disk_faults(folder: Path | None = None) -> Iterator[None]:
 def ended_by_signal() -> Iterator[None]:
     """Let SIGTERM end a run like Ctrl-C does: flushed and marked as interrupted.
 
-    SIGINT is heard too where it was ignored: a shell does that to what a script starts in the background.
+    SIGINT is handled even where it was ignored, as shells do for background jobs of a script.
 
     Raises:
-        Terminated: the signal came.
+        Terminated: the signal arrived.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield
         return
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
@@ -168,7 +168,7 @@ def ended_by_signal() -> Iterator[None]:
 
 
 class _Output:
-    """A stream of text that takes what is written to it, whether or not somebody still reads at its other end."""
+    """A text stream that discards what is written to it once its reader has gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -190,17 +190,17 @@ class _Output:
             self.discard()
 
     def discard(self) -> None:
-        """Send what comes, and what waits in the buffer, nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        """Redirect the stream, and what is in its buffer, to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
 
 @contextmanager
-def unread_output() -> Iterator[None]:
-    """Let a command go on with its work when the reader of its output has gone, as after ``| head -1``.
+def tolerate_closed_output() -> Iterator[None]:
+    """Let a command finish its work when the reader of its output has gone, as after ``| head -1``.
 
-    After an error of ours the streams stay as they are: its traceback is still to be printed.
+    After an error of ours the streams stay wrapped, as its traceback is still to be printed.
     """
     streams = sys.stdout, sys.stderr
     wrapped = tuple(stream if stream is None else _Output(stream) for stream in streams)
@@ -219,6 +219,6 @@ def _restore(streams: tuple[Any, Any], wrapped: tuple[Any, ...]) -> None:
     for stream in filter(None, wrapped):
         try:
             stream.flush()
-        except OSError:  # said before; the interpreter would fail again while it ends
+        except OSError:  # reported before; the interpreter would fail again at exit
             stream.discard()
     sys.stdout, sys.stderr = streams

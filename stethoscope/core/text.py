@@ -1,4 +1,4 @@
-"""The one place where text reaches the terminal: characters that could steer it are written as escapes."""
+"""Make text safe for the terminal: escape control characters, mask secrets."""
 
 from __future__ import annotations
 
@@ -14,33 +14,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 150
+"""Columns of a table where the output is a file or a pipe, so that lines are not wrapped."""
 
-
-"""Columns of a table where the output is a file or a pipe, so that it stays in one piece."""
-
-
-_STEERING = re.compile(
+_CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but for tabs and line ends, DEL, C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
-    "\u2028\u2029\ufeff\U000e0000-\U000e007f"  # line separators, marks and tags that nobody sees
-    "\ud800-\udfff]"  # bytes of file names that are no UTF-8
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # text direction
+    "\u2028\u2029\ufeff\U000e0000-\U000e007f"  # line separators, invisible marks and tags
+    "\ud800-\udfff]"  # bytes of file names that are not UTF-8
 )
-
-
-_CURSOR = re.compile("\r|\x1b\\[A|\n")  # what tqdm moves its bars with
+_CURSOR = re.compile("\r|\x1b\\[A|\n")  # how tqdm moves its bars
 
 
 def visible(text: object) -> str:
-    """Text with control characters, direction overrides and bytes that are no text as escapes.
+    """Escape control characters, direction overrides and bytes that are not text.
 
     >>> visible("a\\x1b[31mb\\nc")
     'a\\\\x1b[31mb\\nc'
     """
-    return _STEERING.sub(_escaped, str(text))
+    return _CONTROL.sub(_escaped, str(text))
 
 
 def one_line(text: object) -> str:
-    """Text on one line, as for messages that quote a value.
+    """Join the lines of a text, for messages that quote a value.
 
     >>> one_line("no such\\n  file")
     'no such file'
@@ -56,14 +51,14 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class VisibleStream:
-    """A text stream that escapes what is written to it and masks secrets; all else is the stream's own."""
+    """A text stream that escapes what is written to it and masks secrets."""
 
     def __init__(self, raw: TextIO) -> None:
         """Wrap a stream."""
         self.raw = raw
 
     def write(self, text: str) -> int:
-        """Write text. The bars of tqdm, with which files are downloaded, may move the cursor."""
+        """Write text; the progress bars of tqdm, as of downloads, may move the cursor."""
         caller = sys._getframe().f_back  # None where the interpreter itself prints a traceback
         if caller is not None and caller.f_globals.get("__name__", "").partition(".")[0] == "tqdm":
             moves = _CURSOR.findall(text)
@@ -84,7 +79,7 @@ class VisibleStream:
 
 @contextmanager
 def visible_output() -> Iterator[None]:
-    """Escape everything that is printed within the block, by whatever library.
+    """Escape everything that is printed within the block, by any library.
 
     An error that ends the program leaves the streams wrapped: its traceback is printed after the block.
     """
@@ -109,12 +104,12 @@ def _wrapped(stream: Any) -> Any:
     if stream is None or isinstance(stream, VisibleStream):
         return stream
     if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
-        stream.reconfigure(errors="backslashreplace")  # a terminal without accents shows what it can
+        stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows what it can
     return VisibleStream(stream)
 
 
 def _raw(stream: Any) -> Any:
-    """The stream below ours and below those of a progress bar."""
+    """Return the stream below ours and below that of a progress bar."""
     while True:
         if isinstance(stream, VisibleStream):
             stream = stream.raw
@@ -125,7 +120,7 @@ def _raw(stream: Any) -> Any:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console of rich for standard output or error, of which text is escaped and only its own styles steer."""
+    """Create a rich console for standard output or error that escapes its text."""
     from rich import console as rich_console
     from rich.segment import Segment
 
@@ -134,64 +129,47 @@ def console(stderr: bool = False) -> Console:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else visible(redact_text(text)), style, control)
 
-        @property
+        @property  # type: ignore[misc]  # rich's own property has a setter, which nothing here needs
         def file(self) -> Any:
             return _raw(super().file)
 
-    made = VisibleConsole(stderr=stderr)
-    return made if made.is_terminal or stderr else VisibleConsole(stderr=stderr, width=WIDTH)
+    wrapped = VisibleConsole(stderr=stderr)
+    return wrapped if wrapped.is_terminal or stderr else VisibleConsole(stderr=stderr, width=WIDTH)
 
 
 MASK = "***"
 
-
-_NAME = re.compile(
+_SECRET_NAME = re.compile(
     r"secret|wandb_?key|passw|passphrase|pwd$|credential|cookie|authoriz|bearer|(api|access|private|signing|session|account)[_-]?key"
     r"|(^|[_.-])(auth|sig|signature|sas|pat|token)$|^token[_-]|[a-z0-9]Token$|(api|access|auth|hub|hf|bot|refresh)[_-]?token",
     re.IGNORECASE,
 )
-
-
 """Names of settings, headers and variables that hold a secret."""
 
-
-_TOKEN_OF_TEXT = re.compile(
+_TEXT_TOKEN_NAME = re.compile(
     r"(^|[_.-])(audio|begin|bo[sit]|cls|end|eo[sit]|first|image|last|mask|next|pad|per|row|scope|sep|special|start|stop|sub"
     r"|unk|video)[_-]?token$|^token[_-](ids?|types?|index|count)",
     re.IGNORECASE,
 )
+"""Names of tokens of a tokenizer."""
 
-
-"""Names of the tokens that a tokenizer makes."""
-
-
-_VALUES = re.compile(
+_SECRET_VALUE = re.compile(
     r"(?P<address>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@"  # user:password@host
     r"|(?P<scheme>\b(?:[Bb]earer|[Bb]asic)\s+)(?=\S*[A-Z0-9=_])[A-Za-z0-9+/=._~-]{8,}"
     r"|\bhf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{16,})|\bapi_org_[A-Za-z0-9]{16,}"
     r"|\b(?:gh[pousr]|github_pat|glpat|sk|xox[abeprs]|npm|pypi)[_-](?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9._-]+"
 )
+"""Values that look like secrets, whatever their names."""
 
-
-"""Values that are secrets by their look, whatever they are called."""
-
-
-_ASSIGNED = re.compile(
+_ASSIGNMENT = re.compile(
     r"""(?P<name>[\w.\-+~$@]+)(?P<sign>['"]?\s?=\s?|['"]:\s*)(?P<value>"[^"]*"|'[^']*'|[^\s&,;'"{}\[\]]+)"""
 )
-
-
 _HEADER = re.compile(
     r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
 )
-
-
 _NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD"}
-
-
-"""Values that choose something, and stand-ins of help texts."""
-
+"""Values that are choices, and placeholders of help texts."""
 
 _YAML_LINE = re.compile(
     r"^(?P<name>[ \t-]*\w+)(?P<sign>:[ \t]+)(?P<value>(?!''|\*{3})[^\s#].*?)(?P<comment>[ \t]+#.*)?$", re.MULTILINE
@@ -200,27 +178,27 @@ _YAML_LINE = re.compile(
 
 @lru_cache(maxsize=4096)
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret.
+    """Return whether a setting of this name holds a secret.
 
     >>> [is_secret(name) for name in ("hub_token", "HF_TOKEN", "auth", "max_new_tokens", "eos_token_id", "subtokens")]
     [True, True, True, False, False, False]
     """
-    return bool(_NAME.search(name)) and not _TOKEN_OF_TEXT.search(name)
+    return bool(_SECRET_NAME.search(name)) and not _TEXT_TOKEN_NAME.search(name)
 
 
 def redact(value: Any, environment: bool = True) -> Any:
-    """A copy of nested mappings and lists with secrets masked; numbers and switches are none.
+    """Copy nested mappings and lists with secrets masked; numbers and booleans are never secrets.
 
     Args:
-        value: mappings, lists, texts and whatever else.
-        environment: mask also the values of the environment's secrets, so that the result depends on who calls.
+        value: mappings, lists, texts or any other values.
+        environment: also mask the values of secret environment variables, so that the result depends on them.
 
     >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}, "proxy": "http://me:pw@host:80"})
     {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}, 'proxy': 'http://***@host:80'}
     """
     if isinstance(value, Mapping):
         return {
-            key: MASK if is_secret(str(key)) and _holds(item) else redact(item, environment)
+            key: MASK if is_secret(str(key)) and _is_maskable(item) else redact(item, environment)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -228,48 +206,48 @@ def redact(value: Any, environment: bool = True) -> Any:
     return redact_text(value, environment) if isinstance(value, str) else value
 
 
-def _holds(value: Any) -> bool:
-    """Whether there is anything to mask."""
+def _is_maskable(value: Any) -> bool:
+    """Return whether a value can be a secret."""
     return value is not None and not isinstance(value, (bool, int, float)) and value not in ("", MASK)
 
 
 def redact_text(text: str, environment: bool = True) -> str:
-    """Text with secrets masked: credentials of addresses, tokens of known forms, values of the environment's secrets.
+    """Mask secrets in a text: credentials in URLs, tokens of known forms, values of secret environment variables.
 
     >>> redact_text("no answer from https://me:pw@host/x?token=abc"), redact_text("model.hub_token=abc limit=3")
     ('no answer from https://***@host/x?token=***', 'model.hub_token=*** limit=3')
     """
-    for secret in _environment() if environment else ():
+    for secret in _environment_secrets() if environment else ():
         text = text.replace(secret, MASK)
-    text = _VALUES.sub(_looked, text)
-    for pattern in (_ASSIGNED, _HEADER, _YAML_LINE):
-        text = pattern.sub(_assigned, text)
+    text = _SECRET_VALUE.sub(_mask_value, text)
+    for pattern in (_ASSIGNMENT, _HEADER, _YAML_LINE):
+        text = pattern.sub(_mask_assignment, text)
     return text
 
 
-def _looked(match: re.Match[str]) -> str:
+def _mask_value(match: re.Match[str]) -> str:
     return f"{match['address'] or match['scheme'] or ''}{MASK}{'@' if match['address'] else ''}"
 
 
-def _assigned(match: re.Match[str]) -> str:
+def _mask_assignment(match: re.Match[str]) -> str:
     if match["value"] in _NOT_SECRET or not is_secret(match["name"].strip(" \t-")):
         return match[0]
     return f"{match['name']}{match['sign']}{MASK}{match.groupdict().get('comment') or ''}"
 
 
-def _environment() -> list[str]:
-    """Values of environment variables whose names say that they are secret, the longest first; paths are none."""
+def _environment_secrets() -> list[str]:
+    """List the values of environment variables with secret names, longest first, without paths."""
     names = [name for name in list(os.environ) if is_secret(name)]  # a copy: threads of libraries set variables
     values = {os.environ.get(name, "") for name in names}
     return sorted((value for value in values if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
 
 
-def redact_word(word: str) -> str:
-    """A word of the command line, its value masked if its key names a secret or its value holds such a key.
+def redact_override(override: str) -> str:
+    """Mask the value of an override if its key names a secret or its value holds such a key.
 
-    >>> redact_word("model.hub_token=hf_abc"), redact_word("task=pope"), redact_word("+x={api_key: a}")
+    >>> redact_override("model.hub_token=hf_abc"), redact_override("task=pope"), redact_override("+x={api_key: a}")
     ('model.hub_token=***', 'task=pope', '+x=***')
     """
-    key, equals, value = word.partition("=")
+    key, equals, value = override.partition("=")
     inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
-    return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(word)
+    return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(override)

@@ -1,4 +1,4 @@
-"""The token table: one row per answer token, key columns that say what the row is and feature columns beside them."""
+"""Define the token table: one row per answer token, with key columns and feature columns."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 KEY_COLUMNS: dict[str, str] = {
-    "task": "name of the task that asked",
+    "task": "name of the task",
     "subset": "part of the task that is reported on its own",
     "sample_id": "id of the sample, unique within its task",
     "group": "id of the image: the unit of data splits and of the bootstrap",
@@ -37,25 +34,17 @@ KEY_COLUMNS: dict[str, str] = {
     "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
 }
+"""Meaning of every key column. All other columns of a token table are features (float32)."""
 
-
-"""Every key column and its meaning. All other columns of a token table are features (float32)."""
-
-
-_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column for every layer, every head of it, or every dimension
-
-
+_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column per layer, head of a layer, or dimension
 _DIMENSION = re.compile(r"_d\d+$")
 
-
 SUBTOKENS = ("first", "mean", "max", "min", "all")
-
-
 Subtokens = Literal["first", "mean", "max", "min", "all"]
 
 
 def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
-    """Names of the feature columns, in the table's order.
+    """List the feature columns, in the table's order.
 
     >>> feature_names(pd.DataFrame({"token": [0], "entropy": [0.1], "label": [1]}))
     ('entropy',)
@@ -65,7 +54,7 @@ def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """The names of a set of features. Two schemas are the same if they have the same names, in any order.
+    """The names of a set of features. Two schemas are equal in ``hash`` if they have the same names, in any order.
 
     >>> FeatureSchema(("a", "b")).hash == FeatureSchema(("b", "a")).hash
     True
@@ -75,7 +64,7 @@ class FeatureSchema:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> FeatureSchema:
-        """Schema of a token table's feature columns."""
+        """Build the schema of a token table's feature columns."""
         return cls(feature_names(table))
 
     @cached_property
@@ -84,7 +73,7 @@ class FeatureSchema:
         return hashlib.sha256(json.dumps(sorted(self.names)).encode()).hexdigest()[:16]
 
     def difference(self, other: FeatureSchema) -> str:
-        """One line that says what ``other`` lacks and what it has besides; empty if the schemas are the same.
+        """Describe in one line the names that ``other`` lacks or adds; empty if there are none.
 
         >>> FeatureSchema(("a", "b")).difference(FeatureSchema(("b", "c")))
         'missing: a; not expected: c'
@@ -102,14 +91,14 @@ def _shorten(names: list[str], most: int = 6) -> str:
 
 
 def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
-    """Checks that a table has the columns.
+    """Check that a table has the columns.
 
     Raises:
         DataError: one is missing; the message names it.
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
-        raise DataError(f"the token table has no column {', '.join(missing)}; make it with `stethoscope extract`")
+        raise DataError(f"the token table has no column {', '.join(missing)}; create it with `stethoscope extract`")
 
 
 def mention_rows(
@@ -118,22 +107,22 @@ def mention_rows(
     repeats: Literal["first", "all"] = "first",
     judged: bool = True,
 ) -> pd.DataFrame:
-    """The object mentions of a token table, those that detectors are trained and measured on.
+    """Select the object mentions of a token table, on which detectors are trained and evaluated.
 
     Args:
         table: a token table.
-        subtokens: what stands for a mention of several sub-tokens: the ``first`` (as published: the decision is made
-            when the name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them (of a state, which
-            is a vector, always the mean), or ``all`` of them, a row each. Key columns are always those of the first.
-        repeats: take only the first mention of every object in an answer (the field's protocol: later ones are
-            nearly free of information), or all.
-        judged: take only mentions with a label of 0 or 1.
+        subtokens: row of a mention of several sub-tokens: the ``first`` (as published: the decision is made when the
+            name begins), the ``mean``, ``max`` or ``min`` of every feature over all of them (for a state, which is a
+            vector, always the mean), or ``all`` of them, a row each. Key columns are always those of the first.
+        repeats: ``first`` for only the first mention of every object in an answer (the field's protocol: later ones
+            carry almost no information), or ``all``.
+        judged: select only mentions with a label of 0 or 1.
 
     Returns:
-        The rows, the index starting anew at 0. Applied to its own result it changes nothing.
+        The rows, indexed from 0. Applied to its own result the function changes nothing.
 
     Raises:
-        DataError: a key column is missing, or a setting is not one of those above.
+        DataError: a key column is missing, or a setting has another value.
     """
     require(table, ("label", "first", "repeat"))
     if subtokens not in SUBTOKENS:
@@ -159,7 +148,7 @@ def mention_rows(
 
 
 def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
-    """Feature columns as a float64 array (rows, features); NaN stands for a value that is not defined.
+    """Convert feature columns to a float64 array (rows, features); NaN marks an undefined value.
 
     Raises:
         DataError: a column is missing, or a value is infinite.
@@ -169,13 +158,13 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
     matrix = table[names].to_numpy(dtype=np.float64)
     infinite = np.isinf(matrix).any(axis=0)
     if infinite.any():
-        bad = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)
-        raise DataError(f"features with infinite values: {bad}; they should be finite, or NaN where not defined")
+        affected = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)
+        raise DataError(f"features with infinite values: {affected}; they should be finite, or NaN where undefined")
     return matrix
 
 
 def stem(column: str) -> str:
-    """The feature that a column is of, without the layer, the head of it or the dimension.
+    """Return the feature of a column: its name without layer, head or dimension.
 
     >>> [stem(column) for column in ("nll", "attn_image_l00", "head_image_l00h03", "hidden_d0012")]
     ['nll', 'attn_image', 'head_image', 'hidden']
@@ -184,10 +173,10 @@ def stem(column: str) -> str:
 
 
 def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
-    """Checks, before any column is computed, that names or shell patterns can fit columns of some features.
+    """Check, before any column is computed, that names or shell patterns can match columns of some features.
 
     Raises:
-        ConfigError: one cannot.
+        ConfigError: a pattern cannot match.
 
     >>> check_patterns(["nll", "attn_*_l0?", "attn_image_l01"], ["nll", "attn_image"])
     """
@@ -202,25 +191,25 @@ def check_patterns(patterns: Sequence[str], features: Sequence[str]) -> None:
 
 
 def select_features(
-    names: Sequence[str], wanted: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    names: Sequence[str], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Names that fit one of the wanted names or shell patterns and none of the excluded, in their own order.
+    """Select the names that match an included name or shell pattern and no excluded one, in their own order.
 
     Raises:
-        ConfigError: a name or pattern fits nothing, or nothing is left.
+        ConfigError: a name or pattern matches nothing, or no name is left.
 
     >>> select_features(["nll", "entropy", "svar_l00", "svar_l01"], ["svar_*", "nll"], ["*_l01"])
     ('nll', 'svar_l00')
     """
-    for pattern in [*(wanted or ()), *exclude]:
+    for pattern in [*(include or ()), *exclude]:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
-    kept = tuple(
+    selected = tuple(
         name
         for name in names
-        if (wanted is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+        if (include is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
     )
-    if not kept:
-        raise ConfigError(f"features={wanted} without exclude={list(exclude)} leaves no feature of {len(names)}")
-    return kept
+    if not selected:
+        raise ConfigError(f"features={include} without exclude={list(exclude)} leaves no feature of {len(names)}")
+    return selected

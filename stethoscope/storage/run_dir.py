@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import atomic_write, check_shape, damaged, read_json, remove_temporaries, unshare
-from stethoscope.core.text import redact, redact_word
+from stethoscope.core.text import redact, redact_override
 from stethoscope.storage.record_files import RecordEntry, RecordFiles
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_fingerprint import describe, differences, environment
@@ -146,7 +146,7 @@ class RunStore:
 
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
         self._write("config.yaml", yaml.safe_dump(redact(jsonable(plain)), sort_keys=False, allow_unicode=True))
-        self._write("overrides.yaml", yaml.safe_dump(list(map(redact_word, overrides)), allow_unicode=True))
+        self._write("overrides.yaml", yaml.safe_dump(list(map(redact_override, overrides)), allow_unicode=True))
 
     def open_task(
         self,

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.digests import code_of, jsonable
+from stethoscope.core.digests import jsonable, source_digest
 from stethoscope.core.text import redact
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> 
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
     applied = adapter.generation_settings(generation)
     identity = {
-        "adapter": {**jsonable(adapter.fingerprint()), "code": code_of(type(adapter))},
+        "adapter": {**jsonable(adapter.fingerprint()), "code": source_digest(type(adapter))},
         "task": {
             "class": f"{type(task).__module__}.{type(task).__qualname__}",
             "name": task.name,
             "version": task.version,
             "settings": constructor_settings(task),
-            "code": code_of(type(task)),
+            "code": source_digest(type(task)),
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
     }

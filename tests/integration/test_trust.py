@@ -65,8 +65,8 @@ GADGETS = {
     "a class in a list": (HARMLESS, {"image_ids": [{"_target_": "os.getcwd"}]}, "chair.image_ids[0]._target_"),
     "arguments by place": (HARMLESS, {"_args_": ["files"]}, "chair._args_"),
     "a call put off": (HARMLESS, {"_partial_": True}, "chair._partial_"),
-    "no name": ("stethoscope.tasks.chair.Chair()", {}, "is no name of something in a module"),
-    "a name above": ("..stethoscope.tasks.chair.Chair", {}, "is no name of something in a module"),
+    "no name": ("stethoscope.tasks.chair.Chair()", {}, "should be a dotted name"),
+    "a name above": ("..stethoscope.tasks.chair.Chair", {}, "should be a dotted name"),
 }
 
 

@@ -416,6 +416,6 @@ def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monk
     Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
     found = RunStore(tmp_path).fingerprints()["tiny"]
     assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 16
-    monkeypatch.setattr("stethoscope.storage.run_fingerprint.code_of", lambda cls: cls.__name__)
+    monkeypatch.setattr("stethoscope.storage.run_fingerprint.source_digest", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())

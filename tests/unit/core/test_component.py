@@ -94,7 +94,7 @@ def test_what_a_package_defines_and_what_it_has_imported():
         "stethoscope.core.component.Path",
         "stethoscope",
     ):
-        with pytest.raises(ConfigError, match=r"no class or function that|no name of something"):
+        with pytest.raises(ConfigError, match=r"no class or function that|should be a dotted name"):
             import_name(path, "model._target_")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.core import digests
-from stethoscope.core.digests import code_of, remembered
+from stethoscope.core.digests import cached_digest, source_digest
 from stethoscope.core.types import ImageRef
 from stethoscope.storage.run_fingerprint import differences
 from stethoscope.tasks.pope import Pope
@@ -23,7 +23,7 @@ from stethoscope.testbed import MODEL_DIR
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "REMEMBERED_FROM", 1)
+    monkeypatch.setattr(digests, "MIN_CACHED_BYTES", 1)
     return tmp_path / "cache/stethoscope/digests.json"
 
 
@@ -35,15 +35,15 @@ def test_a_digest_is_remembered_until_a_file_changes_even_if_its_times_are_set_b
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     file.write_bytes(b"one")
-    first = remembered([file], compute)
-    assert [remembered([file], compute), len(calls)] == [first, 1]
+    first = cached_digest([file], compute)
+    assert [cached_digest([file], compute), len(calls)] == [first, 1]
     stat = file.stat()
     file.write_bytes(b"two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert remembered([file], compute) == hashlib.sha256(b"two").hexdigest()
+    assert cached_digest([file], compute) == hashlib.sha256(b"two").hexdigest()
     cache.write_text("{damaged")
-    assert remembered([file], compute) == hashlib.sha256(b"two").hexdigest()
+    assert cached_digest([file], compute) == hashlib.sha256(b"two").hexdigest()
     assert len(calls) == 3
     assert list(json.loads(cache.read_text()).values()) == [hashlib.sha256(b"two").hexdigest()]
 
@@ -52,9 +52,9 @@ def test_small_files_and_a_home_that_cannot_be_written_to_are_no_trouble(tmp_pat
     file = tmp_path / "file"
     file.write_bytes(b"x" * 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder can be made in a file
-    assert remembered([file], lambda: "small") == "small"
-    monkeypatch.setattr(digests, "REMEMBERED_FROM", 1)
-    assert remembered([file], lambda: "large") == "large"
+    assert cached_digest([file], lambda: "small") == "small"
+    monkeypatch.setattr(digests, "MIN_CACHED_BYTES", 1)
+    assert cached_digest([file], lambda: "large") == "large"
 
 
 PACKAGE = {
@@ -77,11 +77,11 @@ def test_code_is_what_a_class_is_made_of_in_its_package(tmp_path, monkeypatch, c
         file.write_text(text.format(name.removeprefix("mine_")))
     monkeypatch.syspath_prepend(str(tmp_path))
     task = importlib.import_module(f"{name}.task").Task
-    before = code_of(task)
-    assert code_of(task) == before
+    before = source_digest(task)
+    assert source_digest(task) == before
     file = tmp_path / name / changed
     file.write_text(file.read_text() + "# a word\n")
-    assert (code_of(task) != before) == (changed not in ("other.py", "__init__.py", "deep/__init__.py"))
+    assert (source_digest(task) != before) == (changed not in ("other.py", "__init__.py", "deep/__init__.py"))
     monkeypatch.delitem(sys.modules, f"{name}.task")
 
 
@@ -92,7 +92,7 @@ def test_code_of_classes_of_this_package_and_of_none():
     used = digests._sources([TestbedAdapter])
     assert {"stethoscope.adapters.hf", "stethoscope.adapters.generation", "stethoscope.adapters.base"} <= set(used)
     typed = type("Typed", (), {"__module__": "__nowhere__"})
-    assert code_of(typed) != code_of(Pope)
+    assert source_digest(typed) != source_digest(Pope)
 
 
 @pytest.fixture(scope="module")

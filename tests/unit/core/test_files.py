@@ -129,7 +129,7 @@ def test_files_that_cannot_be_opened(tmp_path, read, monkeypatch):
     if read is not files.read_bytes:
         assert read(path, default=None) is None
     path.mkdir()
-    with pytest.raises(ArtefactError, match="no regular file"):
+    with pytest.raises(ArtefactError, match="not a regular file"):
         read(path)
     path.rmdir()
     path.symlink_to(path)
@@ -137,7 +137,7 @@ def test_files_that_cannot_be_opened(tmp_path, read, monkeypatch):
         read(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ArtefactError, match="no regular file"):
+    with pytest.raises(ArtefactError, match="not a regular file"):
         read(path)
     path.unlink()
     path.write_text("a")

@@ -233,7 +233,7 @@ def test_a_postscript_file_starts_nothing_whatever_it_is_called(tmp_path, monkey
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     for name in ("a.eps", "a.png", "a"):
         (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-        with pytest.raises(DataError, match=r"no intact file of JPEG, PNG") as error:
+        with pytest.raises(DataError, match=r"not an intact file of") as error:
             read(tmp_path / name)
         assert "\n" not in str(error.value)
         assert is_image_file(tmp_path / name) == (name == "a.png")
@@ -243,7 +243,7 @@ def test_a_postscript_file_starts_nothing_whatever_it_is_called(tmp_path, monkey
 def test_formats_that_are_not_named_are_refused(photo, kind):
     file = io.BytesIO()
     photo.save(file, kind)
-    with pytest.raises(DataError, match="no intact file of"):
+    with pytest.raises(DataError, match="not an intact file of"):
         read_image(file.getvalue(), "image a")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
-from stethoscope.core.system import model_faults, own_fault
+from stethoscope.core.system import model_faults, raised_here
 from stethoscope.core.types import Generation
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
@@ -148,6 +148,6 @@ def test_our_own_faults_stay_visible(adapter, monkeypatch):
     encoded = adapter.encode(IMAGE, QUESTION)
     with pytest.raises(TypeError) as raised:
         adapter.generate([encoded], Generation(max_new_tokens=2))
-    assert own_fault(raised.value)
+    assert raised_here(raised.value)
     with pytest.raises(MemoryError), model_faults("the model fails"):
         raise MemoryError

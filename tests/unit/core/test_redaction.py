@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from stethoscope.core.text import MASK, is_secret, redact, redact_text, redact_word
+from stethoscope.core.text import MASK, is_secret, redact, redact_override, redact_text
 
 SECRET = "Ab3" + "x9Y" * 6
 
@@ -83,8 +83,8 @@ def test_settings():
         "x": ["***"],
     }
     assert not is_secret("patience")
-    assert redact_word("x.y={'password': a}") == "x.y=***"
-    assert redact_word(f"model.model_id=https://u:{SECRET}@h/x") == "model.model_id=https://***@h/x"
+    assert redact_override("x.y={'password': a}") == "x.y=***"
+    assert redact_override(f"model.model_id=https://u:{SECRET}@h/x") == "model.model_id=https://***@h/x"
 
 
 def test_help_texts_stay_readable():

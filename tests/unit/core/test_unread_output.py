@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stethoscope.core.system import unread_output
+from stethoscope.core.system import tolerate_closed_output
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_work_goes_on(broken_pipe, monkeypatch, name, buffered):
     stream = os.fdopen(os.dup(broken_pipe), "w") if buffered else _unbuffered(os.dup(broken_pipe))
     monkeypatch.setattr(sys, name, stream)
     done = []
-    with unread_output():
+    with tolerate_closed_output():
         for number in range(3):
             print("line", file=getattr(sys, name), flush=number == 1)
             done.append(number)

@@ -201,7 +201,7 @@ def test_a_manifest_of_brackets_and_one_that_is_no_file_are_refused(saved, tmp_p
     assert "nested too deeply" in refused(tmp_path)
     (tmp_path / artefact.MANIFEST).unlink()
     os.mkfifo(tmp_path / artefact.MANIFEST)
-    assert "no regular file" in refused(tmp_path)
+    assert "not a regular file" in refused(tmp_path)
 
 
 def test_files_that_are_too_large_are_not_read(saved, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_description_by_hand(task):
 def test_labels_of_a_description(task):
     sample, text = task.samples()[0], "Two men, light and a tree. A man."
     found = task.mentions(sample, reply(text))
-    assert [(text[m.start : m.end], m.object, m.label, m.number, m.repeat) for m in found] == [
+    assert [(text[m.start : m.end], m.object, m.label, m.mention_index, m.repeat_index) for m in found] == [
         ("men", "man", 0, 0, 0),
         ("light", "light", -1, 1, 0),
         ("tree", "tree", 1, 2, 0),

@@ -87,7 +87,7 @@ def test_labelled_mentions(task):
     text = "Stop signs, a puppy and dogs; a stop sign"
     found = task.mentions(task.samples()[0], reply(text))
     assert [text[one.start : one.end] for one in found] == ["Stop signs", "puppy", "dogs", "stop sign"]
-    assert [(one.object, one.label, one.number, one.repeat) for one in found] == [
+    assert [(one.object, one.label, one.mention_index, one.repeat_index) for one in found] == [
         ("stop sign", 1, 0, 0),
         ("dog", 0, 1, 0),
         ("dog", 0, 2, 1),

@@ -35,7 +35,7 @@ def task(tmp_path, images):
 
 def labelled(task, text, sample=0):
     found = task.mentions(task.samples()[sample], written(text))
-    assert [mention.number for mention in found] == list(range(len(found)))
+    assert [mention.mention_index for mention in found] == list(range(len(found)))
     return [(text[mention.start : mention.end], mention.label) for mention in found]
 
 
@@ -65,7 +65,7 @@ def test_a_name_does_not_tell_the_type(task):
 
 
 def test_every_place_is_judged_also_of_a_word_that_was_there_before(task):
-    assert [mention.repeat for mention in task.mentions(task.samples()[0], written(TEXT))] == [0] * 8
+    assert [mention.repeat_index for mention in task.mentions(task.samples()[0], written(TEXT))] == [0] * 8
 
 
 def test_surprise_by_hand(task):

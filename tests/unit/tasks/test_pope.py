@@ -67,7 +67,14 @@ def test_an_answer_that_cannot_be_read_counts_nothing(task):
 def test_mention_is_the_word_yes(task):
     there, absent = task.samples()[:2]
     (one,) = task.mentions(absent, reply('"Yes", I think.'))
-    assert (one.start, one.end, one.object, one.label, one.number, one.repeat) == (1, 4, "fire hydrant", 1, 0, 0)
+    assert (one.start, one.end, one.object, one.label, one.mention_index, one.repeat_index) == (
+        1,
+        4,
+        "fire hydrant",
+        1,
+        0,
+        0,
+    )
     assert task.mentions(there, reply("yes"))[0].label == 0
     assert task.mentions(there, reply("No")) == ()
     assert task.mentions(there, reply("")) == ()

@@ -219,7 +219,7 @@ def test_a_picture_that_is_missing_or_broken_fails_its_sample_alone(tmp_path, im
     task.setup()
     one, *others = task.samples()
     assert one.image.load().size == (4, 4)
-    for sample, message in zip(others, ("is missing from", "no intact file of", "is missing from"), strict=True):
+    for sample, message in zip(others, ("is missing from", "not an intact file of", "is missing from"), strict=True):
         with pytest.raises(DataError, match=message):
             sample.image.load()
 
