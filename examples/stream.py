@@ -23,7 +23,7 @@ for item in stethoscope.stream(adapter, image, QUESTION, detector=detector):
         continue
     print()  # at last: the answer and the objects that it names
     for mention in item.mentions:
-        print(f"{mention.judgement.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
+        print(f"{mention.verdict.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
 
 encoded = adapter.encode(image, QUESTION)  # the same in a `generate` call of your own
 with stethoscope.WarningStreamer(adapter, encoded, detector) as streamer:

@@ -1,5 +1,5 @@
-"""``stethoscope app``: the screen on which one looks at a model while it answers.
+"""``stethoscope app``: the page on which one looks at a model while it answers.
 
-``payload`` makes what the browser draws, ``asking`` lets a model answer and explains the answer, ``models`` shares
-models between users, ``runs`` reads finished runs; ``screen`` and ``server`` alone need Gradio.
+``answer`` lets a model answer and explains the answer, ``payload`` writes what the page receives, ``model_pool`` shares
+models between users, ``runs`` reads finished runs; ``ui`` and ``server`` alone need Gradio.
 """

@@ -1,4 +1,4 @@
-"""Finished runs as the second tab shows them: samples with what was caught and missed, and the figures."""
+"""Read finished runs for the second tab: samples with what was caught and missed, and the figures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.app import payload
-from stethoscope.app.asking import Question
-from stethoscope.app.models import Pool
+from stethoscope.app.answer import Question
+from stethoscope.app.model_pool import ModelPool
 from stethoscope.commands.common import saved_task
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.types import Generation, ImageRef
-from stethoscope.report.page import collect
-from stethoscope.report.source import Source, readable
+from stethoscope.report.run_report import collect_report
+from stethoscope.report.run_source import RunReader, readable
 
 if TYPE_CHECKING:
     from stethoscope.core.types import Sample
@@ -47,7 +47,7 @@ class Runs:
         files = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
         self._folders = {path.parent.name: path.parent for path in files if _finished(path.parent)}
         if run is not None:
-            Source.read(run)
+            RunReader.read(run)
             self._folders = {run.resolve().name: run, **self._folders}
         self._kept, self._plugins = kept, plugins
         self._report = lru_cache(4)(_report)
@@ -63,7 +63,7 @@ class Runs:
         """The run to begin with."""
         return next(iter(self._folders), None)
 
-    def source(self, name: str | None) -> Source:
+    def source(self, name: str | None) -> RunReader:
         """A run by its name.
 
         Raises:
@@ -71,7 +71,7 @@ class Runs:
         """
         if name not in self._folders:  # a name, never a path: users of the page choose among these
             raise ArtefactError(unknown("run", str(name), self._folders))
-        return Source.read(self._folders[name])
+        return RunReader.read(self._folders[name])
 
     def listing(self, name: str | None) -> str:
         """All samples of a run, as JSON for the list; what is wrong with the run is shown in it."""
@@ -96,7 +96,7 @@ class Runs:
             return payload.encode("figures", note=_note(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
-    def question(self, name: str, task: str, sample_id: str, pool: Pool, model: str) -> Question:
+    def question(self, name: str, task: str, sample_id: str, pool: ModelPool, model: str) -> Question:
         """A sample with its stored answer, to be looked at; its picture is a new file of the app's own folder.
 
         Args:
@@ -126,7 +126,7 @@ class Runs:
         picture.save(file)
         return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes))
 
-    def _picture(self, name: str, source: Source, record: Record, notes: list[str]) -> Any:
+    def _picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Any:
         """The picture that was asked about, or the run's small copy of it."""
         why = "its task no longer has the sample"
         try:
@@ -149,7 +149,7 @@ class Runs:
 
 def _finished(folder: Path) -> bool:
     try:
-        Source.read(folder)
+        RunReader.read(folder)
     except StethoscopeError:  # half a run, or another kind of folder: nothing to look through yet
         return False
     except Exception as error:  # a damaged one, in a way that no reader knows; the other runs are shown all the same
@@ -166,15 +166,15 @@ def _note(error: Exception) -> str:
 def _report(folder: Path, changed: int) -> str:
     """The page of ``stethoscope report``, made again when the figures have changed."""
     with readable(folder):
-        return collect(Source.read(folder), cases=0).html()
+        return collect_report(RunReader.read(folder), examples=0).html()
 
 
-def _tasks(source: Source) -> list[str]:
+def _tasks(source: RunReader) -> list[str]:
     """Tasks of the run, that of the warnings first."""
     return sorted((result.task for result in source.results), key=lambda task: task != source.task)
 
 
-def _rows(source: Source, task: str) -> list[dict[str, Any]]:
+def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
     """Rows of the list: samples with the mentions that warnings are about."""
     said: dict[str, list[Any]] = defaultdict(list)
     folds: dict[str, str] = {}

@@ -100,7 +100,7 @@ def start(
     """
     from starlette.middleware import Middleware
 
-    from stethoscope.app.screen import style, theme
+    from stethoscope.app.ui import style, theme
 
     sessions.share_files()
     names = list(hosts)

@@ -24,7 +24,7 @@ from stethoscope.app.access import API, respond
 from stethoscope.core.errors import DataError
 
 if TYPE_CHECKING:
-    from stethoscope.app.asking import Case
+    from stethoscope.app.answer import AnswerSession
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ class Session:
     Attributes:
         last_used: when it last asked something or was connected, by the clock of the sessions.
         connections: event streams that are open.
-        case: the answer that it looks at.
+        answer: that it looks at.
         files: its pictures, the oldest first.
     """
 
     last_used: float
     connections: int = 0
-    case: Case | None = None
+    answer: AnswerSession | None = None
     files: list[Path] = field(default_factory=list)
 
 
@@ -123,15 +123,15 @@ class Sessions:
             ):
                 session.files.pop(0)
 
-    def keep_case(self, session_hash: str, case: Case) -> None:
+    def keep_answer(self, session_hash: str, answer: AnswerSession) -> None:
         """Remember the answer that a session looks at, in place of an earlier one."""
         with self._lock:
-            self._get(session_hash).case = case
+            self._get(session_hash).answer = answer
 
-    def case(self, session_hash: str) -> Case | None:
-        """The answer that a session looks at; None if there is none, or not any more."""
+    def answer(self, session_hash: str) -> AnswerSession | None:
+        """Return the answer that a session looks at; None if there is none, or not any more."""
         session = self._sessions.get(session_hash)
-        return None if session is None else session.case
+        return None if session is None else session.answer
 
     @contextmanager
     def connection(self, session_hash: str) -> Iterator[None]:

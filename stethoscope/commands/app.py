@@ -21,25 +21,25 @@ def run(config: DictConfig) -> None:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.app.access import loopback, read_accounts
-    from stethoscope.app.models import TRAIN_ONE, Pool
+    from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
     from stethoscope.app.runs import Runs, write_examples
     from stethoscope.app.server import check_address, own_folder, start
     from stethoscope.app.sessions import Sessions
-    from stethoscope.diagnosis.readers import reader
+    from stethoscope.diagnosis.run_diagnosis import import_extractor
 
     public = bool(config.share) or not loopback(str(config.host))
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
-    finds = reader(config.mentions, config.plugins)
+    extractor = import_extractor(config.mentions, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
     run = None if config.run is None else Path(str(config.run)).expanduser()
-    pool = Pool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
+    pool = ModelPool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:
-        from stethoscope.app.screen import build_screen
+        from stethoscope.app.ui import build_page
 
         past = Runs(runs, run, folder, config.plugins)
         print(f"loading {name} ...", file=sys.stderr)
@@ -47,7 +47,7 @@ def run(config: DictConfig) -> None:
             names = ready.detectors.names
             print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
-        screen = build_screen(pool, past, finds, write_examples(folder, config.seed, int(config.examples)), sessions)
+        screen = build_page(pool, past, extractor, write_examples(folder, config.seed, int(config.examples)), sessions)
         hosts = [config.hosts] if isinstance(config.hosts, str) else [str(name) for name in config.hosts or ()]
         address = start(screen, str(config.host), int(config.port), sessions, bool(config.share), hosts, accounts)
         if public and accounts is None:

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.commands.tables import print_answer, print_detector
     from stethoscope.commands.train import fit, fractions
     from stethoscope.core.token_table import check_patterns
     from stethoscope.detection.methods import check_sets
     from stethoscope.detector import Detector
     from stethoscope.features import FeatureSet
-    from stethoscope.report.sending import send_detector
+    from stethoscope.report.console import print_answer, print_detector, print_results
+    from stethoscope.report.examples import log_detector_files
+    from stethoscope.report.metrics_tables import DetectorResults
     from stethoscope.storage.run_dir import DETECTOR, RunStore
     from stethoscope.tasks.base import Task
 
@@ -48,14 +49,14 @@ def run(config: DictConfig) -> None:
         told = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return
-        asked.print()
-        told.print()
+        print_results(asked)
+        print_results(told)
         if not config.fast_dev_run:  # two samples are no data to learn from
             compared = {"published": config.published, "sets": listed(config.sets)}
             results = fit(store, chair.name, detector, shares, config.seed, **compared)
             log_detector(loggers, results)
-            send_detector(loggers, folder)
-            print_detector(results)
+            log_detector_files(loggers, folder)
+            print_detector(DetectorResults.from_dict(results))
             print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
     report_failures([asked, told], Path(folder))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import Run
     from stethoscope.loggers.base import Loggers
-    from stethoscope.report.source import Source
+    from stethoscope.report.run_source import RunReader
     from stethoscope.tasks.base import Task
 
 
@@ -186,7 +186,7 @@ def package_names(text: str) -> list[str]:
     return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
 
 
-def saved_task(source: Source, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
+def saved_task(source: RunReader, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
     """The task that a run was asked with, made again from its configuration or else from its fingerprint.
 
     Args:

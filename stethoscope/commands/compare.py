@@ -38,10 +38,10 @@ def main(arguments: Sequence[str]) -> None:
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
-    from stethoscope.report.page import table_page
-    from stethoscope.report.source import Source, readable
-    from stethoscope.report.tables import render
-    from stethoscope.report.versus import compare
+    from stethoscope.report.compare import compare
+    from stethoscope.report.run_report import table_page
+    from stethoscope.report.run_source import RunReader, readable
+    from stethoscope.report.tables import render_tables
 
     words, settings = parse("compare", arguments, SETTINGS)
     if settings["format"] not in FORMATS:
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str]) -> None:
         named = f"; {folders[0]} is one" if folders else ""
         raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{named}")
     plugins = package_names(settings["plugins"])
-    sources = [Source.read(folder) for folder in folders]
+    sources = [RunReader.read(folder) for folder in folders]
     with readable(" or ".join(map(str, folders[:4]))):
         tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
         if settings["format"] == "html":
             text = table_page(" and ".join(source.name for source in sources[:4]), tables)
         else:
-            text = render(tables, settings["format"])
+            text = render_tables(tables, settings["format"])
     if settings["out"]:
         try:
             Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)

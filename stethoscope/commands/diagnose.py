@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stethoscope.core.types import ImageRef
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.diagnosis.parts import Named
+    from stethoscope.diagnosis.diagnosis import DiagnosedMention
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.finding import AUTO, detector_folder, shipped, wanted
     from stethoscope.detector import Detector
     from stethoscope.diagnosis import diagnose
-    from stethoscope.diagnosis.readers import reader
+    from stethoscope.diagnosis.run_diagnosis import import_extractor
 
     if not str(config.question or "").strip():
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
@@ -60,7 +60,7 @@ def run(config: DictConfig) -> None:
         detector,
         scope=config.scope,
         generation=build(config.generation, Generation, "generation", config.plugins),
-        mentions=reader(config.mentions, config.plugins),
+        mentions=import_extractor(config.mentions, config.plugins),
     )
     show(diagnosis, image.name)
     print(f"\n{_origin(setting, folders, str(HydraConfig.get().runtime.choices.model))}")
@@ -107,7 +107,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
     if len(told) > MOST:
         lines.append(f"  and {len(told) - MOST} more, all of them in report.html")
-    lines += _looks(diagnosis)
+    lines += _visual_evidence(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
     lines += ["", f"{sum(diagnosis.seconds.values()):.2f} s ({seconds})"]
@@ -140,26 +140,26 @@ def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
                 yield start, end, f"black on rgb({shade},{shade},255)", ""
         return
     for mention in diagnosis.mentions:
-        if mention.judgement is not None:
-            value = mention.judgement.probability
+        if mention.verdict is not None:
+            value = mention.verdict.probability
             shade, weight = round(255 - 200 * value), "bold " if mention.warned else ""
             note = f" [{value:.0%}]" if mention.warned else ""
             yield mention.start, mention.end, f"{weight}black on rgb(255,{shade},{shade})", note
 
 
-def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
+def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
     """Lines about one mention: how doubtful it is and why, and where in the picture it came from."""
     first = f"{mention.object}:"
-    judgement = mention.judgement
-    if judgement is not None:
-        first += f" {judgement.probability:.0%} hallucinated"
-        if judgement.evidence is not None:
-            first += f", evidence {judgement.evidence:+.2f} against prior {judgement.prior:+.2f} (log-odds)"
+    verdict = mention.verdict
+    if verdict is not None:
+        first += f" {verdict.probability:.0%} hallucinated"
+        if verdict.evidence is not None:
+            first += f", evidence {verdict.evidence:+.2f} against prior {verdict.prior:+.2f} (log-odds)"
     elif mention.tokens:
         first += f" token probability {diagnosis.probability[mention.tokens[0]]:.0%}"
     yield first
-    if judgement is not None and judgement.top:
-        yield "  features: " + ", ".join(f"{name} {push:+.2f}" for name, push in judgement.top[:3])
+    if verdict is not None and verdict.top:
+        yield "  features: " + ", ".join(f"{name} {push:+.2f}" for name, push in verdict.top[:3])
     if not mention.tokens:
         return
     try:
@@ -171,13 +171,17 @@ def _reasons(diagnosis: Diagnosis, mention: Named) -> Iterator[str]:
     yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
 
 
-def _looks(diagnosis: Diagnosis) -> list[str]:
-    """Lines about what the place of every named object looks like; none where the detector has no sight."""
-    from stethoscope.diagnosis.parts import ABOUT_LOOKS, in_words
+def _visual_evidence(diagnosis: Diagnosis) -> list[str]:
+    """Write lines about what the image evidence of every mention resembles; none where no detector knows."""
+    from stethoscope.diagnosis.render import VISUAL_EVIDENCE_NOTE, describe_visual_evidence
 
-    judged = [(mention.object, mention.judgement) for mention in diagnosis.mentions if mention.judgement is not None]
-    told = [f"  {name}: looks like {in_words(judgement.looks)}" for name, judgement in judged if judgement.looks]
-    return ["", *dict.fromkeys(told), ABOUT_LOOKS] if told else []
+    verdicts = [(mention.object, mention.verdict) for mention in diagnosis.mentions if mention.verdict is not None]
+    lines = [
+        f"  {name}: looks like {describe_visual_evidence(verdict.visual_evidence)}"
+        for name, verdict in verdicts
+        if verdict.visual_evidence
+    ]
+    return ["", *dict.fromkeys(lines), VISUAL_EVIDENCE_NOTE] if lines else []
 
 
 def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ from stethoscope.core.launch import rank
 def run(config: DictConfig) -> None:
     """Answers, scores, metrics; prints the task's table."""
     from stethoscope.adapters.base import Adapter
+    from stethoscope.report.console import print_results
     from stethoscope.tasks.base import Task
 
     folder = run_dir(config)
@@ -21,6 +22,6 @@ def run(config: DictConfig) -> None:
         results = answer(config, folder, loggers, adapter, task)
     if rank():  # of several processes the first one tells of the results
         return
-    results.print()
+    print_results(results)
     print(f"run directory: {folder}")
     report_failures([results], folder)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.core.types import Sample
-    from stethoscope.report.gallery import Picture
-    from stethoscope.report.source import Source
+    from stethoscope.report.examples import ImageSource
+    from stethoscope.report.run_source import RunReader
     from stethoscope.storage.records import Record
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
-    from stethoscope.report.page import collect
-    from stethoscope.report.source import Source, readable
+    from stethoscope.report.run_report import collect_report
+    from stethoscope.report.run_source import RunReader, readable
 
     runs, settings = parse("report", arguments, SETTINGS)
     if len(runs) != 1:
@@ -57,11 +57,11 @@ def main(arguments: Sequence[str]) -> None:
     settings["pictures"] = settings["pictures"].lower()
     if settings["pictures"] not in ("true", "false"):
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
-    source = Source.read(Path(runs[0]))
+    source = RunReader.read(Path(runs[0]))
     plugins = package_names(settings["plugins"])
     picture = _pictures(source, plugins) if settings["pictures"] == "true" else None
     with readable(source.folder):
-        report = collect(source, int(settings["cases"]), picture)
+        report = collect_report(source, int(settings["cases"]), picture)
         written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
     folder = Path(settings["out"] or runs[0])
     try:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join(str(folder / name) for name in written))
 
 
-def _pictures(source: Source, plugins: Sequence[str]) -> Picture:
+def _pictures(source: RunReader, plugins: Sequence[str]) -> ImageSource:
     """Finds pictures that the run has not kept where it took them; says on stderr if it cannot, once."""
 
     @cache

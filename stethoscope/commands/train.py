@@ -18,8 +18,8 @@ from stethoscope.core.token_table import feature_names, select_features
 from stethoscope.detection.inputs import Inputs
 from stethoscope.detection.transfer import Target, of_subset
 from stethoscope.features.columns import check_same_model, keep_columns, matching_columns, select_columns
+from stethoscope.report.compare import transfer_table
 from stethoscope.report.tables import text
-from stethoscope.report.versus import transfer_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,9 +32,10 @@ def run(config: DictConfig) -> None:
     """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
     from stethoscope.commands.benchmark import log_detector
     from stethoscope.commands.common import listed, loggers_of, overrides
-    from stethoscope.commands.tables import print_detector
     from stethoscope.detector import Detector
-    from stethoscope.report.sending import send_detector
+    from stethoscope.report.console import print_detector
+    from stethoscope.report.examples import log_detector_files
+    from stethoscope.report.metrics_tables import DetectorResults
     from stethoscope.storage.lock import RunLock
     from stethoscope.storage.reuse import copy_task
     from stethoscope.storage.run_dir import RunStore
@@ -84,8 +85,8 @@ def run(config: DictConfig) -> None:
         )
         log_detector(loggers, results)
         loggers.log_metrics(_flat(results))
-        send_detector(loggers, folder)
-    print_detector(results)
+        log_detector_files(loggers, folder)
+    print_detector(DetectorResults.from_dict(results))
     if targets:
         print(text(transfer_table(results["transfer"])))
     print(f"detector: {folder / 'detector'}")

@@ -53,6 +53,13 @@ class Row:
         said = {"name": self.name, "kind": self.kind, "sign": self.sign, "cost": self.cost, "note": self.note}
         return {**said, "metrics": figures}
 
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> Row:
+        """Read what ``to_dict`` wrote."""
+        figures = {name: _interval(figure) for name, figure in section["metrics"].items()}
+        settings = {key: section[key] for key in ("sign", "cost", "note") if key in section}
+        return cls(**{"name": section["name"], "kind": section["kind"], "sign": 1, "metrics": figures, **settings})
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -80,6 +87,12 @@ class Difference:
         """For JSON."""
         names = {"detector": self.detector, "other": self.other, "metric": self.metric}
         return {**names, **self.interval.to_dict(), "p": None if np.isnan(self.p) else self.p}
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> Difference:
+        """Read what ``to_dict`` wrote; other keys are passed over."""
+        p = float("nan") if section["p"] is None else section["p"]
+        return cls(section["detector"], section["other"], section["metric"], _interval(section), p)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,23 @@ class Leaderboard:
             "skipped_features": list(self.skipped),
             "columns": METRICS,
         }
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> Leaderboard:
+        """Read what ``to_dict`` wrote."""
+        return cls(
+            rows=tuple(map(Row.from_dict, section["rows"])),
+            differences=tuple(map(Difference.from_dict, section["differences"])),
+            best_features=section["best_features"],
+            controls=section["controls"],
+            skipped=tuple(section.get("skipped_features", ())),
+            best_published=section.get("best_published", {}),
+        )
+
+
+def _interval(section: Mapping[str, Any]) -> Interval:
+    """Read the interval of a section that may say more."""
+    return Interval.from_dict({key: section[key] for key in ("value", "low", "high", "items", "groups")})
 
 
 def _single_features(

@@ -1,4 +1,4 @@
-"""Everything about one answer: how probable and how grounded every token is, and which objects to doubt.
+"""Diagnose one answer: how probable and how grounded every token is, and which objects to doubt.
 
 ``diagnose(adapter, image, question)`` gives a ``Diagnosis``. Importing this package imports no torch.
 """
@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.diagnosis.making import diagnose
-    from stethoscope.diagnosis.result import Diagnosis
+    from stethoscope.diagnosis.diagnosis import Diagnosis as Diagnosis
+    from stethoscope.diagnosis.run_diagnosis import diagnose as diagnose
 
 __all__ = ["Diagnosis", "diagnose"]
 
-_HOMES = {"Diagnosis": "result", "diagnose": "making"}
+_HOMES = {"Diagnosis": "diagnosis", "diagnose": "run_diagnosis"}
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used."""
+    """Import public names when they are first used."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"stethoscope.diagnosis.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'stethoscope.diagnosis' has no attribute {name!r}")

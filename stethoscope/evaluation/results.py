@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stethoscope.core.text import console
 from stethoscope.metrics.bootstrap import Interval, MetricRow
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COUNTS = ("samples", "ok", "unparsed", "failed", "truncated")
 
@@ -100,35 +96,6 @@ class TaskResults:
         return f"{self.counts['samples']} samples: {', '.join(counts[:3])}; {counts[3]}" + (
             f"; by subset: {', '.join(missing)}" if missing else ""
         )
-
-    def table(self, markdown: bool = False) -> str:
-        """Metrics down, subsets across, each figure with its 95 % interval; aligned text or Markdown."""
-        header, body = self._cells()
-        rows = [header, *body]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        if markdown:
-            lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]]
-        return "\n".join([*lines, "", self.summary()] if markdown else [*lines, self.summary()])
-
-    def print(self, output: Console | None = None) -> None:
-        """Prints the table for people."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        header, body = self._cells()
-        table = Table(*map(escape, header))
-        for row in body:
-            table.add_row(*map(escape, row), style="bold" if row[0] == self.primary else None)
-        output = output or console()
-        output.print(table)
-        output.print(self.summary(), highlight=False, soft_wrap=True)
-
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        subsets = self.subsets
-        found = {(row.metric, row.subset): str(row.interval) for row in self.metrics}
-        names: Sequence[str] = list(dict.fromkeys(row.metric for row in self.metrics))
-        return [self.task, *subsets], [[name, *(found.get((name, subset), "") for subset in subsets)] for name in names]
 
 
 _INTERVAL = ("value", "low", "high", "items", "groups")

@@ -1,5 +1,5 @@
-"""What a finished run directory says, as tables, plots and a page: pure functions of its files, without a model.
+"""Tables, plots and pages of finished run directories: pure functions of their files, without a model.
 
-``source`` reads a run; ``figures`` and ``curves`` make of it what ``tables``, ``svg`` and ``page`` show; ``versus``
-sets runs against each other. Nothing here imports torch.
+``run_source`` reads a run; ``metrics_tables`` and ``plots`` make of it what ``run_report`` and ``console`` show;
+``compare`` and ``sweep`` set runs beside each other. Nothing here imports torch.
 """

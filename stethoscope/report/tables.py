@@ -1,26 +1,30 @@
-"""A table for people, as aligned text, Markdown, LaTeX (booktabs) or HTML."""
+"""A table for people, with one renderer each for terminals, aligned text, Markdown, LaTeX (booktabs) and HTML."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.markup import escape
+from stethoscope.core.html import escape, render
 from stethoscope.metrics.bootstrap import Interval
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from rich.table import Table as TerminalTable
 
-class Gap(NamedTuple):
-    """A difference and its p-value, None where there is none."""
+
+class PairedDifference(NamedTuple):
+    """A difference over the same resampled images, and its two-sided p-value; None where there is none."""
 
     interval: Interval
     p: float | None
 
 
-Cell = str | int | Interval | Gap | None
+Cell = str | int | Interval | PairedDifference | None
 """Text (as it is, of whomever it comes), a count, a figure, a tested difference; None for an empty cell."""
 
 
@@ -29,8 +33,8 @@ class Table:
     """A table.
 
     Attributes:
-        title: what it shows.
-        columns: heads; the first is that of the row names.
+        title: what it shows; empty for none.
+        columns: names of the columns; the first is that of the row names.
         rows: cells, as many as there are columns.
         note: what one must know to read it; empty for nothing.
         bold: indices of rows that stand out.
@@ -43,12 +47,18 @@ class Table:
     bold: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """A row that is too short would shift its cells unseen."""
+        """Check that no row is too short, which would shift its cells unseen."""
         assert all(len(row) == len(self.columns) for row in self.rows), (self.title, self.columns)
+
+    def without(self, names: Collection[str]) -> Table:
+        """Leave out the columns of these names."""
+        kept = [index for index, name in enumerate(self.columns) if name not in names]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """With a real minus, and no minus before 0.
+    """Write a number with a real minus, and no minus before 0.
 
     >>> _number(-0.0312), _number(-0.0001), _number(12.3456)
     ('−0.031', '0.000', '12.346')
@@ -58,10 +68,10 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _parts(cell: Cell) -> tuple[str, str]:
-    """What a cell says, and what it adds in small print."""
+    """Write a cell as what it says, and what it adds in small print."""
     if cell is None:
         return "", ""
-    if isinstance(cell, Gap):
+    if isinstance(cell, PairedDifference):
         main, small = _parts(cell.interval)
         return main, small if cell.p is None or math.isnan(cell.p) else f"{small} p {cell.p:.3f}"
     if isinstance(cell, Interval):
@@ -71,13 +81,24 @@ def _parts(cell: Cell) -> tuple[str, str]:
     return str(cell), ""
 
 
-def plain(cell: Cell) -> str:
-    """A cell on one line."""
-    return re.sub(r"\s+", " ", " ".join(part for part in _parts(cell) if part))
+def plain(cell: Cell, leading_zero: bool = True) -> str:
+    """Write a cell on one line.
+
+    Args:
+        cell: of a table.
+        leading_zero: write figures as 0.947; False writes .947, so that more columns fit on a line.
+
+    >>> plain(Interval(0.5, 0.4, 0.6, 9, 3)), plain(Interval(0.5, 0.4, 0.6, 9, 3), leading_zero=False)
+    ('0.500 [0.400, 0.600]', '.500 [.400, .600]')
+    """
+    text = re.sub(r"\s+", " ", " ".join(part for part in _parts(cell) if part))
+    if leading_zero or not isinstance(cell, (Interval, PairedDifference)):
+        return text
+    return re.sub(r"(?<!\d)0\.", ".", text)
 
 
 def text(table: Table) -> str:
-    """Aligned columns for a terminal.
+    """Write aligned columns, which stay in one piece in files and pipes however wide they are.
 
     >>> print(text(Table("scores", ("", "AUROC"), (("a", Interval(0.5, 0.4, 0.6, 9, 3)), ("bb", None)))))
     scores
@@ -88,37 +109,59 @@ def text(table: Table) -> str:
     rows = [table.columns, *([plain(cell) for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
+    return "\n".join([*filter(None, [table.title]), *lines, *filter(None, [table.note])])
+
+
+def terminal(table: Table, leading_zero: bool = True) -> TerminalTable:
+    """Make a table of rich, which wraps to the width of the terminal; the note is left to the caller.
+
+    Args:
+        table: to be printed.
+        leading_zero: write figures as 0.947; False writes .947.
+    """
+    from rich.table import Table as TerminalTable
+    from rich.text import Text
+
+    grid = TerminalTable(
+        title=Text(table.title) if table.title else None,
+        title_justify="left",
+    )
+    for index, name in enumerate(table.columns):
+        grid.add_column(Text(name), no_wrap=index == 0)
+    for index, row in enumerate(table.rows):
+        style = "bold" if index in table.bold else None
+        grid.add_row(*(Text(plain(cell, leading_zero)) for cell in row), style=style)
+    return grid
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]|~<>])")
 
 
-def markdown_words(words: str) -> str:
-    """Words that Markdown shows as they are, on one line.
+def escape_markdown(text: str) -> str:
+    """Escape text so that Markdown shows it as it is, on one line.
 
-    >>> print(markdown_words("a|b *c* <script>"))
+    >>> print(escape_markdown("a|b *c* <script>"))
     a\\|b \\*c\\* &lt;script&gt;
     """
-    words = re.sub(r"\s+", " ", words).replace("&", "&amp;")
-    return _MARKDOWN.sub(r"\\\1", words).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
+    text = re.sub(r"\s+", " ", text).replace("&", "&amp;")
+    return _MARKDOWN.sub(r"\\\1", text).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
 
 
 def markdown(table: Table) -> str:
-    """A pipe table under its title."""
+    """Write a pipe table under its title."""
 
-    def cell(found: Cell) -> str:
-        if isinstance(found, (Interval, Gap)):
-            return plain(found)  # our own figures: brackets need no escape
-        return markdown_words(plain(found))
+    def write(cell: Cell) -> str:
+        if isinstance(cell, (Interval, PairedDifference)):
+            return plain(cell)  # our own figures: brackets need no escape
+        return escape_markdown(plain(cell))
 
-    lines = [[markdown_words(name) for name in table.columns], ["---"] * len(table.columns)]
+    lines = [[escape_markdown(name) for name in table.columns], ["---"] * len(table.columns)]
     for index, row in enumerate(table.rows):
-        cells = [cell(found) for found in row]
+        cells = [write(cell) for cell in row]
         lines.append([f"**{part}**" if part and index in table.bold else part for part in cells])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    note = f"\n\n{markdown_words(table.note)}" if table.note else ""
-    return f"### {markdown_words(table.title)}\n\n{body}{note}\n"
+    note = f"\n\n{escape_markdown(table.note)}" if table.note else ""
+    return f"### {escape_markdown(table.title)}\n\n{body}{note}\n"
 
 
 _LATEX = {
@@ -129,30 +172,30 @@ _LATEX = {
 _LATEX_CHARACTER = re.compile("|".join(map(re.escape, _LATEX)))
 
 
-def latex_words(words: str) -> str:
-    r"""Words that LaTeX prints as they are, on one line.
+def escape_latex(text: str) -> str:
+    r"""Escape text so that LaTeX prints it as it is, on one line.
 
-    >>> print(latex_words("50 % of a_b \\input{x}"))
+    >>> print(escape_latex("50 % of a_b \\input{x}"))
     50 \% of a\_b \textbackslash{}input\{x\}
     """
-    return _LATEX_CHARACTER.sub(lambda found: _LATEX[found.group()], re.sub(r"\s+", " ", words))
+    return _LATEX_CHARACTER.sub(lambda match: _LATEX[match.group()], re.sub(r"\s+", " ", text))
 
 
-def _words(table: Table) -> list[bool]:
-    """Which columns hold words, and begin at the left."""
+def _text_columns(table: Table) -> list[bool]:
+    """Tell which columns hold text, and begin at the left."""
     return [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
 
 
 def latex(table: Table) -> str:
-    r"""A floating table with the rules of booktabs, made narrower where it is wider than the page."""
+    r"""Write a floating table with the rules of booktabs, made narrower where it is wider than the page."""
 
-    def cell(found: Cell, bold: bool) -> str:
-        main, small = map(latex_words, _parts(found))
+    def write(cell: Cell, bold: bool) -> str:
+        main, small = map(escape_latex, _parts(cell))
         main = rf"\textbf{{{main}}}" if bold and main else main
         return f"{main} {{\\scriptsize {small}}}" if small else main
 
-    layout = "".join("l" if left or not index else "r" for index, left in enumerate(_words(table)))
-    caption = f"{latex_words(table.title)}. {latex_words(table.note)}".removesuffix(". ") + "."
+    layout = "".join("l" if left or not index else "r" for index, left in enumerate(_text_columns(table)))
+    caption = f"{escape_latex(table.title)}. {escape_latex(table.note)}".removesuffix(". ") + "."
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -160,10 +203,10 @@ def latex(table: Table) -> str:
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{layout}}}",
         r"\toprule",
-        " & ".join(latex_words(name) for name in table.columns) + r" \\",
+        " & ".join(escape_latex(name) for name in table.columns) + r" \\",
         r"\midrule",
         *(
-            " & ".join(cell(found, index in table.bold) for found in row) + r" \\"
+            " & ".join(write(cell, index in table.bold) for cell in row) + r" \\"
             for index, row in enumerate(table.rows)
         ),
         r"\bottomrule",
@@ -173,46 +216,39 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def html(table: Table) -> str:
-    """A ``<figure>`` that scrolls sideways where the page is narrow; all texts are escaped."""
+def html(table: Table) -> Markup:
+    """Write a ``<figure>`` that scrolls sideways where the page is narrow."""
+    from markupsafe import Markup
 
-    def cell(found: Cell, name: str) -> str:
-        main, small = map(escape, _parts(found))
-        if name == "th":  # names of features may be broken where a screen is narrow
-            main = re.sub(r"([_/])", r"\1<wbr>", main)
-        kind = ' class="words"' if isinstance(found, str) and name == "td" else ""
-        return f"<{name}{kind}>{main}{f' <small>{small}</small>' if small else ''}</{name}>"
-
-    head = "".join(
-        f'<th scope="col"{" class=words" if left else ""}>{escape(name)}</th>'
-        for name, left in zip(table.columns, _words(table), strict=True)
-    )
-    body = "".join(
-        f"<tr{' class=main' if index in table.bold else ''}>"
-        + cell(row[0], "th").replace("<th>", '<th scope="row">')
-        + "".join(cell(found, "td") for found in row[1:])
-        + "</tr>\n"
+    rows = [
+        {
+            "bold": index in table.bold,
+            # names of features may be broken where a screen is narrow
+            "name": Markup(re.sub(r"([_/])", r"\1<wbr>", escape(_parts(row[0])[0]))),
+            "small": _parts(row[0])[1],
+            "cells": [(isinstance(cell, str), *_parts(cell)) for cell in row[1:]],
+        }
         for index, row in enumerate(table.rows)
-    )
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<figure class="table"><figcaption>{escape(table.title)}</figcaption>\n<div class="scroll" tabindex="0">'
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>{note}</figure>\n"
-    )
+    ]
+    columns = list(zip(table.columns, _text_columns(table), strict=True))
+    return render("report/table.html", table=table, columns=columns, rows=rows)
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex, "html": html}
 LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx,textcomp} and \\usepackage[T1]{fontenc}\n"
 
 
-def render(tables: Sequence[Table], form: str) -> str:
-    """All tables one after another.
+def render_tables(tables: Sequence[Table], form: str) -> str:
+    """Write all tables one after another.
+
+    Args:
+        tables: in their order.
+        form: one of ``FORMATS``.
 
     Raises:
         ConfigError: there is no such format.
     """
     if form not in FORMATS:
         raise ConfigError(unknown("format", form, FORMATS))
-    return (
-        (LATEX_HEAD if form == "latex" else "") + "\n\n".join(FORMATS[form](table).rstrip() for table in tables) + "\n"
-    )
+    pieces = (str(FORMATS[form](table)).rstrip() for table in tables)
+    return (LATEX_HEAD if form == "latex" else "") + "\n\n".join(pieces) + "\n"

@@ -17,9 +17,8 @@ from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.offsets import GrowingText
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.finding import check_model, load_detector
-from stethoscope.diagnosis.making import find_mentions, judge_mentions
-from stethoscope.diagnosis.parts import Named
-from stethoscope.diagnosis.readers import Reader, default_reader
+from stethoscope.diagnosis.diagnosis import DiagnosedMention
+from stethoscope.diagnosis.run_diagnosis import MentionExtractor, default_extractor, extract_mentions, score_mentions
 from stethoscope.streaming.decode_loop import run
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import Steps
@@ -70,11 +69,11 @@ class StreamedAnswer:
         answer: the finished answer, that of ``Adapter.generate``.
     """
 
-    def __init__(self, answer: Answer, mentions: Callable[[], tuple[Named, ...]]) -> None:
+    def __init__(self, answer: Answer, mentions: Callable[[], tuple[DiagnosedMention, ...]]) -> None:
         self.answer, self._find = answer, mentions
 
     @cached_property
-    def mentions(self) -> tuple[Named, ...]:
+    def mentions(self) -> tuple[DiagnosedMention, ...]:
         """The objects that the answer names, with what the detector says of them; found when they are first read.
 
         Raises:
@@ -252,7 +251,7 @@ def stream(
     generation: Generation | None = None,
     delay: int = 0,
     final: Detector | Path | str | None = None,
-    mentions: Reader | None = None,
+    mentions: MentionExtractor | None = None,
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     """Lets the model answer and yields every token as it is written, and at the end the answer with its warnings.
 
@@ -296,7 +295,7 @@ def stream(
 
 
 def _written(
-    streamer: WarningStreamer, named: Callable[[], tuple[Named, ...]]
+    streamer: WarningStreamer, named: Callable[[], tuple[DiagnosedMention, ...]]
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     with streamer:
         given = 0
@@ -334,23 +333,23 @@ def _named(
     encoded: Encoded,
     streamer: WarningStreamer,
     final: Detector | None,
-    mentions: Reader | None,
-) -> tuple[Named, ...]:
+    mentions: MentionExtractor | None,
+) -> tuple[DiagnosedMention, ...]:
     answer = streamer.answer
-    found: Any = find_mentions(answer, mentions or default_reader())
+    found: Any = extract_mentions(answer, mentions or default_extractor())
     detector, columns = final or streamer.detector, {}
     if not found or detector is None:
-        return judge_mentions(encoded, answer, found, {}, None)[1]
+        return score_mentions(encoded, answer, found, {}, None)[1]
     if final is None:
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     else:
-        from stethoscope.diagnosis.detecting import columns_of, feature_set
+        from stethoscope.diagnosis.run_diagnosis import columns_of, feature_set
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
         trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [found])[0]
         columns = columns_of(features, trace, final, adapter.name)
-    return judge_mentions(encoded, answer, found, columns, detector)[1]
+    return score_mentions(encoded, answer, found, columns, detector)[1]
 
 
 def _bounded(generation: Generation | None) -> Generation:

@@ -11,11 +11,11 @@ import pytest
 
 import stethoscope as package
 from stethoscope import testbed
-from stethoscope.app.models import Pool
+from stethoscope.app.model_pool import ModelPool
 from stethoscope.app.runs import Runs, write_examples
 from stethoscope.cli import main
 from stethoscope.detection import leaderboard
-from stethoscope.diagnosis.readers import default_reader
+from stethoscope.diagnosis.run_diagnosis import default_extractor
 
 SCENES = 60
 SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=32"]
@@ -32,7 +32,7 @@ def adapter():
 
 @pytest.fixture(scope="session")
 def reader():
-    return default_reader()
+    return default_extractor()
 
 
 @pytest.fixture(scope="session")
@@ -62,26 +62,26 @@ def picture_file(tmp_path):
 
 @pytest.fixture
 def pool(adapter, folder):
-    return Pool(adapter, "testbed", runs=folder)
+    return ModelPool(adapter, "testbed", runs=folder)
 
 
 @pytest.fixture(scope="session")
 def served(adapter, folder, reader, tmp_path_factory):
     """The running server: its address, pool and folder, and a file of this machine that is none of its own."""
     pytest.importorskip("gradio", reason='no gradio; pip install "lvlm-stethoscope[app]"')
-    from stethoscope.app.screen import build_screen
     from stethoscope.app.server import own_folder, start
     from stethoscope.app.sessions import Sessions
+    from stethoscope.app.ui import build_page
 
     runs = shutil.copytree(folder, tmp_path_factory.mktemp("shown") / "runs")
     hostile(runs / "small" / "samples.jsonl")
     secret = tmp_path_factory.mktemp("outside") / "secret.txt"
     secret.write_text("the server must not hand this out")
-    pool = Pool(adapter, "testbed", runs=runs)
+    pool = ModelPool(adapter, "testbed", runs=runs)
     with own_folder() as own:
         with pool.use("testbed"):
             sessions = Sessions(own)
-            screen = build_screen(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3), sessions)
+            screen = build_page(pool, Runs(runs, None, own), reader, write_examples(own, 0, 3), sessions)
         address = start(screen, "127.0.0.1", free_port(), sessions).rstrip("/")
         yield SimpleNamespace(address=address, pool=pool, secret=secret, own=own, evil=EVIL, sessions=sessions)
         screen.close(verbose=False)

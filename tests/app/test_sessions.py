@@ -84,13 +84,13 @@ def test_pictures_live_as_long_as_their_session(tmp_path, clock):
 def test_an_open_page_that_asks_nothing_is_forgotten_too(tmp_path, clock):
     store = Sessions(tmp_path, idle=3600, clock=clock)
     with store.connection("a"):
-        store.keep_case("a", "case")
+        store.keep_answer("a", "answer")
         clock.now += 3599
         assert store.expire() == []
-        assert store.case("a") == "case"
+        assert store.answer("a") == "answer"
         clock.now += 2
         assert store.expire() == ["a"]
-        assert store.case("a") is None
+        assert store.answer("a") is None
 
 
 def test_the_oldest_sessions_and_pictures_go_when_there_are_too_many(tmp_path, clock, monkeypatch):
@@ -141,9 +141,9 @@ def test_a_picture_of_many_pixels_is_refused_when_it_arrives(client):
 
 def test_a_session_holds_no_pixels(client, served):
     shown = client.ask(file(client.upload(png()).json()[0]), length=4)
-    case = served.sessions.case(client.session_hash)
-    assert case.id == shown["case"]
-    assert isinstance(case.question.picture, Path)
+    kept = served.sessions.answer(client.session_hash)
+    assert kept.id == shown["answer_id"]
+    assert isinstance(kept.question.picture, Path)
 
 
 def test_after_its_session_a_picture_and_what_gradio_kept_are_gone(client, served, monkeypatch):
@@ -155,7 +155,7 @@ def test_after_its_session_a_picture_and_what_gradio_kept_are_gone(client, serve
     while path.is_file() and time.monotonic() < until:
         time.sleep(0.1)
     assert not path.is_file()
-    assert served.sessions.case(client.session_hash) is None
+    assert served.sessions.answer(client.session_hash) is None
     answer = client.join(file(path))
     assert (answer.status_code, answer.json()["detail"]) == (403, NO_PICTURE)
 

@@ -11,7 +11,7 @@ import pytest
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.app.models import Detectors
+from stethoscope.app.model_pool import Detectors
 from stethoscope.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
@@ -69,11 +69,12 @@ def test_the_page_of_a_diagnosis(page, adapter, sighted, tmp_path):
     file = tmp_path / "report.html"
     file.write_text(found.to_html(), "utf-8")
     page.goto(file.as_uri())
-    page.locator("tr.looks").last.click()
+    page.locator(".st-visual-evidence").last.click()
+    page.wait_for_function("document.querySelector('[data-id=facts]').innerText.includes('looks like')")
     take(page, "diagnosis", tmp_path)
-    assert page.locator("#facts").inner_text().count("the place looks like") == 1
-    assert page.locator("tr.looks").count() == len(found.mentions) == 3
-    assert beyond(page, "main") == [] or page.width > 390
+    assert page.locator("[data-id=facts]").inner_text().count("the place looks like") == 1
+    assert page.locator(".st-visual-evidence").count() == len(found.mentions) == 3
+    assert beyond(page, "main", ".st-scroll:has(.st-strip)") == [] or page.width > 390
 
 
 def test_the_screen_of_an_answer(page, served, sighted, monkeypatch, tmp_path):
@@ -86,11 +87,11 @@ def test_the_screen_of_an_answer(page, served, sighted, monkeypatch, tmp_path):
     page.wait_for_selector("#photograph img")
     page.click("#ask")
     page.wait_for_selector("#view [data-id=diagnosed]:not([hidden])", timeout=60_000)
-    page.locator("#view .st-looks").first.click()
+    page.locator("#view .st-visual-evidence").first.click()
     page.wait_for_function("document.querySelector('#view [data-id=facts]').innerText.includes('looks like')")
     take(page, "sight", tmp_path)
-    looks = page.locator("#view .st-looks")
+    looks = page.locator("#view .st-visual-evidence")
     assert looks.count() == page.locator("#view [data-id=mentions] tr").count() / 2
     assert looks.first.inner_text().startswith("looks like: ")
-    assert "no object detector" in page.locator("#view [data-id=about-looks]").inner_text()
+    assert "no object detector" in page.locator("#view [data-id=visual-evidence-note]").inner_text()
     assert beyond(page, "#view", ".st-scroll:has(.st-strip)") == []  # many tokens are a strip that is scrolled

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stethoscope.adapters import loading
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis import diagnose
-from stethoscope.diagnosis.making import _evolution
+from stethoscope.diagnosis.run_diagnosis import _evolution
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream

@@ -35,7 +35,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "stethoscope.core.token_table.pd.read_pickle",
         "stethoscope.core.component.importlib.import_module",
         "stethoscope.__main__.main",
-        "stethoscope.report.source.json.loads",
+        "stethoscope.report.run_source.json.loads",
         "stethoscope.storage.lock.os.system",
         "subprocess.run",
         "antigravity.x",

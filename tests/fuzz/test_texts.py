@@ -14,9 +14,9 @@ from stethoscope.commands.overrides import explain
 from stethoscope.core.component import compose
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.html import document, escape, json_block
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.text import redact
-from stethoscope.markup import document, escape, json_block
 from stethoscope.storage.run_fingerprint import describe, differences, digest
 from stethoscope.tasks import object_extraction, yes_no
 from stethoscope.tasks.counts import complete_sentences

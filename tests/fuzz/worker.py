@@ -159,7 +159,7 @@ class World:
         from stethoscope.app.runs import Runs
         from stethoscope.commands import compare, extract, report, train
         from stethoscope.detection.finding import load_detector, trained
-        from stethoscope.report.source import Source
+        from stethoscope.report.run_source import RunReader
         from stethoscope.storage.run_dir import RunStore
 
         run, whole = folder / "one", self.base / "run" / "one"
@@ -168,7 +168,7 @@ class World:
             runs = Runs(folder, None, folder)
             for name in {*runs.names, "one"}:
                 runs.listing(name)
-            source = Source.read(run)
+            source = RunReader.read(run)
             for task in ("pope", "chair"):
                 record = next(iter(source.store.records(task)), None)
                 if record is not None:
@@ -204,12 +204,12 @@ class World:
 
         from stethoscope.detection.finding import trained
         from stethoscope.detector import Detector
-        from stethoscope.report.source import Source
+        from stethoscope.report.run_source import RunReader
 
         def load() -> None:
             detector = Detector.load(folder)
             detector.manifest  # noqa: B018
-            table = Source.read(self.base / "run" / "one").store.tokens("chair")
+            table = RunReader.read(self.base / "run" / "one").store.tokens("chair")
             missing = {name: 0.5 for name in detector.schema.names if name not in table}
             detector.predict(pd.concat([table, pd.DataFrame(missing, table.index)], axis=1))
 

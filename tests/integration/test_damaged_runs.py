@@ -13,9 +13,9 @@ from stethoscope.core.errors import StethoscopeError
 from stethoscope.detection import leaderboard
 from stethoscope.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.report import versus
-from stethoscope.report.page import collect
-from stethoscope.report.source import Source
+from stethoscope.report import compare
+from stethoscope.report.run_report import collect_report
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore
 
 TASK = {"class": "stethoscope.tasks.chair.Chair", "name": "chair", "version": "1", "settings": {"scenes": 4}}
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
     store.write_config({"model": {"name": "made-up"}, "task": {"_target_": TASK["class"]}}, ["task=chair"])
     (folder / "maps.jsonl").write_text('{"task": "chair", "sample_id": "0", "answer": "", "picture": ""}\n')
     (folder / "events.jsonl").write_text('{"time": 1, "event": "status"}\n')
-    collect(Source.read(folder), cases=2).html()
+    collect_report(RunReader.read(folder), examples=2).html()
     return folder
 
 
@@ -92,12 +92,12 @@ def damage_of(path, kind):
         path.write_bytes(DAMAGE[kind](data))
 
 
-def compare(one, other):
-    sources, heads = [Source.read(one), Source.read(other)], ("one", "other")
-    for table in (versus.summary_table, versus.board_table, versus.setting_table):
+def compare_runs(one, other):
+    sources, heads = [RunReader.read(one), RunReader.read(other)], ("one", "other")
+    for table in (compare.summary_table, compare.leaderboard_table, compare.setting_table):
         table(sources, heads)
-    versus.names(sources)
-    versus.detector_table(*sources, heads)
+    compare.run_names(sources)
+    compare.detector_table(*sources, heads)
 
 
 def line_of(use):
@@ -130,8 +130,8 @@ def test_a_damaged_file_is_one_line_or_no_matter(finished, tmp_path, name, kind)
         list(store.records("chair"))
 
     for use in (
-        lambda: collect(Source.read(run), cases=0).html(),
-        lambda: compare(finished, run),
+        lambda: collect_report(RunReader.read(run), examples=0).html(),
+        lambda: compare_runs(finished, run),
         train,
         lambda: Detector.load(run / "detector"),
     ):

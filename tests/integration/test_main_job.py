@@ -187,7 +187,7 @@ def test_all_published_detectors_on_one_leader_board(tmp_path, stethoscope):
     assert {name for name, kind in kinds.items() if kind == "published"} == papers
     assert {"detector", "one_pass", "full", "full_verified"} == {n for n, kind in kinds.items() if kind == "detector"}
     assert "one more question per mention (questions)" in out
-    assert "detector - best published" in out
+    assert "detector − best published" in out
     table = RunStore(tmp_path / "runs" / "all").tokens("chair")
     named = (table["number"] >= 0).to_numpy()
     np.testing.assert_array_equal(table["verify_yes"].notna(), named)

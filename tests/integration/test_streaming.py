@@ -121,7 +121,7 @@ def test_sampling_and_stop_strings(adapter, images, every, fast):
 
 
 def detector_names(detector):
-    from stethoscope.diagnosis.detecting import feature_names
+    from stethoscope.diagnosis.run_diagnosis import feature_names
 
     return feature_names(detector.schema.names)
 
@@ -136,8 +136,8 @@ def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, ev
         ]
         assert len(last.mentions) > 1
         assert np.allclose(
-            [one.judgement.probability for one in last.mentions],
-            [one.judgement.probability for one in whole.mentions],
+            [one.verdict.probability for one in last.mentions],
+            [one.verdict.probability for one in whole.mentions],
             atol=1e-4,
         )
 
@@ -207,7 +207,7 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
     assert {token.probability for token in tokens} == {None}
     assert {token.warned for token in tokens} == {False}
     assert last.mentions
-    assert {one.judgement for one in last.mentions} == {None}
+    assert {one.verdict for one in last.mentions} == {None}
 
 
 def counted(monkeypatch):

@@ -14,7 +14,7 @@ from stethoscope.app.runs import Runs
 from stethoscope.commands.common import saved_task
 from stethoscope.commands.sweeps import Sweep
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.report.source import Source
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
@@ -75,7 +75,7 @@ def test_no_class_of_a_run_but_a_task(hostile, stethoscope, capsys, kind):
     path, settings, words = GADGETS[kind]
     run = hostile(path, settings)
     with pytest.raises(StethoscopeError) as error:
-        saved_task(Source.read(run), "chair", offline=True)
+        saved_task(RunReader.read(run), "chair", offline=True)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     from stethoscope.cli import main
@@ -101,9 +101,9 @@ def test_the_app_shows_a_hostile_run_without_running_it(hostile, stethoscope, tm
     run = hostile("stethoscope.core.token_table.pd.read_pickle", PICKLED)
     runs = Runs(run.parent, run, tmp_path)
     assert not json.loads(runs.listing("copy"))["note"]
-    record = next(iter(Source.read(run).store.records("chair")))
+    record = next(iter(RunReader.read(run).store.records("chair")))
     with pytest.raises(StethoscopeError, match="picture of sample"):
-        runs._picture("copy", Source.read(run), record, [])
+        runs._picture("copy", RunReader.read(run), record, [])
     assert not Path("pwned").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_report_stays_offline_whatever_the_run_leaves_out(copy):
     described["chair"]["task"]["settings"] = {"source": "hub", "dataset": "owner/name"}
     (copy / "fingerprint.json").write_text(json.dumps(described))
     (copy / "config.yaml").unlink()
-    task = saved_task(Source.read(copy), "chair", offline=True)
+    task = saved_task(RunReader.read(copy), "chair", offline=True)
     assert isinstance(task, Chair)
     assert task.hub.local_files_only
 

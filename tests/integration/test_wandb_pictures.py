@@ -18,10 +18,9 @@ from stethoscope.evaluation.callbacks import SampleTable
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import JsonLogger, Logger, Loggers, WandbLogger
 from stethoscope.loggers.media import Marked, Picture
-from stethoscope.report import curves
-from stethoscope.report.gallery import KINDS, cases
-from stethoscope.report.sending import COLUMNS, send_detector
-from stethoscope.report.source import Source
+from stethoscope.report import plots
+from stethoscope.report.examples import KINDS, LOGGED_COLUMNS, log_detector_files, read_examples
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.saved_heatmaps import HeatmapFile
 
@@ -44,31 +43,31 @@ def logged(greedy):
 
 def test_mentions_with_their_pictures_heat_maps_and_marked_answers(greedy, logged):
     table = logged.tables["detector/mentions"]
-    assert table["columns"] == list(COLUMNS)
-    source = Source.read(greedy)
-    found = cases(source, 3)
+    assert table["columns"] == list(LOGGED_COLUMNS)
+    source = RunReader.read(greedy)
+    found = read_examples(source, 3)
     assert 4 < len(table["data"]) == len(found) <= 9
     assert {row[0] for row in table["data"]} <= set(KINDS)
     file = HeatmapFile(greedy)
     for row, case in zip(table["data"], found, strict=True):
-        cells = dict(zip(COLUMNS, row, strict=True))
+        cells = dict(zip(LOGGED_COLUMNS, row, strict=True))
         assert (cells["kind"], cells["sample"], cells["object"]) == (case.kind, case.sample_id, case.object)
         assert cells["probability"] == pytest.approx(case.probability)
         view = file.find(RunStore(greedy).find("chair", case.sample_id))
         assert np.array_equal(np.asarray(Image.open(logged.media[cells["picture"]["path"]])), np.asarray(view.picture))
         heat = Image.open(logged.media[cells["heat map"]["path"]])
-        assert heat.size == case.heat.size
-        assert np.array_equal(np.asarray(heat.convert("RGB")), np.asarray(case.heat))
+        assert heat.size == case.heatmap.size
+        assert np.array_equal(np.asarray(heat.convert("RGB")), np.asarray(case.heatmap))
         html = logged.media[cells["answer"]["path"]].read_text()
-        start = case.words.index("«")
-        mention = case.words[start + 1 : case.words.index("»", start)]
+        start = case.text.index("«")
+        mention = case.text[start + 1 : case.text.index("»", start)]
         assert re.search(f"<span style=[^>]*bold[^>]*>{re.escape(mention)}</span>", html)
 
 
 def test_curves_are_those_of_the_report(greedy, logged):
-    source = Source.read(greedy)
+    source = RunReader.read(greedy)
     tables = {name: table for name, table in logged.tables.items() if name.startswith("detector/")}
-    x, y = curves.roc(source.held_out["label"], source.held_out["probability"])
+    x, y = plots.roc(source.held_out["label"], source.held_out["probability"])
     assert np.allclose([row[:2] for row in tables["detector/roc_table"]["data"]], np.stack([x, y], 1))
     wanted = {f"detector/{name}_table" for name in ("roc", "precision_recall", "reliability", "auroc_by_position")}
     assert tables.keys() == {*wanted, "detector/leaderboard", "detector/mentions"}
@@ -104,11 +103,11 @@ def test_the_first_answers_come_with_their_pictures(greedy, logged):
 def test_events_get_words_and_no_pictures(greedy):
     events = [json.loads(line) for line in (greedy / "events.jsonl").read_text().splitlines()]
     tables = {event["name"]: event for event in events if event["event"] == "table"}
-    columns = [name for name in COLUMNS if name not in ("picture", "heat map")]
+    columns = [name for name in LOGGED_COLUMNS if name not in ("picture", "heat map")]
     assert tables["detector/mentions"]["columns"] == columns
     first = dict(zip(columns, tables["detector/mentions"]["rows"][0], strict=True))
-    case = cases(Source.read(greedy), 3)[0]
-    assert (first["sample"], first["answer"]) == (case.sample_id, case.words)
+    case = read_examples(RunReader.read(greedy), 3)[0]
+    assert (first["sample"], first["answer"]) == (case.sample_id, case.text)
     assert not {event["event"] for event in events} - {"config", "metrics", "table", "status"}
 
 
@@ -127,7 +126,7 @@ def test_hostile_words_stay_words(greedy, tmp_path):
         def log_table(self, name, columns, rows):
             seen[name] = [dict(zip(columns, row, strict=True)) for row in rows]
 
-    send_detector(Loggers([Shows()]), folder)
+    log_detector_files(Loggers([Shows()]), folder)
     cells = [row["answer"] for row in seen["detector/mentions"]]
     assert cells
     for cell in cells:
@@ -158,11 +157,11 @@ def test_what_cannot_be_read_is_warned_of(tmp_path):
         media = True
 
     with pytest.warns(UserWarning, match="the loggers get no pictures of the detector: .* is no run directory"):
-        send_detector(Loggers([Shows()]), tmp_path)
+        log_detector_files(Loggers([Shows()]), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        send_detector(Loggers([JsonLogger()]), tmp_path)  # nobody to show it to
-        send_detector(Loggers([WandbLogger(mode="disabled")]), tmp_path)
+        log_detector_files(Loggers([JsonLogger()]), tmp_path)  # nobody to show it to
+        log_detector_files(Loggers([WandbLogger(mode="disabled")]), tmp_path)
 
 
 def test_loggers_that_show_nothing_get_plain_tables():

@@ -25,8 +25,6 @@ SEVERAL = {
     "__main__",
     "base",
     "hub",
-    "page",
-    "parts",
     "result",
     "verification",
     "blip",

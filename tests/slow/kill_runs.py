@@ -44,12 +44,12 @@ START = 6.0
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 IMPORTED = [
-    *(f"stethoscope.commands.{name}" for name in ("evaluate", "extract", "train", "benchmark", "tables")),
+    *(f"stethoscope.commands.{name}" for name in ("evaluate", "extract", "train", "benchmark")),
     *(f"stethoscope.{name}" for name in ("adapters.testbed", "evaluator", "tasks.chair", "tasks.pope", "features")),
     *(
         "stethoscope.detector",
         "stethoscope.detection.training",
-        "stethoscope.report.sending",
+        "stethoscope.report.examples",
         "stethoscope.storage.run_dir",
     ),
     *("torch.distributed", "transformers.models.llava.modeling_llava", "transformers.models.auto.modeling_auto"),

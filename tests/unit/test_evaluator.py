@@ -13,7 +13,6 @@ from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.loggers.base import Logger
-from stethoscope.metrics.bootstrap import Interval, MetricRow
 from stethoscope.storage.records import select_samples
 from stethoscope.storage.run_dir import RunStore
 
@@ -65,17 +64,6 @@ def test_metrics_come_from_the_totals_of_the_subsets(adapter):
     assert results.flat()["tiny/hard/accuracy"] == 0.0
     assert results.flat()["tiny/count/ok"] == 10.0
     assert TaskResults.from_dict("tiny", json.loads(json.dumps(results.to_dict()))) == results
-
-
-def test_results_print_as_text_and_markdown(adapter, capsys):
-    results = Evaluator().run(adapter, TinyTask())
-    text = results.table().splitlines()
-    assert text[0].split() == ["tiny", "easy", "hard", "mean"]
-    assert text[1].startswith("accuracy  1.000 [1.000, 1.000]  0.000 [0.000, 0.000]  0.500 [")
-    assert text[-1] == "10 samples: 10 ok, 0 unparsed, 0 failed; 0 truncated"
-    assert results.table(markdown=True).splitlines()[1] == "| --- | --- | --- | --- |"
-    results.print()
-    assert capsys.readouterr().out.splitlines()[-1] == results.summary()
 
 
 def test_unparsed_failed_and_truncated_are_counted_apart_and_are_not_wrong_answers(adapter, tmp_path):
@@ -153,16 +141,6 @@ def test_what_is_no_adapter_and_no_task_is_said(adapter):
         Evaluator().run("testbed", TinyTask())
     with pytest.raises(ConfigError, match="task='pope' should be an object of class Task"):
         Evaluator().run(adapter, "pope")
-
-
-def test_names_of_subsets_are_no_markup(capsys):
-    rows = [MetricRow("right", name, Interval(0.5, 0.4, 0.6, 2, 2)) for name in ("[/x]", "[red]a[/red]")]
-    TaskResults(
-        "[b]", "right", tuple(rows), dict.fromkeys(("samples", "ok", "unparsed", "failed", "truncated"), 0)
-    ).print()
-    out = capsys.readouterr().out
-    assert "[/x]" in out
-    assert "[red]a[/red]" in out
 
 
 def test_a_task_without_samples_or_with_double_ids_is_refused(adapter):

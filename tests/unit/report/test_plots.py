@@ -1,15 +1,17 @@
-"""Curves against scikit-learn, drawings by their coordinates, the gallery by hand."""
+"""Curves against scikit-learn, drawings by their coordinates."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 from helpers.token_tables import token_table
 from sklearn import metrics as sklearn
 
 from stethoscope.core.token_table import mention_rows
-from stethoscope.report import curves, gallery, svg
+from stethoscope.metrics.bootstrap import Interval
+from stethoscope.report import plots
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +23,9 @@ def rows():
 
 def test_areas_under_the_curves_are_scikit_learns(rows):
     labels, scores = rows["label"].to_numpy(), rows["probability"].to_numpy()
-    false, true = curves.roc(labels, scores)
+    false, true = plots.roc(labels, scores)
     assert np.trapezoid(true, false) == pytest.approx(sklearn.roc_auc_score(labels, scores))
-    recall, precision = curves.precision_recall(labels, scores)
+    recall, precision = plots.precision_recall(labels, scores)
     area = np.sum(np.diff(recall, prepend=0) * precision)
     assert area == pytest.approx(sklearn.average_precision_score(labels, scores))
 
@@ -31,80 +33,80 @@ def test_areas_under_the_curves_are_scikit_learns(rows):
 def test_a_long_curve_keeps_its_ends():
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(0, 2, 5000), rng.random(5000)
-    x, y = curves.roc(labels, scores)
-    assert len(x) == curves.POINTS
+    x, y = plots.roc(labels, scores)
+    assert len(x) == plots.POINTS
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(y, x) == pytest.approx(sklearn.roc_auc_score(labels, scores), abs=0.005)
 
 
 def test_bins_hold_every_mention_once(rows):
-    positions, bins = curves.by_position(rows), curves.reliability(rows)
+    positions, bins = plots.by_position(rows), plots.reliability(rows)
     for found in (positions, bins):
         assert sum(one.mentions for one in found) == len(rows)
         assert sum(one.hallucinated for one in found) == rows["label"].sum()
     part = rows[rows["token"] // 10 == 1]
     second = next(one for one in positions if one.name == "10–19")
-    assert second.figure.value == pytest.approx(sklearn.roc_auc_score(part["label"], part["probability"]))
-    assert second.figure.low < second.figure.value < second.figure.high
+    assert second.interval.value == pytest.approx(sklearn.roc_auc_score(part["label"], part["probability"]))
+    assert second.interval.low < second.interval.value < second.interval.high
     for one in bins:
         low = float(one.name[:3])
         inside = rows[(rows["probability"] >= low - 1e-9) & (rows["probability"] < low + 0.1 - 1e-9)]
         assert one.mentions == len(inside)
-        assert one.figure.value == pytest.approx(inside["label"].mean())
+        assert one.interval.value == pytest.approx(inside["label"].mean())
 
 
 def test_a_bin_of_one_kind_has_no_area_and_long_answers_wider_bins(rows):
     one = rows.assign(label=0)
-    assert all(found.figure is None for found in curves.by_position(one))
-    wide = curves.by_position(rows.assign(token=rows["token"] * 50))
-    assert len(wide) <= curves.MOST_BINS
+    assert all(found.interval is None for found in plots.by_position(one))
+    wide = plots.by_position(rows.assign(token=rows["token"] * 50))
+    assert len(wide) <= plots.MOST_BINS
     assert wide[0].name == "90–179"  # the first mentions are at 150
 
 
+def points_of(svg, name):
+    """The points of the path of a group, as the drawing has them."""
+    group = re.search(rf'<g class="{name}">(.*?)</g>', svg, re.DOTALL)[1]
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", group)]
+
+
 def test_points_lie_where_the_axes_say():
-    axes = svg.Axes("a", "b & <c>")
-    text = svg.plot("t", axes, [svg.Series([0, 0.5, 1], [0, 1, float("nan")], "s<i>", marks=True)])
-    points = re.search(r'polyline class="line s0" points="([^"]*)"', text).group(1).split()
-    left, right, bottom, top = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM, svg.TOP
-    assert points == [f"{left:.1f},{bottom:.1f}", f"{(left + right) / 2:.1f},{top:.1f}"]
-    assert "b &amp; &lt;c&gt;" in text
-    assert "s&lt;i&gt;" in text
-    assert "nan" not in text
+    curve = plots.Curve([0, 0.5, 1], [0, 1, float("nan")], "s<i>")
+    plot = plots.plot_curves("t", ("a $x$", "b & <c>"), [curve], (0, 1))
+    (left, bottom), (right, top) = points_of(plot.svg, "reference")
+    assert left < right
+    assert bottom > top
+    assert points_of(plot.svg, "curve-0") == [
+        (left, bottom), (pytest.approx((left + right) / 2), pytest.approx(top)),
+    ]  # fmt: skip
+    assert ">b &amp; &lt;c&gt;</text>" in plot.svg
+    assert ">a $x$</text>" in plot.svg
+    assert plot.legend == ("s<i>",)
+    assert "nan" not in plot.svg
 
 
 def test_bars_are_as_long_as_their_values():
-    text = svg.bars("t", [("a", 0.2, 0.1, 0.4), ("b", 0.1, 0.0, 0.2), ("c", -0.1, -0.2, 0.0)], "x")
-    bars = [
-        tuple(map(float, pair))
-        for pair in re.findall(r'class="fill s0" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', text)
-    ]
-    assert bars[0][1] == pytest.approx(2 * bars[1][1], abs=0.2)
-    assert bars[2][0] + bars[2][1] == pytest.approx(bars[0][0], abs=0.2)  # it ends where the others begin
+    values = {"a": (0.2, 0.1, 0.4), "b": (0.1, 0.0, 0.2), "c": (-0.1, -0.2, 0.0)}
+    bars = [(name, Interval(*value, 9, 3)) for name, value in values.items()]
+    svg = plots.plot_bars("t", "x", bars).svg
+    groups = re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--s0', svg)
+    ends = [[float(x) for x, _ in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", group)] for group in groups]
+    widths = [max(xs) - min(xs) for xs in ends]
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.01)
+    assert max(ends[2]) == pytest.approx(min(ends[0]), abs=0.01)  # it ends where the others begin
 
 
-def test_the_gallery_takes_the_clearest_and_different_ones():
-    rows = pd.DataFrame(
-        {
-            "label": [1, 1, 1, 1, 0, 0],
-            "warned": [True, True, True, False, True, False],
-            "probability": [0.9, 0.8, 0.7, 0.1, 0.6, 0.05],
-            "object": ["cat", "cat", "dog", "cup", "car", "car"],
-            "sample_id": ["a", "b", "c", "a", "b", "c"],
-        }
-    )
-    found = {kind: list(some.index) for kind, some in gallery.pick(rows, 2).items()}
-    assert found == {"caught": [0, 2], "missed": [3], "false alarm": [4]}
-    assert list(gallery.pick(rows, 3)["caught"].index) == [0, 1, 2]
+def test_a_plot_is_the_same_every_time_and_takes_its_colours_from_the_page():
+    bins = [plots.Bin(0.05, "0.0–0.1", 9, 1, Interval(0.1, 0.0, 0.3, 9, 3))]
+    positions = [plots.Bin(0, "0–9", 9, 1, None)]
+    for make in (lambda: plots.plot_reliability(bins), lambda: plots.plot_positions(positions)):
+        svg = make().svg
+        assert svg == make().svg
+        assert "<style" not in svg  # it would hold for the whole page
+        assert "<metadata" not in svg
+        assert not re.findall(r":\s*#[0-9a-f]{6}", svg)
+        assert not [name for name in re.findall(r' id="([^"]*)"', svg) if not re.fullmatch("[mp][0-9a-f]{10}", name)]
 
 
-def test_pieces_spell_the_answer():
-    text = "A cat and a dog and a cat."
-    pieces = list(gallery._pieces(text, (11, 15), [(1, 5), (11, 15), (21, 25)]))
-    assert pieces == [
-        ("A ", ""), ("cat", "warned"), (" and a ", ""), ("dog", "this"), (" and a ", ""), ("cat", "warned"), (".", ""),
-    ]  # fmt: skip
-    long = "x " * 400 + "dog" + " y" * 400
-    pieces = list(gallery._pieces(long, (800, 803), []))
-    assert (pieces[0], pieces[-1]) == (("… ", ""), (" …", ""))
-    assert ("dog", "this") in pieces
-    assert sum(len(part) for part, _ in pieces) < 2 * gallery.CONTEXT + 10
+def test_importing_plots_imports_no_matplotlib():
+    script = "import sys, stethoscope.report.run_report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

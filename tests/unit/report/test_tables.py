@@ -7,7 +7,7 @@ import pytest
 from stethoscope.core.errors import ConfigError
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import tables
-from stethoscope.report.tables import Gap, Table
+from stethoscope.report.tables import PairedDifference, Table
 
 NASTY = "\\input{x} $1 & <b>50%</b> #_^~|`*\n[a](b)"
 FIGURE = Interval(-0.25, -0.5, 0.0, 10, 5)
@@ -17,7 +17,7 @@ def _table(**settings):
     return Table(
         "a & b",
         ("name", "figure", "tested"),
-        ((NASTY, FIGURE, Gap(FIGURE, 0.5)), ("empty", None, Gap(FIGURE, None))),
+        ((NASTY, FIGURE, PairedDifference(FIGURE, 0.5)), ("empty", None, PairedDifference(FIGURE, None))),
         **settings,
     )
 
@@ -62,11 +62,11 @@ def test_text_is_aligned():
 def test_a_figure_that_is_not_defined_says_so():
     table = Table("t", ("", "x"), (("a", Interval(math.nan, math.nan, math.nan, 0, 0)),))
     for form in tables.FORMATS:
-        text = tables.render([table], form)
+        text = tables.render_tables([table], form)
         assert "not defined" in text
         assert "nan" not in text
 
 
 def test_unknown_format():
     with pytest.raises(ConfigError, match="did you mean 'markdown'"):
-        tables.render([], "markdwon")
+        tables.render_tables([], "markdwon")

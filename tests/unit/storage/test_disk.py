@@ -11,7 +11,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.detection.warn import write_warnings
 from stethoscope.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.report.source import Source
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.reuse import copy_task
 from stethoscope.storage.run_dir import RunStore
 
@@ -32,7 +32,7 @@ def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, 
     store.write_metrics("chair", {"primary": "a", "counts": dict.fromkeys(COUNTS, 0), "metrics": []})
     shares = (0.6, 0.2, 0.2)
     fit(store, "chair", Detector(), shares, 0)
-    assert Source.read(run).detector
+    assert RunReader.read(run).detector
     assert store.status() == {"chair": "finished"}
 
     class Killed(BaseException):
@@ -49,9 +49,9 @@ def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, 
         with pytest.raises(Killed):
             fit(store, "chair", Detector(strength=0.5), shares, 0)
     with pytest.raises(ArtefactError, match="has parts of two detectors: fitting one was cut short"):
-        Source.read(run)
+        RunReader.read(run)
     fit(store, "chair", Detector(strength=0.5), shares, 0)
-    assert Source.read(run).detector
+    assert RunReader.read(run).detector
 
 
 COUNTS = ("samples", "ok", "unparsed", "failed", "truncated")

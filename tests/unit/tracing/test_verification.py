@@ -10,8 +10,7 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import UNKNOWN, Generation, Mention
 from stethoscope.detector import Detector
-from stethoscope.diagnosis.making import diagnose, find_mentions
-from stethoscope.diagnosis.readers import default_reader
+from stethoscope.diagnosis.run_diagnosis import default_extractor, diagnose, extract_mentions
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -65,7 +64,7 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
     found = diagnose(adapter, scene, QUESTION, detector=detector)
     encoded = adapter.encode(scene, QUESTION)
     answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
-    mentions = find_mentions(answer, default_reader())
+    mentions = extract_mentions(answer, default_extractor())
     trace = trace_answers(adapter, [encoded], [answer], FEATURES.requires, [scene], [mentions])[0]
     columns = FEATURES.compute(trace)
     keys = token_table(1, per_image=1)[:1]
@@ -75,11 +74,11 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
             token for token, owner in enumerate(answer.owners(mentions)) if owner and owner.object == mention.object
         )
         row = keys.assign(**{name: values[at] for name, values in columns.items()})
-        assert named.judgement.probability == pytest.approx(float(detector.predict(row)[0]), abs=1e-4)
+        assert named.verdict.probability == pytest.approx(float(detector.predict(row)[0]), abs=1e-4)
     *_, last = stream(adapter, scene, QUESTION, final=detector)
     assert isinstance(last, StreamedAnswer)
     for one, other in zip(last.mentions, found.mentions, strict=True):
-        assert one.judgement.probability == pytest.approx(other.judgement.probability, abs=1e-4)
+        assert one.verdict.probability == pytest.approx(other.verdict.probability, abs=1e-4)
 
 
 def test_a_stream_cannot_ask_while_it_writes(adapter, scene, detector):

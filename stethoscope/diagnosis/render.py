@@ -1,0 +1,327 @@
+"""Show a diagnosis: the viewer's payload, the static page, the notebook display, and a matplotlib figure of one token.
+
+The app, the page and the notebook show the same payload; the app and the page with the same ``viewer.js``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.html import asset, data_uri, document, json_block, render
+from stethoscope.relevancy.heatmaps import RAMP, colours, heat, overlay, raster, relevancy_tiles
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    from stethoscope.detection.sight import Look
+    from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, TokenVerdict
+
+MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
+RASTER = 32  # cells along the longer side of a map that is put together from several tiles
+WIDEST = 1024  # pixels along the longer side of the image
+NOTEBOOK_FIGURES, NOTEBOOK_WIDTH = 6, 200  # heat maps in a notebook, and their pixels
+NOTHING_KNOWN = "nothing known"
+"""Shown where the attended image evidence resembles none of the objects."""
+VISUAL_EVIDENCE_NOTE = (
+    "'Looks like' is what the detector has learned from right and invented mentions: how the place that a name was "
+    "written from looks inside the model. It is no object detector: it knows only what was often named, and can err."
+)
+"""Explains the visual evidence to those who read it."""
+
+
+def describe_visual_evidence(objects: Sequence[Look]) -> str:
+    """Write the objects that attended image evidence resembles; what rounds to nothing is left out.
+
+    >>> describe_visual_evidence([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])
+    'spoon 61%, fork 22%, nothing known 9%'
+    """
+    names = [(NOTHING_KNOWN if name is None else name, chance) for name, chance in objects]
+    return ", ".join(f"{name} {chance:.0%}" for name, chance in names if chance >= 0.005)
+
+
+def viewer(**prefilled: Any) -> Markup:
+    """Write the viewer's elements, which ``viewer.js`` fills in.
+
+    Args:
+        prefilled: parts of a payload to be read where no script runs: ``asked``, ``text``, ``summary``, ``notes``,
+            ``scope``.
+    """
+    empty = {"asked": "", "text": "", "summary": "", "notes": (), "scope": "row"}
+    return render("diagnosis/viewer.html", data={**empty, **prefilled})
+
+
+def payload(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, Any]:
+    """Write what the viewer shows for JSON; heat maps are bytes in base64.
+
+    Args:
+        diagnosis: of an answer of T tokens.
+        most_layers: of the language model; more are thinned out evenly, the last one always stays.
+
+    Returns:
+        Shares are in ten-thousandths and log-odds rounded, which are short to write. ``maps`` has for ``raw`` and
+        ``tower`` the T x layers maps of ``shape``, each scaled to its own largest value (``peaks``), a byte per cell.
+    """
+    layers = _layers(diagnosis, most_layers)
+    shown = text_payload(diagnosis)
+    warned = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens and mention.warned]
+    named = [mention.tokens[0] for mention in diagnosis.mentions if mention.tokens]
+    tokens = [{**token, **_token_details(diagnosis, index, layers)} for index, token in enumerate(shown["tokens"])]
+    return {
+        **shown,
+        "kind": "done",
+        "size": list(diagnosis.image.size),
+        "photo": data_uri(diagnosis.image, WIDEST),
+        "start": (warned or named or [0])[0],
+        "scope": diagnosis.scope,
+        "layers": layers,
+        "depth": diagnosis.relevancy.image.shape[1] if diagnosis.relevancy is not None else 0,
+        "ramp": RAMP.tolist(),
+        "question": list(diagnosis.question_tokens),
+        "maps": dict(_maps(diagnosis, layers)) if layers else {},
+        "tokens": tokens,
+    }
+
+
+def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Write the part of the payload that is about the text: tokens, mentions, notes."""
+    text, owners = diagnosis.answer.text, {}
+    for number, mention in enumerate(diagnosis.mentions):
+        owners |= {token: number for token in mention.tokens if token not in owners}
+    tokens = []
+    for index, (start, end) in enumerate(diagnosis.answer.offsets):
+        start += len(text[start:end]) - len(text[start:end].lstrip())  # boxes begin with the word
+        tokens.append(
+            {
+                "span": [start, end],
+                "text": diagnosis.answer.tokens[index],
+                "probability": round(float(diagnosis.probability[index]), 4),
+                "entropy": round(float(diagnosis.entropy[index]), 3),
+                "mention": owners.get(index),
+            }
+        )
+    mentions = [mention_payload(mention.object, mention.tokens, mention.verdict) for mention in diagnosis.mentions]
+    cut = [] if diagnosis.answer.finished else [f"The answer was cut off at {len(diagnosis)} tokens."]
+    return {
+        "asked": diagnosis.question,
+        "text": text,
+        "tokens": tokens,
+        "mentions": mentions,
+        "threshold": diagnosis.threshold,
+        "visual_evidence_note": VISUAL_EVIDENCE_NOTE if any(row["visual_evidence"] for row in mentions) else "",
+        "summary": f"{diagnosis.model}, {len(diagnosis)} tokens",
+        "notes": [*cut, *(f"Not shown: {note}" for note in diagnosis.notes)],
+    }
+
+
+def mention_payload(name: str, tokens: Sequence[int], verdict: TokenVerdict | None) -> dict[str, Any]:
+    """Write a mention for JSON.
+
+    Args:
+        name: of the object.
+        tokens: indices of the tokens that name it.
+        verdict: of the detector; None without one.
+    """
+    return {"object": name, "tokens": list(tokens), **_verdict(verdict)}
+
+
+def _verdict(verdict: TokenVerdict | None) -> dict[str, Any]:
+    if verdict is None:
+        return {"probability": None, "evidence": None, "prior": None, "top": [], "visual_evidence": ""}
+    odds = [None if value is None else round(value, 3) for value in (verdict.evidence, verdict.prior)]
+    return {
+        "probability": round(verdict.probability, 4),
+        "evidence": odds[0],
+        "prior": odds[1],
+        "top": [[name, round(push, 3)] for name, push in verdict.top],
+        "visual_evidence": describe_visual_evidence(verdict.visual_evidence),
+    }
+
+
+def summarise(diagnosis: Diagnosis) -> str:
+    """Write one line: the model, how long its answer is, what the detector warns of."""
+    parts = [diagnosis.model, f"{len(diagnosis)} tokens", f"{sum(diagnosis.seconds.values()):.1f} s"]
+    if diagnosis.threshold is not None:
+        parts.append(f"warned of {len(diagnosis.warned)} of {len(diagnosis.mentions)} mentions")
+        parts.append(f"threshold {diagnosis.threshold:.2f}")
+    return ", ".join(parts)
+
+
+def page(diagnosis: Diagnosis) -> str:
+    """Write the static page: the viewer and its payload. See ``Diagnosis.to_html``."""
+    data = {**payload(diagnosis), "answer_id": "page", "summary": summarise(diagnosis)}
+    parts = {key: data[key] for key in ("asked", "text", "summary", "notes", "scope")}
+    body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block("data", data))
+    script = render("diagnosis/page.js", viewer=asset("diagnosis/viewer.js"))
+    return document(f"stethoscope: {diagnosis.question}", body, asset("diagnosis/viewer.css"), script)
+
+
+def notebook(diagnosis: Diagnosis) -> str:
+    """Write the notebook display, without a script: notebooks that are not trusted take scripts out.
+
+    See ``Diagnosis._repr_html_``.
+    """
+    data = text_payload(diagnosis)
+    shown = [mention for mention in diagnosis.mentions if mention.tokens and mention.warned]
+    shown = (shown or [mention for mention in diagnosis.mentions if mention.tokens])[:NOTEBOOK_FIGURES]
+    figures = [(data_uri(diagnosis.image, 2 * NOTEBOOK_WIDTH), "the picture")]
+    for mention in shown:
+        figures += _notebook_figure(diagnosis, mention)
+    display = render(
+        "diagnosis/notebook.html",
+        data=data,
+        summary=summarise(diagnosis),
+        pieces=_notebook_pieces(data),
+        figures=figures,
+        width=NOTEBOOK_WIDTH,
+    )
+    return str(display)
+
+
+def _notebook_pieces(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Cut the answer into texts; tokens come with their probability, mention and warning."""
+    text, done, threshold = data["text"], 0, data["threshold"]
+    for token in data["tokens"]:
+        start, end = token["span"]
+        if start >= end:
+            continue
+        mention = None if token["mention"] is None else data["mentions"][token["mention"]]
+        chance = mention["probability"] if mention else None
+        yield text[done:start], None
+        warned = threshold is not None and chance is not None and chance >= threshold
+        yield text[start:end], {"probability": token["probability"], "mention": mention, "warned": warned}
+        done = end
+    yield text[done:], None
+
+
+def _notebook_figure(diagnosis: Diagnosis, mention: DiagnosedMention) -> list[tuple[str, str]]:
+    """Draw the heat map of a mention with its caption; nothing where the model gives none."""
+    try:
+        image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
+    except CapabilityError:
+        return []
+    chance = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}"
+    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + chance)]
+
+
+def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
+    if diagnosis.relevancy is None:
+        return []
+    depth = diagnosis.relevancy.image.shape[1]
+    return sorted({round(value) for value in np.linspace(0, depth - 1, min(depth, most))})
+
+
+def _token_details(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any]:
+    """Write what is known of a token besides its text."""
+    verdict = diagnosis.verdicts[index] if diagnosis.verdicts else None
+    details: dict[str, Any] = {"word": "", "evolution": [], "verdict": _verdict(verdict)}
+    if diagnosis.evolution is not None:
+        details["evolution"] = diagnosis.evolution.to_list(index)
+        details["word"] = diagnosis.evolution.said[index]
+    if layers:
+        relevancy = diagnosis.relevancy
+        total = relevancy.total[index, layers].numpy().clip(min=1e-12)
+        parts = [_ten_thousandths(values[index, layers]) for values in diagnosis.shares.values()]
+        details["shares"] = np.stack(parts, 1).tolist()
+        details["contribution"] = {
+            name: [round(value, 3) for value in values[index, layers].tolist()]
+            for name, values in diagnosis.contributions.items()
+        }
+        question, answer = relevancy.question[index, layers].numpy(), relevancy.answer[index, layers, :index].numpy()
+        details["question"] = _ten_thousandths(question / total[:, None]).tolist()
+        details["answer"] = _ten_thousandths(answer / total[:, None]).tolist()
+        details["total"] = [float(f"{value:.4g}") for value in total]
+    return details
+
+
+def _ten_thousandths(shares: np.ndarray) -> np.ndarray:
+    return np.rint(10_000 * shares).astype(int)
+
+
+def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Write the heat maps of all tokens and some layers.
+
+    One tile is kept as it is, with its box in the image; several are put together on a raster of the image.
+    """
+    for kind in ("raw", "tower"):
+        try:
+            tiles, boxes = relevancy_tiles(
+                diagnosis.relevancy, diagnosis.places, kind == "raw", (slice(None), layers)
+            )  # fmt: skip
+        except CapabilityError:
+            continue
+        width, height = diagnosis.image.size
+        if len(tiles) == 1 and boxes[0] is not None:
+            values, box = tiles[0], boxes[0]
+        else:
+            shape = raster(diagnosis.image.size, RASTER)
+            values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
+        top = values.max((-2, -1), keepdims=True)
+        scaled = np.rint(255 * values / np.where(top > 0, top, 1)).astype(np.uint8)
+        yield (
+            kind,
+            {
+                "shape": list(scaled.shape[-2:]),
+                "box": [round(edge, 2) for edge in box],
+                "peaks": [[float(f"{value:.4g}") for value in row] for row in top[..., 0, 0]],
+                "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
+            },
+        )
+
+
+@cache
+def _notebook_figure_class() -> type[Figure]:
+    """Make a figure that notebooks show by themselves; matplotlib's own need ``%matplotlib inline`` for that."""
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=80)
+            return file.getvalue()
+
+    return NotebookFigure
+
+
+def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None = None) -> Figure:
+    """Plot one token. The figure belongs to no window; notebooks show it, ``savefig`` writes it.
+
+    See ``Diagnosis.plot``.
+    """
+    heat_map = diagnosis.heat_map(token, layer, raw)
+    result = _notebook_figure_class()(figsize=(12, 4), layout="constrained")
+    image, parts, rank = result.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    image.imshow(diagnosis.image)
+    top = heat_map.max()
+    strength = heat_map / top if top > 0 else heat_map
+    image.imshow(colours(strength), alpha=0.75 * np.sqrt(strength))
+    image.set_axis_off()
+    word = diagnosis.answer.tokens[token].strip()
+    title = f"{word!r}, probability {diagnosis.probability[token]:.0%}"
+    mention = diagnosis.mention_of(token)
+    if mention is not None and mention.verdict is not None:
+        title += f", hallucinated {mention.verdict.probability:.0%}"
+    image.set_title(title, parse_math=False)
+    names = list(diagnosis.shares)
+    layers = np.arange(1, len(diagnosis.shares["image"][token]) + 1)
+    parts.stackplot(layers, [diagnosis.shares[name][token] for name in names], labels=names)
+    parts.set(xlabel="layer", ylabel="share of relevancy", ylim=(0, 1))
+    parts.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), fontsize="small", frameon=False)
+    for axis in (parts.xaxis, rank.xaxis, rank.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    if diagnosis.evolution is not None:
+        values = diagnosis.evolution.rank[token] + 1
+        rank.plot(np.arange(1, len(values) + 1), values, marker="o")
+        rank.set(xlabel="layer", ylabel="rank of the token, 1 is best", ylim=(values.max() + 0.5, 0.5))
+        if values.max() > 20:
+            rank.set(yscale="log", ylim=(2 * values.max(), 0.8))
+    else:
+        rank.set_axis_off()
+    return result

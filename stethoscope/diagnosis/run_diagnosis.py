@@ -1,0 +1,374 @@
+"""Make the diagnosis of an answer: generate, extract mentions, trace, score with a detector."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema, stem
+from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, load_picture
+from stethoscope.detection.finding import check_model, load_detector
+from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, LensTrajectory, TokenVerdict
+from stethoscope.features import FeatureSet
+from stethoscope.storage.tokens import token_table
+from stethoscope.tracing.token_spans import token_regions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from PIL.Image import Image
+
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.detector import Detector
+    from stethoscope.tracing.trace import Encoded, Trace
+
+WORDS = 5  # most probable words that are kept for every layer
+TOP_FEATURES = 5  # features that are kept for every token
+
+
+class TextMention(Protocol):
+    """An object that a text names: canonical name, and characters as a half-open range."""
+
+    name: str
+    start: int
+    end: int
+
+
+MentionExtractor = Callable[[str], Iterable[TextMention]]
+"""Finds the objects that a text names."""
+
+
+def import_extractor(path: str, plugins: Sequence[str] = ()) -> MentionExtractor:
+    """Import the mention extractor that configuration names by its dotted path; no task is named here.
+
+    Raises:
+        ConfigError: as ``build.import_name``.
+    """
+    from stethoscope.core.component import import_name
+
+    return import_name(path, "mentions", plugins)
+
+
+@lru_cache(maxsize=1)
+def default_extractor() -> MentionExtractor:
+    """Import the mention extractor that ``conf/diagnose.yaml`` names."""
+    from omegaconf import OmegaConf
+
+    from stethoscope.core.component import conf_folder
+
+    return import_extractor(OmegaConf.load(conf_folder() / "diagnose.yaml").mentions)
+
+
+def diagnose(
+    adapter: Adapter,
+    image: Image | ImageRef | Path | str,
+    question: str,
+    answer: Answer | str | None = None,
+    detector: Detector | Path | str | None = None,
+    *,
+    scope: str = "row",
+    generation: Generation | None = None,
+    mentions: MentionExtractor | None = None,
+) -> Diagnosis:
+    """Diagnose one answer: probability, relevancy, prediction evolution and verdict of every token.
+
+    Args:
+        adapter: the model.
+        image: the picture, or the path of its file.
+        question: what to ask.
+        answer: what the model answered, or a text written elsewhere; None to let the model answer.
+        detector: gives warnings; or the folder of one, or of a run that has one.
+        scope: of the gradient of relevancy, ``row`` or ``token`` (see ``stethoscope.relevancy``).
+        generation: how to write an answer; greedy, at most 128 tokens by default.
+        mentions: finds the objects that a text names (``TextMention``); by default the function that
+            ``conf/diagnose.yaml`` names.
+
+    Raises:
+        DataError: the picture is missing or cannot be read, or the answer is empty.
+        ConfigError: the question is empty, the scope is not known, or the detector reads states of another model.
+        CapabilityError: the detector reads features that the model does not give.
+        ArtefactError: the folder holds no detector.
+    """
+    _check(question, scope)
+    detector = load_detector(detector)
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
+    with _timed(seconds, "read"):
+        picture = load_picture(image)
+        adapter.setup()
+        if detector is not None:
+            check_model(detector, adapter)
+        encoded = adapter.encode(picture, question)
+    with _timed(seconds, "generate"):
+        answer = _answer(adapter, encoded, answer, generation)
+    named = extract_mentions(answer, mentions or default_extractor())
+    with _timed(seconds, "trace"):
+        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, named)
+    with _timed(seconds, "evolution"):
+        evolution = _optional(lambda: _evolution(adapter, encoded, answer), notes)
+    with _timed(seconds, "places"):
+        tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
+        regions = token_regions(adapter, picture.size, encoded.spans, tiles)
+    with _timed(seconds, "score"):
+        verdicts, diagnosed = score_mentions(encoded, answer, named, columns, detector)
+    return Diagnosis(
+        model=adapter.name,
+        image=picture,
+        question=question,
+        answer=answer,
+        entropy=_entropy(trace),
+        question_tokens=_question_tokens(adapter, encoded),
+        verdicts=verdicts,
+        mentions=diagnosed,
+        threshold=None if detector is None else detector.threshold,
+        relevancy=trace.relevancy,
+        places=regions,
+        evolution=evolution,
+        notes=tuple(notes),
+        seconds=seconds,
+        scope=scope,
+    )
+
+
+def _check(question: str, scope: str) -> None:
+    if not question.strip():
+        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
+    if scope not in ("row", "token"):
+        raise ConfigError(f"scope={scope!r} should be row or token")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None) -> Answer:
+    if answer is None:
+        generation = generation or Generation()
+        if generation.max_new_tokens is None:
+            generation = replace(generation, max_new_tokens=128)
+        answer = adapter.generate([encoded], generation)[0]
+    elif isinstance(answer, str):
+        answer = adapter.answer(encoded, answer)
+    if not answer.token_ids:
+        raise DataError(f"{adapter.name}: the answer is empty, there is nothing to diagnose")
+    return answer
+
+
+def _optional(make: Callable[[], Any], notes: list[str]) -> Any:
+    """Call ``make``; return None and add a note where the model cannot."""
+    try:
+        return make()
+    except CapabilityError as error:
+        notes.append(str(error))
+        return None
+
+
+def _trace(
+    adapter: Adapter,
+    encoded: Encoded,
+    answer: Answer,
+    detector: Detector | None,
+    scope: str,
+    notes: list[str],
+    picture: Image,
+    mentions: Sequence[Mention],
+) -> tuple[Trace, dict[str, Any]]:
+    """Run the traced pass with relevancy of the scope, and compute the features that the detector reads."""
+    from stethoscope.tracing.mention_passes import trace_answers
+
+    features, needs = None, frozenset()
+    if detector is not None:
+        features = feature_set(detector.schema.names)
+        needs = features.requires
+    try:
+        trace = trace_answers(adapter, [encoded], [answer], {*needs, "relevancy"}, [picture], [mentions])[0]
+    except CapabilityError as error:
+        if "relevancy" in needs:
+            raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
+        notes.append(str(error))
+        trace = trace_answers(adapter, [encoded], [answer], needs, [picture], [mentions])[0]
+    # features are defined in scope row, whatever is shown
+    columns = {} if features is None else columns_of(features, trace, detector, adapter.name)
+    if scope == "token" and trace.relevancy is not None:
+        from stethoscope.relevancy import answer_relevancy
+
+        trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
+    return trace, columns
+
+
+def _entropy(trace: Trace) -> Any:
+    logprob = trace.logits.log_softmax(-1)
+    return -(logprob.exp() * logprob).nan_to_num(0.0).sum(-1).numpy()
+
+
+def _decoder(adapter: Adapter) -> Callable[[Sequence[int]], str]:
+    """Return a function from token ids to text; only adapters with a processor have one.
+
+    Raises:
+        CapabilityError: the adapter has no tokenizer.
+    """
+    tokenizer = getattr(getattr(adapter, "processor", None), "tokenizer", None)
+    if tokenizer is None:
+        raise CapabilityError(f"{adapter.name} has no tokenizer that would decode tokens")
+    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _question_tokens(adapter: Adapter, encoded: Encoded) -> tuple[str, ...]:
+    """Decode the question's tokens, in the order of ``Relevancy.question``."""
+    try:
+        decode = _decoder(adapter)
+    except CapabilityError:
+        return tuple(f"token {index}" for index in range(len(encoded.spans.question)))
+    ids = encoded.inputs["input_ids"][0].tolist()
+    return tuple(decode([ids[position]]).strip() for position in encoded.spans.question)
+
+
+def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajectory:
+    """Run the logit lens in one forward pass; one layer is decoded at a time."""
+    import torch
+
+    from stethoscope.relevancy.result import layout
+    from stethoscope.tracing.attention import logits_to_keep
+    from stethoscope.tracing.logit_lens import Lens
+
+    decode = _decoder(adapter)
+    model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
+    first = layout(model, inputs, answer.token_ids).first
+    rows = torch.arange(first, first + len(answer.token_ids))
+    options = logits_to_keep(model, rows.tolist())
+    lens, tokens = Lens(model), torch.tensor([answer.token_ids])
+    words, parts = [], []
+    with torch.inference_mode():
+        with lens.listen(rows[None]) as captured:
+            logits = model(**inputs, **options, use_cache=False).logits
+        logits = (logits if options else logits[:, rows.to(logits.device)]).float()
+        lens.read(captured[-1:], logits, tokens)  # checks that final norm and head are found
+        for hidden in [*captured[:-1], None]:
+            decoded = (logits if hidden is None else lens.decode(hidden))[0].log_softmax(-1)
+            own = decoded.gather(-1, tokens[0][:, None].to(decoded.device))
+            top = decoded.topk(WORDS)
+            parts.append([top.values.exp().cpu(), (decoded > own).sum(-1).cpu(), own[:, 0].cpu()])
+            words.append([tuple(decode([index]) for index in row) for row in top.indices.tolist()])
+    probabilities, rank, logprob = (torch.stack(part, 1).numpy() for part in zip(*parts, strict=True))
+    said = tuple(decode([token]) for token in answer.token_ids)
+    return LensTrajectory(tuple(zip(*words, strict=True)), probabilities, rank, logprob, said)
+
+
+def extract_mentions(answer: Answer, extractor: MentionExtractor) -> list[Mention]:
+    """Extract the objects that an answer names, without labels, numbered as tasks number them."""
+    earlier: Counter[str] = Counter()
+    mentions = []
+    for index, mention in enumerate(sorted(extractor(answer.text), key=lambda mention: mention.start)):
+        mentions.append(Mention(mention.start, mention.end, mention.name, -1, index, earlier[mention.name]))
+        earlier[mention.name] += 1
+    return mentions
+
+
+def score_mentions(
+    encoded: Encoded, answer: Answer, mentions: list[Mention], columns: dict[str, Any], detector: Detector | None
+) -> tuple[tuple[TokenVerdict, ...], tuple[DiagnosedMention, ...]]:
+    """Score every token and every mention of an answer with a detector.
+
+    Args:
+        encoded: the prompt.
+        answer: of the model.
+        mentions: of ``extract_mentions``.
+        columns: features of the answer by the detector's columns; empty without a detector.
+        detector: None leaves the mentions without verdicts.
+
+    Returns:
+        Verdicts by token, none without a detector; and the mentions with theirs.
+    """
+    diagnosed = [
+        DiagnosedMention(mention.object, mention.start, mention.end, tuple(answer.covering(mention.start, mention.end)))
+        for mention in mentions
+    ]
+    if detector is None:
+        return (), tuple(diagnosed)
+    tokens, verdicts = _score(detector, encoded, answer, mentions, columns)
+    for index, verdict in verdicts.items():
+        warned = verdict.probability >= detector.threshold
+        diagnosed[index] = replace(diagnosed[index], verdict=verdict, warned=warned)
+    return tokens, tuple(diagnosed)
+
+
+def feature_set(columns: Sequence[str]) -> FeatureSet:
+    """Choose the features that the columns of a detector belong to.
+
+    Raises:
+        CapabilityError: one of them is not known here.
+    """
+    try:
+        return FeatureSet(groups=(), names=feature_names(columns))
+    except ConfigError as error:
+        raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
+
+
+def feature_names(columns: Sequence[str]) -> list[str]:
+    """Name the features that columns belong to.
+
+    >>> feature_names(["nll", "attn_image_l00", "attn_image_l01", "head_image_l00h03"])
+    ['nll', 'attn_image', 'head_image']
+    """
+    return list(dict.fromkeys(stem(column) for column in columns))
+
+
+def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
+    """Compute the features of one answer, in the columns that the detector reads.
+
+    Raises:
+        CapabilityError: the model gives others, as one with more or fewer layers does.
+    """
+    try:
+        columns = features.compute(trace)
+    except CapabilityError as error:
+        raise CapabilityError(f"the detector reads features that {model} does not give: {error}") from None
+    given = FeatureSchema(tuple(columns))
+    if given.hash != detector.schema.hash:
+        raise CapabilityError(
+            f"the detector reads features that {model} does not give, it was trained on another model "
+            f"({detector.schema.difference(given)})"
+        )
+    return {name: columns[name] for name in detector.schema.names}
+
+
+def _score(
+    detector: Detector,
+    encoded: Encoded,
+    answer: Answer,
+    mentions: Sequence[Mention],
+    columns: Mapping[str, np.ndarray],
+) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
+    """Compute the verdict on every token, and on every mention by its index."""
+    sample = Sample("answer", ImageRef("image", lambda: None), encoded.question, "image")
+    table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
+    rows = detector.rows(table, judged=False)
+    rows = rows[rows["first"]].reset_index(drop=True)
+    by_row = _verdicts(detector, rows)
+    of_mentions = [by_row[row] for row in detector.deciding(rows)]
+    return tuple(_verdicts(detector, table)), dict(zip(rows["number"].astype(int).tolist(), of_mentions, strict=True))
+
+
+def _verdicts(detector: Detector, rows: pd.DataFrame) -> list[TokenVerdict]:
+    if not len(rows):
+        return []
+    evidence_in_image = detector.looks(rows)
+    if not detector.additive:
+        pairs = zip(detector.predict(rows), evidence_in_image, strict=True)
+        return [TokenVerdict(float(value), visual_evidence=objects) for value, objects in pairs]
+    why = detector.explain(rows)
+    values = zip(why.probability, why.evidence, why.prior, evidence_in_image, strict=True)
+    return [
+        TokenVerdict(float(probability), float(evidence), float(prior), tuple(why.top(row, TOP_FEATURES)), objects)
+        for row, (probability, evidence, prior, objects) in enumerate(values)
+    ]

@@ -1,0 +1,413 @@
+// The viewer of one answer, in the app and on static pages; everything that comes from a model is set as text.
+// It reads element (its root), props.value (the payload), watch (calls back on a new payload) and trigger (asks the
+// server; null on a static page).
+const $ = (id) => element.querySelector(`[data-id="${id}"]`);
+const number = (id) => Number($(id).value);
+const RANGES = ["layer", "threshold", "opacity", "scale", "warn", "contribution-layer", "contribution-scale"];
+const COLOURS = {
+  warning: "calibrated warning of every object", every: "the detector on every token (calibrated on objects only)",
+  surprise: "how improbable the token is", contribution: "visual contribution (layer and scale below)",
+};
+const photo = new Image();
+let data = null, scopes = {}, chosen = 0, frame = 0;
+
+function make(name, text, kind) {
+  const node = document.createElement(name);
+  if (text !== undefined) node.textContent = text;
+  if (kind) node.className = kind;
+  return node;
+}
+
+function percent(value) {
+  return value >= 0.0995 || value === 0 ? (100 * value).toFixed(0) + "\u00a0%" : (100 * value).toFixed(1) + "\u00a0%";
+}
+
+function signed(value) {
+  return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+}
+
+function shown(word) {
+  return word.trim() === "" ? JSON.stringify(word) : word.trim();
+}
+
+function options(id, pairs) {
+  const before = $(id).value;
+  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
+  if (pairs.some(([value]) => value === before)) $(id).value = before;
+}
+
+function say(text, error) {
+  $("status").textContent = text;
+  $("status").classList.toggle("st-error", Boolean(error));
+  $("status").hidden = !text;
+}
+
+// --- the answer ------------------------------------------------------------------------------------------------
+
+function judged(index) {
+  const mention = data.tokens[index].mention;
+  return mention === undefined || mention === null ? null : data.mentions[mention];
+}
+
+function warned(mention) {
+  return mention !== null && mention.probability !== null && data.threshold !== null
+    && mention.probability >= number("warn") / 100;
+}
+
+function write() {
+  let done = 0;
+  const parts = [];
+  data.tokens.forEach((token, index) => {
+    const [start, end] = token.span;
+    if (start >= end || start < done) return;
+    if (start > done) parts.push(document.createTextNode(data.text.slice(done, start)));
+    const span = make("span", data.text.slice(start, end), "st-t");
+    span.dataset.token = index;
+    if (data.kind === "done") {
+      span.setAttribute("role", "button");
+      span.tabIndex = index === chosen ? 0 : -1;
+    }
+    parts.push(span);
+    done = end;
+  });
+  parts.push(document.createTextNode(data.text.slice(done)));
+  if (data.kind === "writing") parts.push(make("span", "", "st-caret"));
+  $("answer").replaceChildren(...parts);
+}
+
+function strength(token, index, kind) {
+  if (kind === "every") return token.verdict.probability;
+  if (kind === "surprise") return 1 - token.probability;
+  if (kind === "contribution") {
+    const value = contribution(token, number("contribution-layer"));
+    return value === null ? null : Math.min(1, value * number("contribution-scale") / 10);
+  }
+  const mention = judged(index);
+  return mention === null ? null : mention.probability;
+}
+
+function colour() {
+  const kind = $("colour").value || (data.threshold === null ? "surprise" : "warning");
+  const tint = { surprise: "var(--st-plain)", contribution: "var(--st-good)" }[kind] || "var(--st-warn)";
+  element.querySelectorAll(".st-t").forEach((span) => {
+    const index = Number(span.dataset.token), token = data.tokens[index], mention = judged(index);
+    const value = strength(token, index, kind), alarm = warned(mention);
+    span.style.background = value === null || value === undefined ? "none" : `rgba(${tint}, ${(0.7 * value).toFixed(3)})`;
+    const first = alarm && mention.tokens[0] === index, last = alarm && mention.tokens[mention.tokens.length - 1] === index;
+    span.className = ["st-t", alarm ? "st-warned" : "", first ? "st-first" : "", last ? "st-last" : "",
+      data.kind === "done" && index === chosen ? "st-chosen" : ""].filter(Boolean).join(" ");
+    if (last) span.dataset.chance = percent(mention.probability); else delete span.dataset.chance;
+    span.setAttribute("aria-pressed", index === chosen);
+    span.setAttribute("aria-label", data.text.slice(...token.span) + (alarm ? `, warned, ${percent(mention.probability)}` : ""));
+  });
+}
+
+function tip(event) {
+  const span = event.target.closest ? event.target.closest(".st-t") : null, box = $("tip");
+  if (!span || !data || data.kind !== "done") { box.hidden = true; return; }
+  const token = data.tokens[Number(span.dataset.token)], mention = judged(Number(span.dataset.token));
+  const lines = [`token probability ${percent(token.probability)}`];
+  if (mention !== null && mention.probability !== null) {
+    lines.unshift(`${mention.object}: ${percent(mention.probability)} hallucinated`);
+    if (mention.evidence !== null) lines.push(`evidence ${signed(mention.evidence)}, prior ${signed(mention.prior)} (log-odds)`);
+    if (mention.visual_evidence) lines.push(`the place looks like: ${mention.visual_evidence}`);
+    mention.top.slice(0, 3).forEach(([name, push]) => lines.push(`${name} ${signed(push)}`));
+  }
+  box.replaceChildren(...lines.map((line, index) => make("div", line, index ? "" : "st-tip-head")));
+  box.hidden = false;
+  const rect = span.getBoundingClientRect(), width = box.offsetWidth;
+  box.style.left = Math.max(8, Math.min(rect.left, window.innerWidth - width - 8)) + "px";
+  const below = rect.bottom + 6;
+  box.style.top = (below + box.offsetHeight > window.innerHeight ? rect.top - box.offsetHeight - 6 : below) + "px";
+}
+
+// --- the picture -----------------------------------------------------------------------------------------------
+
+function ramp(value) {
+  const stops = data.ramp, position = value * (stops.length - 1), low = Math.min(Math.floor(position), stops.length - 2);
+  return stops[low].map((part, index) => part + (position - low) * (stops[low + 1][index] - part));
+}
+
+function gain(map) {
+  const own = Math.pow(10, number("scale") / 20);
+  if ($("common").value === "own") return own;
+  return own * map.peaks[chosen][number("layer")] / map.highest;
+}
+
+function paint() {
+  const canvas = $("picture"), brush = canvas.getContext("2d");
+  brush.clearRect(0, 0, canvas.width, canvas.height);
+  brush.imageSmoothingEnabled = true;
+  if (photo.complete && photo.naturalWidth) brush.drawImage(photo, 0, 0, canvas.width, canvas.height);
+  const map = data.maps[$("source").value];
+  if (!map) return;
+  const [rows, columns] = map.shape, size = rows * columns, factor = gain(map);
+  const start = (chosen * data.layers.length + number("layer")) * size;
+  const small = new ImageData(columns, rows), opacity = number("opacity") / 100, least = number("threshold") / 100;
+  for (let cell = 0; cell < size; cell++) {
+    const value = Math.min(1, map.values[start + cell] / 255 * factor);
+    small.data.set([...ramp(value), value < least || value === 0 ? 0 : 255 * opacity * Math.sqrt(value)], 4 * cell);
+  }
+  const sheet = make("canvas");
+  [sheet.width, sheet.height] = [columns, rows];
+  sheet.getContext("2d").putImageData(small, 0, 0);
+  const scale = canvas.width / data.size[0], [left, top, right, bottom] = map.box.map((edge) => edge * scale);
+  brush.imageSmoothingEnabled = false;
+  brush.drawImage(sheet, left, top, right - left, bottom - top);
+  brush.fillStyle = "rgba(128, 128, 128, 0.6)"; // what the model does not see
+  if (left > 2) brush.fillRect(0, 0, left, canvas.height);
+  if (canvas.width - right > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
+  if (top > 2) brush.fillRect(0, 0, canvas.width, top);
+  if (canvas.height - bottom > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
+}
+
+// --- everything about the chosen token -------------------------------------------------------------------------
+
+function bars(id, rows, signs) {
+  const most = Math.max(...rows.map((row) => Math.abs(row.value)), 1e-9);
+  $(id).replaceChildren(...rows.map((row) => {
+    const line = make("div", undefined, signs ? "st-bar st-signed" : "st-bar"), name = make("span", row.name);
+    const holder = make("span", undefined, "st-track"), bar = make("i", undefined, row.value < 0 ? "st-against" : "");
+    name.title = row.name;
+    bar.style.width = (signs ? 50 : 100) * Math.abs(row.value) / (row.most || most) + "%";
+    holder.append(bar);
+    line.append(name, holder, make("span", row.text));
+    return line;
+  }));
+  if (!rows.length) $(id).append(make("p", "none", "st-soft"));
+}
+
+function list(id, rows) {
+  $(id).replaceChildren(...rows.flatMap(([name, text]) => [make("dt", name), make("dd", text)]));
+}
+
+function contribution(token, layer) {
+  if (!token.contribution) return null;
+  return 1 / (1 + Math.exp(-token.contribution[$("statistic").value || "sum"][layer]));
+}
+
+function facts(token, mention) {
+  const rows = [["token", JSON.stringify(token.text)], ["probability", percent(token.probability)], ["entropy", token.entropy.toFixed(2) + " nats"],
+    ["position", `${chosen + 1} of ${data.tokens.length}`]];
+  if (mention !== null) rows.push(["object", mention.object]);
+  if (mention !== null && mention.probability !== null) {
+    rows.push(["hallucinated", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned")]);
+    if (mention.evidence !== null) {
+      rows.push(["evidence", signed(mention.evidence) + " log-odds, what the model's own computation says"]);
+      rows.push(["prior", signed(mention.prior) + " log-odds, before any evidence"]);
+    }
+    if (mention.visual_evidence) rows.push(["the place looks like", mention.visual_evidence]);
+  } else if (data.threshold !== null) {
+    rows.push(["hallucinated", "no object is named here"]);
+    if (token.verdict.probability !== null) rows.push(["detector", percent(token.verdict.probability) + ", but it is calibrated on objects only"]);
+  }
+  list("facts", rows);
+}
+
+function relevancy(token) {
+  const layer = number("layer"), share = (value) => value / 10000;
+  const rows = (names, values) => values.map((value, index) => ({ name: names[index], value: share(value), text: percent(share(value)) }));
+  const parts = rows(["image", "question", "earlier answer", "everything else"], token.shares[layer]);
+  bars("shares", parts.map((part) => ({ ...part, most: 1 })));
+  $("shares-layer").textContent = `${data.layers[layer] + 1} of ${data.depth}`;
+  $("shares-scope").textContent = `, gradient of scope ${data.scope}`;
+  const [image, question, before] = token.shares[layer].map((value) => share(value) * token.total[layer]);
+  list("sums", [["R_image", image.toFixed(4)], ["R_text", `${(question + before).toFixed(4)} = question ${question.toFixed(4)} + answer ${before.toFixed(4)}`]]);
+  bars("question", rows(data.question.map(shown), token.question[layer]));
+  const earlier = rows(data.tokens.map((other) => shown(other.text)), token.answer[layer]);
+  const kept = new Set([...earlier].sort((a, b) => b.value - a.value).slice(0, 16));
+  bars("before", earlier.filter((row) => kept.has(row)));
+  if (earlier.length > 16) $("before").append(make("p", `the 16 most relevant of ${earlier.length}, in their order`, "st-soft"));
+}
+
+function strip() {
+  const layer = number("contribution-layer"), scale = number("contribution-scale") / 10;
+  $("contribution-layer-text").textContent = `${data.layers[layer] + 1} of ${data.depth}`;
+  $("contribution-scale-text").textContent = `× ${scale.toFixed(1)}`;
+  $("strip").replaceChildren(...data.tokens.map((token, index) => {
+    const value = contribution(token, layer), column = make("div", undefined, index === chosen ? "st-column st-chosen" : "st-column");
+    const holder = make("span", undefined, "st-rise"), bar = make("i");
+    bar.style.height = 100 * Math.min(1, value * scale) + "%";
+    holder.append(bar);
+    column.append(holder, make("b", shown(token.text)));
+    column.title = `${shown(token.text)}: ${percent(value)}`;
+    column.dataset.token = index;
+    return column;
+  }));
+  bars("by-layer", data.layers.map((number, index) => {
+    const value = contribution(data.tokens[chosen], index);
+    return { name: `layer ${number + 1}`, value: Math.min(1, value * scale), most: 1, text: percent(value) };
+  }));
+}
+
+function evolution(token) {
+  const layers = token.evolution, style = (top) => (top.word === token.word ? "st-said" : "");
+  $("evolution").replaceChildren(...layers.map((layer, index) => {
+    const row = make("tr");
+    row.append(make("td", index + 1), make("td", layer.rank + 1), make("td", percent(layer.probability)));
+    layer.top.forEach((top) => row.append(make("td", `${shown(top.word)} ${percent(top.probability)}`, style(top))));
+    return row;
+  }));
+  if (layers.length) bars("words", layers[layers.length - 1].top.map((top) => (
+    { name: shown(top.word) + (style(top) ? " ✓" : ""), value: top.probability, most: 1, text: percent(top.probability) })));
+}
+
+function mentions() {
+  const odds = data.mentions.some((one) => one.evidence !== null), head = make("tr");
+  const names = data.threshold === null ? ["object", "probability of its token"] : ["object", "hallucinated", ...(odds ? ["evidence", "prior"] : [])];
+  head.append(...names.map((name) => make("th", name)));
+  $("mentions-head").replaceChildren(head);
+  $("visual-evidence-note").textContent = data.visual_evidence_note;
+  $("mentions").replaceChildren(...data.mentions.flatMap((one) => {
+    const row = make("tr", undefined, warned(one) ? "st-alarm" : ""), cells = [one.object];
+    if (data.threshold === null) cells.push(one.tokens.length ? percent(data.tokens[one.tokens[0]].probability) : "");
+    else cells.push(one.probability === null ? "" : percent(one.probability) + (warned(one) ? ", warned" : ""));
+    if (odds) cells.push(...[one.evidence, one.prior].map((value) => (value === null ? "" : signed(value))));
+    row.append(...cells.map((cell) => make("td", cell)));
+    const rows = [row];
+    if (one.visual_evidence) {
+      const cell = make("td", `looks like: ${one.visual_evidence}`);
+      cell.colSpan = cells.length;
+      rows.push(make("tr", undefined, "st-visual-evidence"));
+      rows[1].append(cell);
+    }
+    if (one.tokens.length) rows.forEach((node) => { node.dataset.token = one.tokens[0]; });
+    return rows;
+  }));
+}
+
+// --- drawing, choosing, receiving ------------------------------------------------------------------------------
+
+function texts() {
+  $("warn-text").textContent = $("warn").value + " %";
+  $("threshold-text").textContent = $("threshold").value + " %";
+  $("opacity-text").textContent = $("opacity").value + " %";
+  $("scale-text").textContent = "× " + Math.pow(10, number("scale") / 20).toFixed(2);
+  if (data.layers.length) $("layer-text").textContent = `${data.layers[number("layer")] + 1} of ${data.depth}`;
+}
+
+function show() {
+  frame = 0;
+  if (!data || data.kind !== "done") return;
+  const began = performance.now(), token = data.tokens[chosen], mention = judged(chosen);
+  element.querySelectorAll("[data-word]").forEach((one) => { one.textContent = `“${shown(token.text)}”`; });
+  texts();
+  facts(token, mention);
+  const top = (mention || token.verdict).top;
+  $("top-card").hidden = !top.length;
+  bars("top", top.map(([name, push]) => ({ name, value: push, text: signed(push) })), true);
+  mentions();
+  evolution(token);
+  if (data.layers.length) { relevancy(token); strip(); }
+  colour();
+  paint();
+  $("picture").setAttribute("aria-label", `the picture under the relevancy of ${shown(token.text)}`);
+  element.querySelector(".st").dataset.redraw = (performance.now() - began).toFixed(1); // milliseconds
+}
+
+function soon() {
+  if (!frame) frame = requestAnimationFrame(show);
+}
+
+function choose(index) {
+  const spans = [...element.querySelectorAll(".st-t")];
+  chosen = index;
+  spans.forEach((span) => { span.tabIndex = Number(span.dataset.token) === chosen ? 0 : -1; });
+  soon();
+}
+
+function bytes(text) {
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+}
+
+function fit(id, last) {
+  const fresh = Number($(id).max) !== last;
+  $(id).max = last;
+  if (fresh) $(id).value = last;
+}
+
+function finished(message) {
+  const same = message.answer_id === (data && data.answer_id);
+  data = message;
+  for (const map of Object.values(data.maps)) {
+    if (map.values) continue;
+    map.values = bytes(map.data);
+    map.highest = Math.max(...map.peaks.map((row) => Math.max(...row)), 1e-12);
+  }
+  if (!same) {
+    scopes = {};
+    chosen = data.start;
+    $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold);
+    fit("layer", Math.max(0, data.layers.length - 1));
+    fit("contribution-layer", Math.max(0, data.layers.length - 1));
+  }
+  scopes[data.scope] = data;
+  $("scope").value = data.scope;
+  $("scope").disabled = false;
+  $("scope-line").hidden = !trigger;
+  const kinds = Object.keys(COLOURS).filter((kind) => (data.threshold !== null || !["warning", "every"].includes(kind))
+    && (data.layers.length || kind !== "contribution"));
+  options("colour", kinds.map((kind) => [kind, COLOURS[kind]]));
+  const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower" };
+  options("source", Object.keys(data.maps).map((kind) => [kind, names[kind]]));
+  options("statistic", ["sum", "max", "mean"].map((kind) => [kind, kind]));
+  for (const id of ["map-controls", "legend", "shares-card", "question-card", "before-card", "contribution-card"]) $(id).hidden = !data.layers.length;
+  for (const id of ["words-card", "evolution-card"]) $(id).hidden = !data.tokens[0].evolution.length;
+  $("no-map").hidden = data.layers.length > 0;
+  $("mentions-card").hidden = !data.mentions.length;
+  const canvas = $("picture"), [width, height] = data.size;
+  const scale = width < 640 && height < 640 ? Math.ceil(640 / Math.max(width, height)) : Math.min(1, 1024 / Math.max(width, height));
+  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
+  if (photo.src !== data.photo) { photo.onload = soon; photo.src = data.photo; }
+}
+
+function receive() {
+  let message;
+  try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
+  if (!message.kind || message.kind === "hint" || message.kind === "error" || message.kind === "busy") {
+    say(message.text || "", message.kind === "error");
+    if (message.kind === "busy") $("scope").disabled = true;
+    if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
+    if (message.clear) {
+      data = null;
+      $("written").hidden = $("diagnosed").hidden = true;
+      if (window.innerWidth <= 760) element.scrollIntoView({ block: "start" }); // the answer comes below the question
+    }
+    return;
+  }
+  if (message.kind === "done") finished(message); else data = message;
+  say(message.status || "");
+  $("asked").textContent = data.asked;
+  $("summary").textContent = data.summary || "";
+  $("notes").replaceChildren(...(data.notes || []).map((note) => make("li", note)));
+  $("written").hidden = false;
+  $("diagnosed").hidden = $("colouring").hidden = data.kind !== "done";
+  $("warn-line").hidden = data.threshold === null;
+  write();
+  if (data.kind === "done") show(); else { $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold); colour(); }
+}
+
+element.addEventListener("click", (event) => {
+  const owner = event.target.closest("[data-token]");
+  if (owner && data && data.kind === "done") choose(Number(owner.dataset.token));
+});
+element.addEventListener("keydown", (event) => {
+  const span = event.target.closest(".st-t");
+  if (!span || !data || data.kind !== "done") return;
+  const spans = [...element.querySelectorAll(".st-t")], at = spans.indexOf(span);
+  const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1, Enter: at, " ": at }[event.key];
+  if (next === undefined || !spans[next]) return;
+  event.preventDefault();
+  choose(Number(spans[next].dataset.token));
+  spans[next].focus();
+});
+for (const kind of ["mouseover", "focusin", "mouseout", "focusout"]) element.addEventListener(kind, tip);
+for (const id of [...RANGES, "common", "source", "statistic", "colour"]) $(id).addEventListener("input", soon);
+$("scope").addEventListener("change", () => {
+  const wanted = $("scope").value;
+  if (scopes[wanted]) { data = scopes[wanted]; soon(); return; }
+  $("scope").disabled = true;
+  trigger("gradient", { scope: wanted, answer_id: data.answer_id });
+});
+watch("value", receive);
+receive();

@@ -1,0 +1,76 @@
+"""Results in a terminal: the tables of ``metrics_tables`` through rich, and an answer with its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.text import console
+from stethoscope.report.metrics_tables import DetectorResults, detector_tables, task_table
+from stethoscope.report.run_source import read_warnings
+from stethoscope.report.tables import Table, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stethoscope.evaluation.results import TaskResults
+    from stethoscope.storage.run_dir import RunStore
+
+
+def print_table(table: Table, output: Console | None = None) -> None:
+    """Print a table without the zeros before the points, so that more of it fits on a line.
+
+    Args:
+        table: to be printed.
+        output: where to; standard output by default.
+    """
+    output = output or console()
+    output.print(terminal(table, leading_zero=False))
+    if table.note:
+        output.print(table.note, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_results(results: TaskResults, output: Console | None = None) -> None:
+    """Print the metrics of a task, and its counts in a line below.
+
+    Args:
+        results: of one model on the task.
+        output: where to; standard output by default.
+    """
+    output = output or console()
+    table = task_table(results)
+    output.print(terminal(table))
+    output.print(results.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_detector(results: DetectorResults) -> None:
+    """Print the leaderboard, the differences, what warnings are worth, and the ablation."""
+    for index, table in enumerate(detector_tables(results)):
+        print_table(table.without(("kind",) if index == 0 else ("kind", "cost")))  # the cost is said once
+
+
+def print_answer(store: RunStore, task: str) -> None:
+    """Print one answer of the test images with its warnings, that with the most confident true warning."""
+    from rich.text import Text
+
+    warnings = read_warnings(store.run_dir)
+    caught = [row for row in warnings if row["fold"] == "test" and row["warned"] and row["label"] == 1]
+    if not caught:
+        return
+    best = max(caught, key=lambda row: row["probability"])
+    own = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
+    record = store.find(task, best["sample_id"])
+    if record is not None and record.answer is not None:
+        console().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
+        console().print(Text.assemble(*_marked(record.answer.text, own)), highlight=False)
+
+
+def _marked(text: str, warnings: Sequence[Mapping[str, Any]]) -> list[str | tuple[str, str]]:
+    """Cut the text into pieces; warned mentions are followed by their probability and styled."""
+    pieces: list[str | tuple[str, str]] = []
+    end = 0
+    for row in sorted((row for row in warnings if row["warned"]), key=lambda row: row["start"]):
+        mention = f"{text[row['start'] : row['end']]} [{row['probability']:.0%}]"
+        pieces += [text[end : row["start"]], (mention, "bold red")]
+        end = row["end"]
+    return [*pieces, text[end:]]

@@ -1,0 +1,286 @@
+"""Examples of a detector's warnings: hallucinations caught and missed and false alarms, for pages and for loggers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from stethoscope.core.errors import StethoscopeError
+from stethoscope.core.files import read_json
+from stethoscope.core.html import data_uri, render
+from stethoscope.loggers.media import Marked, Picture
+from stethoscope.report import plots
+from stethoscope.report.run_source import RunReader
+from stethoscope.report.tables import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from PIL.Image import Image
+
+    from stethoscope.loggers.base import Loggers
+    from stethoscope.storage.records import Record
+
+CONTEXT = 240  # characters of the answer on either side of a mention
+SIDE = 320  # pixels along the longer side of an image
+KINDS = {
+    "caught": "hallucinated and warned of, the highest probabilities first",
+    "missed": "hallucinated without a warning, the lowest probabilities first",
+    "false alarm": "warned of but in the picture, the highest probabilities first",
+}
+LOGGED_COLUMNS = (
+    "kind", "sample", "object", "probability", "evidence", "prior", "picture", "heat map", "answer", "question",
+)  # fmt: skip
+ImageSource = Callable[["Record"], "Image | None"]
+"""Gives the image of a record that the run itself has not kept, or None where there is none to be had."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One mention with its surroundings.
+
+    Attributes:
+        kind: of ``KINDS``.
+        sample_id, question, object: what it is about.
+        pieces: the answer around it: text and ``this`` (the mention), ``warned`` (another warned mention) or empty.
+        probability: calibrated probability that it is hallucinated, in [0, 1].
+        evidence, prior: log-odds that add up to it; None where the detector cannot split it.
+        image: RGB; None for none.
+        heatmap: the image under the heat map of the mention; None where no map is kept.
+    """
+
+    kind: str
+    sample_id: str
+    question: str
+    object: str
+    pieces: tuple[tuple[str, str], ...]
+    probability: float
+    evidence: float | None
+    prior: float | None
+    image: Image | None = field(default=None, repr=False, compare=False)
+    heatmap: Image | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def text(self) -> str:
+        """Write the answer around the mention, which stands between guillemets."""
+        return "".join(f"«{text}»" if mark == "this" else text for text, mark in self.pieces)
+
+    @property
+    def images(self) -> list[tuple[Image, str]]:
+        """List the images with their captions."""
+        pairs = [(self.image, self.sample_id), (self.heatmap, f"what {self.object} was written from")]
+        return [(image, caption) for image, caption in pairs if image is not None]
+
+
+def select_mentions(rows: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:
+    """Select mentions of every kind: first of different objects in different answers, then what is left.
+
+    Args:
+        rows: mentions with ``label``, ``warned``, ``probability``, ``object`` and ``sample_id``.
+        count: of each kind, at most.
+    """
+    wrong, warned = rows["label"] == 1, rows["warned"].astype(bool)
+    masks = {"caught": wrong & warned, "missed": wrong & ~warned, "false alarm": ~wrong & warned}
+    selected = {}
+    for kind, mask in masks.items():
+        ordered = rows[mask].sort_values("probability", ascending=kind == "missed", kind="stable")
+        fresh = ~(ordered.duplicated("object") | ordered.duplicated("sample_id"))
+        chosen = pd.concat([ordered[fresh], ordered[~fresh]]).head(count)
+        selected[kind] = chosen.sort_values("probability", ascending=kind == "missed", kind="stable")
+    return selected
+
+
+def read_examples(
+    source: RunReader, count: int, image_source: ImageSource | None = lambda record: None
+) -> list[Example]:
+    """Read the examples of a run.
+
+    Args:
+        source: a run with warnings.
+        count: mentions of every kind, at most.
+        image_source: gives the images that the run has not kept; None for examples without images.
+
+    Raises:
+        ArtefactError: ``maps.jsonl`` is damaged.
+    """
+    return [
+        _read_example(source, kind, row, image_source)
+        for kind, rows in select_mentions(source.held_out, count).items()
+        for row in rows.to_dict("records")
+    ]
+
+
+def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSource | None) -> Example:
+    record = source.record(row["sample_id"])
+    text = record.answer.text if record is not None and record.answer is not None else ""
+    image, heatmap = (None, None)
+    if record is not None and image_source is not None:
+        image, heatmap = _images(source, record, row, image_source)
+    warned = source.warnings["warned"].astype(bool)
+    same_answer = source.warnings[(source.warnings["sample_id"] == row["sample_id"]) & warned]
+    others = [(int(start), int(end)) for start, end in zip(same_answer["start"], same_answer["end"], strict=True)]
+    split = row["evidence"] is not None and not pd.isna(row["evidence"])
+    return Example(
+        kind=kind,
+        sample_id=row["sample_id"],
+        question="" if record is None else record.question,
+        object=row["object"],
+        pieces=tuple(cut_answer(text, (int(row["start"]), int(row["end"])), others)),
+        probability=float(row["probability"]),
+        evidence=float(row["evidence"]) if split else None,
+        prior=float(row["prior"]) if split else None,
+        image=image,
+        heatmap=heatmap,
+    )
+
+
+def _images(
+    source: RunReader, record: Record, row: dict, image_source: ImageSource
+) -> tuple[Image | None, Image | None]:
+    """Read the image, and the image under the mention's heat map."""
+    view = source.view(record)
+    image = view.picture if view is not None and view.picture is not None else image_source(record)
+    if view is None or image is None:
+        return image, None
+    return image, replace(view, picture=image).overlay(int(row["token"]), SIDE)
+
+
+def cut_answer(text: str, mention: tuple[int, int], others: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Cut the text around a mention into marked pieces; what is left out is an ellipsis.
+
+    Args:
+        text: of the answer.
+        mention: its characters, start and end.
+        others: those of all warned mentions of the answer.
+    """
+    first, last = max(0, mention[0] - CONTEXT), min(len(text), mention[1] + CONTEXT)
+    if first > 0:
+        first = text.find(" ", first, mention[0]) + 1 or first
+        yield "… ", ""
+    done = first
+    marks = [(*mention, "this"), *((*other, "warned") for other in others if other != mention)]
+    for start, end, mark in sorted(marks):
+        word = text[start:end]
+        start, end = start + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
+        if done <= start < end <= last:
+            yield text[done:start], ""
+            yield text[start:end], mark
+            done = end
+    yield text[done:last], ""
+    if last < len(text):
+        yield " …", ""
+
+
+def example_table(examples: Sequence[Example]) -> Table:
+    """List examples without their images."""
+    rows = tuple(
+        (
+            example.kind,
+            example.sample_id,
+            example.object,
+            f"{example.probability:.3f}",
+            _log_odds(example.evidence),
+            _log_odds(example.prior),
+            example.text,
+        )
+        for example in examples
+    )
+    note = "Evidence and prior are log-odds; above 0 they speak for hallucination, and their sum gives the probability."
+    return Table("mentions", ("", "sample", "object", "probability", "evidence", "prior", "answer"), rows, note)
+
+
+def _log_odds(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def example_cards(examples: Sequence[Example]) -> Markup:
+    """Show examples as cards in the look of the viewer, a group for every kind."""
+    groups = [
+        (kind, meaning, [_card(example) for example in examples if example.kind == kind])
+        for kind, meaning in KINDS.items()
+    ]
+    return render("report/examples.html", groups=groups)
+
+
+def _card(example: Example) -> dict[str, Any]:
+    split = example.evidence is not None and example.prior is not None
+    return {
+        "example": example,
+        "images": [(data_uri(image, SIDE), caption) for image, caption in example.images],
+        "log_odds": [("evidence", example.evidence), ("prior", example.prior)] if split else [],
+    }
+
+
+def log_detector_files(loggers: Loggers, folder: Path) -> None:
+    """Log what loggers that show images get of a run's detector: its files, its curves, and examples.
+
+    What cannot be read is warned of: the run itself has everything on disk by then.
+
+    Args:
+        loggers: where to; examples are as many as they want to show.
+        folder: of a finished run.
+    """
+    if not loggers.media:
+        return
+    try:
+        _log(loggers, RunReader.read(folder))
+    except StethoscopeError as error:
+        warnings.warn(f"the loggers get no pictures of the detector: {error}", stacklevel=2)
+
+
+def _log(loggers: Loggers, source: RunReader) -> None:
+    detector = source.folder / "detector"
+    manifest = detector / "manifest.json"
+    if manifest.is_file():
+        loggers.log_folder(f"{source.name}-detector", "detector", detector, read_json(manifest))
+    if source.no_detector() or source.held_out.empty:
+        return
+    for name, columns, rows in _curves(source):
+        loggers.log_curve(f"detector/{name}", columns, rows)
+    if loggers.pictures:
+        loggers.log_table("detector/mentions", LOGGED_COLUMNS, _logged_rows(source, loggers.pictures))
+
+
+def _logged_rows(source: RunReader, count: int) -> list[list[Any]]:
+    """Write rows of ``LOGGED_COLUMNS``: as many examples of each kind, ``count`` at most."""
+    return [
+        [
+            example.kind,
+            example.sample_id,
+            example.object,
+            example.probability,
+            example.evidence,
+            example.prior,
+            None if example.image is None else Picture(example.image, example.images[0][1]),
+            None if example.heatmap is None else Picture(example.heatmap, example.images[-1][1]),
+            Marked(str(render("report/logged_answer.html", pieces=example.pieces)).strip(), example.text),
+            example.question,
+        ]
+        for example in read_examples(source, -(-count // len(KINDS)))[:count]
+    ]
+
+
+def _curves(source: RunReader) -> Iterator[tuple[str, tuple[str, str, str], list[list[Any]]]]:
+    """Compute name, columns and points of every curve."""
+    rows = source.held_out
+    if rows["label"].nunique() == 2:
+        pairs = {
+            "roc": (plots.roc, ("false alarms", "found", "curve")),
+            "precision_recall": (plots.precision_recall, ("recall", "precision", "curve")),
+        }
+        for name, (points, columns) in pairs.items():
+            x, y = points(rows["label"], rows["probability"])
+            yield name, columns, [[*pair, "detector"] for pair in zip(x.tolist(), y.tolist(), strict=True)]
+    calibrated = [[end, end, "calibrated"] for end in (0.0, 1.0)]
+    shares = [[one_bin.x, one_bin.interval.value, "detector"] for one_bin in plots.reliability(rows)]
+    yield "reliability", ("probability", "share hallucinated", "curve"), shares + calibrated
+    areas = [
+        [int(one_bin.name.partition("–")[0]), one_bin.interval.value, "detector"]
+        for one_bin in plots.by_position(rows)
+        if one_bin.interval is not None
+    ]
+    yield "auroc_by_position", ("token position", "AUROC", "curve"), areas

@@ -1,0 +1,352 @@
+"""Plots of a detector's warnings: their points, and SVG from matplotlib that takes its colours from the page.
+
+Importing this module does not import matplotlib. The SVG is the same for the same points, its text stays text, and
+colours are CSS variables of the page, so that a plot is right in light and in dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.core.html import escape
+from stethoscope.metrics.bootstrap import Interval, bootstrap, group_weights
+from stethoscope.metrics.classification import Ranking, auroc
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+POINTS = 400  # of a curve: more than a screen shows
+BIN_WIDTH, MOST_BINS = 10, 12  # tokens per bin of positions; with longer answers bins are wider
+SIZE = 440, 320  # points of a plot
+COLOURS = {
+    "ink": "#1c2024", "soft": "#60666d", "rule": "#e1e4e8", "card": "#ffffff", "count": "#dbe4ef",
+    "s0": "#0b63ce", "s1": "#c2620a", "s2": "#1a7f4b", "s3": "#8a4bbd",
+}  # fmt: skip
+"""Colours by the name of the CSS variable that takes their place; ``s0`` to ``s3`` are those of the curves."""
+STYLE = {
+    "svg.fonttype": "none",  # text as text
+    "svg.hashsalt": "stethoscope",  # the same ids every time
+    "text.parse_math": False,  # a $ in a name of a feature begins no formula
+    "font.size": 11,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.labelsize": 12,
+    "xtick.color": COLOURS["soft"],
+    "ytick.color": COLOURS["soft"],
+    "grid.color": COLOURS["rule"],
+}
+_lock = threading.Lock()  # matplotlib's settings belong to the whole process
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Some mentions of similar position or probability.
+
+    Attributes:
+        x: position of the bin on its axis: its number, or the mean probability.
+        name: range of the bin, such as ``10–19``.
+        mentions: how many there are.
+        hallucinated: how many of these are hallucinated.
+        interval: AUROC, or the share that is hallucinated; None where it is not defined.
+    """
+
+    x: float
+    name: str
+    mentions: int
+    hallucinated: int
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve with its name for the legend.
+
+    Attributes:
+        x, y: (n,) coordinates; points that are not finite are left out.
+        name: for the legend.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    name: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot for a page.
+
+    Attributes:
+        title: what it shows.
+        svg: the drawing.
+        legend: names of its curves, in the order of their colours.
+        note: what one must know to read it.
+    """
+
+    title: str
+    svg: Markup = field(repr=False)
+    legend: tuple[str, ...] = ()
+    note: str = ""
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keep at most ``POINTS`` points of a curve, both ends among them."""
+    if len(x) <= POINTS:
+        return x, y
+    keep = np.unique(np.linspace(0, len(x) - 1, POINTS).round().astype(int))
+    return x[keep], y[keep]
+
+
+def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute false-positive and true-positive rate at every threshold, from (0, 0) to (1, 1).
+
+    Args:
+        labels: (n,) 1 for hallucinated, else 0; both must be there.
+        scores: (n,) higher means hallucinated.
+
+    >>> [points.tolist() for points in roc([0, 1, 1], [0.2, 0.9, 0.2])]
+    [[0.0, 0.0, 1.0], [0.0, 0.5, 1.0]]
+    """
+    ranking = Ranking.of(labels, scores)
+    positive, negative = ranking.totals
+    true, false = ranking.true[:, 0] / positive, ranking.false[:, 0] / negative
+    return _thin(np.r_[0.0, false], np.r_[0.0, true])
+
+
+def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute recall and precision at every threshold, from the highest down.
+
+    Args:
+        labels: (n,) 1 for hallucinated, the positive class, else 0; both must be there.
+        scores: (n,) higher means hallucinated.
+
+    >>> [points.round(2).tolist() for points in precision_recall([0, 1, 1], [0.2, 0.9, 0.2])]
+    [[0.5, 1.0], [1.0, 0.67]]
+    """
+    ranking = Ranking.of(labels, scores)
+    true, false = ranking.true[:, 0], ranking.false[:, 0]
+    return _thin(true / ranking.totals[0][0], true / (true + false))
+
+
+def by_position(rows: pd.DataFrame) -> list[Bin]:
+    """Compute the AUROC of mentions of similar token position, with its interval over images.
+
+    Args:
+        rows: mentions with ``token``, ``label``, ``probability`` and ``group``.
+    """
+    positions = rows["token"].to_numpy(dtype=int)
+    width = BIN_WIDTH * (1 + positions.max(initial=0) // (BIN_WIDTH * MOST_BINS))
+    return [
+        Bin(
+            x=float(index),
+            name=f"{number * width}–{number * width + width - 1}",
+            mentions=len(part),
+            hallucinated=int(part["label"].sum()),
+            interval=bootstrap(auroc, part["label"], part["probability"], part["group"])
+            if part["label"].nunique() == 2
+            else None,
+        )
+        for index, (number, part) in enumerate(rows.groupby(positions // width, sort=True))
+    ]
+
+
+def reliability(rows: pd.DataFrame, count: int = 10) -> list[Bin]:
+    """Compute the share of hallucinated mentions by probability, with its interval over images.
+
+    Args:
+        rows: mentions with ``label``, ``probability`` and ``group``.
+        count: bins of equal width; empty ones are left out.
+    """
+    number = np.minimum((rows["probability"].to_numpy() * count).astype(int), count - 1)
+    bins = []
+    for index, part in rows.groupby(number, sort=True):
+        wrong, drawn = part["label"].to_numpy(dtype=float), group_weights(part["group"])
+
+        def share(weights: np.ndarray, wrong: np.ndarray = wrong) -> dict[str, np.ndarray]:
+            return {"share": weights @ wrong / weights.sum(axis=1)}
+
+        interval = drawn.interval(drawn.apply(share)["share"])
+        name = f"{index / count:.1f}–{(index + 1) / count:.1f}"
+        bins.append(Bin(float(part["probability"].mean()), name, len(part), int(wrong.sum()), interval))
+    return bins
+
+
+def plot_curves(
+    title: str, labels: tuple[str, str], curves: Sequence[Curve], reference: Sequence[float], note: str = ""
+) -> Plot:
+    """Plot at most four curves in the unit square.
+
+    Args:
+        title: what the plot shows.
+        labels: of the x and the y axis.
+        curves: in the order of their colours; the first lies on top.
+        reference: (2,) y at x = 0 and at x = 1 of a dashed line.
+        note: what one must know to read it.
+    """
+    with _drawing(title, SIZE) as (figure, axes, finish):
+        _unit_square(axes, *labels)
+        axes.plot([0, 1], reference, **_DASHED)
+        for index in reversed(range(len(curves))):
+            _line(axes, curves[index], index)
+        return finish(figure, tuple(curve.name for curve in curves), note)
+
+
+def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
+    """Plot the share of hallucinated mentions by probability; pale columns show how many mentions there are."""
+    title = "reliability"
+    with _drawing(title, SIZE) as (figure, axes, finish):
+        _unit_square(axes, "probability that the detector gives", "share that is hallucinated")
+        edges = [float(one_bin.name[:3]) for one_bin in bins]
+        _columns(axes, bins, edges, 0.1)
+        axes.plot([0, 1], [0, 1], **_DASHED)
+        _intervals(axes, bins)
+        return finish(figure, (), note)
+
+
+def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
+    """Plot the AUROC by token position; pale columns show how many mentions there are."""
+    title = "AUROC by token position"
+    known = [one_bin for one_bin in bins if one_bin.interval is not None]
+    low = min([0.5, *(one_bin.interval.low for one_bin in known)])  # NaN is never below
+    with _drawing(title, SIZE) as (figure, axes, finish):
+        axes.set(xlabel="token position in the answer", ylabel="AUROC")
+        axes.set(xlim=(-0.5, len(bins) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))
+        shown = bins if len(bins) <= 7 else bins[::2]  # every other label, or they touch
+        names = [f"{one_bin.name}\n{one_bin.hallucinated}/{one_bin.mentions}" for one_bin in shown]
+        axes.set_xticks([one_bin.x for one_bin in shown], names)
+        axes.grid(axis="y")
+        _columns(axes, bins, [one_bin.x - 0.5 for one_bin in bins], 1.0)
+        axes.plot([-0.5, len(bins) - 0.5], [0.5, 0.5], **_DASHED)
+        _intervals(axes, known)
+        return finish(figure, (), note)
+
+
+def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note: str = "") -> Plot:
+    """Plot horizontal bars with error bars, from the first down.
+
+    Args:
+        title: what the plot shows.
+        label: of the axis.
+        bars: names and values.
+        note: what one must know to read it.
+    """
+    with _drawing(title, (SIZE[0], 60 + 24 * len(bars))) as (figure, axes, finish):
+        axes.barh(
+            range(len(bars)), [bar.value for _, bar in bars], height=0.6, color=COLOURS["s0"], zorder=2, gid="bars"
+        )
+        for index, (_, bar) in enumerate(bars):
+            if np.isfinite([bar.low, bar.high]).all():
+                axes.plot(
+                    [bar.low, bar.high], [index, index], color=COLOURS["ink"], linewidth=1.2, marker="|", zorder=3
+                )
+        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+        axes.set(xlabel=label, ylim=(len(bars) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x")
+        return finish(figure, (), note)
+
+
+_DASHED = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
+
+
+@contextmanager
+def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple]:
+    """Open a figure in our style; gives it, its axes, and what makes a ``Plot`` of it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    def finish(figure: Figure, legend: tuple[str, ...], note: str) -> Plot:
+        return Plot(title, _svg(figure, title), legend, note)
+
+    with _lock, rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a character that matplotlib's own font lacks
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, pad=6)
+        axes.spines[:].set_visible(False)
+        yield figure, axes, finish
+
+
+def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, 1), ylim=(0, 1))
+    ticks = np.linspace(0, 1, 6)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.grid()
+
+
+def _line(axes: Axes, curve: Curve, index: int) -> None:
+    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+    finite = np.isfinite(x) & np.isfinite(y)
+    axes.plot(
+        x[finite], y[finite], color=COLOURS[f"s{index}"], linewidth=2.2, clip_on=False, gid=f"curve-{index}", zorder=3
+    )
+
+
+def _columns(axes: Axes, bins: Sequence[Bin], left: Sequence[float], width: float) -> None:
+    """Draw pale columns at the bottom that show how many mentions each bin has."""
+    low, high = axes.get_ylim()
+    most = max(one_bin.mentions for one_bin in bins)
+    heights = [0.22 * (high - low) * one_bin.mentions / most for one_bin in bins]
+    axes.bar(left, heights, width=0.96 * width, bottom=low, align="edge", color=COLOURS["count"], zorder=0.6)
+    axes.set_ylim(low, high)
+
+
+def _intervals(axes: Axes, bins: Sequence[Bin]) -> None:
+    """Draw the figures of bins as marks with error bars."""
+    kept = [one_bin for one_bin in bins if np.isfinite(one_bin.interval.value)]
+    x, value, low, high = (
+        np.array([getter(one_bin) for one_bin in kept], float)
+        for getter in (
+            lambda one_bin: one_bin.x,
+            lambda one_bin: one_bin.interval.value,
+            lambda one_bin: one_bin.interval.low,
+            lambda one_bin: one_bin.interval.high,
+        )
+    )
+    errors = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
+    blue = COLOURS["s0"]
+    axes.errorbar(
+        x, value, yerr=errors, color=blue, linewidth=2.2, elinewidth=1.4, capsize=4, marker="o", markersize=8,
+        markeredgecolor=COLOURS["card"], clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def _svg(figure: Figure, title: str) -> Markup:
+    """Write a figure as an ``<svg>`` element that takes size, font and colours from the page."""
+    from markupsafe import Markup
+
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none of it
+    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
+    text = re.sub(r"<defs>\s*</defs>|<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of groups: they repeat from plot to plot
+    text = re.sub(r' id="([a-z]+(?:-\d)?)"', r' class="\1"', text)
+    text = re.sub(r'style="[^"<>]*"', _page_style, text)
+    view = re.search(r'viewBox="[^"]*"', text)[0]
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view} role="img"'
+    body = text[text.index(">") + 1 :]
+    return Markup(f'{opening} aria-label="{escape(title)}">{body.strip()}')
+
+
+def _page_style(style: re.Match[str]) -> str:
+    """Leave the font to the page, and take the colours from its variables."""
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", style[0])
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text

@@ -1,0 +1,249 @@
+"""The report of a finished run: sections of tables, plots and examples, as Markdown, LaTeX or one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.files import check_shape, read_json
+from stethoscope.core.html import asset, document, render
+from stethoscope.metrics.bootstrap import Interval
+from stethoscope.report import plots, tables
+from stethoscope.report.examples import ImageSource, example_cards, example_table, read_examples
+from stethoscope.report.metrics_tables import TITLES, count_table, detector_tables, primary, task_table
+from stethoscope.report.plots import Bin, Curve, Plot
+from stethoscope.report.run_source import SHOWN_TASK_SHAPE, Importance, RunReader, importances
+from stethoscope.report.tables import Cell, Table
+from stethoscope.storage.run_dir import REMEDIES
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+EXAMPLES, FEATURES_SHOWN = 6, 15
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: its heading.
+        tables: shown everywhere.
+        plots: on the page only.
+        folded: tables of the same figures as plots and cards, folded away on the page.
+        cards: HTML of the examples, on the page only.
+        lead: a sentence under the heading.
+    """
+
+    title: str
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    folded: tuple[Table, ...] = ()
+    cards: Markup | str = ""
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report, ready to be written.
+
+    Attributes:
+        title: name of the run.
+        subtitle: model and tasks.
+        tiles: the most important figures by name.
+        sections: in their order.
+    """
+
+    title: str
+    subtitle: str
+    tiles: Mapping[str, Interval]
+    sections: tuple[Section, ...]
+
+    def markdown(self) -> str:
+        """Write all tables as Markdown."""
+        parts = [f"# {tables.escape_markdown(self.title)}\n\n{tables.escape_markdown(self.subtitle)}\n"]
+        for section in self.sections:
+            lead = f"\n\n{tables.escape_markdown(section.lead)}" if section.lead else ""
+            body = [tables.markdown(table) for table in (*section.tables, *section.folded)]
+            parts.append("\n".join([f"## {section.title.capitalize()}{lead}\n", *body]))
+        return "\n".join(parts)
+
+    def latex(self) -> str:
+        """Write all tables as LaTeX to be read into a document."""
+        every = [table for section in self.sections for table in (*section.tables, *section.folded)]
+        return f"% {tables.escape_latex(self.title)}\n" + tables.render_tables(every, "latex")
+
+    def html(self) -> str:
+        """Write one page that fetches nothing."""
+        body = render("report/report.html", report=self, write_table=tables.html)
+        return _page(f"{self.title}: report", body)
+
+
+def table_page(title: str, shown: Sequence[Table]) -> str:
+    """Write a page of tables."""
+    return _page(title, render("report/tables.html", title=title, tables=shown, write_table=tables.html))
+
+
+def _page(title: str, body: Markup) -> str:
+    return document(title, body, asset("diagnosis/viewer.css") + asset("report/report.css"))
+
+
+def collect_report(
+    source: RunReader, examples: int = EXAMPLES, image_source: ImageSource | None = lambda record: None
+) -> Report:
+    """Compute everything that the report of a run shows.
+
+    Args:
+        source: the run.
+        examples: mentions of every kind, at most.
+        image_source: gives the images of examples that the run has not kept; None for examples without images.
+
+    Raises:
+        ArtefactError: a file of the run is damaged, or two do not fit each other.
+    """
+    sections = [Section("tasks", (count_table(source.results), *map(task_table, source.results)))]
+    if source.detector:
+        sections.append(Section("detector", tuple(detector_tables(source.detector))))
+    missing = source.no_detector()
+    if missing:
+        sections.append(Section("detector", lead=f"{missing}."))
+    elif not len(source.held_out):
+        sections.append(
+            Section("warnings", lead="No mention of the run has a label, so that warnings cannot be judged.")
+        )
+    else:
+        sections += _warning_sections(source, examples, image_source)
+    sections.append(Section("what was run", (_provenance(source),)))
+    tasks = ", ".join(result.task for result in source.results)
+    return Report(source.name, f"{source.model} on {tasks}", _tiles(source), tuple(sections))
+
+
+def _tiles(source: RunReader) -> dict[str, Interval]:
+    """Choose the primary metric of every task, then what the detector is worth."""
+    tiles = {f"{result.task} {result.primary}": primary(result) for result in source.results}
+    if source.detector:
+        for metric in ("auroc", "auroc_controlled", "ece"):
+            tiles[f"detector: {TITLES[metric]}"] = source.detector.detector.metrics.get(metric)
+    return {name: tile for name, tile in tiles.items() if tile is not None and tile.value == tile.value}
+
+
+def _warning_sections(source: RunReader, examples: int, image_source: ImageSource | None) -> list[Section]:
+    """Make the sections about the detector's warnings: plots, feature importance, examples."""
+    rows = source.held_out
+    positions, bins, features = plots.by_position(rows), plots.reliability(rows), importances(source)
+    shown = [_reliability(bins, source), _positions(positions)]
+    if rows["label"].nunique() == 2:
+        shown = [_roc(source), _precision_recall(source), *shown]
+    mentions = read_examples(source, examples, image_source)
+    which = "the test images" if (source.warnings["fold"] != "").any() else "this run, which it was not fitted on"
+    lead = f"{len(rows)} judged mentions of {which}, {int(rows['label'].sum())} of them hallucinated."
+    sections = [Section("how good are the warnings?", (), tuple(shown), _bin_tables(positions, bins), lead=lead)]
+    if features:
+        sections.append(Section("feature importance", (), (_importance(features),), (_importance_table(features),)))
+    lead = "The mention is boxed; other warned mentions of the answer are underlined."
+    if any(mention.heatmap is not None for mention in mentions):
+        lead += " The second picture is what the name was written from: relevancy after the last layer, red for most."
+    table = (example_table(mentions),) if mentions else ()
+    return [*sections, Section("mentions to look at", folded=table, cards=example_cards(mentions), lead=lead)]
+
+
+def _best_feature(source: RunReader) -> tuple[str, Any] | None:
+    """Read the best single feature and its values as a score, oriented and without gaps as on the leaderboard."""
+    if not source.detector or source.detector.split["mentions"]["subtokens"] != "first":
+        return None
+    board = source.detector.leaderboard
+    name = board.best_features.get("auroc")
+    sign = next((row.sign for row in board.rows if row.name == name), 1)
+    if name not in source.rows:
+        return None
+    rows = source.rows[(source.rows["fold"] == "train") & (source.rows["label"] >= 0)]
+    if source.detector.first_mentions_only:
+        rows = rows[rows["repeat"] == 0]
+    return name, sign * source.held_out[name].astype(float).fillna(float(rows[name].astype(float).median()))
+
+
+def _curves(source: RunReader, points: Callable[..., Any], metric: str) -> list[Curve]:
+    """Compute a curve of the detector and one of the best single feature, named with their areas."""
+    rows = source.held_out
+    scores = {"detector": rows["probability"]}
+    best = _best_feature(source)
+    if best:
+        scores[best[0]] = best[1]
+    areas = {row.name: row.metrics.get(metric) for row in source.detector.leaderboard.rows} if source.detector else {}
+    return [
+        Curve(*points(rows["label"], values), name if areas.get(name) is None else f"{name}: {areas[name]}")
+        for name, values in scores.items()
+    ]
+
+
+def _roc(source: RunReader) -> Plot:
+    labels = "false alarms among grounded mentions", "hallucinated mentions found"
+    note = "In the legend: area under the curve. Dashed: chance."
+    return plots.plot_curves("ROC", labels, _curves(source, plots.roc, "auroc"), (0, 1), note)
+
+
+def _precision_recall(source: RunReader) -> Plot:
+    labels = "recall: hallucinated mentions found", "precision: warnings that are right"
+    rate = float(source.held_out["label"].mean())
+    curves = _curves(source, plots.precision_recall, "auprc_hallucinated")
+    note = f"In the legend: average precision. Dashed: the share of hallucinated mentions, {rate:.3f}."
+    return plots.plot_curves("precision and recall", labels, curves, (rate, rate), note)
+
+
+def _reliability(bins: Sequence[Bin], source: RunReader) -> Plot:
+    most = max(one_bin.mentions for one_bin in bins)
+    error = source.detector.detector.metrics.get("ece") if source.detector else None
+    start = "" if error is None else f"Expected calibration error {error}. "
+    note = f"{start}Columns: how many mentions, at most {most}. Dashed: perfectly calibrated."
+    return plots.plot_reliability(bins, note)
+
+
+def _positions(bins: Sequence[Bin]) -> Plot:
+    note = "Below the positions: hallucinated mentions / all mentions; columns: all mentions. Dashed: chance."
+    return plots.plot_positions(bins, note)
+
+
+def _bin_tables(positions: Sequence[Bin], bins: Sequence[Bin]) -> tuple[Table, ...]:
+    def rows(listed: Sequence[Bin]) -> tuple[tuple[Cell, ...], ...]:
+        return tuple((row.name, row.mentions, row.hallucinated, row.interval) for row in listed)
+
+    return (
+        Table("AUROC by token position", ("tokens", "mentions", "hallucinated", "AUROC"), rows(positions)),
+        Table("reliability", ("probability", "mentions", "hallucinated", "share"), rows(bins)),
+    )
+
+
+def _importance(features: Sequence[Importance]) -> Plot:
+    bars = [(importance.feature, importance.loss) for importance in features[:FEATURES_SHOWN]]
+    note = "All columns of a feature are shuffled together; features that say the same share what they are worth."
+    return plots.plot_bars("what the detector leans on", "AUROC lost when the feature is shuffled", bars, note)
+
+
+def _importance_table(features: Sequence[Importance]) -> Table:
+    rows = tuple((importance.feature, importance.columns, importance.loss) for importance in features)
+    note = "AUROC of the test mentions, less AUROC with the feature's values shuffled among them."
+    return Table("feature importance", ("feature", "columns", "AUROC lost"), rows, note)
+
+
+def _provenance(source: RunReader) -> Table:
+    """List what identifies the run: fingerprints and packages."""
+    rows: list[tuple[str, str]] = []
+    for task, section in source.store.fingerprints().items():
+        adapter = section.get("adapter", {})
+        rows += [(f"adapter.{key}", _short(adapter[key])) for key in adapter if ("adapter." + key) not in dict(rows)]
+        file, remedy = source.folder / "fingerprint.json", REMEDIES["fingerprint.json"]
+        check_shape(file, section["task"], SHOWN_TASK_SHAPE, remedy, f"{task}.task")
+        rows.append((task, _short({key: section["task"][key] for key in ("class", "version", "settings")})))
+        rows.append((f"{task}: generation", _short(section.get("generation"))))
+    file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"
+    environment = read_json(file, remedy, default={"packages": {}})
+    check_shape(file, environment, {"packages": {"*": (str, type(None))}}, remedy)
+    packages = environment["packages"]
+    rows += [("packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version))]
+    return Table("fingerprint", ("", "value"), tuple(rows))
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,355 @@
+"""Read a finished run: its figures, its answers, the mentions that its detector judged, what the detector leans on."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.core.errors import ArtefactError, unknown
+from stethoscope.core.files import check_shape, read_jsonl, read_yaml
+from stethoscope.evaluation.results import TaskResults
+from stethoscope.features import FEATURES
+from stethoscope.metrics.bootstrap import Interval, group_weights
+from stethoscope.metrics.classification import Ranking
+from stethoscope.report.metrics_tables import DetectorResults
+from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
+from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
+
+if TYPE_CHECKING:
+    from stethoscope.storage.records import Record
+
+CONFIG_REMEDY = "delete it; the command that made the run writes it again"
+_WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
+_KEYS = ["sample_id", "start"]
+_MENTION = ["sample_id", "number"]
+SHUFFLES, REPLICATES = 3, 200
+PRIOR = "place and name"
+
+NUMBER = (int, float, type(None))
+INTERVAL = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "items": int, "groups": int}
+TASK_SHAPE: dict[str, Any] = {
+    "primary": str,
+    "counts": {"*": int},
+    "metrics": [{"metric": str, "subset": str, **INTERVAL}],
+}
+"""A task's section of ``metrics.json``."""
+
+DETECTOR_SHAPE: dict[str, Any] = {
+    "split": {"mentions": {"repeats": str, "subtokens": str}, "folds": {"*": {"*": int}}},
+    "leaderboard": {
+        "rows": [{"name": str, "kind": str, "metrics": {"*": INTERVAL}}],
+        "differences": [{"detector": str, "other": str, "metric": str, "p": NUMBER, **INTERVAL}],
+        "best_features": {"*": str},
+        "controls": {"*": {"*": (int, float, type(None))}},
+        "columns": {"*": str},
+    },
+    "reliability": [{"*": NUMBER}],
+    "threshold": {"chosen": str},
+}
+"""The detector's section."""
+
+FINGERPRINT_SHAPE: dict[str, Any] = {"adapter": dict, "task": dict}
+"""A section of ``fingerprint.json``."""
+
+SHOWN_TASK_SHAPE: dict[str, Any] = {"class": str, "version": str, "settings": dict}
+"""What a report shows of its task."""
+
+WARNING_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("task", "sample_id", "group", "object", "fold"), str),
+    **dict.fromkeys(("start", "end", "label"), int),
+    "probability": (int, float),
+    **dict.fromkeys(("evidence", "prior"), NUMBER),
+    "looks": list,
+    "warned": bool,
+}
+"""A line of ``warnings.jsonl``."""
+
+
+@contextmanager
+def readable(folder: Path | str) -> Iterator[None]:
+    """Turn what wrong values in a run's files make of any step into one line about the run.
+
+    The files are JSON with some hundred fields, some of them numbers that are only formatted; a changed one shows where
+    it is used. The line names that place in our code too, in case that the fault is ours.
+
+    Args:
+        folder: the run directory, or the names of several, for the message.
+
+    Raises:
+        ArtefactError: a value was of another kind than the code expected.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = next((frame for frame in reversed(frames) if "stethoscope" in frame.filename), frames[-1])
+        why = " ".join(str(error).split())[:160]
+        raise ArtefactError(
+            f"a file of the run in {folder} is damaged, it holds a value of another kind than expected "
+            f"({type(error).__name__}: {why}; {Path(ours.filename).name}, line {ours.lineno}); "
+            "the command that made the file makes it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class RunReader:
+    """A finished run.
+
+    Attributes:
+        folder: its directory.
+        store: reads it.
+        results: figures of its tasks.
+        detector: figures of a detector that was trained on this run; None without one.
+    """
+
+    folder: Path
+    store: RunStore
+    results: tuple[TaskResults, ...]
+    detector: DetectorResults | None
+
+    @classmethod
+    def read(cls, folder: Path) -> RunReader:
+        """Read the figures of a run directory.
+
+        Raises:
+            ArtefactError: it is no run directory, a task of it is not finished, or a file is damaged.
+        """
+        if not (folder / "samples.jsonl").is_file():
+            raise ArtefactError(_no_run(folder))
+        with readable(folder):
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> RunReader:
+        store = RunStore(folder)
+        statuses, figures, fingerprints = store.status(), store.metrics(), store.fingerprints()
+        late = {task: status for task, status in statuses.items() if status != "finished"}
+        late |= {task: "without figures" for task in fingerprints if task not in figures and task not in late}
+        if set(late) == {DETECTOR}:
+            raise ArtefactError(
+                f"the run in {folder} has parts of two detectors: fitting one was cut short. The command that did "
+                f"(`stethoscope train run={folder}`, or `benchmark`) makes it whole"
+            )
+        if late or not statuses:
+            how = ", ".join(f"{task}: {status}" for task, status in late.items()) or "it has no status.json"
+            raise ArtefactError(
+                f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
+            )
+        for task, section in fingerprints.items():
+            check_shape(folder / "fingerprint.json", section, FINGERPRINT_SHAPE, REMEDIES["fingerprint.json"], task)
+            check_shape(folder / "metrics.json", figures[task], TASK_SHAPE, REMEDIES["metrics.json"], task)
+        if figures.get("detector"):
+            check_shape(
+                folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, REMEDIES["metrics.json"], "detector"
+            )
+        tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in fingerprints)
+        detector = DetectorResults.from_dict(figures["detector"]) if figures.get("detector") else None
+        return cls(folder, store, tasks, detector)
+
+    @property
+    def name(self) -> str:
+        """Return the last part of the folder's path."""
+        return self.folder.resolve().name
+
+    @property
+    def model(self) -> str:
+        """Name the model that answered."""
+        chosen = read_yaml(self.folder / "config.yaml", CONFIG_REMEDY, default={}).get("model")
+        if isinstance(chosen, dict) and chosen.get("name"):
+            return str(chosen["name"])
+        adapter = next(iter(self.store.fingerprints().values()), {}).get("adapter", {})
+        return str(adapter.get("model_id") or adapter.get("model_class") or "unknown model")
+
+    @property
+    def task(self) -> str:
+        """Name the task whose mentions the warnings are about; empty without warnings."""
+        return "" if self.warnings.empty else str(self.warnings["task"].iloc[0])
+
+    @cached_property
+    def warnings(self) -> pd.DataFrame:
+        """Read ``warnings.jsonl``, a row per object mention; empty where no detector was applied to the run.
+
+        Raises:
+            ArtefactError: a line of it is damaged.
+        """
+        return pd.DataFrame(read_warnings(self.folder))
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Read the token table of the warnings' task."""
+        return self.store.tokens(self.task)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """Join every mention of ``warnings`` with its row of the token table.
+
+        Raises:
+            ArtefactError: warnings and token table are not of one run.
+        """
+        from stethoscope.core.token_table import mention_rows
+
+        table = mention_rows(self.table, "first", "all", judged=False)
+        verdicts = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
+        joined = table.drop(columns="end").merge(verdicts, on=_KEYS, how="inner", validate="one_to_one")
+        if len(joined) != len(verdicts):
+            raise ArtefactError(
+                f"{len(verdicts) - len(joined)} of {len(verdicts)} lines of {self.folder / 'warnings.jsonl'} are about "
+                "mentions that tokens.parquet does not have; `stethoscope train` makes both fit again"
+            )
+        return joined
+
+    @cached_property
+    def held_out(self) -> pd.DataFrame:
+        """Select the judged rows that the detector has not learned from.
+
+        First mentions or all, as its figures count them; those of the test images,
+        or all where the detector was fitted elsewhere.
+        """
+        rows = self.rows[self.rows["label"] >= 0]
+        if (rows["fold"] != "").any():
+            rows = rows[rows["fold"] == "test"]
+        if self.detector is None or self.detector.first_mentions_only:
+            rows = rows[rows["repeat"] == 0]
+        return rows.reset_index(drop=True)
+
+    def record(self, sample_id: str) -> Record | None:
+        """Read the record of one sample of the warnings' task."""
+        return self.store.find(self.task, sample_id)
+
+    @cached_property
+    def _maps(self) -> HeatmapFile:
+        return HeatmapFile(self.folder)
+
+    def view(self, record: Record) -> SavedMedia | None:
+        """Read the image and heat maps that the run has kept of a sample; None where it has kept nothing.
+
+        Raises:
+            ArtefactError: its line of ``maps.jsonl`` is damaged.
+        """
+        return self._maps.find(record)
+
+    def no_detector(self) -> str:
+        """Explain in one line why there is nothing about a detector; empty if there is."""
+        if self.detector or not self.warnings.empty:
+            return ""
+        if not (self.folder / "tokens.parquet").is_file():
+            return f"{self.folder} has no detector: `stethoscope extract run={self.folder}` and then `train` make one"
+        return f"{self.folder} has no detector: `stethoscope train run={self.folder}` makes one"
+
+
+def read_warnings(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of ``warnings.jsonl`` of a run; none where no detector was applied to it.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    path = folder / "warnings.jsonl"
+    rows = read_jsonl(path, _WARNINGS_REMEDY, default=[])
+    for number, row in enumerate(rows, 1):
+        check_shape(f"{path}:{number}", row, WARNING_SHAPE, _WARNINGS_REMEDY)
+    return rows
+
+
+def _no_run(folder: Path) -> str:
+    """Explain why a path is no run, and which runs are near it."""
+    inside = _runs(folder) if folder.is_dir() else []
+    if inside:
+        shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
+        return f"{folder} is no run directory but holds {len(inside)}: {shown}"
+    what = "has no samples.jsonl" if folder.is_dir() else "is no directory"
+    return f"{folder} is no run directory, it {what}; {unknown('run', folder.name, _runs(folder.parent))}"
+
+
+def _runs(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/samples.jsonl")) if folder.is_dir() else []
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What one feature is to a detector.
+
+    Attributes:
+        feature: its name; ``PRIOR`` for what place and name of the mention are.
+        columns: how many columns of the table it has (a layer each, for one).
+        loss: AUROC with the feature, less AUROC with its values shuffled among the mentions.
+    """
+
+    feature: str
+    columns: int
+    loss: Interval
+
+
+def by_feature(columns: Sequence[str]) -> dict[str, list[str]]:
+    """Group columns by the feature they are of; one that is not in the catalogue stands for itself.
+
+    >>> by_feature(["nll", "lens_rank_l00", "lens_rank_l01", "mine"])
+    {'nll': ['nll'], 'lens_rank': ['lens_rank_l00', 'lens_rank_l01'], 'mine': ['mine']}
+    """
+    groups: dict[str, list[str]] = {}
+    for column in columns:
+        fits = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
+        groups.setdefault(max(fits, key=len, default=column), []).append(column)
+    return groups
+
+
+def importances(source: RunReader, seed: int = 0) -> list[Importance]:
+    """Measure the permutation importance of every feature on the held-out mentions, the greatest loss first.
+
+    The columns of a feature are shuffled together (Breiman 2001, section 10, for groups). Features that say the same
+    share what they are worth, and each alone may lose little.
+
+    Args:
+        source: a run with a detector in its directory; else the answer is empty, as without mentions of both kinds.
+        seed: of shuffles and bootstrap.
+
+    Raises:
+        ArtefactError: the detector is damaged or does not fit the token table.
+    """
+    if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
+        return []
+    from stethoscope.detection.factor import EXTERNAL
+    from stethoscope.detector import Detector
+    from stethoscope.features.columns import keep_columns
+
+    detector = Detector.load(source.folder / "detector")
+    lacking = set(detector.schema.names) - set(source.table.columns)
+    if lacking:
+        warnings.warn(
+            f"the token table of {source.folder} lacks {len(lacking)} columns that its detector reads, so that "
+            f"feature importance is left out; `stethoscope train run={source.folder}` makes both fit again",
+            stacklevel=2,
+        )
+        return []
+    mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
+    table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
+    rows = detector.rows(keep_columns(table, detector.schema.names))
+    labels, drawn = rows["label"].to_numpy(dtype=int), group_weights(rows["group"], REPLICATES, seed)
+    generator = np.random.default_rng(seed)
+
+    def area(scores: np.ndarray) -> np.ndarray:
+        return drawn.apply(lambda weights: {"area": Ranking.of(labels, scores, weights).auroc()})["area"]
+
+    whole = area(detector.predict(rows))
+    parts = by_feature(detector.features)
+    if detector.settings["factored"] or detector.settings["objects"]:
+        parts[PRIOR] = list(EXTERNAL) if detector.settings["factored"] else ["object"]
+    results = []
+    for feature, columns in parts.items():
+        areas = [area(detector.predict(mixed)) for mixed in _shuffled(rows, columns, generator)]
+        results.append(Importance(feature, len(columns), drawn.interval(whole - np.mean(areas, axis=0))))
+    return sorted(results, key=lambda importance: -importance.loss.value)
+
+
+def _shuffled(rows: pd.DataFrame, columns: Sequence[str], generator: np.random.Generator) -> Iterator[pd.DataFrame]:
+    for _ in range(SHUFFLES):
+        order = generator.permutation(len(rows))
+        yield rows.assign(**{name: rows[name].to_numpy()[order] for name in columns})

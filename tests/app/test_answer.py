@@ -1,0 +1,260 @@
+"""Questions and answers behind the page, without a browser."""
+
+import json
+import re
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from helpers.token_tables import token_table
+
+import stethoscope
+from stethoscope import Detector, testbed
+from stethoscope.app import answer, payload
+from stethoscope.app.model_pool import ImageFeatureCache, ModelPool
+from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError
+from stethoscope.core.types import Generation
+from stethoscope.detection.finding import trained
+
+DESCRIBE = "Please describe this image in detail."
+
+
+def picture(number):
+    return testbed.scenes(number + 1)[number].image()
+
+
+@pytest.fixture
+def ask(picture_file):
+    """Asks and gives everything that is shown, and the session of the answer."""
+
+    def run(pool, reader, text=DESCRIBE, number=2, **settings):
+        question = answer.Question("testbed", picture_file(number), text, answer.generation(**settings))
+        steps = list(answer.ask(pool, question, reader))
+        return [json.loads(shown) for shown, _ in steps], steps[-1][1]
+
+    return run
+
+
+def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_it(pool, reader, monkeypatch, ask):
+    monkeypatch.setattr(answer, "PAUSE", 0)
+    shown, session = ask(pool, reader)
+    kinds = [one["kind"] for one in shown]
+    assert re.fullmatch("busy( writing){8,} busy done", " ".join(kinds))
+    texts = [one["text"] for one in shown if one["kind"] == "writing"]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    assert texts[-1] == shown[-1]["text"] == session.question.answer.text
+    assert shown[-1]["text"] == stethoscope.load("testbed").generate(
+        [pool._first.encode(picture(2), DESCRIBE)], Generation(max_new_tokens=128)
+    )[0].text  # fmt: skip
+
+
+def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, reader, monkeypatch, ask):
+    monkeypatch.setattr(answer, "PAUSE", 0)
+    shown, _ = ask(pool, reader)
+    final = {(one["object"], one["tokens"][0]): one["probability"] for one in shown[-1]["mentions"]}
+    last = next(one for one in reversed(shown) if one["kind"] == "writing")
+    early = {(one["object"], one["tokens"][0]): one["probability"] for one in last["mentions"]}
+    names = [name for name, _ in early]
+    assert len(early) > 1
+    assert early.keys() <= final.keys()
+    for key, probability in early.items():
+        if names.count(key[0]) == 1:  # of a repeated object the first mention decides, in the end
+            assert probability == pytest.approx(final[key], abs=1e-3)
+
+
+def test_what_is_shown_is_the_diagnosis(pool, reader, ask):
+    shown, session = ask(pool, reader)
+    found = shown[-1]
+    with pool.use("testbed") as ready:
+        whole = stethoscope.diagnose(
+            ready.adapter, picture(2), DESCRIBE, session.question.answer, ready.detectors.final
+        )
+    assert [one["object"] for one in found["mentions"]] == [one.object for one in whole.mentions]
+    assert found["threshold"] == whole.threshold
+    for one, mention in zip(found["mentions"], whole.mentions, strict=True):
+        assert one["probability"] == pytest.approx(mention.verdict.probability, abs=1e-4)
+        assert one["evidence"] + one["prior"] == pytest.approx(
+            mention.verdict.evidence + mention.verdict.prior, abs=2e-3
+        )
+    token = found["tokens"][5]
+    shares, total = np.array(token["shares"]) / 10_000, np.array(token["total"])
+    expected = whole.relevancy.image[5].sum(-1).numpy()
+    assert shares[:, 0] * total == pytest.approx(expected, rel=2e-2, abs=1e-5)  # R_image of every layer
+    peaks = np.array(found["maps"]["raw"]["peaks"])
+    assert peaks == pytest.approx(whole.relevancy.image.amax(-1).numpy(), rel=1e-3)
+
+
+def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):
+    shown, session = ask(pool, reader)
+    again = [json.loads(one) for one, _ in answer.explain_again(pool, session, "token", reader)]
+    row, token = shown[-1], again[-1]
+    assert (token["answer_id"], token["text"], token["scope"]) == (row["answer_id"], row["text"], "token")
+    assert token["mentions"] == row["mentions"]
+    assert token["maps"]["raw"]["data"] != row["maps"]["raw"]["data"]
+    assert json.loads(next(reversed(list(answer.explain_again(pool, session, "rows", reader))))[0])["kind"] == "error"
+
+
+def test_a_second_question_does_not_look_at_the_picture_again(pool, reader, adapter, ask):
+    ask(pool, reader, "Is there a dog in the image?")
+    with pool.use("testbed") as ready:
+        looked = ready.image_features.misses
+    assert looked == 1
+    shown, _ = ask(pool, reader, "Is there a car in the image?")
+    beams, _ = ask(pool, reader, beams=3)
+    with pool.use("testbed") as ready:
+        assert ready.image_features.misses == looked
+        assert ready.image_features.hits > 2
+    for found, question, width in ((shown, "Is there a car in the image?", 1), (beams, DESCRIBE, 3)):
+        generation = Generation(max_new_tokens=128, num_beams=width)
+        assert found[-1]["text"] == adapter.generate([adapter.encode(picture(2), question)], generation)[0].text
+    ask(pool, reader, "Is there a dog in the image?", number=3)
+    with pool.use("testbed") as ready:
+        assert ready.image_features.misses == looked + 1
+
+
+def test_the_model_is_left_as_it_was(pool, reader, adapter, ask):
+    ask(pool, reader, "Is there a dog in the image?")
+    assert not [module for module in adapter.model.modules() if "get_image_features" in vars(module)]
+
+
+def test_image_features_of_the_oldest_image_go_first(adapter):
+    import torch
+
+    cache, model = ImageFeatureCache(images=2), adapter.model
+    pixels = [adapter.encode(picture(number), "What?").inputs["pixel_values"] for number in range(3)]
+    with torch.inference_mode(), cache.on(model):
+        seen = [model.get_image_features(pixel_values=pixels[number]) for number in (0, 1, 2, 2, 0)]
+    assert (cache.misses, cache.hits) == (4, 1)
+    first, _, _, _, again = (torch.cat(list(one.pooler_output)) for one in seen)
+    assert torch.equal(first, again)
+
+
+def slow(adapter, seconds=0.03):
+    """Makes every forward pass of the model take its time; gives a list that grows with every pass."""
+    passes = []
+
+    def wait(*_):
+        passes.append(time.perf_counter())
+        time.sleep(seconds)
+
+    return passes, adapter.model.register_forward_pre_hook(wait)
+
+
+def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader, adapter, ask, picture_file):
+    passes, hook = slow(adapter)
+    try:
+        steps = answer.ask(pool, answer.Question("testbed", picture_file(2), DESCRIBE, answer.generation()), reader)
+        while json.loads(next(steps)[0])["kind"] != "writing":
+            pass
+        assert pool.busy
+        steps.close()
+        assert not pool.busy
+        assert not [one for one in threading.enumerate() if one.name == "stethoscope-stream"]
+        done = len(passes)
+        time.sleep(0.15)
+        assert len(passes) == done < 20
+    finally:
+        hook.remove()
+    assert ask(pool, reader, "Is there a dog in the image?")[0][-1]["kind"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(" ", "the question is empty"), ("What is <image>?", "holds the image placeholder")]
+)
+def test_what_the_user_can_mend_is_shown(pool, reader, text, said, ask):
+    shown, session = ask(pool, reader, text)
+    assert shown[-1]["kind"] == "error"
+    assert said in shown[-1]["text"]
+    assert session is None
+    assert not pool.busy
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ConfigError, match="exclude each other"):
+        answer.generation(temperature=1, beams=2)
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        answer.generation(length=0)
+    assert answer.generation(temperature=0.5, top_p=0.9, seed=3).seed == 3
+
+
+def test_a_picture_that_is_none_is_said(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    with pytest.raises(stethoscope.errors.DataError, match=r"^image 'broken.png' cannot be read") as error:
+        answer.read_picture(broken)
+    assert str(tmp_path) not in str(error.value)
+    with pytest.raises(ConfigError, match="upload one"):
+        answer.read_picture(None)
+
+
+def test_an_unknown_model_is_said(pool, reader, picture_file):
+    steps = list(answer.ask(pool, answer.Question("testbad", picture_file(0), DESCRIBE, answer.generation()), reader))
+    assert "unknown model 'testbad'" in json.loads(steps[-1][0])["text"]
+
+
+def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
+    fingerprint = adapter.fingerprint()
+    assert trained(folder, fingerprint) == [folder / "small" / "detector"]
+    assert trained(folder, {**fingerprint, "weights": "others"}) == []
+    assert trained(tmp_path, fingerprint) == []
+    for number, odd in enumerate(('{"model": "llava"}', "[]", "{")):
+        (tmp_path / f"odd{number}" / "detector").mkdir(parents=True)
+        (tmp_path / f"odd{number}" / "detector" / "manifest.json").write_text(odd)
+    assert trained(tmp_path, fingerprint) == []
+    assert trained(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
+    with (
+        pytest.raises(ArtefactError, match="is no directory"),
+        ModelPool(adapter, "testbed", str(tmp_path / "x")).use("testbed"),
+    ):
+        pass
+
+
+def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_first(
+    pool, adapter, reader, tmp_path, ask
+):
+    shown, _ = ask(ModelPool(adapter, "testbed", runs=tmp_path), reader)
+    assert 0 < shown[-1]["threshold"] < 1
+    assert shown[-1]["mentions"][0]["probability"] is not None
+    assert any("comes with the embedded model" in note for note in shown[-1]["notes"])
+    with pool.use("testbed") as ready:
+        assert ready.detectors.names == "of the run small"
+
+
+@pytest.mark.parametrize("off", [None, "none"])
+def test_a_detector_that_is_switched_off_is_told(adapter, reader, folder, off, ask):
+    shown, _ = ask(ModelPool(adapter, "testbed", off, runs=folder), reader)
+    assert shown[-1]["threshold"] is None
+    assert any("switched off" in note for note in shown[-1]["notes"])
+
+
+@pytest.mark.parametrize("off", [None, "none"])
+def test_a_live_detector_needs_another_for_the_finished_answer(adapter, folder, off):
+    pool = ModelPool(adapter, "testbed", off, "x", folder)
+    with pytest.raises(ConfigError, match="name that one too"), pool.use("testbed"):
+        pass
+
+
+def test_a_detector_of_features_that_the_model_lacks_is_refused_before_the_first_question(adapter, tmp_path):
+    table = token_table(60, seed=1).rename(columns={"mass": "attn_image_l07", "noise": "svar"})
+    Detector(strength=0.1).fit(table).save(tmp_path / "other")
+    for pair in ((str(tmp_path / "other"), None), ("auto", str(tmp_path / "other"))):
+        with (
+            pytest.raises(CapabilityError, match=r"features that testbed does not give.*attn_image_l07"),
+            ModelPool(adapter, "testbed", *pair, runs=tmp_path).use("testbed"),
+        ):
+            pass
+
+
+def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_path, monkeypatch, ask):
+    other = {**adapter.fingerprint(), "weights": "of another model"}
+    monkeypatch.setattr(adapter, "fingerprint", lambda: other)
+    shown, _ = ask(ModelPool(adapter, "testbed", runs=tmp_path), reader)
+    assert shown[-1]["threshold"] is None
+    assert any("stethoscope benchmark model=testbed" in note for note in shown[-1]["notes"])
+
+
+def test_no_text_can_end_the_data(pool, reader):
+    assert "<" not in payload.message("</script><b>")
+    assert json.loads(payload.message("</script><b>"))["text"] == "</script><b>"

@@ -1,0 +1,94 @@
+"""The viewer on the static page of a diagnosis, in a real browser: what a click and a slider show."""
+
+import numpy as np
+import pytest
+
+import stethoscope
+from stethoscope import testbed
+
+# keeps what is painted of heat maps
+WATCH = """window.painted = [];
+const put = CanvasRenderingContext2D.prototype.putImageData;
+CanvasRenderingContext2D.prototype.putImageData = function (image, ...more) {
+  window.painted.push([...image.data]);
+  return put.call(this, image, ...more);
+};"""
+MOVE = """([id, value]) => {
+  const slider = document.querySelector(`[data-id="${id}"]`);
+  slider.value = value;
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+}"""
+
+
+@pytest.fixture
+def diagnosis(adapter):
+    answer = "The image shows a kitchen with a knife and a fork. The knife is on the left side."
+    return stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), "Please describe this image.", answer=answer)
+
+
+@pytest.fixture
+def page(browser, diagnosis, tmp_path):
+    """The open page; at the end no script may have failed, and nothing may have been fetched."""
+    file = tmp_path / "report.html"
+    file.write_text(diagnosis.to_html(), "utf-8")
+    page = browser.new_page()
+    failed, fetched = [], []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.on("console", lambda message: failed.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: fetched.append(request.url))
+    page.add_init_script(WATCH)
+    page.goto(file.as_uri())
+    yield page
+    assert failed == []
+    assert [url for url in fetched if not url.startswith("data:")] == [file.as_uri()]
+    page.close()
+
+
+def look(page):
+    """What the page shows, once it has been drawn again."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    shown = {
+        name: page.locator(f"[data-id={name}]").inner_text()
+        for name in ("facts", "question", "before", "layer-text", "shares-scope")
+    }
+    shown["evolution"] = page.locator("[data-id=evolution] tr").count()
+    shown["chosen"] = [int(one.get_attribute("data-token")) for one in page.locator(".st-t.st-chosen").all()]
+    shown["map"] = np.array(page.evaluate("window.painted.at(-1)")).reshape(64, 4)
+    return shown
+
+
+def test_the_viewer_shows_the_chosen_token_and_layer(page, diagnosis):
+    knife, fork = (mention.tokens[0] for mention in diagnosis.mentions[:2])
+    first = look(page)
+    assert first["chosen"] == [knife]  # nothing is warned of: the first mention
+    assert "knife" in first["facts"]
+    assert first["shares-scope"] == ", gradient of scope row"
+    assert page.locator("[data-id=scope-line]").is_hidden()  # no server that could change it
+    page.locator(f".st-t[data-token='{fork}']").click()
+    clicked = look(page)
+    assert clicked["chosen"] == [fork]
+    assert "fork" in clicked["facts"]
+    assert "Please" in clicked["question"]
+    assert "knife" in clicked["before"]
+    assert clicked["evolution"] == 4
+    image = diagnosis.relevancy.image[fork, 3].numpy()
+    assert np.abs(clicked["map"][:, 3] - 0.75 * 255 * np.sqrt(image / image.max())).max() < 8
+    page.evaluate(MOVE, ["layer", 0])
+    lower = look(page)
+    assert (clicked["layer-text"], lower["layer-text"]) == ("4 of 4", "1 of 4")
+    assert (clicked["map"] != lower["map"]).any()
+    page.evaluate(MOVE, ["opacity", 0])
+    assert not look(page)["map"][:, 3].any()
+    page.locator(f".st-t[data-token='{fork}']").focus()
+    page.keyboard.press("ArrowRight")
+    assert look(page)["chosen"] == [fork + 1]
+
+
+def test_the_answer_is_there_without_the_script(browser, diagnosis, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(diagnosis.to_html(), "utf-8")
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(file.as_uri())
+    assert page.locator("[data-id=answer]").inner_text().strip() == diagnosis.answer.text.strip()
+    assert page.locator("h2 >> nth=0").inner_text() == diagnosis.question
+    page.close()

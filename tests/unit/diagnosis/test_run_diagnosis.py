@@ -1,0 +1,285 @@
+"""A diagnosis of the embedded model's answers, against the passes, tables and warnings that runs make of the same."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
+from stethoscope.core.token_table import FeatureSchema
+from stethoscope.core.types import Generation
+from stethoscope.detection.warn import mention_warnings
+from stethoscope.diagnosis.run_diagnosis import diagnose, feature_names
+from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.tasks.chair import Chair
+from stethoscope.tracing.mention_passes import trace_answers
+
+QUESTION = "Please describe this image in detail."
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def run(adapter, tmp_path_factory):
+    """A run of captions, its token table and a detector that was fitted on it."""
+    folder = tmp_path_factory.mktemp("run")
+    features = FeatureSet(groups=["uncertainty", "position", "attention"])
+    stethoscope.Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=36))
+    table = RunStore(folder).tokens("chair")
+    return RunStore(folder), table, stethoscope.Detector(strength=0.1).fit(table)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return testbed.scenes(2)[1].image()
+
+
+@pytest.fixture(scope="module")
+def plain(adapter, scene):
+    return diagnose(adapter, scene, QUESTION)
+
+
+@pytest.fixture(scope="module")
+def judged(adapter, scene, run):
+    return diagnose(adapter, scene, QUESTION, detector=run[2])
+
+
+def test_the_answer_is_the_models_own_and_every_token_is_told(adapter, scene, plain):
+    encoded = adapter.encode(scene, QUESTION)
+    answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
+    assert plain.answer == answer
+    logits = adapter.trace(encoded, answer, ()).logits.double()
+    assert np.allclose(
+        plain.probability, logits.softmax(-1).gather(-1, torch.tensor([answer.token_ids]).T)[:, 0], atol=1e-4
+    )
+    assert np.allclose(plain.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
+    assert plain.question_tokens[0] == "Please"
+    assert plain.warning is None
+    assert plain.warned == ()
+
+
+def test_mentions_are_those_of_the_task_in_its_order(adapter, scene):
+    told = "The image shows a kitchen with a knife and a fork. The knife is on the left side. There is also a clock."
+    found = diagnose(adapter, scene, QUESTION, answer=told)
+    assert [(named.object, told[named.start : named.end]) for named in found.mentions] == [
+        ("knife", "knife"), ("fork", "fork"), ("knife", "knife"), ("clock", "clock"),
+    ]  # fmt: skip
+    for named in found.mentions:
+        assert "".join(found.answer.tokens[token] for token in named.tokens).strip() == named.object
+
+
+def test_evolution_agrees_with_the_trace_and_ends_in_the_answer(adapter, scene, plain):
+    trace = adapter.trace(adapter.encode(scene, QUESTION), plain.answer, {"lens"})
+    found = plain.evolution
+    assert np.allclose(found.logprob, trace.lens_logprob, atol=1e-4)
+    assert (found.rank == trace.lens_rank.numpy()).all()
+    assert (found.rank[:, -1] == 0).all()  # greedy
+    assert np.allclose(found.probabilities[:, -1, 0], plain.probability, atol=1e-4)
+    assert tuple(words[-1][0] for words in found.words) == found.said
+    assert (np.diff(found.probabilities, axis=-1) <= 0).all()
+
+
+def test_contributions_end_in_the_features_of_the_same_name(adapter, scene, plain):
+    trace = adapter.trace(adapter.encode(scene, QUESTION), plain.answer, {"relevancy"})
+    names = [f"visual_contribution_{kind}" for kind in plain.contributions]
+    columns = FeatureSet(groups=(), names=names).compute(trace)
+    for name, values in zip(names, plain.contributions.values(), strict=True):
+        assert np.allclose(values[:, -1], columns[name], atol=1e-4)
+    assert np.allclose(sum(plain.shares.values()), 1, atol=1e-5)
+
+
+def test_heat_maps_keep_the_relevancy_and_show_the_object(adapter, scene, plain):
+    for raw, whole in ((True, plain.relevancy.image), (False, plain.relevancy.patches.flatten(2))):
+        for token, layer in ((0, 0), (7, -1), (10, 2)):
+            found = plain.heat_map(token, layer, raw)
+            assert found.shape == (96, 96)
+            assert found.sum() == pytest.approx(float(whole[token, layer].sum()), rel=1e-2)
+    maps = plain.heat_maps((8, 8), [1, 3], raw=True)
+    assert np.allclose(maps[7, 1], plain.relevancy.image[7, 3].reshape(8, 8), atol=2e-3)
+    (best, share), *_ = plain.regions(7, count=64)
+    assert sum(value for _, value in plain.regions(7, count=64)) == pytest.approx(1, abs=1e-6)
+    assert share == pytest.approx(float(plain.relevancy.image[7, -1].max() / plain.relevancy.image[7, -1].sum()))
+    knife = next(thing for thing in testbed.scenes(2)[1].objects if thing.category == "knife")
+    for middle, start in (((best[0] + best[2]) / 2, knife.x), ((best[1] + best[3]) / 2, knife.y)):
+        assert start <= middle <= start + knife.size
+
+
+def test_warnings_are_those_of_a_run(adapter, run):
+    store, table, detector = run
+    expected = mention_warnings(table, detector)
+    scenes = {scene.id: scene.image() for scene in testbed.scenes(6)}
+    told = 0
+    for name, image in scenes.items():
+        answer = store.find("chair", name).answer
+        found = diagnose(adapter, image, QUESTION, answer=answer, detector=detector)
+        rows = expected[expected["sample_id"] == name]
+        assert [named.object for named in found.mentions] == rows["object"].tolist()
+        for named, (_, row) in zip(found.mentions, rows.iterrows(), strict=True):
+            assert named.verdict.probability == pytest.approx(row["probability"], abs=1e-3)
+            assert named.verdict.evidence == pytest.approx(row["evidence"], abs=1e-2)
+            assert named.verdict.prior == pytest.approx(row["prior"], abs=1e-6)
+            assert named.warned == row["warned"]
+            told += 1
+    assert told > 12
+
+
+def test_evidence_and_prior_add_up_and_the_features_are_told(judged, run):
+    for verdict in judged.verdicts:
+        odds = np.log(verdict.probability / (1 - verdict.probability))
+        assert verdict.evidence + verdict.prior == pytest.approx(odds, abs=1e-6)
+        assert {name for name, _ in verdict.top} <= set(run[2].features)
+        strengths = [abs(push) for _, push in verdict.top]
+        assert strengths == sorted(strengths, reverse=True)
+        assert len(strengths) == 5
+    assert np.isnan(judged.warning[0])
+    assert judged.warning[7] == judged.mentions[0].verdict.probability
+    assert judged.threshold == run[2].threshold
+
+
+def test_the_whole_is_json_and_a_table(judged):
+    data = json.loads(json.dumps(judged.to_dict(), allow_nan=False))
+    assert data["answer"] == judged.answer.text
+    assert len(data["tokens"]) == len(judged)
+    assert data["tokens"][7]["warning"] == pytest.approx(judged.mentions[0].verdict.probability, abs=1e-5)
+    assert data["tokens"][0]["warning"] is None
+    assert data["mentions"][0]["object"] == "knife"
+    assert len(data["tokens"][7]["relevancy"]["image"]) == 64
+    assert len(data["tokens"][7]["relevancy"]["answer"]) == 7
+    frame = judged.to_frame()
+    assert len(frame) == len(judged)
+    assert frame["object"][7] == "knife"
+    shares = frame[[name for name in frame if name.startswith("share_")]].sum(axis=1)
+    assert np.allclose(shares, 1, atol=1e-5)
+
+
+def test_another_ones_answer_and_the_other_scope(adapter, scene):
+    text = "A dog sits on the couch."
+    rows = diagnose(adapter, scene, QUESTION, answer=text)
+    tokens = diagnose(adapter, scene, QUESTION, answer=text, scope="token")
+    assert rows.answer.text.strip() == text
+    assert [named.object for named in rows.mentions] == ["dog", "couch"]
+    assert np.allclose(
+        rows.relevancy.image[0], tokens.relevancy.image[0], rtol=1e-3, atol=1e-6
+    )  # prompt rows are its own
+    assert not np.allclose(rows.relevancy.image[4], tokens.relevancy.image[4], rtol=1e-3, atol=1e-6)
+
+
+def test_plot_needs_matplotlib_and_draws_the_token(judged, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = judged.plot(7)
+    assert "knife" in figure.axes[0].get_title()
+    figure.savefig(tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").width > 500
+
+
+def test_a_question_is_diagnosed_in_no_time(adapter, run):
+    torch.set_num_threads(1)
+    picture = testbed.scenes(9)[8].image()
+    start = time.process_time()  # since other processes share the machine
+    diagnose(adapter, picture, QUESTION, detector=run[2]).to_html()
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"question": "  "}, ConfigError, "question is empty"),
+        ({"image": "nowhere.png"}, DataError, "nowhere.png"),
+        ({"scope": "rows"}, ConfigError, "scope='rows' should be row or token"),
+        ({"answer": ""}, DataError, "answer is empty"),
+        ({"detector": "nowhere"}, ArtefactError, "nowhere"),
+    ],
+    ids=str,
+)
+def test_errors_say_what_is_wrong(adapter, scene, arguments, error, message):
+    with pytest.raises(error, match=message) as caught:
+        diagnose(adapter, **{"image": scene, "question": QUESTION, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_and_layers_that_are_not_there(plain):
+    with pytest.raises(ConfigError, match=f"token=99 is not one of the answer's {len(plain)} tokens"):
+        plain.heat_map(99)
+    with pytest.raises(ConfigError, match="layer=4 is not one of the model's 4 layers"):
+        plain.heat_map(0, layer=4)
+
+
+def test_a_detector_of_another_model_is_refused(scene, run):
+    other = stethoscope.load("qwen2-vl-2b", random_init="tiny")
+    with pytest.raises(CapabilityError, match=r"detector reads features that .* does not give.*missing: attn_"):
+        diagnose(other, scene, QUESTION, answer="A dog.", detector=run[2])
+
+
+def test_a_detector_with_an_unknown_feature_is_refused(adapter, scene, run):
+    detector = stethoscope.Detector()
+    detector._schema = FeatureSchema(("nll", "telepathy_l00"))
+    with pytest.raises(CapabilityError, match="unknown feature 'telepathy'"):
+        diagnose(adapter, scene, QUESTION, answer="A dog.", detector=detector)
+
+
+class Deaf:
+    """The embedded model without relevancy or words: what a model behind an API would give."""
+
+    def __init__(self, adapter):
+        self._adapter, self.name = adapter, "deaf"
+        self.setup, self.encode, self.answer = adapter.setup, adapter.encode, adapter.answer
+
+    def trace(self, encoded, answer, needs):
+        if "relevancy" in needs:
+            raise CapabilityError("deaf gives no relevancy")
+        return self._adapter.trace(encoded, answer, needs)
+
+    def trace_batch(self, encoded, answers, needs):
+        return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]
+
+
+def test_what_a_model_cannot_give_is_left_out_and_said(adapter, scene, run):
+    found = diagnose(Deaf(adapter), scene, QUESTION, answer="A dog and a cat.", detector=run[2])
+    assert found.relevancy is None
+    assert found.evolution is None
+    assert "deaf gives no relevancy" in found.notes
+    assert [named.verdict is not None for named in found.mentions] == [True, True]
+    assert "deaf gives no relevancy" in found.to_html()
+    assert found._repr_html_()
+    json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(CapabilityError, match="deaf gives no relevancy"):
+        found.heat_map(0)
+
+
+def test_a_detector_that_needs_what_the_model_cannot_give(adapter, scene):
+    detector = stethoscope.Detector()
+    detector._schema = FeatureSchema(("nll", "relevancy_peak"))
+    with pytest.raises(CapabilityError, match="the detector reads features that deaf does not give"):
+        diagnose(Deaf(adapter), scene, QUESTION, answer="A dog.", detector=detector)
+
+
+def test_queries_have_no_place_and_the_tower_has(scene):
+    found = diagnose(stethoscope.load("blip2-opt-2.7b", random_init="tiny"), scene, QUESTION, answer="a dog")
+    with pytest.raises(CapabilityError, match="stand for no place"):
+        found.heat_map(0, raw=True)
+    assert found.heat_map(0).sum() == pytest.approx(float(found.relevancy.patches[0, -1].sum()), rel=1e-2)
+    assert '"maps":{"tower"' in found.to_html()
+
+
+def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
+    """Also those with a column for every layer and head."""
+    every = FeatureSet(groups=GROUPS)
+    encoded = adapter.encode(scene, QUESTION)
+    answer = adapter.answer(encoded, "A dog.")
+    columns = every.compute(trace_answers(adapter, [encoded], [answer], every.requires, [scene], [()])[0])
+    assert any(name.endswith("_l00h00") for name in columns)
+    assert set(feature_names(list(columns))) == set(every.names)
+
+
+def test_public_names():
+    assert stethoscope.diagnose is diagnose
+    assert stethoscope.Diagnosis.__name__ == "Diagnosis"

@@ -1,0 +1,74 @@
+"""What runs are called, and when they are the same."""
+
+import pytest
+import yaml
+
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Score
+from stethoscope.report import compare
+from stethoscope.report.run_source import RunReader
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.tasks.chair import Chair
+
+COUNTS = {
+    "mentions": 2.0,
+    "hallucinated": 1.0,
+    "captions": 1.0,
+    "hallucinated_captions": 1.0,
+    "truth": 2.0,
+    "found": 1.0,
+}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Makes a finished run of some samples."""
+
+    def make(name, samples=("a", "b"), overrides=(), failed=(), images="/one", parser="official"):
+        folder = tmp_path / name
+        store = RunStore(folder)
+        settings = {"images": images, "parser": parser}
+        task = {"class": "stethoscope.tasks.chair.Chair", "name": "chair", "version": "1", "settings": settings}
+        store.open_task("chair", {"adapter": {"model_id": name}, "task": task})
+        store.append([_record(sample, sample in failed) for sample in samples])
+        store.finish("chair", list(samples))
+        store.set_status("chair", "finished")
+        store.write_metrics("chair", {"primary": "chair_i", "counts": {}, "metrics": []})
+        (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+        return RunReader.read(folder)
+
+    return make
+
+
+def _record(sample, failed):
+    score = None if failed else Score("ok", {**COUNTS, "words": 5.0 if sample == "a" else 7.0})
+    return Record("chair", sample, sample, "all", "x.png", "What?", status="failed" if failed else "ok", score=score)
+
+
+def test_swept_runs_are_called_by_what_differs(made):
+    long = "x" * 40
+    runs = [made(f"{long}-{seed}", overrides=["model=m", f"seed={seed}", f"name={seed}"]) for seed in (0, 1)]
+    assert compare.run_names(runs) == ["seed=0", "seed=1"]
+    assert compare.run_names([made("a"), made("b")]) == ["a", "b"]
+    alike = [made(f"{long}-{name}", overrides=["model=m"]) for name in "cd"]
+    assert compare.run_names(alike) == [f"{long}-c", f"{long}-d"]
+    assert compare.run_names([made("q/a"), made("r/a")])[0].endswith("q/a")
+
+
+def test_a_moved_folder_is_no_difference_but_another_parser_is(made):
+    compare.require_same(made("a"), made("b", images="/two"))
+    with pytest.raises(ConfigError, match=r"chair settings.parser is 'official' and 'strict'"):
+        compare.require_same(made("c"), made("d", parser="strict"))
+
+
+def test_samples_that_failed_in_one_run_count_in_neither(made):
+    table = compare.task_table(made("a", failed=["b"]), made("b"), Chair(), ("a", "b"))
+    lengths = next(row for row in table.rows if row[0] == "length")
+    assert lengths[2].value == lengths[3].value == 5
+    assert "1 samples that failed in one of the runs are left out" in table.note
+
+
+def test_what_differs_is_told(made):
+    table = compare.setting_table([made("a"), made("b")], ("a", "b"))
+    assert table.rows == (("adapter.model_id", "a", "b"),)

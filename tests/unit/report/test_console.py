@@ -1,0 +1,31 @@
+"""Results in a terminal."""
+
+from helpers.tiny_world import TinyAdapter, TinyTask
+
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.evaluation.results import TaskResults
+from stethoscope.metrics.bootstrap import Interval, MetricRow
+from stethoscope.report.console import print_results
+from stethoscope.report.metrics_tables import task_table
+from stethoscope.report.tables import markdown, text
+
+
+def test_results_print_as_text_and_markdown(capsys):
+    results = Evaluator().run(TinyAdapter("a model"), TinyTask())
+    table = task_table(results)
+    lines = text(table).splitlines()
+    assert lines[:2] == ["tiny", "metric    easy                  hard                  mean"]
+    assert lines[2].startswith("accuracy  1.000 [1.000, 1.000]  0.000 [0.000, 0.000]  0.500 [")
+    assert lines[-1].startswith("10 samples: 10 ok, 0 unparsed, 0 failed; 0 truncated")
+    assert markdown(table).splitlines()[3] == "| --- | --- | --- | --- |"
+    print_results(results)
+    assert capsys.readouterr().out.splitlines()[-1] == results.summary()
+
+
+def test_names_of_subsets_are_no_markup(capsys):
+    rows = [MetricRow("right", name, Interval(0.5, 0.4, 0.6, 2, 2)) for name in ("[/x]", "[red]a[/red]")]
+    counts = dict.fromkeys(("samples", "ok", "unparsed", "failed", "truncated"), 0)
+    print_results(TaskResults("[b]", "right", tuple(rows), counts))
+    out = capsys.readouterr().out
+    assert "[/x]" in out
+    assert "[red]a[/red]" in out

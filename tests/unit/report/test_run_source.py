@@ -1,0 +1,100 @@
+"""What a detector leans on, where that is known."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from helpers.token_tables import halves, token_table
+from sklearn.metrics import roc_auc_score
+
+from stethoscope import Detector
+from stethoscope.core.token_table import KEY_COLUMNS, mention_rows
+from stethoscope.detection.warn import mention_warnings, write_warnings
+from stethoscope.report.run_source import PRIOR, RunReader, importances
+from stethoscope.storage.records import Record
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.tokens import SCHEMA
+
+
+def _source(folder, table, detector, warned=None):
+    """A finished run of a table, with warnings of a detector that was fitted elsewhere."""
+    table = table.assign(prompt_hash="0" * 16, labeller="chair/1")
+    types = {field.name: field.type for field in SCHEMA}
+    schema = pa.schema([(name, types.get(name, pa.float32())) for name in table.columns])
+    rows = {
+        name: pa.Table.from_pandas(part, preserve_index=False).cast(schema)
+        for name, part in table.groupby("sample_id", sort=False)
+    }
+    store = RunStore(folder)
+    store.open_task("chair", {"adapter": {}, "task": {"name": "chair"}})
+    store.append([Record("chair", name, name, "all", "x.png", "What?") for name in rows], rows)
+    store.finish("chair", list(rows))
+    store.set_status("chair", "finished")
+    store.write_metrics("chair", {"primary": "chair_i", "counts": {}, "metrics": []})
+    judged = store.tokens("chair")[[*KEY_COLUMNS, *detector.schema.names]]
+    if warned is not None:
+        judged = judged[judged["sample_id"].isin(warned["sample_id"])]
+    write_warnings(mention_warnings(judged, detector), folder / "warnings.jsonl")
+    detector.save(folder / "detector")
+    return RunReader.read(folder)
+
+
+def test_importance_is_what_shuffling_costs(tmp_path):
+    train, test = halves(token_table(300, seed=2))
+    detector = Detector(features=["nll", "noise"], strength=1.0).fit(train)
+    source = _source(tmp_path / "run", test, detector)
+    found = {one.feature: one.loss for one in importances(source)}
+    area = roc_auc_score(source.held_out["label"], source.held_out["probability"])
+    assert found["nll"].value == pytest.approx(area - 0.5, abs=0.04)  # what is left is noise
+    assert found["nll"].low > 0.1
+    assert abs(found["noise"].value) < 0.02
+    assert found["nll"].items == len(source.held_out)
+    assert [one.loss for one in importances(source)] == [one.loss for one in importances(source)]
+
+
+def test_what_place_and_name_are_worth_is_told_of_a_factored_detector(tmp_path):
+    train, test = halves(token_table(300, seed=2))
+    detector = Detector(features=["nll", "mass"], factored=True, strength=1.0).fit(train)
+    found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
+    assert set(found) == {"nll", "mass", PRIOR}
+    assert found[PRIOR].low > 0.01
+
+
+def test_a_run_without_a_detector_of_its_own_has_none(tmp_path):
+    train, test = halves(token_table(100, seed=2))
+    source = _source(tmp_path / "run", test, Detector(features=["nll"], strength=1.0).fit(train))
+    (source.folder / "detector" / "manifest.json").unlink()
+    assert importances(source) == []
+
+
+def test_the_mention_number_is_part_of_place_and_name(tmp_path):
+    random = np.random.default_rng(3)
+    table = token_table(300, seed=2, signal=0, prior=False)
+    later = (table["number"] >= 2) & (table["label"] >= 0)
+    label = np.where(random.random(len(table)) < 0.1, ~later, later).astype(np.int8)
+    table = table.assign(label=np.where(table["label"] >= 0, label, -1), token=random.permutation(len(table)) % 30)
+    train, test = halves(table)
+    detector = Detector(features=["noise"], factored=True, strength=1.0).fit(train)
+    found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
+    assert found[PRIOR].value > 0.25
+
+
+def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
+    train, test = halves(token_table(300, seed=2))
+    detector = Detector(strength=1.0).fit(train.drop(columns=["mass"]))  # of a part of the columns
+    other = test.assign(
+        sample_id="other/" + test["sample_id"], label=np.where(test["label"] >= 0, 1 - test["label"], -1)
+    )
+    source = _source(tmp_path / "run", pd.concat([test, other]), detector, warned=test)
+    found = {one.feature: one.loss for one in importances(source)}
+    assert set(found) == {"nll", "noise", "position"}
+    assert found["nll"].items == len(mention_rows(test))
+
+
+def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
+    train, test = halves(token_table(100, seed=2))
+    detector = Detector(features=["nll"], strength=1.0).fit(train)
+    source = _source(tmp_path / "run", test, detector)
+    source.__dict__["table"] = source.table.drop(columns="nll")
+    with pytest.warns(UserWarning, match="lacks 1 columns that its detector reads"):
+        assert importances(source) == []
