@@ -238,7 +238,7 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajec
     import torch
 
     from stethoscope.relevancy.result import layout
-    from stethoscope.tracing.attention import logits_to_keep
+    from stethoscope.tracing.attention_recorder import logits_to_keep
     from stethoscope.tracing.logit_lens import Lens
 
     decode = _decoder(adapter)
