@@ -12,5 +12,5 @@ task = Pope(scenes=15, subsets=["random", "adversarial"])
 evaluator = stethoscope.Evaluator(batch_size=32, run_dir="runs/example-pope")
 results = evaluator.run(adapter, task)  # the same call again continues an interrupted run
 
-print(results.table())
+print(results)
 print("adversarial F1:", results.interval("f1", "adversarial"))

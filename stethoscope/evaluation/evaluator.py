@@ -43,7 +43,7 @@ class Evaluator:
 
     >>> from stethoscope import load, Evaluator  # doctest: +SKIP
     >>> results = Evaluator(limit=100, run_dir="runs/first").run(load("testbed"), task)  # doctest: +SKIP
-    >>> print(results.summary())  # doctest: +SKIP
+    >>> print(results)  # doctest: +SKIP
     """
 
     def __init__(

@@ -33,6 +33,14 @@ class TaskResults:
     subset_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
+    def __str__(self) -> str:
+        """Write every figure with its interval on a line of its own, then the counts.
+
+        ``stethoscope.report.metrics_tables.task_table`` makes a table of them.
+        """
+        figures = [f"{row.metric} ({row.subset}): {row.interval}" for row in self.metrics]
+        return "\n".join([self.task, *figures, self.summary()])
+
     @property
     def subsets(self) -> tuple[str, ...]:
         """Subsets in the order of the task, then ``mean`` if there is one."""

@@ -64,6 +64,8 @@ def test_metrics_come_from_the_totals_of_the_subsets(adapter):
     assert results.flat()["tiny/hard/accuracy"] == 0.0
     assert results.flat()["tiny/count/ok"] == 10.0
     assert TaskResults.from_dict("tiny", json.loads(json.dumps(results.to_dict()))) == results
+    assert str(results).splitlines()[:2] == ["tiny", "accuracy (easy): 1.000 [1.000, 1.000]"]
+    assert str(results).endswith("10 samples: 10 ok, 0 unparsed, 0 failed; 0 truncated")
 
 
 def test_unparsed_failed_and_truncated_are_counted_apart_and_are_not_wrong_answers(adapter, tmp_path):
