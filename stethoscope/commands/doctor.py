@@ -339,6 +339,8 @@ def _fits(need: Memory, room: int) -> bool:
 
 def _table(name: str, need: Memory, config: DictConfig, rooms: Sequence[Room]) -> str:
     stored = f"{need.dtype}, {config.model.quantize}" if config.model.get("quantize") else need.dtype
+    from stethoscope.report.tables import Table, text
+
     rows = [
         (f"{name}, weights", f"{need.parameters:,} in {stored}", _size(need.weights)),
         ("generation", f"{config.batch_size} x {config.context} tokens, cache and logits", _size(need.cache)),
@@ -346,8 +348,7 @@ def _table(name: str, need: Memory, config: DictConfig, rooms: Sequence[Room]) -
         ("together", "weights and the larger of the two", _size(need.total)),
         *((f"free on {room.device}", "", _size(room.free)) for room in rooms),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+    return text(Table("", ("memory", "of", "size"), tuple(rows)))
 
 
 def _size(number: float) -> str:
