@@ -14,7 +14,7 @@ import stethoscope
 from stethoscope import Detector, testbed
 from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import ImageFeatureCache, ModelPool
-from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError
+from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.detection.finding import trained
 
@@ -182,7 +182,7 @@ def test_wrong_settings_are_refused():
 def test_a_picture_that_is_none_is_said(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
-    with pytest.raises(stethoscope.errors.DataError, match=r"^image 'broken.png' cannot be read") as error:
+    with pytest.raises(DataError, match=r"^image 'broken.png' cannot be read") as error:
         answer.read_picture(broken)
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(ConfigError, match="upload one"):

@@ -81,7 +81,7 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
         assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
         looks = ", ".join(
             f"{one['object'] or 'nothing known'} {one['probability']:.0%}"
-            for one in named["looks"]
+            for one in named["visual_evidence"]
             if one["probability"] >= 0.005
         )
         assert f"{named['object']}: looks like {looks}" in out

@@ -114,7 +114,7 @@ def test_a_promise_that_cannot_be_given_is_one_line(run, stethoscope):
 def test_several_detectors_and_ablation(run, stethoscope):
     out = stethoscope("train", f"run={run}", "beside=[boosting]", "ablation=true", "detector.repeats=all", code=0)
     assert "boosting − text prior" in out
-    assert "detector - boosting" in out
+    assert "detector − boosting" in out
     assert "what each feature group adds" in out
     section = RunStore(run).metrics()["detector"]
     assert {row["other"] for row in section["ablation"]} == {
