@@ -152,7 +152,7 @@ def public_names() -> str:
         if name == "__version__":
             continue
         path = f"{thing.__module__}.{thing.__qualname__}"
-        known = path.split(".")[1] in documented
+        known = path.count(".") > 2 and path.split(".")[1] in documented  # not what a package's __init__ defines
         parts.append(f"- [`stethoscope.{name}`][{path}]" if known else f"\n::: {path}\n")
     return "\n".join(sorted(parts))
 
