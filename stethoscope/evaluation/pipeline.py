@@ -1,4 +1,4 @@
-"""The way of a batch of samples: prompt, answer, score, traced pass, token rows. A sample that fails is data."""
+"""A batch of samples, from prompt to token rows: encode, generate, score, trace, features. A failed sample is data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Generation, Mention, Sample, Score
-from stethoscope.evaluation.state import Run
+from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
+from stethoscope.storage.tokens import token_table
+from stethoscope.tracing.mention_passes import trace_answers
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+    from stethoscope.evaluation.session import RunSession
     from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "
@@ -50,9 +52,9 @@ class SampleChanged(DataError):
     """A recorded answer is of a sample that was another one when it was asked."""
 
 
-@dataclass
-class Draft:
-    """A record in the making."""
+@dataclass(eq=False)
+class SampleState:
+    """A sample on its way through the pipeline."""
 
     sample: Sample
     encoded: Encoded | None = None
@@ -95,74 +97,65 @@ class Draft:
         )
 
 
-class Worker:
-    """Takes the samples of one run through all stages, batch by batch."""
+class SamplePipeline:
+    """Take the samples of a run through encode, generate, score, trace and features, batch by batch.
 
-    def __init__(
-        self,
-        run: Run,
-        generation: Generation,
-        features: Features | None,
-        trace: str,
-        on_error: str,
-        on_trace: Callable[[Sample, Trace], None],
-        keep_answers: bool = False,
-    ) -> None:
-        """Stores the evaluator's settings.
+    Args:
+        session: the run, and the evaluator's settings. With ``keeps_answers`` recorded answers are traced and nothing
+            of their records is changed; a sample of which anything has changed is left alone.
+    """
 
-        Args:
-            on_trace: called with every traced sample.
-            keep_answers: trace recorded answers and change nothing of their records; a sample of which anything has
-                changed is left alone.
-        """
-        self.keep_answers = keep_answers
-        self.run, self.generation, self.features = run, generation, features
-        self.trace, self.on_error, self.on_trace = trace, on_error, on_trace
+    def __init__(self, session: RunSession) -> None:
+        evaluator = session.evaluator
+        self._session, self.run, self.generation = session, session.run, session.generation
+        self.features, self.trace, self.on_error = evaluator.features, evaluator.trace, evaluator.on_error
+        self.keeps_answers = evaluator.keeps_answers
         self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
-        self._batch: Sequence[Draft] = ()
+        self._batch: Sequence[SampleState] = ()
 
-    def do(self, samples: Sequence[Sample]) -> list[Record]:
-        """Answers, judges and traces some samples; what is finished is on disk even if an error or Ctrl-C ends it."""
-        finished: list[Draft] = []
+    def __call__(self, samples: Sequence[Sample]) -> list[Record]:
+        """Return the records of a batch; what is finished is on disk even if an error or Ctrl-C ends it."""
+        finished: list[SampleState] = []
         try:
-            self._batch = drafts = [self._encode(sample) for sample in samples]
-            self._generate([draft for draft in drafts if draft.error is None and draft.answer is None])
-            for start in range(0, len(drafts), TRACED_TOGETHER):
-                some = drafts[start : start + TRACED_TOGETHER]
-                for draft in some:
-                    if draft.score is None:
-                        self._judge(draft)
-                _forget([d for d in some if not self._traces(d)])
-                self._trace([d for d in some if self._traces(d)])
-                for draft in some:
-                    draft.encoded = None
-                finished += some
+            self._batch = states = [self._encode(sample) for sample in samples]
+            self._generate([state for state in states if state.error is None and state.answer is None])
+            for start in range(0, len(states), TRACED_TOGETHER):
+                chunk = states[start : start + TRACED_TOGETHER]
+                for state in chunk:
+                    self._score(state)
+                to_trace = [state for state in chunk if state.error is None and self.wants_rows(state)]
+                _release_cache([state for state in chunk if state not in to_trace])
+                for state, trace in zip(to_trace, self._trace(to_trace), strict=True):
+                    self._featurize(state, trace)
+                for state in chunk:
+                    state.encoded = None
+                finished += chunk
         finally:
             self._batch = ()
-            records = self._keep(finished)
+            records = self._store(finished)
         self._check_hope(finished)
         return records
 
-    def _encode(self, sample: Sample) -> Draft:
-        """A draft with its prompt, and with the answer if the run directory has it and only token rows are missing."""
-        draft, record = Draft(sample), self._recorded(sample)
-        if record is not None and self.keep_answers:
-            draft.kept = record
-        with self._stage(draft, "encode"):
+    def _encode(self, sample: Sample) -> SampleState:
+        """A state with its prompt, and with the answer if the run directory has it and only token rows are missing."""
+        state, record = SampleState(sample), self._recorded(sample)
+        if record is not None and self.keeps_answers:
+            state.kept = record
+        with self._stage(state, "encode"):
             picture = sample.image.load()
-            draft.image_sha256 = sample.image.sha256
-            draft.encoded = self.run.adapter.encode(picture, sample.question)
-            draft.prompt, draft.prompt_sha256 = draft.encoded.text, draft.encoded.sha256
+            state.image_sha256 = sample.image.sha256
+            state.encoded = self.run.adapter.encode(picture, sample.question)
+            state.prompt, state.prompt_sha256 = state.encoded.text, state.encoded.sha256
             changes = [] if record is None else record.changes(sample)
-            if record is not None and not changes and record.prompt_sha256 != draft.prompt_sha256:
+            if record is not None and not changes and record.prompt_sha256 != state.prompt_sha256:
                 changes = ["prompt"]
             if record is not None and not changes:
-                draft.answer, draft.score, draft.mentions = record.answer, record.score, record.mentions
-            elif draft.kept is not None:
+                state.answer, state.score, state.mentions = record.answer, record.score, record.mentions
+            elif state.kept is not None:
                 raise SampleChanged(CHANGED + ", ".join(changes))
-        if draft.answer is not None:
-            draft.seconds = {**record.seconds}
-        return draft
+        if state.answer is not None:
+            state.seconds = {**record.seconds}
+        return state
 
     def _recorded(self, sample: Sample) -> Record | None:
         """The record of an answer that token rows can be added to."""
@@ -171,31 +164,30 @@ class Worker:
         record = self.run.store.find(self.run.task.name, sample.id)
         return None if record is None or record.status == FAILED else record
 
-    def _generate(self, drafts: Sequence[Draft]) -> None:
-        """Writes answers, or reads those that samples bring along."""
-        for draft in drafts:
-            if draft.sample.answer is not None:
-                with self._stage(draft, "generate"):
-                    draft.answer = self.run.adapter.answer(draft.encoded, draft.sample.answer)
-        drafts = [draft for draft in drafts if draft.sample.answer is None]
+    def _generate(self, states: Sequence[SampleState]) -> None:
+        """Generate answers, or read those that samples bring along."""
+        for state in states:
+            if state.sample.answer is not None:
+                with self._stage(state, "generate"):
+                    state.answer = self.run.adapter.answer(state.encoded, state.sample.answer)
+        states = [state for state in states if state.sample.answer is None]
+        for state, answer in zip(states, self._in_batches(states, "generate", self._generate_batch), strict=True):
+            if answer is not None:
+                with self._stage(state, "generate"):
+                    state.answer = _finite(answer)
 
-        def generate(some: Sequence[Draft]) -> Sequence[Answer]:
-            prompts = [draft.encoded for draft in some]
-            if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
-                return self.run.adapter.generate(prompts, self.generation)
-            answers, kept = self.run.adapter.generate_with_cache(prompts, self.generation)
-            for draft, encoded in zip(some, kept, strict=True):
-                draft.encoded = encoded
-            return answers
+    def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
+        """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
+        prompts = [state.encoded for state in states]
+        if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
+            return self.run.adapter.generate(prompts, self.generation)
+        answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
+        for state, encoded in zip(states, prompts, strict=True):
+            state.encoded = encoded
+        return answers
 
-        for draft, answer in zip(drafts, self._together(drafts, "generate", generate), strict=True):
-            if answer is None:
-                continue
-            with self._stage(draft, "generate"):
-                draft.answer = _finite(answer)
-
-    def _together(
-        self, drafts: Sequence[Draft], stage: str, call: Callable[[Sequence[Draft]], Sequence[Result]]
+    def _in_batches(
+        self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]
     ) -> list[Result | None]:
         """Results of a call for a whole batch.
 
@@ -203,97 +195,93 @@ class Worker:
         otherwise is tried again in halves, so that only the samples at fault are lost: their result is None.
         """
         before, results = self._most.get(stage), []
-        while len(results) < len(drafts):
-            some = drafts[len(results) :][: self._most.get(stage)]
-            done = self._attempt(some, stage, call)
+        while len(results) < len(states):
+            batch = states[len(results) :][: self._most.get(stage)]
+            done = self._try_batch(batch, stage, call)
             if done is None:
-                self._most[stage] = len(some) // 2
-                _forget(self._batch)
+                self._most[stage] = len(batch) // 2
+                _release_cache(self._batch)
                 free_memory()
             elif done:
                 results += done
             else:
-                half = len(some) // 2
-                results += self._together(some[:half], stage, call)
-                results += self._together(some[half:], stage, call)
+                half = len(batch) // 2
+                results += self._in_batches(batch[:half], stage, call)
+                results += self._in_batches(batch[half:], stage, call)
         most = self._most.get(stage)
         if most != before:
             warnings.warn(
-                f"{stage}: {len(drafts)} samples together do not fit into memory; from now on {most} at a time",
+                f"{stage}: {len(states)} samples together do not fit into memory; from now on {most} at a time",
                 stacklevel=2,
             )
         return results
 
-    def _attempt(
-        self, drafts: Sequence[Draft], stage: str, call: Callable[[Sequence[Draft]], Sequence[Result]]
+    def _try_batch(
+        self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]
     ) -> list[Result | None] | None:
         """Results of one call, its time shared evenly; none where it fails for several, None if that was memory."""
         start = time.perf_counter()
         results: list[Result | None] | None = []
         try:
-            results = list(call(drafts))
-            if len(results) != len(drafts):
-                raise ValueError(f"{stage}: {len(results)} results for {len(drafts)} samples")
+            results = list(call(states))
+            if len(results) != len(states):
+                raise ValueError(f"{stage}: {len(results)} results for {len(states)} samples")
         except (ConfigError, CapabilityError):
             raise
         except Exception as error:
             short = out_of_memory(error)
-            if self.on_error == "raise" and not (short and len(drafts) > 1):
+            if self.on_error == "raise" and not (short and len(states) > 1):
                 raise
             results = None if short else []
-            if len(drafts) == 1:
-                drafts[0].error, results = _unbound(error) if short else error, [None]
-        share = (time.perf_counter() - start) / len(drafts)
-        for draft in drafts:
-            draft.seconds[stage] = draft.seconds.get(stage, 0.0) + share
+            if len(states) == 1:
+                states[0].error, results = _unbound(error) if short else error, [None]
+        share = (time.perf_counter() - start) / len(states)
+        for state in states:
+            state.seconds[stage] = state.seconds.get(stage, 0.0) + share
         return results
 
-    def _judge(self, draft: Draft) -> None:
-        """Score and labelled mentions."""
-        if draft.error is not None or draft.answer is None:
+    def _score(self, state: SampleState) -> None:
+        """Score the answer and label its mentions, where that is not done."""
+        if state.error is not None or state.answer is None or state.score is not None:
             return
-        with self._stage(draft, "score"):
-            score = self.run.task.score(draft.sample, draft.answer)
+        with self._stage(state, "score"):
+            score = self.run.task.score(state.sample, state.answer)
             if score.status not in (OK, UNPARSED):
                 raise ValueError(f"{self.run.task.name}.score gave status {score.status!r}, not {OK!r} or {UNPARSED!r}")
-            draft.mentions = tuple(self.run.task.mentions(draft.sample, draft.answer))
-            draft.score = score
+            state.mentions = tuple(self.run.task.mentions(state.sample, state.answer))
+            state.score = score
 
-    def _trace(self, drafts: Sequence[Draft]) -> None:
-        """Token rows with features."""
-        from stethoscope.storage.tokens import token_table
-        from stethoscope.tracing.mention_passes import trace_answers
+    def _trace(self, states: Sequence[SampleState]) -> list[Trace | None]:
+        """Trace answers; None for those that cannot be traced."""
+        return self._in_batches(states, "trace", self._trace_batch)
 
-        def trace(some: Sequence[Draft]) -> Sequence[Trace]:
-            encoded, answers = [draft.encoded for draft in some], [draft.answer for draft in some]
-            pictures, mentions = [draft.sample.image for draft in some], [draft.mentions for draft in some]
-            return trace_answers(self.run.adapter, encoded, answers, self.features.requires, pictures, mentions)
+    def _trace_batch(self, states: Sequence[SampleState]) -> Sequence[Trace]:
+        encoded, answers = [state.encoded for state in states], [state.answer for state in states]
+        images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
+        return trace_answers(self.run.adapter, encoded, answers, self.features.requires, images, mentions)
 
-        for draft, traced in zip(drafts, self._together(drafts, "trace", trace), strict=True):
-            if traced is None:
-                continue
-            self.on_trace(draft.sample, traced)
-            with self._stage(draft, "trace"):
-                columns = self.features.compute(traced)
-                task = self.run.task
-                draft.rows = token_table(
-                    task.name, draft.sample, draft.answer, draft.mentions, columns, draft.prompt, task.version
-                )
+    def _featurize(self, state: SampleState, trace: Trace | None) -> None:
+        """Compute the token rows of a traced answer."""
+        if trace is None:
+            return
+        self._session.call("on_trace", state.sample, trace)
+        with self._stage(state, "trace"):
+            columns, task = self.features.compute(trace), self.run.task
+            state.rows = token_table(
+                task.name, state.sample, state.answer, state.mentions, columns, state.prompt, task.version
+            )
 
-    def wants_rows(self, answer: Answer | None, mentions: Sequence[Mention]) -> bool:
-        """Whether an answer is to be traced."""
+    def wants_rows(self, item: SampleState | Record) -> bool:
+        """Whether the answer of a state or record is to be traced."""
         return (
             self.features is not None
-            and answer is not None
-            and len(answer.token_ids) > 0
-            and (self.trace == "all" or len(mentions) > 0)
+            and item.answer is not None
+            and len(item.answer.token_ids) > 0
+            and (self.trace == "all" or len(item.mentions) > 0)
         )
 
-    def _traces(self, draft: Draft) -> bool:
-        return draft.error is None and self.wants_rows(draft.answer, draft.mentions)
-
     @contextmanager
-    def _stage(self, draft: Draft, stage: str) -> Iterator[None]:
+    def _stage(self, state: SampleState, stage: str) -> Iterator[None]:
         """Times a stage of a sample; its error becomes the sample's unless errors are to be raised."""
         start = time.perf_counter()
         try:
@@ -303,38 +291,38 @@ class Worker:
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            draft.error = error
+            state.error = error
         finally:
-            draft.seconds[stage] = draft.seconds.get(stage, 0.0) + time.perf_counter() - start
+            state.seconds[stage] = state.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def _keep(self, drafts: Sequence[Draft]) -> list[Record]:
-        """Stores finished drafts and counts them."""
-        records = [draft.record(self.run.task.name) for draft in drafts]
+    def _store(self, states: Sequence[SampleState]) -> list[Record]:
+        """Stores finished states and counts them."""
+        records = [state.record(self.run.task.name) for state in states]
         if self.run.store is not None and records:
-            self.run.store.append(records, {draft.sample.id: draft.rows for draft in drafts if draft.rows is not None})
+            self.run.store.append(records, {state.sample.id: state.rows for state in states if state.rows is not None})
         for record in records:
             self.run.note(record)
         return records
 
-    def _check_hope(self, drafts: Sequence[Draft]) -> None:
+    def _check_hope(self, states: Sequence[SampleState]) -> None:
         """Stops a run in which nothing works."""
         several = self.run.processes.several  # a small share that fails says little: the evaluator looks at all of them
         if self.run.failed < self.run.done or self.run.done < (HOPELESS if several else min(HOPELESS, self.run.total)):
             return
-        draft = next(draft for draft in drafts if draft.error is not None)
-        error = draft.error
+        state = next(state for state in states if state.error is not None)
+        error = state.error
         if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted
             return
         if isinstance(error, StethoscopeError):
-            raise type(error)(f"all of the first {self.run.done} samples failed; sample {draft.sample.id}: {error}")
+            raise type(error)(f"all of the first {self.run.done} samples failed; sample {state.sample.id}: {error}")
         raise error
 
 
-def _forget(drafts: Sequence[Draft]) -> None:
-    """Lets go of what generation has kept of prompts; a trace is then a pass over the whole prompt."""
-    for draft in drafts:
-        if draft.encoded is not None and draft.encoded.cache is not None:
-            draft.encoded = replace(draft.encoded, cache=None)
+def _release_cache(states: Sequence[SampleState]) -> None:
+    """Drop the prompts' KV caches to free memory; later traces compute the full prompt."""
+    for state in states:
+        if state.encoded is not None and state.encoded.cache is not None:
+            state.encoded = replace(state.encoded, cache=None)
 
 
 def message(error: BaseException) -> str:

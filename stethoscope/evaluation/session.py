@@ -1,0 +1,323 @@
+"""A run that is going on: its directory, its processes, what is left to do, its results, its end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.adapters.base import Adapter
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.system import disk_faults
+from stethoscope.core.types import Sample
+from stethoscope.evaluation.callbacks import Callback
+from stethoscope.evaluation.distributed import Ended, joined
+from stethoscope.evaluation.pipeline import SamplePipeline, message
+from stethoscope.evaluation.results import COUNTS, TaskResults
+from stethoscope.evaluation.state import Run
+from stethoscope.loggers.base import Loggers
+from stethoscope.storage.lock import RunLock
+from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples, select_samples
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.run_fingerprint import (
+    answer_fingerprint,
+    differences,
+    digest,
+    feature_fingerprint,
+    location_keys,
+)
+from stethoscope.tasks.base import Task
+
+if TYPE_CHECKING:
+    from stethoscope.evaluation.evaluator import Evaluator
+
+FAST_DEV_RUN_SAMPLES = 2
+
+
+class RunSession:
+    """One run of one model on one task: an open run directory, the processes that share it, and its state.
+
+    ``open`` locks the directory, sets up task and model and decides what belongs to the run.
+
+    Args:
+        evaluator: whose settings hold.
+
+    Attributes:
+        run: the state that callbacks see.
+        evaluator: as given.
+        generation: how answers are written, with the task's own length where none was asked for.
+
+    Raises:
+        ConfigError: adapter or task is something else.
+    """
+
+    def __init__(self, evaluator: Evaluator, adapter: Adapter, task: Task) -> None:
+        for given, kind, example in ((adapter, Adapter, "stethoscope.load('testbed')"), (task, Task, "Pope()")):
+            if not isinstance(given, kind):
+                what = kind.__name__
+                raise ConfigError(f"{what.lower()}={given!r} should be an object of class {what}, such as {example}")
+        self.evaluator = evaluator
+        self.run = Run(adapter, task, evaluator.loggers if joined().first else Loggers())
+        self.generation = evaluator.generation
+        self._lock = None if evaluator.run_dir is None else RunLock(evaluator.run_dir, self.run.processes.rank)
+        self._selected: tuple[Sample, ...] = ()
+
+    @classmethod
+    @contextmanager
+    def open(cls, evaluator: Evaluator, adapter: Adapter, task: Task) -> Iterator[RunSession]:
+        """Begin a run, and end it with the block: an error marks the run and reaches callbacks and loggers."""
+        session = cls(evaluator, adapter, task)
+        try:
+            with disk_faults(evaluator.run_dir):
+                session._begin()
+                yield session
+        except BaseException as error:
+            session._fail(error)
+            raise
+        finally:
+            if session._lock is not None:
+                session._lock.release()
+
+    def _begin(self) -> None:
+        """Set up task and model, and accept the run directory."""
+        run, evaluator = self.run, self.evaluator
+        run.processes.meet(evaluator.meeting_minutes)
+        with run.processes.step():
+            self.call("on_run_start")
+            run.task.setup()
+            run.adapter.setup()
+            if self.generation.max_new_tokens is None:
+                self.generation = replace(self.generation, max_new_tokens=run.task.max_new_tokens)
+            limit = FAST_DEV_RUN_SAMPLES if evaluator.fast_dev_run else evaluator.limit
+            available = load_samples(run.task)
+            self._selected = select_samples(available, limit)
+            if evaluator.keeps_answers:
+                self._selected = recorded_samples(RunStore(evaluator.run_dir), run.task, available, self._selected)
+            fingerprint = answer_fingerprint(run.adapter, run.task, self.generation)
+        if run.processes.several:
+            self._agree(self._selected, fingerprint)
+        with run.processes.step():
+            if run.processes.first:
+                self._open(available, fingerprint)
+        with run.processes.step():
+            if not run.processes.first:
+                self._lock.acquire()
+        run.samples = tuple(sample for sample in self._selected if run.processes.takes(sample.id))
+        if run.processes.several:
+            run.store = run.store or RunStore(evaluator.run_dir)
+            run.store.use_shard(run.processes.rank)
+            run.processes.stop = run.store.record_files.stop_file
+
+    def check(self) -> None:
+        """Stop this process if another one has failed."""
+        self.run.processes.check()
+
+    def finish(self) -> TaskResults:
+        """Wait for all processes, compute, store and log the results, and call the last hooks."""
+        run = self.run
+        run.resumed = sum(run.processes.share(run.resumed))
+        with run.processes.step():
+            results = self._finish(self._selected) if run.processes.first else None
+        if run.processes.several:
+            shared = run.processes.share(jsonable(results.to_dict()) if results is not None else None)[0]
+            results = results or TaskResults.from_dict(run.task.name, shared)
+        self.call("on_task_end", results)
+        self.call("on_run_end", results)
+        return results
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of all callbacks of this process."""
+        for callback in self._called():
+            getattr(callback, hook)(self.run, *arguments)
+
+    def remaining(self, pipeline: SamplePipeline) -> list[Sample]:
+        """List the samples that this process has left to do: failed ones are tried again, changed ones asked again.
+
+        Where answers are kept, only those are left that lack their token rows.
+        """
+        if self.run.store is not None:
+            changed: list[list[str]] = []
+            samples = {sample.id: sample for sample in self.run.samples}
+            for record in self.run.store.records(self.run.task.name):
+                sample = samples.get(record.sample_id)
+                if sample is None or (record.status == FAILED and not self.evaluator.keeps_answers):
+                    continue
+                traced = self.run.store.has_tokens(record)
+                if record.status == FAILED or (self.evaluator.keeps_answers and traced):
+                    self.run.note(record)
+                elif changes := record.changes(sample):
+                    changed.append(changes)
+                elif self.evaluator.keeps_answers and record.untraced:
+                    continue  # to be tried again, or to lose its note
+                elif traced or not pipeline.wants_rows(record):
+                    self.run.note(replace(record, untraced=""))
+            if changed and not self.evaluator.keeps_answers:
+                names = ", ".join(dict.fromkeys(name for changes in changed for name in changes))
+                warnings.warn(
+                    f"changed since they were asked, so asked again: {len(changed)} samples of {self.run.task.name} "
+                    f"({names})",
+                    stacklevel=2,
+                )
+        self.run.resumed = self.run.done
+        return [sample for sample in self.run.samples if sample.id not in self.run.outcomes]
+
+    # --- the run directory --------------------------------------------------------------------------------------------
+
+    def _agree(self, samples: Sequence[Sample], fingerprint: Mapping[str, Any]) -> None:
+        """Checks that several processes can do the run, and that all have the same before them.
+
+        Raises:
+            ConfigError: they have no run directory to share, another model, or other samples.
+        """
+        if self.evaluator.run_dir is None:
+            raise ConfigError("run_dir=None should be a directory where several processes can share their records")
+        self.run.processes.same(fingerprint, "fingerprint")
+        self.run.processes.same(digest({"samples": [sample.id for sample in samples]}), "list of samples")
+
+    def _open(self, available: Sequence[Sample], fingerprint: dict[str, Any]) -> None:
+        """Accepts the run directory and starts the loggers."""
+        features = (
+            None
+            if self.evaluator.features is None
+            else feature_fingerprint(self.evaluator.features, self.evaluator.trace)
+        )
+        if self._lock is not None:
+            self._lock.acquire()
+            store = RunStore(self.evaluator.run_dir)
+            if store.fingerprints().get(self.run.task.name, {}).get("fast_dev_run"):
+                store.remove_tasks([self.run.task.name])  # a trial leaves nothing worth keeping
+            mark = {"fast_dev_run": True} if self.evaluator.fast_dev_run else {}
+            moved = self._moved(store, self.run.task, available, fingerprint)
+            store.open_task(self.run.task.name, {**fingerprint, **mark}, features, self.evaluator.overwrite, moved)
+            self.run.store = store
+        self.evaluator.loggers.setup(self.evaluator.run_dir)
+        settings = {
+            "limit": self.evaluator.limit,
+            "fast_dev_run": self.evaluator.fast_dev_run,
+            "batch_size": self.evaluator.batch_size,
+        }
+        settings |= {"seed": self.evaluator.seed, "processes": self.run.processes.count}
+        self.evaluator.loggers.log_config({self.run.task.name: {**fingerprint, "features": features, **settings}})
+
+    def _moved(
+        self, store: RunStore, task: Task, available: Sequence[Sample], fingerprint: Mapping[str, Any]
+    ) -> list[str]:
+        """List keys of the fingerprint that may differ from the run's: model or data lie elsewhere, and are the same.
+
+        Of data that the samples of its records have changed in, only ``extract`` takes another location, since it
+        leaves those samples alone.
+        """
+        keys = location_keys(task, fingerprint)
+        old = store.fingerprints().get(task.name)
+        if old is None or self.evaluator.keeps_answers or self.evaluator.overwrite:
+            return keys
+        changed = {key for key, *_ in differences(old, jsonable(fingerprint))}
+        if not changed & {key for key in keys if key.startswith("task.")}:
+            return keys
+        samples = {sample.id: sample for sample in available}
+        for record in store.records(task.name):
+            if record.sample_id not in samples or record.changes(samples[record.sample_id]):
+                return [key for key in keys if key.startswith("adapter.")]
+        return keys
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, samples: tuple[Sample, ...]) -> TaskResults:
+        """Puts together what all processes have done, computes the results, stores and logs them.
+
+        Raises:
+            DataError: all samples of several processes have failed.
+        """
+        if self.run.store is not None:
+            self.run.store.finish(self.run.task.name, [sample.id for sample in samples])
+            others = self.run.store.count(self.run.task.name) - len(samples)
+            if others:
+                warnings.warn(
+                    f"{self.evaluator.run_dir} holds {others} more answers of {self.run.task.name} than are asked for. "
+                    "Its figures are without them, but `train`, `report` and `compare` read them: give a smaller run its "
+                    "own name",
+                    stacklevel=2,
+                )
+        if self.run.processes.several:
+            self._gather(samples)
+        results = self._results()
+        if self.run.store is not None:
+            if not self.evaluator.keeps_answers:
+                self.run.store.write_metrics(self.run.task.name, results.to_dict())
+            finished = self.run.task.name in self.run.store.metrics()
+            self.run.store.set_status(self.run.task.name, "finished" if finished else "interrupted")
+        self.evaluator.loggers.log_metrics(results.flat())
+        self.evaluator.loggers.log_table(f"{self.run.task.name}/metrics", *results.rows())
+        return results
+
+    def _gather(self, samples: tuple[Sample, ...]) -> None:
+        """Reads what the other processes have done."""
+        self.run.samples, ids = samples, {sample.id for sample in samples}
+        self.run.forget()
+        for record in self.run.store.records(self.run.task.name):
+            if record.sample_id in ids:
+                self.run.note(record)
+        if (
+            self.run.failed == self.run.total and not self.evaluator.keeps_answers
+        ):  # of few samples no single process can tell that all fail
+            first = next(self.run.store.records(self.run.task.name))
+            raise DataError(f"all {self.run.total} samples failed; sample {first.sample_id}: {first.error}")
+
+    def _results(self) -> TaskResults:
+        """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
+        from stethoscope.metrics.bootstrap import count_metrics
+
+        outcomes = [self.run.outcomes[sample.id] for sample in self.run.samples]
+        pairs = zip(self.run.samples, outcomes, strict=True)
+        rows = self.run.task.tally([(sample, outcome.counts) for sample, outcome in pairs if outcome.status != FAILED])
+        names = dict.fromkeys(name for row in rows for name in row.counts)
+        counts = {status: sum(outcome.status == status for outcome in outcomes) for status in (OK, UNPARSED, FAILED)}
+        metrics = count_metrics(
+            self.run.task.metrics(),
+            {name: [row.counts.get(name, 0.0) for row in rows] for name in names},
+            [row.group for row in rows],
+            [row.subset for row in rows],
+            macro=self.run.task.macro,
+            seed=self.evaluator.seed,
+            expected=[sample.subset for sample in self.run.samples] if self.run.task.macro else (),
+        )
+        subset_counts: dict[str, dict[str, int]] = {}
+        for sample, outcome in zip(self.run.samples, outcomes, strict=True):
+            subset_counts.setdefault(sample.subset, dict.fromkeys(COUNTS[:4], 0))
+            for name in ("samples", outcome.status):
+                subset_counts[sample.subset][name] += 1
+        stages = list(dict.fromkeys(stage for outcome in outcomes for stage in outcome.seconds))
+        return TaskResults(
+            task=self.run.task.name,
+            primary=self.run.task.primary,
+            metrics=tuple(metrics),
+            counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
+            subset_counts=subset_counts,
+            seconds={stage: sum(outcome.seconds.get(stage, 0.0) for outcome in outcomes) for stage in stages},
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        """The one way out for every error: mark the run, tell callbacks and loggers. Nothing here hides the error."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        store = self.run.store
+
+        def mark() -> None:
+            if store is not None and not isinstance(error, Ended) and self.run.processes.fail():
+                store.set_status(self.run.task.name, status)
+
+        steps = [mark]
+        steps += [lambda hook=callback.on_exception: hook(self.run, error) for callback in self._called()]
+        for step in steps:
+            try:
+                step()
+            except Exception as second:
+                warnings.warn(f"while ending the run: {message(second)}", stacklevel=2)
+        self.run.loggers.finalize(status)
+
+    def _called(self) -> Iterator[Callback]:
+        """The callbacks of this process."""
+        is_main = self.run.processes.first
+        return (callback for callback in self.evaluator.callbacks if is_main or not callback.first_only)
