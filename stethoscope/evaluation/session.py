@@ -237,8 +237,8 @@ class RunSession:
             if others:
                 warnings.warn(
                     f"{self.evaluator.run_dir} holds {others} more answers of {self.run.task.name} than are asked for. "
-                    "Its figures are without them, but `train`, `report` and `compare` read them: give a smaller run its "
-                    "own name",
+                    "Its figures are without them, but `train`, `report` and `compare` read them: give a smaller run "
+                    "its own name",
                     stacklevel=2,
                 )
         if self.run.processes.several:

@@ -36,7 +36,7 @@ from stethoscope.tracing.hooks import (
     sites,
 )
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.trace import SEGMENTS, Heads, Spans, Trace
+from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, Trace
 
 STEP_NEEDS = frozenset({"attention", "lens", "trajectory", "heads"})
 """Parts of a trace that the rows of single steps can fill; every other one needs a pass or a prompt of its own."""
@@ -262,7 +262,7 @@ class Steps(Listener):
             start: number of the first; the steps of all must have been heard.
             answer: these tokens.
             needs: parts to fill.
-            consuming: the step that reads the last token is known too; parts of ``Heads`` need it.
+            consuming: the step that reads the last token is known too; parts of ``HeadAttention`` need it.
         """
         stop = start + len(answer.token_ids)
         end = stop + consuming
@@ -281,7 +281,7 @@ class Steps(Listener):
             for whole, row in zip(response, rows, strict=True):
                 whole[: len(row)] = row
             stacked = {name: self._part(name, start, end) for name in ("mass", "image", "top", "peak")}
-            parts["heads"] = Heads(**stacked, response=response)
+            parts["heads"] = HeadAttention(**stacked, response=response)
         return Trace(answer, self.spans, **parts)
 
     def _part(self, name: str, start: int, stop: int) -> Any:

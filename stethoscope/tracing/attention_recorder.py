@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.hooks import Listener, Site, eager_attention, eager_rows, plain_attention
-from stethoscope.tracing.trace import SEGMENTS, Heads, Spans
+from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans
 
 TOP = 20
 """Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
@@ -199,13 +199,13 @@ class HeadRows(AttentionRows):
                 for rows, count, answer in zip(most, self._tokens, self._answers, strict=True)
             ]
 
-    def heads(self) -> list[Heads]:
+    def heads(self) -> list[HeadAttention]:
         """Per sample, what was heard."""
         found = []
         for index, (mass, image) in enumerate(zip(self.mass(), self.image(), strict=True)):
             count = self._tokens[index] + 1
             top, peak = (torch.stack(part, 1) for part in zip(*self._by_head[index], strict=True))
-            found.append(Heads(mass[:count], image[:count], top, peak, self._response[index]))
+            found.append(HeadAttention(mass[:count], image[:count], top, peak, self._response[index]))
         return found
 
 

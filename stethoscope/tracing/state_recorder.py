@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, Spans, States, of_depth
+from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, HiddenStates, Spans, of_depth
 
 PATCH_SHARE = 0.05
 """Share of the image tokens whose cosines are averaged (CGC, arXiv 2604.04863)."""
@@ -135,10 +135,10 @@ class StateRows:
             parts.append((logits[:, ids.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).exp())
         return torch.cat(parts).T
 
-    def states(self) -> list[States]:
+    def states(self) -> list[HiddenStates]:
         """Per sample, what was heard."""
         return [
-            States(
+            HiddenStates(
                 patch_top=torch.stack(heard.top, -1),
                 patch_peak=torch.stack(heard.peak, -1),
                 sinks=torch.stack(heard.sinks),

@@ -64,6 +64,16 @@ def of_depth(layer: int, layers: int, published: int = 32) -> int:
 class Spans:
     """Where things sit in the sequence that the language model reads. Measured from the processor's output.
 
+    A prompt of P = 7 tokens, an answer of T = 3, and the rows of a trace. Row k stands at position P - 1 + k: it
+    *predicts* answer token k and *consumes* token k - 1 (row T is traced only where features read consuming rows)::
+
+        position   0     1     2     3     4     5     6     7     8     9
+        token      <s>   img   img   img   What  ?     A:    a     cat   .
+        span             |--- image ---|   |question|        |-- answer --|
+        row                                            0     1     2     3
+        predicts                                       a     cat   .     (end)
+        consumes                                       A:    a     cat   .
+
     Attributes:
         length: number of prompt tokens P; answer token k is predicted at position P - 1 + k. The prompt of an
             encoder-decoder model is what its encoder reads; there answer token k is predicted at position k of the
@@ -121,7 +131,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadAttention:
     """Attention of T + 1 rows by head: row k predicts answer token k and consumes token k - 1. Float32 on the CPU.
 
     Attributes:
@@ -142,11 +152,11 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class States:
+class HiddenStates:
     """Hidden states h_0 (what enters the first layer), ..., h_L (after the final norm), reduced. Float32 on the CPU.
 
-    D dimensions, M question tokens (the last prompt token if there is none). Rows as in ``Heads``. The layers of the
-    dictionaries are those of ``KEPT_LAYERS``, by share of depth (``of_depth``).
+    D dimensions, M question tokens (the last prompt token if there is none). Rows as in ``HeadAttention``. The layers
+    of the dictionaries are those of ``KEPT_LAYERS``, by share of depth (``of_depth``).
 
     Attributes:
         patch_top: (T + 1, L) mean of the largest 5 % of the cosines of the row's state to the image tokens' states of
@@ -213,8 +223,8 @@ class Trace:
     lens_rank: Tensor | None = None
     blank_logits: Tensor | None = None
     relevancy: Relevancy | None = None
-    heads: Heads | None = None
-    states: States | None = None
+    heads: HeadAttention | None = None
+    states: HiddenStates | None = None
     trajectory: Tensor | None = None
     image_lens: Tensor | None = None
     noise_logits: Tensor | None = None
@@ -228,10 +238,10 @@ class Trace:
     def part(self, name: Literal["relevancy"]) -> Relevancy: ...
 
     @overload
-    def part(self, name: Literal["heads"]) -> Heads: ...
+    def part(self, name: Literal["heads"]) -> HeadAttention: ...
 
     @overload
-    def part(self, name: Literal["states"]) -> States: ...
+    def part(self, name: Literal["states"]) -> HiddenStates: ...
 
     @overload
     def part(self, name: TensorPart) -> Tensor: ...
