@@ -14,7 +14,7 @@ from helpers.page_client import API, Client, file
 from PIL import Image
 
 from stethoscope import testbed
-from stethoscope.app import asking, sessions
+from stethoscope.app import answer, sessions
 from stethoscope.app.payload import without_folders
 from stethoscope.app.runs import Runs
 from stethoscope.app.sessions import NO_PICTURE, Sessions
@@ -174,14 +174,14 @@ def test_a_session_cannot_fill_the_queue(client):
 def test_long_questions_are_refused_before_the_model_runs(
     picture_file, pool, reader, adapter, monkeypatch, words, kind, reason
 ):
-    monkeypatch.setattr(asking, "MAX_QUESTION", 100)
+    monkeypatch.setattr(answer, "MAX_QUESTION", 100)
     with pool.use("testbed"):
         pass  # a detector may be tried when the model is loaded
     passes = []
     hook = adapter.model.register_forward_pre_hook(lambda *_: passes.append(1))
     try:
-        question = asking.Question("testbed", picture_file(0), "dog " * words, asking.generation(length=1))
-        shown = json.loads(list(asking.ask(pool, question, reader))[-1][0])
+        question = answer.Question("testbed", picture_file(0), "dog " * words, answer.generation(length=1))
+        shown = json.loads(list(answer.ask(pool, question, reader))[-1][0])
     finally:
         hook.remove()
     assert shown["kind"] == kind
@@ -193,7 +193,7 @@ def test_an_unexpected_error_ends_on_the_page_and_its_traceback_in_the_log(clien
     def fail(*_, **__):
         raise AttributeError("'SimpleImputer' object has no attribute '_fill_dtype' in /secret/folder")
 
-    monkeypatch.setattr(asking, "_explain", fail)
+    monkeypatch.setattr(answer, "_explain", fail)
     shown = client.ask(file(client.upload(png()).json()[0]), length=4)
     assert (shown["kind"], shown["text"]) == ("error", "the server failed: AttributeError; its log says more")
     assert "_fill_dtype" in caplog.text
@@ -205,9 +205,9 @@ def test_messages_name_no_folder(picture_file, pool, reader, monkeypatch, tmp_pa
     def fail(*_, **__):
         raise DataError(f"{tmp_path}/some run/metrics.json is no JSON; run={tmp_path}/b, '{Path.home()}/c'")
 
-    monkeypatch.setattr(asking, "_explain", fail)
-    question = asking.Question("testbed", picture_file(0), DESCRIBE, asking.generation(length=2))
-    shown = json.loads(list(asking.ask(pool, question, reader))[-1][0])
+    monkeypatch.setattr(answer, "_explain", fail)
+    question = answer.Question("testbed", picture_file(0), DESCRIBE, answer.generation(length=2))
+    shown = json.loads(list(answer.ask(pool, question, reader))[-1][0])
     assert shown["text"] == "metrics.json is no JSON; run=b, 'c'"
     assert without_folders("GET https://example.org/a/b of runs/c") == "GET https://example.org/a/b of runs/c"
 
