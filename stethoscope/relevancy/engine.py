@@ -209,11 +209,11 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
     name, roles, places = type(model).__name__, maps.layers, sites(model)
     if "cross" in roles and not place.encoder_decoder:
         raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
-    if "bridge" in roles:
-        if all("visual_abstractor" in site for site in roles["bridge"]) and _queries(maps, place):
+    if "connector" in roles:
+        if all("visual_abstractor" in site for site in roles["connector"]) and _queries(maps, place):
             return "joint"
-        if not all("qformer" in site for site in roles["bridge"]):
-            raise CapabilityError(f"{name}: relevancy through {roles['bridge'][0]} is not supported")
+        if not all("qformer" in site for site in roles["connector"]):
+            raise CapabilityError(f"{name}: relevancy through {roles['connector'][0]} is not supported")
         return "queries"
     if place.encoder_decoder:
         raise CapabilityError(f"{name}: an encoder-decoder model is supported behind a Q-Former only")
@@ -229,7 +229,7 @@ def _kind(model: PreTrainedModel, maps: Maps, place: Layout) -> str:
 
 def _queries(maps: Maps, place: Layout) -> int:
     """The number of queries of an abstractor, the first of the image tokens; 0 where its maps have other columns."""
-    bridge, vision = ({maps.sizes[site] for site in maps.layers.get(role, ())} for role in ("bridge", "vision"))
+    bridge, vision = ({maps.sizes[site] for site in maps.layers.get(role, ())} for role in ("connector", "vision"))
     count = (bridge.pop() - vision.pop()) // len(place.counts) if len(bridge) == len(vision) == 1 else 0
     return count if 0 < count <= len(place.image) else 0
 
@@ -269,13 +269,13 @@ class _Pass:
             self._language.receive(layer, abar)
         elif role in ("vision", "encoder"):
             self._tower(role, call.site.name).receive(call.offset // self._samples, call.keys, abar)
-        elif role == "bridge" and self.kind == "joint":
+        elif role == "connector" and self.kind == "joint":
             if self._joint is None:  # the language model's layers are through: they come first
                 queries = self.place.image[: len(call.ends)]
                 rows = self._language.mass()[..., queries]
                 self._joint = QueryRows(rows, call.keys - len(queries), self._samples)
             self._joint.receive(abar)
-        elif role == "bridge":
+        elif role == "connector":
             part = "crossing" if "crossattention" in call.site.name else "own"
             self._keep(part, call.site.layer, call, abar)
         else:

@@ -19,12 +19,12 @@ from stethoscope.relevancy.attention_backward import (
     visible_ends,
 )
 from stethoscope.relevancy.checkpointing import Tape
-from stethoscope.tracing.hooks import Listener, Site, modules_of
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of
 
 Receiver = Callable[[Call, int, Blocks], None]
 
 
-class Maps(Listener):
+class Maps(AttentionRecorder):
     """One forward pass whose attention can be asked for its Abar, any number of times.
 
     Args:
@@ -49,17 +49,8 @@ class Maps(Listener):
         self._root = self._stop = self._room = 0
         self._offsets: dict[str, int] | None = None  # of layers that run again
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self.tape.run(self._attend, site, module, query, key, value, mask, kwargs), None
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        return self.tape.run(self._attend, *call), None
 
     def _attend(
         self,

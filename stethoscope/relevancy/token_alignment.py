@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import Listener, Site, modules_of, record, sites
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of, record, sites
 from stethoscope.tracing.token_spans import image_layout
 
 _MOST = 64  # shapes of inputs that are remembered of a model
@@ -72,25 +72,17 @@ class _Reached(Exception):
     """The language model has been reached; the rest of the pass is not needed."""
 
 
-class _Trails(Listener):
+class _Trails(AttentionRecorder):
     def __init__(self, image: Tensor) -> None:
         self._image, self._first = image, ""
         self.tags: list[Tensor] = []
         self.numbers: Tensor | None = None
 
-    def wants(self, site: Site) -> bool:
+    def matches(self, site: Site) -> bool:
         return site.role in ("vision", "language")
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        site, query, value = call.site, call.query, call.value
         if site.role == "language":
             seen = query[0, :, self._image.to(query.device)].float()  # a query depends on its own embedding alone
             some = torch.rand(seen.shape[::2], generator=torch.Generator().manual_seed(0)) + 0.5

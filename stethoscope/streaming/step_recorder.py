@@ -24,14 +24,12 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.tracing.attention_recorder import segments, strongest
 from stethoscope.tracing.hooks import (
-    Listener,
+    AttentionCall,
+    AttentionRecorder,
     Recording,
     Site,
-    eager_attention,
-    eager_rows,
-    hearing,
+    capturing,
     modules_of,
-    plain_attention,
     selected,
     sites,
 )
@@ -90,7 +88,7 @@ class _Block:
     parts: dict[str, Any]
 
 
-class Steps(Listener):
+class Steps(AttentionRecorder):
     """Hears a ``generate`` call of one prompt, from ``start`` to ``stop``.
 
     Args:
@@ -140,7 +138,7 @@ class Steps(Listener):
                 self._open.enter_context(selected(self._model))
                 self._recording = Recording(self, sites(self._model))
                 if always:
-                    self._open.enter_context(hearing(self._recording))
+                    self._open.enter_context(capturing(self._recording))
             if self._decodes:
                 for layer in self.lens.layers:
                     self._hook(layer, self._after_layer)
@@ -160,7 +158,7 @@ class Steps(Listener):
         self._on = True
         try:
             if self._attends:
-                with hearing(self._recording):
+                with capturing(self._recording):
                     yield
             else:
                 yield
@@ -176,51 +174,42 @@ class Steps(Listener):
     def _hook(self, module: nn.Module, hook: Callable) -> None:
         self._open.callback(module.register_forward_hook(hook).remove)
 
-    def wants(self, site: Site) -> bool:
+    def matches(self, site: Site) -> bool:
         return site.role in self._rows
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        site, query, key, value, mask, options = call.site, call.query, call.key, call.value, call.mask, call.options
         batch, heads, queries, _ = query.shape
         if batch > 1:
             raise CaptureError(f"{batch} prompts are written at once; warnings are for one prompt at a time")
         plain = queries == 1 and mask is None
         if plain:
-            keys = self._keys.get(site.name) or self._tried(site, module, query, key, value, kwargs)
+            keys = self._keys.get(site.name) or self._tried(call)
             plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # else a window has dropped some
         if plain:
             keys.newest = key
             self._rows[site.role].append(Later(query, keys))
-            if heads == key.shape[1] and not kwargs.get("dropout"):  # what is left of transformers' function then
-                output = scaled_dot_product_attention(query, key, value, scale=kwargs.get("scaling"))
+            if heads == key.shape[1] and not options.get("dropout"):  # what is left of transformers' function then
+                output = scaled_dot_product_attention(query, key, value, scale=options.get("scaling"))
                 return output.transpose(1, 2).contiguous(), None
-            return plain_attention(module, query, key, value, mask, **kwargs)
-        output, _ = plain_attention(module, query, key, value, mask, **kwargs)  # the very ids of a plain call
+            return call.sdpa()
+        output, _ = call.sdpa()  # the very ids of a plain call
         self._later = False
         if queries > 1:
             last = torch.tensor([[queries - 1]])
-            row = eager_rows(module, last, query, key, value, mask, **kwargs)[0, :, 0]
+            row = call.eager_rows(last)[0, :, 0]
         else:
-            row = eager_attention(module, query, key, value, mask, **kwargs)[1][0, :, 0]
+            row = call.eager()[1][0, :, 0]
         self._rows[site.role].append(row)
         return output, None
 
-    def _tried(
-        self, site: Site, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-    ) -> Keys:
+    def _tried(self, call: AttentionCall) -> Keys:
         """Whether softmax(scaling q k) is the map, tried once for every module of an answer."""
-        keys = self._keys[site.name] = Keys()
-        if not self._encoder and all(kwargs.get(name) is None for name in _NOT_PLAIN):
-            keys.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-            own = eager_attention(module, query, key, value, None, **kwargs)[1][0, :, 0].float()
+        query, key, options = call.query, call.key, call.options
+        keys = self._keys[call.site.name] = Keys()
+        if not self._encoder and all(options.get(name) is None for name in _NOT_PLAIN):
+            keys.scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
+            own = call.eager()[1][0, :, 0].float()
             keys.newest = key
             near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
             keys.plain = bool((Later(query, keys).row(key.shape[2]) - own).abs().max() < near)

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.hooks import Listener, Site, eager_attention, eager_rows, plain_attention
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans
 
 TOP = 20
@@ -65,7 +64,7 @@ def logits_to_keep(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, lis
     return {"logits_to_keep": list(rows)} if takes else {}
 
 
-class AttentionRows(Listener):
+class AttentionRows(AttentionRecorder):
     """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
 
     The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
@@ -105,30 +104,21 @@ class AttentionRows(Listener):
         self._mass: dict[str, dict[str, Tensor]] = {role: {} for role in kinds}  # by role and name of the module
         self._to_image: list[Tensor] = []
 
-    def wants(self, site: Site) -> bool:
+    def matches(self, site: Site) -> bool:
         return site.role in self._mass
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        site = call.site
         if site.name in self._mass[site.role]:
             raise CaptureError(f"{site.name} was called twice in one recording")
-        if self._rows.shape[1] == query.shape[2]:
-            output, weights = eager_attention(module, query, key, value, mask, **kwargs)
+        if self._rows.shape[1] == call.query.shape[2]:
+            output, weights = call.eager()
         else:
-            output, _ = plain_attention(module, query, key, value, mask, **kwargs)
-            weights = eager_rows(module, self._rows, query, key, value, mask, **kwargs)
-        self.hear(site, weights)
+            (output, _), weights = call.sdpa(), call.eager_rows(self._rows)
+        self.on_weights(site, weights)
         return output, None
 
-    def hear(self, site: Site, weights: Tensor) -> None:
+    def on_weights(self, site: Site, weights: Tensor) -> None:
         """Reduces the rows (B, heads, T, S) of one layer."""
         weights = weights.detach().float()
         self._mass[site.role][site.name] = weights @ self._members[site.role].to(weights.device)[:, None]
@@ -184,8 +174,8 @@ class HeadRows(AttentionRows):
         self._by_head: list[list[tuple[Tensor, Tensor]]] = [[] for _ in spans]
         self._response: list[Tensor] = []
 
-    def hear(self, site: Site, weights: Tensor) -> None:
-        super().hear(site, weights)
+    def on_weights(self, site: Site, weights: Tensor) -> None:
+        super().on_weights(site, weights)
         weights = weights.detach().float()
         if site.role == self._reads:
             for index, columns in enumerate(self._columns):

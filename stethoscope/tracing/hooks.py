@@ -1,4 +1,4 @@
-"""One attention function for every model family: SDPA while nobody listens, maps for a listener while one does.
+"""One attention function for every model family: SDPA, or an active recorder's, which gets the maps.
 
 The function is registered with transformers under ``NAME`` together with SDPA's mask function, so there is one form
 of mask in all cases; ``additive_mask`` turns it into what the eager attention of a model file adds to its scores,
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from stethoscope.core.errors import CaptureError
 
 NAME = "stethoscope"
-ROLES = ("vision", "bridge", "encoder", "cross", "language")
+ROLES = ("vision", "connector", "encoder", "cross", "language")
 
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)(\.|$)")
-_BRIDGE = re.compile(r"qformer|visual_abstractor|resampler|perceiver")
+_CONNECTOR = re.compile(r"qformer|visual_abstractor|resampler|perceiver")
 _CROSS = re.compile(r"EncDecAttention|cross_?attn|encoder_attn")
 _ENCODER = re.compile(r"(^|\.)encoder\.")
 _NUMBER = re.compile(r"\.(\d+)(\.|$)")
@@ -40,7 +40,7 @@ class Site:
 
     Attributes:
         name: path of the module, as in ``model.named_modules()``.
-        role: one of ``ROLES``: the vision tower, the bridge to the language model (Q-Former, abstractor), the
+        role: one of ``ROLES``: the vision tower, the connector to the language model (Q-Former, abstractor), the
             encoder of an encoder-decoder language model, its cross-attention, or causal self-attention.
         layer: number of the layer within its part of the model, -1 when the path has none.
     """
@@ -50,53 +50,72 @@ class Site:
     layer: int
 
 
-class Listener:
-    """What ``record`` hands every attention call to. Subclasses choose the calls and reduce the maps on the spot."""
+class AttentionCall(NamedTuple):
+    """One call of an attention module.
 
-    def wants(self, site: Site) -> bool:
-        """Whether calls of this module come to ``attend``; others go to SDPA."""
+    Attributes:
+        site: the module's place in the model.
+        module: the module.
+        query: (B, heads, q, d).
+        key, value: (B, key-value heads, k, d).
+        mask: in SDPA's form: boolean, additive or None.
+        options: keyword arguments of the model file (scaling, softcap, position_bias, ...).
+    """
+
+    site: Site
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+
+    def sdpa(self) -> tuple[Tensor, Tensor | None]:
+        """Compute the output (B, q, heads, d) as a model without a recorder does; see ``plain_attention``."""
+        return plain_attention(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def eager(self) -> tuple[Tensor, Tensor]:
+        """Compute the output and the whole map (B, heads, q, k); see ``eager_attention``."""
+        return eager_attention(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def eager_rows(self, rows: Tensor) -> Tensor:
+        """Compute the rows (B, T) of the map, (B, heads, T, k); see the function ``eager_rows``."""
+        return eager_rows(self.module, rows, self.query, self.key, self.value, self.mask, **self.options)
+
+
+class AttentionRecorder:
+    """Base of what ``record`` passes attention calls to. Subclasses choose calls and reduce their maps on the spot."""
+
+    def matches(self, site: Site) -> bool:
+        """Decide whether calls of this module come to ``forward``; the others go to SDPA."""
         return True
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Computes the attention of one call; the whole map goes to ``hear``.
-
-        Args:
-            query: (B, heads, q, d). ``key``, ``value``: (B, key-value heads, k, d).
-            mask: in SDPA's form: boolean, additive or None.
-            kwargs: what the model file passes on (scaling, softcap, position_bias, ...).
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Compute one call and pass its whole map to ``on_weights``.
 
         Returns:
-            The output (B, q, heads, d) and the map, as eager attention returns them.
+            The output (B, q, heads, d) and the map or None, as attention functions of transformers return them.
         """
-        output, weights = eager_attention(module, query, key, value, mask, **kwargs)
-        self.hear(site, weights)
+        output, weights = call.eager()
+        self.on_weights(call.site, weights)
         return output, weights
 
-    def hear(self, site: Site, weights: Tensor) -> None:
-        """Takes one map (B, heads, q, k), exactly the tensor that multiplies the values. Keep no reference to it."""
+    def on_weights(self, site: Site, weights: Tensor) -> None:
+        """Reduce one map (B, heads, q, k), exactly the tensor that multiplies the values. Keep no reference to it."""
 
     def finish(self) -> None:
         """Called at the end of a recording without errors.
 
         Raises:
-            CaptureError: what should have been heard was not.
+            CaptureError: an expected call was not recorded.
         """
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A listener and the modules of the model that it listens to."""
+    """A recorder and the modules of the model that it records."""
 
-    listener: Listener
+    recorder: AttentionRecorder
     sites: dict[int, Site]
 
 
@@ -120,8 +139,9 @@ def attention(
     recording = _active.get()
     if recording is not None:
         site = recording.sites.get(id(module))
-        if site is not None and recording.listener.wants(site):
-            return recording.listener.attend(site, module, query, key, value, attention_mask, **kwargs)
+        if site is not None and recording.recorder.matches(site):
+            call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
+            return recording.recorder.forward(call)
     return plain_attention(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -261,20 +281,20 @@ def _find_sites(model: nn.Module) -> dict[int, Site]:
 
 
 @contextmanager
-def record(model: PreTrainedModel, listener: Listener) -> Iterator[Listener]:
-    """Lets ``listener`` hear every attention call of one forward pass; the model is then as it was, even on errors.
+def record(model: PreTrainedModel, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
+    """Pass the attention calls of one forward pass to a recorder; the model is then as it was, even on errors.
 
     Raises:
-        CaptureError: another recording is on, or the listener did not hear what it should have.
+        CaptureError: another recording is on, or a call that the recorder expects did not come.
     """
-    with selected(model), hearing(Recording(listener, sites(model))):
-        yield listener
-    listener.finish()
+    with selected(model), capturing(Recording(recorder, sites(model))):
+        yield recorder
+    recorder.finish()
 
 
 @contextmanager
 def selected(model: PreTrainedModel) -> Iterator[None]:
-    """Makes the model call ``attention``, which is SDPA but for a listener; several may do so at once."""
+    """Make the model call ``attention``, which is SDPA unless a recorder is active. Blocks may be nested."""
     if model not in _selections:
         _selections[model] = _Selection([(config, config._attn_implementation_internal) for config in _configs(model)])
         model.set_attn_implementation(NAME)
@@ -289,8 +309,8 @@ def selected(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def hearing(recording: Recording) -> Iterator[None]:
-    """Hands the attention calls of a model that is ``selected`` to a listener.
+def capturing(recording: Recording) -> Iterator[None]:
+    """Pass the attention calls of a model that is ``selected`` to a recorder.
 
     Raises:
         CaptureError: another recording is on.
@@ -327,7 +347,7 @@ def _vision_tower(model: nn.Module) -> set[int]:
 
 
 def _role(name: str) -> str:
-    for role, pattern in (("bridge", _BRIDGE), ("vision", _VISION), ("cross", _CROSS), ("encoder", _ENCODER)):
+    for role, pattern in (("connector", _CONNECTOR), ("vision", _VISION), ("cross", _CROSS), ("encoder", _ENCODER)):
         if pattern.search(name):
             return role
     return "language"

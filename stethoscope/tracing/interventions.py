@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import Listener, Site, additive_mask, plain_attention
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, additive_mask
 from stethoscope.tracing.token_spans import token_regions
 from stethoscope.tracing.trace import Spans, of_depth
 
@@ -49,7 +49,7 @@ CORE_LAYERS = (10, 25)
 """Layers of 32 whose attention chooses them."""
 
 
-class Knockout(Listener):
+class Knockout(AttentionRecorder):
     """Hides prompt tokens from all queries but image tokens, in the language model's own attention.
 
     In an encoder-decoder model they are hidden in the encoder and from the cross-attention.
@@ -78,27 +78,19 @@ class Knockout(Listener):
             if queries is None:
                 self._queries[index, list(span.image)] = False
 
-    def wants(self, site: Site) -> bool:
+    def matches(self, site: Site) -> bool:
         return site.role in self._roles
 
-    def attend(
-        self,
-        site: Site,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        query, key, mask = call.query, call.key, call.mask
         blocked = self._keys[:, None, None].to(query.device)
-        if site.role != "cross":
+        if call.site.role != "cross":
             blocked = blocked & self._queries[:, None, :, None].to(query.device)
-        mask = additive_mask(module, query, key, mask, kwargs.get("is_causal"))
+        mask = additive_mask(call.module, query, key, mask, call.options.get("is_causal"))
         mask = query.new_zeros(()) if mask is None else mask
         size = (len(blocked), 1, query.shape[2], key.shape[2])
         mask = mask.expand(torch.broadcast_shapes(mask.shape, size)).masked_fill(blocked, torch.finfo(query.dtype).min)
-        return plain_attention(module, query, key, value, mask, **kwargs)[0], None
+        return call._replace(mask=mask).sdpa()[0], None
 
 
 def core(image_attention: Tensor, spans: Spans) -> list[int]:

@@ -6,23 +6,24 @@ import torch
 from helpers.contract_helpers import language
 from PIL import Image
 
-from stethoscope.tracing.hooks import Listener, record
+from stethoscope.tracing.hooks import AttentionRecorder, record
 
 QUESTION = "What is it?"
 WIDE, SQUARE, LARGE = (100, 40), (72, 56), (330, 250)
 EDGE = 4  # pixels of the picture that resizing may mix into a patch that is beside the painted one
 
 
-class Still(Listener):
+class Still(AttentionRecorder):
     """Keeps patches apart: the attention of the vision tower adds nothing."""
 
     heard = False
 
-    def wants(self, site):
+    def matches(self, site):
         return site.role == "vision"
 
-    def attend(self, site, module, query, key, value, mask, **kwargs):
+    def forward(self, call):
         self.heard = True
+        query, value = call.query, call.value
         return value.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1]), None
 
 

@@ -6,7 +6,7 @@ from helpers.contract_helpers import attention, extended, has_encoder, language,
 from torch import nn
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.hooks import NAME, Listener, record
+from stethoscope.tracing.hooks import NAME, AttentionRecorder, record
 
 OWN = r"(layers\.1\.self_attn|decoder\.block\.1\.layer\.0\.SelfAttention)"  # self-attention of the decoder's layer 1
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,8 +36,8 @@ def test_after_a_trace(adapter, encoded, answers):
 
 
 def test_after_a_listener_that_fails_half_way(adapter, encoded):
-    class Failing(Listener):
-        def hear(self, site, weights):
+    class Failing(AttentionRecorder):
+        def on_weights(self, site, weights):
             if (site.role, site.layer) == ("language", 1):
                 raise CaptureError(f"{site.name} fails")
 
@@ -51,7 +51,7 @@ def test_after_a_listener_that_fails_half_way(adapter, encoded):
     with pytest.raises(CaptureError, match=rf"{OWN} fails"):
         run()
     assert state(adapter.model) == before
-    with record(adapter.model, Listener()):  # the next recording is free to start
+    with record(adapter.model, AttentionRecorder()):  # the next recording is free to start
         pass
 
 

@@ -7,7 +7,7 @@ from helpers.contract_helpers import attention, extended, has_encoder, language,
 
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
-from stethoscope.tracing.hooks import Listener, record
+from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.trace import NEEDS, SEGMENTS
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
@@ -97,15 +97,15 @@ def test_attention_equals_eager_output_attentions(adapter, encoded, traces):
 
 
 def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, answers):
-    class Maps(Listener):
+    class Maps(AttentionRecorder):
         def __init__(self):
             self.heard = {}
 
-        def hear(self, site, weights):
+        def on_weights(self, site, weights):
             self.heard.setdefault(site.role, []).append(weights.clone())
 
     roles = {"language"} | ({"encoder", "cross"} if has_encoder(adapter) else set())
-    roles |= {"bridge"} if reads_by_queries(adapter) else set()
+    roles |= {"connector"} if reads_by_queries(adapter) else set()
     roles |= set() if adapter.model.config.model_type == "convllava" else {"vision"}  # no attention in its tower
     for one, answer in zip(encoded, answers, strict=True):
         own, _, crossing = eager(adapter, one, answer)

@@ -11,7 +11,7 @@ from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.hooks import Listener, record
+from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.trace import NEEDS
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
@@ -185,14 +185,14 @@ def test_half_precision_is_told_though_the_queries_stay_exact(tmp_path):
     torch.testing.assert_close(trace.relevancy.patches, exact.relevancy.patches, rtol=0.1, atol=1e-3)
 
 
-class Apart(Listener):
+class Apart(AttentionRecorder):
     """Keeps patches apart: the attention of the vision tower adds nothing."""
 
-    def wants(self, site):
+    def matches(self, site):
         return site.role == "vision"
 
-    def attend(self, site, module, query, key, value, mask, **kwargs):
-        return torch.zeros_like(value.transpose(1, 2)), None
+    def forward(self, call):
+        return torch.zeros_like(call.value.transpose(1, 2)), None
 
 
 def vision_tokens(adapter, image):

@@ -176,7 +176,7 @@ def test_right_padding_of_the_prompt_gets_no_attention(adapter, encoded, answer,
 
 def test_a_decoder_whose_cross_attention_is_not_heard_is_an_error():
     rows = AttentionRows(torch.tensor([[0]]), [Spans(3, (0,), (1,))], 3, decoder=1)
-    rows.hear(Site("decoder.block.0.SelfAttention", "language", 0), torch.ones(1, 2, 1, 1))
+    rows.on_weights(Site("decoder.block.0.SelfAttention", "language", 0), torch.ones(1, 2, 1, 1))
     with pytest.raises(CaptureError, match="1 layers of self-attention were seen and 0 of cross-attention"):
         rows.finish()
 
@@ -197,8 +197,8 @@ def test_heads_are_told_apart():
     rows = AttentionRows(torch.tensor([[0, 1]]), [Spans(4, (1, 2), (3,))], 5, decoder=2)
     own = torch.tensor([[[[1.0, 0.0], [0.3, 0.7]], [[1.0, 0.0], [0.6, 0.4]]]])
     crossing = torch.tensor([[[[0.4, 0.1, 0.2, 0.3, 0.0]] * 2, [[0.1, 0.4, 0.3, 0.2, 0.0]] * 2]])
-    rows.hear(Site("0.SelfAttention", "language", 0), own)
-    rows.hear(Site("0.EncDecAttention", "cross", 0), crossing)
+    rows.on_weights(Site("0.SelfAttention", "language", 0), own)
+    rows.on_weights(Site("0.EncDecAttention", "cross", 0), crossing)
     rows.finish()
     expected = {
         "image": [[0.3, 0.7], [0.3, 0.7]],

@@ -10,7 +10,7 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.attention_recorder import AttentionRows
 from stethoscope.tracing.hooks import (
     NAME,
-    Listener,
+    AttentionRecorder,
     Site,
     additive_mask,
     attention,
@@ -121,7 +121,7 @@ def test_one_recording_at_a_time_and_one_pass_per_listener():
     model, ids = tiny(), torch.arange(6)[None]
 
     def nested():
-        with record(model, Listener()), record(model, Listener()):
+        with record(model, AttentionRecorder()), record(model, AttentionRecorder()):
             pass
 
     def twice():
@@ -147,17 +147,17 @@ def test_maps_that_are_none_are_refused(monkeypatch):
         with record(model, listener):
             model(torch.arange(6)[None])
 
-    for listener in (Listener(), AttentionRows(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
+    for listener in (AttentionRecorder(), AttentionRows(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
         with pytest.raises(CaptureError, match=r"layers\.0\.self_attn .*None"):
             run(listener)
 
 
 def test_gradients_reach_the_maps():
-    class Keep(Listener):
+    class Keep(AttentionRecorder):
         def __init__(self):
             self.maps = []
 
-        def hear(self, site, weights):
+        def on_weights(self, site, weights):
             self.maps.append(weights)
 
     model = tiny().requires_grad_(False)
@@ -175,7 +175,7 @@ def test_gradients_reach_the_maps():
     [
         ("model.vision_tower.encoder.layers.2.self_attn", "vision", 2),
         ("model.visual.blocks.0.attn", "vision", 0),
-        ("qformer.encoder.layer.4.crossattention.attention", "bridge", 4),
+        ("qformer.encoder.layer.4.crossattention.attention", "connector", 4),
         ("language_model.encoder.block.1.layer.0.SelfAttention", "encoder", 1),
         ("language_model.decoder.block.1.layer.0.SelfAttention", "language", 1),
         ("language_model.decoder.block.1.layer.1.EncDecAttention", "cross", 1),
