@@ -237,13 +237,13 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajec
     """Run the logit lens in one forward pass; one layer is decoded at a time."""
     import torch
 
-    from stethoscope.relevancy.result import layout
+    from stethoscope.relevancy.result import read_layout
     from stethoscope.tracing.attention_recorder import logits_to_keep
     from stethoscope.tracing.logit_lens import Lens
 
     decode = _decoder(adapter)
     model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
-    first = layout(model, inputs, answer.token_ids).first
+    first = read_layout(model, inputs, answer.token_ids).first
     rows = torch.arange(first, first + len(answer.token_ids))
     options = logits_to_keep(model, rows.tolist())
     lens, tokens = Lens(model), torch.tensor([answer.token_ids])

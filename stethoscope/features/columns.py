@@ -18,7 +18,7 @@ _LAYER = re.compile(r"_l\d+(h\d+)?")
 
 
 def feature_of(column: str) -> str:
-    """Return the name of the feature that a column belongs to, or the column itself if no feature is known.
+    """Return the feature that a column belongs to, or the column itself if no feature is known.
 
     >>> feature_of("attn_image_l00"), feature_of("nll"), feature_of("mine_l3")
     ('attn_image', 'nll', 'mine_l3')
@@ -56,7 +56,7 @@ def select_columns(table: pd.DataFrame, features: Sequence[str], label: str, rem
 
 
 def matching_columns(table: pd.DataFrame, names: Sequence[str], label: str) -> pd.DataFrame:
-    """Keep some feature columns and no others, after checking that they have the same meaning in the table.
+    """Keep some feature columns only, after checking that they have the same meaning in the table.
 
     Layers are numbered: column ``_l03`` of a model of eight layers is not that of a model of thirty-two. A table may
     therefore neither lack one of the layers or heads of a feature nor have more of them.

@@ -55,7 +55,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def _gather(
     labels: np.ndarray, matrix: np.ndarray, order: np.ndarray, fresh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order the (rows, replicates) weights of both classes; rows that are not ``fresh`` join the row above."""
+    """Order the (rows, replicates) weights of both classes; rows not ``fresh`` join the row above."""
     weights = matrix[order]
     positive = weights * labels[order, None]
     negative = np.subtract(weights, positive, out=weights)
@@ -121,7 +121,7 @@ class Ranking:
         return _divide(pairs - wrong, pairs)
 
     def auprc(self) -> np.ndarray:
-        """Compute the average precision, (replicates,) in [0, 1], with hallucinated items as the positive class."""
+        """Compute the average precision, (replicates,) in [0, 1], of the hallucinated items."""
         flagged = self.true + self.false
         precision = np.divide(self.true, flagged, out=flagged, where=flagged > 0)
         return self._both(_dot(self.positive, precision), self.totals[0])
@@ -139,7 +139,7 @@ class Ranking:
         return self._both(self.false[first, np.arange(first.size)], self.totals[1])
 
     def recall_at_precision(self, level: float) -> np.ndarray:
-        """Compute the highest recall, (replicates,), with a precision of at least ``level``; 0 if there is none."""
+        """Compute the highest recall, (replicates,), at a precision of at least ``level``; else 0."""
         precise = self.true >= level * (self.true + self.false) * (1 - 1e-12)
         return self._both(np.max(self.true * precise, axis=0, initial=0.0), self.totals[0])
 
@@ -167,10 +167,11 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
 def auprc(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, positive: Literal[0, 1] = 1
 ) -> FloatOrArray:
-    """Compute the average precision in [0, 1]: the sum of (recall step) x (precision), without interpolation.
+    """Compute the average precision in [0, 1]: the sum of (recall step) x (precision).
 
-    A score without information gets the share of the positive class. With ``positive=0`` grounded items are the
-    positive class and low scores speak for them (the convention of GLSim and HaloProbe). NaN if a class is missing.
+    There is no interpolation. A score without information gets the share of the positive class. With ``positive=0``
+    grounded items are the positive class and low scores speak for them (the convention of GLSim and HaloProbe).
+    NaN if a class is missing.
 
     >>> round(auprc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
     0.8333
@@ -214,7 +215,7 @@ def auroc_controlled(
     width: int = 10,
     average: Literal["pairs", "bins"] = "pairs",
 ) -> FloatOrArray:
-    """Compute the position-controlled AUROC: the mean of the AUROCs within bins of ``width`` token positions.
+    """Compute the position-controlled AUROC: the mean AUROC within bins of ``width`` token positions.
 
     Only items at similar positions of an answer are compared, so a score that merely follows the position (late
     mentions are hallucinated more often) gets 0.5. With ``average="pairs"`` a bin counts by its number of
@@ -275,7 +276,7 @@ def auroc_within(
 
 
 def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
-    """Count the ``pairs`` that ``auroc_within`` compares, the ``items`` in them and the ``share`` of these items.
+    """Count the ``pairs`` that ``auroc_within`` compares, the ``items`` in them and their ``share``.
 
     >>> comparable([0, 1, 1, 0], [7, 7, 7, 8])
     {'pairs': 2, 'items': 3, 'share': 0.75}

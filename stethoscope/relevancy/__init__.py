@@ -1,8 +1,8 @@
-"""Relevancy of answer tokens: what each was written from, by gradient-weighted attention, down to image patches.
+"""Compute the relevancy of answer tokens to image patches and text by gradient-weighted attention.
 
 ``relevancy_from_inputs(model, inputs, answer_ids)`` works on a transformers model, ``token_relevancy(adapter, image,
 question, answer)`` on an adapter. Source: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 2021
-(arXiv 2103.15679), equations 5-10. Importing this package imports no torch.
+(arXiv 2103.15679), equations 5-10. Names are imported on first use, so importing this package imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Relevancy", "answer_relevancy", "relevancies_from_inputs", "relevancy_from_inputs", "token_relevancy"]
 
-_HOMES = {
+_MODULES = {
     "Relevancy": "result",
     "answer_relevancy": "engine",
     "relevancies_from_inputs": "engine",
@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"stethoscope.relevancy.{_HOMES[name]}"), name)
+    """Import a public name on first use."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"stethoscope.relevancy.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'stethoscope.relevancy' has no attribute {name!r}")

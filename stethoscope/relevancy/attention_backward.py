@@ -1,10 +1,10 @@
-"""Attention whose backward pass gives A * dz/dA away in blocks of rows, and keeps no map.
+"""Compute attention whose backward pass yields A * dz/dA in blocks of rows, without storing a map.
 
 With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T. The map is
-computed again in the backward pass from queries and keys, a block of rows at a time, up to the last column that the
-mask lets the block see; nothing of size layers x heads x N x N ever exists, and a block fits a processor's cache. The
+recomputed in the backward pass from queries and keys, one block of rows at a time, up to the last column that the mask
+makes visible to the block. No tensor of size layers x heads x N x N exists, and a block fits a processor's cache. The
 forward pass is SDPA, or eager attention where maps are so small that it costs nothing: the two differ by rounding,
-which badly conditioned small models blow up.
+which badly conditioned small models amplify.
 """
 
 from __future__ import annotations
@@ -19,45 +19,47 @@ from torch import Tensor, nn
 from stethoscope.tracing.hooks import Site, eager_attention, plain_attention
 
 BUDGET = 2**26
-"""Bytes that attention maps and gradients of tokens may take at once, unless a call says otherwise."""
+"""Default limit, in bytes, of attention maps and gradients of tokens in memory at once."""
 _SMALL = 2**20  # entries of a map
-_CACHE = 2**20  # bytes of a block of rows that stays in a processor's cache
+_CACHE = 2**20  # bytes of a block of rows that fits a processor's cache
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
-_OWN_EAGER = ("softcap", "s_aux", "position_bias")  # what only a model file's own eager attention can express
+_EAGER_ONLY = ("softcap", "s_aux", "position_bias")  # options that only the eager attention of a model file supports
 
 Blocks = Iterator[tuple[int, Tensor]]
 """First row and A * dz/dA (B, heads, rows, columns) of a block, in float32 or better. Rows in no block and columns
-behind a block's last are zero. A block is valid until the next is asked for, and all have to be taken."""
+after the last of a block are zero. A block is valid until the next one is requested; all must be consumed."""
 
 
 @dataclass(eq=False)
-class Call:
+class TracedCall:
     """One call of an attention module.
 
     Attributes:
-        site: the module's place.
-        module, mask, options: what the model file passed on.
-        receive: takes the call and its blocks, every time a backward pass comes through.
-        ends: for every query, how many keys it can see at most, counted up to the last (``visible_ends``).
-        live: number of leading queries whose keys and values pass gradients on. None for all. The queries behind
-            them pass gradients to their own key and value only (scope ``row``), or to none (cross-attention).
-        budget: bytes that maps may take while a backward pass is in this call.
+        site: name, role and layer of the module.
+        module: the attention module.
+        mask: attention mask in SDPA's form.
+        options: further arguments of the model file.
+        receive: called with the call and its blocks in every backward pass.
+        ends: for every query, index + 1 of the last visible key (``visible_ends``).
+        live: number of leading queries whose keys and values receive gradients; None for all. Later queries pass
+            gradients to their own key and value only (scope ``row``), or to none (cross-attention).
+        budget: bytes that maps may take in the backward pass of this call.
         offset: first column of this call when a layer is called once per window.
-        size: bytes of the call's maps as far as queries see.
+        size: bytes of the visible part of the call's maps.
         keys: number of keys.
-        rows: first and last + 1 of the queries that gradients come to; all by default.
-        narrow: gradients come to a few rows among them alone, so that it is worth looking.
-        maps: blocks of the map by rows, kept when several backward passes come through; None to keep none.
-        keep: keep the whole map of the forward pass, if it makes one in float32 or better.
-        whole: this map, (B, heads, q, k).
-        sound: whether all gradients are finite, a tensor so that no device waits for it.
+        rows: first and last + 1 of the queries that receive gradients; all by default.
+        narrow: whether only a few of these rows have gradients, so that it pays to search for them.
+        kept_blocks: blocks of the map by rows, kept for several backward passes; None to keep none.
+        keep_map: whether to keep the map of the forward pass, if that computes one in float32 or better.
+        map: this map, (B, heads, q, k).
+        finite: bool scalar, whether all gradients are finite; a tensor, so that no device has to synchronise.
     """
 
     site: Site
     module: nn.Module
     mask: Tensor | None
     options: dict[str, Any]
-    receive: Callable[[Call, Blocks], None]
+    receive: Callable[[TracedCall, Blocks], None]
     ends: list[int]
     live: int | None = None
     budget: int = BUDGET
@@ -66,39 +68,42 @@ class Call:
     keys: int = 0
     rows: tuple[int, int] | None = None
     narrow: bool = False
-    maps: dict[tuple[int, int], Tensor] | None = None
-    keep: bool = False
-    whole: Tensor | None = None
-    sound: Tensor | None = None
+    kept_blocks: dict[tuple[int, int], Tensor] | None = None
+    keep_map: bool = False
+    map: Tensor | None = None
+    finite: Tensor | None = None
 
 
 def forward_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Output (B, q, heads, d) of a call, and its map where that is small."""
+    """Compute the output (B, q, heads, d) of a call, and its map where that is small."""
     small = query.shape[:3].numel() * key.shape[2] <= _SMALL
     return (eager_attention if small else plain_attention)(module, query, key, value, mask, **options)
 
 
-def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-    """The same; every backward pass through it tells ``call.receive`` its A * dz/dA.
+def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
+    """Compute attention whose backward passes hand A * dz/dA to ``call.receive``.
 
     Args:
-        query: (B, heads, q, d). ``key``, ``value``: (B, key-value heads, k, d).
+        query: (B, heads, q, d).
+        key: (B, key-value heads, k, d).
+        value: (B, key-value heads, k, d).
+        call: the call and the receiver of its blocks.
     """
     return _TracedAttention.apply(query, key, value, call)
 
 
 def is_causal(module: nn.Module, queries: int, options: dict[str, Any]) -> bool:
-    """Whether a call without a mask is causal, by transformers' rule."""
+    """Decide whether a call without a mask is causal, by the rule of transformers."""
     flag = options.get("is_causal")
     return queries > 1 and bool(getattr(module, "is_causal", True) if flag is None else flag)
 
 
 def visible_ends(module: nn.Module, queries: int, keys: int, mask: Tensor | None, options: dict[str, Any]) -> list[int]:
-    """For every query, one more than the last key that it sees in any sample and head.
+    """Return, for every query, index + 1 of the last key that it sees in any sample and head.
 
-    A query that sees none attends to all keys alike in eager attention, so that it counts as seeing the last.
+    A query that sees no key attends to all keys equally in eager attention, so all are counted.
     """
     if mask is None:
         causal = is_causal(module, queries, options)
@@ -111,12 +116,12 @@ def visible_ends(module: nn.Module, queries: int, keys: int, mask: Tensor | None
 
 class _TracedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.call = call
         output, weights = forward_attention(call.module, query, key, value, call.mask, call.options)
-        if call.keep and weights is not None and weights.dtype == torch.promote_types(query.dtype, torch.float32):
-            call.whole = weights
+        if call.keep_map and weights is not None and weights.dtype == torch.promote_types(query.dtype, torch.float32):
+            call.map = weights
         return output
 
     @staticmethod
@@ -131,18 +136,21 @@ class _TracedAttention(torch.autograd.Function):
 
 
 def attention_blocks(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, grads: tuple[Tensor | None, ...]
+    call: TracedCall, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, grads: tuple[Tensor | None, ...]
 ) -> Blocks:
-    """The backward pass of one call: gives A * dz/dA away block by block and fills in the gradients.
+    """Run the backward pass of one call: yield A * dz/dA block by block and fill in the gradients.
 
-    This is the place of a fused kernel: one that takes the arguments of this function and hands a receiver what it
-    makes of the blocks (rows times Abar), without writing any of them to memory. None has been written, because no
-    GPU was at hand to test one on; on a GPU these are ordinary operations on blocks as large as the budget allows.
+    A fused kernel could replace this function: it would take the same arguments and multiply rows by Abar without
+    writing a block to memory. None exists, because no GPU was available to test one; on a GPU these are ordinary
+    operations on blocks as large as the budget allows.
 
     Args:
-        query: (B, heads, q, d). ``key``, ``value``: (B, key-value heads, k, d).
+        call: the call.
+        query: (B, heads, q, d).
+        key: (B, key-value heads, k, d).
+        value: (B, key-value heads, k, d).
         gradient: (B, heads, q, d) of the output.
-        grads: of query, key and value, zeros to be filled in; None where none is needed.
+        grads: zeros of the shapes of query, key and value, to be filled in; None where no gradient is needed.
     """
     scaling = call.options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -150,88 +158,88 @@ def attention_blocks(
     to_query, to_key, to_value = grads
     for start, stop in _row_blocks(call, query, key, gradient):
         end = max(call.ends[start:stop])
-        weights = _weights(call, query, key, value, scaling, start, stop, end)
-        some, sent = _grouped(query[:, :, start:stop], kv), _grouped(gradient[:, :, start:stop], kv)
+        weights = _block_weights(call, query, key, value, scaling, start, stop, end)
+        queries, gradients = _group_heads(query[:, :, start:stop], kv), _group_heads(gradient[:, :, start:stop], kv)
         keys = key[:, :, :end]
-        product = (sent @ value[:, :, :end].transpose(-1, -2)).to(weights.dtype).mul_(weights)
+        product = (gradients @ value[:, :, :end].transpose(-1, -2)).to(weights.dtype).mul_(weights)
         yield start, product.view(product.shape[0], -1, stop - start, end)
-        # the softmax passes on A * (dA - sum(A * dA)); the sum also tells whether all is finite
+        # the gradient of the softmax is A * (dA - sum(A * dA)); a finite sum shows that all values are finite
         total = product.sum(-1, keepdim=True)
         finite = torch.isfinite(total.sum())
-        call.sound = finite if call.sound is None else call.sound & finite
+        call.finite = finite if call.finite is None else call.finite & finite
         scores = product.addcmul_(total, weights, value=-1)
         softcap = call.options.get("softcap")
         if softcap is not None:
-            raw = (some @ keys.transpose(-1, -2)).to(scores.dtype)
+            raw = (queries @ keys.transpose(-1, -2)).to(scores.dtype)
             scores.mul_(1 - raw.mul_(scaling / softcap).tanh_().square_())
         scores, weights = scores.to(query.dtype), weights.to(query.dtype)
         if to_query is not None:
             to_query[:, :, start:stop] = (scores @ keys).mul_(scaling).view(*query.shape[:2], stop - start, -1)
         if to_key is not None:
-            _send(call, to_key, scores, some, start, stop, scaling)
+            _add_key_gradient(call, to_key, scores, queries, start, stop, scaling)
         if to_value is not None:
-            _send(call, to_value, weights, sent, start, stop, 1.0)
+            _add_key_gradient(call, to_value, weights, gradients, start, stop, 1.0)
 
 
-def _row_blocks(call: Call, query: Tensor, key: Tensor, gradient: Tensor) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of the rows that are worked on at once; live rows and those behind them never mix."""
+def _row_blocks(call: TracedCall, query: Tensor, key: Tensor, gradient: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 of the rows that are processed at once; live and later rows never mix."""
     first, last = call.rows or (0, query.shape[2])
     if call.narrow:
-        some = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0, -1]
-        first, last = first + some[0], first + some[-1] + 1
-    room = min(call.budget // _COPIES, _CACHE if query.device.type == "cpu" else call.budget)
-    step = max(1, room // (query.shape[:2].numel() * key.shape[2] * 4))
+        used = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0, -1]
+        first, last = first + used[0], first + used[-1] + 1
+    block_bytes = min(call.budget // _COPIES, _CACHE if query.device.type == "cpu" else call.budget)
+    step = max(1, block_bytes // (query.shape[:2].numel() * key.shape[2] * 4))
     border = last if call.live is None else min(max(call.live, first), last)
     for low, high in ((first, border), (border, last)):
         for start in range(low, high, step):
             yield start, min(start + step, high)
 
 
-def _grouped(vectors: Tensor, groups: int) -> Tensor:
-    """(B, heads, r, d) as (B, groups, heads / groups * r, d): the heads of a group under one another."""
+def _group_heads(vectors: Tensor, groups: int) -> Tensor:
+    """Reshape (B, heads, r, d) to (B, groups, heads / groups * r, d), stacking the heads of a group."""
     return vectors.reshape(vectors.shape[0], groups, -1, vectors.shape[-1])
 
 
-def _weights(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int, stop: int, end: int
+def _block_weights(
+    call: TracedCall, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int, stop: int, end: int
 ) -> Tensor:
-    """A block of the map, (B, groups, heads / groups * rows, end), float32 or better."""
-    if call.whole is not None:
-        return _grouped(call.whole[:, :, start:stop, :end], key.shape[1])
-    if call.maps is not None and (start, stop) in call.maps:
-        return call.maps[start, stop]
-    some, keys = query[:, :, start:stop], key[:, :, :end]
-    if any(call.options.get(name) is not None for name in _OWN_EAGER):
-        weights = _own_eager(call, some, keys, value[:, :, :end], start, stop)
+    """Compute a block of the map, (B, groups, heads / groups * rows, end), float32 or better."""
+    if call.map is not None:
+        return _group_heads(call.map[:, :, start:stop, :end], key.shape[1])
+    if call.kept_blocks is not None and (start, stop) in call.kept_blocks:
+        return call.kept_blocks[start, stop]
+    queries, keys = query[:, :, start:stop], key[:, :, :end]
+    if any(call.options.get(name) is not None for name in _EAGER_ONLY):
+        weights = _eager_weights(call, queries, keys, value[:, :, :end], start, stop)
     else:
-        scores = (_grouped(some, key.shape[1]) * scaling) @ keys.transpose(-1, -2)
-        _mask_scores(call, scores.view(*some.shape[:3], end), start, stop)
+        scores = (_group_heads(queries, key.shape[1]) * scaling) @ keys.transpose(-1, -2)
+        _mask_scores(call, scores.view(*queries.shape[:3], end), start, stop)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if call.maps is not None:
-        call.maps[start, stop] = weights
+    if call.kept_blocks is not None:
+        call.kept_blocks[start, stop] = weights
     return weights
 
 
-def _mask_scores(call: Call, scores: Tensor, start: int, stop: int) -> None:
-    """Masks (B, heads, rows, columns) in place; with the lowest number, so that a row that sees nothing is even."""
+def _mask_scores(call: TracedCall, scores: Tensor, start: int, stop: int) -> None:
+    """Mask (B, heads, rows, columns) scores with the lowest number; rows without keys stay uniform."""
     low, end = torch.finfo(scores.dtype).min, scores.shape[-1]
     if call.mask is None:
         if is_causal(call.module, len(call.ends), call.options):
             later = torch.ones(stop - start, end - start, dtype=torch.bool, device=scores.device).triu_(1)
             scores[..., start:].masked_fill_(later, low)
     elif call.mask.dtype == torch.bool:
-        scores.masked_fill_(~_rows(call.mask, start, stop, end), low)
+        scores.masked_fill_(~_mask_rows(call.mask, start, stop, end), low)
     else:
-        scores.add_(_rows(call.mask, start, stop, end)).clamp_(min=low)
+        scores.add_(_mask_rows(call.mask, start, stop, end)).clamp_(min=low)
 
 
-def _own_eager(call: Call, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int) -> Tensor:
-    """The same rows by the model file's own eager attention, as (B, groups, heads / groups * rows, end)."""
+def _eager_weights(call: TracedCall, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int) -> Tensor:
+    """Compute a block of the map as ``_block_weights``, by the model file's eager attention."""
     options, mask, end = dict(call.options), call.mask, key.shape[2]
     if options.get("position_bias") is not None:
-        options["position_bias"] = _rows(options["position_bias"], start, stop, end)
+        options["position_bias"] = _mask_rows(options["position_bias"], start, stop, end)
     if mask is not None:
-        mask = _rows(mask, start, stop, end)
+        mask = _mask_rows(mask, start, stop, end)
     elif is_causal(call.module, len(call.ends), call.options):
         columns = torch.arange(end, device=query.device)
         mask = (columns <= torch.arange(start, stop, device=query.device)[:, None])[None, None]
@@ -242,21 +250,32 @@ def _own_eager(call: Call, query: Tensor, key: Tensor, value: Tensor, start: int
     return weights.reshape(weights.shape[0], key.shape[1], -1, end)
 
 
-def _rows(tensor: Tensor, start: int, stop: int, end: int) -> Tensor:
-    """A block of a mask or bias (B or 1, heads or 1, q or 1, k)."""
+def _mask_rows(tensor: Tensor, start: int, stop: int, end: int) -> Tensor:
+    """Select rows and columns of a mask or bias (B or 1, heads or 1, q or 1, k)."""
     return (tensor[:, :, start:stop] if tensor.shape[2] > 1 else tensor)[..., :end]
 
 
-def _send(call: Call, sink: Tensor, maps: Tensor, vectors: Tensor, start: int, stop: int, factor: float) -> None:
-    """What a block of queries sends back to keys: maps^T vectors, or to their own key alone where they are not live.
+def _add_key_gradient(
+    call: TracedCall, target: Tensor, maps: Tensor, vectors: Tensor, start: int, stop: int, factor: float
+) -> None:
+    """Add the gradient of a block of queries to keys or values: maps^T vectors.
+
+    Queries that are not live send it to their own key only.
 
     Args:
-        sink: (B, groups, k, d), added to in place.
-        maps: (B, groups, heads / groups * rows, end). ``vectors``: the same rows of (..., d).
+        call: the call.
+        target: (B, groups, k, d), added to in place.
+        maps: (B, groups, heads / groups * rows, end).
+        vectors: (B, groups, heads / groups * rows, d).
+        start: first row.
+        stop: last row + 1.
+        factor: multiplies the gradient.
     """
     if call.live is None or start < call.live:
-        sink[:, :, : maps.shape[-1]].add_(maps.transpose(-1, -2) @ vectors, alpha=factor)
+        target[:, :, : maps.shape[-1]].add_(maps.transpose(-1, -2) @ vectors, alpha=factor)
     elif call.site.role == "language":
         split = (maps.shape[0], maps.shape[1], -1, stop - start)
         own = maps.reshape(*split, maps.shape[-1])[..., start:stop].diagonal(dim1=-2, dim2=-1)
-        sink[:, :, start:stop].add_((own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor)
+        target[:, :, start:stop].add_(
+            (own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor
+        )

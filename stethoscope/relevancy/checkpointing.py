@@ -1,9 +1,11 @@
-"""A forward pass taken down layer by layer, and gradients of many logits sent back through it together.
+"""Checkpoint activations layer by layer, and back-propagate many logits per recomputation.
 
-Every layer of the model is a step. It keeps its inputs alone and runs again, with a graph, when the backward pass
-reaches it: once for all logits of a group, whose gradients then go through it one after another. So a group costs one
-more forward pass and what is kept is the inputs of all layers, the activations of one and a gradient per logit.
-What lies between layers (embeddings, connectors, the head) is an ordinary graph.
+A forward pass keeps only the inputs of every layer. When the backward pass reaches a layer, the layer runs again with a
+graph, once for all logits of a group, whose gradients then pass through it one after another. So a group costs
+one more forward pass, and memory holds the inputs of all layers, the activations of one layer and a gradient per logit.
+Operations between layers (embeddings, connectors, the head) form an ordinary graph.
+
+``torch.utils.checkpoint`` recomputes a layer for every backward pass; here all logits of a group share it.
 """
 
 from __future__ import annotations
@@ -22,32 +24,39 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.tracing.hooks import modules_of
 
-Key = tuple[Any, int]
-"""A node of the graph and the number of its output."""
+EdgeKey = tuple[Any, int]
+"""A node of the graph and the index of its output."""
+Graph = tuple[list[Tensor], list[Tensor]]
+"""Inputs and outputs of a layer, with the graph between them."""
 
 
-class _Start(torch.autograd.Function):
-    """Gives values a place in the graph at which it begins. They may be changed in place, as any layer's output."""
+class _LayerOutputs(torch.autograd.Function):
+    """Identity op that detaches layer outputs and makes them leaves of the graph between layers.
+
+    The outputs may be changed in place, like those of any layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, values: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, anchor: Tensor, values: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("a backward pass ends where a step's outputs begin")
+        raise RuntimeError("a backward pass must end at the outputs of a layer")
 
 
 @dataclass(eq=False)
-class _Step:
-    """A layer's call.
+class _LayerCall:
+    """A call of a layer.
 
     Attributes:
-        function, values, spec: what was called, and its arguments, flattened.
-        inputs: which of the values gradients go on to.
-        edges: where the outputs are in the graph between layers.
-        mark: what ``Tape`` was told to remember when the call began.
-        graph: inputs and outputs with the graph in between, where it has been kept.
+        function: the layer's forward function.
+        values: its arguments, flattened.
+        spec: structure of the arguments.
+        inputs: indices of the values that receive gradients.
+        edges: edges of the outputs in the graph between layers.
+        state: state of the recorder when the call began, see ``LayerCheckpointer``.
+        graph: graph of the call, where it has been kept.
     """
 
     function: Callable[..., Any]
@@ -55,14 +64,17 @@ class _Step:
     spec: TreeSpec
     inputs: list[int]
     edges: list[GradientEdge]
-    mark: Any
-    graph: tuple[list[Tensor], list[Tensor]] | None
+    state: Any
+    graph: Graph | None = None
 
-    def run(self, leaves: list[Tensor]) -> Any:
-        """Runs with a graph, which ``graph`` holds then.
+    def run(self, leaves: list[Tensor]) -> tuple[Any, Graph]:
+        """Run the layer with a graph.
 
         Args:
-            leaves: where a call within the layer adds inputs of its own.
+            leaves: filled by calls within the layer that add inputs of their own.
+
+        Returns:
+            The layer's result and its graph.
         """
         values = list(self.values)
         for index in self.inputs:
@@ -70,166 +82,178 @@ class _Step:
         arguments, options = tree_unflatten(values, self.spec)
         leaves.clear()
         with torch.enable_grad():
-            returned = self.function(*arguments, **options)
+            result = self.function(*arguments, **options)
         inputs = [values[index] for index in self.inputs] + leaves
-        self.graph = inputs, [value for value in tree_flatten(returned)[0] if _real(value)]
-        return returned
+        return result, (inputs, [value for value in tree_flatten(result)[0] if _is_float(value)])
 
 
-class Tape:
-    """Steps in the order in which they ran.
+class LayerCheckpointer:
+    """Records the layer calls of a forward pass and back-propagates through them.
 
     Args:
-        keep: every step keeps its graph instead of running again: less time, more memory.
-        mark: gives what a step has to be told when it runs again.
+        keep_graphs: every layer keeps its graph instead of running again: less time, more memory.
+        get_state: returns the state that ``backward`` restores before a layer runs again.
 
     Attributes:
-        inside: a step is running.
-        leaves: for tensors within a running step at which the graph begins, because weights are frozen.
+        inside: whether a layer is running.
+        leaves: tensors within a running layer at which the graph begins, because weights are frozen.
     """
 
-    def __init__(self, keep: bool, mark: Callable[[], Any]) -> None:
+    def __init__(self, keep_graphs: bool, get_state: Callable[[], Any]) -> None:
         self.inside = False
         self.leaves: list[Tensor] = []
-        self._keep, self._mark = keep, mark
-        self._steps: list[_Step] = []
-        self._start = torch.zeros((), requires_grad=True)
+        self._keep_graphs, self._get_state = keep_graphs, get_state
+        self._calls: list[_LayerCall] = []
+        self._anchor = torch.zeros((), requires_grad=True)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Calls the function as a step; within another step, or where no gradients are wanted, just calls it."""
-        return self._run(self._keep, function, *arguments, **options)
+        """Call a layer and record it; within another layer, or without gradients, only call it."""
+        return self._run(self._keep_graphs, function, *arguments, **options)
 
     def run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The same for the last step: it keeps its graph for the first backward pass, which begins with it anyway."""
+        """Call the last layer and keep its graph, because the first backward pass begins with it."""
         return self._run(True, function, *arguments, **options)
 
-    def _run(self, keep: bool, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _run(self, keep_graph: bool, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if self.inside or not torch.is_grad_enabled():
             return function(*arguments, **options)
         values, spec = tree_flatten((arguments, options))
-        wired = [index for index, value in enumerate(values) if _real(value) and value.requires_grad]
-        step = _Step(function, values, spec, wired, [], self._mark(), None)
+        inputs = [index for index, value in enumerate(values) if _is_float(value) and value.requires_grad]
+        call = _LayerCall(function, values, spec, inputs, [], self._get_state())
         self.inside = True
         try:
-            if keep:
-                returned = step.run(self.leaves)
+            if keep_graph:
+                result, call.graph = call.run(self.leaves)
             else:
                 with torch.no_grad():
-                    returned = function(*arguments, **options)
+                    result = function(*arguments, **options)
         finally:
             self.inside = False
-        given, shape = tree_flatten(returned)
-        real = [index for index, value in enumerate(given) if _real(value)]
-        for index, value in zip(
-            real, _Start.apply(self._start, [given[index].detach() for index in real]), strict=True
-        ):
-            given[index] = value
-            step.edges.append(get_gradient_edge(value))
-        self._steps.append(step)
-        return tree_unflatten(given, shape)
+        outputs, result_spec = tree_flatten(result)
+        indices = [index for index, value in enumerate(outputs) if _is_float(value)]
+        detached = _LayerOutputs.apply(self._anchor, [outputs[index].detach() for index in indices])
+        for index, value in zip(indices, detached, strict=True):
+            outputs[index] = value
+            call.edges.append(get_gradient_edge(value))
+        self._calls.append(call)
+        return tree_unflatten(outputs, result_spec)
 
-    def width(self) -> int:
-        """Bytes of the largest gradient that passes between steps."""
-        return max((value.nbytes for step in self._steps for value in step.values if _real(value)), default=1)
+    def gradient_bytes(self) -> int:
+        """Return the size in bytes of the largest gradient that passes between layers."""
+        return max((value.nbytes for call in self._calls for value in call.values if _is_float(value)), default=1)
 
     def backward(
-        self, roots: Sequence[Tensor], choose: Callable[[int], None], again: Callable[[Any], None], last: bool
+        self,
+        roots: Sequence[Tensor],
+        select_root: Callable[[int], None],
+        restore_state: Callable[[Any], None],
+        last: bool,
     ) -> None:
-        """Sends the gradient of every root back through all steps, from the last to the first.
+        """Back-propagate the gradient of every root through all layers, from the last to the first.
 
         Args:
             roots: scalars.
-            choose: told the number of the root before a gradient of it goes through a step.
-            again: told a step's mark before it runs again.
-            last: the graphs are not needed again.
+            select_root: called with the index of a root before its gradient passes through a layer.
+            restore_state: called with the state of a layer's call before the layer runs again.
+            last: whether the graphs are no longer needed afterwards.
         """
-        waiting = _Waiting(self._steps)
-        for number, root in enumerate(roots):
-            waiting.send(root, None, number)
-        for step in reversed(self._steps):
-            arrived = [waiting.take(edge) for edge in step.edges]
+        pending = _PendingGradients(self._calls)
+        for root_index, root in enumerate(roots):
+            pending.send(root, None, root_index)
+        for call in reversed(self._calls):
+            arrived = [pending.take(edge) for edge in call.edges]
             if not any(arrived):
                 continue
-            if step.graph is None:
-                self._again(step, again)
-            inputs, outputs = step.graph
-            for number in range(len(roots)):
-                there = [(out, one.pop(number)) for out, one in zip(outputs, arrived, strict=True) if number in one]
-                there = [(out, gradient) for out, gradient in there if out.requires_grad]
-                if not there:
+            inputs, outputs = call.graph or self._recompute(call, restore_state)
+            for root_index in range(len(roots)):
+                received = [
+                    (output, by_root.pop(root_index))
+                    for output, by_root in zip(outputs, arrived, strict=True)
+                    if root_index in by_root
+                ]
+                received = [(output, gradient) for output, gradient in received if output.requires_grad]
+                if not received:
                     continue
-                choose(number)
-                kept = number + 1 < len(roots) or (self._keep and not last)
-                ends, gradients = zip(*there, strict=True)
-                back = torch.autograd.grad(ends, inputs, gradients, retain_graph=kept, allow_unused=True)
-                del there, gradients
-                for index, gradient in zip(step.inputs, back, strict=False):
+                select_root(root_index)
+                retain = root_index + 1 < len(roots) or (self._keep_graphs and not last)
+                ends, gradients = zip(*received, strict=True)
+                passed = torch.autograd.grad(ends, inputs, gradients, retain_graph=retain, allow_unused=True)
+                del received, gradients
+                for index, gradient in zip(call.inputs, passed, strict=False):
                     if gradient is not None:
-                        waiting.send(step.values[index], gradient, number)
+                        pending.send(call.values[index], gradient, root_index)
             del inputs, outputs
-            if last or not self._keep:
-                step.graph = None
+            if last or not self._keep_graphs:
+                call.graph = None
 
-    def _again(self, step: _Step, again: Callable[[Any], None]) -> None:
-        again(step.mark)
+    def _recompute(self, call: _LayerCall, restore_state: Callable[[Any], None]) -> Graph:
+        restore_state(call.state)
         self.inside = True
         try:
-            step.run(self.leaves)
+            return call.run(self.leaves)[1]
         finally:
             self.inside = False
 
 
-class _Waiting:
-    """Gradients by root at the outputs of steps that the backward pass has yet to reach."""
+class _PendingGradients:
+    """Gradients by root at the outputs of layers that the backward pass has yet to reach."""
 
-    def __init__(self, steps: Sequence[_Step]) -> None:
-        self._edges = {_key(edge): edge for step in steps for edge in step.edges}
-        self._gradients: dict[Key, dict[int, Tensor]] = {key: {} for key in self._edges}
+    def __init__(self, calls: Sequence[_LayerCall]) -> None:
+        self._edges = {_edge_key(edge): edge for call in calls for edge in call.edges}
+        self._gradients: dict[EdgeKey, dict[int, Tensor]] = {key: {} for key in self._edges}
 
-    def send(self, value: Tensor, gradient: Tensor | None, number: int) -> None:
-        """Passes a gradient on from a value in the graph between steps to the outputs that it was made from."""
-        key = _key(get_gradient_edge(value))
+    def send(self, value: Tensor, gradient: Tensor | None, root_index: int) -> None:
+        """Back-propagate a gradient from a value between layers to the layer outputs that it depends on.
+
+        Args:
+            value: in the graph between layers.
+            gradient: of the value; None for 1, at a root.
+            root_index: index of the root.
+        """
+        key = _edge_key(get_gradient_edge(value))
         if key in self._edges:
-            self._add(key, gradient, number)
+            self._add(key, torch.ones_like(value) if gradient is None else gradient, root_index)
             return
-        found = torch.autograd.grad(value, list(self._edges.values()), gradient, retain_graph=True, allow_unused=True)
-        for other, passed in zip(self._edges, found, strict=True):
+        edges = list(self._edges.values())
+        gradients = torch.autograd.grad(value, edges, gradient, retain_graph=True, allow_unused=True)
+        for output, passed in zip(self._edges, gradients, strict=True):
             if passed is not None:
-                self._add(other, passed, number)
+                self._add(output, passed, root_index)
 
     def take(self, edge: GradientEdge) -> dict[int, Tensor]:
-        """The gradients at an output by root; they are forgotten here."""
-        taken, self._gradients[_key(edge)] = self._gradients[_key(edge)], {}
-        return taken
+        """Return the gradients at an output by root, and release them."""
+        gradients, self._gradients[_edge_key(edge)] = self._gradients[_edge_key(edge)], {}
+        return gradients
 
-    def _add(self, key: Key, gradient: Tensor, number: int) -> None:
-        there = self._gradients[key]
-        there[number] = there[number] + gradient if number in there else gradient
+    def _add(self, key: EdgeKey, gradient: Tensor, root_index: int) -> None:
+        by_root = self._gradients[key]
+        by_root[root_index] = by_root[root_index] + gradient if root_index in by_root else gradient
 
 
 @contextmanager
-def steps(model: nn.Module, tape: Tape) -> Iterator[None]:
-    """For the length of a block every layer of the model runs as a step of the tape."""
+def checkpoint_layers(model: nn.Module, checkpointer: LayerCheckpointer) -> Iterator[None]:
+    """Route every layer of the model through a checkpointer within the block."""
     layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for layer in modules_of(model):
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             inside.update(layer.modules())
             layers.append(layer)
-    kept = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
-    for layer in layers:  # the language model comes last in all families; if it did not, only memory would be lost
-        layer.forward = partial(tape.run_last if layer is layers[-1] else tape.run, layer.forward)
+    previous = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
+    for layer in layers:  # the language model comes last in all families; otherwise only memory would be lost
+        run = checkpointer.run_last if layer is layers[-1] else checkpointer.run
+        vars(layer)["forward"] = partial(run, layer.forward)
     try:
         yield
     finally:
-        for layer, before in zip(layers, kept, strict=True):
+        for layer, attributes in zip(layers, previous, strict=True):
             vars(layer).pop("forward")
-            vars(layer).update(before)
+            vars(layer).update(attributes)
 
 
-def _key(edge: GradientEdge) -> Key:
+def _edge_key(edge: GradientEdge) -> EdgeKey:
     return edge.node, edge.output_nr
 
 
-def _real(value: Any) -> bool:
+def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()

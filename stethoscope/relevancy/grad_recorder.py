@@ -1,4 +1,4 @@
-"""Hears every attention call of one forward pass, so that backward passes through it give their Abar away."""
+"""Record every attention call of a forward pass and, on backward, yield A * dz/dA per layer."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from torch import Tensor, nn
 from stethoscope.core.errors import CaptureError
 from stethoscope.relevancy.attention_backward import (
     Blocks,
-    Call,
+    TracedCall,
     forward_attention,
     is_causal,
     traced_attention,
     visible_ends,
 )
-from stethoscope.relevancy.checkpointing import Tape
+from stethoscope.relevancy.checkpointing import LayerCheckpointer
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of
 
-Receiver = Callable[[Call, int, Blocks], None]
+Receiver = Callable[[TracedCall, int, Blocks], None]
+"""Called with an attention call, the index of its layer within its role, and the blocks of A * dz/dA."""
 
 
-class Maps(AttentionRecorder):
-    """One forward pass whose attention can be asked for its Abar, any number of times.
+class AttentionGradRecorder(AttentionRecorder):
+    """Records the attention of one forward pass for any number of backward passes.
 
     Args:
-        live: number of leading rows of the language model whose keys and values pass gradients on; None for all.
+        live: number of leading rows of the language model whose keys and values receive gradients; None for all.
         budget: bytes that maps may take at once in a backward pass.
-        keep: keep the graph of every layer.
+        keep_graphs: whether to keep the graph of every layer instead of running layers again.
 
     Attributes:
         layers: by role, the names of its attention modules in the order of their first calls.
-        sizes: by name, how many columns all calls of a module have together (crops and windows one after another).
-        tape: the forward pass.
+        sizes: by name, the number of columns of all calls of a module (crops and windows one after another).
+        checkpointer: the layer calls of the forward pass.
     """
 
-    def __init__(self, live: int | None, budget: int, keep: bool) -> None:
+    def __init__(self, live: int | None, budget: int, keep_graphs: bool) -> None:
         self.layers: dict[str, list[str]] = {}
         self.sizes: dict[str, int] = {}
-        self.tape = Tape(keep, mark=lambda: dict(self.sizes))
-        self._live, self._budget, self._keep = live, budget, keep
+        self.checkpointer = LayerCheckpointer(keep_graphs, get_state=lambda: dict(self.sizes))
+        self._live, self._budget, self._keep_graphs = live, budget, keep_graphs
         self._finite: list[tuple[str, Tensor]] = []
         self._ends: dict[tuple[Any, ...], tuple[Tensor | None, list[int]]] = {}
         self._receivers: Sequence[Receiver] = ()
-        self._root = self._stop = self._room = 0
-        self._offsets: dict[str, int] | None = None  # of layers that run again
+        self._root_index = self._stop = self._free_bytes = 0
+        self._offsets: dict[str, int] | None = None  # sizes so far in a layer that runs again
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        return self.tape.run(self._attend, *call), None
+        return self.checkpointer.run(self._attend, *call), None
 
     def _attend(
         self,
@@ -62,94 +63,97 @@ class Maps(AttentionRecorder):
         mask: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:
-        again = self._offsets is not None
-        sizes = self._offsets if again else self.sizes
+        recomputing = self._offsets is not None
+        sizes = self.sizes if self._offsets is None else self._offsets
         offset = sizes.get(site.name, 0)
         sizes[site.name] = offset + key.shape[0] * key.shape[2]
         if torch.is_grad_enabled():
-            ends = self._visible(module, query, key, mask, options)
+            ends = self._visible_ends(module, query, key, mask, options)
             live = self._live if site.role in ("language", "cross") else None
             keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
-            call = Call(site, module, mask, options, self._receive, ends, live, self._budget, offset, size, keys)
-            call.keep = self._keep
+            call = TracedCall(site, module, mask, options, self._receive, ends, live, self._budget, offset, size, keys)
+            call.keep_map = self._keep_graphs
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
-                self.tape.leaves.append(query)
+                self.checkpointer.leaves.append(query)
             output = traced_attention(query, key, value, call)
         else:
             output, _ = forward_attention(module, query, key, value, mask, options)
-        if not again:
+        if not recomputing:
             names = self.layers.setdefault(site.role, [])
             if site.name not in names:
                 names.append(site.name)
-            wide = torch.promote_types(output.dtype, torch.float32)
-            self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=wide))))
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=dtype))))
         return output
 
-    def _visible(
+    def _visible_ends(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> list[int]:
-        """``visible_ends``, once for every mask: layers share them."""
+        """Compute ``visible_ends`` once for every mask, because layers share masks."""
         queries, keys = query.shape[2], key.shape[2]
-        of = id(mask) if mask is not None else is_causal(module, queries, options)
-        if (of, queries, keys) not in self._ends:
-            self._ends[of, queries, keys] = mask, visible_ends(module, queries, keys, mask, options)
-        return self._ends[of, queries, keys][1]
+        mask_key = id(mask) if mask is not None else is_causal(module, queries, options)
+        if (mask_key, queries, keys) not in self._ends:
+            self._ends[mask_key, queries, keys] = mask, visible_ends(module, queries, keys, mask, options)
+        return self._ends[mask_key, queries, keys][1]
 
     def finish(self) -> None:
         if not self.layers.get("language"):
-            raise CaptureError("no attention of a language-model layer was seen; the model does not call the interface")
-        for name, finite in self._finite:
-            if not finite:
-                raise CaptureError(f"attention of {name} gives values that are not finite")
-        self._finite.clear()
+            raise CaptureError(
+                "no attention call of the language model was recorded: the model does not use transformers' "
+                "attention interface"
+            )
+        self._check_finite("attention of {} gives values that are not finite")
 
     def backward(self, logits: Sequence[Tensor], receivers: Sequence[Receiver], stop: int, last: bool) -> None:
-        """Sends gradients of logits through the graph; a receiver gets every call, its layer and its blocks.
+        """Back-propagate logits through the graph, handing every attention call to the logit's receiver.
 
         Args:
-            logits: scalars. ``receivers``: one for each.
+            logits: scalars.
+            receivers: one for each logit.
             stop: first row of the language model that no logit depends on.
-            last: the graph is not needed again.
+            last: whether the graph is no longer needed afterwards.
 
         Raises:
             CaptureError: a gradient is not finite.
         """
-        self._receivers, self._stop, heard = receivers, stop, self._finite
-        heard.clear()
+        self._receivers, self._stop = receivers, stop
+        self._finite.clear()
         try:
-            self.tape.backward(logits, self._choose, self._restart, last)
+            self.checkpointer.backward(logits, self._select_root, self._restore_state, last)
         finally:
             self._receivers, self._offsets = (), None
-        for name, finite in heard:
+        self._check_finite("the gradient of the attention of {} holds values that are not finite")
+
+    def _check_finite(self, message: str) -> None:
+        for name, finite in self._finite:
             if not finite:
-                raise CaptureError(f"the gradient of the attention of {name} holds values that are not finite")
-        heard.clear()
+                raise CaptureError(message.format(name))
+        self._finite.clear()
 
-    def _choose(self, root: int) -> None:
-        self._root = root
+    def _select_root(self, root_index: int) -> None:
+        self._root_index = root_index
 
-    def _restart(self, sizes: dict[str, int]) -> None:
-        """A layer is about to run again."""
-        self._offsets, self._room = dict(sizes), self._budget // 2
+    def _restore_state(self, sizes: dict[str, int]) -> None:
+        self._offsets, self._free_bytes = dict(sizes), self._budget // 2
 
-    def _receive(self, call: Call, blocks: Blocks) -> None:
-        """Blocks are computed as they are taken, so that there is time to say which."""
+    def _receive(self, call: TracedCall, blocks: Blocks) -> None:
+        """Hand a call to the receiver of the current root; blocks are computed as the receiver iterates."""
         names = self.layers[call.site.role]
         if call.site.role in ("language", "cross"):
             call.rows, call.narrow = (0, self._stop), call.site.name == names[-1]
-        several = len(self._receivers) > 1 and not (self._keep or call.narrow)
-        if several and call.maps is None and call.size <= self._room:
-            call.maps, self._room = {}, self._room - call.size
-        call.sound = None
-        self._receivers[self._root](call, names.index(call.site.name), blocks)
-        if call.sound is not None:
-            self._finite.append((call.site.name, call.sound))
+        shared = len(self._receivers) > 1 and not (self._keep_graphs or call.narrow)
+        if shared and call.kept_blocks is None and call.size <= self._free_bytes:
+            call.kept_blocks, self._free_bytes = {}, self._free_bytes - call.size
+        call.finite = None
+        self._receivers[self._root_index](call, names.index(call.site.name), blocks)
+        if call.finite is not None:
+            self._finite.append((call.site.name, call.finite))
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters for the length of a block; then everything is as it was."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode with frozen parameters within the block, then restore it."""
     modules = modules_of(model)
     training = [module for module in modules if module.training]
     trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]

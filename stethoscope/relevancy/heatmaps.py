@@ -1,9 +1,9 @@
-"""Heat maps of attention and relevancy in the pixels of the picture."""
+"""Draw heat maps of attention and relevancy over an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,36 +17,41 @@ if TYPE_CHECKING:
 
 
 RAMP = np.array([(49, 54, 149), (116, 173, 209), (254, 224, 144), (244, 109, 67), (165, 0, 38)], dtype=float)
-"""Red, green and blue of heat maps from the smallest to the largest value: blue, yellow, red."""
+"""RGB colours of heat maps from the smallest to the largest value: blue, yellow, red."""
 
 
 def coverage(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
-    """Share of every cell that falls on every pixel, where cells divide a stretch of a line of pixels of width 1.
+    """Compute the share of every cell that falls on every pixel along one side of an image.
+
+    The cells divide the stretch from ``start`` to ``stop``, in pixels; pixels have width 1.
 
     >>> coverage(0, 4, 2, 4)
     array([[0.5, 0.5, 0. , 0. ],
            [0. , 0. , 0.5, 0.5]])
 
     Returns:
-        (cells, pixels); rows sum to 1, or to less where a cell lies beyond the line.
+        (cells, pixels); rows sum to 1, or to less where a cell lies outside the image.
     """
     edges = np.linspace(start, stop, cells + 1)
     left, right = edges[:-1, None], edges[1:, None]
-    at = np.arange(pixels)
-    overlap = np.minimum(right, at + 1) - np.maximum(left, at)
+    pixel = np.arange(pixels)
+    overlap = np.minimum(right, pixel + 1) - np.maximum(left, pixel)
     return overlap.clip(min=0) / (right - left)
 
 
-def heat(values: Sequence[np.ndarray], boxes: Sequence[Box | None], size: tuple[int, int], shape: tuple[int, int]):
-    """Spreads what tiles hold over a raster of the picture, every cell evenly over its own place.
+def heat(
+    values: Sequence[np.ndarray], boxes: Sequence[Box | None], size: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
+    """Spread the values of tiles over a raster of the image, every cell evenly over its own region.
 
     Args:
-        values: (..., rows, columns) of every tile. ``boxes``: where it lies.
-        size: width and height of the picture.
+        values: (..., rows, columns) of every tile.
+        boxes: region of every tile in the image, in pixels; None for a tile that shows nothing of it.
+        size: width and height of the image.
         shape: rows and columns of the raster.
 
     Returns:
-        (..., *shape) float64; it sums to the sum of the values, less what lies on padding.
+        (..., *shape) float64; its sum is that of the values, less the share on padding.
     """
     (width, height), (rows, columns) = size, shape
     total = np.zeros((*values[0].shape[:-2], rows, columns))
@@ -59,7 +64,7 @@ def heat(values: Sequence[np.ndarray], boxes: Sequence[Box | None], size: tuple[
 
 
 def raster(size: tuple[int, int], cells: int) -> tuple[int, int]:
-    """Rows and columns of a raster of a picture, with so many cells along its longer side.
+    """Compute the rows and columns of a raster of an image, with ``cells`` cells along its longer side.
 
     >>> raster((640, 480), 32)
     (24, 32)
@@ -70,47 +75,54 @@ def raster(size: tuple[int, int], cells: int) -> tuple[int, int]:
 
 
 def relevancy_tiles(
-    relevancy: Relevancy, where: TokenRegions, raw: bool, chosen: tuple
+    relevancy: Relevancy, regions: TokenRegions, raw: bool, chosen: tuple[Any, ...]
 ) -> tuple[list[np.ndarray], list[Box | None]]:
-    """What every tile holds, and its box.
+    """Return the relevancy of every tile and its box in the image.
 
     Args:
-        raw: of image tokens as the language model reads them; False for the vision tower's patches.
+        relevancy: of an answer.
+        regions: of the image tokens and patches.
+        raw: whether to use the image tokens that the language model reads instead of the vision tower's patches.
         chosen: index of tokens and layers.
 
+    Returns:
+        (..., rows, columns) of every tile, and the boxes in pixels.
+
     Raises:
-        CapabilityError: the image tokens, or the patches, are no grid.
+        CapabilityError: the image tokens, or the patches, form no grid.
     """
     if raw:
-        if not where.grids:
-            raise CapabilityError("image tokens of this model stand for no place in the picture; take raw=False")
-        image = relevancy.image[chosen].numpy()[..., list(where.cells)]
-        tiles, at = [], 0
-        for (rows, columns), _ in where.grids:
-            tiles.append(image[..., at : at + rows * columns].reshape(*image.shape[:-1], rows, columns))
-            at += rows * columns
-        return tiles, [box for _, box in where.grids]
+        if not regions.grids:
+            raise CapabilityError("the image tokens of this model form no grid over the image; use raw=False")
+        image = relevancy.image[chosen].numpy()[..., list(regions.cells)]
+        tiles, start = [], 0
+        for (rows, columns), _ in regions.grids:
+            tiles.append(image[..., start : start + rows * columns].reshape(*image.shape[:-1], rows, columns))
+            start += rows * columns
+        return tiles, [box for _, box in regions.grids]
     if relevancy.tiles is None:
-        raise CapabilityError("the patches of this model's vision tower are no grid; take raw=True")
+        raise CapabilityError("the patches of this model's vision tower form no grid; use raw=True")
     values = relevancy.tiles[chosen].numpy()
-    return [values[..., tile, :, :] for tile in range(values.shape[-3])], list(where.tiles)
+    return [values[..., tile, :, :] for tile in range(values.shape[-3])], list(regions.tiles)
 
 
 def colours(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as uint8 RGB (..., 3), on ``RAMP``."""
-    at = np.asarray(values).clip(0, 1) * (len(RAMP) - 1)
+    """Convert values in [0, 1] to uint8 RGB (..., 3) colours of ``RAMP``."""
+    position = np.asarray(values).clip(0, 1) * (len(RAMP) - 1)
     steps = np.arange(len(RAMP))
-    return np.stack([np.interp(at, steps, RAMP[:, part]) for part in range(3)], -1).round().astype(np.uint8)
+    return np.stack([np.interp(position, steps, RAMP[:, part]) for part in range(3)], -1).round().astype(np.uint8)
 
 
 def overlay(image: Image, map: np.ndarray, opacity: float = 0.6, width: int = 480) -> Image:
-    """The picture under a heat map, at least ``width`` pixels wide, the map scaled to its own largest value.
+    """Draw a heat map over an image; the map is scaled to its own largest value.
 
     Args:
-        map: (height, width) of the picture, or any raster of it, at least 0.
+        image: the image.
+        map: (height, width) of the image, or any raster of it, at least 0.
         opacity: of the map where it is largest, in [0, 1].
+        width: least width of the result in pixels.
     """
-    from PIL import Image
+    from PIL import Image  # keeps the import of this module light
 
     scale = max(1, -(-width // image.width))
     size = (image.width * scale, image.height * scale)

@@ -1,4 +1,4 @@
-"""What relevancy gives back: rows over the sequence, over vision tokens and over patches, and their parts."""
+"""Hold the relevancy of an answer, and read the positions of its tokens off the inputs of a model."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from stethoscope.tracing.attention_recorder import logits_to_keep
 
 @dataclass(frozen=True)
 class Relevancy:
-    """Relevancy of T answer tokens after L layers (1 for the final layer only). Tensors on the CPU, float32
-    (float64 of a float64 model).
+    """Relevancy of T answer tokens after L layers (1 for the final layer only).
 
-    A decoder-only model has ``llm``; an encoder-decoder model has ``decoder`` and ``encoder`` instead.
+    Tensors are on the CPU, float32 (float64 for a float64 model). A decoder-only model has ``llm``; an encoder-decoder
+    model has ``decoder`` and ``encoder`` instead.
 
     Attributes:
-        tokens: which answer tokens, numbered from 0.
-        first: row that predicts answer token 0; answer token j itself stands at position ``first + 1 + j``.
+        tokens: indices of the answer tokens, from 0.
+        first: row that predicts answer token 0; answer token j itself is at position ``first + 1 + j``.
         image_positions: positions of the image tokens in the prompt, N of them.
-        question_positions: positions of the question's tokens in the prompt; empty where it is not known.
-        llm: (T, L, S) over prompt and answer; exactly zero behind the predicting row.
+        question_positions: positions of the question's tokens in the prompt; empty where unknown.
+        llm: (T, L, S) over prompt and answer; exactly zero after the predicting row.
         decoder: (T, L, D) over the decoder's own sequence.
-        encoder: (T, L, E) over the encoder's sequence, in which the prompt is.
+        encoder: (T, L, E) over the encoder's sequence, which is the prompt.
         vision: (T, L, M) over all tokens of the vision tower with class tokens, tiles one after another, in the order
             of ``pixel_values``.
-        tiles: (T, L, tiles, rows, columns) the patches of ``vision``; None where they are no grid.
+        tiles: (T, L, tiles, rows, columns) the patches of ``vision``; None where they form no grid.
         saliency: (T, L, S) or (T, L, D), along ``llm`` or ``decoder``: |A * dz/dA| of the token's own logit z, summed
             over heads, in the row that predicts it of every layer's own attention map (or the last layer's); no
             recursion. On earlier answer tokens it drops before hallucinations (LVLMs-Saliency, arXiv 2601.20279,
@@ -55,41 +55,45 @@ class Relevancy:
 
     @property
     def patches(self) -> Tensor | None:
-        """(T, L, rows, columns) where there is one grid; images cut into several tiles have ``tiles``."""
+        """(T, L, rows, columns) where there is one grid; None for images that are cut into several tiles."""
         return self.tiles[:, :, 0] if self.tiles is not None and self.tiles.shape[2] == 1 else None
 
     @cached_property
     def image(self) -> Tensor:
         """(T, L, N) over the image tokens of the language model."""
-        return self._whole[..., list(self.image_positions)]
+        return self._sequence[..., list(self.image_positions)]
 
     @cached_property
     def question(self) -> Tensor:
         """(T, L, Q) over the question's tokens."""
-        return self._whole[..., list(self.question_positions)]
+        return self._sequence[..., list(self.question_positions)]
 
     @property
     def answer(self) -> Tensor:
         """(T, L, A) over the answer's tokens; zero for a token itself and those after it."""
-        return self._whole[..., self._answer_start :]
+        return self._sequence[..., self._answer_start :]
 
     @property
     def rest(self) -> Tensor:
         """(T, L, rest) over everything else: the first token, the template, a decoder's start token."""
-        used = torch.zeros(self._whole.shape[-1], dtype=torch.bool)
+        used = torch.zeros(self._sequence.shape[-1], dtype=torch.bool)
         used[[*self.image_positions, *self.question_positions]] = True
         used[self._answer_start :] = True
-        return self._whole[..., ~used]
+        return self._sequence[..., ~used]
 
     @cached_property
     def total(self) -> Tensor:
-        """(T, L) the sum of the whole row: of image, question, answer and rest."""
-        return self._whole.sum(-1)
+        """(T, L) sum of the row: of image, question, answer and rest."""
+        return self._sequence.sum(-1)
 
     @cached_property
-    def _whole(self) -> Tensor:
-        """The prompt's sequence and then the decoder's, where that is another one."""
-        return self.llm if self.llm is not None else torch.cat([self.encoder, self.decoder], -1)
+    def _sequence(self) -> Tensor:
+        """(T, L, S) over the prompt's sequence, followed by the decoder's where it has its own."""
+        if self.llm is not None:
+            return self.llm
+        if self.encoder is None or self.decoder is None:
+            raise DataError("this relevancy has neither `llm` nor both `encoder` and `decoder`")
+        return torch.cat([self.encoder, self.decoder], -1)
 
     @property
     def _answer_start(self) -> int:
@@ -98,13 +102,13 @@ class Relevancy:
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions in the sequences of one sample, or of B samples where they are the same.
+    """Positions in the sequences of one sample, or of B samples that share them.
 
     Attributes:
-        answer: (B, A) int64, the answers' ids, followed by zeros.
+        answer: (B, A) int64 ids of the answers, padded with zeros.
         counts: number of tokens of every answer, A at most.
         first: row that predicts answer token 0; token k is predicted by row ``first + k``.
-        length: length of the sequence that these rows are in (the decoder's, for an encoder-decoder model).
+        length: length of the sequence of these rows (the decoder's, for an encoder-decoder model).
         image: (N,) positions of the image tokens in ``input_ids``.
         encoder_decoder: the language model has an encoder, which reads ``input_ids``.
     """
@@ -117,12 +121,12 @@ class Layout:
     encoder_decoder: bool
 
 
-def layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer_ids: Sequence[int]) -> Layout:
-    """Reads the layout off the inputs.
+def read_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer_ids: Sequence[int]) -> Layout:
+    """Read the positions of one sample off its inputs.
 
     Raises:
         DataError: the inputs do not hold the answer or the image tokens.
-        CapabilityError: more than one sample, or videos.
+        CapabilityError: the inputs hold several samples, or a video.
     """
     ids = inputs.get("input_ids")
     if ids is None or ids.shape[0] != 1:
@@ -134,51 +138,53 @@ def layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer_ids: Seq
     if not len(answer):
         raise DataError("the answer has no tokens; relevancy needs at least one")
     ids = ids[0].cpu()
-    both = model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder
-    if both:
+    encodes = model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder
+    if encodes:
         decoder = inputs.get("decoder_input_ids")
         if decoder is None:
             raise DataError("an encoder-decoder model needs decoder_input_ids: its start token and the answer")
         decoder = decoder[0].cpu()
         first, length = 0, len(decoder)
-        found = length >= len(answer) and torch.equal(decoder[1 : len(answer)], answer[:-1])
+        ends_with_answer = length >= len(answer) and torch.equal(decoder[1 : len(answer)], answer[:-1])
     else:
         length = len(ids)
         first = length - len(answer) - 1
-        found = first >= 0 and torch.equal(ids[first + 1 :], answer)
-    if not found:
+        ends_with_answer = first >= 0 and torch.equal(ids[first + 1 :], answer)
+    if not ends_with_answer:
         raise DataError(f"the inputs do not end with the {len(answer)} tokens of the answer")
     image_id = getattr(model.config, "image_token_id", None)
-    image = (ids[: len(ids) if both else first + 1] == image_id).nonzero()[:, 0] if image_id is not None else None
+    image = (ids[: len(ids) if encodes else first + 1] == image_id).nonzero()[:, 0] if image_id is not None else None
     if image is None or not len(image):
         raise DataError(f"the inputs hold no image token (id {image_id})")
-    return Layout(answer[None], (len(answer),), first, length, image, bool(both))
+    return Layout(answer[None], (len(answer),), first, length, image, bool(encodes))
 
 
-def shared_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> Layout:
-    """The layout of several samples of a decoder-only model, padded on the right.
+def read_shared_layout(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]
+) -> Layout:
+    """Read the common positions of several samples of a decoder-only model, padded on the right.
 
     Raises:
-        DataError: their prompts are not alike, or the inputs do not hold them and the answers.
+        DataError: the prompts have different positions, or the inputs do not hold the answers.
     """
     ids, counts = inputs["input_ids"].cpu(), tuple(map(len, answers))
     first = ids.shape[1] - max(counts) - 1
     answer = torch.zeros(len(answers), max(counts), dtype=torch.long)
-    for index, one in enumerate(answers):
-        answer[index, : len(one)] = torch.as_tensor(one)
-    there = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    for index, token_ids in enumerate(answers):
+        answer[index, : len(token_ids)] = torch.as_tensor(token_ids)
+    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
     image = ids[:, : first + 1] == model.config.image_token_id
-    if min(counts) < 1 or not torch.equal(ids[:, first + 1 :][there], answer[there]):
-        raise DataError(f"the inputs do not hold answers of {counts} tokens behind prompts of {first + 1}")
+    if min(counts) < 1 or not torch.equal(ids[:, first + 1 :][valid], answer[valid]):
+        raise DataError(f"the inputs do not hold answers of {counts} tokens after prompts of {first + 1}")
     if not image[0].any() or not (image == image[0]).all():
-        raise DataError("the image tokens of the prompts are not at the same places")
+        raise DataError("the image tokens of the prompts are not at the same positions")
     return Layout(answer, counts, first, ids.shape[1], image[0].nonzero()[:, 0], False)
 
 
-def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: Layout) -> Tensor:
-    """Logits (B, A) of the answers' tokens, each at the row that predicts it; padding's mean nothing."""
-    rows = range(place.first, place.first + place.answer.shape[1])
+def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Compute the logits (B, A) of the answers' tokens at their predicting rows; undefined for padding."""
+    rows = range(layout.first, layout.first + layout.answer.shape[1])
     options = logits_to_keep(model, rows)
     logits = model(**inputs, **options, use_cache=False).logits
     kept = logits if options else logits[:, rows.start : rows.stop]
-    return kept.gather(-1, place.answer[..., None].to(logits.device))[..., 0]
+    return kept.gather(-1, layout.answer[..., None].to(logits.device))[..., 0]

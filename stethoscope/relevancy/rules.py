@@ -1,4 +1,4 @@
-"""The rules of relevancy as pure functions of matrices. Source: Chefer et al. 2021 (arXiv 2103.15679), eqs 5-10."""
+"""Propagate relevancy by the rules of Chefer et al. 2021 (arXiv 2103.15679), eqs 5-10, on plain matrices."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 
 RULES = ("eq10", "eq10_no_transpose", "plain")
+"""Readings of equation 10 in published code; the first is the equation as printed."""
 
+Layers = Mapping[int, Tensor]
+"""Abar by layer."""
 
-"""Readings of equation 10 that the field's code has; the first is the equation as printed."""
+Abar = Iterable[tuple[int, Tensor]]
+"""Blocks of rows of Abar: the first row and (B, rows, columns) of each. Entries outside all blocks are zero."""
 
 
 def identity_like(relevancy: Tensor) -> Tensor:
-    """The identity of the size of the (square) last two dimensions."""
+    """Return the identity with the size of the (square) last two dimensions."""
     return torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
 
 
-def chain(maps: list[Tensor], size: int) -> Tensor:
-    """Equation 6 over layers: R_0 = I, R_l = R_{l-1} + Abar_l R_{l-1}.
+def accumulate(maps: list[Tensor], size: int) -> Tensor:
+    """Apply equation 6 over layers: R_0 = I, R_l = R_{l-1} + Abar_l R_{l-1}.
 
     Args:
         maps: Abar of every layer, (n, n) float32, first layer first.
         size: n.
 
-    >>> chain([torch.tensor([[0.0, 0.0], [0.5, 0.0]])] * 2, 2)
+    >>> accumulate([torch.tensor([[0.0, 0.0], [0.5, 0.0]])] * 2, 2)
     tensor([[1., 0.],
             [1., 1.]])
     """
@@ -36,7 +40,7 @@ def chain(maps: list[Tensor], size: int) -> Tensor:
 
 
 def normalised(relevancy: Tensor) -> Tensor:
-    """Equations 8 and 9: (R - I) / rowsum(R - I) + I. A row without mass keeps the identity.
+    """Apply equations 8 and 9: (R - I) / rowsum(R - I) + I. A row without mass keeps the identity.
 
     >>> normalised(torch.tensor([[1.0, 0.0], [0.5, 1.5]]))
     tensor([[1.0000, 0.0000],
@@ -48,8 +52,8 @@ def normalised(relevancy: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, mass / torch.where(total == 0, 1.0, total)) + identity
 
 
-def across(rule: str, own: Tensor, abar: Tensor, other: Tensor) -> Tensor:
-    """What a cross-attention layer adds to the relevancy of the other sequence (equation 10).
+def cross_attention_update(rule: str, own: Tensor, abar: Tensor, other: Tensor) -> Tensor:
+    """Compute the update of the relevancy to the other sequence by a cross-attention layer (equation 10).
 
     Args:
         rule: one of ``RULES``: norm(R)^T Abar norm(R_other), norm(R) Abar norm(R_other), or Abar R_other.
@@ -65,18 +69,15 @@ def across(rule: str, own: Tensor, abar: Tensor, other: Tensor) -> Tensor:
     return (own.T if rule == "eq10" else own) @ abar @ normalised(other)
 
 
-Layers = Mapping[int, Tensor]
-
-
-def through_queries(rule: str, own: Layers, crossing: Layers, tower: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """R_si and R_ss of the query rows.
+def query_relevancy(rule: str, own: Layers, crossing: Layers, tower: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Compute R_si and R_ss of the query rows of a Q-Former.
 
     Args:
         rule: one of ``rules.RULES``.
         own: Abar (s, s) of the self-attention by layer.
-        crossing: Abar (queries, i) of the cross-attention, of the layers that have it.
+        crossing: Abar (queries, i) of the cross-attention, for the layers that have it.
         tower: R_ii of the vision tower, (i, i).
-        queries: number of query tokens, the first of s.
+        queries: number of query tokens, which come first in s.
 
     Returns:
         (queries, i) and (queries, s), float32.
@@ -89,64 +90,62 @@ def through_queries(rule: str, own: Layers, crossing: Layers, tower: Tensor, que
         same, other = same + abar @ same, other + abar @ other
         if layer in crossing:
             block = normalised(same)[:queries, :queries]
-            other[:queries] += across(rule, block, crossing[layer].to(like), tower.to(like))
+            other[:queries] += cross_attention_update(rule, block, crossing[layer].to(like), tower.to(like))
     return other[:queries], same[:queries]
 
 
-Seq2SeqLayers = Mapping[int, Tensor]
-
-
-def decoder_rows(
-    rule: str, encoder: Tensor, own: Seq2SeqLayers, crossing: Seq2SeqLayers, rows: Sequence[int], every: bool
+def decoder_relevancy(
+    rule: str, encoder: Tensor, own: Layers, crossing: Layers, rows: Sequence[int], every: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rows of R_dd - I and of R_de after every decoder layer, or after the last alone.
+    """Compute rows of R_dd - I and of R_de after every decoder layer, or only after the last.
 
     With the transposed reading of equation 10 later decoder rows would flow into earlier ones, so row k is computed
-    on rows 0 to k alone.
+    from rows 0 to k only.
 
     Args:
         rule: one of ``rules.RULES``.
-        encoder: R_ee of the encoder, (e, e). ``own``: Abar (d, d) of the decoder's self-attention by layer.
-            ``crossing``: (d, e) of its cross-attention.
+        encoder: R_ee of the encoder, (e, e).
+        own: Abar (d, d) of the decoder's self-attention by layer.
+        crossing: Abar (d, e) of its cross-attention by layer.
         rows: decoder rows, T of them.
-        every: after every layer.
+        every: whether to return rows after every layer.
 
     Returns:
         (L or 1, T, d) and (L or 1, T, e), float32.
     """
     layers = sorted(own)
     width, size = encoder.shape[-1], own[layers[0]].shape[-1]
-    read = encoder.to(own[layers[0]])
+    encoder = encoder.to(own[layers[0]])
     decoder, source = [], []
     for row in rows:
         end = row + 1
-        same, other = torch.eye(end).to(read), torch.zeros(end, width).to(read)
+        same, other = torch.eye(end).to(encoder), torch.zeros(end, width).to(encoder)
         after = []
         for layer in layers:
             abar = own[layer][:end, :end]
             same, other = same + abar @ same, other + abar @ other
-            other = other + across(rule, normalised(same), crossing[layer][:end], read)
+            other = other + cross_attention_update(rule, normalised(same), crossing[layer][:end], encoder)
             mass = same[row].clone()
             mass[row] -= 1
             after.append((torch.nn.functional.pad(mass, (0, size - end)), other[row]))
         kept = after if every else after[-1:]
-        decoder.append(torch.stack([one for one, _ in kept]))
-        source.append(torch.stack([one for _, one in kept]))
+        decoder.append(torch.stack([mass for mass, _ in kept]))
+        source.append(torch.stack([values for _, values in kept]))
     return torch.stack(decoder, 1), torch.stack(source, 1)
 
 
-class QueryRows:
-    """Rows that flow into queries, carried through the abstractor's layers from the last to the first.
+class QueryRelevancy:
+    """Relevancy of the queries of an abstractor, propagated through its layers from the last to the first.
 
-    >>> rows = QueryRows(torch.tensor([[1.0, 0.0]]), vision=2)
-    >>> rows.receive([(0, torch.tensor([[[0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]]))])
-    >>> rows.queries, rows.vision
+    >>> relevancy = QueryRelevancy(torch.tensor([[1.0, 0.0]]), vision=2)
+    >>> relevancy.receive([(0, torch.tensor([[[0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]]))])
+    >>> relevancy.queries, relevancy.vision
     (tensor([[1.0000, 0.5000]]), tensor([[0.2500, 0.0000]]))
 
     Args:
         rows: (..., Q) relevancy of the queries.
         vision: number of vision tokens M.
-        samples: of several samples (samples, ..., Q).
+        samples: number of samples, for rows of shape (samples, ..., Q).
     """
 
     def __init__(self, rows: Tensor, vision: int, samples: int = 1) -> None:
@@ -154,7 +153,7 @@ class QueryRows:
         self._values = torch.nn.functional.pad(rows, (0, vision)).view(samples, -1, rows.shape[-1] + vision)
 
     def receive(self, abar: Abar) -> None:
-        """Takes Abar (Q, Q + M) of a layer in blocks, of every sample."""
+        """Apply one layer, given blocks of its Abar (Q, Q + M) for every sample."""
         before = None
         for start, block in abar:
             if before is None:
@@ -165,27 +164,23 @@ class QueryRows:
 
     @property
     def queries(self) -> Tensor:
-        """(..., Q) what is left to the queries themselves."""
+        """(..., Q) relevancy that stays with the queries."""
         return self._values[..., : self._count].reshape(*self._shape, -1)
 
     @property
     def vision(self) -> Tensor:
-        """(..., M) what flows on into the vision tokens."""
+        """(..., M) relevancy that flows on to the vision tokens."""
         return self._values[..., self._count :].reshape(*self._shape, -1)
 
 
-Abar = Iterable[tuple[int, Tensor]]
-
-
-"""Abar in blocks of rows: the first row and (B, rows, columns) of each. What no block holds is zero."""
-
-
-class LayerRows:
-    """Rows of R_l of the language model, after every layer l or after the last alone, of B samples.
+class LayerRelevancy:
+    """Rows of R_l of the language model, after every layer l or only after the last, of B samples.
 
     Args:
-        rows: (T,) positions of the rows, the same in all samples. ``length``: size of the sequence.
-        layers: number of layers. ``every``: after every layer.
+        rows: (T,) positions of the rows, the same in all samples.
+        length: length of the sequence.
+        layers: number of layers.
+        every: whether to keep the rows after every layer.
         samples: B.
     """
 
@@ -195,7 +190,7 @@ class LayerRows:
         self._every = every
 
     def receive(self, layer: int, abar: Abar) -> None:
-        """Takes Abar of a layer; rows after earlier layers do not see it."""
+        """Apply one layer to the rows after it and after later layers, given blocks of its Abar."""
         before = None
         for start, block in abar:
             if before is None:
@@ -206,16 +201,16 @@ class LayerRows:
             touched[..., :end] += (before[..., start : start + rows] @ block).view(*touched.shape[:3], end)
 
     def mass(self) -> Tensor:
-        """(B, L or 1, T, N): the rows of R_l - I."""
+        """Return the rows of R_l - I, (B, L or 1, T, N)."""
         return self._values - self._start.to(self._values)
 
 
-class BlockRows:
-    """Rows times the R of a part of the model whose Abar may come in blocks along the diagonal: crops or windows.
+class BlockRelevancy:
+    """Rows times the R of a part of the model whose Abar is block-diagonal: one block per crop or window.
 
     Args:
-        rows: (..., M) what flows into the part's tokens, blocks one after another. The identity gives R itself.
-        samples: of several samples (samples, ..., M), whose blocks come one sample after another.
+        rows: (..., M) relevancy that flows into the part's tokens, block by block. The identity gives R itself.
+        samples: number of samples, for rows of shape (samples, ..., M); blocks come one sample after another.
     """
 
     def __init__(self, rows: Tensor, samples: int = 1) -> None:
@@ -223,7 +218,7 @@ class BlockRows:
         self._values = rows.clone().view(samples, -1, rows.shape[-1])
 
     def receive(self, offset: int, size: int, abar: Abar) -> None:
-        """Takes Abar of the diagonal's blocks that begin at column ``offset``, ``size`` columns each."""
+        """Apply one layer to the diagonal blocks that begin at column ``offset``, with ``size`` columns each."""
         samples, before = len(self._values), None
         for start, block in abar:
             block = block.unflatten(0, (samples, -1))
@@ -236,7 +231,7 @@ class BlockRows:
 
     @property
     def values(self) -> Tensor:
-        """The rows so far, in the shape in which they began."""
+        """Rows after the layers applied so far, in the shape of the initial ones."""
         return self._values.view(self._shape)
 
 
@@ -244,7 +239,9 @@ class Saliency:
     """|A * dz/dA| summed over heads in the rows that predict tokens, by layer.
 
     Args:
-        rows: positions of the rows. ``length``: size of the sequence. ``layers``: number of layers.
+        rows: positions of the rows.
+        length: length of the sequence.
+        layers: number of layers.
         samples: B.
     """
 
@@ -253,19 +250,19 @@ class Saliency:
         self.values = torch.zeros(samples, layers, len(self._rows), length)
 
     def receive(self, layer: int, start: int, product: Tensor) -> None:
-        """Takes a block of A * dz/dA (B, heads, rows, columns)."""
+        """Store the rows of a block of A * dz/dA (B, heads, rows, columns)."""
         stop = start + product.shape[2]
-        here = [index for index, row in enumerate(self._rows) if start <= row < stop]
-        if here:
+        indices = [index for index, row in enumerate(self._rows) if start <= row < stop]
+        if indices:
             self.values = self.values.to(product)
-            some = product[:, :, [self._rows[index] - start for index in here]].abs().sum(1)
-            self.values[:, layer, here, : product.shape[-1]] = some
+            saliency = product[:, :, [self._rows[index] - start for index in indices]].abs().sum(1)
+            self.values[:, layer, indices, : product.shape[-1]] = saliency
 
 
-def whole(abar: Abar, rows: int, columns: int) -> Tensor:
-    """(rows, columns): Abar put together, B = 1."""
-    found = torch.zeros(rows, columns)
+def assemble(abar: Abar, rows: int, columns: int) -> Tensor:
+    """Assemble the blocks of Abar of one sample to a matrix (rows, columns)."""
+    matrix = torch.zeros(rows, columns)
     for start, block in abar:
-        found = found.to(block)
-        found[start : start + block.shape[1], : block.shape[2]] = block[0]
-    return found
+        matrix = matrix.to(block)
+        matrix[start : start + block.shape[1], : block.shape[2]] = block[0]
+    return matrix

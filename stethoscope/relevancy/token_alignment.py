@@ -1,9 +1,9 @@
-"""Which vision tokens each image token of the language model is made from, found without knowing the family.
+"""Align vision tokens with the image tokens of the language model by gradient probing, for any model family.
 
-With all mixing between vision tokens switched off (attention gives zero), every vision token can reach one image token
-at most: its own. The gradient of a sum of image tokens, weighted by their numbers, then tells the number. So class
-tokens, feature layers, merged patches, tiles, dropped padding and permuted windows need no rule of their own. Only a
-picture that is scaled down behind the tower (see ``scaling``) mixes tokens by itself.
+With all mixing between vision tokens switched off (attention returns zero), a vision token can reach at most one image
+token. The gradient of a sum of image tokens, weighted by their indices, reveals the index. So class tokens, feature
+layers, merged patches, tiles, dropped padding and permuted windows need no special rules. Only an image that is resized
+after the tower (see ``scaled_alignment``) mixes tokens in another way.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of, record, sites
 from stethoscope.tracing.token_spans import image_layout
 
-_MOST = 64  # shapes of inputs that are remembered of a model
-
-
-_BASES, _BASES_HALF = (2048,), (32, 2)  # image tokens are numbered in digits that the precision can tell apart
+_CACHE_SIZE = 64  # input shapes per model
+_BASES, _BASES_HALF = (2048,), (32, 2)  # bases of the digits of image-token indices that the precision resolves
 
 
 @dataclass(frozen=True)
-class Merging:
-    """E links between vision tokens and the image tokens that they are merged into.
+class TokenAlignment:
+    """Alignment of vision tokens with image tokens, as E weighted links.
 
     Attributes:
-        size: number of vision tokens M, in the tower's own order: crops, or windows, one after another.
-        vision: (E,) int64 numbers of vision tokens. Those that reach no image token (class token, padding) have none.
-        image: (E,) int64 numbers of image tokens.
-        weight: (E,) float32 share of the image token that the vision token makes up.
+        size: number of vision tokens M, in the tower's order: crops, or windows, one after another.
+        vision: (E,) int64 indices of vision tokens. Those that reach no image token (class token, padding) have none.
+        image: (E,) int64 indices of image tokens.
+        weight: (E,) float32 weights of the vision tokens in the image token.
     """
 
     size: int
@@ -49,34 +47,46 @@ class Merging:
     weight: Tensor
 
     @classmethod
-    def of(cls, owner: Tensor) -> Merging:
-        """Every vision token has one image token, ``owner`` (M,), or none, -1; those of one have equal shares."""
+    def of(cls, owner: Tensor) -> TokenAlignment:
+        """Build the alignment of vision tokens with one image token each, or none.
+
+        Args:
+            owner: (M,) index of the image token of each vision token, -1 for none. Vision tokens of an image token have
+                equal weights.
+        """
         vision = (owner >= 0).nonzero()[:, 0]
         image = owner[vision]
         return cls(len(owner), vision, image, 1 / torch.bincount(image)[image].float())
 
     def spread(self, shares: Tensor) -> Tensor:
-        """Relevancy (..., N) of image tokens over the vision tokens that each merges, (..., M).
+        """Spread the relevancy (..., N) of image tokens over their vision tokens, (..., M).
 
-        >>> Merging.of(torch.tensor([-1, 0, 1, 1])).spread(torch.tensor([1.0, 4.0]))
+        >>> TokenAlignment.of(torch.tensor([-1, 0, 1, 1])).spread(torch.tensor([1.0, 4.0]))
         tensor([0., 1., 2., 2.])
         """
-        sent = shares[..., self.image.to(shares.device)] * self.weight.to(shares)
-        return shares.new_zeros(*shares.shape[:-1], self.size).index_add(-1, self.vision.to(shares.device), sent)
+        linked = shares[..., self.image.to(shares.device)] * self.weight.to(shares)
+        return shares.new_zeros(*shares.shape[:-1], self.size).index_add(-1, self.vision.to(shares.device), linked)
 
 
-_known: WeakKeyDictionary[nn.Module, LRUCache] = WeakKeyDictionary()
+_alignments: WeakKeyDictionary[nn.Module, LRUCache] = WeakKeyDictionary()
 
 
-class _Reached(Exception):
-    """The language model has been reached; the rest of the pass is not needed."""
+class _LanguageModelReached(Exception):
+    """Ends the probing pass once it has reached the language model."""
 
 
-class _Trails(AttentionRecorder):
+class _AlignmentProbe(AttentionRecorder):
+    """Replaces vision attention by zeros that require gradients, and projects the image tokens.
+
+    Attributes:
+        tags: outputs of the first vision layer, the leaves of the graph.
+        projections: (N,) random projections of the image tokens.
+    """
+
     def __init__(self, image: Tensor) -> None:
         self._image, self._first = image, ""
         self.tags: list[Tensor] = []
-        self.numbers: Tensor | None = None
+        self.projections: Tensor | None = None
 
     def matches(self, site: Site) -> bool:
         return site.role in ("vision", "language")
@@ -84,107 +94,119 @@ class _Trails(AttentionRecorder):
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         site, query, value = call.site, call.query, call.value
         if site.role == "language":
-            seen = query[0, :, self._image.to(query.device)].float()  # a query depends on its own embedding alone
-            some = torch.rand(seen.shape[::2], generator=torch.Generator().manual_seed(0)) + 0.5
-            self.numbers = torch.einsum("hnd,hd->n", seen, some.to(seen.device))
-            raise _Reached
-        batch, _, queries, _ = query.shape
-        output = value.new_zeros(batch, queries, query.shape[1], value.shape[-1])
+            queries = query[0, :, self._image.to(query.device)].float()  # a query depends only on its own embedding
+            directions = torch.rand(queries.shape[::2], generator=torch.Generator().manual_seed(0)) + 0.5
+            self.projections = torch.einsum("hnd,hd->n", queries, directions.to(queries.device))
+            raise _LanguageModelReached
+        output = value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         self._first = self._first or site.name
         if site.name == self._first:
             self.tags.append(output.requires_grad_())
         return output, None
 
 
-def merging(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Merging:
-    """Which image tokens the tokens of the vision tower are merged into; found once for inputs of the same shape.
+def probe_alignment(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> TokenAlignment:
+    """Find the image token that each vision token is merged into, once for inputs of the same shape.
 
     Args:
+        model: the model.
+        inputs: keyword arguments of its forward pass, of one sample.
         image: (N,) positions of the image tokens in the prompt.
 
     Raises:
-        CapabilityError: a vision token reaches several image tokens in a way that is not known, or none has a trail.
+        CapabilityError: a vision token reaches several image tokens in an unknown way, or none reaches any.
     """
-    cache, key = _known.setdefault(model, LRUCache(_MOST)), _key(model, inputs, len(image))
+    cache, key = _alignments.setdefault(model, LRUCache(_CACHE_SIZE)), _cache_key(model, inputs, len(image))
     links = cache.get(key)
-    return cache.put(key, _found(model, inputs, image)) if links is None else links
+    return cache.put(key, _probe(model, inputs, image)) if links is None else links
 
 
-def _key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> str:
-    """What merging depends on: the structure of the model, the shape of pictures, and grids, sizes and masks."""
+def _cache_key(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> str:
+    """Digest what an alignment depends on: config, dtype, image shapes, grids, sizes and masks."""
     text = inputs["input_ids"].shape
-    parts = [repr(images), *_facts(model.config), str(model.dtype)]
+    parts = [repr(images), *_config_items(model.config), str(model.dtype)]
     for name, value in sorted(inputs.items()):
         if not isinstance(value, Tensor) or value.shape == text:
-            continue  # the text, which no picture's tokens depend on
+            continue  # vision tokens do not depend on the text
         parts.append(f"{name} {tuple(value.shape)} {value.dtype}")
         if not value.is_floating_point():
             parts.append(hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _facts(config: PreTrainedConfig) -> Iterator[str]:
-    """What a config and its sub-configs say; as JSON they take longer than a pass of a small model."""
+def _config_items(config: PreTrainedConfig) -> Iterator[str]:
+    """Yield the settings of a config and its sub-configs; ``to_json_string`` is slower than a small model."""
     for name, value in sorted(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            yield from _facts(value)
+            yield from _config_items(value)
         elif not name.startswith("_"):
             yield f"{name}={value!r}"
 
 
-def _found(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> Merging:
-    """``merging`` by a pass of its own."""
-    trails = _Trails(image)
+def _probe(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> TokenAlignment:
+    """Find the alignment by a forward pass, without the cache."""
+    probe = _AlignmentProbe(image)
     try:
-        with record(model, trails):
+        with record(model, probe):
             model(**inputs, use_cache=False)
-    except _Reached:
+    except _LanguageModelReached:
         pass
-    if trails.numbers is None or not trails.numbers.requires_grad:
+    if probe.projections is None or not probe.projections.requires_grad:
         raise CapabilityError(f"{type(model).__name__}: vision tokens do not reach the language model as image tokens")
-    half = trails.tags[0].dtype in (torch.bfloat16, torch.float16)
+    half = probe.tags[0].dtype in (torch.bfloat16, torch.float16)
     for base in _BASES_HALF if half else _BASES:
-        owner = _owner(trails, len(image), base)
+        owner = _image_tokens_reached(probe, len(image), base)
         if owner is not None:
-            return Merging.of(owner)
-    links = scaled(model.config, inputs, len(image))
+            return TokenAlignment.of(owner)
+    links = scaled_alignment(model.config, inputs, len(image))
     if links is None:
         raise CapabilityError(f"{type(model).__name__}: a vision token is spread over several image tokens")
-    return Merging(sum(tag.shape[0] * tag.shape[1] for tag in trails.tags), *links)
+    return TokenAlignment(sum(tag.shape[0] * tag.shape[1] for tag in probe.tags), *links)
 
 
-def _owner(trails: _Trails, images: int, base: int) -> Tensor | None:
-    """(M,) int64 the image token that each vision token reaches, -1 for none; None where one reaches several."""
-    reached = _sent(trails, torch.ones(images))
-    owner, place, rest = torch.zeros(len(reached)), 1, torch.arange(images)
+def _image_tokens_reached(probe: _AlignmentProbe, images: int, base: int) -> Tensor | None:
+    """Read off the image token that each vision token reaches, digit by digit.
+
+    Args:
+        probe: after its pass.
+        images: number of image tokens.
+        base: of the digits.
+
+    Returns:
+        (M,) int64 index of the image token, -1 for none; None where a vision token reaches several.
+    """
+    reached = _probe_gradients(probe, torch.ones(images))
+    owner, unit, rest = torch.zeros(len(reached)), 1, torch.arange(images)
     power = (reached * reached).sum(-1)
-    found = power > 0
-    while int(rest.max()) > 0 or place == 1:
-        digit = (_sent(trails, (rest % base).float()) * reached).sum(-1)[found] / power[found]
+    linked = power > 0
+    while int(rest.max()) > 0 or unit == 1:
+        digit = (_probe_gradients(probe, (rest % base).float()) * reached).sum(-1)[linked] / power[linked]
         if (digit - digit.round()).abs().max() > 0.2:
             return None
-        owner[found] += digit.round() * place
-        place, rest = place * base, rest // base
-    return torch.where(found, owner, -1.0).long()
+        owner[linked] += digit.round() * unit
+        unit, rest = unit * base, rest // base
+    return torch.where(linked, owner, -1.0).long()
 
 
-def _sent(trails: _Trails, weights: Tensor) -> Tensor:
-    """Gradient (M, D) of the weighted sum of image tokens at every vision token."""
-    weights = weights.to(trails.numbers.device)
-    grads = torch.autograd.grad(trails.numbers, trails.tags, weights, retain_graph=True)
+def _probe_gradients(probe: _AlignmentProbe, weights: Tensor) -> Tensor:
+    """Compute the gradient (M, D) of the weighted sum of image tokens at every vision token."""
+    if probe.projections is None:
+        raise CapabilityError("the probing pass did not reach the language model")
+    weights = weights.to(probe.projections.device)
+    grads = torch.autograd.grad(probe.projections, probe.tags, weights, retain_graph=True)
     return torch.cat([grad.flatten(2).flatten(0, 1).float().cpu() for grad in grads])
 
 
-def scaled(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Links between vision tokens and image tokens of such a picture.
+def scaled_alignment(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Compute the links of an image that is resized after the vision tower (LLaVA-NeXT, LLaVA-OneVision).
 
     Args:
         config: the model's config.
-        inputs: the processor's output for one picture.
+        inputs: the processor's output for one image.
         count: number of image tokens.
 
     Returns:
-        Vision tokens, image tokens and the weights of their means, (E,) each; None for any other kind of model.
+        Indices of vision tokens, of image tokens, and weights, (E,) each; None for any other kind of model.
     """
     grids, separators = image_layout(config, inputs, count)
     if len(grids) != 2 or not separators:
@@ -194,7 +216,7 @@ def scaled(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tenso
     (side, _), (rows, columns) = grids
     size = inputs["image_sizes"][0].tolist()
     tiles = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
-    whole = torch.arange(side * side)  # the first crop is the whole picture, as it is
+    whole = torch.arange(side * side)  # the first crop is the whole image, not resized
     cut = side * side + torch.arange(tiles[0] * tiles[1] * side * side).view(*tiles, side, side)
     together = unpad_image(cut.transpose(1, 2).reshape(1, tiles[0] * side, tiles[1] * side), size)[0]
     down, across = _bilinear(together.shape[0], rows), _bilinear(together.shape[1], columns)
@@ -211,29 +233,30 @@ def scaled(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Tenso
 
 
 def _bilinear(before: int, after: int) -> Tensor:
-    """(after, before) weights of interpolation along one side; rows sum to 1."""
+    """Compute the (after, before) weights of interpolation along one side; rows sum to 1."""
     return torch.nn.functional.interpolate(torch.eye(before)[None], size=after, mode="linear")[0].T
 
 
 def pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Where the tower's tokens go in the order of ``pixel_values``; None where they are in it already.
+    """Return the order of the tower's tokens in ``pixel_values``; None where it is the same.
 
     Qwen's towers sort patches by window. Their rows of ``pixel_values`` are patches, as many per image token as it
     merges and in the order of the image tokens; a window keeps the patches of one image token together and in order.
 
     Args:
-        owner: (M,) the image token of each vision token; with windows every one has one.
+        owner: (M,) index of the image token of each vision token; with windows every one has one.
+        inputs: the processor's output for one image.
 
     Returns:
-        (M,) the tower's token for every patch.
+        (M,) index of the tower's token for every patch.
     """
     return owner.argsort(stable=True) if "image_grid_thw" in inputs else None
 
 
-def tiled(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor | None:
-    """The patches of vision tokens (T, L, M) as (T, L, tiles, rows, columns); None where they are no grid."""
+def patch_tiles(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor | None:
+    """Reshape vision tokens (T, L, M) to (T, L, tiles, rows, columns); None where they form no grid."""
     if "image_grid_thw" in inputs:
-        return _of_blocks(config, inputs["image_grid_thw"].tolist(), vision)
+        return _unmerge_patches(config, inputs["image_grid_thw"].tolist(), vision)
     pixels, patch = inputs.get("pixel_values"), _patch_size(config)
     if pixels is None or pixels.dim() < 4 or patch is None:
         return None
@@ -247,8 +270,8 @@ def tiled(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor |
     return vision.unflatten(-1, (tiles, -1))[..., classes:].unflatten(-1, (rows, columns))
 
 
-def _of_blocks(config: Any, grids: list[list[int]], vision: Tensor) -> Tensor | None:
-    """Qwen's patches come in blocks of those that are merged into one token."""
+def _unmerge_patches(config: Any, grids: list[list[int]], vision: Tensor) -> Tensor | None:
+    """Restore the grid of Qwen's patches, which come in blocks that are merged into one token."""
     frames, rows, columns = grids[0]
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
     if len(grids) != 1 or vision.shape[-1] != frames * rows * columns:
@@ -258,6 +281,7 @@ def _of_blocks(config: Any, grids: list[list[int]], vision: Tensor) -> Tensor | 
 
 
 def _patch_size(config: Any) -> tuple[int, int] | None:
+    """Return rows and columns of a patch in pixels; None where the config does not state them."""
     size = getattr(getattr(config, "vision_config", None), "patch_size", None)
     if size is None:
         return None
@@ -265,31 +289,31 @@ def _patch_size(config: Any) -> tuple[int, int] | None:
 
 
 @contextmanager
-def entering(model: PreTrainedModel, encoder: bool) -> Iterator[list[Tensor]]:
-    """Hears what enters the first layer of the language model.
+def capture_inputs_embeds(model: PreTrainedModel, encoder: bool) -> Iterator[list[Tensor]]:
+    """Capture the input embeddings of the language model by a hook on its first layer.
 
     Args:
         model: the model.
-        encoder: the language model has an encoder, whose first layer it is then.
+        encoder: whether to hook the encoder of the language model instead.
 
     Yields:
-        A list, to hold the (B, S, D) states of one forward pass.
+        A list that receives the (B, S, D) embeddings of one forward pass.
 
     Raises:
-        CapabilityError: the layer was not found.
+        CapabilityError: the model has no such layer.
     """
-    role, places = "encoder" if encoder else "language", sites(model)
+    role, sites_by_id = "encoder" if encoder else "language", sites(model)
     layers = (module for module in modules_of(model) if isinstance(module, GradientCheckpointingLayer))
-    first = next((layer for layer in layers if places[id(layer)].role == role), None)
+    first = next((layer for layer in layers if sites_by_id[id(layer)].role == role), None)
     if first is None:
-        raise CapabilityError(f"{type(model).__name__}: the first layer of its language model was not found")
-    heard: list[Tensor] = []
+        raise CapabilityError(f"{type(model).__name__}: no first layer of its language model was found")
+    captured: list[Tensor] = []
 
-    def enters(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
-        heard.append((arguments[0] if arguments else options["hidden_states"]).detach())
+    def capture(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
 
-    handle = first.register_forward_pre_hook(enters, with_kwargs=True)
+    handle = first.register_forward_pre_hook(capture, with_kwargs=True)
     try:
-        yield heard
+        yield captured
     finally:
         handle.remove()

@@ -7,7 +7,7 @@ from helpers import brute_force, zoo
 from stethoscope.adapters import tiny
 from stethoscope.core.errors import CapabilityError
 from stethoscope.relevancy import relevancy_from_inputs
-from stethoscope.relevancy.rules import QueryRows
+from stethoscope.relevancy.rules import QueryRelevancy
 
 QUERIES, VISION = 5, 17
 NEAR = 2e-5
@@ -73,7 +73,7 @@ def test_neither_running_again_nor_the_rule_of_cross_attention_changes_anything(
 def test_layers_in_blocks_of_rows_are_layers_as_a_whole():
     generator = torch.Generator().manual_seed(0)
     start, abars = torch.rand(2, 3, 4, generator=generator), torch.rand(2, 1, 4, 9, generator=generator)
-    whole, parts = QueryRows(start, 5), QueryRows(start, 5)
+    whole, parts = QueryRelevancy(start, 5), QueryRelevancy(start, 5)
     for abar in abars:
         whole.receive([(0, abar)])
         middle = abar[:, 1:3]

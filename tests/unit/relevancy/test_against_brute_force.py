@@ -31,7 +31,7 @@ def language(family, scope):
     return rows
 
 
-def through_queries(family, scope, rule, image):
+def query_relevancy(family, scope, rule, image):
     """Expected (T, L, M) over vision tokens and (T, L, Q) over the Q-Former's question tokens."""
     pairs = brute_force.queries(_cams[family], scope, rule, case(family).queries)
     return [torch.stack([rows @ pair[side] for rows, pair in zip(image, pairs, strict=True)]) for side in (0, 1)]
@@ -61,7 +61,7 @@ def test_decoder_only(family, scope, record_property):
 def test_through_a_qformer(family, scope, rule, record_property):
     one = case(family)
     rows = language(family, scope)
-    vision, text = through_queries(family, scope, rule, rows[..., one.image])
+    vision, text = query_relevancy(family, scope, rule, rows[..., one.image])
     found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
     check(record_property, llm=(found.llm, rows), vision=(found.vision, vision))
     if text.shape[-1]:
@@ -74,7 +74,7 @@ def test_through_a_qformer(family, scope, rule, record_property):
 def test_encoder_decoder(family, scope, rule, record_property):
     one = case(family)
     decoder, encoder, _cams[family] = brute_force.seq2seq(one.model, one.inputs, zoo.ANSWER, scope, rule)
-    vision, text = through_queries(family, scope, rule, encoder[..., one.image])
+    vision, text = query_relevancy(family, scope, rule, encoder[..., one.image])
     found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
     assert found.llm is None
     check(record_property, encoder=(found.encoder, encoder), vision=(found.vision, vision))

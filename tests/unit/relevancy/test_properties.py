@@ -183,15 +183,15 @@ def test_layers_that_run_again_change_nothing_and_leave_no_trace(family, scope):
 
 def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
     calls = []
-    find = token_alignment._found
-    monkeypatch.setattr(token_alignment, "_found", lambda *arguments: calls.append(1) or find(*arguments))
+    find = token_alignment._probe
+    monkeypatch.setattr(token_alignment, "_probe", lambda *arguments: calls.append(1) or find(*arguments))
     one = zoo.llava_next()
     other = {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != 7, 11)}
     for inputs in (one.inputs, other, one.inputs):
-        token_alignment.merging(one.model, inputs, one.image)
+        token_alignment.probe_alignment(one.model, inputs, one.image)
     assert len(calls) == 1
     wider = {**one.inputs, "image_sizes": torch.tensor([[56, 56]])}
-    assert token_alignment._key(one.model, wider, len(one.image)) != token_alignment._key(
+    assert token_alignment._cache_key(one.model, wider, len(one.image)) != token_alignment._cache_key(
         one.model, one.inputs, len(one.image)
     )
 
@@ -320,8 +320,8 @@ def test_a_decoder_may_hold_the_last_token_too():
 def test_merging_is_the_same_in_half_precision(family):
     """32 dimensions round more than the digits of large numbers bear: then they are asked for bit by bit."""
     one = zoo.FAMILIES[family]()
-    wanted = token_alignment.merging(one.model, one.inputs, one.image)
+    wanted = token_alignment.probe_alignment(one.model, one.inputs, one.image)
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in one.inputs.items()}
-    found = token_alignment.merging(one.model.to(torch.bfloat16), half, one.image)
+    found = token_alignment.probe_alignment(one.model.to(torch.bfloat16), half, one.image)
     for name in ("vision", "image", "weight"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
