@@ -156,7 +156,8 @@ class Sweep:
         settings = next((job.logger for job in jobs if job.logger), None)
         if settings is None:
             return
-        from stethoscope.loggers.base import Loggers, WandbLogger
+        from stethoscope.loggers.base import Loggers
+        from stethoscope.loggers.wandb import WandbLogger
 
         loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
         loggers.setup(self.folder)

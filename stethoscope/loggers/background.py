@@ -1,4 +1,4 @@
-"""Calls to something slow, such as a service on the network, that a run must not wait for."""
+"""Call slow methods, such as those of a network service, in a thread of their own."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ import queue
 import threading
 from typing import Any
 
-WAITING = 10_000
-"""So many calls may wait; a service that is behind by more is not coming back."""
+MAX_WAITING = 10_000
+"""Maximum number of waiting calls; a service with a longer queue is taken to be dead."""
 
 
 class Background:
-    """Calls the methods of one object, one after the other, in a thread of its own.
+    """Calls the methods of one object, one after the other, in a thread.
 
-    The thread does not keep a process alive. What a method raises is kept for whoever asks; the calls behind it are
-    made all the same.
+    The thread does not keep the process alive. Errors of a method are stored for ``error``, and later calls are still
+    made.
     """
 
     def __init__(self, target: object) -> None:
-        """Stores the object; the thread starts with the first call."""
+        """Store the object; the thread starts with the first call."""
         self._target = target
-        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(WAITING)
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(MAX_WAITING)
         self._errors: queue.SimpleQueue[tuple[str, Exception]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lost = False
+        self._given_up = False
 
     def send(self, method: str, *arguments: Any) -> None:
-        """Has a method called later, or never if the object has been given up.
+        """Queue the call of a method; it is dropped if the object has been given up.
+
+        Args:
+            method: name of the method.
+            arguments: of the call.
 
         Raises:
             TimeoutError: too many calls are waiting; the object is given up.
         """
-        if self._lost:
+        if self._given_up:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=type(self._target).__name__, daemon=True)
@@ -39,26 +43,26 @@ class Background:
         try:
             self._calls.put_nowait((method, arguments))
         except queue.Full:
-            self._lost = True
-            raise TimeoutError(f"{WAITING} calls are waiting") from None
+            self._given_up = True
+            raise TimeoutError(f"{MAX_WAITING} calls are waiting") from None
 
     def wait(self, seconds: float) -> None:
-        """Waits until all calls have been made; the next ``send`` begins anew.
+        """Wait until all calls have been made; the next ``send`` starts a new thread.
 
         Raises:
-            TimeoutError: it takes longer; the object is given up.
+            TimeoutError: it takes more than ``seconds``; the object is given up.
         """
-        if self._thread is None or self._lost:
+        if self._thread is None or self._given_up:
             return
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._lost = True
+            self._given_up = True
             raise TimeoutError(f"not done within {seconds:g} s")
         self._thread = None
 
     def error(self) -> tuple[str, Exception] | None:
-        """The next method that failed, with what it raised; None if there is none."""
+        """Return the name and error of the next method that failed; None without one."""
         try:
             return self._errors.get_nowait()
         except queue.Empty:

@@ -1,4 +1,4 @@
-"""What is shown beside figures where a logger can: pictures and marked text in the cells of tables."""
+"""Define pictures and marked text for the cells of logged tables."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ class Picture:
     """A picture in a table.
 
     Attributes:
-        image: RGB, as small as it is to be shown.
-        words: what stands under it.
+        image: RGB, at the size to show.
+        caption: text under the image.
     """
 
     image: Image = field(repr=False)
-    words: str
+    caption: str
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Text with marks in a table.
+    """Text with highlights in a table.
 
     Attributes:
-        html: HTML, its texts escaped already.
-        words: the same as plain text.
+        html: HTML, with escaped texts.
+        text: the same as plain text.
     """
 
     html: str
-    words: str
+    text: str
 
 
-def plain(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
-    """A table with words in place of marked text, and without columns of pictures.
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Convert marked text in a table to plain text, and drop columns of pictures.
 
-    >>> plain(["object", "answer"], [[1, Marked("<b>dog</b>", "dog")]])
+    >>> plain_table(["object", "answer"], [[1, Marked("<b>dog</b>", "dog")]])
     (['object', 'answer'], [[1, 'dog']])
     """
-    kept = [at for at in range(len(columns)) if not any(isinstance(row[at], Picture) for row in rows)]
-    cells = [[row[at].words if isinstance(row[at], Marked) else row[at] for at in kept] for row in rows]
-    return [columns[at] for at in kept], cells
+    shown = [index for index in range(len(columns)) if not any(isinstance(row[index], Picture) for row in rows)]
+    cells = [[row[index].text if isinstance(row[index], Marked) else row[index] for index in shown] for row in rows]
+    return [columns[index] for index in shown], cells

@@ -9,7 +9,9 @@ from helpers.wandb_reader import read
 from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable, Timing
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.base import JsonLogger, Logger, Loggers, WandbLogger
+from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.loggers.jsonl import JsonLogger
+from stethoscope.loggers.wandb import WandbLogger
 
 
 def events(path):
