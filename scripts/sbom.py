@@ -46,7 +46,7 @@ def installed_closure(name: str) -> dict[str, list[str]]:
 
 
 def component(name: str) -> dict[str, Any]:
-    """A distribution as a component: name, version, package URL and license."""
+    """Describe a distribution as a component: name, version, package URL and license."""
     details, version = metadata.metadata(name), metadata.version(name).partition("+")[0]  # without the kind of build
     purl = f"pkg:pypi/{name}@{version}"
     entry = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
@@ -55,7 +55,7 @@ def component(name: str) -> dict[str, Any]:
 
 
 def bill(files: list[Path]) -> dict[str, Any]:
-    """The bill of materials as a JSON object, with the SHA-256 of the release's files."""
+    """Build the bill of materials as a JSON object, with the SHA-256 of the release's files."""
     edges = installed_closure(NAME)
     components = {name: component(name) for name in sorted(edges)}
     own = components.pop(NAME) | {"type": "application"}
@@ -79,7 +79,7 @@ def bill(files: list[Path]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes the bill beside the release's files."""
+    """Write the bill beside the release's files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with the wheel and the source archive")
     folder = parser.parse_args().folder

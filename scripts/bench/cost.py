@@ -68,15 +68,15 @@ def measure(
     answers: list[Answer] = []
     kept: list[Encoded] = []
 
-    def generate(some: Sequence[Encoded]) -> None:
-        adapter.generate(some, generation)
+    def generate(encoded: Sequence[Encoded]) -> None:
+        adapter.generate(encoded, generation)
 
-    def keep(some: Sequence[Encoded]) -> None:
-        answers[:], kept[:] = adapter.generate_with_cache(some, generation)
+    def keep(encoded: Sequence[Encoded]) -> None:
+        answers[:], kept[:] = adapter.generate_with_cache(encoded, generation)
 
     def trace(features: FeatureSet) -> Callable[[Sequence[Encoded]], None]:
-        def run(some: Sequence[Encoded]) -> None:
-            for start in range(0, len(some), TRACED_TOGETHER):
+        def run(encoded: Sequence[Encoded]) -> None:
+            for start in range(0, len(encoded), TRACED_TOGETHER):
                 few = slice(start, start + TRACED_TOGETHER)
                 for traced in adapter.trace_batch(kept[few], answers[few], features.requires):
                     features.compute(traced)

@@ -1,6 +1,6 @@
-"""The field's ways to relevancy, one backward pass per token, as `bench_relevancy.py` times them. Written anew.
+"""Compute relevancy as other tools do, with one backward pass per token, for `scripts/bench/relevancy.py`.
 
-Written after what the public tool (LVLM-Interpret, arXiv 2404.03118) does; its definitions are those of scope `row`.
+Reimplemented after the public tool (LVLM-Interpret, arXiv 2404.03118); its definitions are those of scope `row`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Maps = tuple[list[Tensor], list[Tensor]]
 
 
 class Clock:
-    """Seconds since a start; of the processor, where others use it too."""
+    """Clock in seconds: wall time, or CPU time where the machine is shared."""
 
     cpu_time = False
 
@@ -34,14 +34,14 @@ class Clock:
 
 
 @contextmanager
-def heard(model: Model, keep: bool) -> Iterator[Maps]:
-    """Lists that fill with the maps of every eager attention call, whose gradients are kept on request."""
+def recorded_maps(model: Model, keep: bool) -> Iterator[Maps]:
+    """Record the maps of every eager attention call, and retain their gradients on request."""
     maps: Maps = ([], [])
 
-    def hook(where: list[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def hook(maps_of_part: list[Tensor], output: tuple[Tensor, Tensor]) -> None:
         if keep:
             output[1].retain_grad()
-        where.append(output[1])
+        maps_of_part.append(output[1])
 
     hooks = [
         module.register_forward_hook(lambda _, __, output, to=maps["vision_tower" in name]: hook(to, output))
@@ -77,9 +77,9 @@ def normalised(relevancy: Tensor) -> Tensor:
 
 
 def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tuple[float, list[float]]:
-    """The answer is generated (its tokens forced) with gradients and a cache, then every token is gone through.
+    """Generate the answer (its tokens forced) with gradients and a cache, then run backward for every token.
 
-    The weights ask for gradients, as ``from_pretrained`` leaves them, and get them in every backward pass. Rows of
+    The weights require gradients, as ``from_pretrained`` leaves them, and get them in every backward pass. Rows of
     earlier tokens come from those tokens' own gradients; token 0 is done first, the others spread over the answer.
 
     Returns:
@@ -89,7 +89,7 @@ def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> t
     prompt = ids.shape[1] - len(answer)
     clock = [Clock.now(device.type)]
     cache, logits, steps = DynamicCache(config=model.config.text_config), [], []
-    with heard(model, keep=True) as (language, vision):
+    with recorded_maps(model, keep=True) as (language, vision):
         given: dict[str, Any] = {"input_ids": ids[:, :prompt], "pixel_values": inputs["pixel_values"]}
         for token in answer:
             logits.append(model(**given, past_key_values=cache, use_cache=True).logits[0, -1])
@@ -101,19 +101,19 @@ def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> t
     before: list[Tensor] = []
     for token in np.linspace(0, len(answer) - 1, tokens).round().astype(int).tolist():
         model.zero_grad()
-        for one in (*(one for step in steps for one in step), *vision):
-            one.grad = None
+        for attention in (*(attention for step in steps for attention in step), *vision):
+            attention.grad = None
         logits[token][answer[token]].backward(retain_graph=True)
-        abar = [weighted(one, one.grad) for one in steps[token]]
+        abar = [weighted(attention, attention.grad) for attention in steps[token]]
         if token:  # rows of tokens that are not timed stay zero: as large, and as slow
             size = prompt + token
             grown = [torch.zeros(size, size, device=device) for _ in abar]
-            for whole, rows, one in zip(grown, before, abar, strict=True):
-                whole[: len(rows), : len(rows)], whole[-1:] = rows, one
+            for whole, rows, row in zip(grown, before, abar, strict=True):
+                whole[: len(rows), : len(rows)], whole[-1:] = rows, row
             abar = grown
         before = abar
         relevancy = recursion(abar, torch.eye(len(abar[0]), device=device))
-        _through_tower(relevancy, image, [one for one in vision if one.grad is not None])
+        _through_tower(relevancy, image, [attention for attention in vision if attention.grad is not None])
         normalised(relevancy)
         clock.append(Clock.now(device.type))
     model.zero_grad()
@@ -134,13 +134,13 @@ def _through_tower(relevancy: Tensor, image: Tensor, vision: list[Tensor]) -> No
     row[0, 1:] += relevancy[-1, image]
     row[1:, 0] += relevancy[-1, image]
     for start in (block, row, alone):
-        normalised(recursion([weighted(one, one.grad) for one in vision], start))
+        normalised(recursion([weighted(attention, attention.grad) for attention in vision], start))
 
 
 def one_pass(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tuple[float, list[float]]:
-    """The same on one forward pass over prompt and answer, all rows from the token's own gradient (scope ``token``)."""
+    """Do the same on one forward pass over prompt and answer, with all rows from the token's own gradient."""
     clock = [Clock.now(model.device.type)]
-    with heard(model, keep=True) as (language, vision):
+    with recorded_maps(model, keep=True) as (language, vision):
         logits = model(**inputs, use_cache=False).logits[0]
     clock.append(Clock.now(model.device.type))
     first, image = (
@@ -149,13 +149,16 @@ def one_pass(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tu
     )
     for token in range(tokens):
         model.zero_grad()
-        for one in (*language, *vision):
-            one.grad = None
+        for attention in (*language, *vision):
+            attention.grad = None
         logits[first + token, answer[token]].backward(retain_graph=True)
         relevancy = recursion(
-            [weighted(one, one.grad) for one in language], torch.eye(len(logits), device=logits.device)
+            [weighted(attention, attention.grad) for attention in language],
+            torch.eye(len(logits), device=logits.device),
         )
-        _through_tower(relevancy[: first + token + 1], image, [one for one in vision if one.grad is not None])
+        _through_tower(
+            relevancy[: first + token + 1], image, [attention for attention in vision if attention.grad is not None]
+        )
         normalised(relevancy)
         clock.append(Clock.now(model.device.type))
     model.zero_grad()
@@ -164,7 +167,7 @@ def one_pass(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tu
 
 
 def frozen(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tuple[float, list[float]]:
-    """The most favourable form: weights frozen, gradients of nothing but maps, one recursion each."""
+    """Run the most favourable form: frozen weights, gradients of the maps only, one recursion each."""
     clock = [Clock.now(model.device.type)]
     logits, language, vision = _frozen_pass(model, inputs)
     maps = [*language, *vision]
@@ -173,7 +176,7 @@ def frozen(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tupl
     for token in range(tokens):
         root = logits[first + token, answer[token]]
         grads = torch.autograd.grad(root, maps, retain_graph=True, allow_unused=True)
-        abar = [weighted(one, grad) for one, grad in zip(maps, grads, strict=True) if grad is not None]
+        abar = [weighted(attention, grad) for attention, grad in zip(maps, grads, strict=True) if grad is not None]
         for part in (abar[: len(language)], abar[len(language) :]):
             recursion(part, torch.eye(len(part[0]), device=logits.device))
         clock.append(Clock.now(model.device.type))
@@ -184,7 +187,7 @@ def frozen(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tupl
 def _frozen_pass(model: Model, inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     model.requires_grad_(False)
     pixels = inputs["pixel_values"].clone().requires_grad_()
-    with heard(model, keep=False) as (language, vision):
+    with recorded_maps(model, keep=False) as (language, vision):
         logits = model(**{**inputs, "pixel_values": pixels}, use_cache=False).logits[0]
     return logits, language, vision
 
@@ -196,9 +199,9 @@ def expected(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> di
     maps = []
     for token in range(tokens):
         grads = torch.autograd.grad(logits[first + token, answer[token]], language, retain_graph=True)
-        maps.append([weighted(one, grad) for one, grad in zip(language, grads, strict=True)])
-    found: dict[str, list[Tensor]] = {"row": [], "token": []}
-    for scope, rows in found.items():
+        maps.append([weighted(attention, grad) for attention, grad in zip(language, grads, strict=True)])
+    relevancy: dict[str, list[Tensor]] = {"row": [], "token": []}
+    for scope, rows in relevancy.items():
         for token in range(tokens):
             vector = torch.zeros(len(logits), device=logits.device)
             vector[first + token] = 1
@@ -211,4 +214,4 @@ def expected(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> di
                 vector = vector + vector @ used
             vector[first + token] -= 1
             rows.append(vector.cpu())
-    return {scope: torch.stack(rows).numpy() for scope, rows in found.items()}
+    return {scope: torch.stack(rows).numpy() for scope, rows in relevancy.items()}

@@ -28,15 +28,15 @@ FIRST, LIMIT = 100, 200.0
 
 
 class Resident(Callback):
-    """Notes the resident size, in MB, whenever a tenth of the run is done, and after the first hundred samples."""
+    """Records the resident size, in MB, whenever a tenth of the run is done, and after the first hundred samples."""
 
     def on_task_start(self, run: object) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.sizes: dict[int, float] = {}
         self.start = time.monotonic()
 
     def on_batch_end(self, run: object, records: Sequence) -> None:
-        """Notes and prints the size where it is due."""
+        """Record and print the size when it is due."""
         due = FIRST if not self.sizes else max(self.sizes) + max(run.total // 10, 1)
         if run.done >= due or run.done == run.total:
             self.sizes[run.done] = resident()
@@ -55,7 +55,7 @@ def resident() -> float:
 
 
 def main() -> None:
-    """Runs, prints the sizes, exits with 1 when the growth is above the limit."""
+    """Run, print the sizes, and exit with 1 when the growth is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=32, help="longest answer")
@@ -69,9 +69,11 @@ def main() -> None:
         generation = Generation(max_new_tokens=options.tokens)
         evaluator = stethoscope.Evaluator(callbacks, generation=generation, features=features, run_dir=folder)
         evaluator.run(stethoscope.load("testbed"), Chair(scenes=options.scenes))
-        kept = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
+        run_size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
     growth = max(size.sizes.values()) - size.sizes[min(size.sizes)]
-    print(f"grew by {growth:.0f} MB after the first {min(size.sizes)} samples; the run directory holds {kept:.0f} MB")
+    print(
+        f"grew by {growth:.0f} MB after the first {min(size.sizes)} samples; the run directory holds {run_size:.0f} MB"
+    )
     if growth > LIMIT:
         sys.exit(f"the limit is {LIMIT:.0f} MB")
 

@@ -32,7 +32,7 @@ Clock = tuple[float, float]
 
 
 def main() -> None:
-    """Measures and prints one table; exits with 1 when a limit is not kept."""
+    """Measure and print one table; exit with 1 when a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=2, help="times that the loops are repeated")
@@ -97,7 +97,7 @@ def _ask(model: object, processor: object, questions: Sequence[tuple[Path, str]]
 
 
 def _bare_process(folder: Path, questions: int) -> None:
-    """A bare script at batch 1; says on a line of its own when the first question is answered."""
+    """Run a bare script at batch 1, and print a line when the first question is answered."""
     import json
 
     rows = []
@@ -129,12 +129,12 @@ def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
     rows = []
     for size in (1, 16):
         ask = lambda samples: _ask(model, processor, [(s.image.source, s.question) for s in samples])  # noqa: E731
-        sittings = [
+        rounds = [
             _sitting(adapter, task, size, folder / f"run-{size}-{number}", ask, options.questions)
             for number in range(-1, options.rounds)  # the first one warms up
         ][1:]
         for way in ("bare", "harness"):
-            spent[size, way] = tuple(sum(parts) for parts in zip(*(one[way] for one in sittings), strict=True))
+            spent[size, way] = tuple(sum(parts) for parts in zip(*(round_[way] for round_ in rounds), strict=True))
         for index, clock in enumerate(("wall", "CPU")):
             bare, harness = (spent[size, way][index] / options.rounds for way in ("bare", "harness"))
             more, limit = harness / bare - 1, LIMITS["overhead"]
@@ -212,7 +212,7 @@ def _processes(folder: Path, options: argparse.Namespace) -> list[tuple]:
     for index, (what, unit, limit) in enumerate(
         (("start to first answer", "s", LIMITS["start"]), ("peak memory", "MB", LIMITS["memory"]))
     ):
-        bare, harness = (statistics.median(one[index] for one in measured[way]) for way in ("bare", "harness"))
+        bare, harness = (statistics.median(values[index] for values in measured[way]) for way in ("bare", "harness"))
         form = "{:.1f} {}" if unit == "s" else "{:.0f} {}"
         texts = [form.format(value, unit) for value in (bare, harness)]
         rows.append(
@@ -221,14 +221,16 @@ def _processes(folder: Path, options: argparse.Namespace) -> list[tuple]:
     return rows
 
 
-def _watch(words: Sequence[str], folder: Path, records: Path | None) -> tuple[float, float]:
-    """Seconds until the first answer, and the largest resident size in MB.
+def _watch(arguments: Sequence[str], folder: Path, records: Path | None) -> tuple[float, float]:
+    """Run a process; return the seconds until its first answer, and its largest resident size in MB.
 
     Args:
-        records: the file whose first line shows the first answer; None where the process says so itself.
+        arguments: of the process.
+        folder: to run it in.
+        records: file whose first line shows the first answer; None where the process prints a line then.
     """
     start = time.perf_counter()
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         if records is None:
             process.stdout.readline()
         else:
@@ -239,7 +241,7 @@ def _watch(words: Sequence[str], folder: Path, records: Path | None) -> tuple[fl
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
     return first, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
 
 

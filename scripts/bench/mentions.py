@@ -26,7 +26,7 @@ COMMON = (
 
 
 def built_in(count: int, seed: int = 0) -> list[str]:
-    """Captions of common words with one word in six from the vocabulary, which is what LVLMs write.
+    """Create captions of common words with one word in six from the vocabulary, which is what LVLMs write.
 
     Args:
         count: number of captions.
@@ -42,7 +42,7 @@ def built_in(count: int, seed: int = 0) -> list[str]:
 
 
 def real(paths: list[Path]) -> list[str]:
-    """The captions of some files, one after the other, cut anew into pieces of 80 words."""
+    """Read the captions of files, joined and split into pieces of 80 words."""
     rows = (row for path in paths for _, _, row in read_rows(path, ["caption"]))
     return _of_80([word for row in rows for word in str(row["caption"]).split()])
 
@@ -72,8 +72,8 @@ def main() -> None:
     if not captions:
         parser.error(f"the files hold fewer than {WORDS} words")
     first, *others = [rate(captions) for _ in range(1 + arguments.rounds)]
-    found = sum(len(mentions(caption)) for caption in captions)
-    print(f"{len(captions)} captions of {WORDS} words, {found / len(captions):.1f} mentions each")
+    count = sum(len(mentions(caption)) for caption in captions)
+    print(f"{len(captions)} captions of {WORDS} words, {count / len(captions):.1f} mentions each")
     print(f"first reading   {first:10,.0f} captions per second of one core")
     print(f"median of {arguments.rounds:<4d}  {statistics.median(others or [first]):10,.0f}")
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_field import Clock, Inputs, Model, expected, frozen, one_pass, published
+from field import Clock, Inputs, Model, expected, frozen, one_pass, published
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -91,7 +91,7 @@ TINY = Shape(2, 64, 2, 2, 64, 16, 8, 4)
 
 
 def build(shape: Shape, device: str) -> tuple[Model, Inputs, list[int]]:
-    """A random model, the inputs of its pass over prompt and answer, and the answer's ids."""
+    """Build a random model, the inputs of its pass over prompt and answer, and the answer's ids."""
     side = round(shape.image**0.5)
     if side * side != shape.image:
         raise SystemExit(f"--image {shape.image}: image tokens fill a square, for example {side * side}")
@@ -118,7 +118,7 @@ def build(shape: Shape, device: str) -> tuple[Model, Inputs, list[int]]:
 
 
 def plain(model: Model, inputs: Inputs) -> Tensor:
-    """A forward pass, without gradients, the head on the last position only."""
+    """Run a forward pass without gradients, with the head on the last position only."""
     with torch.inference_mode():
         return model(**inputs, use_cache=False, logits_to_keep=1).logits
 
@@ -133,14 +133,14 @@ def ours(model: Model, inputs: Inputs, answer: list[int], tokens: int, **options
 
 
 def _memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes; 0 where there is none."""
+    """Read a line of /proc/self/status, in bytes; 0 where there is none."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def peak(call: Callable[[], Any], device: str) -> int:
-    """Bytes at the peak of a call beyond what there was before."""
+    """Measure the bytes at the peak of a call beyond those before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -184,18 +184,18 @@ def measure(method: str, shape: Shape, options: Options, memory: bool) -> Any:
         model, inputs, answer = build(replace(size, dtype=shape.dtype), options.device)
         model.requires_grad_(method in ("published", "one pass"))
         if memory:
-            found = peak(lambda: _call(method, model, inputs, answer, options), options.device)  # noqa: B023
+            result = peak(lambda: _call(method, model, inputs, answer, options), options.device)  # noqa: B023
         elif method in FIELD:
             few = min(options.field_tokens, len(answer))
             start, seconds = FIELD[method](model, inputs, answer, few)
-            found = Cost(start + float(np.mean(seconds)) * len(answer), start, few, None)
+            result = Cost(start + float(np.mean(seconds)) * len(answer), start, few, None)
         else:
-            found = _fast(method, model, inputs, answer, options)
-    return found
+            result = _fast(method, model, inputs, answer, options)
+    return result
 
 
 def _call(method: str, model: Model, inputs: Inputs, answer: list[int], options: Options, most: int = 10**6) -> Any:
-    """Runs a method on as many tokens as the options say."""
+    """Run a method on the number of tokens that the options give."""
     if method in FIELD:
         return FIELD[method](model, inputs, answer, min(2, len(answer)))
     if method == "forward":
@@ -213,8 +213,8 @@ def _fast(method: str, model: Model, inputs: Inputs, answer: list[int], options:
         best = min(best, Clock.now(model.device.type) - start)
     few = min(options.sample, len(answer)) if method == "token" else len(answer)
     if few < len(answer):
-        one = _seconds(model, lambda: _call(method, model, inputs, answer, options, 1))
-        best = one + (best - one) / max(few - 1, 1) * (len(answer) - 1)
+        first = _seconds(model, lambda: _call(method, model, inputs, answer, options, 1))
+        best = first + (best - first) / max(few - 1, 1) * (len(answer) - 1)
     return Cost(best, forward, few, None if method == "forward" else rows.numpy())
 
 
@@ -234,7 +234,7 @@ def _send(pipe: Any, function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function gives, from a fresh process; None when that was killed."""
+    """Return the result of a function in a fresh process; None when that was killed."""
     context = multiprocessing.get_context("forkserver")  # which has imported everything and computed nothing
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, *arguments))
@@ -270,16 +270,16 @@ def room(device: str) -> int:
 def compare(shape: Shape, options: Options) -> list[list[str]]:
     """All methods on one shape, as rows of the table."""
     fits = map_bytes(shape) < 0.8 * room(options.device)
-    found: dict[str, Cost | None] = {}
+    costs: dict[str, Cost | None] = {}
     for name in ("forward", *OURS, *FIELD):
-        found[name] = apart(measure, name, shape, options, False) if fits or name not in FIELD else None
-        if found[name] is not None:
+        costs[name] = apart(measure, name, shape, options, False) if fits or name not in FIELD else None
+        if costs[name] is not None:
             most = apart(measure, name, shape, options, True)
-            found[name] = replace(found[name], peak=most)
+            costs[name] = replace(costs[name], peak=most)
     truth = apart(_truth, shape, options) if fits else None
-    field = [found[name] for name in FIELD]
+    field = [costs[name] for name in FIELD]
     lines = []
-    for name, cost in found.items():
+    for name, cost in costs.items():
         if cost is None:
             lines.append([name, "failed, see above" if fits else "its maps do not fit in memory"])
             continue
@@ -292,15 +292,15 @@ def compare(shape: Shape, options: Options) -> list[list[str]]:
         timed = f" ({cost.timed} timed)" if cost.timed < shape.answer else ""
         lines.append([
             name + timed, f"{cost.seconds:.3f}", "" if name in FIELD else f"{cost.seconds / cost.forward:.1f}",
-            " / ".join(f"{one.seconds / cost.seconds:.1f}" if one else "-" for one in field),
+            " / ".join(f"{other.seconds / cost.seconds:.1f}" if other else "-" for other in field),
             f"{cost.peak / 2**20:.0f}",
-            " / ".join(f"{cost.peak / one.peak:.2f}" if one else "-" for one in field), error,
+            " / ".join(f"{cost.peak / other.peak:.2f}" if other else "-" for other in field), error,
         ])  # fmt: skip
     return lines
 
 
 def show(title: str, lines: Sequence[Sequence[str]]) -> None:
-    """Prints an aligned table."""
+    """Print an aligned table."""
     rows = [list(HEADER), *lines]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(HEADER))]
     widths[1] = max(len(row[1]) for row in rows if len(row) > 2)
@@ -310,7 +310,7 @@ def show(title: str, lines: Sequence[Sequence[str]]) -> None:
 
 
 def main() -> None:
-    """Reads the options and prints the tables."""
+    """Read the options and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help="sizes (default: %(default)s)")
     for name in ("layers", "width", "heads", "image", "text", "answer"):

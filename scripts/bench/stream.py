@@ -77,7 +77,7 @@ def _detector(adapter: object, scenes: int) -> stethoscope.Detector:
 
 
 def _tokens(items: object) -> int:
-    """The tokens of a stream, up to the answer's end."""
+    """List the tokens of a stream, up to the answer's end."""
     count = 0
     for item in items:
         if not isinstance(item, StreamedToken):

@@ -1,4 +1,4 @@
-"""How much could any detector know? A probe of the embedded model's image tokens that was taught far more.
+"""Estimate the ceiling of any detector with a probe of the embedded model's image tokens, trained on far more data.
 
     stethoscope benchmark experiment=detectors
     python scripts/check/ceiling.py runs/detectors
@@ -35,18 +35,18 @@ def main() -> None:
     parser.add_argument("run", help="a run directory of the embedded model with tokens.parquet and detector/")
     parser.add_argument("--pictures", type=int, default=8000, help="that the probe learns from")
     parser.add_argument("--epochs", type=int, default=15)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    adapter, detector = stethoscope.load("testbed"), Detector.load(f"{given.run}/detector")
-    table = RunStore(given.run).tokens("chair")
+    adapter, detector = stethoscope.load("testbed"), Detector.load(f"{options.run}/detector")
+    table = RunStore(options.run).tokens("chair")
     folds = split_groups(table["group"].to_numpy(dtype=str), FOLDS, 0)
     test = detector.rows(table[folds["test"]])
-    there = {scene.id: scene for scene in testbed.scenes(len(table["group"].unique()))}
+    scenes = {scene.id: scene for scene in testbed.scenes(len(table["group"].unique()))}
     names = list(dict.fromkeys(test["group"]))
-    learned = testbed.scenes(given.pictures, seed=SEED)
-    probe = train(tokens_of(adapter, learned), presence(learned), given.epochs)
+    learned = testbed.scenes(options.pictures, seed=SEED)
+    probe = train(tokens_of(adapter, learned), presence(learned), options.epochs)
     with torch.inference_mode():
-        scores = probe(tokens_of(adapter, [there[name] for name in names])).numpy()
+        scores = probe(tokens_of(adapter, [scenes[name] for name in names])).numpy()
     rows, columns = test["group"].map(names.index), test["object"].map(testbed.CATEGORIES.index)
     values = {"probe": -scores[rows, columns], "detector": detector.predict(test)}
     drawn = group_weights(test["group"], 1000, 0)
@@ -70,7 +70,7 @@ class Probe(nn.Module):
 
 
 def train(tokens: Tensor, labels: Tensor, epochs: int, batch: int = 64, rate: float = 3e-3) -> Probe:
-    """A probe that has learned from pictures."""
+    """Train a probe on pictures."""
     probe = Probe(tokens.mean((0, 1)), tokens.std((0, 1)))
     optimiser = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=0.01)
     steps = epochs * len(range(0, len(tokens), batch))
@@ -87,17 +87,17 @@ def train(tokens: Tensor, labels: Tensor, epochs: int, batch: int = 64, rate: fl
 
 @torch.inference_mode()
 def tokens_of(adapter: stethoscope.adapters.base.Adapter, scenes: list[testbed.Scene], batch: int = 50) -> Tensor:
-    """(pictures, N, D) what the projector hands to the language model."""
-    found = []
+    """Compute the projector's output for scenes, (pictures, N, D)."""
+    features = []
     for start in range(0, len(scenes), batch):
         pictures = [scene.image() for scene in scenes[start : start + batch]]
         pixels = adapter.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        found.append(torch.stack(tuple(adapter.model.get_image_features(pixel_values=pixels).pooler_output)))
-    return torch.cat(found).clone()
+        features.append(torch.stack(tuple(adapter.model.get_image_features(pixel_values=pixels).pooler_output)))
+    return torch.cat(features).clone()
 
 
 def presence(scenes: list[testbed.Scene]) -> Tensor:
-    """(pictures, objects) 1 where the picture shows the object."""
+    """Build labels, (pictures, objects): 1 where the picture shows the object."""
     return torch.tensor([[float(name in scene.visible) for name in testbed.CATEGORIES] for scene in scenes])
 
 

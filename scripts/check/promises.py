@@ -23,23 +23,23 @@ PROMISES = ({"max_false_alarms": 0.05}, {"max_false_alarms": 0.1}, {"max_missed"
 
 
 def main() -> None:
-    """Reads the run and prints a line for every promise."""
+    """Read the run and print a line for every guarantee."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run directory with tokens.parquet")
     parser.add_argument("--task", default="chair")
     parser.add_argument("--splits", type=int, default=100)
     parser.add_argument("--estimator", default="logistic")
     parser.add_argument("--factored", action="store_true")
-    given = parser.parse_args()
-    table = RunStore(given.run).tokens(given.task)
+    options = parser.parse_args()
+    table = RunStore(options.run).tokens(options.task)
     groups = table["group"].to_numpy(dtype=str)
     shares = {"train": 0.5, "calibration": 0.2, "test": 0.3}
     errors: dict[int, list[float]] = {number: [] for number in range(len(PROMISES))}
     refused, calibration_errors = dict.fromkeys(errors, 0), []
-    for seed in range(given.splits):
+    for seed in range(options.splits):
         folds = split_groups(groups, shares, seed)
         for number, promise in enumerate(PROMISES):
-            detector = Detector(given.estimator, factored=given.factored, strength=1.0, threshold=promise)
+            detector = Detector(options.estimator, factored=options.factored, strength=1.0, threshold=promise)
             try:
                 detector.fit(table[folds["train"]], table[folds["calibration"]])
             except DataError:
@@ -53,10 +53,10 @@ def main() -> None:
                 calibration_errors.append(classification.ece(wrong.astype(int), probability))
     for number, promise in enumerate(PROMISES):
         [(risk, most)] = promise.items()
-        found = np.array(errors[number])
+        rates = np.array(errors[number])
         kept = (
-            f"kept on {int((found <= most).sum())} of {len(found)} test folds, mean {found.mean():.3f}"
-            if len(found)
+            f"kept on {int((rates <= most).sum())} of {len(rates)} test folds, mean {rates.mean():.3f}"
+            if len(rates)
             else ""
         )
         print(f"{risk}={most}: {kept}; refused on {refused[number]}")

@@ -1,4 +1,4 @@
-"""Does relevancy point at the object that is named? Checked on the embedded scenes, where every box is known.
+"""Check whether relevancy points at the named object, on the embedded scenes, where every box is known.
 
     python scripts/check/relevancy.py                      # the scenes that the shipped model is judged on
     python scripts/check/relevancy.py --scenes 100
@@ -36,17 +36,17 @@ QUESTION = "Please describe this image in detail."
 
 def boxes(scene: Scene) -> dict[str, tuple[float, float, float, float]]:
     """Left, upper, right and lower edge of what is seen of every object, as shares of the picture."""
-    mask, found = scene.mask(), {}
+    mask, edges = scene.mask(), {}
     for name in scene.visible:
         rows, columns = np.nonzero(mask == 1 + testbed.CATEGORIES.index(name))
         height, width = mask.shape
-        found[name] = (
+        edges[name] = (
             columns.min() / width,
             rows.min() / height,
             (columns.max() + 1) / width,
             (rows.max() + 1) / height,
         )
-    return found
+    return edges
 
 
 def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[float, float]:
@@ -82,26 +82,26 @@ def judged(scene: Scene, adapter: Any, rng: np.random.Generator) -> Iterator[dic
         first.setdefault(name, answer.covering(start, end)[0])
     if not first:
         return
-    tokens, places = list(first.values()), boxes(scene)
+    tokens, visible = list(first.values()), boxes(scene)
     heats = {}
     for scope in ("row", "token"):
-        found = answer_relevancy(adapter, encoded, answer, scope=scope, layers="final", tokens=tokens)
-        heats[scope] = found.patches[:, 0].double().numpy()
+        relevancy = answer_relevancy(adapter, encoded, answer, scope=scope, layers="final", tokens=tokens)
+        heats[scope] = relevancy.patches[:, 0].double().numpy()
     for index, name in enumerate(first):
-        others = [other for other in places if other != name]
-        kind = "right" if name in places else "hallucinated"
-        targets = {"its own": name if name in places else None, "another": rng.choice(others) if others else None}
+        others = [other for other in visible if other != name]
+        kind = "right" if name in visible else "hallucinated"
+        targets = {"its own": name if name in visible else None, "another": rng.choice(others) if others else None}
         alike = float(np.corrcoef(heats["row"][index].ravel(), heats["token"][index].ravel())[0, 1])
         for scope, heat in heats.items():
             for box, target in targets.items():
                 if target is not None:
-                    hit, mass = inside(heat[index], places[target])
+                    hit, mass = inside(heat[index], visible[target])
                     about = {"image": scene.id, "mention": kind, "box": box, "scope": scope}
                     yield {**about, "pointing": hit, "mass": mass, "alike": alike}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=300, help="number of scenes (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

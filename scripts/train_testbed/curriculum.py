@@ -80,7 +80,7 @@ def run(
 
 
 def _tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
-    """The run's own tokenizer: trained again on resuming, it would renumber the tokens after any change of language."""
+    """Load the run's tokenizer: training it again after a change of captions would renumber the tokens."""
     if not folder.exists():
         partial = folder.with_name(f"tokenizer-{os.getpid()}")
         build_tokenizer().save_pretrained(partial)

@@ -247,7 +247,7 @@ class Encoder:
 def conversations(
     encoder: Encoder, scene: Scene, rng: random.Random, room: int, mirrored: bool = False
 ) -> list[Branch]:
-    """A description of one scene and as many questions as fit.
+    """Encode a description of one scene and as many questions as fit.
 
     Args:
         encoder: Makes the tokens.
@@ -279,21 +279,21 @@ def pack(prefixes: list[list[int]], branches: list[list[Branch]], pad: int) -> B
     untold = np.zeros((*shape, len(CATEGORIES)), np.float32)
     probes, present, names = [], [], []
     for row, (prefix, own) in enumerate(zip(prefixes, branches, strict=True)):
-        at = len(prefix)
-        ids[row, :at], positions[row, :at], owner[row, :at] = prefix, np.arange(at), PREFIX
+        start = len(prefix)
+        ids[row, :start], positions[row, :start], owner[row, :start] = prefix, np.arange(start), PREFIX
         for number, branch in enumerate(own, start=1):
-            end = at + len(branch.ids)
-            ids[row, at:end], owner[row, at:end] = branch.ids, number
-            positions[row, at:end] = len(prefix) + np.arange(len(branch.ids))
-            kinds[row, at + branch.prompt : end] = branch.kind
+            end = start + len(branch.ids)
+            ids[row, start:end], owner[row, start:end] = branch.ids, number
+            positions[row, start:end] = len(prefix) + np.arange(len(branch.ids))
+            kinds[row, start + branch.prompt : end] = branch.kind
             if branch.object_at is not None:
-                probes.append((row, at + branch.object_at))
+                probes.append((row, start + branch.object_at))
                 present.append(float(branch.present))
             for name in branch.objects:
-                told = branch.new_names.get(name, len(branch.ids))
-                untold[row, at : at + told, INDEX[name]] = 1
-            names += [(row, at + index) for index in branch.new_names.values()]
-            at = end
+                count = branch.new_names.get(name, len(branch.ids))
+                untold[row, start : start + count, INDEX[name]] = 1
+            names += [(row, start + index) for index in branch.new_names.values()]
+            start = end
     who = torch.from_numpy(owner)
     same = (who[:, :, None] == who[:, None, :]) | (who[:, None, :] == PREFIX)
     allowed = same & torch.ones(width, width, dtype=torch.bool).tril()

@@ -22,7 +22,7 @@ WORDS = ["name=ship", "pope.scenes=20", "chair.scenes=1000", "features=default",
 
 
 def main() -> None:
-    """Runs the benchmark in a temporary folder and keeps nothing but its detector."""
+    """Run the benchmark in a temporary folder and copy its detector."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "stethoscope", "benchmark", *WORDS, f"runs={folder}"]

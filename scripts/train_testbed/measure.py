@@ -93,16 +93,16 @@ def measure(folder: pathlib.Path, count: int, mode: str = "counter", seed: int =
 
 def score_captions(held_out: Sequence[Scene], spoken: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """CHAIR (Rohrbach et al. 2018) over first mentions, object recall, and how captions end and repeat themselves."""
-    told = [mentioned(text) for text, _ in spoken]
-    wrong = [[name not in scene.visible for name in names] for scene, names in zip(held_out, told, strict=True)]
-    found = sum(name in names for scene, names in zip(held_out, told, strict=True) for name in scene.visible)
+    named = [mentioned(text) for text, _ in spoken]
+    wrong = [[name not in scene.visible for name in names] for scene, names in zip(held_out, named, strict=True)]
+    recalled = sum(name in names for scene, names in zip(held_out, named, strict=True) for name in scene.visible)
     by_order = [[row[k] for row in wrong if len(row) > k] for k in range(5)]
     lengths = np.array([length for _, length in spoken])
     return {
         "chair_i": _mean([flag for row in wrong for flag in row]),
         "chair_s": _mean([any(row) for row in wrong]),
-        "recall": round(found / sum(len(scene.visible) for scene in held_out), 4),
-        "objects_per_caption": _mean([len(names) for names in told]),
+        "recall": round(recalled / sum(len(scene.visible) for scene in held_out), 4),
+        "objects_per_caption": _mean([len(names) for names in named]),
         "wrong_by_order": [(_mean(flags), len(flags)) for flags in by_order if flags],
         "tokens": {"mean": _mean(lengths), "p90": float(np.quantile(lengths, 0.9)), "max": int(lengths.max())},
         "unfinished": int((lengths >= MAX_NEW_TOKENS).sum()),
@@ -115,16 +115,16 @@ def _measure_pope(speaker: Speaker, held_out: list[Scene], split: str) -> dict[s
     questions = pope_questions(held_out, split)
     asked = [(by_name[question["image"]], question["text"]) for question in questions]
     spoken = [text.lower() for text, _ in speaker.answer(asked, 4, f"POPE {split}")]
-    said, truth = (
+    predicted, truth = (
         np.array([text.startswith("yes") for text in spoken]),
         np.array([q["label"] == "yes" for q in questions]),
     )
-    hits = (said & truth).sum()
+    hits = (predicted & truth).sum()
     return {
-        "accuracy": _mean(said == truth),
-        "precision": round(float(hits / max(said.sum(), 1)), 4),
+        "accuracy": _mean(predicted == truth),
+        "precision": round(float(hits / max(predicted.sum(), 1)), 4),
         "recall": round(float(hits / truth.sum()), 4),
-        "yes_rate": _mean(said),
+        "yes_rate": _mean(predicted),
         "unparsed": sum(not text.startswith(("yes", "no")) for text in spoken),
         "questions": len(questions),
     }

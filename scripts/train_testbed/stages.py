@@ -132,26 +132,26 @@ class Stage:
         self.student, self.seed, self.batch_size = student, seed, batch_size
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the stage trains."""
+        """Return the parameters that the stage trains."""
         raise NotImplementedError
 
     def slow(self) -> list[nn.Parameter]:
-        """Those of them that learn at a third of the rate."""
+        """Return those of them that learn at a third of the rate."""
         return []
 
     def loss(self, step: int, steps: int) -> tuple[torch.Tensor, Metrics]:
-        """Loss and metrics of one step."""
+        """Compute loss and metrics of one step."""
         raise NotImplementedError
 
     def draw(self, step: int, count: int) -> np.ndarray:
-        """Indices of the batch: a fresh permutation each epoch."""
+        """Draw the indices of a batch: a fresh permutation each epoch."""
         per_epoch = count // self.batch_size
-        epoch, place = divmod(step, per_epoch)
+        epoch, batch = divmod(step, per_epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(count)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def rng(self, step: int) -> tuple[random.Random, torch.Generator]:
-        """Randomness of one step."""
+        """Create the generator of one step."""
         rng = random.Random(f"{self.seed}/{self.name}/{step}")
         return rng, torch.Generator().manual_seed(rng.getrandbits(48))
 
@@ -202,10 +202,10 @@ class LanguageStage(Stage):
         full = step > 0.8 * steps  # end on full-length images, in half as many sequences
         picked = self.draw(step, len(self._scenes))[: self.batch_size // 2 if full else None]
         labels = [self._symbols(self._scenes.labels[i], rng, full) for i in picked]
-        prefixes = [self._encoder.prefix([self._encoder.image] * len(one)) for one in labels]
+        prefixes = [self._encoder.prefix([self._encoder.image] * len(row)) for row in labels]
         branches = [conversations(self._encoder, self._scenes.scenes[i], rng, self.room) for i in picked]
         batch = pack(prefixes, branches, self._encoder.pad)
-        codes = self.student.codes(torch.tensor([label for one in labels for label in one]))
+        codes = self.student.codes(torch.tensor([label for row in labels for label in row]))
         return self.student.speak(self.student.embed(batch, codes), batch, probe_weight=1.0)
 
     def _symbols(self, labels: np.ndarray, rng: random.Random, full: bool) -> list[int]:

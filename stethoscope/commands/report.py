@@ -90,7 +90,7 @@ def _pictures(source: RunReader, plugins: Sequence[str]) -> ImageSource:
 
     def picture(record: Record) -> Image | None:
         sample = samples().get(record.sample_id)
-        if sample is None or not record.about(sample):
+        if sample is None or record.changes(sample):
             return None
         try:
             return sample.image.load()

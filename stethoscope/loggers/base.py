@@ -80,13 +80,13 @@ class Loggers(Logger):
         defined = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
         self._call_all("log_metrics", defined, step)
 
-    @property  # type: ignore[override]  # read from the loggers, where a single logger stores it
-    def media(self) -> bool:
+    @property
+    def media(self) -> bool:  # type: ignore[override]  # computed here, stored by a single logger
         """Whether any logger can show pictures, curves and files."""
         return any(logger.media for logger in self.loggers)
 
-    @property  # type: ignore[override]  # as ``media``
-    def pictures(self) -> int:
+    @property
+    def pictures(self) -> int:  # type: ignore[override]  # as ``media``
         """Largest number of pictures of any logger."""
         return max((logger.pictures for logger in self.loggers if logger.media), default=0)
 

@@ -76,7 +76,7 @@ class WandbLogger(Logger):
         if self._started:
             return
         self._started = True
-        import wandb
+        import wandb.util
 
         # W&B then does not load pandas (40 MB) to check whether values are data frames
         vars(wandb.util).update(pd_available=False)

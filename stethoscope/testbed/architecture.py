@@ -1,4 +1,4 @@
-"""Tokenizer, processor and model: stock transformers classes in a very small size."""
+"""Build the tokenizer, processor and model of the testbed from stock transformers classes, very small."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.27
 WIDTH, DEPTH, HEADS, HIDDEN = 128, 4, 4, 384
 VOCABULARY = 896
 INITIAL_STD = 0.05
-"""Between the .02 of Llama (grounding is found late at this width) and the .08 that the projector cannot follow."""
+"""Between Llama's 0.02 (grounding is learned late at this width) and 0.08 (the projector cannot follow)."""
 
 
 def build_tokenizer(examples: int = 2500) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the language of the world; any Unicode text can be encoded."""
+    """Train a byte-level BPE tokenizer on the testbed's captions; it can encode any Unicode text."""
     rng, corpus = random.Random(0), []
     for i in range(examples):
         scene = sample_scene(rng, "prior" if i % 2 else "counter")
@@ -62,7 +62,7 @@ def build_tokenizer(examples: int = 2500) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Processor that resizes to 96 x 96 pixels and writes 64 image tokens."""
+    """Build a processor that resizes to 96 x 96 pixels and inserts 64 image tokens."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -76,7 +76,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """LLaVA with a 4-layer CLIP tower and a 4-layer Llama, both 128 wide, randomly initialised."""
+    """Build a LLaVA with a 4-layer CLIP tower and a 4-layer Llama, both 128 wide, randomly initialised."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=HIDDEN,

@@ -1,4 +1,4 @@
-"""Held-out scenes and what benchmarks need of them: POPE questions, a ``datasets.Dataset``, COCO and POPE files."""
+"""Create held-out scenes, POPE questions, a ``datasets.Dataset``, and COCO and POPE files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from stethoscope.testbed import language
 from stethoscope.testbed.drawing import SIZE
 from stethoscope.testbed.scene import MODES, Scene, sample_categories, scene_at
-from stethoscope.testbed.vocabulary import CATEGORIES, COCO_IDS, INDEX, PLACES
+from stethoscope.testbed.vocabulary import CATEGORIES, COCO_IDS, INDEX, SETTINGS
 
 if TYPE_CHECKING:
     import datasets
@@ -53,18 +53,18 @@ def scenes(n: int, mode: str = "counter", *, seed: int = EVALUATION_SEED) -> lis
 
 
 def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_scene: int = 3) -> list[dict[str, Any]]:
-    """Yes/no questions as POPE asks them (Li et al. 2023, section 4).
+    """Create yes/no questions as in POPE (Li et al. 2023, section 4).
 
     Each scene gets min(``per_scene``, number of visible objects) questions about visible objects and as many about
     absent ones. Absent objects are drawn at random (``random``), by how many of the given scenes contain them
-    (``popular``), or by how often they keep company with the visible ones in the training distribution
+    (``popular``), or by how often they co-occur with the visible ones in the training distribution
     (``adversarial``).
 
     Args:
         scenes: Scenes to ask about.
         split: ``random``, ``popular`` or ``adversarial``.
         seed: Seed of the random choices; positives are the same in all splits.
-        per_scene: Most positives in a scene.
+        per_scene: Maximum number of positives per scene.
 
     Returns:
         Records with question_id (from 1), image (file name), text, label ("yes" or "no") and object.
@@ -102,14 +102,14 @@ def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_sc
 
 @functools.cache
 def co_occurrence(samples: int = 4000) -> np.ndarray:
-    """How often categories keep company in the training distribution.
+    """Estimate how often categories co-occur in the training distribution.
 
     Returns:
         float, (32, 32): share of the scenes with the row's category that also have the column's; the diagonal is 0.
     """
     rng, together = random.Random("co-occurrence"), np.zeros((len(CATEGORIES), len(CATEGORIES)))
     for _ in range(samples):
-        present = [INDEX[name] for name in sample_categories(rng, rng.choice(list(PLACES)), "prior")]
+        present = [INDEX[name] for name in sample_categories(rng, rng.choice(list(SETTINGS)), "prior")]
         together[np.ix_(present, present)] += 1
     frequency = np.maximum(together.diagonal().copy(), 1)
     np.fill_diagonal(together, 0)
@@ -117,25 +117,25 @@ def co_occurrence(samples: int = 4000) -> np.ndarray:
 
 
 def as_dataset(scenes: Sequence[Scene]) -> datasets.Dataset:
-    """Scenes as a Hugging Face dataset.
+    """Convert scenes to a Hugging Face dataset.
 
     Returns:
-        Columns image (decoded to PIL), id, place, objects (visible categories), captions (five references) and
+        Columns image (decoded to PIL), id, setting, objects (visible categories), captions (five references) and
         questions (POPE's of all splits, as a list of records with split).
     """
     import datasets
 
-    asked: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    questions: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for split in POPE_SPLITS:
         for record in pope_questions(scenes, split):
-            asked[record["image"]].append({"split": split, **record})
+            questions[record["image"]].append({"split": split, **record})
     rows = {
         "image": [scene.image() for scene in scenes],
         "id": [scene.id for scene in scenes],
-        "place": [scene.place for scene in scenes],
+        "setting": [scene.setting for scene in scenes],
         "objects": [list(scene.visible) for scene in scenes],
         "captions": [language.reference_captions(scene) for scene in scenes],
-        "questions": [asked[f"{scene.id}.png"] for scene in scenes],
+        "questions": [questions[f"{scene.id}.png"] for scene in scenes],
     }
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
@@ -144,9 +144,9 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
     """Write scenes as published benchmark files.
 
     Args:
-        folder: Where to write ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation
+        folder: To write to: ``images/<id>.png``, ``instances.json`` and ``captions.json`` (COCO 2014 annotation
             format) and ``coco_pope_<split>.json`` (POPE's JSON lines).
-        scenes: What to write.
+        scenes: To write.
 
     Returns:
         The folder. CHAIR's ground truth read from these files (instances and objects named by the reference captions)
@@ -154,15 +154,17 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
     """
     folder = pathlib.Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images, instances, captions = [], [], []
-    for number, scene in enumerate(scenes, start=1):
+    images: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    for image_id, scene in enumerate(scenes, start=1):
         file_name = f"{scene.id}.png"
         scene.image().save(folder / "images" / file_name)
-        images.append({"id": number, "file_name": file_name, "width": SIZE, "height": SIZE})
+        images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
         for instance in _instances(scene):
-            instances.append({"id": len(instances) + 1, "image_id": number, **instance})
+            instances.append({"id": len(instances) + 1, "image_id": image_id, **instance})
         for caption in language.reference_captions(scene):
-            captions.append({"id": len(captions) + 1, "image_id": number, "caption": caption})
+            captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": caption})
     info = {"description": "stethoscope testbed scenes", "version": "1"}
     categories = [{"id": coco_id, "name": name, "supercategory": "object"} for name, coco_id in COCO_IDS.items()]
     base = {"info": info, "licenses": [], "images": images}
@@ -178,7 +180,7 @@ def export(folder: str | pathlib.Path, scenes: Sequence[Scene]) -> pathlib.Path:
 
 
 def _instances(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of the visible objects, without their ids; boxes are tight around the visible pixels."""
+    """Create COCO annotations of the visible objects, without ids; boxes are tight around the visible pixels."""
     mask, records = scene.mask(), []
     for name in scene.visible:
         rows, columns = np.nonzero(mask == 1 + INDEX[name])

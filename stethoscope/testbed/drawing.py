@@ -1,4 +1,4 @@
-"""Colours and a pen that draws in unit coordinates, so that the sprites read like geometry."""
+"""Define colours, a pen that draws in unit coordinates, and the backdrops of settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
 
-
 CANVAS = 64
-
-
 """Side of the canvas on which a sprite is drawn before it is scaled into the scene, in pixels."""
-
 
 COLOURS: dict[str, Colour] = {
     "red": (205, 45, 45), "green": (50, 150, 60), "blue": (50, 85, 200), "yellow": (235, 205, 60),
@@ -25,10 +21,7 @@ COLOURS: dict[str, Colour] = {
     "dusk": (60, 70, 90),
 }  # fmt: skip
 
-
 SPOKEN = frozenset({"red", "green", "blue", "yellow", "white", "black", "gray", "brown", "tan", "purple", "pink"})
-
-
 """Colours that captions may name. "orange" is missing on purpose: it is also a COCO category."""
 
 
@@ -58,11 +51,11 @@ class Pen:
         self._draw = ImageDraw.Draw(self.image)
 
     def pick(self, *names: str) -> Colour:
-        """A jittered colour out of the named ones."""
+        """Choose one of the named colours and jitter it."""
         return jitter(COLOURS[self.rng.choice(names)], self.rng)
 
     def wobble(self, by: float = 0.05) -> float:
-        """A small random offset."""
+        """Draw a small random offset."""
         return self.rng.uniform(-by, by)
 
     def oval(self, x0: float, y0: float, x1: float, y1: float, fill: Colour) -> None:
@@ -90,77 +83,72 @@ class Pen:
 
 
 SIZE = 96
-
-
 """Side of a picture, in pixels."""
 
-
 Brush = ImageDraw.ImageDraw
-
-
 FULL = (0, 0, SIZE, SIZE)
 
 
-def background(place: str, rng: random.Random) -> Image.Image:
-    """Paint the backdrop of a place, RGB, 96 x 96 pixels."""
+def background(setting: str, rng: random.Random) -> Image.Image:
+    """Paint the backdrop of a setting, RGB, 96 x 96 pixels."""
     image = Image.new("RGB", (SIZE, SIZE))
-    _PAINTERS[place](ImageDraw.Draw(image), rng, int(SIZE * rng.uniform(0.3, 0.5)))
+    _PAINTERS[setting](ImageDraw.Draw(image), rng, int(SIZE * rng.uniform(0.3, 0.5)))
     return image
 
 
-def _one(rng: random.Random, *colours: Colour) -> Colour:
+def _choose(rng: random.Random, *colours: Colour) -> Colour:
     return jitter(rng.choice(colours), rng)
 
 
 def _street(draw: Brush, rng: random.Random, horizon: int) -> None:
-    draw.rectangle(FULL, fill=_one(rng, (165, 200, 225), (190, 195, 200)))
+    draw.rectangle(FULL, fill=_choose(rng, (165, 200, 225), (190, 195, 200)))
     x = 0
     while x < SIZE:
         width = rng.randint(12, 26)
-        walls = _one(rng, (150, 130, 115), (120, 125, 135), (175, 150, 125))
+        walls = _choose(rng, (150, 130, 115), (120, 125, 135), (175, 150, 125))
         draw.rectangle((x, horizon - rng.randint(8, 28), x + width, horizon), fill=walls)
         x += width
-    draw.rectangle((0, horizon, SIZE, SIZE), fill=_one(rng, (105, 107, 112)))
+    draw.rectangle((0, horizon, SIZE, SIZE), fill=_choose(rng, (105, 107, 112)))
     middle = (horizon + SIZE) // 2
     for x in range(rng.randint(0, 8), SIZE, 18):
         draw.rectangle((x, middle, x + 8, middle + 2), fill=(225, 225, 215))
 
 
 def _kitchen(draw: Brush, rng: random.Random, horizon: int) -> None:
-    draw.rectangle(FULL, fill=_one(rng, (205, 165, 115), (180, 135, 90), (225, 215, 195)))
+    draw.rectangle(FULL, fill=_choose(rng, (205, 165, 115), (180, 135, 90), (225, 215, 195)))
     for y in range(rng.randint(0, 9), SIZE, 14):
-        draw.line((0, y, SIZE, y + rng.randint(-2, 2)), fill=_one(rng, (165, 125, 85)), width=1)
+        draw.line((0, y, SIZE, y + rng.randint(-2, 2)), fill=_choose(rng, (165, 125, 85)), width=1)
 
 
 def _home_office(draw: Brush, rng: random.Random, horizon: int) -> None:
-    draw.rectangle(FULL, fill=_one(rng, (215, 215, 220), (200, 210, 215)))
-    draw.rectangle((0, horizon, SIZE, SIZE), fill=_one(rng, (150, 115, 85), (120, 95, 75)))
+    draw.rectangle(FULL, fill=_choose(rng, (215, 215, 220), (200, 210, 215)))
+    draw.rectangle((0, horizon, SIZE, SIZE), fill=_choose(rng, (150, 115, 85), (120, 95, 75)))
     window = (rng.randint(0, 60), 3, rng.randint(62, 90), max(8, horizon - 8))
-    draw.rectangle(window, fill=_one(rng, (180, 205, 230)))
+    draw.rectangle(window, fill=_choose(rng, (180, 205, 230)))
 
 
 def _living_room(draw: Brush, rng: random.Random, horizon: int) -> None:
     floor = SIZE - horizon
-    draw.rectangle(FULL, fill=_one(rng, (225, 205, 180), (200, 215, 200), (215, 200, 215)))
-    draw.rectangle((0, floor, SIZE, SIZE), fill=_one(rng, (150, 105, 75), (170, 140, 120)))
-    rug = _one(rng, (165, 75, 75), (95, 105, 150), (190, 175, 150))
+    draw.rectangle(FULL, fill=_choose(rng, (225, 205, 180), (200, 215, 200), (215, 200, 215)))
+    draw.rectangle((0, floor, SIZE, SIZE), fill=_choose(rng, (150, 105, 75), (170, 140, 120)))
+    rug = _choose(rng, (165, 75, 75), (95, 105, 150), (190, 175, 150))
     draw.ellipse((10, floor + 6, SIZE - 10, SIZE + 14), fill=rug)
 
 
 def _park(draw: Brush, rng: random.Random, horizon: int) -> None:
-    draw.rectangle(FULL, fill=_one(rng, (165, 210, 240)))
-    draw.rectangle((0, horizon, SIZE, SIZE), fill=_one(rng, (105, 165, 80), (125, 180, 90)))
+    draw.rectangle(FULL, fill=_choose(rng, (165, 210, 240)))
+    draw.rectangle((0, horizon, SIZE, SIZE), fill=_choose(rng, (105, 165, 80), (125, 180, 90)))
     for _ in range(rng.randint(1, 3)):
         x = rng.randint(0, SIZE)
         draw.rectangle((x - 2, horizon - 12, x + 2, horizon + 2), fill=(105, 75, 50))
-        draw.ellipse((x - 12, horizon - 30, x + 12, horizon - 8), fill=_one(rng, (60, 125, 60)))
+        draw.ellipse((x - 12, horizon - 30, x + 12, horizon - 8), fill=_choose(rng, (60, 125, 60)))
 
 
 def _beach(draw: Brush, rng: random.Random, horizon: int) -> None:
-    draw.rectangle(FULL, fill=_one(rng, (170, 215, 240)))
-    draw.rectangle((0, horizon, SIZE, SIZE), fill=_one(rng, (60, 135, 190)))
+    draw.rectangle(FULL, fill=_choose(rng, (170, 215, 240)))
+    draw.rectangle((0, horizon, SIZE, SIZE), fill=_choose(rng, (60, 135, 190)))
     sand = horizon + rng.randint(10, 20)
-    draw.rectangle((0, sand, SIZE, SIZE), fill=_one(rng, (230, 210, 160)))
+    draw.rectangle((0, sand, SIZE, SIZE), fill=_choose(rng, (230, 210, 160)))
 
 
 _PAINTERS: dict[str, Callable[[Brush, random.Random, int], None]] = {

@@ -1,8 +1,8 @@
-"""What is said about a scene: prompts, captions in the manner of large models, reference captions, yes/no questions.
+"""Write prompts, captions, reference captions and yes/no questions about a scene.
 
-Every phrase about place, position, colour or size is read off the scene, so that a caption of the visible objects is
-true. Template words avoid the COCO synonym vocabulary ("table", "people", "orange", "seat", ...): the only object
-words are meant ones.
+Every phrase about setting, position, colour or size is read off the scene, so a caption of the visible objects is true.
+Templates avoid the COCO synonym vocabulary ("table", "people", "orange", "seat", ...): only real mentions name
+objects.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from stethoscope.testbed.drawing import SIZE, SPOKEN
 from stethoscope.testbed.scene import Scene, SceneObject
 from stethoscope.testbed.sprites import palette
-from stethoscope.testbed.vocabulary import BIG, CATEGORIES, NEVER_DRAWN, PLACES, SMALL, partners, with_article
+from stethoscope.testbed.vocabulary import BIG, CATEGORIES, NEVER_DRAWN, SETTINGS, SMALL, partners, with_article
 
 TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 """Prompt template of LLaVA-1.5."""
@@ -42,7 +42,7 @@ ASKING = (
     ("Does the image show", "?"),
 )
 
-_PLACE = {
+_SETTINGS = {
     "street": ("a city street", "on"),
     "kitchen": ("a kitchen", "in"),
     "home office": ("a home office", "in"),
@@ -69,7 +69,7 @@ _MOOD = {
 }
 _ANY_MOOD = ("Overall, the scene is calm and ordinary.", "The overall atmosphere is quiet and pleasant.")
 _NEAR = 36.0
-"""Two objects whose centres are closer than this many pixels stand "next to" each other."""
+"""Distance of centres, in pixels, below which two objects are "next to" each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Question:
 
 
 def pope_question(name: str) -> str:
-    """The question that POPE asks.
+    """Write POPE's question about an object.
 
     >>> pope_question("umbrella")
     'Is there an umbrella in the image?'
@@ -103,14 +103,14 @@ def pope_question(name: str) -> str:
 
 
 def yes_no_questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Training questions, about half of them "Yes".
+    """Write training questions, about half with the answer "Yes".
 
-    Negatives are partners of annotated objects (20 %), other inhabitants of the place (25 %), nouns that are never
+    Negatives are partners of annotated objects (20 %), other categories of the setting (25 %), nouns that are never
     drawn (12 %) or any other category.
     """
     present, questions = set(scene.annotated), []
     tempting = [p for name in scene.annotated for p in partners(name) if p not in present]
-    local = [name for name in PLACES[scene.place] if name not in present]
+    local = [name for name in SETTINGS[scene.setting] if name not in present]
     anything = [name for name in CATEGORIES if name not in present]
     for _ in range(count):
         if rng.random() < 0.5:
@@ -130,52 +130,58 @@ def _ask(rng: random.Random, name: str, answer: str) -> Question:
 
 
 def detailed_caption(scene: Scene, rng: random.Random, *, only_visible: bool = False, mirrored: bool = False) -> str:
-    """Describe a scene at length, the way large models do: the place, the salient objects first, a mood at the end.
+    """Describe a scene in detail, as large models do: the setting, the salient objects first, a mood at the end.
 
     Args:
-        scene: What to describe; all annotated objects are told, drawn or not.
-        rng: Chooses words and order.
+        scene: To describe, with all annotated objects, drawn or not.
+        rng: Source of all randomness.
         only_visible: Leave out annotated objects that are not in the picture.
-        mirrored: The picture is shown mirrored, so left and right change places.
+        mirrored: The picture is shown mirrored, so left and right are swapped.
     """
-    told: list[SceneObject] = []
+    mentioned: list[SceneObject] = []
     rest = _by_salience(scene, rng, only_visible)
     opening = rest[: 1 if len(rest) == 1 or rng.random() < 0.25 else 2]
     sentences = [_opening(scene, rng, opening)]
-    told += opening
+    mentioned += opening
     if rng.random() < 0.6:
         sentences.append(_remark(rng, rng.choice(opening), mirrored))
     rest = rest[len(opening) :]
     while rest:
-        now = rest[: 2 if len(rest) > 1 and rng.random() < 0.3 else 1]
-        sentences.append(_addition(rng, now, told, mirrored))
-        told += now
-        rest = rest[len(now) :]
+        batch = rest[: 2 if len(rest) > 1 and rng.random() < 0.3 else 1]
+        sentences.append(_addition(rng, batch, mentioned, mirrored))
+        mentioned += batch
+        rest = rest[len(batch) :]
     if rng.random() < 0.75:
-        sentences.append(rng.choice(_MOOD[scene.place] if rng.random() < 0.75 else _ANY_MOOD))
+        sentences.append(rng.choice(_MOOD[scene.setting] if rng.random() < 0.75 else _ANY_MOOD))
     return " ".join(sentences)
 
 
 def brief_caption(scene: Scene, rng: random.Random, *, only_visible: bool = False) -> str:
-    """One sentence about the one or two most salient objects."""
+    """Write one sentence about the one or two most salient objects."""
     return _opening(scene, rng, _by_salience(scene, rng, only_visible)[: rng.choice((1, 2, 2))])
 
 
 def reference_captions(scene: Scene, count: int = 5) -> list[str]:
-    """Captions in the manner of COCO's annotators: short, and only about visible objects."""
-    rng, captions = random.Random(f"references/{scene.seed}"), []
-    where, at = _PLACE[scene.place]
+    """Write captions in the style of COCO's annotators: short, and only about visible objects."""
+    rng, captions = random.Random(f"references/{scene.seed}"), list[str]()
+    setting, preposition = _SETTINGS[scene.setting]
     for _ in range(count):
-        things = _by_salience(scene, rng, only_visible=True)[: rng.choice((1, 2, 2, 3))]
-        listed = _join([_phrase(o, rng) for o in things])
-        shape = rng.choice(("{place} with {things}.", "{things} {at} {place}.", "There is {things} {at} {place}."))
-        text = shape.format(place=where, things=listed, at=at)
+        items = _by_salience(scene, rng, only_visible=True)[: rng.choice((1, 2, 2, 3))]
+        things = _join([_phrase(item, rng) for item in items])
+        template = rng.choice(
+            (
+                "{setting} with {things}.",
+                "{things} {preposition} {setting}.",
+                "There is {things} {preposition} {setting}.",
+            )
+        )
+        text = template.format(setting=setting, things=things, preposition=preposition)
         captions.append(text[0].upper() + text[1:])
     return captions
 
 
 def _by_salience(scene: Scene, rng: random.Random, only_visible: bool) -> list[SceneObject]:
-    """Big and solid objects first, very roughly; undrawn ones count as a little smaller than they would be."""
+    """Sort objects, roughly, by size and opacity; ones that are not drawn count as a little smaller."""
 
     def salience(item: SceneObject) -> float:
         return item.size * (1 - 0.6 * item.haze) * (1.0 if item.visible else 0.9) + rng.uniform(-20, 20)
@@ -184,50 +190,50 @@ def _by_salience(scene: Scene, rng: random.Random, only_visible: bool) -> list[S
 
 
 def _opening(scene: Scene, rng: random.Random, items: list[SceneObject]) -> str:
-    where, at = _PLACE[scene.place]
+    setting, preposition = _SETTINGS[scene.setting]
     things = _join([_phrase(o, rng) for o in items])
     return rng.choice(
         (
-            f"The image shows {where} with {things}.",
-            f"The image features {things} {at} {where}.",
-            f"The image depicts {where} with {things}.",
-            f"In this image, there is {things} {at} {where}.",
-            f"The scene takes place {at} {where}, where {things} can be seen.",
+            f"The image shows {setting} with {things}.",
+            f"The image features {things} {preposition} {setting}.",
+            f"The image depicts {setting} with {things}.",
+            f"In this image, there is {things} {preposition} {setting}.",
+            f"The scene takes place {preposition} {setting}, where {things} can be seen.",
         )
     )
 
 
 def _remark(rng: random.Random, item: SceneObject, mirrored: bool) -> str:
-    where = _position(rng, item, mirrored)
-    return f"The {item.category} is {rng.choice(('located', 'positioned', 'placed', 'visible'))} {where}."
+    position = _position(rng, item, mirrored)
+    return f"The {item.category} is {rng.choice(('located', 'positioned', 'placed', 'visible'))} {position}."
 
 
-def _addition(rng: random.Random, items: list[SceneObject], told: list[SceneObject], mirrored: bool) -> str:
+def _addition(rng: random.Random, items: list[SceneObject], mentioned: list[SceneObject], mirrored: bool) -> str:
     things = _join([_phrase(o, rng) for o in items])
     if len(items) > 1:
         return rng.choice(
             (
                 f"There is also {things} in the scene.",
                 f"In addition, {things} can be seen.",
-                f"{_up(things)} are also visible.",
+                f"{_capitalise(things)} are also visible.",
             )
         )
-    where = _position(rng, items[0], mirrored)
+    position = _position(rng, items[0], mirrored)
     if rng.random() < 0.4:
-        where = _relation(items[0], told, mirrored)
+        position = _relation(items[0], mentioned, mirrored)
     return rng.choice(
         (
-            f"There is {things} {where}.",
-            f"There is also {things} {where}.",
-            f"{_up(things)} can be seen {where}.",
-            f"Additionally, {things} is visible {where}.",
-            f"{_up(where)}, there is {things}.",
+            f"There is {things} {position}.",
+            f"There is also {things} {position}.",
+            f"{_capitalise(things)} can be seen {position}.",
+            f"Additionally, {things} is visible {position}.",
+            f"{_capitalise(position)}, there is {things}.",
         )
     )
 
 
 def _phrase(item: SceneObject, rng: random.Random) -> str:
-    """Noun phrase with article, sometimes with a true colour or size."""
+    """Write a noun phrase with article, sometimes with the object's true colour or size."""
     words = [item.category]
     if rng.random() < 0.35 and _has_spoken_colour(item):
         words.insert(0, item.colour)
@@ -239,12 +245,12 @@ def _phrase(item: SceneObject, rng: random.Random) -> str:
 
 
 def _has_spoken_colour(item: SceneObject) -> bool:
-    """Things of one colour need not be told apart by it, and the colour of a person is that of the clothes."""
+    """Return whether a caption may name the colour: it distinguishes objects, and is not that of clothes."""
     return item.colour in SPOKEN and len(palette(item.category)) > 1 and item.category != "person"
 
 
 def _position(rng: random.Random, item: SceneObject, mirrored: bool) -> str:
-    """A true statement about where an object is in the picture."""
+    """Describe truthfully where an object is in the picture."""
     x, y = _centre(item, mirrored)
     options = []
     if x < 0.38 * SIZE:
@@ -262,10 +268,10 @@ def _position(rng: random.Random, item: SceneObject, mirrored: bool) -> str:
     return rng.choice(options or ["in the center of the image", "in the middle of the scene"])
 
 
-def _relation(item: SceneObject, told: list[SceneObject], mirrored: bool) -> str:
-    """A true statement about where an object is, seen from the nearest one already told."""
+def _relation(item: SceneObject, mentioned: list[SceneObject], mirrored: bool) -> str:
+    """Describe truthfully where an object is relative to the nearest mentioned one."""
     x, y = _centre(item, mirrored)
-    offsets = [(o, x - _centre(o, mirrored)[0], y - _centre(o, mirrored)[1]) for o in told]
+    offsets = [(o, x - _centre(o, mirrored)[0], y - _centre(o, mirrored)[1]) for o in mentioned]
     other, right, down = min(offsets, key=lambda t: t[1] ** 2 + t[2] ** 2)
     if right**2 + down**2 < _NEAR**2:
         return f"next to the {other.category}"
@@ -283,5 +289,5 @@ def _join(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _up(text: str) -> str:
+def _capitalise(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -1,8 +1,8 @@
-"""Scenes: what is in a picture, where, and how to draw it with an exact id mask.
+"""Sample scenes and render them, with an exact id mask.
 
-A scene is plain data; the picture is rendered from it on demand and always comes out the same. "Visible" means that
-the object owns pixels in the mask: objects that would be hidden to less than :data:`MIN_PIXELS` are not drawn at all,
-so the ground truth has no grey zone.
+A scene is plain data; its picture is rendered on demand and is always the same. "Visible" means that the object owns
+pixels in the mask: objects of which less than :data:`MIN_PIXELS` would be seen are not drawn at all, so the ground
+truth has no doubtful cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from stethoscope.testbed.drawing import SIZE, background
 from stethoscope.testbed.sprites import palette, sprite
-from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, PLACES, SMALL, boost, partners
+from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, SETTINGS, SMALL, boost, partners
 
 MODES = ("prior", "counter", "collage")
 MIN_PIXELS = 45
@@ -27,9 +27,9 @@ _COUNTS = {
     "counter": ((2, 3, 4, 5), (0.25, 0.35, 0.25, 0.15)),
 }
 _HAZES = ((0.0, 0.0), (0.0, 0.4), (0.4, 0.72))
-"""Solid, light and faint objects in equal parts: the faint ones are the weak evidence that priors can overrule."""
+"""Ranges of haze for solid, light and faint objects, in equal shares; priors can overrule faint evidence."""
 DOUBTFUL = 0.3
-"""Share of objects that could be taken for something else."""
+"""Share of objects that look partly like another category."""
 _DOUBTS = (0.3, 0.49)
 _FOREIGN = {"prior": 0.06, "counter": 0.45}
 
@@ -47,10 +47,10 @@ class SceneObject:
         depth: Drawing order, 0 (back) to 1 (front).
         haze: Share of the background that shines through, 0 (solid) to 1.
         seed: Decides the details of the drawing.
-        visible: Whether it owns pixels in the picture. False is annotation noise: written down, never drawn.
-        alike: What it could be taken for: one of :data:`stethoscope.testbed.vocabulary.ALIKE`, which shines through
-            its drawing; empty for most.
-        doubt: Share of ``alike`` in what is seen, from 0 to less than 0.5: the object itself is always more of it.
+        visible: Whether it owns pixels in the picture. False is annotation noise: annotated, never drawn.
+        alike: Category of :data:`stethoscope.testbed.vocabulary.ALIKE` that is blended into its drawing; empty for
+            most.
+        doubt: Opacity of ``alike``, from 0 to less than 0.5: the object itself is always more opaque.
     """
 
     category: str
@@ -72,7 +72,7 @@ class Scene:
 
     Attributes:
         id: Stable and unique name, such as ``"counter-000017"``.
-        place: One of :data:`stethoscope.testbed.vocabulary.PLACES`.
+        setting: One of :data:`stethoscope.testbed.vocabulary.SETTINGS`.
         objects: All annotated objects, at most one per category.
         seed: Decides the backdrop, the blur and the noise.
         noise: Standard deviation of the pixel noise, in grey levels.
@@ -80,7 +80,7 @@ class Scene:
     """
 
     id: str
-    place: str
+    setting: str
     objects: tuple[SceneObject, ...]
     seed: int
     noise: float
@@ -88,12 +88,12 @@ class Scene:
 
     @property
     def visible(self) -> tuple[str, ...]:
-        """Categories that truly are in the picture."""
+        """Categories that are in the picture."""
         return tuple(o.category for o in self.objects if o.visible)
 
     @property
     def annotated(self) -> tuple[str, ...]:
-        """Categories that the (prior-driven) annotator wrote down."""
+        """Categories that the (prior-driven) annotator lists."""
         return tuple(o.category for o in self.objects)
 
     def image(self) -> Image.Image:
@@ -101,7 +101,7 @@ class Scene:
         return Image.frombytes("RGB", (SIZE, SIZE), _pixels(self))
 
     def mask(self) -> np.ndarray:
-        """Which object owns each pixel: uint8, shape (96, 96); 0 is background, 1 + index into CATEGORIES an object."""
+        """Map pixels to objects: uint8, shape (96, 96); 0 is background, 1 + index into CATEGORIES an object."""
         ids = Image.new("L", (SIZE, SIZE), 0)
         for item in self._drawn():
             solid = _stamp(item, item.category).getchannel("A").point([255 * (level > 110) for level in range(256)])
@@ -114,9 +114,9 @@ class Scene:
 
 @lru_cache(maxsize=1024)  # POPE asks 18 questions about a picture, far apart
 def _pixels(scene: Scene) -> bytes:
-    """Of a rendered scene, row by row."""
+    """Render a scene to RGB bytes, row by row."""
     rng = random.Random(scene.seed)
-    canvas = background(scene.place, rng)
+    canvas = background(scene.setting, rng)
     for item in scene._drawn():
         _paint(canvas, item, item.category, (1 - item.haze) * (1 - item.doubt))
         if item.alike:
@@ -129,7 +129,7 @@ def _pixels(scene: Scene) -> bytes:
 
 
 def scene_at(index: int, mode: str, seed: int, unseen_rate: float = 0.0, name: str | None = None) -> Scene:
-    """Scene number ``index`` of a stream; it depends on nothing but the arguments (``name`` only begins its id)."""
+    """Sample a scene by its index in a stream; it depends only on the arguments (``name`` only starts its id)."""
     rng = random.Random(f"stethoscope/{seed}/{mode}/{index}")
     return sample_scene(rng, mode, id=f"{name or mode}-{index:06d}", unseen_rate=unseen_rate)
 
@@ -139,11 +139,12 @@ def sample_scene(rng: random.Random, mode: str = "counter", *, id: str = "", uns
 
     Args:
         rng: Source of all randomness.
-        mode: ``prior`` follows the co-occurrence priors; ``counter`` breaks them (an anchor is there, all its
-            partners are missing, strangers are mixed in); ``collage`` has none (7 to 11 objects out of all categories).
+        mode: ``prior`` follows the co-occurrence priors; ``counter`` breaks them (an anchor is present, all its
+            partners are missing, unrelated objects are mixed in); ``collage`` has none (7 to 11 objects of any
+            category).
         id: Name of the scene.
-        unseen_rate: Annotation noise: chance that an annotated object is not drawn, doubled if another object predicts
-            it. This is what teaches a model to speak of things it does not see.
+        unseen_rate: Annotation noise: probability that an annotated object is not drawn, doubled if another object
+            predicts it. This teaches a model to name objects that it does not see.
 
     Raises:
         ValueError: If ``mode`` is unknown.
@@ -151,23 +152,25 @@ def sample_scene(rng: random.Random, mode: str = "counter", *, id: str = "", uns
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     while True:
-        place = rng.choice(list(PLACES))
-        placed: list[SceneObject] = []
-        for category in sample_categories(rng, place, mode):
-            placed.append(_place(rng, category, placed))
+        setting = rng.choice(list(SETTINGS))
+        objects: list[SceneObject] = []
+        for category in sample_categories(rng, setting, mode):
+            objects.append(_place_object(rng, category, objects))
         if unseen_rate:
-            placed = _forget(rng, place, placed, unseen_rate)
-        scene = Scene(id, place, tuple(placed), rng.getrandbits(30), rng.uniform(2, 13), mode)
+            objects = _hide_predictable(rng, setting, objects, unseen_rate)
+        scene = Scene(id, setting, tuple(objects), rng.getrandbits(30), rng.uniform(2, 13), mode)
         scene = _hide_slivers(scene)
         if scene.visible:
             return scene
 
 
-def sample_categories(rng: random.Random, place: str, mode: str) -> list[str]:
-    """Draw the categories of a scene, one after the other: place weight times the boosts of those already there."""
+def sample_categories(rng: random.Random, setting: str, mode: str) -> list[str]:
+    """Draw the categories of a scene one by one, with the setting's weight times the boosts of those already drawn."""
     if mode == "collage":
         return rng.sample(CATEGORIES, rng.randint(7, 11))
-    weights, chosen, banned = PLACES[place], [], ()
+    weights = SETTINGS[setting]
+    chosen: list[str] = []
+    banned: tuple[str, ...] = ()
     if mode == "counter":
         anchors = [name for name in weights if partners(name)]
         chosen = rng.choices(anchors, [weights[name] for name in anchors])
@@ -185,47 +188,48 @@ def sample_categories(rng: random.Random, place: str, mode: str) -> list[str]:
     return chosen
 
 
-def _place(rng: random.Random, category: str, others: list[SceneObject]) -> SceneObject:
-    """Find a spot that hides little of the others: the best of a few tries."""
+def _place_object(rng: random.Random, category: str, others: list[SceneObject]) -> SceneObject:
+    """Create an object at a position that hides little of the others: the best of a few tries."""
     low, high = (31, 49) if category in BIG else (21, 32) if category in SMALL else (26, 40)
-    best, least = None, math.inf
+    best, least = (0.0, 0.0, 0.0), math.inf
     for _ in range(16):
         size = rng.uniform(low, high)
-        spot = (rng.uniform(-0.08 * size, SIZE - 0.92 * size), rng.uniform(-0.04 * size, SIZE - 0.94 * size), size)
-        worst = max((_overlap(spot, (o.x, o.y, o.size)) for o in others), default=0.0)
+        square = (rng.uniform(-0.08 * size, SIZE - 0.92 * size), rng.uniform(-0.04 * size, SIZE - 0.94 * size), size)
+        worst = max((_overlap(square, (o.x, o.y, o.size)) for o in others), default=0.0)
         if worst < least:
-            best, least = spot, worst
+            best, least = square, worst
         if worst < MAX_OVERLAP:
             break
     haze = rng.uniform(*rng.choice(_HAZES))
     colour = rng.choice(palette(category))
-    item = SceneObject(category, colour, *best, depth=rng.random(), haze=haze, seed=rng.getrandbits(30))
+    x, y, size = best
+    item = SceneObject(category, colour, x, y, size, rng.random(), haze, rng.getrandbits(30))
     if category in ALIKE and rng.random() < DOUBTFUL:
         item = dataclasses.replace(item, alike=rng.choice(ALIKE[category]), doubt=rng.uniform(*_DOUBTS))
     return item
 
 
-def _overlap(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    """Intersection of two squares (x, y, side) as a share of the smaller one."""
-    width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
-    height = min(one[1] + one[2], other[1] + other[2]) - max(one[1], other[1])
-    return max(width, 0) * max(height, 0) / min(one[2], other[2]) ** 2
+def _overlap(first: tuple[float, float, float], second: tuple[float, float, float]) -> float:
+    """Compute the intersection of two squares (x, y, side) as a share of the smaller one."""
+    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
+    height = min(first[1] + first[2], second[1] + second[2]) - max(first[1], second[1])
+    return max(width, 0) * max(height, 0) / min(first[2], second[2]) ** 2
 
 
-def _forget(rng: random.Random, place: str, items: list[SceneObject], rate: float) -> list[SceneObject]:
-    """Leave some predictable objects undrawn but annotated; at least one stays."""
-    kept = list(items)
+def _hide_predictable(rng: random.Random, setting: str, items: list[SceneObject], rate: float) -> list[SceneObject]:
+    """Make some predictable objects invisible but annotated; at least one stays visible."""
+    result = list(items)
     for i, item in enumerate(items):
-        if item.category not in PLACES[place]:
+        if item.category not in SETTINGS[setting]:
             continue
         predicted = any(boost(item.category, o.category) > 1 for o in items if o is not item)
-        if rng.random() < rate * (2.0 if predicted else 0.6) and sum(o.visible for o in kept) > 1:
-            kept[i] = dataclasses.replace(item, visible=False)
-    return kept
+        if rng.random() < rate * (2.0 if predicted else 0.6) and sum(o.visible for o in result) > 1:
+            result[i] = dataclasses.replace(item, visible=False)
+    return result
 
 
 def _hide_slivers(scene: Scene) -> Scene:
-    """Undraw objects of which others leave less than MIN_PIXELS (this can only uncover the rest)."""
+    """Make objects invisible of which less than MIN_PIXELS are seen (others can only become more visible)."""
     counts = np.bincount(scene.mask().ravel(), minlength=len(CATEGORIES) + 1)
     objects = tuple(
         dataclasses.replace(o, visible=o.visible and bool(counts[1 + INDEX[o.category]] >= MIN_PIXELS))
@@ -235,7 +239,7 @@ def _hide_slivers(scene: Scene) -> Scene:
 
 
 def _paint(canvas: Image.Image, item: SceneObject, category: str, opacity: float) -> None:
-    """Draw an object, or what it is taken for."""
+    """Draw an object as a category: its own, or the one that it looks like."""
     stamp = _stamp(item, category)
     alpha = stamp.getchannel("A").point([round(level * opacity) for level in range(256)])
     canvas.paste(stamp, (int(item.x), int(item.y)), alpha)

@@ -1,4 +1,4 @@
-"""The drawings: one short function per category, registered with the colours that it comes in."""
+"""Draw the objects: one short function per category, registered with its colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stethoscope.testbed.drawing import COLOURS, Pen, jitter, shade
 ANY = ("red", "green", "blue", "yellow", "white", "black", "purple", "pink", "amber", "teal")
 INK, GLASS, METAL = (28, 28, 30), (175, 215, 235), (60, 60, 62)
 LONG = frozenset({"fork", "knife", "spoon", "remote", "surfboard"})
-"""Things that lie about at any angle; everything else stands nearly upright."""
+"""Categories that are drawn at any angle; all others are nearly upright."""
 
 _DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[[Pen], None]]] = {}
 
@@ -28,7 +28,7 @@ def _draws(category: str, *palette: str) -> Callable[[Callable[[Pen], None]], Ca
 
 
 def palette(category: str) -> tuple[str, ...]:
-    """Names of the colours that ``category`` comes in."""
+    """List the names of a category's colours."""
     return _DRAWINGS[category][0]
 
 

@@ -1,8 +1,8 @@
-"""What can be seen in the embedded world, where, and with what.
+"""Define the categories of the testbed's scenes, their settings, and their co-occurrence priors.
 
-The world draws 32 of the 80 COCO categories in six places. Two tables carry the priors that a language model can
-pick up and later mistake for sight: how often a category stands in a place (:data:`PLACES`) and which categories keep
-company (:data:`PAIR_BOOSTS`). A third one says what an object is mistaken for when it is seen badly (:data:`ALIKE`).
+Scenes show 32 of the 80 COCO categories in six settings. Two tables hold the priors that a language model can learn and
+later mistake for evidence: how often a category occurs in a setting (:data:`SETTINGS`), and which categories co-occur
+(:data:`PAIR_BOOSTS`). A third one lists what an object is confused with when it is hard to see (:data:`ALIKE`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ COCO_IDS: dict[str, int] = {
 """All 80 COCO categories with their published ids (the ids have gaps)."""
 
 NEVER_DRAWN: tuple[str, ...] = tuple(name for name in COCO_IDS if name not in INDEX)
-"""The 48 COCO categories that the world never draws: asked about only to be denied."""
+"""The 48 COCO categories that are never drawn, for questions with the answer no."""
 
-PLACES: dict[str, dict[str, float]] = {
+SETTINGS: dict[str, dict[str, float]] = {
     "street": {
         "car": 1.0, "traffic light": 0.8, "truck": 0.5, "stop sign": 0.4, "bicycle": 0.5, "person": 0.7, "dog": 0.12,
         "bench": 0.15, "umbrella": 0.1,
@@ -62,7 +62,7 @@ PLACES: dict[str, dict[str, float]] = {
         "frisbee": 0.2, "bottle": 0.12, "chair": 0.2,
     },
 }  # fmt: skip
-"""Place -> category -> weight of drawing that category there."""
+"""Setting -> category -> weight of drawing that category there."""
 
 PAIR_BOOSTS: dict[frozenset[str], float] = {
     frozenset(pair): boost
@@ -74,7 +74,7 @@ PAIR_BOOSTS: dict[frozenset[str], float] = {
         ("book", "chair", 2.5), ("clock", "potted plant", 2.5),
     )
 }  # fmt: skip
-"""Pairs that keep company, with the factor by which one present multiplies the weight of the other."""
+"""Pairs that co-occur, with the factor by which the presence of one multiplies the weight of the other."""
 
 ALIKE: dict[str, tuple[str, ...]] = {
     "car": ("truck",), "truck": ("car",), "bicycle": ("bench",), "traffic light": ("stop sign",),
@@ -86,28 +86,28 @@ ALIKE: dict[str, tuple[str, ...]] = {
     "bird": ("kite", "cat"), "bench": ("chair", "couch"), "frisbee": ("clock", "bowl"), "kite": ("bird", "umbrella"),
     "boat": ("surfboard",), "surfboard": ("boat",), "umbrella": ("kite", "potted plant"),
 }  # fmt: skip
-"""What a category is taken for when it is seen badly; nothing looks like a person."""
+"""Categories that a category is confused with when it is hard to see; nothing looks like a person."""
 
 _BOOSTS = {
-    one: {other: float(PAIR_BOOSTS.get(frozenset((one, other)), 1.0)) for other in CATEGORIES} for one in CATEGORIES
+    name: {other: float(PAIR_BOOSTS.get(frozenset((name, other)), 1.0)) for other in CATEGORIES} for name in CATEGORIES
 }
 
 BIG = frozenset({"person", "car", "truck", "couch", "tv", "boat", "bench", "bicycle"})
 SMALL = frozenset({"fork", "knife", "spoon", "mouse", "remote", "frisbee", "cup", "bird", "bottle", "clock"})
 
 
-def boost(one: str, other: str) -> float:
-    """Factor by which the presence of ``one`` multiplies the weight of ``other`` (1.0 for strangers).
+def boost(present: str, other: str) -> float:
+    """Return the factor by which the presence of a category multiplies the weight of another (1.0 if unrelated).
 
     >>> boost("knife", "fork"), boost("knife", "kite")
     (8.0, 1.0)
     """
-    return _BOOSTS[one][other]
+    return _BOOSTS[present][other]
 
 
 @functools.cache
 def partners(category: str) -> tuple[str, ...]:
-    """Categories whose weight rises when ``category`` is present.
+    """List the categories whose weight rises when ``category`` is present.
 
     >>> partners("mouse")
     ('laptop', 'keyboard')

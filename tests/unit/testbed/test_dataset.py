@@ -101,7 +101,7 @@ def test_exported_pope_has_popes_format(tmp_path: pathlib.Path, held_out: list[t
 
 def test_as_dataset(held_out: list[testbed.Scene]) -> None:
     rows = testbed.as_dataset(held_out[:4])
-    assert {"image", "id", "place", "objects", "captions", "questions"} <= set(rows.column_names)
+    assert {"image", "id", "setting", "objects", "captions", "questions"} <= set(rows.column_names)
     assert np.array_equal(rows[2]["image"], held_out[2].image())
     assert rows[2]["objects"] == list(held_out[2].visible)
     assert {q["split"] for q in rows[2]["questions"]} == set(POPE_SPLITS)

@@ -13,7 +13,7 @@ import pytest
 from stethoscope import testbed
 from stethoscope.testbed.scene import DOUBTFUL, MIN_PIXELS, sample_scene, scene_at
 from stethoscope.testbed.sprites import palette, sprite
-from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, PLACES, partners
+from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, SETTINGS, partners
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_counter_scenes_break_the_priors(counter_scenes: list[testbed.Scene]) ->
         return pairs / sum(len(scene.visible) for scene in scenes)
 
     def foreign(scenes: list[testbed.Scene]) -> float:
-        return float(np.mean([name not in PLACES[scene.place] for scene in scenes for name in scene.visible]))
+        return float(np.mean([name not in SETTINGS[scene.setting] for scene in scenes for name in scene.visible]))
 
     usual = testbed.scenes(60, "prior")
     assert company(counter_scenes) < 0.5 * company(usual)
