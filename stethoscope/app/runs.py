@@ -131,7 +131,7 @@ class Runs:
         why = "its task no longer has the sample"
         try:
             sample = self._samples(name, record.task).get(record.sample_id)
-            if sample is not None and record.about(sample):
+            if sample is not None and not record.changes(sample):
                 return sample.image.load()
         except (StethoscopeError, ImportError) as error:
             why = str(error)
