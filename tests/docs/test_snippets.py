@@ -32,7 +32,7 @@ PLACEHOLDER = re.compile(r"\.\.\.|\b[A-Z]{3,}\b|<")
 LINE_COMMANDS = {"list": ["--help"], "report": ["--help"], "compare": ["--help"]}  # no Hydra applications
 OTHER_PROGRAMS = {"git", "cd", "export", "wandb", "pre-commit"}
 SLOW = {"README", "quickstart", "detectors", "looking", "runs", "streaming", "own/feature", "own/detector", "features"}
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+NUMBER = re.compile(r"\d*\.?\d+")
 
 
 class Block(NamedTuple):
