@@ -218,14 +218,14 @@ def test_a_damaged_run_never_stops_the_app(folder, tmp_path, monkeypatch, caplog
     for name in ("good", "bad", "worse"):
         shutil.copytree(folder / "small", tmp_path / "runs" / name)
     (tmp_path / "runs" / "bad" / "metrics.json").write_text("[[")
-    read = runs.Source.read
+    read = runs.RunReader.read
 
     def fail(folder):
         if folder.name == "worse":
             raise RecursionError("in a reader")
         return read(folder)
 
-    monkeypatch.setattr(runs.Source, "read", fail)
+    monkeypatch.setattr(runs.RunReader, "read", fail)
     shown = Runs(tmp_path / "runs", None, tmp_path)
     assert shown.names == ["good"]
     assert "worse" in caplog.text

@@ -107,7 +107,7 @@ def test_a_run_that_has_kept_nothing_shows_the_pictures_of_its_task(finished, tm
 def test_damaged_maps_are_one_line(copy, stethoscope):
     lines = (copy / "maps.jsonl").read_text().splitlines()
     (copy / "maps.jsonl").write_text("".join(line.replace('"shape": [8, 8]', '"shape": [9]') + "\n" for line in lines))
-    assert re.search(r"maps\.jsonl: what it holds of counter-\d+ is damaged", stethoscope("report", copy))
+    assert re.search(r"maps\.jsonl: the line of counter-\d+ is damaged", stethoscope("report", copy))
     stethoscope("report", copy, "pictures=false", code=0)
 
 
