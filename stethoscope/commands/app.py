@@ -1,4 +1,4 @@
-"""``stethoscope app``: the page on which one asks, looks at answers and goes through finished runs."""
+"""Implement ``stethoscope app``: serve the page for questions, answers and finished runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stethoscope.core.errors import ConfigError
 
 
 def run(config: DictConfig) -> None:
-    """Loads the model and serves the page until it is interrupted."""
+    """Load the model and serve the page until it is interrupted."""
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig

@@ -1,6 +1,6 @@
-"""Read the ``key=value`` words of a command line and spell them so that Hydra's grammar takes every one of them.
+"""Read the ``key=value`` arguments of a command line and rewrite them in Hydra's grammar.
 
-Paths and free text are taken as they are typed. In other settings brackets make lists and mappings, as YAML, JSON or
+Paths and free text are used as typed. In other settings brackets make lists and mappings, as YAML, JSON or
 Python write them, and ``None`` is null. With ``--multirun`` a comma outside of brackets and quotes separates values.
 """
 
@@ -16,7 +16,7 @@ from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.text import redact_override, visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "subset", "auth"}
-"""Settings of free text, by the last part of their key: exactly what is typed."""
+"""Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
@@ -25,13 +25,13 @@ PATHS = {
     "vocabulary", "warn",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
-"""Settings of a file, a folder or a name: what is typed, but for interpolations of Hydra such as ``${oc.env:USER}``."""
+"""Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
 LISTS = {"test", "image_ids", "vision", "hydra.searchpath", "hydra.launcher.setup"}
-"""Settings of a path, or of lists and mappings of paths in brackets."""
+"""Settings that hold a path, or a list or mapping of paths in brackets."""
 NOT_CHOSEN = {("train", "features")}
-"""Groups besides ``experiment`` of which a command takes none by default."""
+"""Groups besides ``experiment`` of which a command chooses none by default."""
 ALIASES = {("app", "detector"): "detector.folder", ("diagnose", "detector"): "detector.folder"}
-"""Settings by another name: ``detector=`` by itself would choose a file of ``conf/detector``."""
+"""Aliases of settings: ``detector=`` by itself would choose a file of ``conf/detector``."""
 FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
          "--shell-completion", "-sc", "--info", "-i"}  # fmt: skip
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -39,7 +39,7 @@ WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--confi
 """Hydra's options, without and with a value."""
 _FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str)\((.*)\)", re.DOTALL)
 INTERPOLATION = re.compile(r"\$\{(?:[a-z_][\w.]*:[^{}]*|[a-z_]\w*(?:\.\w+)*)\}")
-"""What Hydra puts a value in the place of, in paths and in settings that are no free text."""
+"""Interpolations, which Hydra replaces by a value, except in free text."""
 _KEY = re.compile(r"(\+\+?|~)?[\w$.\-/]+(@[\w$.\-:]*)?")
 _BARE = re.compile(rf"(?:[A-Za-z0-9_/\-+.%*@?|:]|{INTERPOLATION.pattern})+")
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/\-]*(?:\.[A-Za-z_/][A-Za-z0-9_/\-]*)*")
@@ -47,12 +47,12 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 class Quoted(str):
-    """Text that stood in quotes."""
+    """Text that was typed in quotes."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A value or a part of one.
+    """A value of an override, or an item of one.
 
     Attributes:
         value: text, a list or a mapping.
@@ -67,31 +67,32 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate Hydra's options from the settings.
 
     Raises:
-        ConfigError: an option that Hydra does not have, or one without its value.
+        ConfigError: an option is unknown, or lacks its value.
 
     >>> split(["-m", "seed=0,1", "--config-dir", "a=b"])
     (['-m', '--config-dir', 'a=b'], ['seed=0,1'])
     """
-    options, words = [], []
-    rest = iter(arguments)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if not word.startswith("-"):
-            words.append(word)
+    options: list[str] = []
+    overrides: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, _ = argument.partition("=")
+        if not argument.startswith("-"):
+            overrides.append(argument)
         elif name not in FLAGS | WITH_VALUE:
             raise ConfigError(unknown("option", name, (option for option in FLAGS | WITH_VALUE if option[:2] == "--")))
         else:
-            options.append(word)
+            options.append(argument)
             if name in WITH_VALUE and not equals:
-                value = next(rest, None)
+                value = next(remaining, None)
                 if value is None:
                     raise ConfigError(f"{name} needs a value")
                 options.append(value)
-    return options, words
+    return options, overrides
 
 
 def option(options: Sequence[str], *names: str) -> str | None:
-    """The value of one of Hydra's options; None where it is not given.
+    """Return the value of one of Hydra's options; None where it is not given.
 
     >>> option(["-m", "--config-dir", "a=b"], "--config-dir", "-cd")
     'a=b'
@@ -104,18 +105,18 @@ def option(options: Sequence[str], *names: str) -> str | None:
 
 
 def spell(word: str, command: str, sweep: bool = False) -> str:
-    """Rewrite a setting for Hydra.
+    """Rewrite an override for Hydra.
 
     Args:
         word: ``key=value`` as typed.
-        command: whose setting it is.
+        command: that it is given to.
         sweep: whether commas separate the values of several jobs.
 
     Returns:
-        The word, empty where it says what is so without it.
+        The override in Hydra's grammar; empty where it only names the default.
 
     Raises:
-        ConfigError: it is no setting, or its value cannot be one.
+        ConfigError: it is not an override, or has an invalid value.
 
     >>> spell("run=runs/study/limit=4", "train"), spell("detector.strength=None", "train")
     ("run='runs/study/limit=4'", 'detector.strength=null')
@@ -131,14 +132,14 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     if "/" in plain and plain.partition("/")[0] not in ("hydra", *groups()):
         raise ConfigError(f"{word!r} should be a setting, key=value, for example run={word}")
     if not _KEY.fullmatch(key):
-        raise ConfigError(f"{word!r} is no setting: the name before '=' has letters, digits, '_', '.' and '/' only")
+        raise ConfigError(f"{word!r} is not a setting: the name before '=' has letters, digits, '_', '.' and '/' only")
     alias = ALIASES.get((command, plain))
     if alias is not None:
         key, plain = key[: len(key) - len(plain)] + alias, alias
     if not value:
         return word if alias is None else f"{key}{equals}"
     kind = next((kind for kind in (TEXTS, PATHS, LISTS) if plain in kind or plain.rpartition(".")[2] in kind), None)
-    sweep = sweep and not (kind is not None and plain.startswith("hydra."))  # which has one value for all jobs
+    sweep = sweep and not (kind is not None and plain.startswith("hydra."))  # it has one value for all jobs
     if kind in (TEXTS, None):
         _check_unicode(key, value)
     function = _FUNCTION.fullmatch(value)
@@ -161,10 +162,10 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
 
 
 def _without(key: str, command: str, group: str, values: int) -> str:
-    """A group of configuration files of which none is chosen, for which Hydra has no word.
+    """Rewrite ``group=null``, which chooses no configuration file and which Hydra cannot express.
 
     Raises:
-        ConfigError: it has to be one of them.
+        ConfigError: the group requires a choice.
 
     >>> _without("logger", "train", "logger", 1), _without("experiment", "train", "experiment", 1)
     ('logger=none', '')
@@ -174,28 +175,28 @@ def _without(key: str, command: str, group: str, values: int) -> str:
     default = group == "experiment" or (command, group) in NOT_CHOSEN
     if default and values == 1:
         return ""
-    where = " in a sweep" if default else ""
-    raise ConfigError(f"{key}=null cannot stand{where}; there are: {', '.join(choices(group))}")
+    condition = " in a sweep" if default else ""
+    raise ConfigError(f"{key}=null is not possible{condition}; there are: {', '.join(choices(group))}")
 
 
 def quote(text: str, interpolations: bool = False) -> str:
     """Quote text for Hydra's grammar, so that it reads the very same text.
 
     Args:
-        text: any.
+        text: to quote.
         interpolations: leave ``${...}`` to OmegaConf.
 
     >>> quote("it's ${x}"), quote("${x}", interpolations=True)
     ("'it\\\\'s \\\\${x}'", "'${x}'")
     """
     pieces = re.split(f"({INTERPOLATION.pattern})", text) if interpolations else [text]
-    # backslashes before a quote or an interpolation count, all others stand for themselves
+    # only backslashes before a quote or an interpolation need escaping
     quoted = [piece if index % 2 else re.sub(r"(\\*)('|\$\{|\Z)", _escape, piece) for index, piece in enumerate(pieces)]
     return f"'{''.join(quoted)}'"
 
 
 def unquoted(word: str) -> str:
-    """A setting in Hydra's spelling as people read it: its text without quotes.
+    """Convert an override from Hydra's grammar to readable text, without quotes.
 
     >>> unquoted("run='runs/a=1'"), unquoted(r"x=http\://a"), unquoted("features=['a',b]")
     ('run=runs/a=1', 'x=http://a', "features=['a',b]")
@@ -204,7 +205,7 @@ def unquoted(word: str) -> str:
     text, end = _quoted(value, 0)
     if text is None or end != len(value):
         return word if value[:1] in ("[", "{") else key + equals + re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
-    return key + equals + re.sub(r"(\\*)\\(?=\$\{)", lambda found: found[1][: len(found[1]) // 2], text)
+    return key + equals + re.sub(r"(\\*)\\(?=\$\{)", lambda match: match[1][: len(match[1]) // 2], text)
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -251,13 +252,13 @@ def _function(key: str, value: str, sweep: bool) -> str:
 
 
 def _whole(text: str) -> Part:
-    """A value without separators: a list, a mapping, quoted or bare text."""
+    """Read a value without separators: a list, a mapping, quoted or bare text."""
     part, end = _read(text, 0, "")
     return Part(part.value if end == len(text) else text, text)
 
 
 def _parts(text: str, stops: str) -> Iterator[Part]:
-    """The values between commas."""
+    """Yield the values between commas."""
     start = 0
     while start <= len(text):
         part, end = _read(text, start, stops)
@@ -266,7 +267,7 @@ def _parts(text: str, stops: str) -> Iterator[Part]:
 
 
 def _read(text: str, start: int, stops: str) -> tuple[Part, int]:
-    """One value from ``start`` to the next of ``stops`` outside of brackets and quotes, or to the end of the text."""
+    """Read one value from ``start`` to the next of ``stops`` outside brackets and quotes, or to the end."""
     begin = start + len(text[start:]) - len(text[start:].lstrip(" \t"))
     for read in (_quoted, _bracketed):
         value, end = read(text, begin)
@@ -279,43 +280,43 @@ def _read(text: str, start: int, stops: str) -> tuple[Part, int]:
 
 
 def _quoted(text: str, start: int) -> tuple[Quoted | None, int]:
-    """Text in quotes; backslashes before a quote count double, as Hydra writes them."""
+    """Read text in quotes; backslashes before a quote are doubled, as Hydra writes them."""
     match = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL).match(text, start)
     if match is None:
         return None, start
     inner, mark = match[match.lastindex or 1], text[start]
-    halved = re.sub(rf"(\\+)({mark}|\Z)", lambda found: "\\" * (len(found[1]) // 2) + found[2], inner)
+    halved = re.sub(rf"(\\+)({mark}|\Z)", lambda match: "\\" * (len(match[1]) // 2) + match[2], inner)
     return Quoted(halved), match.end()
 
 
 def _bracketed(text: str, start: int) -> tuple[list[Part] | dict[str, Part] | None, int]:
-    """A list or a mapping; None where its brackets do not close or a mapping's entry has no key."""
+    """Read a list or a mapping; None where its brackets do not close or an entry of a mapping has no key."""
     opening = text[start : start + 1]
     if opening not in ("[", "{"):
         return None, start
-    closing, at = _CLOSING[opening], start + 1
+    closing, position = _CLOSING[opening], start + 1
     items: list[Part] = []
     mapping: dict[str, Part] = {}
     while True:
-        blank = len(text[at:]) - len(text[at:].lstrip())
-        if text[at + blank : at + blank + 1] == closing:  # also after a last comma
-            return (items if opening == "[" else mapping), at + blank + 1
+        blank = len(text[position:]) - len(text[position:].lstrip())
+        if text[position + blank : position + blank + 1] == closing:  # also after a last comma
+            return (items if opening == "[" else mapping), position + blank + 1
         if opening == "{":
-            key, at = _read(text, at, ":,}")
-            if text[at : at + 1] != ":" or not isinstance(key.value, str):
+            key, position = _read(text, position, ":,}")
+            if text[position : position + 1] != ":" or not isinstance(key.value, str):
                 return None, start
-            part, at = _read(text, at + 1, ",}")
+            part, position = _read(text, position + 1, ",}")
             mapping[key.value] = part
         else:
-            part, at = _read(text, at, ",]")
+            part, position = _read(text, position, ",]")
             items.append(part)
-        if at >= len(text):
+        if position >= len(text):
             return None, start
-        at += text[at] == ","
+        position += text[position] == ","
 
 
 def _bare_end(text: str, start: int, stops: str) -> int:
-    """Where bare text ends; a bracket that never closes does not hide what follows it."""
+    """Find the end of bare text; a bracket that never closes does not hide what follows it."""
     open_brackets: list[str] = []
     for index in range(start, len(text)):
         letter = text[index]
@@ -334,9 +335,9 @@ def _bare_end(text: str, start: int, stops: str) -> int:
 
 
 def _text(part: Part, path: bool, sweep: bool) -> str:
-    """Text or a path as typed. The words null and None stand for nothing, in quotes for themselves.
+    """Write text or a path as typed; null and None mean no value, unless they are quoted.
 
-    Quotes around all of it are taken off in a sweep, where they keep commas, and where there is a file of that name.
+    Quotes around the whole text are removed in a sweep, where they protect commas, and where a file has that name.
     """
     if part.source in ("null", "None"):
         return "null"
@@ -345,7 +346,7 @@ def _text(part: Part, path: bool, sweep: bool) -> str:
         bare = sweep or part.value in ("null", "None") or (path and os.path.lexists(part.value))
         text = str(part.value) if bare else text
     elif path and _PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null", "nan", "inf"):
-        return text  # it may stand in the name of a sweep's folder
+        return text  # readable in the name of a sweep's folder
     return quote(text, interpolations=path)
 
 
@@ -354,7 +355,7 @@ def _path_or_list(part: Part, path: bool, sweep: bool) -> str:
 
 
 def _value(part: Part, path: bool, sweep: bool) -> str:
-    """A value of any other setting: Hydra decides what is a number and what a word."""
+    """Write a value of any other setting; Hydra decides on its type."""
     if not isinstance(part.value, str):
         return _structure(part, _value, path)
     if isinstance(part.value, Quoted) or not _BARE.fullmatch(part.value):
@@ -363,7 +364,7 @@ def _value(part: Part, path: bool, sweep: bool) -> str:
 
 
 def _structure(part: Part, write: Callable[[Part, bool, bool], str], path: bool) -> str:
-    """A list or a mapping; quotes inside are those of its entries."""
+    """Write a list or a mapping; quotes inside belong to its items."""
     if isinstance(part.value, list):
         return f"[{','.join(write(item, path, True) for item in part.value)}]"
     assert isinstance(part.value, dict)
@@ -371,10 +372,10 @@ def _structure(part: Part, write: Callable[[Part, bool, bool], str], path: bool)
 
 
 def _key(key: str) -> str:
-    """A key of a mapping.
+    """Write a key of a mapping.
 
     Raises:
-        ConfigError: Hydra knows no spelling for it.
+        ConfigError: Hydra's grammar cannot express it.
     """
     if not re.fullmatch(r"[A-Za-z0-9_/\-+.%*@?|\\()\[\]{}:=, \t]+", key):
         raise ConfigError(f"the key {key!r} of a mapping cannot be given on the command line; use a configuration file")

@@ -1,4 +1,4 @@
-"""``stethoscope compare``: runs against each other, on the same samples."""
+"""Implement ``stethoscope compare``: compare runs on the same samples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FORMATS = ("text", "markdown", "latex", "html")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints or writes the tables of a comparison; remarks go to stderr."""
+    """Print or write the tables of a comparison; remarks go to stderr."""
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str]) -> None:
     words, settings = parse("compare", arguments, SETTINGS)
     if settings["format"] not in FORMATS:
         raise ConfigError(unknown("format", settings["format"], FORMATS))
-    folders = list(dict.fromkeys(folder for word in words for folder in _runs(Path(word))))
+    folders = list(dict.fromkeys(folder for word in words for folder in _run_folders(Path(word))))
     if len(folders) < 2:
-        named = f"; {folders[0]} is one" if folders else ""
-        raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{named}")
+        given = f"; {folders[0]} is one" if folders else ""
+        raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{given}")
     plugins = package_names(settings["plugins"])
     sources = [RunReader.read(folder) for folder in folders]
     with readable(" or ".join(map(str, folders[:4]))):
@@ -71,11 +71,11 @@ def main(arguments: Sequence[str]) -> None:
         print(f"note: {remark}", file=sys.stderr)
 
 
-def _runs(path: Path) -> list[Path]:
-    """A run for itself, a folder of runs for all of them; what a sweep leaves beside its runs for nothing."""
+def _run_folders(path: Path) -> list[Path]:
+    """List the run folders that a path stands for: itself, or those inside; none for a sweep's own files."""
     if path.name == "multirun.yaml":
         return []
     if path.is_dir() and not (path / "samples.jsonl").is_file():
-        inside = sorted(found.parent for found in path.glob("*/samples.jsonl"))
+        inside = sorted(file.parent for file in path.glob("*/samples.jsonl"))
         return inside or [path]
     return [path]

@@ -1,4 +1,4 @@
-"""``stethoscope diagnose``: one picture, one question, and everything about the answer."""
+"""Implement ``stethoscope diagnose``: one picture, one question, and everything about the answer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TRAIN_ONE = (
     "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one, "
     "then add detector=runs/benchmark-{model}"
 )
-MOST = 5  # mentions that are told at length
+MOST = 5  # mentions that are explained in the terminal
 
 
 def run(config: DictConfig) -> None:
-    """Asks, diagnoses, prints and writes. What is wrong in the configuration is found before the model is loaded."""
+    """Diagnose, print and write an answer; errors of the configuration are raised before the model is loaded."""
     from hydra.core.hydra_config import HydraConfig
 
     from stethoscope.adapters.base import Adapter
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
     if setting == AUTO:
         adapter.setup()
         folders = shipped(adapter)
-    else:  # before the model is loaded, in case there is something wrong with it
+    else:  # checked before the model is loaded
         folders = [] if setting is None else [detector_folder(setting)]
     detector = Detector.load(folders[0]) if folders else None
     diagnosis = diagnose(
@@ -81,7 +81,7 @@ def _image(config: DictConfig) -> ImageRef:
 
 
 def _origin(setting: str | None, folders: list[Path], model: str) -> str:
-    """Where the detector came from, or why there is none."""
+    """Describe where the detector came from, or why there is none."""
     from stethoscope.detection.finding import AUTO, SWITCHED_OFF, called
 
     if setting is None:
@@ -92,21 +92,21 @@ def _origin(setting: str | None, folders: list[Path], model: str) -> str:
 
 
 def show(diagnosis: Diagnosis, name: str) -> None:
-    """Prints the answer coloured by its warnings and what speaks for and against every object to doubt."""
+    """Print the answer coloured by its warnings, and the reasons for every doubtful object."""
     terminal = console()
-    asked = f"{diagnosis.model} on {name}: {diagnosis.question}"
-    lines: list[str | Text] = [asked, "", answer_text(diagnosis), ""]
+    title = f"{diagnosis.model} on {name}: {diagnosis.question}"
+    lines: list[str | Text] = [title, "", answer_text(diagnosis), ""]
     warned = [mention for mention in diagnosis.mentions if mention.warned]
     if diagnosis.threshold is not None:
         lines.append(
             f"warned of {len(warned)} of {len(diagnosis.mentions)} mentions "
             f"(probability of hallucination {diagnosis.threshold:.2f} or more)"
         )
-    told = warned if diagnosis.threshold is not None else diagnosis.mentions
-    for mention in told[:MOST]:
+    explained = warned if diagnosis.threshold is not None else diagnosis.mentions
+    for mention in explained[:MOST]:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
-    if len(told) > MOST:
-        lines.append(f"  and {len(told) - MOST} more, all of them in report.html")
+    if len(explained) > MOST:
+        lines.append(f"  and {len(explained) - MOST} more, all of them in report.html")
     lines += _visual_evidence(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
@@ -116,22 +116,24 @@ def show(diagnosis: Diagnosis, name: str) -> None:
 
 
 def answer_text(diagnosis: Diagnosis) -> Text:
-    """The answer in colour: objects the redder the more doubtful, or without a detector tokens by how improbable.
+    """Colour the answer: objects redder the more doubtful, or without a detector tokens by their improbability.
 
-    Warned mentions are followed by their probability, so that they are seen without colour too.
+    Warned mentions are followed by their probability, so that they can be seen without colour.
     """
     from rich.text import Text
 
-    text, whole, at = diagnosis.answer.text, Text(), 0
+    text, result, position = diagnosis.answer.text, Text(), 0
     for start, end, style, note in _spans(diagnosis):
-        if start >= at:
-            whole.append(visible(text[at:start])).append(visible(text[start:end]), style).append(note, "bold red")
-            at = end
-    return whole.append(visible(text[at:]))
+        if start >= position:
+            result.append(visible(text[position:start])).append(visible(text[start:end]), style).append(
+                note, "bold red"
+            )
+            position = end
+    return result.append(visible(text[position:]))
 
 
 def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
-    """Start, end and style of what is coloured, and what is written behind it."""
+    """Yield start, end and style of coloured spans, and the note behind each."""
     if diagnosis.threshold is None:
         for (start, end), probability in zip(diagnosis.answer.offsets, diagnosis.probability, strict=True):
             start += len(diagnosis.answer.text[start:end]) - len(diagnosis.answer.text[start:end].lstrip())
@@ -148,7 +150,7 @@ def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
 
 
 def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
-    """Lines about one mention: how doubtful it is and why, and where in the picture it came from."""
+    """Yield lines about one mention: how doubtful it is and why, and the regions of the picture it came from."""
     first = f"{mention.object}:"
     verdict = mention.verdict
     if verdict is not None:
@@ -167,7 +169,7 @@ def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
     except CapabilityError:
         return
     share = diagnosis.shares["image"][mention.tokens[0], -1]
-    boxes = ", ".join(f"{_where(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
+    boxes = ", ".join(f"{_describe_box(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
     yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
 
 
@@ -184,21 +186,21 @@ def _visual_evidence(diagnosis: Diagnosis) -> list[str]:
     return ["", *dict.fromkeys(lines), VISUAL_EVIDENCE_NOTE] if lines else []
 
 
-def _where(box: tuple[float, ...], size: tuple[int, int]) -> str:
-    """A place in words and pixels.
+def _describe_box(box: tuple[float, ...], size: tuple[int, int]) -> str:
+    """Describe a box in words and pixels.
 
-    >>> _where((0, 0, 12, 12), (96, 96))
+    >>> _describe_box((0, 0, 12, 12), (96, 96))
     'top left x 0-12 y 0-12'
     """
     left, top, right, bottom = box
     across, down = int(1.5 * (left + right) / size[0]), int(1.5 * (top + bottom) / size[1])
-    words = [("top", "", "bottom")[min(down, 2)], ("left", "", "right")[min(across, 2)]]
-    name = " ".join(word for word in words if word) or "middle"
+    terms = [("top", "", "bottom")[min(down, 2)], ("left", "", "right")[min(across, 2)]]
+    name = " ".join(term for term in terms if term) or "middle"
     return f"{name} x {left:.0f}-{right:.0f} y {top:.0f}-{bottom:.0f}"
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
-    """Writes ``diagnosis.json``, ``report.html`` and a heat map of every mention; gives what was written.
+    """Write ``diagnosis.json``, ``report.html`` and a heat map per mention; return the files.
 
     Raises:
         ConfigError: the folder cannot be written to.

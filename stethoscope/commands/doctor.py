@@ -1,4 +1,4 @@
-"""``stethoscope doctor``: checks the machine and says what is missing and how to mend it."""
+"""Implement ``stethoscope doctor``: check the machine, and say what is missing and how to fix it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ context: prompt and answer in tokens, image tokens too; batch_size: prompts that
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, ``ok``, ``note`` or ``FAIL``, and what was seen."""
+    """One line of the report: what was checked, ``ok``, ``note`` or ``FAIL``, and the result."""
 
     what: str
     state: str
@@ -45,7 +45,11 @@ class Finding:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints every finding; raises ``ConfigError`` when one failed."""
+    """Print every finding.
+
+    Raises:
+        ConfigError: a check failed.
+    """
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
@@ -66,41 +70,40 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Every requirement of the installed distribution against what is installed."""
+    """Check every requirement of the installed distribution."""
     for requirement in _requirements(""):
         version, fits = _installed(requirement)
-        wanted = f'pip install "{requirement.name}{requirement.specifier}"'
-        text = version if fits else f"{version} does not fit; {wanted}" if version else f"missing; {wanted}"
+        remedy = f'pip install "{requirement.name}{requirement.specifier}"'
+        text = version if fits else f"{version} does not fit; {remedy}" if version else f"missing; {remedy}"
         yield Finding(requirement.name, "ok" if fits else "FAIL", text)
 
 
 def _extras() -> Iterator[Finding]:
-    """What is installed only where it is wanted: which of it is there, and how to get the rest."""
+    """Check the optional extras: which are installed, and how to install the others."""
     for extra in importlib.metadata.metadata("lvlm-stethoscope").get_all("Provides-Extra") or ():
         own = _requirements(extra)
-        lacking = [one.name for one in own if not _installed(one)[1]]
-        if extra == "dev":  # for those who work on the package
+        lacking = [requirement.name for requirement in own if not _installed(requirement)[1]]
+        if extra == "dev":  # for developers of the package
             continue
         text = f'without {", ".join(lacking)}; pip install "lvlm-stethoscope[{extra}]"' if lacking else "installed"
         yield Finding(f"extra {extra}", "note" if lacking else "ok", text)
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """What the package needs, or what one of its extras needs besides."""
+    """List the requirements of the package, or the additional ones of an extra."""
     from packaging.requirements import Requirement
 
-    found = map(Requirement, importlib.metadata.requires("lvlm-stethoscope") or ())
-    always = {"extra": ""}
-    return [
-        one
-        for one in found
-        if (one.marker is None or one.marker.evaluate(always)) != bool(extra)
-        and (not extra or one.marker.evaluate({"extra": extra}))
-    ]
+    def applies(requirement: Requirement, extra: str) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+    requirements = [Requirement(line) for line in importlib.metadata.requires("lvlm-stethoscope") or ()]
+    if not extra:
+        return [requirement for requirement in requirements if applies(requirement, "")]
+    return [requirement for requirement in requirements if applies(requirement, extra) and not applies(requirement, "")]
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
-    """Version of a package that is installed, empty if none is, and whether it is one that is wanted."""
+    """Return the installed version of a package, empty if none is, and whether it satisfies the requirement."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -123,7 +126,7 @@ def _attempt(what: str, look: Callable[[], str], advice: str) -> Finding:
     """``ok`` with what ``look`` returns, or ``FAIL`` with its error and the advice."""
     try:
         return Finding(what, "ok", look())
-    except Exception as error:  # the doctor reports every kind of failure as a line instead of dying of it
+    except Exception as error:  # every failure is reported as a line
         reason = re.sub(r"\s+", " ", str(error))[:200]
         return Finding(what, "FAIL", f"{type(error).__name__}: {reason}; {advice}")
 
@@ -162,8 +165,7 @@ def _netrc() -> str:
 
 
 def _memory() -> Iterator[Finding]:
-
-    free = free_rooms()[-1].free / 2**30
+    free = free_memory_by_device()[-1].free / 2**30
     text = f"{free:.0f} GiB free" if free > 2 else f"{free:.1f} GiB free; the embedded model takes up to 1"
     yield Finding("memory", "ok" if free > 2 else "note", text)
 
@@ -176,7 +178,7 @@ def _disk() -> Iterator[Finding]:
 
 
 def _locks() -> Iterator[Finding]:
-    """Whether a run directory can be made and locked here, and which of those in ``runs`` are in use."""
+    """Check whether a run directory can be created and locked here, and which ones in ``runs`` are in use."""
     from stethoscope.core.errors import StethoscopeError
     from stethoscope.storage.lock import RunLock
 
@@ -194,10 +196,7 @@ def _locks() -> Iterator[Finding]:
 
 
 _SLACK = 1.1
-
-
-"""Asked for on top: fragments, buffers, the context of the driver."""
-
+"""Factor for memory that is not counted: fragmentation, buffers, the driver's context."""
 
 _SMALLER = (
     {"dtype": "bfloat16"},
@@ -205,30 +204,28 @@ _SMALLER = (
     {"quantize": "4bit"},
     {"quantize": "4bit", "dtype": "bfloat16"},
 )
-
+"""Settings to suggest where the model does not fit."""
 
 _FEWER = (8, 1)
+"""Batch sizes to suggest."""
 
 
-"""Prompts that may generate together instead."""
-
-
-class Room(NamedTuple):
+class DeviceMemory(NamedTuple):
     """Free bytes of a device."""
 
-    device: str
+    name: str
     free: int
 
 
-def check_model(words: Sequence[str]) -> None:
-    """Prints the table and the verdict.
+def check_model(arguments: Sequence[str]) -> None:
+    """Print the table and the verdict.
 
     Raises:
         ConfigError: a setting is wrong, or the model has no configuration to read.
-        CapabilityError: the model cannot tell.
+        CapabilityError: the adapter cannot estimate its memory.
     """
-    config = _compose(words)
-    adapter, rooms = _adapter(config), free_rooms()
+    config = _compose(arguments)
+    adapter, devices = _adapter(config), free_memory_by_device()
     try:
         need = adapter.memory(config.context, config.batch_size, config.new_tokens)
     except ConfigError as error:
@@ -239,27 +236,27 @@ def check_model(words: Sequence[str]) -> None:
             f"(`hf download {model_id} config.json`), or give the folder of the model as model.model_id."
         )
         return
-    print(_table(adapter.name, need, config, rooms))
-    print(verdict(need, rooms, _alternatives(config)))
+    print(_table(adapter.name, need, config, devices))
+    print(verdict(need, devices, _alternatives(config)))
 
 
-def _compose(words: Sequence[str]) -> DictConfig:
+def _compose(arguments: Sequence[str]) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from stethoscope.commands.command_line import spell
     from stethoscope.core.component import compose
 
-    wrong = next((word for word in words if "=" not in word or word.startswith("-")), None)
+    wrong = next((argument for argument in arguments if "=" not in argument or argument.startswith("-")), None)
     if wrong is not None:
         raise ConfigError(f"doctor takes settings as model=llava-1.5-7b, got {wrong!r}")
-    words = list(filter(None, (spell(word, "doctor") for word in words)))
+    overrides = list(filter(None, (spell(argument, "doctor") for argument in arguments)))
     try:
-        config = compose(words, "doctor")
+        config = compose(overrides, "doctor")
     except (HydraException, OmegaConfBaseException) as error:
         from stethoscope.commands.overrides import explain
 
-        raise ConfigError(explain(error, "doctor", list(words))) from error
+        raise ConfigError(explain(error, "doctor", overrides)) from error
     for name in ("context", "batch_size", "new_tokens"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ConfigError(f"{name}={config[name]} should be a number of at least 1")
@@ -279,65 +276,68 @@ def _adapter(config: DictConfig, **settings: str) -> Adapter:
 
 
 def _alternatives(config: DictConfig) -> dict[str, Memory]:
-    """What the model needs in less, by the settings to write for it: in smaller batches, or stored in less."""
-    found = {}
+    """Estimate the memory in smaller batches or precision, by the settings to add."""
+    alternatives = {}
     for size in _FEWER:
         if size < config.batch_size:
-            found[f"batch_size={size}"] = _adapter(config).memory(config.context, size, config.new_tokens)
+            alternatives[f"batch_size={size}"] = _adapter(config).memory(config.context, size, config.new_tokens)
     for settings in _SMALLER:
         if all(config.model.get(name) != value for name, value in settings.items()):
             try:
                 need = _adapter(config, **settings).memory(config.context, config.batch_size, config.new_tokens)
             except (ConfigError, CapabilityError):  # an adapter without this setting
                 continue
-            found[" ".join(f"model.{name}={value}" for name, value in settings.items())] = need
-    return found
+            alternatives[" ".join(f"model.{name}={value}" for name, value in settings.items())] = need
+    return alternatives
 
 
-def free_rooms() -> list[Room]:
-    """What is free now: every GPU, then the CPU's memory."""
+def free_memory_by_device() -> list[DeviceMemory]:
+    """Measure the free memory of every GPU, then of the CPU."""
     import psutil
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    rooms = [Room(f"cuda:{index}", torch.cuda.mem_get_info(index)[0]) for index in range(count)]
-    return [*rooms, Room("cpu", psutil.virtual_memory().available)]
+    devices = [DeviceMemory(f"cuda:{index}", torch.cuda.mem_get_info(index)[0]) for index in range(count)]
+    return [*devices, DeviceMemory("cpu", psutil.virtual_memory().available)]
 
 
-def verdict(need: Memory, rooms: Sequence[Room], smaller: Mapping[str, Memory]) -> str:
-    """Where the model fits, or what would make it fit.
+def verdict(need: Memory, devices: Sequence[DeviceMemory], smaller: Mapping[str, Memory]) -> str:
+    """Say on which device the model fits, or which settings would make it fit.
 
     >>> from stethoscope.core.types import Memory
     >>> need = Memory(7 * 10**9, "bfloat16", weights=14 * 2**30, cache=2**30, relevancy=5 * 2**30)
-    >>> verdict(need, [Room("cuda:0", 24 * 2**30), Room("cpu", 60 * 2**30)], {})
+    >>> verdict(need, [DeviceMemory("cuda:0", 24 * 2**30), DeviceMemory("cpu", 60 * 2**30)], {})
     'fits on cuda:0'
-    >>> verdict(need, [Room("cuda:0", 16 * 2**30), Room("cuda:1", 16 * 2**30), Room("cpu", 2**30)], {})
+    >>> gpus = [DeviceMemory(f"cuda:{index}", 16 * 2**30) for index in range(2)]
+    >>> verdict(need, [*gpus, DeviceMemory("cpu", 2**30)], {})
     'needs model.device_map=auto: spreads over cuda:0, cuda:1'
     """
-    gpus, cpu = [room for room in rooms if room.device != "cpu"], rooms[-1]
-    main = max(gpus or rooms, key=lambda room: room.free)
+    gpus, cpu = [device for device in devices if device.name != "cpu"], devices[-1]
+    main = max(gpus or devices, key=lambda device: device.free)
     if _fits(need, main.free):
-        return f"fits on {main.device}"
-    ways = [
-        f"{words} (about {_size(other.total)}, fits on {main.device})"
-        for words, other in smaller.items()
+        return f"fits on {main.name}"
+    options = [
+        f"{settings} (about {_size(other.total)}, fits on {main.name})"
+        for settings, other in smaller.items()
         if _fits(other, main.free)
     ]
-    spread = sum(room.free for room in gpus)
+    spread = sum(device.free for device in gpus)
     if len(gpus) > 1 and _fits(need, spread):
-        ways.insert(0, f"model.device_map=auto: spreads over {', '.join(room.device for room in gpus)}")
+        options.insert(0, f"model.device_map=auto: spreads over {', '.join(device.name for device in gpus)}")
     elif gpus and _fits(need, spread + cpu.free):
-        ways.append("model.device_map=auto: what the GPU cannot hold lies in the CPU's memory, which is slow")
-    if not ways:
-        ways.append("model.device_map=auto model.offload_folder=<folder>: the rest lies on disk, which is very slow")
-    return f"needs {'; or '.join(ways)}"
+        options.append("model.device_map=auto: the rest is kept in CPU memory, which is slow")
+    if not options:
+        options.append(
+            "model.device_map=auto model.offload_folder=<folder>: the rest is kept on disk, which is very slow"
+        )
+    return f"needs {'; or '.join(options)}"
 
 
-def _fits(need: Memory, room: int) -> bool:
-    return need.total * _SLACK <= room
+def _fits(need: Memory, free: int) -> bool:
+    return need.total * _SLACK <= free
 
 
-def _table(name: str, need: Memory, config: DictConfig, rooms: Sequence[Room]) -> str:
+def _table(name: str, need: Memory, config: DictConfig, devices: Sequence[DeviceMemory]) -> str:
     stored = f"{need.dtype}, {config.model.quantize}" if config.model.get("quantize") else need.dtype
     from stethoscope.report.tables import Table, text
 
@@ -346,7 +346,7 @@ def _table(name: str, need: Memory, config: DictConfig, rooms: Sequence[Room]) -
         ("generation", f"{config.batch_size} x {config.context} tokens, cache and logits", _size(need.cache)),
         ("relevancy pass", "one answer, about", _size(need.relevancy)),
         ("together", "weights and the larger of the two", _size(need.total)),
-        *((f"free on {room.device}", "", _size(room.free)) for room in rooms),
+        *((f"free on {device.name}", "", _size(device.free)) for device in devices),
     ]
     return text(Table("", ("memory", "of", "size"), tuple(rows)))
 

@@ -1,4 +1,4 @@
-"""``stethoscope evaluate``: one model on one task."""
+"""Implement ``stethoscope evaluate``: one model on one task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stethoscope.core.launch import rank
 
 
 def run(config: DictConfig) -> None:
-    """Answers, scores, metrics; prints the task's table."""
+    """Evaluate the model, store the run and print the task's table."""
     from stethoscope.adapters.base import Adapter
     from stethoscope.report.console import print_results
     from stethoscope.tasks.base import Task

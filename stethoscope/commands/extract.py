@@ -1,4 +1,4 @@
-"""``stethoscope extract``: token features for the answers of a finished run."""
+"""Implement ``stethoscope extract``: compute token features for the answers of a finished run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
 
 SAVED = ("limit", "batch_size", "seed")
-"""Settings of the evaluator that a run goes on with."""
+"""Settings of the evaluator that are taken from the run."""
 TRUSTED = ("trust_remote_code", "offload_folder")
-"""Settings of the model that no file can ask for."""
+"""Settings of the model that no file may set."""
 MODEL_LOCATIONS = ("model_id", "tower", "llm", "vision", "qformer", "projector")
 """Settings of adapters that may name a folder or file of the model."""
 
 
 def trusted_settings(saved: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run's model, of which some count only where they are typed again.
+    """Return the settings of a run's model, of which some count only if they are typed again.
 
     Args:
         saved: the model in the run's configuration.
@@ -52,7 +52,7 @@ def trusted_settings(saved: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def relocated(kind: str, saved: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run's model or task, with those that this command line names in place of the recorded ones.
+    """Return the settings of a run's model or task, replaced by those of this command line.
 
     Raises:
         ConfigError: the model or task has no such setting.
@@ -68,7 +68,7 @@ def relocated(kind: str, saved: Mapping[str, Any], typed: Mapping[str, Any]) -> 
 
 
 def from_origin(settings: Mapping[str, Any], keys: Collection[str], folder: Path, run_dir: Any) -> dict[str, Any]:
-    """Settings whose relative paths are read from the folder that the run was made in, where they lead nowhere here.
+    """Resolve relative paths that do not exist here from the folder in which the run was started.
 
     Args:
         settings: of the run's model or task.

@@ -1,4 +1,4 @@
-"""``stethoscope COMMAND --help``: what it does, its groups, and its settings with the words of their files."""
+"""Write the help of ``stethoscope COMMAND --help``: its groups, and its settings with their files' comments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from string import Template
 from textwrap import fill
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -16,11 +16,11 @@ from stethoscope.commands.command_line import quote
 from stethoscope.core.component import choices, compose, conf_folder
 
 WIDTH, COLUMN = 118, 28
-"""Of the page, and where explanations begin that stand behind a setting."""
+"""Width of the page, and column at which comments behind settings start."""
 
 
 @dataclass(frozen=True)
-class Words:
+class Comments:
     """Comment lines of one setting: those above it, and those behind it and below."""
 
     above: tuple[str, ...] = ()
@@ -28,12 +28,12 @@ class Words:
 
 
 def help_text(command: str, overrides: Sequence[str], folder: str | None = None) -> str:
-    """The help of a command as it is composed with these overrides: ``task=chair`` explains CHAIR's settings.
+    """Write a command's help for the configuration that overrides choose: ``task=chair`` explains CHAIR's settings.
 
     Args:
         command: a file of ``conf`` with a ``hydra.help.template``.
-        overrides: words like ``task=chair``.
-        folder: the user's own configuration files, ``--config-dir``.
+        overrides: such as ``task=chair``.
+        folder: of the user's configuration files, ``--config-dir``.
     """
     from omegaconf import OmegaConf
 
@@ -42,21 +42,21 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
     sources = config.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"] + [conf_folder()]
     chosen = {key: name for key, name in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
-    words, heads = explanations(command, folders), []
+    comments, heads = read_comments(command, folders), list[str]()
     for key, name in chosen.items():
         group, _, package = key.partition("@")
         if name is None:
             continue
         file, prefix = f"{group}/{name}", f"{package or group}."
-        if group == "experiment":  # it changes settings of others, and may tell what to do before
+        if group == "experiment":  # it changes settings of others, and its title may explain what to do first
             heads, prefix = [f"# {key}={name}", *_head(file, folders)], ""
-        words |= {f"{prefix}{setting}": said for setting, said in explanations(file, folders).items()}
-        words[package or group] = Words((f"{key}={name}: {_names(group, folders).get(name, '')}",))
+        comments |= {f"{prefix}{setting}": lines for setting, lines in read_comments(file, folders).items()}
+        comments[package or group] = Comments((f"{key}={name}: {_names(group, folders).get(name, '')}",))
     packages = [key.rpartition("@")[2] for key in chosen]
-    whole = OmegaConf.to_container(config, resolve=False)
+    whole = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))  # the root is a mapping
     plain = {key: value for key, value in whole.items() if key not in ("hydra", *packages)}
     parts = [plain, *({key: whole[key]} for key in packages if whole.get(key) is not None)]
-    shown = ["\n".join(heads), *("\n".join(_settings(part, "", words)) for part in parts)]
+    shown = ["\n".join(heads), *("\n".join(_settings(part, "", comments)) for part in parts)]
     return Template(config.hydra.help.template).substitute(
         APP_CONFIG_GROUPS="\n".join(_group(key, folders) for key in sorted(chosen)),
         CONFIG="\n\n".join(filter(None, shown)),
@@ -64,19 +64,19 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
 
 
 def _read(name: str, folders: Sequence[Path]) -> str:
-    """The text of the first configuration file of a name; empty if there is none."""
+    """Read the first configuration file of a name; empty without one."""
     files = (folder / f"{name}.yaml" for folder in folders)
     return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
 
 
 def _head(name: str, folders: Sequence[Path]) -> list[str]:
-    """The comment that a file begins with, less what it tells Hydra."""
+    """Read the comment at the start of a file, without directives to Hydra."""
     lines = _read(name, folders).splitlines()
     return [line for line in takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
 
 
 def _names(group: str, folders: Sequence[Path]) -> dict[str, str]:
-    """The names to choose from, each with its title."""
+    """Map the names of a group to their titles."""
     return {name: title for folder in reversed(folders) for name, title in choices(group, folder).items()}
 
 
@@ -85,44 +85,44 @@ def _group(key: str, folders: Sequence[Path]) -> str:
     return fill(f"{key}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
-def _settings(node: Mapping[str, Any], path: str, words: Mapping[str, Words]) -> Iterator[str]:
-    """The lines of a mapping of settings, as they would stand in a YAML file."""
+def _settings(node: Mapping[str, Any], path: str, comments: Mapping[str, Comments]) -> Iterator[str]:
+    """Yield the lines of a mapping of settings, as in a YAML file."""
     indent = "  " * path.count(".")
     for key, value in node.items():
-        said = words.get(f"{path}{key}", Words())
-        yield from (f"{indent}# {line}" for line in said.above)
+        lines = comments.get(f"{path}{key}", Comments())
+        yield from (f"{indent}# {text}" for text in lines.above)
         inner = isinstance(value, dict) and bool(value)
         shown = "" if inner else " " + yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0]
         line = f"{indent}{key}:{shown.rstrip()}"
-        first, *more = said.behind or ("",)
-        place = max(COLUMN, len(line) + 2)
-        yield f"{line:<{place}}# {first}" if first else line
-        yield from (f"{'':<{place}}# {text}" for text in more)
+        first, *more = lines.behind or ("",)
+        column = max(COLUMN, len(line) + 2)
+        yield f"{line:<{column}}# {first}" if first else line
+        yield from (f"{'':<{column}}# {text}" for text in more)
         if inner:
-            yield from _settings(value, f"{path}{key}.", words)
+            yield from _settings(value, f"{path}{key}.", comments)
 
 
-def explanations(name: str, folders: Sequence[Path]) -> dict[str, Words]:
-    """What the comments of a configuration file, and of those that it starts from, say of its settings.
+def read_comments(name: str, folders: Sequence[Path]) -> dict[str, Comments]:
+    """Read the comments on the settings of a configuration file, and of those that it builds on.
 
-    The comment that the file begins with is its title, not a word on its first setting.
+    The comment at the start of the file is its title, and does not belong to its first setting.
 
     Args:
         name: of the file, such as ``model/hf``.
-        folders: where it may lie, the user's own before ours.
+        folders: to search, the user's before the package's.
 
     Returns:
-        The words of each dotted key that has some.
+        The comments of each dotted key that has some.
     """
     text = _read(name, folders)
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
         return {}
-    found: dict[str, Words] = {}
+    comments: dict[str, Comments] = {}
     group = name.rpartition("/")[0]
     for base in yaml.safe_load(text).get("defaults", []):
         if isinstance(base, str) and base != "_self_":
-            found |= explanations(f"{group}/{base}".lstrip("/"), folders)
+            comments |= read_comments(f"{group}/{base}".lstrip("/"), folders)
     ends: dict[int, int] = {}  # column where a line's last token ends; lines of comments alone have none
     for token in yaml.scan(text):
         if isinstance(token, yaml.StreamStartToken):
@@ -130,28 +130,28 @@ def explanations(name: str, folders: Sequence[Path]) -> dict[str, Words]:
         ends[token.end_mark.line] = max(token.end_mark.column, ends.get(token.end_mark.line, 0))
     remarks: dict[int, tuple[int, str]] = {}  # of a line: column of its sign, text
     for number, line in enumerate(text.splitlines()):
-        place = line.find("#", ends.get(number, 0))
-        if place >= 0:
-            remarks[number] = place, line[place + 1 :].strip()
+        position = line.find("#", ends.get(number, 0))
+        if position >= 0:
+            remarks[number] = position, line[position + 1 :].strip()
 
     def alone(number: int, column: int) -> bool:
         return number in remarks and number not in ends and remarks[number][0] == column
 
-    for key, line, column in _keys(root, ""):
-        first, last = line, line + 1
+    for key, row, column in _keys(root, ""):
+        first, last = row, row + 1
         while alone(first - 1, column):
             first -= 1
-        while line in remarks and alone(last, remarks[line][0]):
+        while row in remarks and alone(last, remarks[row][0]):
             last += 1
-        above = [remarks[number][1] for number in range(first, line) if first > 0]
-        behind = [remarks[number][1] for number in range(line, last) if line in remarks]
+        above = [remarks[number][1] for number in range(first, row) if first > 0]
+        behind = [remarks[number][1] for number in range(row, last) if row in remarks]
         if above or behind:
-            found[key] = Words(tuple(above), tuple(behind))
-    return found
+            comments[key] = Comments(tuple(above), tuple(behind))
+    return comments
 
 
 def _keys(node: yaml.MappingNode, path: str) -> Iterator[tuple[str, int, int]]:
-    """(dotted key, line, column) of every setting of a file."""
+    """Yield (dotted key, line, column) of every setting of a file."""
     for name, value in node.value:
         yield f"{path}{name.value}", name.start_mark.line, name.start_mark.column
         if isinstance(value, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""``stethoscope list``: what there is to choose from, with a line of explanation each. Imports no torch."""
+"""Implement ``stethoscope list``: print the configuration choices with a line each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Prints the names that can follow `group=` on the command line, a line each; with
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the choices of one configuration group, or of all."""
+    """Print the choices of one configuration group, or of all."""
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _cost(name: str) -> str:
-    """How many features a configuration of the group ``features`` chooses, and what they cost."""
+    """Describe how many features a configuration of the group ``features`` chooses, and their cost."""
     from stethoscope.features import named_set
 
     chosen = named_set(name)
@@ -42,7 +42,7 @@ def _cost(name: str) -> str:
 
 
 def _print_features() -> None:
-    """The catalogue: group, name, what a high value speaks for, cost, explanation."""
+    """Print the registry: group, name, meaning of high values, cost, summary."""
     from stethoscope.features import FEATURES
 
     print("\nfeatures (columns of tokens.parquet; high values speak for ...)")

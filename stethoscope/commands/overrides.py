@@ -1,27 +1,27 @@
-"""Turns Hydra's errors about overrides into one line that says what would be right."""
+"""Translate Hydra's errors about overrides into one line that says what would be right."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stethoscope.core.component import choices, compose, groups
 from stethoscope.core.errors import ConfigError, first_line, unknown
 from stethoscope.core.text import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
-"""Launchers of Hydra that come with an extra of ours."""
+"""Hydra's launchers that one of our extras installs."""
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
-    """One line for an exception of Hydra or OmegaConf.
+    """Explain an exception of Hydra or OmegaConf in one line.
 
     Args:
-        error: what was raised while composing or reading the configuration.
+        error: raised while composing or reading the configuration.
         command: name of the root configuration.
-        overrides: the user's ``key=value`` words.
+        overrides: of the user, ``key=value``.
     """
     from hydra.errors import MissingConfigException
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
@@ -30,7 +30,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     while cause is not None:
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             file = cause.missing_cfg_file or ""
-            if file.partition("/")[0] in groups():  # a name may have a folder in it, as paper/svar
+            if file.partition("/")[0] in groups():  # a name may contain a folder, as paper/svar
                 group, _, name = file.partition("/")
                 return unknown(group, name, {*choices(group), *cause.options})
             group, _, name = file.rpartition("/")
@@ -40,34 +40,34 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         cause = cause.__cause__
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
-        key = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
-        return f"{next(filter(None, key.groups())) if key else 'a setting'} must be given: add it as key=value"
+        match = re.search(r"full_key: (\S+)|mandatory value: (\S+)", text)
+        return f"{next(filter(None, match.groups())) if match else 'a setting'} must be given: add it as key=value"
     if isinstance(error, InterpolationResolutionError):
         return one_line(first_line(error))
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
         if (command, key) == ("benchmark", "task"):
-            return "benchmark asks POPE and CHAIR, and learns from CHAIR; `stethoscope evaluate task=...` asks others"
+            return "benchmark runs POPE and CHAIR, and trains on CHAIR; `stethoscope evaluate task=...` runs others"
         return _unknown_setting(key, _known_keys(command, overrides, key))
     return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
 
 
 def _offending(key: str, overrides: Sequence[str]) -> str:
-    """The override's full key when the error names only its last part."""
-    words = [word.split("=", 1)[0].lstrip("+~") for word in overrides]
-    return next((word for word in words if word == key or word.endswith("." + key)), key)
+    """Find the override's full key when the error names only its last part."""
+    keys = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
+    return next((full for full in keys if full == key or full.endswith("." + key)), key)
 
 
 def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[str]:
-    """Dotted keys of the command's configuration, composed without the offending override, and its own groups."""
+    """List the dotted keys and groups of the command's configuration, composed without the offending override."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    good = [word for word in overrides if not word.lstrip("+~").startswith(offending + "=") and "," not in word]
+    valid = [item for item in overrides if not item.lstrip("+~").startswith(offending + "=") and "," not in item]
     try:
-        config = compose(good, command, hydra=True)
-    except HydraException:  # another override is wrong too: the command's own keys are hint enough
+        config = compose(valid, command, hydra=True)
+    except HydraException:  # another override is wrong too: use the command's own keys
         config = compose([], command, hydra=True)
     chosen = [name for name in config.hydra.runtime.choices if "/" not in name]
     keys: list[str] = []
@@ -78,13 +78,13 @@ def _known_keys(command: str, overrides: Sequence[str], offending: str) -> list[
                 keys.append(f"{path}{name}")
                 walk(value, f"{path}{name}.")
 
-    whole = OmegaConf.to_container(config, resolve=False)
-    walk({name: value for name, value in whole.items() if name != "hydra"}, "")
+    plain = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))  # the root is a mapping
+    walk({name: value for name, value in plain.items() if name != "hydra"}, "")
     return sorted({*keys, *chosen})
 
 
 def _unknown_setting(key: str, known: Sequence[str]) -> str:
-    """Message for a key, with its would-be siblings or, where its parent does not exist, the top level."""
+    """Write the message for an unknown key, with its siblings or, without a parent, the top-level keys."""
     parent, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     if parent and siblings:
@@ -93,10 +93,10 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Checks the plain numbers and switches of a command before anything is loaded.
+    """Check plain numbers and booleans of a command before anything is loaded.
 
     Raises:
-        ConfigError: one has a value that it cannot have.
+        ConfigError: a value is invalid.
 
     >>> check_values({"seed": 3, "share": False})
     """

@@ -1,4 +1,4 @@
-"""``stethoscope report``: tables, plots and a gallery of a finished run, without loading a model."""
+"""Implement ``stethoscope report``: tables, plots and a gallery of a finished run, without loading a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SETTINGS = {"out": "", "cases": "6", "pictures": "true", "plugins": ""}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the report of one run and says where."""
+    """Write the report of one run and print its files."""
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _pictures(source: RunReader, plugins: Sequence[str]) -> ImageSource:
-    """Finds pictures that the run has not kept where it took them; says on stderr if it cannot, once."""
+    """Return a loader of pictures that the run did not store, from their source; if it fails, print one note."""
 
     @cache
     def samples() -> dict[str, Sample]:

@@ -1,7 +1,7 @@
-"""Sweeps: many jobs of one command, each with a run directory of its own, and one table at the end.
+"""Run sweeps: many jobs of one command, each with its own run directory, and one table at the end.
 
-Hydra starts the jobs, one after the other or through a launcher in other processes and on other machines. What they
-come to is therefore read from files in the sweep's folder: ``jobs/`` (how each ended) and the run directories.
+Hydra starts the jobs, one after the other or through a launcher in other processes and on other machines. Their
+results are therefore read from files in the sweep's folder: ``jobs/`` (status of each) and the run directories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -35,10 +35,10 @@ class Sweep:
     """A launch of a command over several settings.
 
     Attributes:
-        command: what every job runs.
+        command: of every job.
         folder: of the sweep; the jobs' run directories are inside.
-        fixed: words of the command line that all jobs share, as Hydra spells them.
-        key: which launch it is, since several may use one folder.
+        fixed: overrides that all jobs share, in Hydra's grammar.
+        key: id of the launch, since several may use one folder.
     """
 
     command: str
@@ -48,13 +48,13 @@ class Sweep:
 
     @classmethod
     def of(cls, command: str, words: Sequence[str]) -> Sweep:
-        """The sweep that a command line asks for; the same words give the same folder, so that it can be resumed.
+        """Create the sweep of a command line; the same overrides give the same folder, so that it can be resumed.
 
         Its folder is ``runs/<name>`` where the name is given, else ``runs/sweep-<command>-<what is swept>``.
 
         Args:
-            command: what every job runs.
-            words: settings as ``spell`` writes them.
+            command: of every job.
+            words: overrides as ``spell`` writes them.
 
         Raises:
             ConfigError: the name of the folder holds an interpolation that cannot be resolved.
@@ -67,7 +67,9 @@ class Sweep:
         keys = [word.partition("=")[0] for word in swept]
         name = given.get("name") or slug([f"sweep-{command}", *keys, *map(redact_override, named)])[:LONGEST]
         folder = Path(given.get("hydra.sweep.dir") or Path(given.get("runs") or "runs") / name)
-        return cls(command, _resolved(folder), tuple(read[word] for word in fixed), secrets.token_hex(4))
+        return cls(
+            command, _resolved(folder), tuple(item for item in read.values() if item is not None), secrets.token_hex(4)
+        )
 
     @property
     def name(self) -> str:
@@ -76,16 +78,16 @@ class Sweep:
 
     @property
     def overrides(self) -> list[str]:
-        """Settings for Hydra: where to put its files, and not to tell of the jobs itself."""
+        """Overrides for Hydra itself: the folder of its files, and no log lines about jobs."""
         return [f"hydra.sweep.dir={quote(str(self.folder))}", "hydra/hydra_logging=none"]
 
     @property
     def started(self) -> bool:
-        """Whether a job of it has begun; a command without anything to sweep over has none."""
+        """Whether one of its jobs has started; a command with nothing to sweep over has none."""
         return bool(read_jobs(self.folder, self.key))
 
     def run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
-        """Runs one job and writes down how it ended. Its errors are told and noted, and do not stop the sweep."""
+        """Run one job and store its status. Its errors are printed and stored, and do not stop the sweep."""
         with visible_output():  # perhaps in another process
             self._run(config, number, words)
 
@@ -104,7 +106,7 @@ class Sweep:
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
         except StethoscopeError as error:
             self._failed(job, start, str(error))
-        except Exception as error:  # a bug of ours, which the next job may not have: shown whole
+        except Exception as error:  # a bug of ours, which the next job may not meet: print the traceback
             traceback.print_exc()
             self._failed(job, start, f"{type(error).__name__}: {error}")
         except BaseException:
@@ -119,7 +121,7 @@ class Sweep:
         print(f"stethoscope: job {job.index} ({job.title}): {line}", file=sys.stderr, flush=True)
 
     def _prepare(self, config: DictConfig, own: Sequence[str]) -> str:
-        """Gives a job a run directory of its own and puts its W&B run into the sweep's group; the run directory."""
+        """Give a job its run directory and put its W&B run into the sweep's group; return the directory."""
         with open_dict(config):
             if "run_dir" in config:
                 config.run_dir = str(self.folder / slug(own)[:LONGEST])
@@ -131,7 +133,7 @@ class Sweep:
         return str(config.get("run_dir") or config.get("run") or "")
 
     def end(self) -> None:
-        """Prints and writes the table of all jobs, and sends it to W&B where the jobs log there.
+        """Print and write the table of all jobs, and send it to W&B where the jobs log there.
 
         Raises:
             ConfigError: a job did not finish.
@@ -139,11 +141,11 @@ class Sweep:
         from stethoscope.report.sweep import comparison
 
         jobs = read_jobs(self.folder, self.key)
-        found = comparison(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
-        found.print(console())
-        found.write(self.folder, self.name)
+        results = comparison(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
+        results.print(console())
+        results.write(self.folder, self.name)
         print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
-        self._log(jobs, found)
+        self._log(jobs, results)
         lost = [job for job in jobs if job.status != FINISHED]
         if lost:
             raise ConfigError(
@@ -151,8 +153,8 @@ class Sweep:
                 f"({lost[0].title}): {lost[0].error or lost[0].status}"
             )
 
-    def _log(self, jobs: Sequence[Job], found: Any) -> None:
-        """A W&B run in the jobs' group that holds the comparison."""
+    def _log(self, jobs: Sequence[Job], results: Any) -> None:
+        """Log the comparison to a W&B run in the jobs' group."""
         settings = next((job.logger for job in jobs if job.logger), None)
         if settings is None:
             return
@@ -163,7 +165,7 @@ class Sweep:
         loggers.setup(self.folder)
         shared = [redact_override(unquoted(word)) for word in self.fixed]
         loggers.log_config({"sweep": {"command": self.command, "settings": shared, "jobs": len(jobs)}})
-        loggers.log_table("sweep/comparison", *found.long())
+        loggers.log_table("sweep/comparison", *results.long())
         loggers.log_metrics({"sweep/jobs": len(jobs), "sweep/finished": sum(job.status == FINISHED for job in jobs)})
         loggers.finalize("finished" if all(job.status == FINISHED for job in jobs) else "failed")
 
@@ -176,15 +178,16 @@ def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
 
 
 def _logger_of(config: DictConfig) -> dict[str, Any]:
-    """Settings of the W&B logger; empty without one, or where it is disabled."""
+    """Return the settings of the W&B logger; empty without one, or where it is disabled."""
     node = config.get("logger") or {}
     if not str(node.get("_target_", "")).endswith("WandbLogger") or node.get("mode") == "disabled":
         return {}
-    return {key: value for key, value in OmegaConf.to_container(node, resolve=True).items() if key != "_target_"}
+    settings = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))  # a node of settings is a mapping
+    return {key: value for key, value in settings.items() if key != "_target_"}
 
 
 def _read(word: str) -> str | None:
-    """A setting as Hydra spells it; None where it gives several values to go through."""
+    """Write an override in Hydra's grammar; None where it sweeps over several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     override = OverridesParser.create().parse_overrides([word])[0]
@@ -194,7 +197,7 @@ def _read(word: str) -> str | None:
 
 
 def _resolved(folder: Path) -> Path:
-    """A folder with the values of the interpolations that were typed in it.
+    """Resolve the interpolations in the path of a folder.
 
     Raises:
         ConfigError: one of them cannot be resolved.
@@ -216,11 +219,12 @@ def masked_multirun() -> Iterator[None]:
             plain = redact(OmegaConf.to_container(config, resolve=False))
             task = OmegaConf.select(config, "hydra.overrides.task") or ()
             plain["hydra"]["overrides"]["task"] = [redact_override(unquoted(word)) for word in task]
-            plain["hydra"]["job"].pop("override_dirname", None)  # the same words once more
+            plain["hydra"]["job"].pop("override_dirname", None)  # the same overrides again
             OmegaConf.save(OmegaConf.create(plain), path)
 
-    before, basic_sweeper.OmegaConf = basic_sweeper.OmegaConf, Masking
+    original = basic_sweeper.OmegaConf
+    vars(basic_sweeper)["OmegaConf"] = Masking
     try:
         yield
     finally:
-        basic_sweeper.OmegaConf = before
+        vars(basic_sweeper)["OmegaConf"] = original

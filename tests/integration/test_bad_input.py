@@ -70,7 +70,7 @@ def pope(tmp_path):
         ),
         (["evaluate", "--multirun", "seed=range(a,b)"], "seed=range(a,b) cannot be read: a sweep takes values between"),
         (["evaluate", "--multirn", "seed=0,1"], "unknown option '--multirn'; did you mean '--multirun'"),
-        (["evaluate", "se ed=1"], "'se ed=1' is no setting: the name before '=' has letters"),
+        (["evaluate", "se ed=1"], "'se ed=1' is not a setting: the name before '=' has letters"),
         (
             ["extract", "runs/study/limit=4"],
             "'runs/study/limit=4' should be a setting, key=value, for example run=runs/st",

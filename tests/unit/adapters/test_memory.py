@@ -11,7 +11,7 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.loading import Loading, dispatch_model, pretrained
 from stethoscope.adapters.memory import estimate, skeleton, weights
 from stethoscope.cli import main
-from stethoscope.commands.doctor import Room, verdict
+from stethoscope.commands.doctor import DeviceMemory, verdict
 from stethoscope.core.errors import CapabilityError, StethoscopeError
 from stethoscope.core.types import Memory
 
@@ -168,7 +168,7 @@ def test_shared_weights_count_once_and_published_sizes_are_right(tmp_path):
         ([("cuda:0", 8), ("cuda:1", 30), ("cpu", 8)], "fits on cuda:1"),
         ([("cpu", 64)], "fits on cpu"),
         ([("cuda:0", 12), ("cuda:1", 12), ("cpu", 8)], "device_map=auto: spreads over cuda:0, cuda:1"),
-        ([("cuda:0", 12), ("cpu", 64)], "device_map=auto: what the GPU cannot hold lies in the CPU's memory"),
+        ([("cuda:0", 12), ("cpu", 64)], "device_map=auto: the rest is kept in CPU memory"),
         ([("cuda:0", 10), ("cpu", 2)], "model.quantize=4bit"),
         ([("cpu", 2)], "offload_folder"),
     ],
@@ -176,8 +176,8 @@ def test_shared_weights_count_once_and_published_sizes_are_right(tmp_path):
 def test_verdicts(rooms, words):
     need = Memory(7 * 10**9, "bfloat16", weights=14 * GIB, cache=GIB, relevancy=5 * GIB)
     small = Memory(7 * 10**9, "bfloat16", weights=4 * GIB, cache=GIB, relevancy=5 * GIB)
-    said = verdict(need, [Room(device, size * GIB) for device, size in rooms], {"model.quantize=4bit": small})
-    assert words in said
+    text = verdict(need, [DeviceMemory(device, size * GIB) for device, size in rooms], {"model.quantize=4bit": small})
+    assert words in text
 
 
 @pytest.fixture
@@ -203,7 +203,9 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
     assert "fits on" in said.splitlines()[-1]
     assert "100,800 in bfloat16, 8bit" in doctor(*words, "model.dtype=bfloat16", "model.quantize=8bit")
     needs = [HfAdapter(str(tmp_path), dtype=dtype).memory(500, 4).total for dtype in ("float32", "bfloat16")]
-    monkeypatch.setattr("stethoscope.commands.doctor.free_rooms", lambda: [Room("cpu", int(1.1 * sum(needs) / 2))])
+    monkeypatch.setattr(
+        "stethoscope.commands.doctor.free_memory_by_device", lambda: [DeviceMemory("cpu", int(1.1 * sum(needs) / 2))]
+    )
     assert "model.dtype=bfloat16 (about" in doctor(*words, "context=500")
     assert "needs batch_size=1 (about" in doctor(*words, "context=500", "batch_size=64", "model.dtype=bfloat16")
 

@@ -143,8 +143,8 @@ def test_quotes_are_taken_off_around_a_path_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("word", "sweep", "message"),
     [
-        ("detector=null", False, "detector=null cannot stand; there are: boosting"),
-        ("features=null,fast", True, "features=null cannot stand in a sweep; there are: default"),
+        ("detector=null", False, "detector=null is not possible; there are: boosting"),
+        ("features=null,fast", True, "features=null is not possible in a sweep; there are: default"),
         ("model.max_memory={'é': 3}", False, "the key 'é' of a mapping cannot be given on the command line"),
     ],
 )

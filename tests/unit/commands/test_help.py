@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from stethoscope.cli import main
 from stethoscope.commands import HYDRA_COMMANDS
-from stethoscope.commands.help import Words, explanations, help_text
+from stethoscope.commands.help import Comments, help_text, read_comments
 from stethoscope.core.component import compose, conf_folder, groups
 
 UNEXPLAINED = {"_target_", "defaults", "hydra"}
@@ -17,7 +17,7 @@ UNEXPLAINED = {"_target_", "defaults", "hydra"}
 def made(tmp_path, text, name="one"):
     (tmp_path / "group").mkdir(exist_ok=True)
     (tmp_path / "group" / f"{name}.yaml").write_text(text)
-    return explanations(f"group/{name}", [tmp_path])
+    return read_comments(f"group/{name}", [tmp_path])
 
 
 def test_comments_above_behind_and_below(tmp_path):
@@ -29,28 +29,28 @@ def test_comments_above_behind_and_below(tmp_path):
         "deep:            # of the whole\n  inner: null    # of the part\n  # above\n  other: 3\nlast: x\n",
     )
     assert found == {
-        "first": Words((), ("behind", "and below")),
-        "second": Words(("not below but above",)),
-        "third": Words((), ("after a list",)),
-        "deep": Words((), ("of the whole",)),
-        "deep.inner": Words((), ("of the part",)),
-        "deep.other": Words(("above",)),
+        "first": Comments((), ("behind", "and below")),
+        "second": Comments(("not below but above",)),
+        "third": Comments((), ("after a list",)),
+        "deep": Comments((), ("of the whole",)),
+        "deep.inner": Comments((), ("of the part",)),
+        "deep.other": Comments(("above",)),
     }
 
 
 def test_a_file_has_the_words_of_the_one_that_it_starts_from(tmp_path):
     made(tmp_path, "a: 1  # theirs\nb: 2  # theirs\n", "base")
     assert made(tmp_path, "defaults:\n  - base\n  - _self_\nb: 3  # ours\n") == {
-        "a": Words((), ("theirs",)),
-        "b": Words((), ("ours",)),
+        "a": Comments((), ("theirs",)),
+        "b": Comments((), ("ours",)),
     }
 
 
 @pytest.mark.parametrize("command", HYDRA_COMMANDS)
 def test_every_setting_of_a_command_is_explained(command):
-    found = explanations(command, [conf_folder()])
+    comments = read_comments(command, [conf_folder()])
     settings = yaml.safe_load((conf_folder() / f"{command}.yaml").read_text())
-    assert set(settings) - UNEXPLAINED <= set(found)
+    assert set(settings) - UNEXPLAINED <= set(comments)
 
 
 @pytest.mark.parametrize("command", HYDRA_COMMANDS)
