@@ -1,4 +1,4 @@
-"""Warnings while the model writes: what decoding steps leave behind, scored as it comes."""
+"""Warn about hallucinations while a model generates, from what its decoding steps leave behind."""
 
 from stethoscope.streaming.stream import StreamedAnswer, StreamedToken, WarningStreamer, stream
 

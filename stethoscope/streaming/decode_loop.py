@@ -1,9 +1,9 @@
-"""The steps of a ``generate`` call one at a time, in the thread that asks for them."""
+"""Run a ``generate`` call one token at a time, in the caller's thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,36 +12,39 @@ from transformers import Cache, EosTokenCriteria, GenerationMixin, MaxLengthCrit
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-    from stethoscope.streaming.step_recorder import Steps
+    from stethoscope.streaming.step_recorder import StepRecorder
 
 
-def run(
-    model: PreTrainedModel, arguments: dict[str, Any], steps: Steps, follow: Callable[[int], None]
+def decode(
+    model: PreTrainedModel, arguments: dict[str, Any], recorder: StepRecorder, on_token: Callable[[int], None]
 ) -> Iterator[None]:
-    """Calls ``follow`` with every token of ``model.generate(**arguments)``: one prompt, the highest score, no beams.
+    """Decode greedily for one prompt and call ``on_token`` with every token; no beams.
 
-    ``generate`` prepares everything and is then given a decoding loop that pauses after every token. A thread would
-    do as well, but handing every token from one thread to another takes longer than judging it. The model is free in
-    the meantime; leaving the loop early ends the answer.
+    ``generate`` prepares everything and is then given a decoding loop that pauses after every token. A thread could do
+    the same, but passing a token between threads takes longer than scoring it. The model is free between tokens;
+    closing the iterator ends the answer.
 
     Args:
-        arguments: of ``generate``.
-        steps: hears every step, and nothing in between.
+        model: the model.
+        arguments: keyword arguments of ``generate``.
+        recorder: records every step, and nothing in between.
+        on_token: called with the id of every token.
 
     Yields:
-        After every token.
+        None after every token.
     """
-    steps.start(always=False)
+    generate = cast("Callable[..., Any]", model.generate)  # the stubs of torch.nn.Module type it as Tensor or Module
+    recorder.start(always=False)
     try:
         with torch.inference_mode():
-            pauses = model.generate(**arguments, custom_generate=_loop(steps, follow))
+            pauses = generate(**arguments, custom_generate=_decoding_loop(recorder, on_token))
         yield from pauses
     finally:
-        steps.stop()
+        recorder.stop()
 
 
-def _loop(steps: Steps, follow: Callable[[int], None]) -> Callable[..., Iterator[None]]:
-    """A decoding loop in the form that ``generate`` takes."""
+def _decoding_loop(recorder: StepRecorder, on_token: Callable[[int], None]) -> Callable[..., Iterator[None]]:
+    """Build a decoding loop in the form of the ``custom_generate`` argument of ``generate``."""
 
     def loop(
         model: PreTrainedModel,
@@ -52,51 +55,55 @@ def _loop(steps: Steps, follow: Callable[[int], None]) -> Callable[..., Iterator
         **inputs: Any,
     ) -> Iterator[None]:
         inputs.pop("synced_gpus", None)
-        written, ends, ended = _Inputs(model, inputs), _Ends(stopping_criteria), False
-        while not ended:
+        step_inputs, criteria, finished = _StepInputs(model, inputs), _StoppingCriteria(stopping_criteria), False
+        while not finished:
             with torch.inference_mode():
-                prepared = written.prepare(input_ids)
-                with steps.listening():
+                prepared = step_inputs.prepare(input_ids)
+                with recorder.recording():
                     output = model(**prepared, return_dict=True)
-                written.update(output)
+                step_inputs.update(output)
                 scores = output.logits[:, -1].to(input_ids.device, torch.float32)
                 for processor in logits_processor:  # the list itself inspects their signatures every time
                     scores = processor(input_ids, scores)
                 best = scores.argmax(-1)
                 input_ids, token = torch.cat([input_ids, best[:, None]], -1), best.item()
-                ended = ends(input_ids, token)
-                follow(token)
+                finished = criteria(input_ids, token)
+                on_token(token)
             yield
 
     return loop
 
 
-class _Inputs:
-    """What the model's forward pass is given at every step.
+class _StepInputs:
+    """Inputs of the model's forward pass at every step.
 
-    A model has two functions for it, which look at everything again at every step. Where they are those that
-    transformers gives to all models, a step after the second differs from the one before in three inputs alone: the
-    token, its position, and the mask, which grows by a one. Asking them anyway takes 5 % of the time of a small model.
+    Two functions of the model prepare them, which inspect all inputs again at every step. Where these are the common
+    ones of transformers, a step after the second differs from the previous one only in the token, its position and the
+    mask, which grows by a one. Calling the functions anyway takes 5 % of the time of a small model; this fast path
+    was not measured on a GPU. All other models use their own functions.
 
     Args:
         model: the model.
-        inputs: what ``generate`` has prepared.
+        inputs: keyword arguments prepared by ``generate``.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         self._model, self._inputs, self._calls = model, inputs, 0
-        self._next: dict[str, Any] | None = None  # of the step before, where the next ones follow from it
-        functions = (GenerationMixin.prepare_inputs_for_generation, GenerationMixin._update_model_kwargs_for_generation)
-        own = [getattr(getattr(model, one.__name__), "__func__", None) is one for one in functions]
-        self._regular = all(own) and not model.config.is_encoder_decoder and not model.is_remote_code()
+        self._next: dict[str, Any] | None = None  # of the previous step, where the next ones follow from it
+        # the stubs of torch.nn.Module type both as Tensor or Module
+        self._prepare = cast("Callable[..., dict[str, Any]]", model.prepare_inputs_for_generation)
+        self._update = cast("Callable[..., dict[str, Any]]", model._update_model_kwargs_for_generation)
+        common = (GenerationMixin.prepare_inputs_for_generation, GenerationMixin._update_model_kwargs_for_generation)
+        inherited = [getattr(getattr(model, function.__name__), "__func__", None) is function for function in common]
+        self._regular = all(inherited) and not model.config.is_encoder_decoder and not model.is_remote_code()
 
     def prepare(self, input_ids: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the pass that reads the last token of ``input_ids`` (1, n), the first time all."""
+        """Return the keyword arguments of the pass over the last token of (1, n) ids, at first over all."""
         self._calls += 1
         if self._next is None:
-            one = {"next_sequence_length": 1} if self._calls > 1 else {"is_first_iteration": True}
-            prepared = self._model.prepare_inputs_for_generation(input_ids, **one, **self._inputs)
-            if self._regular and self._calls == 2 and _counts_on(prepared, input_ids):
+            step = {"next_sequence_length": 1} if self._calls > 1 else {"is_first_iteration": True}
+            prepared = self._prepare(input_ids, **step, **self._inputs)
+            if self._regular and self._calls == 2 and _can_increment(prepared, input_ids):
                 self._next = prepared
             return prepared
         self._next["input_ids"] = input_ids[:, -1:]
@@ -107,17 +114,15 @@ class _Inputs:
         return self._next
 
     def update(self, output: Any) -> None:
-        """Takes from the output of the pass what the next one needs."""
+        """Store what the next pass needs of the output of this one."""
         if self._next is None:
-            self._inputs = self._model._update_model_kwargs_for_generation(
-                output, self._inputs, is_encoder_decoder=self._model.config.is_encoder_decoder
-            )
+            self._inputs = self._update(output, self._inputs, is_encoder_decoder=self._model.config.is_encoder_decoder)
         else:
             self._next["past_key_values"] = output.past_key_values
 
 
-def _counts_on(prepared: dict[str, Any], input_ids: Tensor) -> bool:
-    """Whether the inputs of one token become those of the next by counting on: the cache and the mask just grow."""
+def _can_increment(prepared: dict[str, Any], input_ids: Tensor) -> bool:
+    """Decide whether the inputs of one token become those of the next by growing the cache and the mask."""
     cache, mask = prepared.get("past_key_values"), prepared.get("attention_mask")
     return (
         isinstance(cache, Cache)
@@ -127,23 +132,26 @@ def _counts_on(prepared: dict[str, Any], input_ids: Tensor) -> bool:
     )
 
 
-class _Ends:
-    """Stopping criteria of one answer; the two that every answer has are asked without a tensor.
+class _StoppingCriteria:
+    """Stopping criteria of one answer; the two that every answer has are evaluated without a tensor.
 
     Args:
         criteria: those of ``generate``.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
-        self._ids, self._length, self._others = set(), None, []
-        for one in criteria:
-            if type(one) is EosTokenCriteria:
-                self._ids.update(one.eos_token_id.tolist())
-            elif type(one) is MaxLengthCriteria and one.max_position_embeddings is None:
-                self._length = one.max_length if self._length is None else min(self._length, one.max_length)
+        self._end_ids: set[int] = set()
+        self._length: int | None = None
+        self._others = []
+        for criterion in criteria:
+            if type(criterion) is EosTokenCriteria:
+                self._end_ids.update(criterion.eos_token_id.tolist())
+            elif type(criterion) is MaxLengthCriteria and criterion.max_position_embeddings is None:
+                length = criterion.max_length
+                self._length = length if self._length is None else min(self._length, length)
             else:
-                self._others.append(one)
+                self._others.append(criterion)
 
     def __call__(self, input_ids: Tensor, token: int) -> bool:
-        ended = token in self._ids or (self._length is not None and input_ids.shape[1] >= self._length)
-        return any([bool(one(input_ids, None).all()) for one in self._others]) or ended
+        finished = token in self._end_ids or (self._length is not None and input_ids.shape[1] >= self._length)
+        return any([bool(criterion(input_ids, None).all()) for criterion in self._others]) or finished

@@ -1,19 +1,22 @@
-"""One row for every decoding step of a ``generate`` call: what a trace holds of the token that the step writes.
+"""Record one row per decoding step of a ``generate`` call: the parts of a trace for the token of that step.
 
 The forward pass of step k reads token k - 1 and predicts token k, so its last query is row k of a trace of the finished
-answer. It is heard while the model generates with its cache; no other pass is made. While a step runs only references
-are kept (its query, logits, residual stream); maps are made when rows are asked for, for all steps since the last time
-in one go, from the keys that the newest step has seen. What cannot be made so is made at once: the prompt's row, calls
-with a mask or a position bias, keys that a window has dropped.
+answer. It is recorded while the model generates with its cache, without another pass. While a step runs only references
+are kept (its query, logits, residual stream). Maps are computed on request, for all steps since the last request in one
+batch, from the keys of the newest step. Where this is impossible they are computed at once: the row of the prompt,
+calls with a mask or a position bias, and keys that a sliding window has dropped.
+
+Deferring maps is a fast path: with it warnings add 14 to 24 % of CPU time per token on the embedded test-bed model
+(``scripts/bench/stream.py``). It was not measured on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,43 +44,55 @@ STEP_NEEDS = frozenset({"attention", "lens", "trajectory", "heads"})
 
 _PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first", "rest"))
 _GROW = 512
-_NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # arguments that make more of attention than softmax(q k)
-_NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # how far it may be from the model file's attention, in float32 and in other dtypes
+_NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
+_NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # tolerance against the model file's attention, in float32 and other dtypes
 
 
 @dataclass
 class Keys:
-    """Of one attention module: the keys (1, key heads, k, d) of its newest call, if the plain formula gives its map."""
+    """Keys of an attention module.
+
+    Attributes:
+        plain: whether softmax(scaling q k) is the module's map.
+        scaling: of the scores.
+        newest: (1, key heads, k, d) keys of its newest call; empty before the first.
+    """
 
     plain: bool = False
     scaling: float = 1.0
-    newest: Tensor | None = None
+    newest: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass
-class Later:
-    """A row of attention that is still to be made, from its query (1, H, 1, d)."""
+class DeferredAttention:
+    """A row of attention that is computed on request, from its query (1, H, 1, d)."""
 
     query: Tensor
     keys: Keys
 
     def row(self, seen: int) -> Tensor:
-        """(H, seen) float32."""
+        """Compute the row over the first ``seen`` keys, (H, seen) float32."""
         scores = _scores(self.query, self.keys.newest[:, :, :seen]) * self.keys.scaling
         return scores.softmax(-1)[0, :, 0]
 
 
 @dataclass
 class Step:
-    """What one step has left behind: its residual stream by layer (1, 1, D), its rows (H, k) by role and layer.
+    """What one decoding step leaves behind.
 
     Attributes:
-        later: all of its rows are still to be made.
+        hidden: residual stream (1, 1, D) by layer.
+        rows: attention rows (H, k) by role and layer.
+        deferred: whether all rows are ``DeferredAttention``.
     """
 
     hidden: list[Tensor]
-    rows: dict[str, list[Tensor | Later]]
-    later: bool
+    rows: dict[str, list[Tensor | DeferredAttention]]
+    deferred: bool
+
+    def deferred_rows(self, role: str) -> list[DeferredAttention]:
+        """Return the rows of a role of a step whose rows are all deferred."""
+        return cast("list[DeferredAttention]", self.rows[role])  # ``deferred`` holds; a check costs time per token
 
 
 @dataclass
@@ -88,49 +103,49 @@ class _Block:
     parts: dict[str, Any]
 
 
-class Steps(AttentionRecorder):
-    """Hears a ``generate`` call of one prompt, from ``start`` to ``stop``.
+class StepRecorder(AttentionRecorder):
+    """Records a ``generate`` call of one prompt, from ``start`` to ``stop``.
 
     Args:
         model: the model.
-        lens: finds its layers; None where no part of ``needs`` reads the residual stream.
+        lens: logit lens of the model; None where no part of ``needs`` reads the residual stream.
         spans: of the prompt.
-        encoder: the language model has an encoder, which reads the prompt.
+        encoder: whether the language model has an encoder, which reads the prompt.
         needs: parts of ``STEP_NEEDS``.
 
     Attributes:
         logits: (V,) of every step so far, unprocessed.
-        image: where the image tokens are in a row of attention, as an index.
+        image: index of the image tokens in a row of attention.
     """
 
     def __init__(
         self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, needs: frozenset[str]
     ) -> None:
-        self._model, self.lens, self.spans, self._encoder = model, lens, spans, encoder
+        self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
         self._decodes = not needs.isdisjoint({"lens", "trajectory"})
         self._attends, self._by_head = not needs.isdisjoint({"attention", "heads"}), "heads" in needs
         self._roles = ("language", "cross") if encoder else ("language",)
         self._reads = self._roles[-1]
-        self._begin = 1 if encoder else spans.length  # of the answer, in the sequence that the rows' keys are of
+        self._begin = 1 if encoder else spans.length  # first position of the answer among the keys
         first, last = spans.image[0], spans.image[-1] + 1
-        whole = last - first == len(spans.image)
-        self.image = slice(first, last) if whole else torch.tensor(spans.image, dtype=torch.long)
+        contiguous = last - first == len(spans.image)
+        self.image = slice(first, last) if contiguous else torch.tensor(spans.image, dtype=torch.long)
         self._members: dict[tuple[str, torch.device], Tensor] = {}
         self._keys: dict[str, Keys] = {}
-        self._rows: dict[str, list[Tensor | Later]] = {role: [] for role in self._roles}
+        self._rows: dict[str, list[Tensor | DeferredAttention]] = {role: [] for role in self._roles}
         self._hidden: list[Tensor] = []
         self._fresh = self._on = False
-        self._later = True  # all rows of the step so far are still to be made
-        self._open: ExitStack | None = None
+        self._deferred = True  # all rows of the current step so far
+        self._open = ExitStack()
         self._waiting: list[Step] = []
         self._blocks: list[_Block] = []
         self.logits: list[Tensor] = []
 
     def start(self, always: bool = True) -> None:
-        """Puts the hooks on the model; to be called in the thread that generates.
+        """Install the hooks on the model; call it in the thread that generates.
 
         Args:
-            always: hear every pass until ``stop``; else only those within ``listening``.
+            always: whether to record every pass until ``stop``, or only those within ``recording``.
         """
         self._open, self._on = ExitStack(), always
         try:
@@ -142,19 +157,19 @@ class Steps(AttentionRecorder):
             if self._decodes:
                 for layer in self.lens.layers:
                     self._hook(layer, self._after_layer)
-            speaking = [m for m in modules_of(self._model) if isinstance(m, PreTrainedModel) and m.can_generate()]
-            self._nested = len(speaking) > 1
+            generative = [m for m in modules_of(self._model) if isinstance(m, PreTrainedModel) and m.can_generate()]
+            self._nested = len(generative) > 1
             if self._nested:
                 self._hook(self._model.get_output_embeddings(), self._after_head)
-            for module in speaking:
+            for module in generative:
                 self._hook(module, self._after_model)
         except BaseException:
             self.stop()
             raise
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hears what the model does within the block."""
+    def recording(self) -> Iterator[None]:
+        """Record the passes of the model within the block."""
         self._on = True
         try:
             if self._attends:
@@ -166,12 +181,21 @@ class Steps(AttentionRecorder):
             self._on = False
 
     def stop(self) -> None:
-        """Takes the hooks off again; does nothing where there are none."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        """Remove the hooks; does nothing where there are none."""
+        self._open.close()
 
-    def _hook(self, module: nn.Module, hook: Callable) -> None:
+    @property
+    def lens(self) -> Lens:
+        """Logit lens of the model.
+
+        Raises:
+            CaptureError: the recorder was made without one.
+        """
+        if self._lens is None:
+            raise CaptureError("this recorder has no logit lens, which reading the residual stream requires")
+        return self._lens
+
+    def _hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self._open.callback(module.register_forward_hook(hook).remove)
 
     def matches(self, site: Site) -> bool:
@@ -181,20 +205,20 @@ class Steps(AttentionRecorder):
         site, query, key, value, mask, options = call.site, call.query, call.key, call.value, call.mask, call.options
         batch, heads, queries, _ = query.shape
         if batch > 1:
-            raise CaptureError(f"{batch} prompts are written at once; warnings are for one prompt at a time")
+            raise CaptureError(f"{batch} prompts are generated at once; warnings support one prompt at a time")
         plain = queries == 1 and mask is None
         if plain:
-            keys = self._keys.get(site.name) or self._tried(call)
-            plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # else a window has dropped some
+            keys = self._keys.get(site.name) or self._check_formula(call)
+            plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # otherwise a window has dropped some
         if plain:
             keys.newest = key
-            self._rows[site.role].append(Later(query, keys))
-            if heads == key.shape[1] and not options.get("dropout"):  # what is left of transformers' function then
+            self._rows[site.role].append(DeferredAttention(query, keys))
+            if heads == key.shape[1] and not options.get("dropout"):  # all that transformers' function does here
                 output = scaled_dot_product_attention(query, key, value, scale=options.get("scaling"))
                 return output.transpose(1, 2).contiguous(), None
             return call.sdpa()
-        output, _ = call.sdpa()  # the very ids of a plain call
-        self._later = False
+        output, _ = call.sdpa()  # the same tokens as without a recorder
+        self._deferred = False
         if queries > 1:
             last = torch.tensor([[queries - 1]])
             row = call.eager_rows(last)[0, :, 0]
@@ -203,20 +227,20 @@ class Steps(AttentionRecorder):
         self._rows[site.role].append(row)
         return output, None
 
-    def _tried(self, call: AttentionCall) -> Keys:
-        """Whether softmax(scaling q k) is the map, tried once for every module of an answer."""
+    def _check_formula(self, call: AttentionCall) -> Keys:
+        """Check once per module and answer whether softmax(scaling q k) is the map."""
         query, key, options = call.query, call.key, call.options
         keys = self._keys[call.site.name] = Keys()
         if not self._encoder and all(options.get(name) is None for name in _NOT_PLAIN):
             keys.scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-            own = call.eager()[1][0, :, 0].float()
+            expected = call.eager()[1][0, :, 0].float()
             keys.newest = key
-            near = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
-            keys.plain = bool((Later(query, keys).row(key.shape[2]) - own).abs().max() < near)
+            tolerance = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+            keys.plain = bool((DeferredAttention(query, keys).row(key.shape[2]) - expected).abs().max() < tolerance)
         return keys
 
-    def seen(self, step: int) -> int:
-        """How many keys a step sees."""
+    def key_count(self, step: int) -> int:
+        """Return the number of keys that a step sees."""
         return self._begin + step
 
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
@@ -232,26 +256,26 @@ class Steps(AttentionRecorder):
         if logits is None or not self._on:
             return
         row = logits[0, -1]
-        if self._nested and not self._fresh:  # a model around the one that was heard a moment ago
+        if self._nested and not self._fresh:  # a wrapper of the model that was just recorded
             self.logits[-1] = row
             return
         self._fresh = False
         if self._attends and not all(self._rows.values()):
             role = next(role for role, rows in self._rows.items() if not rows)
-            raise CaptureError(f"no {role} attention was heard; open the stream in the thread that generates")
-        self._waiting.append(Step(self._hidden, self._rows, self._later))
+            raise CaptureError(f"no {role} attention was recorded; open the stream in the thread that generates")
+        self._waiting.append(Step(self._hidden, self._rows, self._deferred))
         self.logits.append(row)
-        self._later = True
+        self._deferred = True
         self._hidden, self._rows = [], {role: [] for role in self._roles}
 
     def trace(self, start: int, answer: Answer, needs: frozenset[str], consuming: bool = False) -> Trace:
-        """The trace of consecutive tokens of the answer.
+        """Build the trace of consecutive tokens of the answer.
 
         Args:
-            start: number of the first; the steps of all must have been heard.
+            start: index of the first token; the steps of all must have been recorded.
             answer: these tokens.
             needs: parts to fill.
-            consuming: the step that reads the last token is known too; parts of ``HeadAttention`` need it.
+            consuming: whether the step that reads the last token is known too, for ``HeadAttention``.
         """
         stop = start + len(answer.token_ids)
         end = stop + consuming
@@ -267,86 +291,92 @@ class Steps(AttentionRecorder):
         if "heads" in needs:
             rows = self._part("response", start, end)
             response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))
-            for whole, row in zip(response, rows, strict=True):
-                whole[: len(row)] = row
+            for padded, row in zip(response, rows, strict=True):
+                padded[: len(row)] = row
             stacked = {name: self._part(name, start, end) for name in ("mass", "image", "top", "peak")}
             parts["heads"] = HeadAttention(**stacked, response=response)
         return Trace(answer, self.spans, **parts)
 
     def _part(self, name: str, start: int, stop: int) -> Any:
-        """(stop - start, ...) of one part; a list of rows where they have different lengths."""
-        found = []
+        """Return one part, (stop - start, ...); a list of rows where they have different lengths."""
+        pieces: list[Any] = []
         for block in reversed(self._blocks):
             if block.first < stop:
-                found.append(block.parts[name][max(start - block.first, 0) : stop - block.first])
+                pieces.append(block.parts[name][max(start - block.first, 0) : stop - block.first])
             if block.first <= start:
                 break
-        if isinstance(found[0], list):
-            return [row for part in reversed(found) for row in part]
-        return found[0] if len(found) == 1 else torch.cat(found[::-1])
+        if isinstance(pieces[0], list):
+            return [row for piece in reversed(pieces) for row in piece]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1])
 
-    def alike(self, start: int, stop: int) -> list[Step]:
-        """The steps from ``start`` on, up to ``stop``, that are all ``later``, or all are not. None has been read."""
+    def next_batch(self, start: int, stop: int) -> list[Step]:
+        """Return the unread steps from ``start`` on, before ``stop``, that are deferred like the first."""
         first = start - (len(self.logits) - len(self._waiting))
-        return list(next(groupby(self._waiting[first : stop - start + first], _is_later))[1])
+        return list(next(groupby(self._waiting[first : stop - start + first], _is_deferred))[1])
 
-    def forget(self, stop: int) -> None:
-        """Drops what waits of the steps up to ``stop``, which have been read."""
+    def discard(self, stop: int) -> None:
+        """Release the unread steps before ``stop``."""
         del self._waiting[: stop - (len(self.logits) - len(self._waiting))]
 
     def _reduce(self, stop: int) -> None:
-        """Makes blocks of the steps up to ``stop`` that wait: one of those in a row that are all ``later``."""
+        """Reduce the unread steps before ``stop`` to blocks; consecutive deferred steps share one."""
         first = len(self.logits) - len(self._waiting)
-        for _, some in groupby(self._waiting[: max(stop - first, 0)], _is_later):
-            steps, parts = list(some), {}
+        for _, group in groupby(self._waiting[: max(stop - first, 0)], _is_deferred):
+            steps: list[Step] = list(group)
+            parts: dict[str, Any] = {}
             if self._decodes:
                 device = steps[0].hidden[-1].device  # layers may be on several; norm and head are with the last
                 hidden = torch.cat([layer.to(device) for step in steps for layer in step.hidden], 1)
                 parts["hidden"] = hidden.view(len(steps), -1, hidden.shape[-1])
             if self._attends:
-                parts |= self._maps(steps, first)
+                parts |= self._attention_parts(steps, first)
             self._blocks.append(_Block(first, parts))
             first += len(steps)
-        self.forget(first)
+        self.discard(first)
 
-    def _maps(self, steps: list[Step], first: int) -> dict[str, Any]:
-        """Attention of some steps, reduced as ``stethoscope.tracing.attention_recorder`` does it."""
-        masses, found = [], {}
+    def _attention_parts(self, steps: list[Step], first: int) -> dict[str, Any]:
+        """Reduce the attention of steps as ``stethoscope.tracing.attention_recorder`` does."""
+        masses: list[Tensor] = []
+        parts: dict[str, Any] = {}
         for role in self._roles:
             weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
             masses.append(weights @ self.membership(role, weights.shape[-1], weights.device))
             if role == self._reads:
                 image = weights[..., self.image]
-                found["image"] = image.mean(1).transpose(0, 1)
+                parts["image"] = image.mean(1).transpose(0, 1)
                 if self._by_head:
-                    found["top"], found["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self._roles))
+                    parts["top"], parts["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self._roles))
             if role == "language" and self._by_head:
-                most = weights[-1].amax(0)
-                most = (most / most.sum(-1, keepdim=True))[:, self._begin :].cpu()
-                found["response"] = [row[: first + number] for number, row in enumerate(most)]
-        found["image"] = found["image"].cpu() if len(masses) == 1 else found["image"].cpu() / 2
-        found["mass"] = (masses[0] if len(masses) == 1 else sum(masses) / 2).permute(2, 0, 1, 3).cpu()
-        return found
+                largest = weights[-1].amax(0)
+                largest = (largest / largest.sum(-1, keepdim=True))[:, self._begin :].cpu()
+                parts["response"] = [row[: first + index] for index, row in enumerate(largest)]
+        parts["image"] = parts["image"].cpu() if len(masses) == 1 else parts["image"].cpu() / 2
+        mass = masses[0] if len(masses) == 1 else (masses[0] + masses[1]) / 2
+        parts["mass"] = mass.permute(2, 0, 1, 3).cpu()
+        return parts
 
-    def _weights(self, rows: list[list[Tensor]], role: str, first: int) -> Tensor:
-        """Float32 (L, H, T, k); keys that a sliding window has dropped have no weight, places not yet filled are left.
+    def _weights(self, rows: list[list[Tensor | DeferredAttention]], role: str, first: int) -> Tensor:
+        """Compute float32 (L, H, T, k) weights; keys that a sliding window has dropped have weight 0.
 
         Args:
-            rows: by step and layer, as in ``Step``. ``first``: number of the first step.
+            rows: by step and layer, as in ``Step``.
+            role: of the attention modules.
+            first: index of the first step.
         """
         length = self.spans.length if role == "cross" else self._begin + first + len(rows) - 1
-        if isinstance(rows[0][0], Later) and all(isinstance(row, Later) for row in rows[0]):
-            return _together(rows, length).softmax(-1)
+        if all(isinstance(row, DeferredAttention) for row in rows[0]):  # so are those of the other steps
+            return _batched_scores(cast("list[list[DeferredAttention]]", rows), length).softmax(-1)
         steps = []
-        for number, step in enumerate(rows, first):
-            seen = self.spans.length if role == "cross" else self._begin + number
-            made = [row.row(seen) if isinstance(row, Later) else row[:, :seen] for row in step]
-            pads = [(seen - row.shape[1], length - seen) for row in made]
-            steps.append(torch.stack([nn.functional.pad(*one).float().cpu() for one in zip(made, pads, strict=True)]))
+        for index, step in enumerate(rows, first):
+            seen = self.spans.length if role == "cross" else self._begin + index
+            computed = [row.row(seen) if isinstance(row, DeferredAttention) else row[:, :seen] for row in step]
+            pads = [(seen - row.shape[1], length - seen) for row in computed]
+            padded = [nn.functional.pad(row, pad).float().cpu() for row, pad in zip(computed, pads, strict=True)]
+            steps.append(torch.stack(padded))
         return torch.stack(steps, 2)
 
     def membership(self, role: str, length: int, device: torch.device) -> Tensor:
-        """Tell which of ``SEGMENTS`` every key of a row belongs to, as 0 and 1, (length, 5) float32."""
+        """Return the membership of every key in ``SEGMENTS`` as 0 and 1, (length, 5) float32."""
         key = role, device
         if key not in self._members or len(self._members[key]) < length:
             self._members[key] = self._kinds(role, length + _GROW).to(device)
@@ -365,26 +395,26 @@ class Steps(AttentionRecorder):
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """(1, H, T, k) products of queries (1, H, T, d) with the keys (1, key heads, k, d) of their groups, float32."""
+    """Multiply queries (1, H, T, d) by keys (1, key heads, k, d) of their groups: (1, H, T, k) float32."""
     if query.shape[1] == key.shape[1]:
         return (query @ key.transpose(2, 3)).float()
     grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
     return (grouped @ key.transpose(2, 3)).float().view(*query.shape[:3], -1)
 
 
-def _is_later(step: Step) -> bool:
-    return step.later
+def _is_deferred(step: Step) -> bool:
+    return step.deferred
 
 
-def _together(rows: list[list[Later]], length: int) -> Tensor:
-    """(L, H, T, length) scores of the rows of T steps in a row, -inf where a key comes after its step."""
+def _batched_scores(rows: list[list[DeferredAttention]], length: int) -> Tensor:
+    """Compute the (L, H, T, length) scores of T consecutive steps, -inf where a key comes after its step."""
     count, layers = len(rows), []
-    for later in zip(*rows, strict=True):
-        query, key = later[0].query, later[0].keys.newest
+    for deferred in zip(*rows, strict=True):
+        query, key = deferred[0].query, deferred[0].keys.newest
         if count > 1:
-            query = torch.cat([one.query for one in later], 2)
+            query = torch.cat([row.query for row in deferred], 2)
         scores = _scores(query, key if key.shape[2] == length else key[:, :, :length])
-        layers.append(scores.mul_(later[0].keys.scaling))
+        layers.append(scores.mul_(deferred[0].keys.scaling))
     scores = torch.cat([layer.to(layers[0].device) for layer in layers])
     if count > 1:
         after = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)

@@ -26,7 +26,7 @@ from stethoscope.diagnosis.run_diagnosis import _evolution
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
-from stethoscope.streaming.step_recorder import STEP_NEEDS, Steps
+from stethoscope.streaming.step_recorder import STEP_NEEDS, StepRecorder
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS
 
@@ -166,7 +166,7 @@ def possible(adapter, needs):
 def steps_trace(adapter, encoded, answer):
     """A trace that is put together from the decoding steps themselves."""
     model, arguments = adapter.prepare_generate([encoded], GENERATION)
-    steps = Steps(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_NEEDS)
+    steps = StepRecorder(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_NEEDS)
     steps.start()
     try:
         model.generate(**arguments)

@@ -15,7 +15,7 @@ from stethoscope.detection.inputs import Inputs
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
-from stethoscope.streaming.scorer import NAMES, Direct
+from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
 from stethoscope.streaming.step_recorder import STEP_NEEDS
 from stethoscope.tasks.chair import Chair
 
@@ -212,35 +212,35 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
 
 def counted(monkeypatch):
     """How many tokens have been read without a trace."""
-    tokens, rows = [], Direct.rows
+    tokens, rows = [], FastFeatures.rows
 
     def count(self, some, *more):
         tokens.extend(some)
         return rows(self, some, *more)
 
-    monkeypatch.setattr(Direct, "rows", count)
+    monkeypatch.setattr(FastFeatures, "rows", count)
     return tokens
 
 
 @pytest.mark.parametrize("delay", [0, 1, 6])
 def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, monkeypatch):
     found, tokens = [], counted(monkeypatch)
-    for takes in (None, lambda *_: False):
-        if takes is not None:
-            monkeypatch.setattr(Direct, "takes", takes)
+    for supports in (None, lambda *_: False):
+        if supports is not None:
+            monkeypatch.setattr(FastFeatures, "supports", supports)
         encoded = adapter.encode(images[0], QUESTION)
         with WarningStreamer(adapter, encoded, fast, delay, generation=Generation(max_new_tokens=60)) as warner:
             warner.model.generate(**warner.arguments, streamer=warner)
         assert len(tokens) == len(warner.tokens) - 1  # all but the prompt's own, and none the second time
         found.append((warner.scorer.columns(), warner.answer.logprobs))
-    assert set(FeatureSet(groups=FAST).names) == NAMES
+    assert set(FeatureSet(groups=FAST).names) == FAST_FEATURES
     for name, values in found[1][0].items():
         assert np.allclose(found[0][0][name], values, rtol=1e-4, atol=1e-4), name
     assert np.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
 def test_only_a_few_numbers_are_read_without_a_trace(adapter, images, fast, monkeypatch):
-    monkeypatch.setattr("stethoscope.streaming.scorer._MOST", 1000)
+    monkeypatch.setattr("stethoscope.streaming.scorer._MAX_NUMBERS", 1000)
     tokens = counted(monkeypatch)
     *streamed, _ = stream(adapter, images[0], QUESTION, detector=fast, generation=Generation(max_new_tokens=5))
     assert len(streamed) == 5
