@@ -14,7 +14,7 @@ QUESTION = "Please describe this image in detail."
 adapter = stethoscope.load("testbed")
 features = FeatureSet(groups=["uncertainty", "position", "attention", "lens"])  # known while the answer is written
 stethoscope.Evaluator(batch_size=32, features=features, run_dir="runs/example-stream").run(adapter, Chair(scenes=80))
-detector = stethoscope.Detector(strength=0.1).fit(RunStore("runs/example-stream").tokens("chair"))
+detector = stethoscope.Detector(C=0.1).fit(RunStore("runs/example-stream").tokens("chair"))
 
 image = testbed.scenes(7)[6].image()
 for item in stethoscope.stream(adapter, image, QUESTION, detector=detector):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stethoscope.adapters import load
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.diagnosis import Diagnosis, diagnose
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.streaming import WarningStreamer, stream
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Detector": "stethoscope.detector",
+    "Detector": "stethoscope.detection.detector",
     "Diagnosis": "stethoscope.diagnosis",
     "Evaluator": "stethoscope.evaluation.evaluator",
     "diagnose": "stethoscope.diagnosis",

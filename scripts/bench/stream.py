@@ -73,7 +73,7 @@ def _detector(adapter: object, scenes: int) -> stethoscope.Detector:
     with tempfile.TemporaryDirectory() as folder:
         features = FeatureSet(groups=("uncertainty", "position", "attention", "lens"))
         stethoscope.Evaluator(features=features, run_dir=Path(folder), batch_size=24).run(adapter, Chair(scenes=scenes))
-        return stethoscope.Detector(strength=0.1).fit(RunStore(Path(folder)).tokens("chair"))
+        return stethoscope.Detector(C=0.1).fit(RunStore(Path(folder)).tokens("chair"))
 
 
 def _tokens(items: object) -> int:

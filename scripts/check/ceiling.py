@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import stethoscope
 from stethoscope import testbed
-from stethoscope.detection.judging import AREAS, measure
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.score_metrics import AREAS, evaluate_scores
 from stethoscope.metrics.bootstrap import group_weights, split_groups
 from stethoscope.storage.run_dir import RunStore
 
@@ -50,7 +50,7 @@ def main() -> None:
     rows, columns = test["group"].map(names.index), test["object"].map(testbed.CATEGORIES.index)
     values = {"probe": -scores[rows, columns], "detector": detector.predict(test)}
     drawn = group_weights(test["group"], 1000, 0)
-    figures = measure(test, {}, drawn, values)
+    figures = evaluate_scores(test, {}, drawn, values)
     for name in values:
         shown = [f"{metric} {drawn.interval(figures[name, metric])}" for metric in AREAS]
         print(f"{name:9} {'; '.join(shown)}")

@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 
 from stethoscope.core.errors import DataError
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import split_groups
 from stethoscope.storage.run_dir import RunStore
@@ -39,7 +39,7 @@ def main() -> None:
     for seed in range(options.splits):
         folds = split_groups(groups, shares, seed)
         for number, promise in enumerate(PROMISES):
-            detector = Detector(options.estimator, factored=options.factored, strength=1.0, threshold=promise)
+            detector = Detector(options.estimator, factored=options.factored, C=1.0, threshold=promise)
             try:
                 detector.fit(table[folds["train"]], table[folds["calibration"]])
             except DataError:

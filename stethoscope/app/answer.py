@@ -20,7 +20,7 @@ from stethoscope.streaming import StreamedToken, stream
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.diagnosis.run_diagnosis import MentionExtractor
     from stethoscope.tracing.trace import Encoded
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
-from stethoscope.detection.finding import (
+from stethoscope.detection.lookup import (
     AUTO,
     SWITCHED_OFF,
-    called,
+    bundled_detectors,
     check_model,
+    describe_origin,
     detector_folder,
-    shipped,
-    trained,
-    wanted,
+    detectors_for_model,
+    parse_setting,
 )
 from stethoscope.diagnosis import diagnose
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
 
 TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
@@ -95,7 +95,7 @@ class ModelPool:
     ) -> None:
         self.name = name
         self._runs, self._run = runs, run
-        self._first, self._given, self._plugins = adapter, (wanted(detector), live), plugins
+        self._first, self._given, self._plugins = adapter, (parse_setting(detector), live), plugins
         self._lock = threading.Lock()
         self._loaded: tuple[str, Ready] | None = None
 
@@ -142,11 +142,11 @@ class ModelPool:
         return Ready(adapter, self._detectors(adapter, *given), ImageFeatureCache())
 
     def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
-        from stethoscope.detector import Detector
+        from stethoscope.detection.detector import Detector
 
         if folder is None and live is None:
             return Detectors(names=SWITCHED_OFF)
-        folders = [*trained(self._runs, adapter.fingerprint(), self._run), *shipped(adapter)]
+        folders = [*detectors_for_model(self._runs, adapter.fingerprint(), self._run), *bundled_detectors(adapter)]
         final = next(iter(folders), None) if folder == AUTO else folder and detector_folder(folder)
         if final is None:
             if live is None:
@@ -167,11 +167,15 @@ class ModelPool:
                 check_model(quick, adapter)
                 if candidate not in (final, *folders):
                     _check_features(quick, adapter)
-                names = called(final) if candidate == final else f"{called(final)}, while writing {called(candidate)}"
+                names = (
+                    describe_origin(final)
+                    if candidate == final
+                    else f"{describe_origin(final)}, while writing {describe_origin(candidate)}"
+                )
                 return Detectors(detector, quick, delay, names)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
-        return Detectors(detector, names=called(final))
+        return Detectors(detector, names=describe_origin(final))
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:

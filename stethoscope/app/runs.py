@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.commands.common import saved_task
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.types import Generation, ImageRef
+from stethoscope.evaluation.saved_task import saved_task
 from stethoscope.report.run_report import collect_report
 from stethoscope.report.run_source import RunReader, readable
 
@@ -105,7 +105,7 @@ class Runs:
         Raises:
             ArtefactError: there is no such sample, it has no answer, or its picture is gone.
         """
-        from stethoscope.detector import Detector
+        from stethoscope.detection.detector import Detector
 
         source = self.source(name)
         with readable(source.folder):
@@ -142,7 +142,7 @@ class Runs:
         return view.picture
 
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
-        made = saved_task(self.source(name), task, self._plugins, offline=True)
+        made = saved_task(self.source(name).store, task, self._plugins, offline=True)
         made.setup()
         return {sample.id: sample for sample in made.samples()}
 

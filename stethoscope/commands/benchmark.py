@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import answer, listed, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import answer, fractions, listed, log_detector, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
 from stethoscope.core.launch import rank
 
-if TYPE_CHECKING:
-    from stethoscope.loggers.base import Loggers
-
 
 def run(config: DictConfig) -> None:
-    """The whole job. Everything that can be wrong in the configuration is found before the model is loaded."""
+    """Run the whole job; errors of the configuration are raised before the model is loaded."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.commands.train import fit, fractions
     from stethoscope.core.token_table import check_patterns
-    from stethoscope.detection.methods import check_sets
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
+    from stethoscope.detection.published import check_sets
+    from stethoscope.detection.training import fit
     from stethoscope.features import FeatureSet
     from stethoscope.report.console import print_answer, print_detector, print_results
     from stethoscope.report.examples import log_detector_files
@@ -43,14 +39,14 @@ def run(config: DictConfig) -> None:
         task.setup()
     store = RunStore(folder)
     with loggers_of(config) as loggers:
-        asked = answer(config, folder, loggers, adapter, pope)
+        answers = answer(config, folder, loggers, adapter, pope)
         if not rank() and DETECTOR in store.metrics():
             store.set_status(DETECTOR, "running")  # until it is fitted again, it may be one of fewer answers
-        told = answer(config, folder, loggers, adapter, chair, features=features)
+        captions = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return
-        print_results(asked)
-        print_results(told)
+        print_results(answers)
+        print_results(captions)
         if not config.fast_dev_run:  # two samples are no data to learn from
             compared = {"published": config.published, "sets": listed(config.sets)}
             results = fit(store, chair.name, detector, shares, config.seed, **compared)
@@ -59,23 +55,4 @@ def run(config: DictConfig) -> None:
             print_detector(DetectorResults.from_dict(results))
             print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
-    report_failures([asked, told], Path(folder))
-
-
-def log_detector(loggers: Loggers, results: dict[str, Any]) -> None:
-    """Sends the detector's figures to the loggers, under the names and with the values of ``metrics.json``."""
-    rows = results["leaderboard"]["rows"]
-    figures = {
-        f"detector/{row['name']}/{metric}": interval["value"]
-        for row in rows
-        if row["kind"] != "feature"
-        for metric, interval in row["metrics"].items()
-    }
-    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
-    columns = ["name", "kind", "metric", "value", "low", "high"]
-    long = [
-        [row["name"], row["kind"], metric, interval["value"], interval["low"], interval["high"]]
-        for row in rows
-        for metric, interval in row["metrics"].items()
-    ]
-    loggers.log_table("detector/leaderboard", columns, long)
+    report_failures([answers, captions], Path(folder))

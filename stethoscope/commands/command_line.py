@@ -118,8 +118,8 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     Raises:
         ConfigError: it is not an override, or has an invalid value.
 
-    >>> spell("run=runs/study/limit=4", "train"), spell("detector.strength=None", "train")
-    ("run='runs/study/limit=4'", 'detector.strength=null')
+    >>> spell("run=runs/study/limit=4", "train"), spell("detector.C=None", "train")
+    ("run='runs/study/limit=4'", 'detector.C=null')
     >>> spell("detector.threshold={'max_false_alarms': 0.2}", "train")
     'detector.threshold={max_false_alarms:0.2}'
     >>> spell("run=runs/a=1,runs/b", "extract", sweep=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,7 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.command_line import unquoted
 from stethoscope.core.component import build
-from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.core.files import read_yaml
+from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.evaluation.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import Run
     from stethoscope.loggers.base import Loggers
-    from stethoscope.report.run_source import RunReader
     from stethoscope.tasks.base import Task
 
 
@@ -122,18 +119,6 @@ def answer(
         return evaluator.run(adapter, task)
 
 
-def saved_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration that a run directory was made with, as plain data: nothing in it is resolved.
-
-    Raises:
-        ArtefactError: there is no such run, or the file is damaged.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
-    return read_yaml(file, "the command that made the run writes it again")
-
-
 def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
     """Ends a command with an error when samples failed, once everything else is done and stored.
 
@@ -186,29 +171,35 @@ def package_names(text: str) -> list[str]:
     return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
 
 
-def saved_task(source: RunReader, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
-    """The task that a run was asked with, made again from its configuration or else from its fingerprint.
-
-    Args:
-        source: the run.
-        name: of the task.
-        plugins: packages besides our own that it may come from; the run's file does not decide that.
-        offline: a task that could fetch its data uses only what is on this machine.
+def fractions(config: DictConfig) -> tuple[float, float, float]:
+    """Shares of train, calibration and test.
 
     Raises:
-        ArtefactError: the run does not say how its task is made.
-        ConfigError: the task cannot be made.
+        ConfigError: they leave no images for one of the three.
     """
-    from stethoscope.core.component import TARGET, build, import_class
-    from stethoscope.tasks.base import Task
+    train, calibration = float(config.split.train), float(config.split.calibration)
+    test = round(1 - train - calibration, 9)
+    if min(train, calibration, test) <= 0:
+        raise ConfigError(
+            f"split.train={train} and split.calibration={calibration} should be above 0 and leave images for the test"
+        )
+    return train, calibration, test
 
-    described = source.store.fingerprints().get(name, {}).get("task", {})
-    path, settings = described.get("class"), described.get("settings", {})
-    if path is None or not isinstance(settings, dict):
-        raise ArtefactError(f"{source.folder / 'fingerprint.json'} does not say what {name} is")
-    nodes = saved_config(source.folder).values() if (source.folder / "config.yaml").is_file() else ()
-    configured = (node for node in nodes if isinstance(node, dict) and node.get(TARGET) == path)
-    node = next(configured, {TARGET: path, **settings})
-    if offline and "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
-        node = {**node, "local_files_only": True}  # also where the file does not have the key
-    return build(node, Task, name, plugins)
+
+def log_detector(loggers: Loggers, results: dict[str, Any]) -> None:
+    """Send the detector's figures to the loggers, under the names and with the values of ``metrics.json``."""
+    rows = results["leaderboard"]["rows"]
+    figures = {
+        f"detector/{row['name']}/{metric}": interval["value"]
+        for row in rows
+        if row["kind"] != "feature"
+        for metric, interval in row["metrics"].items()
+    }
+    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
+    columns = ["name", "kind", "metric", "value", "low", "high"]
+    long = [
+        [row["name"], row["kind"], metric, interval["value"], interval["low"], interval["high"]]
+        for row in rows
+        for metric, interval in row["metrics"].items()
+    ]
+    loggers.log_table("detector/leaderboard", columns, long)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.common import package_names, parse, saved_task
+from stethoscope.commands.common import package_names, parse
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.evaluation.saved_task import saved_task
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     plugins = package_names(settings["plugins"])
     sources = [RunReader.read(folder) for folder in folders]
     with readable(" or ".join(map(str, folders[:4]))):
-        tables, remarks = compare(sources, lambda source, task: saved_task(source, task, plugins, offline=True))
+        tables, remarks = compare(sources, lambda source, task: saved_task(source.store, task, plugins, offline=True))
         if settings["format"] == "html":
             text = table_page(" and ".join(source.name for source in sources[:4]), tables)
         else:

@@ -35,8 +35,8 @@ def run(config: DictConfig) -> None:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
-    from stethoscope.detection.finding import AUTO, detector_folder, shipped, wanted
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
+    from stethoscope.detection.lookup import AUTO, bundled_detectors, detector_folder, parse_setting
     from stethoscope.diagnosis import diagnose
     from stethoscope.diagnosis.run_diagnosis import import_extractor
 
@@ -44,11 +44,11 @@ def run(config: DictConfig) -> None:
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
     image = _image(config)
     picture = image.load()
-    setting = wanted(config.detector.folder)
+    setting = parse_setting(config.detector.folder)
     adapter = build(config.model, Adapter, "model", config.plugins)
     if setting == AUTO:
         adapter.setup()
-        folders = shipped(adapter)
+        folders = bundled_detectors(adapter)
     else:  # checked before the model is loaded
         folders = [] if setting is None else [detector_folder(setting)]
     detector = Detector.load(folders[0]) if folders else None
@@ -82,13 +82,13 @@ def _image(config: DictConfig) -> ImageRef:
 
 def _origin(setting: str | None, folders: list[Path], model: str) -> str:
     """Describe where the detector came from, or why there is none."""
-    from stethoscope.detection.finding import AUTO, SWITCHED_OFF, called
+    from stethoscope.detection.lookup import AUTO, SWITCHED_OFF, describe_origin
 
     if setting is None:
         return SWITCHED_OFF
     if not folders:
         return TRAIN_ONE.format(model=model)
-    return f"detector: {called(folders[0])}" + (" (detector=none switches it off)" if setting == AUTO else "")
+    return f"detector: {describe_origin(folders[0])}" + (" (detector=none switches it off)" if setting == AUTO else "")
 
 
 def show(diagnosis: Diagnosis, name: str) -> None:

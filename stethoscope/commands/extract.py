@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import make_callbacks, report_failures, saved_config
+from stethoscope.commands.common import make_callbacks, report_failures
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.launch import rank
+from stethoscope.evaluation.saved_task import saved_config
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
@@ -126,8 +127,7 @@ def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
-    from stethoscope.detection.finding import load_detector
-    from stethoscope.detection.warn import mention_warnings, write_warnings
+    from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
     from stethoscope.features.columns import check_same_model, feature_of, matching_columns, shorten

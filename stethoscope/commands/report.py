@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stethoscope.commands.common import package_names, parse, saved_task
+from stethoscope.commands.common import package_names, parse
 from stethoscope.core.errors import ConfigError, StethoscopeError
+from stethoscope.evaluation.saved_task import saved_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +82,7 @@ def _pictures(source: RunReader, plugins: Sequence[str]) -> ImageSource:
     @cache
     def samples() -> dict[str, Sample]:
         try:
-            task = saved_task(source, source.task, plugins, offline=True)
+            task = saved_task(source.store, source.task, plugins, offline=True)
             task.setup()
         except (StethoscopeError, ImportError) as error:
             print(f"note: the gallery has no pictures: {error}", file=sys.stderr)

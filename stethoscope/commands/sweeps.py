@@ -172,9 +172,9 @@ class Sweep:
 
 def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
     """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
-    from stethoscope.commands.common import saved_task
+    from stethoscope.evaluation.saved_task import saved_task
 
-    return saved_task(source, name, sorted(plugins), offline=True)
+    return saved_task(source.store, name, sorted(plugins), offline=True)
 
 
 def _logger_of(config: DictConfig) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import remove_temporaries
 from stethoscope.core.token_table import feature_names, select_features
-from stethoscope.detection.inputs import Inputs
+from stethoscope.detection.design_matrix import Inputs
+from stethoscope.detection.training import no_rows
 from stethoscope.detection.transfer import Target, of_subset
 from stethoscope.features.columns import check_same_model, keep_columns, matching_columns, select_columns
 from stethoscope.report.compare import transfer_table
@@ -24,15 +25,15 @@ from stethoscope.report.tables import text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.storage.run_dir import RunStore
 
 
 def run(config: DictConfig) -> None:
     """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
-    from stethoscope.commands.benchmark import log_detector
-    from stethoscope.commands.common import listed, loggers_of, overrides
-    from stethoscope.detector import Detector
+    from stethoscope.commands.common import fractions, listed, log_detector, loggers_of, overrides
+    from stethoscope.detection.detector import Detector
+    from stethoscope.detection.training import fit
     from stethoscope.report.console import print_detector
     from stethoscope.report.examples import log_detector_files
     from stethoscope.report.metrics_tables import DetectorResults
@@ -57,7 +58,7 @@ def run(config: DictConfig) -> None:
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
-        names = names if settings["sight"] else Inputs(tuple(names)).plain
+        names = names if settings["visual_consistency"] else Inputs(tuple(names)).plain
         table, detector = keep_columns(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             matching_columns(target.table, names, target.name)
@@ -76,7 +77,7 @@ def run(config: DictConfig) -> None:
             config.seed,
             table=table,
             targets=targets,
-            home=source.resolve().name,
+            source_run=source.resolve().name,
             beside=beside,
             ablation=config.ablation,
             published=config.published,
@@ -109,7 +110,7 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
 
     table = store.tokens(task)
     if table.empty:
-        raise _no_rows(store, task)
+        raise no_rows(store, task)
     if (table["label"] < 0).all():
         raise ArtefactError(f"{task} judges no mention in {store.run_dir}, so that there is nothing to learn from")
     _tell_of_gaps(store, task)
@@ -133,19 +134,6 @@ def _tell_of_gaps(store: RunStore, task: str) -> None:
         )
 
 
-def _no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
-    others = sorted(store.traced_tasks())
-    if task is not None and others:
-        return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
-    if not any(record.mentions for record in store.records()):
-        return ArtefactError(
-            f"no answer in {store.run_dir} names an object that is judged: there is nothing to learn from"
-        )
-    return ArtefactError(
-        f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
-    )
-
-
 def _target(config: DictConfig, node: Any, own: str) -> Target:
     """What an entry of ``test`` names: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
 
@@ -166,7 +154,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     task = wanted.get("mentions") or (own if own in tasks else None)
     if task is None:
         if not tasks:
-            raise _no_rows(store)
+            raise no_rows(store)
         if len(tasks) > 1:
             raise ConfigError(f"test={node} has tokens of {', '.join(tasks)}: say which, {{run: ..., mentions: ...}}")
         task = tasks[0]
@@ -195,81 +183,8 @@ def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
     Raises:
         ConfigError: there is none of that name.
     """
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
 
     if name not in choices("detector"):
         raise ConfigError(unknown("detector of beside", str(name), choices("detector")))
     return build(compose([f"+detector={name}", *same]).detector, Detector, f"beside.{name}", plugins)
-
-
-def fractions(config: DictConfig) -> tuple[float, float, float]:
-    """Shares of train, calibration and test.
-
-    Raises:
-        ConfigError: they leave no images for one of the three.
-    """
-    train, calibration = float(config.split.train), float(config.split.calibration)
-    test = round(1 - train - calibration, 9)
-    if min(train, calibration, test) <= 0:
-        raise ConfigError(
-            f"split.train={train} and split.calibration={calibration} should be above 0 and leave images for the test"
-        )
-    return train, calibration, test
-
-
-def fit(
-    store: RunStore,
-    task: str,
-    detector: Detector,
-    shares: tuple[float, float, float],
-    seed: int,
-    table: pd.DataFrame | None = None,
-    targets: Sequence[Target] = (),
-    home: str = "",
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains on one task's mentions; leaves ``detector/``, ``warnings.jsonl`` and the figures in the run directory.
-
-    Args:
-        store: the run.
-        task: whose mentions.
-        detector: settings of the detector.
-        shares: of the images for train, calibration and test.
-        seed: of split and bootstrap.
-        table: the token rows to learn from and to measure on; None for all of the task's.
-        targets: other runs to judge the detector on.
-        home: what to call the run beside them.
-        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.detection.training.train_detector``.
-
-    Raises:
-        ArtefactError: the run has no token rows of that task.
-    """
-    from stethoscope.detection.training import train_detector
-    from stethoscope.detection.transfer import transfer
-    from stethoscope.detection.warn import mention_warnings, write_warnings
-    from stethoscope.storage.run_dir import DETECTOR
-
-    table = store.tokens(task) if table is None else table
-    if table.empty:
-        raise _no_rows(store, task)
-    detector, results, folds = train_detector(table, detector, shares, seed, **more)
-    if targets:
-        results["transfer"] = transfer(detector, Target(home, table, store.model(task)), targets, shares, seed)
-    fingerprint = store.fingerprints().get(task, {})
-    store.set_status(DETECTOR, "running")  # a kill from here on leaves parts of two detectors
-    detector.save(
-        store.run_dir / "detector",
-        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
-    )
-    store.write_metrics(DETECTOR, results)
-    write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
-    store.set_status(DETECTOR, None)
-    return results
-
-
-def label(detector: Detector) -> str:
-    """What a detector has learned to predict, for its manifest."""
-    what = {"first": "first sub-token of", "all": "every sub-token of"}
-    rows = what.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
-    which = "the first mention of an object" if detector.settings["repeats"] == "first" else "every object mention"
-    return f"{rows} {which} in an answer: 1 if the object is not in the image (the task's ground truth), else 0"

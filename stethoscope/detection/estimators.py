@@ -39,8 +39,8 @@ from stethoscope.metrics.classification import Ranking
 
 ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")
-STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-PER_HEAD_STRENGTHS = (0.01, 0.03, 0.1, 0.3)
+C_VALUES = (0.01, 0.1, 1.0, 10.0)
+PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
 INNER_FOLDS = 5
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and their choice would be noise
 
@@ -133,28 +133,28 @@ def inner_folds(groups: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray
     return folds if all(len(np.unique(labels[learn])) == 2 for learn, _ in folds) else None
 
 
-def set_strength(estimator: BaseEstimator, strength: float) -> BaseEstimator:
+def set_C(estimator: BaseEstimator, C: float) -> BaseEstimator:
     """Sets the inverse regularisation C; a network is told 1 / C, the factor of its penalty. Boosting has none.
 
-    >>> set_strength(make_estimator("per_head"), 0.1)["classify"].alpha
+    >>> set_C(make_estimator("per_head"), 0.1)["classify"].alpha
     10.0
     """
     if not isinstance(estimator, Pipeline):
         return estimator
     if isinstance(estimator[-1], Network):
-        return estimator.set_params(classify__alpha=1 / strength)
-    return estimator.set_params(classify__C=strength)
+        return estimator.set_params(classify__alpha=1 / C)
+    return estimator.set_params(classify__C=C)
 
 
-def strengths(estimator: BaseEstimator) -> tuple[float, ...]:
+def C_choices(estimator: BaseEstimator) -> tuple[float, ...]:
     """What there is to choose C from; a network needs less freedom than a linear model.
 
-    >>> strengths(make_estimator("boosting")), strengths(make_estimator("logistic"))
+    >>> C_choices(make_estimator("boosting")), C_choices(make_estimator("logistic"))
     ((), (0.01, 0.1, 1.0, 10.0))
     """
     if not isinstance(estimator, Pipeline):
         return ()
-    return PER_HEAD_STRENGTHS if isinstance(estimator[-1], Network) else STRENGTHS
+    return PER_HEAD_C_VALUES if isinstance(estimator[-1], Network) else C_VALUES
 
 
 def fit_weighted(
@@ -182,20 +182,18 @@ def out_of_fold(
     return made
 
 
-def choose_strength(
-    estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray
-) -> BaseEstimator:
-    """Sets C to the best of ``strengths`` by log loss in inner folds by image, and fits the classifier.
+def choose_C(estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> BaseEstimator:
+    """Sets C to the best of ``C_choices`` by log loss in inner folds by image, and fits the classifier.
 
     With fewer than ``ENOUGH_IMAGES`` images of a class C stays as it is.
     """
-    folds, choices = inner_folds(groups, labels), strengths(estimator)
+    folds, choices = inner_folds(groups, labels), C_choices(estimator)
     if folds is not None and choices:
         losses = [
-            np.mean(log_loss_of(labels, out_of_fold(set_strength(clone(estimator), c), matrix, labels, folds)))
+            np.mean(log_loss_of(labels, out_of_fold(set_C(clone(estimator), c), matrix, labels, folds)))
             for c in choices
         ]
-        set_strength(estimator, choices[int(np.argmin(losses))])
+        set_C(estimator, choices[int(np.argmin(losses))])
     return estimator.fit(matrix, labels)
 
 
@@ -232,8 +230,8 @@ class Grouped(BaseEstimator):
         raise NotImplementedError
 
     @property
-    def strength_(self) -> float | None:
-        """The inverse regularisation C that was given or chosen."""
+    def C_(self) -> float | None:
+        """The inverse regularisation strength C that was given or chosen."""
         raise NotImplementedError
 
 
@@ -301,7 +299,7 @@ class CalibratedModel:
         train: Examples,
         calibration: Examples | None = None,
         method: Literal["platt", "isotonic", "none"] = "platt",
-        strength: float | None = None,
+        C: float | None = None,
     ) -> CalibratedModel:
         """Fits the classifier on one set of images and its calibration on another.
 
@@ -310,7 +308,7 @@ class CalibratedModel:
             train: what the classifier learns from.
             calibration: other images, for the calibration; without them it uses out-of-fold scores of ``train``.
             method: ``platt`` (Platt 1999, without target smoothing), ``isotonic`` or ``none``.
-            strength: inverse regularisation C of a logistic regression or a network, None to choose it.
+            C: inverse regularisation strength of a logistic regression or a network, None to choose it.
 
         Raises:
             DataError: a fold has no rows or only one label.
@@ -319,10 +317,10 @@ class CalibratedModel:
         if isinstance(estimator, Grouped):
             model = estimator.fit(train.matrix, train.labels, train.groups)
         else:
-            if strength is None:
-                estimator = choose_strength(estimator, train.matrix, train.labels, train.groups)
+            if C is None:
+                estimator = choose_C(estimator, train.matrix, train.labels, train.groups)
             else:
-                estimator = set_strength(estimator, strength).fit(train.matrix, train.labels)
+                estimator = set_C(estimator, C).fit(train.matrix, train.labels)
             model = compile_classifier(estimator)
         if method == "none":
             return cls(model)
@@ -365,9 +363,9 @@ class CalibratedModel:
         return {**prefixed("model", self.model.arrays()), **prefixed("calibrator", calibrator)}
 
     @property
-    def strength(self) -> float | None:
-        """The inverse regularisation C that was given or chosen; None for boosting."""
-        return self.model.strength_ if isinstance(self.model, Grouped) else self.model.strength
+    def C(self) -> float | None:
+        """The inverse regularisation strength C that was given or chosen; None for boosting."""
+        return self.model.C_ if isinstance(self.model, Grouped) else self.model.C
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
         """(rows,) log-odds before calibration: what the classifier says that has seen the training images alone."""

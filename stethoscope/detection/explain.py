@@ -10,9 +10,9 @@ import pandas as pd
 from scipy.special import logit
 
 from stethoscope.detection.estimators import CalibratedModel
-from stethoscope.detection.factor import Factored
+from stethoscope.detection.evidence_prior import Factored
 from stethoscope.detection.inference import LinearClassifier
-from stethoscope.detection.sight import Sighted
+from stethoscope.detection.visual_consistency import VisualConsistency
 
 REST = "(rest)"
 """What the pushes of single features leave of the evidence: the constant, and what is usual for such a mention."""
@@ -59,7 +59,7 @@ def explanation(
 
     Args:
         fitted: the classifier, its calibration a line in log-odds.
-        matrix: (rows, columns) what it reads; the first columns, behind a ``Sighted``, are those of ``names``.
+        matrix: (rows, columns) what it reads; the first ones, after ``VisualConsistency``, are those of ``names``.
         probability: (rows,) what it gives.
         names: of features.
         base_rate: share of hallucinated mentions in training, the prior where none was learned.
@@ -67,7 +67,7 @@ def explanation(
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
     model, (slope, intercept) = fitted.model, fitted.line
-    if isinstance(model, Sighted):
+    if isinstance(model, VisualConsistency):
         model, matrix = model.classifier_, model.joined(matrix)
     if isinstance(model, Factored):
         own, before = model.parts(matrix)

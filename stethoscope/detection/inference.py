@@ -87,13 +87,13 @@ class LinearClassifier:
     Attributes:
         inputs: of the columns.
         weights, intercept: (columns + k, outputs) and (outputs,); one output for two classes.
-        strength: inverse regularisation C of the fit.
+        C: inverse regularisation strength of the fit.
     """
 
     inputs: Preprocessing
     weights: np.ndarray
     intercept: np.ndarray
-    strength: float
+    C: float
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> LinearClassifier:
@@ -105,13 +105,13 @@ class LinearClassifier:
     @classmethod
     def restore(cls, arrays: Arrays, columns: int, outputs: int = 1) -> LinearClassifier:
         """Reads and checks what ``arrays`` gave."""
-        inputs, strength = Preprocessing.restore(arrays, columns), float(arrays.positive("strength"))
+        inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
         width = len(inputs.scale)
-        return cls(inputs, arrays.numbers("weights", width, outputs), arrays.numbers("intercept", outputs), strength)
+        return cls(inputs, arrays.numbers("weights", width, outputs), arrays.numbers("intercept", outputs), C)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its numbers by name."""
-        own = {"weights": self.weights, "intercept": self.intercept, "strength": np.array(self.strength)}
+        own = {"weights": self.weights, "intercept": self.intercept, "C": np.array(self.C)}
         return vars(self.inputs) | own
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class NetworkClassifier:
     Attributes:
         inputs: of the columns.
         hidden, hidden_bias: (columns + k, NEURONS) and (NEURONS,). ``output``, ``bias``: (NEURONS,) and a number.
-        strength: inverse regularisation C of the fit.
+        C: inverse regularisation strength of the fit.
     """
 
     inputs: Preprocessing
@@ -142,7 +142,7 @@ class NetworkClassifier:
     hidden_bias: np.ndarray
     output: np.ndarray
     bias: np.ndarray
-    strength: float
+    C: float
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> NetworkClassifier:
@@ -154,14 +154,14 @@ class NetworkClassifier:
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> NetworkClassifier:
         """Reads and checks what ``arrays`` gave."""
-        inputs, strength = Preprocessing.restore(arrays, columns), float(arrays.positive("strength"))
+        inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
         hidden, before = arrays.numbers("hidden", len(inputs.scale), NEURONS), arrays.numbers("hidden_bias", NEURONS)
-        return cls(inputs, hidden, before, arrays.numbers("output", NEURONS), arrays.numbers("bias"), strength)
+        return cls(inputs, hidden, before, arrays.numbers("output", NEURONS), arrays.numbers("bias"), C)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its numbers by name."""
         own = {name: getattr(self, name) for name in ("hidden", "hidden_bias", "output", "bias")}
-        return vars(self.inputs) | own | {"strength": np.array(self.strength)}
+        return vars(self.inputs) | own | {"C": np.array(self.C)}
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """(rows,) log-odds of the second class."""
@@ -184,7 +184,7 @@ class TreeEnsemble:
         value: (trees, ``MAX_LEAVES``) log-odds to add. ``baseline``: log-odds to begin with.
     """
 
-    strength: ClassVar[None] = None
+    C: ClassVar[None] = None
 
     feature: np.ndarray
     threshold: np.ndarray

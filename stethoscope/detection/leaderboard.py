@@ -11,10 +11,10 @@ import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, feature_matrix, mention_rows, require
-from stethoscope.detection import methods
 from stethoscope.detection.baselines import baselines
-from stethoscope.detection.judging import AREAS, METRICS, JudgedMentions, control_bins, measure
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, score_published
+from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
 from stethoscope.features import FEATURES
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FORWARD
@@ -162,22 +162,22 @@ def _single_features(
         Test scores by name (by falling training AUROC), signs, the best feature by metric of ``AREAS``, and features
         without any value.
     """
-    judged = JudgedMentions.of(train)
+    mentions = LabelledMentions.of(train)
     learn, held_out = feature_matrix(train, names), feature_matrix(test, names)
     skipped = tuple(name for name, column in zip(names, learn.T, strict=True) if np.isnan(column).all())
-    scores, signs, strength = {}, {}, {}
+    scores, signs, areas_by_name = {}, {}, {}
     for name, seen, new in zip(names, learn.T, held_out.T, strict=True):
         if name in skipped:
             continue
         middle = np.nanmedian(seen)
         seen, new = np.nan_to_num(seen, nan=middle), np.nan_to_num(new, nan=middle)
-        found = {"auroc": classification.auroc(judged.labels, seen), **judged.areas(seen)}
+        found = {"auroc": classification.auroc(mentions.labels, seen), **mentions.areas(seen)}
         signs[name] = 1 if found["auroc"] >= 0.5 else -1
         scores[name] = signs[name] * new
         areas = np.array([found[metric] for metric in AREAS])
-        strength[name] = np.nan_to_num(areas if signs[name] > 0 else 1 - areas)
-    order = sorted(scores, key=lambda name: -strength[name][0])
-    best = {metric: max(order, key=lambda name: strength[name][at]) for at, metric in enumerate(AREAS) if order}
+        areas_by_name[name] = np.nan_to_num(areas if signs[name] > 0 else 1 - areas)
+    order = sorted(scores, key=lambda name: -areas_by_name[name][0])
+    best = {metric: max(order, key=lambda name: areas_by_name[name][at]) for at, metric in enumerate(AREAS) if order}
     shown = [name for at, name in enumerate(order) if at < MOST_FEATURES or name in best.values()]
     return {name: scores[name] for name in shown}, signs, best, skipped
 
@@ -187,7 +187,7 @@ def shuffled(table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.nda
 
     Both folds are shuffled: a calibration on true labels would turn a meaningless direction to the better side.
     """
-    settings = {**detector.settings, "strength": detector.strength, "threshold": "f1"}
+    settings = {**detector.settings, "C": detector.C, "threshold": "f1"}
     parts = [detector.rows(table[folds[fold]]) for fold in ("train", "calibration")]
     for number in range(SHUFFLES):
         random = np.random.default_rng([seed, number])
@@ -226,7 +226,7 @@ def leaderboard(
         seed: of the bootstrap and the shuffles.
         repeats: measure ``first`` mentions of every object in an answer, or ``all``; without detectors only, which
             say it themselves.
-        published: also the published detectors that the table has the features of (``stethoscope.detection.methods``).
+        published: also measure the published detectors that the table has the features of.
 
     Raises:
         ConfigError: the detectors take different rows.
@@ -252,7 +252,7 @@ def leaderboard(
     probabilities, scores = (
         {one.name: one.values for one in entries if one.probability is kind} for kind in (True, False)
     )
-    figures = measure(test, probabilities | mixed, drawn, scores)
+    figures = evaluate_scores(test, probabilities | mixed, drawn, scores)
     _mean_of(figures, list(mixed), seed)
     made = tuple(
         Row(
@@ -270,7 +270,7 @@ def leaderboard(
     labels = test["label"].to_numpy(dtype=int)
     controls = {metric: classification.comparable(labels, bins) for metric, bins in control_bins(test).items()}
     rivals = _best_published(made)
-    asked = [row.name for row in made if row.name == methods.SELF_VERIFICATION]
+    asked = [row.name for row in made if row.name == SELF_VERIFICATION]
     others = {metric: [*filter(None, [best.get(metric), rivals.get(metric)]), *asked] for metric in AREAS}
     return Leaderboard(made, _differences(figures, list(detectors), others, drawn), best, controls, skipped, rivals)
 
@@ -299,11 +299,11 @@ def _entries(
     """All that is measured, the best feature by metric of ``AREAS``, and features without any value."""
     train, test = parts["train"], parts["test"]
     entries = [
-        _Entry(name, "detector", detector.predict(test), cost=methods.cost_of(detector.features))
+        _Entry(name, "detector", detector.predict(test), cost=cost_of(detector.features))
         for name, detector in detectors.items()
     ]
-    for method in methods.published(train) if published else ():
-        said = methods.judge(method, parts, ways, seed)
+    for method in available_methods(train) if published else ():
+        said = score_published(method, parts, ways, seed)
         entries.append(
             _Entry(method.name, "published", said.values, said.probability, said.sign, method.cost, said.note)
         )
@@ -312,9 +312,7 @@ def _entries(
     taken = {one.name for one in entries}
     single = [name for name in FeatureSchema.of(table).names if name not in taken and not _is_vector(name)]
     scores, signs, best, skipped = _single_features(train, test, single)
-    entries += [
-        _Entry(name, "feature", values, False, signs[name], methods.cost_of([name])) for name, values in scores.items()
-    ]
+    entries += [_Entry(name, "feature", values, False, signs[name], cost_of([name])) for name, values in scores.items()]
     return entries, best, skipped
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import feature_names, require
-from stethoscope.detection.judging import measure
+from stethoscope.detection.detector import Detector
 from stethoscope.detection.leaderboard import Difference, leaderboard
-from stethoscope.detection.methods import refits
-from stethoscope.detector import Detector
+from stethoscope.detection.lookup import mention_warnings, write_warnings
+from stethoscope.detection.published import refits
+from stethoscope.detection.score_metrics import evaluate_scores
+from stethoscope.detection.transfer import Target, transfer
 from stethoscope.features import FEATURES
 from stethoscope.features.columns import feature_of
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
 
+if TYPE_CHECKING:
+    from stethoscope.storage.run_dir import RunStore
+
+SECTION = "detector"
+"""Section of ``metrics.json``, and of ``status.json`` while detector, figures and warnings do not fit."""
 ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
 
@@ -54,7 +61,7 @@ def train_detector(
     Args:
         table: token table of one model and one task.
         detector: settings of the detector; it is fitted here.
-        fractions: shares of the images for fitting, for calibration and threshold, and for the test.
+        fractions: shares of the images for matching_columns, for calibration and threshold, and for the test.
         seed: of the split and the bootstrap.
         replicates: of the bootstrap over images.
         beside: other detectors by name, to be fitted on the same folds and compared with it.
@@ -196,7 +203,7 @@ def ablate(
             refitted = Detector(**settings).fit(table[folds["train"]], table[folds["calibration"]])
             scores[f"without {group}"] = refitted.predict(test)
     drawn = group_weights(test["group"], replicates, seed)
-    figures = measure(test, scores, drawn)
+    figures = evaluate_scores(test, scores, drawn)
     return [
         {
             **Difference.of("detector", f"without {group}", metric, gain, drawn).to_dict(),
@@ -206,3 +213,71 @@ def ablate(
         for metric in ABLATED
         for gain in [figures["detector", metric] - figures[f"without {group}", metric]]
     ]
+
+
+def fit(
+    store: RunStore,
+    task: str,
+    detector: Detector,
+    shares: tuple[float, float, float],
+    seed: int,
+    table: pd.DataFrame | None = None,
+    targets: Sequence[Target] = (),
+    source_run: str = "",
+    **more: Any,
+) -> dict[str, Any]:
+    """Train on one task's mentions; write ``detector/``, ``warnings.jsonl`` and the figures into the run directory.
+
+    Args:
+        store: the run.
+        task: whose mentions.
+        detector: settings of the detector.
+        shares: of the images for train, calibration and test.
+        seed: of split and bootstrap.
+        table: the token rows to learn from and to measure on; None for all of the task's.
+        targets: other runs to judge the detector on.
+        source_run: name of the run beside them.
+        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.detection.training.train_detector``.
+
+    Raises:
+        ArtefactError: the run has no token rows of that task.
+    """
+
+    table = store.tokens(task) if table is None else table
+    if table.empty:
+        raise no_rows(store, task)
+    detector, results, folds = train_detector(table, detector, shares, seed, **more)
+    if targets:
+        results["transfer"] = transfer(detector, Target(source_run, table, store.model(task)), targets, shares, seed)
+    fingerprint = store.fingerprints().get(task, {})
+    store.set_status(SECTION, "running")  # a kill from here on leaves parts of two detectors
+    detector.save(
+        store.run_dir / "detector",
+        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
+    )
+    store.write_metrics(SECTION, results)
+    write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
+    store.set_status(SECTION, None)
+    return results
+
+
+def label(detector: Detector) -> str:
+    """Describe what a detector has learned to predict, for its manifest."""
+    chosen = {"first": "first sub-token of", "all": "every sub-token of"}
+    rows = chosen.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
+    which = "the first mention of an object" if detector.settings["repeats"] == "first" else "every object mention"
+    return f"{rows} {which} in an answer: 1 if the object is not in the image (the task's ground truth), else 0"
+
+
+def no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
+    """Make the error of a run without token rows; it says which command computes them."""
+    others = sorted(store.traced_tasks())
+    if task is not None and others:
+        return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")
+    if not any(record.mentions for record in store.records()):
+        return ArtefactError(
+            f"no answer in {store.run_dir} names an object that is judged: there is nothing to learn from"
+        )
+    return ArtefactError(
+        f"{store.run_dir} has no token features; `stethoscope extract run={store.run_dir}` computes them"
+    )

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
-from stethoscope.detection.judging import measure
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.features.columns import check_same_model, matching_columns
 from stethoscope.metrics.bootstrap import REPLICATES, group_weights, p_value, split_groups
 
@@ -110,7 +110,7 @@ def _judge(
             "run the task on more samples"
         )
     drawn = group_weights(test["group"], replicates, seed)
-    figures = measure(test, {name: one.predict(test) for name, one in detectors.items()}, drawn)
+    figures = evaluate_scores(test, {name: one.predict(test) for name, one in detectors.items()}, drawn)
     row: dict[str, Any] = {
         "target": target.name,
         "mentions": len(test),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from stethoscope.detection.sight import Look
+    from stethoscope.detection.visual_consistency import NamedProbability
     from stethoscope.relevancy import Relevancy
 
 CONTRIBUTIONS = ("sum", "max", "mean")
@@ -42,14 +42,14 @@ class TokenVerdict:
             where the detector's calibration does not add up.
         top: the features that push it the most; empty unless the detector is linear.
         visual_evidence: objects that the attended image evidence resembles, most probable first, None for nothing known
-            (``Detector.looks``); empty for other tokens and where the detector does not learn it.
+            (``Detector.visual_evidence``); empty for other tokens and where the detector does not learn it.
     """
 
     probability: float
     evidence: float | None = None
     prior: float | None = None
     top: Pushes = ()
-    visual_evidence: tuple[Look, ...] = ()
+    visual_evidence: tuple[NamedProbability, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Write it for JSON, rounded."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    from stethoscope.detection.sight import Look
+    from stethoscope.detection.visual_consistency import NamedProbability
     from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, TokenVerdict
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
@@ -37,7 +37,7 @@ VISUAL_EVIDENCE_NOTE = (
 """Explains the visual evidence to those who read it."""
 
 
-def describe_visual_evidence(objects: Sequence[Look]) -> str:
+def describe_visual_evidence(objects: Sequence[NamedProbability]) -> str:
     """Write the objects that attended image evidence resembles; what rounds to nothing is left out.
 
     >>> describe_visual_evidence([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, load_picture
-from stethoscope.detection.finding import check_model, load_detector
+from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, LensTrajectory, TokenVerdict
 from stethoscope.features import FeatureSet
 from stethoscope.storage.tokens import token_table
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.tracing.trace import Encoded, Trace
 
 WORDS = 5  # most probable words that are kept for every layer
@@ -362,7 +362,7 @@ def _score(
 def _verdicts(detector: Detector, rows: pd.DataFrame) -> list[TokenVerdict]:
     if not len(rows):
         return []
-    evidence_in_image = detector.looks(rows)
+    evidence_in_image = detector.visual_evidence(rows)
     if not detector.additive:
         pairs = zip(detector.predict(rows), evidence_in_image, strict=True)
         return [TokenVerdict(float(value), visual_evidence=objects) for value, objects in pairs]

@@ -1,4 +1,4 @@
-"""Image evidence that a token attended to, as columns for ``detection.sight``."""
+"""Image evidence that a token attended to, as columns for ``detection.visual_consistency``."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def detector_table(first: RunReader, other: RunReader, names: tuple[str, str]) -
         DataError: they have no test image in common, or one kind of mention is missing there.
     """
     # here, because scikit-learn takes a second to import and runs without a detector need none of it
-    from stethoscope.detection.judging import measure
+    from stethoscope.detection.score_metrics import evaluate_scores
 
     images = set(first.warnings["group"]) | set(other.warnings["group"])
     common = _test_images(first, images) & _test_images(other, images)
@@ -203,7 +203,7 @@ def detector_table(first: RunReader, other: RunReader, names: tuple[str, str]) -
     drawn = group_weights(pd.concat(part["group"] for part in rows))
     parts = drawn.select(np.arange(len(rows[0]))), drawn.select(np.arange(len(rows[0]), len(drawn.index)))
     figures = [
-        measure(mentions, {"detector": mentions["probability"].to_numpy()}, part)
+        evaluate_scores(mentions, {"detector": mentions["probability"].to_numpy()}, part)
         for mentions, part in zip(rows, parts, strict=True)
     ]
     cells = []

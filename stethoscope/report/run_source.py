@@ -316,8 +316,8 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     """
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
-    from stethoscope.detection.factor import EXTERNAL
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
+    from stethoscope.detection.evidence_prior import EXTERNAL
     from stethoscope.features.columns import keep_columns
 
     detector = Detector.load(source.folder / "detector")

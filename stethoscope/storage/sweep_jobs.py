@@ -102,8 +102,8 @@ def distinct_overrides(overrides: Sequence[str], fixed: Sequence[str]) -> tuple[
 def slug(overrides: Sequence[str]) -> str:
     """Build a folder name from overrides: keys without their parents where that is unambiguous.
 
-    >>> slug(["detector.strength=0.1", "features=paper/svar"])
-    'strength=0.1-features=paper_svar'
+    >>> slug(["detector.C=0.1", "features=paper/svar"])
+    'C=0.1-features=paper_svar'
     >>> slug(["a.seed=0", "b.seed=0"])
     'a.seed=0-b.seed=0'
     """

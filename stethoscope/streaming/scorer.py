@@ -22,7 +22,7 @@ from stethoscope.streaming.step_recorder import STEP_NEEDS
 from stethoscope.tracing.trace import SEGMENTS
 
 if TYPE_CHECKING:
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.features import Feature
     from stethoscope.streaming.step_recorder import Step, StepRecorder
     from stethoscope.tracing.trace import Trace

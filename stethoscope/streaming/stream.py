@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.offsets import GrowingText
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
-from stethoscope.detection.finding import check_model, load_detector
+from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.diagnosis import DiagnosedMention
 from stethoscope.diagnosis.run_diagnosis import MentionExtractor, default_extractor, extract_mentions, score_mentions
 from stethoscope.streaming.decode_loop import decode
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.detector import Detector
+    from stethoscope.detection.detector import Detector
     from stethoscope.tracing.trace import Encoded
 
 DEFAULT_MAX_TOKENS = 128  # tokens of an answer, unless set otherwise

@@ -18,7 +18,7 @@ from stethoscope.detection import leaderboard
 from stethoscope.diagnosis.run_diagnosis import default_extractor
 
 SCENES = 60
-SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.strength=0.1", "batch_size=32"]
+SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.C=0.1", "batch_size=32"]
 SMALL += [f"limit={SCENES}", f"pope.scenes={SCENES}", f"chair.scenes={SCENES}"]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]

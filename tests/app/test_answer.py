@@ -16,7 +16,7 @@ from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import ImageFeatureCache, ModelPool
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
-from stethoscope.detection.finding import trained
+from stethoscope.detection.lookup import detectors_for_model
 
 DESCRIBE = "Please describe this image in detail."
 
@@ -196,14 +196,14 @@ def test_an_unknown_model_is_said(pool, reader, picture_file):
 
 def test_detectors_of_other_models_are_passed_over(adapter, folder, tmp_path):
     fingerprint = adapter.fingerprint()
-    assert trained(folder, fingerprint) == [folder / "small" / "detector"]
-    assert trained(folder, {**fingerprint, "weights": "others"}) == []
-    assert trained(tmp_path, fingerprint) == []
+    assert detectors_for_model(folder, fingerprint) == [folder / "small" / "detector"]
+    assert detectors_for_model(folder, {**fingerprint, "weights": "others"}) == []
+    assert detectors_for_model(tmp_path, fingerprint) == []
     for number, odd in enumerate(('{"model": "llava"}', "[]", "{")):
         (tmp_path / f"odd{number}" / "detector").mkdir(parents=True)
         (tmp_path / f"odd{number}" / "detector" / "manifest.json").write_text(odd)
-    assert trained(tmp_path, fingerprint) == []
-    assert trained(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
+    assert detectors_for_model(tmp_path, fingerprint) == []
+    assert detectors_for_model(tmp_path, fingerprint, folder / "small") == [folder / "small" / "detector"]
     with (
         pytest.raises(ArtefactError, match="is no directory"),
         ModelPool(adapter, "testbed", str(tmp_path / "x")).use("testbed"),
@@ -238,7 +238,7 @@ def test_a_live_detector_needs_another_for_the_finished_answer(adapter, folder, 
 
 def test_a_detector_of_features_that_the_model_lacks_is_refused_before_the_first_question(adapter, tmp_path):
     table = token_table(60, seed=1).rename(columns={"mass": "attn_image_l07", "noise": "svar"})
-    Detector(strength=0.1).fit(table).save(tmp_path / "other")
+    Detector(C=0.1).fit(table).save(tmp_path / "other")
     for pair in ((str(tmp_path / "other"), None), ("auto", str(tmp_path / "other"))):
         with (
             pytest.raises(CapabilityError, match=r"features that testbed does not give.*attn_image_l07"),

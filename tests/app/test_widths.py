@@ -12,7 +12,7 @@ import pytest
 import stethoscope
 from stethoscope import testbed
 from stethoscope.app.model_pool import Detectors
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -38,7 +38,7 @@ def sighted(adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sighted")
     features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
     Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=60))
-    return Detector(strength=0.1).fit(RunStore(folder).tokens("chair"))
+    return Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
 
 
 @pytest.fixture(params=WIDTHS, ids=str)

@@ -49,7 +49,7 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
         "stethoscope.tasks.base.Task",
         "stethoscope.tasks.custom.Custom",
         "stethoscope.evaluation.evaluator.Evaluator",
-        "stethoscope.detector.Detector.load",
+        "stethoscope.detection.detector.Detector.load",
         f"__import__('os').system('touch {mark}')",
         f"exec(\"open('{mark}','w')\")",
         f"!!python/object/apply:os.system ['touch {mark}']",

@@ -26,7 +26,7 @@ from stethoscope.testbed import DETECTOR_DIR
 CASES, SEED = int(os.environ.get("STETHOSCOPE_FUZZ_CASES", 2000)), int(os.environ.get("STETHOSCOPE_FUZZ_SEED", 0))
 SLOWEST = 10  # seconds of processor time that a case may take
 SMALL = (
-    "features=uncertainty", "callbacks=none", "detector.strength=0.1", "batch_size=64", "limit=20", "pope.scenes=20",
+    "features=uncertainty", "callbacks=none", "detector.C=0.1", "batch_size=64", "limit=20", "pope.scenes=20",
     "chair.scenes=20",
     "+callbacks.maps._target_=stethoscope.evaluation.callbacks.SaveHeatmaps", "logger=none", "published=false",
 )  # fmt: skip

@@ -10,8 +10,8 @@ from helpers.token_tables import halves, token_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stethoscope.detection import artefact
-from stethoscope.detector import Detector
+from stethoscope.detection import artifact
+from stethoscope.detection.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
@@ -30,7 +30,7 @@ def detector(tmp_path_factory):
     """A saved detector, and its manifest."""
     folder = tmp_path_factory.mktemp("detector") / "saved"
     Detector().fit(*halves(token_table(60))).save(folder)
-    return folder, json.loads((folder / artefact.MANIFEST).read_text()), (folder / artefact.OBJECTS).read_bytes()
+    return folder, json.loads((folder / artifact.MANIFEST).read_text()), (folder / artifact.OBJECTS).read_bytes()
 
 
 def test_samples(run):
@@ -72,11 +72,11 @@ def test_detector_manifest(detector):
     @given(data=st.one_of(json_bytes(manifest), changed(manifest["settings"]).map(
         lambda settings: json.dumps({**manifest, "settings": settings}).encode())))  # fmt: skip
     def check(data):
-        (folder / artefact.MANIFEST).write_bytes(data)
+        (folder / artifact.MANIFEST).write_bytes(data)
         answers(lambda: Detector.load(folder))
 
     check()
-    (folder / artefact.MANIFEST).write_text(json.dumps(manifest))
+    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_detector_objects(detector):
@@ -91,16 +91,16 @@ def test_detector_objects(detector):
     def check(data, at, byte, sealed):
         if data == objects:
             data = objects[:at] + bytes([byte]) + objects[at + 1 :]
-        (folder / artefact.OBJECTS).write_bytes(data)
+        (folder / artifact.OBJECTS).write_bytes(data)
         if sealed:  # even with a digest that fits
-            new = {**manifest, "sha256": {artefact.OBJECTS: hashlib.sha256(data).hexdigest()}}
-            (folder / artefact.MANIFEST).write_text(json.dumps(new))
+            new = {**manifest, "sha256": {artifact.OBJECTS: hashlib.sha256(data).hexdigest()}}
+            (folder / artifact.MANIFEST).write_text(json.dumps(new))
         answers(lambda: Detector.load(folder))
-        (folder / artefact.MANIFEST).write_text(json.dumps(manifest))
+        (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
 
     check()
 
 
 @given(found=VALUES)
 def test_any_line_as_a_record(found):
-    answers(lambda: artefact.load_arrays(json.dumps(found).encode()))
+    answers(lambda: artifact.load_arrays(json.dumps(found).encode()))

@@ -158,7 +158,7 @@ class World:
     def _readers_of_run(self, folder: Path) -> dict[str, Callable[[], Any]]:
         from stethoscope.app.runs import Runs
         from stethoscope.commands import compare, extract, report, train
-        from stethoscope.detection.finding import load_detector, trained
+        from stethoscope.detection.lookup import load_detector, trained
         from stethoscope.report.run_source import RunReader
         from stethoscope.storage.run_dir import RunStore
 
@@ -202,8 +202,8 @@ class World:
     def _readers_of_detector(self, folder: Path) -> dict[str, Callable[[], Any]]:
         import pandas as pd
 
-        from stethoscope.detection.finding import trained
-        from stethoscope.detector import Detector
+        from stethoscope.detection.detector import Detector
+        from stethoscope.detection.lookup import trained
         from stethoscope.report.run_source import RunReader
 
         def load() -> None:

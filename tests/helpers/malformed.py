@@ -11,8 +11,8 @@ from PIL import Image
 
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from helpers.token_tables import halves, token_table
-from stethoscope.detection import artefact
-from stethoscope.detector import Detector
+from stethoscope.detection import artifact
+from stethoscope.detection.detector import Detector
 from stethoscope.evaluation.evaluator import Evaluator
 
 EVALUATE = ["evaluate", "model.random_init=tiny", "logger=none", "callbacks=none"]
@@ -142,7 +142,7 @@ def manifest(**changes: object) -> Callable[[Path], None]:
     """Changes keys of a detector's manifest."""
 
     def change(folder: Path) -> None:
-        file = folder / artefact.MANIFEST
+        file = folder / artifact.MANIFEST
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
     return change

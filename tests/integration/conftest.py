@@ -8,7 +8,7 @@ from stethoscope.cli import main
 from stethoscope.detection import leaderboard
 
 LIMIT = 60
-SMALL = ["features=fast", "callbacks=none", "detector.strength=0.1", "batch_size=64"]
+SMALL = ["features=fast", "callbacks=none", "detector.C=0.1", "batch_size=64"]
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
 SHOWN = [
     "+callbacks.maps._target_=stethoscope.evaluation.callbacks.SaveHeatmaps",

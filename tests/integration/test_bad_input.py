@@ -7,7 +7,7 @@ from helpers import malformed as bad
 from helpers.malformed import AMBER, CUSTOM, HALLOC, HALLUSION, INSTANCES, POPE
 from PIL import Image
 
-from stethoscope.detection import artefact
+from stethoscope.detection import artifact
 
 
 @pytest.fixture
@@ -222,10 +222,10 @@ MALFORMED = {
     "a vocabulary of two minds": (bad.vocabulary("dog: [pet]\ncat: [pet]"), "'pet' stands for both 'dog' and 'cat'"),
     "a vocabulary that is no YAML": (bad.vocabulary("dog: [pet"), "line 1: neither YAML nor JSON"),
     # detectors
-    "a detector without manifest": (bad.detector(bad.remove(artefact.MANIFEST)), "holds no detector"),
-    "a detector cut short": (bad.detector(bad.cut(artefact.OBJECTS)), "was changed since it was written"),
-    "a manifest cut short": (bad.detector(bad.cut(artefact.MANIFEST)), "manifest.json is damaged"),
-    "a manifest that is a list": (bad.detector(bad.write(artefact.MANIFEST, b"[]")), "an object was expected"),
+    "a detector without manifest": (bad.detector(bad.remove(artifact.MANIFEST)), "holds no detector"),
+    "a detector cut short": (bad.detector(bad.cut(artifact.OBJECTS)), "was changed since it was written"),
+    "a manifest cut short": (bad.detector(bad.cut(artifact.MANIFEST)), "manifest.json is damaged"),
+    "a manifest that is a list": (bad.detector(bad.write(artifact.MANIFEST, b"[]")), "an object was expected"),
     "a detector of the future": (bad.detector(bad.manifest(schema_version=99)), "has schema version 99"),
     "a manifest without settings": (bad.detector(bad.manifest(settings=None)), "is damaged"),
     "a manifest of other features": (bad.detector(bad.manifest(features=["a"])), "do not belong together"),

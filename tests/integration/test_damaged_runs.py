@@ -8,10 +8,10 @@ import pytest
 from helpers.made_up_runs import made_up_run
 
 from stethoscope.app.runs import Runs
-from stethoscope.commands.train import fit
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.detection import leaderboard
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.training import fit
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.report import compare
 from stethoscope.report.run_report import collect_report

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
-    detector = package.Detector(strength=0.1).fit(RunStore(folder).tokens("chair"))
+    detector = package.Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
     detector.threshold = 0.0
     detector.save(folder / "detector")
     return folder
@@ -55,7 +55,7 @@ def test_a_detector_that_reads_states_of_another_model_is_refused(trained, tmp_p
         package.diagnose(adapter, scene, "What is this?", detector=detector)
     with pytest.raises(ConfigError, match="looked_at are states"):
         list(package.stream(adapter, scene, "What is this?", final=detector))
-    own = package.Detector(sight=False, strength=0.1).fit(RunStore(trained).tokens("chair"))
+    own = package.Detector(visual_consistency=False, C=0.1).fit(RunStore(trained).tokens("chair"))
     own.notes["model"] = detector.notes["model"]  # other features may be tried elsewhere
     package.diagnose(adapter, scene, "What is this?", detector=own)
 
@@ -163,7 +163,7 @@ def test_a_picture_that_is_none(stethoscope, tmp_path):
 def test_a_detector_of_another_model(stethoscope, tmp_path):
     features = FeatureSet(groups=["attention"])
     Evaluator(features=features, run_dir=tmp_path / "run", batch_size=24).run(package.load("testbed"), Chair(scenes=16))
-    package.Detector(strength=0.1).fit(RunStore(tmp_path / "run").tokens("chair")).save(tmp_path / "run" / "detector")
+    package.Detector(C=0.1).fit(RunStore(tmp_path / "run").tokens("chair")).save(tmp_path / "run" / "detector")
     line = stethoscope("diagnose", "model=qwen2-vl-2b", "model.random_init=tiny", "answer=a dog", "detector=run")
     assert "the detector reads features that" in line
     assert "it was trained on another model (missing: attn_" in line

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.features import FEATURES
 
 ROOT = Path(__file__).parents[2]

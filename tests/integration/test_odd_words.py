@@ -13,7 +13,7 @@ from stethoscope.detection import leaderboard
 SECRET = "Zq7" + "verySecret9" * 2
 HOSTILE = "a\x1b[31mred\x1b]8;;http://x\x1b\\link\x1b]52;c;eA==\x07\rb\u202ec\x9b2J[bold]d[/bold]"
 STEERING = ("\x1b", "\x07", "\r", "\u202e", "\x9b")
-QUICK = ["detector.strength=0.1", "published=false", "logger=none"]
+QUICK = ["detector.C=0.1", "published=false", "logger=none"]
 TINY = ["model.random_init=tiny", "callbacks=none", "logger=none"]
 
 

@@ -11,7 +11,7 @@ from stethoscope import testbed
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
-from stethoscope.detection.inputs import Inputs
+from stethoscope.detection.design_matrix import Inputs
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
@@ -37,7 +37,7 @@ def images():
 def trained(adapter, folder, features, **settings):
     stethoscope.Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=36))
     table = RunStore(folder).tokens("chair")
-    return stethoscope.Detector(strength=0.1, **settings).fit(table)
+    return stethoscope.Detector(C=0.1, **settings).fit(table)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_rows_are_judged_as_a_table_is(settings):
     table["group"] = [f"image{row // 2}" for row in range(400)]
     table["first"], table["repeat"], table["object"], table["number"] = True, 0, "dog", 0
     table["task"], table["sample_id"] = "t", table["group"]
-    detector = stethoscope.Detector(strength=1.0, **settings).fit(table)
+    detector = stethoscope.Detector(C=1.0, **settings).fit(table)
     whole = table[~table["b"].isna()].copy()
     whole.loc[:5, "a"] = 50.0  # is clipped
     judge, rows = detector.model.predict, whole[["a", "b", "c"]].to_numpy()

@@ -23,7 +23,7 @@ from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]
 
-QUICK = ("detector.strength=0.1", "published=false")
+QUICK = ("detector.C=0.1", "published=false")
 
 
 @pytest.fixture(autouse=True)
@@ -294,7 +294,7 @@ def test_a_worker_that_is_killed_is_told(call, tmp_path, monkeypatch):
     )
     source = made_up_run(tmp_path / "made", images=100)
     words = [f"run={source}", "hydra.sweep.dir=runs/study", "plugins=[deadly]", "logger=none", *QUICK]
-    targets = "detector._target_=stethoscope.detector.Detector,deadly.Deadly"
+    targets = "detector._target_=stethoscope.detection.detector.Detector,deadly.Deadly"
     for launcher in LAUNCHERS.values():
         code, out, err = call("train", "--multirun", *launcher, targets, *words)
         assert code == 2

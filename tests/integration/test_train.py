@@ -72,7 +72,7 @@ def test_the_task_is_chosen(run, stethoscope):
 
 def test_the_only_task_of_a_run_need_not_be_named(tmp_path, stethoscope):
     run = made_up(tmp_path / "run", "mine")
-    assert "leader board" in stethoscope("train", f"run={run}", "detector.strength=0.1", code=0)
+    assert "leader board" in stethoscope("train", f"run={run}", "detector.C=0.1", code=0)
     assert json.loads((run / "detector" / "manifest.json").read_text())["task"]["name"] == "mine"
 
 
@@ -126,5 +126,5 @@ def test_several_detectors_and_ablation(run, stethoscope):
 
 def test_every_detector_of_the_configuration_trains(run, stethoscope):
     for name in ("factored", "per_head"):
-        stethoscope("train", f"run={run}", f"detector={name}", "detector.strength=0.1", code=0)
+        stethoscope("train", f"run={run}", f"detector={name}", "detector.C=0.1", code=0)
         assert Detector.load(run / "detector").settings["factored"] == (name == "factored")

@@ -17,7 +17,7 @@ from stethoscope.storage.run_dir import RunStore
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("logger=none", "detector.strength=0.1", "published=false")
+QUICK = ("logger=none", "detector.C=0.1", "published=false")
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
     line = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK)
     assert "away chair has other weights than the model that the detector learns from, model of home" in line
     assert not (home / "detector").exists()  # it is said before anything is fitted
-    for words in (("detector.exclude=['looked_at*']",), ("detector.sight=false",)):
+    for words in (("detector.exclude=['looked_at*']",), ("detector.visual_consistency=false",)):
         assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, *QUICK, code=0)
     (away / "fingerprint.json").write_text((home / "fingerprint.json").read_text())
     assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK, code=0)

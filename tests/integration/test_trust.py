@@ -11,9 +11,9 @@ import yaml
 
 from stethoscope.adapters import tiny
 from stethoscope.app.runs import Runs
-from stethoscope.commands.common import saved_task
 from stethoscope.commands.sweeps import Sweep
 from stethoscope.core.errors import StethoscopeError
+from stethoscope.evaluation.saved_task import saved_task
 from stethoscope.report.run_source import RunReader
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 from stethoscope.tasks.chair import Chair
@@ -75,7 +75,7 @@ def test_no_class_of_a_run_but_a_task(hostile, stethoscope, capsys, kind):
     path, settings, words = GADGETS[kind]
     run = hostile(path, settings)
     with pytest.raises(StethoscopeError) as error:
-        saved_task(RunReader.read(run), "chair", offline=True)
+        saved_task(RunReader.read(run).store, "chair", offline=True)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     from stethoscope.cli import main
@@ -113,11 +113,11 @@ def test_a_sweep_believes_the_plugins_of_its_jobs_command_lines(finished, copy, 
     (copy / "config.yaml").write_text(config.replace("plugins: []", "plugins: [pandas]"))
     believed = []
 
-    def made(source, name, plugins, offline):
+    def made(store, name, plugins, offline):
         believed.append(plugins)
         return {"chair": Chair, "pope": Pope}[name]()
 
-    monkeypatch.setattr("stethoscope.commands.common.saved_task", made)
+    monkeypatch.setattr("stethoscope.evaluation.saved_task.saved_task", made)
     sweep = Sweep("benchmark", tmp_path / "sweep", (), "key")
     for number, folder in enumerate((finished / "sampled", copy)):
         job = Job("key", number, (f"seed={number}",), str(folder), FINISHED, plugins=("mine",) if number else ())
@@ -219,7 +219,7 @@ def test_a_report_stays_offline_whatever_the_run_leaves_out(copy):
     described["chair"]["task"]["settings"] = {"source": "hub", "dataset": "owner/name"}
     (copy / "fingerprint.json").write_text(json.dumps(described))
     (copy / "config.yaml").unlink()
-    task = saved_task(RunReader.read(copy), "chair", offline=True)
+    task = saved_task(RunReader.read(copy).store, "chair", offline=True)
     assert isinstance(task, Chair)
     assert task.hub.local_files_only
 

@@ -31,7 +31,6 @@ SEVERAL = {
     "minigpt4",
 }  # names of modules that several packages have
 MOVING = {  # to be mended
-    "app.runs commands.common.saved_task",
 }
 FILES = [
     *sorted((ROOT / "stethoscope").rglob("*.py")),

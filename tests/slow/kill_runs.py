@@ -47,7 +47,7 @@ IMPORTED = [
     *(f"stethoscope.commands.{name}" for name in ("evaluate", "extract", "train", "benchmark")),
     *(f"stethoscope.{name}" for name in ("adapters.testbed", "evaluator", "tasks.chair", "tasks.pope", "features")),
     *(
-        "stethoscope.detector",
+        "stethoscope.detection.detector",
         "stethoscope.detection.training",
         "stethoscope.report.examples",
         "stethoscope.storage.run_dir",
@@ -134,7 +134,7 @@ def chains_of(commands: Sequence[str]) -> dict[str, list[str]]:
 def steps_of(folder: Path, scenes: int, commands: Sequence[str] = ("evaluate", "extract")) -> list[Step]:
     """The commands of the run that is disturbed."""
     place = ["batch_size=16", f"runs={folder.parent}", f"name={folder.name}", "logger=none", "callbacks=none"]
-    fit = ["published=false", "detector.sight=false"]
+    fit = ["published=false", "detector.visual_consistency=false"]
     words = {
         "evaluate": ["task=chair", f"task.scenes={scenes}", *place],
         "extract": [f"run={folder}", "features=fast", "callbacks=none"],

@@ -14,8 +14,8 @@ PLAIN = {
     "version",
     # numbers and mappings that may be null, lists of names
     "hosts",
-    "abstractor", "beside", "categories", "exclude", "features", "groups", "limit", "max_memory", "max_new_tokens",
-    "names", "parts", "plugins", "seed", "sets", "stop", "strength", "subsets", "tags", "text", "threads",
+    "C", "abstractor", "beside", "categories", "exclude", "features", "groups", "limit", "max_memory", "max_new_tokens",
+    "names", "parts", "plugins", "seed", "sets", "stop", "subsets", "tags", "text", "threads",
     "threshold",
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_all_texts_of_a_command_arrive(command, groups):
 @pytest.mark.parametrize(
     ("word", "spelled"),
     [
-        ("detector.strength=None", "detector.strength=null"),
+        ("detector.C=None", "detector.C=null"),
         ("detector.threshold={'max_false_alarms': 0.2}", "detector.threshold={max_false_alarms:0.2}"),
         ('detector.threshold={"max_missed": None}', "detector.threshold={max_missed:null}"),
         ("task.subsets=['random', 'popular']", "task.subsets=['random','popular']"),
@@ -125,7 +125,7 @@ def test_spelling(word, spelled):
         ("task.images='photos (val), 2014',b", "task.images='photos (val), 2014',b"),
         ("task.images=photos (val, 2014),b", "task.images='photos (val, 2014)',b"),
         ("seed=range(0,3)", "seed=range(0,3)"),
-        ("detector.strength=None,0.1", "detector.strength=null,0.1"),
+        ("detector.C=None,0.1", "detector.C=null,0.1"),
         ("test=[a=1],[b]", "test=['a=1'],[b]"),
         ("question=Who?,What?", "question='Who?','What?'"),
     ],

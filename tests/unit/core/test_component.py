@@ -13,7 +13,7 @@ from stethoscope.adapters.base import Adapter
 from stethoscope.core.component import build, choices, compose, import_class, import_name
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.features import FeatureSet
 
 SETTINGS = {"random_init": "tiny", "device": "cpu"}
@@ -85,7 +85,7 @@ def test_wrong_names(model, settings, words):
 
 def test_what_a_package_defines_and_what_it_has_imported():
     """Names that a package takes over from its own modules are its own too."""
-    assert import_class("stethoscope.Detector", object, "detector").__module__ == "stethoscope.detector"
+    assert import_class("stethoscope.Detector", object, "detector").__module__ == "stethoscope.detection.detector"
     assert import_class("stethoscope.features.FeatureSet", FeatureSet, "features") is FeatureSet
     assert import_name("stethoscope.tasks.object_extraction.mentions", "mentions")("a dog")
     for path in (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.isotonic import IsotonicRegression
 
-from stethoscope.detection.estimators import CalibratedModel, Examples, make_estimator, set_strength
+from stethoscope.detection.estimators import CalibratedModel, Examples, make_estimator, set_C
 from stethoscope.detection.inference import compile_classifier
 
 
@@ -23,7 +23,7 @@ def drawn(seed, rows=600, columns=5, gaps=0.2):
 @pytest.mark.parametrize("gaps", [0.0, 0.2])
 def test_it_is_the_estimator(kind, gaps):
     X, labels = drawn(0, gaps=gaps)
-    estimator = set_strength(make_estimator(kind), 0.1).fit(X, labels)
+    estimator = set_C(make_estimator(kind), 0.1).fit(X, labels)
     compiled = compile_classifier(estimator)
     for rows in (X, drawn(1, 3000)[0], X[:1], X[:0], np.full((2, 5), np.nan)):
         expected = estimator.decision_function(rows) if len(rows) else np.zeros(0)
@@ -51,7 +51,7 @@ def test_few_rows_make_trees_of_a_single_leaf():
 def test_isotonic_steps_are_those_of_the_regression():
     X, labels = drawn(4)
     examples = Examples(X[:300], labels[:300], np.arange(300)), Examples(X[300:], labels[300:], np.arange(300, 600))
-    fitted = CalibratedModel.fit(make_estimator("logistic"), *examples, method="isotonic", strength=1.0)
+    fitted = CalibratedModel.fit(make_estimator("logistic"), *examples, method="isotonic", C=1.0)
     scores = np.linspace(-9, 9, 1001)
     regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(fitted.unseen, labels[300:])
     assert fitted.calibrate(scores) == pytest.approx(regression.predict(scores), rel=0, abs=1e-12)

@@ -12,9 +12,9 @@ from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
+from stethoscope.detection.detector import Detector
 from stethoscope.detection.leaderboard import AREAS, METRICS, leaderboard
 from stethoscope.detection.training import ablate, feature_groups, train_detector
-from stethoscope.detector import Detector
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Interval, split_groups
 
@@ -109,7 +109,7 @@ def test_shuffled_labels_cannot_be_told_apart():
     judged = (table["label"] >= 0).to_numpy()
     labels = table["label"].to_numpy().copy()
     labels[judged] = np.random.default_rng(0).permutation(labels[judged])
-    results = train_detector(table.assign(label=labels), Detector(strength=0.01), replicates=20).results
+    results = train_detector(table.assign(label=labels), Detector(C=0.01), replicates=20).results
     for name in ("detector", "position only", "text prior", "nll", "noise"):
         assert 0.43 < figure(results, name, "auroc").value < 0.57
 

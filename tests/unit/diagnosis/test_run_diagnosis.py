@@ -13,7 +13,7 @@ from stethoscope import testbed
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
-from stethoscope.detection.warn import mention_warnings
+from stethoscope.detection.lookup import mention_warnings
 from stethoscope.diagnosis.run_diagnosis import diagnose, feature_names
 from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -35,7 +35,7 @@ def run(adapter, tmp_path_factory):
     features = FeatureSet(groups=["uncertainty", "position", "attention"])
     stethoscope.Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=36))
     table = RunStore(folder).tokens("chair")
-    return RunStore(folder), table, stethoscope.Detector(strength=0.1).fit(table)
+    return RunStore(folder), table, stethoscope.Detector(C=0.1).fit(table)
 
 
 @pytest.fixture(scope="module")

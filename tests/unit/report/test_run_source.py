@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from stethoscope import Detector
 from stethoscope.core.token_table import KEY_COLUMNS, mention_rows
-from stethoscope.detection.warn import mention_warnings, write_warnings
+from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.report.run_source import PRIOR, RunReader, importances
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
@@ -41,7 +41,7 @@ def _source(folder, table, detector, warned=None):
 
 def test_importance_is_what_shuffling_costs(tmp_path):
     train, test = halves(token_table(300, seed=2))
-    detector = Detector(features=["nll", "noise"], strength=1.0).fit(train)
+    detector = Detector(features=["nll", "noise"], C=1.0).fit(train)
     source = _source(tmp_path / "run", test, detector)
     found = {one.feature: one.loss for one in importances(source)}
     area = roc_auc_score(source.held_out["label"], source.held_out["probability"])
@@ -54,7 +54,7 @@ def test_importance_is_what_shuffling_costs(tmp_path):
 
 def test_what_place_and_name_are_worth_is_told_of_a_factored_detector(tmp_path):
     train, test = halves(token_table(300, seed=2))
-    detector = Detector(features=["nll", "mass"], factored=True, strength=1.0).fit(train)
+    detector = Detector(features=["nll", "mass"], factored=True, C=1.0).fit(train)
     found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
     assert set(found) == {"nll", "mass", PRIOR}
     assert found[PRIOR].low > 0.01
@@ -62,7 +62,7 @@ def test_what_place_and_name_are_worth_is_told_of_a_factored_detector(tmp_path):
 
 def test_a_run_without_a_detector_of_its_own_has_none(tmp_path):
     train, test = halves(token_table(100, seed=2))
-    source = _source(tmp_path / "run", test, Detector(features=["nll"], strength=1.0).fit(train))
+    source = _source(tmp_path / "run", test, Detector(features=["nll"], C=1.0).fit(train))
     (source.folder / "detector" / "manifest.json").unlink()
     assert importances(source) == []
 
@@ -74,14 +74,14 @@ def test_the_mention_number_is_part_of_place_and_name(tmp_path):
     label = np.where(random.random(len(table)) < 0.1, ~later, later).astype(np.int8)
     table = table.assign(label=np.where(table["label"] >= 0, label, -1), token=random.permutation(len(table)) % 30)
     train, test = halves(table)
-    detector = Detector(features=["noise"], factored=True, strength=1.0).fit(train)
+    detector = Detector(features=["noise"], factored=True, C=1.0).fit(train)
     found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
     assert found[PRIOR].value > 0.25
 
 
 def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
     train, test = halves(token_table(300, seed=2))
-    detector = Detector(strength=1.0).fit(train.drop(columns=["mass"]))  # of a part of the columns
+    detector = Detector(C=1.0).fit(train.drop(columns=["mass"]))  # of a part of the columns
     other = test.assign(
         sample_id="other/" + test["sample_id"], label=np.where(test["label"] >= 0, 1 - test["label"], -1)
     )
@@ -93,7 +93,7 @@ def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
 
 def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
     train, test = halves(token_table(100, seed=2))
-    detector = Detector(features=["nll"], strength=1.0).fit(train)
+    detector = Detector(features=["nll"], C=1.0).fit(train)
     source = _source(tmp_path / "run", test, detector)
     source.__dict__["table"] = source.table.drop(columns="nll")
     with pytest.warns(UserWarning, match="lacks 1 columns that its detector reads"):

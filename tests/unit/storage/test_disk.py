@@ -8,8 +8,8 @@ from helpers.made_up_runs import made_up_run
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.core.errors import ArtefactError, ConfigError
-from stethoscope.detection.warn import write_warnings
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.lookup import write_warnings
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.report.run_source import RunReader
 from stethoscope.storage.reuse import copy_task
@@ -23,8 +23,8 @@ def evaluate(folder, limit=6, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["detector", "warnings", "metrics"])
 def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, monkeypatch, moment):
-    from stethoscope.commands.train import fit
-    from stethoscope.detection import leaderboard, warn
+    from stethoscope.detection import leaderboard, training
+    from stethoscope.detection.training import fit
 
     monkeypatch.setattr(leaderboard, "SHUFFLES", 2)
     run = made_up_run(tmp_path / "run")
@@ -42,15 +42,16 @@ def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, 
         raise Killed
 
     module, name = {
-        "detector": (Detector, "save"), "warnings": (warn, "write_warnings"), "metrics": (RunStore, "write_metrics"),
+        "detector": (Detector, "save"), "warnings": (training, "write_warnings"),
+        "metrics": (RunStore, "write_metrics"),
     }[moment]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(module, name, kill)
         with pytest.raises(Killed):
-            fit(store, "chair", Detector(strength=0.5), shares, 0)
+            fit(store, "chair", Detector(C=0.5), shares, 0)
     with pytest.raises(ArtefactError, match="has parts of two detectors: fitting one was cut short"):
         RunReader.read(run)
-    fit(store, "chair", Detector(strength=0.5), shares, 0)
+    fit(store, "chair", Detector(C=0.5), shares, 0)
     assert RunReader.read(run).detector
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import stethoscope
-from stethoscope.detection.finding import shipped
+from stethoscope.detection.lookup import bundled_detectors
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.metrics import classification
@@ -25,20 +25,20 @@ def adapter():
 
 def test_it_is_that_of_the_embedded_model_as_it_is(adapter):
     """If this fails after the model was trained again: scripts/train_testbed/detector.py."""
-    assert shipped(adapter) == [DETECTOR_DIR]
+    assert bundled_detectors(adapter) == [DETECTOR_DIR]
 
 
 def test_an_altered_model_does_not_get_it(adapter, monkeypatch):
     known = adapter.fingerprint()
     for changed in ({"weights": "sha256:0"}, {"prompt": "{question}"}, {"dtype": "bfloat16"}, {"settings": {}}):
         monkeypatch.setattr(adapter, "fingerprint", lambda changed=changed: {**known, **changed})
-        assert shipped(adapter) == []
+        assert bundled_detectors(adapter) == []
     tiny = stethoscope.load("testbed", random_init="tiny")
     tiny.setup()
-    assert shipped(tiny) == []
+    assert bundled_detectors(tiny) == []
     other = stethoscope.load("qwen2-vl-2b", random_init="tiny")  # whose weights are not even digested
     monkeypatch.setattr(other, "fingerprint", None)
-    assert shipped(other) == []
+    assert bundled_detectors(other) == []
 
 
 def test_it_is_small_and_reads_without_a_warning():

@@ -9,7 +9,7 @@ from stethoscope import testbed
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import UNKNOWN, Generation, Mention
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.diagnosis.run_diagnosis import default_extractor, diagnose, extract_mentions
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet

@@ -10,9 +10,9 @@ from scipy.special import expit, logit
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import mention_rows
+from stethoscope.detection.detector import Detector
 from stethoscope.detection.explain import REST
-from stethoscope.detection.warn import COLUMNS, mention_warnings, write_warnings
-from stethoscope.detector import Detector
+from stethoscope.detection.lookup import WARNING_COLUMNS, mention_warnings, write_warnings
 from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(700))
@@ -32,7 +32,7 @@ def plain():
 
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
 def test_evidence_and_prior_add_up_to_the_probability(kind):
-    detector = Detector(kind, factored=True, strength=None if kind == "logistic" else 0.1).fit(TRAIN, CALIBRATION)
+    detector = Detector(kind, factored=True, C=None if kind == "logistic" else 0.1).fit(TRAIN, CALIBRATION)
     why = detector.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
     assert (why.probability == detector.predict(TEST)).all()
@@ -132,7 +132,7 @@ def test_warnings_carry_evidence_and_prior(factored, tmp_path):
     table = pd.concat([TRAIN, CALIBRATION], ignore_index=True)
     folds = {"train": table["group"].isin(set(TRAIN["group"])).to_numpy()}
     rows = mention_warnings(table, factored, folds)
-    assert list(rows.columns) == list(COLUMNS)
+    assert list(rows.columns) == list(WARNING_COLUMNS)
     assert len(rows) == (table["number"] >= 0).sum()
     assert (rows["fold"] == "train").sum() == (TRAIN["number"] >= 0).sum()
     write_warnings(rows, tmp_path / "warnings.jsonl")

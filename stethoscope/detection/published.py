@@ -16,7 +16,7 @@ import pandas as pd
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import feature_matrix, feature_names
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import COST_CLASSES
@@ -47,7 +47,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Judged:
+class PublishedScores:
     """What a method says of the test fold.
 
     Attributes:
@@ -74,7 +74,7 @@ def cost_of(columns: Sequence[str]) -> str:
     return max(costs, key=COST_CLASSES.index, default="")
 
 
-def published(table: pd.DataFrame) -> list[Method]:
+def available_methods(table: pd.DataFrame) -> list[Method]:
     """The published detectors of which a token table has all features, with a value somewhere.
 
     Args:
@@ -132,11 +132,13 @@ def check_sets(names: Sequence[str], computed: Collection[str]) -> None:
             raise ConfigError(f"sets={name}: none of its features is computed; choose features={name} or more")
 
 
-def judge(method: Method, folds: Mapping[str, pd.DataFrame], settings: Mapping[str, str], seed: int = 0) -> Judged:
+def score_published(
+    method: Method, folds: Mapping[str, pd.DataFrame], settings: Mapping[str, str], seed: int = 0
+) -> PublishedScores:
     """What a method says of the mentions of the ``test`` fold.
 
     Args:
-        method: of ``published``.
+        method: of ``available_methods``.
         folds: mentions of ``train``, ``calibration`` and ``test``, a row each.
         settings: ``repeats`` and ``subtokens`` of the detectors that it is compared with.
         seed: of the fit.
@@ -145,10 +147,10 @@ def judge(method: Method, folds: Mapping[str, pd.DataFrame], settings: Mapping[s
         return _score(method, folds["train"], folds["test"])
     fitted = Detector(features=method.columns, seed=seed, **settings).fit(folds["train"], folds["calibration"])
     note = f"logistic regression on {len(method.columns)} columns"
-    return Judged(fitted.predict(folds["test"]), True, 1, note)
+    return PublishedScores(fitted.predict(folds["test"]), True, 1, note)
 
 
-def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> Judged:
+def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> PublishedScores:
     """The score column as it stands; gaps are filled with the median of the training fold."""
     labels = train["label"].to_numpy(dtype=int)
     seen = feature_matrix(train, method.score)
@@ -161,4 +163,6 @@ def _score(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> Judged:
     values = feature_matrix(test, [column])[:, 0]
     direction = f"{'high' if sign > 0 else 'low'} for hallucinated by the {'paper' if given else 'training fold'}"
     layer = f" (layer by the training fold, of {len(method.score)})" if len(method.score) > 1 else ""
-    return Judged(sign * np.where(np.isnan(values), middle[best], values), False, sign, f"{column}{layer}, {direction}")
+    return PublishedScores(
+        sign * np.where(np.isnan(values), middle[best], values), False, sign, f"{column}{layer}, {direction}"
+    )

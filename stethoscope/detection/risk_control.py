@@ -43,7 +43,7 @@ SPREAD = 1.5  # by how much mentions of one image are expected to inflate the va
 
 
 @dataclass(frozen=True)
-class Promise:
+class RiskGuarantee:
     """What the user asks for.
 
     Attributes:
@@ -57,14 +57,14 @@ class Promise:
     confidence: float = 0.95
 
     @classmethod
-    def parse(cls, wanted: Mapping[str, Any]) -> Promise:
+    def parse(cls, wanted: Mapping[str, Any]) -> RiskGuarantee:
         """From a configuration such as ``{"max_false_alarms": 0.05}``, with ``confidence`` beside it or not.
 
         Raises:
             ConfigError: it names no risk, two, or one that is not known, or a number is out of range.
 
-        >>> Promise.parse({"max_missed": 0.1})
-        Promise(risk='max_missed', most=0.1, confidence=0.95)
+        >>> RiskGuarantee.parse({"max_missed": 0.1})
+        RiskGuarantee(risk='max_missed', most=0.1, confidence=0.95)
         """
         for key in wanted:
             if key not in (*RISKS, "confidence"):
@@ -90,7 +90,7 @@ class Certificate:
 
     Attributes:
         threshold: score at or above which to warn.
-        risk, most, confidence: of the promise.
+        risk, most, confidence: of the guarantee.
         observed: the share on the calibration images.
         images: calibration images.
         mentions: those among their mentions that can be in error.
@@ -134,7 +134,7 @@ def per_image(groups: Sequence[str] | np.ndarray, counted: np.ndarray) -> np.nda
     return np.bincount(index.ravel(), weights=counted, minlength=len(names)).astype(int)
 
 
-def stake(images: int, most: float, confidence: float, mean: float, limit: int) -> float:
+def bet_size(images: int, most: float, confidence: float, mean: float, limit: int) -> float:
     """What to bet, from what is known before the calibration images are looked at.
 
     Args:
@@ -152,28 +152,29 @@ def stake(images: int, most: float, confidence: float, mean: float, limit: int) 
     return min(best, LARGEST_STAKE / ((1 - most) * limit))
 
 
-def log_wealth(errors: np.ndarray, chances: np.ndarray, most: float, bet: float) -> float:
+def log_wealth(errors: np.ndarray, n_at_risk: np.ndarray, most: float, bet: float) -> float:
     """Logarithm of the wealth that speaks for a risk of at most ``most``.
 
     Args:
-        errors, chances: (images,) F and G, with F <= G.
+        errors, n_at_risk: (images,) F and G, with F <= G.
         most: alpha.
         bet: stake, less than 1 / ((1 - alpha) max G).
     """
-    return float(np.log1p(-bet * (errors - most * chances)).sum())
+    return float(np.log1p(-bet * (errors - most * n_at_risk)).sum())
 
 
 def certify(
     scores: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str] | np.ndarray,
-    promise: Promise,
+    guarantee: RiskGuarantee,
     reference: np.ndarray,
 ) -> Certificate:
     """The boldest threshold for which the promise can be given.
 
-    With probability ``promise.confidence`` over the draw of the calibration images, the share of errors over all images
-    of the same kind is at most ``promise.most``, whatever the detector is worth; a poor one only gets a poor threshold.
+    With probability ``guarantee.confidence`` over the draw of the calibration images, the share of errors over all
+    images of the same kind is at most ``guarantee.most``, whatever the detector is worth; a poor one only gets a poor
+    threshold.
     An image with more than ``max(reference)`` mentions that can be in error counts with so many, so that what is tested
     is bounded.
 
@@ -181,107 +182,109 @@ def certify(
         scores: (n,) of the calibration mentions, by a model that has not seen their images.
         labels: (n,) 1 hallucinated, 0 grounded.
         groups: (n,) image ids.
-        promise: what is wanted.
+        guarantee: what is wanted.
         reference: (images,) mentions per image that can be in error, of other images: those of the training fold.
 
     Raises:
         DataError: there are too few images for any threshold, or only one that is of no use.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    side = 1 if promise.risk == "max_false_alarms" else -1  # a miss is a false alarm with everything turned round
+    side = 1 if guarantee.risk == "max_false_alarms" else -1  # a miss is a false alarm with everything turned round
     at_risk = labels == (0 if side > 0 else 1)
     limit, mean = int(max(np.max(reference, initial=1), 1)), float(np.mean(reference)) if len(reference) else 1.0
     index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].ravel()
-    chances = np.bincount(index, weights=at_risk)
-    share = np.minimum(1, limit / np.maximum(chances, 1))  # what a mention of an image counts
-    bet = stake(len(chances), promise.most, promise.confidence, mean, limit)
-    needed = math.log(1 / (1 - promise.confidence))
-    bold = np.sort(side * scores[at_risk])[::-1]  # errors in the order in which bolder thresholds make them
+    n_at_risk = np.bincount(index, weights=at_risk)
+    share = np.minimum(1, limit / np.maximum(n_at_risk, 1))  # what a mention of an image counts
+    bet = bet_size(len(n_at_risk), guarantee.most, guarantee.confidence, mean, limit)
+    needed = math.log(1 / (1 - guarantee.confidence))
+    errors_sorted = np.sort(side * scores[at_risk])[::-1]  # errors in the order in which bolder thresholds make them
 
     def accepted(count: int) -> bool:
         """Whether the promise holds with the first ``count`` errors; the wealth falls with every one."""
-        flagged = at_risk & (side * scores >= (bold[count - 1] if count else np.inf))
-        errors = np.bincount(index, weights=flagged, minlength=len(chances))
-        return log_wealth(errors * share, chances * share, promise.most, bet) >= needed
+        flagged = at_risk & (side * scores >= (errors_sorted[count - 1] if count else np.inf))
+        errors = np.bincount(index, weights=flagged, minlength=len(n_at_risk))
+        return log_wealth(errors * share, n_at_risk * share, guarantee.most, bet) >= needed
 
     if not accepted(0):
-        raise DataError(_too_few(promise, chances * share, limit))
-    low, high = 0, len(bold) - 1  # making every error is never accepted: the wealth is then below 1
+        raise DataError(_too_few(guarantee, n_at_risk * share, limit))
+    low, high = 0, len(errors_sorted) - 1  # making every error is never accepted: the wealth is then below 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if accepted(middle) else (low, middle - 1)
-    threshold = _between(side * scores, bold, low)
+    threshold = _between(side * scores, errors_sorted, low)
     found = side * scores >= threshold
     if not (found & ~at_risk).any():
         raise DataError(
-            f"{promise}: only a threshold of no use keeps that on {len(chances)} calibration images, because the most "
-            "extreme scores are errors; allow more, or use detector.threshold=f1"
+            f"{guarantee}: only a threshold of no use keeps that on {len(n_at_risk)} calibration images, because the "
+            "most extreme scores are errors; allow more, or use detector.threshold=f1"
         )
     return Certificate(
-        threshold=_back(threshold, side, scores),
-        risk=promise.risk,
-        most=promise.most,
-        confidence=promise.confidence,
+        threshold=_threshold_of_scores(threshold, side, scores),
+        risk=guarantee.risk,
+        most=guarantee.most,
+        confidence=guarantee.confidence,
         observed=float((found & at_risk).sum() / max(at_risk.sum(), 1)),
-        images=len(chances),
+        images=len(n_at_risk),
         mentions=int(at_risk.sum()),
         most_per_image=limit,
     )
 
 
-def _between(turned: np.ndarray, bold: np.ndarray, count: int) -> float:
+def _between(turned: np.ndarray, errors_sorted: np.ndarray, count: int) -> float:
     """Halfway between the first error that must not happen and the score above it, far from the rounding of either."""
-    below = bold[count]
+    below = errors_sorted[count]
     above = turned[turned > below]
     return float((below + above.min()) / 2) if above.size else math.inf
 
 
-def _back(threshold: float, side: int, scores: np.ndarray) -> float:
+def _threshold_of_scores(threshold: float, side: int, scores: np.ndarray) -> float:
     """The threshold on the scores themselves, with a warning at or above it."""
     return threshold if side > 0 else float(np.nextafter(-threshold, np.inf))
 
 
-def images_needed(chances: np.ndarray, promise: Promise, limit: int) -> int | None:
+def images_needed(n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int) -> int | None:
     """About how many images like these a promise needs if no error is seen at all; None if they have no such mention.
 
-    >>> images_needed(np.array([3, 2, 4]), Promise("max_false_alarms", 0.05), 4)
+    >>> images_needed(np.array([3, 2, 4]), RiskGuarantee("max_false_alarms", 0.05), 4)
     82
     """
-    if not np.sum(chances):
+    if not np.sum(n_at_risk):
         return None
-    bet = LARGEST_STAKE / ((1 - promise.most) * limit)  # of so few images the stake is the largest
-    gain = log_wealth(np.zeros(len(chances)), chances, promise.most, bet) / len(chances)
-    return math.ceil(math.log(1 / (1 - promise.confidence)) / gain)
+    bet = LARGEST_STAKE / ((1 - guarantee.most) * limit)  # of so few images the stake is the largest
+    gain = log_wealth(np.zeros(len(n_at_risk)), n_at_risk, guarantee.most, bet) / len(n_at_risk)
+    return math.ceil(math.log(1 / (1 - guarantee.confidence)) / gain)
 
 
-def _too_few(promise: Promise, chances: np.ndarray, limit: int) -> str:
-    needed = images_needed(chances, promise, limit)
-    kind = "grounded" if promise.risk == "max_false_alarms" else "hallucinated"
+def _too_few(guarantee: RiskGuarantee, n_at_risk: np.ndarray, limit: int) -> str:
+    needed = images_needed(n_at_risk, guarantee, limit)
+    kind = "grounded" if guarantee.risk == "max_false_alarms" else "hallucinated"
     about = "" if needed is None else f"; at least about {needed} are needed, and three times as many for a good one"
     return (
-        f"no threshold can promise {promise}: the {len(chances)} calibration images have {chances.sum():.0f} {kind} "
-        f"mentions{about}. Give more images to calibration, allow more, or use detector.threshold=f1"
+        f"no threshold can promise {guarantee}: the {len(n_at_risk)} calibration images have {n_at_risk.sum():.0f} "
+        f"{kind} mentions{about}. Give more images to calibration, allow more, or use detector.threshold=f1"
     )
 
 
-def promised(model: CalibratedModel, train: Examples, held_out: Examples | None, promise: Promise) -> Certificate:
+def calibrate_threshold(
+    model: CalibratedModel, train: Examples, held_out: Examples | None, guarantee: RiskGuarantee
+) -> Certificate:
     """The boldest threshold of a fitted classifier for which a promise can be given.
 
     Args:
         model: fitted on ``train``.
         train: its images say how many mentions an image has.
         held_out: mentions of images that the classifier has not seen.
-        promise: to give.
+        guarantee: to give.
 
     Raises:
         DataError: there are no such images, or the classifier ranks them no better than chance.
     """
     if held_out is None or not len(held_out.labels):
-        raise DataError(f"{promise}: that needs a calibration fold, images that the classifier has not seen")
+        raise DataError(f"{guarantee}: that needs a calibration fold, images that the classifier has not seen")
     if model.line[0] <= 0:
-        raise DataError(f"{promise}: the detector ranks the calibration images no better than chance")
+        raise DataError(f"{guarantee}: the detector ranks the calibration images no better than chance")
     # scores by what saw the training images alone: the calibration is monotone and changes no warning
     scores = model.scores(held_out.matrix)
-    kind = 0 if promise.risk == "max_false_alarms" else 1
+    kind = 0 if guarantee.risk == "max_false_alarms" else 1
     reference = per_image(train.groups, train.labels == kind)
-    return certify(scores, held_out.labels, held_out.groups, promise, reference)
+    return certify(scores, held_out.labels, held_out.groups, guarantee, reference)

@@ -18,23 +18,23 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.arrays import Arrays
-from stethoscope.detection.estimators import Grouped, choose_strength, inner_folds, prefixed, restored, set_strength
+from stethoscope.detection.estimators import Grouped, choose_C, inner_folds, prefixed, restored, set_C
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
 FEATURE = "looked_at"
 """The feature whose columns are read here and nowhere else."""
-COLUMNS = ("sight_named", "sight_other")
-STRENGTH = 0.03
+COLUMNS = ("grounding_named", "grounding_other")
+FIXED_C = 0.03
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
 TOLERANCE = 1e-3
 """Of the fit: half the steps of the default, and the AUROC on held-out mentions changes by less than 0.0002."""
 MOST_MENTIONS = 2**40
 """No count of a file is larger."""
-Look = tuple[str | None, float]
+NamedProbability = tuple[str | None, float]
 """An object, or None for none of those that are known, and the probability that a place looks like it."""
 
 
-class Sight(BaseEstimator):
+class GroundingClassifier(BaseEstimator):
     """What places look like: a multinomial logistic regression over the objects, and "none of them".
 
     Args:
@@ -44,7 +44,7 @@ class Sight(BaseEstimator):
     def __init__(self, objects: int = 0) -> None:
         self.objects = objects
 
-    def fit(self, X: np.ndarray, y: np.ndarray) -> Sight:
+    def fit(self, X: np.ndarray, y: np.ndarray) -> GroundingClassifier:
         """Learns from mentions.
 
         Args:
@@ -57,12 +57,12 @@ class Sight(BaseEstimator):
         self.classes_ = np.flatnonzero(self.counts_)
         self.model_ = None  # of one kind of place alone there is nothing to learn
         if len(self.classes_) > 1:
-            classify = LogisticRegression(C=STRENGTH, tol=TOLERANCE, max_iter=1000)
+            classify = LogisticRegression(C=FIXED_C, tol=TOLERANCE, max_iter=1000)
             pipeline = Pipeline([("scale", StandardScaler()), ("classify", classify)])
             self.model_ = compile_classifier(pipeline.fit(X[learned, :-1], looks[learned]))
         return self
 
-    def restore(self, arrays: Arrays, dimensions: int) -> Sight:
+    def restore(self, arrays: Arrays, dimensions: int) -> GroundingClassifier:
         """Reads what ``arrays`` gave, of places with so many dimensions.
 
         Raises:
@@ -79,7 +79,7 @@ class Sight(BaseEstimator):
         """What it has learned, by name."""
         return {"counts": self.counts_} | ({} if self.model_ is None else self.model_.arrays())
 
-    def looks(self, X: np.ndarray) -> np.ndarray:
+    def log_probabilities(self, X: np.ndarray) -> np.ndarray:
         """(rows, objects + 1) log-probability of what every place looks like, the last one nothing; -inf if never seen.
 
         Args:
@@ -100,7 +100,7 @@ class Sight(BaseEstimator):
         often an object is named or invented has no part in it: that would be prejudice, not sight. (That an object was
         hardly ever there, so that its looks are not known, can still be told from the exact 0.)
         """
-        looks = self.looks(X[:, :-1])
+        looks = self.log_probabilities(X[:, :-1])
         likely = np.where(np.isfinite(looks), looks - np.log(np.maximum(self.counts_, 1)), np.nan)
         more, named = likely[:, :-1] - likely[:, -1:], X[:, -1].astype(int)
         made = np.zeros((len(X), len(COLUMNS)))
@@ -111,74 +111,72 @@ class Sight(BaseEstimator):
         return np.where(np.isfinite(made), made, 0.0)
 
 
-class Sighted(Grouped):
-    """Another classifier that reads, before its own columns, what ``Sight`` makes of the last ones.
+class VisualConsistency(Grouped):
+    """Another classifier that reads, before its own columns, what ``GroundingClassifier`` makes of the last ones.
 
     It learns from columns that were made without the row's image, since a sight knows the places that it has learned
     from too well.
 
     Args:
         classifier: any of ``make_estimator`` or ``Factored``.
-        size: number of the last columns, those of ``Sight``.
-        objects: as in ``Sight``.
-        strength: inverse regularisation C of the classifier; None chooses it in inner folds.
+        size: number of the last columns, those of ``GroundingClassifier``.
+        objects: as in ``GroundingClassifier``.
+        C: inverse regularisation strength of the classifier; None chooses it in inner folds.
     """
 
-    def __init__(
-        self, classifier: BaseEstimator, size: int = 1, objects: int = 0, strength: float | None = None
-    ) -> None:
-        self.classifier, self.size, self.objects, self.strength = classifier, size, objects, strength
+    def __init__(self, classifier: BaseEstimator, size: int = 1, objects: int = 0, C: float | None = None) -> None:
+        self.classifier, self.size, self.objects, self.C = classifier, size, objects, C
 
-    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Sighted:
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> VisualConsistency:
         """Learns from (rows, own columns, dimensions, object), labels and image ids."""
         own, places = X[:, : -self.size], X[:, -self.size :]
-        self.sight_ = Sight(self.objects).fit(places, y)
+        self.grounding_ = GroundingClassifier(self.objects).fit(places, y)
         folds = inner_folds(groups, y)
         if folds is None:
-            made = self.sight_.transform(places)
+            made = self.grounding_.transform(places)
         else:
             made = np.zeros((len(X), len(COLUMNS)))
             for learn, rest in folds:
-                made[rest] = Sight(self.objects).fit(places[learn], y[learn]).transform(places[rest])
+                made[rest] = GroundingClassifier(self.objects).fit(places[learn], y[learn]).transform(places[rest])
         matrix, classifier = np.hstack([made, own]), clone(self.classifier)
         if isinstance(classifier, Grouped):
             self.classifier_ = classifier.fit(matrix, y, groups)
-        elif self.strength is None:
-            self.classifier_ = compile_classifier(choose_strength(classifier, matrix, y, groups))
+        elif self.C is None:
+            self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
         else:
-            self.classifier_ = compile_classifier(set_strength(classifier, self.strength).fit(matrix, y))
+            self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
         return self
 
-    def restore(self, arrays: Arrays, columns: int) -> Sighted:
+    def restore(self, arrays: Arrays, columns: int) -> VisualConsistency:
         """As ``Grouped.restore``."""
-        self.sight_ = Sight(self.objects).restore(arrays.under("sight"), self.size - 1)
+        self.grounding_ = GroundingClassifier(self.objects).restore(arrays.under("grounding"), self.size - 1)
         self.classifier_ = restored(self.classifier, arrays.under("classifier"), columns - self.size + len(COLUMNS))
         return self
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As ``Grouped.arrays``."""
-        return prefixed("sight", self.sight_.arrays()) | prefixed("classifier", self.classifier_.arrays())
+        return prefixed("grounding", self.grounding_.arrays()) | prefixed("classifier", self.classifier_.arrays())
 
     @property
-    def strength_(self) -> float | None:
-        """As ``Grouped.strength_``, of the classifier."""
+    def C_(self) -> float | None:
+        """As ``Grouped.C_``, of the classifier."""
         own = self.classifier_
-        return own.strength_ if isinstance(own, Grouped) else own.strength
+        return own.C_ if isinstance(own, Grouped) else own.C
 
     def joined(self, X: np.ndarray) -> np.ndarray:
         """(rows, 2 + own columns) what the classifier reads."""
-        return np.hstack([self.sight_.transform(X[:, -self.size :]), X[:, : -self.size]])
+        return np.hstack([self.grounding_.transform(X[:, -self.size :]), X[:, : -self.size]])
 
-    def looks(self, X: np.ndarray) -> np.ndarray:
-        """(rows, objects + 1) as ``Sight.looks``."""
-        return self.sight_.looks(X[:, -self.size : -1])
+    def log_probabilities(self, X: np.ndarray) -> np.ndarray:
+        """(rows, objects + 1) as ``GroundingClassifier.log_probabilities``."""
+        return self.grounding_.log_probabilities(X[:, -self.size : -1])
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """(rows,) log-odds of hallucination."""
         return self.classifier_.decision_function(self.joined(X))
 
 
-def most_likely(looks: np.ndarray, objects: Sequence[str], count: int = 3) -> list[tuple[Look, ...]]:
+def most_likely(looks: np.ndarray, objects: Sequence[str], count: int = 3) -> list[tuple[NamedProbability, ...]]:
     """The most probable looks of every place.
 
     >>> most_likely(np.log([[0.2, 0.7, 0.1]]), ["cup", "fork"], 2)

@@ -22,8 +22,9 @@ from sklearn.preprocessing import StandardScaler
 from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
+    C_choices,
     Grouped,
-    choose_strength,
+    choose_C,
     fit_weighted,
     inner_folds,
     log_loss_of,
@@ -31,8 +32,7 @@ from stethoscope.detection.estimators import (
     out_of_fold,
     prefixed,
     restored,
-    set_strength,
-    strengths,
+    set_C,
 )
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
@@ -88,12 +88,12 @@ class Factored(Grouped):
     Args:
         kind: of ``ESTIMATORS``, for the evidence.
         objects: number of objects that the last column tells apart.
-        strength: inverse regularisation C of the evidence; None chooses it in inner folds.
+        C: inverse regularisation strength of the evidence; None chooses it in inner folds.
         seed: of everything random.
     """
 
-    def __init__(self, kind: str = "logistic", objects: int = 0, strength: float | None = None, seed: int = 0) -> None:
-        self.kind, self.objects, self.strength, self.seed = kind, objects, strength, seed
+    def __init__(self, kind: str = "logistic", objects: int = 0, C: float | None = None, seed: int = 0) -> None:
+        self.kind, self.objects, self.C, self.seed = kind, objects, C, seed
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Factored:
         """Learns from (rows, features + 4), labels and image ids; without inner folds where images are too few."""
@@ -101,13 +101,13 @@ class Factored(Grouped):
         matrix, outside = self.joined(X), self.inputs_.transform(X[:, -len(EXTERNAL) :])
         folds = inner_folds(groups, y)
         before = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))])
-        self.prior_ = compile_classifier(choose_strength(before, outside, y, groups))
+        self.prior_ = compile_classifier(choose_C(before, outside, y, groups))
         prior = self.prior_.decision_function(outside) if folds is None else out_of_fold(before, outside, y, folds)
         weights = np.exp(np.logaddexp(0, np.where(y == 1, -prior, prior)))  # 1 / g(label)
         weights = np.minimum(weights / weights.mean(), HEAVIEST)
         evidence = make_estimator(self.kind, self.seed)
-        if self.strength is not None:
-            set_strength(evidence, self.strength)
+        if self.C is not None:
+            set_C(evidence, self.C)
         self.scales_, self.offset_ = np.ones(2), 0.0
         if folds is not None:
             evidence = self._tune(evidence, matrix, y, weights, prior, folds)
@@ -137,9 +137,9 @@ class Factored(Grouped):
         }
 
     @property
-    def strength_(self) -> float | None:
-        """As ``Grouped.strength_``, of the evidence."""
-        return self.evidence_.strength
+    def C_(self) -> float | None:
+        """As ``Grouped.C_``, of the evidence."""
+        return self.evidence_.C
 
     def _tune(
         self,
@@ -152,8 +152,8 @@ class Factored(Grouped):
     ) -> BaseEstimator:
         """The evidence with the best C, and the scales that go with it, by the log loss of both together."""
         choices = [clone(evidence)]
-        if self.strength is None and strengths(evidence):
-            choices = [set_strength(clone(evidence), value) for value in strengths(evidence)]
+        if self.C is None and C_choices(evidence):
+            choices = [set_C(clone(evidence), value) for value in C_choices(evidence)]
         best = np.inf
         for choice in choices:
             parts = np.column_stack([out_of_fold(choice, matrix, y, folds, weights), prior])

@@ -8,10 +8,10 @@ from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import baselines
+from stethoscope.detection.detector import Detector
 from stethoscope.detection.leaderboard import AREAS
-from stethoscope.detection.methods import cost_of, judge, published, refits
+from stethoscope.detection.published import available_methods, cost_of, refits, score_published
 from stethoscope.detection.training import train_detector
-from stethoscope.detector import Detector
 from stethoscope.features import named_set, set_names
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import split_groups
@@ -60,20 +60,20 @@ def trained():
 
 
 def method(name):
-    return next(one for one in published(TABLE) if one.name == f"paper/{name}")
+    return next(one for one in available_methods(TABLE) if one.name == f"paper/{name}")
 
 
 def test_those_are_there_of_which_all_features_are():
-    assert [one.name for one in published(TABLE)] == [f"paper/{name}" for name in NAMES]
-    assert [one.name for one in published(TABLE.drop(columns="vcd_logprob"))] == [
+    assert [one.name for one in available_methods(TABLE)] == [f"paper/{name}" for name in NAMES]
+    assert [one.name for one in available_methods(TABLE.drop(columns="vcd_logprob"))] == [
         f"paper/{name}" for name in NAMES if name != "vcd"
     ]
     empty = TABLE.assign(nll=np.float32(np.nan))
-    assert "paper/nll" not in [one.name for one in published(empty)]
+    assert "paper/nll" not in [one.name for one in available_methods(empty)]
 
 
 def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
-    said = judge(method("nll"), parts, {})
+    said = score_published(method("nll"), parts, {})
     np.testing.assert_array_equal(said.values, parts["test"]["nll"].to_numpy())
     assert classification.auroc(parts["test"]["label"].to_numpy(), said.values) < 0.3
     assert (said.sign, said.probability) == (1, False)
@@ -81,13 +81,13 @@ def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
 
 
 def test_a_layer_is_chosen_in_training_where_the_paper_chooses_it(parts):
-    said = judge(method("contextual_lens"), parts, {})
+    said = score_published(method("contextual_lens"), parts, {})
     np.testing.assert_array_equal(said.values, -parts["test"]["contextual_lens_c_l01"].to_numpy())
     assert "layer by the training fold, of 2" in said.note
 
 
 def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
-    said = judge(method("svar_heads"), parts, {})
+    said = score_published(method("svar_heads"), parts, {})
     own = Detector(features=["head_image_q_*"]).fit(parts["train"], parts["calibration"])
     np.testing.assert_allclose(said.values, own.predict(parts["test"]))
     assert said.probability
@@ -95,7 +95,7 @@ def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
 
 def test_gaps_are_filled_by_the_training_fold(parts):
     holes = {fold: part.assign(verify_yes=part["verify_yes"].where(part.index % 3 > 0)) for fold, part in parts.items()}
-    said = judge(method("self_verification"), holes, {})
+    said = score_published(method("self_verification"), holes, {})
     middle = np.median(holes["train"]["verify_yes"].dropna())
     expected = np.where(parts["test"].index % 3 > 0, parts["test"]["verify_yes"], middle)
     np.testing.assert_allclose(said.values, -expected)
@@ -162,8 +162,8 @@ def test_a_method_without_values_in_training_is_left_out():
     folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)
     table = TABLE.assign(verify_yes=TABLE["verify_yes"].where(folds["test"]))
     train = mention_rows(table[folds["train"]])
-    assert "paper/self_verification" in [one.name for one in published(table)]
-    assert "paper/self_verification" not in [one.name for one in published(train)]
+    assert "paper/self_verification" in [one.name for one in available_methods(table)]
+    assert "paper/self_verification" not in [one.name for one in available_methods(train)]
 
 
 def test_baselines_learn_from_the_rows_that_they_are_measured_on():

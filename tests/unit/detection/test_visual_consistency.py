@@ -10,10 +10,10 @@ from scipy.special import expit
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detection.inputs import told_apart
-from stethoscope.detection.sight import COLUMNS, Sight
-from stethoscope.detection.warn import mention_warnings, write_warnings
-from stethoscope.detector import Detector
+from stethoscope.detection.design_matrix import told_apart
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.lookup import mention_warnings, write_warnings
+from stethoscope.detection.visual_consistency import COLUMNS, GroundingClassifier
 from stethoscope.features import visual_evidence
 from stethoscope.metrics import classification
 
@@ -43,8 +43,8 @@ def area(detector):
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
 def test_the_place_tells_more_than_its_dimensions_alone(kind):
     strength = None if kind == "logistic" else 0.1
-    sighted = Detector(kind, strength=strength).fit(TRAIN, CALIBRATION)
-    blind = Detector(kind, strength=strength, sight=False).fit(TRAIN, CALIBRATION)
+    sighted = Detector(kind, C=strength).fit(TRAIN, CALIBRATION)
+    blind = Detector(kind, C=strength, visual_consistency=False).fit(TRAIN, CALIBRATION)
     assert not set(PLACES) & set(blind.features)
     assert area(sighted) > area(blind) + 0.05
     assert classification.ece(LABELS, sighted.predict(TEST)) < 0.05
@@ -54,13 +54,13 @@ def test_what_it_learns_from_was_made_without_the_image():
     """A sight that had seen a place would be trusted too much, and one that knew how often an object is invented would
     pass that on: with pure noise for places nothing is gained or lost."""
     noise = {name: np.random.default_rng(3).normal(size=len(TRAIN)).astype(np.float32) for name in PLACES}
-    sighted = Detector(features=["nll", *PLACES], strength=1.0).fit(TRAIN.assign(**noise), CALIBRATION)
-    plain = Detector(features=["nll"], strength=1.0).fit(TRAIN, CALIBRATION)
+    sighted = Detector(features=["nll", *PLACES], C=1.0).fit(TRAIN.assign(**noise), CALIBRATION)
+    plain = Detector(features=["nll"], C=1.0).fit(TRAIN, CALIBRATION)
     assert area(sighted) == pytest.approx(area(plain), abs=0.03)
 
 
 def test_it_works_beside_the_prior():
-    detector = Detector(factored=True, strength=0.1).fit(TRAIN, CALIBRATION)
+    detector = Detector(factored=True, C=0.1).fit(TRAIN, CALIBRATION)
     why = detector.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
     assert list(why.pushes)[:2] == list(COLUMNS)
@@ -69,14 +69,14 @@ def test_it_works_beside_the_prior():
 
 
 def test_explanations_name_it_and_add_up():
-    why = Detector(strength=0.1).fit(TRAIN, CALIBRATION).explain(TEST)
+    why = Detector(C=0.1).fit(TRAIN, CALIBRATION).explain(TEST)
     assert list(why.pushes)[:2] == list(COLUMNS)
     assert why.pushes.sum(axis=1).to_numpy() == pytest.approx(why.evidence)
-    assert why.pushes["sight_named"].abs().mean() > why.pushes["noise"].abs().mean()
+    assert why.pushes["grounding_named"].abs().mean() > why.pushes["noise"].abs().mean()
 
 
 def test_a_name_that_was_never_seen_has_no_sight():
-    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    detector = Detector(C=0.1).fit(TRAIN, CALIBRATION)
     unseen = TEST.assign(object="unicorn")
     assert np.isfinite(detector.predict(unseen)).all()
     moved = unseen.assign(**{name: -unseen[name] for name in PLACES})
@@ -86,8 +86,8 @@ def test_a_name_that_was_never_seen_has_no_sight():
 def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
     places = np.random.default_rng(0).normal(size=(60, 3))
     labels, named = np.arange(60) % 2, np.arange(60) % 3
-    fitted = Sight(objects=4).fit(np.hstack([places, named[:, None]]), labels)  # object 3 is never named
-    looks = fitted.looks(places)
+    fitted = GroundingClassifier(objects=4).fit(np.hstack([places, named[:, None]]), labels)  # object 3 is never named
+    looks = fitted.log_probabilities(places)
     assert np.exp(looks).sum(1) == pytest.approx(np.ones(60))
     assert np.isneginf(looks[:, 3]).all()
     made = fitted.transform(np.hstack([places, named[:, None]]))
@@ -102,7 +102,7 @@ def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
 def test_few_and_strange_places_are_no_reason_to_fail(kind):
     def fitted(table):
-        return Detector(kind, strength=0.1).fit(table)
+        return Detector(kind, C=0.1).fit(table)
 
     one = TRAIN.assign(object=np.where(TRAIN["object"] == "", "", "dog"))
     rare = TRAIN.assign(object=[name and f"{name} {row}" for row, name in enumerate(TRAIN["object"])])
@@ -114,14 +114,14 @@ def test_few_and_strange_places_are_no_reason_to_fail(kind):
         assert area(detector) > 0.6
         holes = TEST.assign(**{PLACES[1]: np.float32(np.nan)})
         assert np.isfinite(detector.predict(holes)).all()
-        assert detector.looks(holes) == [()] * len(holes)
+        assert detector.visual_evidence(holes) == [()] * len(holes)
     far = TEST.assign(**{name: TEST[name] * 1000 for name in PLACES})
     assert np.isfinite(fitted(TRAIN).predict(far)).all()
 
 
 def test_a_place_column_without_any_value_is_named():
     with pytest.raises(DataError, match=f"without any value: {PLACES[0]}"):
-        Detector(strength=0.1).fit(TRAIN.assign(**{PLACES[0]: np.float32(np.nan)}))
+        Detector(C=0.1).fit(TRAIN.assign(**{PLACES[0]: np.float32(np.nan)}))
 
 
 @pytest.mark.parametrize("images", [8, 12, 20])
@@ -137,34 +137,34 @@ def test_objects_are_counted_by_their_mentions():
 
 
 def test_it_tells_what_every_place_looks_like():
-    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    detector = Detector(C=0.1).fit(TRAIN, CALIBRATION)
     named = TEST["object"].to_numpy()
-    found = detector.looks(TEST, count=2)
+    found = detector.visual_evidence(TEST, count=2)
     right = [looks[0][0] == name for looks, name in zip(found, named, strict=True)]
     assert np.mean(np.array(right)[LABELS == 0]) > 0.6
     assert np.mean(np.array(right)[LABELS == 1]) < 0.2
     assert all(len(looks) == 2 and looks[0][1] >= looks[1][1] > 0 for looks in found)
-    every = detector.looks(TEST, count=len(OBJECTS) + 1)
+    every = detector.visual_evidence(TEST, count=len(OBJECTS) + 1)
     assert [sum(chance for _, chance in looks) for looks in every] == pytest.approx([1] * len(TEST))
     assert all(None in dict(looks) for looks in every)
-    assert detector.looks(TEST.assign(object="")) == [()] * len(TEST)  # no name was written
-    assert detector.looks(TEST.iloc[:0]) == []
+    assert detector.visual_evidence(TEST.assign(object="")) == [()] * len(TEST)  # no name was written
+    assert detector.visual_evidence(TEST.iloc[:0]) == []
 
 
 def test_without_a_sight_there_are_no_looks():
-    assert Detector(strength=0.1, sight=False).fit(TRAIN, CALIBRATION).looks(TEST) == [()] * len(TEST)
+    assert Detector(C=0.1, visual_consistency=False).fit(TRAIN, CALIBRATION).visual_evidence(TEST) == [()] * len(TEST)
     plain = TRAIN.drop(columns=PLACES)
-    assert Detector(strength=0.1).fit(plain).looks(plain) == [()] * len(plain)
+    assert Detector(C=0.1).fit(plain).visual_evidence(plain) == [()] * len(plain)
     with pytest.raises(ArtefactError, match="not fitted"):
-        Detector().looks(TEST)
+        Detector().visual_evidence(TEST)
 
 
 def test_warnings_tell_it_too(tmp_path):
-    detector = Detector(strength=0.1).fit(TRAIN, CALIBRATION)
+    detector = Detector(C=0.1).fit(TRAIN, CALIBRATION)
     rows = mention_warnings(TEST, detector)
     write_warnings(rows, tmp_path / "warnings.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
-    for line, looks in zip(lines, detector.looks(TEST), strict=True):
+    for line, looks in zip(lines, detector.visual_evidence(TEST), strict=True):
         assert line["looks"] == [[name, pytest.approx(chance, abs=1e-6)] for name, chance in looks]
 
 
@@ -174,15 +174,15 @@ def test_it_is_saved_and_read_again(tmp_path):
     again = Detector.load(tmp_path / "detector")
     assert (again.predict(TEST) == detector.predict(TEST)).all()
     assert again.features == detector.features
-    assert again.looks(TEST) == detector.looks(TEST)
-    assert again.settings["sight"] is True
+    assert again.visual_evidence(TEST) == detector.visual_evidence(TEST)
+    assert again.settings["visual_consistency"] is True
 
 
 def test_places_alone_are_enough_and_their_absence_is_no_error():
-    assert area(Detector(features=PLACES, strength=0.1).fit(TRAIN, CALIBRATION)) > 0.9
-    assert Detector(strength=0.1).fit(TRAIN.drop(columns=PLACES)).fitted
-    with pytest.raises(ConfigError, match=r"detector.sight=false leaves nothing"):
-        Detector(features=PLACES, sight=False).fit(TRAIN)
+    assert area(Detector(features=PLACES, C=0.1).fit(TRAIN, CALIBRATION)) > 0.9
+    assert Detector(C=0.1).fit(TRAIN.drop(columns=PLACES)).fitted
+    with pytest.raises(ConfigError, match=r"detector.visual_consistency=false leaves nothing"):
+        Detector(features=PLACES, visual_consistency=False).fit(TRAIN)
 
 
 def test_wide_states_are_projected_and_keep_their_angles():

@@ -11,17 +11,17 @@ from helpers.token_tables import halves, token_table
 from safetensors.numpy import load
 
 from stethoscope.core.errors import ArtefactError
-from stethoscope.detection import artefact
-from stethoscope.detection.finding import trained
-from stethoscope.detector import Detector
+from stethoscope.detection import artifact
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.lookup import detectors_for_model
 
 TRAIN, CALIBRATION = halves(token_table(200))
 KINDS = {
     "logistic": {"estimator": "logistic"},
     "boosting": {"estimator": "boosting", "calibration": "isotonic"},
     "per_head": {"estimator": "per_head", "calibration": "none", "objects": True},
-    "factored": {"factored": True, "strength": 0.1},
-    "sighted": {"factored": True, "strength": 0.1},
+    "factored": {"factored": True, "C": 0.1},
+    "sighted": {"factored": True, "C": 0.1},
 }
 
 
@@ -47,19 +47,19 @@ def saved(tmp_path_factory):
 
 def forge(source, folder, change):
     """A copy of a detector with other arrays and the digest that belongs to them; ``change`` alters the dictionary."""
-    arrays = {name: array.copy() for name, array in load((source / artefact.OBJECTS).read_bytes()).items()}
+    arrays = {name: array.copy() for name, array in load((source / artifact.OBJECTS).read_bytes()).items()}
     change(arrays)
-    manifest = json.loads((source / artefact.MANIFEST).read_text())
-    data = artefact.dump_arrays(arrays, {key: manifest[key] for key in artefact.COLUMNS})
+    manifest = json.loads((source / artifact.MANIFEST).read_text())
+    data = artifact.dump_arrays(arrays, {key: manifest[key] for key in artifact.COLUMNS})
     return seal(folder, data, manifest)
 
 
 def seal(folder, data, manifest):
     """A detector's folder with these bytes and the digest that belongs to them."""
     folder.mkdir(parents=True)
-    (folder / artefact.OBJECTS).write_bytes(data)
-    manifest = {**manifest, "sha256": {artefact.OBJECTS: hashlib.sha256(data).hexdigest()}}
-    (folder / artefact.MANIFEST).write_text(json.dumps(manifest))
+    (folder / artifact.OBJECTS).write_bytes(data)
+    manifest = {**manifest, "sha256": {artifact.OBJECTS: hashlib.sha256(data).hexdigest()}}
+    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 
@@ -81,7 +81,7 @@ def put(name, value, index=...):
 
 
 def names(saved, kind):
-    return load((saved / kind / artefact.OBJECTS).read_bytes())
+    return load((saved / kind / artifact.OBJECTS).read_bytes())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,11 +111,11 @@ def test_every_array_is_needed_in_its_shape_and_type(saved, tmp_path, kind):
         ("logistic", "model.missing", -1),
         ("logistic", "model.scale", 0.0),
         ("logistic", "model.scale", 1e-60),
-        ("logistic", "model.strength", -1.0),
+        ("logistic", "model.C", -1.0),
         ("logistic", "model.low", 1e9),
         ("boosting", "calibrator.probabilities", 1.5),
-        ("sighted", "model.sight.counts", -1),
-        ("sighted", "model.sight.counts", 2**62),
+        ("sighted", "model.grounding.counts", -1),
+        ("sighted", "model.grounding.counts", 2**62),
         ("factored", "model.knots", 1.0),
     ],
 )
@@ -142,7 +142,7 @@ def test_any_numbers_that_are_let_through_give_probabilities(saved, tmp_path, ki
             if name.endswith("remaining"):
                 array[...] = random.integers(0, 256, array.shape)
             elif array.dtype == np.float64 and not name.startswith("calibrator.") and "knots" not in name:
-                kept = name.endswith(("low", "high", "strength"))
+                kept = name.endswith(("low", "high", "C"))
                 array[...] = (
                     array if kept else 1e-50 if name.endswith("scale") else random.choice([-1e50, 1e50], array.shape)
                 )
@@ -163,7 +163,7 @@ def test_any_numbers_that_are_let_through_give_probabilities(saved, tmp_path, ki
         {"threshold": {"value": float("nan"), "chosen": "", "certificate": None}},
         {"threshold": {"value": 0.5, "chosen": "", "certificate": {"risk": "max_missed"}}},
         {"settings": {"estimator": "boosting"}},
-        {"settings": {"strength": "x"}},
+        {"settings": {"C": "x"}},
         {"settings": 3},
         {"model": "llava"},
     ],
@@ -171,18 +171,18 @@ def test_any_numbers_that_are_let_through_give_probabilities(saved, tmp_path, ki
 )
 def test_a_manifest_that_does_not_fit_is_refused(saved, tmp_path, changes):
     source = saved / "logistic"
-    manifest = json.loads((source / artefact.MANIFEST).read_text())
+    manifest = json.loads((source / artifact.MANIFEST).read_text())
     if isinstance(changes.get("settings"), dict):
         changes = {"settings": manifest["settings"] | changes["settings"]}
-    refused(seal(tmp_path / "forged", (source / artefact.OBJECTS).read_bytes(), manifest | changes))
+    refused(seal(tmp_path / "forged", (source / artifact.OBJECTS).read_bytes(), manifest | changes))
 
 
 def test_names_that_are_no_list_of_names_are_refused(saved, tmp_path):
     source = saved / "logistic"
-    manifest, arrays = json.loads((source / artefact.MANIFEST).read_text()), names(saved, "logistic")
+    manifest, arrays = json.loads((source / artifact.MANIFEST).read_text()), names(saved, "logistic")
     for number, wrong in enumerate(("nll", [1, 2, 3, 4], ["nll"] * 4, {"nll": 1}, ["a", "b", "c", "d"], None)):
         forged = manifest | {"features": wrong}
-        data = artefact.dump_arrays(arrays, {key: forged[key] for key in artefact.COLUMNS})
+        data = artifact.dump_arrays(arrays, {key: forged[key] for key in artifact.COLUMNS})
         assert "features should be" in refused(seal(tmp_path / str(number), data, forged))
 
 
@@ -192,20 +192,20 @@ def test_names_that_are_no_list_of_names_are_refused(saved, tmp_path):
     ids=range(6),
 )
 def test_bytes_that_are_no_arrays_are_refused(saved, tmp_path, data):
-    manifest = json.loads((saved / "logistic" / artefact.MANIFEST).read_text())
-    assert artefact.OBJECTS in refused(seal(tmp_path / "forged", data, manifest))
+    manifest = json.loads((saved / "logistic" / artifact.MANIFEST).read_text())
+    assert artifact.OBJECTS in refused(seal(tmp_path / "forged", data, manifest))
 
 
 def test_a_manifest_of_brackets_and_one_that_is_no_file_are_refused(saved, tmp_path):
-    (tmp_path / artefact.MANIFEST).write_text("[" * 100_000)
+    (tmp_path / artifact.MANIFEST).write_text("[" * 100_000)
     assert "nested too deeply" in refused(tmp_path)
-    (tmp_path / artefact.MANIFEST).unlink()
-    os.mkfifo(tmp_path / artefact.MANIFEST)
+    (tmp_path / artifact.MANIFEST).unlink()
+    os.mkfifo(tmp_path / artifact.MANIFEST)
     assert "not a regular file" in refused(tmp_path)
 
 
 def test_files_that_are_too_large_are_not_read(saved, monkeypatch):
-    monkeypatch.setattr(artefact, "LARGEST", 1000)
+    monkeypatch.setattr(artifact, "LARGEST", 1000)
     assert "more than 1000 bytes" in refused(saved / "logistic")
 
 
@@ -225,15 +225,15 @@ def test_bad_detectors_among_runs_are_passed_over_with_a_warning_each(saved, tmp
     fingerprint = {"name": "testbed"}
     Detector.load(saved / "logistic").save(tmp_path / "good" / "detector")
     bad = forge(saved / "boosting", tmp_path / "hostile" / "detector", put("model.feature", 2**40))
-    os.utime(bad / artefact.MANIFEST, (2e9, 2e9))  # the newest
+    os.utime(bad / artifact.MANIFEST, (2e9, 2e9))  # the newest
     (tmp_path / "broken" / "detector").mkdir(parents=True)
-    (tmp_path / "broken" / "detector" / artefact.MANIFEST).write_text("{")
+    (tmp_path / "broken" / "detector" / artifact.MANIFEST).write_text("{")
     with pytest.warns(UserWarning, match="passed over a detector") as caught:
-        assert trained(tmp_path, fingerprint) == [tmp_path / "good" / "detector"]
+        assert detectors_for_model(tmp_path, fingerprint) == [tmp_path / "good" / "detector"]
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
     assert all("\n" not in message for message in messages)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # those of other models are nobody's business
-        (tmp_path / "broken" / "detector" / artefact.MANIFEST).unlink()
-        assert trained(tmp_path, {"name": "another"}) == []
+        (tmp_path / "broken" / "detector" / artifact.MANIFEST).unlink()
+        assert detectors_for_model(tmp_path, {"name": "another"}) == []

@@ -45,7 +45,7 @@ def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class JudgedMentions:
+class LabelledMentions:
     """The mentions of a fold as metrics read them."""
 
     labels: np.ndarray
@@ -53,7 +53,7 @@ class JudgedMentions:
     first: np.ndarray
 
     @classmethod
-    def of(cls, rows: pd.DataFrame) -> JudgedMentions:
+    def of(cls, rows: pd.DataFrame) -> LabelledMentions:
         return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
 
     def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, classification.FloatOrArray]:
@@ -82,7 +82,7 @@ class JudgedMentions:
         return figures | {"base_rate": classification.base_rate(self.labels, weights)}
 
 
-def measure(
+def evaluate_scores(
     test: pd.DataFrame,
     probabilities: Mapping[str, np.ndarray],
     drawn: Resamples,
@@ -96,7 +96,7 @@ def measure(
         drawn: resampled images of the rows.
         scores: (rows,) by name, of which calibration error and Brier score make no sense.
     """
-    judged = JudgedMentions.of(test)
+    mentions = LabelledMentions.of(test)
 
     # chunks of replicates are outermost: their weights are made once for all
     def chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -104,7 +104,7 @@ def measure(
             (name, metric): figure
             for some, probability in ((probabilities, True), (scores or {}, False))
             for name, values in some.items()
-            for metric, figure in judged.figures(values, weights, probability).items()
+            for metric, figure in mentions.figures(values, weights, probability).items()
         }
 
     return drawn.apply(chunk)

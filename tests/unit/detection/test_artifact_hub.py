@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detector import Detector
+from stethoscope.detection.detector import Detector
 
 TRAIN, CALIBRATION = halves(token_table(300))
 TEST = mention_rows(token_table(50, seed=9))

@@ -11,18 +11,58 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from stethoscope.core.errors import ArtefactError, ConfigError, DataError
-from stethoscope.core.token_table import FeatureSchema, Subtokens, mention_rows, require, select_features
-from stethoscope.detection import artefact, hub
-from stethoscope.detection.conformal import Certificate, Promise, promised
-from stethoscope.detection.estimators import CalibratedModel, Examples, best_threshold
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.core.token_table import SUBTOKENS, FeatureSchema, Subtokens, mention_rows, require, select_features
+from stethoscope.detection import artifact
+from stethoscope.detection.design_matrix import Inputs, told_apart
+from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS, CalibratedModel, Examples, best_threshold
+from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
-from stethoscope.detection.factor import EXTERNAL
-from stethoscope.detection.inputs import Inputs, told_apart
-from stethoscope.detection.settings import checked
-from stethoscope.detection.sight import Look, Sighted, most_likely
+from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
+from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
+
+
+SETTINGS = {
+    "estimator": ESTIMATORS,
+    "calibration": CALIBRATIONS,
+    "repeats": ("first", "all"),
+    "subtokens": SUBTOKENS,
+}
+
+
+def checked_settings(**settings: Any) -> dict[str, Any]:
+    """The settings of ``Detector`` as plain dictionaries and lists, in their order.
+
+    Raises:
+        ConfigError: one of them has a value that it cannot have, or two exclude each other.
+    """
+    for key, known in SETTINGS.items():
+        if settings[key] not in known:
+            raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
+    C, threshold = settings["C"], settings["threshold"]
+    if C is not None and not C > 0:
+        raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
+    if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
+        raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
+    for key in ("objects", "factored", "visual_consistency"):
+        if not isinstance(settings[key], bool):
+            raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
+    if settings["objects"] and settings["factored"]:
+        raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
+    if not isinstance(threshold, Mapping) and threshold != "f1":
+        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
+    if isinstance(threshold, Mapping) and settings["calibration"] == "isotonic":
+        raise ConfigError(
+            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold can "
+            "promise anything; use platt or none"
+        )
+    return settings | {
+        "features": None if settings["features"] is None else list(settings["features"]),
+        "exclude": list(settings["exclude"]),
+        "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
+    }
 
 
 class Detector:
@@ -39,17 +79,17 @@ class Detector:
         exclude: names or patterns of features to leave out again.
         objects: also use which object the token names, a column each. Off by default, so that a warning rests on
             evidence from the model and not on how often an object was invented before.
-        strength: inverse regularisation C of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
+        C: inverse regularisation strength of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
         repeats: learn from the ``first`` mention of every object in an answer, or from ``all``.
         seed: of everything random; the same data and seed give the same detector.
-        factored: learn evidence and prior apart (``stethoscope.detection.factor``), so that every warning says how
-            much is which; the prior knows place and name of the mention.
+        factored: learn evidence and prior apart (``stethoscope.detection.evidence_prior``), so that every warning
+            says how much is which; the prior knows place and name of the mention.
         subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.core.token_table.mention_rows``.
-        sight: read the feature ``looked_at``, where the table has it, to ask whether the place that a name was written
-            from looks like what it names (``stethoscope.detection.sight``). It must know the object, but for that
-            question alone. False leaves the feature out.
+        visual_consistency: read the feature ``looked_at``, where the table has it, to score whether the image evidence
+            that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``). It must
+            know the object, but for that question alone. False leaves the feature out.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
-            (``stethoscope.detection.conformal``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
+            (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
 
     Attributes:
@@ -68,29 +108,29 @@ class Detector:
         features: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         objects: bool = False,
-        strength: float | None = None,
+        C: float | None = None,
         repeats: Literal["first", "all"] = "first",
         seed: int = 0,
         factored: bool = False,
         subtokens: Subtokens = "first",
-        sight: bool = True,
+        visual_consistency: bool = True,
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
-        self.settings = checked(
+        self.settings = checked_settings(
             estimator=estimator,
             calibration=calibration,
             features=features,
             exclude=exclude,
             objects=objects,
-            strength=strength,
+            C=C,
             repeats=repeats,
             seed=seed,
             factored=factored,
             subtokens=subtokens,
-            sight=sight,
+            visual_consistency=visual_consistency,
             threshold=threshold,
         )
-        self._promise = Promise.parse(threshold) if isinstance(threshold, Mapping) else None
+        self._promise = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
         self.threshold = 0.5
         self.certificate: Certificate | None = None
         self._chosen = ""
@@ -130,9 +170,9 @@ class Detector:
         return self._model
 
     @property
-    def strength(self) -> float | None:
-        """The inverse regularisation C that was given or chosen; None before ``fit`` and for ``boosting``."""
-        return None if self._model is None else self._model.strength
+    def C(self) -> float | None:
+        """The inverse regularisation strength C that was given or chosen; None before ``fit`` and for ``boosting``."""
+        return None if self._model is None else self._model.C
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Detector:
         """Learns from the judged rows of a token table.
@@ -169,9 +209,9 @@ class Detector:
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
-        kind, strength, seed = (self.settings[key] for key in ("estimator", "strength", "seed"))
-        model = self._inputs.classifier(kind, strength, seed)
-        self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], strength)
+        kind, C, seed = (self.settings[key] for key in ("estimator", "C", "seed"))
+        model = self._inputs.classifier(kind, C, seed)
+        self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(train, calibration)
         return self
@@ -179,10 +219,10 @@ class Detector:
     def _reading(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
         """The columns that these settings ask for."""
         every = Inputs(tuple(names), tuple(objects), self.settings["objects"], self.settings["factored"])
-        if self.settings["sight"]:
+        if self.settings["visual_consistency"]:
             return every
         if not every.plain:
-            raise ConfigError("detector.sight=false leaves nothing of features that are looked_at alone")
+            raise ConfigError("detector.visual_consistency=false leaves nothing of features that are looked_at alone")
         return replace(every, features=every.plain)
 
     def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
@@ -196,7 +236,7 @@ class Detector:
         only = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
         if self._promise is not None:
             held_out = None if calibration is None else self._examples(calibration)
-            self.certificate = promised(self._model, self._examples(train), held_out, self._promise)
+            self.certificate = calibrate_threshold(self._model, self._examples(train), held_out, self._promise)
             self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
             self._chosen = f"{self._promise}{only}"
             return
@@ -256,11 +296,11 @@ class Detector:
         model, matrix = self._ready(), self._matrix(table)
         return explanation(model, matrix, model.predict(matrix), self._inputs.shown, self._base_rate)
 
-    def looks(self, table: pd.DataFrame, count: int = 3) -> list[tuple[Look, ...]]:
-        """What the place that every row's name was written from looks like, for all rows of a token table.
+    def visual_evidence(self, table: pd.DataFrame, count: int = 3) -> list[tuple[NamedProbability, ...]]:
+        """Return what the image evidence behind every row's name looks like, for all rows of a token table.
 
-        It is what the detector has learned from mentions (``stethoscope.detection.sight``): how a place that a name was
-        written from looks inside the model, and how often that was there. No object is searched for in the picture.
+        It is learned from mentions (``stethoscope.detection.visual_consistency``): how the evidence of a name looks
+        inside the model, and how often the object was there. No object is searched for in the picture.
 
         Args:
             table: a token table.
@@ -268,16 +308,17 @@ class Detector:
 
         Returns:
             For every row pairs of an object, or None for nothing known, and its probability, the most probable first;
-            empty for a row that names no object, and for all where the detector has no sight.
+            empty for a row that names no object, and for all where the detector does not read
+            ``looked_at``.
 
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
         model, matrix = self._ready().model, self._matrix(table)
-        if not isinstance(model, Sighted):
+        if not isinstance(model, VisualConsistency):
             return [()] * len(table)
-        found = most_likely(model.looks(matrix), self._inputs.objects, count)
-        return [looks if name else () for looks, name in zip(found, table["object"], strict=True)]
+        candidates = most_likely(model.log_probabilities(matrix), self._inputs.objects, count)
+        return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
 
     def _ready(self) -> CalibratedModel:
         if self._model is None:
@@ -300,7 +341,7 @@ class Detector:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What ``manifest.json`` says of the detector; JSON-able. ``artefact.write`` adds versions and digests."""
+        """What ``manifest.json`` says of the detector; JSON-able. ``artifact.write`` adds versions and digests."""
         return {
             **dict.fromkeys(NOTES),
             **self.notes,
@@ -334,8 +375,8 @@ class Detector:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
         self.notes |= dict(notes or {})
         manifest = self.manifest
-        texts = {hub.CARD: hub.card(manifest)}
-        artefact.write(Path(folder), self._model.arrays(), manifest, texts, check=type(self).load)
+        texts = {artifact.CARD: artifact.card(manifest)}
+        artifact.write(Path(folder), self._model.arrays(), manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -366,7 +407,7 @@ class Detector:
             )
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "detector")
-            return hub.push(Path(folder) / "detector", repo_id, private, token, revision, commit_message)
+            return artifact.push(Path(folder) / "detector", repo_id, private, token, revision, commit_message)
 
     @classmethod
     def from_pretrained(cls, name: Path | str, revision: str | None = None, token: str | None = None) -> Detector:
@@ -384,7 +425,7 @@ class Detector:
             return cls.load(name)
         if str(name).startswith(("/", ".", "~")):
             raise ArtefactError(f"there is no folder {name}")
-        return cls.load(hub.fetch(str(name), revision, token))
+        return cls.load(artifact.fetch(str(name), revision, token))
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
@@ -398,9 +439,9 @@ class Detector:
                 not fit its manifest.
         """
         folder = Path(folder)
-        if not (folder / artefact.MANIFEST).is_file() and (folder / "detector" / artefact.MANIFEST).is_file():
+        if not (folder / artifact.MANIFEST).is_file() and (folder / "detector" / artifact.MANIFEST).is_file():
             folder /= "detector"
-        arrays, manifest = artefact.read(folder)
+        arrays, manifest = artifact.read(folder)
         try:
             detector = cls(**manifest["settings"])
             threshold = manifest["threshold"]
@@ -418,15 +459,15 @@ class Detector:
                 raise ValueError("model should be a fingerprint or null")
             detector._inputs = detector._reading(features, objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-            raise ArtefactError(f"{folder / artefact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
-        own = {*detector.manifest, *artefact.ADDED} - set(NOTES)
+            raise ArtefactError(f"{folder / artifact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
+        own = {*detector.manifest, *artifact.ADDED} - set(NOTES)
         detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}
         settings, inputs = detector.settings, detector._inputs
-        model = inputs.classifier(settings["estimator"], settings["strength"], settings["seed"])
+        model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
         try:
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
         except ArtefactError as error:
-            raise ArtefactError(f"{folder / artefact.OBJECTS} cannot be used: {error}") from None
+            raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None
         return detector
 
 

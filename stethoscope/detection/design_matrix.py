@@ -10,8 +10,8 @@ from sklearn.base import BaseEstimator
 
 from stethoscope.core.token_table import feature_matrix, require
 from stethoscope.detection.estimators import make_estimator
-from stethoscope.detection.factor import EXTERNAL, Factored, codes, external
-from stethoscope.detection.sight import COLUMNS, FEATURE, Sighted
+from stethoscope.detection.evidence_prior import EXTERNAL, Factored, codes, external
+from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
 from stethoscope.features.columns import feature_of
 
 RARE = 5
@@ -76,17 +76,17 @@ class Inputs:
             parts += [feature_matrix(table, places), codes(table, self.objects)[:, None]]
         return np.hstack(parts)
 
-    def classifier(self, kind: str, strength: float | None, seed: int) -> BaseEstimator:
+    def classifier(self, kind: str, C: float | None, seed: int) -> BaseEstimator:
         """A classifier of ``matrix`` that has not been fitted.
 
         Args:
             kind: of ``ESTIMATORS``.
-            strength: inverse regularisation C of parts with fits of their own; None chooses it.
+            C: inverse regularisation strength of parts with fits of their own; None chooses it.
             seed: of everything random.
         """
         count, places = len(self.objects), self.places
-        model = Factored(kind, count, strength, seed) if self.factored else make_estimator(kind, seed)
-        return Sighted(model, len(places) + 1, count, strength) if places else model
+        model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed)
+        return VisualConsistency(model, len(places) + 1, count, C) if places else model
 
 
 def told_apart(rows: pd.DataFrame) -> tuple[str, ...]:

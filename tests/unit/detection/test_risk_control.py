@@ -6,9 +6,9 @@ from helpers.token_tables import halves, token_table
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detection.conformal import Promise, certify, images_needed, log_wealth, per_image, stake
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.risk_control import RiskGuarantee, bet_size, certify, images_needed, log_wealth, per_image
 from stethoscope.detection.training import train_detector
-from stethoscope.detector import Detector
 
 REPETITIONS = 200
 MOST_BROKEN = 18  # of 200 at 5 %: a binomial variable is above that once in 500
@@ -47,10 +47,10 @@ def population():
 @pytest.mark.parametrize(
     ("promise", "count", "least"),
     [
-        (Promise("max_false_alarms", 0.1), 400, 0.06),
-        (Promise("max_false_alarms", 0.05), 600, 0.025),
-        (Promise("max_missed", 0.2), 400, 0.12),
-        (Promise("max_missed", 0.2, confidence=0.8), 400, 0.15),
+        (RiskGuarantee("max_false_alarms", 0.1), 400, 0.06),
+        (RiskGuarantee("max_false_alarms", 0.05), 600, 0.025),
+        (RiskGuarantee("max_missed", 0.2), 400, 0.12),
+        (RiskGuarantee("max_missed", 0.2, confidence=0.8), 400, 0.15),
     ],
     ids=str,
 )
@@ -73,7 +73,7 @@ def test_promises_are_kept_and_not_wasteful(promise, count, least, population):
 def test_wealth_at_the_edge_is_a_fair_game():
     """With the risk exactly at alpha the mean wealth is 1, so that 20 is reached once in 20 times at most."""
     rng = np.random.default_rng(0)
-    most, bet = 0.1, stake(50, 0.1, 0.95, 2.0, 3)
+    most, bet = 0.1, bet_size(50, 0.1, 0.95, 2.0, 3)
     wealth = []
     for _ in range(20_000):
         chances = rng.integers(1, 4, size=50)
@@ -84,21 +84,21 @@ def test_wealth_at_the_edge_is_a_fair_game():
 
 def test_a_bolder_promise_gives_a_bolder_threshold():
     drawn = images(600, seed=1)
-    known = reference(Promise("max_false_alarms", 0.1), drawn)
-    given = [certify(*drawn, Promise("max_false_alarms", most), known) for most in (0.05, 0.1, 0.2, 0.4)]
+    known = reference(RiskGuarantee("max_false_alarms", 0.1), drawn)
+    given = [certify(*drawn, RiskGuarantee("max_false_alarms", most), known) for most in (0.05, 0.1, 0.2, 0.4)]
     assert [one.threshold for one in given] == sorted((one.threshold for one in given), reverse=True)
     assert [one.observed for one in given] == sorted(one.observed for one in given)
     assert all(one.observed < one.most for one in given)
-    surer = certify(*drawn, Promise("max_false_alarms", 0.1, confidence=0.999), known)
+    surer = certify(*drawn, RiskGuarantee("max_false_alarms", 0.1, confidence=0.999), known)
     assert surer.threshold > given[1].threshold
 
 
 def test_the_found_threshold_is_the_boldest_that_passes():
     """Against a slow search: every distinct score as threshold, from the most cautious, until the test fails."""
     drawn = scores, labels, groups = images(300, seed=2)
-    promise = Promise("max_false_alarms", 0.1)
+    promise = RiskGuarantee("max_false_alarms", 0.1)
     known = reference(promise, drawn)
-    bet = stake(300, 0.1, 0.95, known.mean(), known.max())
+    bet = bet_size(300, 0.1, 0.95, known.mean(), known.max())
     chances = per_image(groups, labels == 0)
     passed = np.inf
     for threshold in np.unique(scores)[::-1]:
@@ -114,8 +114,8 @@ def test_the_found_threshold_is_the_boldest_that_passes():
 
 def test_a_miss_is_a_false_alarm_turned_round():
     scores, labels, groups = images(500, seed=3)
-    missed = certify(scores, labels, groups, Promise("max_missed", 0.2), np.array([2, 8]))
-    turned = certify(-scores, 1 - labels, groups, Promise("max_false_alarms", 0.2), np.array([2, 8]))
+    missed = certify(scores, labels, groups, RiskGuarantee("max_missed", 0.2), np.array([2, 8]))
+    turned = certify(-scores, 1 - labels, groups, RiskGuarantee("max_false_alarms", 0.2), np.array([2, 8]))
     assert missed.threshold == pytest.approx(-turned.threshold)
     assert missed.observed == turned.observed == (scores[labels == 1] < missed.threshold).mean()
 
@@ -123,14 +123,14 @@ def test_a_miss_is_a_false_alarm_turned_round():
 def test_equal_scores_are_flagged_together():
     scores, labels, groups = images(400, seed=4)
     coarse = np.round(scores)
-    found = certify(coarse, labels, groups, Promise("max_false_alarms", 0.2), np.array([8]))
+    found = certify(coarse, labels, groups, RiskGuarantee("max_false_alarms", 0.2), np.array([8]))
     assert found.threshold % 1 == 0.5, "between two values"
 
 
 def test_images_with_more_mentions_than_known_count_no_more_than_those():
     """One image with a hundred false alarms neither breaks the test nor decides alone."""
     scores, labels, groups = images(400, seed=5)
-    promise = Promise("max_false_alarms", 0.1)
+    promise = RiskGuarantee("max_false_alarms", 0.1)
     many = np.r_[scores, np.full(100, 9.0)], np.r_[labels, np.zeros(100, int)], np.r_[groups, np.full(100, 999)]
     found = certify(*many, promise, reference(promise, images(400, seed=6)))
     assert found.most_per_image <= 8
@@ -140,7 +140,7 @@ def test_images_with_more_mentions_than_known_count_no_more_than_those():
 @pytest.mark.parametrize(("count", "enough"), [(60, False), (120, False), (400, True)])
 def test_too_few_images_are_refused_with_how_many_are_needed(count, enough):
     drawn = images(count, seed=7)
-    promise = Promise("max_false_alarms", 0.05)
+    promise = RiskGuarantee("max_false_alarms", 0.05)
     known = reference(promise, images(500, seed=8))
     if enough:
         certify(*drawn, promise, known)
@@ -153,7 +153,7 @@ def test_too_few_images_are_refused_with_how_many_are_needed(count, enough):
 
 
 def test_the_number_of_images_needed_is_where_a_faultless_detector_passes():
-    promise, known = Promise("max_false_alarms", 0.1), np.array([2])
+    promise, known = RiskGuarantee("max_false_alarms", 0.1), np.array([2])
     needed = images_needed(np.array([2, 2]), promise, 2)
 
     def perfect(count):
@@ -169,7 +169,7 @@ def test_the_number_of_images_needed_is_where_a_faultless_detector_passes():
 def test_a_detector_that_is_sure_of_what_is_wrong_gets_no_threshold():
     _, labels, groups = images(300, seed=9)
     with pytest.raises(DataError, match="only a threshold of no use"):
-        certify(np.where(labels == 0, 5.0, 0.0), labels, groups, Promise("max_false_alarms", 0.1), np.array([8]))
+        certify(np.where(labels == 0, 5.0, 0.0), labels, groups, RiskGuarantee("max_false_alarms", 0.1), np.array([8]))
 
 
 @pytest.mark.parametrize(

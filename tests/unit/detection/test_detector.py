@@ -12,9 +12,9 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, mention_rows
+from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimators import best_threshold, inner_folds
-from stethoscope.detection.warn import mention_warnings
-from stethoscope.detector import Detector
+from stethoscope.detection.lookup import mention_warnings
 from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(400))
@@ -47,7 +47,7 @@ def test_it_learns_and_its_probabilities_are_right(estimator, calibration):
 
 
 def test_it_is_the_logistic_regression_of_scikit_learn():
-    detector = Detector(calibration="none", features=["nll", "mass"], strength=1.0).fit(TRAIN)
+    detector = Detector(calibration="none", features=["nll", "mass"], C=1.0).fit(TRAIN)
     rows, names = mention_rows(TRAIN), ["nll", "mass"]
     low, high = np.quantile(rows[names].to_numpy(np.float64), [0.001, 0.999], axis=0)
     clipped = [np.clip(part[names].to_numpy(np.float64), low, high) for part in (rows, TEST)]
@@ -108,7 +108,7 @@ def test_features_are_chosen_by_name_and_pattern():
         ({"estimator": "boost"}, "did you mean 'boosting'"),
         ({"calibration": "plat"}, "did you mean 'platt'"),
         ({"repeats": "last"}, "There are: all, first"),
-        ({"strength": 0}, "above 0"),
+        ({"C": 0}, "above 0"),
         ({"features": "nll"}, "should be lists"),
     ],
 )
@@ -152,7 +152,7 @@ def test_inner_folds_that_lack_a_class_are_no_choice():
 
 
 def test_a_fit_that_fails_leaves_nothing_to_predict_with():
-    detector = Detector(strength=0.1).fit(TRAIN)
+    detector = Detector(C=0.1).fit(TRAIN)
     with pytest.raises(DataError):
         detector.fit(TRAIN.drop(columns="noise").assign(label=0))
     assert not detector.fitted
@@ -183,7 +183,7 @@ def test_a_table_with_other_features_is_refused(fitted):
         ("logistic", "platt", {"threshold": {"max_missed": 0.3}}),
         ("logistic", "none", {"objects": True}),
         ("boosting", "isotonic", {"objects": True}),
-        ("per_head", "platt", {"factored": True, "strength": 0.1}),
+        ("per_head", "platt", {"factored": True, "C": 0.1}),
         ("boosting", "none", {"factored": True}),
     ],
 )
@@ -287,7 +287,7 @@ def split_up(table, pieces=4):
 def test_a_promise_is_about_mentions_where_all_sub_tokens_are_rows():
     train, calibration = (split_up(part) for part in halves(token_table(800, seed=4)))
     promise = {"max_false_alarms": 0.1}
-    detector = Detector(features=["nll"], subtokens="all", strength=1.0, threshold=promise).fit(train, calibration)
+    detector = Detector(features=["nll"], subtokens="all", C=1.0, threshold=promise).fit(train, calibration)
     grounded = calibration[calibration["first"] & (calibration["label"] == 0)]
     assert detector.certificate.mentions == len(grounded)
     warned = mention_warnings(split_up(token_table(800, seed=5)), detector)

@@ -1,0 +1,208 @@
+"""Look up the detector of a model: a named one, one that a run trained on this very model, or the bundled one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stethoscope.core.errors import ArtefactError
+from stethoscope.core.files import replacing
+from stethoscope.detection.artifact import MANIFEST, read_manifest
+from stethoscope.features.columns import check_same_model, states_of
+from stethoscope.testbed import DETECTOR_DIR
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.detection.detector import Detector
+
+AUTO = "auto"
+"""What ``detector=`` is by default: look for one of this very model."""
+SWITCHED_OFF = "The detector is switched off, so there are no warnings."
+
+
+def parse_setting(setting: str | None) -> str | None:
+    """The value of ``detector=``; None where it is switched off.
+
+    >>> parse_setting("runs/mine"), parse_setting("auto"), parse_setting("none"), parse_setting(None)
+    ('runs/mine', 'auto', None, None)
+    """
+    return None if setting is None or str(setting) == "none" else str(setting)
+
+
+def detector_folder(folder: str) -> Path:
+    """The folder of a detector, which may be given as that of the run that has it.
+
+    Raises:
+        ArtefactError: there is no such folder, or it is a run without a detector.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ArtefactError(f"detector={folder} is no directory; name a detector's folder, or a run that has one")
+    if (path / "detector").is_dir():
+        return path / "detector"
+    if (path / "samples.jsonl").is_file():
+        raise ArtefactError(f"the run in {folder} has no detector; `stethoscope train run={folder}` makes one")
+    return path
+
+
+def load_detector(detector: Detector | Path | str | None) -> Detector | None:
+    """A detector as a user gives it: itself, its folder, or that of a run that has one.
+
+    Raises:
+        ArtefactError: there is no such folder, or no detector in it.
+    """
+    if not isinstance(detector, (str, Path)):
+        return detector
+    from stethoscope.detection.detector import Detector
+
+    return Detector.load(detector_folder(str(detector)))
+
+
+def detectors_for_model(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
+    """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
+
+    Those of ``runs`` are in the order of their age, newest first. A detector that cannot be read is passed over with a
+    warning.
+    """
+    folders = sorted((path.parent for path in runs.glob(f"*/detector/{MANIFEST}")), key=_age)
+    if run is not None and (run / "detector" / MANIFEST).is_file():
+        folders.insert(0, run / "detector")
+    return [folder for folder in folders if _usable(folder, fingerprint)]
+
+
+def _age(folder: Path) -> float:
+    try:
+        return -(folder / MANIFEST).stat().st_mtime
+    except OSError:  # gone since it was listed, or a link to nothing
+        return 0.0
+
+
+def _usable(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a detector was trained on the model with this fingerprint and can be read; else warns of the latter."""
+    from stethoscope.detection.detector import Detector
+
+    try:
+        if not matches_model(_model(folder), fingerprint):
+            return False
+        Detector.load(folder)
+    except ArtefactError as error:
+        warnings.warn(f"passed over a detector: {error}", stacklevel=3)
+        return False
+    return True
+
+
+def bundled_detectors(adapter: Adapter) -> list[Path]:
+    """The folder of the detector that comes with the embedded model, if this is that model, unchanged; else nothing.
+
+    Args:
+        adapter: set up. Weights, which can be large, are digested only where its class is that of the embedded model.
+    """
+    model = _model(DETECTOR_DIR)
+    own = f"{type(adapter).__module__}.{type(adapter).__qualname__}"
+    return [DETECTOR_DIR] if model.get("adapter") == own and matches_model(model, adapter.fingerprint()) else []
+
+
+def check_model(detector: Detector, adapter: Adapter) -> None:
+    """Checks that a detector may judge a model's answers.
+
+    Args:
+        detector: fitted.
+        adapter: of the model, set up. Its weights are digested only if the detector reads states.
+
+    Raises:
+        ConfigError: the detector reads states of another model, which mean nothing in this one.
+    """
+    if states_of(detector.features):
+        check_same_model(detector.features, detector.notes.get("model") or {}, adapter.fingerprint(), adapter.name)
+
+
+def describe_origin(folder: Path) -> str:
+    """How a detector is called: by the run that has it."""
+    if folder == DETECTOR_DIR:
+        return "the one that comes with the embedded model, trained on captions of its own"
+    return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    """The fingerprint of the model that a detector was trained on; empty where that is not known."""
+    model = read_manifest(folder).get("model")
+    return model if isinstance(model, dict) else {}
+
+
+def matches_model(model: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a detector was trained on answers of the model with this fingerprint."""
+    # runs note our code too; other versions of it and of transformers give the same answers but for rounding
+    return bool(model) and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers")
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+WARNING_COLUMNS = {
+    "task": "name of the task",
+    "sample_id": "sample whose answer it is",
+    "group": "its image",
+    "object": "canonical name of the object",
+    "start": "first character of the mention's tokens in the answer's text",
+    "end": "the character after them",
+    "probability": "calibrated probability that the object is hallucinated",
+    "evidence": "what the model's own computation says, in log-odds; above 0 it speaks for hallucination",
+    "prior": "what place and name say (or, not factored, the base rate), in log-odds; the sum gives the probability",
+    "looks": "what the place that it was written from looks like: [object, probability], null for nothing known; [] "
+    "where the detector has no sight",
+    "warned": "the probability is at or above the detector's threshold",
+    "label": "the truth where the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
+    "fold": "train, calibration or test where the detector was fitted on this run, else empty",
+}
+"""The keys of a line of ``warnings.jsonl``."""
+
+
+def mention_warnings(
+    table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
+) -> pd.DataFrame:
+    """Make one row of ``WARNING_COLUMNS`` for every object mention; see ``Detector.deciding`` for repeated ones.
+
+    Args:
+        table: a token table with the features that the detector was fitted on.
+        detector: fitted or loaded; it says what stands for a mention of several sub-tokens (of ``all``: the first).
+        folds: (rows,) masks of the table by name, as the detector was fitted.
+
+    Raises:
+        ArtefactError: the table has other features than the detector was fitted on.
+    """
+    named = table[table["number"] >= 0]
+    ends = named.groupby(["task", "sample_id", "number"], sort=False)["end"].max().rename("until")
+    first = detector.rows(table, judged=False)
+    first = first[first["first"]].reset_index(drop=True)
+    rows = first[["task", "sample_id", "group", "object", "start", "label", "number"]].copy()
+    deciding = detector.deciding(first)
+    rows["probability"] = detector.predict(first)[deciding]
+    rows["evidence"], rows["prior"] = None, None
+    if detector.additive:
+        why = detector.explain(first)
+        rows["evidence"], rows["prior"] = why.evidence[deciding], why.prior[deciding]
+    looks = detector.visual_evidence(first)
+    rows["looks"] = [looks[row] for row in deciding]
+    rows["warned"] = rows["probability"] >= detector.threshold
+    rows["fold"] = ""
+    for name, mask in (folds or {}).items():
+        rows.loc[rows["group"].isin(set(table["group"][mask])), "fold"] = name
+    rows = rows.join(ends, on=["task", "sample_id", "number"]).rename(columns={"until": "end"})
+    return rows[list(WARNING_COLUMNS)]
+
+
+def write_warnings(rows: pd.DataFrame, path: Path) -> None:
+    """Writes ``warnings.jsonl``, a JSON object per line; an older file is replaced at the very end."""
+    with replacing(path) as file:
+        for row in rows.to_dict("records"):
+            exact = {name: row[name] for name in ("probability", "evidence", "prior")}
+            short = {name: None if value is None else round(value, 6) for name, value in exact.items()}
+            looks = [[name, round(chance, 6)] for name, chance in row["looks"]]
+            line = json.dumps({**row, **short, "looks": looks}, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
