@@ -42,7 +42,7 @@ def listed(given: Any) -> list[Any]:
 
 def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
     """The callbacks of a configuration's ``callbacks`` group, in its order."""
-    return [build(node, Callback, f"callbacks.{name}", plugins) for name, node in nodes.items()]
+    return [build(node, Callback, f"callbacks.{name!s}", plugins) for name, node in nodes.items()]
 
 
 class KeepConfig(Callback):

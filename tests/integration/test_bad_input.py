@@ -29,7 +29,7 @@ def pope(tmp_path):
         (["evaluate", "task=poppe"], "unknown task 'poppe'; did you mean 'pope'?"),
         (["benchmark", "detector=logistics"], "unknown detector 'logistics'; did you mean 'logistic'?"),
         (["train", "features=paper/blanc"], "unknown features 'paper/blanc'; did you mean 'paper/blank'"),
-        (["benchmark", "task=amber"], "benchmark asks POPE and CHAIR"),
+        (["benchmark", "task=amber"], "benchmark runs POPE and CHAIR"),
         (["benchmark", "detector.features=[nosuch]"], "unknown feature 'nosuch'. There are: attn_entropy, attn_first"),
         (["benchmark", "detector.exclude=[nl_*]"], "unknown feature 'nl_*'. There are: attn_entropy"),
         (["benchmark", "sets=ful"], "unknown feature set 'ful'; did you mean 'full'"),
