@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import answer, fractions, listed, log_detector, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import answer, as_list, fractions, log_detector, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
 from stethoscope.core.launch import rank
 
@@ -34,7 +34,7 @@ def run(config: DictConfig) -> None:
     print(features.summary)
     detector = build(config.detector, Detector, "detector", config.plugins)
     check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
-    check_sets(listed(config.sets), features.names)
+    check_sets(as_list(config.sets), features.names)
     for task in (pope, chair):
         task.setup()
     store = RunStore(folder)
@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
         print_results(answers)
         print_results(captions)
         if not config.fast_dev_run:  # two samples are no data to learn from
-            compared = {"published": config.published, "sets": listed(config.sets)}
+            compared = {"published": config.published, "sets": as_list(config.sets)}
             results = fit(store, chair.name, detector, shares, config.seed, **compared)
             log_detector(loggers, results)
             log_detector_files(loggers, folder)

@@ -1,4 +1,4 @@
-"""What the commands have in common: objects from the configuration, a run directory, loggers, honest endings."""
+"""Share helpers of commands: build components, run directory, loggers, non-zero exit when samples failed."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ if TYPE_CHECKING:
 
 
 def overrides() -> list[str]:
-    """The user's words on the command line."""
+    """List the user's overrides on the command line."""
     from hydra.core.hydra_config import HydraConfig
 
     return [unquoted(word) for word in HydraConfig.get().overrides.task]
 
 
 def run_dir(config: DictConfig) -> Path:
-    """The run directory; in a sweep, every job's own inside the sweep's folder."""
+    """Return the run directory; in a sweep, that of the job inside the sweep's folder."""
     return Path(config.run_dir)
 
 
-def listed(given: Any) -> list[Any]:
-    """A list, also of one thing that was given without brackets."""
+def as_list(given: Any) -> list[Any]:
+    """Convert a value to a list, also a single one that was given without brackets."""
     return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
-    """The callbacks of a configuration's ``callbacks`` group, in its order."""
+    """Build the callbacks of a configuration's ``callbacks`` group, in its order."""
     return [build(node, Callback, f"callbacks.{name!s}", plugins) for name, node in nodes.items()]
 
 
-class KeepConfig(Callback):
+class SaveConfig(Callback):
     """Writes the configuration into the run directory once the directory has been accepted for it."""
 
     first_only = True
 
     def __init__(self, config: DictConfig) -> None:
-        """Stores the composed configuration."""
+        """Store the composed configuration."""
         self.config = config
 
     def on_task_start(self, run: Run) -> None:
-        """Writes ``config.yaml`` and ``overrides.yaml`` before the first sample."""
+        """Write ``config.yaml`` and ``overrides.yaml`` before the first sample."""
         if run.store is not None:
             run.store.write_config(self.config, overrides())
 
 
 @contextmanager
 def loggers_of(config: DictConfig) -> Iterator[Loggers]:
-    """The configuration's logger, closed at the end of the block with the way it ended.
+    """Build the configuration's logger, and finish it with the status at the end of the block.
 
     The evaluator starts it, once the run directory has been accepted, and adds the file of events.
     """
@@ -78,12 +78,12 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
 
 
 def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
-    """The evaluator of a command that generates answers."""
+    """Build the evaluator of a command that generates answers."""
     from stethoscope.core.types import Generation
     from stethoscope.evaluation.evaluator import Evaluator
 
     return Evaluator(
-        callbacks=[KeepConfig(config), *make_callbacks(config.callbacks, config.plugins)],
+        callbacks=[SaveConfig(config), *make_callbacks(config.callbacks, config.plugins)],
         loggers=loggers,
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,
@@ -101,13 +101,14 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
 def answer(
     config: DictConfig, folder: Path, loggers: Loggers, adapter: Adapter, task: Task, **more: Any
 ) -> TaskResults:
-    """Evaluates a task; answers that a run of the folder ``answers`` has already are taken from there.
+    """Evaluate a task, reusing the answers of runs in the folder ``answers``.
 
     Args:
         config: of a command that generates answers.
         folder: the run directory.
-        loggers: where figures go.
-        adapter, task: who is asked and what.
+        loggers: of the run.
+        adapter: the model.
+        task: the benchmark.
         more: settings of the evaluator that are not in the configuration.
     """
     from stethoscope.storage.reuse import reuse_answers
@@ -120,7 +121,7 @@ def answer(
 
 
 def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
-    """Ends a command with an error when samples failed, once everything else is done and stored.
+    """Raise an error when samples failed, once everything else is done and stored.
 
     Raises:
         DataError: some samples failed; the message names the first.
@@ -140,7 +141,7 @@ def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
 
 
 def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Runs and settings among the words of a command.
+    """Separate the runs and the settings of a command's arguments.
 
     A word is a setting if what stands before its ``=`` is a name, and no file is called so: paths of swept runs have
     the sign in them too. ``None`` stands for the default.
@@ -163,7 +164,7 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
 
 
 def package_names(text: str) -> list[str]:
-    """Package names of the setting ``plugins``, with or without the brackets of the other commands.
+    """Split the package names of the setting ``plugins``, with or without the brackets of the other commands.
 
     >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
     (['mine', 'yours'], ['mine'], [])
@@ -172,7 +173,7 @@ def package_names(text: str) -> list[str]:
 
 
 def fractions(config: DictConfig) -> tuple[float, float, float]:
-    """Shares of train, calibration and test.
+    """Read the shares of train, calibration and test.
 
     Raises:
         ConfigError: they leave no images for one of the three.

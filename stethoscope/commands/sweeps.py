@@ -92,11 +92,11 @@ class Sweep:
             self._run(config, number, words)
 
     def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
-        from stethoscope.commands.common import listed
+        from stethoscope.commands.common import as_list
 
         own = tuple(redact_override(unquoted(word)) for word in distinct_overrides(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
-        plugins = tuple(map(str, listed(config.get("plugins") or ())))
+        plugins = tuple(map(str, as_list(config.get("plugins") or ())))
         job = Job(self.key, number, own, folder, logger=redact(_logger_of(config)), plugins=plugins)
         job.write(self.folder)
         print(f"[job {number}] {job.title}", flush=True)

@@ -1,4 +1,4 @@
-"""``stethoscope train``: a detector from the token table of a run, judged beside the baselines."""
+"""Implement ``stethoscope train``: train a detector on the token table of a run, and compare it with baselines."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Fits, calibrates, measures and saves the detector of a finished run; prints its table."""
-    from stethoscope.commands.common import fractions, listed, log_detector, loggers_of, overrides
+    """Fit, calibrate, evaluate and save the detector of a finished run; print its table."""
+    from stethoscope.commands.common import as_list, fractions, log_detector, loggers_of, overrides
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.training import fit
     from stethoscope.report.console import print_detector
@@ -50,11 +50,11 @@ def run(config: DictConfig) -> None:
         raise ArtefactError(f"run={source} is no directory; {hint}")
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    beside = {name: _other(name, same, config.plugins) for name in listed(config.beside)}
+    beside = {name: _other(name, same, config.plugins) for name in as_list(config.beside)}
     shares, store = fractions(config), RunStore(source)
     task = config.mentions or _only(store)
     table = token_table(config, store, task, config.subset)
-    targets = [_target(config, node, task) for node in listed(config.test)]
+    targets = [_target(config, node, task) for node in as_list(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
@@ -81,7 +81,7 @@ def run(config: DictConfig) -> None:
             beside=beside,
             ablation=config.ablation,
             published=config.published,
-            sets=listed(config.sets),
+            sets=as_list(config.sets),
             progress=lambda line: print(f"{line} ...", file=sys.stderr),
         )
         log_detector(loggers, results)
@@ -94,13 +94,13 @@ def run(config: DictConfig) -> None:
 
 
 def _only(store: RunStore) -> str:
-    """The only task of a run that has token rows, or CHAIR."""
+    """Return the only task of a run that has token rows, or CHAIR."""
     tasks = store.traced_tasks()
     return tasks[0] if len(tasks) == 1 else "chair"
 
 
 def token_table(config: DictConfig, store: RunStore, task: str, subset: str | None) -> pd.DataFrame:
-    """The token rows of a run that a command was asked for: one task, one subset or all, the chosen features or all.
+    """Read the token rows of a run: one task, one subset or all, the chosen features or all.
 
     Raises:
         ArtefactError: the run has no token rows of that task, or not the features.
@@ -123,7 +123,7 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
 
 
 def _tell_of_gaps(store: RunStore, task: str) -> None:
-    """Warns of answers that have no token rows, as after a run has gone on beyond what was extracted."""
+    """Warn of answers that have no token rows, as after a run was continued beyond what was extracted."""
     named = [record for record in store.records(task) if record.mentions]
     lacking = sum(not store.has_tokens(record) for record in named)
     if lacking:
@@ -135,7 +135,7 @@ def _tell_of_gaps(store: RunStore, task: str) -> None:
 
 
 def _target(config: DictConfig, node: Any, own: str) -> Target:
-    """What an entry of ``test`` names: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
+    """Read an entry of ``test``: a run directory, or ``{run: ..., mentions: ..., subset: ...}``.
 
     Without ``mentions`` they are of the task that the detector is trained on or, where the run has no such, of its only
     one.
@@ -167,7 +167,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
 
 
 def _flat(results: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a transfer, by name, for loggers."""
+    """Flatten the metrics of a transfer by name, for loggers."""
     return {
         f"transfer/{row['target']}/{which}/{metric}": interval["value"]
         for row in results.get("transfer", ())
@@ -178,7 +178,7 @@ def _flat(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
-    """A detector of ``conf/detector`` with some settings of the main one.
+    """Build a detector of ``conf/detector`` with some settings of the main one.
 
     Raises:
         ConfigError: there is none of that name.
