@@ -112,7 +112,7 @@ def read_rows(path: Path, keys: Iterable[str], nulls: bool = True) -> Iterator[R
             lacks one of ``keys``.
     """
     text, keys = read_text(path), tuple(keys)
-    start = _BLANK.match(text).end()
+    start = _skip_blanks(text)
     if start == len(text):
         raise DataError(f"{path} is empty; {_OBJECTS}")
     _refuse_table(path, text[start:].partition("\n")[0], keys)
@@ -143,7 +143,7 @@ def _line_items(path: Path, text: str) -> Iterator[tuple[int, str, Any]]:
         end = text.find("\n", start) % (len(text) + 1)  # -1, none, is the text's end
         line, origin = text[start:end], f"{path}, line {number}"
         if line.strip():
-            indent = _BLANK.match(line).end()
+            indent = _skip_blanks(line)
             try:
                 value, stop = _value(line, indent, path, number)
                 stop += start
@@ -167,7 +167,7 @@ def _list_items(path: Path, text: str, offset: int) -> Iterator[tuple[int, str, 
     """Yield position, origin and value of every item of a JSON list that begins at an offset."""
     seen, line, last, number, mark = 0, 1, 0, 0, "["
     while mark != "]":
-        offset = _BLANK.match(text, offset + 1).end()
+        offset = _skip_blanks(text, offset + 1)
         line, seen, number = line + text.count("\n", seen, offset), offset, number + 1
         if mark == "[" and text[offset : offset + 1] == "]":
             break
@@ -175,7 +175,7 @@ def _list_items(path: Path, text: str, offset: int) -> Iterator[tuple[int, str, 
         row, offset = _value(text, offset, path)
         yield number, origin, row
         last = line
-        offset = _BLANK.match(text, offset).end()
+        offset = _skip_blanks(text, offset)
         mark = text[offset : offset + 1]
         if mark not in (",", "]"):
             line += text.count("\n", seen, offset)
@@ -193,7 +193,7 @@ def read_json(path: Path) -> Any:
     text = read_text(path)
     if not text.strip():
         raise DataError(f"{path} is empty; JSON was expected")
-    value, end = _value(text, _BLANK.match(text).end(), path)
+    value, end = _value(text, _skip_blanks(text), path)
     if text[end:].strip():
         line = text.count("\n", 0, end) + 1
         hint = "; this is JSON lines, one value was expected" if text[end:].lstrip()[0] in "[{" else ""
@@ -203,6 +203,12 @@ def read_json(path: Path) -> Any:
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+
+
+def _skip_blanks(text: str, offset: int = 0) -> int:
+    """Return the index of the first character at or after an offset that is not JSON whitespace."""
+    match = _BLANK.match(text, offset)
+    return match.end() if match else offset
 
 
 def _value(text: str, offset: int, path: Path, line: int | None = None) -> tuple[Any, int]:

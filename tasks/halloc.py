@@ -1,4 +1,4 @@
-"""Answers written elsewhere, with the words that are hallucinated marked by type, as HalLoc has them.
+"""HalLoc: given answers whose hallucinated words are marked by type.
 
 Park et al., "HalLoc: Token-level Localization of Hallucinations for Vision Language Models", CVPR 2025, arXiv
 2506.10286: objects, attributes, relations and scenes, put into answers by another model than the one that reads them.
@@ -35,12 +35,11 @@ _GREY = (127, 127, 127)
 class HalLoc(Task):
     """Given answers, read by the model (teacher forcing) and not written by it; every word is labelled.
 
-    Nothing is generated, so nothing is scored: what the run is for are the labelled tokens and their features. The
-    metrics say how surprised the model is, in nats per token, by what is grounded and by what is not.
+    Nothing is generated, so no answer is right or wrong: the run provides labelled tokens and their features. The
+    metrics are the model's surprisal, in nats per token, on grounded and on hallucinated words.
 
-    Who wrote the hallucinations into an answer left traces of it in the text alone. A detector that finds them has
-    looked at the image only if it does better than the same run with ``text_only=true``, where every picture is grey,
-    and than the leaderboard's ``text prior``.
+    The inserted hallucinations leave traces in the text alone. A detector uses the image only if it does better than
+    the same run with ``text_only=true``, where every picture is grey, and better than the leaderboard's ``text prior``.
     """
 
     name: ClassVar[str] = "halloc"
@@ -80,7 +79,7 @@ class HalLoc(Task):
             self._samples.append(
                 Sample(
                     id=id_,
-                    image=_grey(image) if self.text_only else image,
+                    image=ImageRef(image.name, partial(_grey_image, image)) if self.text_only else image,
                     question=row["question"].strip(),
                     group=image.group,
                     subset=str(row.get("subset", "all")),
@@ -108,7 +107,7 @@ class HalLoc(Task):
         return sorted([*marked, *((*word, None) for word in words if taken.isdisjoint(range(*word)))])
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Add up surprise by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
+        """Add up surprisal by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
         counts = Counter({f"{unit}_{kind}": 0.0 for unit in ("tokens", "nll") for kind in ("grounded", *TYPES)})
         words = self._labelled(sample, answer)
         if words is None:
@@ -131,22 +130,22 @@ class HalLoc(Task):
         )
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Return surprise in nats per token by type, the share of hallucinated tokens, and the gap of the two kinds."""
+        """Return surprisal in nats per token by type, the share of hallucinated tokens, and ``nll_gap``."""
 
         def total(totals: Totals, unit: str) -> np.ndarray:
             return sum(totals[f"{unit}_{kind}"] for kind in TYPES)
 
-        def surprise(kind: str) -> Callable[[Totals], np.ndarray]:
+        def surprisal(kind: str) -> Callable[[Totals], np.ndarray]:
             return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])
 
         def hallucinated(totals: Totals) -> np.ndarray:
             return ratio(total(totals, "nll"), total(totals, "tokens"))
 
-        grounded = surprise("grounded")
+        grounded = surprisal("grounded")
         return {
             "nll_gap": lambda totals: hallucinated(totals) - grounded(totals),
             "nll_grounded": grounded,
-            **{f"nll_{kind}": surprise(kind) for kind in TYPES},
+            **{f"nll_{kind}": surprisal(kind) for kind in TYPES},
             "hallucinated": lambda totals: ratio(
                 total(totals, "tokens"), total(totals, "tokens") + totals["tokens_grounded"]
             ),
@@ -167,18 +166,18 @@ def read_spans(spans: Any, answer: str, origin: str) -> list[tuple[int, int, str
 
     def checked() -> Iterator[tuple[int, int, str]]:
         for index, span in enumerate(spans):
-            here = f"{origin}, spans[{index}]"
+            location = f"{origin}, spans[{index}]"
             if not isinstance(span, dict) or not {"start", "end", "type"} <= span.keys():
-                raise DataError(f"{here}: an object with start, end and type was expected, not {shown(span)}")
+                raise DataError(f"{location}: an object with start, end and type was expected, not {shown(span)}")
             start, end, kind = span["start"], span["end"], span["type"]
             if kind not in TYPES:
-                raise DataError(f"{here}: {unknown('type of hallucination', clipped(kind), TYPES)}")
+                raise DataError(f"{location}: {unknown('type of hallucination', clipped(kind), TYPES)}")
             if not (type(start) is int and type(end) is int and 0 <= start < end <= len(answer)):
                 raise DataError(
-                    f"{here}: {shown(start)} to {shown(end)} is no span of an answer of {len(answer)} characters"
+                    f"{location}: {shown(start)} to {shown(end)} is no span of an answer of {len(answer)} characters"
                 )
             if not answer[start:end].strip():
-                raise DataError(f"{here}: {start} to {end} holds nothing but blanks")
+                raise DataError(f"{location}: {start} to {end} holds nothing but blanks")
             yield start, end, kind
 
     if not isinstance(spans, list):
@@ -217,11 +216,8 @@ def move_spans(text: str, spans: Sequence[tuple[int, int]], answer: str) -> list
     return [(indices[0], indices[-1] + 1) for indices in inside]
 
 
-def _grey(image: ImageRef) -> ImageRef:
-    return ImageRef(image.name, partial(_grey_image, image))
-
-
 def _grey_image(image: ImageRef) -> Image:
+    """Return a grey image of the same size."""
     from PIL import Image
 
     return Image.new("RGB", image.load().size, _GREY)

@@ -83,7 +83,7 @@ class HallusionBench(Task):
         for row in self.data.rows():
             sample = self._sample(row)
             if sample.id in samples:
-                raise DataError(f"{row.origin}: question {clipped(sample.id)} is there before")
+                raise DataError(f"{row.origin}: question {clipped(sample.id)} occurs twice")
             samples[sample.id] = sample
         if not samples:
             raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
@@ -144,11 +144,16 @@ class HallusionBench(Task):
         return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["subcategory"])
 
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
-        """Total every sample under ``all`` and its category, the first of a figure or question with its whole set."""
+        """Total every sample under ``all`` and its category; the first of a set also carries the counts of the set."""
         self.setup()  # the task of a finished run has read nothing yet
         counts = [dict(own) for _, own in scored]
         for name, keys in SETS.items():
-            for indices in complete_sets(scored, self.samples(), key=lambda sample, keys=keys: _set(sample, keys)):
+            fields = ("subcategory", *keys)
+            for indices in complete_sets(
+                scored,
+                self.samples(),
+                key=lambda sample, fields=fields: (sample.subset, *(sample.reference[field] for field in fields)),
+            ):
                 rights, reads = ([scored[index][1][count] for index in indices] for count in ("right", "read"))
                 counts[indices[0]] |= set_counts(name, rights, reads)
         return [
@@ -172,10 +177,6 @@ class HallusionBench(Task):
 
 def _file_name(row: Mapping[str, Any]) -> str:
     return f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
-
-
-def _set(sample: Sample, keys: Sequence[str]) -> tuple[str, ...]:
-    return (sample.subset, sample.reference["subcategory"], *(sample.reference[key] for key in keys))
 
 
 def _share(totals: Totals, part: str, whole: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is in them, and paths that annotations name, none of which may lead out."""
+"""List folders of images and resolve the paths that annotations name, none of which may leave the folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Bounds:
-    """What lies inside a folder when links are followed.
+    """The boundary of a folder: which paths stay inside it when links are followed.
 
     A folder of the Hugging Face cache holds links to the files of its repository, which count as inside.
 
@@ -58,7 +58,7 @@ class ImageFolder:
 
         Args:
             path: of the folder.
-            may_be_empty: whether it is looked at before it is known that it should hold an image.
+            may_be_empty: accept a folder without images, as when it is not yet known whether images are needed.
 
         Raises:
             DataError: it does not exist, is no folder or holds no image.

@@ -155,7 +155,7 @@ class Mme(Task):
         )
 
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
-        """Total every sample under ``total`` and its category, the first of an image with what both came to.
+        """Total every sample under ``total`` and its category; the first of an image also carries the pair's counts.
 
         Counts are named by category, since the total of the scores is not the score of the totals.
         """

@@ -1,8 +1,8 @@
 """Find the nouns of a text that belong to a vocabulary, and objects with names of several words.
 
 AMBER defines its nouns by NLTK's part-of-speech tagger and WordNet's lemmatiser, both of which need downloads. Within a
-vocabulary of things that can be pictured little of that is needed: a word is a noun unless its neighbours say that it
-is a verb, and its singular is whichever of a few regular forms the vocabulary has. On 1,000 captions of LLaVA-1.5 and
+vocabulary of depictable things, simpler rules suffice: a word is a noun unless its neighbours show that it is a verb,
+and its singular is whichever of a few regular forms the vocabulary has. On 1,000 captions of LLaVA-1.5 and
 MiniGPT-4, with AMBER's vocabulary, 98.5 % of the nouns are nouns to spaCy's small English tagger too, and 99.5 % of its
 nouns are found; most of the rest are "orange" and "light" as adjectives.
 """
@@ -70,7 +70,7 @@ _BEFORE_TO = frozenset(
 
 
 class NounExtractor:
-    """Finds the words of a vocabulary where they are nouns.
+    """Find the words of a vocabulary where they are used as nouns.
 
     Words are compared as they are written: AMBER's vocabulary is in small letters but for "TV", so a word that begins
     a sentence with a capital is not found, there as here. "can" is a noun only behind an article or what is kept in
@@ -113,7 +113,7 @@ class NounExtractor:
 
 
 class Vocabulary:
-    """Finds objects of one's own choosing, which may be called by several names of several words each.
+    """Find objects of a custom vocabulary, each with several names of one or more words.
 
     Attributes:
         names: lower-case words, joined by single blanks -> canonical name.
@@ -122,13 +122,11 @@ class Vocabulary:
     def __init__(self, objects: Mapping[str, Sequence[str]]) -> None:
         """Store canonical names, each with the other names that stand for it."""
         self.names = {
-            self._key(name): canonical for canonical, names in objects.items() for name in (canonical, *names)
+            " ".join(name.lower().split()): canonical
+            for canonical, names in objects.items()
+            for name in (canonical, *names)
         }
         self._longest = max((len(key.split()) for key in self.names), default=0)
-
-    @staticmethod
-    def _key(name: str) -> str:
-        return " ".join(name.lower().split())
 
     def mentions(self, text: str) -> list[TextMention]:
         """Return every mention in reading order.
@@ -166,10 +164,10 @@ INSTALL = "pip install 'lvlm-stethoscope[amber]' && python -m spacy download en_
 
 
 class SpacyNounExtractor:
-    """Words of a vocabulary that a spaCy pipeline tags as nouns, and which words it takes for synonyms.
+    """Find the nouns of a vocabulary with a spaCy pipeline, and compare words by its vectors.
 
-    The authors take NLTK's tagger and WordNet's lemmatiser for the first and spaCy's vectors for the second; here the
-    pipeline does both. One without a tagger leaves the nouns to ``NounExtractor``.
+    AMBER's authors use NLTK's tagger and WordNet's lemmatiser to find nouns and spaCy's vectors to find synonyms; here
+    the pipeline does both. If it has no tagger, ``NounExtractor`` finds the nouns.
     """
 
     def __init__(self, model: str, nouns: NounExtractor, threshold: float) -> None:
@@ -177,7 +175,7 @@ class SpacyNounExtractor:
 
         Args:
             model: name of an installed spaCy model, or its folder.
-            nouns: the vocabulary, and the reader that stands in for a tagger.
+            nouns: the vocabulary, and the extractor used if the model has no tagger.
             threshold: words are synonyms if the cosine of their vectors is above it.
 
         Raises:

@@ -4,8 +4,8 @@ The definition is that of Rohrbach et al., "Object Hallucination in Image Captio
 it: lower-case, tokenise as nltk's ``word_tokenize`` does, make every word singular as ``pattern.en`` does, merge pairs
 of words, look the words up. This module gives the same objects without either library, and says where they stand.
 
-Almost all time would go into words, and words repeat: what a piece of text between blanks contains is worked out once
-and remembered, so that reading a caption is one pass of a regular expression and a look-up per word.
+Words repeat, so the analysis of every piece of text between blanks is cached: reading a caption is one pass of a
+regular expression and one look-up per word.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TextMention(NamedTuple):
 
 
 MentionExtractor = Callable[[str], list[TextMention]]
-"""Finds the objects that a text names, in reading order."""
+"""A function that lists the objects a text names, in reading order."""
 
 _Word = tuple[int, str, int, int]
 """A word that can matter: its index among all tokens, its singular, its first character and the one after its last."""

@@ -1,8 +1,8 @@
-"""Where the questions and images of a benchmark come from: embedded scenes, published files or a data set of the hub.
+"""Read a benchmark's questions and images from embedded scenes, published files or a data set on the hub.
 
-Of a data set on the Hugging Face hub, or of a folder laid out like one, only Parquet files are read, and only those in
-the data set itself: its card, which may name files elsewhere, and the other builders of ``datasets`` have no part in
-it. ``datasets`` never decodes or fetches an image: images are bytes, or paths inside the data set, and go through
+Of a data set on the Hugging Face hub, or of a folder with the same layout, only the Parquet files in the data set
+itself are read. Its card, which may name files elsewhere, and the other builders of ``datasets`` are ignored.
+``datasets`` never decodes or fetches an image: images are bytes, or paths inside the data set, and are decoded by
 ``images.read_image``.
 """
 
@@ -92,7 +92,7 @@ def check_paths(task: str, paths: Mapping[str, tuple[str | None, str]], others: 
         others: sources that need no path.
 
     Raises:
-        ConfigError: a path is missing; the message tells what each of them is.
+        ConfigError: a path is missing; the message describes each of them.
     """
     if not all(path for path, _ in paths.values()):
         needed = ", and ".join(f"task.{name}, {description}" for name, (_, description) in paths.items())
@@ -104,10 +104,10 @@ def check_paths(task: str, paths: Mapping[str, tuple[str | None, str]], others: 
 
 
 class SourceRow(NamedTuple):
-    """A question, or an image to describe, as a source has it.
+    """A question, or an image to describe, as read from a source.
 
     Attributes:
-        values: what the source says of it, by name.
+        values: fields of the row by name.
         image: its image.
         origin: file and line, or data set and row, for messages.
     """
@@ -118,7 +118,7 @@ class SourceRow(NamedTuple):
 
 
 class DataSource:
-    """One of the places that a benchmark can be read from.
+    """The source that a benchmark is read from.
 
     Args:
         task: name of the task, for messages.
@@ -337,8 +337,8 @@ def _folder(source: HubSource, split: str) -> Path:
 def split_files(folder: Path, split: str) -> list[Path]:
     """List the Parquet files of a split, in the order of their names.
 
-    They are called after it (``test.parquet``, ``test-00000-of-00002.parquet``) or lie in a folder of its name. Where
-    no file is called after any split, all are ``train``.
+    A file belongs to a split if its name starts with it (``test.parquet``, ``test-00000-of-00002.parquet``) or its
+    folder has that name. Where no file name mentions any split, all files are ``train``.
 
     Raises:
         DataError: there are none, some are missing, or they lie in several folders.
@@ -346,8 +346,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     bounds = Bounds(folder)
     names = {}
     for file in sorted(folder.rglob("*.parquet")):
-        place = file.relative_to(folder)
-        if not any(part.startswith(".") for part in place.parts) and bounds.holds(place.as_posix()):
+        relative = file.relative_to(folder)
+        if not any(part.startswith(".") for part in relative.parts) and bounds.holds(relative.as_posix()):
             shard = _SHARD.fullmatch(file.stem)
             names[file] = (shard["split"] if shard else file.stem), shard
     files = [file for file, (name, _) in names.items() if split in (name, *file.relative_to(folder).parts[-2:-1])]
