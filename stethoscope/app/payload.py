@@ -33,7 +33,7 @@ def encode(kind: str, **parts: Any) -> str:
     """Write what the page receives as JSON, in which no text can be taken for a tag.
 
     >>> encode("error", text="<script>")
-    '{"kind":"error","text":"\\u003cscript\\u003e"}'
+    '{"kind":"error","text":"\\\\u003cscript\\\\u003e"}'
     """
     return json_text({"kind": kind, **parts})
 
