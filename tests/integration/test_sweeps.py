@@ -105,7 +105,7 @@ def test_feature_sets_are_columns_of_the_run(call, tmp_path):
     words = ("features.groups=[uncertainty]", "features.names=[]", "logger=none", *QUICK)
     code, _, err = call("train", f"run={source}", "features=fast", *words)
     assert code == 2
-    assert "features=fast` computes them" in err
+    assert "features=fast` (nothing is generated again)" in err
     assert "has no columns of" in err
     words = ("features.groups=[]", "features.names=[nll,attn_image]", "logger=none", *QUICK)
     code, _, err = call("train", f"run={source}", "features=fast", *words)
