@@ -1,4 +1,4 @@
-"""Digests of a loaded model's weights, configuration, tokenizer and image processor."""
+"""Compute digests of a loaded model's weights, configuration, tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-_PASSING = (
+_NOT_DIGESTED = (
     "transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path", "output_attentions",
     "output_hidden_states", "use_cache", "return_dict", "quantization_config", "processor_class",
 )  # fmt: skip
-"""Settings that say where a model comes from or how it is run, not what it computes; dtype and quantisation have keys
-of their own in the fingerprint."""
+"""Settings of where a model comes from or how it runs, not of what it computes; dtype and quantisation have keys of
+their own in the fingerprint."""
 
 
 def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
     """Compute a digest of the weight files of a folder, name the commit of a hub model, or digest weights in memory.
 
-    Files are read whole; see ``digests.cached_digest`` for when they are read again. The weights in memory count where
-    those of another repository were loaded too, as under a LoRA, and where the folder holds none that we know of.
+    Files are read whole; see ``digests.cached_digest`` for when they are read again. Weights in memory are digested
+    where a second repository was loaded too, as under a LoRA, and where the folder holds no known weight files.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return f"state:{_of_state(model)}"
-    if folder:
-        paths = _weight_files(Path(model_id).expanduser())
-        return f"sha256:{cached_digest(paths, lambda: _of_files(paths))}" if paths else f"state:{_of_state(model)}"
-    commit = getattr(model.config, "_commit_hash", None)
-    if model_id is not None and commit:
-        return f"commit:{commit}"
-    return f"state:{_of_state(model)}"
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        commit = getattr(model.config, "_commit_hash", None)
+        if folder:
+            paths = _weight_files(Path(model_id).expanduser())
+            if paths:
+                return f"sha256:{cached_digest(paths, lambda: _digest_files(paths))}"
+        elif model_id is not None and commit:
+            return f"commit:{commit}"
+    return f"state:{_digest_state(model)}"
 
 
-def tensors_of(model: PreTrainedModel) -> list[Tensor]:
-    """All parameters and buffers."""
+def all_tensors(model: PreTrainedModel) -> list[Tensor]:
+    """List all parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
 def versions(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """How often each of ``tensors_of`` was changed in place, but for changes through ``.data``.
+    """Count how often each of ``all_tensors`` was changed in place, except through ``.data``.
 
     None where there is no count: made in inference mode, or moved in and out by accelerate (``is_meta`` in between).
     """
-    tensors = tensors_of(model)
+    tensors = all_tensors(model)
     if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         return None
     return tuple(tensor._version for tensor in tensors)
 
 
 def hooks(model: PreTrainedModel) -> tuple[int, ...]:
-    """What tells one set of forward hooks from another."""
+    """List the ids of all forward hooks, to detect added or removed ones."""
     return tuple(
         id(hook)
         for module in model.modules()
@@ -82,7 +82,7 @@ def _weight_files(root: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _of_files(paths: list[Path]) -> str:
+def _digest_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode())
@@ -92,15 +92,15 @@ def _of_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _of_state(model: PreTrainedModel) -> str:
+def _digest_state(model: PreTrainedModel) -> str:
     import torch
 
     tensors = model.state_dict()
     if any(tensor.is_meta for tensor in tensors.values()):  # accelerate holds them on another device or on disk
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-        here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
-        tensors = here | get_state_dict_offloaded_model(model)
+        loaded = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        tensors = loaded | get_state_dict_offloaded_model(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -108,43 +108,41 @@ def _of_state(model: PreTrainedModel) -> str:
 
 
 def settings(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str]:
-    """Digests of the settings that change answers, as they are in memory: wherever they were read from.
+    """Compute digests of the settings that change answers, as they are in memory.
 
     The chat template is not among them: the prompt that it renders has a key of its own in the fingerprint.
 
     Returns:
-        ``config`` of the model, ``tokenizer`` (vocabulary, rules, special tokens), ``image_processor`` where it can
-        tell its settings.
+        Digests of ``config`` (of the model), ``tokenizer`` (vocabulary, rules, special tokens) and ``image_processor``
+        (where it lists its settings), 16 hex digits each.
     """
     tokenizer = processor.tokenizer
-    images = getattr(processor.image_processor, "to_dict", dict)()
-    found = {
-        "config": _plain(model.config.to_dict()),
-        "tokenizer": [_rules(tokenizer), _plain(tokenizer.special_tokens_map), tokenizer.padding_side],
-        "image_processor": _plain(images),
-    }
-    return {name: _digest(value) for name, value in found.items() if value}
+    parts = {
+        "config": _relevant_settings(model.config.to_dict()),
+        "tokenizer": [
+            _tokenizer_rules(tokenizer), _relevant_settings(tokenizer.special_tokens_map), tokenizer.padding_side
+        ],
+        "image_processor": _relevant_settings(getattr(processor.image_processor, "to_dict", dict)()),
+    }  # fmt: skip
+    texts = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items() if part}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
-def _rules(tokenizer: Any) -> Any:
-    """All that a tokenizer goes by; what its last call has left in it (padding, truncation) stands before the rest."""
+def _tokenizer_rules(tokenizer: Any) -> Any:
+    """Return everything that determines tokens, without padding and truncation, which the last call may have set."""
     backend, vocabulary = getattr(tokenizer, "backend_tokenizer", None), tokenizer.get_vocab()
     if backend is None:
         return sorted(vocabulary.items())
     token = max(vocabulary, key=vocabulary.__getitem__, default="")
-    if vocabulary.get(token, 0) > 100 * (len(vocabulary) + 1000):  # written with a line for every id that has no token
+    if vocabulary.get(token, 0) > 100 * (len(vocabulary) + 1000):  # to_str writes a line for every id without a token
         raise DataError(f"the tokenizer's {token[:80]!r} has the id {vocabulary[token]}, of {len(vocabulary)} tokens")
     text = backend.to_str()
-    return text[text.index('"added_tokens"') :]
+    return text[text.index('"added_tokens"') :]  # padding and truncation come before
 
 
-def _plain(value: Any) -> Any:
-    """Settings without those that pass, at any depth."""
+def _relevant_settings(value: Any) -> Any:
+    """Drop private settings and ``_NOT_DIGESTED`` at any depth."""
     if isinstance(value, Mapping):
-        kept = {str(key): item for key, item in value.items() if str(key) not in _PASSING and str(key)[:1] != "_"}
-        return {key: _plain(item) for key, item in kept.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        names = [key for key in value if str(key) not in _NOT_DIGESTED and str(key)[:1] != "_"]
+        return {str(key): _relevant_settings(value[key]) for key in names}
+    return [_relevant_settings(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Teacher-forced forward passes: batches of prompts and answers, whole or continued from a prompt's KV cache."""
+"""Run teacher-forced forward passes over prompts and answers, whole or continued from a prompt's KV cache."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 CAUSAL = frozenset(
     {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
 )
-"""``model_type`` of models whose prompt is causal text around image tokens, with one position a token, so that an
-answer can be read behind the keys and values of its prompt. Not among them are PaliGemma and Gemma 3, which read
-prompts in both directions, Qwen's models, whose positions are of three kinds, and those that hand no cache out (BLIP-2)
-or have an encoder. The contract tests compare traces of all of them."""
+"""``model_type`` of models whose prompt is causal text around image tokens, with one position per token, so that a pass
+can continue from the keys and values of the prompt. Excluded are PaliGemma and Gemma 3, which read prompts in both
+directions, Qwen's models, whose positions have three axes, and models that return no cache (BLIP-2) or have an encoder.
+The contract tests compare traces of all of them."""
 
 Inputs = Mapping[str, Tensor]
 
 SEQUENCE = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
-"""Inputs with one entry per token, and what they are padded with (``input_ids`` with the model's padding token)."""
-SIDE = {"qformer_input_ids": 0, "qformer_attention_mask": 0, "decoder_input_ids": 0}
-"""Inputs of another sequence, always padded on the right: under their own mask, or where causal rows never look."""
+"""Inputs with one entry per token, and their padding value (``input_ids`` have the model's padding token)."""
+OTHER_SEQUENCES = {"qformer_input_ids": 0, "qformer_attention_mask": 0, "decoder_input_ids": 0}
+"""Inputs of another sequence, always padded on the right: with their own mask, or where causal rows never attend."""
 
 
 def extend(
@@ -41,8 +41,8 @@ def extend(
     Args:
         inputs: a prompt's inputs, batch 1.
         answer: ids to append.
-        model_type: PaliGemma marks the prompt, which it reads in both directions, by token types; its answer is 1.
-        decoder_start: what the decoder of an encoder-decoder model begins with; the answer then goes there.
+        model_type: for PaliGemma, whose answer has the token type 1; the prompt, read in both directions, has 0.
+        decoder_start: first id of an encoder-decoder model's decoder, to which the answer then belongs.
     """
     if decoder_start is not None:
         return {**inputs, "decoder_input_ids": torch.tensor([[decoder_start, *answer]])}
@@ -59,11 +59,12 @@ def extend(
 
 
 def groups(inputs: Sequence[Inputs]) -> list[list[int]]:
-    """List the indices of prompts that can share a batch: the same inputs, images cut into as many tiles."""
+    """List the indices of prompts that can share a batch: with the same inputs, and images of as many tiles."""
     batches: dict[tuple, list[int]] = {}
-    padded = {**SEQUENCE, **SIDE}
+    padded = {**SEQUENCE, **OTHER_SEQUENCES}
     for index, prompt in enumerate(inputs):
-        key = tuple(sorted((name, () if name in padded else tuple(v.shape[1:])) for name, v in prompt.items()))
+        shapes = ((name, () if name in padded else tuple(value.shape[1:])) for name, value in prompt.items())
+        key = tuple(sorted(shapes))
         batches.setdefault(key, []).append(index)
     return list(batches.values())
 
@@ -73,18 +74,18 @@ def collate(inputs: Sequence[Inputs], pad_id: int, side: str) -> dict[str, Tenso
 
     Args:
         inputs: prompts of one of ``groups``.
-        pad_id: what to pad ``input_ids`` with.
-        side: ``left`` for generation; ``right`` for a teacher-forced pass, where positions then stay what they are
-            without padding and causal rows never see it.
+        pad_id: padding token of ``input_ids``.
+        side: ``left`` for generation; ``right`` for a teacher-forced pass, where padding then changes no position and
+            causal rows never attend to it.
     """
     if len(inputs) == 1:
         return dict(inputs[0])
     batch = {}
     for name in inputs[0]:
         parts = [prompt[name] for prompt in inputs]
-        if name in SEQUENCE or name in SIDE:
-            fill = pad_id if name == "input_ids" else {**SEQUENCE, **SIDE}[name]
-            parts = _pad(parts, fill, "right" if name in SIDE else side)
+        if name in SEQUENCE or name in OTHER_SEQUENCES:
+            fill = pad_id if name == "input_ids" else {**SEQUENCE, **OTHER_SEQUENCES}[name]
+            parts = _pad(parts, fill, "right" if name in OTHER_SEQUENCES else side)
         batch[name] = torch.cat(parts)
     return batch
 
@@ -101,11 +102,11 @@ def _pad(parts: list[Tensor], fill: int, side: str) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """B answers in one forward pass, padded on the right, where causal rows never look.
+    """Hold B answers of one forward pass, padded on the right, where causal rows never attend.
 
     Attributes:
-        inputs: keyword arguments of the forward pass. A cache among them serves one pass.
-        rows: (B, T) int64, query positions that predict the answer tokens, or (B, T + 1) with the one that reads the
+        inputs: keyword arguments of the forward pass. A cache among them can be used once.
+        rows: (B, T) int64, query positions that predict the answer tokens, or (B, T + 1) with the one that consumes the
             last token. Shorter answers repeat their last row.
         spans: of the prompts, in key positions.
         pad_offsets: (B,) key position of every prompt's first token.
@@ -131,11 +132,11 @@ class ForwardRunner:
 
     Args:
         model: in evaluation mode.
-        pad_id: token id that ``input_ids`` are padded with.
+        pad_id: padding token of ``input_ids``.
         decoder_start: first token id of an encoder-decoder model's decoder; None for a decoder-only model.
 
     Attributes:
-        causal: answers can be read behind the KV caches of their prompts (``CAUSAL``).
+        causal: passes can continue from the KV caches of prompts (``CAUSAL``).
     """
 
     def __init__(self, model: PreTrainedModel, pad_id: int, decoder_start: int | None) -> None:
@@ -144,14 +145,17 @@ class ForwardRunner:
         self._takes_positions = bool(logits_to_keep(model, []))
 
     def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Move inputs to where the model expects them, floating-point ones in its dtype.
+        """Move inputs to the model's device, floating-point ones in its dtype.
 
         Weights that accelerate has offloaded are on no device; its hook then names the device.
         """
         hook = getattr(self.model, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         device, dtype = self.model.device if device is None else torch.device(device), self.model.dtype
-        return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
 
     def collate(self, encoded: Sequence[Encoded], side: str) -> dict[str, Tensor]:
         """Collate prompts into one batch on the model's device, padded on ``side`` (``left`` or ``right``)."""
@@ -167,9 +171,10 @@ class ForwardRunner:
         """Prepare a pass over whole prompts and answers.
 
         Args:
-            encoded: B prompts. ``answers``: B lists of token ids.
-            consuming: also read the last token of every answer, whose row predicts nothing of the answer: row k + 1 is
-                the one that consumes token k.
+            encoded: B prompts.
+            answers: B lists of token ids.
+            consuming: also read the last token of every answer, whose row predicts no answer token: row k + 1 is the
+                one that consumes token k.
         """
         model_type = self.model.config.model_type
         read = [ids if consuming else ids[:-1] for ids in answers]
@@ -191,13 +196,14 @@ class ForwardRunner:
         tail_lengths: Sequence[int] | None = None,
         consuming: bool = False,
     ) -> ForwardPass:
-        """Prepare a pass over the answers and the prompts' last tokens, behind the KV cache of the tokens before.
+        """Prepare a pass over the answers and the prompts' last tokens, continuing from the KV cache of the others.
 
         Args:
-            encoded: B prompts of a causal model. ``answers``: B lists of token ids.
+            encoded: B prompts of a causal model.
+            answers: B lists of token ids.
             caches: of these prompts, or of the same prompts with other images.
-            tail_lengths: how many prompt tokens run again, at least the last, which predicts the first answer token;
-                1 each by default.
+            tail_lengths: number of prompt tokens to run again, at least the last, which predicts the first answer
+                token; 1 each by default.
             consuming: as for ``full_forward``.
         """
         read = [ids if consuming else ids[:-1] for ids in answers]
@@ -229,11 +235,12 @@ class ForwardRunner:
         """Cut a cache of transformers into one per prompt.
 
         Args:
-            cache: what a forward pass or ``generate`` returned as ``past_key_values``.
-            encoded: B prompts. ``ends``: the cache column behind the last token of each.
+            cache: ``past_key_values`` that a forward pass or ``generate`` returned.
+            encoded: B prompts.
+            ends: B cache columns, each one past the last token of its prompt.
 
         Returns:
-            B caches; None where keys are dropped or changed, or cannot be used again.
+            B caches; None where the cache drops or changes keys, or cannot be used again.
         """
         dynamic = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not self.causal or not dynamic:
@@ -245,7 +252,7 @@ class ForwardRunner:
                 tuple(part[index : index + 1, :, start:end] for part in (layer.keys, layer.values))
                 for layer in cache.layers
             )
-            # a prompt's last token runs again, and without the picture that of an image would be read as a word
+            # a prompt's last token runs again, and an image token would be embedded as text without the pixels
             ends_in_image = prompt.spans.image[-1] == prompt.spans.length - 1
             caches.append(None if ends_in_image else PromptCache(layers))
         return caches
@@ -270,7 +277,7 @@ class ForwardRunner:
 
 
 def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
-    """Return (B, T) rows of answers of which so many tokens are read, the first row at ``starts``.
+    """Return the (B, T) query positions of answers, from the first of each on, for ``read`` further tokens.
 
     >>> answer_rows([4, 2], [2, 1]).tolist()
     [[4, 5, 6], [2, 3, 3]]

@@ -1,9 +1,10 @@
-"""Settings of ``generate``, and sampling that does not depend on the batch that a prompt is in."""
+"""Build settings for ``generate``, sample independently of the batch, and trim generated ids to the answer."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stethoscope.core.errors import ConfigError
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.types import Generation
 from stethoscope.tracing.trace import Encoded
@@ -30,25 +31,26 @@ _OUTPUTS = ("output_logits", "return_dict_in_generate", "transformers_version")
 def drop_defaults(model: PreTrainedModel) -> None:
     """Clear the model's own generation settings, all but the ids of special tokens.
 
-    ``generate`` fills every setting that is None with the one of the repository's ``generation_config.json``; no list
-    of fields could name those that later versions of transformers add.
+    ``generate`` fills every setting that is None from the repository's ``generation_config.json``. A new configuration
+    also clears fields that later versions of transformers may add, which a list of names would miss.
     """
-    for module in _generating(model):
-        kept = {name: getattr(module.generation_config, name) for name in _SPECIAL_TOKENS}
-        module.generation_config = GenerationConfig(**kept)
+    for module in _modules_that_generate(model):
+        special = {name: getattr(module.generation_config, name) for name in _SPECIAL_TOKENS}
+        module.generation_config = GenerationConfig(**special)
 
 
-def effective(model: PreTrainedModel, settings: GenerationConfig) -> dict[str, Any]:
+def effective_settings(model: PreTrainedModel, settings: GenerationConfig) -> dict[str, Any]:
     """List the settings that ``generate`` applies: those given, filled with the model's where they are None.
 
     Args:
-        settings: of one call; left as it is.
+        model: whose generation settings fill the gaps.
+        settings: of one call; not changed.
 
     Returns:
-        By name, those that are not None and change what is generated.
+        By name, the settings that are not None and change what is generated.
     """
     filled = copy.deepcopy(settings)
-    for module in _generating(model):
+    for module in _modules_that_generate(model):
         filled.update(**module.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return {
         name: value
@@ -57,18 +59,51 @@ def effective(model: PreTrainedModel, settings: GenerationConfig) -> dict[str, A
     }
 
 
-def _generating(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Modules with generation settings: the model, and in BLIP-2 the language model inside it."""
-    return (m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig))
+def _modules_that_generate(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Iterate over modules with generation settings: the model, and in BLIP-2 the language model inside it."""
+    return (
+        module for module in model.modules() if isinstance(getattr(module, "generation_config", None), GenerationConfig)
+    )
 
 
-def config(generation: Generation, ends: Sequence[int], pad_id: int) -> GenerationConfig:
-    """Build the settings for transformers; of the model's own, ``drop_defaults`` leaves nothing to fill them with.
+def special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
+    """Collect the ids that end an answer, from model and tokenizer, and the id to pad with.
+
+    Raises:
+        DataError: the model's ``generation_config.json`` names an end that is no token id.
+    """
+    end_ids: set[int] = set()
+    for part in (model, getattr(model, "language_model", None)):  # in BLIP-2 the language model generates by itself
+        setting = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
+        ids = setting if isinstance(setting, (list, tuple)) else [] if setting is None else [setting]
+        if not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise DataError(
+                f"eos_token_id={reprlib.repr(setting)} in the model's generation_config.json should be a token's id "
+                "or a list of them"
+            )
+        end_ids.update(ids)
+    if tokenizer.eos_token_id is not None:
+        end_ids.add(tokenizer.eos_token_id)
+    pad_id = tokenizer.pad_token_id
+    return tuple(sorted(end_ids)), pad_id if pad_id is not None else min(end_ids, default=0)
+
+
+def decoder_start_id(model: PreTrainedModel) -> int | None:
+    """Return the id that an encoder-decoder language model's decoder begins with; None without an encoder."""
+    text = model.config.get_text_config()
+    if not (model.config.is_encoder_decoder or text.is_encoder_decoder):
+        return None
+    start = getattr(text, "decoder_start_token_id", None)
+    return text.pad_token_id if start is None else start
+
+
+def build_config(generation: Generation, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """Build the settings for transformers, to be used after ``drop_defaults``.
 
     Sampling is done by ``Sampler``, so transformers always takes the highest score.
 
     Raises:
-        ConfigError: there is no longest answer.
+        ConfigError: ``max_new_tokens`` is not given.
     """
     if generation.max_new_tokens is None:
         raise ConfigError("generation.max_new_tokens must be given: the longest answer, in tokens")
@@ -83,7 +118,7 @@ def config(generation: Generation, ends: Sequence[int], pad_id: int) -> Generati
         length_penalty=1.0,
         no_repeat_ngram_size=0,
         min_length=0,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
         return_dict_in_generate=True,
@@ -92,28 +127,30 @@ def config(generation: Generation, ends: Sequence[int], pad_id: int) -> Generati
 
 
 class Sampler(LogitsProcessor):
-    """Draws by the Gumbel-max trick: the highest of log-probabilities plus Gumbel noise is a sample.
+    """Sample by the Gumbel-max trick: the highest of log-probabilities plus Gumbel noise is a sample.
 
-    Every prompt has its own generator, seeded by the seed and the prompt, so an answer depends on nothing else: not
-    on the batch, the order, the device or what was drawn before.
+    Every prompt has its own random generator, seeded by the seed and the prompt, so an answer does not depend on the
+    batch, the order, the device or earlier draws.
     """
 
     def __init__(self, generation: Generation, encoded: Sequence[Encoded]) -> None:
         self._warpers = [TemperatureLogitsWarper(float(generation.temperature))]
         if generation.top_p < 1:
             self._warpers.append(TopPLogitsWarper(float(generation.top_p)))
-        self._generators = [torch.Generator().manual_seed(_seed(generation.seed, one)) for one in encoded]
+        self._generators = [torch.Generator().manual_seed(_seed(generation.seed, prompt)) for prompt in encoded]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warper in self._warpers:
             scores = warper(input_ids, scores)
-        words = scores.shape[-1]
-        uniform = torch.stack([torch.rand(words, generator=one, dtype=torch.float64) for one in self._generators])
+        vocab_size = scores.shape[-1]
+        uniform = torch.stack(
+            [torch.rand(vocab_size, generator=generator, dtype=torch.float64) for generator in self._generators]
+        )
         return scores - (-uniform.clamp_min(1e-300).log()).log().to(scores)
 
 
-class Stop(StoppingCriteria):
-    """Ends generation of a prompt, or a beam, once its answer holds a stop string.
+class StopStrings(StoppingCriteria):
+    """End generation of a prompt, or a beam, once its answer holds a stop string.
 
     Args:
         stops: the strings.
@@ -125,19 +162,17 @@ class Stop(StoppingCriteria):
         self._stops, self._decode, self._start = tuple(stops), decode, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **more: object) -> Tensor:
-        found = [
-            _first(self._decode(ids).lstrip(), self._stops) is not None for ids in input_ids[:, self._start :].tolist()
-        ]
-        return torch.tensor(found, device=input_ids.device)
+        texts = [self._decode(ids).lstrip() for ids in input_ids[:, self._start :].tolist()]
+        return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
 
 
-class Cut(NamedTuple):
-    """What of the generated ids is the answer.
+class TrimmedIds(NamedTuple):
+    """Hold the part of the generated ids that is the answer.
 
     Attributes:
-        ids: the first of the generated ids, as they came.
+        ids: the leading generated ids, unchanged.
         finished: the answer ended by itself, before ``max_new_tokens``.
-        surplus: so many characters at the end of the last token belong to a stop string, not to the answer.
+        surplus: number of characters at the end of the last token that belong to a stop string, not to the answer.
     """
 
     ids: list[int]
@@ -145,39 +180,36 @@ class Cut(NamedTuple):
     surplus: int = 0
 
 
-def cut(
+def trim_ids(
     ids: Sequence[int],
-    ends: Collection[int],
+    end_ids: Collection[int],
     stops: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] = lambda ids: "",
-) -> Cut:
-    """The answer within generated ids: what stands before the first id that ends it, and before the first stop string.
+) -> TrimmedIds:
+    """Trim generated ids to those before the first end token and before the first stop string.
 
     Args:
-        ends: ids that end an answer.
+        ids: generated token ids.
+        end_ids: ids that end an answer.
+        stops: strings that end an answer.
         decode: decodes a list of ids as a whole, special tokens too.
 
-    >>> cut([5, 6, 2, 0], ends=(2,))
-    Cut(ids=[5, 6], finished=True, surplus=0)
-    >>> words = {1: "yes", 2: ".#", 3: "##", 4: " Human"}
-    >>> cut([1, 2, 3, 4], (), ("###",), lambda ids: "".join(words[i] for i in ids))
-    Cut(ids=[1, 2], finished=True, surplus=1)
+    >>> trim_ids([5, 6, 2, 0], end_ids=(2,))
+    TrimmedIds(ids=[5, 6], finished=True, surplus=0)
+    >>> tokens = {1: "yes", 2: ".#", 3: "##", 4: " Human"}
+    >>> trim_ids([1, 2, 3, 4], (), ("###",), lambda ids: "".join(tokens[i] for i in ids))
+    TrimmedIds(ids=[1, 2], finished=True, surplus=1)
     """
     ids = list(ids)
-    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    end = next((position for position, token in enumerate(ids) if token in end_ids), None)
     ids = ids[:end]
     if stops:
         text, offsets = decode_with_offsets(ids, decode)
-        at = _first(text, stops)
-        if at is not None:
-            kept = sum(start < at for start, _ in offsets)
-            return Cut(ids[:kept], True, max(offsets[kept - 1][1] - at, 0) if kept else 0)
-    return Cut(ids, end is not None)
-
-
-def _first(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string starts."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+        stop_start = min((text.index(stop) for stop in stops if stop in text), default=None)
+        if stop_start is not None:
+            count = sum(start < stop_start for start, _ in offsets)
+            return TrimmedIds(ids[:count], True, max(offsets[count - 1][1] - stop_start, 0) if count else 0)
+    return TrimmedIds(ids, end is not None)
 
 
 def _seed(seed: int, encoded: Encoded) -> int:

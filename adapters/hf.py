@@ -1,8 +1,7 @@
-"""Any image-text-to-text model of transformers behind the one contract."""
+"""Adapt any image-text-to-text model of transformers to the ``Adapter`` contract."""
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +12,20 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters import fingerprint as digests
-from stethoscope.adapters import generation as generating
 from stethoscope.adapters import loading, memory, tiny
 from stethoscope.adapters.base import Adapter
 from stethoscope.adapters.forward import ForwardRunner, groups
+from stethoscope.adapters.generation import (
+    Sampler,
+    StopStrings,
+    TrimmedIds,
+    build_config,
+    decoder_start_id,
+    drop_defaults,
+    effective_settings,
+    special_ids,
+    trim_ids,
+)
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.prompts import PromptEncoder, check_chat_template, check_prompt
 from stethoscope.adapters.tracer import Tracer
@@ -32,21 +41,21 @@ if TYPE_CHECKING:
 
 
 class HfAdapter(Adapter):
-    """A model folder or hub id that ``AutoModelForImageTextToText`` loads.
+    """Adapt a model folder or hub id that ``AutoModelForImageTextToText`` loads.
 
     Args:
         model_id: folder or hub id; may be missing only with ``random_init``.
         revision: branch, tag or commit of a hub model.
-        name: how it is called in tables; the last part of ``model_id`` by default.
+        name: name of the model in tables; the last part of ``model_id`` by default.
         prompt: the model's own prompt with ``{question}`` and its image placeholder (or ``{image}``); None for the
             processor's chat template.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
         loading: ``device_map``, ``max_memory``, ``offload_folder``, ``quantize``, ``attention``, ``local_files_only``,
             ``trust_remote_code``: see ``loading.Loading``.
-        threads: CPU threads of torch, set for the whole process when the model loads; None leaves them alone.
-        random_init: ``tiny`` builds a tiny random model of the same classes, with no file and no network.
-        family: transformers' ``model_type``; read with ``random_init`` only.
+        threads: CPU threads of torch, set for the whole process when the model loads; None does not set them.
+        random_init: ``tiny`` builds a tiny random model of the same classes, without files or network.
+        family: transformers' ``model_type``; used with ``random_init`` only.
 
     Attributes:
         stop: strings that end an answer of this family, besides those of ``Generation.stop``.
@@ -88,10 +97,10 @@ class HfAdapter(Adapter):
         self.threads, self.random_init, self.family = threads, random_init, family
         self._model: PreTrainedModel | None = None
         self._digest: str | None = None
-        self._loaded: tuple[int, ...] | None = None  # versions of the weights as they came
+        self._loaded_versions: tuple[int, ...] | None = None  # of the weights as loaded
 
     def setup(self) -> None:
-        """Loads weights and processor; does nothing the second time.
+        """Load weights and processor; do nothing the second time.
 
         Raises:
             ConfigError, CapabilityError, DataError: see ``loading.load``; one line each.
@@ -100,8 +109,8 @@ class HfAdapter(Adapter):
             return
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        self.loading.ready()
-        device = self.loading.own_device() if self.device == "auto" else self.device
+        self.loading.check_machine()
+        device = self.loading.default_device() if self.device == "auto" else self.device
         if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
             self.loading = replace(self.loading, device_map={"": device})
         model, processor = self._tiny() if self.random_init else self._load()
@@ -116,23 +125,22 @@ class HfAdapter(Adapter):
                 raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             encoder = self._make_encoder(model, processor)
-            _try_out(encoder, self.name)
-            self._ends, self._pad = _special_ids(model, processor.tokenizer)
-            self._start = _decoder_start(model)
-            tokenizer, plain = processor.tokenizer, {"clean_up_tokenization_spaces": False}
-            self._decode = partial(tokenizer.decode, **plain)
-            self._decode_text = partial(tokenizer.decode, **plain, skip_special_tokens=True)
+            _check_encoder(encoder, self.name)
+            self._end_ids, self._pad_id = special_ids(model, processor.tokenizer)
+            self._decoder_start = decoder_start_id(model)
+            self._decode = partial(processor.tokenizer.decode, clean_up_tokenization_spaces=False)
+            self._decode_text = partial(self._decode, skip_special_tokens=True)
         self._encoder, self._processor = encoder, processor
         self._model = model.eval().requires_grad_(False)
-        self._loaded = digests.versions(model)
-        generating.drop_defaults(model)
-        named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-        self._placeholders = [token for token in named if token is not None]
-        self._forward = ForwardRunner(model, self._pad, self._start)
+        self._loaded_versions = digests.versions(model)
+        drop_defaults(model)
+        placeholder_ids = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        self._placeholder_ids = [token for token in placeholder_ids if token is not None]
+        self._forward = ForwardRunner(model, self._pad_id, self._decoder_start)
         self._tracer = Tracer(self.name, self._forward)
 
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
-        """Model and processor from their files. Families that transformers does not have replace this."""
+        """Load model and processor from their files; families that transformers lacks override this."""
         check = {} if self.prompt is not None else {"check": check_chat_template}
         return loading.load(self.model_id, self.loading, **check)
 
@@ -145,20 +153,20 @@ class HfAdapter(Adapter):
         return memory.estimate(self._skeleton(), self.loading, context, batch_size, new_tokens)
 
     def _skeleton(self) -> PreTrainedModel:
-        """The model on no device, for counting. Families that transformers does not have replace this."""
+        """Build the model on the meta device, to count parameters; families that transformers lacks override this."""
         if not self.random_init:
             if type(self)._load is not HfAdapter._load:
-                raise CapabilityError(f"{self.name}: its adapter loads files of its own and does not tell their sizes")
+                raise CapabilityError(f"{self.name}: its adapter loads its own files and does not know their sizes")
             return memory.skeleton(self.model_id, self.loading)
         model = self._tiny()[0]
         return model if self.loading.dtype == "auto" else model.to(getattr(torch, self.loading.dtype))
 
     def _tiny(self) -> tuple[PreTrainedModel, ProcessorMixin]:
-        """A tiny random model of the same classes, and its processor."""
+        """Build a tiny random model of the same classes, and its processor."""
         return tiny.build(self.family)
 
     def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[Image, str], Encoded]:
-        """What ``encode`` calls."""
+        """Build the encoder that ``encode`` calls."""
         return PromptEncoder(model, processor, self.prompt)
 
     @property
@@ -178,8 +186,8 @@ class HfAdapter(Adapter):
 
         Raises:
             DataError: the processor refuses the image or fails, the question holds the image placeholder, or the prompt
-                leaves no place for an answer in the model's context: it would run for minutes, or fail inside. Models
-                with relative positions (T5) have no such end.
+                fills the model's context, so that generating would take minutes or fail. Models with relative
+                positions (T5) have no such limit.
         """
         self.setup()
         with model_faults(f"the processor of {self.name} fails on this picture and question"):
@@ -199,7 +207,7 @@ class HfAdapter(Adapter):
     def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:
-        """See ``Adapter.generate_with_cache``; KV caches are returned of the models in ``forward.CAUSAL``."""
+        """See ``Adapter.generate_with_cache``; the models in ``forward.CAUSAL`` return KV caches."""
         return self._answers(encoded, generation, return_cache=True)
 
     @torch.inference_mode()
@@ -224,10 +232,10 @@ class HfAdapter(Adapter):
     ) -> tuple[list[Answer], list[PromptCache | None]]:
         model, arguments = self.prepare_generate(encoded, generation)
         output = model.generate(**arguments)
-        start = arguments["input_ids"].shape[1] if self._start is None else 1
+        start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
         ids, no_caches = output.sequences[:, start:], [None] * len(encoded)
-        if generation.num_beams > 1:  # whose cache is of beams, not of prompts
-            return self._scored(encoded, [self._cut(beam, generation) for beam in ids.tolist()]), no_caches
+        if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
+            return self._score(encoded, [self._trim(beam, generation) for beam in ids.tolist()]), no_caches
         steps = zip(output.logits, ids.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
         answers = [
@@ -243,76 +251,77 @@ class HfAdapter(Adapter):
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """See ``Adapter.prepare_generate``."""
         self.setup()
-        inputs = self._forward.collate(encoded, "left" if self._start is None else "right")
-        settings = self._generation_config(generation)
-        stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if self._start is None else 1
+        decoder_only = self._decoder_start is None
+        inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         return self._model, {
             **inputs,
-            "generation_config": settings,
-            "logits_processor": [generating.Sampler(generation, encoded)] if generation.do_sample else [],
-            "stopping_criteria": [generating.Stop(stops, self._decode, start)] if stops else [],
+            "generation_config": self._generation_config(generation),
+            "logits_processor": [Sampler(generation, encoded)] if generation.do_sample else [],
+            "stopping_criteria": [StopStrings(stops, self._decode, start)] if stops else [],
         }
 
     def _generation_config(self, generation: Generation) -> GenerationConfig:
-        settings = generating.config(generation, self._ends, self._pad)
-        settings.decoder_start_token_id = self._start
-        settings.suppress_tokens = self._placeholders or None  # in an answer they would stand for a second image
+        settings = build_config(generation, self._end_ids, self._pad_id)
+        settings.decoder_start_token_id = self._decoder_start
+        settings.suppress_tokens = self._placeholder_ids or None  # in an answer they would stand for a second image
         return settings
 
     def generation_settings(self, generation: Generation) -> dict[str, Any]:
         """See ``Adapter.generation_settings``."""
         self.setup()
-        return generating.effective(self._model, self._generation_config(generation))
+        return effective_settings(self._model, self._generation_config(generation))
 
     def decode_answer(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """See ``Adapter.decode_answer``."""
-        return self._answer(self._cut(ids, generation), list(logprobs))
+        return self._decode_trimmed(self._trim(ids, generation), logprobs)
 
-    def _cut(self, ids: Sequence[int], generation: Generation) -> generating.Cut:
-        return generating.cut(ids, self._ends, (*self.stop, *generation.stop), self._decode)
+    def _trim(self, ids: Sequence[int], generation: Generation) -> TrimmedIds:
+        return trim_ids(ids, self._end_ids, (*self.stop, *generation.stop), self._decode)
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str) -> Answer:
         """See ``Adapter.answer``. White space around the text is not part of the answer.
 
         Raises:
-            DataError: the text holds a placeholder, which would stand for another picture.
+            DataError: the text holds a placeholder, which would stand for a second image.
         """
         self.setup()
         with model_faults(f"{self.name} fails to read the answer"):
             ids = self._tokenise(encoded, text.strip())
-            if not set(self._placeholders).isdisjoint(ids):
+            if not set(self._placeholder_ids).isdisjoint(ids):
                 raise DataError(f"the answer holds the image placeholder: {text!r}")
-            return self._scored([encoded], [generating.Cut(ids, True)])[0]
+            return self._score([encoded], [TrimmedIds(ids, True)])[0]
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
-        """Ids of the text as it stands behind the prompt, after a space where the prompt ends in a word."""
+        """Tokenise a text as the continuation of the prompt, after a space where the prompt ends in a word."""
         if not text:
             return []
-        tokenizer, prompt = self._processor.tokenizer, encoded.text if self._start is None else ""
-        last = int(encoded.inputs["input_ids"][0, -1])
-        joint = "" if not prompt or prompt[-1].isspace() or last in tokenizer.all_special_ids else " "
-        both = tokenizer(prompt + joint + text, return_offsets_mapping=True, add_special_tokens=False)
-        pairs = zip(both["input_ids"], both["offset_mapping"], strict=True)
+        tokenizer, prompt = self._processor.tokenizer, encoded.text if self._decoder_start is None else ""
+        last_id = int(encoded.inputs["input_ids"][0, -1])
+        space = "" if not prompt or prompt[-1].isspace() or last_id in tokenizer.all_special_ids else " "
+        tokens = tokenizer(prompt + space + text, return_offsets_mapping=True, add_special_tokens=False)
+        pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
         ids = [token for token, (_, end) in pairs if end > len(prompt)]
         if tokenizer.decode(ids).strip() == text:
             return ids
-        return tokenizer(joint + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
+        return tokenizer(space + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
 
-    def _scored(self, encoded: Sequence[Encoded], cuts: Sequence[generating.Cut]) -> list[Answer]:
-        """Answers with log-probabilities from teacher-forced passes."""
+    def _score(self, encoded: Sequence[Encoded], trimmed: Sequence[TrimmedIds]) -> list[Answer]:
+        """Compute log-probabilities in teacher-forced passes, one per answer."""
         answers = []
-        for prompt, cut in zip(encoded, cuts, strict=True):
-            logits = self._forward.logits(self._forward.full_forward([prompt], [cut.ids]))[0, : len(cut.ids)]
-            chosen = logits.log_softmax(-1).gather(-1, torch.tensor(cut.ids, device=logits.device).long()[:, None])
-            answers.append(self._answer(cut, chosen[:, 0].tolist()))
+        for prompt, part in zip(encoded, trimmed, strict=True):
+            logits = self._forward.logits(self._forward.full_forward([prompt], [part.ids]))[0, : len(part.ids)]
+            ids = torch.tensor(part.ids, device=logits.device).long()[:, None]
+            answers.append(self._decode_trimmed(part, logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()))
         return answers
 
-    def _answer(self, cut: generating.Cut, logprobs: list[float]) -> Answer:
-        text, offsets = decode_with_offsets(cut.ids, self._decode_text)
-        text = text[: len(text) - cut.surplus]
+    def _decode_trimmed(self, trimmed: TrimmedIds, logprobs: Sequence[float]) -> Answer:
+        ids = tuple(trimmed.ids)
+        text, offsets = decode_with_offsets(ids, self._decode_text)
+        text = text[: len(text) - trimmed.surplus]
         offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
-        return Answer(text, tuple(cut.ids), offsets, tuple(logprobs[: len(cut.ids)]), cut.finished)
+        return Answer(text, ids, offsets, tuple(logprobs[: len(ids)]), trimmed.finished)
 
     def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
         """See ``Adapter.trace``."""
@@ -322,11 +331,11 @@ class HfAdapter(Adapter):
     def trace_batch(
         self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
     ) -> list[Trace]:
-        """``trace`` of several answers in one pass, padded on the right, where causal rows never look.
+        """Trace several answers in one pass, padded on the right, where causal rows never attend.
 
         Raises:
-            ConfigError: ``needs`` holds something unknown.
-            CapabilityError: it holds something that this kind of model has not.
+            ConfigError: ``needs`` holds an unknown name.
+            CapabilityError: it holds a need that this kind of model cannot meet.
             CaptureError: see ``Adapter.trace``; or the model fails.
         """
         self.setup()
@@ -342,11 +351,11 @@ class HfAdapter(Adapter):
         return self._model, self._forward.extended(encoded, answer_ids)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See ``Adapter.fingerprint``. Holds no path of this machine."""
+        """See ``Adapter.fingerprint``; it holds no path of this machine."""
         import transformers
 
         folder = not self.random_init and loading.is_folder(self.model_id)
-        changed = digests.versions(self.model) != self._loaded  # in place: they are no longer those of the files
+        changed = digests.versions(self.model) != self._loaded_versions  # in place, so they differ from the files
         if self._digest is None or changed:
             model_id = None if self.random_init or changed else self.model_id
             self._digest = digests.weights(self.model, model_id, folder and not changed)
@@ -362,18 +371,18 @@ class HfAdapter(Adapter):
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
             "prompt": getattr(self._encoder, "template", self.prompt),
-            "ends": list(self._ends),
+            "ends": list(self._end_ids),
             "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }
 
 
-def _try_out(encoder: Callable[[Image, str], Encoded], name: str) -> None:
-    """Encode a grey picture and a question, so that a processor that cannot work is known before the first sample.
+def _check_encoder(encoder: Callable[[Image, str], Encoded], name: str) -> None:
+    """Encode a grey image and a question, so that a broken processor is detected before the first sample.
 
     Raises:
-        ConfigError: the prompt has no place for the image.
-        CapabilityError: the processor refuses the picture.
+        ConfigError: the prompt lacks the image placeholder.
+        CapabilityError: the processor refuses the image.
     """
     from PIL import Image
 
@@ -381,30 +390,3 @@ def _try_out(encoder: Callable[[Image, str], Encoded], name: str) -> None:
         encoder(Image.new("RGB", (336, 336), "grey"), "Is there a dog in the image?")
     except DataError as error:
         raise CapabilityError(f"the processor of {name} does not work: {error}") from error
-
-
-def _special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
-    """Ids that end an answer, by the model's and the tokenizer's word, and the id to pad with."""
-    ends: set[int] = set()
-    for part in (model, getattr(model, "language_model", None)):  # in BLIP-2 the language model generates by itself
-        named = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
-        ids = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
-        if not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise DataError(
-                f"eos_token_id={reprlib.repr(named)} in the model's generation_config.json should be a token's id "
-                "or a list of them"
-            )
-        ends.update(ids)
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    pad = tokenizer.pad_token_id
-    return tuple(sorted(ends)), pad if pad is not None else min(ends, default=0)
-
-
-def _decoder_start(model: PreTrainedModel) -> int | None:
-    """Id that the decoder of an encoder-decoder language model begins with; None where there is no encoder."""
-    text = model.config.get_text_config()
-    if not (model.config.is_encoder_decoder or text.is_encoder_decoder):
-        return None
-    start = getattr(text, "decoder_start_token_id", None)
-    return text.pad_token_id if start is None else start

@@ -1,4 +1,4 @@
-"""Weights and processor from a folder or the hub, with one-line errors."""
+"""Load weights and processor from a folder or the hub, with one-line errors."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICE_MAP = re.compile(rf"{'|'.join(DEVICE_MAPS)}|(cpu|mps|cuda|xpu|npu|hpu)(:\d+)?")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 QUANTIZE = ("4bit", "8bit")
-WHOLE = (
+NOT_QUANTIZED = (
     r"(?:.*\.)?(?:vision_tower|vision_model|visual|vision_encoder|image_encoder|multi_modal_projector|mm_projector|"
     r"connector|qformer|visual_abstractor|resampler|perceiver|language_projection|lm_head|embed_out)"
 )
-"""Modules that are never quantised, as transformers matches names: from the picture to the words' space, and the head.
-They are a twentieth of the weights or less; relevancy takes gradients through the first, every figure about a token's
-probability comes from the last."""
+"""Modules that are never quantised, as a pattern of transformers: vision tower, connector and head. They hold at most
+a twentieth of the weights; relevancy takes gradients through the first two, and every token probability comes from the
+head."""
 
 
 def is_folder(model_id: str) -> bool:
-    """Whether the id is an existing folder.
+    """Check whether the id is an existing folder.
 
     Raises:
-        ConfigError: it can only be a path (not the form ``owner/name``) and there is no such folder.
+        ConfigError: it can only be a path (not of the form ``owner/name``) and there is no such folder.
     """
     path = Path(model_id).expanduser()
     if path.is_dir():
@@ -51,20 +51,20 @@ def is_folder(model_id: str) -> bool:
 
 @dataclass(frozen=True)
 class Loading:
-    """How files become a model, the same for every adapter.
+    """Settings of loading, the same for every adapter.
 
     Attributes:
         dtype: name of a torch dtype, or ``auto`` for that of the checkpoint.
         revision: branch, tag or commit of a hub model; None for main.
         device_map: spreads the model over devices, as in transformers: ``auto``, ``balanced``, ``sequential``, or a
-            mapping of module names to devices, ``cpu`` and ``disk`` among them; None for one device. Weights that lie
-            beside the modules (``query_tokens``, ``image_newline``) must not be on ``disk``; by name they are not.
-        max_memory: how much a ``device_map`` by name may take of each device, as ``{0: 20GiB, cpu: 60GiB}``; devices
-            that are not named are not used, and what fits on none goes to disk.
-        offload_folder: where layers on ``disk`` are kept when they cannot be read from the model's own files.
-        quantize: ``4bit`` (NF4) or ``8bit`` (LLM.int8) through bitsandbytes; see ``WHOLE`` for what stays as it is.
+            mapping of module names to devices, ``cpu`` and ``disk`` among them; None for one device. Parameters of the
+            model itself (``query_tokens``, ``image_newline``) must not be on ``disk``; a map by name respects that.
+        max_memory: memory that a ``device_map`` by name may use of each device, as ``{0: 20GiB, cpu: 60GiB}``; devices
+            that are not named are not used, and layers that fit on no device go to disk.
+        offload_folder: folder for layers on ``disk`` that cannot be read from the model's own files.
+        quantize: ``4bit`` (NF4) or ``8bit`` (LLM.int8) through bitsandbytes; all but ``NOT_QUANTIZED``.
         attention: attention implementation outside recordings; None for transformers' choice.
-        local_files_only: use nothing that is not on this machine already.
+        local_files_only: use only files that are on this machine already.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -98,55 +98,57 @@ class Loading:
                 raise ConfigError(f"max_memory={dict(self.max_memory)} is read with device_map=auto only; set that too")
             object.__setattr__(self, "max_memory", _max_memory(self.max_memory))
 
-    def ready(self) -> None:
-        """Raises CapabilityError when this machine cannot do what is asked. Called before anything is downloaded."""
-        self._check_gpus()
+    def check_machine(self) -> None:
+        """Check that this machine can meet the settings, before anything is downloaded.
+
+        Raises:
+            CapabilityError: bitsandbytes or a GPU is missing, or other processes use the same GPUs.
+        """
+        import torch
+
+        processes = env_int("LOCAL_WORLD_SIZE", 1)
+        if self.device_map in DEVICE_MAPS and processes > 1 and torch.accelerator.device_count():
+            raise CapabilityError(
+                f"device_map={self.device_map} takes all GPUs of a machine, and {processes} processes run on this one; "
+                "start one process for each machine, or leave device_map at null: each process then takes one GPU"
+            )
+        devices = list(self.device_map.values()) if isinstance(self.device_map, Mapping) else []
+        gpus = [device for device in (*devices, *(self.max_memory or ())) if isinstance(device, int)]
+        if gpus and max(gpus) >= (count := torch.accelerator.device_count()):
+            raise CapabilityError(
+                f"device_map or max_memory names GPU {max(gpus)}; this machine has {count}, counted from 0"
+            )
         if self.quantize is None:
             return
-        what = f"quantize={self.quantize}"
         from transformers.utils import get_available_devices
         from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
         if not is_bitsandbytes_available():
-            wanted = f"bitsandbytes>={BITSANDBYTES_MIN_VERSION}"
-            raise CapabilityError(f"{what} needs {wanted}, which is not here; pip install 'lvlm-stethoscope[quantize]'")
+            raise CapabilityError(
+                f"quantize={self.quantize} needs bitsandbytes>={BITSANDBYTES_MIN_VERSION}, which is not installed; "
+                "pip install 'lvlm-stethoscope[quantize]'"
+            )
         import bitsandbytes
 
-        here, able = set(get_available_devices()), set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
-        if not here & able:
+        available = set(get_available_devices())
+        supported = set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
+        if not available & supported:
             raise CapabilityError(
-                f"{what} runs on {', '.join(sorted(able))} with bitsandbytes {bitsandbytes.__version__}; "
-                f"this machine has {', '.join(sorted(here))}"
+                f"quantize={self.quantize} runs on {', '.join(sorted(supported))} with bitsandbytes "
+                f"{bitsandbytes.__version__}; this machine has {', '.join(sorted(available))}"
             )
 
-    def _check_gpus(self) -> None:
-        """Raises CapabilityError for a GPU, by its number, that is not there, or that other processes take too."""
-        import torch
-
-        beside = env_int("LOCAL_WORLD_SIZE", 1)
-        if self.device_map in DEVICE_MAPS and beside > 1 and torch.accelerator.device_count():
-            raise CapabilityError(
-                f"device_map={self.device_map} takes all GPUs of a machine, and {beside} processes run on this one; "
-                "start one process for each machine, or leave device_map at null: each process then takes one GPU"
-            )
-        places = list(self.device_map.values()) if isinstance(self.device_map, Mapping) else []
-        named = [number for number in (*places, *(self.max_memory or ())) if isinstance(number, int)]
-        if named and max(named) >= (count := torch.accelerator.device_count()):
-            raise CapabilityError(
-                f"device_map or max_memory names GPU {max(named)}; this machine has {count}, counted from 0"
-            )
-
-    def own_device(self) -> str:
-        """Where a model goes that is told nothing: a GPU if there is one, each process of a machine to another."""
+    def default_device(self) -> str:
+        """Choose the device where none is given: a GPU if there is one, another for each process of a machine."""
         import torch
 
         if not torch.cuda.is_available():
             return "cpu"
-        local = env_int("LOCAL_RANK", 0)
-        return f"cuda:{local % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
+        local_rank = env_int("LOCAL_RANK", 0)
+        return f"cuda:{local_rank % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
     def options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` of a model is told beyond ``hub_kwargs``."""
+        """Build the arguments of a model's ``from_pretrained`` beyond ``hub_kwargs``."""
         options = {"dtype": self.dtype, "device_map": self.device_map, "attn_implementation": self.attention}
         if self.max_memory is not None:
             options["max_memory"] = dict(self.max_memory)
@@ -155,16 +157,19 @@ class Loading:
         if self.quantize is not None:
             from transformers import BitsAndBytesConfig
 
-            four = self.quantize == "4bit"
-            chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if four else {"load_in_8bit": True}
-            options["quantization_config"] = BitsAndBytesConfig(**chosen, llm_int8_skip_modules=[WHOLE])
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            method = nf4 if self.quantize == "4bit" else {"load_in_8bit": True}
+            options["quantization_config"] = BitsAndBytesConfig(**method, llm_int8_skip_modules=[NOT_QUANTIZED])
         return options
 
     def hub_kwargs(self, folder: bool) -> dict[str, Any]:
-        """What every ``from_pretrained`` of transformers is told about where the files are."""
-        offline = self.local_files_only
-        if not folder and not offline and not _hub_answers():
-            offline = True  # without this the hub's client tries again for minutes
+        """Build the arguments of every ``from_pretrained`` that say where the files are.
+
+        Args:
+            folder: the source is a local folder, so the hub need not be reachable.
+        """
+        # without a reachable hub its client would retry for minutes
+        offline = self.local_files_only or not (folder or _hub_reachable())
         return {
             "revision": self.revision or "main",
             "local_files_only": offline,
@@ -175,36 +180,34 @@ class Loading:
 def load(
     model_id: str, loading: Loading, check: Callable[[ProcessorMixin], None] = lambda processor: None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor.
+    """Load model and processor.
 
     Args:
         model_id: folder or hub id.
+        loading: settings.
         check: called with the processor before weights are read.
 
     Raises:
-        ConfigError: there is no such model, or it asks for code of its own.
-        CapabilityError: transformers does not know it as an image-text model, or something needed is not installed.
+        ConfigError: there is no such model, or it needs code of its own.
+        CapabilityError: transformers does not know it as an image-text model, or a package is not installed.
         DataError: its files are damaged or incomplete.
     """
     from transformers import AutoModelForImageTextToText
 
-    loading.ready()
+    loading.check_machine()
     folder = is_folder(model_id)
-    source, hub_kwargs = source_of(model_id, folder), loading.hub_kwargs(folder)
+    source, hub_kwargs = str(Path(model_id).expanduser()), loading.hub_kwargs(folder)
     with translate_loading_errors(model_id), silenced(folder):
         _check_kind(model_id, source, hub_kwargs)
-        is_blip = processors.model_type_of(source, hub_kwargs) in processors.BLIP_PROCESSORS
-        processor = (processors.load_blip if is_blip else processors.load)(source, hub_kwargs)
+        processor = processors.load(source, hub_kwargs)
     check(processor)
     model = pretrained(AutoModelForImageTextToText, model_id, loading)
-    if is_blip:
-        processors.complete_blip(model, processor)
     processors.complete(model, processor)
     return model, processor
 
 
 def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> None:
-    """Refuse folders of other kinds than models of transformers, which would fail late or load as something else.
+    """Refuse checkpoints in other formats than transformers', which would fail late or load as another model.
 
     Raises:
         CapabilityError: it is a LoRA adapter and peft is missing, or a checkpoint of LLaVA's authors.
@@ -212,13 +215,13 @@ def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> No
     from transformers import PreTrainedConfig
     from transformers.utils import find_adapter_config_file, is_peft_available
 
-    places = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
-    if not is_peft_available() and find_adapter_config_file(source, **places) is not None:
+    location = {name: hub_kwargs[name] for name in ("revision", "local_files_only")}
+    if not is_peft_available() and find_adapter_config_file(source, **location) is not None:
         raise CapabilityError(
             f"model {model_id} is a LoRA adapter (adapter_config.json); peft, which loads it, is not installed: "
             "pip install peft"
         )
-    config, _ = PreTrainedConfig.get_config_dict(source, **places)
+    config, _ = PreTrainedConfig.get_config_dict(source, **location)
     tower = config.get("mm_vision_tower")
     if tower is not None and "vision_config" not in config:
         raise CapabilityError(
@@ -231,30 +234,38 @@ def _check_kind(model_id: str, source: str, hub_kwargs: Mapping[str, Any]) -> No
 def pretrained(
     cls: Any, source: str | None, loading: Loading, *, name: str | None = None, **more: Any
 ) -> PreTrainedModel:
-    """``cls.from_pretrained`` under all the options of ``loading``, for every adapter that loads a model.
+    """Call ``cls.from_pretrained`` with all the options of ``loading``, and check that the weights fit.
 
     Args:
         cls: a model class of transformers or an ``AutoModel...``.
         source: folder or hub id; None with ``config`` and ``state_dict`` among the further arguments.
-        name: how messages call the model, ``source`` by default.
-        more: further arguments, such as ``config`` or ``key_mapping``, and others than those of ``loading``.
+        loading: settings.
+        name: name of the model in messages; ``source`` by default.
+        more: further arguments, such as ``config`` or ``key_mapping``; they override those of ``loading``.
 
     Raises:
         ConfigError, CapabilityError, DataError: as ``load``; one line each.
     """
     import torch
 
-    loading.ready()
+    loading.check_machine()
     folder, name = source is None or is_folder(source), name or str(source)
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it says which do not fit
-    options = {**told, **loading.hub_kwargs(folder), **loading.options(), **more}
+    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # ``_check_weights`` reads the report
+    options = {**reporting, **loading.hub_kwargs(folder), **loading.options(), **more}
     with translate_loading_errors(name), silenced(folder):
-        model, report = cls.from_pretrained(None if source is None else source_of(source, folder), **options)
-    _check_report(report, name, model.state_dict())
+        model, report = cls.from_pretrained(source and str(Path(source).expanduser()), **options)
+    _check_weights(report, name, model.state_dict())
     if loading.quantize == "4bit":
-        _settle_four_bits(model)
+        import bitsandbytes
+
+        # bitsandbytes computes in float32 by default. On CPUs with AVX-512 it packs weights in the first pass without
+        # gradients, after which gradients are wrong without an error; relevancy needs the right ones.
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.compute_dtype, module.compute_type_is_set = head_dtype(model), True
+                module.support_avx512bf16_for_cpu = False
     if loading.quantize == "8bit" and head_dtype(model) != torch.float16:
-        # bitsandbytes says so for every product of every step
+        # one warning of ours instead of one of bitsandbytes for every product
         warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
         warnings.warn(
             f"model {name}: quantize=8bit multiplies in float16; dtype=float16 spares the casts", stacklevel=3
@@ -263,43 +274,29 @@ def pretrained(
 
 
 def head_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What the head computes in, or the model where it has none.
+    """Return the dtype of the head, or of the model where there is none.
 
-    ``model.dtype`` goes by the first weights, and BLIP-2's stay in float32 when the others are in float16.
+    ``model.dtype`` is that of the first weights, and BLIP-2's stay in float32 when the others are in float16.
     """
     head = model.get_output_embeddings()
     return model.dtype if head is None else head.weight.dtype
 
 
-def _settle_four_bits(model: PreTrainedModel) -> None:
-    """Computes in the dtype of the rest, and so that gradients are right.
-
-    bitsandbytes computes in float32 unless told otherwise. On CPUs with AVX-512 it packs weights at the first pass
-    without gradients, after which the product has a wrong gradient, without an error; relevancy needs the right one.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = head_dtype(model), True
-            module.support_avx512bf16_for_cpu = False
-
-
 def surplus_layer(unexpected: Iterable[str], known: Iterable[str]) -> str | None:
-    """Find a weight of a layer behind the last one that the model has: it differs from others by numbers alone.
+    """Find an unexpected weight of a layer beyond the model's last: one that differs from known ones by numbers alone.
 
     >>> surplus_layer(["head.bias", "layers.2.weight"], ["layers.0.weight", "layers.1.weight"])
     'layers.2.weight'
     """
-    numbered = {_NUMBER.sub("#", key) for key in known if _NUMBER.search(key)}
-    return next((key for key in unexpected if _NUMBER.sub("#", key) in numbered), None)
+    numbered = {_LAYER_NUMBER.sub("#", key) for key in known if _LAYER_NUMBER.search(key)}
+    return next((key for key in unexpected if _LAYER_NUMBER.sub("#", key) in numbered), None)
 
 
-def _check_report(report: Mapping[str, Any], name: str, known: Iterable[str]) -> None:
-    """Raises DataError for weights that are missing or of another size; warns of such that the model has no use for."""
+def _check_weights(report: Mapping[str, Any], name: str, known: Iterable[str]) -> None:
+    """Refuse missing weights and wrong sizes with a DataError; warn of weights that the model does not use."""
     if report["mismatched_keys"]:
-        key, there, wanted = sorted(report["mismatched_keys"])[0]
-        sizes = f"{tuple(there)} in the files and {tuple(wanted)} in the model"
+        key, size, expected = sorted(report["mismatched_keys"])[0]
+        sizes = f"{tuple(size)} in the files and {tuple(expected)} in the model"
         count = len(report["mismatched_keys"])
         raise DataError(f"model {name}: {count} weights have sizes that do not fit, the first is {key}: {sizes}")
     if report["missing_keys"]:
@@ -318,43 +315,38 @@ def _check_report(report: Mapping[str, Any], name: str, known: Iterable[str]) ->
 
 
 def dispatch_model(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
-    """A model that was made in memory, loaded again so that it follows ``loading`` like one from files."""
+    """Save a model that was built in memory and load it again under ``loading``."""
     folder = tempfile.TemporaryDirectory(prefix="stethoscope-")
     with silenced(True):
         model.save_pretrained(folder.name)
-    again = pretrained(type(model), folder.name, loading)
-    again._stethoscope_files = folder  # layers on disk are read from there as long as the model lives
-    return again
-
-
-def source_of(source: str, folder: bool) -> str:
-    """A folder with the home directory spelled out, or the hub id."""
-    return str(Path(source).expanduser()) if folder else source
+    dispatched = pretrained(type(model), folder.name, loading)
+    dispatched._stethoscope_files = folder  # keeps the files of layers on disk as long as the model lives
+    return dispatched
 
 
 def _max_memory(given: Mapping[int | str, int | str]) -> dict[int | str, int]:
-    """Bytes per device, GPUs by number.
+    """Convert memory sizes to bytes, and the names of GPUs to numbers.
 
     >>> _max_memory({"0": "1GiB", "cuda:1": "500MB", "cpu": 7})
     {0: 1073741824, 1: 500000000, 'cpu': 7}
     """
     from accelerate.utils import convert_file_size_to_int
 
-    found: dict[int | str, int] = {}
+    limits: dict[int | str, int] = {}
     for device, size in given.items():
         name = str(device).removeprefix("cuda:")
         if not name.isdigit() and name not in ("cpu", "disk", "mps"):
             raise ConfigError(f"max_memory names the device {device!r}; it should be a GPU's number, cpu or disk")
         try:
-            found[int(name) if name.isdigit() else name] = convert_file_size_to_int(size)
+            limits[int(name) if name.isdigit() else name] = convert_file_size_to_int(size)
         except (ValueError, TypeError, AttributeError):
             raise ConfigError(f"max_memory of {device} is {size!r}; it should be bytes or a size as 20GiB") from None
-    return found
+    return limits
 
 
 @contextmanager
 def translate_loading_errors(model_id: str) -> Iterator[None]:
-    """Turns what loading raises into an error of one line."""
+    """Turn whatever loading raises into one of our errors, with a message of one line."""
     try:
         yield
     except StethoscopeError:
@@ -375,25 +367,25 @@ def translate_loading_errors(model_id: str) -> Iterator[None]:
         raise DataError(f"the files of model {model_id} cannot be read: {first_line(error)}") from error
 
 
-@functools.cache  # once a process: a hub that is out of reach costs seconds each time
-def _hub_answers() -> bool:
-    """Whether the hub says anything, through a proxy if there is one; one that takes calls and is silent does not."""
+@functools.cache  # once per process: an unreachable hub costs seconds each time
+def _hub_reachable() -> bool:
+    """Check whether the hub responds in time, through a proxy if there is one."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of whichever HTTP library the hub's client builds on: each has its own
+    except Exception:  # the hub's client may use any HTTP library, each with its own errors
         return False
     return True
 
 
 @contextmanager
 def silenced(folder: bool) -> Iterator[None]:
-    """Without transformers' reports about weights, which come as errors, nor progress bars where nothing is fetched."""
+    """Silence transformers' reports about weights, which we turn into errors, and progress bars for local folders."""
     from transformers.utils import logging
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    progress_bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.set_verbosity_error()
     if folder:
         logging.disable_progress_bar()
@@ -401,5 +393,5 @@ def silenced(folder: bool) -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-        if shown:
+        if progress_bar:
             logging.enable_progress_bar()

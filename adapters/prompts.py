@@ -1,4 +1,4 @@
-"""A prompt around image and question, with measured spans; what one question or one image costs is paid once."""
+"""Encode prompts of an image and a question with measured spans, caching what depends on one of them alone."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ if TYPE_CHECKING:
 _QUESTION, _IMAGE = "{question}", "{image}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
 _IMAGE_BYTES = 32 * 2**20
-"""Enough for the questions that follow each other about a picture: more would only make long runs grow."""
+"""Enough for consecutive questions about the same image; more would only make long runs grow."""
 _TEXT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class _Text:
-    """What a question and an image's size determine: the inputs that hold no pixels, spans, the prompt."""
+class _TextInputs:
+    """Inputs that depend on the question and the image's size alone, with spans and the prompt."""
 
     inputs: dict[str, Tensor]
     spans: Spans
     prompt: str
 
     def size(self) -> int:
-        """Bytes, about: tensors, and the positions of image and question as Python's numbers."""
+        """Estimate the bytes of the tensors, and of the positions of image and question as Python's numbers."""
         positions = len(self.spans.image) + len(self.spans.question)
         return sum(part.nbytes for part in self.inputs.values()) + 40 * positions + 2000
 
 
 class PromptEncoder:
-    """Encodes for one model and processor.
+    """Encode prompts for one model and processor.
 
     Args:
+        model: whose configuration describes the image tokens.
+        processor: of the model.
         prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
 
     Attributes:
         template: the prompt as rendered, with the image placeholder and ``{question}``.
 
     Raises:
-        ConfigError: no chat template can be used, or the prompt has a place for an image that has one already.
+        ConfigError: no chat template can be used, or the processor inserts the image itself and so does the prompt.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None) -> None:
@@ -59,10 +61,10 @@ class PromptEncoder:
         self.image_token_id: int = model.config.image_token_id
         self._image_token = self._tokenizer.convert_ids_to_tokens(self.image_token_id)
         names = ("boi_token", "image_token") if model.config.model_type == "gemma3" else ("image_token",)
-        self._placeholder = next((v for name in names if (v := getattr(processor, name, None))), self._image_token)
-        self._placeholder = str(self._placeholder)  # Blip processors hold an AddedToken
+        placeholders = [token for name in names if (token := getattr(processor, name, None))]
+        self._placeholder = str(placeholders[0] if placeholders else self._image_token)  # BLIP's is an AddedToken
         if prompt is None:
-            template = _chat(processor, self._image_text(), self._placeholder)
+            template = _chat_prompt(processor, self._image_text(), self._placeholder)
         else:
             template = prompt.replace(_IMAGE, self._placeholder)
         if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
@@ -73,72 +75,74 @@ class PromptEncoder:
         bos = self._tokenizer.bos_token
         self._options = {"add_special_tokens": False} if bos and template.startswith(bos) else {}
         self._inserted = (0, len(bos)) if bos else (0,)
-        self._texts = LRUCache(_TEXT_BYTES, _Text.size)
+        self._texts = LRUCache(_TEXT_BYTES, _TextInputs.size)
         self._images = LRUCache(_IMAGE_BYTES, lambda parts: sum(part.nbytes for part in parts.values()))
-        self._image_names: frozenset[str] | None = None
-        self._alone: dict[tuple[int, int], bool] = {}
+        self._image_inputs: frozenset[str] | None = None  # names of the inputs that depend on the image alone
+        self._is_separable: dict[tuple[int, int], bool] = {}  # by image size, see ``_learn_image_inputs``
 
     def _image_text(self) -> str:
-        """The image placeholder, between the tokens that Qwen's models count images by."""
+        """Return the image placeholder, between the tokens by which Qwen's models count images."""
         names = (getattr(self._config, f"vision_{end}_token_id", None) for end in ("start", "end"))
         start, end = ("" if token is None else self._tokenizer.convert_ids_to_tokens(token) for token in names)
         return f"{start}{self._placeholder}{end}"
 
     def __call__(self, image: Image, question: str) -> Encoded:
-        """See ``Adapter.encode``. The prompt's text depends on the image by nothing but its size."""
+        """See ``Adapter.encode``. The prompt's text depends on the image through its size alone."""
         image = rgb(image)
-        name = (image.size, hashlib.sha256(image.tobytes()).digest())
-        text, pixels = self._texts.get((question, image.size)), self._images.get(name)
-        if text is None or (pixels is None and not self._alone.get(image.size)):
-            text, pixels = self._measure(image, question, learn=text is not None)
+        image_key = (image.size, hashlib.sha256(image.tobytes()).digest())
+        text, pixels = self._texts.get((question, image.size)), self._images.get(image_key)
+        if text is None or (pixels is None and not self._is_separable.get(image.size)):
+            text, pixels = self._encode_prompt(image, question, learn=text is not None)
             self._texts.put((question, image.size), text)
-            self._images.put(name, pixels)
+            self._images.put(image_key, pixels)
         elif pixels is None:
-            pixels = self._images.put(name, self._pixels(image))
+            pixels = self._images.put(image_key, self._encode_image(image))
         return Encoded({**text.inputs, **pixels}, text.spans, text.prompt, question)
 
-    def _pixels(self, image: Image) -> dict[str, Tensor]:
-        processed = self._run(self._processor.image_processor, image, images=image)
-        names = set(processed) if self._image_names is None else self._image_names
+    def _encode_image(self, image: Image) -> dict[str, Tensor]:
+        processed = self._process(self._processor.image_processor, image, images=image)
+        names = set(processed) if self._image_inputs is None else self._image_inputs
         return {name: value for name, value in processed.items() if name in names}
 
-    def _measure(self, image: Image, question: str, learn: bool) -> tuple[_Text, dict[str, Tensor]]:
+    def _encode_prompt(self, image: Image, question: str, learn: bool) -> tuple[_TextInputs, dict[str, Tensor]]:
+        """Run the whole processor; return the inputs of the text and those of the image."""
         if any(token and token in question for token in (self._image_token, self._placeholder)):
             raise DataError(f"the question holds the image placeholder: {question!r}")
         prompt = self._before + question + self._after
-        asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, **self._options}
-        processed = dict(self._run(self._processor, image, images=image, text=prompt, **asked))
+        options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, **self._options}
+        processed = dict(self._process(self._processor, image, images=image, text=prompt, **options))
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
         inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
-        if self._image_names is None or (learn and image.size not in self._alone):
-            self._learn(image, inputs)
+        if self._image_inputs is None or (learn and image.size not in self._is_separable):
+            self._learn_image_inputs(image, inputs)
         ids = inputs["input_ids"][0].tolist()
         start = len(self._before)
-        question_at = question_positions(
+        in_question = question_positions(
             ids, offsets, replacements, (start, start + len(question)), self.image_token_id,
-            lambda some: self._decode(some).strip() == question.strip(), self._inserted,
+            lambda tokens: self._decode(tokens).strip() == question.strip(), self._inserted,
         )  # fmt: skip
-        image_at = image_positions(ids, self.image_token_id)
-        if not image_at:
+        in_image = image_positions(ids, self.image_token_id)
+        if not in_image:
             raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {_IMAGE} into it")
-        grids, separators = image_layout(self._config, inputs, len(image_at))
-        spans = Spans(len(ids), image_at, question_at, grids, tuple(image_at[index] for index in separators))
-        pixels = {key: value for key, value in inputs.items() if key in self._image_names}
-        return _Text({k: v for k, v in inputs.items() if k not in self._image_names}, spans, prompt), pixels
+        grids, separators = image_layout(self._config, inputs, len(in_image))
+        spans = Spans(len(ids), in_image, in_question, grids, tuple(in_image[index] for index in separators))
+        pixels = {name: value for name, value in inputs.items() if name in self._image_inputs}
+        text = {name: value for name, value in inputs.items() if name not in pixels}
+        return _TextInputs(text, spans, prompt), pixels
 
-    def _learn(self, image: Image, inputs: dict[str, Tensor]) -> None:
-        """Finds which inputs come from the image alone, and whether the image processor by itself gives the same.
+    def _learn_image_inputs(self, image: Image, inputs: dict[str, Tensor]) -> None:
+        """Record which inputs depend on the image alone, and whether the image processor by itself gives the same.
 
         InternVL's does not where the whole processor cuts the image into tiles, which depends on its size.
         """
-        alone = self._pixels(image)
-        self._image_names = frozenset(name for name in alone if name in inputs)
-        self._alone[image.size] = "pixel_values" in alone and all(
-            torch.is_tensor(alone[name]) and torch.equal(alone[name], inputs[name]) for name in self._image_names
+        pixels = self._encode_image(image)
+        self._image_inputs = frozenset(name for name in pixels if name in inputs)
+        self._is_separable[image.size] = "pixel_values" in pixels and all(
+            torch.is_tensor(pixels[name]) and torch.equal(pixels[name], inputs[name]) for name in self._image_inputs
         )
 
-    def _run(self, processor: Any, image: Image, **arguments: Any) -> Any:
+    def _process(self, processor: Any, image: Image, **arguments: Any) -> Any:
         try:
             return processor(return_tensors="pt", **arguments)
         except (ValueError, ZeroDivisionError, ArithmeticError, IndexError) as error:
@@ -151,7 +155,7 @@ class PromptEncoder:
 
 
 def check_prompt(prompt: str | None) -> None:
-    """Raises ConfigError unless the template has one place for the question."""
+    """Check that a prompt template holds ``{question}`` once; raise ConfigError otherwise."""
     if prompt is not None and prompt.count(_QUESTION) != 1:
         raise ConfigError(
             f"prompt {prompt!r} must hold {_QUESTION} once, as in 'USER: {_IMAGE} {_QUESTION} ASSISTANT:'"
@@ -159,19 +163,20 @@ def check_prompt(prompt: str | None) -> None:
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:
-    """Check that the chat template renders a picture and a question, as lists or as text; needs no weights.
+    """Check that the chat template renders an image and a question, as a list of parts or as text.
 
     Raises:
-        ConfigError: there is none, or it cannot.
+        ConfigError: there is no chat template, or it cannot render them.
     """
     _renderings(processor, f"{getattr(processor, 'image_token', _IMAGE)}\n{_QUESTION}")
 
 
-def _chat(processor: ProcessorMixin, image: str, placeholder: str) -> str:
+def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str) -> str:
     """Render the chat template as a prompt template.
 
     Args:
-        image: text that stands for the picture, for templates that take no lists.
+        processor: with the chat template.
+        image: text that stands for the image, for templates that take no lists.
         placeholder: of the image within it.
 
     Raises:
@@ -188,7 +193,7 @@ def _chat(processor: ProcessorMixin, image: str, placeholder: str) -> str:
 
 
 def _renderings(processor: ProcessorMixin, text: str) -> list[str]:
-    """Renderings of a picture and a question: as a list of parts, and for templates that join strings, as ``text``."""
+    """Render an image and a question as a list of parts and, for templates that join strings, as ``text``."""
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
     renderings, errors = [], []

@@ -1,4 +1,4 @@
-"""The embedded model: a small LLaVA trained on rendered scenes, shipped with the package."""
+"""Adapt the embedded model, a small LLaVA trained on rendered scenes and shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from stethoscope.adapters.hf import HfAdapter
 
 
 class TestbedAdapter(HfAdapter):
-    """The embedded model under its own prompt.
+    """Adapt the embedded model with its own prompt.
 
     Args:
-        settings: as for ``HfAdapter``; ``model_id`` takes another folder, such as a model that was trained again.
+        settings: as for ``HfAdapter``; ``model_id`` may name another folder, such as a newly trained model.
     """
 
-    __test__ = False  # not a test class, whatever pytest thinks of the name
+    __test__ = False  # pytest would take it for a test class by its name
 
     def __init__(self, **settings: Any) -> None:
         defaults = {"name": "testbed", "prompt": "USER: <image>\n{question} ASSISTANT:", "dtype": "float32"}

@@ -1,6 +1,6 @@
-"""Trace answers: one teacher-forced pass for all that it can record, then the contrast passes and relevancy.
+"""Trace answers: one recorded teacher-forced pass, then the contrast passes and relevancy.
 
-Where generation has returned the KV caches of the prompts, the traced pass begins with their last token.
+Where generation returned the KV caches of the prompts, the traced pass begins with their last token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.fingerprint import hooks, tensors_of, versions
+from stethoscope.adapters.fingerprint import all_tensors, hooks, versions
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError, CaptureError
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLANK_BYTES = 64 * 2**20
-"""Enough for the questions of a benchmark and a small model; of a large one hardly a prompt fits, and none is kept."""
-_SMALL_MAPS = 2**24  # bytes that the attention maps of an answer may take, to be kept for the backward pass
-_OF_PROMPTS = frozenset({"states", "image_lens"})
-"""What reads the rows of the prompt, in one stream with those of the answer."""
-# Idefics3 and SmolVLM take tiles of exact zeros for padding and drop them
+"""Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
+_SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for the backward pass
+_PROMPT_NEEDS = frozenset({"states", "image_lens"})
+"""Needs that read rows of the prompt, in the same residual stream as those of the answer."""
+# Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
 
 class BlankPrefixCache:
-    """KV caches of prompts with a blank image, shared by all images of one size with the same question.
+    """Store KV caches of prompts with a blank image, shared by all images of one size with the same question.
 
-    They are dropped when the model's weights or hooks are others, or weights have been changed in place (but not
-    through ``.data``, of which a tensor keeps no count).
+    They are dropped when the model's weights or hooks are replaced, or weights change in place (except through
+    ``.data``, which tensors do not count).
     """
 
     def __init__(self) -> None:
@@ -51,21 +51,21 @@ class BlankPrefixCache:
         self._model: tuple[Any, ...] | None = None
 
     def check(self, model: PreTrainedModel) -> None:
-        """Drop the caches of other weights or hooks, and all where changes of weights cannot be counted."""
-        changes = versions(model)
-        now = changes and (changes, [tensor.data_ptr() for tensor in tensors_of(model)], hooks(model))
-        if now is None or now != self._model:
-            self._caches, self._model = LRUCache(_BLANK_BYTES, _bytes), now
+        """Drop all caches if weights or hooks have changed, or where changes of weights cannot be counted."""
+        counts = versions(model)
+        state = counts and (counts, [tensor.data_ptr() for tensor in all_tensors(model)], hooks(model))
+        if state is None or state != self._model:
+            self._caches, self._model = LRUCache(_BLANK_BYTES, _bytes), state
 
     def get(self, key: Hashable) -> PromptCache | None:
         """Return the cache of a prompt, by its ``_blank_key``."""
         return self._caches.get(key)
 
     def put(self, key: Hashable, cache: PromptCache) -> None:
-        """Keep a copy of a cache, without the batch that it was computed in."""
+        """Store a copy of a cache, without the batch that it was computed in."""
         if _bytes(cache) <= _BLANK_BYTES:
-            own = tuple((keys.clone(), values.clone()) for keys, values in cache.layers)
-            self._caches.put(key, PromptCache(own))
+            layers = tuple((keys.clone(), values.clone()) for keys, values in cache.layers)
+            self._caches.put(key, PromptCache(layers))
 
 
 class Tracer:
@@ -95,7 +95,7 @@ class Tracer:
         return [traces[index] for index in range(len(encoded))]
 
     def _check_needs(self, needs: frozenset[str]) -> None:
-        missing = needs & _OF_PROMPTS
+        missing = needs & _PROMPT_NEEDS
         if self._forward.decoder_start is None or not missing:
             return
         lacking = [item for item in FEATURES.values() if item.requires & missing]
@@ -109,7 +109,7 @@ class Tracer:
         """Trace answers whose prompts make one batch."""
         ids, caches = [answer.token_ids for answer in answers], [prompt.cache for prompt in encoded]
         consuming = not needs.isdisjoint({"heads", "states"})
-        if all(caches) and needs.isdisjoint(_OF_PROMPTS):
+        if all(caches) and needs.isdisjoint(_PROMPT_NEEDS):
             forward = self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
         else:
             forward = self._forward.full_forward(encoded, ids, consuming)
@@ -164,7 +164,7 @@ class Tracer:
     def _state_recorder(
         self, forward: ForwardPass, ids: Sequence[Sequence[int]], needs: frozenset[str]
     ) -> StateRows | None:
-        if needs.isdisjoint(_OF_PROMPTS):
+        if needs.isdisjoint(_PROMPT_NEEDS):
             return None
         parts = "states" in needs, "image_lens" in needs
         return StateRows(self._find_lens(), forward.rows, ids, forward.spans, *parts)
@@ -314,7 +314,7 @@ class Tracer:
 
 
 def _blank_key(encoded: Encoded) -> Hashable:
-    """All that a prompt with a blank image depends on."""
+    """Build the key of a prompt with a blank image from everything that it depends on."""
     return tuple(
         (name, tuple(value.shape), b"" if name == "pixel_values" else value.contiguous().cpu().numpy().tobytes())
         for name, value in sorted(encoded.inputs.items())

@@ -1,4 +1,4 @@
-"""MiniGPT-4: put together from a language model, a vision tower with its Q-Former, and the authors' projector file."""
+"""Adapt MiniGPT-4, from a language model, a vision tower with its Q-Former, and the authors' projector file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.authors import checkpoints
-from stethoscope.adapters.authors import minigpt4_model as parts
-from stethoscope.adapters.authors.checkpoints import Report, Weights
+from stethoscope.adapters.authors import minigpt4_model as modelling
+from stethoscope.adapters.authors.checkpoints import LoadReport, Weights
 from stethoscope.adapters.authors.processor import (
     ImageTokenEncoder,
     ImageTokenProcessor,
     PixelProcessor,
     add_placeholder,
+    load_llama_tokenizer,
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
@@ -45,29 +46,29 @@ PROMPTS = {
     "vicuna": _SYSTEM + "###Human: <Img>" + PLACEHOLDER + "</Img> {question}###Assistant: ",
     "llama2": _SYSTEM + "<s>[INST] <Img>" + PLACEHOLDER + "</Img> {question} [/INST] ",
 }
-"""By version; those of the authors' demo."""
+"""Prompts of the authors' demo by version."""
 _FILES = {"vicuna": "prerained_minigpt4_7b.pth", "llama2": "the one for Llama 2"}
 
 
 class MiniGpt4Adapter(HfAdapter):
-    """MiniGPT-4 from its authors' files.
+    """Adapt MiniGPT-4 from its authors' files.
 
-    The parts are read in the order vision, qformer, llm, projector; what a later file holds too counts.
+    The parts are read in the order vision, qformer, llm, projector; weights of later files override earlier ones.
 
     Args:
         version: ``vicuna`` (Vicuna v0, Q-Former, 32 image tokens) or ``llama2`` (Llama 2, no Q-Former, 64).
-        llm: folder or hub id of the language model and its tokenizer; ``revision`` is its.
+        llm: folder or hub id of the language model and its tokenizer, to which ``revision`` applies.
         vision: the vision tower: a hub id, folder or file in transformers' BLIP-2 names, or ``eva_vit_g.pth``.
-        qformer: Q-Former, queries and the norm behind the tower: the same, or ``blip2_pretrained_flant5xxl.pth``; None
-            where ``vision`` holds them. Not read for Llama 2.
-        projector: the authors' checkpoint (``.pth``), with ``llama_proj`` and whatever else was trained.
-        vision_layers: layers of the tower that are used; the published file has one more.
-        vision_heads, qformer_heads: attention heads, which no file tells.
+        qformer: source of Q-Former, queries and the norm behind the tower: as for ``vision``, or
+            ``blip2_pretrained_flant5xxl.pth``; None where ``vision`` holds them. Not used with Llama 2.
+        projector: the authors' checkpoint (``.pth``), with ``llama_proj`` and all other trained weights.
+        vision_layers: number of tower layers to use; the published file has one more.
+        vision_heads, qformer_heads: numbers of attention heads, which no file holds.
         prompt: the model's own prompt; that of ``version`` by default.
         settings: as for ``HfAdapter``.
 
     Attributes:
-        report: how files and model fitted, once loaded.
+        report: how files and model fit together, once loaded.
 
     Raises:
         ConfigError: a setting is wrong, or a part is not given.
@@ -93,7 +94,7 @@ class MiniGpt4Adapter(HfAdapter):
         if version not in PROMPTS:
             raise ConfigError(unknown("version of MiniGPT-4", str(version), PROMPTS))
         if model_id is not None:
-            raise ConfigError(f"model_id={model_id}: MiniGPT-4 has no one source; set llm, vision, qformer, projector")
+            raise ConfigError(f"model_id={model_id}: MiniGPT-4 has four sources; set llm, vision, qformer, projector")
         if settings.get("random_init") is None:
             if projector is None:
                 raise ConfigError(
@@ -103,79 +104,78 @@ class MiniGpt4Adapter(HfAdapter):
             for key, value in (("llm", llm), ("vision", vision)):
                 if value is None:
                     raise ConfigError(f"model.{key} is missing; give a folder or a hub id (owner/name)")
-        self.version, self.report = version, Report(0, (), ())
+        self.version, self.report = version, LoadReport(0, (), ())
         self.sources = {"llm": llm, "vision": vision, "qformer": qformer, "projector": projector}
         self.vision_layers, self.vision_heads, self.qformer_heads = vision_layers, vision_heads, qformer_heads
         settings["name"] = settings.get("name") or f"minigpt4-{version}"
         super().__init__(llm, prompt=prompt or PROMPTS[version], **settings)
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
-        what = f"MiniGPT-4 ({self.version})"
-        text = self._text()  # what is small comes first: a fault of it costs no download of the large files
-        tokenizer = checkpoints.load_llama_tokenizer(self.sources["llm"], self.loading)
-        trained = parts.named(self._read("projector"), self.vision_layers)
+        text = self._text_config()  # small files come first, so that an error in them saves downloading large ones
+        tokenizer = load_llama_tokenizer(self.sources["llm"], self.loading)
+        trained = self._read("projector")
         if "language_projection.weight" not in trained:
             first = next(iter(trained.values()))
             raise DataError(f"{first.file} holds no llama_proj.weight; it begins with {first.key}")
-        weights, words = self._seen(), self._read("llm", ("model.", "lm_head."))
-        weights |= parts.named({f"language_model.{key}": word for key, word in words.items()}, self.vision_layers)
-        weights |= trained
+        weights = self._vision_weights() | self._read("llm", ("model.", "lm_head."), "language_model.") | trained
         image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
-        cls, config = parts.configured(*self._sizes(weights), text, image_token_id)
+        cls, config = modelling.build_config(*self._part_configs(weights), text, image_token_id)
         if self.version == "llama2":
-            weights = parts.for_llama2(weights)
-        model, self.report = checkpoints.build(cls, config, weights, self.loading, what)
-        checkpoints.warn_of_strays(what, self.report)
+            weights = modelling.llama2_weights(weights)
+        name = f"MiniGPT-4 ({self.version})"
+        model, self.report = checkpoints.build_model(cls, config, weights, self.loading, name)
         return model, make_processor(config, tokenizer)
 
-    def _text(self) -> PreTrainedConfig:
-        """The language model's configuration."""
+    def _text_config(self) -> PreTrainedConfig:
+        """Read the language model's configuration."""
         from transformers import AutoConfig
 
         llm = self.sources["llm"]
         folder = is_folder(llm)
         with translate_loading_errors(llm):
-            source = str(Path(llm).expanduser()) if folder else llm
-            text = AutoConfig.from_pretrained(source, **self.loading.hub_kwargs(folder))
+            text = AutoConfig.from_pretrained(str(Path(llm).expanduser()), **self.loading.hub_kwargs(folder))
         if text.model_type != "llama":
             raise ConfigError(f"llm={llm} is a {text.model_type} model; MiniGPT-4 has a llama")
         return text
 
-    def _sizes(self, weights: Weights | None) -> tuple[Blip2VisionConfig, tuple[Blip2QFormerConfig, int] | None]:
-        """Of the tower and the Q-Former, by their weights or, without them, as published."""
-        bridge = None
+    def _part_configs(self, weights: Weights | None) -> tuple[Blip2VisionConfig, tuple[Blip2QFormerConfig, int] | None]:
+        """Build the configurations of tower and Q-Former from their weights or, without weights, as published."""
+        qformer, sources = None, {part: f"{part}={source}" for part, source in self.sources.items()}
         if self.version == "vicuna":
-            bridge = parts.qformer_config(weights, self.qformer_heads, self._label(self._queries))
-        return parts.vision_config(weights, self.vision_layers, self.vision_heads, self._label("vision")), bridge
+            qformer = modelling.qformer_config(weights, self.qformer_heads, sources[self._qformer_source])
+        vision = modelling.vision_config(weights, self.vision_layers, self.vision_heads, sources["vision"])
+        return vision, qformer
 
     def _skeleton(self) -> PreTrainedModel:
         if self.random_init:
             return super()._skeleton()
-        here = Path(self.sources["vision"]).expanduser().exists()  # else it would be downloaded for its sizes
-        text = self._text()
-        cls, config = parts.configured(*self._sizes(self._seen() if here else None), text, text.vocab_size)
+        is_local = Path(self.sources["vision"]).expanduser().exists()  # else it would be downloaded for its sizes
+        text = self._text_config()
+        part_configs = self._part_configs(self._vision_weights() if is_local else None)
+        cls, config = modelling.build_config(*part_configs, text, text.vocab_size)
         with memory.on_meta_device():
             return cls._from_config(config, dtype=memory.dtype_of(text, self.loading))
 
-    def _seen(self) -> Weights:
-        """Weights of all between image and language model, under the names of ``MiniGpt4Vicuna``."""
-        weights = parts.named(self._read("vision", parts.NEEDED), self.vision_layers)
+    def _vision_weights(self) -> Weights:
+        """Read the weights of tower and Q-Former, under the names of ``MiniGpt4Vicuna``."""
+        weights = self._read("vision", modelling.TOWER_PREFIXES)
         if self.version == "llama2":
-            return parts.with_plain_norm(weights, self._label("vision"))
-        wanted = (*parts.QUERIES, *parts.NORM)
-        return weights | parts.named(self._read(self._queries, wanted), self.vision_layers)
+            return modelling.add_identity_norm(weights, f"vision={self.sources['vision']}")
+        prefixes = (*modelling.QFORMER_PREFIXES, *modelling.NORM_PREFIXES)
+        return weights | self._read(self._qformer_source, prefixes)
 
     @property
-    def _queries(self) -> str:
-        """The source that holds the Q-Former."""
+    def _qformer_source(self) -> str:
+        """Name the source that holds the Q-Former."""
         return "qformer" if self.sources["qformer"] else "vision"
 
-    def _label(self, part: str) -> str:
-        return f"{part}={self.sources[part]}"
-
-    def _read(self, part: str, only: tuple[str, ...] = ()) -> Weights:
+    def _read(self, part: str, prefixes: tuple[str, ...] = (), parent: str = "") -> Weights:
+        """Read the weights of a part as those of the module ``parent``, under the names of ``MiniGpt4Vicuna``."""
         loading = self.loading if part == "llm" else replace(self.loading, revision=None)
-        return checkpoints.read(self.sources[part], loading, only, part)
+        weights = checkpoints.read_weights(self.sources[part], loading, prefixes, part)
+        return modelling.vicuna_weights(
+            {f"{parent}{key}": weight for key, weight in weights.items()}, self.vision_layers
+        )
 
     def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         return tiny.build(f"minigpt4-{self.version}")
@@ -187,7 +187,7 @@ class MiniGpt4Adapter(HfAdapter):
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
         if self._digest is None and not self.random_init:
             self.setup()
-            self._digest = checkpoints.digest(self.report.files)
+            self._digest = checkpoints.digest_files(self.report.files)
         names = {key: value and Path(value).name for key, value in self.sources.items()}
         heads = {"vision_layers": self.vision_layers, "vision_heads": self.vision_heads}
         heads |= {"qformer_heads": self.qformer_heads} if self.version == "vicuna" else {}
@@ -195,11 +195,11 @@ class MiniGpt4Adapter(HfAdapter):
 
 
 def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> ImageTokenProcessor:
-    """The authors' preprocessing, and the prompt's chunks.
+    """Build the processor with the authors' preprocessing.
 
     Args:
         config: of the whole model.
-        tokenizer: knows the placeholder.
+        tokenizer: with the placeholder as a token.
     """
     queries = getattr(config, "num_query_tokens", None)
     tokens = config.image_seq_length if queries is None else queries
@@ -208,6 +208,7 @@ def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedToken
 
 
 def _grids(version: str, vision: Blip2VisionConfig) -> tuple[tuple[int, int], ...]:
-    """Queries are no grid; merged patches are one unless a token reaches from one row into the next."""
+    """Return the grid of merged patches; none for queries, or where a token spans two rows."""
     side = vision.image_size // vision.patch_size
-    return ((side, side // parts.MERGED),) if version == "llama2" and side % parts.MERGED == 0 else ()
+    merged = modelling.MERGED_PATCHES
+    return ((side, side // merged),) if version == "llama2" and side % merged == 0 else ()

@@ -1,4 +1,4 @@
-"""mPLUG-Owl2 (Ye et al. 2023, arXiv 2311.04257) from the authors' files: 64 queries and one learned token per image."""
+"""Adapt mPLUG-Owl2 (Ye et al. 2023, arXiv 2311.04257): 64 queries and one learned token per image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from stethoscope.adapters.authors.processor import (
     ImageTokenProcessor,
     PixelProcessor,
     add_placeholder,
+    load_llama_tokenizer,
+    read_mean_and_std,
     squash,
     squash_to_longest,
 )
@@ -35,7 +37,7 @@ VISION = {
 }  # fmt: skip
 """Published sizes of the vision tower, CLIP's ViT-L/14."""
 
-_TOWER = {
+_TOWER_NAMES = {
     "embeddings.patch_embed.": "embeddings.patch_embedding.",
     "embeddings.pre_layernorm.": "pre_layrnorm.",  # CLIP's own spelling
     ".self_attn.dense.": ".self_attn.out_proj.",
@@ -45,7 +47,7 @@ _TOWER = {
 
 
 class MplugOwl2Adapter(HfAdapter):
-    """mPLUG-Owl2.
+    """Adapt mPLUG-Owl2 from its authors' files.
 
     Args:
         model_id: folder or hub id.
@@ -55,7 +57,7 @@ class MplugOwl2Adapter(HfAdapter):
         settings: as for ``HfAdapter``.
 
     Attributes:
-        report: how files and model fitted together, once loaded.
+        report: how files and model fit together, once loaded.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -73,41 +75,39 @@ class MplugOwl2Adapter(HfAdapter):
     ) -> None:
         super().__init__(model_id, prompt=prompt or PROMPT, **{"family": "mplug_owl2", **settings})
         self.text, self.vision, self.abstractor = text, vision, abstractor
-        self.report: checkpoints.Report | None = None
+        self.report: checkpoints.LoadReport | None = None
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
-        tokenizer = checkpoints.load_llama_tokenizer(self.model_id, self.loading)
-        processor = make_processor(tokenizer, config, *checkpoints.mean_and_std(self.model_id, self.loading))
-        weights = checkpoints.read(self.model_id, self.loading, what="model.model_id")
+        tokenizer = load_llama_tokenizer(self.model_id, self.loading)
+        processor = make_processor(tokenizer, config, *read_mean_and_std(self.model_id, self.loading))
+        weights = checkpoints.read_weights(self.model_id, self.loading, setting="model.model_id")
         weights = model_weights(weights, config.vision_config.num_attention_heads)
-        model, self.report = checkpoints.build(
+        model, self.report = checkpoints.build_model(
             MplugOwl2ForConditionalGeneration, config, weights, self.loading, self.name
         )
-        checkpoints.warn_of_strays(self.name, self.report)
         return model, processor
 
     def _config(self) -> MplugOwl2Config:
-        """All sizes; the placeholder has no id yet."""
+        """Build the configuration; the placeholder has no id yet."""
         from transformers import CLIPVisionConfig, LlamaConfig
 
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
 
-        held = checkpoints.read_config(self.model_id, self.loading)
-        seeing = held.get("visual_config") or {}
-        reading = seeing.get("visual_abstractor")
+        text = checkpoints.read_config(self.model_id, self.loading)
+        visual = text.get("visual_config") or {}
+        vision, abstractor = visual.get("visual_model"), visual.get("visual_abstractor")
+        merge_config = checkpoints.merge_config
         config = MplugOwl2Config(
-            text_config=checkpoints.sized(LlamaConfig, "text", checkpoints.LLAMA_7B, held, chosen=self.text),
-            vision_config=checkpoints.sized(
-                CLIPVisionConfig, "vision", VISION, seeing.get("visual_model"), chosen=self.vision
-            ),
-            abstractor_config=checkpoints.sized(
-                MplugOwl2AbstractorConfig, "abstractor", reading, chosen=self.abstractor
+            text_config=merge_config(LlamaConfig, "text", checkpoints.LLAMA_7B, text, overrides=self.text),
+            vision_config=merge_config(CLIPVisionConfig, "vision", VISION, vision, overrides=self.vision),
+            abstractor_config=merge_config(
+                MplugOwl2AbstractorConfig, "abstractor", abstractor, overrides=self.abstractor
             ),
         )
-        check(config)
+        check_config(config)
         return config
 
     def _skeleton(self) -> PreTrainedModel:
@@ -116,7 +116,7 @@ class MplugOwl2Adapter(HfAdapter):
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
-        dtype = checkpoints.dtype_of(checkpoints.read_config(self.model_id, self.loading), self.loading)
+        dtype = checkpoints.weight_dtype(checkpoints.read_config(self.model_id, self.loading), self.loading)
         with memory.on_meta_device():
             return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
 
@@ -127,13 +127,13 @@ class MplugOwl2Adapter(HfAdapter):
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
         self.setup()
         if self._digest is None and self.report is not None:
-            self._digest = checkpoints.digest(self.report.files)
+            self._digest = checkpoints.digest_files(self.report.files)
         sizes = {"text": self.text, "vision": self.vision, "abstractor": self.abstractor}
         return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
 
 
-def check(config: MplugOwl2Config) -> None:
-    """Raises ConfigError when the sizes of the parts do not fit together."""
+def check_config(config: MplugOwl2Config) -> None:
+    """Check that the sizes of the parts fit together; raise ConfigError otherwise."""
     vision, abstractor = config.vision_config, config.abstractor_config
     grid, heads = vision.image_size // vision.patch_size, abstractor.num_attention_heads
     if abstractor.grid_size != grid:
@@ -155,9 +155,9 @@ def check(config: MplugOwl2Config) -> None:
 def make_processor(
     tokenizer: LlamaTokenizer, config: MplugOwl2Config, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ImageTokenProcessor:
-    """The authors' preprocessing: a square as wide as the longer side, then the tower's size, normalised.
+    """Build the processor with the authors' preprocessing: square of the longer side, tower's size, normalise.
 
-    Gives the placeholder its id, in the configuration too.
+    Gives the placeholder its id, also in ``config``.
     """
     images = PixelProcessor((squash_to_longest, partial(squash, size=config.vision_config.image_size)), mean, std)
     config.image_token_index = add_placeholder(tokenizer, PLACEHOLDER, config.text_config.vocab_size)
@@ -166,29 +166,30 @@ def make_processor(
 
 
 def model_weights(weights: Weights, heads: int) -> Weights:
-    """The authors' weights under the model's names.
+    """Rename the authors' weights to the model's names.
 
     Args:
-        heads: of the vision tower, whose queries, keys and values lie together head by head.
+        weights: of the authors' files.
+        heads: number of heads of the vision tower, whose queries, keys and values are fused head by head.
 
     Raises:
-        DataError: a fused weight cannot be taken apart.
+        DataError: a fused weight cannot be split.
     """
-    found: Weights = {}
+    renamed: Weights = {}
     for name, weight in weights.items():
         if "rotary_emb" in name or name.endswith((".q_pos_embed", ".k_pos_embed")):
             continue  # fixed tables, which the model computes
         if name.startswith("model.vision_model."):
-            found |= _tower(name, weight, heads)
+            renamed |= _tower_weights(name, weight, heads)
         elif name.startswith(("model.embed_tokens.", "model.layers.", "model.norm.")):
-            found[name.replace("model.", "model.language_model.", 1)] = weight
+            renamed[name.replace("model.", "model.language_model.", 1)] = weight
         else:
-            found[name] = weight
-    return found
+            renamed[name] = weight
+    return renamed
 
 
-def _tower(name: str, weight: Weight, heads: int) -> Weights:
-    """One weight of the tower under CLIP's names."""
+def _tower_weights(name: str, weight: Weight, heads: int) -> Weights:
+    """Rename one weight of the tower to CLIP's names; split fused queries, keys and values."""
     tensor = weight.tensor
     if name.endswith("embeddings.cls_token"):
         return {name.replace("cls_token", "class_embedding"): Weight(tensor.flatten(), weight.file, weight.key)}
@@ -205,6 +206,6 @@ def _tower(name: str, weight: Weight, heads: int) -> Weights:
             name.replace("query_key_value", f"{letter}_proj"): Weight(part.flatten(0, 1), weight.file, weight.key)
             for letter, part in zip("qkv", parts, strict=True)
         }
-    for theirs, ours in _TOWER.items():
-        name = name.replace(theirs, ours)
+    for authors_name, clip_name in _TOWER_NAMES.items():
+        name = name.replace(authors_name, clip_name)
     return {name: weight}

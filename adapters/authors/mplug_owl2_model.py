@@ -1,8 +1,8 @@
-"""mPLUG-Owl2 from transformers' parts: a CLIP tower, the authors' visual abstractor, a Llama with two ways.
+"""Build mPLUG-Owl2 from parts of transformers: CLIP tower, the authors' visual abstractor, a two-way Llama.
 
 Source: Ye et al. 2023 (arXiv 2311.04257) and the authors' checkpoint. The abstractor's queries attend to themselves and
-to the vision tokens under one softmax. The language model has keys, values and norms for text and others for image
-tokens. The classes save and load like any of transformers; weights keep the authors' names where the parts allow it.
+to the vision tokens under one softmax. The language model has separate keys, values and norms for text and for image
+tokens. The classes save and load like any of transformers; weights have the authors' names where the parts allow it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast, LlavaPreTrainedModel
 
-from stethoscope.adapters.authors.processor import make_room
+from stethoscope.adapters.authors.processor import accept_image_tokens
 
 
 class MplugOwl2AbstractorConfig(PreTrainedConfig):
-    """Sizes of the visual abstractor; the published ones by default.
+    """Configure the visual abstractor, with the published sizes by default.
 
     Attributes:
-        num_learnable_queries: queries Q; the language model gets Q + 1 image tokens.
+        num_learnable_queries: number of queries Q; the language model gets Q + 1 image tokens.
         grid_size: rows and columns of the vision tower's patches.
         encoder_hidden_size: width of the vision tower, which the queries share.
     """
@@ -63,7 +63,7 @@ class MplugOwl2AbstractorConfig(PreTrainedConfig):
 
 
 class MplugOwl2Config(LlavaConfig):
-    """A LLaVA configuration with a visual abstractor where LLaVA has a projector."""
+    """Configure a LLaVA with a visual abstractor in place of the projector."""
 
     model_type = "mplug_owl2"
     sub_configs_defaults = {**LlavaConfig.sub_configs_defaults, "abstractor_config": MplugOwl2AbstractorConfig}  # noqa: RUF012
@@ -72,10 +72,13 @@ class MplugOwl2Config(LlavaConfig):
 
 
 def sine_table(positions: np.ndarray, width: int) -> np.ndarray:
-    """Sines and cosines of positions at ``width / 2`` wavelengths (Vaswani et al. 2017, section 3.5), sines first.
+    """Compute sines and cosines of positions at ``width / 2`` wavelengths, sines first.
+
+    Source: Vaswani et al. 2017, section 3.5.
 
     Args:
         positions: (N,).
+        width: number of columns, even.
 
     Returns:
         (N, width) float32.
@@ -90,9 +93,10 @@ def sine_table(positions: np.ndarray, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def position_table(queries: int, grid: int, width: int) -> Tensor:
-    """What is added to the keys: of the queries by their number, of the class token nothing, of patches by their place.
+    """Compute the position embeddings of the keys: queries by index, zeros for the class token, patches by position.
 
-    A patch's first half tells its column, the second its row. The authors' files leave these fixed tables out.
+    The first half of a patch's embedding encodes its column, the second its row. The authors' files omit these fixed
+    tables.
 
     Returns:
         (queries + 1 + grid * grid, width) float32.
@@ -100,12 +104,12 @@ def position_table(queries: int, grid: int, width: int) -> Tensor:
     rows, columns = np.divmod(np.arange(grid * grid), grid)
     patches = np.concatenate([sine_table(columns, width // 2), sine_table(rows, width // 2)], 1)
     parts = [sine_table(np.arange(queries), width), np.zeros((1, width), np.float32), patches]
-    with torch.inference_mode(False):  # the table outlives the call that asked for it first
+    with torch.inference_mode(False):  # the cached table may be used outside inference mode later
         return torch.from_numpy(np.concatenate(parts))
 
 
 class AbstractorAttention(nn.Module):
-    """Queries look at themselves and at vision tokens, in one map: its columns are [queries ; vision tokens]."""
+    """Attend from queries to themselves and to vision tokens in one map with columns [queries ; vision tokens]."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class AbstractorAttention(nn.Module):
         self.value = nn.Linear(config.encoder_hidden_size, config.hidden_size)
 
     def forward(self, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """(B, Q, D) from queries (B, Q, D) and keys (B, Q + M, D), whose first Q are the queries."""
+        """Compute (B, Q, D) from queries (B, Q, D) and keys (B, Q + M, D), of which the first Q are the queries."""
         count = queries.shape[1]
         parts = self.query(queries + positions[:count]), self.key(keys + positions), self.value(keys)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
@@ -130,7 +134,7 @@ class AbstractorAttention(nn.Module):
 
 
 class AbstractorMLP(nn.Module):
-    """Gated, with a norm before its last layer."""
+    """Apply a gated MLP with a norm before its last layer."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -140,12 +144,12 @@ class AbstractorMLP(nn.Module):
         self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, Q, D) from (B, Q, D)."""
+        """Compute (B, Q, D) from (B, Q, D)."""
         return self.w2(self.ffn_ln(nn.functional.silu(self.w1(hidden)) * self.w3(hidden)))
 
 
 class AbstractorOutput(nn.Module):
-    """What follows the attention."""
+    """Apply output projection, residual and MLP after the attention."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -154,13 +158,13 @@ class AbstractorOutput(nn.Module):
         self.mlp = AbstractorMLP(config)
 
     def forward(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        """(B, Q, D) from (B, Q, D) twice."""
+        """Compute (B, Q, D) from attention output and residual, (B, Q, D) each."""
         hidden = hidden + self.out_proj(attended)
         return hidden + self.mlp(self.norm2(hidden))
 
 
 class AbstractorBlock(nn.Module):
-    """Norms, attention, output. The residual begins behind the norm, as in the authors' code."""
+    """Apply norms, attention and output; the residual starts after the norm, as in the authors' code."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -168,14 +172,14 @@ class AbstractorBlock(nn.Module):
         self.norm1, self.normk = (nn.LayerNorm(config.encoder_hidden_size) for _ in range(2))
 
     def forward(self, hidden: Tensor, vision: Tensor, positions: Tensor) -> Tensor:
-        """(B, Q, D) from (B, Q, D) and vision tokens (B, M, D)."""
+        """Compute (B, Q, D) from queries (B, Q, D) and vision tokens (B, M, D)."""
         hidden = self.norm1(hidden)
         keys = torch.cat([hidden, self.normk(vision)], 1)
         return self.output(self.attention(hidden, keys, positions), hidden)
 
 
 class AbstractorLayer(GradientCheckpointingLayer):
-    """One layer; a level of its own because the checkpoint has one."""
+    """Wrap one block, with the module names of the checkpoint."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ class AbstractorLayer(GradientCheckpointingLayer):
 
 
 class AbstractorEncoder(nn.Module):
-    """The layers."""
+    """Hold the layers, with the module names of the checkpoint."""
 
     def __init__(self, config: MplugOwl2AbstractorConfig) -> None:
         super().__init__()
@@ -195,9 +199,10 @@ class AbstractorEncoder(nn.Module):
 
 
 class MplugOwl2Abstractor(PreTrainedModel):
-    """Q queries that read the vision tokens, in the width of the language model, and one learned token behind them.
+    """Read vision tokens with Q queries, in the width of the language model, and append one learned token.
 
     Args:
+        config: of the abstractor.
         width: width of the language model.
     """
 
@@ -223,7 +228,7 @@ class MplugOwl2Abstractor(PreTrainedModel):
             initialization.normal_(self.vit_eos, std=self.config.initializer_range)
 
     def forward(self, vision: Tensor) -> Tensor:
-        """Image tokens (B, Q + 1, width) from vision tokens (B, 1 + grid * grid, D), the class token first."""
+        """Compute image tokens (B, Q + 1, width) from vision tokens (B, 1 + grid * grid, D), the class token first."""
         config, count = self.config, len(vision)
         positions = position_table(config.num_learnable_queries, config.grid_size, config.hidden_size).to(vision)
         hidden = self.query_embeds.to(vision.device).expand(count, -1, -1)
@@ -234,22 +239,22 @@ class MplugOwl2Abstractor(PreTrainedModel):
 
 
 class Multiway(nn.Module):
-    """Two modules of one kind: the first for text tokens, the second for image tokens."""
+    """Apply one of two modules of the same kind: the first to text tokens, the second to image tokens."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.multiway = nn.ModuleList([make(), make()])
 
-    def forward(self, hidden: Tensor, image_at: Tensor | None) -> Tensor:
-        """Every token (B, S, D) through its own; ``image_at`` (B, S) bool, None where all is text."""
+    def forward(self, hidden: Tensor, is_image: Tensor | None) -> Tensor:
+        """Apply its module to every token of (B, S, D); ``is_image`` (B, S) bool, None if all tokens are text."""
         text = self.multiway[0](hidden)
-        if image_at is None:
+        if is_image is None:
             return text
-        return torch.where(image_at.to(text.device)[..., None], self.multiway[1](hidden), text)
+        return torch.where(is_image.to(text.device)[..., None], self.multiway[1](hidden), text)
 
 
 class MultiwayAttention(LlamaAttention):
-    """Llama's attention with keys and values of two ways."""
+    """Apply Llama's attention with separate keys and values for text and image tokens."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -264,11 +269,11 @@ class MultiwayAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        image_at: Tensor | None = None,
+        is_image: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``LlamaAttention``; ``image_at`` as for ``Multiway``."""
-        parts = self.q_proj(hidden_states), self.k_proj(hidden_states, image_at), self.v_proj(hidden_states, image_at)
+        """See ``LlamaAttention``; ``is_image`` as for ``Multiway``."""
+        parts = self.q_proj(hidden_states), self.k_proj(hidden_states, is_image), self.v_proj(hidden_states, is_image)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
@@ -284,7 +289,7 @@ class MultiwayAttention(LlamaAttention):
 
 
 class MultiwayDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer with norms, keys and values of two ways."""
+    """Apply Llama's layer with separate norms, keys and values for text and image tokens."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -293,15 +298,15 @@ class MultiwayDecoderLayer(LlamaDecoderLayer):
             Multiway(lambda: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)) for _ in range(2)
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, image_at: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As ``LlamaDecoderLayer``; ``image_at`` as for ``Multiway``."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states, image_at), image_at=image_at, **kwargs)
+    def forward(self, hidden_states: Tensor, is_image: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """See ``LlamaDecoderLayer``; ``is_image`` as for ``Multiway``."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states, is_image), is_image=is_image, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states, image_at))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states, is_image))
 
 
 class MultiwayLlamaModel(LlamaModel):
-    """Llama whose layers have two ways; everything else is transformers'. Takes ``image_at`` as ``Multiway`` does."""
+    """Implement Llama with ``MultiwayDecoderLayer``; its forward pass takes ``is_image`` as for ``Multiway``."""
 
     _no_split_modules = ["MultiwayDecoderLayer"]  # noqa: RUF012
 
@@ -312,7 +317,7 @@ class MultiwayLlamaModel(LlamaModel):
 
 
 class MplugOwl2Model(LlavaModel):
-    """mPLUG-Owl2 without its head."""
+    """Implement mPLUG-Owl2 without its head."""
 
     config_class = MplugOwl2Config
 
@@ -326,23 +331,26 @@ class MplugOwl2Model(LlavaModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """As ``pooler_output`` (Q + 1, D) per image; as ``last_hidden_state`` (B, M, D') the tower's tokens.
+        """Compute image tokens.
 
         The tower's last norm, which CLIP applies to the class token alone, is applied to all tokens.
+
+        Returns:
+            ``pooler_output``: (Q + 1, D) per image; ``last_hidden_state``: (B, M, D'), the tower's tokens.
         """
         vision = self.vision_model.post_layernorm(self.vision_model(pixel_values).last_hidden_state)
         tokens = self.visual_abstractor(vision)
         return BaseModelOutputWithPooling(last_hidden_state=vision, pooler_output=list(tokens))
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> LlavaModelOutputWithPast:
-        """As LLaVA's; image tokens, the learned one behind the queries among them, go the second way."""
+        """See ``LlavaModel``; all image tokens, the appended learned one included, use the image modules."""
         if input_ids is not None and (kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")):
-            kwargs["image_at"] = input_ids == self.config.image_token_id
+            kwargs["is_image"] = input_ids == self.config.image_token_id
         return super().forward(input_ids=input_ids, **kwargs)
 
 
 class MplugOwl2ForConditionalGeneration(LlavaForConditionalGeneration):
-    """mPLUG-Owl2."""
+    """Implement mPLUG-Owl2 with its head."""
 
     config_class = MplugOwl2Config
 
@@ -350,5 +358,5 @@ class MplugOwl2ForConditionalGeneration(LlavaForConditionalGeneration):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MplugOwl2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        make_room(self)
+        accept_image_tokens(self)
         self.post_init()

@@ -1,7 +1,7 @@
-"""Prompts that are tokenised in chunks around the image, as the authors of several families do.
+"""Process prompts and images of families whose authors split the text at the image placeholder.
 
-Those families have no processor in transformers. Their text is split at the image placeholder, every chunk is
-tokenised by itself (the first after the beginning-of-sequence token) and the image tokens go between.
+Those families have no processor in transformers. Each chunk of text is tokenised by itself (the first after the
+beginning-of-sequence token), and the image tokens are inserted between the chunks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,28 +19,27 @@ import torch
 from PIL import Image as PIL
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from stethoscope.core.errors import ConfigError, DataError, first_line
+from stethoscope.adapters.authors.checkpoints import find_file, read_config
+from stethoscope.adapters.loading import Loading, is_folder, silenced, translate_loading_errors
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids
 from stethoscope.tracing.trace import Encoded, Spans
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _QUESTION, _IMAGE = "{question}", "{image}"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt as ids.
+    """Hold the tokens of a prompt.
 
     Attributes:
         ids: token ids, image tokens among them.
-        offsets: the characters (start, end) of the prompt that each id stands for; empty for the beginning-of-sequence
-            token.
+        offsets: (start, end) characters of the prompt for each id; empty for the beginning-of-sequence token.
     """
 
     ids: list[int]
@@ -47,14 +48,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ImageTokenProcessor:
-    """Stands where transformers has a processor; called like one, it gives the inputs of a forward pass.
+    """Compute the inputs of a forward pass from an image and a text, like a processor of transformers.
 
     Attributes:
-        tokenizer: with offsets.
-        image_processor: called with ``images=`` it gives tensors, ``pixel_values`` among them.
-        placeholder: where the image is in the text.
-        image_token_id: id of an image token, one that no text gives.
-        image_tokens: how many of them an image takes.
+        tokenizer: one that returns offsets.
+        image_processor: returns tensors for ``images=``, ``pixel_values`` among them.
+        placeholder: text that stands for the image.
+        image_token_id: id of an image token, which no text is tokenised to.
+        image_tokens: number of tokens per image.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -66,60 +67,69 @@ class ImageTokenProcessor:
     def __call__(
         self, images: Image, text: str, return_tensors: str = "pt", add_special_tokens: bool = True
     ) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (1, length) int64, and the image's tensors."""
+        """Compute ``input_ids`` and ``attention_mask`` (1, length) int64, and the image's tensors."""
         ids = torch.tensor([self.tokens(text, add_special_tokens).ids])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.image_processor(images=images)}
 
     def tokens(self, text: str, begin: bool = True) -> Tokens:
-        """The ids of a prompt. Special tokens in it stand for themselves, and the text behind one is tokenised as at
-        the start of a sentence: SentencePiece's way, which the authors' code has and transformers 5 has not.
+        """Tokenise a prompt, image tokens included.
+
+        Special tokens in the text are one token each, and the text after one is tokenised as at the start of a
+        sentence. The authors' code does the same with SentencePiece; transformers 5 does not.
 
         Args:
+            text: prompt with image placeholders.
             begin: whether the beginning-of-sequence token comes first.
         """
-        start = self.tokenizer.bos_token_id if begin else None
-        ids, offsets = ([], []) if start is None else ([start], [(0, 0)])
-        at = 0
-        for number, chunk in enumerate(text.split(self.placeholder)):
-            if number:
+        bos_id = self.tokenizer.bos_token_id if begin else None
+        ids, offsets = ([], []) if bos_id is None else ([bos_id], [(0, 0)])
+        position = 0
+        for index, chunk in enumerate(text.split(self.placeholder)):
+            if index:
+                end = position + len(self.placeholder)
                 ids += [self.image_token_id] * self.image_tokens
-                offsets += [(at, at + len(self.placeholder))] * self.image_tokens
-                at += len(self.placeholder)
-            for piece in self._special.split(chunk):
-                if piece in self._ids:
-                    ids.append(self._ids[piece])
-                    offsets.append((at, at + len(piece)))
+                offsets += [(position, end)] * self.image_tokens
+                position = end
+            for piece in self._special_pattern.split(chunk):
+                if piece in self._special_ids:
+                    ids.append(self._special_ids[piece])
+                    offsets.append((position, position + len(piece)))
                 elif piece:
-                    lead = self._lead if piece.startswith(" ") else ""
-                    part = self.tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
-                    ids += part["input_ids"]
-                    for left, right in part["offset_mapping"]:  # the led space stands for the first character
-                        offsets.append((at + max(left - len(lead), 0), at + max(right - len(lead), len(lead))))
-                at += len(piece)
+                    space = self._leading_space if piece.startswith(" ") else ""
+                    encoding = self.tokenizer(space + piece, add_special_tokens=False, return_offsets_mapping=True)
+                    ids += encoding["input_ids"]
+                    for start, end in encoding["offset_mapping"]:  # the added space counts as the first character
+                        start, end = max(start - len(space), 0), max(end - len(space), len(space))
+                        offsets.append((position + start, position + end))
+                position += len(piece)
         return Tokens(ids, offsets)
 
     @cached_property
-    def _lead(self) -> str:
-        """SentencePiece puts a space before every text; transformers 5 leaves that out where there is one."""
-        bare, led = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-        return " " if bare == led else ""
+    def _leading_space(self) -> str:
+        """Return the space that SentencePiece puts before a text; transformers 5 omits it before another space."""
+        without_space, with_space = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a")
+        )
+        return " " if without_space == with_space else ""
 
     @cached_property
-    def _ids(self) -> dict[str, int]:
-        """Beginning and end of a sequence and the unknown token; the placeholder is none of them."""
+    def _special_ids(self) -> dict[str, int]:
+        """Map beginning and end of a sequence and the unknown token to ids; the placeholder is none of them."""
         tokenizer = self.tokenizer
-        named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} - {None, self.placeholder}
-        return {token: tokenizer.convert_tokens_to_ids(token) for token in named}
+        tokens = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} - {None, self.placeholder}
+        return {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return re.compile(f"({'|'.join(map(re.escape, sorted(self._ids)))})" if self._ids else "(?!)")
+    def _special_pattern(self) -> re.Pattern[str]:
+        tokens = sorted(self._special_ids)
+        return re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else "(?!)")
 
 
 class ImageTokenEncoder:
-    """Encodes for one processor: see ``Adapter.encode``.
+    """Encode prompts for one processor, see ``Adapter.encode``.
 
     Args:
+        processor: of the model.
         prompt: template with ``{question}`` and the placeholder (or ``{image}``), each once.
         grids: (rows, columns) of the image tokens, as in ``Spans``; empty where they are no grid.
 
@@ -127,17 +137,17 @@ class ImageTokenEncoder:
         template: the prompt with the placeholder and ``{question}``.
 
     Raises:
-        ConfigError: the template has not one place for the image and one for the question.
+        ConfigError: the template does not hold image and question once each.
     """
 
-    def __init__(self, processor: ImageTokenProcessor, prompt: str, grids: Grids = ()) -> None:
+    def __init__(self, processor: ImageTokenProcessor, prompt: str | None, grids: Grids = ()) -> None:
         if prompt is None:
             raise ConfigError("model.prompt is missing; for example 'USER: <image>\\n{question} ASSISTANT:'")
         template = prompt.replace(_IMAGE, processor.placeholder)
-        for place in (processor.placeholder, _QUESTION):
-            if template.count(place) != 1:
+        for field in (processor.placeholder, _QUESTION):
+            if template.count(field) != 1:
                 raise ConfigError(
-                    f"prompt {prompt!r} must hold {place} once; it holds it {template.count(place)} times"
+                    f"prompt {prompt!r} must hold {field} once; it holds it {template.count(field)} times"
                 )
         self.template = template
         self._before, self._after = template.split(_QUESTION)
@@ -145,56 +155,59 @@ class ImageTokenEncoder:
         self.image_token_id = processor.image_token_id
 
     def __call__(self, image: Image, question: str) -> Encoded:
-        """Raises DataError for a question that holds the placeholder and for an image that cannot be preprocessed."""
+        """See ``Adapter.encode``.
+
+        Raises:
+            DataError: the question holds the placeholder, or the image cannot be preprocessed.
+        """
         processor = self._processor
         if processor.placeholder in question:
             raise DataError(f"the question holds the image placeholder {processor.placeholder}: {question!r}")
         text = self._before + question + self._after
         tokens = processor.tokens(text)
-        image_at = tuple(at for at, token in enumerate(tokens.ids) if token == processor.image_token_id)
+        in_image = tuple(index for index, token in enumerate(tokens.ids) if token == processor.image_token_id)
         start, end = len(self._before), len(self._before) + len(question)
-        question_at = tuple(
-            at for at, (left, right) in enumerate(tokens.offsets) if left < end and right > start and right > left
+        in_question = tuple(
+            index for index, (left, right) in enumerate(tokens.offsets) if left < end and right > start and right > left
         )
-        ids = torch.tensor([tokens.ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._pixels(image)}
-        return Encoded(inputs, Spans(len(tokens.ids), image_at, question_at, self._grids), text, question)
-
-    def _pixels(self, image: Image) -> dict[str, Tensor]:
         try:
-            return dict(self._processor.image_processor(images=image))
+            pixels = processor.image_processor(images=image)
         except (ValueError, ZeroDivisionError, ArithmeticError, IndexError, OSError) as error:
             width, height = image.size
             reason = first_line(error)
             raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {reason}") from error
+        ids = torch.tensor([tokens.ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+        return Encoded(inputs, Spans(len(tokens.ids), in_image, in_question, self._grids), text, question)
 
 
-def add_placeholder(tokenizer: Any, placeholder: str, words: int) -> int:
-    """Gives the placeholder an id behind those of all words, so that no text and no answer holds it by chance.
+def add_placeholder(tokenizer: Any, placeholder: str, vocab_size: int) -> int:
+    """Give the placeholder an id beyond the vocabulary, so that no text and no answer holds it by chance.
 
     Args:
         tokenizer: is changed.
-        words: number of words that the language model knows; may be more than the tokenizer's.
+        placeholder: text of the new token.
+        vocab_size: of the language model; may be larger than the tokenizer's.
 
     Returns:
         The id.
     """
     from transformers import AddedToken
 
-    names = [f"<unused{number}>" for number in range(len(tokenizer), words)]
+    names = [f"<unused{index}>" for index in range(len(tokenizer), vocab_size)]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in (*names, placeholder)], True)
     return tokenizer.convert_tokens_to_ids(placeholder)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that CLIP was trained on (Radford et al. 2021), in red, green and blue, white being 1."""
+"""Mean and standard deviation of CLIP's training pixels (Radford et al. 2021) in red, green and blue; white is 1."""
 
 Step = Callable[[Image], Image]
 
 
 def squash(image: Image, size: int) -> Image:
-    """A square of ``size`` pixels, bicubic; the proportions are lost.
+    """Resize to a square of ``size`` pixels, bicubic, without keeping the aspect ratio.
 
     >>> squash(PIL.new("RGB", (40, 20)), 8).size
     (8, 8)
@@ -203,7 +216,7 @@ def squash(image: Image, size: int) -> Image:
 
 
 def squash_to_longest(image: Image) -> Image:
-    """A square as wide as the image's longer side.
+    """Resize to a square as wide as the image's longer side.
 
     >>> squash_to_longest(PIL.new("RGB", (40, 20))).size
     (40, 40)
@@ -212,9 +225,10 @@ def squash_to_longest(image: Image) -> Image:
 
 
 def pad_to_square(image: Image, mean: Sequence[float] = CLIP_MEAN) -> Image:
-    """The image in the middle of a square of one colour.
+    """Pad to a square of one colour, with the image in the middle.
 
     Args:
+        image: RGB.
         mean: colour in [0, 1], rounded down to whole levels as the authors of LLaVA do.
 
     >>> pad_to_square(PIL.new("RGB", (4, 2), "white")).getpixel((0, 0))
@@ -228,7 +242,7 @@ def pad_to_square(image: Image, mean: Sequence[float] = CLIP_MEAN) -> Image:
 
 
 def shortest_edge(image: Image, size: int) -> Image:
-    """The image with its shorter side at ``size`` pixels, bicubic; the longer side is rounded down.
+    """Resize the shorter side to ``size`` pixels, bicubic; the longer side is rounded down.
 
     >>> shortest_edge(PIL.new("RGB", (41, 20)), 10).size
     (20, 10)
@@ -239,7 +253,7 @@ def shortest_edge(image: Image, size: int) -> Image:
 
 
 def centre_crop(image: Image, size: int) -> Image:
-    """The middle ``size`` x ``size`` pixels of an image that is at least as large.
+    """Crop the central ``size`` x ``size`` pixels of an image that is at least as large.
 
     >>> centre_crop(PIL.new("RGB", (41, 20)), 10).size
     (10, 10)
@@ -248,8 +262,8 @@ def centre_crop(image: Image, size: int) -> Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def normalised(image: Image, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """Pixels as the model reads them: (3, height, width) float32, (level / 255 - mean) / std of each colour."""
+def normalise(image: Image, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """Normalise pixels to (level / 255 - mean) / std per colour: (3, height, width) float32."""
     levels = np.asarray(image, dtype=np.float32) / np.float32(255)
     values = (levels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
@@ -257,38 +271,77 @@ def normalised(image: Image, mean: Sequence[float] = CLIP_MEAN, std: Sequence[fl
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """Stands where transformers has an image processor: called with ``images``, it gives ``pixel_values``.
+    """Compute ``pixel_values`` from an image, like an image processor of transformers.
 
     Attributes:
-        steps: what is done to the RGB image, one after another.
+        steps: applied to the RGB image in order.
         mean, std: of the normalisation at the end.
     """
 
     steps: tuple[Step, ...]
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
 
     def __call__(self, images: Image, return_tensors: str = "pt") -> dict[str, Tensor]:
-        """``pixel_values`` (1, 3, height, width) float32 of one image."""
+        """Compute ``pixel_values`` (1, 3, height, width) float32 of one image."""
         image = rgb(images)
         for step in self.steps:
             image = step(image)
-        return {"pixel_values": normalised(image, self.mean, self.std)[None]}
+        return {"pixel_values": normalise(image, self.mean, self.std)[None]}
 
 
-class WordEmbedding(nn.Embedding):
-    """Takes ids behind those of its words too: image tokens, whose embeddings the model puts in afterwards.
+class ClampedEmbedding(nn.Embedding):
+    """Embed ids beyond the vocabulary too: image tokens, whose embeddings the model replaces afterwards.
 
-    So a model gets an id for image tokens while embedding and head keep the size that the checkpoint has, its
-    probabilities stay what they were, and it can never say an image token.
+    So image tokens have an id while embedding and head keep the checkpoint's size: probabilities do not change, and
+    the model cannot generate an image token.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) of ids (...) int64; those behind the last word give the last word's."""
+        """Embed ids (...) int64 as (..., D); ids beyond the vocabulary get the last embedding."""
         return super().forward(input.clamp(max=self.num_embeddings - 1))
 
 
-def make_room(model: PreTrainedModel) -> None:
-    """Lets a model that was just made embed image tokens. Call it at the end of ``__init__``."""
-    words = model.get_input_embeddings()
-    model.set_input_embeddings(WordEmbedding(words.num_embeddings, words.embedding_dim, words.padding_idx))
+def accept_image_tokens(model: PreTrainedModel) -> None:
+    """Let a new model embed image tokens (``ClampedEmbedding``); to be called at the end of ``__init__``."""
+    embeddings = model.get_input_embeddings()
+    model.set_input_embeddings(
+        ClampedEmbedding(embeddings.num_embeddings, embeddings.embedding_dim, embeddings.padding_idx)
+    )
+
+
+def read_mean_and_std(source: str, loading: Loading) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Read mean and standard deviation of red, green and blue from ``preprocessor_config.json``, else take CLIP's.
+
+    Raises:
+        ConfigError, DataError: as ``read_config``.
+    """
+    settings = read_config(source, loading, "preprocessor_config.json")
+    return tuple(settings.get("image_mean") or CLIP_MEAN), tuple(settings.get("image_std") or CLIP_STD)
+
+
+def load_llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:
+    """Load Llama's tokenizer from ``tokenizer.json``, or from SentencePiece's ``tokenizer.model``.
+
+    Without either file transformers would silently build a tokenizer of three tokens.
+
+    Raises:
+        ConfigError: there is neither.
+        CapabilityError: only ``tokenizer.model`` is there, and sentencepiece, which reads it, is not installed.
+        DataError: the file is damaged.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    if find_file(source, "tokenizer.json", loading) is None:
+        if find_file(source, "tokenizer.model", loading) is None:
+            raise ConfigError(f"{source} holds no tokenizer; it should hold tokenizer.json or tokenizer.model")
+        if find_spec("sentencepiece") is None:
+            raise CapabilityError(
+                f"{source}: sentencepiece, which reads its tokenizer.model, is not installed; "
+                "pip install 'lvlm-stethoscope[sentencepiece]'"
+            )
+    name = read_config(source, loading, "tokenizer_config.json").get("tokenizer_class")
+    cls = LlamaTokenizer if name in (None, "LlamaTokenizer", "LlamaTokenizerFast") else AutoTokenizer
+    folder = is_folder(source)
+    with translate_loading_errors(source), silenced(folder):
+        return cls.from_pretrained(str(Path(source).expanduser()), **loading.hub_kwargs(folder))

@@ -1,7 +1,7 @@
-"""Tiny random models of the real classes, made without files or network: to try a configuration, and for tests.
+"""Build tiny random models of the real classes, without files or network, for tests and to try a configuration.
 
 Sizes are small; the rest follows the published architecture: classes, feature layer, prompt tokens, grouped heads.
-Weights are wide enough that attention is far from uniform.
+Weights have a large variance, so that attention is far from uniform.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "minigpt4-vicuna": author_families.minigpt4_vicuna,
     "minigpt4-llama2": author_families.minigpt4_llama2,
 }
-"""What ``family`` in a model's configuration may say: transformers' ``model_type``, or a family of our own."""
+"""Builders by ``family``: transformers' ``model_type``, or a name of ours."""
 
 
 def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A random model in evaluation mode and its processor.
+    """Build a random model in evaluation mode and its processor.
 
     Args:
-        family: transformers' ``model_type``.
+        family: one of ``FAMILIES``.
         seed: seed of the weights.
 
     Raises:
@@ -59,7 +59,7 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     if family not in FAMILIES:
         raise CapabilityError(unknown("family for random_init=tiny", family, FAMILIES))
-    with torch.random.fork_rng(devices=[]):  # what is not drawn below is drawn by transformers
+    with torch.random.fork_rng(devices=[]):  # transformers draws the parameters that are not drawn below
         torch.manual_seed(seed)
         model, processor = FAMILIES[family]()
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Families that transformers lacks, of their published shape: five stages, two ways, a token behind the queries."""
+"""Build tiny models of the families that transformers lacks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from stethoscope.adapters.authors.processor import CLIP_MEAN, CLIP_STD
-from stethoscope.adapters.tiny.tokenizers import SIZES, llama_tokenizer, words
+from stethoscope.adapters.tiny.tokenizers import SIZES, llama_tokenizer, text_sizes
 
 if TYPE_CHECKING:
     from transformers import Blip2QFormerConfig, PreTrainedModel
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def convllava() -> tuple[PreTrainedModel, ImageTokenProcessor]:
-    """ConvLLaVA: an image of 192 x 192 pixels as 3 x 3 tokens."""
+    """Build a ConvLLaVA: an image of 192 x 192 pixels as 3 x 3 tokens."""
     from transformers import ConvNextConfig, LlamaConfig
 
     from stethoscope.adapters.authors.convllava import ConvLlavaForConditionalGeneration, make_config, make_processor
 
     tokenizer = llama_tokenizer()
-    text = LlamaConfig(**words(tokenizer))
+    text = LlamaConfig(**text_sizes(tokenizer))
     vision = ConvNextConfig(
         hidden_sizes=[4, 8, 12, 16, 24], depths=[1, 1, 2, 1, 1], num_stages=5, layer_scale_init_value=0.05
     )
@@ -29,10 +29,10 @@ def convllava() -> tuple[PreTrainedModel, ImageTokenProcessor]:
 
 
 def mplug_owl2() -> tuple[PreTrainedModel, ImageTokenProcessor]:
-    """mPLUG-Owl2: 4 x 4 patches, read by 5 queries."""
+    """Build an mPLUG-Owl2: 4 x 4 patches, read by 5 queries."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from stethoscope.adapters.authors.mplug_owl2 import check, make_processor
+    from stethoscope.adapters.authors.mplug_owl2 import check_config, make_processor
     from stethoscope.adapters.authors.mplug_owl2_model import (
         MplugOwl2AbstractorConfig,
         MplugOwl2Config,
@@ -46,11 +46,11 @@ def mplug_owl2() -> tuple[PreTrainedModel, ImageTokenProcessor]:
         encoder_hidden_size=width, grid_size=4,
     )  # fmt: skip
     config = MplugOwl2Config(
-        text_config=LlamaConfig(**words(tokenizer)),
+        text_config=LlamaConfig(**text_sizes(tokenizer)),
         vision_config=CLIPVisionConfig(**SIZES, image_size=56, patch_size=14, layer_norm_eps=1e-6),
         abstractor_config=abstractor,
     )
-    check(config)
+    check_config(config)
     processor = make_processor(tokenizer, config, CLIP_MEAN, CLIP_STD)
     return MplugOwl2ForConditionalGeneration(config), processor
 
@@ -59,27 +59,27 @@ _MINIGPT4_QUERIES = 6
 
 
 def minigpt4_vicuna() -> tuple[PreTrainedModel, ImageTokenProcessor]:
-    """The version with a Q-Former."""
+    """Build a MiniGPT-4 with Vicuna and a Q-Former."""
     from transformers import Blip2QFormerConfig
 
     return _minigpt4(56, (Blip2QFormerConfig(**{**SIZES, "num_hidden_layers": 4}), _MINIGPT4_QUERIES))
 
 
 def minigpt4_llama2() -> tuple[PreTrainedModel, ImageTokenProcessor]:
-    """The version without."""
+    """Build a MiniGPT-4 with Llama 2 and without a Q-Former."""
     return _minigpt4(112, None)
 
 
-def _minigpt4(size: int, bridge: tuple[Blip2QFormerConfig, int] | None) -> tuple[PreTrainedModel, ImageTokenProcessor]:
+def _minigpt4(size: int, qformer: tuple[Blip2QFormerConfig, int] | None) -> tuple[PreTrainedModel, ImageTokenProcessor]:
     from transformers import Blip2VisionConfig, LlamaConfig
 
     from stethoscope.adapters.authors.minigpt4 import PLACEHOLDER, make_processor
-    from stethoscope.adapters.authors.minigpt4_model import configured
+    from stethoscope.adapters.authors.minigpt4_model import build_config
     from stethoscope.adapters.authors.processor import add_placeholder
 
     tokenizer = llama_tokenizer()
-    text = LlamaConfig(**words(tokenizer, num_key_value_heads=SIZES["num_attention_heads"]))
+    text = LlamaConfig(**text_sizes(tokenizer, num_key_value_heads=SIZES["num_attention_heads"]))
     image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
     vision = Blip2VisionConfig(**SIZES, image_size=size, patch_size=14)
-    cls, config = configured(vision, bridge, text, image_token_id)
+    cls, config = build_config(vision, qformer, text, image_token_id)
     return cls(config), make_processor(config, tokenizer)

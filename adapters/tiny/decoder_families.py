@@ -1,11 +1,18 @@
-"""LLaVA and its direct descendants."""
+"""Build tiny models of decoder-only families: LLaVA, Qwen-VL, InternVL, Idefics, PaliGemma, Gemma 3."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import processors
-from stethoscope.adapters.tiny.tokenizers import CHATML, SIZES, byte_tokenizer, chatml_tokenizer, llama_tokenizer, words
+from stethoscope.adapters.tiny.tokenizers import (
+    CHATML,
+    SIZES,
+    byte_tokenizer,
+    chatml_tokenizer,
+    llama_tokenizer,
+    text_sizes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -21,14 +28,14 @@ _MISTRAL_CHAT = (
 
 
 def llava(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """LLaVA-1.5: CLIP tower read one layer before its last, class token dropped, two-layer projector, Llama."""
+    """Build a LLaVA-1.5: CLIP tower read one layer before its last, class token dropped, two-layer projector, Llama."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = llama_tokenizer(("<image>",))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**SIZES, image_size=size, patch_size=patch),
-        text_config=LlamaConfig(**words(tokenizer)),
+        text_config=LlamaConfig(**text_sizes(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         image_seq_length=(size // patch) ** 2,
@@ -42,7 +49,7 @@ def llava(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMi
 
 
 def llava_next(size: int = 28, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """LLaVA-NeXT over Mistral: the whole picture and tiles of it, a newline token after each row of the tiles."""
+    """Build a LLaVA-NeXT over Mistral: the whole image and tiles of it, a newline token after each row of the tiles."""
     from transformers import (
         CLIPVisionConfig,
         LlavaNextConfig,
@@ -56,7 +63,7 @@ def llava_next(size: int = 28, patch: int = 14) -> tuple[PreTrainedModel, Proces
     shapes = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size], [3 * size, size], [size, 3 * size]]
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**SIZES, image_size=size, patch_size=patch),
-        text_config=MistralConfig(**words(tokenizer), sliding_window=None),
+        text_config=MistralConfig(**text_sizes(tokenizer), sliding_window=None),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=shapes,
         image_seq_length=(size // patch) ** 2,
@@ -72,7 +79,7 @@ def llava_next(size: int = 28, patch: int = 14) -> tuple[PreTrainedModel, Proces
 
 
 def llava_onevision(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """LLaVA-OneVision: as LLaVA-NeXT, with a SigLIP tower and Qwen2; the picture of tiles is scaled to 9 at most."""
+    """Build a LLaVA-OneVision: a LLaVA-NeXT with a SigLIP tower, Qwen2 and at most 9 tiles."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -86,7 +93,7 @@ def llava_onevision(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, P
     shapes = [[rows * size, columns * size] for rows in range(1, 7) for columns in range(1, 7)]
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**SIZES, image_size=size, patch_size=patch, vision_use_head=False),
-        text_config=Qwen2Config(**words(tokenizer)),
+        text_config=Qwen2Config(**text_sizes(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=shapes,
@@ -112,19 +119,19 @@ _TOWER = {"depth": 3, "hidden_size": 32, "num_heads": 4}
 
 
 def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2-VL: a tower of full attention."""
+    """Build a Qwen2-VL: a tower with full attention."""
     return _qwen("Qwen2VL", _TOWER | {"embed_dim": 32, "patch_size": 14}, {"rope_parameters": _ROPE})
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2.5-VL: a tower that keeps and attends to patches window by window, in all layers but its last."""
+    """Build a Qwen2.5-VL: a tower with window attention in all layers but its last."""
     windows = {"window_size": 56, "fullatt_block_indexes": [2], "patch_size": 14}
     tower = _TOWER | {"intermediate_size": 64, "out_hidden_size": 32} | windows
     return _qwen("Qwen2_5_VL", tower, {"rope_parameters": _ROPE})
 
 
 def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen3-VL: learnt positions in the tower, whose inner layers are added to the first language layers too."""
+    """Build a Qwen3-VL: learned positions in the tower, inner layers added to the first language layers."""
     inner = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
     tower = _TOWER | {"intermediate_size": 64, "out_hidden_size": 32} | inner
     return _qwen("Qwen3VL", tower, {"rope_parameters": _ROPE | {"mrope_interleaved": True}, "head_dim": 8})
@@ -137,10 +144,10 @@ def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any]) -> tuple[PreTr
     tokenizer = chatml_tokenizer(_QWEN_TOKENS)
     config = getattr(transformers, f"{name}Config")(
         vision_config=tower,
-        text_config=getattr(transformers, f"{name}TextConfig")(**words(tokenizer), **text),
+        text_config=getattr(transformers, f"{name}TextConfig")(**text_sizes(tokenizer), **text),
         **{f"{key}_id": tokenizer.convert_tokens_to_ids(token) for key, token in _QWEN_TOKENS.items()},
     )
-    side = 2 * tower["patch_size"]  # of the pixels that a token stands for
+    side = 2 * tower["patch_size"]  # pixels along the side of a token
     images = Qwen2VLImageProcessorPil(
         patch_size=tower["patch_size"], size={"shortest_edge": 4 * side * side, "longest_edge": 36 * side * side}
     )
@@ -152,7 +159,7 @@ def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any]) -> tuple[PreTr
 
 
 def internvl(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InternVL3: InternViT with a class token, Qwen2. It is the whole processor that asks for tiles."""
+    """Build an InternVL3: InternViT with a class token, Qwen2; only the whole processor requests tiles."""
     from transformers import (
         InternVLConfig,
         InternVLForConditionalGeneration,
@@ -173,7 +180,7 @@ def internvl(size: int = 56, patch: int = 14) -> tuple[PreTrainedModel, Processo
     tokens = (size // patch // 2) ** 2
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(**SIZES, image_size=(size, size), patch_size=(patch, patch)),
-        text_config=Qwen2Config(**words(tokenizer)),
+        text_config=Qwen2Config(**text_sizes(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=tokens,
     )
@@ -196,7 +203,7 @@ _SIDE, _PATCH, _MERGE = 56, 14, 2
 
 
 def idefics3() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Idefics3: SigLIP-like tower, four patches to a token, Llama 3."""
+    """Build an Idefics3: SigLIP-like tower, four patches to a token, Llama 3."""
     from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -211,7 +218,7 @@ def idefics3() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """SmolVLM: as Idefics3, over SmolLM2 with its own words."""
+    """Build a SmolVLM: an Idefics3 over SmolLM2 with its own special tokens."""
     from transformers import SmolVLMForConditionalGeneration, SmolVLMProcessor
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -237,7 +244,7 @@ def _idefics(cls: type[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> 
     return cls(
         cls.config_class(
             vision_config={**SIZES, "image_size": _SIDE, "patch_size": _PATCH},
-            text_config=LlamaConfig(**words(tokenizer)),
+            text_config=LlamaConfig(**text_sizes(tokenizer)),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             scale_factor=_MERGE,
         )
@@ -252,20 +259,20 @@ _GEMMA_CHAT = (
 
 
 def paligemma() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """PaliGemma: a prompt that is read in both directions, Gemma with one key-value head."""
+    """Build a PaliGemma: a prompt read in both directions, Gemma with one key-value head."""
     from transformers import GemmaConfig
 
-    return _paligemma(lambda tokenizer: GemmaConfig(**words(tokenizer, num_key_value_heads=1), head_dim=8))
+    return _paligemma(lambda tokenizer: GemmaConfig(**text_sizes(tokenizer, num_key_value_heads=1), head_dim=8))
 
 
 def paligemma2() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """PaliGemma 2: the same over Gemma 2, with soft-capped scores and layers that see a window only."""
+    """Build a PaliGemma 2: over Gemma 2, with soft-capped scores and sliding-window layers."""
     from transformers import Gemma2Config
 
     return _paligemma(
         lambda tokenizer: Gemma2Config(
-            **words(tokenizer), head_dim=8, query_pre_attn_scalar=8, sliding_window=32, attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0,
+            **text_sizes(tokenizer), head_dim=8, query_pre_attn_scalar=8, sliding_window=32,
+            attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
         )
     )  # fmt: skip
 
@@ -276,7 +283,7 @@ def _paligemma(text: Any, size: int = 56, patch: int = 14) -> tuple[PreTrainedMo
 
     tokenizer = llama_tokenizer()
     images = SiglipImageProcessorPil(size={"height": size, "width": size}, image_seq_length=(size // patch) ** 2)
-    processor = PaliGemmaProcessor(images, tokenizer)  # adds its words to the tokenizer
+    processor = PaliGemmaProcessor(images, tokenizer)  # adds its tokens to the tokenizer
     config = PaliGemmaConfig(
         vision_config=_siglip(size, patch),
         text_config=text(tokenizer),
@@ -288,19 +295,19 @@ def _paligemma(text: Any, size: int = 56, patch: int = 14) -> tuple[PreTrainedMo
 
 
 def gemma3(size: int = 84, patch: int = 14) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Gemma 3: the tower's patches are averaged in blocks; image tokens see each other; two layers see a window."""
+    """Build a Gemma 3: patches averaged in blocks, image tokens that attend to each other, two window layers."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Gemma3TextConfig
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-    places = {
+    named_tokens = {
         "image_token": "<image_soft_token>",
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     }
-    tokenizer = llama_tokenizer(("<start_of_turn>", "<end_of_turn>"), places)
+    tokenizer = llama_tokenizer(("<start_of_turn>", "<end_of_turn>"), named_tokens)
     tokens = (size // patch // 2) ** 2
     text = Gemma3TextConfig(
-        **words(tokenizer), head_dim=8, query_pre_attn_scalar=8, sliding_window=32,
+        **text_sizes(tokenizer), head_dim=8, query_pre_attn_scalar=8, sliding_window=32,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     config = Gemma3Config(

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP: a vision tower, a Q-Former that reads it with a few queries, and a language model."""
+"""Build tiny models of BLIP-2 and InstructBLIP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUERIES = 6
 
 
 def blip2_opt() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """BLIP-2 with OPT, which ends an answer with a line break as the published one does."""
+    """Build a BLIP-2 with OPT, which ends an answer with a line break as the published one does."""
     from transformers import OPTConfig
 
     tokenizer = byte_tokenizer(pad="<pad>", bos="</s>", eos="</s>", extra=("<image>",), add_bos=True)
@@ -36,12 +36,12 @@ def blip2_opt() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def blip2_t5() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """BLIP-2 with Flan-T5."""
+    """Build a BLIP-2 with Flan-T5."""
     return _flan_t5("Blip2")
 
 
 def instructblip_vicuna() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InstructBLIP with Vicuna; as published, prompts begin with ``</s>``, and ``<s>`` is called an end."""
+    """Build an InstructBLIP with Vicuna; as published, prompts begin with ``</s>``, and ``<s>`` ends an answer."""
     from transformers import LlamaConfig
 
     tokenizer = llama_tokenizer(("[PAD]", "<image>"))
@@ -55,38 +55,42 @@ def instructblip_vicuna() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def instructblip_t5() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """InstructBLIP with Flan-T5."""
+    """Build an InstructBLIP with Flan-T5."""
     return _flan_t5("InstructBlip")
 
 
 def _blip(name: str, text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """The parts around a language model; an image of 4 x 4 patches, read by ``_QUERIES`` queries.
+    """Build the parts around a language model: an image of 4 x 4 patches, read by ``_QUERIES`` queries.
 
     Args:
-        name: ``Blip2`` or ``InstructBlip``, with which transformers begins the names of the classes.
+        name: prefix of transformers' class names, ``Blip2`` or ``InstructBlip``.
+        text: configuration of the language model.
+        tokenizer: of the language model.
     """
     import transformers
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    readers = [bert_tokenizer()] if name == "InstructBlip" else []
-    words = len(readers[0]) if readers else 30
+    qformer_tokenizers = [bert_tokenizer()] if name == "InstructBlip" else []
+    vocab_size = len(qformer_tokenizers[0]) if qformer_tokenizers else 30
     vision = getattr(transformers, f"{name}VisionConfig")(
         **_SIZES, intermediate_size=64, num_hidden_layers=3, image_size=56, patch_size=14
     )
-    bridge = getattr(transformers, f"{name}QFormerConfig")(
-        **_SIZES, intermediate_size=64, num_hidden_layers=4, vocab_size=words, encoder_hidden_size=32
+    qformer = getattr(transformers, f"{name}QFormerConfig")(
+        **_SIZES, intermediate_size=64, num_hidden_layers=4, vocab_size=vocab_size, encoder_hidden_size=32
     )
     config = getattr(transformers, f"{name}Config")(
-        vision_config=vision, qformer_config=bridge, text_config=text, num_query_tokens=_QUERIES,
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=_QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     images = BlipImageProcessorPil(size={"height": 56, "width": 56})
-    processor = getattr(transformers, f"{name}Processor")(images, tokenizer, *readers, num_query_tokens=_QUERIES)
+    processor = getattr(transformers, f"{name}Processor")(
+        images, tokenizer, *qformer_tokenizers, num_query_tokens=_QUERIES
+    )
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
 def _flan_t5(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Flan-T5 as published: gated feed-forward parts, a head of its own on outputs that are not scaled, spare words."""
+    """Build the parts around a Flan-T5: gated feed-forward, an untied head on unscaled outputs, unused token ids."""
     from torch import nn
     from transformers import T5Config
 
@@ -103,7 +107,7 @@ def _flan_t5(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def t5_tokenizer(extra: tuple[str, ...] = ()) -> T5Tokenizer:
-    """T5's kind of tokenizer: unigrams with SentencePiece's spaces; line breaks and unknown characters are lost."""
+    """Build a tokenizer like T5's: unigrams with SentencePiece's spaces, without line breaks or unknown characters."""
     from transformers import T5Tokenizer
 
     words = sorted({f"▁{word}" for text in TEXT for word in re.findall(r"[A-Za-z]+", text)})
@@ -116,7 +120,7 @@ def t5_tokenizer(extra: tuple[str, ...] = ()) -> T5Tokenizer:
 
 
 def bert_tokenizer() -> BertTokenizer:
-    """The Q-Former's: BERT's word pieces and a token of its own that begins decoded text."""
+    """Build the Q-Former's tokenizer: BERT's word pieces, and a token that begins decoded text."""
     from transformers import BertTokenizer
 
     letters = [letter for letter in _characters() if letter == letter.lower()]
@@ -129,5 +133,5 @@ def bert_tokenizer() -> BertTokenizer:
 
 
 def _characters() -> list[str]:
-    """Letters, figures and marks that the tokenizers know one by one."""
+    """List the letters, digits and punctuation marks that are tokens of their own."""
     return sorted({character for character in string.ascii_letters + string.digits + "".join(TEXT)} - {" "})

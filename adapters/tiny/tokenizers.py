@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that the families use, trained on a few sentences."""
+"""Build tiny tokenizers of the kinds that the families use, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXT = (
     "Is there a red car in the photo? Yes, there is. No, there is no car.",
     "Please describe this image in detail. The image shows two people who look at the camera.",
 )
-"""What every tiny tokenizer is trained on."""
+"""Training text of every tiny tokenizer."""
 
 CHATML = (
     "{{% for m in messages %}}{{% if loop.first and m['role'] != 'system' %}}<|im_start|>system\nYou are a helpful "
@@ -22,23 +22,23 @@ CHATML = (
     "{{% if c['type'] == 'image' %}}{image}{{% else %}}{{{{ c['text'] }}}}{{% endif %}}{{% endfor %}}<|im_end|>\n"
     "{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
 )
-"""The chat template of Qwen's language models; ``format`` it with what stands for the image."""
+"""Chat template of Qwen's language models, to be formatted with the image placeholder."""
 
 
 def add_special(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Adds tokens that are never split."""
+    """Add tokens that are never split."""
     from transformers import AddedToken
 
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
 
 
-def llama_tokenizer(extra: Sequence[str] = (), named: Mapping[str, str] | None = None) -> LlamaTokenizer:
-    """Llama's kind of tokenizer: byte-pair encoding with SentencePiece's spaces and bytes for unknown characters.
+def llama_tokenizer(extra: Sequence[str] = (), named_tokens: Mapping[str, str] | None = None) -> LlamaTokenizer:
+    """Build a tokenizer like Llama's: byte-pair encoding with SentencePiece's spaces and bytes for unknown characters.
 
     Args:
         extra: more tokens that are never split, such as the image placeholder.
-        named: the same for tokens that the tokenizer keeps as attributes, by name.
+        named_tokens: more such tokens, which the tokenizer stores as attributes, by name.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
@@ -52,16 +52,16 @@ def llama_tokenizer(extra: Sequence[str] = (), named: Mapping[str, str] | None =
     trained = json.loads(pieces.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = LlamaTokenizer(
-        vocab=trained["vocab"], merges=merges, add_bos_token=True, extra_special_tokens=dict(named or {})
+        vocab=trained["vocab"], merges=merges, add_bos_token=True, extra_special_tokens=dict(named_tokens or {})
     )
     tokenizer.pad_token = "<unk>"
     add_special(tokenizer, extra)
     return tokenizer
 
 
-def chatml_tokenizer(named: Mapping[str, str]) -> PreTrainedTokenizerFast:
-    """The tokenizer of Qwen's language models: no first token, turns between tokens of their own."""
-    return byte_tokenizer("<|endoftext|>", None, "<|im_end|>", ["<|im_start|>"], named=named)
+def chatml_tokenizer(named_tokens: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer like that of Qwen's language models: no first token, special tokens around turns."""
+    return byte_tokenizer("<|endoftext|>", None, "<|im_end|>", ["<|im_start|>"], named_tokens=named_tokens)
 
 
 def byte_tokenizer(
@@ -70,15 +70,17 @@ def byte_tokenizer(
     eos: str,
     extra: Sequence[str] = (),
     add_bos: bool = False,
-    named: Mapping[str, str] | None = None,
+    named_tokens: Mapping[str, str] | None = None,
 ) -> PreTrainedTokenizerFast:
-    """The kind of tokenizer of GPT-2, OPT, Qwen and Llama 3: byte-pair encoding over bytes.
+    """Build a tokenizer like those of GPT-2, OPT, Qwen and Llama 3: byte-pair encoding over bytes.
 
     Args:
-        pad: token to pad with. ``bos``: first token of a text, None where the family has none. ``eos``: end of a turn.
+        pad: token to pad with.
+        bos: first token of a text, None where the family has none.
+        eos: end of a turn.
         extra: more tokens that are never split, such as the image placeholder.
         add_bos: whether every text starts with ``bos``.
-        named: as ``extra``, for tokens that the tokenizer keeps as attributes, by name.
+        named_tokens: more such tokens, which the tokenizer stores as attributes, by name.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -94,23 +96,27 @@ def byte_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     pieces.train_from_iterator(TEXT * 3, trainer)
-    if add_bos:
+    if add_bos and bos:
         pieces.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, pieces.token_to_id(bos))]
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces, bos_token=bos, eos_token=eos, pad_token=pad, extra_special_tokens=dict(named or {})
+        tokenizer_object=pieces,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=dict(named_tokens or {}),
     )
     add_special(tokenizer, extra)
     return tokenizer
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-"""Of language models and of most vision towers."""
+"""Sizes of language models and of most vision towers."""
 
 
-def words(tokenizer: Any, **more: Any) -> dict[str, Any]:
-    """What a tokenizer and ``SIZES`` say about a language model: arguments of its config."""
+def text_sizes(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    """Build the arguments of a language model's configuration from ``SIZES`` and a tokenizer."""
     return {
         **SIZES,
         "vocab_size": len(tokenizer),

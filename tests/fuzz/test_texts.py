@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from stethoscope.adapters.generation import cut
+from stethoscope.adapters.generation import trim_ids
 from stethoscope.commands.overrides import explain
 from stethoscope.core.component import compose
 from stethoscope.core.digests import jsonable
@@ -82,8 +82,8 @@ def test_offsets(tokens, stops):
     assert [start for start, _ in offsets] == ends[:-1] if offsets else True
     assert ends == sorted(ends)
     assert not offsets or ends[-1] == len(text)
-    found = cut(ids, ends=(3,), stops=tuple(stops), decode=decode)
-    assert found.ids == ids[: len(found.ids)]
+    trimmed = trim_ids(ids, end_ids=(3,), stops=tuple(stops), decode=decode)
+    assert trimmed.ids == ids[: len(trimmed.ids)]
 
 
 class Reader(html.parser.HTMLParser):

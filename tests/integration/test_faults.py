@@ -256,9 +256,9 @@ def silent_hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        loading._hub_answers.cache_clear()
+        loading._hub_reachable.cache_clear()
         yield
-        loading._hub_answers.cache_clear()
+        loading._hub_reachable.cache_clear()
 
 
 def test_a_hub_that_hangs_is_one_line(stethoscope, silent_hub):

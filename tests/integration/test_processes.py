@@ -281,17 +281,17 @@ def test_processes_of_a_machine_take_a_gpu_each_and_none_takes_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert Loading().own_device() == "cuda"
-    Loading(device_map="auto").ready()
+    assert Loading().default_device() == "cuda"
+    Loading(device_map="auto").check_machine()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     devices = []
     for local in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(local))
-        devices.append(Loading().own_device())
+        devices.append(Loading().default_device())
     assert devices == ["cuda:0", "cuda:1", "cuda:0"]
     with pytest.raises(CapabilityError, match="takes all GPUs of a machine, and 3 processes run on this one"):
-        Loading(device_map="auto").ready()
-    Loading(device_map="cuda:1").ready()
+        Loading(device_map="auto").check_machine()
+    Loading(device_map="cuda:1").check_machine()
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ OFFLINE = Loading(local_files_only=True)
 
 
 def read(source, *only, loading=OFFLINE):
-    return checkpoints.read(str(source), loading, only, "projector")
+    return checkpoints.read_weights(str(source), loading, only, "projector")
 
 
 def check(found, names=tuple(WEIGHTS)):
@@ -196,8 +196,8 @@ def llama(tmp_path):
 
 
 def built(path, chosen=None, loading=OFFLINE, **more):
-    weights = checkpoints.renamed(read(path), lambda name: name.removeprefix("llm."))
-    return checkpoints.build(LlamaForCausalLM, chosen or config(), weights | more, loading, "the model")
+    weights = checkpoints.rename_weights(read(path), lambda name: name.removeprefix("llm."))
+    return checkpoints.build_model(LlamaForCausalLM, chosen or config(), weights | more, loading, "the model")
 
 
 def test_build_gives_the_model_of_the_weights(llama):
@@ -245,7 +245,7 @@ def test_auto_is_the_precision_of_most_weights(llama):
 def test_digest_is_of_the_content(tmp_path):
     for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / name).write_text(text)
-    one, same, other = (checkpoints.digest([tmp_path / name]) for name in "abc")
+    one, same, other = (checkpoints.digest_files([tmp_path / name]) for name in "abc")
     assert one == same != other
 
 
@@ -255,7 +255,7 @@ def test_digest_of_a_file_in_the_hubs_cache_is_that_of_its_content(tmp_path):
     blob.parent.mkdir()
     blob.write_text("not read")
     (tmp_path / "model.safetensors").symlink_to(blob)
-    assert checkpoints.digest([tmp_path / "model.safetensors"]) == checkpoints.digest([tmp_path / "plain"])
+    assert checkpoints.digest_files([tmp_path / "model.safetensors"]) == checkpoints.digest_files([tmp_path / "plain"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")

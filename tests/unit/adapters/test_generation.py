@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from stethoscope.adapters import generation as generating
+from stethoscope.adapters.generation import build_config, drop_defaults, trim_ids
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
@@ -130,16 +130,16 @@ def test_a_family_may_have_stop_strings_of_its_own(adapter, encoded, monkeypatch
         (["a", "<end>", "b"], ["<end>"], 1, 0),
     ],
 )
-def test_cut(written, stops, kept, surplus):
+def test_ids_are_trimmed_to_the_answer(written, stops, kept, surplus):
     def decode(ids):
         return "".join(written[i] for i in ids)
 
-    found = generating.cut(range(len(written)), (), stops, decode)
-    assert found == (list(range(kept)), any(stop in decode(range(len(written))).lstrip() for stop in stops), surplus)
+    trimmed = trim_ids(range(len(written)), (), stops, decode)
+    assert trimmed == (list(range(kept)), any(stop in decode(range(len(written))).lstrip() for stop in stops), surplus)
 
 
 def test_an_end_token_comes_before_what_stands_behind_it():
-    assert generating.cut([0, 9, 1], {9}, ["b"], lambda ids: "".join("ab"[i] for i in ids)) == ([0], True, 0)
+    assert trim_ids([0, 9, 1], {9}, ["b"], lambda ids: "".join("ab"[i] for i in ids)) == ([0], True, 0)
 
 
 def test_stop_strings_belong_to_the_fingerprint():
@@ -172,7 +172,7 @@ def test_wrong_settings(settings, words):
 
 def test_the_longest_answer_must_be_known_to_write_one():
     with pytest.raises(ConfigError, match="max_new_tokens must be given"):
-        generating.config(Generation(), [0], 0)
+        build_config(Generation(), [0], 0)
 
 
 LEAKS = {
@@ -220,7 +220,7 @@ def test_every_setting_that_transformers_has_is_dropped_but_special_tokens(adapt
     assert len(names) > 50
     for name in (*names, "of_a_later_version"):
         setattr(model.generation_config, name, 77)
-    generating.drop_defaults(model)
+    drop_defaults(model)
     kept = {name for name, value in vars(model.generation_config).items() if value == 77}
     assert kept == {"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"}
 

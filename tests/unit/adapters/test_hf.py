@@ -119,7 +119,7 @@ def test_a_hub_model_that_is_not_there():
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    loading._hub_answers.cache_clear()
+    loading._hub_reachable.cache_clear()
     with pytest.raises(ConfigError) as error:
         from_folder("nobody/has-this-model")
     one_line(error, "nobody/has-this-model")

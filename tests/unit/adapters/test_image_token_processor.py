@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from stethoscope.adapters import tiny
-from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.minigpt4 import PROMPTS as MINIGPT4
 from stethoscope.adapters.authors.processor import (
     ImageTokenEncoder,
     ImageTokenProcessor,
     PixelProcessor,
     add_placeholder,
+    load_llama_tokenizer,
     squash,
 )
 from stethoscope.adapters.loading import Loading
@@ -144,7 +144,7 @@ def sentencepiece(tmp_path_factory):
 def test_ids_are_sentencepieces(sentencepiece, template, question):
     """As the authors' slow tokenizer works: text between special tokens goes to SentencePiece, piece by piece."""
     folder, reader = sentencepiece
-    tokenizer = checkpoints.load_llama_tokenizer(str(folder), Loading())
+    tokenizer = load_llama_tokenizer(str(folder), Loading())
     token = add_placeholder(tokenizer, "<ImageHere>", len(tokenizer))
     pixels = PixelProcessor((partial(squash, size=28),))
     encoded = ImageTokenEncoder(ImageTokenProcessor(tokenizer, pixels, "<ImageHere>", token, 1), template)(

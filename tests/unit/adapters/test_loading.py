@@ -180,7 +180,7 @@ def test_quantising_without_a_device_for_it_is_refused(monkeypatch):
     monkeypatch.setattr(installed, "is_bitsandbytes_available", lambda *_: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", Bits)
     with pytest.raises(CapabilityError, match=r"quantize=8bit runs on xpu .* has cpu"):
-        Loading(quantize="8bit").ready()
+        Loading(quantize="8bit").check_machine()
 
 
 def test_names_that_stay_whole():
@@ -199,8 +199,8 @@ def test_names_that_stay_whole():
         "language_model.encoder.block.0.layer.0.SelfAttention.q", "model.text_model.layers.0.mlp.down_proj",
         "model.language_model.layers.0.self_attn.k_proj.multiway.0",
     ]  # fmt: skip
-    assert not any(should_convert_module(name, [loading.WHOLE]) for name in whole)
-    assert all(should_convert_module(name, [loading.WHOLE]) for name in smaller)
+    assert not any(should_convert_module(name, [loading.NOT_QUANTIZED]) for name in whole)
+    assert all(should_convert_module(name, [loading.NOT_QUANTIZED]) for name in smaller)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import stethoscope
-from stethoscope.adapters.authors import checkpoints
+from stethoscope.adapters.authors import checkpoints, processor
 from stethoscope.adapters.authors.minigpt4 import MiniGpt4Adapter
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.component import build, conf_folder
@@ -350,15 +350,15 @@ def test_a_tower_with_more_blocks_than_are_used(parts, version):
 
 
 def test_small_files_are_read_before_large_ones(parts, version, tmp_path, monkeypatch):
-    def read(source, loading, only=(), what=""):
-        assert what == "projector", f"{what} was read before the projector"
-        return original(source, loading, only, what)
+    def read(source, loading, prefixes=(), setting=""):
+        assert setting == "projector", f"{setting} was read before the projector"
+        return original(source, loading, prefixes, setting)
 
-    original = checkpoints.read
-    monkeypatch.setattr(checkpoints, "read", read)
+    original = checkpoints.read_weights
+    monkeypatch.setattr(checkpoints, "read_weights", read)
     torch.save({"model": {"mm_projector.0.weight": torch.ones(2, 2)}}, tmp_path / "other.pth")
     refused(DataError, version, parts, "llama_proj.weight", projector=str(tmp_path / "other.pth"))
-    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    monkeypatch.setattr(processor, "find_spec", lambda name: None)
     shutil.copytree(parts[0] / "llm", tmp_path / "llm")
     (tmp_path / "llm" / "tokenizer.json").unlink()
     (tmp_path / "llm" / "tokenizer.model").touch()

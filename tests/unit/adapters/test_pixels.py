@@ -15,7 +15,7 @@ from stethoscope.adapters.authors.processor import (
     CLIP_STD,
     PixelProcessor,
     centre_crop,
-    normalised,
+    normalise,
     pad_to_square,
     shortest_edge,
     squash,
@@ -60,11 +60,11 @@ def test_shortest_edge_and_crop_are_clips(photograph):
     cropped = centre_crop(shortest_edge(photograph, 336), 336)
     assert np.array_equal(levels(cropped), by_processor(theirs, photograph))
     expected = theirs(images=photograph, return_tensors="pt")["pixel_values"][0]
-    assert (normalised(cropped) - expected).abs().max() < 1e-5
+    assert (normalise(cropped) - expected).abs().max() < 1e-5
 
 
 def test_values_are_those_of_the_formula(photograph):
-    assert np.abs(normalised(photograph).numpy() - in_double(photograph)).max() < 1e-6
+    assert np.abs(normalise(photograph).numpy() - in_double(photograph)).max() < 1e-6
 
 
 def test_padding_is_the_mean_colour_around_the_middle(photograph):
