@@ -32,7 +32,7 @@ def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
     """
     if not getattr(model, "_hf_peft_config_loaded", False):
         commit = getattr(model.config, "_commit_hash", None)
-        if folder:
+        if folder and model_id is not None:
             paths = _weight_files(Path(model_id).expanduser())
             if paths:
                 return f"sha256:{cached_digest(paths, lambda: _digest_files(paths))}"

@@ -27,7 +27,7 @@ The contract tests compare traces of all of them."""
 
 Inputs = Mapping[str, Tensor]
 
-SEQUENCE = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
+SEQUENCE = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs with one entry per token, and their padding value (``input_ids`` have the model's padding token)."""
 OTHER_SEQUENCES = {"qformer_input_ids": 0, "qformer_attention_mask": 0, "decoder_input_ids": 0}
 """Inputs of another sequence, always padded on the right: with their own mask, or where causal rows never attend."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -139,10 +139,15 @@ class HfAdapter(Adapter):
         self._forward = ForwardRunner(model, self._pad_id, self._decoder_start)
         self._tracer = Tracer(self.name, self._forward)
 
+    @property
+    def _source(self) -> str:
+        """Return the folder or hub id of a model that is not random."""
+        return cast("str", self.model_id)  # the constructor refuses None without random_init
+
     def _load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Load model and processor from their files; families that transformers lacks override this."""
         check = {} if self.prompt is not None else {"check": check_chat_template}
-        return loading.load(self.model_id, self.loading, **check)
+        return loading.load(self._source, self.loading, **check)
 
     def memory(self, context: int, batch_size: int = 1, new_tokens: int = 512) -> Memory:
         """See ``Adapter.memory``.
@@ -157,7 +162,7 @@ class HfAdapter(Adapter):
         if not self.random_init:
             if type(self)._load is not HfAdapter._load:
                 raise CapabilityError(f"{self.name}: its adapter loads its own files and does not know their sizes")
-            return memory.skeleton(self.model_id, self.loading)
+            return memory.skeleton(self._source, self.loading)
         model = self._tiny()[0]
         return model if self.loading.dtype == "auto" else model.to(getattr(torch, self.loading.dtype))
 
@@ -233,7 +238,8 @@ class HfAdapter(Adapter):
         model, arguments = self.prepare_generate(encoded, generation)
         output = model.generate(**arguments)
         start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
-        ids, no_caches = output.sequences[:, start:], [None] * len(encoded)
+        ids = output.sequences[:, start:]
+        no_caches: list[PromptCache | None] = [None] * len(encoded)
         if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
             return self._score(encoded, [self._trim(beam, generation) for beam in ids.tolist()]), no_caches
         steps = zip(output.logits, ids.T, strict=True)
@@ -354,7 +360,7 @@ class HfAdapter(Adapter):
         """See ``Adapter.fingerprint``; it holds no path of this machine."""
         import transformers
 
-        folder = not self.random_init and loading.is_folder(self.model_id)
+        folder = not self.random_init and loading.is_folder(self._source)
         changed = digests.versions(self.model) != self._loaded_versions  # in place, so they differ from the files
         if self._digest is None or changed:
             model_id = None if self.random_init or changed else self.model_id
@@ -362,7 +368,7 @@ class HfAdapter(Adapter):
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,
-            "model_id": Path(self.model_id).name if folder else self.model_id,
+            "model_id": Path(self._source).name if folder else self.model_id,
             "random_init": self.random_init,
             "revision": self.loading.revision,
             "weights": self._digest,

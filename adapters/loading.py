@@ -149,7 +149,8 @@ class Loading:
 
     def options(self) -> dict[str, Any]:
         """Build the arguments of a model's ``from_pretrained`` beyond ``hub_kwargs``."""
-        options = {"dtype": self.dtype, "device_map": self.device_map, "attn_implementation": self.attention}
+        options: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map}
+        options["attn_implementation"] = self.attention
         if self.max_memory is not None:
             options["max_memory"] = dict(self.max_memory)
         if self.offload_folder is not None:

@@ -17,8 +17,7 @@ from stethoscope.core.errors import CapabilityError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
-
-    _ProcessorBase = ProcessorMixin
+    from transformers import ProcessorMixin as _ProcessorBase
 else:
     _ProcessorBase = object
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,9 @@ class PromptEncoder:
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
         inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
-        if self._image_inputs is None or (learn and image.size not in self._is_separable):
-            self._learn_image_inputs(image, inputs)
+        names = self._image_inputs
+        if names is None or (learn and image.size not in self._is_separable):
+            names = self._learn_image_inputs(image, inputs)
         ids = inputs["input_ids"][0].tolist()
         start = len(self._before)
         in_question = question_positions(
@@ -127,20 +129,22 @@ class PromptEncoder:
             raise ConfigError(f"the prompt {prompt!r} has no place for the image; put {_IMAGE} into it")
         grids, separators = image_layout(self._config, inputs, len(in_image))
         spans = Spans(len(ids), in_image, in_question, grids, tuple(in_image[index] for index in separators))
-        pixels = {name: value for name, value in inputs.items() if name in self._image_inputs}
+        pixels = {name: value for name, value in inputs.items() if name in names}
         text = {name: value for name, value in inputs.items() if name not in pixels}
         return _TextInputs(text, spans, prompt), pixels
 
-    def _learn_image_inputs(self, image: Image, inputs: dict[str, Tensor]) -> None:
+    def _learn_image_inputs(self, image: Image, inputs: dict[str, Tensor]) -> frozenset[str]:
         """Record which inputs depend on the image alone, and whether the image processor by itself gives the same.
 
         InternVL's does not where the whole processor cuts the image into tiles, which depends on its size.
         """
         pixels = self._encode_image(image)
-        self._image_inputs = frozenset(name for name in pixels if name in inputs)
+        names = frozenset(name for name in pixels if name in inputs)
         self._is_separable[image.size] = "pixel_values" in pixels and all(
-            torch.is_tensor(pixels[name]) and torch.equal(pixels[name], inputs[name]) for name in self._image_inputs
+            torch.is_tensor(pixels[name]) and torch.equal(pixels[name], inputs[name]) for name in names
         )
+        self._image_inputs = names
+        return names
 
     def _process(self, processor: Any, image: Image, **arguments: Any) -> Any:
         try:
@@ -150,7 +154,7 @@ class PromptEncoder:
             reason = first_line(error)
             raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

@@ -107,9 +107,10 @@ class Tracer:
 
     def _trace_group(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
         """Trace answers whose prompts make one batch."""
-        ids, caches = [answer.token_ids for answer in answers], [prompt.cache for prompt in encoded]
+        ids = [answer.token_ids for answer in answers]
+        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
         consuming = not needs.isdisjoint({"heads", "states"})
-        if all(caches) and needs.isdisjoint(_PROMPT_NEEDS):
+        if len(caches) == len(encoded) and needs.isdisjoint(_PROMPT_NEEDS):
             forward = self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
         else:
             forward = self._forward.full_forward(encoded, ids, consuming)
@@ -126,15 +127,15 @@ class Tracer:
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
         by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, needs)}
-        if "attention" in needs:
+        if attention is not None and "attention" in needs:
             by_token |= {"mass": attention.mass(), "image_attention": attention.image()}
         core_tokens = None
-        if "core" in needs:
+        if attention is not None and "core" in needs:
             triples = zip(attention.image(), answers, encoded, strict=True)
             core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
         by_token |= self._contrasts(encoded, ids, needs, core_tokens)
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
-        if "heads" in needs:
+        if isinstance(attention, HeadRows):
             whole["heads"] = attention.heads()
         if states is not None:
             whole |= {"states": states.states()} if "states" in needs else {}
@@ -184,11 +185,12 @@ class Tracer:
         tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
         valid = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
         hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
-        decoded = {}
+        decoded: dict[str, Tensor] = {}
+        lens = self._find_lens()
         if "lens" in needs:
-            decoded["lens_logprob"], decoded["lens_rank"] = self._lens.read(hidden, logits, tokens)
+            decoded["lens_logprob"], decoded["lens_rank"] = lens.read(hidden, logits, tokens)
         if "trajectory" in needs:
-            decoded["trajectory"] = self._lens.divergence(hidden, logits)
+            decoded["trajectory"] = lens.divergence(hidden, logits)
         return {name: part.split(counts) for name, part in decoded.items()}
 
     # --- the same answers with another image, or with less of it ----------------------------------------------------
@@ -237,10 +239,11 @@ class Tracer:
         """
         spans = [prompt.spans for prompt in encoded]
         contiguous = all(span.image[-1] - span.image[0] + 1 == len(span.image) for span in spans)
-        if not contiguous or not all(prompt.cache for prompt in encoded):
+        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
+        if not contiguous or len(caches) < len(encoded):
             return None
         tails = [span.length - 1 - span.image[-1] for span in spans]
-        return self._forward.continue_from_cache(encoded, ids, [prompt.cache for prompt in encoded], tails)
+        return self._forward.continue_from_cache(encoded, ids, caches, tails)
 
     def _blank_forward(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass:
         """Prepare a pass over answers to blank images."""
@@ -255,8 +258,8 @@ class Tracer:
         """Return the KV cache of every prompt with a blank image; None where they cannot be used again."""
         self._blanks.check(self._model)
         keys = [_blank_key(prompt) for prompt in encoded]
-        caches = {key: self._blanks.get(key) for key in keys}
-        missing = {key: prompt for key, prompt in zip(keys, encoded, strict=True) if caches[key] is None}
+        caches = {key: cache for key in keys if (cache := self._blanks.get(key)) is not None}
+        missing = {key: prompt for key, prompt in zip(keys, encoded, strict=True) if key not in caches}
         if missing:
             prompts = list(missing.values())
             inputs = self._forward.collate(prompts, "right")
@@ -264,9 +267,10 @@ class Tracer:
             last = self._forward.positions_to_keep([inputs["input_ids"].shape[1] - 1])
             output = self._model(**inputs, **last, use_cache=True).past_key_values
             computed = self._forward.prompt_caches(output, prompts, [prompt.spans.length for prompt in prompts])
-            if None in computed:
+            usable = [cache for cache in computed if cache is not None]
+            if len(usable) < len(computed):
                 return None
-            for key, cache in zip(missing, computed, strict=True):
+            for key, cache in zip(missing, usable, strict=True):
                 self._blanks.put(key, cache)
                 caches[key] = cache
         return [caches[key] for key in keys]

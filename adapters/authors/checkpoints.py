@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,10 +184,13 @@ def digest_files(paths: Iterable[Path]) -> str:
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
             digest.update(blob.name.encode())  # the hub's cache names large files by their SHA-256
             continue
-        with path.open("rb") as file:
-            sha256 = cached_digest([path], lambda file=file: hashlib.file_digest(file, "sha256").hexdigest())
-        digest.update(sha256.encode())
+        digest.update(cached_digest([path], partial(_sha256, path)).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- files of weights -----------------------------------------------------------------------------------------------

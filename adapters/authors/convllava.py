@@ -91,7 +91,7 @@ class ConvLlavaAdapter(HfAdapter):
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         tower, tower_loading, text, vision = self._parts()
-        tokenizer = load_llama_tokenizer(self.model_id, self.loading)
+        tokenizer = load_llama_tokenizer(self._source, self.loading)
         side = _image_side(checkpoints.read_config(tower, tower_loading, "preprocessor_config.json"))
         if self.resolution is None:
             if side is None:
@@ -106,7 +106,7 @@ class ConvLlavaAdapter(HfAdapter):
                 stacklevel=2,
             )
         processor = make_processor(tokenizer, text, vision, self.resolution, *read_mean_and_std(tower, tower_loading))
-        weights = language_weights(checkpoints.read_weights(self.model_id, self.loading, setting="model.model_id"))
+        weights = language_weights(checkpoints.read_weights(self._source, self.loading, setting="model.model_id"))
         weights |= tower_weights(checkpoints.read_weights(tower, tower_loading, setting="model.tower"), vision)
         config = make_config(text, vision, processor.image_token_id)
         model, self.report = checkpoints.build_model(
@@ -118,7 +118,7 @@ class ConvLlavaAdapter(HfAdapter):
         """Return the tower's source and loading settings, and the configurations of language model and tower."""
         from transformers import ConvNextConfig, LlamaConfig
 
-        config = checkpoints.read_config(self.model_id, self.loading)
+        config = checkpoints.read_config(self._source, self.loading)
         tower = self.tower or config.get("mm_vision_tower")
         if not tower:
             raise ConfigError(f"model.tower is missing and the config.json of {self.model_id} names none")
@@ -144,7 +144,7 @@ class ConvLlavaAdapter(HfAdapter):
         if self.random_init:
             return super()._skeleton()
         _, _, text, vision = self._parts()
-        dtype = checkpoints.weight_dtype(checkpoints.read_config(self.model_id, self.loading), self.loading)
+        dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
         with memory.on_meta_device():
             return ConvLlavaForConditionalGeneration._from_config(
                 make_config(text, vision, text.vocab_size), dtype=dtype

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.authors import checkpoints
@@ -112,7 +112,7 @@ class MiniGpt4Adapter(HfAdapter):
 
     def _load(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         text = self._text_config()  # small files come first, so that an error in them saves downloading large ones
-        tokenizer = load_llama_tokenizer(self.sources["llm"], self.loading)
+        tokenizer = load_llama_tokenizer(self._source, self.loading)
         trained = self._read("projector")
         if "language_projection.weight" not in trained:
             first = next(iter(trained.values()))
@@ -130,7 +130,7 @@ class MiniGpt4Adapter(HfAdapter):
         """Read the language model's configuration."""
         from transformers import AutoConfig
 
-        llm = self.sources["llm"]
+        llm = self._source
         folder = is_folder(llm)
         with translate_loading_errors(llm):
             text = AutoConfig.from_pretrained(str(Path(llm).expanduser()), **self.loading.hub_kwargs(folder))
@@ -149,7 +149,7 @@ class MiniGpt4Adapter(HfAdapter):
     def _skeleton(self) -> PreTrainedModel:
         if self.random_init:
             return super()._skeleton()
-        is_local = Path(self.sources["vision"]).expanduser().exists()  # else it would be downloaded for its sizes
+        is_local = Path(self._source_of("vision")).expanduser().exists()  # else it would be downloaded for its sizes
         text = self._text_config()
         part_configs = self._part_configs(self._vision_weights() if is_local else None)
         cls, config = modelling.build_config(*part_configs, text, text.vocab_size)
@@ -164,6 +164,9 @@ class MiniGpt4Adapter(HfAdapter):
         prefixes = (*modelling.QFORMER_PREFIXES, *modelling.NORM_PREFIXES)
         return weights | self._read(self._qformer_source, prefixes)
 
+    def _source_of(self, part: str) -> str:
+        return cast("str", self.sources[part])  # the constructor refuses None for the parts that are read
+
     @property
     def _qformer_source(self) -> str:
         """Name the source that holds the Q-Former."""
@@ -172,7 +175,7 @@ class MiniGpt4Adapter(HfAdapter):
     def _read(self, part: str, prefixes: tuple[str, ...] = (), parent: str = "") -> Weights:
         """Read the weights of a part as those of the module ``parent``, under the names of ``MiniGpt4Vicuna``."""
         loading = self.loading if part == "llm" else replace(self.loading, revision=None)
-        weights = checkpoints.read_weights(self.sources[part], loading, prefixes, part)
+        weights = checkpoints.read_weights(self._source_of(part), loading, prefixes, part)
         return modelling.vicuna_weights(
             {f"{parent}{key}": weight for key, weight in weights.items()}, self.vision_layers
         )

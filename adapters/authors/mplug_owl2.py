@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stethoscope.adapters import memory
 from stethoscope.adapters.authors import checkpoints
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import LlamaTokenizer, PreTrainedModel
 
-    from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2Config
+    from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
     from stethoscope.tracing.trace import Encoded
 
 PLACEHOLDER = "<|image|>"
@@ -81,9 +81,9 @@ class MplugOwl2Adapter(HfAdapter):
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
-        tokenizer = load_llama_tokenizer(self.model_id, self.loading)
-        processor = make_processor(tokenizer, config, *read_mean_and_std(self.model_id, self.loading))
-        weights = checkpoints.read_weights(self.model_id, self.loading, setting="model.model_id")
+        tokenizer = load_llama_tokenizer(self._source, self.loading)
+        processor = make_processor(tokenizer, config, *read_mean_and_std(self._source, self.loading))
+        weights = checkpoints.read_weights(self._source, self.loading, setting="model.model_id")
         weights = model_weights(weights, config.vision_config.num_attention_heads)
         model, self.report = checkpoints.build_model(
             MplugOwl2ForConditionalGeneration, config, weights, self.loading, self.name
@@ -96,7 +96,7 @@ class MplugOwl2Adapter(HfAdapter):
 
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
 
-        text = checkpoints.read_config(self.model_id, self.loading)
+        text = checkpoints.read_config(self._source, self.loading)
         visual = text.get("visual_config") or {}
         vision, abstractor = visual.get("visual_model"), visual.get("visual_abstractor")
         merge_config = checkpoints.merge_config
@@ -116,7 +116,7 @@ class MplugOwl2Adapter(HfAdapter):
         from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2ForConditionalGeneration
 
         config = self._config()
-        dtype = checkpoints.weight_dtype(checkpoints.read_config(self.model_id, self.loading), self.loading)
+        dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
         with memory.on_meta_device():
             return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
 
@@ -132,9 +132,13 @@ class MplugOwl2Adapter(HfAdapter):
         return super().fingerprint() | {name: dict(chosen or {}) for name, chosen in sizes.items()}
 
 
+def _abstractor_config(config: MplugOwl2Config) -> MplugOwl2AbstractorConfig:
+    return cast("MplugOwl2AbstractorConfig", config.abstractor_config)  # transformers has converted a dict by now
+
+
 def check_config(config: MplugOwl2Config) -> None:
     """Check that the sizes of the parts fit together; raise ConfigError otherwise."""
-    vision, abstractor = config.vision_config, config.abstractor_config
+    vision, abstractor = config.vision_config, _abstractor_config(config)
     grid, heads = vision.image_size // vision.patch_size, abstractor.num_attention_heads
     if abstractor.grid_size != grid:
         raise ConfigError(
@@ -161,7 +165,7 @@ def make_processor(
     """
     images = PixelProcessor((squash_to_longest, partial(squash, size=config.vision_config.image_size)), mean, std)
     config.image_token_index = add_placeholder(tokenizer, PLACEHOLDER, config.text_config.vocab_size)
-    tokens = config.abstractor_config.num_learnable_queries + 1
+    tokens = _abstractor_config(config).num_learnable_queries + 1
     return ImageTokenProcessor(tokenizer, images, PLACEHOLDER, config.image_token_index, tokens)
 
 

@@ -31,5 +31,5 @@ def encoded(adapter):
 @pytest.fixture(scope="session")
 def answers(adapter, encoded):
     """Answers of different lengths."""
-    found = adapter.generate(encoded, Generation(max_new_tokens=7))
-    return [found[0], adapter.generate(encoded[1:2], Generation(max_new_tokens=12))[0], found[2]]
+    batch = adapter.generate(encoded, Generation(max_new_tokens=7))
+    return [batch[0], adapter.generate(encoded[1:2], Generation(max_new_tokens=12))[0], batch[2]]

@@ -15,12 +15,12 @@ SAMPLED = Generation(max_new_tokens=7, do_sample=True, temperature=0.9, top_p=0.
 BEAMS = Generation(max_new_tokens=7, num_beams=3)
 
 
-def close(one, other, tolerance=1e-4):
-    assert one.text == other.text
-    assert one.token_ids == other.token_ids
-    assert one.offsets == other.offsets
-    assert one.finished == other.finished
-    assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance)
+def close(answer, other, tolerance=1e-4):
+    assert answer.text == other.text
+    assert answer.token_ids == other.token_ids
+    assert answer.offsets == other.offsets
+    assert answer.finished == other.finished
+    assert answer.logprobs == pytest.approx(other.logprobs, abs=tolerance)
 
 
 def teacher_forced(adapter, encoded, answer):
@@ -33,15 +33,15 @@ def teacher_forced(adapter, encoded, answer):
 
 @pytest.mark.parametrize("generation", [GREEDY, SAMPLED, BEAMS], ids=["greedy", "sampled", "beams"])
 def test_a_batch_gives_what_its_prompts_give_alone(adapter, encoded, generation):
-    assert len({one.spans.length for one in encoded}) > 1
-    for together, one in zip(adapter.generate(encoded, generation), encoded, strict=True):
-        close(together, adapter.generate([one], generation)[0])
+    assert len({prompt.spans.length for prompt in encoded}) > 1
+    for together, prompt in zip(adapter.generate(encoded, generation), encoded, strict=True):
+        close(together, adapter.generate([prompt], generation)[0])
 
 
 @pytest.mark.parametrize("generation", [GREEDY, SAMPLED, BEAMS], ids=["greedy", "sampled", "beams"])
 def test_logprobs_are_those_of_a_teacher_forced_pass(adapter, encoded, generation):
-    for answer, one in zip(adapter.generate(encoded, generation), encoded, strict=True):
-        assert answer.logprobs == pytest.approx(teacher_forced(adapter, one, answer), abs=1e-4)
+    for answer, prompt in zip(adapter.generate(encoded, generation), encoded, strict=True):
+        assert answer.logprobs == pytest.approx(teacher_forced(adapter, prompt, answer), abs=1e-4)
 
 
 def test_greedy_takes_the_most_probable_token(adapter, encoded):
@@ -108,8 +108,8 @@ def test_generation_under_the_registered_function_equals_sdpa(adapter, encoded):
     before = adapter.generate(encoded, GREEDY)
     with attention(adapter.model, NAME):
         after = adapter.generate(encoded, GREEDY)
-    for one, other in zip(before, after, strict=True):
-        close(one, other)
+    for answer, other in zip(before, after, strict=True):
+        close(answer, other)
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,11 @@ def boxes(adapter, width, height, grids):
         return [whole] * len(grids)  # Qwen's rows of patches; LLaVA-NeXT and OneVision have the picture twice
     black, white = extremes
     tiles = ((shown - black) / (white - black)).flatten(0, -4)  # not a number where the picture is padded
-    found = []
+    boxes_of_tiles = []
     for tile in tiles:
         sides = [_ends(tile[0].nanmean(0) * width), _ends(tile[1].nanmean(1) * height)]
-        found.append(tuple(float(side[end]) for end in (0, 1) for side in sides))
-    return found
+        boxes_of_tiles.append(tuple(float(side[end]) for end in (0, 1) for side in sides))
+    return boxes_of_tiles
 
 
 def _ends(places):
@@ -79,19 +79,19 @@ def _ends(places):
 
 def cells(spans, tiles):
     """Of every image token that is no separator, in order: its tile and the box that it stands for in the picture."""
-    found = []
+    boxes_by_tile = []
     for tile, ((rows, columns), (left, top, right, bottom)) in enumerate(zip(spans.grids, tiles, strict=True)):
         wide, high = (right - left) / columns, (bottom - top) / rows
         for row in range(rows):
             for column in range(columns):
                 x, y = left + column * wide, top + row * high
-                found.append((tile, (x, y, x + wide, y + high)))
-    return found
+                boxes_by_tile.append((tile, (x, y, x + wide, y + high)))
+    return boxes_by_tile
 
 
-def meet(one, other, edge=0.0):
+def meet(box, other, edge=0.0):
     """Whether two boxes overlap, or come as near as ``edge``."""
-    return all(one[axis] < other[axis + 2] + edge and other[axis] < one[axis + 2] + edge for axis in (0, 1))
+    return all(box[axis] < other[axis + 2] + edge and other[axis] < box[axis + 2] + edge for axis in (0, 1))
 
 
 def paintings(plain, size):
@@ -128,14 +128,14 @@ def test_a_painted_patch_changes_the_tokens_of_its_place(adapter, width, height)
         changes.append(change[~separates])
         painted.append(box)
     if not apart:  # convolutions mix patches: what is painted in a token's place changes it more than what is not
-        for token, (_, place) in enumerate(places):
-            inside = torch.tensor([meet(box, place, -size / 2) for box in painted])
+        for token, (_, area) in enumerate(places):
+            inside = torch.tensor([meet(box, area, -size / 2) for box in painted])
             change = torch.stack(changes)[:, token]
             assert change[inside].mean() > 1.1 * change[~inside].mean()
         return
     shown, edge = 0, 24 if (width, height) == LARGE else EDGE  # a token is then made from its neighbours' patches too
     for change, box in zip(changes, painted, strict=True):
-        far = [index for index, (_, place) in enumerate(places) if not meet(box, place, edge)]
+        far = [index for index, (_, cell) in enumerate(places) if not meet(box, cell, edge)]
         assert not change[far].any()
         for tile, whole in enumerate(tiles):
             if meet(box, whole, -size / 2):  # the tile shows at least half of the patch

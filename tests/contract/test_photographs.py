@@ -33,11 +33,11 @@ def test_inputs_are_those_of_the_processor_also_when_they_are_repeated(adapter):
     assert len({photograph.size for photograph in photographs}) > 1
     pairs = [(photograph, question) for photograph in photographs for question in QUESTIONS]
     first, again = ([adapter.encode(*pair) for pair in pairs] for _ in range(2))
-    for (photograph, question), one, other in zip(pairs, first, again, strict=True):
+    for (photograph, question), encoded, other in zip(pairs, first, again, strict=True):
         wanted = direct(adapter, photograph, question, adapter.prompt)
         wanted.pop("labels", None)  # PaliGemma's, for training
-        assert wanted.keys() == one.inputs.keys() == other.inputs.keys()
+        assert wanted.keys() == encoded.inputs.keys() == other.inputs.keys()
         for name, value in wanted.items():
-            assert value.dtype == one.inputs[name].dtype
-            torch.testing.assert_close(one.inputs[name], value, rtol=0, atol=1e-5)
-            assert torch.equal(other.inputs[name], one.inputs[name])
+            assert value.dtype == encoded.inputs[name].dtype
+            torch.testing.assert_close(encoded.inputs[name], value, rtol=0, atol=1e-5)
+            assert torch.equal(other.inputs[name], encoded.inputs[name])

@@ -12,37 +12,37 @@ def ids_of(encoded):
 
 
 def test_question_tokens_decode_to_the_question(adapter, encoded):
-    for one, question in zip(encoded, QUESTIONS, strict=True):
-        ids = ids_of(one)[list(one.spans.question)]
-        assert adapter.processor.tokenizer.decode(ids).strip() == question == one.question
-        assert question in one.text
+    for prompt, question in zip(encoded, QUESTIONS, strict=True):
+        ids = ids_of(prompt)[list(prompt.spans.question)]
+        assert adapter.processor.tokenizer.decode(ids).strip() == question == prompt.question
+        assert question in prompt.text
 
 
 @pytest.mark.parametrize("question", ["a", "IMAGE: USER: ASSISTANT", "How many café crèmes? 日本", "a  b\nc"])
 def test_question_is_found_where_its_words_occur_elsewhere_too(adapter, question):
-    one = adapter.encode(picture(0), question)
-    words = adapter.processor.tokenizer.decode(ids_of(one)[list(one.spans.question)], skip_special_tokens=True)
+    prompt = adapter.encode(picture(0), question)
+    words = adapter.processor.tokenizer.decode(ids_of(prompt)[list(prompt.spans.question)], skip_special_tokens=True)
     assert words.strip() == said(adapter, question).strip()
-    assert list(one.spans.question) == list(range(one.spans.question[0], one.spans.question[-1] + 1))
+    assert list(prompt.spans.question) == list(range(prompt.spans.question[0], prompt.spans.question[-1] + 1))
 
 
 def test_image_span_covers_exactly_the_image_tokens(adapter, encoded):
-    for one in encoded:
-        expected = (ids_of(one) == adapter.model.config.image_token_id).nonzero()[:, 0].tolist()
-        assert list(one.spans.image) == expected
+    for prompt in encoded:
+        expected = (ids_of(prompt) == adapter.model.config.image_token_id).nonzero()[:, 0].tolist()
+        assert list(prompt.spans.image) == expected
         assert len(expected) > 1
-        assert one.spans.length == len(ids_of(one))
-        assert not set(one.spans.image) & set(one.spans.question)
+        assert prompt.spans.length == len(ids_of(prompt))
+        assert not set(prompt.spans.image) & set(prompt.spans.question)
 
 
 def test_grids_account_for_every_image_token(adapter, encoded):
-    for one in encoded:
+    for prompt in encoded:
         if reads_by_queries(adapter):  # every query reads the whole picture
-            assert one.spans.grids == one.spans.separators == ()
+            assert prompt.spans.grids == prompt.spans.separators == ()
             continue
-        assert set(one.spans.separators) <= set(one.spans.image)
-        tokens = sum(rows * columns for rows, columns in one.spans.grids)
-        assert tokens + len(one.spans.separators) == len(one.spans.image)
+        assert set(prompt.spans.separators) <= set(prompt.spans.image)
+        tokens = sum(rows * columns for rows, columns in prompt.spans.grids)
+        assert tokens + len(prompt.spans.separators) == len(prompt.spans.image)
 
 
 def test_cached_encodings_are_the_processors_own(adapter):

@@ -28,10 +28,10 @@ def tensors(trace):
     return {name: held[name] for name in PARTS if held.get(name) is not None}
 
 
-def same(one, other):
-    one, other = tensors(one), tensors(other)
-    assert one.keys() == other.keys()
-    for name, part in one.items():
+def same(trace, other):
+    trace, other = tensors(trace), tensors(other)
+    assert trace.keys() == other.keys()
+    for name, part in trace.items():
         assert part.shape == other[name].shape
         assert not part.numel() or (part - other[name]).abs().max() <= NEAR, name
 
@@ -44,18 +44,18 @@ def reuses(adapter):
 def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, way):
     answers, kept = adapter.generate_with_cache(encoded, WAYS[way])
     assert answers == adapter.generate(encoded, WAYS[way])
-    assert [one.cache is not None for one in kept] == [reuses(adapter)] * len(encoded)
+    assert [trace.cache is not None for trace in kept] == [reuses(adapter)] * len(encoded)
     answers[1] = answers[1].until(
         min(2, len(answers[1].token_ids))
     )  # of different lengths, whatever the model has written
     for needs in NEEDS:
         whole = adapter.trace_batch(encoded, answers, needs)
-        for one, other in zip(adapter.trace_batch(kept, answers, needs), whole, strict=True):
-            same(one, other)
+        for trace, other in zip(adapter.trace_batch(kept, answers, needs), whole, strict=True):
+            same(trace, other)
         same(adapter.trace(kept[2], answers[2], needs), whole[2])
-        some = adapter.trace_batch([kept[2], kept[0]], [answers[2], answers[0]], needs)
-        for one, other in zip(some, (whole[2], whole[0]), strict=True):
-            same(one, other)
+        pair = adapter.trace_batch([kept[2], kept[0]], [answers[2], answers[0]], needs)
+        for trace, other in zip(pair, (whole[2], whole[0]), strict=True):
+            same(trace, other)
 
 
 def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded):
@@ -64,21 +64,21 @@ def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded
     answers, needs = [first, second, third], ("attention", "no_image")
     whole = adapter.trace_batch(encoded, answers, needs)
     for prompts in ([*kept, *more], [kept[0], encoded[1], *more]):
-        for one, other in zip(adapter.trace_batch(prompts, answers, needs), whole, strict=True):
-            same(one, other)
+        for trace, other in zip(adapter.trace_batch(prompts, answers, needs), whole, strict=True):
+            same(trace, other)
 
 
 def test_hidden_states_come_from_a_whole_pass(adapter, encoded):
     if not reuses(adapter):
         pytest.skip("keeps nothing")
     answers, kept = adapter.generate_with_cache(encoded, WAYS["greedy"])
-    for one, other in zip(
+    for trace, other in zip(
         adapter.trace_batch(kept, answers, ["states", "heads"]),
         adapter.trace_batch(encoded, answers, ["states", "heads"]),
         strict=True,
     ):
-        same(one, other)
-        assert torch.equal(one.states.patch_top, other.states.patch_top)
+        same(trace, other)
+        assert torch.equal(trace.states.patch_top, other.states.patch_top)
 
 
 def test_beams_leave_nothing(adapter, encoded):
@@ -91,12 +91,12 @@ def test_kept_prompts_do_not_outlive_the_prompts_and_traces(adapter, encoded):
     if not reuses(adapter):
         pytest.skip("keeps nothing")
     answers, kept = adapter.generate_with_cache(encoded, WAYS["greedy"])
-    held = [weakref.ref(part) for one in kept for layer in one.cache.layers for part in layer]
+    held = [weakref.ref(part) for prompt in kept for layer in prompt.cache.layers for part in layer]
     traces = adapter.trace_batch(kept, answers, ("attention", "blank", "no_image"))
     del kept
     gc.collect()
     assert traces
-    assert not any(one() is not None for one in held)
+    assert not any(reference() is not None for reference in held)
 
 
 def test_blank_prompts_are_computed_once_and_again_for_other_weights_or_hooks(adapter, encoded, monkeypatch):
@@ -111,7 +111,7 @@ def test_blank_prompts_are_computed_once_and_again_for_other_weights_or_hooks(ad
     handle = adapter.model.register_forward_pre_hook(counted, with_kwargs=True)
     try:
         adapter.trace_batch(encoded, ids, ("blank",))
-        other = [adapter.encode(picture(9 + at, *size), one.question) for at, (one, size) in enumerate(
+        other = [adapter.encode(picture(9 + seed, *size), prompt.question) for seed, (prompt, size) in enumerate(
             zip(encoded, ((72, 56), (72, 56), (100, 40)), strict=True)
         )]  # fmt: skip
         calls.clear()
@@ -136,17 +136,24 @@ def test_relevancy_of_several_answers_is_that_of_each(adapter):
     question = "What is in the image?"
     encoded = [adapter.encode(picture(seed), question) for seed in range(3)]
     ids = adapter.generate(encoded, Generation(max_new_tokens=8))
-    answers = [ids[0], *(one.until(min(at, len(one.token_ids))) for at, one in zip((3, 5), ids[1:], strict=True))]
+    answers = [
+        ids[0],
+        *(prompt.until(min(length, len(prompt.token_ids))) for length, prompt in zip((3, 5), ids[1:], strict=True)),
+    ]
     together = adapter.trace_batch(encoded, answers, ["relevancy"])
-    for one, answer, trace in zip(encoded, answers, together, strict=True):
-        alone, found = adapter.trace(one, answer, ["relevancy"]).relevancy, trace.relevancy
-        assert (found.tokens, found.image_positions, found.question_positions) == (
+    for prompt, answer, trace in zip(encoded, answers, together, strict=True):
+        alone, together_relevancy = adapter.trace(prompt, answer, ["relevancy"]).relevancy, trace.relevancy
+        assert (
+            together_relevancy.tokens,
+            together_relevancy.image_positions,
+            together_relevancy.question_positions,
+        ) == (
             alone.tokens,
             alone.image_positions,
             alone.question_positions,
         )
         for name in ("llm", "decoder", "encoder", "vision", "tiles", "saliency", "query_text"):
-            part, expected = getattr(found, name), getattr(alone, name)
+            part, expected = getattr(together_relevancy, name), getattr(alone, name)
             assert (part is None) == (expected is None)
             if expected is not None:
                 assert part.shape == expected.shape

@@ -92,7 +92,7 @@ def plain(name):
 
 def spread(name, cut):
     """The adapter with its model split; to be used within ``pretend_devices``."""
-    with mock.patch.object(loading, "placed", lambda model, _: split(model, cut(model))):
+    with mock.patch.object(loading, "dispatch_model", lambda model, _: split(model, cut(model))):
         adapter = load(name, "model.random_init=tiny", "model.device=auto", "+model.device_map=cuda:0")
     assert set(adapter.model.hf_device_map.values()) == {0, 1}
     return adapter
@@ -138,23 +138,23 @@ def both(adapter, family):
     return compare
 
 
-def same(one, other, name=""):
+def same(value, other, name=""):
     """The same values in tensors, all on the CPU, and in records that hold some."""
-    if isinstance(one, Tensor):
-        assert one.device == CPU, name
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
-    elif is_dataclass(one):
-        for part in fields(one):
+    if isinstance(value, Tensor):
+        assert value.device == CPU, name
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    elif is_dataclass(value):
+        for part in fields(value):
             if part.compare:
-                same(getattr(one, part.name), getattr(other, part.name), part.name)
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), name
-        for pair in zip(one, other, strict=True):
+                same(getattr(value, part.name), getattr(other, part.name), part.name)
+    elif isinstance(value, (list, tuple)):
+        assert len(value) == len(other), name
+        for pair in zip(value, other, strict=True):
             same(*pair, name)
-    elif isinstance(one, (float, np.ndarray)):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-4), name
-    elif isinstance(one, (int, str)):
-        assert one == other, name
+    elif isinstance(value, (float, np.ndarray)):
+        assert value == pytest.approx(other, rel=1e-4, abs=1e-4), name
+    elif isinstance(value, (int, str)):
+        assert value == other, name
 
 
 def possible(adapter, needs):

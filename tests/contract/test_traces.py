@@ -13,13 +13,13 @@ from stethoscope.tracing.trace import NEEDS, SEGMENTS
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
 
 
-def close(one, other, tolerance):
-    assert (one - other).abs().max() <= tolerance
+def close(actual, other, tolerance):
+    assert (actual - other).abs().max() <= tolerance
 
 
 @pytest.fixture(scope="module")
 def traces(adapter, encoded, answers):
-    return [adapter.trace(one, answer) for one, answer in zip(encoded, answers, strict=True)]
+    return [adapter.trace(prompt, answer) for prompt, answer in zip(encoded, answers, strict=True)]
 
 
 def eager(adapter, encoded, answer):
@@ -77,23 +77,23 @@ def test_no_mass_on_previous_tokens_before_there_are_any(traces):
 
 
 def test_attention_equals_eager_output_attentions(adapter, encoded, traces):
-    for one, trace in zip(encoded, traces, strict=True):
-        own, _, crossing = eager(adapter, one, trace.answer)
+    for prompt, trace in zip(encoded, traces, strict=True):
+        own, _, crossing = eager(adapter, prompt, trace.answer)
         maps = torch.stack(own)[:, 0]  # (L, H, S, S)
         if crossing:  # half of the row is over the encoder's sequence, half over the decoder's
             maps = torch.cat([torch.stack(crossing)[:, 0], maps], -1) / 2
-        columns = {"image": list(one.spans.image), "question": list(one.spans.question)}
-        columns["previous"] = list(range(one.spans.length + bool(crossing), maps.shape[-1]))
-        start = one.spans.length if crossing else 0
-        columns["first"] = sorted({start} - set(one.spans.image))  # PaliGemma and BLIP-2 begin with the image
+        columns = {"image": list(prompt.spans.image), "question": list(prompt.spans.question)}
+        columns["previous"] = list(range(prompt.spans.length + bool(crossing), maps.shape[-1]))
+        start = prompt.spans.length if crossing else 0
+        columns["first"] = sorted({start} - set(prompt.spans.image))  # PaliGemma and BLIP-2 begin with the image
         used = {position for part in columns.values() for position in part}
         columns["rest"] = [position for position in range(maps.shape[-1]) if position not in used]
-        rows = range(len(maps[0, 0]))[predicting(adapter, one, trace.answer.token_ids)]
-        for k, at in enumerate(rows):
-            row = maps[:, :, at]
+        rows = range(len(maps[0, 0]))[predicting(adapter, prompt, trace.answer.token_ids)]
+        for k, query in enumerate(rows):
+            row = maps[:, :, query]
             expected = torch.stack([row[..., columns[name]].sum(-1) for name in SEGMENTS], -1)
             close(trace.mass[k], expected, 5e-6)  # SDPA and eager round differently
-            close(trace.image_attention[k], row[..., list(one.spans.image)].mean(1), 5e-6)
+            close(trace.image_attention[k], row[..., list(prompt.spans.image)].mean(1), 5e-6)
 
 
 def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, answers):
@@ -107,10 +107,10 @@ def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, 
     roles = {"language"} | ({"encoder", "cross"} if has_encoder(adapter) else set())
     roles |= {"connector"} if reads_by_queries(adapter) else set()
     roles |= set() if adapter.model.config.model_type == "convllava" else {"vision"}  # no attention in its tower
-    for one, answer in zip(encoded, answers, strict=True):
-        own, _, crossing = eager(adapter, one, answer)
+    for prompt, answer in zip(encoded, answers, strict=True):
+        own, _, crossing = eager(adapter, prompt, answer)
         with record(adapter.model, Maps()) as maps, torch.no_grad():
-            adapter.model(**extended(adapter, one, answer.token_ids))
+            adapter.model(**extended(adapter, prompt, answer.token_ids))
         for role, expected in (("language", own), ("cross", crossing)):
             assert len(maps.heard.get(role, ())) == len(expected)
             assert all(map(torch.equal, maps.heard.get(role, ()), expected))
@@ -120,9 +120,9 @@ def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, 
 def test_lens_reads_every_layer_by_the_final_norm_and_head(adapter, encoded, traces):
     norm, head = language(adapter).norm, adapter.model.get_output_embeddings()
     cap = getattr(adapter.model.config.get_text_config(), "final_logit_softcapping", None) or 1e9  # of Gemma 2
-    for one, trace in zip(encoded, traces, strict=True):
-        _, hidden, _ = eager(adapter, one, trace.answer)
-        rows = predicting(adapter, one, trace.answer.token_ids)
+    for prompt, trace in zip(encoded, traces, strict=True):
+        _, hidden, _ = eager(adapter, prompt, trace.answer)
+        rows = predicting(adapter, prompt, trace.answer.token_ids)
         ids = torch.tensor(trace.answer.token_ids)[:, None]
         for layer in range(trace.lens_logprob.shape[1] - 1):
             with torch.no_grad():
@@ -137,29 +137,29 @@ def test_lens_reads_every_layer_by_the_final_norm_and_head(adapter, encoded, tra
 def test_blank_logits_are_those_of_zero_pixels(adapter, encoded, traces):
     tiles_may_be_padding = adapter.model.config.model_type in ("idefics3", "smolvlm")  # if they are exactly zero
     blank = 1e-6 if tiles_may_be_padding else 0.0
-    for one, trace in zip(encoded, traces, strict=True):
-        inputs = extended(adapter, one, trace.answer.token_ids)
+    for prompt, trace in zip(encoded, traces, strict=True):
+        inputs = extended(adapter, prompt, trace.answer.token_ids)
         inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], blank)
         with torch.no_grad():
-            logits = adapter.model(**inputs).logits[0, predicting(adapter, one, trace.answer.token_ids)]
+            logits = adapter.model(**inputs).logits[0, predicting(adapter, prompt, trace.answer.token_ids)]
         close(trace.blank_logits, logits, 1e-4)
         assert (trace.blank_logits - trace.logits).abs().max() > 1e-3
 
 
 def test_relevancy_has_a_row_for_every_token_and_adds_up(adapter, encoded, traces):
-    for one, trace in zip(encoded, traces, strict=True):
-        relevancy = adapter.trace(one, trace.answer, ["relevancy"]).relevancy
-        assert relevancy.image.shape[::2] == (len(trace.answer.token_ids), len(one.spans.image))
+    for prompt, trace in zip(encoded, traces, strict=True):
+        relevancy = adapter.trace(prompt, trace.answer, ["relevancy"]).relevancy
+        assert relevancy.image.shape[::2] == (len(trace.answer.token_ids), len(prompt.spans.image))
         parts = (relevancy.image, relevancy.question, relevancy.answer, relevancy.rest)
         close(sum(part.sum(-1) for part in parts), relevancy.total, 1e-5)
-        assert relevancy.question_positions == one.spans.question
+        assert relevancy.question_positions == prompt.spans.question
         assert (relevancy.image.sum(-1) > 0).any()
 
 
 def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, traces):
     features = FeatureSet()
-    for one, trace in zip(encoded, traces, strict=True):
-        columns = features.compute(adapter.trace(one, trace.answer, features.requires))
+    for prompt, trace in zip(encoded, traces, strict=True):
+        columns = features.compute(adapter.trace(prompt, trace.answer, features.requires))
         assert {name for name in FEATURES if any(column.startswith(name) for column in columns)} >= set(features.names)
         for values in columns.values():
             assert values.shape == (len(trace.answer.token_ids),)
@@ -176,8 +176,8 @@ def test_published_features_are_finite_and_the_same_in_a_batch(adapter, encoded,
     groups = set(GROUPS) - {*DEFAULT_GROUPS, "verification", "masked"} - lacking(adapter, encoded[0])
     features = FeatureSet(sorted(groups))
     together = adapter.trace_batch(encoded, answers, features.requires)
-    for one, answer, trace in zip(encoded, answers, together, strict=True):
-        alone, columns = adapter.trace(one, answer, features.requires), features.compute(trace)
+    for prompt, answer, trace in zip(encoded, answers, together, strict=True):
+        alone, columns = adapter.trace(prompt, answer, features.requires), features.compute(trace)
         assert all(values.shape == (len(answer.token_ids),) for values in columns.values())
         assert all(np.isfinite(values).all() for values in columns.values())
         for name in ("noise_logits", "no_image_logits", "core_logits", "trajectory"):
@@ -197,10 +197,10 @@ def test_published_features_that_a_model_lacks_are_refused_by_name(adapter, enco
 
 def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
     together = adapter.trace_batch(encoded, [trace.answer for trace in traces])
-    for one, other in zip(traces, together, strict=True):
-        assert (one.answer, one.spans) == (other.answer, other.spans)
+    for single, other in zip(traces, together, strict=True):
+        assert (single.answer, single.spans) == (other.answer, other.spans)
         for name in TENSORS:
-            close(getattr(one, name), getattr(other, name), 1e-4)
+            close(getattr(single, name), getattr(other, name), 1e-4)
 
 
 @pytest.mark.parametrize("needs", [(), ("attention",), ("lens",), ("blank",), ("relevancy",)])

@@ -55,13 +55,13 @@ def describe(answers, annotations, association, safe, nouns_of, alike):
 def _words(objects, association):
     """All words that stand for objects, first those associated with them, then their own; and whose each is."""
     words, owner = [], []
-    for place, name in enumerate(objects):
+    for index, name in enumerate(objects):
         for word in association[name]:
             words.append(word)
-            owner.append(place)
-    for place, name in enumerate(objects):
+            owner.append(index)
+    for index, name in enumerate(objects):
         words.append(name)
-        owner.append(place)
+        owner.append(index)
     return words, owner
 
 

@@ -28,10 +28,10 @@ def check_offloaded(adapter, load, room, image, question, folder):
     offloaded = load(device="auto", device_map="auto", max_memory=memory, offload_folder=str(folder))
     assert {"cpu", "disk"} == set(offloaded.model.hf_device_map.values())
     encoded = adapter.encode(image, question)
-    answers = [one.generate([encoded], Generation(max_new_tokens=3))[0] for one in (adapter, offloaded)]
+    answers = [model.generate([encoded], Generation(max_new_tokens=3))[0] for model in (adapter, offloaded)]
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[0].logprobs == pytest.approx(answers[1].logprobs, abs=1e-5)  # last bits may differ
-    maps = [token_relevancy(one, image, question, "A cat.").vision for one in (adapter, offloaded)]
+    maps = [token_relevancy(model, image, question, "A cat.").vision for model in (adapter, offloaded)]
     assert torch.allclose(*maps, atol=1e-6)
 
 
@@ -40,9 +40,9 @@ def check_memory(adapter, source, folder, make, dtype):
     copy = Path(shutil.copytree(source, folder / "copy"))
     for path in (*copy.rglob("*.bin"), *copy.rglob("*.safetensors"), *copy.rglob("tokenizer*")):
         path.unlink()
-    told, bytes_each = make(copy).memory(1000), 2 if dtype == "auto" else 4
-    assert told.parameters == sum(parameter.numel() for parameter in adapter.model.parameters())
-    assert told.dtype == ("float16" if dtype == "auto" else dtype)
-    assert told.weights == told.parameters * bytes_each
+    memory, bytes_each = make(copy).memory(1000), 2 if dtype == "auto" else 4
+    assert memory.parameters == sum(parameter.numel() for parameter in adapter.model.parameters())
+    assert memory.dtype == ("float16" if dtype == "auto" else dtype)
+    assert memory.weights == memory.parameters * bytes_each
     scores = 4 * 512 * adapter.model.config.get_text_config(decoder=True).vocab_size  # of the longest answer, float32
-    assert told.cache == 1000 * llama.LAYERS * 2 * llama.KEYS * llama.WIDTH // llama.HEADS * bytes_each + scores
+    assert memory.cache == 1000 * llama.LAYERS * 2 * llama.KEYS * llama.WIDTH // llama.HEADS * bytes_each + scores

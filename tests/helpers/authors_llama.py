@@ -61,18 +61,20 @@ def save_shards(folder, held, count=3):
 def logits(w, x, image=()):
     """(S, words) of embeddings (S, width); ``image``: positions that go the second way where there are two."""
     length, size = len(x), WIDTH // HEADS
-    ways = [int(at in image) for at in range(length)]
+    ways = [int(position in image) for position in range(length)]
     angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
-    def of(name, at):
-        return w[f"{name}.weight"] if f"{name}.weight" in w else w[f"{name}.multiway.{ways[at]}.weight"]
+    def of(name, position):
+        return w[f"{name}.weight"] if f"{name}.weight" in w else w[f"{name}.multiway.{ways[position]}.weight"]
 
     def dense(name, x):
-        return torch.stack([of(name, at) @ row for at, row in enumerate(x)])
+        return torch.stack([of(name, position) @ row for position, row in enumerate(x)])
 
     def norm(name, x):
-        return torch.stack([row / (row.square().mean() + EPS).sqrt() * of(name, at) for at, row in enumerate(x)])
+        return torch.stack(
+            [row / (row.square().mean() + EPS).sqrt() * of(name, position) for position, row in enumerate(x)]
+        )
 
     def turned(z):
         first, second = z.chunk(2, -1)

@@ -122,8 +122,8 @@ def tokens(w, pixels):
         q = dense(w, f"{layer}.attention.query", x + own)
         k, v = dense(w, f"{layer}.attention.key", keys + positions), dense(w, f"{layer}.attention.value", keys)
         out = [
-            (some @ others.T / size**0.5).softmax(-1) @ values
-            for some, others, values in zip(*(part.split(size, -1) for part in (q, k, v)), strict=True)
+            (queries @ others.T / size**0.5).softmax(-1) @ values
+            for queries, others, values in zip(*(part.split(size, -1) for part in (q, k, v)), strict=True)
         ]
         x = x + dense(w, f"{layer}.output.out_proj", torch.cat(out, -1))
         normed, mlp = norm(w, f"{layer}.output.norm2", x), f"{layer}.output.mlp"

@@ -66,22 +66,24 @@ def cams(model, inputs, rows, ids):
     try:
         logits = model(**inputs, use_cache=False).logits[0]
         maps = [weights for _, weights in _tape]
-        found = []
+        recorded = []
         for row, token in zip(rows, ids, strict=True):
             grads = torch.autograd.grad(logits[row, token], maps, retain_graph=True, allow_unused=True)
-            blocks, one = {}, Cams()
+            blocks, token_cams = {}, Cams()
             for (module, weights), grad in zip(_tape, grads, strict=True):
                 if grad is not None:
                     product = weights.detach().double() * grad.double()
                     blocks.setdefault(names[id(module)], []).extend(product.clamp(min=0).mean(1))
                     if _part(names[id(module)]) == "language":
-                        one.saliency.append(product[0].abs().sum(0))
+                        token_cams.saliency.append(product[0].abs().sum(0))
             for name, cam in blocks.items():
-                one.parts.setdefault(_part(name), []).append((name, torch.block_diag(*cam) if len(cam) > 1 else cam[0]))
-            found.append(one)
+                token_cams.parts.setdefault(_part(name), []).append(
+                    (name, torch.block_diag(*cam) if len(cam) > 1 else cam[0])
+                )
+            recorded.append(token_cams)
     finally:
         _tape = None
-    return found
+    return recorded
 
 
 def mixed(tokens, part, first):
@@ -98,10 +100,10 @@ def mixed(tokens, part, first):
 
 def recursion(layers, size):
     """R after every layer, R_0 = I first."""
-    found = [torch.eye(size, dtype=torch.float64)]
+    states = [torch.eye(size, dtype=torch.float64)]
     for cam in layers:
-        found.append(found[-1] + cam @ found[-1])
-    return found
+        states.append(states[-1] + cam @ states[-1])
+    return states
 
 
 def normal(matrix):
@@ -136,8 +138,8 @@ def _predicting(inputs, answer):
 def towers(tokens, scope, layers="vision"):
     """R_v of every token: of its own gradient, or of token 0's."""
     return [
-        recursion(one[layers], len(one[layers][0]))[-1]
-        for one in (tokens if scope == "token" else tokens[:1] * len(tokens))
+        recursion(token[layers], len(token[layers][0]))[-1]
+        for token in (tokens if scope == "token" else tokens[:1] * len(tokens))
     ]
 
 
@@ -146,41 +148,41 @@ def through_tower(image, merge, tokens, scope, order=None):
 
     ``order``: the tower's token for every row of ``pixel_values``, when the tower permutes them.
     """
-    found = []
+    products = []
     for rows, matrix in zip(image, towers(tokens, scope), strict=True):
         if order is not None:
             matrix = matrix[order][:, order]
-        found.append(rows @ merge.double() @ matrix)
-    return torch.stack(found)
+        products.append(rows @ merge.double() @ matrix)
+    return torch.stack(products)
 
 
 def queries(tokens, scope, rule, count):
     """Of every token, R_si and R_ss of the query rows of a Q-Former."""
-    found = []
-    for one, vision in zip(
+    results = []
+    for token, vision in zip(
         tokens if scope == "token" else tokens[:1] * len(tokens), towers(tokens, scope), strict=True
     ):
-        size = len(one["own"][0])
+        size = len(token["own"][0])
         same, other = torch.eye(size, dtype=torch.float64), torch.zeros(size, len(vision), dtype=torch.float64)
-        crossing = dict(zip(one.layers("crossing"), one["crossing"], strict=True))
-        for layer, cam in zip(one.layers("own"), one["own"], strict=True):
+        crossing = dict(zip(token.layers("crossing"), token["crossing"], strict=True))
+        for layer, cam in zip(token.layers("own"), token["own"], strict=True):
             other = other + cam @ other
             same = same + cam @ same
             if layer in crossing:
                 other[:count] = other[:count] + cross_term(rule, normal(same)[:count, :count], crossing[layer], vision)
-        found.append((other[:count], same[:count, count:]))
-    return found
+        results.append((other[:count], same[:count, count:]))
+    return results
 
 
 def seq2seq(model, inputs, answer, scope, rule):
     """(T, L, D), (T, L, E) of an encoder-decoder model, and the cams of every token."""
     tokens = cams(model, inputs, range(len(answer)), answer)
     decoder, encoder = [], []
-    for number, one in enumerate(tokens):
+    for number, token in enumerate(tokens):
         end = number + 1
-        own = mixed(tokens, "language", 0) if scope == "row" else one["language"]
-        crossing = mixed(tokens, "cross", 0) if scope == "row" else one["cross"]
-        read = (tokens[0] if scope == "row" else one)["encoder"]
+        own = mixed(tokens, "language", 0) if scope == "row" else token["language"]
+        crossing = mixed(tokens, "cross", 0) if scope == "row" else token["cross"]
+        read = (tokens[0] if scope == "row" else token)["encoder"]
         read = recursion(read, len(read[0]))[-1]
         same, other = torch.eye(end, dtype=torch.float64), torch.zeros(end, len(read), dtype=torch.float64)
         steps = []
@@ -199,12 +201,12 @@ def seq2seq(model, inputs, answer, scope, rule):
 def saliency(tokens, first):
     """(T, L, S) of the rows that predict."""
     return torch.stack(
-        [torch.stack([layer[first + number] for layer in one.saliency]) for number, one in enumerate(tokens)]
+        [torch.stack([layer[first + number] for layer in token.saliency]) for number, token in enumerate(tokens)]
     )
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference of any row, relative to the largest entry of that row."""
-    assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
     scale = expected.abs().amax(-1).clamp(min=1e-12)
-    return float(((found.double() - expected).abs().amax(-1) / scale).max())
+    return float(((actual.double() - expected).abs().amax(-1) / scale).max())

@@ -29,8 +29,8 @@ def settings_of(task) -> dict:
 def totals_of(counts) -> dict:
     """Counts of several answers added up, as metrics take them."""
     counts = list(counts)
-    names = {name for some in counts for name in some}
-    return {name: np.array(sum(some.get(name, 0.0) for some in counts)) for name in names}
+    names = {name for answer_counts in counts for name in answer_counts}
+    return {name: np.array(sum(answer_counts.get(name, 0.0) for answer_counts in counts)) for name in names}
 
 
 def figures(task, answers):
@@ -38,5 +38,5 @@ def figures(task, answers):
     judged = [(s, task.score(s, reply(answers[s.id])).counts) for s in task.samples() if s.id in answers]
     rows = task.tally(judged)
     counts = pd.DataFrame([dict(row.counts) for row in rows]).fillna(0.0)
-    found = count_metrics(task.metrics(), counts, [r.group for r in rows], [r.subset for r in rows], replicates=0)
-    return {(row.metric, row.subset): row.interval.value for row in found}
+    metric_rows = count_metrics(task.metrics(), counts, [r.group for r in rows], [r.subset for r in rows], replicates=0)
+    return {(row.metric, row.subset): row.interval.value for row in metric_rows}

@@ -82,8 +82,10 @@ class Plain:
         return float(logits.softmax(-1)[word])
 
 
-def cos(one, other):
-    return float((one * other).sum() / (math.sqrt(float((one * one).sum())) * math.sqrt(float((other * other).sum()))))
+def cos(left, other):
+    return float(
+        (left * other).sum() / (math.sqrt(float((left * left).sum())) * math.sqrt(float((other * other).sum())))
+    )
 
 
 def entropy(values, base=math.e):
@@ -108,12 +110,12 @@ def check_layers(columns, name, plain, value, layers):
 
 def image_rows(plain, row, token, layer):
     """Head-mean attention to the image tokens."""
-    return [float(plain.maps[layer, :, plain.at(token, row), at].mean()) for at in plain.spans.image]
+    return [float(plain.maps[layer, :, plain.at(token, row), position].mean()) for position in plain.spans.image]
 
 
-def divergence(one, other):
-    middle = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
-    return sum(sum(a * math.log(a / m) for a, m in zip(p, middle, strict=True)) for p in (one, other)) / 2
+def divergence(left, other):
+    middle = [(a + b) / 2 for a, b in zip(left, other, strict=True)]
+    return sum(sum(a * math.log(a / m) for a, m in zip(p, middle, strict=True)) for p in (left, other)) / 2
 
 
 def predicted(plain, logits):
@@ -125,5 +127,5 @@ def logprob(logits, ids):
     return [float(row.log_softmax(-1)[word]) for row, word in zip(logits, ids, strict=True)]
 
 
-def differences(one, other):
-    return [a - b for a, b in zip(one, other, strict=True)]
+def differences(left, other):
+    return [a - b for a, b in zip(left, other, strict=True)]

@@ -40,12 +40,12 @@ def amber(folder: Path, scenes: Sequence[Scene]) -> list[str]:
         scene.image().save(folder / "image" / image, quality=95)
         truth, hallu = [w for w in words if w in scene.visible], [w for w in words if w not in scene.visible][:3]
         add(image, "Please describe this image in detail.", "generative", truth, hallu=hallu)
-        one = scene.visible[0]
+        visible = scene.visible[0]
         add(image, f"Is there a {absent(scene)} in the image?", "discriminative-hallucination", "no")
-        add(image, f"Is there a {one} in the image?", "discriminative-attribute-state", "yes")
+        add(image, f"Is there a {visible} in the image?", "discriminative-attribute-state", "yes")
         add(image, f"Is there a {absent(scene)} in the image?", "discriminative-attribute-action", "no")
         add(image, f"Is there a {absent(scene)} in the image?", "relation", "no")
-        add(image, f"Is there a {one} in the image?", "discriminative-relation", "yes")
+        add(image, f"Is there a {visible} in the image?", "discriminative-relation", "yes")
     dump(folder / "annotations.json", annotations)
     dump(folder / "query_all.json", queries)
     return ["task=amber", f"task.folder={folder}", f"task.images={folder / 'image'}"]
@@ -66,17 +66,17 @@ def mme(folder: Path, scenes: Sequence[Scene]) -> list[str]:
 def hallusion_bench(folder: Path, scenes: Sequence[Scene]) -> list[str]:
     """HallusionBench's file and folder: sets of two figures, both asked about the same two objects."""
     rows = []
-    for set_id, (one, other) in enumerate(zip(scenes[::2], scenes[1::2], strict=True)):
+    for set_id, (first, other) in enumerate(zip(scenes[::2], scenes[1::2], strict=True)):
         category, subcategory = ("VD", "illusion") if set_id % 2 == 0 else ("VS", "map")
-        place = folder / "hallusion_bench" / category / subcategory
-        place.mkdir(parents=True, exist_ok=True)
+        target = folder / "hallusion_bench" / category / subcategory
+        target.mkdir(parents=True, exist_ok=True)
         common = {"category": category, "subcategory": subcategory, "set_id": str(set_id), "sample_note": ""}
         if category == "VS":
             more = {"visual_input": "0", "figure_id": "0", "question_id": "0", "question": "Is it?", "gt_answer": "1"}
             rows.append({**common, **more})
-        for figure, scene in enumerate((one, other), 1):
-            scene.image().save(place / f"{set_id}_{figure}.png")
-            for question, name in enumerate((one.visible[0], absent(one))):
+        for figure, scene in enumerate((first, other), 1):
+            scene.image().save(target / f"{set_id}_{figure}.png")
+            for question, name in enumerate((first.visible[0], absent(first))):
                 more = {"visual_input": str(figure), "figure_id": str(figure), "question_id": str(question)}
                 truth = str(int(name in scene.visible))
                 asked = f"Is there a {name} in the image?"

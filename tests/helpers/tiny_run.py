@@ -52,8 +52,8 @@ def main(folder: str, options: str) -> None:
     except (StethoscopeError, RuntimeError) as error:
         print(f"tiny: {error}", file=sys.stderr)
         sys.exit(2)
-    told = {"results": results.to_dict(), "answered": [number for batch in adapter.generated for number in batch]}
-    Path(folder).with_name(f"results-{rank()}.json").write_text(json.dumps(told))
+    outcome = {"results": results.to_dict(), "answered": [number for batch in adapter.generated for number in batch]}
+    Path(folder).with_name(f"results-{rank()}.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -47,13 +47,13 @@ class TinyTask(Task):
         return Score("ok", {"samples": 1.0, "judged": 1.0, "right": float("cat" not in named)}, {"named": named})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        found, start = [], 0
+        mentions, start = [], 0
         for word in answer.text.split():
             if word in ("dog", "cat"):
-                same = sum(mention.object == word for mention in found)
-                found.append(Mention(start, start + len(word), word, int(word == "cat"), len(found), same))
+                same = sum(mention.object == word for mention in mentions)
+                mentions.append(Mention(start, start + len(word), word, int(word == "cat"), len(mentions), same))
             start += len(word) + 1
-        return tuple(found)
+        return tuple(mentions)
 
     def metrics(self):
         return {
@@ -130,5 +130,5 @@ class TinyFeatures:
         self.names = tuple(names)
 
     def compute(self, trace: Trace) -> dict[str, np.ndarray]:
-        found = {"position": np.arange(len(trace.logits)), "level": trace.logits[:, 0].numpy()}
-        return {name: found[name].astype(np.float32) for name in self.names}
+        columns = {"position": np.arange(len(trace.logits)), "level": trace.logits[:, 0].numpy()}
+        return {name: columns[name].astype(np.float32) for name in self.names}

@@ -79,9 +79,9 @@ def _finished(path: Path, seconds: float) -> list[Any]:
     """The records of a file, once the W&B service has flushed the last one: ``Run.finish`` does not wait for that."""
     end = time.monotonic() + seconds
     while True:
-        found = list(records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > end:
-            return found
+        lines = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in lines) or time.monotonic() > end:
+            return lines
         time.sleep(0.02)
 
 

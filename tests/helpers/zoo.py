@@ -108,9 +108,9 @@ def llava_next():
         merge[token][0, 1 + token] = 1
     for row in range(4):
         for column in range(cut, 4 - cut):
-            one = torch.zeros(5, 5)
-            one[1 + row // side * 2 + column // side, 1 + row % side * side + column % side] = 1
-            merge.append(one)
+            weights = torch.zeros(5, 5)
+            weights[1 + row // side * 2 + column // side, 1 + row % side * side + column % side] = 1
+            merge.append(weights)
         merge.append(torch.zeros(5, 5))
     merge = torch.stack(merge).flatten(1)
     inputs = prompt(len(merge), pixel_values=pixels(1, 5, 3, 28, 28), image_sizes=torch.tensor([[height, width]]))
@@ -183,9 +183,9 @@ def onevision():
         merge[token][0, token] = 1
     for row in range(4):
         for column in range(4):
-            one = torch.zeros(5, 4)
-            one[1 + row // 2 * 2 + column // 2, row % 2 * 2 + column % 2] = 1
-            merge.append(one)
+            weights = torch.zeros(5, 4)
+            weights[1 + row // 2 * 2 + column // 2, row % 2 * 2 + column % 2] = 1
+            merge.append(weights)
         merge.append(torch.zeros(5, 4))
     merge = torch.stack(merge).flatten(1)
     inputs = prompt(len(merge), pixel_values=pixels(1, 5, 3, 28, 28), image_sizes=torch.tensor([[56, 56]]))
@@ -212,10 +212,10 @@ def onevision_scaled():
     return Case(widen(T.LlavaOnevisionForConditionalGeneration(config)), prompt(20, **sizes), merge.flatten(1))
 
 
-def between(place):
+def between(position):
     """The two neighbours of a place on a line, and their weights in linear interpolation."""
-    first = int(place)
-    return (first, 1 - (place - first)), (first + 1, place - first)
+    first = int(position)
+    return (first, 1 - (position - first)), (first + 1, position - first)
 
 
 def _qwen_vl(name, vision, text, patch):
@@ -248,14 +248,14 @@ def qwen2_5_vl():
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
         "window_size": 56, "fullatt_block_indexes": [2], "patch_size": 14,
     }  # fmt: skip
-    found = _qwen_vl("Qwen2_5_VL", vision, qwen(T.Qwen2_5_VLTextConfig, rope_parameters=ROPE), 14)
-    place = []  # of every token in its window, tokens in 4 rows of 6, windows of 2 x 2 tokens
+    case = _qwen_vl("Qwen2_5_VL", vision, qwen(T.Qwen2_5_VLTextConfig, rope_parameters=ROPE), 14)
+    window_order = []  # of every token in its window, tokens in 4 rows of 6, windows of 2 x 2 tokens
     for top in (0, 2):
         for left in (0, 2, 4):
-            place += [(top + y) * 6 + left + x for y in (0, 1) for x in (0, 1)]
-    tower = torch.tensor([4 * token + part for token in place for part in range(4)])
-    found.order = tower.argsort()
-    return found
+            window_order += [(top + y) * 6 + left + x for y in (0, 1) for x in (0, 1)]
+    tower = torch.tensor([4 * token + part for token in window_order for part in range(4)])
+    case.order = tower.argsort()
+    return case
 
 
 def qwen3_vl():
@@ -317,15 +317,15 @@ def instructblip_t5():
 
 
 FAMILIES = {
-    one.__name__: one
-    for one in (
+    make.__name__: make
+    for make in (
         llava, llava_next, onevision, onevision_scaled, qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm,
         internvl, paligemma, paligemma2, gemma3,
     )
 }  # fmt: skip
 
-QFORMERS = {one.__name__: one for one in (blip2_opt, instructblip_llama)}
-SEQ2SEQ = {one.__name__: one for one in (blip2_t5, instructblip_t5)}
+QFORMERS = {make.__name__: make for make in (blip2_opt, instructblip_llama)}
+SEQ2SEQ = {make.__name__: make for make in (blip2_t5, instructblip_t5)}
 
 
 class _ConvModel(T.LlavaModel):

@@ -27,11 +27,11 @@ def read(source, *only, loading=OFFLINE):
     return checkpoints.read_weights(str(source), loading, only, "projector")
 
 
-def check(found, names=tuple(WEIGHTS)):
-    assert sorted(found) == sorted(names)
+def check(weights, names=tuple(WEIGHTS)):
+    assert sorted(weights) == sorted(names)
     for name in names:
-        assert torch.equal(found[name].tensor, WEIGHTS[name])
-        assert found[name].key == name
+        assert torch.equal(weights[name].tensor, WEIGHTS[name])
+        assert weights[name].key == name
 
 
 def sharded(folder, kind):
@@ -56,9 +56,9 @@ def test_files_of_torch(tmp_path, inside, old):
     held = WEIGHTS if inside is None else {inside: WEIGHTS, "epoch": 3, "optimizer": {"lr": 0.1}}
     path = tmp_path / "checkpoint.pth"
     torch.save(held, path, _use_new_zipfile_serialization=not old)
-    found = read(path)
-    check(found)
-    assert found["a.one"].file == path
+    weights = read(path)
+    check(weights)
+    assert weights["a.one"].file == path
 
 
 def test_safetensors_and_prefixes(tmp_path):
@@ -202,11 +202,11 @@ def built(path, chosen=None, loading=OFFLINE, **more):
 
 def test_build_gives_the_model_of_the_weights(llama):
     model, path = llama
-    made, report = built(path)
-    assert not made.training
+    loaded, report = built(path)
+    assert not loaded.training
     assert (report.loaded, report.unexpected, report.files) == (len(model.state_dict()), (), (path,))
     ids = torch.tensor([[1, 7, 49]])
-    assert torch.equal(made(ids).logits, model(ids).logits)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_build_reports_what_belongs_nowhere(llama):
@@ -245,8 +245,8 @@ def test_auto_is_the_precision_of_most_weights(llama):
 def test_digest_is_of_the_content(tmp_path):
     for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / name).write_text(text)
-    one, same, other = (checkpoints.digest_files([tmp_path / name]) for name in "abc")
-    assert one == same != other
+    digest, same, other = (checkpoints.digest_files([tmp_path / name]) for name in "abc")
+    assert digest == same != other
 
 
 def test_digest_of_a_file_in_the_hubs_cache_is_that_of_its_content(tmp_path):
@@ -268,7 +268,7 @@ def test_reading_takes_no_memory(tmp_path):
     before = resident()
     held = [read(tmp_path / name) for name in ("big.pth", "big.safetensors")]
     assert resident() - before < 30e6
-    assert [float(one["w"].tensor[-1, -1, -1]) for one in held] == [0.0, 0.0]
+    assert [float(weights["w"].tensor[-1, -1, -1]) for weights in held] == [0.0, 0.0]
 
 
 def resident():

@@ -140,10 +140,10 @@ def test_grids_follow_the_resolution(parts):
 
 
 def test_relevancy_stays_on_the_grid_of_tokens(adapter):
-    found = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.")
-    assert torch.equal(found.patches.flatten(2), found.image)
-    assert found.patches.shape[-2:] == (3, 3)
-    assert (found.patches[:, -1].flatten(1).std(-1) > 0).all()
+    relevancy = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.")
+    assert torch.equal(relevancy.patches.flatten(2), relevancy.image)
+    assert relevancy.patches.shape[-2:] == (3, 3)
+    assert (relevancy.patches[:, -1].flatten(1).std(-1) > 0).all()
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))
@@ -165,8 +165,8 @@ def test_a_prompt_of_ones_own(parts):
 @pytest.mark.parametrize("side", [192, 768])
 def test_preprocessing_of_photographs(parts, photo, side):
     image = Image.fromarray(load_sample_image(photo))
-    found = load(parts[0], resolution=side).encode(image, QUESTION).inputs["pixel_values"][0]
-    assert (found.double() - pixels(image, side)).abs().max() < 1e-5
+    pixel_values = load(parts[0], resolution=side).encode(image, QUESTION).inputs["pixel_values"][0]
+    assert (pixel_values.double() - pixels(image, side)).abs().max() < 1e-5
 
 
 def test_a_saved_model_loads_like_any_of_transformers(adapter, tmp_path):
@@ -221,7 +221,7 @@ def test_a_tokenizer_of_sentencepiece(parts, adapter, tmp_path):
     ids, image = encoded.inputs["input_ids"][0].tolist(), list(encoded.spans.image)
     assert ids[: image[0]] == [1, *own.encode(f"{SYSTEM['v1']} USER: ")]
     assert ids[image[-1] + 1 :] == own.encode("\nIs  there a café, 日本? ASSISTANT:")
-    assert own.decode([ids[at] for at in encoded.spans.question]).strip() == encoded.question
+    assert own.decode([ids[position] for position in encoded.spans.question]).strip() == encoded.question
     assert loaded.model.config.image_token_id >= adapter.model.lm_head.out_features
 
 

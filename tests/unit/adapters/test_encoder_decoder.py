@@ -23,9 +23,9 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 72, 3), d
 @pytest.fixture(scope="module", params=["blip-2-t5", "instructblip-t5"])
 def adapter(request):
     prompt = "Question: {question} Answer:" if request.param.startswith("blip") else "{question}"
-    found = HfAdapter(random_init="tiny", family=request.param, prompt=prompt, device="cpu", dtype="float32")
-    found.setup()
-    return found
+    adapter = HfAdapter(random_init="tiny", family=request.param, prompt=prompt, device="cpu", dtype="float32")
+    adapter.setup()
+    return adapter
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def plain(adapter, encoded, answer):
     return output.language_model_outputs
 
 
-def close(one, other, tolerance=5e-6):
-    assert one.shape == other.shape
-    assert (one - other).abs().max() <= tolerance
+def close(actual, other, tolerance=5e-6):
+    assert actual.shape == other.shape
+    assert (actual - other).abs().max() <= tolerance
 
 
 def test_answers_are_the_decoders_tokens_without_its_start(adapter, encoded, answer):
@@ -84,7 +84,7 @@ def test_an_answer_ends_before_the_end_token(adapter, encoded, monkeypatch):
 def test_a_row_is_half_of_what_the_decoder_gives_the_prompt_and_half_the_answer(encoded, traced, plain):
     spans = encoded.spans
     crossing, own = torch.stack(plain.cross_attentions)[:, 0], torch.stack(plain.decoder_attentions)[:, 0]
-    rest = [at for at in range(spans.length) if at not in {*spans.image, *spans.question}]
+    rest = [position for position in range(spans.length) if position not in {*spans.image, *spans.question}]
     assert rest
     parts = {
         "image": crossing[..., list(spans.image)].sum(-1),
@@ -144,15 +144,15 @@ def test_relevancy_is_that_of_inputs_built_by_hand(adapter, answer, scope):
     inputs = dict(adapter.processor(images=IMAGE, text=text, return_tensors="pt"))
     inputs["decoder_input_ids"] = torch.tensor([[0, *answer.token_ids]])
     expected = relevancy_from_inputs(adapter.model, inputs, answer.token_ids, scope=scope)
-    found = token_relevancy(adapter, IMAGE, QUESTION, answer, scope=scope)
+    relevancy = token_relevancy(adapter, IMAGE, QUESTION, answer, scope=scope)
     for name in ("encoder", "decoder", "vision", "patches"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+        torch.testing.assert_close(getattr(relevancy, name), getattr(expected, name))
     tokens = len(answer.token_ids)
-    assert found.patches.shape[2:] == (4, 4)
-    assert (found.patches[:, -1].flatten(1).sum(-1) > 0).all()
-    assert found.answer.shape[::2] == (tokens, tokens)
-    parts = (found.image, found.question, found.answer, found.rest)
-    torch.testing.assert_close(sum(part.sum(-1) for part in parts), found.total)
+    assert relevancy.patches.shape[2:] == (4, 4)
+    assert (relevancy.patches[:, -1].flatten(1).sum(-1) > 0).all()
+    assert relevancy.answer.shape[::2] == (tokens, tokens)
+    parts = (relevancy.image, relevancy.question, relevancy.answer, relevancy.rest)
+    torch.testing.assert_close(sum(part.sum(-1) for part in parts), relevancy.total)
 
 
 def test_all_features_are_finite_and_follow_the_row(adapter, encoded, answer, traced):

@@ -61,17 +61,20 @@ def middle(answer):
 @pytest.mark.parametrize("way", ["greedy", "sampled"])
 def test_an_answer_ends_before_the_first_stop_string_and_stays_aligned(adapter, encoded, way):
     whole = adapter.generate(encoded[:1], WAYS[way])[0]
-    stop, at = middle(whole)
+    stop, stop_start = middle(whole)
     with Passes(adapter.model) as passes:
         answer = adapter.generate(encoded[:1], replace(WAYS[way], stop=("never written", stop)))[0]
     kept = len(answer.token_ids)
-    assert answer.text == whole.text[:at]
+    assert answer.text == whole.text[:stop_start]
     assert answer.finished
     assert answer.token_ids == whole.token_ids[:kept]
     assert answer.logprobs == pytest.approx(whole.logprobs[:kept])
     assert answer.offsets[:-1] == whole.offsets[: kept - 1]
-    assert answer.offsets[-1] == (whole.offsets[kept - 1][0], at)  # the token that holds the border is cut there
-    last = max(i for i, (start, _) in enumerate(whole.offsets) if start < at + len(stop))
+    assert answer.offsets[-1] == (
+        whole.offsets[kept - 1][0],
+        stop_start,
+    )  # the token that holds the border is cut there
+    last = max(i for i, (start, _) in enumerate(whole.offsets) if start < stop_start + len(stop))
     assert passes.count == last + 1 < len(whole.token_ids)  # not one more than it takes to write the stop string
     assert adapter.trace(encoded[0], answer, ()).logits.shape[0] == kept
 
@@ -88,8 +91,8 @@ def test_stops_are_per_prompt_whatever_the_batch(adapter, encoded, way):
     stop = (adapter.generate(encoded[1:2], WAYS[way])[0].text[8:11],)
     generation = replace(WAYS[way], stop=stop)
     together = adapter.generate(encoded, generation)
-    for answer, one in zip(together, encoded, strict=True):
-        alone = adapter.generate([one], generation)[0]
+    for answer, prompt in zip(together, encoded, strict=True):
+        alone = adapter.generate([prompt], generation)[0]
         assert replace(answer, logprobs=alone.logprobs) == alone
         assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
         assert stop[0] not in answer.text
@@ -208,7 +211,9 @@ def test_no_setting_of_a_repository_changes_an_answer(family):
     full._tiny = lambda: (model, processor)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
     for way in ("greedy", "beams"):
-        expected, answer = (one.generate([one.encode(image, "Yes?")], WAYS[way])[0] for one in (clean, full))
+        expected, answer = (
+            adapter.generate([adapter.encode(image, "Yes?")], WAYS[way])[0] for adapter in (clean, full)
+        )
         assert answer == expected
         assert full.generation_settings(WAYS[way]) == clean.generation_settings(WAYS[way])
 

@@ -48,9 +48,9 @@ def one_line(error, *words):
 def test_a_folder_gives_the_model_that_was_saved(folder):
     saved, loaded = tiny(), from_folder(folder)
     generation = Generation(max_new_tokens=4)
-    one, other = (a.generate([a.encode(IMAGE, "What is it?")], generation)[0] for a in (saved, loaded))
-    assert one.token_ids == other.token_ids
-    assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    in_memory, other = (a.generate([a.encode(IMAGE, "What is it?")], generation)[0] for a in (saved, loaded))
+    assert in_memory.token_ids == other.token_ids
+    assert in_memory.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     assert loaded.name == folder.name
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -82,11 +82,11 @@ def test_a_prompt_that_ends_with_its_image_is_read_as_a_whole():
     adapter = HfAdapter(random_init="tiny", prompt="USER: {question} ASSISTANT: <image>")
     encoded = [adapter.encode(IMAGE.resize(size), "What?") for size in ((40, 40), (60, 60))]
     answers, kept = adapter.generate_with_cache(encoded, Generation(max_new_tokens=5))
-    assert [one.cache for one in kept] == [None, None]
+    assert [prompt.cache for prompt in kept] == [None, None]
     traces = adapter.trace_batch(kept, answers, ("blank", "no_image"))
-    for one, answer, trace in zip(encoded, answers, traces, strict=True):
-        model, inputs = adapter.forward_inputs(one, answer.token_ids)
-        rows = slice(one.spans.length - 1, -1)
+    for prompt, answer, trace in zip(encoded, answers, traces, strict=True):
+        model, inputs = adapter.forward_inputs(prompt, answer.token_ids)
+        rows = slice(prompt.spans.length - 1, -1)
         with torch.no_grad():
             blank = model(**{**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}).logits[0, rows]
             seen = model(**inputs).logits[0, rows]
@@ -96,11 +96,11 @@ def test_a_prompt_that_ends_with_its_image_is_read_as_a_whole():
 
 
 def test_fingerprints_of_random_models():
-    one, other = tiny(), tiny()
-    assert one.fingerprint() == other.fingerprint()
+    first, other = tiny(), tiny()
+    assert first.fingerprint() == other.fingerprint()
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
-    assert one.fingerprint()["weights"] != other.fingerprint()["weights"]
+    assert first.fingerprint()["weights"] != other.fingerprint()["weights"]
     assert HfAdapter(random_init="tiny", prompt="{image}{question}").fingerprint()["prompt"] == "<image>{question}"
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_loaded_before_setup():
 
 
 def test_collate_pads_and_groups_by_image_tiles():
-    one = {
+    long = {
         "input_ids": torch.tensor([[5, 6, 7]]),
         "attention_mask": torch.ones(1, 3).long(),
         "pixel_values": torch.zeros(1, 2),
@@ -230,8 +230,8 @@ def test_collate_pads_and_groups_by_image_tiles():
         "pixel_values": torch.ones(1, 2),
     }
     other = {**two, "pixel_values": torch.ones(1, 3)}
-    assert groups([one, other, two]) == [[0, 2], [1]]
-    left, right = collate([one, two], 9, "left"), collate([one, two], 9, "right")
+    assert groups([long, other, two]) == [[0, 2], [1]]
+    left, right = collate([long, two], 9, "left"), collate([long, two], 9, "right")
     assert left["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]

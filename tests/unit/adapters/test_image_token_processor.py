@@ -72,8 +72,8 @@ def test_spans(processor, template, question):
     assert (spans.length, spans.grids) == (len(ids), ((2, 2),))
     assert list(spans.image) == (ids == processor.image_token_id).nonzero()[:, 0].tolist()
     assert len(spans.image) == 4
-    said = processor.tokenizer.decode(ids[list(spans.question)]).strip()
-    assert said.replace("<s>  a", "<s> a") == question  # SentencePiece puts one more space behind a special token
+    decoded = processor.tokenizer.decode(ids[list(spans.question)]).strip()
+    assert decoded.replace("<s>  a", "<s> a") == question  # SentencePiece puts one more space behind a special token
     assert list(spans.question) == list(range(spans.question[0], spans.question[-1] + 1))
 
 

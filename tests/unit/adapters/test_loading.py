@@ -60,10 +60,10 @@ def tensors(value, prefix=""):
     if torch.is_tensor(value):
         return {prefix: value}
     if dataclasses.is_dataclass(value):
-        found = {}
+        parts = {}
         for field in dataclasses.fields(value):
-            found |= tensors(getattr(value, field.name), f"{prefix}.{field.name}")
-        return found
+            parts |= tensors(getattr(value, field.name), f"{prefix}.{field.name}")
+        return parts
     return {}
 
 
@@ -79,7 +79,7 @@ def leaves(model, layers, spread):
 
     Modules that share their weights stay together, as in the maps that accelerate makes.
     """
-    places, found = iter(spread * 1000), {}
+    places, device_map = iter(spread * 1000), {}
     owners = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     shared = {owner for owner in owners if owners.count(owner) > 1}
 
@@ -87,48 +87,48 @@ def leaves(model, layers, spread):
         inside = layers.startswith(f"{path}.") or layers == path or path == ""
         if not inside:
             tied = any(id(parameter) in shared for parameter in module.parameters())
-            found[path] = spread[0] if tied else next(places)
+            device_map[path] = spread[0] if tied else next(places)
             return
         for name, child in module.named_children():
             walk(child, f"{path}.{name}".lstrip("."))
         for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            found[f"{path}.{name}".lstrip(".")] = "cpu"
+            device_map[f"{path}.{name}".lstrip(".")] = "cpu"
 
     walk(model, "")
-    return found
+    return device_map
 
 
-PLACES = {"cpu": None, "by name": None, "cpu and disk": ["cpu", "disk"], "disk": ["disk"], "full": None}
+LOCATIONS = {"cpu": None, "by name": None, "cpu and disk": ["cpu", "disk"], "disk": ["disk"], "full": None}
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_where_weights_lie_changes_nothing(saved, place, tmp_path):
+@pytest.mark.parametrize("device_map", LOCATIONS)
+def test_the_device_map_changes_no_result(saved, device_map, tmp_path):
     plain = load(saved, device="cpu")
-    if place == "cpu":
+    if device_map == "cpu":
         settings = {"device_map": {"": "cpu"}}
-    elif place == "by name":
+    elif device_map == "by name":
         settings = {"device_map": "auto", "max_memory": {"cpu": "1GiB"}}
-    elif place == "full":  # what the CPU may not take goes to disk
+    elif device_map == "full":  # what the CPU may not take goes to disk
         largest = sum(p.nbytes for p in plain.model.parameters()) // 2
         settings = {"device_map": "sequential", "max_memory": {"cpu": largest}, "offload_folder": str(tmp_path)}
     else:
-        spread = leaves(plain.model, FAMILIES[saved[1]][1], PLACES[place])
+        spread = leaves(plain.model, FAMILIES[saved[1]][1], LOCATIONS[device_map])
         settings = {"device_map": spread, "offload_folder": str(tmp_path)}
     adapter = load(saved, **settings)
     away = [name for name, parameter in adapter.model.named_parameters() if parameter.is_meta]
-    assert bool(away) == (place not in ("cpu", "by name"))  # offloaded weights are on no device between the passes
+    assert bool(away) == (device_map not in ("cpu", "by name"))  # offloaded weights are on no device between the passes
     (answers, trace), (expected, whole) = measured(adapter), measured(plain)
     assert answers == expected
-    found = tensors(trace)
-    assert any(name.startswith(".relevancy.") for name in found)
+    parts = tensors(trace)
+    assert any(name.startswith(".relevancy.") for name in parts)
     for name, tensor in tensors(whole).items():
-        torch.testing.assert_close(found[name], tensor, atol=0, rtol=0, msg=f"{place}: {name}")
+        torch.testing.assert_close(parts[name], tensor, atol=0, rtol=0, msg=f"{device_map}: {name}")
     assert adapter.fingerprint() == plain.fingerprint()
 
 
 def test_random_models_follow_device_map_too():
     spread = {"model": "disk", "lm_head": "cpu"}
-    plain, placed = (HfAdapter(random_init="tiny", device_map=place) for place in (None, spread))
+    plain, placed = (HfAdapter(random_init="tiny", device_map=device_map) for device_map in (None, spread))
     assert plain.generate([plain.encode(IMAGE, QUESTION)], Generation(4)) == placed.generate(
         [placed.encode(IMAGE, QUESTION)], Generation(4)
     )
@@ -210,8 +210,10 @@ def test_only_the_language_model_is_quantised(quantize, kind, dtype):
     whole = HfAdapter(random_init="tiny", family="llava", dtype=dtype, device="cpu")
     adapter = HfAdapter(random_init="tiny", family="llava", dtype=dtype, device="cpu", quantize=quantize)
     kinds = {name: type(module).__name__ for name, module in adapter.model.named_modules() if "inear" in repr(module)}
-    small = {name for name, found in kinds.items() if found == kind}
-    assert small == {name for name, found in kinds.items() if "language_model.layers." in name and kind in found}
+    small = {name for name, class_name in kinds.items() if class_name == kind}
+    assert small == {
+        name for name, class_name in kinds.items() if "language_model.layers." in name and kind in class_name
+    }
     assert "model.language_model.layers.0.mlp.up_proj" in small
     if quantize == "4bit":
         module = adapter.model.get_submodule("model.language_model.layers.0.mlp.up_proj")
@@ -227,7 +229,7 @@ def test_a_quantised_model_answers_and_its_maps_are_those_of_the_whole_one(quant
     scene, adapters = testbed.scenes(1)[0].image(), [TestbedAdapter(device="cpu", quantize=q) for q in (None, quantize)]
     encoded = [adapter.encode(scene, "Please describe this image in detail.") for adapter in adapters]
     answer = adapters[0].generate(encoded[:1], Generation(max_new_tokens=6))[0]
-    whole, small = (adapter.trace(one, answer, NEEDS) for adapter, one in zip(adapters, encoded, strict=True))
+    whole, small = (adapter.trace(prompt, answer, NEEDS) for adapter, prompt in zip(adapters, encoded, strict=True))
     assert 0 < (small.logits - whole.logits).abs().mean() < 0.5
     assert 0 < (small.mass - whole.mass).abs().mean() < 0.02
     maps = torch.stack([trace.relevancy.image.flatten() for trace in (whole, small)])

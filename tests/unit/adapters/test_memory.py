@@ -75,8 +75,8 @@ def test_the_cache_is_what_a_pass_leaves():
 def test_the_cache_of_an_encoder_decoder_has_its_cross_attention():
     model, _ = tiny.build("blip-2-t5")
     with torch.no_grad():
-        found = model.language_model(input_ids=torch.arange(5, 12)[None], decoder_input_ids=torch.arange(7)[None])
-    cache = found.past_key_values
+        output = model.language_model(input_ids=torch.arange(5, 12)[None], decoder_input_ids=torch.arange(7)[None])
+    cache = output.past_key_values
     layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert estimate(model, Loading(), context=7, batch_size=1, new_tokens=0).cache == kept
@@ -185,9 +185,9 @@ def doctor(capsys):
     def call(*words, code=0):
         with pytest.raises(SystemExit) as end:
             main(["doctor", *words])
-        said = capsys.readouterr()
-        assert end.value.code == code, said
-        return said.out if code == 0 else said.err.strip().splitlines()[-1]
+        printed = capsys.readouterr()
+        assert end.value.code == code, printed
+        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
 
     return call
 
@@ -197,10 +197,10 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     words = ("model=hf", f"model.model_id={tmp_path}", "context=100", "batch_size=4")
-    said = doctor(*words)
-    assert f"{sum(p.numel() for p in model.parameters()):,} in float32" in said
-    assert "4 x 100 tokens" in said
-    assert "fits on" in said.splitlines()[-1]
+    printed = doctor(*words)
+    assert f"{sum(p.numel() for p in model.parameters()):,} in float32" in printed
+    assert "4 x 100 tokens" in printed
+    assert "fits on" in printed.splitlines()[-1]
     assert "100,800 in bfloat16, 8bit" in doctor(*words, "model.dtype=bfloat16", "model.quantize=8bit")
     needs = [HfAdapter(str(tmp_path), dtype=dtype).memory(500, 4).total for dtype in ("float32", "bfloat16")]
     monkeypatch.setattr(
@@ -212,9 +212,9 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
 
 def test_the_command_without_files_or_network(doctor, monkeypatch):
     monkeypatch.setattr("stethoscope.adapters.loading._hub_reachable", lambda: False)
-    said = doctor("model=llava-1.5-7b")
-    assert said.startswith("note  llava-1.5-7b: nothing to count")
-    assert "hf download llava-hf/llava-1.5-7b-hf config.json" in said
+    printed = doctor("model=llava-1.5-7b")
+    assert printed.startswith("note  llava-1.5-7b: nothing to count")
+    assert "hf download llava-hf/llava-1.5-7b-hf config.json" in printed
     assert "fits on" in doctor("model=llava-1.5-7b", "model.random_init=tiny")
 
 

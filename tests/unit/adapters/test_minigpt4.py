@@ -136,11 +136,11 @@ def test_every_tensor_of_the_model_comes_from_the_files(adapter):
 
 
 def test_relevancy_reaches_the_patches(adapter, version):
-    found = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.")
+    relevancy = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.")
     side = SIDE[version] // authors.PATCH
-    assert found.patches.shape[-2:] == (side, side)
-    assert (found.patches >= 0).all()
-    assert (found.patches.flatten(2).std(-1)[:, -1] > 0).all()
+    assert relevancy.patches.shape[-2:] == (side, side)
+    assert (relevancy.patches >= 0).all()
+    assert (relevancy.patches.flatten(2).std(-1)[:, -1] > 0).all()
 
 
 def test_the_inner_instruction_begins_as_a_sentence_does(parts, adapter, version):
@@ -162,11 +162,11 @@ def test_grids(adapter, version):
 def test_an_answer_ends_before_the_next_turn(adapter):
     tokenizer = adapter.processor.tokenizer
     words, marks = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Yes", "####"))
-    said = iter([*words, *marks[1:], *marks[1:]])
+    script = iter([*words, *marks[1:], *marks[1:]])
 
     def scripted(head, inputs, logits):
         logits[:, -1] = -9.0
-        logits[:, -1, next(said)] = 9.0
+        logits[:, -1, next(script)] = 9.0
 
     handle = adapter.model.get_output_embeddings().register_forward_hook(scripted)
     try:
@@ -235,12 +235,12 @@ def test_the_language_model_is_quantised_as_it_is_read(parts, version, adapter, 
     pytest.importorskip("bitsandbytes", minversion="0.46.1")
     small = load(version, parts[0], quantize=quantize, dtype="float32")
     kinds = {name: type(module).__name__ for name, module in small.model.named_modules()}
-    changed = {name for name, found in kinds.items() if found == kind}
+    changed = {name for name, class_name in kinds.items() if class_name == kind}
     assert changed == {name for name in kinds if "language_model." in name and name.endswith("_proj")}
     assert len(changed) == 2 * 7
     encoded = adapter.encode(IMAGE, QUESTION)
     answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
-    exact, near = (one.trace(encoded, answer, ("relevancy",)) for one in (adapter, small))
+    exact, near = (model.trace(encoded, answer, ("relevancy",)) for model in (adapter, small))
     assert 0 < (near.logits - exact.logits).abs().mean() < 0.5 * exact.logits.std()
     maps = torch.stack([trace.relevancy.image.flatten() for trace in (exact, near)])
     assert torch.corrcoef(maps)[0, 1] > alike
@@ -260,8 +260,8 @@ def test_the_language_model_in_shards_of_pickles(parts, version, adapter, tmp_pa
     same(adapter, load(version, parts[0], llm=str(tmp_path / "llm")))
 
 
-def same(one, other):
-    ours, theirs = one.model.state_dict(), other.model.state_dict()
+def same(loaded, other):
+    ours, theirs = loaded.model.state_dict(), other.model.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -274,8 +274,8 @@ def test_the_tower_out_of_a_whole_minigpt4(parts, version, adapter, tmp_path):
     whole |= held[f"{version} projector"]["model"] | (held["qformer"] if version == "vicuna" else {})
     whole = {key: value for key, value in whole.items() if not key.startswith("t5_proj")}
     torch.save({"model": whole}, tmp_path / "all.pth")
-    one = str(tmp_path / "all.pth")
-    settings = {"vision": one, "projector": one, **({"qformer": None} if version == "vicuna" else {})}
+    path = str(tmp_path / "all.pth")
+    settings = {"vision": path, "projector": path, **({"qformer": None} if version == "vicuna" else {})}
     same(adapter, load(version, parts[0], **settings))
 
 

@@ -74,10 +74,10 @@ def written_out(parts, answer=(), question=QUESTION, image=IMAGE):
     return llama.logits(held, embeddings, range(len(before), len(before) + len(seen)))
 
 
-def close(found, expected):
-    assert found.shape == expected.shape
+def close(actual, expected):
+    assert actual.shape == expected.shape
     assert expected.std() > 0.5
-    assert (found - expected).abs().max() < 1e-4
+    assert (actual - expected).abs().max() < 1e-4
 
 
 def test_logits_are_those_of_the_authors_formulas(parts, adapter):
@@ -89,10 +89,10 @@ def test_logits_are_those_of_the_authors_formulas(parts, adapter):
 def test_image_tokens_are_those_of_the_authors_formulas(parts, adapter):
     given = adapter.encode(IMAGE, QUESTION).inputs["pixel_values"]
     with torch.no_grad():
-        found = adapter.model.get_image_features(given)
-    close(found.last_hidden_state[0], authors.tower(parts[1], given))
-    close(found.pooler_output[0], authors.tokens(parts[1], given))
-    assert torch.equal(found.pooler_output[0][-1], parts[1]["model.visual_abstractor.vit_eos"][0, 0])
+        features = adapter.model.get_image_features(given)
+    close(features.last_hidden_state[0], authors.tower(parts[1], given))
+    close(features.pooler_output[0], authors.tokens(parts[1], given))
+    assert torch.equal(features.pooler_output[0][-1], parts[1]["model.visual_abstractor.vit_eos"][0, 0])
 
 
 def test_the_way_of_a_token_matters(parts, adapter):
@@ -119,9 +119,9 @@ def test_every_prompt_of_a_batch_has_its_own_ways(parts, adapter):
     encoded = [adapter.encode(*pair) for pair in asked]
     assert encoded[0].spans.length != encoded[1].spans.length
     with torch.no_grad():
-        batch = adapter.model(**collate([one.inputs for one in encoded], 0, "left")).logits
-    for row, one, (image, question) in zip(batch, encoded, asked, strict=True):
-        close(row[-one.spans.length :], written_out(parts, question=question, image=image))
+        batch = adapter.model(**collate([prompt.inputs for prompt in encoded], 0, "left")).logits
+    for row, prompt, (image, question) in zip(batch, encoded, asked, strict=True):
+        close(row[-prompt.spans.length :], written_out(parts, question=question, image=image))
 
 
 def test_the_fixed_tables(adapter):
@@ -169,8 +169,8 @@ def test_preprocessing_of_photographs(parts, photo):
     image = Image.fromarray(load_sample_image(photo))
     for side in (authors.SIZE, 448):
         processor = load(parts[0]).processor.image_processor if side == authors.SIZE else published()
-        found = processor(images=image)["pixel_values"][0]
-        assert (found.double() - pixels(image, side)).abs().max() < 1e-5
+        pixel_values = processor(images=image)["pixel_values"][0]
+        assert (pixel_values.double() - pixels(image, side)).abs().max() < 1e-5
 
 
 def published():
@@ -193,10 +193,10 @@ def published():
 
 def test_relevancy_reaches_the_patches(adapter):
     for scope in ("row", "token"):
-        found = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.", scope=scope)
-        assert found.patches.shape[-2:] == (authors.GRID, authors.GRID)
-        assert (found.patches >= 0).all()
-        assert (found.patches[:, -1].flatten(1).std(-1) > 0).all()
+        relevancy = token_relevancy(adapter, IMAGE, QUESTION, "A cat and a dog.", scope=scope)
+        assert relevancy.patches.shape[-2:] == (authors.GRID, authors.GRID)
+        assert (relevancy.patches >= 0).all()
+        assert (relevancy.patches[:, -1].flatten(1).std(-1) > 0).all()
 
 
 def test_a_saved_model_loads_like_any_of_transformers(adapter, tmp_path):

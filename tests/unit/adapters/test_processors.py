@@ -32,9 +32,11 @@ HERE = {"revision": "main", "local_files_only": True, "trust_remote_code": False
 
 def adapter(family, model_id=None):
     settings = {"prompt": PROMPTS.get(family), "dtype": "float32", "device": "cpu"}
-    found = HfAdapter(model_id, **settings) if model_id else HfAdapter(random_init="tiny", family=family, **settings)
-    found.setup()
-    return found
+    hf_adapter = (
+        HfAdapter(model_id, **settings) if model_id else HfAdapter(random_init="tiny", family=family, **settings)
+    )
+    hf_adapter.setup()
+    return hf_adapter
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,12 @@ def test_a_folder_gives_the_answers_of_the_model_in_memory(folders, family):
     saved, loaded = adapter(family), adapter(family, str(folders(family)))
     assert type(loaded.model) is type(saved.model)
     assert type(loaded.processor).__name__ == type(saved.processor).__name__
-    one, other = saved.encode(IMAGE, QUESTION), loaded.encode(IMAGE, QUESTION)
-    assert (one.text, one.spans) == (other.text, other.spans)
-    assert one.inputs.keys() == other.inputs.keys()
-    assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+    in_memory, other = saved.encode(IMAGE, QUESTION), loaded.encode(IMAGE, QUESTION)
+    assert (in_memory.text, in_memory.spans) == (other.text, other.spans)
+    assert in_memory.inputs.keys() == other.inputs.keys()
+    assert all(torch.equal(in_memory.inputs[name], other.inputs[name]) for name in in_memory.inputs)
     generation = Generation(max_new_tokens=5)
-    first, second = (a.generate([e], generation)[0] for a, e in ((saved, one), (loaded, other)))
+    first, second = (a.generate([e], generation)[0] for a, e in ((saved, in_memory), (loaded, other)))
     assert first.token_ids == second.token_ids
     assert first.logprobs == pytest.approx(second.logprobs, abs=1e-5)
 
@@ -91,9 +93,9 @@ def test_the_layout_of_the_hub_without_torchvision(like_the_hub):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     text = built.apply_chat_template(prompt, add_generation_prompt=True)
     assert loaded.apply_chat_template(prompt, add_generation_prompt=True) == text
-    one, other = (processor(images=IMAGE, text=text, return_tensors="pt") for processor in (built, loaded))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, other = (processor(images=IMAGE, text=text, return_tensors="pt") for processor in (built, loaded))
+    assert expected.keys() == other.keys()
+    assert all(torch.equal(expected[name], other[name]) for name in expected)
 
 
 def test_transformers_is_left_as_it_was(folders):
