@@ -181,7 +181,7 @@ def run(config: DictConfig) -> None:
         print(f"no answer names an object that {task.name} judges, and none was traced; trace=all traces every answer")
         report_failures([results], folder)
         return
-    mentions = int((table["first"] & (table["label"] >= 0)).sum())
+    mentions = int((table["is_first_subtoken"] & (table["label"] >= 0)).sum())
     print(f"{len(table)} tokens, {mentions} judged object mentions: {folder / 'tokens.parquet'}")
     if detector is not None:
         table = matching_columns(table, detector.schema.names, str(folder))

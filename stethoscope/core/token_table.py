@@ -28,9 +28,9 @@ KEY_COLUMNS: dict[str, str] = {
     "end": "character of the answer at which the token ends (exclusive)",
     "label": "1 hallucinated, 0 grounded, -1 not judged (the token names no object)",
     "object": "canonical name of the object that the token names, empty if none",
-    "number": "how many object mentions came before in this answer, -1 if the token is part of none",
-    "repeat": "how many mentions of the same object came before in this answer, -1 if none",
-    "first": "the token is the first sub-token of its mention",
+    "mention_index": "how many object mentions came before in this answer, -1 if the token is part of none",
+    "repeat_index": "how many mentions of the same object came before in this answer, -1 if none",
+    "is_first_subtoken": "the token is the first sub-token of its mention",
     "prompt_hash": "first 16 hexadecimal digits of the SHA-256 of the prompt's text, as the model read it",
     "labeller": "what labelled the mentions: name and version of the task, such as chair/1",
 }
@@ -124,25 +124,25 @@ def mention_rows(
     Raises:
         DataError: a key column is missing, or a setting has another value.
     """
-    require(table, ("label", "first", "repeat"))
+    require(table, ("label", "is_first_subtoken", "repeat_index"))
     if subtokens not in SUBTOKENS:
         raise DataError(f"subtokens={subtokens!r} should be one of {', '.join(SUBTOKENS)}")
     if repeats not in ("first", "all"):
         raise DataError(f"repeats={repeats!r} should be first or all")
-    keep = table["label"].to_numpy() >= 0 if judged else table["repeat"].to_numpy() >= 0
+    keep = table["label"].to_numpy() >= 0 if judged else table["repeat_index"].to_numpy() >= 0
     if repeats == "first":
-        keep &= table["repeat"].to_numpy() == 0
-    first = table["first"].to_numpy(dtype=bool)
+        keep &= table["repeat_index"].to_numpy() == 0
+    first = table["is_first_subtoken"].to_numpy(dtype=bool)
     if subtokens in ("first", "all"):
         return table[keep & first if subtokens == "first" else keep].reset_index(drop=True)
-    require(table, ("task", "sample_id", "number"))
+    require(table, ("task", "sample_id", "mention_index"))
     names = list(feature_names(table))
     rows = table[keep & first].reset_index(drop=True)
     states = [name for name in names if _DIMENSION.search(name)]
     plain = [name for name in names if name not in set(states)]
-    grouped = table[keep].groupby(["task", "sample_id", "number"], sort=False)
+    grouped = table[keep].groupby(["task", "sample_id", "mention_index"], sort=False)
     whole = pd.concat([grouped[plain].agg(subtokens), grouped[states].mean()], axis=1)[names]
-    keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "number"]])
+    keys = pd.MultiIndex.from_frame(rows[["task", "sample_id", "mention_index"]])
     rows[names] = whole.loc[keys].to_numpy(dtype=np.float32)
     return rows
 

@@ -121,7 +121,7 @@ class PositionOnly(_FromKeys):
 class TextPrior(_FromKeys):
     """Position, mention number, repetition and which object is named: what the text alone gives away."""
 
-    columns = ("token", "number", "repeat", "object")
+    columns = ("token", "mention_index", "repeat_index", "object")
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
         super()._learn_inputs(rows)
@@ -138,7 +138,7 @@ def _position(rows: pd.DataFrame) -> np.ndarray:
 
 def _kinds(rows: pd.DataFrame) -> np.ndarray:
     """(rows, 3) mention number and repetition, both capped, and object, as text."""
-    capped = [rows[name].to_numpy(dtype=int).clip(max=MOST).astype(str) for name in ("number", "repeat")]
+    capped = [rows[name].to_numpy(dtype=int).clip(max=MOST).astype(str) for name in ("mention_index", "repeat_index")]
     return np.stack([*capped, rows["object"].to_numpy(dtype=str)], axis=1).astype(object)
 
 

@@ -91,5 +91,6 @@ class Inputs:
 
 def told_apart(rows: pd.DataFrame) -> tuple[str, ...]:
     """The objects of mentions that are named often enough, sorted."""
-    counts = rows.loc[rows["first"].astype(bool), "object"].value_counts()  # a mention may have several rows
+    firsts = rows["is_first_subtoken"].astype(bool)  # a mention may have several rows
+    counts = rows.loc[firsts, "object"].value_counts()
     return tuple(sorted(str(name) for name, count in counts.items() if count >= RARE and name))

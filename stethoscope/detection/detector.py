@@ -85,9 +85,9 @@ class Detector:
         factored: learn evidence and prior apart (``stethoscope.detection.evidence_prior``), so that every warning
             says how much is which; the prior knows place and name of the mention.
         subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.core.token_table.mention_rows``.
-        visual_consistency: read the feature ``looked_at``, where the table has it, to score whether the image evidence
-            that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``). It must
-            know the object, but for that question alone. False leaves the feature out.
+        visual_consistency: read the feature ``attended_embedding``, where the table has it, to score whether the image
+            evidence that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``).
+            It must know the object, but for that question alone. False leaves the feature out.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
@@ -222,7 +222,7 @@ class Detector:
         if self.settings["visual_consistency"]:
             return every
         if not every.plain:
-            raise ConfigError("detector.visual_consistency=false leaves nothing of features that are looked_at alone")
+            raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
         return replace(every, features=every.plain)
 
     def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
@@ -232,7 +232,9 @@ class Detector:
         """
         self.certificate = None
         whole = train
-        train, calibration = (None if rows is None else rows[rows["first"]] for rows in (train, calibration))
+        train, calibration = (
+            None if rows is None else rows[rows["is_first_subtoken"]] for rows in (train, calibration)
+        )
         only = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
         if self._promise is not None:
             held_out = None if calibration is None else self._examples(calibration)
@@ -245,7 +247,7 @@ class Detector:
         elif self._model.unseen is None:  # without calibration
             rows, probabilities, where = train, self.predict(train), "training fold"
         else:
-            rows, probabilities = train, self._model.calibrate(self._model.unseen[whole["first"]])
+            rows, probabilities = train, self._model.calibrate(self._model.unseen[whole["is_first_subtoken"]])
             where = "training fold, out of fold"
         if len(rows):
             self.threshold = best_threshold(rows["label"].to_numpy(dtype=int), probabilities)
@@ -271,8 +273,8 @@ class Detector:
         if self.settings["repeats"] == "all" or not len(mentions):
             return own
         mentions = mentions.reset_index(drop=True)
-        first = mentions.groupby(["task", "sample_id", "object"])["number"].transform("idxmin").to_numpy()
-        return np.where(mentions["repeat"].to_numpy() > 0, first, own)
+        first = mentions.groupby(["task", "sample_id", "object"])["mention_index"].transform("idxmin").to_numpy()
+        return np.where(mentions["repeat_index"].to_numpy() > 0, first, own)
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """(rows,) probability that each row is hallucinated, in [0, 1], for all rows of a token table.
@@ -309,7 +311,7 @@ class Detector:
         Returns:
             For every row pairs of an object, or None for nothing known, and its probability, the most probable first;
             empty for a row that names no object, and for all where the detector does not read
-            ``looked_at``.
+            ``attended_embedding``.
 
         Raises:
             ArtefactError, DataError: as in ``predict``.

@@ -36,7 +36,7 @@ from stethoscope.detection.estimators import (
 )
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
-EXTERNAL = ("token", "number", "repeat", "object")
+EXTERNAL = ("token", "mention_index", "repeat_index", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""
 MOST = 5  # mention numbers and repetitions from here on share a column
 QUINTILES = (0.2, 0.4, 0.6, 0.8)

@@ -176,11 +176,11 @@ def mention_warnings(
     Raises:
         ArtefactError: the table has other features than the detector was fitted on.
     """
-    named = table[table["number"] >= 0]
-    ends = named.groupby(["task", "sample_id", "number"], sort=False)["end"].max().rename("until")
+    named = table[table["mention_index"] >= 0]
+    ends = named.groupby(["task", "sample_id", "mention_index"], sort=False)["end"].max().rename("until")
     first = detector.rows(table, judged=False)
-    first = first[first["first"]].reset_index(drop=True)
-    rows = first[["task", "sample_id", "group", "object", "start", "label", "number"]].copy()
+    first = first[first["is_first_subtoken"]].reset_index(drop=True)
+    rows = first[["task", "sample_id", "group", "object", "start", "label", "mention_index"]].copy()
     deciding = detector.deciding(first)
     rows["probability"] = detector.predict(first)[deciding]
     rows["evidence"], rows["prior"] = None, None
@@ -193,7 +193,7 @@ def mention_warnings(
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
         rows.loc[rows["group"].isin(set(table["group"][mask])), "fold"] = name
-    rows = rows.join(ends, on=["task", "sample_id", "number"]).rename(columns={"until": "end"})
+    rows = rows.join(ends, on=["task", "sample_id", "mention_index"]).rename(columns={"until": "end"})
     return rows[list(WARNING_COLUMNS)]
 
 

@@ -54,7 +54,7 @@ class LabelledMentions:
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> LabelledMentions:
-        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat"].to_numpy() == 0)
+        return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat_index"].to_numpy() == 0)
 
     def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, classification.FloatOrArray]:
         """The metrics of ``AREAS`` that compare mentions within bins."""

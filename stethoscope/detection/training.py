@@ -79,7 +79,7 @@ def train_detector(
         ConfigError: fractions do not add up to 1, a feature name fits nothing, or detectors take different rows.
         DataError: a fold is too small to learn from, to measure on, or to promise a threshold.
     """
-    require(table, ("group", "token", "object", "number"))
+    require(table, ("group", "token", "object", "mention_index"))
     tell = progress or (lambda line: None)
     folds = split_groups(
         table["group"].to_numpy(dtype=str), dict(zip(("train", "calibration", "test"), fractions, strict=True)), seed
@@ -133,7 +133,7 @@ def at_threshold(test: pd.DataFrame, detector: Detector, replicates: int = REPLI
         ``missed`` (share of hallucinated ones without) and ``flagged`` (share of all mentions with a warning). Where
         all sub-tokens are rows, a mention is its first.
     """
-    test = test[test["first"]].reset_index(drop=True)
+    test = test[test["is_first_subtoken"]].reset_index(drop=True)
     wrong = test["label"].to_numpy() == 1
     flagged = detector.predict(test) >= detector.threshold
     drawn = group_weights(test["group"], replicates, seed)

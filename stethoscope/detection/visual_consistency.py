@@ -1,9 +1,9 @@
-"""Does the place that a name was written from look like what it names?
+"""Score whether the image evidence that a token attended to is consistent with the object it names.
 
-Relevancy says where in the picture the model looked when it wrote a name, and the feature ``looked_at`` what came from
-there. Right mentions teach what every object looks like to this model; invented ones teach what a place looks like that
-gives rise to a name without being the thing. No label but that of the mention is needed, and nothing but the pass that
-gives the other features.
+Relevancy says where in the picture the model looked when it wrote a name, and the feature ``attended_embedding`` holds
+what it saw there. Mentions of objects that are present teach how every object looks to this model; hallucinated ones
+teach what an image region looks like that evokes a name without showing the object. No label but the mention's own is
+needed, and no pass but the one that gives the other features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import Grouped, choose_C, inner_folds, prefixed, restored, set_C
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
-FEATURE = "looked_at"
+FEATURE = "attended_embedding"
 """The feature whose columns are read here and nowhere else."""
 COLUMNS = ("grounding_named", "grounding_other")
 FIXED_C = 0.03
@@ -48,7 +48,7 @@ class GroundingClassifier(BaseEstimator):
         """Learns from mentions.
 
         Args:
-            X: (rows, dimensions of ``looked_at`` and the object's index, -1 for any that is not told apart).
+            X: (rows, dimensions of ``attended_embedding`` and the object's index, -1 for any that is not told apart).
             y: (rows,) labels: a hallucinated mention is one of nothing.
         """
         looks = np.where(y == 1, self.objects, X[:, -1]).astype(int)

@@ -353,10 +353,11 @@ def _score(
     sample = Sample("answer", ImageRef("image", lambda: None), encoded.question, "image")
     table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
     rows = detector.rows(table, judged=False)
-    rows = rows[rows["first"]].reset_index(drop=True)
+    rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     by_row = _verdicts(detector, rows)
     of_mentions = [by_row[row] for row in detector.deciding(rows)]
-    return tuple(_verdicts(detector, table)), dict(zip(rows["number"].astype(int).tolist(), of_mentions, strict=True))
+    indices = rows["mention_index"].astype(int).tolist()
+    return tuple(_verdicts(detector, table)), dict(zip(indices, of_mentions, strict=True))
 
 
 def _verdicts(detector: Detector, rows: pd.DataFrame) -> list[TokenVerdict]:

@@ -87,8 +87,8 @@ def matching_columns(table: pd.DataFrame, names: Sequence[str], label: str) -> p
 def states_of(columns: Iterable[str]) -> list[str]:
     """List the features whose columns, among these, are dimensions of a state.
 
-    >>> states_of(["nll", "looked_at_000", "looked_at_001"])
-    ['looked_at']
+    >>> states_of(["nll", "attended_embedding_000", "attended_embedding_001"])
+    ['attended_embedding']
     """
     vectors = tuple(name for name, feature in FEATURES.items() if feature.vector)
     owners = dict.fromkeys(feature_of(column) for column in columns if column.startswith(vectors))
@@ -98,8 +98,8 @@ def states_of(columns: Iterable[str]) -> list[str]:
 def check_same_model(names: Sequence[str], source: Mapping[str, Any], target: Mapping[str, Any], label: str) -> None:
     """Check that columns that are dimensions of a state come from the model that they were learned from.
 
-    States of different models cannot be compared, even where they have the same width (``looked_at`` has 256 columns in
-    all large models).
+    States of different models cannot be compared, even where they have the same width (``attended_embedding`` has 256
+    columns in all large models).
 
     Args:
         names: of the columns.

@@ -18,7 +18,7 @@ DIMENSIONS = 256
 
 
 @feature("sight", higher_means="depends", requires=["relevancy"], vector=True)
-def looked_at(trace: Trace) -> np.ndarray:
+def attended_embedding(trace: Trace) -> np.ndarray:
     """Image embeddings at the input of the language model, weighted with the token's relevancy, unit-free.
 
     (T, D), or (T, 256) after a random projection (Johnson and Lindenstrauss) where D is larger. The weights of a token
@@ -31,7 +31,7 @@ def looked_at(trace: Trace) -> np.ndarray:
     weights = relevancy / np.maximum(np.linalg.norm(relevancy, axis=-1, keepdims=True), 1e-12)
     embeds = trace.part("relevancy").image_embeds
     if embeds is None:
-        raise CapabilityError("the relevancy of this trace holds no image embeddings, which looked_at requires")
+        raise CapabilityError("this trace's relevancy holds no image embeddings, which attended_embedding requires")
     evidence = weights @ embeds.numpy()
     return evidence if evidence.shape[-1] <= DIMENSIONS else evidence @ _directions(evidence.shape[-1])
 

@@ -192,9 +192,9 @@ def detector_table(first: RunReader, other: RunReader, names: tuple[str, str]) -
 
     images = set(first.warnings["group"]) | set(other.warnings["group"])
     common = _test_images(first, images) & _test_images(other, images)
-    first_only = any((source.held_out["repeat"] == 0).all() for source in (first, other))
+    first_only = any((source.held_out["repeat_index"] == 0).all() for source in (first, other))
     rows = [source.held_out[source.held_out["group"].isin(common)] for source in (first, other)]
-    rows = [part[part["repeat"] == 0] if first_only else part for part in rows]
+    rows = [part[part["repeat_index"] == 0] if first_only else part for part in rows]
     if any(part["label"].nunique() < 2 for part in rows):
         raise DataError(
             f"{first.folder} and {other.folder} have {len(common)} test images in common, without hallucinated and "

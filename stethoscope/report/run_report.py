@@ -160,7 +160,7 @@ def _best_feature(source: RunReader) -> tuple[str, Any] | None:
         return None
     rows = source.rows[(source.rows["fold"] == "train") & (source.rows["label"] >= 0)]
     if source.detector.first_mentions_only:
-        rows = rows[rows["repeat"] == 0]
+        rows = rows[rows["repeat_index"] == 0]
     return name, sign * source.held_out[name].astype(float).fillna(float(rows[name].astype(float).median()))
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
 _WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
 _KEYS = ["sample_id", "start"]
-_MENTION = ["sample_id", "number"]
+_MENTION = ["sample_id", "mention_index"]
 SHUFFLES, REPLICATES = 3, 200
 PRIOR = "place and name"
 
@@ -218,7 +218,7 @@ class RunReader:
         if (rows["fold"] != "").any():
             rows = rows[rows["fold"] == "test"]
         if self.detector is None or self.detector.first_mentions_only:
-            rows = rows[rows["repeat"] == 0]
+            rows = rows[rows["repeat_index"] == 0]
         return rows.reset_index(drop=True)
 
     def record(self, sample_id: str) -> Record | None:

@@ -34,8 +34,8 @@ SCHEMA = pa.schema(
         *((name, pa.int32()) for name in ("start", "end")),
         ("label", pa.int8()),
         ("object", pa.string()),
-        *((name, pa.int32()) for name in ("number", "repeat")),
-        ("first", pa.bool_()),
+        *((name, pa.int32()) for name in ("mention_index", "repeat_index")),
+        ("is_first_subtoken", pa.bool_()),
         ("prompt_hash", pa.string()),
         ("labeller", pa.string()),
     ]
@@ -83,9 +83,9 @@ def token_table(
         "end": [end for _, end in answer.offsets],
         "label": [mention.label if mention else -1 for mention in owner],
         "object": [mention.object if mention else "" for mention in owner],
-        "number": [mention.mention_index if mention else -1 for mention in owner],
-        "repeat": [mention.repeat_index if mention else -1 for mention in owner],
-        "first": first,
+        "mention_index": [mention.mention_index if mention else -1 for mention in owner],
+        "repeat_index": [mention.repeat_index if mention else -1 for mention in owner],
+        "is_first_subtoken": first,
         "prompt_hash": [hashlib.sha256(prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,
     }

@@ -36,7 +36,7 @@ BEYOND = """([root, but]) => {
 def sighted(adapter, tmp_path_factory):
     """A detector that tells what places look like."""
     folder = tmp_path_factory.mktemp("sighted")
-    features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
+    features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
     Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=60))
     return Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
 

@@ -32,9 +32,9 @@ def token_table(images=200, seed=0, per_image=4, signal=1.5, prior=True):
             "end": token + 1,
             "label": np.where(mention, label, -1).astype(np.int8),
             "object": np.where(mention, OBJECTS[kind], ""),
-            "number": np.where(mention, number, -1),
-            "repeat": np.where(mention, 0, -1),
-            "first": mention,
+            "mention_index": np.where(mention, number, -1),
+            "repeat_index": np.where(mention, 0, -1),
+            "is_first_subtoken": mention,
         }
     )
     features = {

@@ -22,7 +22,7 @@ from stethoscope.tasks.chair import Chair
 def trained(tmp_path_factory):
     """A run directory with a detector that warns of everything."""
     folder = tmp_path_factory.mktemp("trained")
-    features = FeatureSet(groups=["uncertainty", "position"], names=["looked_at"])
+    features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))
     detector = package.Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
     detector.threshold = 0.0
@@ -53,7 +53,7 @@ def test_a_detector_that_reads_states_of_another_model_is_refused(trained, tmp_p
     adapter, scene = package.load("testbed"), testbed.scenes(1)[0].image()
     with pytest.raises(ConfigError, match="other weights than the model that the detector learns from, another"):
         package.diagnose(adapter, scene, "What is this?", detector=detector)
-    with pytest.raises(ConfigError, match="looked_at are states"):
+    with pytest.raises(ConfigError, match="attended_embedding are states"):
         list(package.stream(adapter, scene, "What is this?", final=detector))
     own = package.Detector(visual_consistency=False, C=0.1).fit(RunStore(trained).tokens("chair"))
     own.notes["model"] = detector.notes["model"]  # other features may be tried elsewhere

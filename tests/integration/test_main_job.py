@@ -121,8 +121,8 @@ def test_warnings_are_the_saved_detectors_own(finished):
     detector = Detector.load(finished / "detector")
     assert set(detector.schema.names) == set(feature_names(table))
     warnings = pd.DataFrame(map(json.loads, (finished / "warnings.jsonl").read_text().splitlines()))
-    named = table[(table["number"] >= 0) & table["first"]].reset_index(drop=True)
-    own, repeated = detector.predict(named), named["repeat"].to_numpy() > 0
+    named = table[(table["mention_index"] >= 0) & table["is_first_subtoken"]].reset_index(drop=True)
+    own, repeated = detector.predict(named), named["repeat_index"].to_numpy() > 0
     assert np.allclose(own[~repeated], warnings["probability"][~repeated], atol=1e-6)
     assert warnings.groupby(["sample_id", "object"])["probability"].nunique().max() == 1
     assert warnings.groupby("group")["fold"].nunique().max() == 1
@@ -189,7 +189,7 @@ def test_all_published_detectors_on_one_leader_board(tmp_path, stethoscope):
     assert "one more question per mention (questions)" in out
     assert "detector − best published" in out
     table = RunStore(tmp_path / "runs" / "all").tokens("chair")
-    named = (table["number"] >= 0).to_numpy()
+    named = (table["mention_index"] >= 0).to_numpy()
     np.testing.assert_array_equal(table["verify_yes"].notna(), named)
     np.testing.assert_array_equal(table["masked_prob"].notna(), named)
     one = table[named].groupby(["sample_id", "object"])["verify_yes"].nunique()

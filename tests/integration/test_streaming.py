@@ -301,7 +301,7 @@ def test_rows_are_judged_as_a_table_is(settings):
     table = pd.DataFrame(values, columns=["a", "b", "c"])
     table["label"] = (values[:, 0] + random.normal(size=400) > 0).astype(int)
     table["group"] = [f"image{row // 2}" for row in range(400)]
-    table["first"], table["repeat"], table["object"], table["number"] = True, 0, "dog", 0
+    table["is_first_subtoken"], table["repeat_index"], table["object"], table["mention_index"] = True, 0, "dog", 0
     table["task"], table["sample_id"] = "t", table["group"]
     detector = stethoscope.Detector(C=1.0, **settings).fit(table)
     whole = table[~table["b"].isna()].copy()

@@ -99,7 +99,7 @@ def test_another_depth_is_refused_and_its_columns_are_named(home, tmp_path, stet
 
 def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
     def seeing(table):
-        return table.assign(looked_at_d0000=table["nll"], looked_at_d0001=-table["position"])
+        return table.assign(attended_embedding_d0000=table["nll"], attended_embedding_d0001=-table["position"])
 
     home, away = (made_up_run(tmp_path / name, change=seeing) for name in ("home", "away"))
     for run, weights in ((home, "sha256:a"), (away, "sha256:b")):
@@ -108,7 +108,7 @@ def test_states_of_other_weights_are_refused(tmp_path, stethoscope):
     line = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK)
     assert "away chair has other weights than the model that the detector learns from, model of home" in line
     assert not (home / "detector").exists()  # it is said before anything is fitted
-    for words in (("detector.exclude=['looked_at*']",), ("detector.visual_consistency=false",)):
+    for words in (("detector.exclude=['attended_embedding*']",), ("detector.visual_consistency=false",)):
         assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *words, *QUICK, code=0)
     (away / "fingerprint.json").write_text((home / "fingerprint.json").read_text())
     assert "transfer" in stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK, code=0)

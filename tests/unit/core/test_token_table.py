@@ -10,12 +10,12 @@ from stethoscope.storage.tokens import SCHEMA
 
 ROWS = pd.DataFrame(
     [
-        {"text": "a", "label": -1, "object": "", "repeat": -1, "first": False},
-        {"text": " traffic", "label": 1, "object": "traffic light", "repeat": 0, "first": True},
-        {"text": " light", "label": 1, "object": "traffic light", "repeat": 0, "first": False},
-        {"text": " car", "label": 0, "object": "car", "repeat": 0, "first": True},
-        {"text": " car", "label": 0, "object": "car", "repeat": 1, "first": True},
-        {"text": " thing", "label": -1, "object": "thing", "repeat": 0, "first": True},
+        {"text": "a", "label": -1, "object": "", "repeat_index": -1, "is_first_subtoken": False},
+        {"text": " traffic", "label": 1, "object": "traffic light", "repeat_index": 0, "is_first_subtoken": True},
+        {"text": " light", "label": 1, "object": "traffic light", "repeat_index": 0, "is_first_subtoken": False},
+        {"text": " car", "label": 0, "object": "car", "repeat_index": 0, "is_first_subtoken": True},
+        {"text": " car", "label": 0, "object": "car", "repeat_index": 1, "is_first_subtoken": True},
+        {"text": " thing", "label": -1, "object": "thing", "repeat_index": 0, "is_first_subtoken": True},
     ]
 )
 
@@ -30,8 +30,8 @@ ROWS = pd.DataFrame(
     ],
 )
 def test_judged_rows(settings, kept):
-    rows = mention_rows(ROWS.assign(number=range(6)), **settings)
-    assert rows["number"].tolist() == kept
+    rows = mention_rows(ROWS.assign(mention_index=range(6)), **settings)
+    assert rows["mention_index"].tolist() == kept
     assert rows.index.tolist() == list(range(len(kept)))
 
 
@@ -44,25 +44,26 @@ def test_unknown_choices_are_named(settings):
 @pytest.mark.parametrize(("subtokens", "light"), [("first", 3.0), ("mean", 2.5), ("max", 4.0), ("min", 0.5)])
 def test_subtokens_of_a_mention_become_one_row(subtokens, light):
     """Two answers name a traffic light: sub-tokens of the same number in another answer stay out of it."""
-    one = ROWS.assign(task="chair", number=[-1, 0, 0, 1, 2, 3])
+    one = ROWS.assign(task="chair", mention_index=[-1, 0, 0, 1, 2, 3])
     more = {
         "text": " s",
         "label": 1,
         "object": "traffic light",
-        "repeat": 0,
-        "first": False,
+        "repeat_index": 0,
+        "is_first_subtoken": False,
         "task": "chair",
-        "number": 0,
+        "mention_index": 0,
     }
     one = pd.concat([one, pd.DataFrame([more])], ignore_index=True)
     values = np.array([9, 3, 4, 1, 2, 5, 0.5], dtype=np.float32)
-    one = one.assign(looked_at_d0000=values)
+    one = one.assign(attended_embedding_d0000=values)
     table = pd.concat([one.assign(sample_id="a", nll=values), one.assign(sample_id="b", nll=values + 100)])
     rows = mention_rows(table, subtokens, repeats="all")
     assert rows["text"].tolist() == [" traffic", " car", " car"] * 2
     assert rows["nll"].tolist() == [light, 1.0, 2.0, light + 100, 101.0, 102.0]
     assert rows["nll"].dtype == np.float32
-    assert rows["looked_at_d0000"].tolist()[:3] == [3.0 if subtokens == "first" else 2.5, 1.0, 2.0]  # a vector's
+    embedding = rows["attended_embedding_d0000"].tolist()
+    assert embedding[:3] == [3.0 if subtokens == "first" else 2.5, 1.0, 2.0]  # a vector's
     pd.testing.assert_frame_equal(mention_rows(rows, subtokens, repeats="all"), rows)
     assert len(mention_rows(table, subtokens, repeats="all", judged=False)) == 8
 

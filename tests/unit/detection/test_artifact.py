@@ -28,7 +28,8 @@ KINDS = {
 def with_places(table):
     """The table with three dimensions of the feature that sight reads."""
     random = np.random.default_rng(0)
-    return table.assign(**{f"looked_at_{n}": random.normal(size=len(table)).astype(np.float32) for n in range(3)})
+    columns = {f"attended_embedding_{n}": random.normal(size=len(table)).astype(np.float32) for n in range(3)}
+    return table.assign(**columns)
 
 
 @pytest.fixture(scope="module")

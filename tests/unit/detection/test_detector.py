@@ -76,7 +76,7 @@ def test_it_predicts_for_tokens_that_name_nothing_and_for_empty_tables(fitted):
 def test_only_judged_first_mentions_count(fitted):
     changed = TRAIN.copy()
     changed.loc[changed["label"] < 0, "nll"] = 100
-    later = TRAIN.assign(repeat=1, label=1)  # second mentions, all hallucinated
+    later = TRAIN.assign(repeat_index=1, label=1)  # second mentions, all hallucinated
     both = Detector().fit(changed.merge(later, how="outer"), CALIBRATION)
     assert both.predict(TEST) == pytest.approx(fitted.predict(TEST), abs=1e-6)
     assert Detector(repeats="all").fit(changed.merge(later, how="outer"), CALIBRATION).predict(TEST) != pytest.approx(
@@ -144,7 +144,7 @@ def test_gaps_are_bridged(estimator):
 
 
 def test_inner_folds_that_lack_a_class_are_no_choice():
-    table = TRAIN[TRAIN["number"] == 0].reset_index(drop=True).iloc[:60]
+    table = TRAIN[TRAIN["mention_index"] == 0].reset_index(drop=True).iloc[:60]
     groups, labels = [f"image-{row:02d}" for row in range(60)], [int(row % 5 == 0) for row in range(60)]
     table = table.assign(group=groups, label=labels)
     assert inner_folds(table["group"].to_numpy(), table["label"].to_numpy()) is None
@@ -279,7 +279,8 @@ def test_missing_and_broken_files_are_named(tmp_path, fitted):
 
 def split_up(table, pieces=4):
     """Every mention as several sub-tokens, of which the later ones tell more than the first."""
-    parts = [table.assign(nll=table["nll"] * (0.2 if piece == 0 else 1), first=table["first"] & (piece == 0))
+    parts = [table.assign(nll=table["nll"] * (0.2 if piece == 0 else 1), 
+                          is_first_subtoken=table["is_first_subtoken"] & (piece == 0))
              for piece in range(pieces)]  # fmt: skip
     return pd.concat([parts[0], *(part[part["label"] >= 0] for part in parts[1:])]).sort_index(kind="stable")
 
@@ -288,7 +289,7 @@ def test_a_promise_is_about_mentions_where_all_sub_tokens_are_rows():
     train, calibration = (split_up(part) for part in halves(token_table(800, seed=4)))
     promise = {"max_false_alarms": 0.1}
     detector = Detector(features=["nll"], subtokens="all", C=1.0, threshold=promise).fit(train, calibration)
-    grounded = calibration[calibration["first"] & (calibration["label"] == 0)]
+    grounded = calibration[calibration["is_first_subtoken"] & (calibration["label"] == 0)]
     assert detector.certificate.mentions == len(grounded)
     warned = mention_warnings(split_up(token_table(800, seed=5)), detector)
     assert warned[warned["label"] == 0]["warned"].mean() < 0.13

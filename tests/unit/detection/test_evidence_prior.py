@@ -116,7 +116,7 @@ def test_isotonic_probabilities_are_not_split():
 
 
 def test_it_meets_objects_numbers_and_tokens_it_does_not_know(factored):
-    strange = TEST.assign(object="zebra", number=99, repeat=7, token=1000)
+    strange = TEST.assign(object="zebra", mention_index=99, repeat_index=7, token=1000)
     assert np.isfinite(factored.predict(strange)).all()
     assert np.isfinite(factored.predict(CALIBRATION)).all(), "tokens that name nothing"
     assert len(factored.explain(TEST[:0]).evidence) == 0
@@ -133,8 +133,8 @@ def test_warnings_carry_evidence_and_prior(factored, tmp_path):
     folds = {"train": table["group"].isin(set(TRAIN["group"])).to_numpy()}
     rows = mention_warnings(table, factored, folds)
     assert list(rows.columns) == list(WARNING_COLUMNS)
-    assert len(rows) == (table["number"] >= 0).sum()
-    assert (rows["fold"] == "train").sum() == (TRAIN["number"] >= 0).sum()
+    assert len(rows) == (table["mention_index"] >= 0).sum()
+    assert (rows["fold"] == "train").sum() == (TRAIN["mention_index"] >= 0).sum()
     write_warnings(rows, tmp_path / "warnings.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     for line in lines[:50]:
@@ -148,9 +148,9 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
 
     def doubled(table):
         hum = 3 * noise[: len(table)]
-        named = (table["number"] >= 0).to_numpy()
+        named = (table["mention_index"] >= 0).to_numpy()
         one = table.assign(nll=table["nll"] + hum, mass=np.float32(0), at=np.arange(len(table)))
-        two = one[named].assign(nll=(table["nll"] - hum)[named], first=False, start=99, end=107)
+        two = one[named].assign(nll=(table["nll"] - hum)[named], is_first_subtoken=False, start=99, end=107)
         return pd.concat([one, two]).sort_values("at", kind="stable").drop(columns="at").reset_index(drop=True)
 
     train, calibration, test = doubled(TRAIN), doubled(CALIBRATION), doubled(TEST)
@@ -166,8 +166,9 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
 
 def test_an_object_is_judged_once_by_a_detector_of_first_mentions():
     """The second mention of an object, whose features say the opposite, changes nothing."""
-    test = TEST.assign(object=TEST["object"] + TEST["number"].astype(str))
-    again = test.assign(nll=-TEST["nll"], number=TEST["number"] + 1000, repeat=1, start=TEST["start"] + 500)
+    test = TEST.assign(object=TEST["object"] + TEST["mention_index"].astype(str))
+    later = TEST["mention_index"] + 1000
+    again = test.assign(nll=-TEST["nll"], mention_index=later, repeat_index=1, start=TEST["start"] + 500)
     both = pd.concat([again, test], ignore_index=True)
     for repeats, same in (("first", True), ("all", False)):
         rows = mention_warnings(both, Detector(repeats=repeats).fit(TRAIN, CALIBRATION))

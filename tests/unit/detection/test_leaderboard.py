@@ -137,13 +137,13 @@ def test_a_second_run_gives_the_same_figures(trained):
 def test_the_text_prior_meets_objects_and_numbers_it_does_not_know():
     first, second = halves(TABLE)
     prior = TextPrior().fit(first, second)
-    strange = second.assign(object="zebra", number=99, repeat=7, token=1000)
+    strange = second.assign(object="zebra", mention_index=99, repeat_index=7, token=1000)
     assert np.isfinite(prior.predict(strange)).all()
     assert prior.predict(second).shape == (len(second),)
 
 
 def test_answers_judged_at_one_position_leave_position_nothing_to_say():
-    first, second = (half[half["label"] >= 0].assign(token=0, number=0) for half in halves(TABLE))
+    first, second = (half[half["label"] >= 0].assign(token=0, mention_index=0) for half in halves(TABLE))
     assert np.ptp(PositionOnly().fit(first, second).predict(second)) == 0
     labels = second["label"].to_numpy()
     assert classification.auroc(labels, TextPrior().fit(first, second).predict(second)) > 0.55
@@ -208,7 +208,7 @@ def test_matched_pairs_are_counted_by_hand():
 def test_the_object_says_nothing_once_it_is_held_fixed():
     table = token_table(600, seed=4).assign(nll=np.float32(0), mass=np.float32(0))
     known = pd.factorize(table["object"])[0].astype(np.float32)
-    table = table.assign(known=known * (table["number"] >= 0))  # nothing but which object it is
+    table = table.assign(known=known * (table["mention_index"] >= 0))  # nothing but which object it is
     results = train_detector(table, Detector(exclude=["nll", "mass"]), replicates=50).results
     assert figure(results, "known", "auroc_matched").value == 0.5
     assert figure(results, "text prior", "auroc").low > 0.55
@@ -277,7 +277,7 @@ def test_what_the_threshold_does_on_the_test_fold(trained):
 
 
 def test_later_mentions_are_measured_where_they_are_learned_from():
-    later = TABLE[TABLE["label"] >= 0].assign(repeat=1, label=0)
+    later = TABLE[TABLE["label"] >= 0].assign(repeat_index=1, label=0)
     both = pd.concat([TABLE, later], ignore_index=True)
     results = train_detector(both, Detector(repeats="all"), seed=1, replicates=20).results
     first = train_detector(TABLE, Detector(), seed=1, replicates=20).results

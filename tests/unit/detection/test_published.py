@@ -25,7 +25,7 @@ def made_up():
     table = token_table(300, seed=2)
     evidence = table["nll"].to_numpy()
     noise = random.normal(size=(5, len(table))).astype(np.float32)
-    named = (table["number"] >= 0).to_numpy()
+    named = (table["mention_index"] >= 0).to_numpy()
     return table.drop(columns=["mass", "noise"]).assign(
         nll=-evidence,
         contextual_lens_c_l00=noise[0],
@@ -167,7 +167,7 @@ def test_a_method_without_values_in_training_is_left_out():
 
 
 def test_baselines_learn_from_the_rows_that_they_are_measured_on():
-    rows = TABLE.assign(first=TABLE["first"] & (TABLE["token"] > 5))
+    rows = TABLE.assign(is_first_subtoken=TABLE["is_first_subtoken"] & (TABLE["token"] > 5))
     every = mention_rows(rows, "all", "all")
     made = baselines("all", "all")["constant"].fit(every)
     assert made.predict(every)[0] == pytest.approx(every["label"].mean())

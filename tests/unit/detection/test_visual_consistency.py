@@ -27,13 +27,13 @@ def with_places(table, seed=0, noise=0.5):
     kind = table["object"].map({name: number for number, name in enumerate(OBJECTS)}).fillna(len(OBJECTS)).to_numpy(int)
     other = (kind + rng.integers(1, len(OBJECTS) + 1, len(table))) % (len(OBJECTS) + 1)
     seen = looks[np.where(table["label"] == 1, other, kind)] + noise * rng.normal(size=(len(table), SIZE))
-    return table.assign(**{f"looked_at_d{i:04d}": seen[:, i].astype(np.float32) for i in range(SIZE)})
+    return table.assign(**{f"attended_embedding_d{i:04d}": seen[:, i].astype(np.float32) for i in range(SIZE)})
 
 
 TRAIN, CALIBRATION = halves(with_places(token_table(600)))
 TEST = mention_rows(with_places(token_table(400, seed=9), seed=9))
 LABELS = TEST["label"].to_numpy()
-PLACES = [name for name in TEST if name.startswith("looked_at")]
+PLACES = [name for name in TEST if name.startswith("attended_embedding")]
 
 
 def area(detector):

@@ -95,7 +95,7 @@ def test_saliency(columns, plain, products):
     check(columns, "saliency_image_share", found["image_share"])
 
 
-def test_looked_at(columns, plain, relevancy):
+def test_attended_embedding(columns, plain, relevancy):
     """Not published: the places that relevancy points to, as the projector saw them."""
     for dimension in range(len(plain.states[0][0])):
         expected = []
@@ -104,4 +104,4 @@ def test_looked_at(columns, plain, relevancy):
             length = math.sqrt(sum(weight * weight for weight in weights))
             pairs = zip(weights, plain.spans.image, strict=True)
             expected.append(sum(weight * float(plain.states[0][at][dimension]) for weight, at in pairs) / length)
-        check(columns, f"looked_at_d{dimension:04d}", expected)
+        check(columns, f"attended_embedding_d{dimension:04d}", expected)

@@ -82,7 +82,7 @@ def test_self_verification(adapter, square, found):
     same(found["verify_odds"], [name and math.log(said[name] / (1 - said[name])) for name in OWNERS])
 
 
-def looked_at(maps, spans, row):
+def attended_patches(maps, spans, row):
     """CADMP's patches: of the layer before the sharpest change of the head-mean attention over the image."""
     layers = [[float(one[:, row, at].mean()) for at in spans.image] for one in maps]
     layers = [[value / sum(values) for value in values] for values in layers]
@@ -102,7 +102,7 @@ def test_masked_pass(adapter, square, found):
     for token, name in enumerate(OWNERS):
         pixels = np.array(SQUARE)
         if name is not None:
-            for patch in looked_at(maps, encoded.spans, encoded.spans.length + token - 1):
+            for patch in attended_patches(maps, encoded.spans, encoded.spans.length + token - 1):
                 top, left = 14 * (patch // 10), 14 * (patch % 10)
                 pixels[top : top + 14, left : left + 14] = 128
             row = eager(adapter, Image.fromarray(pixels), encoded.question, ids[:token]).logits[0, -1]

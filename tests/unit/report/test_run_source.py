@@ -70,7 +70,7 @@ def test_a_run_without_a_detector_of_its_own_has_none(tmp_path):
 def test_the_mention_number_is_part_of_place_and_name(tmp_path):
     random = np.random.default_rng(3)
     table = token_table(300, seed=2, signal=0, prior=False)
-    later = (table["number"] >= 2) & (table["label"] >= 0)
+    later = (table["mention_index"] >= 2) & (table["label"] >= 0)
     label = np.where(random.random(len(table)) < 0.1, ~later, later).astype(np.int8)
     table = table.assign(label=np.where(table["label"] >= 0, label, -1), token=random.permutation(len(table)) % 30)
     train, test = halves(table)

@@ -64,9 +64,9 @@ def test_the_token_table_has_the_key_columns_in_order_and_labels_of_the_covering
     frame = table.to_pandas()
     assert frame["text"].tolist() == ["a", " hot", " dog"]
     assert frame["label"].tolist() == [-1, 1, 1]
-    assert frame["first"].tolist() == [False, True, False]
+    assert frame["is_first_subtoken"].tolist() == [False, True, False]
     assert frame["object"].tolist() == ["", "hot dog", "hot dog"]
-    assert frame["number"].tolist() == [-1, 0, 0]
+    assert frame["mention_index"].tolist() == [-1, 0, 0]
     assert frame["level"].dtype == np.float32
 
 

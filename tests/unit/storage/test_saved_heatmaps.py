@@ -43,7 +43,7 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
     assert len((folder / "maps.jsonl").read_text().splitlines()) == SCENES
     for record in RunStore(folder).records("chair"):
         view, picture = HeatmapFile(folder).find(record), scenes[record.sample_id].image()
-        rows = table[(table["sample_id"] == record.sample_id) & table["first"]]
+        rows = table[(table["sample_id"] == record.sample_id) & table["is_first_subtoken"]]
         assert sorted(view.maps) == sorted(rows["token"])
         found = token_relevancy(adapter, picture, record.question, record.answer)
         for token, values in view.maps.items():

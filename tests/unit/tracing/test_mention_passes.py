@@ -52,8 +52,8 @@ def test_runs_ask_about_every_object_that_is_named(adapter, tmp_path):
     task = Chair(scenes=4)
     Evaluator(features=FEATURES, run_dir=tmp_path / "run").run(adapter, task)
     table = RunStore(tmp_path / "run").tokens("chair")
-    named = table[table["number"] >= 0]
-    assert table["verify_odds"].notna().equals(table["number"] >= 0)
+    named = table[table["mention_index"] >= 0]
+    assert table["verify_odds"].notna().equals(table["mention_index"] >= 0)
     pictures = {scene.id: scene.image() for scene in testbed.scenes(4)}
     for image, rows in named.groupby("group"):
         odds = yes_odds(adapter, [pictures[image]], [list(rows["object"])])[0]
