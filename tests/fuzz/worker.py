@@ -158,7 +158,7 @@ class World:
     def _readers_of_run(self, folder: Path) -> dict[str, Callable[[], Any]]:
         from stethoscope.app.runs import Runs
         from stethoscope.commands import compare, extract, report, train
-        from stethoscope.detection.lookup import load_detector, trained
+        from stethoscope.detection.lookup import detectors_for_model, load_detector
         from stethoscope.report.run_source import RunReader
         from stethoscope.storage.run_dir import RunStore
 
@@ -173,7 +173,7 @@ class World:
                 record = next(iter(source.store.records(task)), None)
                 if record is not None:
                     runs._picture("one", source, record, [])
-            trained(folder, {"model_id": "x"})
+            detectors_for_model(folder, {"model_id": "x"})
 
         def train_reads() -> None:
             config = self.train.copy()
@@ -203,7 +203,7 @@ class World:
         import pandas as pd
 
         from stethoscope.detection.detector import Detector
-        from stethoscope.detection.lookup import trained
+        from stethoscope.detection.lookup import detectors_for_model
         from stethoscope.report.run_source import RunReader
 
         def load() -> None:
@@ -213,7 +213,7 @@ class World:
             missing = {name: 0.5 for name in detector.schema.names if name not in table}
             detector.predict(pd.concat([table, pd.DataFrame(missing, table.index)], axis=1))
 
-        return {"load": load, "lookup": lambda: trained(folder.parent, {"model_id": "x"})}
+        return {"load": load, "lookup": lambda: detectors_for_model(folder.parent, {"model_id": "x"})}
 
     def _readers_of_model(self, folder: Path) -> dict[str, Callable[[], Any]]:
         from PIL import Image
@@ -257,4 +257,5 @@ def _reading_part(evaluator: Any, adapter: Any, task: Any) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # the tests' folder, of which fuzz is a package
     main(Path(sys.argv[1]).resolve(), *map(int, sys.argv[2:]))
