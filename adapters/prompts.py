@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +118,11 @@ class PromptEncoder:
         if names is None or (learn and image.size not in self._is_separable):
             names = self._learn_image_inputs(image, inputs)
         ids = inputs["input_ids"][0].tolist()
-        start = len(self._before)
+        start, decode = len(self._before), self._tokenizer.decode
         in_question = question_positions(
             ids, offsets, replacements, (start, start + len(question)), self.image_token_id,
-            lambda tokens: self._decode(tokens).strip() == question.strip(), self._inserted,
+            lambda tokens: decode(tokens, clean_up_tokenization_spaces=False).strip() == question.strip(),
+            self._inserted,
         )  # fmt: skip
         in_image = image_positions(ids, self.image_token_id)
         if not in_image:
@@ -153,9 +153,6 @@ class PromptEncoder:
             width, height = image.size
             reason = first_line(error)
             raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def check_prompt(prompt: str | None) -> None:

@@ -184,7 +184,11 @@ class MiniGpt4Adapter(HfAdapter):
         return tiny.build(f"minigpt4-{self.version}")
 
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
-        return ImageTokenEncoder(processor, self.prompt, _grids(self.version, model.config.vision_config))
+        vision, merged = model.config.vision_config, modelling.MERGED_PATCHES
+        side = vision.image_size // vision.patch_size
+        # queries have no grid, and merged patches only if no token spans two rows
+        grids = ((side, side // merged),) if self.version == "llama2" and side % merged == 0 else ()
+        return ImageTokenEncoder(processor, self.prompt, grids)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""
@@ -208,10 +212,3 @@ def make_processor(config: Blip2Config | LlavaConfig, tokenizer: PreTrainedToken
     tokens = config.image_seq_length if queries is None else queries
     pixels = PixelProcessor((partial(squash, size=config.vision_config.image_size),))
     return ImageTokenProcessor(tokenizer, pixels, PLACEHOLDER, config.image_token_id, tokens)
-
-
-def _grids(version: str, vision: Blip2VisionConfig) -> tuple[tuple[int, int], ...]:
-    """Return the grid of merged patches; none for queries, or where a token spans two rows."""
-    side = vision.image_size // vision.patch_size
-    merged = modelling.MERGED_PATCHES
-    return ((side, side // merged),) if version == "llama2" and side % merged == 0 else ()
