@@ -135,11 +135,11 @@ class Runs:
                 return sample.image.load()
         except (StethoscopeError, ImportError) as error:
             why = str(error)
-        view = source.view(record)
-        if view is None or view.picture is None:
+        media = source.saved_media(record)
+        if media is None or media.picture is None:
             raise ArtefactError(f"the picture of sample {record.sample_id} is not to be had: {why}")
         notes.append(f"The picture is the run's small copy: {why}.")
-        return view.picture
+        return media.picture
 
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
         made = saved_task(self.source(name).store, task, self._plugins, offline=True)

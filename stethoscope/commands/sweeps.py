@@ -138,10 +138,10 @@ class Sweep:
         Raises:
             ConfigError: a job did not finish.
         """
-        from stethoscope.report.sweep import comparison
+        from stethoscope.report.sweep import compare_jobs
 
         jobs = read_jobs(self.folder, self.key)
-        results = comparison(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
+        results = compare_jobs(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
         results.print(console())
         results.write(self.folder, self.name)
         print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
@@ -165,7 +165,7 @@ class Sweep:
         loggers.setup(self.folder)
         shared = [redact_override(unquoted(word)) for word in self.fixed]
         loggers.log_config({"sweep": {"command": self.command, "settings": shared, "jobs": len(jobs)}})
-        loggers.log_table("sweep/comparison", *results.long())
+        loggers.log_table("sweep/comparison", *results.long_table())
         loggers.log_metrics({"sweep/jobs": len(jobs), "sweep/finished": sum(job.status == FINISHED for job in jobs)})
         loggers.finalize("finished" if all(job.status == FINISHED for job in jobs) else "failed")
 

@@ -1,4 +1,4 @@
-"""Results in a terminal: the tables of ``metrics_tables`` through rich, and an answer with its warnings."""
+"""Print results in a terminal: the tables of ``metrics_tables``, and an answer with its warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def print_table(table: Table, output: Console | None = None) -> None:
-    """Print a table without the zeros before the points, so that more of it fits on a line.
+    """Print a table, with numbers as .947 rather than 0.947 so that more columns fit on a line.
 
     Args:
         table: to be printed.
@@ -44,13 +44,13 @@ def print_results(results: TaskResults, output: Console | None = None) -> None:
 
 
 def print_detector(results: DetectorResults) -> None:
-    """Print the leaderboard, the differences, what warnings are worth, and the ablation."""
+    """Print the leaderboard, the differences, the error rates at the threshold, and the ablation."""
     for index, table in enumerate(detector_tables(results)):
-        print_table(table.without(("kind",) if index == 0 else ("kind", "cost")))  # the cost is said once
+        print_table(table.without(("kind",) if index == 0 else ("kind", "cost")))  # only the first shows the cost
 
 
 def print_answer(store: RunStore, task: str) -> None:
-    """Print one answer of the test images with its warnings, that with the most confident true warning."""
+    """Print the answer of a test image that has the most confident correct warning, with all its warnings."""
     from rich.text import Text
 
     warnings = read_warnings(store.run_dir)
@@ -58,15 +58,15 @@ def print_answer(store: RunStore, task: str) -> None:
     if not caught:
         return
     best = max(caught, key=lambda row: row["probability"])
-    own = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
+    same_answer = [row for row in warnings if row["sample_id"] == best["sample_id"] and row["task"] == task]
     record = store.find(task, best["sample_id"])
     if record is not None and record.answer is not None:
         console().print(f"\nan answer of the test images with its warnings ({best['sample_id']}):", markup=False)
-        console().print(Text.assemble(*_marked(record.answer.text, own)), highlight=False)
+        console().print(Text.assemble(*_marked(record.answer.text, same_answer)), highlight=False)
 
 
 def _marked(text: str, warnings: Sequence[Mapping[str, Any]]) -> list[str | tuple[str, str]]:
-    """Cut the text into pieces; warned mentions are followed by their probability and styled."""
+    """Split the text into parts; warned mentions are followed by their probability and styled."""
     pieces: list[str | tuple[str, str]] = []
     end = 0
     for row in sorted((row for row in warnings if row["warned"]), key=lambda row: row["start"]):

@@ -1,4 +1,4 @@
-"""Examples of a detector's warnings: hallucinations caught and missed and false alarms, for pages and for loggers."""
+"""Select and show examples of a detector's warnings: caught and missed hallucinations, and false alarms."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ LOGGED_COLUMNS = (
     "kind", "sample", "object", "probability", "evidence", "prior", "picture", "heat map", "answer", "question",
 )  # fmt: skip
 ImageSource = Callable[["Record"], "Image | None"]
-"""Gives the image of a record that the run itself has not kept, or None where there is none to be had."""
+"""Loads the image of a record for which the run saved none; returns None if there is no such image."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One mention with its surroundings.
+    """A mention with the answer around it.
 
     Attributes:
         kind: of ``KINDS``.
-        sample_id, question, object: what it is about.
+        sample_id, question: of the sample.
+        object: that the mention names.
         pieces: the answer around it: text and ``this`` (the mention), ``warned`` (another warned mention) or empty.
         probability: calibrated probability that it is hallucinated, in [0, 1].
-        evidence, prior: log-odds that add up to it; None where the detector cannot split it.
-        image: RGB; None for none.
-        heatmap: the image under the heat map of the mention; None where no map is kept.
+        evidence, prior: log-odds that add up to those of the probability; None if the detector cannot split them.
+        image: RGB; None if it is not available.
+        heatmap: the image under the heat map of the mention; None if the run saved no heat map.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Write the answer around the mention, which stands between guillemets."""
+        """Write the answer around the mention, with the mention in guillemets."""
         return "".join(f"«{text}»" if mark == "this" else text for text, mark in self.pieces)
 
     @property
@@ -77,7 +78,7 @@ class Example:
 
 
 def select_mentions(rows: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:
-    """Select mentions of every kind: first of different objects in different answers, then what is left.
+    """Select the clearest mentions of every kind, preferring different objects and different answers.
 
     Args:
         rows: mentions with ``label``, ``warned``, ``probability``, ``object`` and ``sample_id``.
@@ -88,8 +89,8 @@ def select_mentions(rows: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:
     selected = {}
     for kind, mask in masks.items():
         ordered = rows[mask].sort_values("probability", ascending=kind == "missed", kind="stable")
-        fresh = ~(ordered.duplicated("object") | ordered.duplicated("sample_id"))
-        chosen = pd.concat([ordered[fresh], ordered[~fresh]]).head(count)
+        repeated = ordered.duplicated("object") | ordered.duplicated("sample_id")
+        chosen = pd.concat([ordered[~repeated], ordered[repeated]]).head(count)
         selected[kind] = chosen.sort_values("probability", ascending=kind == "missed", kind="stable")
     return selected
 
@@ -102,7 +103,7 @@ def read_examples(
     Args:
         source: a run with warnings.
         count: mentions of every kind, at most.
-        image_source: gives the images that the run has not kept; None for examples without images.
+        image_source: loads the images that the run has not saved; None for examples without images.
 
     Raises:
         ArtefactError: ``maps.jsonl`` is damaged.
@@ -117,13 +118,13 @@ def read_examples(
 def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSource | None) -> Example:
     record = source.record(row["sample_id"])
     text = record.answer.text if record is not None and record.answer is not None else ""
-    image, heatmap = (None, None)
+    image, heatmap = None, None
     if record is not None and image_source is not None:
         image, heatmap = _images(source, record, row, image_source)
     warned = source.warnings["warned"].astype(bool)
     same_answer = source.warnings[(source.warnings["sample_id"] == row["sample_id"]) & warned]
     others = [(int(start), int(end)) for start, end in zip(same_answer["start"], same_answer["end"], strict=True)]
-    split = row["evidence"] is not None and not pd.isna(row["evidence"])
+    has_log_odds = row["evidence"] is not None and not pd.isna(row["evidence"])
     return Example(
         kind=kind,
         sample_id=row["sample_id"],
@@ -131,8 +132,8 @@ def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSo
         object=row["object"],
         pieces=tuple(cut_answer(text, (int(row["start"]), int(row["end"])), others)),
         probability=float(row["probability"]),
-        evidence=float(row["evidence"]) if split else None,
-        prior=float(row["prior"]) if split else None,
+        evidence=float(row["evidence"]) if has_log_odds else None,
+        prior=float(row["prior"]) if has_log_odds else None,
         image=image,
         heatmap=heatmap,
     )
@@ -141,36 +142,36 @@ def _read_example(source: RunReader, kind: str, row: dict, image_source: ImageSo
 def _images(
     source: RunReader, record: Record, row: dict, image_source: ImageSource
 ) -> tuple[Image | None, Image | None]:
-    """Read the image, and the image under the mention's heat map."""
-    view = source.view(record)
-    image = view.picture if view is not None and view.picture is not None else image_source(record)
-    if view is None or image is None:
+    """Read the image, and draw the image under the mention's heat map."""
+    media = source.saved_media(record)
+    image = media.picture if media is not None and media.picture is not None else image_source(record)
+    if media is None or image is None:
         return image, None
-    return image, replace(view, picture=image).overlay(int(row["token"]), SIDE)
+    return image, replace(media, picture=image).overlay(int(row["token"]), SIDE)
 
 
 def cut_answer(text: str, mention: tuple[int, int], others: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Cut the text around a mention into marked pieces; what is left out is an ellipsis.
+    """Cut the text around a mention into marked pieces; text that is left out becomes an ellipsis.
 
     Args:
         text: of the answer.
-        mention: its characters, start and end.
-        others: those of all warned mentions of the answer.
+        mention: its characters, as a half-open range.
+        others: ranges of all warned mentions of the answer; the mention itself may be among them.
     """
     first, last = max(0, mention[0] - CONTEXT), min(len(text), mention[1] + CONTEXT)
     if first > 0:
         first = text.find(" ", first, mention[0]) + 1 or first
         yield "… ", ""
-    done = first
+    position = first
     marks = [(*mention, "this"), *((*other, "warned") for other in others if other != mention)]
     for start, end, mark in sorted(marks):
         word = text[start:end]
         start, end = start + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
-        if done <= start < end <= last:
-            yield text[done:start], ""
+        if position <= start < end <= last:
+            yield text[position:start], ""
             yield text[start:end], mark
-            done = end
-    yield text[done:last], ""
+            position = end
+    yield text[position:last], ""
     if last < len(text):
         yield " …", ""
 
@@ -198,7 +199,7 @@ def _log_odds(value: float | None) -> str:
 
 
 def example_cards(examples: Sequence[Example]) -> Markup:
-    """Show examples as cards in the look of the viewer, a group for every kind."""
+    """Write examples as HTML cards in the style of the viewer, grouped by kind."""
     groups = [
         (kind, meaning, [_card(example) for example in examples if example.kind == kind])
         for kind, meaning in KINDS.items()
@@ -207,32 +208,32 @@ def example_cards(examples: Sequence[Example]) -> Markup:
 
 
 def _card(example: Example) -> dict[str, Any]:
-    split = example.evidence is not None and example.prior is not None
+    has_log_odds = example.evidence is not None and example.prior is not None
     return {
         "example": example,
         "images": [(data_uri(image, SIDE), caption) for image, caption in example.images],
-        "log_odds": [("evidence", example.evidence), ("prior", example.prior)] if split else [],
+        "log_odds": [("evidence", example.evidence), ("prior", example.prior)] if has_log_odds else [],
     }
 
 
 def log_detector_files(loggers: Loggers, folder: Path) -> None:
-    """Log what loggers that show images get of a run's detector: its files, its curves, and examples.
+    """Log a detector's files, curves and example mentions, if a logger takes media.
 
-    What cannot be read is warned of: the run itself has everything on disk by then.
+    Errors become warnings, because the run is complete on disk by then.
 
     Args:
-        loggers: where to; examples are as many as they want to show.
+        loggers: of the run; they set the number of examples.
         folder: of a finished run.
     """
     if not loggers.media:
         return
     try:
-        _log(loggers, RunReader.read(folder))
+        _log_detector(loggers, RunReader.read(folder))
     except StethoscopeError as error:
         warnings.warn(f"the loggers get no pictures of the detector: {error}", stacklevel=2)
 
 
-def _log(loggers: Loggers, source: RunReader) -> None:
+def _log_detector(loggers: Loggers, source: RunReader) -> None:
     detector = source.folder / "detector"
     manifest = detector / "manifest.json"
     if manifest.is_file():
@@ -246,7 +247,7 @@ def _log(loggers: Loggers, source: RunReader) -> None:
 
 
 def _logged_rows(source: RunReader, count: int) -> list[list[Any]]:
-    """Write rows of ``LOGGED_COLUMNS``: as many examples of each kind, ``count`` at most."""
+    """Make at most ``count`` rows of ``LOGGED_COLUMNS``, with equally many examples of each kind."""
     return [
         [
             example.kind,
@@ -265,7 +266,7 @@ def _logged_rows(source: RunReader, count: int) -> list[list[Any]]:
 
 
 def _curves(source: RunReader) -> Iterator[tuple[str, tuple[str, str, str], list[list[Any]]]]:
-    """Compute name, columns and points of every curve."""
+    """Compute every curve: its name, its columns and its points."""
     rows = source.held_out
     if rows["label"].nunique() == 2:
         pairs = {
@@ -273,14 +274,16 @@ def _curves(source: RunReader) -> Iterator[tuple[str, tuple[str, str, str], list
             "precision_recall": (plots.precision_recall, ("recall", "precision", "curve")),
         }
         for name, (points, columns) in pairs.items():
-            x, y = points(rows["label"], rows["probability"])
+            x, y = points(rows["label"].to_numpy(), rows["probability"].to_numpy())
             yield name, columns, [[*pair, "detector"] for pair in zip(x.tolist(), y.tolist(), strict=True)]
     calibrated = [[end, end, "calibrated"] for end in (0.0, 1.0)]
-    shares = [[one_bin.x, one_bin.interval.value, "detector"] for one_bin in plots.reliability(rows)]
+    shares = [
+        [part.x, part.interval.value, "detector"] for part in plots.reliability(rows) if part.interval is not None
+    ]
     yield "reliability", ("probability", "share hallucinated", "curve"), shares + calibrated
     areas = [
-        [int(one_bin.name.partition("–")[0]), one_bin.interval.value, "detector"]
-        for one_bin in plots.by_position(rows)
-        if one_bin.interval is not None
+        [int(part.name.partition("–")[0]), part.interval.value, "detector"]
+        for part in plots.by_position(rows)
+        if part.interval is not None
     ]
     yield "auroc_by_position", ("token position", "AUROC", "curve"), areas

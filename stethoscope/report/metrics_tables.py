@@ -1,4 +1,4 @@
-"""Results as tables: tasks, leaderboard, differences, ablation, and what warnings at the threshold are worth."""
+"""Make tables of results: tasks, leaderboard, differences, ablation, and the error rates at the threshold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.metrics.bootstrap import Interval
-from stethoscope.report.tables import PairedDifference, Table
+from stethoscope.report.tables import Cell, PairedDifference, Table
 
 if TYPE_CHECKING:
     from stethoscope.detection.leaderboard import Difference, Leaderboard, Row
@@ -39,9 +39,9 @@ COSTS = {
     "one more pass per mention": "+ mentions",
     "one more question per mention": "+ question",
 }
-"""Short labels for the cost classes (``stethoscope.features.COSTS``)."""
+"""Short labels by cost class (``stethoscope.features.COSTS``)."""
 BEST_PUBLISHED = "best published of one pass"
-SINGLE_FEATURES = 5  # rows of single features, besides those that are best under a control
+SINGLE_FEATURES = 5  # rows of single features, in addition to those that are best under a control
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class DetectorResults:
     """The detector's section of ``metrics.json``.
 
     Attributes:
-        leaderboard: of the detector and everything beside it.
+        leaderboard: of the detector and everything it is compared with.
         split: sizes of the folds, and which mentions count.
-        threshold: how the threshold was chosen, and intervals of what warnings are worth by name.
-        ablation: feature group, its number of columns, and the detector less the same refitted without the group.
+        threshold: how the threshold was chosen, and intervals of its precision, recall and error rates.
+        ablation: feature group, its number of columns, and by how much the detector is ahead of itself refitted
+            without the group.
     """
 
     leaderboard: Leaderboard
@@ -63,36 +64,34 @@ class DetectorResults:
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> DetectorResults:
         """Read the section of ``metrics.json``."""
-        # here, because scikit-learn takes a second to import and most tables are of runs without a detector
+        # imported here: scikit-learn takes a second to load, and most tables are of runs without a detector
         from stethoscope.detection.leaderboard import Difference, Leaderboard
 
         ablation = []
         for row in section.get("ablation", ()):
             difference = Difference.from_dict(row)
             ablation.append((difference.other.removeprefix("without "), int(row["columns"]), difference))
-        board = Leaderboard.from_dict(section["leaderboard"])
-        return cls(board, section["split"], section["threshold"], tuple(ablation))
+        leaderboard = Leaderboard.from_dict(section["leaderboard"])
+        return cls(leaderboard, section["split"], section["threshold"], tuple(ablation))
 
     @property
     def detector(self) -> Row:
-        """The leaderboard's row of the run's own detector, its first."""
+        """Return the leaderboard's first row: that of the run's own detector."""
         return self.leaderboard.rows[0]
 
     @property
     def first_mentions_only(self) -> bool:
-        """Whether only the first mention of an object in an answer counts."""
+        """Tell whether only the first mention of an object in an answer counts."""
         return self.split["mentions"]["repeats"] == "first"
 
 
-def read_interval(section: Mapping[str, Any] | None) -> Interval | None:
-    """Read the interval of a section of JSON that may say more; None of None."""
-    if section is None:
-        return None
+def read_interval(section: Mapping[str, Any]) -> Interval:
+    """Read the interval of a section of JSON, which may have other keys too."""
     return Interval.from_dict({key: section[key] for key in ("value", "low", "high", "items", "groups")})
 
 
 def primary(results: TaskResults) -> Interval | None:
-    """Return the figure that stands for a task; None where it could not be measured."""
+    """Return the interval of a task's primary metric; None if it could not be measured."""
     return results.interval() if any(row.metric == results.primary for row in results.metrics) else None
 
 
@@ -100,32 +99,34 @@ def task_table(results: TaskResults) -> Table:
     """List metrics down and subsets across, with the three counts as the note."""
     intervals = {(row.metric, row.subset): row.interval for row in results.metrics}
     names = list(dict.fromkeys(row.metric for row in results.metrics))
-    rows = tuple((name, *(intervals.get((name, subset)) for subset in results.subsets)) for name in names)
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (name, *(intervals.get((name, subset)) for subset in results.subsets)) for name in names
+    )
     bold = frozenset(index for index, name in enumerate(names) if name == results.primary)
     note = f"{results.summary()}. 95 % intervals from resampled images."
     return Table(results.task, ("metric", *results.subsets), rows, note, bold)
 
 
 def count_table(results: Sequence[TaskResults]) -> Table:
-    """Count the samples that went well, and those that did not."""
-    rows = tuple((result.task, *(int(result.counts[name]) for name in COUNTS)) for result in results)
+    """Count the samples of every task by status."""
+    rows: list[tuple[Cell, ...]] = [(result.task, *(int(result.counts[name]) for name in COUNTS)) for result in results]
     note = (
         "A failed sample gave an error, an unparsed one an answer that the task cannot read; neither is a wrong answer."
     )
-    return Table("samples", ("task", *COUNTS), rows, note)
+    return Table("samples", ("task", *COUNTS), tuple(rows), note)
 
 
-def shown_rows(board: Leaderboard) -> list[Row]:
-    """Choose detectors, published ones, the most telling single features, baselines; by AUROC within each kind."""
-    features = [row.name for row in board.rows if row.kind == "feature"]  # by falling AUROC in training
-    shown_features = {*features[:SINGLE_FEATURES], *board.best_features.values()}
+def shown_rows(leaderboard: Leaderboard) -> list[Row]:
+    """Select detectors, published detectors, the best single features and baselines, each by falling AUROC."""
+    features = [row.name for row in leaderboard.rows if row.kind == "feature"]  # by falling AUROC in training
+    shown_features = {*features[:SINGLE_FEATURES], *leaderboard.best_features.values()}
     kinds = ("detector", "published", "feature", "baseline")
-    rows = [row for row in board.rows if row.kind != "feature" or row.name in shown_features]
+    rows = [row for row in leaderboard.rows if row.kind != "feature" or row.name in shown_features]
     return sorted(rows, key=lambda row: (kinds.index(row.kind), -np.nan_to_num(row.metrics["auroc"].value)))
 
 
 def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
-    """List the leaderboard in two tables: how well mentions are ranked, and what the detectors are worth at work."""
+    """List the leaderboard in two tables: areas under the ROC curve, and metrics of a detector in use."""
     rows = shown_rows(results.leaderboard)
     for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", OPERATING_METRICS)):
         shown = {metric: name for metric, name in columns.items() if metric in rows[0].metrics}
@@ -133,7 +134,7 @@ def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
             (row.name, row.kind, short_cost(row), *(row.metrics.get(metric) for metric in shown)) for row in rows
         )
         bold = frozenset(index for index, row in enumerate(rows) if row.kind == "detector")
-        note = sizes(results) if columns is RANKING else _base_rate(rows[0])
+        note = describe_data(results) if columns is RANKING else _base_rate(rows[0])
         yield Table(title, ("", "kind", "cost", *shown.values()), cells, note, bold)
 
 
@@ -143,36 +144,36 @@ def _base_rate(row: Row) -> str:
 
 
 def short_cost(row: Row) -> str:
-    """Label the most expensive cost class of what a row reads; empty for baselines and rows that do not say."""
+    """Label the most expensive cost class that a row reads; empty for baselines and rows without a cost."""
     return COSTS.get(row.cost, "")
 
 
-def opponent(board: Leaderboard, difference: Difference) -> str:
-    """Name the other side of a difference; who is best differs between metrics."""
-    if difference.other == board.best_features.get(difference.metric):
+def opponent(leaderboard: Leaderboard, difference: Difference) -> str:
+    """Name what a detector is compared with; the best feature and published detector depend on the metric."""
+    if difference.other == leaderboard.best_features.get(difference.metric):
         return "best single feature"
-    best_published = board.best_published.get(difference.metric)
+    best_published = leaderboard.best_published.get(difference.metric)
     return BEST_PUBLISHED if difference.other == best_published else difference.other
 
 
-def sizes(results: DetectorResults) -> str:
-    """Describe in a sentence or two what the leaderboard rests on."""
+def describe_data(results: DetectorResults) -> str:
+    """Describe the mentions and images that the leaderboard was measured and fitted on."""
     folds, matched = results.split["folds"], results.leaderboard.controls["auroc_matched"]
     test = folds["test"]
-    which = "first mentions of an object" if results.first_mentions_only else "object mentions"
+    counted = "first mentions of an object" if results.first_mentions_only else "object mentions"
     return (
-        f"{test['mentions']} {which} in {test['images']} test images, "
+        f"{test['mentions']} {counted} in {test['images']} test images, "
         f"{test['hallucinated'] / max(test['mentions'], 1):.1%} hallucinated; fitted on {folds['train']['images']} "
         f"images, calibrated on {folds['calibration']['images']}. Same position (within ten tokens) and word: "
         f"{matched['pairs']} pairs with {matched['share']:.0%} of the mentions."
     )
 
 
-def difference_table(board: Leaderboard) -> Table | None:
-    """List what every detector is ahead by, a row for each opponent; None without differences."""
+def difference_table(leaderboard: Leaderboard) -> Table | None:
+    """List by how much every detector is ahead, with a row for each opponent; None without differences."""
     cells: dict[tuple[str, str], dict[str, PairedDifference]] = {}
-    for difference in board.differences:
-        pair = difference.detector, opponent(board, difference)
+    for difference in leaderboard.differences:
+        pair = difference.detector, opponent(leaderboard, difference)
         cells.setdefault(pair, {})[difference.metric] = PairedDifference(difference.interval, difference.p)
     shown = [metric for metric in RANKING if any(metric in row for row in cells.values())]
     if not shown:
@@ -180,13 +181,13 @@ def difference_table(board: Leaderboard) -> Table | None:
     rows = tuple(
         (f"{detector} − {other}", *(row.get(metric) for metric in shown)) for (detector, other), row in cells.items()
     )
-    return Table("ahead by", ("", *(RANKING[metric] for metric in shown)), rows, difference_note(board))
+    return Table("ahead by", ("", *(RANKING[metric] for metric in shown)), rows, difference_note(leaderboard))
 
 
-def difference_note(board: Leaderboard) -> str:
-    """Describe what the differences rest on, and which published detectors are the best of one pass."""
+def difference_note(leaderboard: Leaderboard) -> str:
+    """Describe how the differences are tested, and name the best published detectors of one pass."""
     note = "Paired over images; p is two-sided and not corrected for the number of comparisons."
-    names = ", ".join(dict.fromkeys(board.best_published.values()))
+    names = ", ".join(dict.fromkeys(leaderboard.best_published.values()))
     chosen = f" The {BEST_PUBLISHED} is chosen with hindsight, for every column on the test images: {names}."
     return note + chosen if names else note
 
@@ -207,9 +208,9 @@ def ablation_table(ablation: Sequence[tuple[str, int, Difference]]) -> Table | N
 
 
 def threshold_table(threshold: Mapping[str, Any]) -> Table:
-    """List what warnings at the threshold are worth on the test images, and what was guaranteed."""
+    """List precision, recall and error rates at the threshold on the test images, and the threshold's guarantee."""
     shown = {"false_alarms": "false alarms", "missed": "missed", "precision": "precision", "recall": "recall"}
-    row = (f"{threshold['value']:.3f}", *(read_interval(threshold[key]) for key in shown))
+    row: tuple[Cell, ...] = (f"{threshold['value']:.3f}", *(read_interval(threshold[key]) for key in shown))
     note, guarantee = f"Warned at or above the threshold: {threshold['chosen']}.", threshold["certificate"]
     if guarantee:
         note += f" Promised from {guarantee['mentions']} mentions in {guarantee['images']} calibration images."
@@ -217,7 +218,7 @@ def threshold_table(threshold: Mapping[str, Any]) -> Table:
 
 
 def detector_tables(results: DetectorResults) -> list[Table]:
-    """List everything that ``metrics.json`` says of the detector."""
+    """List all of the detector's figures in ``metrics.json``, as tables."""
     tables = [
         *leaderboard_tables(results),
         difference_table(results.leaderboard),

@@ -1,7 +1,7 @@
-"""Plots of a detector's warnings: their points, and SVG from matplotlib that takes its colours from the page.
+"""Plot a detector's warnings: compute the points, and draw them with matplotlib as SVG for a page.
 
-Importing this module does not import matplotlib. The SVG is the same for the same points, its text stays text, and
-colours are CSS variables of the page, so that a plot is right in light and in dark.
+Importing this module does not import matplotlib. Equal points give equal SVG; text stays text, and colours are CSS
+variables of the page, so that a plot fits its light and its dark mode.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POINTS = 400  # of a curve: more than a screen shows
+POINTS = 400  # of a curve at most: more than a screen can show
 BIN_WIDTH, MOST_BINS = 10, 12  # tokens per bin of positions; with longer answers bins are wider
-SIZE = 440, 320  # points of a plot
+SIZE = 440, 320  # width and height of a plot, in points
 COLOURS = {
     "ink": "#1c2024", "soft": "#60666d", "rule": "#e1e4e8", "card": "#ffffff", "count": "#dbe4ef",
     "s0": "#0b63ce", "s1": "#c2620a", "s2": "#1a7f4b", "s3": "#8a4bbd",
 }  # fmt: skip
 """Colours by the name of the CSS variable that takes their place; ``s0`` to ``s3`` are those of the curves."""
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's stubs know keys as literals
     "svg.fonttype": "none",  # text as text
     "svg.hashsalt": "stethoscope",  # the same ids every time
-    "text.parse_math": False,  # a $ in a name of a feature begins no formula
+    "text.parse_math": False,  # a $ in a feature name starts no formula
     "font.size": 11,
     "axes.edgecolor": COLOURS["rule"],
     "axes.labelcolor": COLOURS["ink"],
@@ -52,14 +52,14 @@ _lock = threading.Lock()  # matplotlib's settings belong to the whole process
 
 @dataclass(frozen=True)
 class Bin:
-    """Some mentions of similar position or probability.
+    """Mentions of similar position or probability.
 
     Attributes:
-        x: position of the bin on its axis: its number, or the mean probability.
+        x: position of the bin on its axis: its index, or the mean probability.
         name: range of the bin, such as ``10–19``.
-        mentions: how many there are.
-        hallucinated: how many of these are hallucinated.
-        interval: AUROC, or the share that is hallucinated; None where it is not defined.
+        mentions: number of mentions in the bin.
+        hallucinated: number of hallucinated ones among them.
+        interval: AUROC, or the share that is hallucinated; None if it is not defined.
     """
 
     x: float
@@ -88,10 +88,10 @@ class Plot:
     """A plot for a page.
 
     Attributes:
-        title: what it shows.
+        title: the heading.
         svg: the drawing.
         legend: names of its curves, in the order of their colours.
-        note: what one must know to read it.
+        note: how to read the plot; may be empty.
     """
 
     title: str
@@ -112,7 +112,7 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Compute false-positive and true-positive rate at every threshold, from (0, 0) to (1, 1).
 
     Args:
-        labels: (n,) 1 for hallucinated, else 0; both must be there.
+        labels: (n,) 1 for hallucinated, else 0; both must occur.
         scores: (n,) higher means hallucinated.
 
     >>> [points.tolist() for points in roc([0, 1, 1], [0.2, 0.9, 0.2])]
@@ -125,10 +125,10 @@ def roc(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute recall and precision at every threshold, from the highest down.
+    """Compute recall and precision at every threshold, from the highest threshold down.
 
     Args:
-        labels: (n,) 1 for hallucinated, the positive class, else 0; both must be there.
+        labels: (n,) 1 for hallucinated, the positive class, else 0; both must occur.
         scores: (n,) higher means hallucinated.
 
     >>> [points.round(2).tolist() for points in precision_recall([0, 1, 1], [0.2, 0.9, 0.2])]
@@ -140,7 +140,7 @@ def precision_recall(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray
 
 
 def by_position(rows: pd.DataFrame) -> list[Bin]:
-    """Compute the AUROC of mentions of similar token position, with its interval over images.
+    """Compute the AUROC by token position of the mentions, with intervals over images.
 
     Args:
         rows: mentions with ``token``, ``label``, ``probability`` and ``group``.
@@ -150,35 +150,38 @@ def by_position(rows: pd.DataFrame) -> list[Bin]:
     return [
         Bin(
             x=float(index),
-            name=f"{number * width}–{number * width + width - 1}",
+            name=f"{start}–{start + width - 1}",
             mentions=len(part),
             hallucinated=int(part["label"].sum()),
-            interval=bootstrap(auroc, part["label"], part["probability"], part["group"])
+            interval=bootstrap(
+                auroc, part["label"].to_numpy(), part["probability"].to_numpy(), part["group"].to_numpy()
+            )
             if part["label"].nunique() == 2
             else None,
         )
-        for index, (number, part) in enumerate(rows.groupby(positions // width, sort=True))
+        for index, (start, part) in enumerate(rows.groupby(positions // width * width, sort=True))
     ]
 
 
 def reliability(rows: pd.DataFrame, count: int = 10) -> list[Bin]:
-    """Compute the share of hallucinated mentions by probability, with its interval over images.
+    """Compute the share of hallucinated mentions by probability, with intervals over images.
 
     Args:
         rows: mentions with ``label``, ``probability`` and ``group``.
         count: bins of equal width; empty ones are left out.
     """
-    number = np.minimum((rows["probability"].to_numpy() * count).astype(int), count - 1)
+    indices = np.minimum((rows["probability"].to_numpy() * count).astype(int), count - 1)
     bins = []
-    for index, part in rows.groupby(number, sort=True):
-        wrong, drawn = part["label"].to_numpy(dtype=float), group_weights(part["group"])
+    for index in np.unique(indices).tolist():
+        part = rows[indices == index]
+        hallucinated, resamples = part["label"].to_numpy(dtype=float), group_weights(part["group"].to_numpy())
 
-        def share(weights: np.ndarray, wrong: np.ndarray = wrong) -> dict[str, np.ndarray]:
-            return {"share": weights @ wrong / weights.sum(axis=1)}
+        def share(weights: np.ndarray, hallucinated: np.ndarray = hallucinated) -> dict[str, np.ndarray]:
+            return {"share": weights @ hallucinated / weights.sum(axis=1)}
 
-        interval = drawn.interval(drawn.apply(share)["share"])
+        interval = resamples.interval(resamples.apply(share)["share"])
         name = f"{index / count:.1f}–{(index + 1) / count:.1f}"
-        bins.append(Bin(float(part["probability"].mean()), name, len(part), int(wrong.sum()), interval))
+        bins.append(Bin(float(part["probability"].mean()), name, len(part), int(hallucinated.sum()), interval))
     return bins
 
 
@@ -188,11 +191,11 @@ def plot_curves(
     """Plot at most four curves in the unit square.
 
     Args:
-        title: what the plot shows.
+        title: the heading.
         labels: of the x and the y axis.
         curves: in the order of their colours; the first lies on top.
         reference: (2,) y at x = 0 and at x = 1 of a dashed line.
-        note: what one must know to read it.
+        note: how to read the plot.
     """
     with _drawing(title, SIZE) as (figure, axes, finish):
         _unit_square(axes, *labels)
@@ -203,11 +206,11 @@ def plot_curves(
 
 
 def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
-    """Plot the share of hallucinated mentions by probability; pale columns show how many mentions there are."""
+    """Plot the share of hallucinated mentions by probability, over pale columns for the number of mentions."""
     title = "reliability"
     with _drawing(title, SIZE) as (figure, axes, finish):
         _unit_square(axes, "probability that the detector gives", "share that is hallucinated")
-        edges = [float(one_bin.name[:3]) for one_bin in bins]
+        edges = [float(part.name[:3]) for part in bins]
         _columns(axes, bins, edges, 0.1)
         axes.plot([0, 1], [0, 1], **_DASHED)
         _intervals(axes, bins)
@@ -215,31 +218,30 @@ def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
 
 
 def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
-    """Plot the AUROC by token position; pale columns show how many mentions there are."""
+    """Plot the AUROC by token position, over pale columns for the number of mentions."""
     title = "AUROC by token position"
-    known = [one_bin for one_bin in bins if one_bin.interval is not None]
-    low = min([0.5, *(one_bin.interval.low for one_bin in known)])  # NaN is never below
+    low = min([0.5, *(part.interval.low for part in bins if part.interval is not None)])  # NaN is never below
     with _drawing(title, SIZE) as (figure, axes, finish):
         axes.set(xlabel="token position in the answer", ylabel="AUROC")
         axes.set(xlim=(-0.5, len(bins) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))
-        shown = bins if len(bins) <= 7 else bins[::2]  # every other label, or they touch
-        names = [f"{one_bin.name}\n{one_bin.hallucinated}/{one_bin.mentions}" for one_bin in shown]
-        axes.set_xticks([one_bin.x for one_bin in shown], names)
+        labelled = bins if len(bins) <= 7 else bins[::2]  # every other label, or they would touch
+        names = [f"{part.name}\n{part.hallucinated}/{part.mentions}" for part in labelled]
+        axes.set_xticks([part.x for part in labelled], names)
         axes.grid(axis="y")
-        _columns(axes, bins, [one_bin.x - 0.5 for one_bin in bins], 1.0)
+        _columns(axes, bins, [part.x - 0.5 for part in bins], 1.0)
         axes.plot([-0.5, len(bins) - 0.5], [0.5, 0.5], **_DASHED)
-        _intervals(axes, known)
+        _intervals(axes, bins)
         return finish(figure, (), note)
 
 
 def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note: str = "") -> Plot:
-    """Plot horizontal bars with error bars, from the first down.
+    """Plot horizontal bars with error bars, the first on top.
 
     Args:
-        title: what the plot shows.
+        title: the heading.
         label: of the axis.
         bars: names and values.
-        note: what one must know to read it.
+        note: how to read the plot.
     """
     with _drawing(title, (SIZE[0], 60 + 24 * len(bars))) as (figure, axes, finish):
         axes.barh(
@@ -257,12 +259,14 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
         return finish(figure, (), note)
 
 
-_DASHED = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
+_DASHED: dict[str, Any] = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
 
 
 @contextmanager
-def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple]:
-    """Open a figure in our style; gives it, its axes, and what makes a ``Plot`` of it."""
+def _drawing(
+    title: str, size: tuple[int, int]
+) -> Iterator[tuple[Figure, Axes, Callable[[Figure, tuple[str, ...], str], Plot]]]:
+    """Open a figure in our style; yield it, its axes, and a function that turns it into a ``Plot``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -270,7 +274,7 @@ def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple]:
         return Plot(title, _svg(figure, title), legend, note)
 
     with _lock, rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a character that matplotlib's own font lacks
+        warnings.simplefilter("ignore", UserWarning)  # matplotlib's own font lacks a character; the page's has it
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
@@ -296,26 +300,22 @@ def _line(axes: Axes, curve: Curve, index: int) -> None:
 
 
 def _columns(axes: Axes, bins: Sequence[Bin], left: Sequence[float], width: float) -> None:
-    """Draw pale columns at the bottom that show how many mentions each bin has."""
+    """Draw pale columns at the bottom for the number of mentions in each bin."""
     low, high = axes.get_ylim()
-    most = max(one_bin.mentions for one_bin in bins)
-    heights = [0.22 * (high - low) * one_bin.mentions / most for one_bin in bins]
+    most = max(part.mentions for part in bins)
+    heights = [0.22 * (high - low) * part.mentions / most for part in bins]
     axes.bar(left, heights, width=0.96 * width, bottom=low, align="edge", color=COLOURS["count"], zorder=0.6)
     axes.set_ylim(low, high)
 
 
 def _intervals(axes: Axes, bins: Sequence[Bin]) -> None:
-    """Draw the figures of bins as marks with error bars."""
-    kept = [one_bin for one_bin in bins if np.isfinite(one_bin.interval.value)]
-    x, value, low, high = (
-        np.array([getter(one_bin) for one_bin in kept], float)
-        for getter in (
-            lambda one_bin: one_bin.x,
-            lambda one_bin: one_bin.interval.value,
-            lambda one_bin: one_bin.interval.low,
-            lambda one_bin: one_bin.interval.high,
-        )
-    )
+    """Draw the intervals of bins as markers with error bars."""
+    points = [
+        (part.x, part.interval.value, part.interval.low, part.interval.high)
+        for part in bins
+        if part.interval is not None and np.isfinite(part.interval.value)
+    ]
+    x, value, low, high = np.array(points, float).reshape(-1, 4).T
     errors = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
     blue = COLOURS["s0"]
     axes.errorbar(
@@ -329,18 +329,19 @@ def _svg(figure: Figure, title: str) -> Markup:
     from markupsafe import Markup
 
     file = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none of it
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves an entry out
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would style the whole page
     text = re.sub(r"<defs>\s*</defs>|<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of groups: they repeat from plot to plot
     text = re.sub(r' id="([a-z]+(?:-\d)?)"', r' class="\1"', text)
     text = re.sub(r'style="[^"<>]*"', _page_style, text)
-    view = re.search(r'viewBox="[^"]*"', text)[0]
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view} role="img"'
-    body = text[text.index(">") + 1 :]
+    tag, body = text.split(">", 1)
+    view = tag[tag.index("viewBox=") :].split('"')[1]
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    opening = f'<svg {namespaces} viewBox="{view}" role="img"'
     return Markup(f'{opening} aria-label="{escape(title)}">{body.strip()}')
 
 

@@ -1,4 +1,4 @@
-"""The report of a finished run: sections of tables, plots and examples, as Markdown, LaTeX or one HTML page."""
+"""Write the report of a finished run: tables, plots and examples as Markdown, LaTeX or one HTML page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
 
 from stethoscope.core.files import check_shape, read_json
 from stethoscope.core.html import asset, document, render
@@ -30,11 +33,11 @@ class Section:
 
     Attributes:
         title: its heading.
-        tables: shown everywhere.
-        plots: on the page only.
-        folded: tables of the same figures as plots and cards, folded away on the page.
-        cards: HTML of the examples, on the page only.
-        lead: a sentence under the heading.
+        tables: shown in every format.
+        plots: shown on the page only.
+        folded: tables with the numbers of the plots and cards, collapsed on the page.
+        cards: HTML of the examples, shown on the page only.
+        lead: text under the heading.
     """
 
     title: str
@@ -52,7 +55,7 @@ class Report:
     Attributes:
         title: name of the run.
         subtitle: model and tasks.
-        tiles: the most important figures by name.
+        tiles: the most important intervals by name, shown at the top.
         sections: in their order.
     """
 
@@ -71,12 +74,12 @@ class Report:
         return "\n".join(parts)
 
     def latex(self) -> str:
-        """Write all tables as LaTeX to be read into a document."""
-        every = [table for section in self.sections for table in (*section.tables, *section.folded)]
-        return f"% {tables.escape_latex(self.title)}\n" + tables.render_tables(every, "latex")
+        """Write all tables as LaTeX, to be included in a document."""
+        all_tables = [table for section in self.sections for table in (*section.tables, *section.folded)]
+        return f"% {tables.escape_latex(self.title)}\n" + tables.render_tables(all_tables, "latex")
 
     def html(self) -> str:
-        """Write one page that fetches nothing."""
+        """Write one self-contained HTML page."""
         body = render("report/report.html", report=self, write_table=tables.html)
         return _page(f"{self.title}: report", body)
 
@@ -93,15 +96,15 @@ def _page(title: str, body: Markup) -> str:
 def collect_report(
     source: RunReader, examples: int = EXAMPLES, image_source: ImageSource | None = lambda record: None
 ) -> Report:
-    """Compute everything that the report of a run shows.
+    """Compute the tables, plots and examples of a run's report.
 
     Args:
         source: the run.
         examples: mentions of every kind, at most.
-        image_source: gives the images of examples that the run has not kept; None for examples without images.
+        image_source: loads the images of examples that the run has not saved; None for examples without images.
 
     Raises:
-        ArtefactError: a file of the run is damaged, or two do not fit each other.
+        ArtefactError: a file of the run is damaged, or two files do not match.
     """
     sections = [Section("tasks", (count_table(source.results), *map(task_table, source.results)))]
     if source.detector:
@@ -121,7 +124,7 @@ def collect_report(
 
 
 def _tiles(source: RunReader) -> dict[str, Interval]:
-    """Choose the primary metric of every task, then what the detector is worth."""
+    """Choose the primary metric of every task, then the detector's AUROC and calibration error."""
     tiles = {f"{result.task} {result.primary}": primary(result) for result in source.results}
     if source.detector:
         for metric in ("auroc", "auroc_controlled", "ece"):
@@ -137,8 +140,8 @@ def _warning_sections(source: RunReader, examples: int, image_source: ImageSourc
     if rows["label"].nunique() == 2:
         shown = [_roc(source), _precision_recall(source), *shown]
     mentions = read_examples(source, examples, image_source)
-    which = "the test images" if (source.warnings["fold"] != "").any() else "this run, which it was not fitted on"
-    lead = f"{len(rows)} judged mentions of {which}, {int(rows['label'].sum())} of them hallucinated."
+    origin = "the test images" if (source.warnings["fold"] != "").any() else "this run, which it was not fitted on"
+    lead = f"{len(rows)} judged mentions of {origin}, {int(rows['label'].sum())} of them hallucinated."
     sections = [Section("how good are the warnings?", (), tuple(shown), _bin_tables(positions, bins), lead=lead)]
     if features:
         sections.append(Section("feature importance", (), (_importance(features),), (_importance_table(features),)))
@@ -149,13 +152,13 @@ def _warning_sections(source: RunReader, examples: int, image_source: ImageSourc
     return [*sections, Section("mentions to look at", folded=table, cards=example_cards(mentions), lead=lead)]
 
 
-def _best_feature(source: RunReader) -> tuple[str, Any] | None:
-    """Read the best single feature and its values as a score, oriented and without gaps as on the leaderboard."""
+def _best_feature(source: RunReader) -> tuple[str, pd.Series] | None:
+    """Read the best single feature as a score, with its sign and gaps treated as on the leaderboard."""
     if not source.detector or source.detector.split["mentions"]["subtokens"] != "first":
         return None
-    board = source.detector.leaderboard
-    name = board.best_features.get("auroc")
-    sign = next((row.sign for row in board.rows if row.name == name), 1)
+    leaderboard = source.detector.leaderboard
+    name = leaderboard.best_features.get("auroc", "")
+    sign = next((row.sign for row in leaderboard.rows if row.name == name), 1)
     if name not in source.rows:
         return None
     rows = source.rows[(source.rows["fold"] == "train") & (source.rows["label"] >= 0)]
@@ -164,18 +167,21 @@ def _best_feature(source: RunReader) -> tuple[str, Any] | None:
     return name, sign * source.held_out[name].astype(float).fillna(float(rows[name].astype(float).median()))
 
 
-def _curves(source: RunReader, points: Callable[..., Any], metric: str) -> list[Curve]:
-    """Compute a curve of the detector and one of the best single feature, named with their areas."""
+def _curves(
+    source: RunReader, points: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], metric: str
+) -> list[Curve]:
+    """Compute the curves of the detector and of the best single feature, named with their areas."""
     rows = source.held_out
     scores = {"detector": rows["probability"]}
     best = _best_feature(source)
     if best:
         scores[best[0]] = best[1]
     areas = {row.name: row.metrics.get(metric) for row in source.detector.leaderboard.rows} if source.detector else {}
-    return [
-        Curve(*points(rows["label"], values), name if areas.get(name) is None else f"{name}: {areas[name]}")
-        for name, values in scores.items()
-    ]
+    curves = []
+    for name, values in scores.items():
+        x, y = points(rows["label"].to_numpy(), values.to_numpy())
+        curves.append(Curve(x.tolist(), y.tolist(), name if areas.get(name) is None else f"{name}: {areas[name]}"))
+    return curves
 
 
 def _roc(source: RunReader) -> Plot:
@@ -193,7 +199,7 @@ def _precision_recall(source: RunReader) -> Plot:
 
 
 def _reliability(bins: Sequence[Bin], source: RunReader) -> Plot:
-    most = max(one_bin.mentions for one_bin in bins)
+    most = max(part.mentions for part in bins)
     error = source.detector.detector.metrics.get("ece") if source.detector else None
     start = "" if error is None else f"Expected calibration error {error}. "
     note = f"{start}Columns: how many mentions, at most {most}. Dashed: perfectly calibrated."
@@ -206,8 +212,8 @@ def _positions(bins: Sequence[Bin]) -> Plot:
 
 
 def _bin_tables(positions: Sequence[Bin], bins: Sequence[Bin]) -> tuple[Table, ...]:
-    def rows(listed: Sequence[Bin]) -> tuple[tuple[Cell, ...], ...]:
-        return tuple((row.name, row.mentions, row.hallucinated, row.interval) for row in listed)
+    def rows(parts: Sequence[Bin]) -> tuple[tuple[Cell, ...], ...]:
+        return tuple((part.name, part.mentions, part.hallucinated, part.interval) for part in parts)
 
     return (
         Table("AUROC by token position", ("tokens", "mentions", "hallucinated", "AUROC"), rows(positions)),
@@ -228,15 +234,15 @@ def _importance_table(features: Sequence[Importance]) -> Table:
 
 
 def _provenance(source: RunReader) -> Table:
-    """List what identifies the run: fingerprints and packages."""
+    """List the run's fingerprints and package versions."""
     rows: list[tuple[str, str]] = []
     for task, section in source.store.fingerprints().items():
         adapter = section.get("adapter", {})
-        rows += [(f"adapter.{key}", _short(adapter[key])) for key in adapter if ("adapter." + key) not in dict(rows)]
+        rows += [(f"adapter.{key}", _as_text(adapter[key])) for key in adapter if ("adapter." + key) not in dict(rows)]
         file, remedy = source.folder / "fingerprint.json", REMEDIES["fingerprint.json"]
         check_shape(file, section["task"], SHOWN_TASK_SHAPE, remedy, f"{task}.task")
-        rows.append((task, _short({key: section["task"][key] for key in ("class", "version", "settings")})))
-        rows.append((f"{task}: generation", _short(section.get("generation"))))
+        rows.append((task, _as_text({key: section["task"][key] for key in ("class", "version", "settings")})))
+        rows.append((f"{task}: generation", _as_text(section.get("generation"))))
     file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"
     environment = read_json(file, remedy, default={"packages": {}})
     check_shape(file, environment, {"packages": {"*": (str, type(None))}}, remedy)
@@ -245,5 +251,5 @@ def _provenance(source: RunReader) -> Table:
     return Table("fingerprint", ("", "value"), tuple(rows))
 
 
-def _short(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,10 +1,10 @@
-"""Read a finished run: its figures, its answers, the mentions that its detector judged, what the detector leans on."""
+"""Read a finished run: metrics, answers, scored mentions, and the permutation importance of the detector's features."""
 
 from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +61,7 @@ FINGERPRINT_SHAPE: dict[str, Any] = {"adapter": dict, "task": dict}
 """A section of ``fingerprint.json``."""
 
 SHOWN_TASK_SHAPE: dict[str, Any] = {"class": str, "version": str, "settings": dict}
-"""What a report shows of its task."""
+"""The part of ``task`` in it that a report shows."""
 
 WARNING_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("task", "sample_id", "group", "object", "fold"), str),
@@ -76,26 +76,26 @@ WARNING_SHAPE: dict[str, Any] = {
 
 @contextmanager
 def readable(folder: Path | str) -> Iterator[None]:
-    """Turn what wrong values in a run's files make of any step into one line about the run.
+    """Raise errors that are caused by wrong values in a run's files as one line about the run.
 
-    The files are JSON with some hundred fields, some of them numbers that are only formatted; a changed one shows where
-    it is used. The line names that place in our code too, in case that the fault is ours.
+    The files are JSON with some hundred fields, and a wrong value shows only where it is used. The message names the
+    line of our code as well, in case the error is ours.
 
     Args:
         folder: the run directory, or the names of several, for the message.
 
     Raises:
-        ArtefactError: a value was of another kind than the code expected.
+        ArtefactError: a value was not of the expected type.
     """
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        ours = next((frame for frame in reversed(frames) if "stethoscope" in frame.filename), frames[-1])
-        why = " ".join(str(error).split())[:160]
+        frame = next((frame for frame in reversed(frames) if "stethoscope" in frame.filename), frames[-1])
+        reason = " ".join(str(error).split())[:160]
         raise ArtefactError(
             f"a file of the run in {folder} is damaged, it holds a value of another kind than expected "
-            f"({type(error).__name__}: {why}; {Path(ours.filename).name}, line {ours.lineno}); "
+            f"({type(error).__name__}: {reason}; {Path(frame.filename).name}, line {frame.lineno}); "
             "the command that made the file makes it again"
         ) from error
 
@@ -106,9 +106,9 @@ class RunReader:
 
     Attributes:
         folder: its directory.
-        store: reads it.
-        results: figures of its tasks.
-        detector: figures of a detector that was trained on this run; None without one.
+        store: of the directory.
+        results: metrics of its tasks.
+        detector: results of the detector that was trained on this run; None without one.
     """
 
     folder: Path
@@ -118,13 +118,13 @@ class RunReader:
 
     @classmethod
     def read(cls, folder: Path) -> RunReader:
-        """Read the figures of a run directory.
+        """Read the metrics of a run directory.
 
         Raises:
-            ArtefactError: it is no run directory, a task of it is not finished, or a file is damaged.
+            ArtefactError: it is no run directory, one of its tasks is not finished, or a file is damaged.
         """
         if not (folder / "samples.jsonl").is_file():
-            raise ArtefactError(_no_run(folder))
+            raise ArtefactError(_describe_missing_run(folder))
         with readable(folder):
             return cls._read(folder)
 
@@ -132,17 +132,17 @@ class RunReader:
     def _read(cls, folder: Path) -> RunReader:
         store = RunStore(folder)
         statuses, figures, fingerprints = store.status(), store.metrics(), store.fingerprints()
-        late = {task: status for task, status in statuses.items() if status != "finished"}
-        late |= {task: "without figures" for task in fingerprints if task not in figures and task not in late}
-        if set(late) == {DETECTOR}:
+        unfinished = {task: status for task, status in statuses.items() if status != "finished"}
+        unfinished |= {task: "without figures" for task in fingerprints if task not in {**figures, **unfinished}}
+        if set(unfinished) == {DETECTOR}:
             raise ArtefactError(
                 f"the run in {folder} has parts of two detectors: fitting one was cut short. The command that did "
                 f"(`stethoscope train run={folder}`, or `benchmark`) makes it whole"
             )
-        if late or not statuses:
-            how = ", ".join(f"{task}: {status}" for task, status in late.items()) or "it has no status.json"
+        if unfinished or not statuses:
+            reason = ", ".join(f"{task}: {status}" for task, status in unfinished.items()) or "it has no status.json"
             raise ArtefactError(
-                f"the run in {folder} is not finished ({how}); the command that began it goes on with it"
+                f"the run in {folder} is not finished ({reason}); the command that began it goes on with it"
             )
         for task, section in fingerprints.items():
             check_shape(folder / "fingerprint.json", section, FINGERPRINT_SHAPE, REMEDIES["fingerprint.json"], task)
@@ -163,20 +163,21 @@ class RunReader:
     @property
     def model(self) -> str:
         """Name the model that answered."""
-        chosen = read_yaml(self.folder / "config.yaml", CONFIG_REMEDY, default={}).get("model")
-        if isinstance(chosen, dict) and chosen.get("name"):
-            return str(chosen["name"])
-        adapter = next(iter(self.store.fingerprints().values()), {}).get("adapter", {})
+        settings = read_yaml(self.folder / "config.yaml", CONFIG_REMEDY, default={}).get("model")
+        if isinstance(settings, dict) and settings.get("name"):
+            return str(settings["name"])
+        fingerprint: Mapping[str, Any] = next(iter(self.store.fingerprints().values()), {})
+        adapter = fingerprint.get("adapter", {})
         return str(adapter.get("model_id") or adapter.get("model_class") or "unknown model")
 
     @property
     def task(self) -> str:
-        """Name the task whose mentions the warnings are about; empty without warnings."""
+        """Name the task whose mentions were scored; empty without warnings."""
         return "" if self.warnings.empty else str(self.warnings["task"].iloc[0])
 
     @cached_property
     def warnings(self) -> pd.DataFrame:
-        """Read ``warnings.jsonl``, a row per object mention; empty where no detector was applied to the run.
+        """Read ``warnings.jsonl``, a row per object mention; empty if no detector was applied to the run.
 
         Raises:
             ArtefactError: a line of it is damaged.
@@ -193,7 +194,7 @@ class RunReader:
         """Join every mention of ``warnings`` with its row of the token table.
 
         Raises:
-            ArtefactError: warnings and token table are not of one run.
+            ArtefactError: a warning has no row in the token table.
         """
         from stethoscope.core.token_table import mention_rows
 
@@ -209,10 +210,10 @@ class RunReader:
 
     @cached_property
     def held_out(self) -> pd.DataFrame:
-        """Select the judged rows that the detector has not learned from.
+        """Select the labelled rows that the detector was not fitted on.
 
-        First mentions or all, as its figures count them; those of the test images,
-        or all where the detector was fitted elsewhere.
+        These are the mentions of the test images, or of all images if the detector was fitted on another run: first
+        mentions or all mentions, as the detector's metrics count them.
         """
         rows = self.rows[self.rows["label"] >= 0]
         if (rows["fold"] != "").any():
@@ -226,19 +227,19 @@ class RunReader:
         return self.store.find(self.task, sample_id)
 
     @cached_property
-    def _maps(self) -> HeatmapFile:
+    def _heatmap_file(self) -> HeatmapFile:
         return HeatmapFile(self.folder)
 
-    def view(self, record: Record) -> SavedMedia | None:
-        """Read the image and heat maps that the run has kept of a sample; None where it has kept nothing.
+    def saved_media(self, record: Record) -> SavedMedia | None:
+        """Read the image and heat maps that the run saved of a sample; None if it saved nothing.
 
         Raises:
-            ArtefactError: its line of ``maps.jsonl`` is damaged.
+            ArtefactError: the sample's line of ``maps.jsonl`` is damaged.
         """
-        return self._maps.find(record)
+        return self._heatmap_file.find(record)
 
     def no_detector(self) -> str:
-        """Explain in one line why there is nothing about a detector; empty if there is."""
+        """Explain in one line why the run has no detector; empty if it has one."""
         if self.detector or not self.warnings.empty:
             return ""
         if not (self.folder / "tokens.parquet").is_file():
@@ -247,7 +248,7 @@ class RunReader:
 
 
 def read_warnings(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of ``warnings.jsonl`` of a run; none where no detector was applied to it.
+    """Read the lines of a run's ``warnings.jsonl``; none if no detector was applied to the run.
 
     Raises:
         ArtefactError: the file is damaged.
@@ -259,27 +260,27 @@ def read_warnings(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _no_run(folder: Path) -> str:
-    """Explain why a path is no run, and which runs are near it."""
-    inside = _runs(folder) if folder.is_dir() else []
+def _describe_missing_run(folder: Path) -> str:
+    """Explain why a path is no run, and name the runs near it."""
+    inside = _run_names(folder)
     if inside:
         shown = ", ".join(inside[:6]) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
         return f"{folder} is no run directory but holds {len(inside)}: {shown}"
-    what = "has no samples.jsonl" if folder.is_dir() else "is no directory"
-    return f"{folder} is no run directory, it {what}; {unknown('run', folder.name, _runs(folder.parent))}"
+    reason = "has no samples.jsonl" if folder.is_dir() else "is no directory"
+    return f"{folder} is no run directory, it {reason}; {unknown('run', folder.name, _run_names(folder.parent))}"
 
 
-def _runs(folder: Path) -> list[str]:
+def _run_names(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/samples.jsonl")) if folder.is_dir() else []
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What one feature is to a detector.
+    """Permutation importance of one feature of a detector.
 
     Attributes:
-        feature: its name; ``PRIOR`` for what place and name of the mention are.
-        columns: how many columns of the table it has (a layer each, for one).
+        feature: its name; ``PRIOR`` for the mention's position and object name.
+        columns: number of its columns in the token table, such as one for every layer.
         loss: AUROC with the feature, less AUROC with its values shuffled among the mentions.
     """
 
@@ -289,26 +290,26 @@ class Importance:
 
 
 def by_feature(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Group columns by the feature they are of; one that is not in the catalogue stands for itself.
+    """Group columns by their feature; a column of no registered feature is a group of its own.
 
     >>> by_feature(["nll", "lens_rank_l00", "lens_rank_l01", "mine"])
     {'nll': ['nll'], 'lens_rank': ['lens_rank_l00', 'lens_rank_l01'], 'mine': ['mine']}
     """
     groups: dict[str, list[str]] = {}
     for column in columns:
-        fits = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
-        groups.setdefault(max(fits, key=len, default=column), []).append(column)
+        candidates = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
+        groups.setdefault(max(candidates, key=len, default=column), []).append(column)
     return groups
 
 
 def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     """Measure the permutation importance of every feature on the held-out mentions, the greatest loss first.
 
-    The columns of a feature are shuffled together (Breiman 2001, section 10, for groups). Features that say the same
-    share what they are worth, and each alone may lose little.
+    The columns of a feature are shuffled together (Breiman 2001, section 10, for groups). Correlated features share
+    their importance, and each alone may lose little.
 
     Args:
-        source: a run with a detector in its directory; else the answer is empty, as without mentions of both kinds.
+        source: a run. The list is empty if it has no detector, or no hallucinated or no grounded mentions.
         seed: of shuffles and bootstrap.
 
     Raises:
@@ -321,10 +322,10 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     from stethoscope.features.columns import keep_columns
 
     detector = Detector.load(source.folder / "detector")
-    lacking = set(detector.schema.names) - set(source.table.columns)
-    if lacking:
+    missing = set(detector.schema.names) - set(source.table.columns)
+    if missing:
         warnings.warn(
-            f"the token table of {source.folder} lacks {len(lacking)} columns that its detector reads, so that "
+            f"the token table of {source.folder} lacks {len(missing)} columns that its detector reads, so that "
             f"feature importance is left out; `stethoscope train run={source.folder}` makes both fit again",
             stacklevel=2,
         )
@@ -332,24 +333,22 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
     table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
     rows = detector.rows(keep_columns(table, detector.schema.names))
-    labels, drawn = rows["label"].to_numpy(dtype=int), group_weights(rows["group"], REPLICATES, seed)
+    labels, resamples = rows["label"].to_numpy(dtype=int), group_weights(rows["group"].to_numpy(), REPLICATES, seed)
     generator = np.random.default_rng(seed)
 
     def area(scores: np.ndarray) -> np.ndarray:
-        return drawn.apply(lambda weights: {"area": Ranking.of(labels, scores, weights).auroc()})["area"]
+        return resamples.apply(lambda weights: {"area": Ranking.of(labels, scores, weights).auroc()})["area"]
 
-    whole = area(detector.predict(rows))
+    full_area = area(detector.predict(rows))
     parts = by_feature(detector.features)
     if detector.settings["factored"] or detector.settings["objects"]:
         parts[PRIOR] = list(EXTERNAL) if detector.settings["factored"] else ["object"]
     results = []
     for feature, columns in parts.items():
-        areas = [area(detector.predict(mixed)) for mixed in _shuffled(rows, columns, generator)]
-        results.append(Importance(feature, len(columns), drawn.interval(whole - np.mean(areas, axis=0))))
+        areas = []
+        for _ in range(SHUFFLES):
+            order = generator.permutation(len(rows))
+            shuffled = rows.assign(**{name: rows[name].to_numpy()[order] for name in columns})
+            areas.append(area(detector.predict(shuffled)))
+        results.append(Importance(feature, len(columns), resamples.interval(full_area - np.mean(areas, axis=0))))
     return sorted(results, key=lambda importance: -importance.loss.value)
-
-
-def _shuffled(rows: pd.DataFrame, columns: Sequence[str], generator: np.random.Generator) -> Iterator[pd.DataFrame]:
-    for _ in range(SHUFFLES):
-        order = generator.permutation(len(rows))
-        yield rows.assign(**{name: rows[name].to_numpy()[order] for name in columns})

@@ -1,4 +1,4 @@
-"""A table for people, with one renderer each for terminals, aligned text, Markdown, LaTeX (booktabs) and HTML."""
+"""Write tables for terminals and as aligned text, Markdown, LaTeX (booktabs) and HTML."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 class PairedDifference(NamedTuple):
-    """A difference over the same resampled images, and its two-sided p-value; None where there is none."""
+    """A paired difference over the same resampled images, and its two-sided p-value, if there is one."""
 
     interval: Interval
     p: float | None
 
 
 Cell = str | int | Interval | PairedDifference | None
-"""Text (as it is, of whomever it comes), a count, a figure, a tested difference; None for an empty cell."""
+"""Text (untrusted: every writer escapes it), a count, an interval or a paired difference; None for an empty cell."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table to be shown to people.
 
     Attributes:
-        title: what it shows; empty for none.
-        columns: names of the columns; the first is that of the row names.
-        rows: cells, as many as there are columns.
-        note: what one must know to read it; empty for nothing.
-        bold: indices of rows that stand out.
+        title: the heading; may be empty.
+        columns: names of the columns; the first column holds the names of the rows.
+        rows: cells, as many in each row as there are columns.
+        note: how to read the table; may be empty.
+        bold: indices of the rows that are set in bold.
     """
 
     title: str
@@ -47,18 +47,18 @@ class Table:
     bold: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Check that no row is too short, which would shift its cells unseen."""
+        """Check that every row has a cell for every column."""
         assert all(len(row) == len(self.columns) for row in self.rows), (self.title, self.columns)
 
     def without(self, names: Collection[str]) -> Table:
-        """Leave out the columns of these names."""
-        kept = [index for index, name in enumerate(self.columns) if name not in names]
-        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
-        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
+        """Drop the columns of these names."""
+        indices = [index for index, name in enumerate(self.columns) if name not in names]
+        rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[index] for index in indices), rows=rows)
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """Write a number with a real minus, and no minus before 0.
+    """Write a number with a minus sign instead of a hyphen, and without a sign if it rounds to 0.
 
     >>> _number(-0.0312), _number(-0.0001), _number(12.3456)
     ('−0.031', '0.000', '12.346')
@@ -68,7 +68,7 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _parts(cell: Cell) -> tuple[str, str]:
-    """Write a cell as what it says, and what it adds in small print."""
+    """Write a cell as its main text and its small print, either of which may be empty."""
     if cell is None:
         return "", ""
     if isinstance(cell, PairedDifference):
@@ -86,7 +86,7 @@ def plain(cell: Cell, leading_zero: bool = True) -> str:
 
     Args:
         cell: of a table.
-        leading_zero: write figures as 0.947; False writes .947, so that more columns fit on a line.
+        leading_zero: write numbers as 0.947; False writes .947, so that more columns fit on a line.
 
     >>> plain(Interval(0.5, 0.4, 0.6, 9, 3)), plain(Interval(0.5, 0.4, 0.6, 9, 3), leading_zero=False)
     ('0.500 [0.400, 0.600]', '.500 [.400, .600]')
@@ -98,7 +98,7 @@ def plain(cell: Cell, leading_zero: bool = True) -> str:
 
 
 def text(table: Table) -> str:
-    """Write aligned columns, which stay in one piece in files and pipes however wide they are.
+    """Write aligned columns that are never wrapped, for files and pipes.
 
     >>> print(text(Table("scores", ("", "AUROC"), (("a", Interval(0.5, 0.4, 0.6, 9, 3)), ("bb", None)))))
     scores
@@ -113,11 +113,11 @@ def text(table: Table) -> str:
 
 
 def terminal(table: Table, leading_zero: bool = True) -> TerminalTable:
-    """Make a table of rich, which wraps to the width of the terminal; the note is left to the caller.
+    """Make a table of rich, which wraps to the width of the terminal; the caller prints the note.
 
     Args:
         table: to be printed.
-        leading_zero: write figures as 0.947; False writes .947.
+        leading_zero: write numbers as 0.947; False writes .947.
     """
     from rich.table import Table as TerminalTable
     from rich.text import Text
@@ -152,7 +152,7 @@ def markdown(table: Table) -> str:
 
     def write(cell: Cell) -> str:
         if isinstance(cell, (Interval, PairedDifference)):
-            return plain(cell)  # our own figures: brackets need no escape
+            return plain(cell)  # numbers in brackets, which need no escape
         return escape_markdown(plain(cell))
 
     lines = [[escape_markdown(name) for name in table.columns], ["---"] * len(table.columns)]
@@ -182,26 +182,26 @@ def escape_latex(text: str) -> str:
 
 
 def _text_columns(table: Table) -> list[bool]:
-    """Tell which columns hold text, and begin at the left."""
+    """Tell for every column whether it holds text, which is aligned left."""
     return [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
 
 
 def latex(table: Table) -> str:
-    r"""Write a floating table with the rules of booktabs, made narrower where it is wider than the page."""
+    r"""Write a floating table with the rules of booktabs, scaled down if it is wider than the page."""
 
     def write(cell: Cell, bold: bool) -> str:
         main, small = map(escape_latex, _parts(cell))
         main = rf"\textbf{{{main}}}" if bold and main else main
         return f"{main} {{\\scriptsize {small}}}" if small else main
 
-    layout = "".join("l" if left or not index else "r" for index, left in enumerate(_text_columns(table)))
+    alignment = "".join("l" if is_text or not index else "r" for index, is_text in enumerate(_text_columns(table)))
     caption = f"{escape_latex(table.title)}. {escape_latex(table.note)}".removesuffix(". ") + "."
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{caption.replace('..', '.')}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{layout}}}",
+        rf"\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
         " & ".join(escape_latex(name) for name in table.columns) + r" \\",
         r"\midrule",
@@ -217,13 +217,13 @@ def latex(table: Table) -> str:
 
 
 def html(table: Table) -> Markup:
-    """Write a ``<figure>`` that scrolls sideways where the page is narrow."""
+    """Write a ``<figure>`` that scrolls sideways on a narrow page."""
     from markupsafe import Markup
 
     rows = [
         {
             "bold": index in table.bold,
-            # names of features may be broken where a screen is narrow
+            # let long feature names wrap on a narrow screen
             "name": Markup(re.sub(r"([_/])", r"\1<wbr>", escape(_parts(row[0])[0]))),
             "small": _parts(row[0])[1],
             "cells": [(isinstance(cell, str), *_parts(cell)) for cell in row[1:]],
@@ -235,20 +235,20 @@ def html(table: Table) -> Markup:
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex, "html": html}
-LATEX_HEAD = "% needs \\usepackage{booktabs,graphicx,textcomp} and \\usepackage[T1]{fontenc}\n"
+LATEX_PACKAGES = "% needs \\usepackage{booktabs,graphicx,textcomp} and \\usepackage[T1]{fontenc}\n"
 
 
-def render_tables(tables: Sequence[Table], form: str) -> str:
+def render_tables(tables: Sequence[Table], format_name: str) -> str:
     """Write all tables one after another.
 
     Args:
         tables: in their order.
-        form: one of ``FORMATS``.
+        format_name: one of ``FORMATS``.
 
     Raises:
         ConfigError: there is no such format.
     """
-    if form not in FORMATS:
-        raise ConfigError(unknown("format", form, FORMATS))
-    pieces = (str(FORMATS[form](table)).rstrip() for table in tables)
-    return (LATEX_HEAD if form == "latex" else "") + "\n\n".join(pieces) + "\n"
+    if format_name not in FORMATS:
+        raise ConfigError(unknown("format", format_name, FORMATS))
+    parts = (str(FORMATS[format_name](table)).rstrip() for table in tables)
+    return (LATEX_PACKAGES if format_name == "latex" else "") + "\n\n".join(parts) + "\n"
