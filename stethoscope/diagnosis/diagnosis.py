@@ -1,4 +1,4 @@
-"""Diagnosis of one answer: its tokens, mentions and verdicts, as numbers, a table for pandas, pages and plots."""
+"""Hold the diagnosis of one answer, and export it as JSON, a pandas table, pages and plots."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 CONTRIBUTIONS = ("sum", "max", "mean")
 SHARES = ("image", "question", "answer", "rest")
-_FLOOR = 1e-9  # what float32 can tell from nothing; as in the features of the same name
+_FLOOR = 1e-9  # below the resolution of float32; the features of the same name have the same floor
 
-Pushes = tuple[tuple[str, float], ...]
-"""Features and what they add to the evidence, in log-odds, strongest first; above 0 it speaks for hallucination."""
+FeatureContributions = tuple[tuple[str, float], ...]
+"""Features and their contributions to the evidence, in log-odds, strongest first; above 0 means hallucinated."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class TokenVerdict:
     """A detector's verdict on a token or a mention.
 
     Attributes:
-        probability: that it is hallucinated. Calibrated for names of objects, from which detectors learn; of other
-            tokens it is what the detector extrapolates to, for curiosity only.
+        probability: that it is hallucinated, in [0, 1]. Calibrated for object names, from which detectors learn; for
+            other tokens it is an extrapolation, shown for orientation only.
         evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
-            where the detector's calibration does not add up.
-        top: the features that push it the most; empty unless the detector is linear.
+            if the detector's calibration is not additive.
+        top: the features with the largest contributions; empty unless the detector is linear.
         visual_evidence: objects that the attended image evidence resembles, most probable first, None for nothing known
             (``Detector.visual_evidence``); empty for other tokens and where the detector does not learn it.
     """
@@ -48,18 +48,18 @@ class TokenVerdict:
     probability: float
     evidence: float | None = None
     prior: float | None = None
-    top: Pushes = ()
+    top: FeatureContributions = ()
     visual_evidence: tuple[NamedProbability, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Write it for JSON, rounded."""
+        """Convert to a JSON-able dictionary, with numbers rounded."""
         return {
-            "probability": _short(self.probability),
-            "evidence": _short(self.evidence),
-            "prior": _short(self.prior),
-            "top": [{"feature": name, "push": _short(push)} for name, push in self.top],
+            "probability": _rounded(self.probability),
+            "evidence": _rounded(self.evidence),
+            "prior": _rounded(self.prior),
+            "top": [{"feature": name, "push": _rounded(contribution)} for name, contribution in self.top],
             "visual_evidence": [
-                {"object": name, "probability": _short(chance)} for name, chance in self.visual_evidence
+                {"object": name, "probability": _rounded(probability)} for name, probability in self.visual_evidence
             ],
         }
 
@@ -70,10 +70,10 @@ class DiagnosedMention:
 
     Attributes:
         object: canonical name.
-        start, end: characters of the answer.
-        tokens: indices of the tokens that say it.
+        start, end: characters of the answer, as a half-open range.
+        tokens: indices of the tokens that name the object.
         verdict: None without a detector.
-        warned: the probability is at or above the detector's threshold.
+        warned: whether the probability is at or above the detector's threshold.
     """
 
     object: str
@@ -84,9 +84,9 @@ class DiagnosedMention:
     warned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Write it for JSON."""
-        judged = {} if self.verdict is None else {**self.verdict.to_dict(), "warned": self.warned}
-        return {"object": self.object, "start": self.start, "end": self.end, "tokens": list(self.tokens), **judged}
+        """Convert to a JSON-able dictionary."""
+        verdict = {} if self.verdict is None else {**self.verdict.to_dict(), "warned": self.warned}
+        return {"object": self.object, "start": self.start, "end": self.end, "tokens": list(self.tokens), **verdict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,50 +94,52 @@ class LensTrajectory:
     """Predictions of every layer, decoded by the model's own final norm and head (logit lens).
 
     Attributes:
-        words: T x L x k most probable words, best first.
-        probabilities: (T, L, k) float32, theirs.
-        rank: (T, L) int64 rank of the token that was said, 0 for the most probable.
-        logprob: (T, L) float32, its natural-log probability.
-        said: T texts of the tokens as the vocabulary has them, to be found among ``words``.
+        top_tokens: T x L x k texts of the most probable tokens, best first.
+        probabilities: (T, L, k) float32, of ``top_tokens``, in [0, 1].
+        rank: (T, L) int64, rank of the answer's token, 0 for the most probable.
+        logprob: (T, L) float32, natural-log probability of the answer's token, at most 0.
+        answer_tokens: T texts of the answer's tokens, decoded one by one like ``top_tokens``.
     """
 
-    words: tuple[tuple[tuple[str, ...], ...], ...]
+    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
     probabilities: np.ndarray
     rank: np.ndarray
     logprob: np.ndarray
-    said: tuple[str, ...]
+    answer_tokens: tuple[str, ...]
 
     def to_list(self, token: int) -> list[dict[str, Any]]:
-        """Write the layers of one token for JSON, a dictionary each."""
+        """Convert the layers of one token to JSON-able dictionaries."""
         return [
             {
                 "rank": int(self.rank[token, layer]),
-                "probability": _short(float(np.exp(self.logprob[token, layer]))),
+                "probability": _rounded(float(np.exp(self.logprob[token, layer]))),
                 "top": [
-                    {"word": word, "probability": _short(float(value))}
-                    for word, value in zip(words, self.probabilities[token, layer], strict=True)
+                    {"word": text, "probability": _rounded(float(probability))}
+                    for text, probability in zip(texts, self.probabilities[token, layer], strict=True)
                 ],
             }
-            for layer, words in enumerate(self.words[token])
+            for layer, texts in enumerate(self.top_tokens[token])
         ]
 
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """One answer of T tokens, with everything that is known of it.
+    """The diagnosis of one answer of T tokens from a language model of L layers.
 
     Attributes:
         model: name of the adapter.
-        image: the picture, RGB. ``question``: what was asked. ``question_tokens``: the tokens that say it.
+        image: the picture, RGB.
+        question: the prompt's text.
         answer: text, token ids, character offsets and log-probabilities.
-        entropy: (T,) float32 of the distribution that each token was taken from, in nats.
+        entropy: (T,) float32, of the distribution that predicts each token, in nats, at least 0.
+        question_tokens: texts of the question's tokens.
         verdicts: of the detector on every token; empty without a detector.
         mentions: objects that the answer names, in reading order.
         threshold: probability at or above which the detector warns; None without a detector.
-        relevancy: of every token after every layer; None where the model cannot give it.
-        places: where image tokens and patches lie in the picture.
-        evolution: the logit lens; None where the model cannot give it.
-        notes: what is missing and why, in words.
+        relevancy: of every token after every layer; None if the model cannot compute it.
+        token_regions: boxes of image tokens and patches in the picture; None if they are not known.
+        evolution: predictions of every layer (logit lens); None if the model cannot compute them.
+        notes: explanations of what is missing.
         seconds: time spent by stage.
         scope: of the gradient of ``relevancy``, ``row`` or ``token``.
     """
@@ -152,7 +154,7 @@ class Diagnosis:
     mentions: tuple[DiagnosedMention, ...] = ()
     threshold: float | None = None
     relevancy: Relevancy | None = None
-    places: TokenRegions | None = None
+    token_regions: TokenRegions | None = None
     evolution: LensTrajectory | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -162,7 +164,7 @@ class Diagnosis:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
 
     def __len__(self) -> int:
-        """Count the answer tokens."""
+        """Return the number of answer tokens T."""
         return len(self.answer.token_ids)
 
     @property
@@ -172,14 +174,14 @@ class Diagnosis:
 
     @property
     def probability(self) -> np.ndarray:
-        """Compute (T,) probability of every token under the model's own distribution, in [0, 1]."""
+        """Compute the (T,) probabilities of the tokens under the model's own distribution, in [0, 1]."""
         return np.exp(np.array(self.answer.logprobs))
 
     @property
     def warning(self) -> np.ndarray | None:
-        """Return (T,) calibrated probability that the named object is hallucinated; NaN where a token names none.
+        """Return (T,) calibrated probabilities that the named object is hallucinated; NaN for other tokens.
 
-        Detectors learn from names of objects, so ``verdicts`` of other tokens are no calibrated probabilities.
+        None without a detector. Detectors learn from object names, so ``verdicts`` of other tokens are not calibrated.
         """
         if not self.verdicts:
             return None
@@ -191,7 +193,7 @@ class Diagnosis:
 
     @cached_property
     def shares(self) -> dict[str, np.ndarray]:
-        """Compute (T, L) shares of the relevancy, on ``image``, ``question``, ``answer`` (earlier) and ``rest``."""
+        """Compute (T, L) shares of the relevancy on ``image``, ``question``, earlier ``answer`` and ``rest``."""
         return shares(self._relevancy)
 
     @cached_property
@@ -206,13 +208,29 @@ class Diagnosis:
         return self.relevancy
 
     def mention_of(self, token: int) -> DiagnosedMention | None:
-        """Return the mention that a token is part of; None if it is part of none."""
+        """Return the mention that a token is part of, if any."""
         return next((mention for mention in self.mentions if token in mention.tokens), None)
 
-    def _raw(self, raw: bool | None) -> bool:
-        return bool(self.places is not None and self.places.grids) if raw is None else raw
+    def relevancy_tiles(
+        self, index: tuple[int | slice, int | list[int]], raw: bool | None = None
+    ) -> tuple[list[np.ndarray], list[Box | None]]:
+        """Select the relevancy of image tokens or patches as tiles, with their boxes in the image.
 
-    def _check(self, token: int, layer: int) -> None:
+        Args:
+            index: of tokens and layers.
+            raw: as in ``heat_map``.
+
+        Raises:
+            CapabilityError: the model gives no relevancy, or its image tokens are no grid.
+        """
+        relevancy = self._relevancy
+        if self.token_regions is None:
+            raise CapabilityError(f"{self.model}: the positions of image tokens in the picture are not known")
+        return relevancy_tiles(
+            relevancy, self.token_regions, bool(self.token_regions.grids) if raw is None else raw, index
+        )
+
+    def _check_indices(self, token: int, layer: int) -> None:
         layers = self._relevancy.image.shape[1]
         if not -len(self) <= token < len(self):
             raise ConfigError(f"token={token} is not one of the answer's {len(self)} tokens, 0 to {len(self) - 1}")
@@ -222,40 +240,50 @@ class Diagnosis:
     def heat_map(
         self, token: int, layer: int = -1, raw: bool | None = None, shape: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """Spread the relevancy of one token over the image, as the processor cropped, padded and tiled it.
+        """Spread the relevancy of one token over the image, undoing the processor's crop, padding and tiling.
 
         Args:
-            token: index in the answer. ``layer``: of the language model, the last by default.
-            raw: of the image tokens; False carries it on through the vision tower to its patches. None: raw, unless
-                image tokens are no grid (queries of a Q-Former).
+            token: index in the answer.
+            layer: of the language model, the last by default.
+            raw: use the relevancy of the image tokens; False propagates it through the vision tower to the patches.
+                None means True, unless the image tokens form no grid (queries of a Q-Former).
             shape: rows and columns of the map; those of the picture by default.
 
         Returns:
-            (height, width) float64, at least 0. It sums to the relevancy of all image tokens (or patches), less what
-            lies on padding; 0 where the model does not see the picture.
+            (height, width) float64, at least 0. It sums to the relevancy of all image tokens (or patches) except those
+            on padding; 0 where the model does not see the picture.
 
         Raises:
             ConfigError: there is no such token or layer.
             CapabilityError: the model gives no relevancy, or its image tokens are no grid.
         """
-        self._check(token, layer)
-        tiles, boxes = relevancy_tiles(self._relevancy, self.places, self._raw(raw), (token, layer))
+        self._check_indices(token, layer)
+        tiles, boxes = self.relevancy_tiles((token, layer), raw)
         return heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
 
     def heat_maps(self, shape: tuple[int, int], layers: list[int], raw: bool | None = None) -> np.ndarray:
-        """Make the heat maps of all tokens and some layers at once, (T, layers, *shape)."""
-        chosen = (slice(None), layers)
-        tiles, boxes = relevancy_tiles(self._relevancy, self.places, self._raw(raw), chosen)
+        """Compute the (T, layers, *shape) heat maps of all tokens after the given layers."""
+        tiles, boxes = self.relevancy_tiles((slice(None), layers), raw)
         return heat(tiles, boxes, self.image.size, shape)
 
     def regions(self, token: int, count: int = 3, layer: int = -1) -> list[tuple[Box, float]]:
-        """List the parts of the image that are most relevant to a token, best first.
+        """List the image regions that are most relevant to a token, best first.
+
+        Args:
+            token: index in the answer.
+            count: number of regions, at most.
+            layer: of the language model, the last by default.
 
         Returns:
-            Boxes in pixels, within the picture, and their shares of the relevancy of all image tokens (or patches).
+            Boxes (left, top, right, bottom) in pixels, within the picture, and their shares of the relevancy of all
+            image tokens (or patches), in [0, 1].
+
+        Raises:
+            ConfigError: there is no such token or layer.
+            CapabilityError: the model gives no relevancy.
         """
-        self._check(token, layer)
-        tiles, boxes = relevancy_tiles(self._relevancy, self.places, self._raw(None), (token, layer))
+        self._check_indices(token, layer)
+        tiles, boxes = self.relevancy_tiles((token, layer))
         cells = []
         width, height = self.image.size
         total = max(float(sum(tile.sum() for tile in tiles)), 1e-12)
@@ -271,11 +299,18 @@ class Diagnosis:
         return sorted(cells, key=lambda pair: -pair[1])[:count]
 
     def picture(self, token: int, layer: int = -1, raw: bool | None = None, opacity: float = 0.6) -> Image:
-        """Draw the image under the token's heat map, at least 480 pixels wide."""
+        """Draw the image under the token's heat map, at least 480 pixels wide.
+
+        Args:
+            token: index in the answer.
+            layer: of the language model, the last by default.
+            raw: as in ``heat_map``.
+            opacity: of the heat map where it is highest, in [0, 1].
+        """
         return overlay(self.image, self.heat_map(token, layer, raw), opacity)
 
     def to_dict(self) -> dict[str, Any]:
-        """Write everything but pixels for JSON: floats rounded, heat maps of the last layer on image tokens."""
+        """Convert everything but pixels to a JSON-able dictionary, with rounded floats and the last layer's maps."""
         warning = self.warning
         return {
             "model": self.model,
@@ -287,14 +322,14 @@ class Diagnosis:
             "threshold": self.threshold,
             "warned": list(self.warned),
             "mentions": [mention.to_dict() for mention in self.mentions],
-            "tokens": [self._token(index, warning) for index in range(len(self))],
+            "tokens": [self._token_to_dict(index, warning) for index in range(len(self))],
             "question_tokens": list(self.question_tokens),
-            "grids": [list(grid) for grid, _ in self.places.grids] if self.places else [],
+            "grids": [list(grid) for grid, _ in self.token_regions.grids] if self.token_regions else [],
             "notes": list(self.notes),
             "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
         }
 
-    def _token(self, index: int, warning: np.ndarray | None) -> dict[str, Any]:
+    def _token_to_dict(self, index: int, warning: np.ndarray | None) -> dict[str, Any]:
         start, end = self.answer.offsets[index]
         section: dict[str, Any] = {
             "text": self.answer.tokens[index],
@@ -312,11 +347,11 @@ class Diagnosis:
             section["evolution"] = self.evolution.to_list(index)
         if self.relevancy is not None:
             section["relevancy"] = {
-                "shares": {name: _list(values[index]) for name, values in self.shares.items()},
-                "contribution": {name: _list(values[index]) for name, values in self.contributions.items()},
-                "image": _list(self.relevancy.image[index, -1].numpy()),
-                "question": _list(self.relevancy.question[index, -1].numpy()),
-                "answer": _list(self.relevancy.answer[index, -1, :index].numpy()),
+                "shares": {name: _as_list(values[index]) for name, values in self.shares.items()},
+                "contribution": {name: _as_list(values[index]) for name, values in self.contributions.items()},
+                "image": _as_list(self.relevancy.image[index, -1].numpy()),
+                "question": _as_list(self.relevancy.question[index, -1].numpy()),
+                "answer": _as_list(self.relevancy.answer[index, -1, :index].numpy()),
             }
         return section
 
@@ -324,7 +359,7 @@ class Diagnosis:
         """Make a table with a row per token; shares and contributions are those of the last layer."""
         import pandas as pd
 
-        owners = [self.mention_of(index) for index in range(len(self))]
+        mentions = [self.mention_of(index) for index in range(len(self))]
         columns: dict[str, Any] = {
             "text": self.answer.tokens,
             "token_id": self.answer.token_ids,
@@ -332,11 +367,11 @@ class Diagnosis:
             "end": [end for _, end in self.answer.offsets],
             "probability": self.probability,
             "entropy": self.entropy,
-            "object": [owner.object if owner else "" for owner in owners],
+            "object": [mention.object if mention else "" for mention in mentions],
         }
         if self.verdicts:
             columns["warning"] = self.warning
-            columns["warned"] = [bool(owner and owner.warned) for owner in owners]
+            columns["warned"] = [bool(mention and mention.warned) for mention in mentions]
             for name in ("evidence", "prior"):
                 columns[name] = [getattr(verdict, name) for verdict in self.verdicts]
         if self.relevancy is not None:
@@ -349,25 +384,26 @@ class Diagnosis:
         return render.figure(self, token, layer, raw)
 
     def _repr_html_(self) -> str:
-        """Write it for notebooks: tokens coloured by warning, mentions with their heat maps; text is escaped."""
+        """Write HTML for notebooks: tokens coloured by warning, mentions with heat maps; all text is escaped."""
         return render.notebook(self)
 
     def to_html(self) -> str:
-        """Write a page that opens anywhere: nothing is fetched, the model's text is escaped."""
+        """Write a self-contained HTML page: nothing is fetched, all text is escaped."""
         return render.page(self)
 
 
-def _list(values: np.ndarray) -> list[float]:
+def _as_list(values: np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 
 def contributions(relevancy: Relevancy) -> dict[str, np.ndarray]:
-    """Compute log(R_image / R_text) by layer, from sums, largest values and means; text is question and earlier answer.
+    """Compute the visual contribution log(R_image / R_text); text is the question and the earlier answer.
 
-    The same as the features ``visual_contribution_*``, which read the last layer.
+    The features ``visual_contribution_*`` are its last layer.
 
     Returns:
-        For each of ``CONTRIBUTIONS`` (T, L) float64.
+        (T, L) float64 for each of ``CONTRIBUTIONS``: from sums, largest values and means over tokens. Above 0, the
+        image is more relevant than the text.
     """
     image = relevancy.image.double().numpy()
     text = np.concatenate([relevancy.question.double().numpy(), relevancy.answer.double().numpy()], -1)
@@ -384,10 +420,10 @@ def contributions(relevancy: Relevancy) -> dict[str, np.ndarray]:
 
 
 def shares(relevancy: Relevancy) -> dict[str, np.ndarray]:
-    """Compute for each of ``SHARES`` its (T, L) share of the whole row's relevancy, in [0, 1]; they add up to 1."""
+    """Compute the (T, L) share of the row's relevancy, in [0, 1], for each of ``SHARES``; they add up to 1."""
     total = relevancy.total.numpy().clip(min=1e-12)
     return {name: getattr(relevancy, name).sum(-1).numpy() / total for name in SHARES}
 
 
-def _short(value: float | None) -> float | None:
+def _rounded(value: float | None) -> float | None:
     return None if value is None else round(float(value), 6)

@@ -1,6 +1,6 @@
-"""Show a diagnosis: the viewer's payload, the static page, the notebook display, and a matplotlib figure of one token.
+"""Render a diagnosis: the viewer's payload, a static page, the notebook display, and a figure of one token.
 
-The app, the page and the notebook show the same payload; the app and the page with the same ``viewer.js``.
+The app, the page and the notebook show the same payload; the app and the page use the same ``viewer.js``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
-from stethoscope.relevancy.heatmaps import RAMP, colours, heat, overlay, raster, relevancy_tiles
+from stethoscope.relevancy.heatmaps import RAMP, colours, heat, overlay, raster
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -25,49 +25,53 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, TokenVerdict
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
-RASTER = 32  # cells along the longer side of a map that is put together from several tiles
+RASTER = 32  # cells along the longer side of a map that is assembled from several tiles
 WIDEST = 1024  # pixels along the longer side of the image
 NOTEBOOK_FIGURES, NOTEBOOK_WIDTH = 6, 200  # heat maps in a notebook, and their pixels
 NOTHING_KNOWN = "nothing known"
-"""Shown where the attended image evidence resembles none of the objects."""
+"""Label of the probability that the attended image evidence resembles none of the objects."""
 VISUAL_EVIDENCE_NOTE = (
     "'Looks like' is what the detector has learned from right and invented mentions: how the place that a name was "
     "written from looks inside the model. It is no object detector: it knows only what was often named, and can err."
 )
-"""Explains the visual evidence to those who read it."""
+"""Explanation of the visual evidence, shown beside it."""
 
 
 def describe_visual_evidence(objects: Sequence[NamedProbability]) -> str:
-    """Write the objects that attended image evidence resembles; what rounds to nothing is left out.
+    """List the objects that the attended image evidence resembles, except those that round to 0 %.
 
     >>> describe_visual_evidence([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])
     'spoon 61%, fork 22%, nothing known 9%'
     """
-    names = [(NOTHING_KNOWN if name is None else name, chance) for name, chance in objects]
-    return ", ".join(f"{name} {chance:.0%}" for name, chance in names if chance >= 0.005)
+    return ", ".join(
+        f"{NOTHING_KNOWN if name is None else name} {probability:.0%}"
+        for name, probability in objects
+        if probability >= 0.005
+    )
 
 
 def viewer(**prefilled: Any) -> Markup:
     """Write the viewer's elements, which ``viewer.js`` fills in.
 
     Args:
-        prefilled: parts of a payload to be read where no script runs: ``asked``, ``text``, ``summary``, ``notes``,
-            ``scope``.
+        prefilled: parts of a payload that are shown even without JavaScript: ``asked``, ``text``, ``summary``,
+            ``notes``, ``scope``.
     """
     empty = {"asked": "", "text": "", "summary": "", "notes": (), "scope": "row"}
     return render("diagnosis/viewer.html", data={**empty, **prefilled})
 
 
 def payload(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, Any]:
-    """Write what the viewer shows for JSON; heat maps are bytes in base64.
+    """Convert a diagnosis to the JSON-able payload of the viewer.
 
     Args:
         diagnosis: of an answer of T tokens.
-        most_layers: of the language model; more are thinned out evenly, the last one always stays.
+        most_layers: of the language model; with more, layers are dropped evenly, but never the last one.
 
     Returns:
-        Shares are in ten-thousandths and log-odds rounded, which are short to write. ``maps`` has for ``raw`` and
-        ``tower`` the T x layers maps of ``shape``, each scaled to its own largest value (``peaks``), a byte per cell.
+        Shares are in ten-thousandths and log-odds rounded, to keep the JSON short. ``maps`` has for ``raw`` and
+        ``tower`` the T x layers heat maps of ``shape`` in base64, a byte per cell, each map scaled to its own maximum
+        (``peaks``).
     """
     layers = _layers(diagnosis, most_layers)
     shown = text_payload(diagnosis)
@@ -91,24 +95,25 @@ def payload(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, A
 
 
 def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Write the part of the payload that is about the text: tokens, mentions, notes."""
-    text, owners = diagnosis.answer.text, {}
-    for number, mention in enumerate(diagnosis.mentions):
-        owners |= {token: number for token in mention.tokens if token not in owners}
+    """Convert the text of a diagnosis for the payload: tokens, mentions, notes."""
+    text = diagnosis.answer.text
+    mention_by_token: dict[int, int] = {}
+    for index, mention in enumerate(diagnosis.mentions):
+        mention_by_token |= {token: index for token in mention.tokens if token not in mention_by_token}
     tokens = []
     for index, (start, end) in enumerate(diagnosis.answer.offsets):
-        start += len(text[start:end]) - len(text[start:end].lstrip())  # boxes begin with the word
+        start += len(text[start:end]) - len(text[start:end].lstrip())  # the viewer's box begins at the word
         tokens.append(
             {
                 "span": [start, end],
                 "text": diagnosis.answer.tokens[index],
                 "probability": round(float(diagnosis.probability[index]), 4),
                 "entropy": round(float(diagnosis.entropy[index]), 3),
-                "mention": owners.get(index),
+                "mention": mention_by_token.get(index),
             }
         )
     mentions = [mention_payload(mention.object, mention.tokens, mention.verdict) for mention in diagnosis.mentions]
-    cut = [] if diagnosis.answer.finished else [f"The answer was cut off at {len(diagnosis)} tokens."]
+    truncation = [] if diagnosis.answer.finished else [f"The answer was cut off at {len(diagnosis)} tokens."]
     return {
         "asked": diagnosis.question,
         "text": text,
@@ -117,36 +122,35 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
         "threshold": diagnosis.threshold,
         "visual_evidence_note": VISUAL_EVIDENCE_NOTE if any(row["visual_evidence"] for row in mentions) else "",
         "summary": f"{diagnosis.model}, {len(diagnosis)} tokens",
-        "notes": [*cut, *(f"Not shown: {note}" for note in diagnosis.notes)],
+        "notes": [*truncation, *(f"Not shown: {note}" for note in diagnosis.notes)],
     }
 
 
 def mention_payload(name: str, tokens: Sequence[int], verdict: TokenVerdict | None) -> dict[str, Any]:
-    """Write a mention for JSON.
+    """Convert a mention for the payload.
 
     Args:
         name: of the object.
         tokens: indices of the tokens that name it.
         verdict: of the detector; None without one.
     """
-    return {"object": name, "tokens": list(tokens), **_verdict(verdict)}
+    return {"object": name, "tokens": list(tokens), **_verdict_payload(verdict)}
 
 
-def _verdict(verdict: TokenVerdict | None) -> dict[str, Any]:
+def _verdict_payload(verdict: TokenVerdict | None) -> dict[str, Any]:
     if verdict is None:
         return {"probability": None, "evidence": None, "prior": None, "top": [], "visual_evidence": ""}
-    odds = [None if value is None else round(value, 3) for value in (verdict.evidence, verdict.prior)]
     return {
         "probability": round(verdict.probability, 4),
-        "evidence": odds[0],
-        "prior": odds[1],
-        "top": [[name, round(push, 3)] for name, push in verdict.top],
+        "evidence": None if verdict.evidence is None else round(verdict.evidence, 3),
+        "prior": None if verdict.prior is None else round(verdict.prior, 3),
+        "top": [[name, round(contribution, 3)] for name, contribution in verdict.top],
         "visual_evidence": describe_visual_evidence(verdict.visual_evidence),
     }
 
 
 def summarise(diagnosis: Diagnosis) -> str:
-    """Write one line: the model, how long its answer is, what the detector warns of."""
+    """Summarise in one line: the model, the length of its answer, the number of warnings."""
     parts = [diagnosis.model, f"{len(diagnosis)} tokens", f"{sum(diagnosis.seconds.values()):.1f} s"]
     if diagnosis.threshold is not None:
         parts.append(f"warned of {len(diagnosis.warned)} of {len(diagnosis.mentions)} mentions")
@@ -155,7 +159,7 @@ def summarise(diagnosis: Diagnosis) -> str:
 
 
 def page(diagnosis: Diagnosis) -> str:
-    """Write the static page: the viewer and its payload. See ``Diagnosis.to_html``."""
+    """Write the static page of ``Diagnosis.to_html``: the viewer and its payload."""
     data = {**payload(diagnosis), "answer_id": "page", "summary": summarise(diagnosis)}
     parts = {key: data[key] for key in ("asked", "text", "summary", "notes", "scope")}
     body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block("data", data))
@@ -164,9 +168,9 @@ def page(diagnosis: Diagnosis) -> str:
 
 
 def notebook(diagnosis: Diagnosis) -> str:
-    """Write the notebook display, without a script: notebooks that are not trusted take scripts out.
+    """Write the notebook display of ``Diagnosis._repr_html_``.
 
-    See ``Diagnosis._repr_html_``.
+    It needs no JavaScript, which notebooks remove unless they are trusted.
     """
     data = text_payload(diagnosis)
     shown = [mention for mention in diagnosis.mentions if mention.tokens and mention.warned]
@@ -186,29 +190,29 @@ def notebook(diagnosis: Diagnosis) -> str:
 
 
 def _notebook_pieces(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Cut the answer into texts; tokens come with their probability, mention and warning."""
-    text, done, threshold = data["text"], 0, data["threshold"]
+    """Split the answer into tokens, with their probability, mention and warning, and the text between them."""
+    text, position, threshold = data["text"], 0, data["threshold"]
     for token in data["tokens"]:
         start, end = token["span"]
         if start >= end:
             continue
         mention = None if token["mention"] is None else data["mentions"][token["mention"]]
-        chance = mention["probability"] if mention else None
-        yield text[done:start], None
-        warned = threshold is not None and chance is not None and chance >= threshold
+        probability = mention["probability"] if mention else None
+        yield text[position:start], None
+        warned = threshold is not None and probability is not None and probability >= threshold
         yield text[start:end], {"probability": token["probability"], "mention": mention, "warned": warned}
-        done = end
-    yield text[done:], None
+        position = end
+    yield text[position:], None
 
 
 def _notebook_figure(diagnosis: Diagnosis, mention: DiagnosedMention) -> list[tuple[str, str]]:
-    """Draw the heat map of a mention with its caption; nothing where the model gives none."""
+    """Draw the heat map of a mention with its caption; return an empty list if the model gives none."""
     try:
         image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
     except CapabilityError:
         return []
-    chance = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}"
-    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + chance)]
+    verdict = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}"
+    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + verdict)]
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
@@ -219,14 +223,14 @@ def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
 
 
 def _token_details(diagnosis: Diagnosis, index: int, layers: list[int]) -> dict[str, Any]:
-    """Write what is known of a token besides its text."""
+    """Convert a token's verdict, layer predictions and relevancy for the payload."""
     verdict = diagnosis.verdicts[index] if diagnosis.verdicts else None
-    details: dict[str, Any] = {"word": "", "evolution": [], "verdict": _verdict(verdict)}
+    details: dict[str, Any] = {"word": "", "evolution": [], "verdict": _verdict_payload(verdict)}
     if diagnosis.evolution is not None:
         details["evolution"] = diagnosis.evolution.to_list(index)
-        details["word"] = diagnosis.evolution.said[index]
-    if layers:
-        relevancy = diagnosis.relevancy
+        details["word"] = diagnosis.evolution.answer_tokens[index]
+    relevancy = diagnosis.relevancy
+    if relevancy is not None:
         total = relevancy.total[index, layers].numpy().clip(min=1e-12)
         parts = [_ten_thousandths(values[index, layers]) for values in diagnosis.shares.values()]
         details["shares"] = np.stack(parts, 1).tolist()
@@ -246,15 +250,13 @@ def _ten_thousandths(shares: np.ndarray) -> np.ndarray:
 
 
 def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write the heat maps of all tokens and some layers.
+    """Convert the heat maps of all tokens after the given layers for the payload.
 
-    One tile is kept as it is, with its box in the image; several are put together on a raster of the image.
+    A single tile is written as it is, with its box in the image; several are resampled to a raster of the image.
     """
     for kind in ("raw", "tower"):
         try:
-            tiles, boxes = relevancy_tiles(
-                diagnosis.relevancy, diagnosis.places, kind == "raw", (slice(None), layers)
-            )  # fmt: skip
+            tiles, boxes = diagnosis.relevancy_tiles((slice(None), layers), raw=kind == "raw")
         except CapabilityError:
             continue
         width, height = diagnosis.image.size
@@ -263,14 +265,14 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
         else:
             shape = raster(diagnosis.image.size, RASTER)
             values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
-        top = values.max((-2, -1), keepdims=True)
-        scaled = np.rint(255 * values / np.where(top > 0, top, 1)).astype(np.uint8)
+        peaks = values.max((-2, -1), keepdims=True)
+        scaled = np.rint(255 * values / np.where(peaks > 0, peaks, 1)).astype(np.uint8)
         yield (
             kind,
             {
                 "shape": list(scaled.shape[-2:]),
                 "box": [round(edge, 2) for edge in box],
-                "peaks": [[float(f"{value:.4g}") for value in row] for row in top[..., 0, 0]],
+                "peaks": [[float(f"{value:.4g}") for value in row] for row in peaks[..., 0, 0]],
                 "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
             },
         )
@@ -278,7 +280,7 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
 
 @cache
 def _notebook_figure_class() -> type[Figure]:
-    """Make a figure that notebooks show by themselves; matplotlib's own need ``%matplotlib inline`` for that."""
+    """Define a figure that notebooks display without ``%matplotlib inline``."""
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
@@ -291,9 +293,13 @@ def _notebook_figure_class() -> type[Figure]:
 
 
 def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None = None) -> Figure:
-    """Plot one token. The figure belongs to no window; notebooks show it, ``savefig`` writes it.
+    """Plot one token, for ``Diagnosis.plot``; the figure has no window, and notebooks display it.
 
-    See ``Diagnosis.plot``.
+    Args:
+        diagnosis: of the answer.
+        token: index in the answer.
+        layer: of the heat map, the last by default.
+        raw: as in ``Diagnosis.heat_map``.
     """
     heat_map = diagnosis.heat_map(token, layer, raw)
     result = _notebook_figure_class()(figsize=(12, 4), layout="constrained")
