@@ -1,4 +1,4 @@
-"""Who may talk to the app: names that it answers to, pages that may call it, accounts, and the routes that it has."""
+"""Control access to the app: its host names, the pages that may call it, its accounts and its routes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ API = "/gradio_api"
 STARTUP = f"{API}/startup-events"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 LOGIN_DELAY = 1.0
-"""Seconds that a wrong password takes, so that guessing is slow."""
+"""Seconds that a wrong password is delayed, to slow down guessing."""
 
 _ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?)|/(assets|static|svelte)/.+"
     rf"|{API}/(queue/(join|data)|cancel|upload|upload_progress|startup-events|app_id|theme\.css|heartbeat/[^/]+|file=.+)"
 )
-"""What the page asks for. Gradio has more routes (``/run``, ``/call``, ``/proxy=``, ``/stream``, deep links,
-monitoring, servers of components), which are not part of this app and are not answered."""
+"""Routes that the page uses. All other routes of Gradio (``/run``, ``/call``, ``/proxy=``, ``/stream``, deep links,
+monitoring, servers of components) are closed."""
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+)(:\d{1,5})?")
 
 
 def loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there.
+    """Tell whether only this machine can reach a server that listens on ``host``.
 
     >>> loopback("127.0.0.1"), loopback("localhost"), loopback("::1"), loopback("0.0.0.0")
     (True, True, True, False)
@@ -44,14 +44,14 @@ def loopback(host: str) -> bool:
 
 
 def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
-    """Passwords by user from the setting ``auth``; None for an app without accounts.
+    """Read passwords by user from the setting ``auth``; return None for an app without accounts.
 
     Args:
         auth: ``user:password``, the path of a file with such lines, ``none`` for no accounts; None if nothing is set.
-        public: other machines can reach the app.
+        public: whether other machines can reach the app.
 
     Raises:
-        ConfigError: it is none of these, or nothing is set and others can reach the app. The password is not shown.
+        ConfigError: ``auth`` is malformed, or missing for a public app. The message does not show the password.
     """
     if auth is None:
         if public:
@@ -77,7 +77,7 @@ def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
 
 
 def add_to_no_proxy(host: str) -> None:
-    """Let this process ask its own address without a proxy, also where ``http_proxy`` is set without ``no_proxy``."""
+    """Exclude this process's own address from proxies, in case ``http_proxy`` is set without ``no_proxy``."""
     for name in ("no_proxy", "NO_PROXY"):
         names = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()]
         if "*" not in names:
@@ -85,17 +85,17 @@ def add_to_no_proxy(host: str) -> None:
 
 
 class AccessMiddleware:
-    """ASGI middleware that answers only requests to the app's own name, from its own page, by somebody with an account.
+    """ASGI middleware that accepts only requests to the app's own host, from its own page, by users with an account.
 
-    ``Host`` must be a loopback name, the address that the app listens on, the address that the connection came in at,
-    or one of ``hosts``: otherwise any web page could have its own name point here (DNS rebinding). ``Origin``, if a
-    browser sends it, must be that very host, or one of ``hosts``. Accounts use HTTP Basic authentication, because
-    Gradio's own login leaves some of its routes open.
+    ``Host`` must be a loopback name, the address that the app listens on, the address of the connection, or one of
+    ``hosts``: otherwise any web page could point its own name here (DNS rebinding). ``Origin``, if the browser sends
+    it, must be the same host or one of ``hosts``. Accounts use HTTP Basic authentication, because Gradio's own login
+    leaves some of its routes open.
 
     Args:
         app: the next ASGI application.
         host: the address that the app listens on.
-        hosts: further names. The list is read at every request, so a name can be added later.
+        hosts: further host names; read at every request, so that names can be added later.
         accounts: passwords by user; None for no accounts.
     """
 
@@ -118,7 +118,11 @@ class AccessMiddleware:
             await respond(send, 403, refusal)
         elif not _ROUTES.fullmatch(scope["path"]):
             await respond(send, 404, "there is no such page")
-        elif self._accounts is None or scope["path"] == STARTUP or self._known(dict(headers).get("authorization")):
+        elif (
+            self._accounts is None
+            or scope["path"] == STARTUP
+            or self._is_authorized(dict(headers).get("authorization"))
+        ):
             await self.app(scope, receive, send)
         else:
             if "authorization" in dict(headers):
@@ -127,7 +131,7 @@ class AccessMiddleware:
             await respond(send, 401, "user and password are needed", challenge)
 
     def _refusal(self, scope: Any, headers: Mapping[str, str], count: int) -> str | None:
-        """Why the request's host or origin is refused; None if they are right."""
+        """Explain why the request's host or origin is refused; None if it is not."""
         host = headers.get("host", "")
         match = _HOST.fullmatch(host)
         further = {name.lower() for name in self._hosts}
@@ -142,8 +146,8 @@ class AccessMiddleware:
             return "this app is called from its own page alone"
         return None
 
-    def _known(self, header: str | None) -> bool:
-        """Whether an ``Authorization`` header holds the name and password of an account."""
+    def _is_authorized(self, header: str | None) -> bool:
+        """Tell whether an ``Authorization`` header holds the name and password of an account."""
         kind, _, encoded = (header or "").partition(" ")
         try:
             user, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")

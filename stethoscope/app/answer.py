@@ -1,11 +1,11 @@
-"""Answer a question step by step: what the browser shows, and what is kept to explain the answer again."""
+"""Answer a question step by step, and explain the answer again in another scope of the gradient."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Encoded
 
 MAX_QUESTION = 512  # tokens of a question
-MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and how many are written side by side
-PAUSE = 0.05  # seconds between two views of an answer that is being written: what an eye and a network can follow
+MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and beams of a beam search
+PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Question:
     """A question of one user.
 
     Attributes:
-        model: a name of the pool.
-        picture: a file of the app's own folder, decoded while the question is answered; sessions keep no pixels.
+        model: one of the pool's names.
+        picture: a file of the app's own folder, decoded only while the question is answered, to save memory.
         text: the question.
-        generation: how to write.
-        answer: a stored answer to look at; None lets the model answer.
-        detector: scores in place of the model's own; None for that.
+        generation: settings for generating the answer.
+        answer: a stored answer to diagnose; None to let the model answer.
+        detector: used instead of the model's own detector; None to use that one.
         notes: lines to be shown with the answer.
     """
 
@@ -54,10 +54,10 @@ class Question:
 
 @dataclass(frozen=True)
 class AnswerSession:
-    """An answer that was explained, kept for its user so that it can be explained in another scope.
+    """An answer that was explained, stored so that its user can see it in another scope.
 
     Attributes:
-        id: tells answers apart.
+        id: unique for every answer.
         question: with the answer in it.
     """
 
@@ -66,14 +66,15 @@ class AnswerSession:
 
 
 Step = tuple[str, AnswerSession | None]
-"""JSON to show, and the answer's session once there is one."""
+"""JSON for the page, and the answer's session once the answer is complete."""
 
 
 def read_picture(path: str | Path | None) -> Image:
-    """Read the picture of an upload, as a person would see it.
+    """Read an uploaded picture, upright as a viewer would show it.
 
     Raises:
-        ConfigError: there is none. DataError: the file is no picture, too large a one, or gone.
+        ConfigError: no picture was uploaded.
+        DataError: the file is no picture, is too large, or has been deleted.
     """
     if path is None:
         raise ConfigError("there is no picture yet: upload one, or choose an example")
@@ -82,30 +83,40 @@ def read_picture(path: str | Path | None) -> Image:
         raise DataError(NO_PICTURE)
     try:
         return ImageRef(file.name, file).load()
-    except DataError as error:  # the user need not know where the server keeps it
+    except DataError as error:  # without the server's path of the file
         raise DataError(str(error).replace(str(file), repr(file.name))) from None
 
 
 def generation(
     temperature: float = 0.0, top_p: float = 1.0, beams: int = 1, length: int = 128, seed: int = 0
 ) -> Generation:
-    """Make the generation settings of the page. Temperature 0 takes the most probable token every time.
+    """Build generation settings from the values of the page.
+
+    Args:
+        temperature: of sampling; 0 for greedy decoding.
+        top_p: of sampling, in (0, 1]; used with a temperature only.
+        beams: of the beam search; 1 for none.
+        length: tokens at most.
+        seed: of sampling.
 
     Raises:
-        ConfigError: drawing and beams at once, or more than the screen offers.
+        ConfigError: a temperature is combined with beams, or a value is larger than the page offers.
     """
-    if not (length <= MAX_LENGTH and beams <= MAX_BEAMS):  # not a number either
+    if not (length <= MAX_LENGTH and beams <= MAX_BEAMS):  # NaN fails this too
         raise ConfigError(f"{length} tokens and {beams} beams: at most {MAX_LENGTH} and {MAX_BEAMS} are written")
     if temperature > 0 and beams > 1:
         raise ConfigError(f"temperature {temperature:g} and {beams} beams exclude each other; set one back to 0 or 1")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "seed": int(seed)} if temperature else {}
-    return Generation(max_new_tokens=int(length), num_beams=int(beams), **sampling)
+    greedy = Generation(max_new_tokens=int(length), num_beams=int(beams))
+    if not temperature:
+        return greedy
+    return replace(greedy, do_sample=True, temperature=temperature, top_p=top_p, seed=int(seed))
 
 
 def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Iterator[Step]:
-    """Let the model answer and explain the answer. Closing the iterator ends the answer and frees the model.
+    """Let the model answer, and explain the answer.
 
-    Errors are shown (:func:`stethoscope.app.payload.failure`), not raised, so that the page never waits for more.
+    Closing the iterator stops the generation and releases the model. Errors are sent to the page
+    (``payload.failure``) instead of raised, so that the page does not wait forever.
     """
     try:
         if not question.text.strip():
@@ -115,87 +126,83 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
             start = time.perf_counter()
             picture = read_picture(question.picture)
             encoded = ready.adapter.encode(picture, question.text)
-            _check_question(encoded)
+            tokens = len(encoded.spans.question)
+            if tokens > MAX_QUESTION:  # it would keep the model from all others
+                raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
             answer = question.answer
             if answer is None:
-                answer = yield from _write(ready, question, encoded, picture, extractor)
-            session = AnswerSession(
-                uuid.uuid4().hex, Question(**{**vars(question), "answer": answer, "notes": _notes(ready, question)})
-            )
+                answer = yield from _generate(ready, question, encoded, picture, extractor)
+            answered = replace(question, answer=answer, notes=_notes(ready, question))
+            session = AnswerSession(uuid.uuid4().hex, answered)
             yield payload.message("looking at every token …", "busy"), None
-            shown = _explain(ready, session, picture, "row", extractor, start)
-        yield shown, session
+            explanation = _explain(ready, session, picture, "row", extractor, start)
+        yield explanation, session
     except Exception as error:
         yield payload.failure(error), None
 
 
 def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor: MentionExtractor) -> Iterator[Step]:
-    """Explain the same answer in another scope of the gradient."""
+    """Explain the answer of a session in another scope of the gradient, ``row`` or ``token``."""
     try:
         if scope not in ("row", "token"):
             raise ConfigError(f"scope={scope!r} should be row or token")
         yield payload.message("looking at every token again …", "busy"), session
         with pool.use(session.question.model) as ready:
             start = time.perf_counter()
-            shown = _explain(ready, session, read_picture(session.question.picture), scope, extractor, start)
-        yield shown, session
+            picture = read_picture(session.question.picture)
+            explanation = _explain(ready, session, picture, scope, extractor, start)
+        yield explanation, session
     except Exception as error:
         yield payload.failure(error), session
 
 
-def _check_question(encoded: Encoded) -> None:
-    """Refuse a question that would hold the model for everybody.
-
-    Raises:
-        DataError: it has more than ``MAX_QUESTION`` tokens.
-    """
-    tokens = len(encoded.spans.question)
-    if tokens > MAX_QUESTION:
-        raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
-
-
-def _write(
+def _generate(
     ready: Ready, question: Question, encoded: Encoded, picture: Image, extractor: MentionExtractor
-) -> Iterator[Step]:
-    """Yield the answer while it is written, and return it."""
+) -> Generator[Step, None, Answer]:
+    """Generate the answer, yield its parts for the page, and return it."""
     detectors, settings = ready.detectors, question.generation
     if settings.num_beams > 1:
         yield payload.message(f"writing {settings.num_beams} answers side by side …", "busy"), None
         return ready.adapter.generate([encoded], settings)[0]
     threshold = None if detectors.live is None else detectors.live.threshold
     tokens: list[StreamedToken] = []
-    shown = 0.0
-    options = {"detector": detectors.live, "delay": detectors.delay, "generation": settings, "mentions": _no_mentions}
-    for item in stream(ready.adapter, picture, question.text, **options):
+    last_update = 0.0
+    for item in stream(
+        ready.adapter,
+        picture,
+        question.text,
+        detector=detectors.live,
+        delay=detectors.delay,
+        generation=settings,
+        mentions=lambda text: [],  # the diagnosis extracts those of the complete answer
+    ):
         if not isinstance(item, StreamedToken):
             return item.answer
         tokens.append(item)
-        if time.perf_counter() - shown > PAUSE:
-            yield payload.writing(question.text, tokens, extractor, threshold), None
-            shown = time.perf_counter()
+        if time.perf_counter() - last_update > PAUSE:
+            yield payload.partial_answer(question.text, tokens, extractor, threshold), None
+            last_update = time.perf_counter()
     raise AssertionError("a stream ends with its answer")
-
-
-def _no_mentions(text: str) -> list:
-    """Extract nothing: the mentions of the finished answer come with its diagnosis."""
-    return []
 
 
 def _explain(
     ready: Ready, session: AnswerSession, picture: Image, scope: str, extractor: MentionExtractor, start: float
 ) -> str:
-    """Diagnose the answer of a session, to be shown."""
+    """Diagnose the answer of a session, and encode the diagnosis for the page."""
     question = session.question
     detector = question.detector or ready.detectors.final
     diagnosis = diagnose(
         ready.adapter, picture, question.text, question.answer, detector, scope=scope, mentions=extractor
     )
     seconds = time.perf_counter() - start
-    return payload.finished(diagnosis, session.id, [*question.notes, f"Answered and explained in {seconds:.1f} s."])
+    return payload.diagnosed_answer(
+        diagnosis, session.id, [*question.notes, f"Answered and explained in {seconds:.1f} s."]
+    )
 
 
 def _notes(ready: Ready, question: Question) -> tuple[str, ...]:
+    """List the question's notes, and one about the origin or the lack of the detector."""
     detector = question.detector or ready.detectors.final
     if detector is None:
-        return (*question.notes, ready.detectors.names or TRAIN_ONE.format(model=question.model))
-    return (*question.notes, *([f"Detector: {ready.detectors.names}"] if question.detector is None else []))
+        return (*question.notes, ready.detectors.origin or TRAIN_ONE.format(model=question.model))
+    return (*question.notes, *([f"Detector: {ready.detectors.origin}"] if question.detector is None else []))

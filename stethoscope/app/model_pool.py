@@ -1,4 +1,4 @@
-"""Share models and detectors between the users of one server: one user has a model at a time, the others wait."""
+"""Share models and detectors between the users of one server; one user at a time has the model."""
 
 from __future__ import annotations
 
@@ -44,23 +44,26 @@ class Detectors:
     """Detectors for the answers of one model.
 
     Attributes:
-        final: scores the finished answer; None for no warnings.
-        live: scores tokens while the answer is written; None where none can. ``delay`` of ``stethoscope.stream``.
-        names: where they come from, for people, or that they are switched off.
+        final: scores the complete answer; None for no warnings.
+        live: scores tokens while the answer is generated; None if no detector can.
+        delay: of ``live``, as in ``stethoscope.stream``.
+        origin: where the detectors come from, or that they are switched off, to be shown to the user.
     """
 
     final: Detector | None = None
     live: Detector | None = None
     delay: int = 0
-    names: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that is this user's until the end of the block.
+    """A loaded model with its detectors.
 
     Attributes:
-        adapter: loaded. ``detectors``: its own. ``eyes``: what it saw of earlier pictures.
+        adapter: the model, set up.
+        detectors: for its answers.
+        image_features: cache of the features of earlier pictures.
     """
 
     adapter: Adapter
@@ -69,18 +72,17 @@ class Ready:
 
 
 class ModelPool:
-    """Models by name, loaded when they are first asked; one is kept in memory, for models can be large.
+    """Models by name, loaded on first use; only one is in memory at a time, because models can be large.
 
     Args:
-        adapter: the model to begin with. ``name``: of it, one of ``conf/model`` or of the user's own.
-        detector: folder of a detector for that model, or of a run that has one; ``auto`` for the newest in ``runs``
-            that was trained on this very model, or the one that comes with it; None or ``none`` for no warnings.
-        live: the same for a detector that judges while the answer is written.
-        runs: folder of run directories, in which detectors are looked for. ``run``: one to be looked at first.
-        plugins: packages from which models may be made.
-
-    Attributes:
-        busy: somebody has the model now.
+        adapter: the first model.
+        name: of the first model, one of ``conf/model`` or of the user's own configuration.
+        detector: folder of a detector for the first model, or of a run that has one; ``auto`` for the newest in
+            ``runs`` that was trained on exactly this model, or else the bundled one; None or ``none`` for no warnings.
+        live: the same for a detector that scores while the answer is generated.
+        runs: folder of run directories, in which detectors are searched for.
+        run: a run directory to be searched first.
+        plugins: packages from which models may be built.
     """
 
     def __init__(
@@ -95,59 +97,71 @@ class ModelPool:
     ) -> None:
         self.name = name
         self._runs, self._run = runs, run
-        self._first, self._given, self._plugins = adapter, (parse_setting(detector), live), plugins
+        self._first, self._plugins = adapter, plugins
+        self._first_folders: tuple[str | None, str | None] = (parse_setting(detector), live)
         self._lock = threading.Lock()
         self._loaded: tuple[str, Ready] | None = None
 
     @property
     def names(self) -> list[str]:
-        """List the models to choose from, the one to begin with first."""
+        """List the models to choose from; the first model comes first."""
         return list(dict.fromkeys([self.name, *(name for name in choices("model") if name != "hf")]))
 
     @property
     def busy(self) -> bool:
-        """Tell whether somebody has the model now."""
+        """Tell whether a user has the model now."""
         return self._lock.locked()
 
     @contextmanager
     def use(self, name: str) -> Iterator[Ready]:
-        """Wait for the model, load it if need be, and hold it for the length of the block.
+        """Wait for the model, load it if necessary, and lock it inside the ``with`` block.
 
         Raises:
-            ConfigError: there is no such model. Others as the model's ``setup`` raises them.
+            ConfigError: there is no such model.
+            StethoscopeError: the model or its detectors cannot be loaded.
         """
         with self._lock:
             if self._loaded is None or self._loaded[0] != name:
-                self._loaded = None  # before the next is loaded, so that two are never in memory
-                self._loaded = name, self._ready(name)
+                self._loaded = None  # frees the old model before the new one is loaded
+                self._loaded = name, self._load(name)
             ready = self._loaded[1]
             model = getattr(ready.adapter, "model", None)
             if model is None:
                 yield ready
                 return
-            with ready.image_features.on(model):
+            with ready.image_features.attached_to(model):
                 yield ready
 
-    def _ready(self, name: str) -> Ready:
+    def _load(self, name: str) -> Ready:
         from stethoscope.adapters.base import Adapter
 
         if name not in self.names:
             raise ConfigError(unknown("model", name, self.names))
-        given = (None if self._given[0] is None else AUTO, None)
+        folder, live = self._first_folders
         if name == self.name:
-            adapter, given = self._first, self._given
+            adapter = self._first
         else:
+            folder, live = None if folder is None else AUTO, None
             adapter = build(compose([f"+model={name}"]).model, Adapter, "model", self._plugins)
         adapter.setup()
-        return Ready(adapter, self._detectors(adapter, *given), ImageFeatureCache())
+        return Ready(adapter, self._load_detectors(adapter, folder, live), ImageFeatureCache())
 
-    def _detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
+    def _load_detectors(self, adapter: Adapter, folder: str | None, live: str | None) -> Detectors:
+        """Load the detector of complete answers, and the first one that can score during generation.
+
+        Args:
+            adapter: the model, set up.
+            folder: of the former, or ``AUTO``; None for none.
+            live: folder of the latter; None to search for one.
+        """
         from stethoscope.detection.detector import Detector
 
         if folder is None and live is None:
-            return Detectors(names=SWITCHED_OFF)
+            return Detectors(origin=SWITCHED_OFF)
         folders = [*detectors_for_model(self._runs, adapter.fingerprint(), self._run), *bundled_detectors(adapter)]
-        final = next(iter(folders), None) if folder == AUTO else folder and detector_folder(folder)
+        final = next(iter(folders), None)
+        if folder != AUTO:
+            final = None if folder is None else detector_folder(folder)
         if final is None:
             if live is None:
                 return Detectors()
@@ -157,32 +171,30 @@ class ModelPool:
             )
         detector = Detector.load(final)
         check_model(detector, adapter)
-        if final not in folders:  # those were trained on this very model
+        if final not in folders:  # the others were trained on exactly this model
             _check_features(detector, adapter)
         candidates = [final, *folders] if live is None else [detector_folder(live)]
         for candidate in candidates:
-            quick = detector if candidate == final else Detector.load(candidate)
-            delay = streaming_delay(quick)
+            live_detector = detector if candidate == final else Detector.load(candidate)
+            delay = streaming_delay(live_detector)
             if delay is not None:
-                check_model(quick, adapter)
+                check_model(live_detector, adapter)
                 if candidate not in (final, *folders):
-                    _check_features(quick, adapter)
-                names = (
-                    describe_origin(final)
-                    if candidate == final
-                    else f"{describe_origin(final)}, while writing {describe_origin(candidate)}"
-                )
-                return Detectors(detector, quick, delay, names)
+                    _check_features(live_detector, adapter)
+                origin = describe_origin(final)
+                if candidate != final:
+                    origin += f", while writing {describe_origin(candidate)}"
+                return Detectors(detector, live_detector, delay, origin)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
-        return Detectors(detector, names=describe_origin(final))
+        return Detectors(detector, origin=describe_origin(final))
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:
-    """Score a word, so that a model without the detector's features is refused before the first question.
+    """Diagnose a short text, so that a detector that does not fit the model fails before the first question.
 
     Raises:
-        CapabilityError: the model does not give them.
+        CapabilityError: the model does not provide the detector's features.
     """
     from PIL import Image
 
@@ -190,7 +202,7 @@ def _check_features(detector: Detector, adapter: Adapter) -> None:
 
 
 def streaming_delay(detector: Detector) -> int | None:
-    """Find the ``delay`` at which a detector can score while the answer is written; None if it cannot."""
+    """Find the smallest ``delay`` in tokens at which a detector can score during generation; None if it cannot."""
     from stethoscope.streaming.scorer import Scorer
 
     for delay in (0, 1):
@@ -205,14 +217,15 @@ def streaming_delay(detector: Detector) -> int | None:
 class ImageFeatureCache:
     """LRU cache of ``get_image_features``, so that follow-up questions skip the vision encoder.
 
-    Passes with gradients go through the vision tower all the same: relevancy of patches is read from its own maps.
-    Models without such a method encode the image every time.
+    Passes with gradients always run the vision tower, because the relevancy of patches needs its attention maps.
+    Models without this method encode the image every time.
 
     Args:
-        images: how many are kept.
+        images: number of images in the cache.
 
     Attributes:
-        misses: how often the vision tower ran without gradients. ``hits``: how often it did not have to.
+        misses: number of passes without gradients that ran the vision tower.
+        hits: number of passes that were answered from the cache.
     """
 
     def __init__(self, images: int = 4) -> None:
@@ -220,18 +233,18 @@ class ImageFeatureCache:
         self.misses = self.hits = 0
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        """Cache the image features of a model for the length of a block."""
+    def attached_to(self, model: nn.Module) -> Iterator[None]:
+        """Cache the image features of a model inside the ``with`` block."""
         modules = [module for module in model.modules() if hasattr(type(module), "get_image_features")]
-        # that of a model calls that of the model inside it, which alone is called in the forward pass
-        modules = modules[-1:]
-        for module in modules:
-            module.get_image_features = self._cached(module.get_image_features)
+        if not modules:
+            yield
+            return
+        module: Any = modules[-1]  # the innermost model's method is the one that the forward pass calls
+        module.get_image_features = self._cached(module.get_image_features)
         try:
             yield
         finally:
-            for module in modules:
-                del module.get_image_features
+            del module.get_image_features
 
     def _cached(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         import torch
@@ -248,13 +261,13 @@ class ImageFeatureCache:
             else:
                 self.misses += 1
                 features = self._features.put(key, encode(*arguments, **options))
-            return copy(features)  # beam search writes into what it is given
+            return copy(features)  # beam search changes the output in place
 
         return cached
 
 
 def _key(value: Any) -> Hashable:
-    """Make a key that equal arguments share."""
+    """Make a hashable key that is equal for equal arguments."""
     import torch
 
     if isinstance(value, torch.Tensor):

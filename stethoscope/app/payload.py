@@ -1,4 +1,4 @@
-"""Write what the page receives as JSON: messages, an answer that is being written, a diagnosed answer."""
+"""Encode what the server sends to the page as JSON: messages, a partial answer, a diagnosed answer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAP_BYTES = 8 * 2**20  # of heat maps on a screen; in larger answers layers are thinned out
+MAP_BYTES = 8 * 2**20  # of heat maps in a payload; for longer answers, layers are dropped
 
 _ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\":;,]+(?: [^\s/\\'\":;,]+)*[/\\]+)*")
-"""Drive or root and folders of an absolute path, blanks within their names included; no part of an address (``://``)."""
+"""Root and folders of an absolute path, whose names may have blanks; not the path of a URL (``://``)."""
 
 
 def encode(kind: str, **parts: Any) -> str:
-    """Write what the page receives as JSON, in which no text can be taken for a tag.
+    """Encode a message for the page as JSON in which no text can be read as a tag.
+
+    Args:
+        kind: of message, as the page's script distinguishes them.
+        parts: of the message, by key.
 
     >>> encode("error", text="<script>")
     '{"kind":"error","text":"\\\\u003cscript\\\\u003e"}'
@@ -39,20 +43,21 @@ def encode(kind: str, **parts: Any) -> str:
 
 
 def message(text: str, kind: str = "hint", clear: bool = False) -> str:
-    """Write a line above the answer.
+    """Encode a line of text that is shown above the answer.
 
     Args:
+        text: of the line.
         kind: ``hint``, ``busy`` (the model is at work) or ``error``.
-        clear: takes the last answer off the screen.
+        clear: whether to remove the last answer from the page.
     """
     return encode(kind, text=text, clear=clear)
 
 
 def failure(error: Exception) -> str:
-    """Write an error as a line above the answer, which ends whatever the page waits for.
+    """Encode an error as a line above the answer.
 
-    Errors that a user can mend say so, without the folders of this machine; of all others only the kind is shown, and
-    the traceback goes to the server's log.
+    Errors that a user can correct are shown without the folders of this machine. Of all others only the type is shown,
+    and the traceback goes to the server's log.
     """
     if isinstance(error, StethoscopeError):
         return message(without_folders(str(error)), "error")
@@ -61,26 +66,29 @@ def failure(error: Exception) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Cut absolute paths in a message to the name of their file.
+    """Shorten absolute paths in a message to their file name.
 
     >>> without_folders("/home/me/my runs/a/metrics.json: no JSON; see https://example.org/a/b and runs/a")
     'metrics.json: no JSON; see https://example.org/a/b and runs/a'
     """
-    known = {str(path) + os.sep for path in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))} - {os.sep}
-    for folder in sorted(known, key=len, reverse=True):
+    folders = {str(path) + os.sep for path in (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))} - {os.sep}
+    for folder in sorted(folders, key=len, reverse=True):
         text = text.replace(folder, "/")
     return _ABSOLUTE.sub("", text)
 
 
-def writing(
+def partial_answer(
     question: str, tokens: Sequence[StreamedToken], extractor: MentionExtractor, threshold: float | None
 ) -> str:
-    """Write an answer so far. Only names of objects are coloured by their warning: for those it is calibrated.
+    """Encode the part of an answer that has been generated so far.
+
+    Only object names are coloured by their probability, which is calibrated for them.
 
     Args:
-        tokens: so far.
-        extractor: finds the objects.
-        threshold: of the detector that scores while the answer is written; None without one.
+        question: the prompt's text.
+        tokens: of the answer so far.
+        extractor: extracts the objects that the answer names.
+        threshold: of the detector that scores while the answer is generated; None without one.
     """
     text = "".join(token.text for token in tokens)
     rows: list[dict[str, Any]] = [
@@ -88,33 +96,33 @@ def writing(
         for token in tokens
     ]
     mentions: list[dict[str, Any]] = []
-    for named in extractor(text) if threshold is not None else ():
-        covered = [token.token for token in tokens if token.start < named.end and token.end > named.start]
-        if not covered or tokens[covered[0]].probability is None:
+    for mention in extractor(text) if threshold is not None else ():
+        covered = [token.token for token in tokens if token.start < mention.end and token.end > mention.start]
+        probability = tokens[covered[0]].probability if covered else None
+        if probability is None:
             continue
         for token in covered:
             rows[token]["mention"] = len(mentions)
-        probability = round(tokens[covered[0]].probability, 4)
-        mentions.append({**mention_payload(named.name, covered, None), "probability": probability})
+        mentions.append({**mention_payload(mention.name, covered, None), "probability": round(probability, 4)})
     return encode(
         "writing", asked=question, text=text, tokens=rows, mentions=mentions, threshold=threshold, status="writing …"
     )
 
 
-def finished(diagnosis: Diagnosis, answer_id: str, notes: Sequence[str] = ()) -> str:
-    """Write an answer with everything about its tokens.
+def diagnosed_answer(diagnosis: Diagnosis, answer_id: str, notes: Sequence[str] = ()) -> str:
+    """Encode a complete answer with its diagnosis.
 
     Args:
         diagnosis: of the answer.
-        answer_id: tells answers apart; the same for both scopes of one.
-        notes: lines below the answer, besides those of the diagnosis.
+        answer_id: unique for every answer; the same for both scopes of one answer.
+        notes: lines below the answer, in addition to those of the diagnosis.
     """
-    data = payload(diagnosis, _layers(diagnosis))
+    data = payload(diagnosis, _most_layers(diagnosis))
     return json_text({**data, "answer_id": answer_id, "notes": [*data["notes"], *notes]})
 
 
-def _layers(diagnosis: Diagnosis) -> int:
-    """Count how many layers fit into ``MAP_BYTES``."""
+def _most_layers(diagnosis: Diagnosis) -> int:
+    """Count the layers whose heat maps fit into ``MAP_BYTES``."""
     if diagnosis.relevancy is None:
         return 1
     depth, cells = diagnosis.relevancy.image.shape[1:]

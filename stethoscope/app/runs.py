@@ -1,4 +1,4 @@
-"""Read finished runs for the second tab: samples with what was caught and missed, and the figures."""
+"""Read finished runs for the second tab: samples with their scored mentions, and the report."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from stethoscope.report.run_report import collect_report
 from stethoscope.report.run_source import RunReader, readable
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from stethoscope.core.types import Sample
     from stethoscope.storage.records import Record
 
 logger = logging.getLogger(__name__)
 
-MOST = 3000  # samples of a task in the list
-WORDS = 320  # characters of an answer in the list
+MOST_SAMPLES = 3000  # of a task in the list
+ANSWER_LENGTH = 320  # characters of an answer in the list
 NO_RUN = "There is no finished run yet: `stethoscope benchmark` makes one, then start the app again."
 
 
@@ -35,75 +37,81 @@ class Runs:
     """The finished runs of a folder.
 
     Args:
-        folder: of run directories. ``run``: the one to show first, anywhere; None for the newest of the folder.
-        kept: folder for pictures that are opened; the only one of this machine that the server hands out.
-        plugins: packages from which tasks may be made.
+        folder: of run directories.
+        run: the run directory to show first, inside or outside ``folder``; None for the newest of the folder.
+        picture_folder: for opened pictures; the only folder of this machine whose files the server sends.
+        plugins: packages from which tasks may be built.
 
     Raises:
         ArtefactError: ``run`` is no finished run.
     """
 
-    def __init__(self, folder: Path, run: Path | None, kept: Path, plugins: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, run: Path | None, picture_folder: Path, plugins: Sequence[str] = ()) -> None:
         files = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
         self._folders = {path.parent.name: path.parent for path in files if _finished(path.parent)}
         if run is not None:
             RunReader.read(run)
             self._folders = {run.resolve().name: run, **self._folders}
-        self._kept, self._plugins = kept, plugins
-        self._report = lru_cache(4)(_report)
+        self._picture_folder, self._plugins = picture_folder, plugins
+        self._report = lru_cache(4)(_report_page)
         self._samples = lru_cache(4)(self._read_samples)
 
     @property
     def names(self) -> list[str]:
-        """What there is to choose from; that of ``run`` first, then the newest."""
+        """List the names of the runs: that of ``run`` first, then the newest."""
         return list(self._folders)
 
     @property
     def first(self) -> str | None:
-        """The run to begin with."""
+        """Return the name of the run to show first; None if there is no run."""
         return next(iter(self._folders), None)
 
     def source(self, name: str | None) -> RunReader:
-        """A run by its name.
+        """Read a run by its name.
 
         Raises:
-            ArtefactError: there is none of that name, or it is damaged.
+            ArtefactError: there is no run of that name, or it is damaged.
         """
-        if name not in self._folders:  # a name, never a path: users of the page choose among these
+        if name not in self._folders:  # a name, never a path: users of the page may open only these runs
             raise ArtefactError(unknown("run", str(name), self._folders))
         return RunReader.read(self._folders[name])
 
     def listing(self, name: str | None) -> str:
-        """All samples of a run, as JSON for the list; what is wrong with the run is shown in it."""
+        """Encode all samples of a run for the list; an error is shown as a note in it."""
         if not self._folders:
             return payload.encode("list", rows=[], note=NO_RUN, run="")
         try:
             source = self.source(name)
             with readable(source.folder):
-                rows = [row for task in _tasks(source) for row in _rows(source, task)]
-        except Exception as error:  # one bad run never stops the app
-            return payload.encode("list", rows=[], note=_note(error), run=str(name))
+                tasks = sorted((result.task for result in source.results), key=lambda task: task != source.task)
+                rows = [row for task in tasks for row in _rows(source, task)]
+        except Exception as error:  # a damaged run must not stop the app
+            return payload.encode("list", rows=[], note=_error_text(error), run=str(name))
         return payload.encode("list", rows=rows, note=source.no_detector(), run=str(name))
 
     def figures(self, name: str | None) -> str:
-        """Leader board, ROC, calibration and the rest of the run's report, as JSON for the frame that shows it."""
+        """Encode the page of the run's report for the frame that shows it; an error is shown as a note in it."""
         if not self._folders:
             return payload.encode("figures", note=NO_RUN)
         try:
             folder = self.source(name).folder
             page = self._report(folder, (folder / "metrics.json").stat().st_mtime_ns)
         except Exception as error:
-            return payload.encode("figures", note=_note(error))
+            return payload.encode("figures", note=_error_text(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
     def question(self, name: str, task: str, sample_id: str, pool: ModelPool, model: str) -> Question:
-        """A sample with its stored answer, to be looked at; its picture is a new file of the app's own folder.
+        """Build a question from a sample and its stored answer, with its picture as a new file of the app's folder.
 
         Args:
-            model: chosen on the page; taken where the run's own is none of the pool.
+            name: of the run.
+            task: of the sample.
+            sample_id: of the sample.
+            pool: the models.
+            model: chosen on the page; used if the run's own model is not in the pool.
 
         Raises:
-            ArtefactError: there is no such sample, it has no answer, or its picture is gone.
+            ArtefactError: there is no such sample, it has no answer, or its picture cannot be read.
         """
         from stethoscope.detection.detector import Detector
 
@@ -113,7 +121,7 @@ class Runs:
         if record is None or record.answer is None or not record.answer.token_ids:
             raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
         notes = [f"Stored answer of the run {name}, sample {sample_id} of {task}."]
-        picture = self._picture(name, source, record, notes)
+        picture = self._read_picture(name, source, record, notes)
         if source.model in pool.names:
             model = source.model
         else:
@@ -122,69 +130,65 @@ class Runs:
         if (source.folder / "detector").is_dir():
             detector = Detector.load(source.folder / "detector")
             notes.append("Judged by the run's own detector.")
-        file = Path(tempfile.mkdtemp(dir=self._kept)) / "sample.png"
+        file = Path(tempfile.mkdtemp(dir=self._picture_folder)) / "sample.png"
         picture.save(file)
         return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes))
 
-    def _picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Any:
-        """The picture that was asked about, or the run's small copy of it."""
-        why = "its task no longer has the sample"
+    def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:
+        """Read the sample's picture from its task, or else the run's small copy of it."""
+        reason = "its task no longer has the sample"
         try:
             sample = self._samples(name, record.task).get(record.sample_id)
             if sample is not None and not record.changes(sample):
                 return sample.image.load()
         except (StethoscopeError, ImportError) as error:
-            why = str(error)
+            reason = str(error)
         media = source.saved_media(record)
         if media is None or media.picture is None:
-            raise ArtefactError(f"the picture of sample {record.sample_id} is not to be had: {why}")
-        notes.append(f"The picture is the run's small copy: {why}.")
+            raise ArtefactError(f"the picture of sample {record.sample_id} is not to be had: {reason}")
+        notes.append(f"The picture is the run's small copy: {reason}.")
         return media.picture
 
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
-        made = saved_task(self.source(name).store, task, self._plugins, offline=True)
-        made.setup()
-        return {sample.id: sample for sample in made.samples()}
+        rebuilt = saved_task(self.source(name).store, task, self._plugins, offline=True)
+        rebuilt.setup()
+        return {sample.id: sample for sample in rebuilt.samples()}
 
 
 def _finished(folder: Path) -> bool:
     try:
         RunReader.read(folder)
-    except StethoscopeError:  # half a run, or another kind of folder: nothing to look through yet
+    except StethoscopeError:  # an unfinished run, or another kind of folder
         return False
-    except Exception as error:  # a damaged one, in a way that no reader knows; the other runs are shown all the same
+    except Exception as error:  # damaged in an unforeseen way, which must not hide the other runs
         logger.error("%s is left out, it cannot be read: %s", folder, type(error).__name__, exc_info=error)
         return False
     return True
 
 
-def _note(error: Exception) -> str:
-    """What is wrong with a run, for the page."""
+def _error_text(error: Exception) -> str:
+    """Describe an error as ``payload.failure`` does, as plain text."""
     return json.loads(payload.failure(error))["text"]
 
 
-def _report(folder: Path, changed: int) -> str:
-    """The page of ``stethoscope report``, made again when the figures have changed."""
+def _report_page(folder: Path, changed: int) -> str:
+    """Write the page of ``stethoscope report``; ``changed`` is a key of the cache, the time of the last change."""
     with readable(folder):
         return collect_report(RunReader.read(folder), examples=0).html()
 
 
-def _tasks(source: RunReader) -> list[str]:
-    """Tasks of the run, that of the warnings first."""
-    return sorted((result.task for result in source.results), key=lambda task: task != source.task)
-
-
 def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
-    """Rows of the list: samples with the mentions that warnings are about."""
-    said: dict[str, list[Any]] = defaultdict(list)
+    """Make the rows of the list: samples with their scored mentions."""
+    mentions: dict[str, list[Any]] = defaultdict(list)
     folds: dict[str, str] = {}
     warnings = source.warnings
     for row in [] if warnings.empty else warnings[warnings["task"] == task].to_dict("records"):
-        said[row["sample_id"]].append([row["object"], kind(row["label"], row["warned"]), round(row["probability"], 4)])
+        outcome = mention_outcome(row["label"], row["warned"])
+        mentions[row["sample_id"]].append([row["object"], outcome, round(row["probability"], 4)])
         folds[row["sample_id"]] = row["fold"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for record in source.store.records(task):
-        if len(rows) == MOST:
+        if len(rows) == MOST_SAMPLES:
             break
         text = record.error if record.answer is None else record.answer.text
         rows.append(
@@ -192,20 +196,20 @@ def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
                 "task": task,
                 "sample": record.sample_id,
                 "question": record.question,
-                "answer": text if len(text) <= WORDS else text[:WORDS] + " …",
+                "answer": text if len(text) <= ANSWER_LENGTH else text[:ANSWER_LENGTH] + " …",
                 "status": record.status,
                 "fold": folds.get(record.sample_id, ""),
-                "mentions": said.get(record.sample_id, []),
+                "mentions": mentions.get(record.sample_id, []),
             }
         )
     return rows
 
 
-def kind(label: int, warned: bool) -> str:
-    """What became of a mention.
+def mention_outcome(label: int, warned: bool) -> str:
+    """Name the outcome of a mention from its label (1 hallucinated, 0 grounded, -1 unlabelled) and its warning.
 
-    >>> kind(1, True), kind(1, False), kind(0, True), kind(0, False), kind(-1, True)
-    ('caught', 'missed', 'false alarm', 'right', 'not judged')
+    >>> [mention_outcome(label, warned) for label, warned in ((1, True), (1, False), (0, True), (0, False), (-1, True))]
+    ['caught', 'missed', 'false alarm', 'right', 'not judged']
     """
     if label < 0:
         return "not judged"
@@ -213,10 +217,15 @@ def kind(label: int, warned: bool) -> str:
 
 
 def write_examples(folder: Path, seed: int, count: int = 6) -> list[Path]:
-    """Files of rendered scenes of the embedded world.
+    """Write rendered scenes of the testbed as image files.
 
     Args:
-        folder: where to write them. ``seed``: which scenes. ``count``: how many.
+        folder: to write to.
+        seed: index of the first scene.
+        count: number of scenes.
+
+    Returns:
+        The paths of the files.
     """
     from stethoscope import testbed
 

@@ -1,4 +1,4 @@
-"""The server of the page: on this machine alone unless told otherwise, with one folder of files to hand out."""
+"""Serve the page, by default to this machine only, with one folder of files that it may send."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from stethoscope.core.errors import ConfigError
 if TYPE_CHECKING:
     import gradio
 
-WAITING = 128  # questions that may wait for the model
+MAX_WAITING = 128  # questions that may wait for the model
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
@@ -27,12 +28,14 @@ POLICY = (
 
 
 class Headers:
-    """ASGI middleware that sends the page's content security policy with every answer of the server."""
+    """ASGI middleware that adds the page's content security policy to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand the request on, and add the headers to the response."""
+
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 extra = {"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
@@ -45,7 +48,7 @@ class Headers:
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A folder for uploads and pictures that is gone afterwards; Gradio hands out files of this one alone."""
+    """Make a temporary folder for uploads and pictures, the only one whose files Gradio sends."""
     with tempfile.TemporaryDirectory(prefix="stethoscope-app-") as folder:
         before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")}
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
@@ -60,15 +63,15 @@ def own_folder() -> Iterator[Path]:
 
 
 def check_address(host: str, port: int) -> None:
-    """Checks, before a model is loaded, that a server can listen there.
+    """Check, before a model is loaded, that a server can listen on an address.
 
     Raises:
-        ConfigError: the address is taken, or is none of this machine.
+        ConfigError: the address is in use, or does not belong to this machine.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an ended server's connections may still linger
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
         try:
-            one.bind((host, port))
+            listener.bind((host, port))
         except OSError as error:
             raise ConfigError(_refusal(host, port, error)) from None
 
@@ -78,7 +81,7 @@ def _refusal(host: str, port: int, error: OSError) -> str:
 
 
 def start(
-    screen: gradio.Blocks,
+    page: gradio.Blocks,
     host: str,
     port: int,
     sessions: Sessions,
@@ -86,17 +89,19 @@ def start(
     hosts: Sequence[str] = (),
     accounts: Mapping[str, str] | None = None,
 ) -> str:
-    """Serve the page from threads of its own and give its address; ``screen.close()`` ends it.
+    """Serve the page in background threads, and return its address; ``page.close()`` stops the server.
 
     Args:
-        screen: the page. ``host``, ``port``: where to listen.
-        sessions: of this server; the files that its folder holds now are for all of them.
-        share: a public address through Gradio's servers.
-        hosts: names that the page answers to, beside loopback names and ``host``.
-        accounts: passwords by user; None lets everybody in.
+        page: to be served.
+        host: address to listen on.
+        port: to listen on.
+        sessions: of this server; all of them may use the files that are in its folder now.
+        share: whether to create a public address through Gradio's servers.
+        hosts: host names that the page answers to, in addition to loopback names and ``host``.
+        accounts: passwords by user; None for no login.
 
     Raises:
-        ConfigError: the address is taken or none of this machine, or the server cannot start.
+        ConfigError: the address is in use or does not belong to this machine, or the server cannot start.
     """
     from starlette.middleware import Middleware
 
@@ -104,17 +109,14 @@ def start(
 
     sessions.share_files()
     names = list(hosts)
-    add_to_no_proxy(host)  # launch asks its own address
-    screen.queue(default_concurrency_limit=8, max_size=WAITING, api_open=False)
+    add_to_no_proxy(host)  # Gradio's launch sends a request to its own address
+    page.queue(default_concurrency_limit=8, max_size=MAX_WAITING, api_open=False)
 
-    async def forget(session_hash: str) -> None:
-        await _forget(screen, session_hash)
-
-    def pending(session_hash: str) -> int:
-        return len(screen._queue.pending_event_ids_session.get(session_hash, ()))
+    def count_pending(session_hash: str) -> int:
+        return len(page._queue.pending_event_ids_session.get(session_hash, ()))
 
     try:
-        _, address, shared = screen.launch(
+        _, address, shared = page.launch(
             server_name=host,
             server_port=port,
             share=share,
@@ -131,13 +133,18 @@ def start(
                 "middleware": [
                     Middleware(Headers),
                     Middleware(AccessMiddleware, host=host, hosts=names, accounts=accounts),
-                    Middleware(SessionMiddleware, sessions=sessions, forget=forget, pending=pending),
+                    Middleware(
+                        SessionMiddleware,
+                        sessions=sessions,
+                        release=partial(_release_session, page),
+                        count_pending=count_pending,
+                    ),
                 ]
             },
         )
     except OSError as error:
         raise ConfigError(_refusal(host, port, error)) from None
-    except Exception as error:  # Gradio and httpx raise nearly anything where a proxy or a firewall is in the way
+    except Exception as error:  # behind a proxy or a firewall, Gradio and httpx raise errors of any type
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise ConfigError(
             f"the page cannot be served on host={host} port={port}: {reason} (a proxy? add {host} to no_proxy)"
@@ -147,12 +154,12 @@ def start(
     return shared or address
 
 
-async def _forget(screen: gradio.Blocks, session_hash: str) -> None:
-    """Drop what Gradio keeps for a session: waiting questions, answers that nobody has read, values of components.
+async def _release_session(page: gradio.Blocks, session_hash: str) -> None:
+    """Delete Gradio's data of a session: waiting questions, unread answers, values of components.
 
-    Gradio itself keeps all of it until 10,000 sessions have come.
+    Gradio itself keeps it until there are 10,000 sessions.
     """
-    queue, holder = screen._queue, screen.app.state_holder
+    queue, holder = page._queue, page.app.state_holder
     await queue.clean_events(session_hash=session_hash)
     queue.pending_messages_per_session.pop(session_hash, None)
     queue.pending_event_ids_session.pop(session_hash, None)

@@ -1,7 +1,7 @@
-"""Sessions of the page: the answer that each looks at, its pictures in the app's own folder, and when they go.
+"""Store the answer and the pictures of every session of the page, and delete them when the session ends.
 
-A session is Gradio's: a ``session_hash`` that a page draws when it is opened. It lives as long as one of its
-connections is open, and ``GRACE`` seconds longer; one that asks nothing for ``IDLE`` seconds is forgotten too.
+A session belongs to a ``session_hash`` that Gradio draws when a page is opened. It ends ``GRACE`` seconds after its
+last connection is closed, or after ``IDLE`` seconds without a question.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRACE = 60.0
-"""Seconds that a session outlives its last connection, and that an upload nobody has named yet is kept."""
+"""Seconds from the last connection to the end of a session, and from an upload without a session to its deletion."""
 IDLE = 3600.0
-"""Seconds without a question after which a session is forgotten even though its page is open."""
+"""Seconds without a question after which a session ends although its page is open."""
 MAX_SESSIONS = 256
 MAX_CONNECTIONS = 512
 """Open event streams; a page holds up to two."""
 MAX_PENDING = 8
-"""Questions of one session that may wait, or whose answers it has not read."""
+"""Questions of one session that wait for the model, or have an answer that the page has not read."""
 MAX_UPLOAD = 32 * 2**20
 """Bytes of one uploaded picture."""
 MAX_SESSION_FILES, MAX_SESSION_BYTES = 8, 64 * 2**20
-"""Pictures that one session keeps: with more, its oldest go."""
+"""Pictures of one session; with more, its oldest are deleted."""
 MAX_UNCLAIMED_BYTES, MAX_TOTAL_BYTES, MAX_TOTAL_FILES = 256 * 2**20, 2**30, 2000
-"""Uploads that no session has named yet, and all together: with more, uploads are refused."""
+"""Uploads that belong to no session yet, and all uploads; with more, uploads are refused."""
 NO_PICTURE = "this picture is not on the server, or not any more: upload it again, or choose an example"
 
 _MAX_BODY = 256 * 2**10  # bytes of a question with its settings
@@ -53,12 +53,12 @@ _SESSION_HASH = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass
 class Session:
-    """What is kept for one open page.
+    """The state of one open page.
 
     Attributes:
-        last_used: when it last asked something or was connected, by the clock of the sessions.
-        connections: event streams that are open.
-        answer: that it looks at.
+        last_used: time of its last question or connection, in seconds of the clock of the sessions.
+        connections: number of open event streams.
+        answer: shown on the page.
         files: its pictures, the oldest first.
     """
 
@@ -72,9 +72,10 @@ class Sessions:
     """All sessions of one server, and the folder of their pictures.
 
     Args:
-        folder: the app's own, whose files (examples) at the time of ``serve`` are for everybody.
-        grace: see ``GRACE``. ``idle``: see ``IDLE``.
-        clock: seconds of a monotonic clock.
+        folder: the app's own.
+        grace: see ``GRACE``.
+        idle: see ``IDLE``.
+        clock: returns the seconds of a monotonic clock.
     """
 
     def __init__(
@@ -95,47 +96,47 @@ class Sessions:
         return len(self._sessions)
 
     def share_files(self) -> None:
-        """Take what lies in the folder now for examples, which every session may name and which stay."""
+        """Share the files that are in the folder now (examples) with all sessions, and never delete them."""
         self._shared = frozenset(self._files())
 
     def own_file(self, path: object) -> Path:
         """Resolve a path that a request names.
 
         Raises:
-            DataError: it is no file of the app's own folder; the message is the same whatever else it may be.
+            DataError: it is no file of the app's own folder; the message does not reveal what else it may be.
         """
         try:
             file = Path(str(path)).resolve()
             if isinstance(path, str) and file.is_relative_to(self.folder) and file.is_file():
                 return file
-        except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, a loop of links
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, a null byte, a loop of links
             pass
         raise DataError(NO_PICTURE)
 
     def use(self, session_hash: str, files: Sequence[Path] = ()) -> None:
-        """Note that a session asks something, and keep files for as long as it lives or until it has newer ones."""
-        named = [file for file in map(Path.resolve, files) if file not in self._shared]
+        """Record a question of a session, and assign files to the session; its oldest files may be dropped."""
+        new_files = [file for file in map(Path.resolve, files) if file not in self._shared]
         with self._lock:
             session = self._get(session_hash)
-            session.files = [*(file for file in session.files if file not in named), *dict.fromkeys(named)]
+            session.files = [*(file for file in session.files if file not in new_files), *dict.fromkeys(new_files)]
             while len(session.files) > 1 and (
                 len(session.files) > MAX_SESSION_FILES or sum(map(_size, session.files)) > MAX_SESSION_BYTES
             ):
                 session.files.pop(0)
 
-    def keep_answer(self, session_hash: str, answer: AnswerSession) -> None:
-        """Remember the answer that a session looks at, in place of an earlier one."""
+    def set_answer(self, session_hash: str, answer: AnswerSession) -> None:
+        """Store the answer that a session shows, in place of an earlier one."""
         with self._lock:
             self._get(session_hash).answer = answer
 
     def answer(self, session_hash: str) -> AnswerSession | None:
-        """Return the answer that a session looks at; None if there is none, or not any more."""
+        """Return the answer that a session shows; None if it has none, or has ended."""
         session = self._sessions.get(session_hash)
         return None if session is None else session.answer
 
     @contextmanager
     def connection(self, session_hash: str) -> Iterator[None]:
-        """Count an open event stream of a session for the length of a block."""
+        """Count an open event stream of a session inside the ``with`` block."""
         with self._lock:
             session = self._get(session_hash)
             session.connections += 1
@@ -147,13 +148,20 @@ class Sessions:
 
     @property
     def connections(self) -> int:
-        """Event streams that are open."""
+        """Count the open event streams of all sessions."""
         with self._lock:
             return sum(session.connections for session in self._sessions.values())
 
     @contextmanager
     def upload(self, size: int) -> Iterator[str | None]:
-        """Reserve room for an upload of ``size`` bytes for the length of a block; gives why there is none, or None."""
+        """Reserve space for an upload inside the ``with`` block.
+
+        Args:
+            size: of the upload, in bytes.
+
+        Yields:
+            None, or the reason why the upload is refused.
+        """
         claimed = self._claimed()
         sizes = {file: _size(file) for file in self._files() if file not in self._shared}
         unclaimed = sum(size for file, size in sizes.items() if file not in claimed) + self._arriving + size
@@ -168,7 +176,7 @@ class Sessions:
             self._arriving -= size
 
     def expire(self) -> list[str]:
-        """Forget sessions that have ended, delete files that are no session's, and give the hashes of the former."""
+        """Remove the sessions that have ended and the files of no session; return the hashes of the sessions."""
         now = self._clock()
         with self._lock:
             ended = [name for name, session in self._sessions.items() if self._has_ended(session, now)]
@@ -177,13 +185,13 @@ class Sessions:
             ended += closed[: max(0, len(self._sessions) - len(ended) - MAX_SESSIONS)]
             for name in ended:
                 del self._sessions[name]
-        kept = self._claimed() | self._shared
-        spared = max(self.grace, _TRANSFER_SECONDS) if self._arriving else self.grace  # an upload may be half written
+        used = self._claimed() | self._shared
+        age = max(self.grace, _TRANSFER_SECONDS) if self._arriving else self.grace  # an upload may be half written
         for file in self._files():
-            if file not in kept and time.time() - _modified(file) > spared:
+            if file not in used and time.time() - _modified(file) > age:
                 file.unlink(missing_ok=True)
                 if file.parent != self.folder:
-                    with suppress(OSError):  # it holds another file
+                    with suppress(OSError):  # the folder holds another file
                         file.parent.rmdir()
         return ended
 
@@ -219,23 +227,23 @@ def _modified(file: Path) -> float:
 
 
 class SessionMiddleware:
-    """ASGI middleware that keeps questions, uploads and event streams within their limits, and ends sessions.
+    """ASGI middleware that limits questions, uploads and event streams, and ends sessions.
 
     Args:
         app: the next ASGI application.
         sessions: of the server.
-        forget: drops what Gradio keeps for a session that has ended.
-        pending: how many questions of a session wait, or have answers that it has not read.
+        release: deletes Gradio's data of a session that has ended.
+        count_pending: counts the questions of a session that wait, or have an answer that the page has not read.
     """
 
     def __init__(
         self,
         app: Any,
         sessions: Sessions,
-        forget: Callable[[str], Awaitable[None]],
-        pending: Callable[[str], int],
+        release: Callable[[str], Awaitable[None]],
+        count_pending: Callable[[str], int],
     ) -> None:
-        self.app, self._sessions, self._forget, self._pending = app, sessions, forget, pending
+        self.app, self._sessions, self._release, self._count_pending = app, sessions, release, count_pending
         self._expiry: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -249,7 +257,7 @@ class SessionMiddleware:
         try:
             if path == f"{API}/queue/join":
                 async with asyncio.timeout(_TRANSFER_SECONDS):
-                    receive = await self._question(receive)
+                    receive = await self._check_question(receive)
                 await self.app(scope, receive, send)
             elif path == f"{API}/upload":
                 await self._upload(scope, receive, send)
@@ -258,7 +266,7 @@ class SessionMiddleware:
                 await self._stream(name, scope, receive, send)
             elif path.startswith(f"{API}/heartbeat/"):
                 await self._stream(path.rpartition("/")[2], scope, receive, send)
-            elif path.startswith(f"{API}/file="):  # Gradio would fetch addresses, and tell files from folders
+            elif path.startswith(f"{API}/file="):  # Gradio would fetch URLs, and reveal which paths exist
                 self._check_files([path.partition("=")[2]])
                 await self.app(scope, receive, send)
             else:
@@ -275,11 +283,14 @@ class SessionMiddleware:
         with self._sessions.connection(session_hash):
             await self.app(scope, receive, send)
 
-    async def _question(self, receive: Any) -> Any:
-        """Check the body of a question before Gradio opens, copies or fetches what it names; gives it once more.
+    async def _check_question(self, receive: Any) -> Any:
+        """Check the body of a question before Gradio opens, copies or fetches the files that it names.
+
+        Returns:
+            A ``receive`` that replays the body for Gradio.
 
         Raises:
-            _Refused: it is too long or no such body, names a file that is not the app's own, or too many wait.
+            _Refused: the body is too long or malformed, names a file outside the app's folder, or too many wait.
         """
         content, more = b"", True
         while more:
@@ -298,7 +309,7 @@ class SessionMiddleware:
         if not isinstance(body, dict):
             raise _Refused(400, "the question is no JSON object")
         session_hash = _check_hash(body.get("session_hash"))
-        if self._pending(session_hash) >= MAX_PENDING:
+        if self._count_pending(session_hash) >= MAX_PENDING:
             raise _Refused(429, f"{MAX_PENDING} questions of this page wait already: let them be answered first")
         self._sessions.use(session_hash, self._check_files(paths))
 
@@ -331,27 +342,27 @@ class SessionMiddleware:
                 await self.app(scope, receive, send)
 
     async def _expire(self) -> None:
-        """End sessions for as long as the server runs."""
+        """Remove ended sessions regularly, as long as the server runs."""
         while True:
             await asyncio.sleep(min(10.0, self._sessions.grace / 2))
             try:
                 ended = self._sessions.expire()
                 for session_hash in ended:
-                    await self._forget(session_hash)
+                    await self._release(session_hash)
                 if ended:
                     _return_memory()
-            except Exception:  # a fault of ours; later sessions must end all the same
+            except Exception:  # a bug of ours, which must not keep later sessions from ending
                 logger.exception("ending sessions failed")
 
 
 def _return_memory() -> None:
-    """Give freed memory back to the system: Pillow's blocks of 16 MiB otherwise stay in the C library's arenas."""
-    with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
+    """Return freed memory to the system; otherwise Pillow's blocks of 16 MiB stay in the C library's arenas."""
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has this function
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Refused(Exception):
-    """A request that is answered here, with a status and one line."""
+    """A request that is refused, with a status and one line."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -365,7 +376,7 @@ def _check_hash(session_hash: object) -> str:
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Every ``path`` of every dictionary in a body, however deep; None is a component without a file."""
+    """Yield every ``path`` of every dictionary in a body, at any depth, except None (a component without a file)."""
     if isinstance(value, dict):
         if value.get("path") is not None:
             yield value["path"]

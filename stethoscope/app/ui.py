@@ -21,7 +21,7 @@ from stethoscope.diagnosis.run_diagnosis import MentionExtractor
 TITLE = "LVLM-Stethoscope"
 QUESTION = "Please describe this image in detail."
 HINT = "Choose a picture, ask, and then click any word of the answer, or go through them with ← and →."
-MODEL = "model"  # events of one name take turns, since they need the model
+MODEL = "model"  # concurrency id of the events that need the model, of which one runs at a time
 
 
 def style() -> str:
@@ -30,7 +30,7 @@ def style() -> str:
 
 
 def theme() -> gr.themes.Base:
-    """Make a theme with the fonts of the machine: nothing is fetched."""
+    """Build a theme with system fonts, so that no font is fetched."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return gr.themes.Base(font=sans, font_mono=mono, primary_hue="blue", neutral_hue="slate", radius_size="md")
 
@@ -38,16 +38,16 @@ def theme() -> gr.themes.Base:
 def build_page(
     pool: ModelPool, runs: Runs, extractor: MentionExtractor, examples: Sequence[Path], sessions: Sessions
 ) -> gr.Blocks:
-    """Build the page; ``queue`` and ``launch`` make it a server.
+    """Build the page, which ``server.start`` serves.
 
     Args:
         pool: the models.
-        runs: finished runs to look through.
-        extractor: finds the objects that a text names.
-        examples: files of pictures to choose from.
-        sessions: of the server; they keep the answer that each page looks at.
+        runs: finished runs for the second tab.
+        extractor: extracts the objects that a text names.
+        examples: picture files to choose from.
+        sessions: of the server, which store the answer that each page shows.
     """
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as screen:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(f"<h1>{TITLE}</h1>", elem_classes="st-head", js_on_load=None)
         with gr.Tabs(selected="ask") as tabs:
             with gr.Tab("Ask", id="ask", elem_id="tab-ask"):
@@ -56,12 +56,12 @@ def build_page(
                 browser = _run_tab(runs)
         _wire_ask(pool, extractor, parts, sessions)
         _wire_run(pool, runs, extractor, parts, browser, tabs, sessions)
-        screen.unload(lambda: None)  # a page with this event holds a connection open, by which its session lives
-    return screen
+        page.unload(lambda: None)  # with this event, Gradio keeps a connection open, which keeps the session alive
+    return page
 
 
 def _component(name: str, value: str, template: str, script: str) -> gr.HTML:
-    """Make a component of our own; data comes as its value."""
+    """Make a component from a template and a script of ours; its value is the data that they show."""
     return gr.HTML(value, html_template=str(template), js_on_load=str(script), elem_id=name, apply_default_css=False)
 
 
@@ -73,7 +73,7 @@ def _ask_tab(pool: ModelPool, examples: Sequence[Path]) -> dict[str, Any]:
                 type="filepath", sources=["upload", "clipboard"], label="picture", height=260, elem_id="photograph",
                 buttons=[],
             )  # fmt: skip
-            # the file as it was uploaded, so that it is read, and found broken, where the model's pictures are read
+            # keep Gradio from decoding the file: it is read, and may be refused, where pictures for the model are
             picture.preprocess = lambda upload: None if upload is None else upload.path
             if examples:
                 gr.Examples([[str(path)] for path in examples], inputs=[picture], label="examples", elem_id="examples")
@@ -100,32 +100,41 @@ def _ask_tab(pool: ModelPool, examples: Sequence[Path]) -> dict[str, Any]:
 
 
 def _wire_ask(pool: ModelPool, extractor: MentionExtractor, parts: dict[str, Any], sessions: Sessions) -> None:
-    options = [parts[name] for name in ("temperature", "top_p", "beams", "length", "seed")]
-
     def own_file(picture: str | None) -> Path | None:
         return None if picture is None else sessions.own_file(picture)
 
-    def ask(request: gr.Request, model: str, picture: str | None, question: str, *settings: float) -> Iterator[str]:
+    def ask(
+        request: gr.Request,
+        model: str,
+        picture: str | None,
+        text: str,
+        temperature: float,
+        top_p: float,
+        beams: int,
+        length: int,
+        seed: int,
+    ) -> Iterator[str]:
         try:
-            asked = answer.Question(model, own_file(picture), question, answer.generation(*settings))
+            generation = answer.generation(temperature, top_p, beams, length, seed)
+            question = answer.Question(model, own_file(picture), text, generation)
         except Exception as error:
             yield payload.failure(error)
             return
-        yield from _kept(answer.ask(pool, asked, extractor), request, sessions)
+        yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
-    def look_again(request: gr.Request, event: gr.EventData) -> Iterator[str]:
-        kept = sessions.answer(str(request.session_hash))
+    def change_scope(request: gr.Request, event: gr.EventData) -> Iterator[str]:
+        session = sessions.answer(str(request.session_hash))
         try:
-            chosen, scope = event.answer_id, str(event.scope)
-        except AttributeError:  # no event of the page
-            chosen = scope = None
-        if kept is None or kept.id != chosen:
+            answer_id, scope = event.answer_id, str(event.scope)
+        except AttributeError:  # the event does not come from our viewer
+            answer_id, scope = None, ""
+        if session is None or session.id != answer_id:
             yield payload.message("this answer is no longer there: ask again", "error")
             return
-        yield from _kept(answer.explain_again(pool, kept, scope, extractor), request, sessions)
+        yield from _stored(answer.explain_again(pool, session, scope, extractor), request, sessions)
 
-    def arrived(picture: str | None) -> Any:
-        """Read a picture when it arrives, so that what is wrong with it is said before a question is written."""
+    def check_picture(picture: str | None) -> Any:
+        """Read a picture once it is uploaded, so that an error is shown before a question is asked."""
         try:
             if picture is not None:
                 answer.read_picture(own_file(picture))
@@ -133,35 +142,36 @@ def _wire_ask(pool: ModelPool, extractor: MentionExtractor, parts: dict[str, Any
             return payload.failure(error)
         return gr.skip()
 
-    turn = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-    inputs, view = [parts["model"], parts["picture"], parts["question"], *options], parts["view"]
-    begun = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **turn)
-    view.gradient(look_again, None, view, **turn)
-    parts["picture"].change(arrived, parts["picture"], view, **{**turn, "concurrency_id": "picture"})
+    options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
+    names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
+    inputs, view = [parts[name] for name in names], parts["view"]
+    asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **options)
+    view.gradient(change_scope, None, view, **options)
+    parts["picture"].change(check_picture, parts["picture"], view, **{**options, "concurrency_id": "picture"})
     parts["stop"].click(
-        lambda: payload.message("stopped", clear=True), None, view, cancels=[begun], show_progress="hidden",
+        lambda: payload.message("stopped", clear=True), None, view, cancels=[asking], show_progress="hidden",
         queue=False, api_visibility="private",
     )  # fmt: skip
 
 
-def _kept(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
-    """What to show, while the session remembers the answer that it is about."""
-    for shown, session in steps:
+def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
+    """Yield the JSON of every step, and store the answer in the request's session."""
+    for data, session in steps:
         if session is not None:
-            sessions.keep_answer(str(request.session_hash), session)
-        yield shown
+            sessions.set_answer(str(request.session_hash), session)
+        yield data
 
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
     names = runs.names
-    chosen = gr.Dropdown(names, value=runs.first, label="run", elem_id="run", interactive=bool(names))
+    run = gr.Dropdown(names, value=runs.first, label="run", elem_id="run", interactive=bool(names))
     with gr.Tabs():
         with gr.Tab("Samples"):
             listing = _component("list", runs.listing(runs.first), fill("app/samples.html"), asset("app/samples.js"))
         with gr.Tab("Figures") as figures:
-            waiting = payload.encode("figures", note="making the figures …" if names else NO_RUN)
-            report = _component("figures", waiting, fill("app/figures.html"), asset("app/figures.js"))
-    return {"run": chosen, "list": listing, "figures": figures, "report": report}
+            placeholder = payload.encode("figures", note="making the figures …" if names else NO_RUN)
+            report = _component("figures", placeholder, fill("app/figures.html"), asset("app/figures.js"))
+    return {"run": run, "list": listing, "figures": figures, "report": report}
 
 
 def _wire_run(
@@ -173,28 +183,29 @@ def _wire_run(
     tabs: gr.Tabs,
     sessions: Sessions,
 ) -> None:
-    quiet = {"show_progress": "minimal", "api_visibility": "private"}
+    options = {"show_progress": "minimal", "api_visibility": "private"}
 
-    def look(request: gr.Request, run: str | None, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+    def open_sample(request: gr.Request, run: str | None, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
         """Open a sample in the first tab, with its stored answer."""
         unchanged = gr.skip()
         try:
-            asked = runs.question(str(run), str(event.task), str(event.sample), pool, model)
-            sessions.use(str(request.session_hash), [asked.picture])
+            question = runs.question(str(run), str(event.task), str(event.sample), pool, model)
+            if question.picture is not None:
+                sessions.use(str(request.session_hash), [question.picture])
         except Exception as error:
             gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
             yield (unchanged,) * 5
             return
-        first = gr.Tabs(selected="ask"), str(asked.picture), asked.text, asked.model
-        for shown in _kept(answer.ask(pool, asked, extractor), request, sessions):
-            yield *first, shown
-            first = (unchanged,) * 4
+        inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model
+        for data in _stored(answer.ask(pool, question, extractor), request, sessions):
+            yield *inputs, data
+            inputs = (unchanged,) * 4
 
-    browser["run"].change(runs.listing, browser["run"], browser["list"], **quiet)
-    emptied = payload.encode("figures", note="")
-    browser["run"].change(lambda: emptied, None, browser["report"], **quiet)
-    browser["figures"].select(runs.figures, browser["run"], browser["report"], **quiet)
+    browser["run"].change(runs.listing, browser["run"], browser["list"], **options)
+    empty = payload.encode("figures", note="")
+    browser["run"].change(lambda: empty, None, browser["report"], **options)
+    browser["figures"].select(runs.figures, browser["run"], browser["report"], **options)
     outputs = [tabs, parts["picture"], parts["question"], parts["model"], parts["view"]]
     browser["list"].look(
-        look, [browser["run"], parts["model"]], outputs, concurrency_id=MODEL, concurrency_limit=1, **quiet
+        open_sample, [browser["run"], parts["model"]], outputs, concurrency_id=MODEL, concurrency_limit=1, **options
     )

@@ -44,7 +44,7 @@ def run(config: DictConfig) -> None:
         past = Runs(runs, run, folder, config.plugins)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
-            names = ready.detectors.names
+            names = ready.detectors.origin
             print(f"detector: {names}" if names else TRAIN_ONE.format(model=name), file=sys.stderr)
         sessions = Sessions(folder)
         screen = build_page(pool, past, extractor, write_examples(folder, config.seed, int(config.examples)), sessions)

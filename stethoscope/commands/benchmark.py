@@ -22,7 +22,6 @@ def run(config: DictConfig) -> None:
     from stethoscope.features import FeatureSet
     from stethoscope.report.console import print_answer, print_detector, print_results
     from stethoscope.report.examples import log_detector_files
-    from stethoscope.report.metrics_tables import DetectorResults
     from stethoscope.storage.run_dir import DETECTOR, RunStore
     from stethoscope.tasks.base import Task
 
@@ -52,7 +51,7 @@ def run(config: DictConfig) -> None:
             results = fit(store, chair.name, detector, shares, config.seed, **compared)
             log_detector(loggers, results)
             log_detector_files(loggers, folder)
-            print_detector(DetectorResults.from_dict(results))
+            print_detector(results)
             print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
     report_failures([answers, captions], Path(folder))

@@ -16,6 +16,7 @@ from stethoscope.evaluation.callbacks import Callback
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
+    from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import Run
@@ -187,20 +188,22 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
     return train, calibration, test
 
 
-def log_detector(loggers: Loggers, results: dict[str, Any]) -> None:
-    """Send the detector's figures to the loggers, under the names and with the values of ``metrics.json``."""
-    rows = results["leaderboard"]["rows"]
+def log_detector(loggers: Loggers, results: DetectorResults) -> None:
+    """Log the detector's figures under the names and with the values of ``metrics.json``."""
+    intervals = [
+        (row, metric, interval.to_dict())  # None for a value that is not defined
+        for row in results.leaderboard.rows
+        for metric, interval in row.metrics.items()
+    ]
     figures = {
-        f"detector/{row['name']}/{metric}": interval["value"]
-        for row in rows
-        if row["kind"] != "feature"
-        for metric, interval in row["metrics"].items()
+        f"detector/{row.name}/{metric}": interval["value"]
+        for row, metric, interval in intervals
+        if row.kind != "feature"
     }
     loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
     columns = ["name", "kind", "metric", "value", "low", "high"]
-    long = [
-        [row["name"], row["kind"], metric, interval["value"], interval["low"], interval["high"]]
-        for row in rows
-        for metric, interval in row["metrics"].items()
+    rows = [
+        [row.name, row.kind, metric, interval["value"], interval["low"], interval["high"]]
+        for row, metric, interval in intervals
     ]
-    loggers.log_table("detector/leaderboard", columns, long)
+    loggers.log_table("detector/leaderboard", columns, rows)

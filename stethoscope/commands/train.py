@@ -36,7 +36,6 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.training import fit
     from stethoscope.report.console import print_detector
     from stethoscope.report.examples import log_detector_files
-    from stethoscope.report.metrics_tables import DetectorResults
     from stethoscope.storage.lock import RunLock
     from stethoscope.storage.reuse import copy_task
     from stethoscope.storage.run_dir import RunStore
@@ -85,11 +84,11 @@ def run(config: DictConfig) -> None:
             progress=lambda line: print(f"{line} ...", file=sys.stderr),
         )
         log_detector(loggers, results)
-        loggers.log_metrics(_flat(results))
+        loggers.log_metrics(_flat(results.transfer or ()))
         log_detector_files(loggers, folder)
-    print_detector(DetectorResults.from_dict(results))
-    if targets:
-        print(text(transfer_table(results["transfer"])))
+    print_detector(results)
+    if results.transfer:
+        print(text(transfer_table(results.transfer)))
     print(f"detector: {folder / 'detector'}")
 
 
@@ -166,11 +165,11 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     return Target(name, token_table(config, store, task, subset), store.model(task))
 
 
-def _flat(results: Mapping[str, Any]) -> dict[str, float]:
+def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Flatten the metrics of a transfer by name, for loggers."""
     return {
         f"transfer/{row['target']}/{which}/{metric}": interval["value"]
-        for row in results.get("transfer", ())
+        for row in rows
         for which, figures in row.items()
         if isinstance(figures, dict)
         for metric, interval in figures.items()

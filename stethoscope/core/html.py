@@ -1,4 +1,4 @@
-"""Pages that open anywhere: templates escape every text, data and images lie inside, nothing is fetched."""
+"""Write self-contained HTML pages: templates escape all text, data and images are inlined, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Content security policy of every page: even a mistake in escaping could fetch nothing and send nothing."""
+"""Content security policy of every page: even if escaping failed, nothing could be fetched or sent."""
 LARGEST_PNG = 256  # pixels along the longer side; larger images become JPEG
 
 
 def escape(text: object) -> str:
-    """Escape text for the inside of an element or a quoted attribute, as the templates do.
+    """Escape text for an element or a quoted attribute, as the templates do.
 
     >>> escape('<script>"&')
     '&lt;script&gt;&#34;&amp;'
@@ -31,10 +31,10 @@ def escape(text: object) -> str:
 
 
 def json_text(data: Any) -> str:
-    """Write JSON in which no text can be taken for a tag, wherever it is put.
+    """Write JSON in which no text can be read as a tag, wherever it is put in a page.
 
     Raises:
-        ValueError: a number in it is not finite, which JSON does not know.
+        ValueError: a number is not finite, so that JSON has no value for it.
 
     >>> json_text({"text": "</script>"})
     '{"text":"\\\\u003c/script\\\\u003e"}'
@@ -46,7 +46,11 @@ def json_text(data: Any) -> str:
 
 
 def json_block(name: str, data: Any) -> Markup:
-    """Write data for the page's script into an element of that id that no browser runs.
+    """Write data for the page's script into a ``<script>`` element that browsers do not run.
+
+    Args:
+        name: id of the element.
+        data: JSON-able.
 
     >>> print(json_block("data", {"text": "</script><b>"}))
     <script type="application/json" id="data">{"text":"\\u003c/script\\u003e\\u003cb\\u003e"}</script>
@@ -57,11 +61,11 @@ def json_block(name: str, data: Any) -> Markup:
 
 
 def data_uri(image: Image, side: int | None = None) -> str:
-    """Write an image as the address of an ``<img>``: a PNG where it is small, else a JPEG.
+    """Encode an image as a data URI: a PNG if it is small, else a JPEG.
 
     Args:
         image: RGB.
-        side: pixels; an image whose longer side is longer is made smaller. None keeps its size.
+        side: pixels of the longer side at most; larger images are scaled down. None for no limit.
     """
     if side is not None and max(image.size) > side:
         image = image.copy()
@@ -73,7 +77,7 @@ def data_uri(image: Image, side: int | None = None) -> str:
 
 
 def asset(name: str) -> Markup:
-    """Read a style sheet or script of our own, to be put into a page as it is.
+    """Read a style sheet or script of ours as markup.
 
     Args:
         name: package and file, such as ``diagnosis/viewer.css``; it lies in the package's ``templates`` folder.
@@ -84,11 +88,11 @@ def asset(name: str) -> Markup:
 
 
 def render(name: str, **values: Any) -> Markup:
-    """Fill in a template; every value that is not markup is escaped.
+    """Render a template; every value that is not markup is escaped.
 
     Args:
         name: package and file, such as ``report/report.html``; it lies in the package's ``templates`` folder.
-        values: by the names that the template uses.
+        values: for the template's variables.
     """
     from markupsafe import Markup
 
@@ -96,12 +100,12 @@ def render(name: str, **values: Any) -> Markup:
 
 
 def document(title: str, body: Markup, style: str = "", script: str = "") -> str:
-    """Write a whole page.
+    """Write a complete page.
 
     Args:
         title: plain text.
-        body: HTML, its texts escaped already.
-        style: CSS; like ``script`` of our own, with no text of a model in it.
+        body: markup, in which all text is escaped already.
+        style: CSS; like ``script`` it is not escaped, and must not contain text of a model.
         script: JavaScript, run after the body.
     """
     return str(render("core/document.html", title=title, body=body, style=style, script=script, policy=POLICY))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,144 +12,19 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, feature_matrix, mention_rows, require
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.detector_results import Difference, Leaderboard, Row
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, score_published
 from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
 from stethoscope.features import FEATURES
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FORWARD
 from stethoscope.metrics import classification
-from stethoscope.metrics.bootstrap import REPLICATES, Interval, Resamples, group_weights, p_value
+from stethoscope.metrics.bootstrap import REPLICATES, Resamples, group_weights
 
 SHUFFLES = 20  # detectors fitted to shuffled labels; one alone is off 0.5 by chance, as any direction among features is
 MOST_FEATURES = 100  # single features with a row of their own
 SHUFFLED = "shuffled labels"
 KINDS = ("detector", "published", "baseline", "feature")  # of rows, in their order
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the leaderboard.
-
-    Attributes:
-        name: of the detector, the baseline or the feature.
-        kind: ``detector``, ``published``, ``baseline`` or ``feature``.
-        sign: 1, or -1 for a feature of which low values speak for hallucination (on the training fold).
-        metrics: intervals by name, of ``METRICS``.
-        cost: most expensive cost class of what it reads; empty for baselines.
-        note: of a published detector, how its score was made.
-    """
-
-    name: str
-    kind: str
-    sign: int
-    metrics: Mapping[str, Interval]
-    cost: str = ""
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        figures = {name: interval.to_dict() for name, interval in self.metrics.items()}
-        said = {"name": self.name, "kind": self.kind, "sign": self.sign, "cost": self.cost, "note": self.note}
-        return {**said, "metrics": figures}
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> Row:
-        """Read what ``to_dict`` wrote."""
-        figures = {name: _interval(figure) for name, figure in section["metrics"].items()}
-        settings = {key: section[key] for key in ("sign", "cost", "note") if key in section}
-        return cls(**{"name": section["name"], "kind": section["kind"], "sign": 1, "metrics": figures, **settings})
-
-
-@dataclass(frozen=True)
-class Difference:
-    """By how much a detector is ahead of something else, paired: on the same mentions and resampled images.
-
-    Attributes:
-        detector, other: names of rows.
-        metric: of ``AREAS``.
-        interval: of the difference.
-        p: two-sided bootstrap p-value, not corrected for the number of differences.
-    """
-
-    detector: str
-    other: str
-    metric: str
-    interval: Interval
-    p: float
-
-    @classmethod
-    def of(cls, detector: str, other: str, metric: str, replicates: np.ndarray, drawn: Resamples) -> Difference:
-        """From the replicate array of the difference."""
-        return cls(detector, other, metric, drawn.interval(replicates), p_value(replicates))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = {"detector": self.detector, "other": self.other, "metric": self.metric}
-        return {**names, **self.interval.to_dict(), "p": None if np.isnan(self.p) else self.p}
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> Difference:
-        """Read what ``to_dict`` wrote; other keys are passed over."""
-        p = float("nan") if section["p"] is None else section["p"]
-        return cls(section["detector"], section["other"], section["metric"], _interval(section), p)
-
-
-@dataclass(frozen=True)
-class Leaderboard:
-    """What was measured on the test fold.
-
-    Attributes:
-        rows: detectors, published ones, baselines, then features by falling AUROC on the training fold, at most
-            ``MOST_FEATURES``.
-        differences: every detector against the best single feature, the best published detector of one pass,
-            self-verification, position only, the text prior and the detectors after it.
-        best_features: for every metric of ``AREAS`` the feature that was best on the training fold.
-        best_published: for every metric of ``AREAS`` the published detector of the same forward pass that is best on
-            the test fold itself: the hardest to beat, chosen with hindsight.
-        controls: what the controlled AUROCs rest on, by metric: ``pairs`` that are compared, ``items`` (mentions) in
-            one of them, and their ``share``.
-        skipped: features without any value in the training fold.
-    """
-
-    rows: tuple[Row, ...]
-    differences: tuple[Difference, ...]
-    best_features: Mapping[str, str]
-    controls: Mapping[str, Mapping[str, float]]
-    skipped: tuple[str, ...] = ()
-    best_published: Mapping[str, str] = field(default_factory=dict)
-
-    def row(self, name: str) -> Row:
-        """The row of that name."""
-        return next(row for row in self.rows if row.name == name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``metrics.json``."""
-        return {
-            "rows": [row.to_dict() for row in self.rows],
-            "differences": [difference.to_dict() for difference in self.differences],
-            "best_features": dict(self.best_features),
-            "best_published": dict(self.best_published),
-            "controls": {metric: dict(found) for metric, found in self.controls.items()},
-            "skipped_features": list(self.skipped),
-            "columns": METRICS,
-        }
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> Leaderboard:
-        """Read what ``to_dict`` wrote."""
-        return cls(
-            rows=tuple(map(Row.from_dict, section["rows"])),
-            differences=tuple(map(Difference.from_dict, section["differences"])),
-            best_features=section["best_features"],
-            controls=section["controls"],
-            skipped=tuple(section.get("skipped_features", ())),
-            best_published=section.get("best_published", {}),
-        )
-
-
-def _interval(section: Mapping[str, Any]) -> Interval:
-    """Read the interval of a section that may say more."""
-    return Interval.from_dict({key: section[key] for key in ("value", "low", "high", "items", "groups")})
 
 
 def _single_features(

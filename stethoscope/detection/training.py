@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ import pandas as pd
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import feature_names, require
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.leaderboard import Difference, leaderboard
+from stethoscope.detection.detector_results import Ablation, DetectorResults, Difference
+from stethoscope.detection.leaderboard import leaderboard
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.published import refits
 from stethoscope.detection.score_metrics import evaluate_scores
@@ -35,12 +37,12 @@ class Trained(NamedTuple):
 
     Attributes:
         detector: fitted, with ``split`` and ``figures`` in its notes.
-        results: JSON-able, for ``metrics.json``.
+        results: for ``metrics.json``.
         folds: (rows,) masks ``train``, ``calibration`` and ``test`` of the table.
     """
 
     detector: Detector
-    results: dict[str, Any]
+    results: DetectorResults
     folds: dict[str, np.ndarray]
 
 
@@ -61,7 +63,7 @@ def train_detector(
     Args:
         table: token table of one model and one task.
         detector: settings of the detector; it is fitted here.
-        fractions: shares of the images for matching_columns, for calibration and threshold, and for the test.
+        fractions: shares of the images for fitting, for calibration and threshold, and for the test.
         seed: of the split and the bootstrap.
         replicates: of the bootstrap over images.
         beside: other detectors by name, to be fitted on the same folds and compared with it.
@@ -71,9 +73,7 @@ def train_detector(
         sets: names of feature sets; the detector is fitted on each of them too, to be compared with itself.
 
     Returns:
-        The detector, the folds, and JSON-able results: ``split`` (sizes of the folds), ``leaderboard``
-        (``Leaderboard.to_dict``), ``reliability`` (points of the diagram on the test fold), ``threshold`` (what was
-        promised, and what the test fold shows) and, if wanted, ``ablation``.
+        The detector, the results, and the folds.
 
     Raises:
         ConfigError: fractions do not add up to 1, a feature name fits nothing, or detectors take different rows.
@@ -101,16 +101,15 @@ def train_detector(
         "mentions": {key: detector.settings[key] for key in ("repeats", "subtokens")},
         "folds": {name: _sizes(rows) for name, rows in parts.items()},
     }
-    results = {
-        "split": split,
-        "leaderboard": board.to_dict(),
-        "reliability": classification.reliability(
+    results = DetectorResults(
+        split=split,
+        leaderboard=board,
+        reliability=classification.reliability(
             parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])
         ),
-        "threshold": at_threshold(parts["test"], detector, replicates, seed),
-    }
-    if ablation:
-        results["ablation"] = ablate(table, detector, folds, replicates, seed, tell)
+        threshold=at_threshold(parts["test"], detector, replicates, seed),
+        ablations=ablate(table, detector, folds, replicates, seed, tell) if ablation else None,
+    )
     detector.notes |= {"split": split, "figures": board.row("detector").to_dict()["metrics"]}
     return Trained(detector, results, folds)
 
@@ -176,8 +175,8 @@ def ablate(
     replicates: int = REPLICATES,
     seed: int = 0,
     progress: Progress = lambda line: None,
-) -> list[dict[str, Any]]:
-    """The marginal value of every feature group: the detector against itself refitted without the group.
+) -> tuple[Ablation, ...]:
+    """Compare the detector with itself refitted without each feature group, to measure what the group adds.
 
     Args:
         table: token table, all folds.
@@ -187,8 +186,7 @@ def ablate(
         progress: is told what is being fitted.
 
     Returns:
-        ``Difference.to_dict`` for every group and metric of ``ABLATED``, with the number of ``columns``; ``other`` is
-        "without <group>". Above 0, the group helps. Nothing where there is but one group.
+        One for every group and metric of ``ABLATED``; none if there is only one group.
     """
     groups = feature_groups(detector.features)
     test = detector.rows(table[folds["test"]])
@@ -204,15 +202,12 @@ def ablate(
             scores[f"without {group}"] = refitted.predict(test)
     drawn = group_weights(test["group"], replicates, seed)
     figures = evaluate_scores(test, scores, drawn)
-    return [
-        {
-            **Difference.of("detector", f"without {group}", metric, gain, drawn).to_dict(),
-            "columns": len(columns),
-        }
+    return tuple(
+        Ablation(group, len(columns), Difference.of("detector", f"without {group}", metric, gain, drawn))
         for group, columns in (groups.items() if len(groups) > 1 else ())
         for metric in ABLATED
         for gain in [figures["detector", metric] - figures[f"without {group}", metric]]
-    ]
+    )
 
 
 def fit(
@@ -225,7 +220,7 @@ def fit(
     targets: Sequence[Target] = (),
     source_run: str = "",
     **more: Any,
-) -> dict[str, Any]:
+) -> DetectorResults:
     """Train on one task's mentions; write ``detector/``, ``warnings.jsonl`` and the figures into the run directory.
 
     Args:
@@ -248,14 +243,15 @@ def fit(
         raise no_rows(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
-        results["transfer"] = transfer(detector, Target(source_run, table, store.model(task)), targets, shares, seed)
+        source_target = Target(source_run, table, store.model(task))
+        results = replace(results, transfer=transfer(detector, source_target, targets, shares, seed))
     fingerprint = store.fingerprints().get(task, {})
     store.set_status(SECTION, "running")  # a kill from here on leaves parts of two detectors
     detector.save(
         store.run_dir / "detector",
         {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
     )
-    store.write_metrics(SECTION, results)
+    store.write_metrics(SECTION, results.to_dict())
     write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
     store.set_status(SECTION, None)
     return results

@@ -1,4 +1,4 @@
-"""Make the diagnosis of an answer: generate, extract mentions, trace, score with a detector."""
+"""Diagnose one answer: generate it, extract its mentions, trace it, and score it with a detector."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.tracing.trace import Encoded, Trace
 
-WORDS = 5  # most probable words that are kept for every layer
-TOP_FEATURES = 5  # features that are kept for every token
+TOP_TOKENS = 5  # most probable tokens in every layer's prediction
+TOP_FEATURES = 5  # features with the largest contributions to a token's verdict
 
 
 class TextMention(Protocol):
-    """An object that a text names: canonical name, and characters as a half-open range."""
+    """An object that a text names: its canonical name, and its characters as a half-open range."""
 
     name: str
     start: int
@@ -42,14 +42,18 @@ class TextMention(Protocol):
 
 
 MentionExtractor = Callable[[str], Iterable[TextMention]]
-"""Finds the objects that a text names."""
+"""Extracts the objects that a text names, in any order."""
 
 
 def import_extractor(path: str, plugins: Sequence[str] = ()) -> MentionExtractor:
-    """Import the mention extractor that configuration names by its dotted path; no task is named here.
+    """Import the mention extractor that the configuration names by its dotted path.
+
+    Args:
+        path: of the function; a default lives in ``conf/diagnose.yaml``, so that no task is named here.
+        plugins: packages of the user that may be imported from.
 
     Raises:
-        ConfigError: as ``build.import_name``.
+        ConfigError: there is no such function, or its package is not allowed.
     """
     from stethoscope.core.component import import_name
 
@@ -82,21 +86,20 @@ def diagnose(
     Args:
         adapter: the model.
         image: the picture, or the path of its file.
-        question: what to ask.
-        answer: what the model answered, or a text written elsewhere; None to let the model answer.
-        detector: gives warnings; or the folder of one, or of a run that has one.
+        question: the prompt's text.
+        answer: an answer of the model, or any other text; None to let the model answer.
+        detector: a detector, its folder, or the folder of a run that has one; None for no warnings.
         scope: of the gradient of relevancy, ``row`` or ``token`` (see ``stethoscope.relevancy``).
-        generation: how to write an answer; greedy, at most 128 tokens by default.
-        mentions: finds the objects that a text names (``TextMention``); by default the function that
-            ``conf/diagnose.yaml`` names.
+        generation: settings for generating the answer; greedy, at most 128 tokens by default.
+        mentions: extracts the objects that a text names; by default the function named in ``conf/diagnose.yaml``.
 
     Raises:
         DataError: the picture is missing or cannot be read, or the answer is empty.
-        ConfigError: the question is empty, the scope is not known, or the detector reads states of another model.
-        CapabilityError: the detector reads features that the model does not give.
+        ConfigError: the question is empty, the scope is unknown, or the detector reads states of another model.
+        CapabilityError: the detector reads features that the model does not provide.
         ArtefactError: the folder holds no detector.
     """
-    _check(question, scope)
+    _check_arguments(question, scope)
     detector = load_detector(detector)
     seconds: dict[str, float] = {}
     notes: list[str] = []
@@ -107,29 +110,34 @@ def diagnose(
             check_model(detector, adapter)
         encoded = adapter.encode(picture, question)
     with _timed(seconds, "generate"):
-        answer = _answer(adapter, encoded, answer, generation)
-    named = extract_mentions(answer, mentions or default_extractor())
+        answer = _complete_answer(adapter, encoded, answer, generation)
+    extracted = extract_mentions(answer, mentions or default_extractor())
     with _timed(seconds, "trace"):
-        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, named)
+        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted)
     with _timed(seconds, "evolution"):
-        evolution = _optional(lambda: _evolution(adapter, encoded, answer), notes)
+        try:
+            evolution = _lens_trajectory(adapter, encoded, answer)
+        except CapabilityError as error:
+            evolution = None
+            notes.append(str(error))
     with _timed(seconds, "places"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
-        verdicts, diagnosed = score_mentions(encoded, answer, named, columns, detector)
+        verdicts, diagnosed = score_mentions(encoded, answer, extracted, columns, detector)
+    logprob = trace.logits.log_softmax(-1)
     return Diagnosis(
         model=adapter.name,
         image=picture,
         question=question,
         answer=answer,
-        entropy=_entropy(trace),
+        entropy=-(logprob.exp() * logprob).nan_to_num(0.0).sum(-1).numpy(),
         question_tokens=_question_tokens(adapter, encoded),
         verdicts=verdicts,
         mentions=diagnosed,
         threshold=None if detector is None else detector.threshold,
         relevancy=trace.relevancy,
-        places=regions,
+        token_regions=regions,
         evolution=evolution,
         notes=tuple(notes),
         seconds=seconds,
@@ -137,7 +145,7 @@ def diagnose(
     )
 
 
-def _check(question: str, scope: str) -> None:
+def _check_arguments(question: str, scope: str) -> None:
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
     if scope not in ("row", "token"):
@@ -151,26 +159,20 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None) -> Answer:
+def _complete_answer(
+    adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None
+) -> Answer:
+    """Generate the answer if there is none, or tokenise it if it is a text."""
     if answer is None:
         generation = generation or Generation()
         if generation.max_new_tokens is None:
             generation = replace(generation, max_new_tokens=128)
-        answer = adapter.generate([encoded], generation)[0]
-    elif isinstance(answer, str):
-        answer = adapter.answer(encoded, answer)
-    if not answer.token_ids:
+        complete: Answer = adapter.generate([encoded], generation)[0]
+    else:
+        complete = adapter.answer(encoded, answer) if isinstance(answer, str) else answer
+    if not complete.token_ids:
         raise DataError(f"{adapter.name}: the answer is empty, there is nothing to diagnose")
-    return answer
-
-
-def _optional(make: Callable[[], Any], notes: list[str]) -> Any:
-    """Call ``make``; return None and add a note where the model cannot."""
-    try:
-        return make()
-    except CapabilityError as error:
-        notes.append(str(error))
-        return None
+    return complete
 
 
 def _trace(
@@ -183,36 +185,30 @@ def _trace(
     picture: Image,
     mentions: Sequence[Mention],
 ) -> tuple[Trace, dict[str, Any]]:
-    """Run the traced pass with relevancy of the scope, and compute the features that the detector reads."""
+    """Trace the answer with relevancy of the scope, and compute the features that the detector reads."""
+    # imported here: importing this package imports no torch
+    from stethoscope.relevancy import answer_relevancy
     from stethoscope.tracing.mention_passes import trace_answers
 
-    features, needs = None, frozenset()
-    if detector is not None:
-        features = feature_set(detector.schema.names)
-        needs = features.requires
+    features = None if detector is None else feature_set(detector.schema.names)
+    requires = frozenset[str]() if features is None else features.requires
     try:
-        trace = trace_answers(adapter, [encoded], [answer], {*needs, "relevancy"}, [picture], [mentions])[0]
+        trace = trace_answers(adapter, [encoded], [answer], {*requires, "relevancy"}, [picture], [mentions])[0]
     except CapabilityError as error:
-        if "relevancy" in needs:
+        if "relevancy" in requires:
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
-        trace = trace_answers(adapter, [encoded], [answer], needs, [picture], [mentions])[0]
-    # features are defined in scope row, whatever is shown
-    columns = {} if features is None else columns_of(features, trace, detector, adapter.name)
+        trace = trace_answers(adapter, [encoded], [answer], requires, [picture], [mentions])[0]
+    columns: dict[str, Any] = {}
+    if features is not None and detector is not None:  # in scope row, in which features are defined
+        columns = compute_columns(features, trace, detector, adapter.name)
     if scope == "token" and trace.relevancy is not None:
-        from stethoscope.relevancy import answer_relevancy
-
         trace = replace(trace, relevancy=answer_relevancy(adapter, encoded, answer, scope=scope))
     return trace, columns
 
 
-def _entropy(trace: Trace) -> Any:
-    logprob = trace.logits.log_softmax(-1)
-    return -(logprob.exp() * logprob).nan_to_num(0.0).sum(-1).numpy()
-
-
 def _decoder(adapter: Adapter) -> Callable[[Sequence[int]], str]:
-    """Return a function from token ids to text; only adapters with a processor have one.
+    """Return a function that decodes token ids.
 
     Raises:
         CapabilityError: the adapter has no tokenizer.
@@ -233,8 +229,13 @@ def _question_tokens(adapter: Adapter, encoded: Encoded) -> tuple[str, ...]:
     return tuple(decode([ids[position]]).strip() for position in encoded.spans.question)
 
 
-def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajectory:
-    """Run the logit lens in one forward pass; one layer is decoded at a time."""
+def _lens_trajectory(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajectory:
+    """Run the logit lens in one forward pass, decoding one layer at a time.
+
+    Raises:
+        CapabilityError: the adapter has no tokenizer, or the model's final norm or head cannot be found.
+    """
+    # imported here: importing this package imports no torch
     import torch
 
     from stethoscope.relevancy.result import read_layout
@@ -247,30 +248,30 @@ def _evolution(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajec
     rows = torch.arange(first, first + len(answer.token_ids))
     options = logits_to_keep(model, rows.tolist())
     lens, tokens = Lens(model), torch.tensor([answer.token_ids])
-    words, parts = [], []
+    top_tokens, parts = [], []
     with torch.inference_mode():
         with lens.listen(rows[None]) as captured:
             logits = model(**inputs, **options, use_cache=False).logits
         logits = (logits if options else logits[:, rows.to(logits.device)]).float()
-        lens.read(captured[-1:], logits, tokens)  # checks that final norm and head are found
+        lens.read(captured[-1:], logits, tokens)  # raises unless the final norm and the head are the right ones
         for hidden in [*captured[:-1], None]:
             decoded = (logits if hidden is None else lens.decode(hidden))[0].log_softmax(-1)
             own = decoded.gather(-1, tokens[0][:, None].to(decoded.device))
-            top = decoded.topk(WORDS)
+            top = decoded.topk(TOP_TOKENS)
             parts.append([top.values.exp().cpu(), (decoded > own).sum(-1).cpu(), own[:, 0].cpu()])
-            words.append([tuple(decode([index]) for index in row) for row in top.indices.tolist()])
+            top_tokens.append([tuple(decode([token]) for token in row) for row in top.indices.tolist()])
     probabilities, rank, logprob = (torch.stack(part, 1).numpy() for part in zip(*parts, strict=True))
-    said = tuple(decode([token]) for token in answer.token_ids)
-    return LensTrajectory(tuple(zip(*words, strict=True)), probabilities, rank, logprob, said)
+    answer_tokens = tuple(decode([token]) for token in answer.token_ids)
+    return LensTrajectory(tuple(zip(*top_tokens, strict=True)), probabilities, rank, logprob, answer_tokens)
 
 
 def extract_mentions(answer: Answer, extractor: MentionExtractor) -> list[Mention]:
-    """Extract the objects that an answer names, without labels, numbered as tasks number them."""
-    earlier: Counter[str] = Counter()
+    """Extract the unlabelled mentions of an answer, in reading order and with indices as tasks give them."""
+    repeats: Counter[str] = Counter()
     mentions = []
     for index, mention in enumerate(sorted(extractor(answer.text), key=lambda mention: mention.start)):
-        mentions.append(Mention(mention.start, mention.end, mention.name, -1, index, earlier[mention.name]))
-        earlier[mention.name] += 1
+        mentions.append(Mention(mention.start, mention.end, mention.name, -1, index, repeats[mention.name]))
+        repeats[mention.name] += 1
     return mentions
 
 
@@ -283,11 +284,11 @@ def score_mentions(
         encoded: the prompt.
         answer: of the model.
         mentions: of ``extract_mentions``.
-        columns: features of the answer by the detector's columns; empty without a detector.
-        detector: None leaves the mentions without verdicts.
+        columns: (T,) features of the answer by the detector's columns; empty without a detector.
+        detector: None for mentions without verdicts.
 
     Returns:
-        Verdicts by token, none without a detector; and the mentions with theirs.
+        The verdict of every token (none without a detector), and the mentions with their verdicts.
     """
     diagnosed = [
         DiagnosedMention(mention.object, mention.start, mention.end, tuple(answer.covering(mention.start, mention.end)))
@@ -303,10 +304,10 @@ def score_mentions(
 
 
 def feature_set(columns: Sequence[str]) -> FeatureSet:
-    """Choose the features that the columns of a detector belong to.
+    """Select the features that the columns of a detector belong to.
 
     Raises:
-        CapabilityError: one of them is not known here.
+        CapabilityError: a column belongs to no registered feature.
     """
     try:
         return FeatureSet(groups=(), names=feature_names(columns))
@@ -315,7 +316,7 @@ def feature_set(columns: Sequence[str]) -> FeatureSet:
 
 
 def feature_names(columns: Sequence[str]) -> list[str]:
-    """Name the features that columns belong to.
+    """List the features that columns belong to.
 
     >>> feature_names(["nll", "attn_image_l00", "attn_image_l01", "head_image_l00h03"])
     ['nll', 'attn_image', 'head_image']
@@ -323,21 +324,21 @@ def feature_names(columns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(stem(column) for column in columns))
 
 
-def columns_of(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
-    """Compute the features of one answer, in the columns that the detector reads.
+def compute_columns(features: FeatureSet, trace: Trace, detector: Detector, model: str) -> dict[str, np.ndarray]:
+    """Compute the (T,) features of one answer, in the columns that the detector reads.
 
     Raises:
-        CapabilityError: the model gives others, as one with more or fewer layers does.
+        CapabilityError: the model gives other columns, for instance because it has fewer layers.
     """
     try:
         columns = features.compute(trace)
     except CapabilityError as error:
         raise CapabilityError(f"the detector reads features that {model} does not give: {error}") from None
-    given = FeatureSchema(tuple(columns))
-    if given.hash != detector.schema.hash:
+    schema = FeatureSchema(tuple(columns))
+    if schema.hash != detector.schema.hash:
         raise CapabilityError(
             f"the detector reads features that {model} does not give, it was trained on another model "
-            f"({detector.schema.difference(given)})"
+            f"({detector.schema.difference(schema)})"
         )
     return {name: columns[name] for name in detector.schema.names}
 
@@ -350,26 +351,29 @@ def _score(
     columns: Mapping[str, np.ndarray],
 ) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
     """Compute the verdict on every token, and on every mention by its index."""
-    sample = Sample("answer", ImageRef("image", lambda: None), encoded.question, "image")
+    sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
     table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
     rows = detector.rows(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
-    by_row = _verdicts(detector, rows)
-    of_mentions = [by_row[row] for row in detector.deciding(rows)]
+    row_verdicts = _verdicts(detector, rows)
+    mention_verdicts = [row_verdicts[row] for row in detector.deciding(rows)]
     indices = rows["mention_index"].astype(int).tolist()
-    return tuple(_verdicts(detector, table)), dict(zip(indices, of_mentions, strict=True))
+    return tuple(_verdicts(detector, table)), dict(zip(indices, mention_verdicts, strict=True))
 
 
 def _verdicts(detector: Detector, rows: pd.DataFrame) -> list[TokenVerdict]:
+    """Compute the verdict on every row of a token table."""
     if not len(rows):
         return []
-    evidence_in_image = detector.visual_evidence(rows)
+    visual_evidence = detector.visual_evidence(rows)
     if not detector.additive:
-        pairs = zip(detector.predict(rows), evidence_in_image, strict=True)
-        return [TokenVerdict(float(value), visual_evidence=objects) for value, objects in pairs]
-    why = detector.explain(rows)
-    values = zip(why.probability, why.evidence, why.prior, evidence_in_image, strict=True)
+        pairs = zip(detector.predict(rows), visual_evidence, strict=True)
+        return [TokenVerdict(float(probability), visual_evidence=objects) for probability, objects in pairs]
+    explanation = detector.explain(rows)
+    values = zip(explanation.probability, explanation.evidence, explanation.prior, visual_evidence, strict=True)
     return [
-        TokenVerdict(float(probability), float(evidence), float(prior), tuple(why.top(row, TOP_FEATURES)), objects)
+        TokenVerdict(
+            float(probability), float(evidence), float(prior), tuple(explanation.top(row, TOP_FEATURES)), objects
+        )
         for row, (probability, evidence, prior, objects) in enumerate(values)
     ]

@@ -13,8 +13,9 @@ import pandas as pd
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
+from stethoscope.detection.detector_results import read_interval
 from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights, p_value
-from stethoscope.report.metrics_tables import RANKING, TITLES, primary, read_interval, shown_rows
+from stethoscope.report.metrics_tables import RANKING, TITLES, primary, shown_rows
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.records import FAILED, Record

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.text import console
-from stethoscope.report.metrics_tables import DetectorResults, detector_tables, task_table
+from stethoscope.detection.detector_results import DetectorResults
+from stethoscope.report.metrics_tables import detector_tables, task_table
 from stethoscope.report.run_source import read_warnings
 from stethoscope.report.tables import Table, terminal
 

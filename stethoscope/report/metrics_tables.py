@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from stethoscope.detection.detector_results import (
+    Ablation,
+    DetectorResults,
+    Difference,
+    Leaderboard,
+    Row,
+    read_interval,
+)
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.tables import Cell, PairedDifference, Table
-
-if TYPE_CHECKING:
-    from stethoscope.detection.leaderboard import Difference, Leaderboard, Row
 
 RANKING = {
     "auroc": "AUROC",
@@ -42,52 +46,6 @@ COSTS = {
 """Short labels by cost class (``stethoscope.features.COSTS``)."""
 BEST_PUBLISHED = "best published of one pass"
 SINGLE_FEATURES = 5  # rows of single features, in addition to those that are best under a control
-
-
-@dataclass(frozen=True)
-class DetectorResults:
-    """The detector's section of ``metrics.json``.
-
-    Attributes:
-        leaderboard: of the detector and everything it is compared with.
-        split: sizes of the folds, and which mentions count.
-        threshold: how the threshold was chosen, and intervals of its precision, recall and error rates.
-        ablation: feature group, its number of columns, and by how much the detector is ahead of itself refitted
-            without the group.
-    """
-
-    leaderboard: Leaderboard
-    split: Mapping[str, Any]
-    threshold: Mapping[str, Any]
-    ablation: tuple[tuple[str, int, Difference], ...] = ()
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> DetectorResults:
-        """Read the section of ``metrics.json``."""
-        # imported here: scikit-learn takes a second to load, and most tables are of runs without a detector
-        from stethoscope.detection.leaderboard import Difference, Leaderboard
-
-        ablation = []
-        for row in section.get("ablation", ()):
-            difference = Difference.from_dict(row)
-            ablation.append((difference.other.removeprefix("without "), int(row["columns"]), difference))
-        leaderboard = Leaderboard.from_dict(section["leaderboard"])
-        return cls(leaderboard, section["split"], section["threshold"], tuple(ablation))
-
-    @property
-    def detector(self) -> Row:
-        """Return the leaderboard's first row: that of the run's own detector."""
-        return self.leaderboard.rows[0]
-
-    @property
-    def first_mentions_only(self) -> bool:
-        """Tell whether only the first mention of an object in an answer counts."""
-        return self.split["mentions"]["repeats"] == "first"
-
-
-def read_interval(section: Mapping[str, Any]) -> Interval:
-    """Read the interval of a section of JSON, which may have other keys too."""
-    return Interval.from_dict({key: section[key] for key in ("value", "low", "high", "items", "groups")})
 
 
 def primary(results: TaskResults) -> Interval | None:
@@ -192,10 +150,10 @@ def difference_note(leaderboard: Leaderboard) -> str:
     return note + chosen if names else note
 
 
-def ablation_table(ablation: Sequence[tuple[str, int, Difference]]) -> Table | None:
+def ablation_table(ablations: Sequence[Ablation]) -> Table | None:
     """List what each feature group adds to the detector; None without an ablation."""
     cells: dict[tuple[str, int], dict[str, PairedDifference]] = {}
-    for group, columns, difference in ablation:
+    for group, columns, difference in ablations:
         row = cells.setdefault((group, columns), {})
         row[difference.metric] = PairedDifference(difference.interval, difference.p)
     if not cells:
@@ -223,6 +181,6 @@ def detector_tables(results: DetectorResults) -> list[Table]:
         *leaderboard_tables(results),
         difference_table(results.leaderboard),
         threshold_table(results.threshold),
-        ablation_table(results.ablation),
+        ablation_table(results.ablations or ()),
     ]
     return [table for table in tables if table is not None]

@@ -16,11 +16,11 @@ import pandas as pd
 
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
+from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.features import FEATURES
 from stethoscope.metrics.bootstrap import Interval, group_weights
 from stethoscope.metrics.classification import Ranking
-from stethoscope.report.metrics_tables import DetectorResults
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import atomic_write, write_json
+from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.compare import TaskLoader, detector_table, require_same, task_table
 from stethoscope.report.console import print_table
-from stethoscope.report.metrics_tables import TITLES, DetectorResults, primary
+from stethoscope.report.metrics_tables import TITLES, primary
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table, markdown
 from stethoscope.storage.run_dir import RunStore

@@ -366,12 +366,15 @@ def _diagnose_mentions(
     if final is None and streamer.scorer is not None:
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     elif final is not None:
-        from stethoscope.diagnosis.run_diagnosis import columns_of, feature_set  # only for detectors of any features
+        from stethoscope.diagnosis.run_diagnosis import (  # only for detectors of any features
+            compute_columns,
+            feature_set,
+        )
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
         trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named])[0]
-        columns = columns_of(features, trace, final, adapter.name)
+        columns = compute_columns(features, trace, final, adapter.name)
     return score_mentions(encoded, answer, named, columns, detector)[1]
 
 

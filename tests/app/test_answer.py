@@ -124,7 +124,7 @@ def test_image_features_of_the_oldest_image_go_first(adapter):
 
     cache, model = ImageFeatureCache(images=2), adapter.model
     pixels = [adapter.encode(picture(number), "What?").inputs["pixel_values"] for number in range(3)]
-    with torch.inference_mode(), cache.on(model):
+    with torch.inference_mode(), cache.attached_to(model):
         seen = [model.get_image_features(pixel_values=pixels[number]) for number in (0, 1, 2, 2, 0)]
     assert (cache.misses, cache.hits) == (4, 1)
     first, _, _, _, again = (torch.cat(list(one.pooler_output)) for one in seen)
@@ -219,7 +219,7 @@ def test_the_embedded_model_comes_with_a_detector_and_a_newer_one_of_a_run_goes_
     assert shown[-1]["mentions"][0]["probability"] is not None
     assert any("comes with the embedded model" in note for note in shown[-1]["notes"])
     with pool.use("testbed") as ready:
-        assert ready.detectors.names == "of the run small"
+        assert ready.detectors.origin == "of the run small"
 
 
 @pytest.mark.parametrize("off", [None, "none"])

@@ -84,7 +84,7 @@ def test_pictures_live_as_long_as_their_session(tmp_path, clock):
 def test_an_open_page_that_asks_nothing_is_forgotten_too(tmp_path, clock):
     store = Sessions(tmp_path, idle=3600, clock=clock)
     with store.connection("a"):
-        store.keep_answer("a", "answer")
+        store.set_answer("a", "answer")
         clock.now += 3599
         assert store.expire() == []
         assert store.answer("a") == "answer"

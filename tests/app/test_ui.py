@@ -26,7 +26,7 @@ MOVE = """async ([id, value]) => {
   slider.value = value;
   slider.dispatchEvent(new Event("input", { bubbles: true }));
   for (let frame = 0; frame < 30; frame++) {
-    await new RiskGuarantee((done) => requestAnimationFrame(done));
+    await new Promise((done) => requestAnimationFrame(done));
     if (look() !== before) return performance.now() - began;
   }
   return null;

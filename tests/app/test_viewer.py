@@ -46,7 +46,7 @@ def page(browser, diagnosis, tmp_path):
 
 def look(page):
     """What the page shows, once it has been drawn again."""
-    page.evaluate("() => new RiskGuarantee((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     shown = {
         name: page.locator(f"[data-id={name}]").inner_text()
         for name in ("facts", "question", "before", "layer-text", "shares-scope")

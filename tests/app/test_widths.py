@@ -64,8 +64,8 @@ def test_the_page_of_a_diagnosis(page, adapter, sighted, tmp_path):
     answer = "The image shows a kitchen with a knife, a fork and a dining table."
     found = stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, answer, sighted)
     long = "W" * 90  # which some vocabularies have
-    words = [[(long, *layer[1:]) for layer in token] for token in found.evolution.words]
-    found = replace(found, evolution=replace(found.evolution, words=words))
+    tokens = [[(long, *layer[1:]) for layer in token] for token in found.evolution.top_tokens]
+    found = replace(found, evolution=replace(found.evolution, top_tokens=tokens))
     file = tmp_path / "report.html"
     file.write_text(found.to_html(), "utf-8")
     page.goto(file.as_uri())
@@ -79,7 +79,7 @@ def test_the_page_of_a_diagnosis(page, adapter, sighted, tmp_path):
 
 def test_the_screen_of_an_answer(page, served, sighted, monkeypatch, tmp_path):
     with served.pool.use("testbed") as ready:
-        shown = replace(ready, detectors=Detectors(sighted, names="with a sight"))
+        shown = replace(ready, detectors=Detectors(sighted, origin="with a sight"))
     monkeypatch.setattr(served.pool, "_loaded", ("testbed", shown))
     page.goto(served.address)
     page.wait_for_selector("#view .st-status")

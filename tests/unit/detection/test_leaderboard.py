@@ -45,7 +45,7 @@ def difference(results, other, metric):
 
 
 def test_rows_and_figures_are_complete_and_json(trained):
-    detector, results, folds = trained
+    detector, results, folds = trained.detector, trained.results.to_dict(), trained.folds
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     rows = results["leaderboard"]["rows"]
     baselines = ["constant", "position only", "text prior", "shuffled labels"]
@@ -64,7 +64,7 @@ def test_rows_and_figures_are_complete_and_json(trained):
 
 
 def test_the_figures_are_those_of_the_test_fold(trained):
-    detector, results, folds = trained
+    detector, results, folds = trained.detector, trained.results.to_dict(), trained.folds
     test = mention_rows(TABLE[folds["test"]])
     labels, probabilities = test["label"].to_numpy(), detector.predict(test)
     auroc = figure(results, "detector", "auroc")
@@ -80,12 +80,12 @@ def test_the_figures_are_those_of_the_test_fold(trained):
 
 
 def test_signs_come_from_training(trained):
-    signs = {row["name"]: row["sign"] for row in trained.results["leaderboard"]["rows"]}
+    signs = {row["name"]: row["sign"] for row in trained.results.to_dict()["leaderboard"]["rows"]}
     assert (signs["nll"], signs["mass"], signs["position"]) == (1, -1, 1)
 
 
 def test_who_is_ahead(trained):
-    results = trained.results
+    results = trained.results.to_dict()
     assert results["leaderboard"]["best_features"]["auroc_controlled"] == "nll"
     assert figure(results, "detector", "auroc").value > figure(results, "text prior", "auroc").value > 0.55
     assert figure(results, "position only", "auroc_same_position").value == 0.5
@@ -97,7 +97,7 @@ def test_who_is_ahead(trained):
 
 
 def test_a_constant_knows_the_base_rate_only(trained):
-    results = trained.results
+    results = trained.results.to_dict()
     assert figure(results, "constant", "auroc").value == 0.5
     rate = figure(results, "constant", "base_rate").value
     assert figure(results, "constant", "auprc_hallucinated").value == pytest.approx(rate)
@@ -109,22 +109,22 @@ def test_shuffled_labels_cannot_be_told_apart():
     judged = (table["label"] >= 0).to_numpy()
     labels = table["label"].to_numpy().copy()
     labels[judged] = np.random.default_rng(0).permutation(labels[judged])
-    results = train_detector(table.assign(label=labels), Detector(C=0.01), replicates=20).results
+    results = train_detector(table.assign(label=labels), Detector(C=0.01), replicates=20).results.to_dict()
     for name in ("detector", "position only", "text prior", "nll", "noise"):
         assert 0.43 < figure(results, name, "auroc").value < 0.57
 
 
 def test_the_text_prior_beats_nothing_when_text_says_nothing():
     table = token_table(500, seed=5, prior=False)
-    results = train_detector(table, Detector(), replicates=100).results
+    results = train_detector(table, Detector(), replicates=100).results.to_dict()
     prior = figure(results, "text prior", "auroc")
     assert prior.low < 0.5 + 0.03
     assert figure(results, "detector", "auroc").low > prior.high
 
 
 def test_a_second_run_gives_the_same_figures(trained):
-    again = train_detector(TABLE, Detector(), seed=1, replicates=200).results
-    first = {**trained.results}
+    again = train_detector(TABLE, Detector(), seed=1, replicates=200).results.to_dict()
+    first = {**trained.results.to_dict()}
     boards = [found.pop("leaderboard") for found in (again, first)]
     for one, other in zip(
         *([row for row in found["rows"] if row["name"] != board.SHUFFLED] for found in boards), strict=True
@@ -170,7 +170,7 @@ def test_a_test_fold_of_one_kind_is_refused():
 
 def test_features_with_gaps_are_measured_and_empty_ones_skipped():
     table = TABLE.assign(gappy=TABLE["nll"].where(TABLE["token"] > 4), empty=np.float32(np.nan))
-    results = train_detector(table, Detector(exclude=["empty"]), replicates=20).results
+    results = train_detector(table, Detector(exclude=["empty"]), replicates=20).results.to_dict()
     assert results["leaderboard"]["skipped_features"] == ["empty"]
     assert figure(results, "gappy", "auroc").value > 0.5
 
@@ -179,7 +179,7 @@ def test_a_detector_of_shuffled_labels_sits_at_one_half():
     """With true labels in training the same detector is far above: what it shows is not a leak."""
     found = []
     for seed in range(4):
-        results = train_detector(token_table(200, seed=seed), Detector(), seed=seed, replicates=100).results
+        results = train_detector(token_table(200, seed=seed), Detector(), seed=seed, replicates=100).results.to_dict()
         found.append(figure(results, "shuffled labels", "auroc"))
         assert figure(results, "detector", "auroc").low > found[-1].high
     # one shuffle has a standard deviation of 0.17 with these four features, twenty of four tables 0.02
@@ -199,7 +199,7 @@ def test_matched_pairs_are_counted_by_hand():
                 pairs += 1
                 members |= {one, other}
                 right += (scores[one] > scores[other]) + (scores[one] == scores[other]) / 2
-    results = train_detector(TABLE, Detector(), seed=1, replicates=5).results
+    results = train_detector(TABLE, Detector(), seed=1, replicates=5).results.to_dict()
     found = results["leaderboard"]["controls"]["auroc_matched"]
     assert found == {"pairs": pairs, "items": len(members), "share": len(members) / len(judged)}
     assert figure(results, "nll", "auroc_matched").value == pytest.approx(right / pairs)
@@ -209,7 +209,7 @@ def test_the_object_says_nothing_once_it_is_held_fixed():
     table = token_table(600, seed=4).assign(nll=np.float32(0), mass=np.float32(0))
     known = pd.factorize(table["object"])[0].astype(np.float32)
     table = table.assign(known=known * (table["mention_index"] >= 0))  # nothing but which object it is
-    results = train_detector(table, Detector(exclude=["nll", "mass"]), replicates=50).results
+    results = train_detector(table, Detector(exclude=["nll", "mass"]), replicates=50).results.to_dict()
     assert figure(results, "known", "auroc_matched").value == 0.5
     assert figure(results, "text prior", "auroc").low > 0.55
 
@@ -218,12 +218,14 @@ def test_recall_at_precision_is_that_of_the_best_threshold(trained):
     judged = mention_rows(TABLE[trained.folds["test"]])
     labels, scores = judged["label"].to_numpy(), trained.detector.predict(judged)
     reached = [(scores >= t)[labels == 1].mean() for t in scores if labels[scores >= t].mean() >= 0.9]
-    assert figure(trained.results, "detector", "recall_at_90precision").value == pytest.approx(max(reached, default=0))
+    assert figure(trained.results.to_dict(), "detector", "recall_at_90precision").value == pytest.approx(
+        max(reached, default=0)
+    )
 
 
 def test_detectors_side_by_side_are_compared_in_pairs():
     beside = {"blind": Detector(features=["noise"]), "boosting": Detector("boosting")}
-    results = train_detector(TABLE, Detector(), seed=1, replicates=200, beside=beside).results
+    results = train_detector(TABLE, Detector(), seed=1, replicates=200, beside=beside).results.to_dict()
     kinds = {row["name"]: row["kind"] for row in results["leaderboard"]["rows"]}
     assert [name for name, kind in kinds.items() if kind == "detector"] == ["detector", "blind", "boosting"]
     blind, boosting = difference(results, "blind", "auroc"), difference(results, "boosting", "auroc")
@@ -246,7 +248,9 @@ def test_ablation_says_what_a_group_is_worth():
         "uncertainty": ("nll",), "attention": ("attn_image_l00",), "lens": ("lens_rank_l00",), "position": ("position",)
     }  # fmt: skip
     told = []
-    results = train_detector(table, Detector(), seed=1, replicates=200, ablation=True, progress=told.append).results
+    results = train_detector(
+        table, Detector(), seed=1, replicates=200, ablation=True, progress=told.append
+    ).results.to_dict()
     gains = {row["other"]: row for row in results["ablation"] if row["metric"] == "auroc"}
     assert set(gains) == {"without uncertainty", "without attention", "without lens", "without position"}
     assert gains["without uncertainty"]["low"] > 0
@@ -255,14 +259,14 @@ def test_ablation_says_what_a_group_is_worth():
     assert sum(line.startswith("fitting without") for line in told) == 4
     one = Detector(features=["nll"]).fit(*halves(table))
     assert (
-        ablate(table, one, {"train": table.index < 0, "calibration": table.index < 0, "test": table.index >= 0}) == []
+        ablate(table, one, {"train": table.index < 0, "calibration": table.index < 0, "test": table.index >= 0}) == ()
     )
 
 
 def test_what_the_threshold_does_on_the_test_fold(trained):
     judged = mention_rows(TABLE[trained.folds["test"]])
     labels, warned = judged["label"].to_numpy(), trained.detector.predict(judged) >= trained.detector.threshold
-    found = trained.results["threshold"]
+    found = trained.results.to_dict()["threshold"]
     expected = {
         "precision": labels[warned].mean(),
         "recall": warned[labels == 1].mean(),
@@ -279,7 +283,7 @@ def test_what_the_threshold_does_on_the_test_fold(trained):
 def test_later_mentions_are_measured_where_they_are_learned_from():
     later = TABLE[TABLE["label"] >= 0].assign(repeat_index=1, label=0)
     both = pd.concat([TABLE, later], ignore_index=True)
-    results = train_detector(both, Detector(repeats="all"), seed=1, replicates=20).results
-    first = train_detector(TABLE, Detector(), seed=1, replicates=20).results
+    results = train_detector(both, Detector(repeats="all"), seed=1, replicates=20).results.to_dict()
+    first = train_detector(TABLE, Detector(), seed=1, replicates=20).results.to_dict()
     assert figure(results, "nll", "auroc_first").value == pytest.approx(figure(first, "nll", "auroc").value)
     assert figure(results, "nll", "auroc").value != pytest.approx(figure(first, "nll", "auroc").value, abs=0.01)

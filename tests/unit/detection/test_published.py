@@ -102,7 +102,7 @@ def test_gaps_are_filled_by_the_training_fold(parts):
 
 
 def test_rows_of_the_leader_board(trained):
-    rows = {row["name"]: row for row in trained.results["leaderboard"]["rows"]}
+    rows = {row["name"]: row for row in trained.results.to_dict()["leaderboard"]["rows"]}
     there = [name for name, row in rows.items() if row["kind"] == "published"]
     assert there == [f"paper/{name}" for name in NAMES]
     assert rows["paper/vcd"]["cost"] == "one more forward pass"
@@ -115,7 +115,7 @@ def test_rows_of_the_leader_board(trained):
 
 
 def test_ours_is_compared_with_the_best_of_one_pass_and_with_self_verification(trained):
-    found = trained.results["leaderboard"]
+    found = trained.results.to_dict()["leaderboard"]
     rows = {row["name"]: row for row in found["rows"]}
     single = [f"paper/{name}" for name in ("contextual_lens", "nll", "svar_heads")]
     for metric in AREAS:

@@ -219,7 +219,9 @@ def test_a_detector_warns_as_certified(settings):
 
 
 def test_training_reports_the_promise_and_what_came_of_it():
-    results = train_detector(token_table(900, seed=3), Detector(threshold={"max_missed": 0.2}), replicates=50).results
+    results = train_detector(
+        token_table(900, seed=3), Detector(threshold={"max_missed": 0.2}), replicates=50
+    ).results.to_dict()
     found = results["threshold"]
     assert found["certificate"]["risk"] == "max_missed"
     assert found["missed"]["value"] < 0.2

@@ -84,7 +84,7 @@ def test_evolution_agrees_with_the_trace_and_ends_in_the_answer(adapter, scene, 
     assert (found.rank == trace.lens_rank.numpy()).all()
     assert (found.rank[:, -1] == 0).all()  # greedy
     assert np.allclose(found.probabilities[:, -1, 0], plain.probability, atol=1e-4)
-    assert tuple(words[-1][0] for words in found.words) == found.said
+    assert tuple(texts[-1][0] for texts in found.top_tokens) == found.answer_tokens
     assert (np.diff(found.probabilities, axis=-1) <= 0).all()
 
 
