@@ -17,16 +17,16 @@ class AnswerLengths(Callback):
         self.lengths: dict[str, int] = {}
 
     def on_task_start(self, run) -> None:
-        """Start anew with every task."""
+        """Reset the lengths when a task starts."""
         self.lengths = {}
 
     def on_batch_end(self, run, records) -> None:
-        """Called with the records of a batch, which are on disk."""
+        """Log the mean length once the records of a batch are on disk."""
         self.lengths |= {record.sample_id: len(record.answer.token_ids) for record in records if record.answer}
         if self.lengths:
             run.log({"progress/answer_tokens": sum(self.lengths.values()) / len(self.lengths)}, step=run.done)
 
     def on_task_end(self, run, results) -> None:
-        """Called when the results are computed, stored and logged."""
+        """Log the longest answers once the results are computed, stored and logged."""
         longest = sorted(self.lengths.items(), key=lambda item: -item[1])[: self.longest]
         run.loggers.log_table(f"{run.task.name}/longest", ["sample", "tokens"], longest)

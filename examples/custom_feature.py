@@ -1,4 +1,6 @@
-"""Add a feature: a function of a trace with a value for every answer token. The first line explains it in lists.
+"""Add a feature: a function of a trace with a value for every answer token.
+
+The first line of its docstring explains it in lists.
 
     stethoscope evaluate task=chair task.scenes=100 name=first
     PYTHONPATH=examples stethoscope extract --config-dir examples/conf plugins=[custom_feature] \
@@ -14,12 +16,12 @@ from torch import Tensor
 from stethoscope.features import FeatureSet, feature
 from stethoscope.features.attention import attn_image
 
-__all__ = ["FeatureSet"]  # named by the YAML file, so that this module is read and its features are known
+__all__ = ["FeatureSet"]  # the YAML file names it, so that this module is imported and its features are registered
 
 
 @feature("surprise", higher_means="hallucinated")
 def running_nll(trace) -> np.ndarray:
-    """Mean negative log-probability of this token and the two before it, in nats.
+    """Compute the mean negative log-probability of a token and the two before it, in nats.
 
     Higher means hallucinated.
     """
@@ -29,16 +31,16 @@ def running_nll(trace) -> np.ndarray:
 
 @feature("surprise", higher_means="depends")
 def token_length(trace) -> np.ndarray:
-    """Number of characters that the token adds to the answer.
+    """Count the characters that the token adds to the answer.
 
-    Either direction can mean hallucinated; it depends on the model.
+    Whether higher or lower means hallucinated depends on the model.
     """
     return np.array([end - start for start, end in trace.answer.offsets])
 
 
 @feature("surprise", higher_means="grounded", requires=["attention"])
 def attn_image_gain(trace) -> Tensor:
-    """Attention mass on the image in the last layer minus that in the first, in [-1, 1].
+    """Compute the attention mass on the image in the last layer minus that in the first, in [-1, 1].
 
     Lower means hallucinated.
     """

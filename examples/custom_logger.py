@@ -1,4 +1,4 @@
-"""Add a logger: final figures as a CSV file in the run directory. `events.jsonl` is written beside it in any case.
+"""Add a logger: final figures as a CSV file in the run directory, in addition to `events.jsonl`.
 
     PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[custom_logger] \
         logger=csv task=pope task.scenes=50
@@ -12,7 +12,7 @@ from stethoscope.loggers.base import Logger
 
 
 class CsvLogger(Logger):
-    """Write final figures as two columns, name and value. A logger that fails is warned about and stops no run."""
+    """Write final figures as two columns, name and value; errors of a logger only cause a warning."""
 
     def __init__(self, file: str = "figures.csv") -> None:
         self.file = file
@@ -20,11 +20,11 @@ class CsvLogger(Logger):
         self.figures: dict[str, float] = {}
 
     def setup(self, run_dir: Path | None) -> None:
-        """Called before anything is logged, with the run directory if there is one."""
+        """Choose the file, before anything is logged; a run without a directory has none."""
         self.path = None if run_dir is None else run_dir / self.file
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keep final figures, which have no step; those of a curve are left out."""
+        """Collect final figures, which have no step; the points of curves are left out."""
         if step is None:
             self.figures |= metrics
 

@@ -1,4 +1,4 @@
-"""Add a model family that transformers lacks: here a LLaVA whose image tokens each stand for 2 x 2 patches.
+"""Add a model family that transformers lacks: here a LLaVA with one image token per 2 x 2 patches.
 
     PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[custom_model] \
         model=pooled model.random_init=tiny task=pope task.scenes=20
@@ -19,7 +19,7 @@ POOL = 2  # patches along each side of an image token
 
 
 class PooledModel(LlavaModel):
-    """LLaVA without its head, with pooled patches. The attention is that of transformers, so it can be recorded."""
+    """LLaVA without its head, with pooled patches; its attention is transformers', so it can be recorded."""
 
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Return ``pooler_output``: a tensor (image tokens, D) for every image."""
@@ -47,8 +47,8 @@ class PooledAdapter(HfAdapter):
 
     def _load(self) -> tuple[PooledLlava, LlavaProcessor]:
         model = loading.pretrained(PooledLlava, self.model_id, self.loading)
-        where = self.loading.hub_kwargs(loading.is_folder(self.model_id))
-        return model, LlavaProcessor.from_pretrained(self.model_id, **where)
+        hub_kwargs = self.loading.hub_kwargs(loading.is_folder(self.model_id))
+        return model, LlavaProcessor.from_pretrained(self.model_id, **hub_kwargs)
 
     def _tiny(self) -> tuple[PooledLlava, LlavaProcessor]:
         """Build a small random model for ``random_init=tiny``: to try things out without weights."""

@@ -1,4 +1,4 @@
-"""Look at one answer: what each word was written from, what the detector says of it, and a page to pass on.
+"""Diagnose one answer: the image region behind each object, its verdict, and an HTML page to share.
 
 python examples/diagnose.py
 """

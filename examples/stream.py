@@ -1,4 +1,4 @@
-"""Warn while the model talks: every token with its probability as it is written, the named objects at the end.
+"""Warn during generation: print every token as it is generated, and the named objects at the end.
 
 python examples/stream.py
 """
@@ -12,7 +12,7 @@ from stethoscope.tasks.chair import Chair
 QUESTION = "Please describe this image in detail."
 
 adapter = stethoscope.load("testbed")
-features = FeatureSet(groups=["uncertainty", "position", "attention", "lens"])  # known while the answer is written
+features = FeatureSet(groups=["uncertainty", "position", "attention", "lens"])  # can be computed during generation
 stethoscope.Evaluator(batch_size=32, features=features, run_dir="runs/example-stream").run(adapter, Chair(scenes=80))
 detector = stethoscope.Detector(C=0.1).fit(RunStore("runs/example-stream").tokens("chair"))
 
@@ -21,7 +21,7 @@ for item in stethoscope.stream(adapter, image, QUESTION, detector=detector):
     if hasattr(item, "warned"):  # a token
         print(item.text, end="", flush=True)
         continue
-    print()  # at last: the answer and the objects that it names
+    print()  # the last item: the answer and the objects that it names
     for mention in item.mentions:
         print(f"{mention.verdict.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
 

@@ -1,8 +1,8 @@
-"""Train a detector on the objects that captions name, judge it on other images, save it, and read it back.
+"""Train a detector on the objects that captions name, evaluate it on other images, and save it.
 
     python examples/train_detector.py
 
-The commands `stethoscope evaluate`, `extract` and `train` do the same, with baselines and controls beside it.
+The commands `stethoscope evaluate`, `extract` and `train` do the same, and compare it with baselines and controls.
 """
 
 import stethoscope

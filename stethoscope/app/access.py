@@ -85,7 +85,7 @@ def add_to_no_proxy(host: str) -> None:
 
 
 class AccessMiddleware:
-    """ASGI middleware that accepts only requests to the app's own host, from its own page, by users with an account.
+    """ASGI middleware that accepts requests to the app's own host only, from its own page, by its users.
 
     ``Host`` must be a loopback name, the address that the app listens on, the address of the connection, or one of
     ``hosts``: otherwise any web page could point its own name here (DNS rebinding). ``Origin``, if the browser sends

@@ -191,7 +191,7 @@ class ModelPool:
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:
-    """Diagnose a short text, so that a detector that does not fit the model fails before the first question.
+    """Diagnose a short text, so that a detector that does not fit fails before the first question.
 
     Raises:
         CapabilityError: the model does not provide the detector's features.
@@ -202,7 +202,7 @@ def _check_features(detector: Detector, adapter: Adapter) -> None:
 
 
 def streaming_delay(detector: Detector) -> int | None:
-    """Find the smallest ``delay`` in tokens at which a detector can score during generation; None if it cannot."""
+    """Find the smallest ``delay``, in tokens, at which a detector can score during generation, if any."""
     from stethoscope.streaming.scorer import Scorer
 
     for delay in (0, 1):

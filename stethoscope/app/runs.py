@@ -101,7 +101,7 @@ class Runs:
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
     def question(self, name: str, task: str, sample_id: str, pool: ModelPool, model: str) -> Question:
-        """Build a question from a sample and its stored answer, with its picture as a new file of the app's folder.
+        """Build a question from a sample, its stored answer, and its picture as a file of the app's folder.
 
         Args:
             name: of the run.
@@ -172,7 +172,7 @@ def _error_text(error: Exception) -> str:
 
 
 def _report_page(folder: Path, changed: int) -> str:
-    """Write the page of ``stethoscope report``; ``changed`` is a key of the cache, the time of the last change."""
+    """Write the page of ``stethoscope report``; ``changed``, a time, makes the cache key change."""
     with readable(folder):
         return collect_report(RunReader.read(folder), examples=0).html()
 
@@ -206,7 +206,7 @@ def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
 
 
 def mention_outcome(label: int, warned: bool) -> str:
-    """Name the outcome of a mention from its label (1 hallucinated, 0 grounded, -1 unlabelled) and its warning.
+    """Name the outcome of a mention by its label (1 hallucinated, 0 grounded, -1 none) and its warning.
 
     >>> [mention_outcome(label, warned) for label, warned in ((1, True), (1, False), (0, True), (0, False), (-1, True))]
     ['caught', 'missed', 'false alarm', 'right', 'not judged']

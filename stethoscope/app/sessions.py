@@ -1,4 +1,4 @@
-"""Store the answer and the pictures of every session of the page, and delete them when the session ends.
+"""Store the answer and the pictures of every session, and delete them when the session ends.
 
 A session belongs to a ``session_hash`` that Gradio draws when a page is opened. It ends ``GRACE`` seconds after its
 last connection is closed, or after ``IDLE`` seconds without a question.
@@ -356,7 +356,7 @@ class SessionMiddleware:
 
 
 def _return_memory() -> None:
-    """Return freed memory to the system; otherwise Pillow's blocks of 16 MiB stay in the C library's arenas."""
+    """Return freed memory to the system; Pillow's blocks of 16 MiB would stay in the C library's arenas."""
     with suppress(AttributeError, OSError, TypeError):  # only glibc has this function
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -376,7 +376,7 @@ def _check_hash(session_hash: object) -> str:
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Yield every ``path`` of every dictionary in a body, at any depth, except None (a component without a file)."""
+    """Yield every ``path`` of the dictionaries in a body, except None (a component without a file)."""
     if isinstance(value, dict):
         if value.get("path") is not None:
             yield value["path"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stethoscope.core.types import ImageRef
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.diagnosis.diagnosis import DiagnosedMention
+    from stethoscope.diagnosis.verdict import DiagnosedMention
 
 HEAT_MAPS = "heatmaps"
 TRAIN_ONE = (

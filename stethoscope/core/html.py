@@ -1,4 +1,4 @@
-"""Write self-contained HTML pages: templates escape all text, data and images are inlined, nothing is fetched."""
+"""Write self-contained HTML pages: text is escaped, data and images are inlined, nothing is fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold the results of training a detector: the leaderboard, differences, threshold and ablation, as in metrics.json."""
+"""Hold the results of training a detector: leaderboard, threshold, ablation and transfer."""
 
 from __future__ import annotations
 

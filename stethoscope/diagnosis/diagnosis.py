@@ -12,6 +12,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
+from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict, rounded
 from stethoscope.relevancy.heatmaps import heat, overlay, relevancy_tiles
 from stethoscope.tracing.token_spans import Box, TokenRegions
 
@@ -20,73 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from stethoscope.detection.visual_consistency import NamedProbability
     from stethoscope.relevancy import Relevancy
 
 CONTRIBUTIONS = ("sum", "max", "mean")
 SHARES = ("image", "question", "answer", "rest")
 _FLOOR = 1e-9  # below the resolution of float32; the features of the same name have the same floor
-
-FeatureContributions = tuple[tuple[str, float], ...]
-"""Features and their contributions to the evidence, in log-odds, strongest first; above 0 means hallucinated."""
-
-
-@dataclass(frozen=True)
-class TokenVerdict:
-    """A detector's verdict on a token or a mention.
-
-    Attributes:
-        probability: that it is hallucinated, in [0, 1]. Calibrated for object names, from which detectors learn; for
-            other tokens it is an extrapolation, shown for orientation only.
-        evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
-            if the detector's calibration is not additive.
-        top: the features with the largest contributions; empty unless the detector is linear.
-        visual_evidence: objects that the attended image evidence resembles, most probable first, None for nothing known
-            (``Detector.visual_evidence``); empty for other tokens and where the detector does not learn it.
-    """
-
-    probability: float
-    evidence: float | None = None
-    prior: float | None = None
-    top: FeatureContributions = ()
-    visual_evidence: tuple[NamedProbability, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-able dictionary, with numbers rounded."""
-        return {
-            "probability": _rounded(self.probability),
-            "evidence": _rounded(self.evidence),
-            "prior": _rounded(self.prior),
-            "top": [{"feature": name, "push": _rounded(contribution)} for name, contribution in self.top],
-            "visual_evidence": [
-                {"object": name, "probability": _rounded(probability)} for name, probability in self.visual_evidence
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class DiagnosedMention:
-    """An object that the answer names, with the detector's verdict.
-
-    Attributes:
-        object: canonical name.
-        start, end: characters of the answer, as a half-open range.
-        tokens: indices of the tokens that name the object.
-        verdict: None without a detector.
-        warned: whether the probability is at or above the detector's threshold.
-    """
-
-    object: str
-    start: int
-    end: int
-    tokens: tuple[int, ...]
-    verdict: TokenVerdict | None = None
-    warned: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-able dictionary."""
-        verdict = {} if self.verdict is None else {**self.verdict.to_dict(), "warned": self.warned}
-        return {"object": self.object, "start": self.start, "end": self.end, "tokens": list(self.tokens), **verdict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +51,9 @@ class LensTrajectory:
         return [
             {
                 "rank": int(self.rank[token, layer]),
-                "probability": _rounded(float(np.exp(self.logprob[token, layer]))),
+                "probability": rounded(float(np.exp(self.logprob[token, layer]))),
                 "top": [
-                    {"word": text, "probability": _rounded(float(probability))}
+                    {"word": text, "probability": rounded(float(probability))}
                     for text, probability in zip(texts, self.probabilities[token, layer], strict=True)
                 ],
             }
@@ -310,7 +249,7 @@ class Diagnosis:
         return overlay(self.image, self.heat_map(token, layer, raw), opacity)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert everything but pixels to a JSON-able dictionary, with rounded floats and the last layer's maps."""
+        """Convert to a JSON-able dictionary without pixels; floats are rounded, relevancy is the last layer's."""
         warning = self.warning
         return {
             "model": self.model,
@@ -420,10 +359,6 @@ def contributions(relevancy: Relevancy) -> dict[str, np.ndarray]:
 
 
 def shares(relevancy: Relevancy) -> dict[str, np.ndarray]:
-    """Compute the (T, L) share of the row's relevancy, in [0, 1], for each of ``SHARES``; they add up to 1."""
+    """Compute (T, L) shares of the row's relevancy, in [0, 1], by ``SHARES``; they add up to 1."""
     total = relevancy.total.numpy().clip(min=1e-12)
     return {name: getattr(relevancy, name).sum(-1).numpy() / total for name in SHARES}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(float(value), 6)

@@ -1,4 +1,4 @@
-"""Render a diagnosis: the viewer's payload, a static page, the notebook display, and a figure of one token.
+"""Render a diagnosis: the viewer's payload, a page, the notebook display, and a figure of one token.
 
 The app, the page and the notebook show the same payload; the app and the page use the same ``viewer.js``.
 """
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from stethoscope.detection.visual_consistency import NamedProbability
-    from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, TokenVerdict
+    from stethoscope.diagnosis.diagnosis import Diagnosis
+    from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
 RASTER = 32  # cells along the longer side of a map that is assembled from several tiles
@@ -190,7 +191,7 @@ def notebook(diagnosis: Diagnosis) -> str:
 
 
 def _notebook_pieces(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Split the answer into tokens, with their probability, mention and warning, and the text between them."""
+    """Split the answer into tokens with probability, mention and warning, and the text between them."""
     text, position, threshold = data["text"], 0, data["threshold"]
     for token in data["tokens"]:
         start, end = token["span"]

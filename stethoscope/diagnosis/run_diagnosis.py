@@ -15,7 +15,8 @@ from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
-from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, LensTrajectory, TokenVerdict
+from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
+from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.token_spans import token_regions

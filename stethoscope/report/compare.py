@@ -34,7 +34,7 @@ TaskLoader = Callable[[RunReader, str], "Task"]
 
 
 def run_names(sources: Sequence[RunReader]) -> list[str]:
-    """Name every run by the last part of its path, or by its whole path where two runs share the last part.
+    """Name every run by the last part of its path, or by its whole path if two last parts are equal.
 
     Long names, as those of a sweep, are replaced by the command-line overrides that the runs do not share.
     """
@@ -243,7 +243,7 @@ def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def leaderboard_table(sources: Sequence[RunReader], names: Sequence[str]) -> Table | None:
-    """List the leaderboards of several runs under each other: detectors, baselines, the best single feature."""
+    """List detectors, baselines and the best single feature of several runs' leaderboards."""
     rows: list[tuple[Cell, ...]] = []
     bold = set()
     columns = {metric: TITLES[metric] for metric in (*list(RANKING)[:4], "auprc_hallucinated", "ece")}
@@ -281,7 +281,7 @@ def summary_table(sources: Sequence[RunReader], names: Sequence[str]) -> Table:
 
 
 def setting_table(sources: Sequence[RunReader], names: Sequence[str]) -> Table | None:
-    """List the settings of model, generation, features and detector that differ between runs; None if none does."""
+    """List the settings of model, generation, features and detector that differ; None if none does."""
     settings = [_settings(source) for source in sources]
     changed = {
         key: None for other in settings[1:] for key, _, _ in differences(settings[0], other)

@@ -1,4 +1,4 @@
-"""Select and show examples of a detector's warnings: caught and missed hallucinations, and false alarms."""
+"""Show examples of a detector's warnings: caught and missed hallucinations, and false alarms."""
 
 from __future__ import annotations
 

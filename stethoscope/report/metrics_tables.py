@@ -1,4 +1,4 @@
-"""Make tables of results: tasks, leaderboard, differences, ablation, and the error rates at the threshold."""
+"""Make tables of results: tasks, leaderboard, differences, ablation, error rates at the threshold."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def count_table(results: Sequence[TaskResults]) -> Table:
 
 
 def shown_rows(leaderboard: Leaderboard) -> list[Row]:
-    """Select detectors, published detectors, the best single features and baselines, each by falling AUROC."""
+    """Select detectors, published ones, the best single features and baselines, each by falling AUROC."""
     features = [row.name for row in leaderboard.rows if row.kind == "feature"]  # by falling AUROC in training
     shown_features = {*features[:SINGLE_FEATURES], *leaderboard.best_features.values()}
     kinds = ("detector", "published", "feature", "baseline")
@@ -166,7 +166,7 @@ def ablation_table(ablations: Sequence[Ablation]) -> Table | None:
 
 
 def threshold_table(threshold: Mapping[str, Any]) -> Table:
-    """List precision, recall and error rates at the threshold on the test images, and the threshold's guarantee."""
+    """List precision, recall and error rates at the threshold on the test images, and its guarantee."""
     shown = {"false_alarms": "false alarms", "missed": "missed", "precision": "precision", "recall": "recall"}
     row: tuple[Cell, ...] = (f"{threshold['value']:.3f}", *(read_interval(threshold[key]) for key in shown))
     note, guarantee = f"Warned at or above the threshold: {threshold['chosen']}.", threshold["certificate"]

@@ -206,7 +206,7 @@ def plot_curves(
 
 
 def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
-    """Plot the share of hallucinated mentions by probability, over pale columns for the number of mentions."""
+    """Plot the share of hallucinated mentions by probability, with columns for the number of mentions."""
     title = "reliability"
     with _drawing(title, SIZE) as (figure, axes, finish):
         _unit_square(axes, "probability that the detector gives", "share that is hallucinated")
@@ -218,7 +218,7 @@ def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
 
 
 def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
-    """Plot the AUROC by token position, over pale columns for the number of mentions."""
+    """Plot the AUROC by token position, with columns for the number of mentions."""
     title = "AUROC by token position"
     low = min([0.5, *(part.interval.low for part in bins if part.interval is not None)])  # NaN is never below
     with _drawing(title, SIZE) as (figure, axes, finish):

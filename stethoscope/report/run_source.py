@@ -1,4 +1,4 @@
-"""Read a finished run: metrics, answers, scored mentions, and the permutation importance of the detector's features."""
+"""Read a finished run: metrics, answers, scored mentions, and the importance of features."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def by_feature(columns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def importances(source: RunReader, seed: int = 0) -> list[Importance]:
-    """Measure the permutation importance of every feature on the held-out mentions, the greatest loss first.
+    """Measure every feature's permutation importance on the held-out mentions, greatest loss first.
 
     The columns of a feature are shuffled together (Breiman 2001, section 10, for groups). Correlated features share
     their importance, and each alone may lose little.

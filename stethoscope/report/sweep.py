@@ -1,4 +1,4 @@
-"""Compare the jobs of a sweep: their settings, metrics with intervals, and paired differences from the first job."""
+"""Compare the jobs of a sweep: settings, metrics with intervals, differences from the first job."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Comparison:
         return Table("sweep", (*columns, "status"), tuple(rows), note)
 
     def _is_shown(self, name: str) -> bool:
-        """Tell whether the table shows a metric: ``SHOWN`` of a detector, and those of tasks whose answers differ."""
+        """Tell whether the table shows a metric: those in ``SHOWN``, and those of tasks with other answers."""
         if name in TITLES.values():
             return name in SHOWN
         measured = [result for result in self.results if result.figures]
@@ -164,7 +164,7 @@ class Comparison:
 
 
 def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
-    """Read the metrics of all jobs from their run directories, and compare each job with the first that has any.
+    """Read the metrics of all jobs, and compare each job with the first that has any.
 
     Args:
         jobs: of one sweep.

@@ -17,8 +17,8 @@ from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.offsets import GrowingText
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
-from stethoscope.diagnosis.diagnosis import DiagnosedMention
 from stethoscope.diagnosis.run_diagnosis import MentionExtractor, default_extractor, extract_mentions, score_mentions
+from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import StepRecorder

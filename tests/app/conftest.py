@@ -37,7 +37,7 @@ def reader():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder of runs: one with a detector that can judge while the answer is written."""
+    """Make a folder of runs, one of them with a detector that can score during generation."""
     folder = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def picture_file(tmp_path):
-    """Writes a rendered scene as a file and gives its path."""
+    """Return a function that writes a rendered scene to a file and returns its path."""
 
     def write(number):
         file = tmp_path / f"scene-{number}.png"
@@ -67,7 +67,7 @@ def pool(adapter, folder):
 
 @pytest.fixture(scope="session")
 def served(adapter, folder, reader, tmp_path_factory):
-    """The running server: its address, pool and folder, and a file of this machine that is none of its own."""
+    """Serve the page; give its address, pool and folder, and a file that it must not send."""
     pytest.importorskip("gradio", reason='no gradio; pip install "lvlm-stethoscope[app]"')
     from stethoscope.app.server import own_folder, start
     from stethoscope.app.sessions import Sessions
@@ -88,7 +88,7 @@ def served(adapter, folder, reader, tmp_path_factory):
 
 
 def hostile(file):
-    """Every stored answer begins with a script, letter for letter in the place of what the model wrote."""
+    """Replace the beginning of every stored answer with a script of the same length."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:
         if len(line["answer"]["text"]) > len(EVIL):
@@ -97,14 +97,14 @@ def hostile(file):
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Chromium, the one that is installed."""
+    """Start the installed Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = os.environ.get("STETHOSCOPE_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
@@ -113,14 +113,14 @@ def browser():
             path = running.chromium.executable_path
         if path is None:
             pytest.skip("no Chromium is installed")
-        made = running.chromium.launch(executable_path=path, args=FLAGS)
-        yield made
-        made.close()
+        chromium = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def stethoscope(tmp_path, monkeypatch, capsys):
-    """Runs a command that fails in an empty folder; gives its last line on stderr."""
+    """Return a function that runs a failing command in an empty folder and returns its last line on stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words):

@@ -140,7 +140,7 @@ def test_another_origin_is_refused(client, served):
 
 
 def answer(middleware, path="/", client_headers=(), kind="http", server=("127.0.0.1", 1)):
-    """The status that the middleware answers with; 200 where it hands the request on."""
+    """Return the status of the middleware's response; 200 if it hands the request on."""
     import asyncio
 
     sent = []

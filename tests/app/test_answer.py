@@ -132,7 +132,7 @@ def test_image_features_of_the_oldest_image_go_first(adapter):
 
 
 def slow(adapter, seconds=0.03):
-    """Makes every forward pass of the model take its time; gives a list that grows with every pass."""
+    """Slow down every forward pass of the model; return a list that grows with every pass."""
     passes = []
 
     def wait(*_):

@@ -35,7 +35,7 @@ TRICKS = [
 
 
 def get(address, path, method="GET", body=None, headers=None):
-    """The answer to a request whose path is sent as it stands."""
+    """Send a request with its path unchanged, and return the response."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
     connection.request(method, path, body, headers or {})
     answer = connection.getresponse()

@@ -40,7 +40,7 @@ def client(served):
 
 @pytest.fixture
 def clock():
-    """A clock that stands still until it is set."""
+    """Make a clock that stands still until it is set."""
 
     class Clock:
         now = 1000.0
@@ -253,7 +253,7 @@ def ask_once(address, number):
 
 
 def upload_hostile(address, number):
-    """A picture that is too large, no picture, or as large as is read; what becomes of it."""
+    """Upload a picture that is too large, no picture, or just small enough, and check the response."""
     client = Client(address)
     contents = [
         lambda: png(size=(13_300, 13_300)),

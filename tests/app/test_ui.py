@@ -35,7 +35,7 @@ MOVE = """async ([id, value]) => {
 
 @pytest.fixture(params=WIDTHS, ids=str)
 def page(request, browser, served):
-    """An open page; at the end nothing may have gone to another server, and no script may have failed."""
+    """Open the page; at the end no request may have gone to another server, and no script may have failed."""
     context = browser.new_context(viewport={"width": request.param, "height": WIDTHS[request.param]})
     page = open_page(context, served)
     page.width = request.param
@@ -80,7 +80,7 @@ def wait_for_words(page, part, words):
 
 
 def take(page, name, folder):
-    """A screenshot of the whole page, for people to look at."""
+    """Save a screenshot of the whole page for inspection."""
     folder = Path(os.environ.get("STETHOSCOPE_SCREENSHOTS", folder))
     folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / f"{name}-{page.width}.png", full_page=True)

@@ -28,7 +28,7 @@ def diagnosis(adapter):
 
 @pytest.fixture
 def page(browser, diagnosis, tmp_path):
-    """The open page; at the end no script may have failed, and nothing may have been fetched."""
+    """Open the page; at the end no script may have failed, and nothing may have been fetched."""
     file = tmp_path / "report.html"
     file.write_text(diagnosis.to_html(), "utf-8")
     page = browser.new_page()
@@ -45,7 +45,7 @@ def page(browser, diagnosis, tmp_path):
 
 
 def look(page):
-    """What the page shows, once it has been drawn again."""
+    """Read the page after its next redraw."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     shown = {
         name: page.locator(f"[data-id={name}]").inner_text()

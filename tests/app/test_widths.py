@@ -34,7 +34,7 @@ BEYOND = """([root, but]) => {
 
 @pytest.fixture(scope="module")
 def sighted(adapter, tmp_path_factory):
-    """A detector that tells what places look like."""
+    """Fit a detector with visual evidence."""
     folder = tmp_path_factory.mktemp("sighted")
     features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
     Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=60))

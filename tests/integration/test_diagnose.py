@@ -20,7 +20,7 @@ from stethoscope.tasks.chair import Chair
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run directory with a detector that warns of everything."""
+    """Make a run directory with a detector that warns of every mention."""
     folder = tmp_path_factory.mktemp("trained")
     features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
     Evaluator(features=features, run_dir=folder, batch_size=24).run(package.load("testbed"), Chair(scenes=24))

@@ -13,7 +13,8 @@ from PIL import Image
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.diagnosis import DiagnosedMention, Diagnosis, TokenVerdict
+from stethoscope.diagnosis.diagnosis import Diagnosis
+from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 
 EVIL = "A <script>alert(1)</script> *dog*\n# and </p> [a](javascript:alert(1)) <img src=x onerror=alert(1)> & `cat`"
 
@@ -46,14 +47,14 @@ class Seen(HTMLParser):
 
 
 def tokens(text, size=3):
-    """The text cut into tokens of a few characters, with places between them that belong to none."""
+    """Split a text into tokens of a few characters, with gaps between them."""
     spans = [(at, min(at + size, len(text))) for at in range(0, len(text), size + 1)]
     return Answer(text, tuple(range(len(spans))), tuple(spans), (-0.5,) * len(spans))
 
 
 @pytest.fixture(scope="module")
 def evil():
-    """A made-up diagnosis with a warned mention in the middle of hostile text."""
+    """Make a diagnosis with a warned mention in the middle of hostile text."""
     answer = tokens(EVIL)
     start = EVIL.index("dog")
     why = TokenVerdict(0.9, 3.0, -0.8, (("<b>nll</b>", 2.0), ("entropy", -1.0)), (("<u>cat</u>", 0.61), (None, 0.3)))
@@ -104,7 +105,7 @@ def test_the_notebook_says_what_is_warned_of_in_words_too(evil, real):
 
 
 def payload_of(page):
-    """The data that the page's viewer shows."""
+    """Read the data that the page's viewer shows."""
     return json.loads(Seen(page).scripts[0])
 
 

@@ -30,7 +30,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def run(adapter, tmp_path_factory):
-    """A run of captions, its token table and a detector that was fitted on it."""
+    """Make a run of captions, its token table and a detector fitted on it."""
     folder = tmp_path_factory.mktemp("run")
     features = FeatureSet(groups=["uncertainty", "position", "attention"])
     stethoscope.Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=36))

@@ -1,4 +1,4 @@
-"""What runs are called, and when they are the same."""
+"""Names of runs, and when two runs are comparable."""
 
 import pytest
 import yaml
@@ -23,7 +23,7 @@ COUNTS = {
 
 @pytest.fixture
 def made(tmp_path):
-    """Makes a finished run of some samples."""
+    """Return a function that makes a finished run of some samples."""
 
     def make(name, samples=("a", "b"), overrides=(), failed=(), images="/one", parser="official"):
         folder = tmp_path / name

@@ -64,7 +64,7 @@ def test_a_bin_of_one_kind_has_no_area_and_long_answers_wider_bins(rows):
 
 
 def points_of(svg, name):
-    """The points of the path of a group, as the drawing has them."""
+    """Read the points of a group's path from the SVG."""
     group = re.search(rf'<g class="{name}">(.*?)</g>', svg, re.DOTALL)[1]
     return [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", group)]
 

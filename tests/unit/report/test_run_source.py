@@ -17,7 +17,7 @@ from stethoscope.storage.tokens import SCHEMA
 
 
 def _source(folder, table, detector, warned=None):
-    """A finished run of a table, with warnings of a detector that was fitted elsewhere."""
+    """Make a finished run from a table, with warnings of a detector that was fitted elsewhere."""
     table = table.assign(prompt_hash="0" * 16, labeller="chair/1")
     types = {field.name: field.type for field in SCHEMA}
     schema = pa.schema([(name, types.get(name, pa.float32())) for name in table.columns])

@@ -1,0 +1,75 @@
+"""Hold a detector's verdicts on tokens and mentions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stethoscope.detection.visual_consistency import NamedProbability
+
+FeatureContributions = tuple[tuple[str, float], ...]
+"""Features and their contributions to the evidence, in log-odds, strongest first; above 0 means hallucinated."""
+
+
+@dataclass(frozen=True)
+class TokenVerdict:
+    """A detector's verdict on a token or a mention.
+
+    Attributes:
+        probability: that it is hallucinated, in [0, 1]. Calibrated for object names, from which detectors learn; for
+            other tokens it is an extrapolation, shown for orientation only.
+        evidence, prior: log-odds that add up to those of the probability (``stethoscope.detection.explain``); None
+            if the detector's calibration is not additive.
+        top: the features with the largest contributions; empty unless the detector is linear.
+        visual_evidence: objects that the attended image evidence resembles, most probable first, None for nothing known
+            (``Detector.visual_evidence``); empty for other tokens and where the detector does not learn it.
+    """
+
+    probability: float
+    evidence: float | None = None
+    prior: float | None = None
+    top: FeatureContributions = ()
+    visual_evidence: tuple[NamedProbability, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-able dictionary, with numbers rounded."""
+        return {
+            "probability": rounded(self.probability),
+            "evidence": rounded(self.evidence),
+            "prior": rounded(self.prior),
+            "top": [{"feature": name, "push": rounded(contribution)} for name, contribution in self.top],
+            "visual_evidence": [
+                {"object": name, "probability": rounded(probability)} for name, probability in self.visual_evidence
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class DiagnosedMention:
+    """An object that the answer names, with the detector's verdict.
+
+    Attributes:
+        object: canonical name.
+        start, end: characters of the answer, as a half-open range.
+        tokens: indices of the tokens that name the object.
+        verdict: None without a detector.
+        warned: whether the probability is at or above the detector's threshold.
+    """
+
+    object: str
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+    verdict: TokenVerdict | None = None
+    warned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-able dictionary."""
+        verdict = {} if self.verdict is None else {**self.verdict.to_dict(), "warned": self.warned}
+        return {"object": self.object, "start": self.start, "end": self.end, "tokens": list(self.tokens), **verdict}
+
+
+def rounded(value: float | None) -> float | None:
+    """Round a number to six digits for JSON; None stays None."""
+    return None if value is None else round(float(value), 6)
