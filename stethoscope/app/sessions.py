@@ -179,7 +179,11 @@ class Sessions:
         """Remove the sessions that have ended and the files of no session; return the hashes of the sessions."""
         now = self._clock()
         with self._lock:
-            ended = [name for name, session in self._sessions.items() if self._has_ended(session, now)]
+            ended = [
+                name
+                for name, session in self._sessions.items()
+                if now - session.last_used > (self._idle if session.connections else self.grace)
+            ]
             closed = [name for name, session in self._sessions.items() if not session.connections and name not in ended]
             closed.sort(key=lambda name: self._sessions[name].last_used)
             ended += closed[: max(0, len(self._sessions) - len(ended) - MAX_SESSIONS)]
@@ -194,10 +198,6 @@ class Sessions:
                     with suppress(OSError):  # the folder holds another file
                         file.parent.rmdir()
         return ended
-
-    def _has_ended(self, session: Session, now: float) -> bool:
-        unused = now - session.last_used
-        return unused > (self._idle if session.connections else self.grace)
 
     def _get(self, session_hash: str) -> Session:
         session = self._sessions.setdefault(session_hash, Session(self._clock()))

@@ -43,7 +43,7 @@ def run_names(sources: Sequence[RunReader]) -> list[str]:
         return [str(source.folder) for source in sources]
     if max(map(len, short)) <= LONGEST_NAME:
         return short
-    overrides = [_overrides(source) for source in sources]
+    overrides = [_read_overrides(source) for source in sources]
     distinct = [
         " ".join(override for override in run_overrides if not all(override in others for others in overrides))
         for run_overrides in overrides
@@ -51,7 +51,7 @@ def run_names(sources: Sequence[RunReader]) -> list[str]:
     return distinct if all(distinct) and len(set(distinct)) == len(distinct) else short
 
 
-def _overrides(source: RunReader) -> list[str]:
+def _read_overrides(source: RunReader) -> list[str]:
     """Read the command-line overrides that the run was started with, except its name."""
     overrides = read_yaml(source.folder / "overrides.yaml", CONFIG_REMEDY, kind=list, default=[])
     return [str(override) for override in overrides if not str(override).startswith("name=")]

@@ -86,19 +86,18 @@ def shown_rows(leaderboard: Leaderboard) -> list[Row]:
 def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
     """List the leaderboard in two tables: areas under the ROC curve, and metrics of a detector in use."""
     rows = shown_rows(results.leaderboard)
+    base_rate = rows[0].metrics.get("base_rate")
+    chance_level = ""
+    if base_rate is not None:
+        chance_level = f"A score without information has an AUPRC, hallucinated, of {base_rate.value:.3f}."
     for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", OPERATING_METRICS)):
         shown = {metric: name for metric, name in columns.items() if metric in rows[0].metrics}
         cells = tuple(
             (row.name, row.kind, short_cost(row), *(row.metrics.get(metric) for metric in shown)) for row in rows
         )
         bold = frozenset(index for index, row in enumerate(rows) if row.kind == "detector")
-        note = describe_data(results) if columns is RANKING else _base_rate(rows[0])
+        note = describe_data(results) if columns is RANKING else chance_level
         yield Table(title, ("", "kind", "cost", *shown.values()), cells, note, bold)
-
-
-def _base_rate(row: Row) -> str:
-    rate = row.metrics.get("base_rate")
-    return "" if rate is None else f"A score without information has an AUPRC, hallucinated, of {rate.value:.3f}."
 
 
 def short_cost(row: Row) -> str:

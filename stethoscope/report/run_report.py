@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,15 +136,13 @@ def _warning_sections(source: RunReader, examples: int, image_source: ImageSourc
     """Make the sections about the detector's warnings: plots, feature importance, examples."""
     rows = source.held_out
     positions, bins, features = plots.by_position(rows), plots.reliability(rows), importances(source)
-    shown = [_reliability(bins, source), _positions(positions)]
-    if rows["label"].nunique() == 2:
-        shown = [_roc(source), _precision_recall(source), *shown]
+    shown = tuple(_warning_plots(source, positions, bins))
     mentions = read_examples(source, examples, image_source)
     origin = "the test images" if (source.warnings["fold"] != "").any() else "this run, which it was not fitted on"
     lead = f"{len(rows)} judged mentions of {origin}, {int(rows['label'].sum())} of them hallucinated."
-    sections = [Section("how good are the warnings?", (), tuple(shown), _bin_tables(positions, bins), lead=lead)]
+    sections = [Section("how good are the warnings?", (), shown, _bin_tables(positions, bins), lead=lead)]
     if features:
-        sections.append(Section("feature importance", (), (_importance(features),), (_importance_table(features),)))
+        sections.append(_importance_section(features))
     lead = "The mention is boxed; other warned mentions of the answer are underlined."
     if any(mention.heatmap is not None for mention in mentions):
         lead += " The second picture is what the name was written from: relevancy after the last layer, red for most."
@@ -184,31 +182,25 @@ def _curves(
     return curves
 
 
-def _roc(source: RunReader) -> Plot:
-    labels = "false alarms among grounded mentions", "hallucinated mentions found"
-    note = "In the legend: area under the curve. Dashed: chance."
-    return plots.plot_curves("ROC", labels, _curves(source, plots.roc, "auroc"), (0, 1), note)
-
-
-def _precision_recall(source: RunReader) -> Plot:
-    labels = "recall: hallucinated mentions found", "precision: warnings that are right"
-    rate = float(source.held_out["label"].mean())
-    curves = _curves(source, plots.precision_recall, "auprc_hallucinated")
-    note = f"In the legend: average precision. Dashed: the share of hallucinated mentions, {rate:.3f}."
-    return plots.plot_curves("precision and recall", labels, curves, (rate, rate), note)
-
-
-def _reliability(bins: Sequence[Bin], source: RunReader) -> Plot:
-    most = max(part.mentions for part in bins)
+def _warning_plots(source: RunReader, positions: Sequence[Bin], bins: Sequence[Bin]) -> Iterator[Plot]:
+    """Plot ROC, precision and recall (if both labels occur), reliability, and AUROC by position."""
+    labels = source.held_out["label"]
+    if labels.nunique() == 2:
+        axes = "false alarms among grounded mentions", "hallucinated mentions found"
+        note = "In the legend: area under the curve. Dashed: chance."
+        yield plots.plot_curves("ROC", axes, _curves(source, plots.roc, "auroc"), (0, 1), note)
+        axes = "recall: hallucinated mentions found", "precision: warnings that are right"
+        rate = float(labels.mean())
+        note = f"In the legend: average precision. Dashed: the share of hallucinated mentions, {rate:.3f}."
+        curves = _curves(source, plots.precision_recall, "auprc_hallucinated")
+        yield plots.plot_curves("precision and recall", axes, curves, (rate, rate), note)
     error = source.detector.detector.metrics.get("ece") if source.detector else None
-    start = "" if error is None else f"Expected calibration error {error}. "
-    note = f"{start}Columns: how many mentions, at most {most}. Dashed: perfectly calibrated."
-    return plots.plot_reliability(bins, note)
-
-
-def _positions(bins: Sequence[Bin]) -> Plot:
+    calibration = "" if error is None else f"Expected calibration error {error}. "
+    most = max(part.mentions for part in bins)
+    note = f"{calibration}Columns: how many mentions, at most {most}. Dashed: perfectly calibrated."
+    yield plots.plot_reliability(bins, note)
     note = "Below the positions: hallucinated mentions / all mentions; columns: all mentions. Dashed: chance."
-    return plots.plot_positions(bins, note)
+    yield plots.plot_positions(positions, note)
 
 
 def _bin_tables(positions: Sequence[Bin], bins: Sequence[Bin]) -> tuple[Table, ...]:
@@ -221,16 +213,14 @@ def _bin_tables(positions: Sequence[Bin], bins: Sequence[Bin]) -> tuple[Table, .
     )
 
 
-def _importance(features: Sequence[Importance]) -> Plot:
+def _importance_section(features: Sequence[Importance]) -> Section:
     bars = [(importance.feature, importance.loss) for importance in features[:FEATURES_SHOWN]]
     note = "All columns of a feature are shuffled together; features that say the same share what they are worth."
-    return plots.plot_bars("what the detector leans on", "AUROC lost when the feature is shuffled", bars, note)
-
-
-def _importance_table(features: Sequence[Importance]) -> Table:
+    plot = plots.plot_bars("what the detector leans on", "AUROC lost when the feature is shuffled", bars, note)
     rows = tuple((importance.feature, importance.columns, importance.loss) for importance in features)
     note = "AUROC of the test mentions, less AUROC with the feature's values shuffled among them."
-    return Table("feature importance", ("feature", "columns", "AUROC lost"), rows, note)
+    table = Table("feature importance", ("feature", "columns", "AUROC lost"), rows, note)
+    return Section("feature importance", (), (plot,), (table,))
 
 
 def _provenance(source: RunReader) -> Table:
