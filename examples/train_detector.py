@@ -20,7 +20,7 @@ table = RunStore("runs/example-chair").tokens("chair")  # a row for every token 
 folds = split_groups(table["group"].to_numpy(dtype=str), {"train": 0.5, "calibration": 0.2, "test": 0.3}, seed=0)
 detector = stethoscope.Detector().fit(table[folds["train"]], table[folds["calibration"]])
 
-test = detector.rows(table[folds["test"]])  # a row for every object that is named for the first time
+test = detector.select_mentions(table[folds["test"]])  # a row for every object that is named for the first time
 probability = detector.predict(test)
 labels = test["label"].to_numpy(dtype=int)
 print(f"{len(test)} mentions in {test['group'].nunique()} images, {labels.mean():.1%} hallucinated")

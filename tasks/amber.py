@@ -6,7 +6,7 @@ definitions are those of the authors' ``inference.py`` (junyangwang0410/AMBER).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,7 @@ from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_m
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import NounExtractor, SpacyNounExtractor
 from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
-from stethoscope.tasks.sources import check_choice, check_choices, check_paths
+from stethoscope.tasks.sources import check_choice, check_choices, check_paths, setting_path
 
 PARTS = ("generative", "existence", "attribute", "relation")
 SUBSETS = {
@@ -71,7 +71,7 @@ def compare_nouns(
     truth: Sequence[str],
     targets: Sequence[str],
     association: Mapping[str, Sequence[str]],
-    safe_words: Sequence[str] = (),
+    safe_words: Collection[str] = (),
     similar: Callable[[str, str], bool] | None = None,
 ) -> NounVerdicts:
     """Compare the nouns of a description with an image's annotation.
@@ -111,10 +111,12 @@ def compare_nouns(
             verdicts.labels[noun] = 0
             verdicts.covered.add(true[noun])
         else:
-            verdicts.fallen_for.update({expected.get(noun), synonym(noun, expected)} - {None})
-            index = synonym(noun, true)
-            verdicts.labels[noun] = int(index is None)
-            verdicts.covered.update({index} - {None})
+            likely = (expected.get(noun), synonym(noun, expected))
+            verdicts.fallen_for.update(index for index in likely if index is not None)
+            covered = synonym(noun, true)
+            verdicts.labels[noun] = int(covered is None)
+            if covered is not None:
+                verdicts.covered.add(covered)
     return verdicts
 
 
@@ -137,10 +139,10 @@ class Amber(Task):
     third digit and is not done here.)
     """
 
-    name: ClassVar[str] = "amber"
+    name = "amber"
     version: ClassVar[str] = "1"
     max_new_tokens = 512
-    primary: str = "amber"
+    primary = "amber"
 
     def __init__(
         self,
@@ -192,7 +194,7 @@ class Amber(Task):
 
     def _path(self, name: str) -> Path:
         """Return the path of one of the authors' files, which keep the questions in a folder of their own."""
-        folder = Path(self.folder).expanduser()
+        folder = setting_path(self.folder)
         return next((path for path in (folder / name, folder / "query" / name) if path.is_file()), folder / name)
 
     @staticmethod
@@ -227,7 +229,7 @@ class Amber(Task):
         return annotations
 
     def _read_samples(self, annotations: Mapping[int, tuple[str, dict[str, Any]]]) -> list[Sample]:
-        path, images, samples = self._path("query_all.json"), ImageFolder(Path(self.images).expanduser()), {}
+        path, images, samples = self._path("query_all.json"), ImageFolder(setting_path(self.images)), {}
         for _, origin, row in read_rows(path, ("id", "image", "query")):
             if not isinstance(row["id"], int) or row["id"] not in annotations:
                 raise DataError(f"{origin}: id {shown(row['id'])} is not among the annotations")

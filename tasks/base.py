@@ -44,9 +44,9 @@ class Task(ABC):
             its samples are the same; a task with more of them extends the tuple.
     """
 
-    name: ClassVar[str]
+    name: str
     version: ClassVar[str]
-    primary: ClassVar[str]
+    primary: str
     macro: ClassVar[tuple[str, ...]] = ()
     max_new_tokens: int = 128
     locations: ClassVar[tuple[str, ...]] = (

@@ -19,7 +19,7 @@ from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.object_extraction import OBJECTS, TextMention, mentions
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_positive, scene_image
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_positive, scene_image, setting_path
 
 __all__ = ["Chair", "TextMention", "complete_sentences", "mentions"]
 
@@ -32,9 +32,9 @@ class Chair(Task):
     data may have 512 tokens, as is usual; for CHAIR at 64, set ``generation.max_new_tokens`` and ``drop_incomplete``.
     """
 
-    name: ClassVar[str] = "chair"
+    name = "chair"
     version: ClassVar[str] = "1"
-    primary: ClassVar[str] = "chair_i"
+    primary = "chair_i"
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class Chair(Task):
             yield SourceRow({"objects": frozenset(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
 
     def _read_files(self) -> Iterator[SourceRow]:
-        path = Path(self.instances).expanduser()
+        path = setting_path(self.instances)
         names, objects = read_instances(path)
-        folder = ImageFolder(Path(self.images).expanduser())
+        folder = ImageFolder(setting_path(self.images))
         ids = list(names) if self.image_ids is None else self._chosen(names, path)
-        captioned = read_captions(Path(self.captions).expanduser(), ids) if self.captions else {}
+        captioned = read_captions(setting_path(self.captions), ids) if self.captions else {}
         for id_ in ids:
             origin = f"{path}, image id {id_}"
             truth = objects[id_] | captioned.get(id_, frozenset())
@@ -116,11 +116,11 @@ class Chair(Task):
     def _chosen(self, names: Mapping[int | str, str], path: Path) -> list[int | str]:
         """Return the image ids that the user lists, here or in a file with one on each line."""
         if isinstance(self.image_ids, str):
-            listed = Path(self.image_ids).expanduser()
+            listed = setting_path(self.image_ids)
             lines = enumerate(read_text(listed).split("\n"), 1)
             ids = [(line.strip(), f"{listed}, line {number}") for number, line in lines if line.strip()]
         else:
-            ids = [(id_, "task.image_ids") for id_ in self.image_ids]
+            ids = [(id_, "task.image_ids") for id_ in self.image_ids or ()]
         for id_, origin in ids:
             if image_id(id_) not in names:
                 raise DataError(f"{origin}: image id {id_} is not in {path}")

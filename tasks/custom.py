@@ -18,7 +18,7 @@ from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import Vocabulary
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, mentions
-from stethoscope.tasks.sources import check_choice, check_positive
+from stethoscope.tasks.sources import check_choice, check_positive, setting_path
 
 KINDS = ("yes_no", "caption", "free")
 _PRIMARY = {"yes_no": "f1", "caption": "chair_i", "free": "length"}
@@ -83,23 +83,23 @@ class Custom(Task):
         self._names: Sequence[str] = OBJECTS
         self._digest = "coco"
         if self.kind == "caption" and self.vocabulary is not None:
-            words = read_vocabulary(Path(self.vocabulary).expanduser())
+            words = read_vocabulary(setting_path(self.vocabulary))
             self._extract, self._names = Vocabulary(words).mentions, tuple(words)
             self._digest = hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest()[:16]
         self._samples = self._from_file() if self.file else self._from_folder()
 
     def _from_folder(self) -> list[Sample]:
-        folder = ImageFolder(Path(self.images).expanduser())
+        folder = ImageFolder(setting_path(self.images))
         names = folder.walk()
         if not names:
             raise DataError(f"image folder {folder.path} and the folders in it hold no image")
-        return [self._sample(name, folder.find(name, "task.images"), self.question, {}) for name in names]
+        return [self._sample(name, folder.find(name, "task.images"), self.question or "", {}) for name in names]
 
     def _from_file(self) -> list[Sample]:
-        path = Path(self.file).expanduser()
+        path = setting_path(self.file)
         truth = _TRUTH[self.kind]
         rows = list(read_rows(path, ("image", *((truth,) if truth else ())), nulls=False))
-        folder = ImageFolder(Path(self.images).expanduser() if self.images else path.parent)
+        folder = ImageFolder(setting_path(self.images) if self.images else path.parent)
         samples: dict[str, Sample] = {}
         for number, origin, row in rows:
             question, answer = row.get("question", self.question), row.get("answer")

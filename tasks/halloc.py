@@ -7,11 +7,9 @@ Park et al., "HalLoc: Token-level Localization of Hallucinations for Vision Lang
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,7 +20,7 @@ from stethoscope.tasks.annotations import clipped, read_rows, shown
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import ratio
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.sources import check_paths
+from stethoscope.tasks.sources import check_paths, setting_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,9 +40,9 @@ class HalLoc(Task):
     the same run with ``text_only=true``, where every picture is grey, and better than the leaderboard's ``text prior``.
     """
 
-    name: ClassVar[str] = "halloc"
+    name = "halloc"
     version: ClassVar[str] = "2"
-    primary: ClassVar[str] = "nll_gap"
+    primary = "nll_gap"
 
     def __init__(self, file: str | None = None, images: str | None = None, text_only: bool = False) -> None:
         """Store and check the settings; ``conf/task/halloc.yaml`` explains every argument.
@@ -65,7 +63,7 @@ class HalLoc(Task):
         """
         if self._samples:
             return
-        path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
+        path, images = setting_path(self.file), ImageFolder(setting_path(self.images))
         origins: dict[str, str] = {}
         for number, origin, row in read_rows(path, ("image", "question", "answer", "spans")):
             id_ = str(row.get("id", "")).strip() or str(number)
@@ -108,15 +106,16 @@ class HalLoc(Task):
 
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Add up surprisal by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
-        counts = Counter({f"{unit}_{kind}": 0.0 for unit in ("tokens", "nll") for kind in ("grounded", *TYPES)})
+        kinds = ("grounded", *TYPES)
+        counts = dict.fromkeys([f"{unit}_{kind}" for unit in ("tokens", "nll") for kind in kinds], 0.0)
         words = self._labelled(sample, answer)
         if words is None:
-            return Score("unparsed", dict(counts), {"reason": f"the model's tokenizer makes {answer.text!r} of it"})
+            return Score("unparsed", counts, {"reason": f"the model's tokenizer makes {answer.text!r} of it"})
         for start, end, kind in words:
             for token in answer.covering(start, end):
                 counts[f"tokens_{kind or 'grounded'}"] += 1
                 counts[f"nll_{kind or 'grounded'}"] -= answer.logprobs[token]
-        return Score("ok", dict(counts), {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in words if kind]})
+        return Score("ok", counts, {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in words if kind]})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return marked spans as hallucinated, all other words as grounded; the words themselves name the object.
@@ -133,7 +132,7 @@ class HalLoc(Task):
         """Return surprisal in nats per token by type, the share of hallucinated tokens, and ``nll_gap``."""
 
         def total(totals: Totals, unit: str) -> np.ndarray:
-            return sum(totals[f"{unit}_{kind}"] for kind in TYPES)
+            return sum((totals[f"{unit}_{kind}"] for kind in TYPES), start=np.zeros(()))
 
         def surprisal(kind: str) -> Callable[[Totals], np.ndarray]:
             return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])

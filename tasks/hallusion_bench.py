@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 
 CATEGORIES = ("VD", "VS")
 KEYS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")
@@ -38,9 +38,9 @@ class HallusionBench(Task):
     asked: the published figures of the paper include them.
     """
 
-    name: ClassVar[str] = "hallusion_bench"
+    name = "hallusion_bench"
     version: ClassVar[str] = "1"
-    primary: ClassVar[str] = "aAcc"
+    primary = "aAcc"
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class HallusionBench(Task):
         self._samples = list(samples.values())
 
     def _read_files(self) -> Iterator[SourceRow]:
-        path, images = Path(self.file).expanduser(), ImageFolder(Path(self.images).expanduser())
+        path, images = setting_path(self.file), ImageFolder(setting_path(self.images))
         for _, origin, row in read_rows(path, KEYS):
             if self._has_image(row):
                 yield SourceRow(row, images.find(_file_name(row), origin), origin)
@@ -148,12 +148,7 @@ class HallusionBench(Task):
         self.setup()  # the task of a finished run has read nothing yet
         counts = [dict(own) for _, own in scored]
         for name, keys in SETS.items():
-            fields = ("subcategory", *keys)
-            for indices in complete_sets(
-                scored,
-                self.samples(),
-                key=lambda sample, fields=fields: (sample.subset, *(sample.reference[field] for field in fields)),
-            ):
+            for indices in complete_sets(scored, self.samples(), key=partial(_set_key, fields=keys)):
                 rights, reads = ([scored[index][1][count] for index in indices] for count in ("right", "read"))
                 counts[indices[0]] |= set_counts(name, rights, reads)
         return [
@@ -177,6 +172,11 @@ class HallusionBench(Task):
 
 def _file_name(row: Mapping[str, Any]) -> str:
     return f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
+
+
+def _set_key(sample: Sample, fields: Sequence[str]) -> tuple[str, ...]:
+    """Return what identifies the set of a sample: category, subcategory and the given fields."""
+    return (sample.subset, sample.reference["subcategory"], *(sample.reference[field] for field in fields))
 
 
 def _share(totals: Totals, part: str, whole: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices, setting_path
 
 CATEGORIES = ("existence", "count", "position", "color")
 TOTAL = "total"
@@ -40,9 +40,9 @@ class Mme(Task):
     reads nothing but a plain yes or no. On the subset ``total`` scores are the sums over categories, at most 800.
     """
 
-    name: ClassVar[str] = "mme"
+    name = "mme"
     version: ClassVar[str] = "1"
-    primary: ClassVar[str] = "score"
+    primary = "score"
     max_new_tokens: int = 32
 
     def __init__(
@@ -98,7 +98,7 @@ class Mme(Task):
 
     def _read_files(self) -> Iterator[SourceRow]:
         for category in self.categories:
-            folder = Path(self.folder).expanduser() / category
+            folder = setting_path(self.folder) / category
             # large categories keep texts and images apart
             texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
             images = ImageFolder(folder / "images" if (folder / "images").is_dir() else folder)
@@ -190,7 +190,7 @@ class Mme(Task):
         return totals.get(f"{category} {name}", nothing)
 
     def _sum(self, totals: Totals, name: str) -> np.ndarray:
-        return sum(self._column(totals, category, name) for category in self.categories)
+        return sum((self._column(totals, category, name) for category in self.categories), start=np.zeros(()))
 
     def _score(self, totals: Totals, prefix: str, answers: str, images: str) -> np.ndarray:
         """Sum the scores of the categories that were asked about; NaN if one of them has nothing to score."""

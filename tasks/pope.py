@@ -6,7 +6,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +24,7 @@ from stethoscope.tasks.sources import (
     check_choices,
     check_positive,
     scene_image,
+    setting_path,
 )
 from stethoscope.tasks.yes_no import PARSERS, claim
 
@@ -51,9 +51,9 @@ class Pope(Task):
     The subsets differ in the absent objects: random ones, frequent ones, ones that usually stand beside what is there.
     """
 
-    name: ClassVar[str] = "pope"
+    name = "pope"
     version: ClassVar[str] = "1"
-    primary: ClassVar[str] = "f1"
+    primary = "f1"
     macro: ClassVar[tuple[str, ...]] = ("f1",)
 
     def __init__(
@@ -143,9 +143,9 @@ class Pope(Task):
                 yield SourceRow({**row, "subset": subset}, images[row["image"]], origin)
 
     def _read_files(self) -> Iterator[SourceRow]:
-        images = ImageFolder(Path(self.images).expanduser())
+        images = ImageFolder(setting_path(self.images))
         for subset in self.subsets:
-            path, empty = Path(self.questions).expanduser() / self.filename.replace("{subset}", subset), True
+            path, empty = setting_path(self.questions) / self.filename.replace("{subset}", subset), True
             for _, origin, row in read_rows(path, ("question_id", "image", "text", "label")):
                 yield SourceRow({**row, "subset": subset}, images.find(str(row["image"]), origin), origin)
                 empty = False

@@ -100,6 +100,17 @@ def check_paths(task: str, paths: Mapping[str, tuple[str | None, str]], others: 
         raise ConfigError(f"{task} needs {needed}{hint}")
 
 
+def setting_path(path: str | None) -> Path:
+    """Return the path of a setting that ``check_paths`` has accepted, with ``~`` expanded.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if path is None:
+        raise ConfigError("the path of the task's data is missing; see the task's file in conf/task")
+    return Path(path).expanduser()
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
@@ -362,7 +373,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     if len(parents) > 1:
         raise DataError(f"its files are in several folders, {clipped(', '.join(map(str, parents)))}; name one of them")
     files = [file for file in files if file.parent == parents[0]]
-    shards = [names[file][1] for file in files if names[file][1]]
+    shards = [shard for file in files if (shard := names[file][1])]
     counts = {int(shard["count"]) for shard in shards}
     if counts and sum(counts) != len(shards):
         raise DataError(f"{len(shards)} of {sum(counts)} files are in {parents[0]}: {clipped(files[0].name)} ...")

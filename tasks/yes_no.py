@@ -113,7 +113,7 @@ def claim(text: str, reply: Reply, label: str, claimed: str) -> tuple[Mention, .
         label: the truth, ``yes`` or ``no``.
         claimed: the object, or what else is asked about.
     """
-    if reply != "yes":
-        return ()
     match = re.search(r"\byes\b", text, re.IGNORECASE) or re.search(r"\w+|\S+", text)
-    return (Mention(*match.span(), object=claimed, label=int(label == "no")),)
+    if reply != "yes" or match is None:
+        return ()
+    return (Mention(match.start(), match.end(), object=claimed, label=int(label == "no")),)

@@ -40,7 +40,7 @@ def main() -> None:
     adapter, detector = stethoscope.load("testbed"), Detector.load(f"{options.run}/detector")
     table = RunStore(options.run).tokens("chair")
     folds = split_groups(table["group"].to_numpy(dtype=str), FOLDS, 0)
-    test = detector.rows(table[folds["test"]])
+    test = detector.select_mentions(table[folds["test"]])
     scenes = {scene.id: scene for scene in testbed.scenes(len(table["group"].unique()))}
     names = list(dict.fromkeys(test["group"]))
     learned = testbed.scenes(options.pictures, seed=SEED)

@@ -45,7 +45,7 @@ def main() -> None:
             except DataError:
                 refused[number] += 1
                 continue
-            test = detector.rows(table[folds["test"]])
+            test = detector.select_mentions(table[folds["test"]])
             wrong, probability = test["label"].to_numpy() == 1, detector.predict(test)
             warned = probability >= detector.threshold
             errors[number].append(np.mean(warned[~wrong] if "max_false_alarms" in promise else ~warned[wrong]))

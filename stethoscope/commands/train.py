@@ -16,7 +16,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import remove_temporaries
 from stethoscope.core.token_table import feature_names, select_features
 from stethoscope.detection.design_matrix import Inputs
-from stethoscope.detection.training import no_rows
+from stethoscope.detection.training import missing_rows_error
 from stethoscope.detection.transfer import Target, of_subset
 from stethoscope.features.columns import check_same_model, keep_columns, matching_columns, select_columns
 from stethoscope.report.compare import transfer_table
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
         raise ArtefactError(f"run={source} is no directory; {hint}")
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    beside = {name: _other(name, same, config.plugins) for name in as_list(config.beside)}
+    compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.beside)}
     shares, store = fractions(config), RunStore(source)
     task = config.mentions or _only(store)
     table = token_table(config, store, task, config.subset)
@@ -77,7 +77,7 @@ def run(config: DictConfig) -> None:
             table=table,
             targets=targets,
             source_run=source.resolve().name,
-            beside=beside,
+            compare_with=compare_with,
             ablation=config.ablation,
             published=config.published,
             sets=as_list(config.sets),
@@ -109,7 +109,7 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
 
     table = store.tokens(task)
     if table.empty:
-        raise no_rows(store, task)
+        raise missing_rows_error(store, task)
     if (table["label"] < 0).all():
         raise ArtefactError(f"{task} judges no mention in {store.run_dir}, so that there is nothing to learn from")
     _tell_of_gaps(store, task)
@@ -153,7 +153,7 @@ def _target(config: DictConfig, node: Any, own: str) -> Target:
     task = wanted.get("mentions") or (own if own in tasks else None)
     if task is None:
         if not tasks:
-            raise no_rows(store)
+            raise missing_rows_error(store)
         if len(tasks) > 1:
             raise ConfigError(f"test={node} has tokens of {', '.join(tasks)}: say which, {{run: ..., mentions: ...}}")
         task = tasks[0]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,14 @@ _DIMENSION = re.compile(r"_d\d+$")
 
 SUBTOKENS = ("first", "mean", "max", "min", "all")
 Subtokens = Literal["first", "mean", "max", "min", "all"]
+Repeats = Literal["first", "all"]
+
+
+class MentionSelection(TypedDict, total=False):
+    """Arguments of ``mention_rows`` that detectors which are compared must share."""
+
+    subtokens: Subtokens
+    repeats: Repeats
 
 
 def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
@@ -104,7 +112,7 @@ def require(table: pd.DataFrame, columns: Iterable[str]) -> None:
 def mention_rows(
     table: pd.DataFrame,
     subtokens: Subtokens = "first",
-    repeats: Literal["first", "all"] = "first",
+    repeats: Repeats = "first",
     judged: bool = True,
 ) -> pd.DataFrame:
     """Select the object mentions of a token table, on which detectors are trained and evaluated.

@@ -1,1 +1,1 @@
-"""From token tables to calibrated warnings: classifiers, baselines, published methods, promises, comparisons."""
+"""From token tables to calibrated warnings: classifiers, baselines, published methods, risk control, comparisons."""

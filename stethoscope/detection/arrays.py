@@ -10,15 +10,16 @@ import numpy as np
 from stethoscope.core.errors import ArtefactError
 
 LARGEST_NUMBER = 1e50
-"""Bound of every number in a file, and its inverse that of a scale: products of them all stay finite."""
+"""Largest absolute value in a file; scales are at least its inverse, so that products stay finite."""
 
 
 class Arrays:
-    """The arrays of a detector's file by name, each checked when it is asked for.
+    """The arrays of a detector's file by name, each checked when it is read.
 
     Args:
         values: arrays by name.
-        prefix: of the names that this view has.
+        prefix: prefix of the names in this view.
+        requested: full names read so far, shared by all views of a file.
     """
 
     def __init__(self, values: Mapping[str, np.ndarray], prefix: str = "", requested: set[str] | None = None) -> None:
@@ -26,7 +27,7 @@ class Arrays:
         self._requested: set[str] = set() if requested is None else requested
 
     def under(self, name: str) -> Arrays:
-        """The arrays whose names begin with ``name.``."""
+        """Return a view of the arrays whose names begin with ``name.``."""
         return Arrays(self._values, f"{self._prefix}{name}.", self._requested)
 
     def _get(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -38,22 +39,22 @@ class Arrays:
         if array.dtype != dtype:
             raise ArtefactError(f"array {name!r} is of type {array.dtype}; it should be {np.dtype(dtype)}")
         if array.ndim != len(shape) or any(n not in (None, size) for n, size in zip(shape, array.shape, strict=True)):
-            wanted = " x ".join("any" if n is None else str(n) for n in shape) or "a single number"
-            given = " x ".join(map(str, array.shape)) or "a single number"
-            raise ArtefactError(f"array {name!r} is {given}; by the manifest it should be {wanted}")
+            expected = " x ".join("any" if n is None else str(n) for n in shape) or "a single number"
+            actual = " x ".join(map(str, array.shape)) or "a single number"
+            raise ArtefactError(f"array {name!r} is {actual}; by the manifest it should be {expected}")
         return array
 
     def require(self, condition: Any, name: str, rule: str) -> None:
-        """Checks what must hold for an array.
+        """Check a condition that an array must fulfil.
 
         Raises:
-            ArtefactError: it does not hold.
+            ArtefactError: the condition is false; the message is the array's name and ``rule``.
         """
         if not condition:
             raise ArtefactError(f"array {self._prefix + name!r} {rule}")
 
     def numbers(self, name: str, *shape: int | None, largest: float = LARGEST_NUMBER) -> np.ndarray:
-        """A float64 array of a shape, None for any length.
+        """Return a float64 array of the given shape, where None stands for any length.
 
         Raises:
             ArtefactError: it is missing, has another shape or type, or a number is not finite or above ``largest``.
@@ -64,13 +65,13 @@ class Arrays:
         return array
 
     def positive(self, name: str, *shape: int | None) -> np.ndarray:
-        """As ``numbers``, all above 0 by a margin that makes them safe to divide by."""
+        """Return an array as ``numbers`` does, with all values at least 1 / ``LARGEST_NUMBER``, to divide by."""
         array = self.numbers(name, *shape)
         self.require((array >= 1 / LARGEST_NUMBER).all(), name, "should be above 0 everywhere")
         return array
 
     def counts(self, name: str, *shape: int | None, below: int) -> np.ndarray:
-        """An int64 array of a shape, None for any length, of numbers from 0 to ``below``, which is left out.
+        """Return an int64 array of the given shape (None: any length) with values in [0, ``below``).
 
         Raises:
             ArtefactError: it is missing, has another shape or type, or a number is outside.
@@ -80,20 +81,20 @@ class Arrays:
         return array
 
     def indices(self, name: str, length: int | None, below: int) -> np.ndarray:
-        """As ``counts`` in one dimension, each larger than the one before."""
+        """Return a strictly increasing one-dimensional array as ``counts`` does."""
         array = self.counts(name, length, below=below)
         self.require((np.diff(array) > 0).all(), name, "should increase from each to the next")
         return array
 
     def bits(self, name: str, dtype: type, *shape: int | None) -> np.ndarray:
-        """A bool or uint8 array of a shape, None for any length."""
+        """Return a bool or uint8 array of the given shape, where None stands for any length."""
         return self._get(name, dtype, shape)
 
     def finish(self) -> None:
-        """Checks that every array was asked for.
+        """Check that every array of the file was read.
 
         Raises:
-            ArtefactError: there are arrays of no use.
+            ArtefactError: the file has arrays that were not read.
         """
         foreign = sorted(set(self._values) - self._requested)
         if foreign:

@@ -23,25 +23,25 @@ from stethoscope.detection.arrays import Arrays
 SCHEMA_VERSION = 3
 OBJECTS, MANIFEST = "detector.safetensors", "manifest.json"
 COLUMNS = ("features", "table_features", "objects")  # keys of a manifest that the arrays' header repeats
-ADDED = ("schema_version", "created", "versions", "sha256")  # what ``write`` adds to a manifest
-LARGEST = 64 * 2**20  # bytes of the arrays; a detector has a few hundred kilobytes
+GENERATED_KEYS = ("schema_version", "created", "versions", "sha256")  # added to a manifest by ``write``
+MAX_BYTES = 64 * 2**20  # size of the arrays' file; a detector has a few hundred kilobytes
 
 LIBRARIES = ("lvlm-stethoscope", "scikit-learn", "numpy", "pandas")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a detector depends on."""
+    """Return the versions of the libraries that a detector depends on."""
     return {name: version(name) for name in LIBRARIES}
 
 
 def dump_arrays(arrays: Mapping[str, np.ndarray], columns: Mapping[str, Any]) -> bytes:
-    """Arrays by name as the bytes of a safetensors file, whose header holds the columns that they belong to."""
-    whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    return save(whole, metadata={"columns": json.dumps(columns)})
+    """Serialise arrays to the bytes of a safetensors file whose header holds the columns they belong to."""
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    return save(contiguous, metadata={"columns": json.dumps(columns)})
 
 
 def load_arrays(data: bytes) -> tuple[Arrays, Any]:
-    """Undoes ``dump_arrays``; what the arrays hold is still to be checked.
+    """Read the bytes that ``dump_arrays`` wrote; the contents of the arrays are not checked yet.
 
     Raises:
         ArtefactError: the bytes are not a safetensors file of ours.
@@ -51,8 +51,8 @@ def load_arrays(data: bytes) -> tuple[Arrays, Any]:
         length = int.from_bytes(data[:8], "little")
         return Arrays(values), json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["columns"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise ArtefactError(f"not a file of arrays: {type(error).__name__}: {why}") from None
+        reason = " ".join(str(error).split())[:120]
+        raise ArtefactError(f"not a file of arrays: {type(error).__name__}: {reason}") from None
 
 
 def write(
@@ -62,21 +62,21 @@ def write(
     texts: Mapping[str, str],
     check: Callable[[Path], object],
 ) -> None:
-    """Writes the folder beside its place and then moves it there, so that it is never seen half written.
+    """Write the folder under a temporary name and move it into place, so that it is never seen half written.
 
     Args:
-        folder: where to; a detector that is there already is replaced.
-        arrays: what was learned, by name.
-        manifest: JSON-able facts, to which ``ADDED`` is added.
-        texts: more files for people, by name.
-        check: reads the new folder before it is moved; an error of it keeps the older one.
+        folder: destination; an existing detector is replaced.
+        arrays: learned arrays by name.
+        manifest: JSON-able facts; ``GENERATED_KEYS`` are added.
+        texts: contents of further text files, by file name.
+        check: reads the new folder before it is moved; if it raises, the older detector stays.
 
     Raises:
-        ArtefactError: there is something else in the place, or it cannot be written.
+        ArtefactError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} is there and is not a detector; it should be a new or empty folder")
+        raise ArtefactError(f"{folder} exists and is not a detector; it should be a new or empty folder")
     data = dump_arrays(arrays, {key: manifest[key] for key in COLUMNS})
     plain = {
         **manifest,
@@ -89,20 +89,20 @@ def write(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:
-            made = Path(temporary) / "new"
-            made.mkdir()
-            (made / OBJECTS).write_bytes(data)
-            (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            new = Path(temporary) / "new"
+            new.mkdir()
+            (new / OBJECTS).write_bytes(data)
+            (new / MANIFEST).write_text(text + "\n", encoding="utf-8")
             for name, content in texts.items():
-                (made / name).write_text(content, encoding="utf-8")
-            check(made)
-            replace_folder(folder, made)
+                (new / name).write_text(content, encoding="utf-8")
+            check(new)
+            replace_folder(folder, new)
     except OSError as error:
         raise ArtefactError(f"the detector cannot be written to {folder}: {error}") from None
 
 
 def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Reads what ``write`` wrote: arrays, whose contents are still to be checked, and manifest.
+    """Read the arrays, whose contents are not checked yet, and the manifest that ``write`` wrote.
 
     Raises:
         ArtefactError: a file is missing, damaged, changed since it was written or of another schema version.
@@ -110,7 +110,7 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"no detector in {folder}: there is no such folder")
-    manifest, data = read_manifest(folder), read_bytes(folder / OBJECTS, largest=LARGEST)
+    manifest, data = read_manifest(folder), read_bytes(folder / OBJECTS, largest=MAX_BYTES)
     schema_version = manifest.get("schema_version")
     if schema_version != SCHEMA_VERSION:
         raise ArtefactError(
@@ -129,7 +129,7 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a detector, its entries not yet checked.
+    """Read the manifest of a detector; its entries are not checked.
 
     Raises:
         ArtefactError: it is missing or damaged.
@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 # --- the Hugging Face hub ---------------------------------------------------------------------------------------------
 
 CARD = "README.md"
-SHOWN = {
+CARD_METRICS = {
     "auroc": "AUROC",
     "auroc_controlled": "AUROC, position-controlled",
     "auprc_hallucinated": "AUPRC, hallucinated",
@@ -152,8 +152,8 @@ SHOWN = {
 }
 
 
-def card(manifest: Mapping[str, Any]) -> str:
-    """The model card of a detector, Markdown with the hub's YAML header.
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """Write the model card of a detector: Markdown with the hub's YAML header.
 
     Args:
         manifest: ``Detector.manifest``.
@@ -188,59 +188,50 @@ def card(manifest: Mapping[str, Any]) -> str:
         f"- warns from a probability of {threshold['value']:.3f}: {threshold['chosen']}",
     ]
     if threshold["certificate"]:
-        lines.append(f"- the promise rests on {threshold['certificate']['images']} calibration images")
+        lines.append(f"- the guarantee rests on {threshold['certificate']['images']} calibration images")
     if manifest.get("figures"):
-        lines += ["", "| on test images | value | 95 % interval |", "|---|---|---|", *_figures(manifest["figures"])]
+        lines += ["", "| on test images | value | 95 % interval |", "|---|---|---|"]
+        for name, title in CARD_METRICS.items():
+            figure = manifest["figures"].get(name)
+            if figure and figure["value"] is not None:
+                lines.append(f"| {title} | {figure['value']:.3f} | {figure['low']:.3f} to {figure['high']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def _name(note: Any, key: str) -> str:
-    """A note of the manifest by its name; notes are whatever the caller of ``save`` wrote."""
-    found = note.get(key, note.get("name")) if isinstance(note, Mapping) else note
-    return "not known" if found is None else str(found)
-
-
-def _figures(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for name, title in SHOWN.items():
-        found = figures.get(name)
-        if found and found["value"] is not None:
-            yield f"| {title} | {found['value']:.3f} | {found['low']:.3f} to {found['high']:.3f} |"
-
-
 @contextmanager
-def _spoken(what: str) -> Iterator[None]:
-    """Whatever keeps the hub from answering, in one line of ours."""
+def _translate_hub_errors(message: str) -> Iterator[None]:
+    """Raise every error of the hub client as an ``ArtefactError`` of one line."""
     try:
         yield
     except Exception as error:  # the client lets errors of its HTTP library through, which changes with its versions
-        raise ArtefactError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+        raise ArtefactError(f"{message}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def push(
     folder: Path, repo_id: str, private: bool | None, token: str | None, revision: str | None, message: str
 ) -> str:
-    """Uploads a detector's folder and returns the address of the commit.
+    """Upload a detector's folder and return the URL of the commit.
 
     Raises:
         ArtefactError: the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    with _spoken(f"the detector cannot be pushed to {repo_id!r}"):
+    with _translate_hub_errors(f"the detector cannot be pushed to {repo_id!r}"):
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
-    return done.commit_url
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
+    return commit.commit_url
 
 
 def fetch(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """The folder of the hub cache where a detector's files are, after fetching them.
+    """Download a detector's files and return their folder in the hub cache.
 
     Raises:
         ArtefactError: there is no such repository or revision, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
-    with _spoken(f"no detector at {repo_id!r}, which is no folder; on the hub"):
+    with _translate_hub_errors(f"no detector at {repo_id!r}, which is no folder; on the hub"):
         files = [OBJECTS, MANIFEST, CARD]
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files))

@@ -1,6 +1,6 @@
-"""What every detector must beat: no information, the position in the answer, and the text prior.
+"""Baselines that every detector must beat: a constant, the position in the answer, and the text prior.
 
-They see key columns of the token table alone, never the model, and are fitted and calibrated on the same folds.
+They read key columns of the token table alone, never the model, and are fitted and calibrated on the same folds.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScaler
 
 from stethoscope.core.errors import ArtefactError, DataError
-from stethoscope.core.token_table import mention_rows, require
+from stethoscope.core.token_table import MentionSelection, Repeats, Subtokens, mention_rows, require
 from stethoscope.detection.estimators import CalibratedModel, Examples
 
 KNOTS = 5
-MOST = 5  # mention numbers from here on share a column
+MAX_CATEGORY = 5  # mention indices and repetitions from here on share a column
 
 
 class Predictor(Protocol):
-    """What a leaderboard can measure: detectors and baselines."""
+    """A model that a leaderboard can measure: a detector or a baseline."""
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Predictor:
-        """Learns from the judged rows of token tables of different images."""
+        """Fit on the judged rows of token tables of disjoint images."""
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows,) probabilities of hallucination."""
+        """Return (rows,) probabilities of hallucination in [0, 1]."""
 
 
 class Constant:
     """The share of hallucinated mentions in training, for every token."""
 
-    def __init__(self, repeats: str = "first", subtokens: str = "first") -> None:
-        self.ways = {"repeats": repeats, "subtokens": subtokens}
+    def __init__(self, repeats: Repeats = "first", subtokens: Subtokens = "first") -> None:
+        self.selection = MentionSelection(repeats=repeats, subtokens=subtokens)
         self.share = np.nan
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Constant:
-        """Counts. The calibration fold counts too: there is nothing to overfit.
+        """Count labels in both folds; the calibration fold counts too, as there is nothing to overfit.
 
         Raises:
             DataError: there are no judged rows.
         """
-        folds = [mention_rows(part, **self.ways) for part in (train, calibration) if part is not None]
+        folds = [mention_rows(part, **self.selection) for part in (train, calibration) if part is not None]
         labels = pd.concat([fold["label"] for fold in folds])
         if not len(labels):
             raise DataError("the training fold has no judged mention; run the task on more samples")
@@ -52,23 +52,23 @@ class Constant:
         return self
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows,) the share."""
+        """Return the share for every row, (rows,)."""
         return np.full(len(table), self.share)
 
 
 class _FromKeys:
-    """Logistic regression on inputs made from key columns. Subclasses say which."""
+    """Logistic regression on inputs made from key columns, which subclasses choose."""
 
     columns: tuple[str, ...]
 
-    def __init__(self, repeats: str = "first", subtokens: str = "first") -> None:
-        self.ways = {"repeats": repeats, "subtokens": subtokens}
+    def __init__(self, repeats: Repeats = "first", subtokens: Subtokens = "first") -> None:
+        self.selection = MentionSelection(repeats=repeats, subtokens=subtokens)
         self._model: CalibratedModel | None = None
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
         position = _position(rows)
         knots = np.unique(np.quantile(position, np.linspace(0, 1, KNOTS)))[:, None]
-        # yes/no answers are judged at one position, through which no spline can be laid
+        # yes/no answers all have one position, to which no spline can be fitted
         spline = SplineTransformer(knots=knots, extrapolation="constant")
         self._spline = spline.fit(position) if len(knots) > 1 else None
 
@@ -80,24 +80,24 @@ class _FromKeys:
         return Examples(self._inputs(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> _FromKeys:
-        """Fits on the judged rows and calibrates (Platt) on the judged rows of other images.
+        """Fit on the judged rows and calibrate (Platt) on the judged rows of other images.
 
         Raises:
             DataError: a key column is missing, a fold has no judged rows or only one label.
         """
-        train = mention_rows(train, **self.ways)
+        train = mention_rows(train, **self.selection)
         require(train, ("group", *self.columns))
         if not len(train):
             raise DataError("the training fold has no judged mention; run the task on more samples")
         self._learn_inputs(train)
-        held_out = None if calibration is None else self._examples(mention_rows(calibration, **self.ways))
+        held_out = None if calibration is None else self._examples(mention_rows(calibration, **self.selection))
         # the same search for C as the detector's: a weak baseline would flatter it
         estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
         self._model = CalibratedModel.fit(estimator, self._examples(train), held_out)
         return self
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows,) probabilities.
+        """Return (rows,) probabilities of hallucination in [0, 1].
 
         Raises:
             ArtefactError: it was not fitted.
@@ -119,31 +119,33 @@ class PositionOnly(_FromKeys):
 
 
 class TextPrior(_FromKeys):
-    """Position, mention number, repetition and which object is named: what the text alone gives away."""
+    """Position, mention index, repetition and the named object: all that the text alone reveals."""
 
     columns = ("token", "mention_index", "repeat_index", "object")
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
         super()._learn_inputs(rows)
-        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(_kinds(rows))
+        self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(_categories(rows))
 
     def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        return np.hstack([super()._inputs(rows), self._encoder.transform(_kinds(rows))])
+        return np.hstack([super()._inputs(rows), self._encoder.transform(_categories(rows))])
 
 
 def _position(rows: pd.DataFrame) -> np.ndarray:
-    """(rows, 1) token index."""
+    """Return the token index of every row, (rows, 1)."""
     return rows["token"].to_numpy(dtype=float)[:, None]
 
 
-def _kinds(rows: pd.DataFrame) -> np.ndarray:
-    """(rows, 3) mention number and repetition, both capped, and object, as text."""
-    capped = [rows[name].to_numpy(dtype=int).clip(max=MOST).astype(str) for name in ("mention_index", "repeat_index")]
+def _categories(rows: pd.DataFrame) -> np.ndarray:
+    """Return mention index and repetition, both capped, and object as text, (rows, 3)."""
+    capped = [
+        rows[name].to_numpy(dtype=int).clip(max=MAX_CATEGORY).astype(str) for name in ("mention_index", "repeat_index")
+    ]
     return np.stack([*capped, rows["object"].to_numpy(dtype=str)], axis=1).astype(object)
 
 
-def baselines(repeats: str = "first", subtokens: str = "first") -> dict[str, Predictor]:
-    """The three baselines by name, not fitted; arguments as in ``mention_rows``."""
+def baselines(repeats: Repeats = "first", subtokens: Subtokens = "first") -> dict[str, Predictor]:
+    """Create the three unfitted baselines by name; arguments as in ``mention_rows``."""
     return {
         "constant": Constant(repeats, subtokens),
         "position only": PositionOnly(repeats, subtokens),

@@ -1,4 +1,4 @@
-"""The warning classifier: token features in, calibrated probabilities of hallucination out."""
+"""Classify tokens: map their features to calibrated probabilities of hallucination."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.core.token_table import SUBTOKENS, FeatureSchema, Subtokens, mention_rows, require, select_features
+from stethoscope.core.token_table import (
+    SUBTOKENS,
+    FeatureSchema,
+    Repeats,
+    Subtokens,
+    mention_rows,
+    require,
+    select_features,
+)
 from stethoscope.detection import artifact
-from stethoscope.detection.design_matrix import Inputs, told_apart
+from stethoscope.detection.design_matrix import Inputs, frequent_objects
 from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS, CalibratedModel, Examples, best_threshold
 from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
@@ -32,11 +40,11 @@ SETTINGS = {
 }
 
 
-def checked_settings(**settings: Any) -> dict[str, Any]:
-    """The settings of ``Detector`` as plain dictionaries and lists, in their order.
+def check_settings(**settings: Any) -> dict[str, Any]:
+    """Check the settings of ``Detector`` and return them as plain dictionaries and lists, in order.
 
     Raises:
-        ConfigError: one of them has a value that it cannot have, or two exclude each other.
+        ConfigError: a setting has an invalid value, or two settings exclude each other.
     """
     for key, known in SETTINGS.items():
         if settings[key] not in known:
@@ -52,11 +60,11 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
     if settings["objects"] and settings["factored"]:
         raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
     if not isinstance(threshold, Mapping) and threshold != "f1":
-        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a promise: {{max_false_alarms: 0.05}}")
+        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a guarantee: {{max_false_alarms: 0.05}}")
     if isinstance(threshold, Mapping) and settings["calibration"] == "isotonic":
         raise ConfigError(
-            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold can "
-            "promise anything; use platt or none"
+            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold has a "
+            "guarantee; use platt or none"
         )
     return settings | {
         "features": None if settings["features"] is None else list(settings["features"]),
@@ -66,7 +74,7 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
 
 
 class Detector:
-    """Gives every answer token the probability that it is hallucinated.
+    """Give every answer token the probability that it is hallucinated.
 
     >>> Detector(estimator="boosting", features=["entropy", "attention_*"])
     Detector(estimator='boosting', calibration='platt', features=['entropy', 'attention_*'])
@@ -77,24 +85,24 @@ class Detector:
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.
-        objects: also use which object the token names, a column each. Off by default, so that a warning rests on
+        objects: also use which object the token names, as indicator columns. Off by default, so that a warning rests on
             evidence from the model and not on how often an object was invented before.
         C: inverse regularisation strength of ``logistic`` and ``per_head``; None chooses it by inner folds of images.
         repeats: learn from the ``first`` mention of every object in an answer, or from ``all``.
         seed: of everything random; the same data and seed give the same detector.
-        factored: learn evidence and prior apart (``stethoscope.detection.evidence_prior``), so that every warning
-            says how much is which; the prior knows place and name of the mention.
-        subtokens: what stands for a mention of several sub-tokens, as in ``stethoscope.core.token_table.mention_rows``.
+        factored: learn evidence and prior separately (``stethoscope.detection.evidence_prior``), so that every warning
+            reports both; the prior reads the position and the object of the mention.
+        subtokens: how sub-tokens of a mention are reduced, as in ``stethoscope.core.token_table.mention_rows``.
         visual_consistency: read the feature ``attended_embedding``, where the table has it, to score whether the image
             evidence that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``).
-            It must know the object, but for that question alone. False leaves the feature out.
-        threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a promise
+            It reads the object for that purpose only. False leaves the feature out.
+        threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a guarantee
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
 
     Attributes:
         threshold: probability at or above which to warn.
-        certificate: what was promised and from how many images; None without a promise.
+        certificate: the guarantee and the images it rests on; None without a guarantee.
         notes: JSON-able facts that go into the manifest (model, task, label, split, figures).
 
     Raises:
@@ -109,14 +117,14 @@ class Detector:
         exclude: Sequence[str] = (),
         objects: bool = False,
         C: float | None = None,
-        repeats: Literal["first", "all"] = "first",
+        repeats: Repeats = "first",
         seed: int = 0,
         factored: bool = False,
         subtokens: Subtokens = "first",
         visual_consistency: bool = True,
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
-        self.settings = checked_settings(
+        self.settings = check_settings(
             estimator=estimator,
             calibration=calibration,
             features=features,
@@ -130,7 +138,7 @@ class Detector:
             visual_consistency=visual_consistency,
             threshold=threshold,
         )
-        self._promise = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
+        self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
         self.threshold = 0.5
         self.certificate: Certificate | None = None
         self._chosen = ""
@@ -146,7 +154,7 @@ class Detector:
 
     @property
     def fitted(self) -> bool:
-        """Whether ``fit`` or ``load`` made it ready to predict."""
+        """Whether the detector was fitted or loaded, so that it can predict."""
         return self._model is not None
 
     @property
@@ -166,7 +174,13 @@ class Detector:
 
     @property
     def model(self) -> CalibratedModel:
-        """The fitted classifier with its calibration, which reads the columns of ``features``; None before ``fit``."""
+        """The fitted classifier with its calibration, which reads the columns of ``features``.
+
+        Raises:
+            ArtefactError: the detector was not fitted.
+        """
+        if self._model is None:
+            raise ArtefactError("the detector was not fitted; call fit or load it from a folder")
         return self._model
 
     @property
@@ -175,7 +189,7 @@ class Detector:
         return None if self._model is None else self._model.C
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> Detector:
-        """Learns from the judged rows of a token table.
+        """Fit on the judged rows of a token table.
 
         Args:
             train: token table, images to learn from.
@@ -191,20 +205,20 @@ class Detector:
                 value at all or an infinite one.
             ArtefactError: the two tables have different features.
         """
-        self._model = None  # were it to fail, it must not judge new columns as the old ones
-        train = self.rows(train)
+        self._model = None  # if fitting fails, the old model must not read the new columns
+        train = self.select_mentions(train)
         self._schema = FeatureSchema.of(train)
         names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
-        self._inputs = self._reading(names, ())
+        self._inputs = self._select_inputs(names, ())
         if self._inputs.needs_objects:
-            self._inputs = self._reading(names, told_apart(train))
+            self._inputs = self._select_inputs(names, frequent_objects(train))
         examples = self._examples(train)
         empty = [name for name in self.features if train[name].isna().all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
-            calibration = self.rows(calibration)
+            calibration = self.select_mentions(calibration)
             held_out = self._examples(calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
@@ -216,58 +230,65 @@ class Detector:
         self._choose_threshold(train, calibration)
         return self
 
-    def _reading(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
-        """The columns that these settings ask for."""
-        every = Inputs(tuple(names), tuple(objects), self.settings["objects"], self.settings["factored"])
+    def _select_inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
+        """Select the columns of the design matrix by the settings."""
+        inputs = Inputs(tuple(names), tuple(objects), self.settings["objects"], self.settings["factored"])
         if self.settings["visual_consistency"]:
-            return every
-        if not every.plain:
+            return inputs
+        if not inputs.plain:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
-        return replace(every, features=every.plain)
+        return replace(inputs, features=inputs.plain)
 
     def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
-        """The best F1, or the boldest threshold for which the promise can be given.
+        """Choose the threshold with the best F1, or the lowest that meets the guarantee.
 
-        It is about warnings, which a mention has one of: where all sub-tokens are rows, at the first.
+        Each mention gives one warning, so with ``subtokens="all"`` only its first sub-token counts.
         """
         self.certificate = None
-        whole = train
+        first = train["is_first_subtoken"].to_numpy(dtype=bool)
         train, calibration = (
-            None if rows is None else rows[rows["is_first_subtoken"]] for rows in (train, calibration)
+            train[first],
+            None if calibration is None else calibration[calibration["is_first_subtoken"]],
         )
         only = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
-        if self._promise is not None:
+        if self._guarantee is not None:
             held_out = None if calibration is None else self._examples(calibration)
-            self.certificate = calibrate_threshold(self._model, self._examples(train), held_out, self._promise)
-            self.threshold = float(self._model.calibrate(np.array([self.certificate.threshold]))[0])
-            self._chosen = f"{self._promise}{only}"
+            self.certificate = calibrate_threshold(self.model, self._examples(train), held_out, self._guarantee)
+            self.threshold = float(self.model.calibrate(np.array([self.certificate.threshold]))[0])
+            self._chosen = f"{self._guarantee}{only}"
             return
         if calibration is not None:
-            rows, probabilities, where = calibration, self.predict(calibration), "calibration fold"
-        elif self._model.unseen is None:  # without calibration
-            rows, probabilities, where = train, self.predict(train), "training fold"
+            rows, probabilities, fold = calibration, self.predict(calibration), "calibration fold"
+        elif self.model.held_out_scores is None:  # without calibration
+            rows, probabilities, fold = train, self.predict(train), "training fold"
         else:
-            rows, probabilities = train, self._model.calibrate(self._model.unseen[whole["is_first_subtoken"]])
-            where = "training fold, out of fold"
+            rows, probabilities = train, self.model.calibrate(self.model.held_out_scores[first])
+            fold = "training fold, out of fold"
         if len(rows):
             self.threshold = best_threshold(rows["label"].to_numpy(dtype=int), probabilities)
-        self._chosen = f"highest F1 on the {where}{only}"
+        self._chosen = f"highest F1 on the {fold}{only}"
 
-    def rows(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
-        """The rows of a token table that this detector learns from and is measured on: one for every mention.
+    def select_mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
+        """Select the mentions of a token table that this detector is trained and measured on.
 
         Args:
             table: a token table.
             judged: False for all mentions, also repeated ones and those without a label.
+
+        Returns:
+            One row per mention, or per sub-token with ``subtokens="all"``, indexed from 0.
         """
-        repeats = self.settings["repeats"] if judged else "all"
+        repeats: Repeats = self.settings["repeats"] if judged else "all"
         return mention_rows(table, self.settings["subtokens"], repeats, judged)
 
-    def deciding(self, mentions: pd.DataFrame) -> np.ndarray:
-        """(rows,) for every mention of ``rows(table, judged=False)``, the row whose figures are its own.
+    def deciding_rows(self, mentions: pd.DataFrame) -> np.ndarray:
+        """Return for every mention the index of the row whose probability it gets, (rows,) int.
 
-        A detector that was fitted on first mentions judges an object once in an answer: a later mention, which looks
-        different inside the model, has the figures of the first.
+        A detector fitted on first mentions judges an object once per answer: later mentions, which look different
+        inside the model, get the probability of the first.
+
+        Args:
+            mentions: rows of ``select_mentions(table, judged=False)``.
         """
         own = np.arange(len(mentions))
         if self.settings["repeats"] == "all" or not len(mentions):
@@ -277,58 +298,53 @@ class Detector:
         return np.where(mentions["repeat_index"].to_numpy() > 0, first, own)
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows,) probability that each row is hallucinated, in [0, 1], for all rows of a token table.
+        """Return the probability that each row of a token table is hallucinated, (rows,) in [0, 1].
 
-        A row stands for itself; ``rows`` makes one row of a mention's sub-tokens.
+        Every row is scored on its own; ``select_mentions`` makes one row of a mention's sub-tokens.
 
         Raises:
             ArtefactError: the detector was not fitted, or the table's features are not those it was fitted on; the
                 message names the differences.
             DataError: a feature has an infinite value.
         """
-        return self._ready().predict(self._matrix(table))
+        return self.model.predict(self._matrix(table))
 
     def explain(self, table: pd.DataFrame) -> Explanation:
-        """Evidence, prior and, for ``logistic``, what every feature adds, for all rows of a token table.
+        """Split each row's log-odds into evidence, prior and, for ``logistic``, contributions of features.
 
         Raises:
             ConfigError: the calibration is isotonic, under which nothing adds up.
             ArtefactError, DataError: as in ``predict``.
         """
-        model, matrix = self._ready(), self._matrix(table)
-        return explanation(model, matrix, model.predict(matrix), self._inputs.shown, self._base_rate)
+        model, matrix = self.model, self._matrix(table)
+        return explanation(model, matrix, model.predict(matrix), self._inputs.explained_columns, self._base_rate)
 
     def visual_evidence(self, table: pd.DataFrame, count: int = 3) -> list[tuple[NamedProbability, ...]]:
-        """Return what the image evidence behind every row's name looks like, for all rows of a token table.
+        """Return the objects that the image evidence behind each row most resembles.
 
-        It is learned from mentions (``stethoscope.detection.visual_consistency``): how the evidence of a name looks
-        inside the model, and how often the object was there. No object is searched for in the picture.
+        The classifier (``stethoscope.detection.visual_consistency``) learns from mentions how the attended evidence of
+        each object looks inside the model, and how often the object was present. It does not search the image.
 
         Args:
             table: a token table.
-            count: at most so many for a row.
+            count: maximum number of objects per row.
 
         Returns:
-            For every row pairs of an object, or None for nothing known, and its probability, the most probable first;
-            empty for a row that names no object, and for all where the detector does not read
+            For every row pairs of an object (None: no known object) and its probability, the most probable first;
+            empty for rows that name no object, and for all rows if the detector does not read
             ``attended_embedding``.
 
         Raises:
             ArtefactError, DataError: as in ``predict``.
         """
-        model, matrix = self._ready().model, self._matrix(table)
+        model, matrix = self.model.model, self._matrix(table)
         if not isinstance(model, VisualConsistency):
             return [()] * len(table)
         candidates = most_likely(model.log_probabilities(matrix), self._inputs.objects, count)
         return [looks if name else () for looks, name in zip(candidates, table["object"], strict=True)]
 
-    def _ready(self) -> CalibratedModel:
-        if self._model is None:
-            raise ArtefactError("the detector was not fitted; call fit or load it from a folder")
-        return self._model
-
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
-        """(rows, columns) what the classifier reads."""
+        """Build the design matrix, (rows, columns)."""
         schema = FeatureSchema.of(table)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
@@ -343,7 +359,7 @@ class Detector:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What ``manifest.json`` says of the detector; JSON-able. ``artifact.write`` adds versions and digests."""
+        """JSON-able contents of ``manifest.json``, to which ``artifact.write`` adds versions and digests."""
         return {
             **dict.fromkeys(NOTES),
             **self.notes,
@@ -363,10 +379,10 @@ class Detector:
         }
 
     def save(self, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
-        """Writes ``detector.safetensors``, ``manifest.json`` and a model card, ``README.md``.
+        """Write ``detector.safetensors``, ``manifest.json`` and a model card, ``README.md``.
 
         Args:
-            folder: where to; an older detector there is replaced.
+            folder: destination; an older detector there is replaced.
             notes: JSON-able facts to add to the manifest: ``model`` (fingerprint), ``task``, ``label``, ...
 
         Raises:
@@ -377,7 +393,7 @@ class Detector:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
         self.notes |= dict(notes or {})
         manifest = self.manifest
-        texts = {artifact.CARD: artifact.card(manifest)}
+        texts = {artifact.CARD: artifact.model_card(manifest)}
         artifact.write(Path(folder), self._model.arrays(), manifest, texts, check=type(self).load)
 
     def push_to_hub(
@@ -388,7 +404,7 @@ class Detector:
         revision: str | None = None,
         commit_message: str = "Hallucination detector of LVLM-Stethoscope",
     ) -> str:
-        """Uploads what ``save`` writes to the Hugging Face hub; the repository is made if it is not there.
+        """Upload the detector to the Hugging Face hub; the repository is created if it does not exist.
 
         Args:
             repo_id: ``owner/name``.
@@ -398,7 +414,7 @@ class Detector:
             commit_message: of the upload.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             ArtefactError: the detector was not fitted, or the hub refuses or cannot be reached.
@@ -413,7 +429,7 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, name: Path | str, revision: str | None = None, token: str | None = None) -> Detector:
-        """Reads a detector from a local folder or from the Hugging Face hub.
+        """Read a detector from a local folder or from the Hugging Face hub.
 
         Args:
             name: a folder that ``save`` wrote, or ``owner/name`` on the hub.
@@ -431,7 +447,7 @@ class Detector:
 
     @classmethod
     def load(cls, folder: Path | str) -> Detector:
-        """Reads a detector: arrays of numbers, each of which is checked, and a manifest in JSON.
+        """Read a detector: arrays of numbers, each of which is checked, and a manifest in JSON.
 
         Args:
             folder: that ``save`` wrote, or that of a run that has one.
@@ -447,22 +463,22 @@ class Detector:
         try:
             detector = cls(**manifest["settings"])
             threshold = manifest["threshold"]
-            detector.threshold, detector._chosen = _share(threshold["value"]), str(threshold["chosen"])
-            promised = threshold["certificate"]
-            detector.certificate = None if promised is None else Certificate.parse(promised)
-            detector._base_rate = _share(manifest["base_rate"])
+            detector.threshold, detector._chosen = _read_share(threshold["value"]), str(threshold["chosen"])
+            certificate = threshold["certificate"]
+            detector.certificate = None if certificate is None else Certificate.parse(certificate)
+            detector._base_rate = _read_share(manifest["base_rate"])
             if not 0 < detector._base_rate < 1:
                 raise ValueError("base_rate should lie between 0 and 1")
-            detector._schema = FeatureSchema(tuple(_names(manifest, "table_features")))
-            features, objects = _names(manifest, "features"), _names(manifest, "objects")
+            detector._schema = FeatureSchema(tuple(_read_names(manifest, "table_features")))
+            features, objects = _read_names(manifest, "features"), _read_names(manifest, "objects")
             if not set(features) <= set(detector._schema.names):
                 raise ValueError("features should be among table_features")
             if not isinstance(manifest.get("model") or {}, Mapping):
                 raise ValueError("model should be a fingerprint or null")
-            detector._inputs = detector._reading(features, objects)
+            detector._inputs = detector._select_inputs(features, objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtefactError(f"{folder / artifact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
-        own = {*detector.manifest, *artifact.ADDED} - set(NOTES)
+        own = {*detector.manifest, *artifact.GENERATED_KEYS} - set(NOTES)
         detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}
         settings, inputs = detector.settings, detector._inputs
         model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
@@ -473,15 +489,15 @@ class Detector:
         return detector
 
 
-def _share(value: Any) -> float:
-    """A number from 0 to 1 as a manifest has it."""
+def _read_share(value: Any) -> float:
+    """Read a number from 0 to 1 of a manifest."""
     if not 0 <= float(value) <= 1:
         raise ValueError(f"{value!r} should lie from 0 to 1")
     return float(value)
 
 
-def _names(manifest: Mapping[str, Any], key: str) -> list[str]:
-    """A list of different names as a manifest has it."""
+def _read_names(manifest: Mapping[str, Any], key: str) -> list[str]:
+    """Read a list of different names of a manifest."""
     names = manifest[key]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"{key} should be a list of different names")

@@ -1,4 +1,4 @@
-"""What detectors and baselines share: three kinds of classifier, the choice of C, calibration on other images."""
+"""Create, fit and calibrate the classifiers of detectors and baselines."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.inference import (
     MAX_LEAVES,
+    MAX_LOG_ODDS,
     MAX_TREES,
     NEURONS,
-    SURE,
     Classifier,
     IsotonicSteps,
     PlattScaling,
@@ -42,13 +42,13 @@ CALIBRATIONS = ("platt", "isotonic", "none")
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
 INNER_FOLDS = 5
-ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and their choice would be noise
+ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and the choice of C would be noise
 
 
 class Clip(TransformerMixin, BaseEstimator):
-    """Limits every column to the range between two quantiles of the training data.
+    """Limit every column to the range between two quantiles of the training data.
 
-    A value far outside of what was seen (a logit-lens rank of 30,000) would otherwise decide alone. On 4,005 real
+    Otherwise a value far outside the training range (a logit-lens rank of 30,000) would decide alone. On 4,005 real
     mentions clipping at 0.1 % costs nothing (AUROC 0.871 with and without), clipping at 1 % or a quantile transform
     costs 0.2-0.4 points.
     """
@@ -57,36 +57,36 @@ class Clip(TransformerMixin, BaseEstimator):
         self.quantile = quantile
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> Clip:
-        """Learns the limits from (rows, columns) without NaN."""
+        """Compute the limits from (rows, columns) without NaN."""
         self.low_, self.high_ = np.quantile(X, [self.quantile, 1 - self.quantile], axis=0)
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        """Applies them."""
+        """Clip (rows, columns) to the limits."""
         return np.clip(X, self.low_, self.high_)
 
 
 class Network(MLPClassifier):
-    """One hidden layer, fitted by L-BFGS for a limited number of steps: a choice, not a failure to converge."""
+    """A network of one hidden layer, fitted by L-BFGS with a deliberately limited number of steps."""
 
     def __init__(self, neurons: int = NEURONS, alpha: float = 10.0, max_iter: int = 200, random_state: int = 0) -> None:
         super().__init__((neurons,), solver="lbfgs", alpha=alpha, max_iter=max_iter, random_state=random_state)
         self.neurons = neurons
 
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> Network:
-        """Learns from (rows, columns) without NaN."""
+        """Fit on (rows, columns) without NaN."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             return super().fit(X, y, sample_weight=sample_weight)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of the second class."""
+        """Compute the log-odds of the second class, (rows,)."""
         hidden = np.maximum(X @ self.coefs_[0] + self.intercepts_[0], 0)
-        return np.clip((hidden @ self.coefs_[1] + self.intercepts_[1])[:, 0], -SURE, SURE)
+        return np.clip((hidden @ self.coefs_[1] + self.intercepts_[1])[:, 0], -MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
-    """A classifier that has not been fitted.
+    """Create an unfitted classifier.
 
     ``logistic``: median imputation with indicators, clipping, standardisation, L2 logistic regression without class
     weights (they would spoil the probabilities). ``boosting``: histogram gradient boosting with small trees, which
@@ -100,15 +100,14 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
         ConfigError: the kind is unknown.
     """
     if kind in ("logistic", "per_head"):
-        last = (
-            LogisticRegression(max_iter=2000, random_state=seed) if kind == "logistic" else Network(random_state=seed)
-        )
+        logistic = kind == "logistic"
+        classifier = LogisticRegression(max_iter=2000, random_state=seed) if logistic else Network(random_state=seed)
         return Pipeline(
             [
                 ("impute", SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)),
                 ("clip", Clip()),
                 ("scale", StandardScaler()),
-                ("classify", last),
+                ("classify", classifier),
             ]
         )
     if kind == "boosting":
@@ -126,15 +125,15 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
 
 
 def inner_folds(groups: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """(train, test) indices of inner folds by image, or None if there are too few images of a class for all of them."""
+    """Return (train, test) indices of inner folds by image; None if a class has too few images for them."""
     if min(len(np.unique(groups[labels == label])) for label in (0, 1)) < ENOUGH_IMAGES:
         return None
     folds = list(GroupKFold(INNER_FOLDS).split(labels, labels, groups))
-    return folds if all(len(np.unique(labels[learn])) == 2 for learn, _ in folds) else None
+    return folds if all(len(np.unique(labels[train])) == 2 for train, _ in folds) else None
 
 
 def set_C(estimator: BaseEstimator, C: float) -> BaseEstimator:
-    """Sets the inverse regularisation C; a network is told 1 / C, the factor of its penalty. Boosting has none.
+    """Set the inverse regularisation C, as the penalty 1 / C for a network; boosting has none.
 
     >>> set_C(make_estimator("per_head"), 0.1)["classify"].alpha
     10.0
@@ -147,7 +146,7 @@ def set_C(estimator: BaseEstimator, C: float) -> BaseEstimator:
 
 
 def C_choices(estimator: BaseEstimator) -> tuple[float, ...]:
-    """What there is to choose C from; a network needs less freedom than a linear model.
+    """Return the values of C to choose from; a network needs stronger regularisation than a linear model.
 
     >>> C_choices(make_estimator("boosting")), C_choices(make_estimator("logistic"))
     ((), (0.01, 0.1, 1.0, 10.0))
@@ -160,7 +159,7 @@ def C_choices(estimator: BaseEstimator) -> tuple[float, ...]:
 def fit_weighted(
     estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> BaseEstimator:
-    """Fits a classifier, in a pipeline or not, to weighted rows."""
+    """Fit a classifier, in a pipeline or not, to weighted rows."""
     if weights is None:
         return estimator.fit(matrix, labels)
     name = "classify__sample_weight" if isinstance(estimator, Pipeline) else "sample_weight"
@@ -174,18 +173,19 @@ def out_of_fold(
     folds: list[tuple[np.ndarray, np.ndarray]],
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(rows,) log-odds by copies of a classifier that were fitted without the row's image."""
-    made = np.zeros(len(labels))
-    for learn, rest in folds:
-        some = None if weights is None else weights[learn]
-        made[rest] = fit_weighted(clone(estimator), matrix[learn], labels[learn], some).decision_function(matrix[rest])
-    return made
+    """Compute log-odds, (rows,), by copies of a classifier that were fitted without the row's image."""
+    scores = np.zeros(len(labels))
+    for train, test in folds:
+        train_weights = None if weights is None else weights[train]
+        fitted = fit_weighted(clone(estimator), matrix[train], labels[train], train_weights)
+        scores[test] = fitted.decision_function(matrix[test])
+    return scores
 
 
 def choose_C(estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> BaseEstimator:
-    """Sets C to the best of ``C_choices`` by log loss in inner folds by image, and fits the classifier.
+    """Set C to the best of ``C_choices`` by log loss in inner folds by image, and fit the classifier.
 
-    With fewer than ``ENOUGH_IMAGES`` images of a class C stays as it is.
+    With fewer than ``ENOUGH_IMAGES`` images of a class C is left unchanged.
     """
     folds, choices = inner_folds(groups, labels), C_choices(estimator)
     if folds is not None and choices:
@@ -198,7 +198,7 @@ def choose_C(estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, g
 
 
 def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(rows,) negative log-likelihood of labels under log-odds.
+    """Compute the negative log-likelihood, in nats, of labels under log-odds, (rows,).
 
     >>> log_loss_of(np.array([0, 1]), np.array([0.0, 0.0])).round(4).tolist()
     [0.6931, 0.6931]
@@ -206,27 +206,27 @@ def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.logaddexp(0, np.where(labels == 1, -scores, scores))
 
 
-class Grouped(BaseEstimator):
-    """A classifier made of compiled ones, whose own fit takes image ids beside rows and labels, for inner folds."""
+class GroupedEstimator(BaseEstimator):
+    """A composite classifier whose ``fit`` also takes image ids, for inner folds by image."""
 
-    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Grouped:
-        """Learns from (rows, columns), labels and image ids."""
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> GroupedEstimator:
+        """Fit on (rows, columns), labels and image ids."""
         raise NotImplementedError
 
-    def restore(self, arrays: Arrays, columns: int) -> Grouped:
-        """Reads what ``arrays`` gave instead of learning it.
+    def restore(self, arrays: Arrays, columns: int) -> GroupedEstimator:
+        """Restore the fitted state from what ``arrays`` returned.
 
         Args:
-            arrays: by name.
-            columns: that it reads.
+            arrays: arrays of a file by name.
+            columns: number of columns of the design matrix.
 
         Raises:
-            ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+            ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
         """
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What it has learned, by name."""
+        """Return the fitted state as arrays by name."""
         raise NotImplementedError
 
     @property
@@ -235,20 +235,20 @@ class Grouped(BaseEstimator):
         raise NotImplementedError
 
 
-def restored(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier | Grouped:
-    """The fitted form of an estimator, read from arrays; see ``restore_classifier``."""
-    restore = estimator.restore if isinstance(estimator, Grouped) else partial(restore_classifier, estimator)
+def restore_estimator(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier | GroupedEstimator:
+    """Restore the fitted form of an estimator from arrays; see ``restore_classifier``."""
+    restore = estimator.restore if isinstance(estimator, GroupedEstimator) else partial(restore_classifier, estimator)
     return restore(arrays, columns)
 
 
-def prefixed(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays under the names that ``Arrays.under`` looks for."""
+def add_prefix(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Prefix the names of arrays, as ``Arrays.under`` expects them."""
     return {f"{name}.{key}": array for key, array in arrays.items()}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Judged rows in the form that classifiers read.
+    """Labelled rows in the form that classifiers read.
 
     Attributes:
         matrix: (rows, columns) float, NaN where a value is missing.
@@ -261,7 +261,10 @@ class Examples:
     groups: np.ndarray
 
     def check(self, fold: str) -> None:
-        """Checks that there is something to learn from.
+        """Check that there are rows of both labels.
+
+        Args:
+            fold: name of the fold, for messages.
 
         Raises:
             DataError: there are no rows, or all have one label.
@@ -278,18 +281,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """A fitted classifier and the map from its scores to probabilities, both as arrays of our own.
+    """A fitted classifier and the map from its scores to probabilities, both evaluated from plain arrays.
 
     Attributes:
         model: classifier with ``decision_function``.
-        calibrator: from the scores to probabilities; None for the classifier's own.
-        unseen: (rows,) the scores that the calibration was fitted on, of rows that the classifier has not seen; None
-            without calibration, and once saved.
+        calibrator: map from scores to probabilities; None for the classifier's own.
+        held_out_scores: (rows,) scores that the calibration was fitted on, of rows that the classifier was not fitted
+            on; None without calibration and after loading.
     """
 
-    model: Classifier | Grouped
+    model: Classifier | GroupedEstimator
     calibrator: PlattScaling | IsotonicSteps | None = None
-    unseen: np.ndarray | None = field(default=None, repr=False, compare=False)
+    held_out_scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     @threadpool_limits.wrap(limits=1, user_api="blas")  # the matrices are small: threads would only wait for each other
@@ -301,21 +304,21 @@ class CalibratedModel:
         method: Literal["platt", "isotonic", "none"] = "platt",
         C: float | None = None,
     ) -> CalibratedModel:
-        """Fits the classifier on one set of images and its calibration on another.
+        """Fit the classifier on one set of images and its calibration on another.
 
         Args:
-            estimator: what ``make_estimator`` gives, or any pipeline that ends in a step ``classify``.
-            train: what the classifier learns from.
-            calibration: other images, for the calibration; without them it uses out-of-fold scores of ``train``.
+            estimator: result of ``make_estimator``, or any pipeline that ends in a step ``classify``.
+            train: examples to fit the classifier on.
+            calibration: examples of other images to calibrate on; None uses out-of-fold scores of ``train``.
             method: ``platt`` (Platt 1999, without target smoothing), ``isotonic`` or ``none``.
-            C: inverse regularisation strength of a logistic regression or a network, None to choose it.
+            C: inverse regularisation strength of a logistic regression or a network; None chooses it.
 
         Raises:
             DataError: a fold has no rows or only one label.
         """
         train.check("training")
-        if isinstance(estimator, Grouped):
-            model = estimator.fit(train.matrix, train.labels, train.groups)
+        if isinstance(estimator, GroupedEstimator):
+            model: Classifier | GroupedEstimator = estimator.fit(train.matrix, train.labels, train.groups)
         else:
             if C is None:
                 estimator = choose_C(estimator, train.matrix, train.labels, train.groups)
@@ -328,7 +331,7 @@ class CalibratedModel:
             calibration.check("calibration")
             scores, labels = model.decision_function(calibration.matrix), calibration.labels
         else:
-            scores, labels = _without_own_image(estimator, train), train.labels
+            scores, labels = _out_of_fold_scores(estimator, train), train.labels
         if method == "isotonic":
             fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
             return cls(model, IsotonicSteps(fitted.X_thresholds_, fitted.y_thresholds_), scores)
@@ -337,42 +340,40 @@ class CalibratedModel:
 
     @classmethod
     def restore(cls, estimator: BaseEstimator, method: str, arrays: Arrays, columns: int) -> CalibratedModel:
-        """Reads what ``arrays`` gave.
+        """Restore a model from what ``arrays`` returned.
 
         Args:
-            estimator: of the same kind, not fitted.
-            method: of its calibration.
-            arrays: by name.
-            columns: that the classifier reads.
+            estimator: unfitted estimator of the same kind.
+            method: its calibration.
+            arrays: arrays of a file by name.
+            columns: number of columns of the design matrix.
 
         Raises:
-            ArtefactError: an array is missing, of no use, has another shape or type, or holds numbers that it cannot
-                have.
+            ArtefactError: an array is missing, not needed, has another shape or type, or holds
+                invalid numbers.
         """
-        model, kinds = (
-            restored(estimator, arrays.under("model"), columns),
-            {"platt": PlattScaling, "isotonic": IsotonicSteps},
-        )
+        model = restore_estimator(estimator, arrays.under("model"), columns)
+        kinds: dict[str, type[PlattScaling] | type[IsotonicSteps]] = {"platt": PlattScaling, "isotonic": IsotonicSteps}
         calibrator = kinds[method].restore(arrays.under("calibrator")) if method in kinds else None
         arrays.finish()
         return cls(model, calibrator)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that was learned, by name."""
+        """Return the fitted state as arrays by name."""
         calibrator = {} if self.calibrator is None else self.calibrator.arrays()
-        return {**prefixed("model", self.model.arrays()), **prefixed("calibrator", calibrator)}
+        return {**add_prefix("model", self.model.arrays()), **add_prefix("calibrator", calibrator)}
 
     @property
     def C(self) -> float | None:
         """The inverse regularisation strength C that was given or chosen; None for boosting."""
-        return self.model.C_ if isinstance(self.model, Grouped) else self.model.C
+        return self.model.C_ if isinstance(self.model, GroupedEstimator) else self.model.C
 
     def scores(self, matrix: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds before calibration: what the classifier says that has seen the training images alone."""
+        """Compute the log-odds before calibration, (rows,); they depend on the training images alone."""
         return self.model.decision_function(matrix) if len(matrix) else np.zeros(0)
 
     def calibrate(self, scores: np.ndarray) -> np.ndarray:
-        """(rows,) probabilities from the scores."""
+        """Map scores to probabilities, (rows,)."""
         if not len(scores):
             return np.zeros(0)
         if isinstance(self.calibrator, IsotonicSteps):
@@ -394,31 +395,31 @@ class CalibratedModel:
         return self.calibrator.slope, self.calibrator.intercept
 
     def predict(self, matrix: np.ndarray) -> np.ndarray:
-        """(rows,) probabilities of hallucination."""
+        """Compute the probability of hallucination, (rows,) in [0, 1]."""
         return self.calibrate(self.scores(matrix))
 
 
-def _without_own_image(estimator: BaseEstimator, train: Examples) -> np.ndarray:
-    """(rows,) scores of copies of a fitted estimator that have not seen the row's image."""
+def _out_of_fold_scores(estimator: BaseEstimator, train: Examples) -> np.ndarray:
+    """Compute scores, (rows,), by copies of an estimator that were fitted without the row's image."""
     folds = inner_folds(train.groups, train.labels)
     if folds is None:
         raise DataError(
             f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "
             "give a calibration fold, more samples or calibration=none"
         )
-    if not isinstance(estimator, Grouped):
+    if not isinstance(estimator, GroupedEstimator):
         return out_of_fold(estimator, train.matrix, train.labels, folds)
-    made = np.zeros(len(train.labels))
-    for learn, rest in folds:
-        part = clone(estimator).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
-        made[rest] = part.decision_function(train.matrix[rest])
-    return made
+    scores = np.zeros(len(train.labels))
+    for learn, test in folds:
+        fitted = clone(estimator).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
+        scores[test] = fitted.decision_function(train.matrix[test])
+    return scores
 
 
 def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The probability at or above which to warn, by the highest F1 of the hallucinated class.
+    """Choose the probability at or above which to warn, by the highest F1 of the hallucinated class.
 
-    It lies halfway to the next lower probability: were it that of a mention, rounding would decide about it.
+    It lies halfway to the next lower probability, so that rounding cannot decide about a mention.
 
     >>> round(best_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8])), 3)
     0.225

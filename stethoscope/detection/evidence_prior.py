@@ -1,13 +1,14 @@
-"""Evidence x prior: what the picture says of a mention, and what its place and its name say before one looks.
+"""Fit evidence and prior of a hallucination separately, and join them by Bayes' rule.
 
-HaloProbe (arXiv 2604.06165) observes that a detector trained in the natural way mixes the two: late mentions are
-hallucinated more often, so whatever changes with the position looks like evidence. It trains the evidence f with
-classes that are balanced for every value of the external features e, the prior g on e alone, and joins them by Bayes:
+The prior depends on the position and the object of a mention alone. HaloProbe (arXiv 2604.06165) observes that a
+detector trained in the usual way mixes the two: late mentions are hallucinated more often, so whatever changes with the
+position looks like evidence. It trains the evidence f with
+classes that are balanced for every value of the external features e, the prior g on e alone, and joins them:
 
     p = f g / (f g + (1 - f)(1 - g)),    that is    logit p = logit f + logit g
 
-Balanced like that, logit f is the logarithm of p(features | e, hallucinated) / p(features | e, grounded): by how much
-the features speak against the object, compared with what is usual for such a mention.
+With this balance, logit f is the logarithm of p(features | e, hallucinated) / p(features | e, grounded), in nats: above
+0 the features are more typical of a hallucination than is usual for such a mention.
 """
 
 from __future__ import annotations
@@ -23,88 +24,101 @@ from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
     C_choices,
-    Grouped,
+    GroupedEstimator,
+    add_prefix,
     choose_C,
     fit_weighted,
     inner_folds,
     log_loss_of,
     make_estimator,
     out_of_fold,
-    prefixed,
-    restored,
+    restore_estimator,
     set_C,
 )
 from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
 EXTERNAL = ("token", "mention_index", "repeat_index", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""
-MOST = 5  # mention numbers and repetitions from here on share a column
+MAX_CATEGORY = 5  # mention indices and repetitions from here on share a column
 QUINTILES = (0.2, 0.4, 0.6, 0.8)
-HEAVIEST = 10.0  # weight of a mention, in means: a hallucination where hardly any is expected should not decide alone
+MAX_WEIGHT = 10.0  # of a mention, in mean weights: a single unlikely hallucination should not decide alone
 
 
-def external(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
-    """(rows, 4) float, the columns of ``EXTERNAL`` with the object as ``codes`` has it."""
+def external_columns(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
+    """Return the columns of ``EXTERNAL``, (rows, 4) float, the object as its ``object_codes``."""
     require(table, EXTERNAL)
-    return np.column_stack([*(table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]), codes(table, objects)])
+    return np.column_stack(
+        [*(table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]), object_codes(table, objects)]
+    )
 
 
-def codes(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
-    """(rows,) float, the index in ``objects`` of what every row names, -1 for any other."""
-    index = {name: number for number, name in enumerate(objects)}
-    return table["object"].map(index).fillna(-1).to_numpy(dtype=float)
+def object_codes(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
+    """Return the index in ``objects`` of every row's object, (rows,) float, -1 for any other."""
+    codes = {name: index for index, name in enumerate(objects)}
+    return table["object"].map(codes).fillna(-1).to_numpy(dtype=float)
 
 
 class ExternalInputs(TransformerMixin, BaseEstimator):
-    """Columns for a linear model from ``external``: position (piecewise linear), and a column for every other value."""
+    """Expand ``external_columns`` for a linear model: piecewise-linear position, indicators of other values."""
 
     def __init__(self, objects: int = 0) -> None:
         self.objects = objects
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> ExternalInputs:
-        """Learns where the pieces of the position end: at its quintiles."""
+        """Place the knots of the position at its quintiles."""
         self.knots_ = np.unique(np.quantile(X[:, 0], QUINTILES))
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        """(rows, columns) float."""
+        """Expand (rows, 4) external columns to (rows, columns) float."""
         position = X[:, :1]
-        number, repeat = (X[:, column].clip(0, MOST).astype(int) for column in (1, 2))
-        named = X[:, 3:] == np.arange(self.objects)
-        bends = np.maximum(0, position - self.knots_)
+        number, repeat = (X[:, column].clip(0, MAX_CATEGORY).astype(int) for column in (1, 2))
+        indicators = X[:, 3:] == np.arange(self.objects)
+        hinges = np.maximum(0, position - self.knots_)
         return np.hstack(
-            [position, np.log1p(position), bends, np.eye(MOST + 1)[number], np.eye(MOST + 1)[repeat], named]
+            [
+                position,
+                np.log1p(position),
+                hinges,
+                np.eye(MAX_CATEGORY + 1)[number],
+                np.eye(MAX_CATEGORY + 1)[repeat],
+                indicators,
+            ]
         )
 
 
-class Factored(Grouped):
-    """Evidence and prior as one classifier of rows whose last columns are ``external``.
+class Factored(GroupedEstimator):
+    """Evidence and prior as one classifier of rows whose last columns are ``external_columns``.
 
-    The evidence reads the features and the external columns, these only to know what is usual for such a mention. Its
-    weights are 1 / g(label), with g from inner folds. Both are put together as ``a logit f + b logit g + c``, fitted
-    to scores from inner folds too: an evidence that is too sure of itself (boosting) is toned down before it is added.
-    a, b and c see the training images alone.
+    The evidence reads the features and, to know what is usual for such a mention, the external columns. Its rows are
+    weighted by 1 / g(label), with g from inner folds. The two are joined as ``a logit f + b logit g + c``, fitted to
+    scores from inner folds as well, so that an overconfident evidence (boosting) is scaled down. a, b and c depend on
+    the training images alone.
 
     Args:
-        kind: of ``ESTIMATORS``, for the evidence.
-        objects: number of objects that the last column tells apart.
+        kind: one of ``ESTIMATORS``, for the evidence.
+        objects: number of objects with a code of their own in the last column.
         C: inverse regularisation strength of the evidence; None chooses it in inner folds.
-        seed: of everything random.
+        seed: seed of everything random.
     """
 
     def __init__(self, kind: str = "logistic", objects: int = 0, C: float | None = None, seed: int = 0) -> None:
         self.kind, self.objects, self.C, self.seed = kind, objects, C, seed
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Factored:
-        """Learns from (rows, features + 4), labels and image ids; without inner folds where images are too few."""
+        """Fit on (rows, features + 4), labels and image ids; without inner folds if images are too few."""
         self.inputs_ = ExternalInputs(self.objects).fit(X[:, -len(EXTERNAL) :])
-        matrix, outside = self.joined(X), self.inputs_.transform(X[:, -len(EXTERNAL) :])
+        matrix, external = self.join_inputs(X), self.inputs_.transform(X[:, -len(EXTERNAL) :])
         folds = inner_folds(groups, y)
-        before = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))])
-        self.prior_ = compile_classifier(choose_C(before, outside, y, groups))
-        prior = self.prior_.decision_function(outside) if folds is None else out_of_fold(before, outside, y, folds)
+        prior_estimator = Pipeline(
+            [("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000, C=0.1))]
+        )
+        self.prior_ = compile_classifier(choose_C(prior_estimator, external, y, groups))
+        prior = self.prior_.decision_function(external)
+        if folds is not None:
+            prior = out_of_fold(prior_estimator, external, y, folds)
         weights = np.exp(np.logaddexp(0, np.where(y == 1, -prior, prior)))  # 1 / g(label)
-        weights = np.minimum(weights / weights.mean(), HEAVIEST)
+        weights = np.minimum(weights / weights.mean(), MAX_WEIGHT)
         evidence = make_estimator(self.kind, self.seed)
         if self.C is not None:
             set_C(evidence, self.C)
@@ -115,30 +129,30 @@ class Factored(Grouped):
         return self
 
     def restore(self, arrays: Arrays, columns: int) -> Factored:
-        """As ``Grouped.restore``."""
+        """Restore the fitted state; see ``GroupedEstimator.restore``."""
         knots = arrays.numbers("knots", None)
         increasing = len(knots) <= len(QUINTILES) and (np.diff(knots) > 0).all()
         arrays.require(increasing, "knots", f"should be at most {len(QUINTILES)} numbers that increase")
         self.inputs_ = ExternalInputs(self.objects)
         self.inputs_.knots_ = knots
         self.scales_, self.offset_ = arrays.numbers("scales", 2), float(arrays.numbers("offset"))
-        outside = self.inputs_.transform(np.zeros((0, len(EXTERNAL)))).shape[1]
-        self.prior_ = LinearClassifier.restore(arrays.under("prior"), outside)
+        external = self.inputs_.transform(np.zeros((0, len(EXTERNAL)))).shape[1]
+        self.prior_ = LinearClassifier.restore(arrays.under("prior"), external)
         evidence = make_estimator(self.kind, self.seed)
-        self.evidence_ = restored(evidence, arrays.under("evidence"), columns - len(EXTERNAL) + outside)
+        self.evidence_ = restore_estimator(evidence, arrays.under("evidence"), columns - len(EXTERNAL) + external)
         return self
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As ``Grouped.arrays``."""
+        """Return the fitted state; see ``GroupedEstimator.arrays``."""
         own = {"knots": self.inputs_.knots_, "scales": self.scales_, "offset": np.array(self.offset_)}
         parts = {"prior": self.prior_, "evidence": self.evidence_}
         return own | {
-            key: value for name, part in parts.items() for key, value in prefixed(name, part.arrays()).items()
+            key: value for name, part in parts.items() for key, value in add_prefix(name, part.arrays()).items()
         }
 
     @property
     def C_(self) -> float | None:
-        """As ``Grouped.C_``, of the evidence."""
+        """Inverse regularisation strength C of the evidence."""
         return self.evidence_.C
 
     def _tune(
@@ -150,7 +164,7 @@ class Factored(Grouped):
         prior: np.ndarray,
         folds: list[tuple[np.ndarray, np.ndarray]],
     ) -> BaseEstimator:
-        """The evidence with the best C, and the scales that go with it, by the log loss of both together."""
+        """Choose the evidence's C and set the scales, by the log loss of evidence and prior together."""
         choices = [clone(evidence)]
         if self.C is None and C_choices(evidence):
             choices = [set_C(clone(evidence), value) for value in C_choices(evidence)]
@@ -164,16 +178,16 @@ class Factored(Grouped):
                 self.scales_, self.offset_ = blend.coef_[0], float(blend.intercept_[0])
         return evidence
 
-    def joined(self, X: np.ndarray) -> np.ndarray:
-        """(rows, features + columns of the external inputs) what the evidence reads."""
+    def join_inputs(self, X: np.ndarray) -> np.ndarray:
+        """Build the evidence's inputs: features and expanded external columns, (rows, columns)."""
         return np.hstack([X[:, : -len(EXTERNAL)], self.inputs_.transform(X[:, -len(EXTERNAL) :])])
 
     def parts(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows,) evidence and (rows,) prior, as log-odds that add up to ``decision_function``."""
-        outside = self.inputs_.transform(X[:, -len(EXTERNAL) :])
-        evidence, prior = self.evidence_.decision_function(self.joined(X)), self.prior_.decision_function(outside)
+        """Return (rows,) evidence and (rows,) prior, log-odds that add up to ``decision_function``."""
+        external = self.inputs_.transform(X[:, -len(EXTERNAL) :])
+        evidence, prior = self.evidence_.decision_function(self.join_inputs(X)), self.prior_.decision_function(external)
         return self.scales_[0] * evidence, self.scales_[1] * prior + self.offset_
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of hallucination."""
+        """Compute the log-odds of hallucination, (rows,)."""
         return np.sum(self.parts(X), axis=0)

@@ -22,7 +22,7 @@ from stethoscope.detection.arrays import LARGEST_NUMBER, Arrays
 
 NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 MAX_TREES, MAX_LEAVES = 250, 8
-SURE = float(logit(1 - 1e-12))  # log-odds beyond which a network's are cut off
+MAX_LOG_ODDS = float(logit(1 - 1e-12))  # log-odds beyond which a network's are cut off
 CHUNK = 1024  # rows whose tree nodes are compared at once: 14 MB
 _FIRST_LEAF = np.array([(byte & -byte).bit_length() - 1 if byte else 0 for byte in range(256)])
 
@@ -46,7 +46,7 @@ class Preprocessing:
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> Preprocessing:
-        """From the fitted steps ``impute``, ``clip`` (both may be left out) and ``scale``."""
+        """Compile the fitted steps ``impute``, ``clip`` (both optional) and ``scale``."""
         steps = pipeline.named_steps
         scale = steps["scale"]
         width = len(scale.mean_)
@@ -62,7 +62,7 @@ class Preprocessing:
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> Preprocessing:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         missing = arrays.indices("missing", None, below=columns)
         width = columns + len(missing)
         low, high = arrays.numbers("low", width), arrays.numbers("high", width)
@@ -71,7 +71,7 @@ class Preprocessing:
         return cls(arrays.numbers("fill", columns), missing, low, high, mean, scale)
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        """(rows, columns + k) standardised inputs."""
+        """Impute, clip and standardise (rows, columns) to (rows, columns + k)."""
         gaps = np.isnan(X)
         if gaps.any():
             X = np.where(gaps, self.fill, X)
@@ -85,7 +85,7 @@ class LinearClassifier:
     """Logistic regression behind ``Preprocessing``.
 
     Attributes:
-        inputs: of the columns.
+        inputs: preprocessing of the columns.
         weights, intercept: (columns + k, outputs) and (outputs,); one output for two classes.
         C: inverse regularisation strength of the fit.
     """
@@ -97,30 +97,30 @@ class LinearClassifier:
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> LinearClassifier:
-        """From a fitted pipeline that ends in a ``LogisticRegression``."""
+        """Compile a fitted pipeline that ends in a ``LogisticRegression``."""
         last = pipeline[-1]
         weights, intercept = np.array(last.coef_.T, np.float64, order="C"), np.array(last.intercept_, np.float64)
         return cls(Preprocessing.compile(pipeline), weights, intercept, float(last.C))
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int, outputs: int = 1) -> LinearClassifier:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
         width = len(inputs.scale)
         return cls(inputs, arrays.numbers("weights", width, outputs), arrays.numbers("intercept", outputs), C)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its numbers by name."""
+        """Return the arrays by name."""
         own = {"weights": self.weights, "intercept": self.intercept, "C": np.array(self.C)}
         return vars(self.inputs) | own
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of the second class; (rows, outputs) scores of more classes."""
+        """Compute the log-odds of the second class, (rows,), or scores of more classes, (rows, outputs)."""
         scores = self.inputs.transform(X) @ self.weights + self.intercept
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
     def terms(self, X: np.ndarray) -> np.ndarray:
-        """(rows, columns) what every column adds to the log-odds, against its mean; that it is missing counts too."""
+        """Compute each column's contribution to the log-odds, (rows, columns), its missing indicator included."""
         terms, columns = self.inputs.transform(X) * self.weights[:, 0], X.shape[1]
         own = terms[:, :columns].copy()
         own[:, self.inputs.missing] += terms[:, columns:]
@@ -132,7 +132,7 @@ class NetworkClassifier:
     """One hidden layer of ``NEURONS`` rectified units behind ``Preprocessing``.
 
     Attributes:
-        inputs: of the columns.
+        inputs: preprocessing of the columns.
         hidden, hidden_bias: (columns + k, NEURONS) and (NEURONS,). ``output``, ``bias``: (NEURONS,) and a number.
         C: inverse regularisation strength of the fit.
     """
@@ -146,27 +146,36 @@ class NetworkClassifier:
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> NetworkClassifier:
-        """From a fitted pipeline that ends in a ``Network``."""
-        (first, last), (before, final) = pipeline[-1].coefs_, pipeline[-1].intercepts_
-        numbers = (np.array(part, np.float64, order="C") for part in (first, before, last[:, 0], final[0]))
-        return cls(Preprocessing.compile(pipeline), *numbers, 1 / pipeline[-1].alpha)
+        """Compile a fitted pipeline that ends in a ``Network``."""
+        (hidden, output), (hidden_bias, bias) = pipeline[-1].coefs_, pipeline[-1].intercepts_
+        return cls(
+            inputs=Preprocessing.compile(pipeline),
+            hidden=np.array(hidden, np.float64, order="C"),
+            hidden_bias=np.array(hidden_bias, np.float64, order="C"),
+            output=np.array(output[:, 0], np.float64, order="C"),
+            bias=np.array(bias[0], np.float64, order="C"),
+            C=1 / pipeline[-1].alpha,
+        )
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> NetworkClassifier:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
-        hidden, before = arrays.numbers("hidden", len(inputs.scale), NEURONS), arrays.numbers("hidden_bias", NEURONS)
-        return cls(inputs, hidden, before, arrays.numbers("output", NEURONS), arrays.numbers("bias"), C)
+        hidden, hidden_bias = (
+            arrays.numbers("hidden", len(inputs.scale), NEURONS),
+            arrays.numbers("hidden_bias", NEURONS),
+        )
+        return cls(inputs, hidden, hidden_bias, arrays.numbers("output", NEURONS), arrays.numbers("bias"), C)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its numbers by name."""
+        """Return the arrays by name."""
         own = {name: getattr(self, name) for name in ("hidden", "hidden_bias", "output", "bias")}
         return vars(self.inputs) | own | {"C": np.array(self.C)}
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of the second class."""
+        """Compute the log-odds of the second class, (rows,)."""
         activations = np.maximum(self.inputs.transform(X) @ self.hidden + self.hidden_bias, 0)
-        return np.clip(activations @ self.output + self.bias, -SURE, SURE)
+        return np.clip(activations @ self.output + self.bias, -MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 @dataclass(frozen=True)
@@ -195,18 +204,16 @@ class TreeEnsemble:
 
     @classmethod
     def compile(cls, model: HistGradientBoostingClassifier) -> TreeEnsemble:
-        """From a fitted model; the only reader of its private trees."""
+        """Compile a fitted model; the only function that reads its private trees."""
         trees = [tree.nodes for (tree,) in model._predictors]
         shape = (len(trees), MAX_LEAVES - 1)
         feature, threshold = np.zeros(shape, np.int64), np.full(shape, np.finfo(np.float64).max)
         missing_left, remaining = np.ones(shape, bool), np.full(shape, 255, np.uint8)
         value = np.zeros((len(trees), MAX_LEAVES))
         for index, nodes in enumerate(trees):
-            pending, leaves, splits = (
-                [(0, None)],
-                0,
-                0,
-            )  # nodes to visit, left before right, and whose left part ends there
+            leaves, splits = 0, 0
+            # nodes to visit, left before right, and the (split, first leaf) whose left part ends before them
+            pending: list[tuple[int, tuple[int, int] | None]] = [(0, None)]
             while pending:
                 node, closes = pending.pop()
                 if closes is not None:  # all leaves of that split's left part are numbered
@@ -227,7 +234,7 @@ class TreeEnsemble:
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> TreeEnsemble:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         value = arrays.numbers("value", None, MAX_LEAVES)
         shape = (len(value), MAX_LEAVES - 1)
         arrays.require(1 <= len(value) <= MAX_TREES, "value", f"should have 1 to {MAX_TREES} rows, one for each tree")
@@ -241,15 +248,16 @@ class TreeEnsemble:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its numbers by name."""
+        """Return the arrays by name."""
         return vars(self)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of the second class."""
+        """Compute the log-odds of the second class, (rows,)."""
         parts = [self._scores(X[start : start + CHUNK]) for start in range(0, len(X), CHUNK)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def _scores(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of at most ``CHUNK`` rows."""
         values = X[:, self.feature]
         right = ~(values <= self.threshold)  # NaN is not
         gaps = np.isnan(values)
@@ -273,44 +281,44 @@ def _compiled_class(estimator: BaseEstimator) -> type[Classifier]:
 
 
 def compile_classifier(estimator: BaseEstimator) -> Classifier:
-    """A fitted estimator of ``make_estimator``, or a pipeline of ``scale`` and a logistic regression, as arrays."""
+    """Compile a fitted estimator of ``make_estimator``, or a pipeline of ``scale`` and a logistic regression."""
     return _compiled_class(estimator).compile(estimator)
 
 
 def restore_classifier(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier:
-    """The compiled form of an estimator, read from a file.
+    """Restore the compiled form of an estimator from a file.
 
     Args:
-        estimator: of the same kind, not fitted.
-        arrays: of its compiled form.
-        columns: that it reads.
+        estimator: unfitted estimator of the same kind.
+        arrays: arrays of its compiled form.
+        columns: number of columns of the design matrix.
 
     Raises:
-        ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+        ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
     """
     return _compiled_class(estimator).restore(arrays, columns)
 
 
 @dataclass(frozen=True)
 class PlattScaling:
-    """Calibration that is a line in log-odds."""
+    """Calibration that is linear in log-odds (Platt 1999)."""
 
     slope: float
     intercept: float
 
     @classmethod
     def restore(cls, arrays: Arrays) -> PlattScaling:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         return cls(float(arrays.numbers("slope")), float(arrays.numbers("intercept")))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its numbers by name."""
+        """Return the arrays by name."""
         return {"slope": np.array(self.slope), "intercept": np.array(self.intercept)}
 
 
 @dataclass(frozen=True)
 class IsotonicSteps:
-    """Calibration that is a rising line through points, level before and behind them.
+    """Calibration by non-decreasing linear interpolation, constant outside the points.
 
     Attributes:
         scores, probabilities: (points,).
@@ -321,7 +329,7 @@ class IsotonicSteps:
 
     @classmethod
     def restore(cls, arrays: Arrays) -> IsotonicSteps:
-        """Reads and checks what ``arrays`` gave."""
+        """Restore and check what ``arrays`` returned."""
         scores = arrays.numbers("scores", None)
         probabilities = arrays.numbers("probabilities", len(scores))
         arrays.require(len(scores) and (np.diff(scores) >= 0).all(), "scores", "should be there and rise")
@@ -330,9 +338,9 @@ class IsotonicSteps:
         return cls(scores, probabilities)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its numbers by name."""
+        """Return the arrays by name."""
         return vars(self)
 
     def predict(self, scores: np.ndarray) -> np.ndarray:
-        """(rows,) probabilities."""
+        """Map scores to probabilities, (rows,)."""
         return np.interp(scores, self.scores, self.probabilities)

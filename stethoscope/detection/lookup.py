@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
 
 AUTO = "auto"
-"""What ``detector=`` is by default: look for one of this very model."""
+"""Default of ``detector=``: look for a detector of this model."""
 SWITCHED_OFF = "The detector is switched off, so there are no warnings."
 
 
 def parse_setting(setting: str | None) -> str | None:
-    """The value of ``detector=``; None where it is switched off.
+    """Return the value of ``detector=``; None if it is switched off.
 
     >>> parse_setting("runs/mine"), parse_setting("auto"), parse_setting("none"), parse_setting(None)
     ('runs/mine', 'auto', None, None)
@@ -37,7 +37,7 @@ def parse_setting(setting: str | None) -> str | None:
 
 
 def detector_folder(folder: str) -> Path:
-    """The folder of a detector, which may be given as that of the run that has it.
+    """Return the folder of a detector, given as such or as the folder of a run with a detector.
 
     Raises:
         ArtefactError: there is no such folder, or it is a run without a detector.
@@ -53,7 +53,7 @@ def detector_folder(folder: str) -> Path:
 
 
 def load_detector(detector: Detector | Path | str | None) -> Detector | None:
-    """A detector as a user gives it: itself, its folder, or that of a run that has one.
+    """Load a detector given as an object, as its folder, or as the folder of a run with a detector.
 
     Raises:
         ArtefactError: there is no such folder, or no detector in it.
@@ -66,18 +66,22 @@ def load_detector(detector: Detector | Path | str | None) -> Detector | None:
 
 
 def detectors_for_model(runs: Path, fingerprint: Mapping[str, Any], run: Path | None = None) -> list[Path]:
-    """Folders of the detectors that were trained on exactly this model: that of ``run``, then those of ``runs``.
+    """List folders of detectors trained on exactly this model: that of ``run``, then those of ``runs``, newest first.
 
-    Those of ``runs`` are in the order of their age, newest first. A detector that cannot be read is passed over with a
-    warning.
+    A detector that cannot be read is skipped with a warning.
+
+    Args:
+        runs: folder of all runs.
+        fingerprint: fingerprint of the model.
+        run: folder of a run whose detector comes first.
     """
-    folders = sorted((path.parent for path in runs.glob(f"*/detector/{MANIFEST}")), key=_age)
+    folders = sorted((path.parent for path in runs.glob(f"*/detector/{MANIFEST}")), key=_negative_mtime)
     if run is not None and (run / "detector" / MANIFEST).is_file():
         folders.insert(0, run / "detector")
     return [folder for folder in folders if _usable(folder, fingerprint)]
 
 
-def _age(folder: Path) -> float:
+def _negative_mtime(folder: Path) -> float:
     try:
         return -(folder / MANIFEST).stat().st_mtime
     except OSError:  # gone since it was listed, or a link to nothing
@@ -85,36 +89,36 @@ def _age(folder: Path) -> float:
 
 
 def _usable(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a detector was trained on the model with this fingerprint and can be read; else warns of the latter."""
+    """Tell whether a detector was trained on this model and can be read; warn if it cannot be read."""
     from stethoscope.detection.detector import Detector
 
     try:
-        if not matches_model(_model(folder), fingerprint):
+        if not matches_model(_model_fingerprint(folder), fingerprint):
             return False
         Detector.load(folder)
     except ArtefactError as error:
-        warnings.warn(f"passed over a detector: {error}", stacklevel=3)
+        warnings.warn(f"skipped a detector: {error}", stacklevel=3)
         return False
     return True
 
 
 def bundled_detectors(adapter: Adapter) -> list[Path]:
-    """The folder of the detector that comes with the embedded model, if this is that model, unchanged; else nothing.
+    """List the bundled detector's folder if the adapter has the unchanged embedded model; else nothing.
 
     Args:
-        adapter: set up. Weights, which can be large, are digested only where its class is that of the embedded model.
+        adapter: adapter after ``setup``. Its weights are hashed only if its class is that of the embedded model.
     """
-    model = _model(DETECTOR_DIR)
+    model = _model_fingerprint(DETECTOR_DIR)
     own = f"{type(adapter).__module__}.{type(adapter).__qualname__}"
     return [DETECTOR_DIR] if model.get("adapter") == own and matches_model(model, adapter.fingerprint()) else []
 
 
 def check_model(detector: Detector, adapter: Adapter) -> None:
-    """Checks that a detector may judge a model's answers.
+    """Check that a detector can score a model's answers.
 
     Args:
-        detector: fitted.
-        adapter: of the model, set up. Its weights are digested only if the detector reads states.
+        detector: fitted detector.
+        adapter: adapter of the model after ``setup``. Its weights are hashed only if the detector reads states.
 
     Raises:
         ConfigError: the detector reads states of another model, which mean nothing in this one.
@@ -124,21 +128,21 @@ def check_model(detector: Detector, adapter: Adapter) -> None:
 
 
 def describe_origin(folder: Path) -> str:
-    """How a detector is called: by the run that has it."""
+    """Describe a detector by the run that it belongs to."""
     if folder == DETECTOR_DIR:
         return "the one that comes with the embedded model, trained on captions of its own"
     return f"of the run {folder.resolve().parent.name}" if folder.name == "detector" else folder.name
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    """The fingerprint of the model that a detector was trained on; empty where that is not known."""
+def _model_fingerprint(folder: Path) -> dict[str, Any]:
+    """Read the fingerprint of the model that a detector was trained on; empty if unknown."""
     model = read_manifest(folder).get("model")
     return model if isinstance(model, dict) else {}
 
 
 def matches_model(model: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a detector was trained on answers of the model with this fingerprint."""
-    # runs note our code too; other versions of it and of transformers give the same answers but for rounding
+    """Tell whether a detector was trained on answers of the model with this fingerprint."""
+    # other versions of transformers give the same answers up to rounding
     return bool(model) and all(model.get(key) == fingerprint[key] for key in fingerprint if key != "transformers")
 
 
@@ -157,7 +161,7 @@ WARNING_COLUMNS = {
     "looks": "what the place that it was written from looks like: [object, probability], null for nothing known; [] "
     "where the detector has no sight",
     "warned": "the probability is at or above the detector's threshold",
-    "label": "the truth where the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
+    "label": "the truth if the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
     "fold": "train, calibration or test where the detector was fitted on this run, else empty",
 }
 """The keys of a line of ``warnings.jsonl``."""
@@ -166,27 +170,27 @@ WARNING_COLUMNS = {
 def mention_warnings(
     table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
 ) -> pd.DataFrame:
-    """Make one row of ``WARNING_COLUMNS`` for every object mention; see ``Detector.deciding`` for repeated ones.
+    """Make one row of ``WARNING_COLUMNS`` for every object mention; ``Detector.deciding_rows`` treats repeated ones.
 
     Args:
         table: a token table with the features that the detector was fitted on.
-        detector: fitted or loaded; it says what stands for a mention of several sub-tokens (of ``all``: the first).
-        folds: (rows,) masks of the table by name, as the detector was fitted.
+        detector: fitted or loaded; its ``subtokens`` reduces the sub-tokens of a mention (``all``: the first).
+        folds: (rows,) masks of the table by name, those the detector was fitted with.
 
     Raises:
         ArtefactError: the table has other features than the detector was fitted on.
     """
     named = table[table["mention_index"] >= 0]
     ends = named.groupby(["task", "sample_id", "mention_index"], sort=False)["end"].max().rename("until")
-    first = detector.rows(table, judged=False)
+    first = detector.select_mentions(table, judged=False)
     first = first[first["is_first_subtoken"]].reset_index(drop=True)
     rows = first[["task", "sample_id", "group", "object", "start", "label", "mention_index"]].copy()
-    deciding = detector.deciding(first)
+    deciding = detector.deciding_rows(first)
     rows["probability"] = detector.predict(first)[deciding]
     rows["evidence"], rows["prior"] = None, None
     if detector.additive:
-        why = detector.explain(first)
-        rows["evidence"], rows["prior"] = why.evidence[deciding], why.prior[deciding]
+        explanation = detector.explain(first)
+        rows["evidence"], rows["prior"] = explanation.evidence[deciding], explanation.prior[deciding]
     looks = detector.visual_evidence(first)
     rows["looks"] = [looks[row] for row in deciding]
     rows["warned"] = rows["probability"] >= detector.threshold
@@ -198,11 +202,11 @@ def mention_warnings(
 
 
 def write_warnings(rows: pd.DataFrame, path: Path) -> None:
-    """Writes ``warnings.jsonl``, a JSON object per line; an older file is replaced at the very end."""
+    """Write ``warnings.jsonl``, a JSON object per line; an older file is replaced at the end."""
     with replacing(path) as file:
         for row in rows.to_dict("records"):
             exact = {name: row[name] for name in ("probability", "evidence", "prior")}
-            short = {name: None if value is None else round(value, 6) for name, value in exact.items()}
-            looks = [[name, round(chance, 6)] for name, chance in row["looks"]]
-            line = json.dumps({**row, **short, "looks": looks}, ensure_ascii=False, allow_nan=False) + "\n"
+            rounded = {name: None if value is None else round(value, 6) for name, value in exact.items()}
+            looks = [[name, round(probability, 6)] for name, probability in row["looks"]]
+            line = json.dumps({**row, **rounded, "looks": looks}, ensure_ascii=False, allow_nan=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))

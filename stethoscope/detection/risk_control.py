@@ -1,11 +1,11 @@
-"""Thresholds with a promise: at most this share of false alarms, or of missed hallucinations, over future images.
+"""Calibrate thresholds with a bound on the share of false alarms or missed hallucinations over future images.
 
 Risk control after Bates et al. 2021 ("Distribution-Free, Risk-Controlling Prediction Sets", arXiv 2101.02703, theorem
 1) and Angelopoulos et al. 2021 ("Learn then Test", arXiv 2110.01052), with images as the unit, since the mentions of
 one image depend on each other. With F_i the errors among the G_i mentions of image i that can be in error (a false
 alarm needs a grounded mention, a miss a hallucinated one), the risk E[F] / E[G] is at most alpha if and only if
 E[F - alpha G] <= 0, a mean of bounded, independent variables. It is tested by betting (Waudby-Smith & Ramdas 2024,
-"Estimating means of bounded random variables by betting"): with a stake s fixed beforehand the wealth
+"Estimating means of bounded random variables by betting"): with a bet s fixed beforehand the wealth
 
     prod_i (1 - s (F_i - alpha G_i))
 
@@ -13,11 +13,11 @@ has mean at most 1 if the risk is above alpha, so it reaches 1 / delta with prob
 with every mention that a bolder threshold flags, hence the wealth falls, and the boldest threshold that is accepted
 together with all more cautious ones needs no correction for having been searched for.
 
-The stake is the one that a normal approximation calls best at the edge, from alpha and the mean G of the *training*
+The bet is the optimum of a normal approximation at risk alpha, from alpha and the mean G of the *training*
 images. On simulated clustered mentions (alpha 0.05, 400 images of 3 mentions, 100 repetitions) the mean risk was then
-0.031, as with the predictable stakes of Waudby-Smith & Ramdas, which depend on the order of the images; with a mixture
-of 50 stakes it was 0.025, with Hoeffding-Bentkus 0.001 or no threshold at all. A plain normal approximation gave 0.040
-and broke its promise in 5 of the repetitions, with 200 images in 11.
+0.031, as with the predictable bets of Waudby-Smith & Ramdas, which depend on the order of the images; with a mixture
+of 50 bets it was 0.025, with Hoeffding-Bentkus 0.001 or no threshold at all. A plain normal approximation gave 0.040
+and exceeded alpha in 5 of the repetitions, with 200 images in 11.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ RISKS = {
     "max_false_alarms": "share of grounded mentions that get a warning",
     "max_missed": "share of hallucinated mentions that get none",
 }
-LARGEST_STAKE = 0.95  # of the stake at which a single image could take everything
-SPREAD = 1.5  # by how much mentions of one image are expected to inflate the variance
+MAX_BET = 0.95  # as a share of the bet at which a single image could take all wealth
+VARIANCE_INFLATION = 1.5  # expected, because mentions of one image depend on each other
 
 
 @dataclass(frozen=True)
 class RiskGuarantee:
-    """What the user asks for.
+    """The bound that the user asks for.
 
     Attributes:
-        risk: of ``RISKS``.
-        most: the largest share alpha, in (0, 1).
-        confidence: with which it holds, 1 - delta, in (0, 1).
+        risk: one of ``RISKS``.
+        most: the largest allowed share alpha, in (0, 1).
+        confidence: probability 1 - delta with which the bound holds, in (0, 1).
     """
 
     risk: str
@@ -57,22 +57,22 @@ class RiskGuarantee:
     confidence: float = 0.95
 
     @classmethod
-    def parse(cls, wanted: Mapping[str, Any]) -> RiskGuarantee:
-        """From a configuration such as ``{"max_false_alarms": 0.05}``, with ``confidence`` beside it or not.
+    def parse(cls, settings: Mapping[str, Any]) -> RiskGuarantee:
+        """Parse a configuration such as ``{"max_false_alarms": 0.05}``, with an optional ``confidence``.
 
         Raises:
-            ConfigError: it names no risk, two, or one that is not known, or a number is out of range.
+            ConfigError: not exactly one known risk is named, or a number is out of range.
 
         >>> RiskGuarantee.parse({"max_missed": 0.1})
         RiskGuarantee(risk='max_missed', most=0.1, confidence=0.95)
         """
-        for key in wanted:
+        for key in settings:
             if key not in (*RISKS, "confidence"):
-                raise ConfigError(unknown("promise of detector.threshold", str(key), [*RISKS, "confidence"]))
-        risks = [key for key in wanted if key in RISKS]
+                raise ConfigError(unknown("guarantee of detector.threshold", str(key), [*RISKS, "confidence"]))
+        risks = [key for key in settings if key in RISKS]
         if len(risks) != 1:
-            raise ConfigError(f"detector.threshold={dict(wanted)} should name one of {', '.join(RISKS)}")
-        values = {"most": wanted[risks[0]], "confidence": wanted.get("confidence", 0.95)}
+            raise ConfigError(f"detector.threshold={dict(settings)} should name one of {', '.join(RISKS)}")
+        values = {"most": settings[risks[0]], "confidence": settings.get("confidence", 0.95)}
         for key, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
                 name = risks[0] if key == "most" else key
@@ -86,15 +86,15 @@ class RiskGuarantee:
 
 @dataclass(frozen=True)
 class Certificate:
-    """A threshold and what it rests on.
+    """A threshold and the calibration data that it rests on.
 
     Attributes:
         threshold: score at or above which to warn.
-        risk, most, confidence: of the guarantee.
-        observed: the share on the calibration images.
-        images: calibration images.
-        mentions: those among their mentions that can be in error.
-        most_per_image: an image with more such mentions counts as having so many.
+        risk, most, confidence: fields of the guarantee.
+        observed: share of errors on the calibration images, in [0, 1].
+        images: number of calibration images.
+        mentions: number of their mentions that can be in error.
+        most_per_image: largest weight of an image, in such mentions.
     """
 
     threshold: float
@@ -108,10 +108,10 @@ class Certificate:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Certificate:
-        """From what ``to_dict`` gave.
+        """Read what ``to_dict`` returned.
 
         Raises:
-            TypeError, ValueError: a value is missing, foreign or no finite number.
+            TypeError, ValueError: a value is missing, unknown or not a finite number.
         """
         certificate = cls(**values)
         numbers = [value for name, value in values.items() if name != "risk"]
@@ -120,12 +120,12 @@ class Certificate:
         return certificate
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to JSON-able values."""
         return asdict(self)
 
 
 def per_image(groups: Sequence[str] | np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(images,) how many of the counted items every image has, 0 included, in the order of the sorted ids.
+    """Count the marked items of every image, (images,) int, in the order of the sorted ids; 0 is included.
 
     >>> per_image(["a", "b", "a", "c"], np.array([True, False, True, True])).tolist()
     [2, 0, 1]
@@ -135,30 +135,31 @@ def per_image(groups: Sequence[str] | np.ndarray, counted: np.ndarray) -> np.nda
 
 
 def bet_size(images: int, most: float, confidence: float, mean: float, limit: int) -> float:
-    """What to bet, from what is known before the calibration images are looked at.
+    """Choose the bet from quantities that do not depend on the calibration labels.
 
     Args:
         images: number n of calibration images.
         most: alpha.
         confidence: 1 - delta.
-        mean: mentions per image that can be in error, on average over other images.
-        limit: the most of them that an image counts with.
+        mean: mean number of mentions per image that can be in error, over other images.
+        limit: largest number of them that an image counts with.
 
     Returns:
-        sqrt(2 log(1 / delta) / (n variance)), and less than what a single image could lose all with.
+        sqrt(2 log(1 / delta) / (n variance)), capped so that a single image cannot take all wealth.
     """
-    variance = SPREAD * most * (1 - most) * max(mean, 1e-9)
+    variance = VARIANCE_INFLATION * most * (1 - most) * max(mean, 1e-9)
     best = math.sqrt(2 * math.log(1 / (1 - confidence)) / (max(images, 1) * variance))
-    return min(best, LARGEST_STAKE / ((1 - most) * limit))
+    return min(best, MAX_BET / ((1 - most) * limit))
 
 
 def log_wealth(errors: np.ndarray, n_at_risk: np.ndarray, most: float, bet: float) -> float:
-    """Logarithm of the wealth that speaks for a risk of at most ``most``.
+    """Compute the log-wealth, in nats; higher is more evidence for a risk of at most ``most``.
 
     Args:
-        errors, n_at_risk: (images,) F and G, with F <= G.
+        errors: (images,) errors F.
+        n_at_risk: (images,) mentions G that can be in error, G >= F.
         most: alpha.
-        bet: stake, less than 1 / ((1 - alpha) max G).
+        bet: bet s, less than 1 / ((1 - alpha) max G).
     """
     return float(np.log1p(-bet * (errors - most * n_at_risk)).sum())
 
@@ -170,40 +171,40 @@ def certify(
     guarantee: RiskGuarantee,
     reference: np.ndarray,
 ) -> Certificate:
-    """The boldest threshold for which the promise can be given.
+    """Find the boldest threshold that meets the guarantee: the one with the most warnings or fewest misses.
 
     With probability ``guarantee.confidence`` over the draw of the calibration images, the share of errors over all
-    images of the same kind is at most ``guarantee.most``, whatever the detector is worth; a poor one only gets a poor
-    threshold.
-    An image with more than ``max(reference)`` mentions that can be in error counts with so many, so that what is tested
-    is bounded.
+    images of the same kind is at most ``guarantee.most``, however good the detector is; a poor one only gets a poor
+    threshold. An image counts with at most ``max(reference)`` mentions that can be in error, so that the tested
+    variable is bounded.
 
     Args:
-        scores: (n,) of the calibration mentions, by a model that has not seen their images.
+        scores: (n,) scores of the calibration mentions, by a model not fitted on their images; higher means
+            hallucinated.
         labels: (n,) 1 hallucinated, 0 grounded.
         groups: (n,) image ids.
-        guarantee: what is wanted.
+        guarantee: guarantee to meet.
         reference: (images,) mentions per image that can be in error, of other images: those of the training fold.
 
     Raises:
-        DataError: there are too few images for any threshold, or only one that is of no use.
+        DataError: there are too few images for any threshold, or only a useless one meets the guarantee.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    side = 1 if guarantee.risk == "max_false_alarms" else -1  # a miss is a false alarm with everything turned round
+    side = 1 if guarantee.risk == "max_false_alarms" else -1  # a miss is a false alarm with labels and scores reversed
     at_risk = labels == (0 if side > 0 else 1)
     limit, mean = int(max(np.max(reference, initial=1), 1)), float(np.mean(reference)) if len(reference) else 1.0
     index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].ravel()
     n_at_risk = np.bincount(index, weights=at_risk)
-    share = np.minimum(1, limit / np.maximum(n_at_risk, 1))  # what a mention of an image counts
+    share = np.minimum(1, limit / np.maximum(n_at_risk, 1))  # weight of a mention, by image
     bet = bet_size(len(n_at_risk), guarantee.most, guarantee.confidence, mean, limit)
-    needed = math.log(1 / (1 - guarantee.confidence))
+    required = math.log(1 / (1 - guarantee.confidence))
     errors_sorted = np.sort(side * scores[at_risk])[::-1]  # errors in the order in which bolder thresholds make them
 
     def accepted(count: int) -> bool:
-        """Whether the promise holds with the first ``count`` errors; the wealth falls with every one."""
+        """Tell whether the guarantee holds with the first ``count`` errors; each lowers the wealth."""
         flagged = at_risk & (side * scores >= (errors_sorted[count - 1] if count else np.inf))
         errors = np.bincount(index, weights=flagged, minlength=len(n_at_risk))
-        return log_wealth(errors * share, n_at_risk * share, guarantee.most, bet) >= needed
+        return log_wealth(errors * share, n_at_risk * share, guarantee.most, bet) >= required
 
     if not accepted(0):
         raise DataError(_too_few(guarantee, n_at_risk * share, limit))
@@ -212,55 +213,51 @@ def certify(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if accepted(middle) else (low, middle - 1)
     threshold = _between(side * scores, errors_sorted, low)
-    found = side * scores >= threshold
-    if not (found & ~at_risk).any():
+    flagged = side * scores >= threshold
+    if not (flagged & ~at_risk).any():
         raise DataError(
-            f"{guarantee}: only a threshold of no use keeps that on {len(n_at_risk)} calibration images, because the "
+            f"{guarantee}: only a useless threshold meets that on {len(n_at_risk)} calibration images, because the "
             "most extreme scores are errors; allow more, or use detector.threshold=f1"
         )
     return Certificate(
-        threshold=_threshold_of_scores(threshold, side, scores),
+        threshold=threshold if side > 0 else float(np.nextafter(-threshold, np.inf)),  # warn at or above it
         risk=guarantee.risk,
         most=guarantee.most,
         confidence=guarantee.confidence,
-        observed=float((found & at_risk).sum() / max(at_risk.sum(), 1)),
+        observed=float((flagged & at_risk).sum() / max(at_risk.sum(), 1)),
         images=len(n_at_risk),
         mentions=int(at_risk.sum()),
         most_per_image=limit,
     )
 
 
-def _between(turned: np.ndarray, errors_sorted: np.ndarray, count: int) -> float:
-    """Halfway between the first error that must not happen and the score above it, far from the rounding of either."""
+def _between(oriented: np.ndarray, errors_sorted: np.ndarray, count: int) -> float:
+    """Return the middle between the first error not allowed and the next higher score, safe from rounding."""
     below = errors_sorted[count]
-    above = turned[turned > below]
+    above = oriented[oriented > below]
     return float((below + above.min()) / 2) if above.size else math.inf
 
 
-def _threshold_of_scores(threshold: float, side: int, scores: np.ndarray) -> float:
-    """The threshold on the scores themselves, with a warning at or above it."""
-    return threshold if side > 0 else float(np.nextafter(-threshold, np.inf))
-
-
 def images_needed(n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int) -> int | None:
-    """About how many images like these a promise needs if no error is seen at all; None if they have no such mention.
+    """Estimate how many such images a guarantee needs if no error occurs; None if no mention can be in error.
 
     >>> images_needed(np.array([3, 2, 4]), RiskGuarantee("max_false_alarms", 0.05), 4)
     82
     """
     if not np.sum(n_at_risk):
         return None
-    bet = LARGEST_STAKE / ((1 - guarantee.most) * limit)  # of so few images the stake is the largest
+    bet = MAX_BET / ((1 - guarantee.most) * limit)  # with so few images the bet is at its maximum
     gain = log_wealth(np.zeros(len(n_at_risk)), n_at_risk, guarantee.most, bet) / len(n_at_risk)
     return math.ceil(math.log(1 / (1 - guarantee.confidence)) / gain)
 
 
 def _too_few(guarantee: RiskGuarantee, n_at_risk: np.ndarray, limit: int) -> str:
+    """Write the message for too few calibration images."""
     needed = images_needed(n_at_risk, guarantee, limit)
     kind = "grounded" if guarantee.risk == "max_false_alarms" else "hallucinated"
     about = "" if needed is None else f"; at least about {needed} are needed, and three times as many for a good one"
     return (
-        f"no threshold can promise {guarantee}: the {len(n_at_risk)} calibration images have {n_at_risk.sum():.0f} "
+        f"no threshold can guarantee {guarantee}: the {len(n_at_risk)} calibration images have {n_at_risk.sum():.0f} "
         f"{kind} mentions{about}. Give more images to calibration, allow more, or use detector.threshold=f1"
     )
 
@@ -268,22 +265,22 @@ def _too_few(guarantee: RiskGuarantee, n_at_risk: np.ndarray, limit: int) -> str
 def calibrate_threshold(
     model: CalibratedModel, train: Examples, held_out: Examples | None, guarantee: RiskGuarantee
 ) -> Certificate:
-    """The boldest threshold of a fitted classifier for which a promise can be given.
+    """Find the boldest threshold of a fitted classifier that meets a guarantee.
 
     Args:
-        model: fitted on ``train``.
-        train: its images say how many mentions an image has.
-        held_out: mentions of images that the classifier has not seen.
-        guarantee: to give.
+        model: classifier fitted on ``train``.
+        train: training examples, for the expected number of mentions per image.
+        held_out: examples of images that the classifier was not fitted on.
+        guarantee: guarantee to meet.
 
     Raises:
         DataError: there are no such images, or the classifier ranks them no better than chance.
     """
     if held_out is None or not len(held_out.labels):
-        raise DataError(f"{guarantee}: that needs a calibration fold, images that the classifier has not seen")
+        raise DataError(f"{guarantee}: that needs a calibration fold of images that the classifier was not fitted on")
     if model.line[0] <= 0:
         raise DataError(f"{guarantee}: the detector ranks the calibration images no better than chance")
-    # scores by what saw the training images alone: the calibration is monotone and changes no warning
+    # scores before calibration depend on the training images alone; the calibration is monotone and changes no warning
     scores = model.scores(held_out.matrix)
     kind = 0 if guarantee.risk == "max_false_alarms" else 1
     reference = per_image(train.groups, train.labels == kind)

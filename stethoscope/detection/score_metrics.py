@@ -1,4 +1,4 @@
-"""What scores of judged mentions are worth: all metrics of the leader board, with and without controls."""
+"""Compute all metrics of the leaderboard for scores of labelled mentions, with and without controls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METRICS = {
 
 
 def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """(rows,) which mentions each controlled AUROC compares: those with the same integer."""
+    """Return (rows,) integer bins by controlled AUROC; only mentions of equal bins are compared."""
     positions = rows["token"].to_numpy(dtype=int)
     objects = pd.factorize(rows["object"])[0]
     wide = positions // CONTROL_WIDTH
@@ -46,7 +46,13 @@ def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class LabelledMentions:
-    """The mentions of a fold as metrics read them."""
+    """The mentions of a fold as metrics read them.
+
+    Attributes:
+        labels: (rows,) 1 hallucinated, 0 grounded.
+        bins: (rows,) integer bins by controlled AUROC.
+        first: (rows,) whether it is the first mention of its object in the answer.
+    """
 
     labels: np.ndarray
     bins: Mapping[str, np.ndarray]
@@ -54,18 +60,19 @@ class LabelledMentions:
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> LabelledMentions:
+        """Read labels, bins and repetitions of labelled mention rows."""
         return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat_index"].to_numpy() == 0)
 
     def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, classification.FloatOrArray]:
-        """The metrics of ``AREAS`` that compare mentions within bins."""
+        """Compute the metrics of ``AREAS`` that compare mentions within bins, each in [0, 1]."""
         return {
             name: classification.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()
         }
 
     def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
-        """All metrics of one score for a chunk of replicates, most of them in one sorting of the mentions."""
+        """Compute all metrics of one score for a chunk of replicates, sorting the mentions as seldom as possible."""
         ranking = Ranking.of(self.labels, scores, weights)
-        figures = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
+        figures: dict[str, classification.FloatOrArray] = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
         if not self.first.all():
             figures["auroc_first"] = classification.auroc(self.labels, scores, weights * self.first)
         figures |= {
@@ -79,32 +86,33 @@ class LabelledMentions:
                 "ece": classification.ece(self.labels, scores, weights),
                 "brier": classification.brier(self.labels, scores, weights),
             }
-        return figures | {"base_rate": classification.base_rate(self.labels, weights)}
+        figures["base_rate"] = classification.base_rate(self.labels, weights)
+        return {name: np.asarray(figure) for name, figure in figures.items()}
 
 
 def evaluate_scores(
     test: pd.DataFrame,
     probabilities: Mapping[str, np.ndarray],
-    drawn: Resamples,
+    resamples: Resamples,
     scores: Mapping[str, np.ndarray] | None = None,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Replicate arrays by (name, metric) of several scores of the same mentions, under the same resampled images.
+    """Compute replicate arrays by (name, metric) of several scores of the same mentions.
 
     Args:
-        test: judged rows of a token table.
-        probabilities: (rows,) by name.
-        drawn: resampled images of the rows.
-        scores: (rows,) by name, of which calibration error and Brier score make no sense.
+        test: labelled rows of a token table.
+        probabilities: (rows,) probabilities by name.
+        resamples: resampled images of the rows.
+        scores: (rows,) other scores by name, without calibration error and Brier score.
     """
     mentions = LabelledMentions.of(test)
 
-    # chunks of replicates are outermost: their weights are made once for all
-    def chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    # chunks of replicates are the outer loop, so that their weights are computed once
+    def evaluate_chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         return {
             (name, metric): figure
-            for some, probability in ((probabilities, True), (scores or {}, False))
-            for name, values in some.items()
+            for group, probability in ((probabilities, True), (scores or {}, False))
+            for name, values in group.items()
             for metric, figure in mentions.figures(values, weights, probability).items()
         }
 
-    return drawn.apply(chunk)
+    return resamples.apply(evaluate_chunk)

@@ -1,4 +1,4 @@
-"""From a token table to measured detectors: split by image, fit, compare, and ask what each feature group is worth."""
+"""Train and measure detectors on a token table: split by image, fit, compare, and ablate feature groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import feature_names, require
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Ablation, DetectorResults, Difference
-from stethoscope.detection.leaderboard import leaderboard
+from stethoscope.detection.leaderboard import build_leaderboard
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.published import refits
 from stethoscope.detection.score_metrics import evaluate_scores
@@ -32,12 +32,12 @@ ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
 
 
-class Trained(NamedTuple):
-    """What training gives.
+class TrainingResult(NamedTuple):
+    """The result of training.
 
     Attributes:
-        detector: fitted, with ``split`` and ``figures`` in its notes.
-        results: for ``metrics.json``.
+        detector: fitted detector, with ``split`` and ``figures`` in its notes.
+        results: results for ``metrics.json``.
         folds: (rows,) masks ``train``, ``calibration`` and ``test`` of the table.
     """
 
@@ -52,48 +52,48 @@ def train_detector(
     fractions: Sequence[float] = (0.5, 0.2, 0.3),
     seed: int = 0,
     replicates: int = REPLICATES,
-    beside: Mapping[str, Detector] | None = None,
+    compare_with: Mapping[str, Detector] | None = None,
     ablation: bool = False,
     progress: Progress | None = None,
     published: bool = False,
     sets: Sequence[str] = (),
-) -> Trained:
-    """The whole step from a token table to a measured detector.
+) -> TrainingResult:
+    """Split a token table by image, fit a detector and measure it on the test fold.
 
     Args:
         table: token table of one model and one task.
-        detector: settings of the detector; it is fitted here.
-        fractions: shares of the images for fitting, for calibration and threshold, and for the test.
-        seed: of the split and the bootstrap.
-        replicates: of the bootstrap over images.
-        beside: other detectors by name, to be fitted on the same folds and compared with it.
-        ablation: refit the detector without each feature group, to see what the group is worth.
-        progress: is told what is being fitted.
-        published: measure the published detectors too that the table has the features of.
-        sets: names of feature sets; the detector is fitted on each of them too, to be compared with itself.
+        detector: unfitted detector; it is fitted here.
+        fractions: shares of the images for training, for calibration and threshold, and for the test.
+        seed: seed of the split and the bootstrap.
+        replicates: number of bootstrap replicates over images.
+        compare_with: other detectors by name, fitted on the same folds and compared with ``detector``.
+        ablation: refit the detector without each feature group, to measure the group's gain.
+        progress: called with a line of text before each step.
+        published: also measure the published detectors that the table has the features of.
+        sets: names of feature sets; a copy of the detector is fitted on each of them for comparison.
 
     Returns:
         The detector, the results, and the folds.
 
     Raises:
-        ConfigError: fractions do not add up to 1, a feature name fits nothing, or detectors take different rows.
-        DataError: a fold is too small to learn from, to measure on, or to promise a threshold.
+        ConfigError: fractions do not add up to 1, a feature name fits nothing, or detectors select different rows.
+        DataError: a fold is too small to learn from, to measure on, or to guarantee a threshold.
     """
     require(table, ("group", "token", "object", "mention_index"))
-    tell = progress or (lambda line: None)
+    report = progress or (lambda line: None)
     folds = split_groups(
         table["group"].to_numpy(dtype=str), dict(zip(("train", "calibration", "test"), fractions, strict=True)), seed
     )
-    others = {**(beside or {}), **refits(detector, sets, feature_names(table))}
+    others = {**(compare_with or {}), **refits(detector, sets, feature_names(table))}
     detectors = {"detector": detector, **others}
     if len(detectors) <= len(others):
-        raise ConfigError("a detector beside the main one cannot have its name, 'detector'")
-    for name, one in detectors.items():
-        tell(f"fitting {name}")
-        one.fit(table[folds["train"]], table[folds["calibration"]])
-    tell("measuring")
-    board = leaderboard(table, detectors, folds, replicates, seed, published=published)
-    parts = {name: detector.rows(table[mask]) for name, mask in folds.items()}
+        raise ConfigError("a detector to compare with cannot have the name of the main one, 'detector'")
+    for name, candidate in detectors.items():
+        report(f"fitting {name}")
+        candidate.fit(table[folds["train"]], table[folds["calibration"]])
+    report("measuring")
+    board = build_leaderboard(table, detectors, folds, replicates, seed, published=published)
+    parts = {name: detector.select_mentions(table[mask]) for name, mask in folds.items()}
     split = {
         "unit": "image",
         "fractions": dict(zip(folds, map(float, fractions), strict=True)),
@@ -107,15 +107,15 @@ def train_detector(
         reliability=classification.reliability(
             parts["test"]["label"].to_numpy(dtype=int), detector.predict(parts["test"])
         ),
-        threshold=at_threshold(parts["test"], detector, replicates, seed),
-        ablations=ablate(table, detector, folds, replicates, seed, tell) if ablation else None,
+        threshold=evaluate_threshold(parts["test"], detector, replicates, seed),
+        ablations=ablate(table, detector, folds, replicates, seed, report) if ablation else None,
     )
     detector.notes |= {"split": split, "figures": board.row("detector").to_dict()["metrics"]}
-    return Trained(detector, results, folds)
+    return TrainingResult(detector, results, folds)
 
 
 def _sizes(rows: pd.DataFrame) -> dict[str, int]:
-    """How much a fold holds."""
+    """Count the images, mentions and hallucinated mentions of a fold."""
     return {
         "images": int(rows["group"].nunique()),
         "mentions": len(rows),
@@ -123,19 +123,27 @@ def _sizes(rows: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def at_threshold(test: pd.DataFrame, detector: Detector, replicates: int = REPLICATES, seed: int = 0) -> dict[str, Any]:
-    """What warnings at a detector's threshold are worth on judged mentions.
+def evaluate_threshold(
+    test: pd.DataFrame, detector: Detector, replicates: int = REPLICATES, seed: int = 0
+) -> dict[str, Any]:
+    """Measure the warnings at a detector's threshold on labelled mentions.
+
+    Args:
+        test: mentions of the test fold.
+        detector: fitted detector.
+        replicates: number of bootstrap replicates over images.
+        seed: seed of the bootstrap.
 
     Returns:
         JSON-able: ``value``, ``chosen`` and ``certificate`` as in the detector's manifest, and intervals over images of
         ``precision`` and ``recall`` of the warnings, of ``false_alarms`` (share of grounded mentions with a warning),
-        ``missed`` (share of hallucinated ones without) and ``flagged`` (share of all mentions with a warning). Where
-        all sub-tokens are rows, a mention is its first.
+        ``missed`` (share of hallucinated ones without) and ``flagged`` (share of all mentions with a warning). With
+        ``subtokens="all"`` only the first sub-token of a mention counts.
     """
     test = test[test["is_first_subtoken"]].reset_index(drop=True)
     wrong = test["label"].to_numpy() == 1
     flagged = detector.predict(test) >= detector.threshold
-    drawn = group_weights(test["group"], replicates, seed)
+    resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
 
     def shares(weights: np.ndarray) -> dict[str, np.ndarray]:
         def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -150,12 +158,12 @@ def at_threshold(test: pd.DataFrame, detector: Detector, replicates: int = REPLI
             "flagged": share(flagged, np.ones(len(test), dtype=bool)),
         }
 
-    found = {name: drawn.interval(values).to_dict() for name, values in drawn.apply(shares).items()}
-    return {**detector.manifest["threshold"], **found}
+    intervals = {name: resamples.interval(values).to_dict() for name, values in resamples.apply(shares).items()}
+    return {**detector.manifest["threshold"], **intervals}
 
 
 def feature_groups(columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Columns of a token table by the group of their feature; those of no known feature are the group ``other``.
+    """Group the columns of a token table by their feature's group; unknown features are ``other``.
 
     >>> feature_groups(["nll", "attn_image_l00", "mine"])
     {'uncertainty': ('nll',), 'attention': ('attn_image_l00',), 'other': ('mine',)}
@@ -176,34 +184,39 @@ def ablate(
     seed: int = 0,
     progress: Progress = lambda line: None,
 ) -> tuple[Ablation, ...]:
-    """Compare the detector with itself refitted without each feature group, to measure what the group adds.
+    """Measure the gain of every feature group: compare the detector with itself refitted without the group.
 
     Args:
         table: token table, all folds.
-        detector: fitted on the ``train`` and ``calibration`` folds.
-        folds: (rows,) masks by name; differences are those on ``test``.
-        replicates, seed: of the bootstrap over images.
-        progress: is told what is being fitted.
+        detector: detector fitted on the ``train`` and ``calibration`` folds.
+        folds: (rows,) masks by name; the differences are those on ``test``.
+        replicates: number of bootstrap replicates over images.
+        seed: seed of the bootstrap.
+        progress: called with a line of text before each fit.
 
     Returns:
-        One for every group and metric of ``ABLATED``; none if there is only one group.
+        One ``Ablation`` for every group and metric of ``ABLATED``; above 0 the group helps. Empty if there is only one
+        group.
+
+    Raises:
+        DataError: the test fold lacks hallucinated or grounded mentions.
     """
     groups = feature_groups(detector.features)
-    test = detector.rows(table[folds["test"]])
+    test = detector.select_mentions(table[folds["test"]])
     if test["label"].nunique() < 2:
         raise DataError("the test fold lacks hallucinated or grounded mentions: run the task on more samples")
     scores = {"detector": detector.predict(test)}
     for group, columns in groups.items():
         if len(groups) > 1:
             progress(f"fitting without {group} ({len(columns)} columns)")
-            kept = [name for name in detector.features if name not in columns]
-            settings = {**detector.settings, "features": kept, "exclude": [], "threshold": "f1"}
+            remaining = [name for name in detector.features if name not in columns]
+            settings = {**detector.settings, "features": remaining, "exclude": [], "threshold": "f1"}
             refitted = Detector(**settings).fit(table[folds["train"]], table[folds["calibration"]])
             scores[f"without {group}"] = refitted.predict(test)
-    drawn = group_weights(test["group"], replicates, seed)
-    figures = evaluate_scores(test, scores, drawn)
+    resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
+    figures = evaluate_scores(test, scores, resamples)
     return tuple(
-        Ablation(group, len(columns), Difference.of("detector", f"without {group}", metric, gain, drawn))
+        Ablation(group, len(columns), Difference.of("detector", f"without {group}", metric, gain, resamples))
         for group, columns in (groups.items() if len(groups) > 1 else ())
         for metric in ABLATED
         for gain in [figures["detector", metric] - figures[f"without {group}", metric]]
@@ -225,22 +238,24 @@ def fit(
 
     Args:
         store: the run.
-        task: whose mentions.
-        detector: settings of the detector.
-        shares: of the images for train, calibration and test.
-        seed: of split and bootstrap.
-        table: the token rows to learn from and to measure on; None for all of the task's.
-        targets: other runs to judge the detector on.
-        source_run: name of the run beside them.
-        more: ``beside``, ``ablation`` and ``progress`` of ``stethoscope.detection.training.train_detector``.
+        task: name of the task whose mentions are used.
+        detector: unfitted detector.
+        shares: shares of the images for train, calibration and test.
+        seed: seed of split and bootstrap.
+        table: token rows to train and measure on; None for all of the task's.
+        targets: other runs to evaluate the detector on.
+        source_run: name of this run in the comparison with ``targets``.
+        more: further arguments of ``train_detector``, such as ``compare_with``, ``ablation`` and ``progress``.
+
+    Returns:
+        The JSON-able results of ``train_detector``, with ``transfer`` if there are targets.
 
     Raises:
         ArtefactError: the run has no token rows of that task.
     """
-
     table = store.tokens(task) if table is None else table
     if table.empty:
-        raise no_rows(store, task)
+        raise missing_rows_error(store, task)
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
         source_target = Target(source_run, table, store.model(task))
@@ -249,7 +264,7 @@ def fit(
     store.set_status(SECTION, "running")  # a kill from here on leaves parts of two detectors
     detector.save(
         store.run_dir / "detector",
-        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": label(detector)},
+        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": describe_label(detector)},
     )
     store.write_metrics(SECTION, results.to_dict())
     write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
@@ -257,7 +272,7 @@ def fit(
     return results
 
 
-def label(detector: Detector) -> str:
+def describe_label(detector: Detector) -> str:
     """Describe what a detector has learned to predict, for its manifest."""
     chosen = {"first": "first sub-token of", "all": "every sub-token of"}
     rows = chosen.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
@@ -265,8 +280,8 @@ def label(detector: Detector) -> str:
     return f"{rows} {which} in an answer: 1 if the object is not in the image (the task's ground truth), else 0"
 
 
-def no_rows(store: RunStore, task: str | None = None) -> ArtefactError:
-    """Make the error of a run without token rows; it says which command computes them."""
+def missing_rows_error(store: RunStore, task: str | None = None) -> ArtefactError:
+    """Build the error for a run without token rows; it names the command that computes them."""
     others = sorted(store.traced_tasks())
     if task is not None and others:
         return ArtefactError(f"{store.run_dir} has no token features of task {task!r}, only of {', '.join(others)}")

@@ -1,9 +1,9 @@
 """Score whether the image evidence that a token attended to is consistent with the object it names.
 
-Relevancy says where in the picture the model looked when it wrote a name, and the feature ``attended_embedding`` holds
-what it saw there. Mentions of objects that are present teach how every object looks to this model; hallucinated ones
-teach what an image region looks like that evokes a name without showing the object. No label but the mention's own is
-needed, and no pass but the one that gives the other features.
+Relevancy gives the image regions that the model used to write a name; the feature read here is their embedding.
+Grounded mentions show how each object looks to the model, hallucinated ones how evidence looks that leads to a name
+without the object. The classifier, a multinomial logistic regression cross-fitted by image, needs no labels but
+those of mentions, and no further forward pass.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.arrays import Arrays
-from stethoscope.detection.estimators import Grouped, choose_C, inner_folds, prefixed, restored, set_C
-from stethoscope.detection.inference import LinearClassifier, compile_classifier
+from stethoscope.detection.estimators import (
+    GroupedEstimator,
+    add_prefix,
+    choose_C,
+    inner_folds,
+    restore_estimator,
+    set_C,
+)
+from stethoscope.detection.inference import Classifier, LinearClassifier, compile_classifier
 
 FEATURE = "attended_embedding"
 """The feature whose columns are read here and nowhere else."""
@@ -27,48 +34,52 @@ COLUMNS = ("grounding_named", "grounding_other")
 FIXED_C = 0.03
 """Inverse regularisation C; from 0.01 to 0.3 the AUROC on held-out mentions changes by less than 0.003."""
 TOLERANCE = 1e-3
-"""Of the fit: half the steps of the default, and the AUROC on held-out mentions changes by less than 0.0002."""
-MOST_MENTIONS = 2**40
-"""No count of a file is larger."""
+"""Tolerance of the fit: half the default's steps; the AUROC on held-out mentions changes by less than 0.0002."""
+MAX_MENTIONS = 2**40
+"""Upper bound of a count in a file."""
 NamedProbability = tuple[str | None, float]
-"""An object, or None for none of those that are known, and the probability that a place looks like it."""
+"""An object, or None for no known object, and the probability that the evidence shows it."""
 
 
 class GroundingClassifier(BaseEstimator):
-    """What places look like: a multinomial logistic regression over the objects, and "none of them".
+    """Multinomial logistic regression of evidence over the objects and the class "none of them".
 
     Args:
-        objects: number of objects that are told apart.
+        objects: number of objects with a class of their own.
     """
 
     def __init__(self, objects: int = 0) -> None:
         self.objects = objects
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> GroundingClassifier:
-        """Learns from mentions.
+        """Fit on labelled mentions.
 
         Args:
-            X: (rows, dimensions of ``attended_embedding`` and the object's index, -1 for any that is not told apart).
-            y: (rows,) labels: a hallucinated mention is one of nothing.
+            X: (rows, dimensions of ``attended_embedding`` and the object's index, -1 for any other object).
+            y: (rows,) labels; a hallucinated mention counts as "none of them".
         """
-        looks = np.where(y == 1, self.objects, X[:, -1]).astype(int)
-        learned = (looks >= 0) & np.isfinite(X[:, :-1]).all(1)
-        self.counts_ = np.bincount(looks[learned], minlength=self.objects + 1)
+        classes = np.where(y == 1, self.objects, X[:, -1]).astype(int)
+        usable = (classes >= 0) & np.isfinite(X[:, :-1]).all(1)
+        self.counts_ = np.bincount(classes[usable], minlength=self.objects + 1)
         self.classes_ = np.flatnonzero(self.counts_)
-        self.model_ = None  # of one kind of place alone there is nothing to learn
+        self.model_ = None  # a single class cannot be fitted
         if len(self.classes_) > 1:
             classify = LogisticRegression(C=FIXED_C, tol=TOLERANCE, max_iter=1000)
             pipeline = Pipeline([("scale", StandardScaler()), ("classify", classify)])
-            self.model_ = compile_classifier(pipeline.fit(X[learned, :-1], looks[learned]))
+            self.model_ = compile_classifier(pipeline.fit(X[usable, :-1], classes[usable]))
         return self
 
     def restore(self, arrays: Arrays, dimensions: int) -> GroundingClassifier:
-        """Reads what ``arrays`` gave, of places with so many dimensions.
+        """Restore the fitted state from what ``arrays`` returned.
+
+        Args:
+            arrays: arrays of a file by name.
+            dimensions: number of dimensions of the evidence.
 
         Raises:
-            ArtefactError: an array is missing, has another shape or type, or holds numbers that it cannot have.
+            ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
         """
-        self.counts_ = arrays.counts("counts", self.objects + 1, below=MOST_MENTIONS)
+        self.counts_ = arrays.counts("counts", self.objects + 1, below=MAX_MENTIONS)
         self.classes_, self.model_ = np.flatnonzero(self.counts_), None
         if len(self.classes_) > 1:
             outputs = len(self.classes_) if len(self.classes_) > 2 else 1
@@ -76,50 +87,50 @@ class GroundingClassifier(BaseEstimator):
         return self
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What it has learned, by name."""
+        """Return the fitted state as arrays by name."""
         return {"counts": self.counts_} | ({} if self.model_ is None else self.model_.arrays())
 
     def log_probabilities(self, X: np.ndarray) -> np.ndarray:
-        """(rows, objects + 1) log-probability of what every place looks like, the last one nothing; -inf if never seen.
+        """Compute log-probabilities, (rows, objects + 1), in nats, the last for "none"; -inf if never seen.
 
         Args:
-            X: (rows, dimensions), without the object. A place with a NaN looks like nothing that is known: -inf.
+            X: (rows, dimensions) evidence without the object; rows with a NaN are -inf throughout.
         """
-        found = np.full((len(X), self.objects + 1), -np.inf)
+        log_probabilities = np.full((len(X), self.objects + 1), -np.inf)
         known = np.flatnonzero(np.isfinite(X).all(1))
         if self.model_ is not None and len(known):
             scores = self.model_.decision_function(X[known])
             scores = scores if scores.ndim == 2 else np.stack([np.zeros(len(known)), scores], axis=1)
-            found[np.ix_(known, self.classes_)] = log_softmax(scores, axis=1)
-        return found
+            log_probabilities[np.ix_(known, self.classes_)] = log_softmax(scores, axis=1)
+        return log_probabilities
 
     def transform(self, X: np.ndarray) -> np.ndarray:
-        """(rows, 2) how much more the place speaks for an object than for none, in nats; 0 where that is not known.
+        """Compute log-likelihood ratios of objects against "none", (rows, 2), in nats; 0 if unknown.
 
-        log p(place | object) - log p(place | none), of the object that is named and the largest of all others. How
-        often an object is named or invented has no part in it: that would be prejudice, not sight. (That an object was
-        hardly ever there, so that its looks are not known, can still be told from the exact 0.)
+        log p(evidence | object) - log p(evidence | none), of the named object and the largest of all others. Class
+        frequencies are divided out, so that how often an object is named or hallucinated has no influence. (An exact 0
+        still reveals that an object was too rare to be known.)
         """
-        looks = self.log_probabilities(X[:, :-1])
-        likely = np.where(np.isfinite(looks), looks - np.log(np.maximum(self.counts_, 1)), np.nan)
-        more, named = likely[:, :-1] - likely[:, -1:], X[:, -1].astype(int)
-        made = np.zeros((len(X), len(COLUMNS)))
-        there = np.flatnonzero(named >= 0)
-        made[there, 0] = more[there, named[there]]
-        more[there, named[there]] = np.nan
-        made[there, 1] = np.where(np.isnan(more[there]), -np.inf, more[there]).max(1, initial=-np.inf)
-        return np.where(np.isfinite(made), made, 0.0)
+        posterior = self.log_probabilities(X[:, :-1])
+        likelihood = np.where(np.isfinite(posterior), posterior - np.log(np.maximum(self.counts_, 1)), np.nan)
+        ratios, objects = likelihood[:, :-1] - likelihood[:, -1:], X[:, -1].astype(int)
+        columns = np.zeros((len(X), len(COLUMNS)))
+        rows = np.flatnonzero(objects >= 0)
+        columns[rows, 0] = ratios[rows, objects[rows]]
+        ratios[rows, objects[rows]] = np.nan
+        columns[rows, 1] = np.where(np.isnan(ratios[rows]), -np.inf, ratios[rows]).max(1, initial=-np.inf)
+        return np.where(np.isfinite(columns), columns, 0.0)
 
 
-class VisualConsistency(Grouped):
-    """Another classifier that reads, before its own columns, what ``GroundingClassifier`` makes of the last ones.
+class VisualConsistency(GroupedEstimator):
+    """A classifier whose first columns are the output of ``GroundingClassifier`` on the last ones.
 
-    It learns from columns that were made without the row's image, since a sight knows the places that it has learned
-    from too well.
+    It is fitted on cross-fitted columns, made without the row's image, because a ``GroundingClassifier`` is
+    overconfident on its own training mentions.
 
     Args:
-        classifier: any of ``make_estimator`` or ``Factored``.
-        size: number of the last columns, those of ``GroundingClassifier``.
+        classifier: unfitted result of ``make_estimator``, or ``Factored``.
+        size: number of last columns, which ``GroundingClassifier`` reads.
         objects: as in ``GroundingClassifier``.
         C: inverse regularisation strength of the classifier; None chooses it in inner folds.
     """
@@ -128,18 +139,20 @@ class VisualConsistency(Grouped):
         self.classifier, self.size, self.objects, self.C = classifier, size, objects, C
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> VisualConsistency:
-        """Learns from (rows, own columns, dimensions, object), labels and image ids."""
-        own, places = X[:, : -self.size], X[:, -self.size :]
-        self.grounding_ = GroundingClassifier(self.objects).fit(places, y)
+        """Fit on (rows, own columns + dimensions + object), labels and image ids."""
+        own, evidence = X[:, : -self.size], X[:, -self.size :]
+        self.grounding_ = GroundingClassifier(self.objects).fit(evidence, y)
         folds = inner_folds(groups, y)
         if folds is None:
-            made = self.grounding_.transform(places)
+            grounding = self.grounding_.transform(evidence)
         else:
-            made = np.zeros((len(X), len(COLUMNS)))
-            for learn, rest in folds:
-                made[rest] = GroundingClassifier(self.objects).fit(places[learn], y[learn]).transform(places[rest])
-        matrix, classifier = np.hstack([made, own]), clone(self.classifier)
-        if isinstance(classifier, Grouped):
+            grounding = np.zeros((len(X), len(COLUMNS)))
+            for train, test in folds:
+                fitted = GroundingClassifier(self.objects).fit(evidence[train], y[train])
+                grounding[test] = fitted.transform(evidence[test])
+        matrix, classifier = np.hstack([grounding, own]), clone(self.classifier)
+        self.classifier_: Classifier | GroupedEstimator
+        if isinstance(classifier, GroupedEstimator):
             self.classifier_ = classifier.fit(matrix, y, groups)
         elif self.C is None:
             self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
@@ -148,48 +161,52 @@ class VisualConsistency(Grouped):
         return self
 
     def restore(self, arrays: Arrays, columns: int) -> VisualConsistency:
-        """As ``Grouped.restore``."""
+        """Restore the fitted state; see ``GroupedEstimator.restore``."""
         self.grounding_ = GroundingClassifier(self.objects).restore(arrays.under("grounding"), self.size - 1)
-        self.classifier_ = restored(self.classifier, arrays.under("classifier"), columns - self.size + len(COLUMNS))
+        self.classifier_ = restore_estimator(
+            self.classifier, arrays.under("classifier"), columns - self.size + len(COLUMNS)
+        )
         return self
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As ``Grouped.arrays``."""
-        return prefixed("grounding", self.grounding_.arrays()) | prefixed("classifier", self.classifier_.arrays())
+        """Return the fitted state; see ``GroupedEstimator.arrays``."""
+        return add_prefix("grounding", self.grounding_.arrays()) | add_prefix("classifier", self.classifier_.arrays())
 
     @property
     def C_(self) -> float | None:
-        """As ``Grouped.C_``, of the classifier."""
+        """Inverse regularisation strength C of the classifier."""
         own = self.classifier_
-        return own.C_ if isinstance(own, Grouped) else own.C
+        return own.C_ if isinstance(own, GroupedEstimator) else own.C
 
-    def joined(self, X: np.ndarray) -> np.ndarray:
-        """(rows, 2 + own columns) what the classifier reads."""
+    def join_inputs(self, X: np.ndarray) -> np.ndarray:
+        """Build the classifier's inputs, (rows, 2 + own columns)."""
         return np.hstack([self.grounding_.transform(X[:, -self.size :]), X[:, : -self.size]])
 
     def log_probabilities(self, X: np.ndarray) -> np.ndarray:
-        """(rows, objects + 1) as ``GroundingClassifier.log_probabilities``."""
+        """Compute log-probabilities, (rows, objects + 1); see ``GroundingClassifier.log_probabilities``."""
         return self.grounding_.log_probabilities(X[:, -self.size : -1])
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """(rows,) log-odds of hallucination."""
-        return self.classifier_.decision_function(self.joined(X))
+        """Compute the log-odds of hallucination, (rows,)."""
+        return self.classifier_.decision_function(self.join_inputs(X))
 
 
-def most_likely(looks: np.ndarray, objects: Sequence[str], count: int = 3) -> list[tuple[NamedProbability, ...]]:
-    """The most probable looks of every place.
+def most_likely(
+    log_probabilities: np.ndarray, objects: Sequence[str], count: int = 3
+) -> list[tuple[NamedProbability, ...]]:
+    """Return the most probable objects of every row.
 
     >>> most_likely(np.log([[0.2, 0.7, 0.1]]), ["cup", "fork"], 2)
     [(('fork', 0.7), ('cup', 0.2))]
 
     Args:
-        looks: (rows, objects + 1) log-probabilities, the last one of nothing known.
-        objects: their names.
-        count: at most so many for a row; what was never seen in training is left out.
+        log_probabilities: (rows, objects + 1), in nats, the last column for no known object.
+        objects: names of the objects.
+        count: maximum number of objects per row; those never seen in training are left out.
     """
     names = [*objects, None]
-    best = np.argsort(-looks, axis=1, kind="stable")[:, :count]
+    best = np.argsort(-log_probabilities, axis=1, kind="stable")[:, :count]
     return [
-        tuple((names[at], float(np.exp(row[at]))) for at in order if np.isfinite(row[at]))
-        for row, order in zip(looks, best, strict=True)
+        tuple((names[index], float(np.exp(row[index]))) for index in order if np.isfinite(row[index]))
+        for row, order in zip(log_probabilities, best, strict=True)
     ]

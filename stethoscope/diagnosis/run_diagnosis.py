@@ -354,10 +354,10 @@ def _score(
     """Compute the verdict on every token, and on every mention by its index."""
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
     table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
-    rows = detector.rows(table, judged=False)
+    rows = detector.select_mentions(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     row_verdicts = _verdicts(detector, rows)
-    mention_verdicts = [row_verdicts[row] for row in detector.deciding(rows)]
+    mention_verdicts = [row_verdicts[row] for row in detector.deciding_rows(rows)]
     indices = rows["mention_index"].astype(int).tolist()
     return tuple(_verdicts(detector, table)), dict(zip(indices, mention_verdicts, strict=True))
 

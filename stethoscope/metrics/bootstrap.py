@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stethoscope.tasks.base import Totals
+
+Name = TypeVar("Name", bound=Hashable)
 
 REPLICATES = 1000
 CHUNK = 100  # replicates at a time: few enough for the weights of some thousand items to stay in the cache
@@ -106,7 +108,7 @@ class Resamples:
         """Return the weight of every item in each replicate of a chunk, (replicates, n)."""
         return np.ascontiguousarray(self.counts[chunk].T, dtype=np.float64)[self.index].T
 
-    def apply(self, function: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def apply(self, function: Callable[[np.ndarray], Mapping[Name, np.ndarray]]) -> dict[Name, np.ndarray]:
         """Evaluate a function of item weights on all replicates.
 
         Args:

@@ -332,7 +332,7 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
         return []
     mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
     table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
-    rows = detector.rows(keep_columns(table, detector.schema.names))
+    rows = detector.select_mentions(keep_columns(table, detector.schema.names))
     labels, resamples = rows["label"].to_numpy(dtype=int), group_weights(rows["group"].to_numpy(), REPLICATES, seed)
     generator = np.random.default_rng(seed)
 

@@ -106,7 +106,7 @@ def test_a_promise_is_printed_kept_in_the_manifest_and_used(run, stethoscope):
 
 def test_a_promise_that_cannot_be_given_is_one_line(run, stethoscope):
     line = stethoscope("train", f"run={run}", "detector.threshold={max_false_alarms: 0.01}")
-    assert "no threshold can promise at most 0.01 of the grounded mentions get a warning" in line
+    assert "no threshold can guarantee at most 0.01 of the grounded mentions get a warning" in line
     assert "are needed" in line
     assert "did you mean 'max_missed'" in stethoscope("train", f"run={run}", "detector.threshold={max_mised: 0.1}")
 

@@ -149,7 +149,7 @@ def test_any_numbers_that_are_let_through_give_probabilities(saved, tmp_path, ki
                 )
 
     detector = Detector.load(forge(saved / kind, tmp_path / "wild", change))
-    rows = detector.rows(with_places(TRAIN) if kind == "sighted" else TRAIN)
+    rows = detector.select_mentions(with_places(TRAIN) if kind == "sighted" else TRAIN)
     rows.loc[rows.index[:20], "mass"] = np.nan
     with np.errstate(all="raise", under="ignore"):
         probabilities = detector.predict(rows)
@@ -206,7 +206,7 @@ def test_a_manifest_of_brackets_and_one_that_is_no_file_are_refused(saved, tmp_p
 
 
 def test_files_that_are_too_large_are_not_read(saved, monkeypatch):
-    monkeypatch.setattr(artifact, "LARGEST", 1000)
+    monkeypatch.setattr(artifact, "MAX_BYTES", 1000)
     assert "more than 1000 bytes" in refused(saved / "logistic")
 
 
@@ -229,7 +229,7 @@ def test_bad_detectors_among_runs_are_passed_over_with_a_warning_each(saved, tmp
     os.utime(bad / artifact.MANIFEST, (2e9, 2e9))  # the newest
     (tmp_path / "broken" / "detector").mkdir(parents=True)
     (tmp_path / "broken" / "detector" / artifact.MANIFEST).write_text("{")
-    with pytest.warns(UserWarning, match="passed over a detector") as caught:
+    with pytest.warns(UserWarning, match="skipped a detector") as caught:
         assert detectors_for_model(tmp_path, fingerprint) == [tmp_path / "good" / "detector"]
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2

@@ -36,7 +36,7 @@ def test_evidence_and_prior_add_up_to_the_probability(kind):
     why = detector.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
     assert (why.probability == detector.predict(TEST)).all()
-    assert (why.pushes is None) == (kind != "logistic")
+    assert (why.contributions is None) == (kind != "logistic")
     assert classification.ece(LABELS, why.probability) < 0.05
     assert classification.auroc(LABELS, why.probability) > 0.8
 
@@ -75,17 +75,17 @@ def test_without_evidence_the_prior_decides(factored):
 def test_pushes_add_up_to_the_evidence(factored, plain):
     for detector in (factored, plain):
         why = detector.explain(TEST)
-        assert list(why.pushes.columns) == [*detector.features, REST]
-        assert why.pushes.sum(axis=1).to_numpy() == pytest.approx(why.evidence, abs=1e-9)
+        assert list(why.contributions.columns) == [*detector.features, REST]
+        assert why.contributions.sum(axis=1).to_numpy() == pytest.approx(why.evidence, abs=1e-9)
         high = TEST.assign(nll=TEST["nll"] + 1)
         moved = detector.explain(high)
-        change = moved.pushes["nll"] - why.pushes["nll"]
+        change = moved.contributions["nll"] - why.contributions["nll"]
         assert change.to_numpy() == pytest.approx(moved.evidence - why.evidence, abs=1e-9)
         assert change.median() > 0
         strongest = why.top(0, count=2)
         assert len(strongest) == 2
         assert abs(strongest[0][1]) >= abs(strongest[1][1])
-        assert why.pushes.loc[0, strongest[0][0]] == strongest[0][1]
+        assert why.contributions.loc[0, strongest[0][0]] == strongest[0][1]
 
 
 def test_a_missing_value_pushes_under_its_own_name():
@@ -93,8 +93,8 @@ def test_a_missing_value_pushes_under_its_own_name():
     detector = Detector().fit(TRAIN.assign(mass=TRAIN["mass"].where(~holes)), CALIBRATION)
     gappy = TEST.assign(mass=np.float32(np.nan))
     why = detector.explain(gappy)
-    assert why.pushes.sum(axis=1).to_numpy() == pytest.approx(why.evidence, abs=1e-9)
-    assert why.pushes["mass"].nunique() == 1
+    assert why.contributions.sum(axis=1).to_numpy() == pytest.approx(why.evidence, abs=1e-9)
+    assert why.contributions["mass"].nunique() == 1
 
 
 def test_a_plain_detector_takes_the_base_rate_for_its_prior(plain, tmp_path):

@@ -53,5 +53,5 @@ def test_isotonic_steps_are_those_of_the_regression():
     examples = Examples(X[:300], labels[:300], np.arange(300)), Examples(X[300:], labels[300:], np.arange(300, 600))
     fitted = CalibratedModel.fit(make_estimator("logistic"), *examples, method="isotonic", C=1.0)
     scores = np.linspace(-9, 9, 1001)
-    regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(fitted.unseen, labels[300:])
+    regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(fitted.held_out_scores, labels[300:])
     assert fitted.calibrate(scores) == pytest.approx(regression.predict(scores), rel=0, abs=1e-12)

@@ -13,7 +13,7 @@ from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import Constant, PositionOnly, TextPrior, baselines
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.leaderboard import AREAS, METRICS, leaderboard
+from stethoscope.detection.leaderboard import AREAS, METRICS, build_leaderboard
 from stethoscope.detection.training import ablate, feature_groups, train_detector
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Interval, split_groups
@@ -163,7 +163,7 @@ def test_a_test_fold_of_one_kind_is_refused():
     folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS)
     one_kind = TABLE.assign(label=np.where(folds["test"] & (TABLE["label"] == 1), -1, TABLE["label"]))
     with pytest.raises(DataError, match="of 1 kinds"):
-        leaderboard(one_kind, {}, folds)
+        build_leaderboard(one_kind, {}, folds)
     with pytest.raises(ConfigError, match="add up to 1"):
         train_detector(TABLE, Detector(), fractions=(0.5, 0.5, 0.5))
 
@@ -225,7 +225,7 @@ def test_recall_at_precision_is_that_of_the_best_threshold(trained):
 
 def test_detectors_side_by_side_are_compared_in_pairs():
     beside = {"blind": Detector(features=["noise"]), "boosting": Detector("boosting")}
-    results = train_detector(TABLE, Detector(), seed=1, replicates=200, beside=beside).results.to_dict()
+    results = train_detector(TABLE, Detector(), seed=1, replicates=200, compare_with=beside).results.to_dict()
     kinds = {row["name"]: row["kind"] for row in results["leaderboard"]["rows"]}
     assert [name for name, kind in kinds.items() if kind == "detector"] == ["detector", "blind", "boosting"]
     blind, boosting = difference(results, "blind", "auroc"), difference(results, "boosting", "auroc")
@@ -236,9 +236,9 @@ def test_detectors_side_by_side_are_compared_in_pairs():
     assert boosting["p"] > 0.02
     assert boosting["low"] < 0 < boosting["high"] or abs(boosting["value"]) < 0.05
     with pytest.raises(ConfigError, match="no mentions in common"):
-        train_detector(TABLE, Detector(), replicates=5, beside={"other": Detector(repeats="all")})
-    with pytest.raises(ConfigError, match="cannot have its name"):
-        train_detector(TABLE, Detector(), beside={"detector": Detector()})
+        train_detector(TABLE, Detector(), replicates=5, compare_with={"other": Detector(repeats="all")})
+    with pytest.raises(ConfigError, match="name of the main one"):
+        train_detector(TABLE, Detector(), compare_with={"detector": Detector()})
 
 
 def test_ablation_says_what_a_group_is_worth():

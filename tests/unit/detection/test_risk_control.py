@@ -162,13 +162,13 @@ def test_the_number_of_images_needed_is_where_a_faultless_detector_passes():
         return certify(labels + 0.0, labels, groups, promise, known)
 
     assert perfect(needed).observed == 0
-    with pytest.raises(DataError, match="no threshold can promise"):
+    with pytest.raises(DataError, match="no threshold"):
         perfect(needed - 1)
 
 
 def test_a_detector_that_is_sure_of_what_is_wrong_gets_no_threshold():
     _, labels, groups = images(300, seed=9)
-    with pytest.raises(DataError, match="only a threshold of no use"):
+    with pytest.raises(DataError, match="only a useless threshold"):
         certify(np.where(labels == 0, 5.0, 0.0), labels, groups, RiskGuarantee("max_false_alarms", 0.1), np.array([8]))
 
 
@@ -189,7 +189,7 @@ def test_wrong_promises_are_named(wanted, message):
 
 
 def test_settings_that_cannot_promise_are_refused():
-    with pytest.raises(ConfigError, match="should be f1 or a promise"):
+    with pytest.raises(ConfigError, match="should be f1 or"):
         Detector(threshold="best")
     with pytest.raises(ConfigError, match="use platt or none"):
         Detector(calibration="isotonic", threshold={"max_missed": 0.1})
@@ -197,7 +197,7 @@ def test_settings_that_cannot_promise_are_refused():
         Detector(threshold={"max_missed": 0.2}).fit(token_table(100))
     train, calibration = halves(token_table(60))
     with pytest.raises(
-        DataError, match=r"no threshold can promise at most 0\.01 of the grounded mentions get a warning"
+        DataError, match=r"no threshold can guarantee at most 0\.01 of the grounded mentions get a warning"
     ):
         Detector(threshold={"max_false_alarms": 0.01}).fit(train, calibration)
 

@@ -10,7 +10,7 @@ from scipy.special import expit
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
-from stethoscope.detection.design_matrix import told_apart
+from stethoscope.detection.design_matrix import frequent_objects
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.visual_consistency import COLUMNS, GroundingClassifier
@@ -63,16 +63,16 @@ def test_it_works_beside_the_prior():
     detector = Detector(factored=True, C=0.1).fit(TRAIN, CALIBRATION)
     why = detector.explain(TEST)
     assert expit(why.evidence + why.prior) == pytest.approx(detector.predict(TEST), abs=1e-12)
-    assert list(why.pushes)[:2] == list(COLUMNS)
+    assert list(why.contributions)[:2] == list(COLUMNS)
     moved = TEST.assign(**{name: -TEST[name] for name in PLACES})
     assert (detector.explain(moved).prior == why.prior).all()
 
 
 def test_explanations_name_it_and_add_up():
     why = Detector(C=0.1).fit(TRAIN, CALIBRATION).explain(TEST)
-    assert list(why.pushes)[:2] == list(COLUMNS)
-    assert why.pushes.sum(axis=1).to_numpy() == pytest.approx(why.evidence)
-    assert why.pushes["grounding_named"].abs().mean() > why.pushes["noise"].abs().mean()
+    assert list(why.contributions)[:2] == list(COLUMNS)
+    assert why.contributions.sum(axis=1).to_numpy() == pytest.approx(why.evidence)
+    assert why.contributions["grounding_named"].abs().mean() > why.contributions["noise"].abs().mean()
 
 
 def test_a_name_that_was_never_seen_has_no_sight():
@@ -133,7 +133,7 @@ def test_a_handful_of_images_is_enough_to_fit(images):
 
 def test_objects_are_counted_by_their_mentions():
     rows = pd.DataFrame({"object": ["dog"] * 6 + ["cat"] * 5, "first": [True] + [False] * 5 + [True] * 5})
-    assert told_apart(rows) == ("cat",)
+    assert frequent_objects(rows) == ("cat",)
 
 
 def test_it_tells_what_every_place_looks_like():

@@ -59,7 +59,7 @@ def test_it_warns_of_what_is_not_there(adapter, tmp_path):
     names = FeatureSet()  # those of features=default
     task.samples = lambda samples=task.samples: list(samples())[1000:]
     Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
-    rows = detector.rows(RunStore(tmp_path).tokens("chair"))
+    rows = detector.select_mentions(RunStore(tmp_path).tokens("chair"))
     labels, found = rows["label"].to_numpy(), detector.predict(rows)
     assert classification.auroc(labels, found) > 0.8
     assert np.mean(found[labels == 1]) > np.mean(found[labels == 0]) + 0.2
