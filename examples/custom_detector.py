@@ -24,7 +24,7 @@ class FewColumns(Detector):
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> "FewColumns":
         """Choose the columns, then fit on these alone."""
-        rows = self.rows(train)  # one row for every mention that has a label
+        rows = self.select_mentions(train)  # one row for every mention that has a label
         labels = rows["label"].to_numpy(dtype=int)
         names = [name for name in feature_names(rows) if rows[name].notna().all()]
         deviations = [abs(auroc(labels, rows[name].to_numpy(dtype=float)) - 0.5) for name in names]

@@ -132,7 +132,7 @@ def test_a_handful_of_images_is_enough_to_fit(images):
 
 
 def test_objects_are_counted_by_their_mentions():
-    rows = pd.DataFrame({"object": ["dog"] * 6 + ["cat"] * 5, "first": [True] + [False] * 5 + [True] * 5})
+    rows = pd.DataFrame({"object": ["dog"] * 6 + ["cat"] * 5, "is_first_subtoken": [True] + [False] * 5 + [True] * 5})
     assert frequent_objects(rows) == ("cat",)
 
 
