@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it would find only what lies beside it
+
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.cli import TERMINATED
 from stethoscope.core.errors import StethoscopeError

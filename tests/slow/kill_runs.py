@@ -45,7 +45,10 @@ START = 6.0
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 IMPORTED = [
     *(f"stethoscope.commands.{name}" for name in ("evaluate", "extract", "train", "benchmark")),
-    *(f"stethoscope.{name}" for name in ("adapters.testbed", "evaluator", "tasks.chair", "tasks.pope", "features")),
+    *(
+        f"stethoscope.{name}"
+        for name in ("adapters.testbed", "evaluation.evaluator", "tasks.chair", "tasks.pope", "features")
+    ),
     *(
         "stethoscope.detection.detector",
         "stethoscope.detection.training",
