@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
-    from stethoscope.evaluation.state import Run
+    from stethoscope.evaluation.state import RunState
     from stethoscope.loggers.base import Loggers
     from stethoscope.tasks.base import Task
 
@@ -55,7 +55,7 @@ class SaveConfig(Callback):
         """Store the composed configuration."""
         self.config = config
 
-    def on_task_start(self, run: Run) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Write ``config.yaml`` and ``overrides.yaml`` before the first sample."""
         if run.store is not None:
             run.store.write_config(self.config, overrides())

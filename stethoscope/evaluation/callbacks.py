@@ -29,7 +29,7 @@ from stethoscope.tracing.token_spans import token_regions
 if TYPE_CHECKING:
     from stethoscope.core.types import Sample
     from stethoscope.evaluation.results import TaskResults
-    from stethoscope.evaluation.state import Run
+    from stethoscope.evaluation.state import RunState
     from stethoscope.storage.records import Record
     from stethoscope.tracing.trace import Trace
 
@@ -44,28 +44,28 @@ class Callback:
 
     first_only: bool = False
 
-    def on_run_start(self, run: Run) -> None:
+    def on_run_start(self, run: RunState) -> None:
         """Called first, before task and model are set up."""
 
-    def on_task_start(self, run: Run) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Called when task and model are set up and it is known which samples are left to do."""
 
-    def on_batch_start(self, run: Run, samples: Sequence[Sample]) -> None:
+    def on_batch_start(self, run: RunState, samples: Sequence[Sample]) -> None:
         """Called before a batch is encoded."""
 
-    def on_trace(self, run: Run, sample: Sample, trace: Trace) -> None:
+    def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:
         """Called when an answer has been traced, before its features are computed."""
 
-    def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
+    def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Called when the records of a batch are on disk."""
 
-    def on_task_end(self, run: Run, results: TaskResults) -> None:
+    def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Called when the results are computed, stored and logged."""
 
-    def on_run_end(self, run: Run, results: TaskResults) -> None:
+    def on_run_end(self, run: RunState, results: TaskResults) -> None:
         """Called last, if nothing failed."""
 
-    def on_exception(self, run: Run, error: BaseException) -> None:
+    def on_exception(self, run: RunState, error: BaseException) -> None:
         """Called when an error or Ctrl-C ends the run, before it is raised again."""
 
 
@@ -79,7 +79,7 @@ class Progress(Callback):
         self.every = every
         self._bar: Any = None
 
-    def on_task_start(self, run: Run) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Starts the bar."""
         self._console = console(stderr=True)
         self._started = self._said = time.monotonic()
@@ -87,10 +87,12 @@ class Progress(Callback):
             self._start_bar(run)
         else:
             before = f", {run.resumed} of them need nothing more" if run.resumed else ""
-            among = f" for the first of {run.processes.count} processes" if run.processes.several else ""
+            among = (
+                f" for the first of {run.distributed.world_size} processes" if run.distributed.is_distributed else ""
+            )
             self._say(f"{run.task.name}: {run.total} samples{among}{before}")
 
-    def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
+    def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Moves the bar on."""
         if self._bar is not None:
             self._bar.update(self._line, completed=run.done, rate=self._rate(run), failed=self._failed(run))
@@ -101,18 +103,18 @@ class Progress(Callback):
                 f"{run.task.name}: {run.done}/{run.total}, {self._rate(run)}, {_duration(left)} left{self._failed(run)}"
             )
 
-    def on_task_end(self, run: Run, results: TaskResults) -> None:
+    def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Ends the bar."""
         if self._bar is None:
             seconds = _duration(time.monotonic() - self._started)
             self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}, {self._rate(run)}{self._failed(run)}")
         self._stop()
 
-    def on_exception(self, run: Run, error: BaseException) -> None:
+    def on_exception(self, run: RunState, error: BaseException) -> None:
         """Leaves the terminal as it was."""
         self._stop()
 
-    def _start_bar(self, run: Run) -> None:
+    def _start_bar(self, run: RunState) -> None:
         from rich import progress
 
         self._bar = progress.Progress(
@@ -139,13 +141,13 @@ class Progress(Callback):
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _speed(self, run: Run) -> float:
+    def _speed(self, run: RunState) -> float:
         return (run.done - run.resumed) / max(time.monotonic() - self._started, 1e-9)
 
-    def _rate(self, run: Run) -> str:
+    def _rate(self, run: RunState) -> str:
         return f"{self._speed(run):.1f} samples/s"
 
-    def _failed(self, run: Run) -> str:
+    def _failed(self, run: RunState) -> str:
         return f", {run.failed} failed" if run.failed else ""
 
 
@@ -158,11 +160,11 @@ class Timing(Callback):
         """Stores how many seconds lie between points of the curve, which is thus never what costs the time."""
         self.every = every
 
-    def on_task_start(self, run: Run) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Starts the clock."""
         self._started = self._logged = time.monotonic()
 
-    def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
+    def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Logs the rate so far in this sitting."""
         now = time.monotonic()
         if now - self._logged >= self.every or run.done == run.total:
@@ -170,7 +172,7 @@ class Timing(Callback):
             seconds = max(now - self._started, 1e-9)
             run.log({"progress/samples_per_second": (run.done - run.resumed) / seconds}, step=run.done)
 
-    def on_task_end(self, run: Run, results: TaskResults) -> None:
+    def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Logs seconds by stage and the rate over all of them, including earlier sittings."""
         total = sum(results.seconds.values())
         figures = {f"seconds/{stage}": seconds for stage, seconds in results.seconds.items()}
@@ -192,15 +194,15 @@ class SampleTable(Callback):
         self.count = count
         self._records: list[Record] = []
 
-    def on_task_start(self, run: Run) -> None:
+    def on_task_start(self, run: RunState) -> None:
         """Forgets the task before."""
         self._records = []
 
-    def on_batch_end(self, run: Run, records: Sequence[Record]) -> None:
+    def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Keeps the first records."""
         self._records.extend(records[: max(self.count - len(self._records), 0)])
 
-    def on_task_end(self, run: Run, results: TaskResults) -> None:
+    def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Logs the table; a resumed run reads the records of its earlier sittings."""
         stored = run.store.records(run.task.name) if run.store is not None else self._records
         rows = [
@@ -254,7 +256,7 @@ class SaveHeatmaps(Callback):
                 raise ConfigError(f"callbacks.maps.{name}={value} should be at least 1 and at most {MAX_SIDE}")
         self.pictures, self.side, self.cells = pictures, side, cells
 
-    def on_trace(self, run: Run, sample: Sample, trace: Trace) -> None:
+    def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:
         """Keeps what belongs to one answer, before its record is on disk: maps without a record do no harm."""
         answer = trace.answer
         covering = [answer.covering(one.start, one.end)[:1] for one in run.task.mentions(sample, answer)]
@@ -272,13 +274,13 @@ class SaveHeatmaps(Callback):
                 small.thumbnail((self.side, self.side))
             HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
 
-    def on_task_end(self, run: Run, results: TaskResults) -> None:
+    def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Removes what samples that were traced again have left behind."""
-        if run.store is not None and run.processes.first:
+        if run.store is not None and run.distributed.is_main_process:
             HeatmapFile(run.store.run_dir).compact()
 
     def _maps(
-        self, run: Run, trace: Trace, size: tuple[int, int], tokens: Sequence[int]
+        self, run: RunState, trace: Trace, size: tuple[int, int], tokens: Sequence[int]
     ) -> dict[int, np.ndarray]:  # fmt: skip
         """uint8 maps of some tokens; none where there is no relevancy, or it has no place in the picture."""
         relevancy = trace.relevancy

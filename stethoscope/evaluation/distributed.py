@@ -1,9 +1,9 @@
-"""Several processes that do one run together, as ``torchrun`` and ``accelerate launch`` start them.
+"""Share one run among the processes that ``torchrun`` or ``accelerate launch`` starts.
 
-Every process answers the samples whose ids fall to it and keeps their records in files of its own in the run directory;
-the first process opens the run, puts the files together at its end, and does all that is done once. Between these two
-moments nobody waits for anybody, and nothing but short texts is exchanged, on the CPU, so that it does not matter what
-devices the models are on.
+Every rank answers the samples that it owns and writes their records to files of its own in the run directory. The main
+process opens the run, merges the files at its end, and does everything that is done once. Between these two moments no
+rank waits for another, and only short JSON texts are exchanged, over gloo on the CPU, so the models' devices do not
+matter.
 """
 
 from __future__ import annotations
@@ -25,227 +25,243 @@ from typing import Any
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.launch import HINT, env_int, rank, world_size
 
-PATIENCE = timedelta(days=30)
-"""How long a process that is done waits for the others. Shares of a run may end hours apart. A process that dies is
-noticed at once by its closed connection, and a machine that vanishes by the launcher, so this is no watch on them."""
+COLLECTIVE_TIMEOUT = timedelta(days=30)
+"""How long a finished rank waits for the others, because ranks may end hours apart. A process that dies is noticed at
+once by its closed connection, and a machine that vanishes by the launcher, so this limit is no watchdog."""
 
 
 MEETING_MINUTES = 10.0
-"""How long the first meeting may take by default. It comes before any model is loaded, so that it takes no longer than
-a launcher needs for its last process; variables left over from another launch end here."""
+"""Default limit on connecting the ranks. It happens before any model is loaded, so it takes no longer than a launcher
+needs for its last process; a process started with variables left over from another launch stops here."""
 
-_POLL, _SILENT = 0.1, 3.0  # seconds between two looks, and before it is said whom a process waits for
-_STORE_TIMEOUT = timedelta(seconds=60)  # of one question to the table of keys
-_WAITING = "stethoscope-waiting"
+_POLL, _SILENT = 0.1, 3.0  # seconds between two checks, and before the missing ranks are reported
+_STORE_TIMEOUT = timedelta(seconds=60)  # of one request to the key-value store
+_THREAD_NAME = "stethoscope-waiting"
 
 
-class Ended(SystemExit):
-    """Another process has failed and tells why; this one ends without a word."""
+class PeerFailed(SystemExit):
+    """Raised on all other ranks after one rank has reported an error; exits with status 2 silently."""
 
     def __init__(self) -> None:
         super().__init__(2)
 
 
-class Processes:
-    """The processes of a run.
+class DistributedState:
+    """Rank of this process among those that share a run.
+
+    Args:
+        rank: index of this process, from 0.
+        world_size: number of processes.
 
     Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-        stop: file by which a process that fails ends the others; None until a run directory has been accepted.
+        rank: as given.
+        world_size: as given.
+        stop_file: file by which a rank that fails stops the others; None until a run directory has been accepted.
     """
 
-    def __init__(self, rank: int, count: int) -> None:
-        """Stores who this is; see ``joined`` for the processes of this launch."""
-        self.rank, self.count = rank, count
-        self.stop: Path | None = None
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.stop_file: Path | None = None
 
     @property
-    def several(self) -> bool:
-        """Whether there is any other process."""
-        return self.count > 1
+    def is_distributed(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world_size > 1
 
     @property
-    def first(self) -> bool:
-        """Whether this process does what is done once."""
+    def is_main_process(self) -> bool:
+        """Whether this process does what is done once per run."""
         return self.rank == 0
 
-    def meet(self, minutes: float = MEETING_MINUTES) -> None:
-        """Connect to the other processes; does nothing where that is done, or there are none.
+    def connect(self, minutes: float = MEETING_MINUTES) -> None:
+        """Connect to the other ranks; do nothing where this is done, or there are none.
 
         Args:
-            minutes: how long to wait for all to come.
+            minutes: how long to wait for all ranks.
 
         Raises:
-            CapabilityError: not all have come in time.
-            ConfigError: the launcher has not said where to meet.
+            CapabilityError: not all ranks have arrived in time.
+            ConfigError: the launcher has not set an address.
         """
-        if not self.several:
+        if not self.is_distributed:
             return
         import torch.distributed
 
         if torch.distributed.is_initialized():
             return
-        meeting = Meeting(self.rank, self.count, minutes)
-        store = meeting.store()
-        meeting.complete(store)
-        options = {"store": store, "rank": self.rank, "world_size": self.count, "timeout": PATIENCE}
+        rendezvous = Rendezvous(self.rank, self.world_size, minutes)
+        store = rendezvous.open_store()
+        rendezvous.wait_for_all(store)
+        options = {"store": store, "rank": self.rank, "world_size": self.world_size, "timeout": COLLECTIVE_TIMEOUT}
         try:
-            patiently(lambda: torch.distributed.init_process_group("gloo", **options))
+            call_interruptibly(lambda: torch.distributed.init_process_group("gloo", **options))
         except (RuntimeError, ValueError) as error:
             raise CapabilityError(f"process {self.rank} cannot reach the others: {_line(error)}") from None
         atexit.register(_leave)
 
-    def takes(self, sample_id: str) -> bool:
-        """Whether a sample falls to this process; goes by the id alone, not by order or number of samples."""
-        if not self.several:
+    def owns(self, sample_id: str) -> bool:
+        """Decide whether this rank answers a sample; by the id alone, not by order or number of samples."""
+        if not self.is_distributed:
             return True
-        number = int.from_bytes(hashlib.sha256(sample_id.encode(errors="surrogatepass")).digest()[:8], "big")
-        return number % self.count == self.rank
+        hashed = int.from_bytes(hashlib.sha256(sample_id.encode(errors="surrogatepass")).digest()[:8], "big")
+        return hashed % self.world_size == self.rank
 
-    def share(self, value: Any) -> list[Any]:
-        """What every process says at this point, in the order of their numbers; all must call it.
+    def all_gather(self, value: Any) -> list[Any]:
+        """Collect a value from every rank, in the order of ranks; all ranks must call this.
 
         Args:
             value: of plain JSON types.
 
         Raises:
-            Ended: a process has failed.
-            CapabilityError: a process has gone.
+            PeerFailed: another rank has failed.
+            CapabilityError: a process has died.
         """
-        if not self.several:
+        if not self.is_distributed:
             return [value]
-        self.meet()
+        self.connect()
         try:
-            return [json.loads(text) for text in patiently(lambda: self._gather(json.dumps(value).encode()))]
+            return [
+                json.loads(text) for text in call_interruptibly(lambda: self._gather_bytes(json.dumps(value).encode()))
+            ]
         except RuntimeError as error:
-            self.check()
+            self.stop_if_failed()
             raise CapabilityError(f"a process of the run has gone ({_line(error)})") from None
 
-    def _gather(self, data: bytes) -> list[bytes]:
-        """Exchange some bytes with all others; waits in C++."""
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        """Collect some bytes from every rank; waits in C++."""
         import torch
         from torch.distributed import all_gather
 
         text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         all_gather(sizes, torch.tensor([len(text)]))
         longest = max(int(size) for size in sizes)
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
         return [bytes(text[: int(size)].tolist()) for text, size in zip(texts, sizes, strict=True)]
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """A block that fails for all processes if it fails for one, whose error is told; nothing is shared within.
+    def sync_errors(self) -> Iterator[None]:
+        """Run a block on every rank, as a barrier: if it fails on one rank, it fails on all; no collectives inside.
 
         Raises:
-            Ended: it has failed for another process, which tells why.
+            PeerFailed: it has failed on another rank, which reports the error.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
-            if not self.several:
+            if not self.is_distributed:
                 raise
             error = raised
-        failed = self.share(error is not None)
+        failed = self.all_gather(error is not None)
         if error is not None and failed.index(True) == self.rank:
             raise error
         if any(failed):
-            raise Ended from error
+            raise PeerFailed from error
 
-    def same(self, value: Any, what: str) -> None:
-        """Checks that all processes agree.
+    def check_equal(self, value: Any, what: str) -> None:
+        """Check that all ranks have the same value.
+
+        Args:
+            value: of plain JSON types.
+            what: its name, for the message.
 
         Raises:
-            ConfigError: they do not.
-            Ended: the first process tells of it.
+            ConfigError: they differ, on the main process.
+            PeerFailed: they differ, on the other ranks.
         """
-        values = self.share(value)
-        for number, other in enumerate(values):
+        values = self.all_gather(value)
+        for other_rank, other in enumerate(values):
             if other != values[0]:
-                if not self.first:
-                    raise Ended
+                if not self.is_main_process:
+                    raise PeerFailed
                 raise ConfigError(
-                    f"process {number} has another {what} than the first: {json.dumps(other)[:200]} instead of "
+                    f"process {other_rank} has another {what} than the first: {json.dumps(other)[:200]} instead of "
                     f"{json.dumps(values[0])[:200]}; all machines need the same files"
                 )
 
-    def check(self) -> None:
-        """Ends this process when another one has failed.
+    def stop_if_failed(self) -> None:
+        """Stop this process if another rank has failed.
 
         Raises:
-            Ended: it has.
+            PeerFailed: it has.
         """
-        if self.several and self.stop is not None and self.stop.exists():
-            raise Ended
+        if self.is_distributed and self.stop_file is not None and self.stop_file.exists():
+            raise PeerFailed
 
-    def fail(self) -> bool:
-        """Ends the other processes soon; whether this one was the first to fail."""
-        if not self.several or self.stop is None:
+    def report_failure(self) -> bool:
+        """Tell the other ranks to stop; return whether this rank was the first to fail."""
+        if not self.is_distributed or self.stop_file is None:
             return True
         try:
-            self.stop.parent.mkdir(exist_ok=True)
-            self.stop.touch(exist_ok=False)
+            self.stop_file.parent.mkdir(exist_ok=True)
+            self.stop_file.touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
 
-class Meeting:
-    """The first meeting of all processes of a launch, at the address that the launcher has given them."""
+class Rendezvous:
+    """Connects the ranks of a launch at the address that the launcher has set.
 
-    def __init__(self, rank: int, count: int, minutes: float) -> None:
-        """Read the address.
+    Args:
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        minutes: how long to wait for all ranks.
 
-        Raises:
-            ConfigError: the launcher has set none.
-        """
+    Raises:
+        ConfigError: the launcher has not set an address.
+    """
+
+    def __init__(self, rank: int, world_size: int, minutes: float) -> None:
         host = os.environ.get("MASTER_ADDR")
         port = env_int("MASTER_PORT", 0)
         if not host or not 0 < port < 65536:
             what = "MASTER_PORT from 1 to 65535" if host else "MASTER_ADDR"
-            raise ConfigError(f"WORLD_SIZE={count} without {what}, the place where processes meet; {HINT}")
-        self.rank, self.count, self.minutes, self.host, self.port = rank, count, minutes, host, port
-        self._begun, self._announced = time.monotonic(), False
+            raise ConfigError(f"WORLD_SIZE={world_size} without {what}, the address where processes meet; {HINT}")
+        self.rank, self.world_size, self.minutes, self.host, self.port = rank, world_size, minutes, host, port
+        self._started, self._announced = time.monotonic(), False
 
-    def store(self) -> Any:
-        """Open the table of keys that the first process, or else torchrun, keeps at the address."""
+    def open_store(self) -> Any:
+        """Open the key-value store that the main process, or else torchrun, hosts at the address."""
         from torch.distributed import PrefixStore, TCPStore
 
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        keeps = self.rank == 0 and not agent
-        while not keeps and not self._reachable():
+        is_host = self.rank == 0 and not agent
+        while not is_host and not self._reachable():
             self._wait([0], "has not been started" if not agent else "cannot be reached")
-        options = {"is_master": keeps, "wait_for_workers": False, "multi_tenant": True, "timeout": _STORE_TIMEOUT}
+        options = {"is_master": is_host, "wait_for_workers": False, "multi_tenant": True, "timeout": _STORE_TIMEOUT}
         try:
-            table = patiently(lambda: TCPStore(self.host, self.port, self.count, **options))
+            store = call_interruptibly(lambda: TCPStore(self.host, self.port, self.world_size, **options))
         except RuntimeError as error:
             raise CapabilityError(
-                f"process {self.rank} cannot use {self.host}:{self.port}, the place of the meeting: {_line(error)}"
+                f"process {self.rank} cannot use {self.host}:{self.port}, where processes meet: {_line(error)}"
             ) from None
-        return PrefixStore(f"stethoscope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", table)
+        return PrefixStore(f"stethoscope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-    def complete(self, store: Any) -> None:
-        """Wait until all processes have come.
+    def wait_for_all(self, store: Any) -> None:
+        """Wait until all ranks have arrived.
+
+        Args:
+            store: of ``open_store``.
 
         Raises:
-            CapabilityError: not all have come in time.
+            CapabilityError: not all have arrived in time.
         """
-        missing = list(range(self.count))
+        missing = list(range(self.world_size))
         try:
-            patiently(lambda: store.set(f"here/{self.rank}", "1"))
+            call_interruptibly(lambda: store.set(f"here/{self.rank}", "1"))
             while missing:
-                here = patiently(lambda: [store.check([f"here/{other}"]) for other in missing])  # noqa: B023
-                missing = [other for other, present in zip(missing, here, strict=True) if not present]
+                arrived = call_interruptibly(lambda: [store.check([f"here/{other}"]) for other in missing])  # noqa: B023
+                missing = [other for other, present in zip(missing, arrived, strict=True) if not present]
                 if missing:
                     self._wait(missing, "has not come")
         except RuntimeError as error:
             raise CapabilityError(f"process 0 has gone before all processes had come ({_line(error)})") from None
 
     def _reachable(self) -> bool:
-        """Whether somebody listens at the address; asked by Python, as C++ would be deaf to signals meanwhile."""
+        """Try to connect to the address; in Python, because C++ would block signals meanwhile."""
         try:
             socket.create_connection((self.host, self.port), timeout=2).close()
         except OSError:
@@ -253,14 +269,14 @@ class Meeting:
         return True
 
     def _wait(self, missing: Sequence[int], what: str) -> None:
-        """Wait a moment; say once whom for.
+        """Sleep a moment; report the missing ranks once.
 
         Raises:
             CapabilityError: the time is up.
         """
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        whom = f"process{'es' if len(missing) > 1 else ''} {shown} of {self.count} (numbered from 0)"
-        waited = time.monotonic() - self._begun
+        whom = f"process{'es' if len(missing) > 1 else ''} {shown} of {self.world_size} (numbered from 0)"
+        waited = time.monotonic() - self._started
         if waited > 60 * self.minutes:
             raise CapabilityError(
                 f"{whom} {what} at {self.host}:{self.port} within {self.minutes:g} minutes; {HINT}, or wait longer "
@@ -276,27 +292,27 @@ class Meeting:
         time.sleep(_POLL)
 
 
-def patiently(call: Callable[[], Any]) -> Any:
-    """Call something that may wait in C++, in a thread, so that this one hears signals meanwhile.
+def call_interruptibly(call: Callable[[], Any]) -> Any:
+    """Call a function that may wait in C++ in a thread, so that this one still handles signals.
 
     A signal leaves the thread behind; it ends with the process.
     """
-    outcome: list[Any] = []
+    results: list[Any] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            outcome.append(call())
+            results.append(call())
         except BaseException as error:  # raised again by the thread that waits for it
             errors.append(error)
 
-    thread = threading.Thread(target=work, name=_WAITING, daemon=True)
+    thread = threading.Thread(target=work, name=_THREAD_NAME, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_POLL)
     if errors:
         raise errors[0]
-    return outcome[0]
+    return results[0]
 
 
 def _line(error: BaseException) -> str:
@@ -304,20 +320,20 @@ def _line(error: BaseException) -> str:
 
 
 def _leave() -> None:
-    """Ends the connection's threads before the interpreter goes: C++ aborts a process in which one is left."""
+    """Close the connection before the interpreter exits: C++ aborts a process in which one of its threads is left."""
     import torch.distributed
 
-    waiting = any(thread.name == _WAITING for thread in threading.enumerate())
-    if torch.distributed.is_initialized() and not waiting:  # which would wait for the others once more
+    waiting = any(thread.name == _THREAD_NAME for thread in threading.enumerate())
+    if torch.distributed.is_initialized() and not waiting:  # closing would wait for the others once more
         torch.distributed.destroy_process_group()
 
 
-_joined: Processes | None = None
+_current: DistributedState | None = None
 
 
-def joined() -> Processes:
-    """The processes of this launch."""
-    global _joined
-    if _joined is None or (_joined.rank, _joined.count) != (rank(), world_size()):
-        _joined = Processes(rank(), world_size())
-    return _joined
+def current_state() -> DistributedState:
+    """Return the state of this process in its launch, always the same object."""
+    global _current
+    if _current is None or (_current.rank, _current.world_size) != (rank(), world_size()):
+        _current = DistributedState(rank(), world_size())
+    return _current

@@ -301,13 +301,14 @@ class SamplePipeline:
         if self.run.store is not None and records:
             self.run.store.append(records, {state.sample.id: state.rows for state in states if state.rows is not None})
         for record in records:
-            self.run.note(record)
+            self.run.record(record)
         return records
 
     def _check_hope(self, states: Sequence[SampleState]) -> None:
-        """Stops a run in which nothing works."""
-        several = self.run.processes.several  # a small share that fails says little: the evaluator looks at all of them
-        if self.run.failed < self.run.done or self.run.done < (HOPELESS if several else min(HOPELESS, self.run.total)):
+        """Raise the error of a run in which every sample has failed."""
+        # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
+        enough = HOPELESS if self.run.distributed.is_distributed else min(HOPELESS, self.run.total)
+        if self.run.failed < self.run.done or self.run.done < enough:
             return
         state = next(state for state in states if state.error is not None)
         error = state.error

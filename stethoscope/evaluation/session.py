@@ -14,10 +14,10 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.system import disk_faults
 from stethoscope.core.types import Sample
 from stethoscope.evaluation.callbacks import Callback
-from stethoscope.evaluation.distributed import Ended, joined
+from stethoscope.evaluation.distributed import PeerFailed, current_state
 from stethoscope.evaluation.pipeline import SamplePipeline, message
 from stethoscope.evaluation.results import COUNTS, TaskResults
-from stethoscope.evaluation.state import Run
+from stethoscope.evaluation.state import RunState
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.lock import RunLock
 from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples, select_samples
@@ -60,9 +60,9 @@ class RunSession:
                 what = kind.__name__
                 raise ConfigError(f"{what.lower()}={given!r} should be an object of class {what}, such as {example}")
         self.evaluator = evaluator
-        self.run = Run(adapter, task, evaluator.loggers if joined().first else Loggers())
+        self.run = RunState(adapter, task, evaluator.loggers if current_state().is_main_process else Loggers())
         self.generation = evaluator.generation
-        self._lock = None if evaluator.run_dir is None else RunLock(evaluator.run_dir, self.run.processes.rank)
+        self._lock = None if evaluator.run_dir is None else RunLock(evaluator.run_dir, self.run.distributed.rank)
         self._selected: tuple[Sample, ...] = ()
 
     @classmethod
@@ -84,8 +84,8 @@ class RunSession:
     def _begin(self) -> None:
         """Set up task and model, and accept the run directory."""
         run, evaluator = self.run, self.evaluator
-        run.processes.meet(evaluator.meeting_minutes)
-        with run.processes.step():
+        run.distributed.connect(evaluator.meeting_minutes)
+        with run.distributed.sync_errors():
             self.call("on_run_start")
             run.task.setup()
             run.adapter.setup()
@@ -97,32 +97,32 @@ class RunSession:
             if evaluator.keeps_answers:
                 self._selected = recorded_samples(RunStore(evaluator.run_dir), run.task, available, self._selected)
             fingerprint = answer_fingerprint(run.adapter, run.task, self.generation)
-        if run.processes.several:
+        if run.distributed.is_distributed:
             self._agree(self._selected, fingerprint)
-        with run.processes.step():
-            if run.processes.first:
+        with run.distributed.sync_errors():
+            if run.distributed.is_main_process:
                 self._open(available, fingerprint)
-        with run.processes.step():
-            if not run.processes.first:
+        with run.distributed.sync_errors():
+            if not run.distributed.is_main_process:
                 self._lock.acquire()
-        run.samples = tuple(sample for sample in self._selected if run.processes.takes(sample.id))
-        if run.processes.several:
+        run.samples = tuple(sample for sample in self._selected if run.distributed.owns(sample.id))
+        if run.distributed.is_distributed:
             run.store = run.store or RunStore(evaluator.run_dir)
-            run.store.use_shard(run.processes.rank)
-            run.processes.stop = run.store.record_files.stop_file
+            run.store.use_shard(run.distributed.rank)
+            run.distributed.stop_file = run.store.record_files.stop_file
 
     def check(self) -> None:
         """Stop this process if another one has failed."""
-        self.run.processes.check()
+        self.run.distributed.stop_if_failed()
 
     def finish(self) -> TaskResults:
         """Wait for all processes, compute, store and log the results, and call the last hooks."""
         run = self.run
-        run.resumed = sum(run.processes.share(run.resumed))
-        with run.processes.step():
-            results = self._finish(self._selected) if run.processes.first else None
-        if run.processes.several:
-            shared = run.processes.share(jsonable(results.to_dict()) if results is not None else None)[0]
+        run.resumed = sum(run.distributed.all_gather(run.resumed))
+        with run.distributed.sync_errors():
+            results = self._finish(self._selected) if run.distributed.is_main_process else None
+        if run.distributed.is_distributed:
+            shared = run.distributed.all_gather(jsonable(results.to_dict()) if results is not None else None)[0]
             results = results or TaskResults.from_dict(run.task.name, shared)
         self.call("on_task_end", results)
         self.call("on_run_end", results)
@@ -147,13 +147,13 @@ class RunSession:
                     continue
                 traced = self.run.store.has_tokens(record)
                 if record.status == FAILED or (self.evaluator.keeps_answers and traced):
-                    self.run.note(record)
+                    self.run.record(record)
                 elif changes := record.changes(sample):
                     changed.append(changes)
                 elif self.evaluator.keeps_answers and record.untraced:
                     continue  # to be tried again, or to lose its note
                 elif traced or not pipeline.wants_rows(record):
-                    self.run.note(replace(record, untraced=""))
+                    self.run.record(replace(record, untraced=""))
             if changed and not self.evaluator.keeps_answers:
                 names = ", ".join(dict.fromkeys(name for changes in changed for name in changes))
                 warnings.warn(
@@ -174,8 +174,8 @@ class RunSession:
         """
         if self.evaluator.run_dir is None:
             raise ConfigError("run_dir=None should be a directory where several processes can share their records")
-        self.run.processes.same(fingerprint, "fingerprint")
-        self.run.processes.same(digest({"samples": [sample.id for sample in samples]}), "list of samples")
+        self.run.distributed.check_equal(fingerprint, "fingerprint")
+        self.run.distributed.check_equal(digest({"samples": [sample.id for sample in samples]}), "list of samples")
 
     def _open(self, available: Sequence[Sample], fingerprint: dict[str, Any]) -> None:
         """Accepts the run directory and starts the loggers."""
@@ -199,7 +199,7 @@ class RunSession:
             "fast_dev_run": self.evaluator.fast_dev_run,
             "batch_size": self.evaluator.batch_size,
         }
-        settings |= {"seed": self.evaluator.seed, "processes": self.run.processes.count}
+        settings |= {"seed": self.evaluator.seed, "processes": self.run.distributed.world_size}
         self.evaluator.loggers.log_config({self.run.task.name: {**fingerprint, "features": features, **settings}})
 
     def _moved(
@@ -241,7 +241,7 @@ class RunSession:
                     "its own name",
                     stacklevel=2,
                 )
-        if self.run.processes.several:
+        if self.run.distributed.is_distributed:
             self._gather(samples)
         results = self._results()
         if self.run.store is not None:
@@ -256,10 +256,10 @@ class RunSession:
     def _gather(self, samples: tuple[Sample, ...]) -> None:
         """Reads what the other processes have done."""
         self.run.samples, ids = samples, {sample.id for sample in samples}
-        self.run.forget()
+        self.run.reset()
         for record in self.run.store.records(self.run.task.name):
             if record.sample_id in ids:
-                self.run.note(record)
+                self.run.record(record)
         if (
             self.run.failed == self.run.total and not self.evaluator.keeps_answers
         ):  # of few samples no single process can tell that all fail
@@ -305,7 +305,7 @@ class RunSession:
         store = self.run.store
 
         def mark() -> None:
-            if store is not None and not isinstance(error, Ended) and self.run.processes.fail():
+            if store is not None and not isinstance(error, PeerFailed) and self.run.distributed.report_failure():
                 store.set_status(self.run.task.name, status)
 
         steps = [mark]
@@ -319,5 +319,5 @@ class RunSession:
 
     def _called(self) -> Iterator[Callback]:
         """The callbacks of this process."""
-        is_main = self.run.processes.first
+        is_main = self.run.distributed.is_main_process
         return (callback for callback in self.evaluator.callbacks if is_main or not callback.first_only)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Sample
-from stethoscope.evaluation.distributed import Processes, joined
+from stethoscope.evaluation.distributed import DistributedState, current_state
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_dir import RunStore
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Run:
+class RunState:
     """An evaluation that is going on, as callbacks see it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Run:
     task: Task
     loggers: Loggers
     store: RunStore | None = None
-    processes: Processes = field(default_factory=joined)
+    distributed: DistributedState = field(default_factory=current_state)
     samples: tuple[Sample, ...] = ()
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     resumed: int = 0
@@ -68,13 +68,13 @@ class Run:
         """Number of samples done, failed ones included."""
         return len(self.outcomes)
 
-    def note(self, record: Record) -> None:
-        """Counts a sample as done."""
+    def record(self, record: Record) -> None:
+        """Count a sample as done."""
         self.outcomes[record.sample_id] = Outcome.of(record)
         self.failed += record.status == FAILED or bool(record.untraced)
 
-    def forget(self) -> None:
-        """Counts nothing as done any more."""
+    def reset(self) -> None:
+        """Count no sample as done."""
         self.outcomes.clear()
         self.failed = 0
 
