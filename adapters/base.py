@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer, Generation, Memory
-from stethoscope.tracing.trace import FORWARD_NEEDS, Encoded, Trace
+from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,22 +83,22 @@ class Adapter(ABC):
         """Tokenise a given answer and score it with the model's log-probabilities."""
 
     @abstractmethod
-    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
-        """Run one teacher-forced pass over the prompt and exactly the answer's ids (two with ``blank`` in ``needs``).
+    def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:
+        """Run one teacher-forced pass over the prompt and exactly the answer's ids (two with ``blank`` in ``requires``).
 
         Raises:
             CaptureError: a layer returned no attention, or a value that is not finite; the message names the layer.
         """
 
     def trace_batch(
-        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
+        self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: Collection[str] = FORWARD_REQUIREMENTS
     ) -> list[Trace]:
         """Trace several answers, with the same result as one by one; adapters may use fewer passes.
 
         Raises:
             DataError: relevancy is needed, and an answer has no token.
         """
-        return [self.trace(prompt, answer, needs) for prompt, answer in zip(encoded, answers, strict=True)]
+        return [self.trace(prompt, answer, requires) for prompt, answer in zip(encoded, answers, strict=True)]
 
     def forward_inputs(
         self, encoded: Encoded, answer_ids: Sequence[int]

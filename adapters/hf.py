@@ -33,7 +33,14 @@ from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, 
 from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
-from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS, Encoded, PromptCache, Trace
+from stethoscope.tracing.trace import (
+    FORWARD_REQUIREMENTS,
+    EXTRA_REQUIREMENTS,
+    REQUIREMENTS,
+    Encoded,
+    PromptCache,
+    Trace,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -329,27 +336,27 @@ class HfAdapter(Adapter):
         offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
         return Answer(text, ids, offsets, tuple(logprobs[: len(ids)]), trimmed.finished)
 
-    def trace(self, encoded: Encoded, answer: Answer, needs: Collection[str] = FORWARD_NEEDS) -> Trace:
+    def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:
         """See ``Adapter.trace``."""
-        return self.trace_batch([encoded], [answer], needs)[0]
+        return self.trace_batch([encoded], [answer], requires)[0]
 
     @torch.inference_mode()
     def trace_batch(
-        self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: Collection[str] = FORWARD_NEEDS
+        self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: Collection[str] = FORWARD_REQUIREMENTS
     ) -> list[Trace]:
         """Trace several answers in one pass, padded on the right, where causal rows never attend.
 
         Raises:
-            ConfigError: ``needs`` holds an unknown name.
-            CapabilityError: it holds a need that this kind of model cannot meet.
+            ConfigError: ``requires`` holds an unknown name.
+            CapabilityError: it holds a requirement that this kind of model cannot meet.
             CaptureError: see ``Adapter.trace``; or the model fails.
         """
         self.setup()
-        for need in needs:
-            if need not in (*NEEDS, *MORE_NEEDS):
-                raise ConfigError(unknown("need", need, [*NEEDS, *MORE_NEEDS]))
+        for requirement in requires:
+            if requirement not in (*REQUIREMENTS, *EXTRA_REQUIREMENTS):
+                raise ConfigError(unknown("requirement", requirement, [*REQUIREMENTS, *EXTRA_REQUIREMENTS]))
         with model_faults(f"{self.name} fails while its answer is traced", CaptureError):
-            return self._tracer.trace(encoded, answers, frozenset(needs))
+            return self._tracer.trace(encoded, answers, frozenset(requires))
 
     def forward_inputs(self, encoded: Encoded, answer_ids: Sequence[int]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         """See ``Adapter.forward_inputs``."""

@@ -20,11 +20,11 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_inputs, relevancy_from_inputs
-from stethoscope.tracing.attention_recorder import AttentionRows, HeadRows
+from stethoscope.tracing.attention_recorder import RowAttentionRecorder, HeadAttentionRecorder
 from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.state_recorder import StateRows
+from stethoscope.tracing.state_recorder import HiddenStateRecorder
 from stethoscope.tracing.trace import Encoded, PromptCache, Trace
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _BLANK_BYTES = 64 * 2**20
 """Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
 _SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for the backward pass
-_PROMPT_NEEDS = frozenset({"states", "image_lens"})
+_PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Needs that read rows of the prompt, in the same residual stream as those of the answer."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
@@ -82,20 +82,20 @@ class Tracer:
         self._lens: Lens | None = None
         self._blanks = BlankPrefixCache()
 
-    def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], needs: frozenset[str]) -> list[Trace]:
+    def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace B answers in as few passes as their prompts allow; see ``Adapter.trace_batch``."""
-        self._check_needs(needs)
+        self._check_requirements(requires)
         traces: dict[int, Trace] = {}
         for group in groups([prompt.inputs for prompt in encoded]):
             batch = [encoded[index] for index in group], [answers[index] for index in group]
-            traces.update(zip(group, self._trace_group(*batch, needs), strict=True))
-        if "relevancy" in needs:
+            traces.update(zip(group, self._trace_group(*batch, requires), strict=True))
+        if "relevancy" in requires:
             for index, relevancy in enumerate(self._relevancies(encoded, answers)):
                 traces[index] = replace(traces[index], relevancy=relevancy)
         return [traces[index] for index in range(len(encoded))]
 
-    def _check_needs(self, needs: frozenset[str]) -> None:
-        missing = needs & _PROMPT_NEEDS
+    def _check_requirements(self, requires: frozenset[str]) -> None:
+        missing = requires & _PROMPT_REQUIREMENTS
         if self._forward.decoder_start is None or not missing:
             return
         lacking = [item for item in FEATURES.values() if item.requires & missing]
@@ -105,41 +105,44 @@ class Tracer:
             f"kind; add features.exclude=[{without}], which are {', '.join(item.name for item in lacking)}"
         )
 
-    def _trace_group(self, encoded: list[Encoded], answers: list[Answer], needs: frozenset[str]) -> list[Trace]:
+    def _trace_group(self, encoded: list[Encoded], answers: list[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace answers whose prompts make one batch."""
         ids = [answer.token_ids for answer in answers]
         caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
-        consuming = not needs.isdisjoint({"heads", "states"})
-        if len(caches) == len(encoded) and needs.isdisjoint(_PROMPT_NEEDS):
+        consuming = not requires.isdisjoint({"heads", "states"})
+        if len(caches) == len(encoded) and requires.isdisjoint(_PROMPT_REQUIREMENTS):
             forward = self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
         else:
             forward = self._forward.full_forward(encoded, ids, consuming)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
-        attention, states = self._attention_recorder(forward, ids, needs), self._state_recorder(forward, ids, needs)
+        attention, states = (
+            self._attention_recorder(forward, ids, requires),
+            self._state_recorder(forward, ids, requires),
+        )
         with ExitStack() as stack:
             if attention is not None:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
-            decodes = not needs.isdisjoint({"lens", "trajectory"})
+            decodes = not requires.isdisjoint({"lens", "trajectory"})
             hidden = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
             logits = self._forward.logits(forward, rows)
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
-        by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, needs)}
-        if attention is not None and "attention" in needs:
+        by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
+        if attention is not None and "attention" in requires:
             by_token |= {"mass": attention.mass(), "image_attention": attention.image()}
         core_tokens = None
-        if attention is not None and "core" in needs:
+        if attention is not None and "core" in requires:
             triples = zip(attention.image(), answers, encoded, strict=True)
             core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
-        by_token |= self._contrasts(encoded, ids, needs, core_tokens)
+        by_token |= self._contrasts(encoded, ids, requires, core_tokens)
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
-        if isinstance(attention, HeadRows):
+        if isinstance(attention, HeadAttentionRecorder):
             whole["heads"] = attention.heads()
         if states is not None:
-            whole |= {"states": states.states()} if "states" in needs else {}
-            whole |= {"image_lens": states.image_lens()} if "image_lens" in needs else {}
+            whole |= {"states": states.states()} if "states" in requires else {}
+            whole |= {"image_lens": states.image_lens()} if "image_lens" in requires else {}
         return [
             Trace(
                 answer,
@@ -153,22 +156,22 @@ class Tracer:
     # --- recorders --------------------------------------------------------------------------------------------------
 
     def _attention_recorder(
-        self, forward: ForwardPass, ids: Sequence[Sequence[int]], needs: frozenset[str]
-    ) -> AttentionRows | None:
+        self, forward: ForwardPass, ids: Sequence[Sequence[int]], requires: frozenset[str]
+    ) -> RowAttentionRecorder | None:
         decodes = self._forward.decoder_start is not None
         decoder = forward.inputs["decoder_input_ids"].shape[1] if decodes else None
         layout = (forward.spans, forward.length, decoder, forward.pad_offsets)
-        if "heads" in needs:
-            return HeadRows(forward.rows, [len(answer) for answer in ids], *layout)
-        return None if needs.isdisjoint({"attention", "core"}) else AttentionRows(forward.rows, *layout)
+        if "heads" in requires:
+            return HeadAttentionRecorder(forward.rows, [len(answer) for answer in ids], *layout)
+        return None if requires.isdisjoint({"attention", "core"}) else RowAttentionRecorder(forward.rows, *layout)
 
     def _state_recorder(
-        self, forward: ForwardPass, ids: Sequence[Sequence[int]], needs: frozenset[str]
-    ) -> StateRows | None:
-        if needs.isdisjoint(_PROMPT_NEEDS):
+        self, forward: ForwardPass, ids: Sequence[Sequence[int]], requires: frozenset[str]
+    ) -> HiddenStateRecorder | None:
+        if requires.isdisjoint(_PROMPT_REQUIREMENTS):
             return None
-        parts = "states" in needs, "image_lens" in needs
-        return StateRows(self._find_lens(), forward.rows, ids, forward.spans, *parts)
+        parts = "states" in requires, "image_lens" in requires
+        return HiddenStateRecorder(self._find_lens(), forward.rows, ids, forward.spans, *parts)
 
     def _find_lens(self) -> Lens:
         if self._lens is None:
@@ -176,7 +179,7 @@ class Tracer:
         return self._lens
 
     def _decoded(
-        self, hidden: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], needs: frozenset[str]
+        self, hidden: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], requires: frozenset[str]
     ) -> dict[str, Sequence[Tensor]]:
         """Decode the residual stream by the logit lens, by sample; rows of padding are left out."""
         if not hidden:
@@ -187,9 +190,9 @@ class Tracer:
         hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
         decoded: dict[str, Tensor] = {}
         lens = self._find_lens()
-        if "lens" in needs:
+        if "lens" in requires:
             decoded["lens_logprob"], decoded["lens_rank"] = lens.read(hidden, logits, tokens)
-        if "trajectory" in needs:
+        if "trajectory" in requires:
             decoded["trajectory"] = lens.divergence(hidden, logits)
         return {name: part.split(counts) for name, part in decoded.items()}
 
@@ -199,23 +202,23 @@ class Tracer:
         self,
         encoded: Sequence[Encoded],
         ids: Sequence[Sequence[int]],
-        needs: frozenset[str],
+        requires: frozenset[str],
         core_tokens: Sequence[Sequence[int]] | None,
     ) -> dict[str, Tensor]:
         """Return (B, T, V) logits by name, one pass each; ``core_tokens`` are those that answers attend to most."""
         contrasts = {}
-        if "noise" in needs:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
+        if "noise" in requires:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
             changed = [
                 Encoded({**prompt.inputs, "pixel_values": noised(prompt.inputs["pixel_values"])}, prompt.spans, "", "")
                 for prompt in encoded
             ]
             contrasts["noise_logits"] = self._forward.logits(self._forward.full_forward(changed, ids)).cpu()
-        if "no_image" in needs:
+        if "no_image" in requires:
             hidden = [prompt.spans.image for prompt in encoded]
             contrasts["no_image_logits"] = self._without(encoded, ids, hidden).cpu()
         if core_tokens is not None:
             contrasts["core_logits"] = self._without(encoded, ids, core_tokens).cpu()
-        if "blank" in needs:
+        if "blank" in requires:
             contrasts["blank_logits"] = self._forward.logits(self._blank_forward(encoded, ids)).cpu()
         return contrasts
 

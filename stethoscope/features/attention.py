@@ -78,7 +78,7 @@ def svar(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _mass(trace, "image")[:, middle(trace.part("mass").shape[1])].sum(-1)
+    return _mass(trace, "image")[:, middle(trace.require("mass").shape[1])].sum(-1)
 
 
 @feature("attention", higher_means="depends", requires=["attention"])
@@ -87,7 +87,7 @@ def attn_entropy(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return normalised_entropy(trace.part("image_attention"))
+    return normalised_entropy(trace.require("image_attention"))
 
 
 def select_rows(part: Rows, trace: Trace, offset: int) -> Rows:
@@ -103,7 +103,7 @@ def head_image(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.part("heads").mass, trace, offset)[..., SEGMENTS.index("image")]
+    return select_rows(trace.require("heads").mass, trace, offset)[..., SEGMENTS.index("image")]
 
 
 @feature("heads", higher_means="depends", requires=["heads"], rows="both")
@@ -114,7 +114,7 @@ def top20_mean(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.part("heads").top, trace, offset)[..., 0]
+    return select_rows(trace.require("heads").top, trace, offset)[..., 0]
 
 
 @feature("heads", higher_means="depends", requires=["heads"], rows="both")
@@ -125,14 +125,14 @@ def top20_entropy(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.part("heads").top, trace, offset)[..., 1]
+    return select_rows(trace.require("heads").top, trace, offset)[..., 1]
 
 
 def _lookback(trace: Trace, offset: int, context: tuple[str, ...]) -> Tensor:
     """Compute the lookback ratio of a context to context and earlier answer, (T, L, H) in [0, 1]."""
     spans = {"image": trace.spans.image, "question": trace.spans.question}
     size = sum(len(spans[name]) for name in context)
-    mass = select_rows(trace.part("heads").mass, trace, offset)
+    mass = select_rows(trace.require("heads").mass, trace, offset)
     to_context = mass[..., [SEGMENTS.index(name) for name in context]].sum(-1) / max(size, 1)
     earlier = mass.new_tensor([max(index + offset, 1) for index in range(len(mass))])
     to_answer = mass[..., SEGMENTS.index("previous")] / earlier[:, None, None]
@@ -184,7 +184,7 @@ def svar_c(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    image = select_rows(trace.part("heads").mass, trace, 1)[..., SEGMENTS.index("image")].mean(-1)
+    image = select_rows(trace.require("heads").mass, trace, 1)[..., SEGMENTS.index("image")].mean(-1)
     return image[:, middle(image.shape[1])].sum(-1)
 
 
@@ -196,7 +196,7 @@ def pas(trace: Trace, offset: int) -> Tensor:
 
     Higher means hallucinated.
     """
-    return select_rows(trace.part("heads").mass, trace, offset)[:, 0, :, SEGMENTS.index("previous")].mean(-1)
+    return select_rows(trace.require("heads").mass, trace, offset)[:, 0, :, SEGMENTS.index("previous")].mean(-1)
 
 
 @feature("maps", higher_means="depends", requires=["heads"], rows="both")
@@ -207,7 +207,7 @@ def attention_drift(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    image = select_rows(trace.part("heads").image, trace, offset)
+    image = select_rows(trace.require("heads").image, trace, offset)
     share = (image / image.sum(-1, keepdim=True).clamp(min=1e-12)).clamp(min=1e-12)
     return (share[:, 1:] * (share[:, 1:] / share[:, :-1]).log()).sum(-1)
 
@@ -218,13 +218,13 @@ def attention_peak(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return select_rows(trace.part("heads").peak, trace, offset).mean(-1)
+    return select_rows(trace.require("heads").peak, trace, offset).mean(-1)
 
 
 @cached_on_trace
 def _overtrust(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Compute log phi of the first 0, ..., T answer tokens, and the columns that reach it, (T + 1,) each."""
-    response = trace.part("heads").response[1:].numpy()  # row i is the one of answer token i
+    response = trace.require("heads").response[1:].numpy()  # row i is the one of answer token i
     within = np.tri(*response.shape).astype(bool)  # a column begins at the diagonal
     scaled = np.where(within, np.log(np.maximum(OVERTRUST_SCALE * response, 1e-30)), 0)
     products = np.where(within, scaled.cumsum(0), -np.inf)
@@ -265,8 +265,8 @@ def sink_share(trace: Trace, offset: int) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    image = select_rows(trace.part("heads").image, trace, offset)
-    return (image * trace.part("states").sinks).sum(-1) / image.sum(-1).clamp(min=1e-12)
+    image = select_rows(trace.require("heads").image, trace, offset)
+    return (image * trace.require("states").sinks).sum(-1) / image.sum(-1).clamp(min=1e-12)
 
 
 @feature("sinks", higher_means="grounded", requires=["heads", "states"], rows="both")
@@ -278,8 +278,8 @@ def image_without_sinks(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    image, sink = select_rows(trace.part("heads").image, trace, offset), trace.part("states").sinks
-    first = select_rows(trace.part("heads").mass, trace, offset)[..., SEGMENTS.index("first")].mean(-1)
+    image, sink = select_rows(trace.require("heads").image, trace, offset), trace.require("states").sinks
+    first = select_rows(trace.require("heads").mass, trace, offset)[..., SEGMENTS.index("first")].mean(-1)
     remaining = 1 - first - (image * sink).sum(-1)
     return (image * ~sink).sum(-1) / remaining.clamp(min=1e-6)
 
@@ -356,7 +356,7 @@ def dispersion(tiles: list[np.ndarray]) -> np.ndarray:
 @cached_on_trace
 def _dispersion(trace: Trace) -> np.ndarray:
     """Apply ``dispersion`` to every row and layer of the image attention, (T + 1, L, 3)."""
-    image = trace.part("heads").image
+    image = trace.require("heads").image
     if not trace.spans.grids:
         raise CapabilityError(
             "features 'dispersion_score', 'components' and 'component_mass' need image tokens on a grid; those of this "

@@ -37,7 +37,7 @@ def cached_on_trace(function: Callable[..., Result]) -> Callable[..., Result]:
 @cached_on_trace
 def logprobs(trace: Trace, part: TensorPart = "logits") -> Tensor:
     """Return the (T, V) log-probabilities in nats of logits of the trace, chosen by name."""
-    return trace.part(part).log_softmax(-1)
+    return trace.require(part).log_softmax(-1)
 
 
 @cached_on_trace

@@ -75,7 +75,7 @@ def vcd_logprob(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    contrasted = (1 + VCD_ALPHA) * trace.logits - VCD_ALPHA * trace.part("noise_logits")
+    contrasted = (1 + VCD_ALPHA) * trace.logits - VCD_ALPHA * trace.require("noise_logits")
     return select_tokens(contrasted.log_softmax(-1), trace)
 
 

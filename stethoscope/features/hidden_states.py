@@ -34,16 +34,16 @@ def cosine(states: Tensor, others: Tensor) -> Tensor:
 
 def _token(trace: Trace, offset: int, layer: int) -> Tensor:
     """Return the (T, D) states of the tokens' rows, at the depth of a layer of 32."""
-    return select_rows(trace.part("states").token[of_depth(layer, _depth(trace))], trace, offset)
+    return select_rows(trace.require("states").token[of_depth(layer, _depth(trace))], trace, offset)
 
 
 def _image(trace: Trace, layer: int) -> Tensor:
     """Return the (N, D) states of the image tokens, at the depth of a layer of 32."""
-    return trace.part("states").image[of_depth(layer, _depth(trace))]
+    return trace.require("states").image[of_depth(layer, _depth(trace))]
 
 
 def _depth(trace: Trace) -> int:
-    return trace.part("states").sinks.shape[0]
+    return trace.require("states").sinks.shape[0]
 
 
 def _count(share: float, image: int, fewest: int = 1) -> int:
@@ -58,7 +58,7 @@ def patch_consistency(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.part("states").patch_top, trace, offset)
+    return select_rows(trace.require("states").patch_top, trace, offset)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -70,7 +70,7 @@ def contextual_lens(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    return select_rows(trace.part("states").patch_peak, trace, offset)
+    return select_rows(trace.require("states").patch_peak, trace, offset)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -82,7 +82,7 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    end = trace.part("states").prompt_end[_depth(trace)]
+    end = trace.require("states").prompt_end[_depth(trace)]
     return cosine(_token(trace, offset, 31), end[None])[:, 0]
 
 
@@ -95,7 +95,7 @@ def glsim_local(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    probability = trace.part("states").image_probability
+    probability = trace.require("states").image_probability
     top = probability.topk(_count(GLSIM_TOP, probability.shape[-1], GLSIM_FEWEST), dim=-1).indices
     return cosine(_token(trace, offset, 31), _image(trace, 32)).gather(-1, top).mean(-1)
 
@@ -124,7 +124,7 @@ def cafe(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return trace.part("states").instruction_probability.amax(-1)
+    return trace.require("states").instruction_probability.amax(-1)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -150,9 +150,9 @@ def inslen_context(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    probability = trace.part("states").instruction_probability
+    probability = trace.require("states").instruction_probability
     top = probability.topk(min(INSLEN_STATES, probability.shape[-1]), dim=-1)
-    mean = trace.part("states").instruction[of_depth(22, _depth(trace))][top.indices].mean(1)
+    mean = trace.require("states").instruction[of_depth(22, _depth(trace))][top.indices].mean(1)
     token = _token(trace, offset, 32)
     near = INSLEN_ALPHA - (token - mean).norm(dim=-1) / token.norm(dim=-1).clamp(min=1e-12)
     return near * top.values.mean(-1)
@@ -179,8 +179,8 @@ def visual_evidence(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    gate = (trace.part("states").image_probability.sum(-1) / (VISER_TEMPERATURE + EPSILON)).sigmoid()
-    end = trace.part("states").prompt_end[_depth(trace)]
+    gate = (trace.require("states").image_probability.sum(-1) / (VISER_TEMPERATURE + EPSILON)).sigmoid()
+    end = trace.require("states").prompt_end[_depth(trace)]
     return cosine(_token(trace, offset, 32), end[None])[:, 0] * gate
 
 
@@ -194,7 +194,7 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    states, token = trace.part("states"), _token(trace, offset, 32)
+    states, token = trace.require("states"), _token(trace, offset, 32)
     weights = states.image_probability / states.image_probability.sum(-1, keepdim=True).clamp(min=1e-30)
     image = (weights * cosine(token, _image(trace, 32)).clamp(min=0)).sum(-1)
     near = cosine(token, states.prefix).clamp(min=0)
@@ -226,7 +226,7 @@ def internal_confidence(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return trace.part("image_lens")[..., 0].amax(-1)
+    return trace.require("image_lens")[..., 0].amax(-1)
 
 
 @feature("image_lens", higher_means="depends", requires=["image_lens"])
@@ -235,7 +235,7 @@ def internal_confidence_layer(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    image_lens = trace.part("image_lens")
+    image_lens = trace.require("image_lens")
     return image_lens[..., 0].argmax(-1) / (image_lens.shape[1] - 1)
 
 
@@ -245,7 +245,7 @@ def internal_confidence_sum(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return trace.part("image_lens")[:, -1, 1]
+    return trace.require("image_lens")[:, -1, 1]
 
 
 @feature("hidden", higher_means="depends", requires=["states"], vector=True, rows="both")
@@ -272,7 +272,7 @@ def lens_rank(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return trace.part("lens_rank")[:, :-1].float().log1p()
+    return trace.require("lens_rank")[:, :-1].float().log1p()
 
 
 @feature("lens", higher_means="depends", requires=["lens"])
@@ -281,7 +281,7 @@ def lens_logprob(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return trace.part("lens_logprob")[:, :-1]
+    return trace.require("lens_logprob")[:, :-1]
 
 
 @feature("trajectory", higher_means="depends", requires=["trajectory"])
@@ -290,4 +290,4 @@ def lens_divergence(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return trace.part("trajectory")
+    return trace.require("trajectory")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 import numpy as np
 
 from stethoscope.core.errors import CaptureError, ConfigError, unknown
-from stethoscope.tracing.trace import MENTION_NEEDS
+from stethoscope.tracing.trace import MENTION_REQUIREMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Feature:
     @property
     def mentions_only(self) -> bool:
         """Whether only tokens that name an object have a value; all others are NaN."""
-        return not self.requires.isdisjoint(MENTION_NEEDS)
+        return not self.requires.isdisjoint(MENTION_REQUIREMENTS)
 
     @property
     def summary(self) -> str:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 def _share(part: Tensor, trace: Trace) -> Tensor:
     """Divide the relevancy of a part by that of the whole row: (T, L) in [0, 1], 0 where the row has none."""
-    return part.sum(-1) / trace.part("relevancy").total.clamp(min=1e-12)
+    return part.sum(-1) / trace.require("relevancy").total.clamp(min=1e-12)
 
 
 @cached_on_trace
 def _text(trace: Trace) -> Tensor:
     """Return the (T, text) relevancy to question and earlier answer tokens after the last layer."""
-    relevancy = trace.part("relevancy")
+    relevancy = trace.require("relevancy")
     parts = relevancy.question[:, -1], relevancy.answer[:, -1]
     return parts[0].new_tensor(np.concatenate(parts, -1))
 
@@ -41,7 +41,7 @@ def relevancy_image(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _share(trace.part("relevancy").image, trace)
+    return _share(trace.require("relevancy").image, trace)
 
 
 @feature("relevancy", higher_means="depends", requires=["relevancy"])
@@ -50,7 +50,7 @@ def relevancy_question(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return _share(trace.part("relevancy").question, trace)
+    return _share(trace.require("relevancy").question, trace)
 
 
 @feature("relevancy", higher_means="hallucinated", requires=["relevancy"])
@@ -59,7 +59,7 @@ def relevancy_previous(trace: Trace) -> Tensor:
 
     Higher means hallucinated.
     """
-    return _share(trace.part("relevancy").answer, trace)
+    return _share(trace.require("relevancy").answer, trace)
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -68,7 +68,7 @@ def visual_contribution_sum(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _log_ratio(trace.part("relevancy").image[:, -1].sum(-1), _text(trace).sum(-1))
+    return _log_ratio(trace.require("relevancy").image[:, -1].sum(-1), _text(trace).sum(-1))
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -77,7 +77,7 @@ def visual_contribution_max(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _log_ratio(trace.part("relevancy").image[:, -1].amax(-1), _text(trace).amax(-1))
+    return _log_ratio(trace.require("relevancy").image[:, -1].amax(-1), _text(trace).amax(-1))
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -86,7 +86,7 @@ def visual_contribution_mean(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    relevancy = trace.part("relevancy")
+    relevancy = trace.require("relevancy")
     before = relevancy.question.shape[-1] + np.arange(len(trace.answer.token_ids))
     text = _text(trace).sum(-1) / relevancy.image.new_tensor(np.maximum(before, 1))
     return _log_ratio(relevancy.image[:, -1].mean(-1), text)
@@ -98,7 +98,7 @@ def relevancy_entropy(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return normalised_entropy(trace.part("relevancy").image[:, -1])
+    return normalised_entropy(trace.require("relevancy").image[:, -1])
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -107,7 +107,7 @@ def relevancy_peak(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    image = trace.part("relevancy").image[:, -1]
+    image = trace.require("relevancy").image[:, -1]
     top = image.topk(max(image.shape[-1] // 10, 1), dim=-1).values.sum(-1)
     return top / image.sum(-1).clamp(min=1e-12)
 
@@ -119,7 +119,7 @@ def _saliency(trace: Trace) -> Tensor:
     Raises:
         CapabilityError: the relevancy has no saliency.
     """
-    saliency = trace.part("relevancy").saliency
+    saliency = trace.require("relevancy").saliency
     if saliency is None:
         raise CapabilityError("the relevancy of this trace holds no saliency, which its features require")
     late = saliency[:, saliency.shape[1] // 2 :]
@@ -128,7 +128,7 @@ def _saliency(trace: Trace) -> Tensor:
 
 def _previous_saliency(trace: Trace) -> Tensor:
     """Return the part (T, late layers, A) of ``_saliency`` on earlier answer tokens."""
-    return _saliency(trace)[..., trace.part("relevancy").first + 1 :]
+    return _saliency(trace)[..., trace.require("relevancy").first + 1 :]
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -174,6 +174,6 @@ def saliency_image_share(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    relevancy, rows = trace.part("relevancy"), _saliency(trace)
+    relevancy, rows = trace.require("relevancy"), _saliency(trace)
     image = rows[..., list(relevancy.image_positions) if relevancy.encoder is None else []]
     return (image.sum(-1) / rows.sum(-1).clamp(min=1e-12)).mean(-1)

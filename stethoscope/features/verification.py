@@ -25,7 +25,7 @@ def verify_yes(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return trace.part("yes_odds").sigmoid()
+    return trace.require("yes_odds").sigmoid()
 
 
 @feature("verification", higher_means="grounded", requires=["questions"])
@@ -34,7 +34,7 @@ def verify_odds(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return trace.part("yes_odds")
+    return trace.require("yes_odds")
 
 
 @feature("masked", higher_means="depends", requires=["attention", "masked"])
@@ -45,7 +45,7 @@ def masked_prob(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return trace.part("masked_logprob").exp()
+    return trace.require("masked_logprob").exp()
 
 
 @feature("masked", higher_means="grounded", requires=["attention", "masked"])

@@ -27,9 +27,9 @@ def attended_embedding(trace: Trace) -> np.ndarray:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    relevancy = trace.part("relevancy").image[:, -1].float().numpy()
+    relevancy = trace.require("relevancy").image[:, -1].float().numpy()
     weights = relevancy / np.maximum(np.linalg.norm(relevancy, axis=-1, keepdims=True), 1e-12)
-    embeds = trace.part("relevancy").image_embeds
+    embeds = trace.require("relevancy").image_embeds
     if embeds is None:
         raise CapabilityError("this trace's relevancy holds no image embeddings, which attended_embedding requires")
     evidence = weights @ embeds.numpy()

@@ -18,7 +18,7 @@ from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
 from stethoscope.features.common import token_logprob
 from stethoscope.features.registry import as_columns
-from stethoscope.streaming.step_recorder import STEP_NEEDS
+from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.tracing.trace import SEGMENTS
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class Scorer:
         return np.concatenate(parts, 1)[:, self._indices]
 
     def _trace(self, features: Sequence[Feature], steps: StepRecorder, ids: Sequence[int], start: int) -> Trace:
-        needs: frozenset[str] = frozenset().union(*(item.requires for item in features))
-        return steps.trace(start, _unread(ids[start:]), needs, bool(self.lookahead))
+        requires: frozenset[str] = frozenset().union(*(item.requires for item in features))
+        return steps.trace(start, _unread(ids[start:]), requires, bool(self.lookahead))
 
     def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
         """Compute ``COUNTED`` for the tokens from ``start`` on, once per token."""
@@ -161,7 +161,7 @@ def _check(detector: Detector, delay: int) -> None:
             f"train with detector.{named[0]}=false to warn while the model writes, or give this one as final="
         )
     names = feature_set(detector.features).names
-    late = [name for name in names if not FEATURES[name].requires <= STEP_NEEDS]
+    late = [name for name in names if not FEATURES[name].requires <= STEP_REQUIREMENTS]
     if late:
         raise CapabilityError(
             f"the detector reads {', '.join(late)}, which a decoding step does not give; train with features=fast "

@@ -39,7 +39,7 @@ from stethoscope.tracing.hooks import (
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, Trace
 
-STEP_NEEDS = frozenset({"attention", "lens", "trajectory", "heads"})
+STEP_REQUIREMENTS = frozenset({"attention", "lens", "trajectory", "heads"})
 """Parts of a trace that the rows of single steps can fill; every other one needs a pass or a prompt of its own."""
 
 _PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first", "rest"))
@@ -108,10 +108,10 @@ class StepRecorder(AttentionRecorder):
 
     Args:
         model: the model.
-        lens: logit lens of the model; None where no part of ``needs`` reads the residual stream.
+        lens: logit lens of the model; None where no part of ``requires`` reads the residual stream.
         spans: of the prompt.
         encoder: whether the language model has an encoder, which reads the prompt.
-        needs: parts of ``STEP_NEEDS``.
+        requires: parts of ``STEP_REQUIREMENTS``.
 
     Attributes:
         logits: (V,) of every step so far, unprocessed.
@@ -119,11 +119,11 @@ class StepRecorder(AttentionRecorder):
     """
 
     def __init__(
-        self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, needs: frozenset[str]
+        self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, requires: frozenset[str]
     ) -> None:
         self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
-        self._decodes = not needs.isdisjoint({"lens", "trajectory"})
-        self._attends, self._by_head = not needs.isdisjoint({"attention", "heads"}), "heads" in needs
+        self._decodes = not requires.isdisjoint({"lens", "trajectory"})
+        self._attends, self._by_head = not requires.isdisjoint({"attention", "heads"}), "heads" in requires
         self._roles = ("language", "cross") if encoder else ("language",)
         self._reads = self._roles[-1]
         self._begin = 1 if encoder else spans.length  # first position of the answer among the keys
@@ -268,13 +268,13 @@ class StepRecorder(AttentionRecorder):
         self._deferred = True
         self._hidden, self._rows = [], {role: [] for role in self._roles}
 
-    def trace(self, start: int, answer: Answer, needs: frozenset[str], consuming: bool = False) -> Trace:
+    def trace(self, start: int, answer: Answer, requires: frozenset[str], consuming: bool = False) -> Trace:
         """Build the trace of consecutive tokens of the answer.
 
         Args:
             start: index of the first token; the steps of all must have been recorded.
             answer: these tokens.
-            needs: parts to fill.
+            requires: parts to fill.
             consuming: whether the step that reads the last token is known too, for ``HeadAttention``.
         """
         stop = start + len(answer.token_ids)
@@ -282,13 +282,13 @@ class StepRecorder(AttentionRecorder):
         self._reduce(end)
         rows = self.logits[start:stop]
         parts: dict[str, Any] = {"logits": (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float().cpu()}
-        if "attention" in needs:
+        if "attention" in requires:
             parts |= {"mass": self._part("mass", start, stop), "image_attention": self._part("image", start, stop)}
-        if not needs.isdisjoint({"lens", "trajectory"}):
+        if not requires.isdisjoint({"lens", "trajectory"}):
             hidden = self._part("hidden", start, stop)
             ids = torch.tensor(answer.token_ids, device=hidden.device)
-            parts |= self.lens.read_together(hidden, parts["logits"], ids, needs)
-        if "heads" in needs:
+            parts |= self.lens.read_together(hidden, parts["logits"], ids, requires)
+        if "heads" in requires:
             rows = self._part("response", start, end)
             response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))
             for padded, row in zip(response, rows, strict=True):

@@ -123,11 +123,11 @@ class WarningStreamer(BaseStreamer):
         self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
-        needs: frozenset[str] = frozenset() if self.scorer is None else self.scorer.requires
-        lens = lens_of(self.model) if needs & {"lens", "trajectory"} else None
+        requires: frozenset[str] = frozenset() if self.scorer is None else self.scorer.requires
+        lens = lens_of(self.model) if requires & {"lens", "trajectory"} else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
-        self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, needs)
+        self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, requires)
         settings.output_logits = False
         if self.scorer is not None and self.scorer.lookahead:
             settings.max_new_tokens += 1

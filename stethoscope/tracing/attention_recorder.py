@@ -64,7 +64,7 @@ def logits_to_keep(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, lis
     return {"logits_to_keep": list(rows)} if takes else {}
 
 
-class AttentionRows(AttentionRecorder):
+class RowAttentionRecorder(AttentionRecorder):
     """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
 
     The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
@@ -148,13 +148,13 @@ class AttentionRows(AttentionRecorder):
         return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]
 
 
-class HeadRows(AttentionRows):
+class HeadAttentionRecorder(RowAttentionRecorder):
     """The same, and what published detectors read of single heads.
 
     Args:
         rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
         counts: number of answer tokens of every sample.
-        spans, length, decoder, firsts: see ``AttentionRows``.
+        spans, length, decoder, firsts: see ``RowAttentionRecorder``.
     """
 
     def __init__(

@@ -120,13 +120,15 @@ class Lens:
         layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in heard[:-1]]
         return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:-1], 0)).cpu()
 
-    def read_together(self, hidden: Tensor, logits: Tensor, tokens: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+    def read_together(
+        self, hidden: Tensor, logits: Tensor, tokens: Tensor, requires: frozenset[str]
+    ) -> dict[str, Tensor]:
         """``read`` and ``divergence`` of a few tokens, all layers at once: faster where little is to be decoded.
 
         Args:
             hidden: (T, L, D) the residual stream after each layer. ``logits``: (T, V) the model's own, float32.
             tokens: (T,) ids.
-            needs: ``lens``, ``trajectory`` or both.
+            requires: ``lens``, ``trajectory`` or both.
 
         Returns:
             ``lens_logprob`` and ``lens_rank`` (T, L), ``trajectory`` (T, L - 1): float32 on the CPU, as asked for.
@@ -141,11 +143,11 @@ class Lens:
         parts: dict[str, list[Tensor]] = {"lens_logprob": [], "lens_rank": [], "trajectory": []}
         for states, own, ids in zip(hidden.split(size), logits.split(size), tokens.split(size), strict=True):
             decoded = torch.cat([self.decode(states[:, :-1]).to(own.device), own[:, None]], 1)
-            if "lens" in needs:
+            if "lens" in requires:
                 logprob, rank = _place(decoded, ids[:, None].expand(-1, count))
                 parts["lens_logprob"].append(logprob)
                 parts["lens_rank"].append(rank)
-            if "trajectory" in needs:
+            if "trajectory" in requires:
                 logprobs = decoded.log_softmax(-1)
                 parts["trajectory"].append(_divergence(logprobs[:, :-1], logprobs[:, -1:]))
         return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items() if values}

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention
 from stethoscope.tracing.interventions import masked_pictures
-from stethoscope.tracing.trace import MENTION_NEEDS, Encoded, Trace
+from stethoscope.tracing.trace import MENTION_REQUIREMENTS, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +101,7 @@ def trace_answers(
     adapter: Adapter,
     encoded: Sequence[Encoded],
     answers: Sequence[Answer],
-    needs: Collection[str],
+    requires: Collection[str],
     pictures: Sequence[Image | ImageRef],
     mentions: Sequence[Sequence[Mention]],
 ) -> list[Trace]:
@@ -110,21 +110,21 @@ def trace_answers(
     Args:
         adapter: the model.
         encoded: B prompts; ``answers``: to them.
-        needs: of ``stethoscope.tracing.trace``; those of ``MENTION_NEEDS`` are made here.
+        requires: of ``stethoscope.tracing.trace``; those of ``MENTION_REQUIREMENTS`` are made here.
         pictures: those of the prompts; an ``ImageRef`` is read only if it is needed.
         mentions: the objects that every answer names.
     """
-    traces = adapter.trace_batch(encoded, answers, frozenset(needs) - set(MENTION_NEEDS))
-    if not set(MENTION_NEEDS) & set(needs):
+    traces = adapter.trace_batch(encoded, answers, frozenset(requires) - set(MENTION_REQUIREMENTS))
+    if not set(MENTION_REQUIREMENTS) & set(requires):
         return traces
     shown = [picture.load() if isinstance(picture, ImageRef) else picture for picture in pictures]
     owners = [answer.owners(some) for answer, some in zip(answers, mentions, strict=True)]
-    if "questions" in needs:
+    if "questions" in requires:
         names = [[mention.object for mention in some if mention and mention.object != UNKNOWN] for some in owners]
         for at, odds in enumerate(yes_odds(adapter, shown, names)):
             values = [odds.get(mention.object, nan) if mention else nan for mention in owners[at]]
             traces[at] = replace(traces[at], yes_odds=traces[at].logits.new_tensor(values))
-    if "masked" in needs:
+    if "masked" in requires:
         for at, picture in enumerate(shown):
             named = [token for token, mention in enumerate(owners[at]) if mention]
             traces[at] = replace(traces[at], masked_logprob=_masked(adapter, encoded[at], traces[at], picture, named))

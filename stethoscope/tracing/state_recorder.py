@@ -41,7 +41,7 @@ class _Heard:
     instruction_probability: Tensor | None = None
 
 
-class StateRows:
+class HiddenStateRecorder:
     """Listens to the residual stream of one forward pass of a decoder-only model.
 
     Args:
@@ -75,7 +75,7 @@ class StateRows:
         self._next = 0
 
     @contextmanager
-    def listen(self) -> Iterator[StateRows]:
+    def listen(self) -> Iterator[HiddenStateRecorder]:
         """Hooks every layer and the final norm; the hooks are then removed."""
 
         def enters(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:

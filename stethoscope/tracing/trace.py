@@ -30,17 +30,17 @@ They are disjoint and cover the row, so the masses of one row add up to 1. In an
 decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
 (``stethoscope.tracing.attention_recorder`` has the details)."""
 
-FORWARD_NEEDS = ("attention", "lens", "blank")
+FORWARD_REQUIREMENTS = ("attention", "lens", "blank")
 """What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
 on top of the traced one, the blank image costs one."""
-NEEDS = (*FORWARD_NEEDS, "relevancy")
+REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """What a trace of every family can hold, for ``features=default``; relevancy costs a forward and a backward pass."""
-MORE_NEEDS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
+EXTRA_REQUIREMENTS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
 """What published detectors read besides: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the traced
 pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
 the language model have no ``states`` and no ``image_lens``."""
 
-MENTION_NEEDS = ("questions", "masked")
+MENTION_REQUIREMENTS = ("questions", "masked")
 """What costs passes for every object that an answer names, and is not of the adapter but of ``per_mention``:
 ``questions`` asks the model whether each object is there, ``masked`` hides from it what it looked at."""
 
@@ -235,19 +235,19 @@ class Trace:
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @overload
-    def part(self, name: Literal["relevancy"]) -> Relevancy: ...
+    def require(self, name: Literal["relevancy"]) -> Relevancy: ...
 
     @overload
-    def part(self, name: Literal["heads"]) -> HeadAttention: ...
+    def require(self, name: Literal["heads"]) -> HeadAttention: ...
 
     @overload
-    def part(self, name: Literal["states"]) -> HiddenStates: ...
+    def require(self, name: Literal["states"]) -> HiddenStates: ...
 
     @overload
-    def part(self, name: TensorPart) -> Tensor: ...
+    def require(self, name: TensorPart) -> Tensor: ...
 
-    def part(self, name: str) -> Any:
-        """Return a part of the trace that a feature requires.
+    def require(self, name: str) -> Any:
+        """Return a part of the trace, or raise ``CapabilityError`` where the trace was made without it.
 
         Args:
             name: one of the attributes above.
@@ -265,4 +265,4 @@ class Trace:
     @cached_property
     def mean_mass(self) -> Tensor:
         """(T, L, 5) ``mass``, mean over heads."""
-        return self.part("mass").mean(2)
+        return self.require("mass").mean(2)

@@ -15,7 +15,7 @@ WAYS = {
     "sampled": Generation(max_new_tokens=9, do_sample=True, temperature=1.5, seed=3),
     "stopped": Generation(max_new_tokens=9, stop=("e", " ")),
 }
-NEEDS = (("attention", "lens", "blank"), ("heads", "trajectory"), ("no_image", "core", "noise"))
+REQUIREMENTS = (("attention", "lens", "blank"), ("heads", "trajectory"), ("no_image", "core", "noise"))
 PARTS = (
     "logits", "mass", "image_attention", "lens_logprob", "blank_logits", "trajectory", "noise_logits",
     "no_image_logits", "core_logits", "image", "top", "peak", "response",
@@ -48,12 +48,12 @@ def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, 
     answers[1] = answers[1].until(
         min(2, len(answers[1].token_ids))
     )  # of different lengths, whatever the model has written
-    for needs in NEEDS:
-        whole = adapter.trace_batch(encoded, answers, needs)
-        for trace, other in zip(adapter.trace_batch(kept, answers, needs), whole, strict=True):
+    for requires in REQUIREMENTS:
+        whole = adapter.trace_batch(encoded, answers, requires)
+        for trace, other in zip(adapter.trace_batch(kept, answers, requires), whole, strict=True):
             same(trace, other)
-        same(adapter.trace(kept[2], answers[2], needs), whole[2])
-        pair = adapter.trace_batch([kept[2], kept[0]], [answers[2], answers[0]], needs)
+        same(adapter.trace(kept[2], answers[2], requires), whole[2])
+        pair = adapter.trace_batch([kept[2], kept[0]], [answers[2], answers[0]], requires)
         for trace, other in zip(pair, (whole[2], whole[0]), strict=True):
             same(trace, other)
 
@@ -61,10 +61,10 @@ def test_traces_behind_kept_prompts_are_those_of_whole_passes(adapter, encoded, 
 def test_prompts_kept_by_several_calls_and_not_kept_go_together(adapter, encoded):
     (first, second), kept = adapter.generate_with_cache(encoded[:2], WAYS["greedy"])
     (third,), more = adapter.generate_with_cache(encoded[2:], WAYS["greedy"])
-    answers, needs = [first, second, third], ("attention", "no_image")
-    whole = adapter.trace_batch(encoded, answers, needs)
+    answers, requires = [first, second, third], ("attention", "no_image")
+    whole = adapter.trace_batch(encoded, answers, requires)
     for prompts in ([*kept, *more], [kept[0], encoded[1], *more]):
-        for trace, other in zip(adapter.trace_batch(prompts, answers, needs), whole, strict=True):
+        for trace, other in zip(adapter.trace_batch(prompts, answers, requires), whole, strict=True):
             same(trace, other)
 
 

@@ -26,9 +26,9 @@ from stethoscope.diagnosis.run_diagnosis import _lens_trajectory
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
-from stethoscope.streaming.step_recorder import STEP_NEEDS, StepRecorder
+from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS, StepRecorder
 from stethoscope.tracing.logit_lens import lens_of
-from stethoscope.tracing.trace import FORWARD_NEEDS, MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, FORWARD_REQUIREMENTS, REQUIREMENTS
 
 GENERATION = Generation(max_new_tokens=4)
 
@@ -157,22 +157,22 @@ def same(value, other, name=""):
         assert value == other, name
 
 
-def possible(adapter, needs):
+def possible(adapter, requires):
     """Without what models with an encoder have not."""
-    return set(needs) - ({"states", "image_lens"} if has_encoder(adapter) else set())
+    return set(requires) - ({"states", "image_lens"} if has_encoder(adapter) else set())
 
 
 @torch.inference_mode()
 def steps_trace(adapter, encoded, answer):
     """A trace that is put together from the decoding steps themselves."""
     model, arguments = adapter.prepare_generate([encoded], GENERATION)
-    steps = StepRecorder(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_NEEDS)
+    steps = StepRecorder(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_REQUIREMENTS)
     steps.start()
     try:
         model.generate(**arguments)
     finally:
         steps.stop()
-    return steps.trace(0, answer, STEP_NEEDS)
+    return steps.trace(0, answer, STEP_REQUIREMENTS)
 
 
 def test_generates(both, encoded):
@@ -191,20 +191,20 @@ def test_reads_an_answer(both, encoded):
 
 
 def test_traces(both, encoded, answers):
-    needs = {*FORWARD_NEEDS, *MORE_NEEDS}
-    both(lambda adapter: adapter.trace(encoded[0], answers[0], possible(adapter, needs)))
+    requires = {*FORWARD_REQUIREMENTS, *EXTRA_REQUIREMENTS}
+    both(lambda adapter: adapter.trace(encoded[0], answers[0], possible(adapter, requires)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("need", [*NEEDS, *MORE_NEEDS])
+@pytest.mark.parametrize("need", [*REQUIREMENTS, *EXTRA_REQUIREMENTS])
 def test_traces_a_batch_for_every_need(both, encoded, answers, need):
     both(lambda adapter: adapter.trace_batch(encoded, answers, possible(adapter, {need})))
 
 
 @pytest.mark.slow
 def test_traces_behind_what_generation_has_kept(both, encoded):
-    needs = {*NEEDS, *MORE_NEEDS} - {"states", "image_lens", "relevancy"}
-    both(lambda adapter: adapter.trace_batch(*adapter.generate_with_cache(encoded, GENERATION)[::-1], needs))
+    requires = {*REQUIREMENTS, *EXTRA_REQUIREMENTS} - {"states", "image_lens", "relevancy"}
+    both(lambda adapter: adapter.trace_batch(*adapter.generate_with_cache(encoded, GENERATION)[::-1], requires))
 
 
 @pytest.mark.parametrize("scope", ["row", pytest.param("token", marks=pytest.mark.slow)])

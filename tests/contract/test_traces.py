@@ -8,7 +8,7 @@ from helpers.contract_helpers import attention, extended, has_encoder, language,
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.trace import NEEDS, SEGMENTS
+from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS
 
 TENSORS = ("logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits")
 
@@ -203,12 +203,12 @@ def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
             close(getattr(single, name), getattr(other, name), 1e-4)
 
 
-@pytest.mark.parametrize("needs", [(), ("attention",), ("lens",), ("blank",), ("relevancy",)])
-def test_a_trace_holds_what_was_asked_for(adapter, encoded, traces, needs):
-    trace = adapter.trace(encoded[0], traces[0].answer, needs)
+@pytest.mark.parametrize("requires", [(), ("attention",), ("lens",), ("blank",), ("relevancy",)])
+def test_a_trace_holds_what_was_asked_for(adapter, encoded, traces, requires):
+    trace = adapter.trace(encoded[0], traces[0].answer, requires)
     held = {"attention": trace.mass, "lens": trace.lens_rank, "blank": trace.blank_logits}
     held["relevancy"] = trace.relevancy
-    assert {name for name in NEEDS if held[name] is not None} == set(needs)
+    assert {name for name in REQUIREMENTS if held[name] is not None} == set(requires)
     close(trace.logits, traces[0].logits, 1e-4)
 
 

@@ -111,7 +111,7 @@ class TinyAdapter(Adapter):
     def answer(self, encoded: Encoded, text: str) -> Answer:
         raise NotImplementedError
 
-    def trace(self, encoded: Encoded, answer: Answer, needs=()) -> Trace:
+    def trace(self, encoded: Encoded, answer: Answer, requires=()) -> Trace:
         number = int(encoded.inputs["input_ids"])
         self.traced.append(number)
         logits = torch.full((len(answer.token_ids), len(WORDS)), float(number))

@@ -12,7 +12,7 @@ import stethoscope as package
 from stethoscope.core.component import choices, conf_folder
 from stethoscope.core.errors import DataError, StethoscopeError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.trace import NEEDS
+from stethoscope.tracing.trace import REQUIREMENTS
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(PIXELS)
@@ -114,7 +114,7 @@ def test_odd_sizes_are_answered_and_traced(adapter, size):
     encoded = adapter.encode(PHOTO.resize(size), "Is there a dog in the image?")
     assert encoded.spans.image
     answer = adapter.generate([encoded], Generation(max_new_tokens=2))[0]
-    trace = adapter.trace(encoded, answer, NEEDS)
+    trace = adapter.trace(encoded, answer, REQUIREMENTS)
     assert all(torch.isfinite(part).all() for part in (trace.logits, trace.mass, trace.relevancy.image))
     assert trace.relevancy.image.shape[-1] == len(encoded.spans.image)
 

@@ -40,11 +40,11 @@ class Narrow(TinyAdapter):
             torch.empty(1 << 60, dtype=torch.uint8)
         return super().generate(encoded, generation)
 
-    def trace_batch(self, encoded, answers, needs=()):
+    def trace_batch(self, encoded, answers, requires=()):
         if len(encoded) > self.traces:
             torch.empty(1 << 60, dtype=torch.uint8)
         self.together.append(len(encoded))
-        return [self.trace(*pair, needs) for pair in zip(encoded, answers, strict=True)]
+        return [self.trace(*pair, requires) for pair in zip(encoded, answers, strict=True)]
 
 
 def test_a_batch_that_does_not_fit_is_halved_for_good_and_said_once():

@@ -16,12 +16,12 @@ from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
 from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
-from stethoscope.streaming.step_recorder import STEP_NEEDS
+from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
 FAST = ("uncertainty", "position", "attention", "lens")
-STEPWISE = [name for name, item in FEATURES.items() if item.requires <= STEP_NEEDS]
+STEPWISE = [name for name, item in FEATURES.items() if item.requires <= STEP_REQUIREMENTS]
 
 
 @pytest.fixture(scope="module")

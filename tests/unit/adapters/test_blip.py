@@ -12,7 +12,7 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.trace import NEEDS
+from stethoscope.tracing.trace import REQUIREMENTS
 
 FAMILIES = ("blip-2-opt", "blip-2-t5", "instructblip-vicuna", "instructblip-t5")
 IMAGE = Image.effect_noise((64, 48), 80).convert("RGB")
@@ -178,8 +178,8 @@ def test_half_precision_is_told_though_the_queries_stay_exact(tmp_path):
     assert loaded.model.query_tokens.dtype == torch.float32
     encoded = loaded.encode(IMAGE, QUESTION)
     answer = loaded.generate([encoded], Generation(max_new_tokens=3))[0]
-    trace = loaded.trace(encoded, answer, NEEDS)
-    exact = from_folder(tmp_path).trace(encoded, answer, NEEDS)
+    trace = loaded.trace(encoded, answer, REQUIREMENTS)
+    exact = from_folder(tmp_path).trace(encoded, answer, REQUIREMENTS)
     torch.testing.assert_close(trace.mass, exact.mass, rtol=0, atol=5e-3)
     torch.testing.assert_close(trace.lens_logprob, exact.lens_logprob, rtol=0, atol=5e-2)
     torch.testing.assert_close(trace.relevancy.patches, exact.relevancy.patches, rtol=0.1, atol=1e-3)

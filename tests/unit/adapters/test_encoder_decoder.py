@@ -11,10 +11,10 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
-from stethoscope.tracing.attention_recorder import AttentionRows
+from stethoscope.tracing.attention_recorder import RowAttentionRecorder
 from stethoscope.tracing.hooks import Site
 from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.trace import NEEDS, SEGMENTS, Spans
+from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS, Spans
 
 QUESTION = "Is there a dog in the image?"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 72, 3), dtype=np.uint8))
@@ -40,7 +40,7 @@ def answer(adapter, encoded):
 
 @pytest.fixture(scope="module")
 def traced(adapter, encoded, answer):
-    return adapter.trace(encoded, answer, NEEDS)
+    return adapter.trace(encoded, answer, REQUIREMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_right_padding_of_the_prompt_gets_no_attention(adapter, encoded, answer,
 
 
 def test_a_decoder_whose_cross_attention_is_not_heard_is_an_error():
-    rows = AttentionRows(torch.tensor([[0]]), [Spans(3, (0,), (1,))], 3, decoder=1)
+    rows = RowAttentionRecorder(torch.tensor([[0]]), [Spans(3, (0,), (1,))], 3, decoder=1)
     rows.on_weights(Site("decoder.block.0.SelfAttention", "language", 0), torch.ones(1, 2, 1, 1))
     with pytest.raises(CaptureError, match="1 layers of self-attention were seen and 0 of cross-attention"):
         rows.finish()
@@ -194,7 +194,7 @@ def test_values_that_are_not_finite_name_the_cross_attention(adapter, encoded, a
 
 def test_heads_are_told_apart():
     """Hand-made maps of two heads and two answer tokens; the prompt is other, image, image, question, padding."""
-    rows = AttentionRows(torch.tensor([[0, 1]]), [Spans(4, (1, 2), (3,))], 5, decoder=2)
+    rows = RowAttentionRecorder(torch.tensor([[0, 1]]), [Spans(4, (1, 2), (3,))], 5, decoder=2)
     own = torch.tensor([[[[1.0, 0.0], [0.3, 0.7]], [[1.0, 0.0], [0.6, 0.4]]]])
     crossing = torch.tensor([[[[0.4, 0.1, 0.2, 0.3, 0.0]] * 2, [[0.1, 0.4, 0.3, 0.2, 0.0]] * 2]])
     rows.on_weights(Site("0.SelfAttention", "language", 0), own)

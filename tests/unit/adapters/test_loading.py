@@ -18,7 +18,7 @@ from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.types import Generation
-from stethoscope.tracing.trace import NEEDS
+from stethoscope.tracing.trace import REQUIREMENTS
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
 QUESTION = "Is there a dog in the image?"
@@ -71,7 +71,7 @@ def measured(adapter):
     encoded = adapter.encode(IMAGE, QUESTION)
     greedy, beams = Generation(max_new_tokens=6), Generation(max_new_tokens=6, num_beams=2)
     answers = [adapter.generate([encoded], generation)[0] for generation in (greedy, beams)]
-    return answers, adapter.trace(encoded, answers[0], NEEDS)
+    return answers, adapter.trace(encoded, answers[0], REQUIREMENTS)
 
 
 def leaves(model, layers, spread):
@@ -229,7 +229,9 @@ def test_a_quantised_model_answers_and_its_maps_are_those_of_the_whole_one(quant
     scene, adapters = testbed.scenes(1)[0].image(), [TestbedAdapter(device="cpu", quantize=q) for q in (None, quantize)]
     encoded = [adapter.encode(scene, "Please describe this image in detail.") for adapter in adapters]
     answer = adapters[0].generate(encoded[:1], Generation(max_new_tokens=6))[0]
-    whole, small = (adapter.trace(prompt, answer, NEEDS) for adapter, prompt in zip(adapters, encoded, strict=True))
+    whole, small = (
+        adapter.trace(prompt, answer, REQUIREMENTS) for adapter, prompt in zip(adapters, encoded, strict=True)
+    )
     assert 0 < (small.logits - whole.logits).abs().mean() < 0.5
     assert 0 < (small.mass - whole.mass).abs().mean() < 0.02
     maps = torch.stack([trace.relevancy.image.flatten() for trace in (whole, small)])

@@ -233,13 +233,13 @@ class Deaf:
         self._adapter, self.name = adapter, "deaf"
         self.setup, self.encode, self.answer = adapter.setup, adapter.encode, adapter.answer
 
-    def trace(self, encoded, answer, needs):
-        if "relevancy" in needs:
+    def trace(self, encoded, answer, requires):
+        if "relevancy" in requires:
             raise CapabilityError("deaf gives no relevancy")
-        return self._adapter.trace(encoded, answer, needs)
+        return self._adapter.trace(encoded, answer, requires)
 
-    def trace_batch(self, encoded, answers, needs):
-        return [self.trace(one, answer, needs) for one, answer in zip(encoded, answers, strict=True)]
+    def trace_batch(self, encoded, answers, requires):
+        return [self.trace(one, answer, requires) for one, answer in zip(encoded, answers, strict=True)]
 
 
 def test_what_a_model_cannot_give_is_left_out_and_said(adapter, scene, run):

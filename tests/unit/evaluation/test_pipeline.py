@@ -25,12 +25,12 @@ class Keeping(TinyAdapter):
         prompts = [replace(one, cache=cache) for one, cache in zip(encoded, caches, strict=True)]
         return self.generate(encoded, generation), prompts
 
-    def trace_batch(self, encoded, answers, needs=()):
+    def trace_batch(self, encoded, answers, requires=()):
         held = [one for one in self.kept if one() is not None]
         if len(held) > self.fits:
             raise MemoryError("no room")
         self.with_cache.append([one.cache is not None for one in encoded])
-        return super().trace_batch(encoded, answers, needs)
+        return super().trace_batch(encoded, answers, requires)
 
 
 def test_what_generation_keeps_reaches_the_trace_and_is_gone_with_the_batch():

@@ -10,7 +10,7 @@ from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.relevancy import Relevancy
-from stethoscope.tracing.trace import NEEDS, SEGMENTS, Spans, Trace
+from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS, Spans, Trace
 
 TOKENS, LAYERS, HEADS, IMAGE, WORDS = 3, 4, 2, 5, 8
 
@@ -106,7 +106,7 @@ def test_every_feature_says_what_it_reads(trace):
     for item in FeatureSet().features:
         kept = {name: getattr(trace, name) for need in item.requires for name in parts[need]}
         item.function(Trace(trace.answer, trace.spans, trace.logits, **kept))
-        assert item.requires <= set(NEEDS)
+        assert item.requires <= set(REQUIREMENTS)
         assert item.higher_means in ("hallucinated", "grounded", "depends")
         assert item.summary.endswith(".") or item.summary.endswith(",")
 

@@ -5,7 +5,7 @@ from helpers.plain_pass import PICTURE, Plain, load
 
 from stethoscope.core.types import Generation
 from stethoscope.features import GROUPS, FeatureSet
-from stethoscope.tracing.trace import MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, REQUIREMENTS
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def answer(adapter, encoded):
 @pytest.fixture(scope="session")
 def columns(adapter, encoded, answer):
     return FeatureSet([group for group in GROUPS if group not in ("verification", "masked")]).compute(
-        adapter.trace(encoded, answer, [*NEEDS, *MORE_NEEDS])
+        adapter.trace(encoded, answer, [*REQUIREMENTS, *EXTRA_REQUIREMENTS])
     )
 
 

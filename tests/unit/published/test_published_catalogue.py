@@ -9,7 +9,7 @@ from helpers.plain_pass import PICTURE, load
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation
 from stethoscope.features import COSTS, FEATURES, FeatureSet
-from stethoscope.tracing.trace import MENTION_NEEDS, MORE_NEEDS, NEEDS
+from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, MENTION_REQUIREMENTS, REQUIREMENTS
 
 
 def test_every_feature_is_transcribed():
@@ -21,7 +21,7 @@ def test_every_feature_is_transcribed():
 
 def test_every_need_has_a_cost():
     """Also those that a run pays for every object that is named."""
-    assert {*NEEDS, *MORE_NEEDS, *MENTION_NEEDS} == set(COSTS)
+    assert {*REQUIREMENTS, *EXTRA_REQUIREMENTS, *MENTION_REQUIREMENTS} == set(COSTS)
     assert all(item.requires <= set(COSTS) for item in FEATURES.values())
 
 
@@ -29,7 +29,7 @@ def test_every_new_feature_says_what_it_reads(adapter, encoded, answer):
     """A feature works when the trace was asked for exactly the parts that it declares."""
     traces = {}
     for item in FEATURES.values():
-        if item.requires & set(MORE_NEEDS) and not item.mentions_only:
+        if item.requires & set(EXTRA_REQUIREMENTS) and not item.mentions_only:
             if item.requires not in traces:
                 traces[item.requires] = adapter.trace(encoded, answer, item.requires)
             values = item.function(traces[item.requires])

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.attention_recorder import AttentionRows
+from stethoscope.tracing.attention_recorder import RowAttentionRecorder
 from stethoscope.tracing.hooks import (
     NAME,
     AttentionRecorder,
@@ -104,7 +104,7 @@ def tiny(**settings):
 def test_a_model_gives_the_same_logits_while_it_is_recorded():
     model, ids = tiny(), torch.arange(12).view(2, 6)
     padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    rows = AttentionRows(torch.tensor([[4, 5], [4, 5]]), [Spans(5, (2, 3), (4,)), Spans(5, (0, 1), (4,))], 6)
+    rows = RowAttentionRecorder(torch.tensor([[4, 5], [4, 5]]), [Spans(5, (2, 3), (4,)), Spans(5, (0, 1), (4,))], 6)
     with torch.no_grad():
         plain = model(ids, attention_mask=padding).logits
         with record(model, rows):
@@ -125,7 +125,7 @@ def test_one_recording_at_a_time_and_one_pass_per_listener():
             pass
 
     def twice():
-        with record(model, AttentionRows(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
+        with record(model, RowAttentionRecorder(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
             model(ids)
             model(ids)
 
@@ -147,7 +147,7 @@ def test_maps_that_are_none_are_refused(monkeypatch):
         with record(model, listener):
             model(torch.arange(6)[None])
 
-    for listener in (AttentionRecorder(), AttentionRows(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
+    for listener in (AttentionRecorder(), RowAttentionRecorder(torch.tensor([[5]]), [Spans(6, (1,), (2,))], 6)):
         with pytest.raises(CaptureError, match=r"layers\.0\.self_attn .*None"):
             run(listener)
 
