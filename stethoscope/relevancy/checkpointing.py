@@ -55,7 +55,7 @@ class _LayerCall:
         spec: structure of the arguments.
         inputs: indices of the values that receive gradients.
         edges: edges of the outputs in the graph between layers.
-        state: state of the recorder when the call began, see ``LayerCheckpointer``.
+        sizes: counters of the recorder when the call began, see ``LayerCheckpointer``.
         graph: graph of the call, where it has been kept.
     """
 
@@ -64,7 +64,7 @@ class _LayerCall:
     spec: TreeSpec
     inputs: list[int]
     edges: list[GradientEdge]
-    state: Any
+    sizes: dict[str, int]
     graph: Graph | None = None
 
     def run(self, leaves: list[Tensor]) -> tuple[Any, Graph]:
@@ -92,17 +92,19 @@ class LayerCheckpointer:
 
     Args:
         keep_graphs: every layer keeps its graph instead of running again: less time, more memory.
-        get_state: returns the state that ``backward`` restores before a layer runs again.
+        sizes: counters of the recorder, copied when a layer is called; ``backward`` restores them before it runs again.
 
     Attributes:
         inside: whether a layer is running.
+        root_index: index of the root whose gradient passes through a layer, during ``backward``.
         leaves: tensors within a running layer at which the graph begins, because weights are frozen.
     """
 
-    def __init__(self, keep_graphs: bool, get_state: Callable[[], Any]) -> None:
+    def __init__(self, keep_graphs: bool, sizes: dict[str, int]) -> None:
         self.inside = False
+        self.root_index = 0
         self.leaves: list[Tensor] = []
-        self._keep_graphs, self._get_state = keep_graphs, get_state
+        self._keep_graphs, self._sizes = keep_graphs, sizes
         self._calls: list[_LayerCall] = []
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -119,7 +121,7 @@ class LayerCheckpointer:
             return function(*arguments, **options)
         values, spec = tree_flatten((arguments, options))
         inputs = [index for index, value in enumerate(values) if _is_float(value) and value.requires_grad]
-        call = _LayerCall(function, values, spec, inputs, [], self._get_state())
+        call = _LayerCall(function, values, spec, inputs, [], dict(self._sizes))
         self.inside = True
         try:
             if keep_graph:
@@ -145,16 +147,14 @@ class LayerCheckpointer:
     def backward(
         self,
         roots: Sequence[Tensor],
-        select_root: Callable[[int], None],
-        restore_state: Callable[[Any], None],
+        restore_sizes: Callable[[dict[str, int]], None],
         last: bool,
     ) -> None:
         """Back-propagate the gradient of every root through all layers, from the last to the first.
 
         Args:
             roots: scalars.
-            select_root: called with the index of a root before its gradient passes through a layer.
-            restore_state: called with the state of a layer's call before the layer runs again.
+            restore_sizes: called with the counters of a layer's call before the layer runs again.
             last: whether the graphs are no longer needed afterwards.
         """
         pending = _PendingGradients(self._calls)
@@ -164,7 +164,7 @@ class LayerCheckpointer:
             arrived = [pending.take(edge) for edge in call.edges]
             if not any(arrived):
                 continue
-            inputs, outputs = call.graph or self._recompute(call, restore_state)
+            inputs, outputs = call.graph or self._recompute(call, restore_sizes)
             for root_index in range(len(roots)):
                 received = [
                     (output, by_root.pop(root_index))
@@ -174,7 +174,7 @@ class LayerCheckpointer:
                 received = [(output, gradient) for output, gradient in received if output.requires_grad]
                 if not received:
                     continue
-                select_root(root_index)
+                self.root_index = root_index
                 retain = root_index + 1 < len(roots) or (self._keep_graphs and not last)
                 ends, gradients = zip(*received, strict=True)
                 passed = torch.autograd.grad(ends, inputs, gradients, retain_graph=retain, allow_unused=True)
@@ -186,8 +186,8 @@ class LayerCheckpointer:
             if last or not self._keep_graphs:
                 call.graph = None
 
-    def _recompute(self, call: _LayerCall, restore_state: Callable[[Any], None]) -> Graph:
-        restore_state(call.state)
+    def _recompute(self, call: _LayerCall, restore_sizes: Callable[[dict[str, int]], None]) -> Graph:
+        restore_sizes(call.sizes)
         self.inside = True
         try:
             return call.run(self.leaves)[1]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
-from stethoscope.relevancy.attention_backward import BUDGET
-from stethoscope.relevancy.backward_pass import BackwardPass
+from stethoscope.relevancy.attention_backward import BUDGET, AttentionGradRecorder
 from stethoscope.relevancy.checkpointing import checkpoint_layers
-from stethoscope.relevancy.grad_recorder import AttentionGradRecorder, frozen
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout, read_shared_layout
-from stethoscope.relevancy.rules import (
-    RULES,
-)
+from stethoscope.relevancy.rules import RULES, BackwardPass
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
     capture_inputs_embeds,
@@ -27,7 +24,7 @@ from stethoscope.relevancy.token_alignment import (
     pixel_order,
     probe_alignment,
 )
-from stethoscope.tracing.hooks import record, selected, sites
+from stethoscope.tracing.hooks import modules_of, record, selected, sites
 from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
@@ -121,6 +118,25 @@ def relevancies_from_inputs(
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # causal rows do not see the padding
         layout = read_shared_layout(model, inputs, answers)
         return _relevancy(model, inputs, layout, "row", RULES[0], True, None, budget, recompute)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode with frozen parameters within the block, then restore it."""
+    modules = modules_of(model)
+    training = [module for module in modules if module.training]
+    trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _relevancy(
