@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from stethoscope.core.errors import CapabilityError
 from stethoscope.features.common import cached_on_trace, normalised_entropy
 from stethoscope.features.registry import feature
 
@@ -16,17 +16,31 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-def _share(part: Tensor, trace: Trace) -> Tensor:
-    """Divide the relevancy of a part by that of the whole row: (T, L) in [0, 1], 0 where the row has none."""
-    return part.sum(-1) / trace.require("relevancy").total.clamp(min=1e-12)
+@dataclass(frozen=True)
+class RelevancyParts:
+    """What the features read of the relevancy of T tokens after L layers, computed once per trace.
+
+    Attributes:
+        total: (T, L) sum of the whole row, at least 1e-12.
+        image: (T, L, N) over image tokens; ``question``: (T, L, Q); ``answer``: (T, L, A) over earlier answer tokens.
+        last_image: (T, N) over image tokens after the last layer.
+        last_text: (T, Q + A) over question and earlier answer after the last layer.
+    """
+
+    total: Tensor
+    image: Tensor
+    question: Tensor
+    answer: Tensor
+    last_image: Tensor
+    last_text: Tensor
 
 
 @cached_on_trace
-def _text(trace: Trace) -> Tensor:
-    """Return the (T, text) relevancy to question and earlier answer tokens after the last layer."""
+def _parts(trace: Trace) -> RelevancyParts:
     relevancy = trace.require("relevancy")
-    parts = relevancy.question[:, -1], relevancy.answer[:, -1]
-    return parts[0].new_tensor(np.concatenate(parts, -1))
+    image, question, answer = relevancy.image, relevancy.question, relevancy.answer
+    last_text = question.new_tensor(np.concatenate((question[:, -1], answer[:, -1]), -1))
+    return RelevancyParts(relevancy.total.clamp(min=1e-12), image, question, answer, image[:, -1], last_text)
 
 
 def _log_ratio(image: Tensor, text: Tensor) -> Tensor:
@@ -41,7 +55,8 @@ def relevancy_image(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _share(trace.require("relevancy").image, trace)
+    parts = _parts(trace)
+    return parts.image.sum(-1) / parts.total
 
 
 @feature("relevancy", higher_means="depends", requires=["relevancy"])
@@ -50,7 +65,8 @@ def relevancy_question(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return _share(trace.require("relevancy").question, trace)
+    parts = _parts(trace)
+    return parts.question.sum(-1) / parts.total
 
 
 @feature("relevancy", higher_means="hallucinated", requires=["relevancy"])
@@ -59,7 +75,8 @@ def relevancy_previous(trace: Trace) -> Tensor:
 
     Higher means hallucinated.
     """
-    return _share(trace.require("relevancy").answer, trace)
+    parts = _parts(trace)
+    return parts.answer.sum(-1) / parts.total
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -68,7 +85,8 @@ def visual_contribution_sum(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _log_ratio(trace.require("relevancy").image[:, -1].sum(-1), _text(trace).sum(-1))
+    parts = _parts(trace)
+    return _log_ratio(parts.last_image.sum(-1), parts.last_text.sum(-1))
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -77,7 +95,8 @@ def visual_contribution_max(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    return _log_ratio(trace.require("relevancy").image[:, -1].amax(-1), _text(trace).amax(-1))
+    parts = _parts(trace)
+    return _log_ratio(parts.last_image.amax(-1), parts.last_text.amax(-1))
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -86,10 +105,10 @@ def visual_contribution_mean(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    relevancy = trace.require("relevancy")
-    before = relevancy.question.shape[-1] + np.arange(len(trace.answer.token_ids))
-    text = _text(trace).sum(-1) / relevancy.image.new_tensor(np.maximum(before, 1))
-    return _log_ratio(relevancy.image[:, -1].mean(-1), text)
+    parts = _parts(trace)
+    before = parts.question.shape[-1] + np.arange(len(trace.answer.token_ids))
+    text = parts.last_text.sum(-1) / parts.last_text.new_tensor(np.maximum(before, 1))
+    return _log_ratio(parts.last_image.mean(-1), text)
 
 
 @feature("relevancy", higher_means="depends", requires=["relevancy"])
@@ -98,7 +117,7 @@ def relevancy_entropy(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return normalised_entropy(trace.require("relevancy").image[:, -1])
+    return normalised_entropy(_parts(trace).last_image)
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -107,28 +126,33 @@ def relevancy_peak(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    image = trace.require("relevancy").image[:, -1]
+    image = _parts(trace).last_image
     top = image.topk(max(image.shape[-1] // 10, 1), dim=-1).values.sum(-1)
     return top / image.sum(-1).clamp(min=1e-12)
 
 
-@cached_on_trace
-def _saliency(trace: Trace) -> Tensor:
-    """Return the (T, late layers, S) saliency of the later half of the layers, with rows of L2 norm 1.
+class SaliencyParts(NamedTuple):
+    """Saliency of the later half of the layers, every row divided by its L2 norm.
 
-    Raises:
-        CapabilityError: the relevancy has no saliency.
+    Attributes:
+        rows: (T, late layers, S) over the whole row.
+        previous: (T, late layers, A) over earlier answer tokens; zero for a token itself and those after it.
+        image: (T, late layers, N) over image tokens; empty in an encoder-decoder model.
     """
-    saliency = trace.require("relevancy").saliency
-    if saliency is None:
-        raise CapabilityError("the relevancy of this trace holds no saliency, which its features require")
+
+    rows: Tensor
+    previous: Tensor
+    image: Tensor
+
+
+@cached_on_trace
+def _saliency(trace: Trace) -> SaliencyParts:
+    relevancy = trace.require("relevancy")
+    saliency = relevancy.require_saliency()
     late = saliency[:, saliency.shape[1] // 2 :]
-    return late / late.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-
-
-def _previous_saliency(trace: Trace) -> Tensor:
-    """Return the part (T, late layers, A) of ``_saliency`` on earlier answer tokens."""
-    return _saliency(trace)[..., trace.require("relevancy").first + 1 :]
+    rows = late / late.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    image = list(relevancy.image_positions) if relevancy.encoder is None else []
+    return SaliencyParts(rows, rows[..., relevancy.first + 1 :], rows[..., image])
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -140,7 +164,7 @@ def saliency_previous(trace: Trace) -> Tensor:
     Lower means hallucinated.
     """
     before = np.maximum(np.arange(len(trace.answer.token_ids)), 1)
-    values = _previous_saliency(trace)
+    values = _saliency(trace).previous
     return values.sum(-1).mean(-1) / values.new_tensor(before)
 
 
@@ -152,7 +176,7 @@ def saliency_previous_max(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    values = _previous_saliency(trace)
+    values = _saliency(trace).previous
     return values.amax(-1).mean(-1) if values.shape[-1] else values.sum(-1).mean(-1)
 
 
@@ -162,8 +186,8 @@ def saliency_previous_share(trace: Trace) -> Tensor:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    share = _previous_saliency(trace).sum(-1) / _saliency(trace).sum(-1).clamp(min=1e-12)
-    return share.mean(-1)
+    saliency = _saliency(trace)
+    return (saliency.previous.sum(-1) / saliency.rows.sum(-1).clamp(min=1e-12)).mean(-1)
 
 
 @feature("relevancy", higher_means="grounded", requires=["relevancy"])
@@ -174,6 +198,5 @@ def saliency_image_share(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    relevancy, rows = trace.require("relevancy"), _saliency(trace)
-    image = rows[..., list(relevancy.image_positions) if relevancy.encoder is None else []]
-    return (image.sum(-1) / rows.sum(-1).clamp(min=1e-12)).mean(-1)
+    saliency = _saliency(trace)
+    return (saliency.image.sum(-1) / saliency.rows.sum(-1).clamp(min=1e-12)).mean(-1)

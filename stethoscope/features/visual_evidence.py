@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stethoscope.core.errors import CapabilityError
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
@@ -27,12 +26,10 @@ def attended_embedding(trace: Trace) -> np.ndarray:
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    relevancy = trace.require("relevancy").image[:, -1].float().numpy()
-    weights = relevancy / np.maximum(np.linalg.norm(relevancy, axis=-1, keepdims=True), 1e-12)
-    embeds = trace.require("relevancy").image_embeds
-    if embeds is None:
-        raise CapabilityError("this trace's relevancy holds no image embeddings, which attended_embedding requires")
-    evidence = weights @ embeds.numpy()
+    relevancy = trace.require("relevancy")
+    last = relevancy.image[:, -1].float().numpy()
+    weights = last / np.maximum(np.linalg.norm(last, axis=-1, keepdims=True), 1e-12)
+    evidence = weights @ relevancy.require_image_embeds().numpy()
     return evidence if evidence.shape[-1] <= DIMENSIONS else evidence @ _directions(evidence.shape[-1])
 
 

@@ -95,6 +95,28 @@ class Relevancy:
             raise DataError("this relevancy has neither `llm` nor both `encoder` and `decoder`")
         return torch.cat([self.encoder, self.decoder], -1)
 
+    def require_saliency(self) -> Tensor:
+        """Return ``saliency``, or raise ``CapabilityError`` where it was not computed.
+
+        Raises:
+            CapabilityError: this relevancy holds no saliency.
+        """
+        return self._required("saliency", self.saliency)
+
+    def require_image_embeds(self) -> Tensor:
+        """Return ``image_embeds``, or raise ``CapabilityError`` where they were not kept.
+
+        Raises:
+            CapabilityError: this relevancy holds no image embeddings.
+        """
+        return self._required("image_embeds", self.image_embeds)
+
+    @staticmethod
+    def _required(name: str, part: Tensor | None) -> Tensor:
+        if part is None:
+            raise CapabilityError(f"this relevancy holds no {name!r}, which a feature requires")
+        return part
+
     @property
     def _answer_start(self) -> int:
         return self.first + 1 + (0 if self.encoder is None else self.encoder.shape[-1])

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import sites, take_rows
+from stethoscope.tracing.hooks import sites
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _LOGITS = 2**24  # as many are made at a time where all layers of a token are decoded together
@@ -53,20 +53,21 @@ class Lens:
 
     @contextmanager
     def listen(self, rows: Tensor) -> Iterator[list[Tensor]]:
-        """Fills the list with the rows (B, T, D) of the residual stream after each layer; the hooks are then removed.
+        """Capture the rows (B, T, D) of the residual stream after each layer, in the list that is returned.
 
         Args:
             rows: (B, T) positions.
         """
-        heard: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            heard.append(take_rows(hidden.detach(), rows.to(hidden.device)))
+            chosen = rows.to(hidden.device)
+            captured.append(hidden.detach()[torch.arange(len(chosen), device=chosen.device)[:, None], chosen])
 
         handles = [layer.register_forward_hook(hook) for layer in self.layers]
         try:
-            yield heard
+            yield captured
         finally:
             for handle in handles:
                 handle.remove()
@@ -86,13 +87,13 @@ class Lens:
         logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
-    def read(self, heard: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, hidden: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability and rank of the tokens after each layer; the last is the model's own output.
 
         One layer is decoded at a time, so memory is that of one row of logits per token.
 
         Args:
-            heard: L tensors (..., D), rows of those from ``listen``.
+            hidden: L tensors (..., D), rows of those from ``listen``.
             logits: (..., V) the model's own.
             tokens: (...) ids.
 
@@ -103,21 +104,21 @@ class Lens:
             CapabilityError: the parts that were found do not reproduce the model's own logits.
         """
         if not self.checked and tokens.numel():
-            self._check(heard[-1], logits)
-        pairs = [_place(self.decode(hidden), tokens) for hidden in heard[:-1]] + [_place(logits, tokens)]
+            self._check(hidden[-1], logits)
+        pairs = [_place(self.decode(hidden), tokens) for hidden in hidden[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
 
-    def divergence(self, heard: list[Tensor], logits: Tensor) -> Tensor:
+    def divergence(self, hidden: list[Tensor], logits: Tensor) -> Tensor:
         """How far the distribution after each layer is from the model's own.
 
         Args:
-            heard, logits: as for ``read``.
+            hidden, logits: as for ``read``.
 
         Returns:
             (..., L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
         """
         final = logits.log_softmax(-1)
-        layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in heard[:-1]]
+        layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in hidden[:-1]]
         return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:-1], 0)).cpu()
 
     def read_together(
