@@ -105,7 +105,7 @@ class Lens:
         """
         if not self.checked and tokens.numel():
             self._check(hidden[-1], logits)
-        pairs = [_place(self.decode(hidden), tokens) for hidden in hidden[:-1]] + [_place(logits, tokens)]
+        pairs = [_place(self.decode(layer), tokens) for layer in hidden[:-1]] + [_place(logits, tokens)]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
 
     def divergence(self, hidden: list[Tensor], logits: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Lens:
             (..., L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
         """
         final = logits.log_softmax(-1)
-        layers = [_divergence(self.decode(hidden).log_softmax(-1).to(final.device), final) for hidden in hidden[:-1]]
+        layers = [_divergence(self.decode(layer).log_softmax(-1).to(final.device), final) for layer in hidden[:-1]]
         return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:-1], 0)).cpu()
 
     def read_together(
