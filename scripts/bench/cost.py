@@ -3,7 +3,7 @@
     python scripts/bench/cost.py                      # answers one at a time, in batches of 8 and of 16; one thread
 
 CPU time of one thread, per answer: plain generation, which keeps nothing, then tracing and computing the features of
-the finished answers as runs do it (at most ``batch.TRACED_TOGETHER`` in a pass). Runs with features let generation keep
+the finished answers as runs do it (at most ``pipeline.TRACE_BATCH`` in a pass). Runs with features let generation keep
 what a trace can use again; what that takes more than plain generation is part of every cost. All ways alternate batch
 by batch, so that other work on the machine falls on all of them.
 """
@@ -20,7 +20,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Answer, Generation
-from stethoscope.evaluation.pipeline import TRACED_TOGETHER
+from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.features import FeatureSet, named_set
 from stethoscope.tracing.trace import Encoded
 
@@ -76,8 +76,8 @@ def measure(
 
     def trace(features: FeatureSet) -> Callable[[Sequence[Encoded]], None]:
         def run(encoded: Sequence[Encoded]) -> None:
-            for start in range(0, len(encoded), TRACED_TOGETHER):
-                few = slice(start, start + TRACED_TOGETHER)
+            for start in range(0, len(encoded), TRACE_BATCH):
+                few = slice(start, start + TRACE_BATCH)
                 for traced in adapter.trace_batch(kept[few], answers[few], features.requires):
                     features.compute(traced)
 

@@ -1,4 +1,4 @@
-"""What can be hung into a run. Hooks are called in this order (``on_trace`` once per traced answer)::
+"""Callback hooks, in call order (``on_trace`` once per traced answer)::
 
     on_run_start
       on_task_start
@@ -6,7 +6,7 @@
       on_task_end
     on_run_end                                          or on_exception, if anything before it failed
 
-An error raised in a hook stops the run like any other: only loggers are forgiven.
+Exceptions raised by a callback abort the run; exceptions raised by a logger are only warned about.
 """
 
 from __future__ import annotations
@@ -38,51 +38,51 @@ class Callback:
     """Base of all callbacks: every hook is empty, override the ones you need.
 
     Attributes:
-        first_only: where several processes do a run, call it in the first one only. Otherwise each process calls its
-            own copy, with the samples that fall to it; only the first one sees all of them in ``on_task_end``.
+        first_only: call the hooks on the main process only. Otherwise every rank calls its own copy, with the samples
+            that it owns; only the main process sees all samples in ``on_task_end``.
     """
 
     first_only: bool = False
 
     def on_run_start(self, run: RunState) -> None:
-        """Called first, before task and model are set up."""
+        """Act first, before task and model are set up."""
 
     def on_task_start(self, run: RunState) -> None:
-        """Called when task and model are set up and it is known which samples are left to do."""
+        """Act when task and model are set up and the remaining samples are known."""
 
     def on_batch_start(self, run: RunState, samples: Sequence[Sample]) -> None:
-        """Called before a batch is encoded."""
+        """Act before a batch is encoded."""
 
     def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:
-        """Called when an answer has been traced, before its features are computed."""
+        """Act when an answer has been traced, before its features are computed."""
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
-        """Called when the records of a batch are on disk."""
+        """Act when the records of a batch are on disk."""
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
-        """Called when the results are computed, stored and logged."""
+        """Act when the results are computed, stored and logged."""
 
     def on_run_end(self, run: RunState, results: TaskResults) -> None:
-        """Called last, if nothing failed."""
+        """Act last, if nothing failed."""
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
-        """Called when an error or Ctrl-C ends the run, before it is raised again."""
+        """Act when an error or Ctrl-C ends the run, before it is raised again."""
 
 
 class Progress(Callback):
-    """A bar with count, rate, time left and failures; a plain line now and then where the output is not a terminal."""
+    """Show a bar with count, rate, time left and failures; plain lines where the output is not a terminal."""
 
     first_only = True
 
     def __init__(self, every: float = 30.0) -> None:
-        """Stores how many seconds lie between plain lines."""
+        """Set the seconds between plain lines."""
         self.every = every
         self._bar: Any = None
 
     def on_task_start(self, run: RunState) -> None:
-        """Starts the bar."""
+        """Start the bar."""
         self._console = console(stderr=True)
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
             self._start_bar(run)
         else:
@@ -93,25 +93,25 @@ class Progress(Callback):
             self._say(f"{run.task.name}: {run.total} samples{among}{before}")
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
-        """Moves the bar on."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.update(self._line, completed=run.done, rate=self._rate(run), failed=self._failed(run))
-        elif time.monotonic() - self._said >= self.every and run.done < run.total:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed >= self.every and run.done < run.total:
+            self._printed = time.monotonic()
             left = (run.total - run.done) / max(self._speed(run), 1e-9)
             self._say(
                 f"{run.task.name}: {run.done}/{run.total}, {self._rate(run)}, {_duration(left)} left{self._failed(run)}"
             )
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
-        """Ends the bar."""
+        """End the bar."""
         if self._bar is None:
             seconds = _duration(time.monotonic() - self._started)
             self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}, {self._rate(run)}{self._failed(run)}")
         self._stop()
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
         self._stop()
 
     def _start_bar(self, run: RunState) -> None:
@@ -152,20 +152,20 @@ class Progress(Callback):
 
 
 class Timing(Callback):
-    """Logs how fast samples are done while a run goes on, and at its end the seconds spent on every stage."""
+    """Log samples per second during a run, and the seconds of every stage at its end."""
 
     first_only = True
 
     def __init__(self, every: float = 1.0) -> None:
-        """Stores how many seconds lie between points of the curve, which is thus never what costs the time."""
+        """Set the seconds between points of the curve, so that logging stays cheap."""
         self.every = every
 
     def on_task_start(self, run: RunState) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._started = self._logged = time.monotonic()
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
-        """Logs the rate so far in this sitting."""
+        """Log the samples per second of this session."""
         now = time.monotonic()
         if now - self._logged >= self.every or run.done == run.total:
             self._logged = now
@@ -173,7 +173,7 @@ class Timing(Callback):
             run.log({"progress/samples_per_second": (run.done - run.resumed) / seconds}, step=run.done)
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
-        """Logs seconds by stage and the rate over all of them, including earlier sittings."""
+        """Log seconds by stage and samples per second, over all sessions of the run."""
         total = sum(results.seconds.values())
         figures = {f"seconds/{stage}": seconds for stage, seconds in results.seconds.items()}
         if total:
@@ -182,28 +182,28 @@ class Timing(Callback):
 
 
 class SampleTable(Callback):
-    """Logs the first answers of a task as a table, to look at; with their pictures where a logger shows them."""
+    """Log the first answers of a task as a table, with their images where a logger shows them."""
 
     first_only = True
 
     COLUMNS = ("sample", "subset", "image", "question", "answer", "status", "detail")
-    SIDE = 192  # pixels of a picture's longer side
+    SIDE = 192  # pixels of an image's longer side
 
     def __init__(self, count: int = 32) -> None:
-        """Stores how many answers to log."""
+        """Set the number of answers to log."""
         self.count = count
         self._records: list[Record] = []
 
     def on_task_start(self, run: RunState) -> None:
-        """Forgets the task before."""
+        """Drop the records of the previous task."""
         self._records = []
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
-        """Keeps the first records."""
+        """Collect the first records."""
         self._records.extend(records[: max(self.count - len(self._records), 0)])
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
-        """Logs the table; a resumed run reads the records of its earlier sittings."""
+        """Log the table; a resumed run reads the records of its earlier sessions."""
         stored = run.store.records(run.task.name) if run.store is not None else self._records
         rows = [
             [
@@ -217,16 +217,16 @@ class SampleTable(Callback):
             ]
             for record in islice(stored, self.count)
         ]
-        columns, wanted = list(self.COLUMNS), run.loggers.pictures
-        if wanted:
+        columns, picture_count = list(self.COLUMNS), run.loggers.pictures
+        if picture_count:
             columns.append("picture")
             samples = {sample.id: sample for sample in run.samples}
-            for number, row in enumerate(rows):
-                row.append(self._picture(samples.get(row[0])) if number < wanted else None)
+            for index, row in enumerate(rows):
+                row.append(self._picture(samples.get(row[0])) if index < picture_count else None)
         run.loggers.log_table(f"{run.task.name}/samples", columns, rows)
 
     def _picture(self, sample: Sample | None) -> Picture | None:
-        """The picture of a sample; None where there is none to be had."""
+        """Load a thumbnail of a sample's image; None where it cannot be read."""
         try:
             image = None if sample is None else sample.image.load().copy()
         except DataError:  # a failed sample, which the table says
@@ -238,18 +238,18 @@ class SampleTable(Callback):
 
 
 class SaveHeatmaps(Callback):
-    """Keeps small pictures, and the relevancy maps of all mentions where the features need relevancy anyway."""
+    """Save thumbnails, and the relevancy maps of all mentions where the features require relevancy anyway."""
 
     def __init__(self, pictures: bool = True, side: int = 192, cells: int = 24) -> None:
-        """Stores the settings.
+        """Check the settings.
 
         Args:
-            pictures: keep the pictures too; they are most of what is kept (about 10 kB each).
-            side: pixels of a kept picture's longer side.
-            cells: of a kept map's longer side, at most; maps of one tile with fewer are kept as they are.
+            pictures: save thumbnails too, which take most of the space (about 10 kB each).
+            side: pixels of a thumbnail's longer side.
+            cells: largest number of cells along a map's longer side; maps of one tile with fewer are saved unchanged.
 
         Raises:
-            ConfigError: a number is below 1 or above ``MAX_SIDE``.
+            ConfigError: ``side`` or ``cells`` is below 1 or above ``MAX_SIDE``.
         """
         for name, value in (("side", side), ("cells", cells)):
             if not 1 <= value <= MAX_SIDE:
@@ -257,15 +257,17 @@ class SaveHeatmaps(Callback):
         self.pictures, self.side, self.cells = pictures, side, cells
 
     def on_trace(self, run: RunState, sample: Sample, trace: Trace) -> None:
-        """Keeps what belongs to one answer, before its record is on disk: maps without a record do no harm."""
+        """Save the maps of one answer before its record is on disk, because maps without a record do no harm."""
         answer = trace.answer
-        covering = [answer.covering(one.start, one.end)[:1] for one in run.task.mentions(sample, answer)]
-        tokens = sorted({token for some in covering for token in some})
+        first_tokens = [
+            answer.covering(mention.start, mention.end)[:1] for mention in run.task.mentions(sample, answer)
+        ]
+        tokens = sorted({token for mention_tokens in first_tokens for token in mention_tokens})
         if run.store is None or not tokens:
             return
         try:
             picture = sample.image.load()
-        except DataError:  # gone since the question was asked: the run needs it no more, and nor do we
+        except DataError:  # removed since the question was asked; the run goes on without its map
             return
         maps = self._maps(run, trace, picture.size, tokens)
         if maps or self.pictures:
@@ -275,34 +277,34 @@ class SaveHeatmaps(Callback):
             HeatmapFile(run.store.run_dir).append(run.task.name, sample.id, answer, small, maps)
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
-        """Removes what samples that were traced again have left behind."""
+        """Remove the earlier maps of samples that were traced again."""
         if run.store is not None and run.distributed.is_main_process:
             HeatmapFile(run.store.run_dir).compact()
 
     def _maps(
         self, run: RunState, trace: Trace, size: tuple[int, int], tokens: Sequence[int]
     ) -> dict[int, np.ndarray]:  # fmt: skip
-        """uint8 maps of some tokens; none where there is no relevancy, or it has no place in the picture."""
+        """Compute uint8 maps of some tokens; none without relevancy, or where it maps to no image region."""
         relevancy = trace.relevancy
         if relevancy is None:
             return {}
         tiles = 0 if relevancy.tiles is None else relevancy.tiles.shape[2]
-        where = token_regions(run.adapter, size, trace.spans, tiles)
+        regions = token_regions(run.adapter, size, trace.spans, tiles)
         try:
-            values, boxes = relevancy_tiles(relevancy, where, bool(where.grids), (list(tokens), -1))
+            values, boxes = relevancy_tiles(relevancy, regions, bool(regions.grids), (list(tokens), -1))
         except CapabilityError:
             return {}
         shape = raster(size, self.cells)
-        if len(values) == 1 and max(values[0].shape[-2:]) <= self.cells and _whole(boxes[0], size):
+        if len(values) == 1 and max(values[0].shape[-2:]) <= self.cells and _covers_image(boxes[0], size):
             shape = values[0].shape[-2:]
-        found = heat(values, boxes, size, shape)
-        top = found.max((-2, -1), keepdims=True)
-        scaled = np.rint(255 * found / np.where(top > 0, top, 1)).astype(np.uint8)
+        heatmaps = heat(values, boxes, size, shape)
+        top = heatmaps.max((-2, -1), keepdims=True)
+        scaled = np.rint(255 * heatmaps / np.where(top > 0, top, 1)).astype(np.uint8)
         return dict(zip(tokens, scaled, strict=True))
 
 
 def _duration(seconds: float) -> str:
-    """A length of time for people.
+    """Format a duration.
 
     >>> _duration(42), _duration(200), _duration(9000)
     ('42 s', '3 min', '2.5 h')
@@ -312,7 +314,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _whole(box: Sequence[float] | None, size: tuple[int, int]) -> bool:
-    """Whether a tile shows all of the picture, to a hundredth of it."""
+def _covers_image(box: Sequence[float] | None, size: tuple[int, int]) -> bool:
+    """Decide whether a tile shows the whole image, to 1 % of its longer side."""
     edges = (0.0, 0.0, *map(float, size))
     return box is not None and bool(np.allclose(box, edges, atol=max(size) / 100))

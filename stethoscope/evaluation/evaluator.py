@@ -1,4 +1,4 @@
-"""The evaluation loop: ask a model the questions of a task, score the answers, compute features, store everything."""
+"""Ask a model the questions of a task, score the answers, compute features and store everything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Evaluator:
-    """Runs tasks on models, in Lightning's manner.
+    """Evaluate models on tasks.
 
     >>> from stethoscope import load, Evaluator  # doctest: +SKIP
     >>> results = Evaluator(limit=100, run_dir="runs/first").run(load("testbed"), task)  # doctest: +SKIP
@@ -47,24 +47,24 @@ class Evaluator:
         seed: int = 0,
         meeting_minutes: float = MEETING_MINUTES,
     ) -> None:
-        """Stores and checks the settings.
+        """Check the settings.
 
         Args:
             callbacks: hooks into the run.
-            loggers: where figures go; ``events.jsonl`` is added where there is a run directory. The evaluator finalizes
-                them only when a run fails, so that several runs may share them.
-            limit: at most so many samples of a task, taken in turn from its subsets; None for all.
-            fast_dev_run: two samples, nothing resumed, the first error stops: does it run at all?
-            batch_size: prompts that generate together.
-            generation: how answers are written.
-            features: what to compute for answer tokens; None for no tracing.
+            loggers: receive the metrics; ``events.jsonl`` is added where there is a run directory. The evaluator
+                finalizes them only when a run fails, so that several runs may share them.
+            limit: largest number of samples of a task, taken in turn from its subsets; None for all.
+            fast_dev_run: do two samples, resume nothing, and stop at the first error.
+            batch_size: number of prompts that generate together.
+            generation: settings of generation.
+            features: features of answer tokens to compute; None for no tracing.
             trace: trace only answers with labelled ``mentions``, or ``all``.
-            run_dir: where to keep records, token rows and metrics; None to keep nothing.
+            run_dir: folder for records, token rows and metrics; None to store nothing.
             on_error: ``record`` a failing sample as failed and go on, or ``raise``.
-            overwrite: throw away what another run of this task has left in the run directory; ``features`` for its
+            overwrite: delete what another run of this task has stored in the run directory; ``features`` for its
                 token rows only.
-            seed: of the bootstrap.
-            meeting_minutes: how long the processes of one run wait for each other at its start.
+            seed: seed of the bootstrap.
+            meeting_minutes: minutes that the processes of one run wait for each other at its start.
 
         Raises:
             ConfigError: a value is out of range.

@@ -1,4 +1,7 @@
-"""A batch of samples, from prompt to token rows: encode, generate, score, trace, features. A failed sample is data."""
+"""Take batches of samples from prompt to token rows: encode, generate, score, trace, features.
+
+A failed sample is data: its record says why it failed.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,19 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "
-"""How the reason begins why ``extract`` leaves a sample alone; what has changed follows, separated by commas."""
+"""Start of the reason why ``extract`` skips a sample; the names of what has changed follow, separated by commas."""
 
-HOPELESS = 16
-"""A run in which this many samples have failed and none has succeeded is stopped: the fault is not the sample's."""
+MAX_FAILURES = 16
+"""A run in which this many samples have failed and none has succeeded stops, because no sample is to blame."""
 
-TRACED_TOGETHER = 8
-"""Answers that share a traced pass: most of the speed of larger batches, at a fraction of their memory for logits."""
+TRACE_BATCH = 8
+"""Answers per traced pass: most of the speed of larger batches, at a fraction of their memory for logits."""
 
 Result = TypeVar("Result")
 
 
 class Features(Protocol):
-    """What the evaluator asks of ``stethoscope.features.FeatureSet``."""
+    """The part of ``stethoscope.features.FeatureSet`` that the evaluator uses."""
 
     requires: frozenset[str]
 
@@ -49,7 +52,7 @@ class Features(Protocol):
 
 
 class SampleChanged(DataError):
-    """A recorded answer is of a sample that was another one when it was asked."""
+    """Raised for a recorded answer whose sample has changed since."""
 
 
 @dataclass(eq=False)
@@ -67,15 +70,15 @@ class SampleState:
     prompt_sha256: str = ""
     image_sha256: str = ""
     error: Exception | None = None
-    kept: Record | None = None  # of an answer that is only traced: it stays, whatever happens
+    recorded: Record | None = None  # of an answer that is only traced; its record survives any error
 
     def record(self, task: str) -> Record:
-        """The finished record."""
+        """Build the finished record."""
         sample, error = self.sample, self.error
-        if self.kept is not None:
+        if self.recorded is not None:
             if error is None:
-                return replace(self.kept, seconds=self.seconds, untraced="")
-            return replace(self.kept, untraced=message(error))
+                return replace(self.recorded, seconds=self.seconds, untraced="")
+            return replace(self.recorded, untraced=message(error))
         status = FAILED if error is not None or self.score is None else self.score.status
         return Record(
             task=task,
@@ -110,7 +113,7 @@ class SamplePipeline:
         self._session, self.run, self.generation = session, session.run, session.generation
         self.features, self.trace, self.on_error = evaluator.features, evaluator.trace, evaluator.on_error
         self.keeps_answers = evaluator.keeps_answers
-        self._most: dict[str, int] = {}  # by stage, how many samples fit into memory together
+        self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
@@ -119,8 +122,8 @@ class SamplePipeline:
         try:
             self._batch = states = [self._encode(sample) for sample in samples]
             self._generate([state for state in states if state.error is None and state.answer is None])
-            for start in range(0, len(states), TRACED_TOGETHER):
-                chunk = states[start : start + TRACED_TOGETHER]
+            for start in range(0, len(states), TRACE_BATCH):
+                chunk = states[start : start + TRACE_BATCH]
                 for state in chunk:
                     self._score(state)
                 to_trace = [state for state in chunk if state.error is None and self.wants_rows(state)]
@@ -133,14 +136,14 @@ class SamplePipeline:
         finally:
             self._batch = ()
             records = self._store(finished)
-        self._check_hope(finished)
+        self._stop_if_all_failed(finished)
         return records
 
     def _encode(self, sample: Sample) -> SampleState:
-        """A state with its prompt, and with the answer if the run directory has it and only token rows are missing."""
+        """Encode a sample's prompt; add the recorded answer where only its token rows are missing."""
         state, record = SampleState(sample), self._recorded(sample)
         if record is not None and self.keeps_answers:
-            state.kept = record
+            state.recorded = record
         with self._stage(state, "encode"):
             picture = sample.image.load()
             state.image_sha256 = sample.image.sha256
@@ -151,21 +154,21 @@ class SamplePipeline:
                 changes = ["prompt"]
             if record is not None and not changes:
                 state.answer, state.score, state.mentions = record.answer, record.score, record.mentions
-            elif state.kept is not None:
+            elif state.recorded is not None:
                 raise SampleChanged(CHANGED + ", ".join(changes))
         if state.answer is not None:
             state.seconds = {**record.seconds}
         return state
 
     def _recorded(self, sample: Sample) -> Record | None:
-        """The record of an answer that token rows can be added to."""
+        """Return the record of an answer that token rows can be added to, if any."""
         if self.features is None or self.run.store is None:
             return None
         record = self.run.store.find(self.run.task.name, sample.id)
         return None if record is None or record.status == FAILED else record
 
     def _generate(self, states: Sequence[SampleState]) -> None:
-        """Generate answers, or read those that samples bring along."""
+        """Generate answers, or encode those that samples come with."""
         for state in states:
             if state.sample.answer is not None:
                 with self._stage(state, "generate"):
@@ -179,7 +182,7 @@ class SamplePipeline:
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
         prompts = [state.encoded for state in states]
-        if self.features is None or "trace" in self._most:  # nothing will be traced, or there is no room to spare
+        if self.features is None or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
         for state, encoded in zip(states, prompts, strict=True):
@@ -194,12 +197,12 @@ class SamplePipeline:
         A batch that does not fit into memory is done in halves, and so are all that follow. A batch that fails
         otherwise is tried again in halves, so that only the samples at fault are lost: their result is None.
         """
-        before, results = self._most.get(stage), []
+        before, results = self._max_batch.get(stage), []
         while len(results) < len(states):
-            batch = states[len(results) :][: self._most.get(stage)]
+            batch = states[len(results) :][: self._max_batch.get(stage)]
             done = self._try_batch(batch, stage, call)
             if done is None:
-                self._most[stage] = len(batch) // 2
+                self._max_batch[stage] = len(batch) // 2
                 _release_cache(self._batch)
                 free_memory()
             elif done:
@@ -208,7 +211,7 @@ class SamplePipeline:
                 half = len(batch) // 2
                 results += self._in_batches(batch[:half], stage, call)
                 results += self._in_batches(batch[half:], stage, call)
-        most = self._most.get(stage)
+        most = self._max_batch.get(stage)
         if most != before:
             warnings.warn(
                 f"{stage}: {len(states)} samples together do not fit into memory; from now on {most} at a time",
@@ -234,7 +237,7 @@ class SamplePipeline:
                 raise
             results = None if short else []
             if len(states) == 1:
-                states[0].error, results = _unbound(error) if short else error, [None]
+                states[0].error, results = _without_frames(error) if short else error, [None]
         share = (time.perf_counter() - start) / len(states)
         for state in states:
             state.seconds[stage] = state.seconds.get(stage, 0.0) + share
@@ -282,7 +285,7 @@ class SamplePipeline:
 
     @contextmanager
     def _stage(self, state: SampleState, stage: str) -> Iterator[None]:
-        """Times a stage of a sample; its error becomes the sample's unless errors are to be raised."""
+        """Time a stage of a sample, and store its error in the state unless errors are to be raised."""
         start = time.perf_counter()
         try:
             yield
@@ -296,7 +299,7 @@ class SamplePipeline:
             state.seconds[stage] = state.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def _store(self, states: Sequence[SampleState]) -> list[Record]:
-        """Stores finished states and counts them."""
+        """Store the records of finished states and count them."""
         records = [state.record(self.run.task.name) for state in states]
         if self.run.store is not None and records:
             self.run.store.append(records, {state.sample.id: state.rows for state in states if state.rows is not None})
@@ -304,10 +307,10 @@ class SamplePipeline:
             self.run.record(record)
         return records
 
-    def _check_hope(self, states: Sequence[SampleState]) -> None:
+    def _stop_if_all_failed(self, states: Sequence[SampleState]) -> None:
         """Raise the error of a run in which every sample has failed."""
         # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
-        enough = HOPELESS if self.run.distributed.is_distributed else min(HOPELESS, self.run.total)
+        enough = MAX_FAILURES if self.run.distributed.is_distributed else min(MAX_FAILURES, self.run.total)
         if self.run.failed < self.run.done or self.run.done < enough:
             return
         state = next(state for state in states if state.error is not None)
@@ -327,26 +330,26 @@ def _release_cache(states: Sequence[SampleState]) -> None:
 
 
 def message(error: BaseException) -> str:
-    """One line about an error: its own words if it is ours, its type as well if not."""
+    """Describe an error in one line, with its type unless it is one of ours."""
     text = redact_text(" ".join(str(error).split()))
     return text if isinstance(error, StethoscopeError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def _unbound(error: Exception) -> DataError:
-    """An error of memory without the frames that led to it: they hold on to the very memory that others need."""
+def _without_frames(error: Exception) -> DataError:
+    """Copy an out-of-memory error without its frames, which hold on to memory that other samples need."""
     return DataError(f"does not fit into memory, even by itself: {' '.join(str(error).split())[:200]}")
 
 
 def _finite(answer: Answer) -> Answer:
-    """The answer, if it was written from numbers.
+    """Return the answer if all its log-probabilities are finite.
 
     Raises:
-        CaptureError: a log-probability is none, as when weights or activations overflow.
+        CaptureError: a log-probability is not finite, as when weights or activations overflow.
     """
     if all(map(math.isfinite, answer.logprobs)):
         return answer
-    at = next(index for index, value in enumerate(answer.logprobs) if not math.isfinite(value))
+    token = next(index for index, value in enumerate(answer.logprobs) if not math.isfinite(value))
     raise CaptureError(
-        f"the model gave token {at} of its answer the log-probability {answer.logprobs[at]}; its weights are broken or "
-        "overflow in this precision (model.dtype=float32 or bfloat16 may help)"
+        f"the model gave token {token} of its answer the log-probability {answer.logprobs[token]}; its weights are "
+        "broken or overflow in this precision (model.dtype=float32 or bfloat16 may help)"
     )

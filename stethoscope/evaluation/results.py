@@ -1,4 +1,4 @@
-"""What a run of one model on one task comes to: metrics with intervals, and the counts that belong beside them."""
+"""Hold the results of one model on one task: metrics with intervals, and the counts beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class TaskResults:
 
     Attributes:
         task: name of the task.
-        primary: the metric that stands for it.
+        primary: name of the main metric.
         metrics: every metric on every subset (``mean`` for the mean over subsets) with its interval over images.
         counts: ``samples`` and, of these, ``ok``, ``unparsed`` and ``failed``; ``truncated`` counts the answers among
             them that were cut off at the longest length allowed.
         subset_counts: ``samples``, ``ok``, ``unparsed`` and ``failed`` of every subset of the samples.
-        seconds: time spent by stage, over all sittings of a resumed run. Not part of ``to_dict``: the same run gives
+        seconds: time spent by stage, over all sessions of a resumed run. Not part of ``to_dict``: the same run gives
             the same ``metrics.json``.
     """
 
@@ -47,7 +47,7 @@ class TaskResults:
         return tuple(dict.fromkeys(row.subset for row in self.metrics))
 
     def value(self, metric: str | None = None, subset: str | None = None) -> float:
-        """One figure; by default the primary metric, its mean over subsets or else its only subset.
+        """Return one figure; by default the primary metric, its mean over subsets or else its only subset.
 
         Raises:
             KeyError: there is no such figure.
@@ -55,27 +55,27 @@ class TaskResults:
         return self.interval(metric, subset).value
 
     def interval(self, metric: str | None = None, subset: str | None = None) -> Interval:
-        """One figure with its interval; arguments as in ``value``."""
+        """Return one figure with its interval; arguments as in ``value``."""
         metric = metric or self.primary
-        found = {row.subset: row.interval for row in self.metrics if row.metric == metric}
+        intervals = {row.subset: row.interval for row in self.metrics if row.metric == metric}
         if subset is None:
-            subset = "mean" if "mean" in found else next(iter(found), None)
-        if subset not in found:
+            subset = "mean" if "mean" in intervals else next(iter(intervals), None)
+        if subset not in intervals:
             raise KeyError(f"{self.task} has no {metric} on subset {subset}")
-        return found[subset]
+        return intervals[subset]
 
     def flat(self) -> dict[str, float]:
-        """All figures under one flat name each, ``task/subset/metric`` and ``task/count/...``, for loggers."""
+        """Return all figures under one flat name each, ``task/subset/metric`` and ``task/count/...``, for loggers."""
         figures = {f"{self.task}/{row.subset}/{row.metric}": row.interval.value for row in self.metrics}
         return {**figures, **{f"{self.task}/count/{name}": float(count) for name, count in self.counts.items()}}
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
-        """Column names and rows of the long table: a row for every metric and subset."""
+        """Return column names and rows of the long table, a row for every metric and subset."""
         columns = ["metric", "subset", "value", "low", "high", "items", "groups"]
         return columns, [[row.to_dict()[name] for name in columns] for row in self.metrics]
 
     def to_dict(self) -> dict[str, Any]:
-        """The section of ``metrics.json``."""
+        """Return the section of ``metrics.json``."""
         return {
             "primary": self.primary,
             "counts": dict(self.counts),
@@ -85,7 +85,7 @@ class TaskResults:
 
     @classmethod
     def from_dict(cls, task: str, section: Mapping[str, Any]) -> TaskResults:
-        """From a section of ``metrics.json``."""
+        """Read a section of ``metrics.json``."""
         rows = tuple(
             MetricRow(row["metric"], row["subset"], Interval.from_dict({k: row[k] for k in _INTERVAL}))
             for row in section["metrics"]
@@ -93,13 +93,13 @@ class TaskResults:
         return cls(task, section["primary"], rows, section["counts"], section.get("subset_counts", {}))
 
     def summary(self) -> str:
-        """The counts as one line, to be printed beside every metric; and of every subset that lost some."""
+        """Format the counts as one line, with those of every subset that lost samples."""
         counts = [f"{self.counts[name]} {name}" for name in COUNTS[1:]]
         missing = [
-            f"{subset} {' and '.join(f'{some[name]} {name}' for name in ('unparsed', 'failed') if some[name])} "
-            f"of {some['samples']}"
-            for subset, some in self.subset_counts.items()
-            if len(self.subset_counts) > 1 and some["unparsed"] + some["failed"]
+            f"{subset} {' and '.join(f'{lost[name]} {name}' for name in ('unparsed', 'failed') if lost[name])} "
+            f"of {lost['samples']}"
+            for subset, lost in self.subset_counts.items()
+            if len(self.subset_counts) > 1 and lost["unparsed"] + lost["failed"]
         ]
         return f"{self.counts['samples']} samples: {', '.join(counts[:3])}; {counts[3]}" + (
             f"; by subset: {', '.join(missing)}" if missing else ""

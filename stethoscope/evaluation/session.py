@@ -1,4 +1,4 @@
-"""A run that is going on: its directory, its processes, what is left to do, its results, its end."""
+"""Open, resume, finish and fail a run: its directory, its processes, its remaining samples and its results."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class RunSession:
     ``open`` locks the directory, sets up task and model and decides what belongs to the run.
 
     Args:
-        evaluator: whose settings hold.
+        evaluator: holds the settings.
 
     Attributes:
         run: the state that callbacks see.
         evaluator: as given.
-        generation: how answers are written, with the task's own length where none was asked for.
+        generation: settings of generation, with the task's own length where none was set.
 
     Raises:
         ConfigError: adapter or task is something else.
@@ -98,7 +98,7 @@ class RunSession:
                 self._selected = recorded_samples(RunStore(evaluator.run_dir), run.task, available, self._selected)
             fingerprint = answer_fingerprint(run.adapter, run.task, self.generation)
         if run.distributed.is_distributed:
-            self._agree(self._selected, fingerprint)
+            self._check_ranks(self._selected, fingerprint)
         with run.distributed.sync_errors():
             if run.distributed.is_main_process:
                 self._open(available, fingerprint)
@@ -134,9 +134,9 @@ class RunSession:
             getattr(callback, hook)(self.run, *arguments)
 
     def remaining(self, pipeline: SamplePipeline) -> list[Sample]:
-        """List the samples that this process has left to do: failed ones are tried again, changed ones asked again.
+        """List the samples that this rank has left to do; failed ones are tried and changed ones asked again.
 
-        Where answers are kept, only those are left that lack their token rows.
+        With ``keeps_answers`` these are the answers without token rows.
         """
         if self.run.store is not None:
             changed: list[list[str]] = []
@@ -151,7 +151,7 @@ class RunSession:
                 elif changes := record.changes(sample):
                     changed.append(changes)
                 elif self.evaluator.keeps_answers and record.untraced:
-                    continue  # to be tried again, or to lose its note
+                    continue  # to be tried again
                 elif traced or not pipeline.wants_rows(record):
                     self.run.record(replace(record, untraced=""))
             if changed and not self.evaluator.keeps_answers:
@@ -166,11 +166,11 @@ class RunSession:
 
     # --- the run directory --------------------------------------------------------------------------------------------
 
-    def _agree(self, samples: Sequence[Sample], fingerprint: Mapping[str, Any]) -> None:
-        """Checks that several processes can do the run, and that all have the same before them.
+    def _check_ranks(self, samples: Sequence[Sample], fingerprint: Mapping[str, Any]) -> None:
+        """Check that all ranks share a run directory and have the same model and samples.
 
         Raises:
-            ConfigError: they have no run directory to share, another model, or other samples.
+            ConfigError: they do not.
         """
         if self.evaluator.run_dir is None:
             raise ConfigError("run_dir=None should be a directory where several processes can share their records")
@@ -178,7 +178,7 @@ class RunSession:
         self.run.distributed.check_equal(digest({"samples": [sample.id for sample in samples]}), "list of samples")
 
     def _open(self, available: Sequence[Sample], fingerprint: dict[str, Any]) -> None:
-        """Accepts the run directory and starts the loggers."""
+        """Open the task in the run directory and start the loggers."""
         features = (
             None
             if self.evaluator.features is None
@@ -190,7 +190,7 @@ class RunSession:
             if store.fingerprints().get(self.run.task.name, {}).get("fast_dev_run"):
                 store.remove_tasks([self.run.task.name])  # a trial leaves nothing worth keeping
             mark = {"fast_dev_run": True} if self.evaluator.fast_dev_run else {}
-            moved = self._moved(store, self.run.task, available, fingerprint)
+            moved = self._movable_keys(store, self.run.task, available, fingerprint)
             store.open_task(self.run.task.name, {**fingerprint, **mark}, features, self.evaluator.overwrite, moved)
             self.run.store = store
         self.evaluator.loggers.setup(self.evaluator.run_dir)
@@ -202,13 +202,12 @@ class RunSession:
         settings |= {"seed": self.evaluator.seed, "processes": self.run.distributed.world_size}
         self.evaluator.loggers.log_config({self.run.task.name: {**fingerprint, "features": features, **settings}})
 
-    def _moved(
+    def _movable_keys(
         self, store: RunStore, task: Task, available: Sequence[Sample], fingerprint: Mapping[str, Any]
     ) -> list[str]:
-        """List keys of the fingerprint that may differ from the run's: model or data lie elsewhere, and are the same.
+        """List keys of the fingerprint that may differ from the run's, because the same model or data have moved.
 
-        Of data that the samples of its records have changed in, only ``extract`` takes another location, since it
-        leaves those samples alone.
+        Where data have changed as well, only ``extract`` accepts another location, because it skips changed samples.
         """
         keys = location_keys(task, fingerprint)
         old = store.fingerprints().get(task.name)
@@ -226,10 +225,10 @@ class RunSession:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _finish(self, samples: tuple[Sample, ...]) -> TaskResults:
-        """Puts together what all processes have done, computes the results, stores and logs them.
+        """Merge the records of all ranks, then compute, store and log the results.
 
         Raises:
-            DataError: all samples of several processes have failed.
+            DataError: all samples of several ranks have failed.
         """
         if self.run.store is not None:
             self.run.store.finish(self.run.task.name, [sample.id for sample in samples])
@@ -254,20 +253,18 @@ class RunSession:
         return results
 
     def _gather(self, samples: tuple[Sample, ...]) -> None:
-        """Reads what the other processes have done."""
+        """Read the records of the other ranks."""
         self.run.samples, ids = samples, {sample.id for sample in samples}
         self.run.reset()
         for record in self.run.store.records(self.run.task.name):
             if record.sample_id in ids:
                 self.run.record(record)
-        if (
-            self.run.failed == self.run.total and not self.evaluator.keeps_answers
-        ):  # of few samples no single process can tell that all fail
+        if self.run.failed == self.run.total and not self.evaluator.keeps_answers:  # a rank alone has too few to tell
             first = next(self.run.store.records(self.run.task.name))
             raise DataError(f"all {self.run.total} samples failed; sample {first.sample_id}: {first.error}")
 
     def _results(self) -> TaskResults:
-        """Metrics of all samples that did not fail, with the three counts of those that did not go well."""
+        """Compute the metrics of all samples that did not fail, and count the other ones."""
         from stethoscope.metrics.bootstrap import count_metrics
 
         outcomes = [self.run.outcomes[sample.id] for sample in self.run.samples]
@@ -300,7 +297,7 @@ class RunSession:
         )
 
     def _fail(self, error: BaseException) -> None:
-        """The one way out for every error: mark the run, tell callbacks and loggers. Nothing here hides the error."""
+        """Mark the run as failed and notify callbacks and loggers; errors here never hide the original one."""
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         store = self.run.store
 
@@ -318,6 +315,6 @@ class RunSession:
         self.run.loggers.finalize(status)
 
     def _called(self) -> Iterator[Callback]:
-        """The callbacks of this process."""
+        """Return the callbacks of this rank."""
         is_main = self.run.distributed.is_main_process
         return (callback for callback in self.evaluator.callbacks if is_main or not callback.first_only)

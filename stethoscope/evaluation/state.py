@@ -1,4 +1,4 @@
-"""The state of an evaluation that is going on."""
+"""Hold the state of an evaluation in progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stethoscope.tasks.base import Task
 
 
 class Outcome(NamedTuple):
-    """What of a record the results need."""
+    """The part of a record that the results are computed from."""
 
     status: str
     truncated: bool
@@ -27,25 +27,26 @@ class Outcome(NamedTuple):
 
     @classmethod
     def of(cls, record: Record) -> Outcome:
-        """The outcome of a record; a failed sample counts nothing."""
+        """Reduce a record to its outcome; a failed sample has no counts."""
         counts = record.score.counts if record.score is not None and record.status != FAILED else {}
         return cls(record.status, record.truncated, record.group, record.subset, counts, record.seconds)
 
 
 @dataclass
 class RunState:
-    """An evaluation that is going on, as callbacks see it.
+    """State of an evaluation, as callbacks see it.
 
     Attributes:
-        adapter, task: who is asked and what.
-        loggers: where figures go; nowhere in other processes than the first.
+        adapter: the model.
+        task: the task.
+        loggers: receive the metrics; none on other ranks than the main process.
         store: the run directory; None without one, and until it has been accepted.
-        processes: who does the run. Where there are several, each sees its own share of the samples, and the first one
-            sees all from when they are done.
+        distributed: rank of this process. Every rank sees the samples that it owns; when all are done, the main
+            process sees the samples of all ranks.
         samples: the samples of this run in the order of the task; empty before ``on_task_start``.
-        outcomes: by sample id, what is done already.
-        resumed: how many samples were done before this sitting.
-        failed: how many of the samples done have failed, or could not be traced by ``extract``.
+        outcomes: outcomes of finished samples, by sample id.
+        resumed: number of samples that were done before this session.
+        failed: number of finished samples that have failed, or could not be traced by ``extract``.
     """
 
     adapter: Adapter
@@ -79,5 +80,5 @@ class RunState:
         self.failed = 0
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs figures under the name of the task."""
+        """Log metrics under the name of the task."""
         self.loggers.log_metrics({f"{self.task.name}/{name}": value for name, value in metrics.items()}, step)

@@ -209,8 +209,8 @@ def test_a_full_disk_costs_one_line_and_nothing_that_was_done(stethoscope, tmp_p
             line = stethoscope(*RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "the file grew larger than is allowed" in line
-    assert "the same command goes on" in line
+    assert "the file exceeds the allowed size" in line
+    assert "the same command again" in line
     kept = RunStore(tmp_path / "runs" / "one")
     assert kept.status() == {"pope": "failed"}
     before = [record.sample_id for record in kept.records("pope")]

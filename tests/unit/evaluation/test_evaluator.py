@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(adapter,
 
 
 def test_ctrl_c_between_traces_keeps_what_is_finished_of_the_batch(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("stethoscope.evaluation.pipeline.TRACED_TOGETHER", 2)
+    monkeypatch.setattr("stethoscope.evaluation.pipeline.TRACE_BATCH", 2)
 
     class Stop(Callback):
         def on_trace(self, run, sample, trace):
