@@ -1,1 +1,1 @@
-"""One pass over prompt and answer: what is heard on the way, and how it is reduced."""
+"""Record attention and hidden states of one pass over prompt and answer, and reduce them to a trace."""

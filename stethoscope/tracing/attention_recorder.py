@@ -1,4 +1,4 @@
-"""The rows of attention that predict answer tokens, reduced layer by layer while the model runs.
+"""Record the attention rows that predict answer tokens, reduced layer by layer while the model runs.
 
 A decoder-only model spends one distribution over prompt and answer in every layer and head. The decoder of an
 encoder-decoder model spends two in every layer: self-attention over its start token and the earlier answer tokens,
@@ -25,13 +25,18 @@ from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans
 
 TOP = 20
-"""Image attentions of a head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
+"""Number of image attentions per head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
 
 _IMAGE, _QUESTION, _PREVIOUS, _FIRST, _REST = range(len(SEGMENTS))
 
 
 def segments(spans: Spans, length: int, first: int = 0) -> Tensor:
-    """Which of ``SEGMENTS`` every position belongs to; ``first`` is the prompt's first, behind padding on the left.
+    """Assign every position to one of ``SEGMENTS``.
+
+    Args:
+        spans: spans of the prompt.
+        length: length of the sequence.
+        first: position of the prompt's first token, after padding on the left.
 
     >>> segments(Spans(length=6, image=(1, 2), question=(4,)), 8).tolist()
     [3, 0, 0, 4, 1, 4, 2, 2]
@@ -60,24 +65,24 @@ def logits_to_keep(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, lis
     Returns:
         Keyword arguments of ``forward``; empty where the model has no such argument and gives logits of all rows.
     """
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": list(rows)} if takes else {}
+    supported = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": list(rows)} if supported else {}
 
 
 class RowAttentionRecorder(AttentionRecorder):
-    """Attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
+    """Records attention mass by segment and attention to image tokens, of chosen rows, in every language-model layer.
 
-    The output of the layer comes from SDPA as always; only the chosen rows of the map are computed beside it, so
-    nothing of size N x N is made. Where a pass has no other rows, eager attention gives both. One forward pass per
+    SDPA computes the output of the layer as usual, and only the chosen rows of the map are computed in addition, so no
+    tensor of size N x N exists. In a pass without other rows, eager attention computes both. One forward pass per
     instance.
 
     Args:
-        rows: (B, T) positions of the rows among the queries. Where there are as many as queries, they are all of them;
-            a sample that needs fewer repeats its last, and what is found in its place then means nothing.
+        rows: (B, T) positions of the rows among the queries; all of them where T is the number of queries. A sample
+            with fewer rows repeats its last one, and the values of the repeated rows are undefined.
         spans: B spans of the prompts, in positions of the (right-padded) batch.
         length: length of the sequence that the prompts are in.
         decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
-        firsts: where the prompts begin; at 0 unless they are padded on the left.
+        firsts: positions of the prompts' first tokens; 0 unless they are padded on the left.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class RowAttentionRecorder(AttentionRecorder):
         self._rows = rows
         pairs = zip(spans, firsts or [0] * len(spans), strict=True)
         kinds = {"language": torch.stack([segments(span, length, first) for span, first in pairs])}
-        self._reads = "language" if decoder is None else "cross"  # the attention that has the prompt's tokens as keys
+        self._prompt_role = "language" if decoder is None else "cross"  # whose keys are the prompt's tokens
         if decoder is not None:
             prompt = kinds["language"]
             prompt[(prompt == _FIRST) | (prompt == _PREVIOUS)] = _REST
@@ -119,42 +124,45 @@ class RowAttentionRecorder(AttentionRecorder):
         return output, None
 
     def on_weights(self, site: Site, weights: Tensor) -> None:
-        """Reduces the rows (B, heads, T, S) of one layer."""
+        """Reduce the rows (B, heads, T, S) of one layer."""
         weights = weights.detach().float()
         self._mass[site.role][site.name] = weights @ self._members[site.role].to(weights.device)[:, None]
-        if site.role == self._reads:
+        if site.role == self._prompt_role:
             columns = self._image.to(weights.device)[:, None].expand(-1, weights.shape[2], -1)
             self._to_image.append(weights.mean(1).gather(-1, columns))
 
     def finish(self) -> None:
-        heard = [len(masses) for masses in self._mass.values()]
-        if not heard[0]:
+        counts = [len(masses) for masses in self._mass.values()]
+        if not counts[0]:
             raise CaptureError("no attention of a language-model layer was seen; the model does not call the interface")
-        if len(set(heard)) != 1:
-            raise CaptureError(f"{heard[0]} layers of self-attention were seen and {heard[1]} of cross-attention")
+        if len(set(counts)) != 1:
+            raise CaptureError(f"{counts[0]} layers of self-attention were seen and {counts[1]} of cross-attention")
         for masses in zip(*(part.items() for part in self._mass.values()), strict=True):
             for name, mass in masses:  # in the order of the layers, so the first to fail is named
                 if not torch.isfinite(mass).all():
                     raise CaptureError(f"attention of {name} holds values that are not finite")
 
     def mass(self) -> Tensor:
-        """(B, T, L, H, 5) float32 on the CPU; rows sum to 1."""
+        """Return the (B, T, L, H, 5) attention mass on ``SEGMENTS``, float32 on the CPU; rows sum to 1."""
         stacked = [torch.stack([mass.cpu() for mass in masses.values()]) for masses in self._mass.values()]
         return (sum(stacked) / len(stacked)).permute(1, 3, 0, 2, 4)
 
     def image(self) -> list[Tensor]:
-        """Per sample (T, L, N) float32 on the CPU: attention to each image token, mean over heads."""
+        """Return per sample the (T, L, N) attention to each image token, mean over heads, float32 on the CPU."""
         stacked = torch.stack([image.cpu() for image in self._to_image]).permute(1, 2, 0, 3) / len(self._mass)
         return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]
 
 
 class HeadAttentionRecorder(RowAttentionRecorder):
-    """The same, and what published detectors read of single heads.
+    """Records in addition the statistics of single heads that published detectors read.
 
     Args:
-        rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
+        rows: (B, T + 1) positions that predict the T answer tokens, and the position that consumes the last.
         counts: number of answer tokens of every sample.
-        spans, length, decoder, firsts: see ``RowAttentionRecorder``.
+        spans: see ``RowAttentionRecorder``.
+        length: see ``RowAttentionRecorder``.
+        decoder: see ``RowAttentionRecorder``.
+        firsts: see ``RowAttentionRecorder``.
     """
 
     def __init__(
@@ -177,7 +185,7 @@ class HeadAttentionRecorder(RowAttentionRecorder):
     def on_weights(self, site: Site, weights: Tensor) -> None:
         super().on_weights(site, weights)
         weights = weights.detach().float()
-        if site.role == self._reads:
+        if site.role == self._prompt_role:
             for index, columns in enumerate(self._columns):
                 image = weights[index][:, : self._tokens[index] + 1][..., columns] / len(self._mass)
                 self._by_head[index].append(strongest(image.transpose(0, 1)))
@@ -190,17 +198,17 @@ class HeadAttentionRecorder(RowAttentionRecorder):
             ]
 
     def heads(self) -> list[HeadAttention]:
-        """Per sample, what was heard."""
-        found = []
+        """Return the recorded attention per sample."""
+        attentions = []
         for index, (mass, image) in enumerate(zip(self.mass(), self.image(), strict=True)):
             count = self._tokens[index] + 1
             top, peak = (torch.stack(part, 1) for part in zip(*self._by_head[index], strict=True))
-            found.append(HeadAttention(mass[:count], image[:count], top, peak, self._response[index]))
-        return found
+            attentions.append(HeadAttention(mass[:count], image[:count], top, peak, self._response[index]))
+        return attentions
 
 
 def strongest(image: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 2) mean and entropy of the ``TOP`` largest, and (...) the very largest, of (..., N) attentions; CPU."""
+    """Reduce (..., N) attentions to (..., 2) mean and entropy of the ``TOP`` largest, and (...) the maximum; CPU."""
     top = image.topk(min(TOP, image.shape[-1]), dim=-1).values
     share = top / top.sum(-1, keepdim=True).clamp(min=1e-12)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(-1)

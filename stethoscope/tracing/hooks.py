@@ -1,8 +1,8 @@
-"""One attention function for every model family: SDPA, or an active recorder's, which gets the maps.
+"""Route the attention of every model family through one function: SDPA, or the active recorder.
 
-The function is registered with transformers under ``NAME`` together with SDPA's mask function, so there is one form
-of mask in all cases; ``additive_mask`` turns it into what the eager attention of a model file adds to its scores,
-including the causal mask that SDPA leaves out. ``record`` selects the function for the length of one ``with`` block.
+The function is registered with transformers under ``NAME`` together with SDPA's mask function, so masks always have
+one form; ``additive_mask`` converts it to the mask that the eager attention of a model file adds to its scores,
+including the causal mask that SDPA omits. ``record`` selects the function within one ``with`` block.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class AttentionCall(NamedTuple):
         site: the module's place in the model.
         module: the module.
         query: (B, heads, q, d).
-        key, value: (B, key-value heads, k, d).
+        key: (B, key-value heads, k, d).
+        value: (B, key-value heads, k, d).
         mask: in SDPA's form: boolean, additive or None.
         options: keyword arguments of the model file (scaling, softcap, position_bias, ...).
     """
@@ -84,7 +85,7 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionRecorder:
-    """Base of what ``record`` passes attention calls to. Subclasses choose calls and reduce their maps on the spot."""
+    """Receives the attention calls of a ``record`` block; subclasses choose calls and reduce their maps at once."""
 
     def matches(self, site: Site) -> bool:
         """Decide whether calls of this module come to ``forward``; the others go to SDPA."""
@@ -104,7 +105,7 @@ class AttentionRecorder:
         """Reduce one map (B, heads, q, k), exactly the tensor that multiplies the values. Keep no reference to it."""
 
     def finish(self) -> None:
-        """Called at the end of a recording without errors.
+        """Check the recording at the end of a block without errors.
 
         Raises:
             CaptureError: an expected call was not recorded.
@@ -121,21 +122,21 @@ class Recording:
 
 @dataclass
 class _Selection:
-    """What the configs of a model said before ``selected``, and how many blocks have it selected."""
+    """The attention settings of a model's configs before ``selected``, and the number of open blocks."""
 
     before: list[tuple[PreTrainedConfig, str | None]]
     users: int = 0
 
 
 _active: ContextVar[Recording | None] = ContextVar("stethoscope_recording", default=None)
-_known: WeakKeyDictionary[nn.Module, dict[int, Site]] = WeakKeyDictionary()
+_sites_by_model: WeakKeyDictionary[nn.Module, dict[int, Site]] = WeakKeyDictionary()
 _selections: WeakKeyDictionary[nn.Module, _Selection] = WeakKeyDictionary()
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The function that transformers calls in every attention module of every family."""
+    """Compute attention; transformers calls this function in every attention module of every family."""
     recording = _active.get()
     if recording is not None:
         site = recording.sites.get(id(module))
@@ -161,13 +162,21 @@ def plain_attention(
 def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """The model file's own eager attention: its scaling, bias, soft-capping and grouped heads, exactly.
+    """Call the model file's own eager attention, with its scaling, bias, soft-capping and grouped heads.
 
     Args:
+        module: the attention module.
+        query: (B, heads, q, d).
+        key: (B, key-value heads, k, d).
+        value: (B, key-value heads, k, d).
         mask: in SDPA's form, for all queries.
+        **kwargs: further arguments of the model file.
+
+    Returns:
+        The output (B, q, heads, d) and the map (B, heads, q, k).
 
     Raises:
-        CaptureError: the file has no such function, or it gave no map.
+        CaptureError: the file has no such function, or it returned no map.
     """
     output, weights = _eager_forward(module)(
         module, query, key, value, additive_mask(module, query, key, mask, kwargs.get("is_causal")), **kwargs
@@ -178,11 +187,16 @@ def eager_attention(
 def eager_rows(
     module: nn.Module, rows: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """Chosen rows of the map that ``eager_attention`` gives, without computing the others.
+    """Compute chosen rows of the map of ``eager_attention`` without the other rows.
 
     Args:
+        module: the attention module.
         rows: (B, T) query positions, on any device.
+        query: (B, heads, q, d).
+        key: (B, key-value heads, k, d).
+        value: (B, key-value heads, k, d).
         mask: in SDPA's form, for all queries.
+        **kwargs: further arguments of the model file.
 
     Returns:
         (B, heads, T, k) attention weights in the dtype of the model.
@@ -203,12 +217,17 @@ def additive_mask(
     is_causal: bool | None = None,
     rows: Tensor | None = None,
 ) -> Tensor | None:
-    """The mask that eager attention adds to its scores, from the mask in SDPA's form.
+    """Convert a mask in SDPA's form to the mask that eager attention adds to its scores.
 
     Where SDPA gets no mask it masks by its ``is_causal`` flag, by transformers' rule: more than one query, and the
-    call or the module says so. Eager attention without a mask would silently look ahead.
+    call or the module says so. Eager attention without a mask would attend to later tokens.
 
     Args:
+        module: the attention module.
+        query: (B, heads, q, d).
+        key: (B, key-value heads, k, d).
+        mask: in SDPA's form, for all queries; None for SDPA's own rule.
+        is_causal: argument of the call; None for the module's own flag.
         rows: (B, T) query positions to keep; all of them by default.
 
     Returns:
@@ -219,8 +238,8 @@ def additive_mask(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if queries == 1 or not causal:
             return None
-        at = torch.arange(queries, device=query.device)[None] if rows is None else rows
-        mask = torch.arange(keys, device=query.device) <= at[:, None, :, None]
+        positions = torch.arange(queries, device=query.device)[None] if rows is None else rows
+        mask = torch.arange(keys, device=query.device) <= positions[:, None, :, None]
     elif rows is not None:
         mask = take_rows(mask, rows)
     if mask.dtype == torch.bool:
@@ -229,10 +248,11 @@ def additive_mask(
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Positions of the last but one dimension, chosen per sample.
+    """Select positions of the last but one dimension, per sample.
 
     Args:
-        tensor: (B or 1, ..., q, d). ``rows``: (B, T).
+        tensor: (B or 1, ..., q, d).
+        rows: (B, T) positions.
 
     Returns:
         (B, ..., T, d).
@@ -248,44 +268,44 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def sites(model: nn.Module) -> dict[int, Site]:
-    """Every module of the model by ``id``, with the role it would have as an attention module.
+    """Map every module of the model by ``id`` to the site that it would be as an attention module.
 
-    They are found once for a model and kept until its modules are others.
+    Sites are cached per model until its modules change.
     """
-    known = _known.get(model)
-    if known is None or known.keys() != {id(module) for module in modules_of(model)}:
-        known = _known[model] = _find_sites(model)
-    return known
+    cached_sites = _sites_by_model.get(model)
+    if cached_sites is None or cached_sites.keys() != {id(module) for module in modules_of(model)}:
+        cached_sites = _sites_by_model[model] = _find_sites(model)
+    return cached_sites
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()`` in the same order, five times as fast: their names are not put together."""
-    found: dict[int, nn.Module] = {}
+    """List ``model.modules()`` in the same order, five times as fast because no names are built."""
+    modules: dict[int, nn.Module] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
+        if module is not None and id(module) not in modules:
+            modules[id(module)] = module
             waiting += reversed(module._modules.values())
-    return list(found.values())
+    return list(modules.values())
 
 
 def _find_sites(model: nn.Module) -> dict[int, Site]:
     tower = _vision_tower(model)
-    found = {}
+    sites_by_id = {}
     for name, module in model.named_modules():
         number = _NUMBER.search(name)
         role = "vision" if id(module) in tower else _role(name)
-        found[id(module)] = Site(name, role, int(number.group(1)) if number else -1)
-    return found
+        sites_by_id[id(module)] = Site(name, role, int(number.group(1)) if number else -1)
+    return sites_by_id
 
 
 @contextmanager
 def record(model: PreTrainedModel, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
-    """Pass the attention calls of one forward pass to a recorder; the model is then as it was, even on errors.
+    """Pass the attention calls of one forward pass to a recorder; the model is restored afterwards, even on errors.
 
     Raises:
-        CaptureError: another recording is on, or a call that the recorder expects did not come.
+        CaptureError: another recording is active, or a call that the recorder expects is missing.
     """
     with selected(model), capturing(Recording(recorder, sites(model))):
         yield recorder
@@ -313,10 +333,10 @@ def capturing(recording: Recording) -> Iterator[None]:
     """Pass the attention calls of a model that is ``selected`` to a recorder.
 
     Raises:
-        CaptureError: another recording is on.
+        CaptureError: another recording is active.
     """
     if _active.get() is not None:
-        raise CaptureError("a recording is already on; finish it before the next")
+        raise CaptureError("a recording is already active; finish it before the next")
     token = _active.set(recording)
     try:
         yield
@@ -325,16 +345,16 @@ def capturing(recording: Recording) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """The configs that steer attention: those of all submodels, and their sub-configs, each once."""
-    found: dict[int, PreTrainedConfig] = {}
+    """List the configs that choose the attention: those of all submodels and their sub-configs, each once."""
+    configs: dict[int, PreTrainedConfig] = {}
     waiting = [vars(m)["config"] for m in modules_of(model) if isinstance(vars(m).get("config"), PreTrainedConfig)]
     while waiting:
         config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = config
+        if id(config) not in configs:
+            configs[id(config)] = config
             parts = (getattr(config, key, None) for key in config.sub_configs)
             waiting.extend(part for part in parts if isinstance(part, PreTrainedConfig))
-    return list(found.values())
+    return list(configs.values())
 
 
 def _vision_tower(model: nn.Module) -> set[int]:

@@ -1,4 +1,7 @@
-"""The noised image of VCD (Leng et al., "Visual Contrastive Decoding", arXiv 2311.16922)."""
+"""Intervene on the image: noise it (VCD), hide its tokens from attention, or paint parts of it grey.
+
+Source of the noise: Leng et al., "Visual Contrastive Decoding", arXiv 2311.16922.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,15 @@ STEPS, STEP = 1000, 500
 
 
 def noised(pixels: Tensor, step: int = STEP, seed: int = 0) -> Tensor:
-    """Pixels after ``step`` steps of forward diffusion: sqrt(a) x + sqrt(1 - a) e, a = product of (1 - beta).
+    """Noise pixels by ``step`` steps of forward diffusion: sqrt(a) x + sqrt(1 - a) e, a = product of (1 - beta).
 
     The betas are sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5. The noise e is the same for every image of one
     shape, so that a trace can be repeated.
 
     Args:
         pixels: normalised pixel values of any shape.
-        step: index of the step, 0 to 999. ``seed``: of the noise.
+        step: index of the step, 0 to 999.
+        seed: seed of the noise.
 
     Returns:
         The same shape and dtype.
@@ -50,7 +54,7 @@ CORE_LAYERS = (10, 25)
 
 
 class Knockout(AttentionRecorder):
-    """Hides prompt tokens from all queries but image tokens, in the language model's own attention.
+    """Hides prompt tokens from all queries but image tokens, in the attention of the language model.
 
     In an encoder-decoder model they are hidden in the encoder and from the cross-attention.
 
@@ -94,13 +98,14 @@ class Knockout(AttentionRecorder):
 
 
 def core(image_attention: Tensor, spans: Spans) -> list[int]:
-    """Positions of the image tokens that an answer attends to most (VAUQ, arXiv 2602.21054).
+    """Choose the image tokens that an answer attends to most (VAUQ, arXiv 2602.21054).
 
     Args:
         image_attention: (T, L, N) attention of the predicting rows to image tokens, mean over heads.
+        spans: spans of the prompt.
 
     Returns:
-        40 % of the image tokens, by attention in layers 10 to 25 of 32, mean over layers and answer tokens.
+        Positions of 40 % of the image tokens, by mean attention in layers 10 to 25 of 32 over all answer tokens.
     """
     layers, count = image_attention.shape[1:]
     first, last = (of_depth(layer, layers) for layer in CORE_LAYERS)
@@ -113,17 +118,17 @@ PERCENTILE, GREY = 70, (128, 128, 128)
 
 
 def drift(attention: np.ndarray) -> np.ndarray:
-    """(L - 1,) KL divergence of every layer's attention over image tokens from that of the layer before, in nats.
+    """Compute the (L - 1,) KL divergence of each layer's attention over image tokens from the layer before, in nats.
 
     Args:
-        attention: (L, N) of one row.
+        attention: (L, N) attention of one row to image tokens.
     """
     share = np.maximum(attention / np.maximum(attention.sum(-1, keepdims=True), 1e-12), 1e-12)
     return (share[1:] * np.log(share[1:] / share[:-1])).sum(-1)
 
 
 def hidden_tokens(attention: np.ndarray) -> np.ndarray:
-    """(N,) bool, the image tokens that are hidden, of the (L, N) attention of one row.
+    """Choose the (N,) bool image tokens to hide, from the (L, N) attention of one row.
 
     >>> hidden_tokens(np.array([[4.0, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4.1]])).tolist()
     [True, False, False, False]
@@ -133,13 +138,13 @@ def hidden_tokens(attention: np.ndarray) -> np.ndarray:
 
 
 def grey(adapter: Adapter, picture: Image, spans: Spans, hidden: np.ndarray) -> Image:
-    """The picture with the places of some image tokens painted grey.
+    """Paint the image regions of some image tokens grey.
 
     Args:
         adapter: the model.
-        picture: as it was asked about.
-        spans: of the prompt with it.
-        hidden: (N,) bool. Where tiles overlap, what is hidden in one of them is hidden.
+        picture: the image.
+        spans: spans of a prompt with this image.
+        hidden: (N,) bool. Where tiles overlap, a region hidden in one tile is hidden.
 
     Raises:
         CapabilityError: the image tokens of this model lie on no grid.
@@ -151,10 +156,10 @@ def grey(adapter: Adapter, picture: Image, spans: Spans, hidden: np.ndarray) -> 
             "features 'masked_prob' and 'masked_drop' need image tokens that lie on a grid, which those of this model "
             "(queries of a Q-Former or the like) do not; add features.exclude=[masked]"
         )
-    where = token_regions(adapter, picture.size, spans)
-    painted, cells = picture.copy(), iter(where.cells)
+    regions = token_regions(adapter, picture.size, spans)
+    painted, cells = picture.copy(), iter(regions.cells)
     draw = ImageDraw.Draw(painted)
-    for (rows, columns), box in where.grids:
+    for (rows, columns), box in regions.grids:
         for row in range(rows):
             for column in range(columns):
                 if hidden[next(cells)] and box is not None:
@@ -166,7 +171,7 @@ def grey(adapter: Adapter, picture: Image, spans: Spans, hidden: np.ndarray) -> 
 
 
 def _part(start: float, end: float, index: int, count: int) -> tuple[int, int]:
-    """First and last pixel of one of several equal parts of a side."""
+    """Return first and last pixel of one of several equal parts of a side."""
     step = (end - start) / count
     return round(start + index * step), round(start + (index + 1) * step) - 1
 
@@ -174,5 +179,5 @@ def _part(start: float, end: float, index: int, count: int) -> tuple[int, int]:
 def masked_pictures(
     adapter: Adapter, picture: Image, spans: Spans, attention: np.ndarray, tokens: Sequence[int]
 ) -> list[Image]:
-    """For some answer tokens the picture without what their (T, L, N) rows attended to."""
+    """Paint the regions that the (T, L, N) rows of some answer tokens attended to grey, one image per token."""
     return [grey(adapter, picture, spans, hidden_tokens(attention[token])) for token in tokens]

@@ -1,4 +1,4 @@
-"""The logit lens: the residual stream after each layer, decoded by the model's own final norm and head.
+"""Decode the residual stream after each layer by the model's own final norm and head: the logit lens.
 
 Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo et al., arXiv 2410.07149.
 """
@@ -20,14 +20,14 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import sites
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-_LOGITS = 2**24  # as many are made at a time where all layers of a token are decoded together
+_LOGITS = 2**24  # entries of logits computed at once where all layers of a token are decoded together
 
 
 class Lens:
-    """Finds the stack of decoder layers, the norm behind it and the head, and checks them against the model.
+    """The stack of decoder layers, the final norm and the head of a model, checked against its own logits.
 
     Attributes:
-        checked: they have been seen to reproduce the model's own logits.
+        checked: whether they have reproduced the model's own logits.
 
     Raises:
         CapabilityError: the model has no such parts.
@@ -73,22 +73,22 @@ class Lens:
                 handle.remove()
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (..., V) of a residual stream (..., D)."""
+        """Compute float32 logits (..., V) of a residual stream (..., D)."""
         return self.unembed(self.norm(hidden))
 
     def normalise(self, states: Tensor) -> Tensor:
-        """The final norm of a few states (rows, D), in one call where it is the usual one, which is tried once."""
+        """Apply the final norm to a few states (rows, D), by torch's one-call RMS norm where that is equal."""
         if self._normalise is None:
             self._normalise = _one_call(self.norm, states)
         return self._normalise(states)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Float32 logits (..., V) of normalised states (..., D)."""
+        """Compute float32 logits (..., V) of normalised states (..., D)."""
         logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def read(self, hidden: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability and rank of the tokens after each layer; the last is the model's own output.
+        """Compute log-probability and rank of the tokens after each layer; the last is the model's own output.
 
         One layer is decoded at a time, so memory is that of one row of logits per token.
 
@@ -101,18 +101,21 @@ class Lens:
             Both (..., L) float32 on the CPU.
 
         Raises:
-            CapabilityError: the parts that were found do not reproduce the model's own logits.
+            CapabilityError: norm and head do not reproduce the model's own logits.
         """
         if not self.checked and tokens.numel():
             self._check(hidden[-1], logits)
-        pairs = [_place(self.decode(layer), tokens) for layer in hidden[:-1]] + [_place(logits, tokens)]
+        pairs = [_logprob_and_rank(self.decode(layer), tokens) for layer in hidden[:-1]] + [
+            _logprob_and_rank(logits, tokens)
+        ]
         return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
 
     def divergence(self, hidden: list[Tensor], logits: Tensor) -> Tensor:
-        """How far the distribution after each layer is from the model's own.
+        """Compute the divergence of the distribution after each layer from the model's own.
 
         Args:
-            hidden, logits: as for ``read``.
+            hidden: L tensors (..., D), as for ``read``.
+            logits: (..., V) the model's own.
 
         Returns:
             (..., L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
@@ -124,10 +127,11 @@ class Lens:
     def read_together(
         self, hidden: Tensor, logits: Tensor, tokens: Tensor, requires: frozenset[str]
     ) -> dict[str, Tensor]:
-        """``read`` and ``divergence`` of a few tokens, all layers at once: faster where little is to be decoded.
+        """Do ``read`` and ``divergence`` for a few tokens, all layers at once, which is faster for few tokens.
 
         Args:
-            hidden: (T, L, D) the residual stream after each layer. ``logits``: (T, V) the model's own, float32.
+            hidden: (T, L, D) the residual stream after each layer.
+            logits: (T, V) the model's own, float32.
             tokens: (T,) ids.
             requires: ``lens``, ``trajectory`` or both.
 
@@ -145,7 +149,7 @@ class Lens:
         for states, own, ids in zip(hidden.split(size), logits.split(size), tokens.split(size), strict=True):
             decoded = torch.cat([self.decode(states[:, :-1]).to(own.device), own[:, None]], 1)
             if "lens" in requires:
-                logprob, rank = _place(decoded, ids[:, None].expand(-1, count))
+                logprob, rank = _logprob_and_rank(decoded, ids[:, None].expand(-1, count))
                 parts["lens_logprob"].append(logprob)
                 parts["lens_rank"].append(rank)
             if "trajectory" in requires:
@@ -162,7 +166,7 @@ class Lens:
 
 
 def _one_call(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
-    """Torch's own RMS norm, if it gives what the model's norm gives of these states; else the module itself."""
+    """Return torch's own RMS norm if it equals the model's norm on these states, else the module itself."""
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.device != states.device or not isinstance(epsilon, float):
         return norm
@@ -174,7 +178,7 @@ _lenses: WeakKeyDictionary[PreTrainedModel, Lens] = WeakKeyDictionary()
 
 
 def lens_of(model: PreTrainedModel) -> Lens:
-    """The lens of a model, found and checked once.
+    """Return the cached lens of a model.
 
     Raises:
         CapabilityError: see ``Lens``.
@@ -184,7 +188,7 @@ def lens_of(model: PreTrainedModel) -> Lens:
     return _lenses[model]
 
 
-def _place(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _logprob_and_rank(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     tokens = tokens.to(logits.device)[..., None]
     chosen = logits.gather(-1, tokens)
     logprob = logits.log_softmax(-1).gather(-1, tokens)[..., 0]  # a third of the time of logsumexp
@@ -192,8 +196,8 @@ def _place(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return logprob.float().cpu(), rank.float().cpu()
 
 
-def _divergence(one: Tensor, other: Tensor) -> Tensor:
-    """(...) Jensen-Shannon divergence of two (..., V) log-distributions."""
-    middle = torch.logaddexp(one, other) - math.log(2)
-    halves = [(part.exp() * (part - middle)).sum(-1) for part in (one, other)]
+def _divergence(first: Tensor, other: Tensor) -> Tensor:
+    """Compute the (...) Jensen-Shannon divergence of two (..., V) log-distributions."""
+    middle = torch.logaddexp(first, other) - math.log(2)
+    halves = [(part.exp() * (part - middle)).sum(-1) for part in (first, other)]
     return ((halves[0] + halves[1]) / 2).clamp(min=0).cpu()

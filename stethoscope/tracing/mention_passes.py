@@ -1,7 +1,8 @@
-"""Self-verification: the model is asked about every object that it named, in POPE's words.
+"""Run the passes that are made for every mention: self-verification questions and masked images.
 
-The score is what the first token of the reply says: the probability of a yes, of a yes and a no together. Answers are
-not generated: one forward pass over the question gives that token's distribution.
+Self-verification asks the model about every object that it named, in POPE's words. The score is the probability of yes
+among yes and no as the first token of the reply. Replies are not generated: one forward pass over the question gives
+that token's distribution.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 
 BLANKS = "▁Ġ "
-"""What vocabularies put before a word that comes after a blank."""
-TOGETHER = 16
-"""Questions or masked pictures that share a forward pass."""
+"""Characters by which vocabularies mark a word after a blank."""
+BATCH = 16
+"""Number of questions or masked images per forward pass."""
 
-_known: WeakKeyDictionary[Adapter, tuple[list[int], list[int]]] = WeakKeyDictionary()
+_reply_ids: WeakKeyDictionary[Adapter, tuple[list[int], list[int]]] = WeakKeyDictionary()
 
 
 def question(name: str) -> str:
-    """What is asked about an object.
+    """Write the question about an object.
 
     >>> question("orange"), question("dining table")
     ('Is there an orange in the image?', 'Is there a dining table in the image?')
@@ -43,58 +44,58 @@ def question(name: str) -> str:
 
 
 def yes_odds(adapter: Adapter, pictures: Sequence[Image], names: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """Log-odds of yes against no, in nats, for every object of every picture.
+    """Compute the log-odds of yes against no, in nats, for every object of every image.
 
     Args:
         adapter: the model.
-        pictures: N pictures.
-        names: the objects to ask about, of every picture; each is asked about once.
+        pictures: N images.
+        names: the objects to ask about, by image; each is asked about once.
 
     Returns:
-        By picture, from name to log-odds.
+        By image, log-odds by name.
 
     Raises:
         CapabilityError: the model's tokens for yes and no are the same.
     """
-    asked = [(at, name) for at, some in enumerate(names) for name in dict.fromkeys(some)]
-    found: list[dict[str, float]] = [{} for _ in pictures]
-    for start in range(0, len(asked), TOGETHER):
-        some = asked[start : start + TOGETHER]
-        encoded = [adapter.encode(pictures[at], question(name)) for at, name in some]
-        for (at, name), logits in zip(some, first_logits(adapter, encoded), strict=True):
+    questions = [(index, name) for index, objects in enumerate(names) for name in dict.fromkeys(objects)]
+    odds: list[dict[str, float]] = [{} for _ in pictures]
+    for start in range(0, len(questions), BATCH):
+        batch = questions[start : start + BATCH]
+        encoded = [adapter.encode(pictures[index], question(name)) for index, name in batch]
+        for (index, name), logits in zip(batch, first_logits(adapter, encoded), strict=True):
             yes, no = reply_ids(adapter, encoded[0])
-            found[at][name] = float(logits[yes].logsumexp(-1) - logits[no].logsumexp(-1))
-    return found
+            odds[index][name] = float(logits[yes].logsumexp(-1) - logits[no].logsumexp(-1))
+    return odds
 
 
 def first_logits(adapter: Adapter, encoded: Sequence[Encoded]) -> list[Tensor]:
-    """(V,) logits of the first token of every reply; no reply is written."""
+    """Compute the (V,) logits of the first token of every reply, without generating."""
     reply = Answer("", (0,), ((0, 0),), (0.0,))  # the row that predicts a token does not see it
     return [trace.logits[0] for trace in adapter.trace_batch(encoded, [reply] * len(encoded), ())]
 
 
 def reply_ids(adapter: Adapter, encoded: Encoded) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that say yes and no: upper or lower case, with or without a blank before.
+    """Return the ids of the tokens for yes and no, in any case, with or without a leading blank.
 
-    Only whole words count; where a tokenizer has no such token, the first piece of "Yes" and of "No" stands for it.
+    Only whole words count; a tokenizer without such a token uses the first piece of "Yes" and of "No".
 
     Raises:
-        CapabilityError: they are the same.
+        CapabilityError: yes and no have a token in common.
     """
-    if adapter not in _known:
+    if adapter not in _reply_ids:
         yes, no = (_ids(adapter, encoded, word) for word in ("Yes", "No"))
         if yes & no:
             raise CapabilityError(f"{adapter.name}: a yes and a no begin with the same token, {sorted(yes & no)}")
-        _known[adapter] = sorted(yes), sorted(no)
-    return _known[adapter]
+        _reply_ids[adapter] = sorted(yes), sorted(no)
+    return _reply_ids[adapter]
 
 
 def _ids(adapter: Adapter, encoded: Encoded, word: str) -> set[int]:
-    """Ids of the vocabulary's entries that are the word, or the first of the word behind a prompt."""
+    """Return the ids of the vocabulary's entries for a word, or the first id of the word after a prompt."""
     tokenizer = getattr(getattr(adapter, "processor", None), "tokenizer", None)
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    found = {index for piece, index in vocabulary.items() if piece.lstrip(BLANKS).lower() == word.lower()}
-    return found or {adapter.answer(encoded, word).token_ids[0]}
+    ids = {index for piece, index in vocabulary.items() if piece.lstrip(BLANKS).lower() == word.lower()}
+    return ids or {adapter.answer(encoded, word).token_ids[0]}
 
 
 def trace_answers(
@@ -105,40 +106,45 @@ def trace_answers(
     pictures: Sequence[Image | ImageRef],
     mentions: Sequence[Sequence[Mention]],
 ) -> list[Trace]:
-    """``Adapter.trace_batch``, and what is to be done for every mention on top of it.
+    """Trace answers by ``Adapter.trace_batch``, and make the passes for every mention.
 
     Args:
         adapter: the model.
-        encoded: B prompts; ``answers``: to them.
-        requires: of ``stethoscope.tracing.trace``; those of ``MENTION_REQUIREMENTS`` are made here.
-        pictures: those of the prompts; an ``ImageRef`` is read only if it is needed.
-        mentions: the objects that every answer names.
+        encoded: B prompts.
+        answers: B answers to them.
+        requires: requirements of ``stethoscope.tracing.trace``; those of ``MENTION_REQUIREMENTS`` are met here.
+        pictures: the images of the prompts; an ``ImageRef`` is read only if it is required.
+        mentions: the mentions of every answer.
     """
     traces = adapter.trace_batch(encoded, answers, frozenset(requires) - set(MENTION_REQUIREMENTS))
     if not set(MENTION_REQUIREMENTS) & set(requires):
         return traces
     shown = [picture.load() if isinstance(picture, ImageRef) else picture for picture in pictures]
-    owners = [answer.owners(some) for answer, some in zip(answers, mentions, strict=True)]
+    owners = [answer.owners(answer_mentions) for answer, answer_mentions in zip(answers, mentions, strict=True)]
     if "questions" in requires:
-        names = [[mention.object for mention in some if mention and mention.object != UNKNOWN] for some in owners]
-        for at, odds in enumerate(yes_odds(adapter, shown, names)):
-            values = [odds.get(mention.object, nan) if mention else nan for mention in owners[at]]
-            traces[at] = replace(traces[at], yes_odds=traces[at].logits.new_tensor(values))
+        names = [
+            [mention.object for mention in token_mentions if mention and mention.object != UNKNOWN]
+            for token_mentions in owners
+        ]
+        for index, odds in enumerate(yes_odds(adapter, shown, names)):
+            values = [odds.get(mention.object, nan) if mention else nan for mention in owners[index]]
+            traces[index] = replace(traces[index], yes_odds=traces[index].logits.new_tensor(values))
     if "masked" in requires:
-        for at, picture in enumerate(shown):
-            named = [token for token, mention in enumerate(owners[at]) if mention]
-            traces[at] = replace(traces[at], masked_logprob=_masked(adapter, encoded[at], traces[at], picture, named))
+        for index, picture in enumerate(shown):
+            tokens = [token for token, mention in enumerate(owners[index]) if mention]
+            logprobs = _masked_logprobs(adapter, encoded[index], traces[index], picture, tokens)
+            traces[index] = replace(traces[index], masked_logprob=logprobs)
     return traces
 
 
-def _masked(adapter: Adapter, encoded: Encoded, trace: Trace, picture: Image, tokens: Sequence[int]) -> Tensor:
-    """(T,) log-probabilities of some tokens, each predicted from a picture of its own; NaN for the others."""
+def _masked_logprobs(adapter: Adapter, encoded: Encoded, trace: Trace, picture: Image, tokens: Sequence[int]) -> Tensor:
+    """Compute the (T,) log-probabilities of some tokens, each with its own masked image; NaN for the others."""
     values = trace.logits.new_full((len(trace.answer.token_ids),), nan)
-    changed = masked_pictures(adapter, picture, encoded.spans, trace.image_attention.numpy(), tokens)
-    for start in range(0, len(tokens), TOGETHER):
-        some = tokens[start : start + TOGETHER]
-        prompts = [adapter.encode(one, encoded.question) for one in changed[start : start + TOGETHER]]
-        heads = [trace.answer.until(token + 1) for token in some]
-        for token, other in zip(some, adapter.trace_batch(prompts, heads, ()), strict=True):
+    changed = masked_pictures(adapter, picture, encoded.spans, trace.require("image_attention").numpy(), tokens)
+    for start in range(0, len(tokens), BATCH):
+        batch = tokens[start : start + BATCH]
+        prompts = [adapter.encode(masked, encoded.question) for masked in changed[start : start + BATCH]]
+        heads = [trace.answer.until(token + 1) for token in batch]
+        for token, other in zip(batch, adapter.trace_batch(prompts, heads, ()), strict=True):
             values[token] = other.logits[token].log_softmax(-1)[trace.answer.token_ids[token]]
     return values

@@ -1,7 +1,7 @@
-"""Hidden states of image, question and answer tokens, reduced layer by layer while the model runs.
+"""Record hidden states of image, question and answer tokens, reduced layer by layer while the model runs.
 
-h_0 is what enters the first layer, h_l what enters layer l + 1, h_L what the final norm gives: the ``hidden_states`` of
-transformers. Only a few layers are kept whole (``trace.KEPT_LAYERS``).
+h_0 is the input of the first layer, h_l that of layer l + 1, h_L the output of the final norm: the ``hidden_states`` of
+transformers. Only a few layers are stored whole (``trace.KEPT_LAYERS``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, HiddenStates, Sp
 PATCH_SHARE = 0.05
 """Share of the image tokens whose cosines are averaged (CGC, arXiv 2604.04863)."""
 SINK_DIMENSIONS, SINK_THRESHOLD = 2, 20.0
-"""Of attention sinks (Kang et al., ICLR 2025): so many dimensions, and how large one is after RMS normalisation."""
+"""Attention sinks (Kang et al., ICLR 2025): number of dimensions, and threshold after RMS normalisation."""
 CHUNK = 256
-"""Image tokens that are decoded at a time."""
+"""Number of image tokens decoded at a time."""
 
 
 @dataclass
-class _Heard:
-    """Of one sample, by layer."""
+class _Reduced:
+    """Reductions of one sample, by layer."""
 
     top: list[Tensor] = field(default_factory=list)
     peak: list[Tensor] = field(default_factory=list)
@@ -42,14 +42,15 @@ class _Heard:
 
 
 class HiddenStateRecorder:
-    """Listens to the residual stream of one forward pass of a decoder-only model.
+    """Records the residual stream of one forward pass of a decoder-only model.
 
     Args:
-        lens: finds layers, norm and head.
-        rows: (B, T + 1) positions that predict the T answer tokens, and the one that reads the last.
+        lens: holds layers, norm and head.
+        rows: (B, T + 1) positions that predict the T answer tokens, and the position that consumes the last.
         answers: token ids of every answer.
-        spans: of every prompt.
-        states, image_lens: which of the two parts of a trace to make.
+        spans: spans of every prompt.
+        states: whether to record ``Trace.states``.
+        image_lens: whether to record ``Trace.image_lens``.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class HiddenStateRecorder:
         self._layers = {
             name: {of_depth(layer, self._depth) for layer in layers} for name, layers in KEPT_LAYERS.items()
         }
-        self._heard = [_Heard() for _ in spans]
+        self._reduced = [_Reduced() for _ in spans]
         self._next = 0
 
     @contextmanager
     def listen(self) -> Iterator[HiddenStateRecorder]:
-        """Hooks every layer and the final norm; the hooks are then removed."""
+        """Record every layer and the final norm within the block."""
 
         def enters(module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
             self._take(arguments[0] if arguments else options["hidden_states"])
@@ -98,37 +99,37 @@ class HiddenStateRecorder:
     def _take(self, hidden: Tensor) -> None:
         layer, self._next = self._next, self._next + 1
         hidden = hidden.detach()
-        for index, heard in enumerate(self._heard):
-            at = [part[index].to(hidden.device) for part in (self._image, self._question, self._rows)]
-            image, question, token = (hidden[index, positions] for positions in at)
+        for index, reduced in enumerate(self._reduced):
+            positions = [part[index].to(hidden.device) for part in (self._image, self._question, self._rows)]
+            image, question, token = (hidden[index, chosen] for chosen in positions)
             ids = self._ids[index].to(hidden.device)
             if self._states:
-                self._reduce(heard, layer, image.float(), token.float(), hidden[index, 0].float())
+                self._reduce(reduced, layer, image.float(), token.float(), hidden[index, 0].float())
                 whole = {"token": token, "image": image, "instruction": question}
                 whole["prompt_end"] = hidden[index, self._ends[index]]
                 for name, states in whole.items():
                     if layer in self._layers[name]:
-                        heard.kept[name][layer] = states.float().cpu()
+                        reduced.kept[name][layer] = states.float().cpu()
                 if layer == 0:
-                    heard.prefix = torch.cat([question, token[1:]]).float().cpu()
+                    reduced.prefix = torch.cat([question, token[1:]]).float().cpu()
                 if layer in self._layers["instruction"]:
-                    heard.instruction_probability = self._decode(question, ids, TEMPERATURE).cpu()
+                    reduced.instruction_probability = self._decode(question, ids, TEMPERATURE).cpu()
             if self._image_lens or (self._states and layer == self._depth):
                 probability = self._decode(image, ids)
-                heard.lens.append(torch.stack([probability.amax(-1), probability.sum(-1)], -1).cpu())
-                heard.image_probability = probability.cpu()
+                reduced.lens.append(torch.stack([probability.amax(-1), probability.sum(-1)], -1).cpu())
+                reduced.image_probability = probability.cpu()
 
-    def _reduce(self, heard: _Heard, layer: int, image: Tensor, token: Tensor, first: Tensor) -> None:
+    def _reduce(self, reduced: _Reduced, layer: int, image: Tensor, token: Tensor, first: Tensor) -> None:
         if layer > 0:
             cosines = nn.functional.normalize(token, dim=-1) @ nn.functional.normalize(image, dim=-1).T
             top = cosines.topk(max(1, round(PATCH_SHARE * len(image))), dim=-1).values
-            heard.top.append(top.mean(-1).cpu())
-            heard.peak.append(top[:, 0].cpu())
+            reduced.top.append(top.mean(-1).cpu())
+            reduced.peak.append(top[:, 0].cpu())
         if layer < self._depth:
-            heard.sinks.append(sinks(image, first).cpu())
+            reduced.sinks.append(sinks(image, first).cpu())
 
     def _decode(self, hidden: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-        """(T, N) probability of the tokens at states (N, D), decoded by the head alone."""
+        """Return the (T, N) probability of the tokens at states (N, D), decoded by the head alone."""
         parts = []
         for chunk in hidden.split(CHUNK):
             logits = self._lens.head(chunk).float() / temperature
@@ -136,27 +137,27 @@ class HiddenStateRecorder:
         return torch.cat(parts).T
 
     def states(self) -> list[HiddenStates]:
-        """Per sample, what was heard."""
+        """Return the recorded states per sample."""
         return [
             HiddenStates(
-                patch_top=torch.stack(heard.top, -1),
-                patch_peak=torch.stack(heard.peak, -1),
-                sinks=torch.stack(heard.sinks),
-                prefix=heard.prefix,
-                image_probability=heard.image_probability,
-                instruction_probability=heard.instruction_probability,
-                **heard.kept,
+                patch_top=torch.stack(reduced.top, -1),
+                patch_peak=torch.stack(reduced.peak, -1),
+                sinks=torch.stack(reduced.sinks),
+                prefix=reduced.prefix,
+                image_probability=reduced.image_probability,
+                instruction_probability=reduced.instruction_probability,
+                **reduced.kept,
             )
-            for heard in self._heard
+            for reduced in self._reduced
         ]
 
     def image_lens(self) -> list[Tensor]:
-        """Per sample (T, L + 1, 2): largest and summed probability of the token over image tokens."""
-        return [torch.stack(heard.lens, 1) for heard in self._heard]
+        """Return per sample (T, L + 1, 2) the largest and summed probability of the token over image tokens."""
+        return [torch.stack(reduced.lens, 1) for reduced in self._reduced]
 
 
 def sinks(image: Tensor, first: Tensor) -> Tensor:
-    """Which image tokens are attention sinks (Kang et al., "See What You Are Told", ICLR 2025).
+    """Choose the image tokens that are attention sinks (Kang et al., "See What You Are Told", ICLR 2025).
 
     A token is one if a sink dimension of its RMS-normalised state is above 20. The dimensions are published for two
     models only (two each, for Llama 2 of 7B and 13B); they are the massive ones of the first token, so here they are
@@ -164,7 +165,8 @@ def sinks(image: Tensor, first: Tensor) -> Tensor:
     where D is below 4096 the threshold is the same share of that, 20 / 64.
 
     Args:
-        image: (N, D) states of image tokens that enter a layer. ``first``: (D,) that of the sequence's first token.
+        image: (N, D) states of image tokens that enter a layer.
+        first: (D,) state of the sequence's first token.
 
     Returns:
         (N,) bool.

@@ -1,7 +1,7 @@
-"""Where image and question tokens sit in the expanded prompt, and where image tokens lie in the picture.
+"""Measure where image and question tokens stand in the prompt, and which image regions the image tokens cover.
 
-Both are measured: positions from what the processor returned, regions from a picture whose red says how far right a
-pixel is and whose green how far down, which goes through the processor and is read off again.
+Positions are read from the processor's output. Regions are read from an image whose red encodes x and whose green
+encodes y, after it has passed through the processor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Grids = tuple[tuple[int, int], ...]
 
 
 def image_positions(ids: Sequence[int], image_token_id: int) -> tuple[int, ...]:
-    """Positions of the image tokens.
+    """Return the positions of the image tokens.
 
     >>> image_positions([1, 9, 9, 4], 9)
     (1, 2)
@@ -44,7 +44,7 @@ def question_positions(
     decodes: Callable[[Sequence[int]], bool],
     inserted: Sequence[int] = (0,),
 ) -> tuple[int, ...]:
-    """Positions of the question's tokens.
+    """Return the positions of the question's tokens.
 
     Args:
         ids: the expanded prompt.
@@ -65,19 +65,19 @@ def question_positions(
     first_try: tuple[int, ...] | None = None
     for more in inserted:
         first, last = start + grown + more, end + grown + more
-        found = tuple(
+        positions = tuple(
             position
             for position, (left, right) in enumerate(offsets)
             if left < last and right > first and right > left and ids[position] != image_token_id
         )
-        if decodes([ids[position] for position in found]):
-            return found
-        first_try = found if first_try is None else first_try
+        if decodes([ids[position] for position in positions]):
+            return positions
+        first_try = positions if first_try is None else first_try
     return first_try or ()
 
 
 def image_layout(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple[Grids, tuple[int, ...]]:
-    """``tile_grids``, also of LLaVA-NeXT and LLaVA-OneVision, whose image tokens hold separators.
+    """Return ``tile_grids``, also for LLaVA-NeXT and LLaVA-OneVision, whose image tokens include separators.
 
     There the first grid is the whole picture in one tile, the second the picture put together from all other tiles,
     their padding cut off, with a newline token behind each row.
@@ -105,7 +105,7 @@ def image_layout(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple
 
 
 def tile_grids(config: Any, inputs: Mapping[str, Tensor], count: int) -> Grids:
-    """Rows and columns of every tile of image tokens; empty where they are not all in a grid or it is not known.
+    """Return rows and columns of every tile of image tokens; empty where the tokens form no known grid.
 
     Args:
         config: the model's config.
@@ -133,18 +133,18 @@ def tile_grids(config: Any, inputs: Mapping[str, Tensor], count: int) -> Grids:
 # --- where image tokens lie in the picture ----------------------------------------------------------------------------
 
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the picture; beyond its edges where the picture was padded."""
+"""Left, top, right and bottom in pixels of the image; beyond its edges where the image was padded."""
 
-_QUESTION = "Where?"  # any will do: pixels do not depend on it
+_QUESTION = "Where?"  # any question, because pixels do not depend on it
 _measured: WeakKeyDictionary[Adapter, dict[tuple[int, int], tuple[Box | None, ...] | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class TokenRegions:
-    """Where the model's view of a picture lies in it.
+    """Regions of an image that its tokens and patches cover.
 
     Attributes:
-        size: width and height of the picture.
+        size: width and height of the image.
         grids: (rows, columns) and box of every tile of image tokens, in order; empty where they are no grid.
         cells: index among the N image tokens of every cell of the grids, tile by tile, row by row.
         tiles: box of every tile of ``Relevancy.tiles``; None for a tile that shows nothing of the picture.
@@ -157,7 +157,7 @@ class TokenRegions:
 
 
 def token_regions(adapter: Adapter, size: tuple[int, int], spans: Spans, tiles: int = 0) -> TokenRegions:
-    """Measures where image tokens and patches lie in pictures of a size; three prompts are encoded the first time.
+    """Measure the regions of image tokens and patches in images of a size; encodes three prompts the first time.
 
     Args:
         adapter: the model.
@@ -166,10 +166,10 @@ def token_regions(adapter: Adapter, size: tuple[int, int], spans: Spans, tiles: 
         tiles: number of tiles of the vision tower's patches, as in ``Relevancy.tiles``; 0 where there are none.
     """
     whole = (0.0, 0.0, float(size[0]), float(size[1]))
-    known = _measured.setdefault(adapter, {})
-    if size not in known:
-        known[size] = _tile_boxes(adapter, size)
-    boxes = known[size]
+    boxes_by_size = _measured.setdefault(adapter, {})
+    if size not in boxes_by_size:
+        boxes_by_size[size] = _tile_boxes(adapter, size)
+    boxes = boxes_by_size[size]
     # with separators the padding is cut off, and what is left of the tiles is the whole picture again
     own = boxes if boxes is not None and not spans.separators and len(boxes) == len(spans.grids) else None
     grids = tuple(zip(spans.grids, own or [whole] * len(spans.grids), strict=True))
@@ -189,7 +189,7 @@ def _coordinates(width: int, height: int) -> Image:
 
 
 def _tile_boxes(adapter: Adapter, size: tuple[int, int]) -> tuple[Box | None, ...] | None:
-    """Box of every tile of ``pixel_values``; None where they are no tiles but rows of patches."""
+    """Read the box of every tile of ``pixel_values``; None where they are no tiles but rows of patches."""
     from PIL import Image
 
     pictures = [_coordinates(*size), *(Image.new("RGB", size, shade) for shade in ("black", "white"))]
@@ -209,9 +209,9 @@ def _box(tile: Tensor, size: tuple[int, int]) -> Box | None:
 
 
 def _ends(values: Tensor, side: int) -> tuple[float, float] | None:
-    """Where a line of pixels begins and ends, from where the middles of some of them are: a straight line through them.
+    """Fit start and end of a line of pixels to the positions of their centres.
 
-    The outermost are left out: at an edge, resizing repeats pixels.
+    The outermost pixels are left out, because resizing repeats pixels at an edge.
     """
     known = values.isfinite().nonzero()[:, 0].numpy()
     if not len(known):

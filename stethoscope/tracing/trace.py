@@ -1,4 +1,4 @@
-"""What one teacher-forced pass over prompt and answer leaves behind, already reduced to what features read."""
+"""Hold the trace of one teacher-forced pass over prompt and answer, reduced to the parts that features read."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ decoder's start token, and the row is half cross-attention to the prompt, half s
 (``stethoscope.tracing.attention_recorder`` has the details)."""
 
 FORWARD_REQUIREMENTS = ("attention", "lens", "blank")
-"""What a trace can hold beyond the logits for the price of forward passes: attention rows and the logit lens cost none
-on top of the traced one, the blank image costs one."""
+"""Parts of a trace beyond the logits that cost forward passes at most: attention rows and the logit lens cost none
+beside the traced one, the blank image costs one."""
 REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
-"""What a trace of every family can hold, for ``features=default``; relevancy costs a forward and a backward pass."""
+"""Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
-"""What published detectors read besides: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the traced
-pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
+"""Further parts, which published detectors read: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the
+traced pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
 the language model have no ``states`` and no ``image_lens``."""
 
 MENTION_REQUIREMENTS = ("questions", "masked")
-"""What costs passes for every object that an answer names, and is not of the adapter but of ``per_mention``:
-``questions`` asks the model whether each object is there, ``masked`` hides from it what it looked at."""
+"""Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
+``questions`` asks the model whether each object is there, ``masked`` hides the regions that it attended to."""
 
 KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
-"""Layers of a model of 32 whose states are kept whole, as GLSim, InsLen and VisER were published for it, and the
-middle one for the probe of hidden states."""
+"""Layers, of 32, whose states are stored whole: those that GLSim, InsLen and VisER were published for, and the middle
+one for the probe of hidden states."""
 TEMPERATURE = 10.0
-"""Of InsLen's lens on the instruction (arXiv 2605.12258)."""
+"""Temperature of InsLen's lens on the instruction (arXiv 2605.12258)."""
 
 
 def of_depth(layer: int, layers: int, published: int = 32) -> int:
-    """The state at the same share of the depth as one of the ``published`` layers; 0 is what the embedding gives.
+    """Scale a layer index from a model of ``published`` layers to one of ``layers``; 0 is the embedding.
 
     >>> [of_depth(layer, 40) for layer in (0, 16, 31, 32)]
     [0, 20, 39, 40]
@@ -62,7 +62,7 @@ def of_depth(layer: int, layers: int, published: int = 32) -> int:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where things sit in the sequence that the language model reads. Measured from the processor's output.
+    """Positions of tokens in the sequence that the language model reads, measured from the processor's output.
 
     A prompt of P = 7 tokens, an answer of T = 3, and the rows of a trace. Row k stands at position P - 1 + k: it
     *predicts* answer token k and *consumes* token k - 1 (row T is traced only where features read consuming rows)::
@@ -95,7 +95,7 @@ class Spans:
 
 @dataclass(frozen=True, eq=False)
 class PromptCache:
-    """What a model has computed of a prompt already, so that tokens behind it need no pass over it.
+    """KV cache of a prompt, so that later tokens need no second pass over it.
 
     Attributes:
         layers: by layer of the language model keys and values of the P prompt tokens, each (1, key-value heads, P, d),
@@ -114,7 +114,7 @@ class Encoded:
         spans: token positions.
         text: the prompt as text, before image placeholders are expanded.
         question: the user's question as it stands in ``text``.
-        cache: of this prompt, as ``Adapter.generate_with_cache`` leaves it for a trace; None where nothing is kept.
+        cache: KV cache of this prompt, as ``Adapter.generate_with_cache`` returns it for a trace; None without one.
     """
 
     inputs: Mapping[str, Tensor]

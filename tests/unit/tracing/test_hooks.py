@@ -129,7 +129,7 @@ def test_one_recording_at_a_time_and_one_pass_per_listener():
             model(ids)
             model(ids)
 
-    with pytest.raises(CaptureError, match="already on"):
+    with pytest.raises(CaptureError, match="already active"):
         nested()
     with pytest.raises(CaptureError, match="called twice"):
         twice()
