@@ -37,8 +37,8 @@ REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
 """Further parts, which published detectors read: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the
-traced pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an encoder of
-the language model have no ``states`` and no ``image_lens``."""
+traced pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an
+encoder of the language model have no ``states`` and no ``image_lens``."""
 
 MENTION_REQUIREMENTS = ("questions", "masked")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
