@@ -84,7 +84,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:
-        """Run one teacher-forced pass over the prompt and exactly the answer's ids (two with ``blank`` in ``requires``).
+        """Run one teacher-forced pass over the prompt and exactly the answer's ids; ``blank`` costs a second one.
 
         Raises:
             CaptureError: a layer returned no attention, or a value that is not finite; the message names the layer.

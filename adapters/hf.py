@@ -34,8 +34,8 @@ from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.tracing.trace import (
-    FORWARD_REQUIREMENTS,
     EXTRA_REQUIREMENTS,
+    FORWARD_REQUIREMENTS,
     REQUIREMENTS,
     Encoded,
     PromptCache,

@@ -20,7 +20,7 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_inputs, relevancy_from_inputs
-from stethoscope.tracing.attention_recorder import RowAttentionRecorder, HeadAttentionRecorder
+from stethoscope.tracing.attention_recorder import HeadAttentionRecorder, RowAttentionRecorder
 from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens

@@ -27,7 +27,7 @@ class Memory(Logger):
 def test_every_hook_is_empty_explained_and_mentioned_in_the_order():
     hooks = {name: function for name, function in inspect.getmembers(Callback, inspect.isfunction) if name[:3] == "on_"}
     for name, function in hooks.items():
-        assert function.__doc__.startswith("Called "), name
+        assert function.__doc__.startswith("Act "), name
         assert name in callbacks.__doc__
         arguments = [None] * (len(inspect.signature(function).parameters) - 1)
         assert function(Callback(), *arguments) is None
