@@ -71,8 +71,8 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _warn(message: Warning | str, *where: object, **more: object) -> None:
-    """A warning as one line for the user, who has no use for the place in our code."""
+def _warn(message: Warning | str, *location: object, **details: object) -> None:
+    """Print a warning as one line, without the place in our code that it comes from."""
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
@@ -130,9 +130,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     failed: list[StethoscopeError] = []
 
     def job(config: DictConfig) -> None:
-        found = HydraConfig.get()
-        if found.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
-            sweep.run(config, found.job.num, list(found.overrides.task))
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
+            sweep.run(config, job.job.num, list(job.overrides.task))
             return
         try:
             check_values(config)

@@ -35,7 +35,7 @@ def main() -> None:
     command = [sys.executable, "-m", "stethoscope", "app", f"port={PORT}"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
-            address = next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+            address = next(url[0] for line in server.stdout if (url := re.search(r"http://\S+", line)))
             scene = Path(folder) / "scene.png"
             testbed.scenes(SCENE + 1)[SCENE].image().save(scene)
             take(address, scene, file)

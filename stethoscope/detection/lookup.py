@@ -158,8 +158,8 @@ WARNING_COLUMNS = {
     "probability": "calibrated probability that the object is hallucinated",
     "evidence": "what the model's own computation says, in log-odds; above 0 it speaks for hallucination",
     "prior": "what place and name say (or, not factored, the base rate), in log-odds; the sum gives the probability",
-    "looks": "what the place that it was written from looks like: [object, probability], null for nothing known; [] "
-    "where the detector has no sight",
+    "visual_evidence": "what the image evidence looks like: [object, probability], null for nothing known; [] "
+    "where the detector reads no visual evidence",
     "warned": "the probability is at or above the detector's threshold",
     "label": "the truth if the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
     "fold": "train, calibration or test where the detector was fitted on this run, else empty",
@@ -191,8 +191,8 @@ def mention_warnings(
     if detector.additive:
         explanation = detector.explain(first)
         rows["evidence"], rows["prior"] = explanation.evidence[deciding], explanation.prior[deciding]
-    looks = detector.visual_evidence(first)
-    rows["looks"] = [looks[row] for row in deciding]
+    candidates = detector.visual_evidence(first)
+    rows["visual_evidence"] = [candidates[row] for row in deciding]
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
@@ -207,6 +207,9 @@ def write_warnings(rows: pd.DataFrame, path: Path) -> None:
         for row in rows.to_dict("records"):
             exact = {name: row[name] for name in ("probability", "evidence", "prior")}
             rounded = {name: None if value is None else round(value, 6) for name, value in exact.items()}
-            looks = [[name, round(probability, 6)] for name, probability in row["looks"]]
-            line = json.dumps({**row, **rounded, "looks": looks}, ensure_ascii=False, allow_nan=False) + "\n"
+            candidates = [[name, round(probability, 6)] for name, probability in row["visual_evidence"]]
+            line = (
+                json.dumps({**row, **rounded, "visual_evidence": candidates}, ensure_ascii=False, allow_nan=False)
+                + "\n"
+            )
             file.write(line.encode("utf-8", "backslashreplace"))

@@ -16,7 +16,7 @@ DIMENSIONS = 256
 """Largest number of columns. Wider states are projected onto random directions, which keeps angles to about 6 %."""
 
 
-@feature("sight", higher_means="depends", requires=["relevancy"], vector=True)
+@feature("visual_evidence", higher_means="depends", requires=["relevancy"], vector=True)
 def attended_embedding(trace: Trace) -> np.ndarray:
     """Image embeddings at the input of the language model, weighted with the token's relevancy, unit-free.
 

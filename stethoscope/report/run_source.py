@@ -68,7 +68,7 @@ WARNING_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("start", "end", "label"), int),
     "probability": (int, float),
     **dict.fromkeys(("evidence", "prior"), NUMBER),
-    "looks": list,
+    "visual_evidence": list,
     "warned": bool,
 }
 """A line of ``warnings.jsonl``."""

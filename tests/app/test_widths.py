@@ -33,9 +33,9 @@ BEYOND = """([root, but]) => {
 
 
 @pytest.fixture(scope="module")
-def sighted(adapter, tmp_path_factory):
+def grounded(adapter, tmp_path_factory):
     """Fit a detector with visual evidence."""
-    folder = tmp_path_factory.mktemp("sighted")
+    folder = tmp_path_factory.mktemp("grounded")
     features = FeatureSet(groups=["uncertainty", "position"], names=["attended_embedding"])
     Evaluator(features=features, run_dir=folder, batch_size=32).run(adapter, Chair(scenes=60))
     return Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
@@ -60,9 +60,9 @@ def beyond(page, root, but="[data-none]"):
     return page.evaluate(BEYOND, [root, but])
 
 
-def test_the_page_of_a_diagnosis(page, adapter, sighted, tmp_path):
+def test_the_page_of_a_diagnosis(page, adapter, grounded, tmp_path):
     answer = "The image shows a kitchen with a knife, a fork and a dining table."
-    found = stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, answer, sighted)
+    found = stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, answer, grounded)
     long = "W" * 90  # which some vocabularies have
     tokens = [[(long, *layer[1:]) for layer in token] for token in found.evolution.top_tokens]
     found = replace(found, evolution=replace(found.evolution, top_tokens=tokens))
@@ -77,9 +77,9 @@ def test_the_page_of_a_diagnosis(page, adapter, sighted, tmp_path):
     assert beyond(page, "main", ".st-scroll:has(.st-strip)") == [] or page.width > 390
 
 
-def test_the_screen_of_an_answer(page, served, sighted, monkeypatch, tmp_path):
+def test_the_screen_of_an_answer(page, served, grounded, monkeypatch, tmp_path):
     with served.pool.use("testbed") as ready:
-        shown = replace(ready, detectors=Detectors(sighted, origin="with a sight"))
+        shown = replace(ready, detectors=Detectors(grounded, origin="with visual evidence"))
     monkeypatch.setattr(served.pool, "_loaded", ("testbed", shown))
     page.goto(served.address)
     page.wait_for_selector("#view .st-status")
@@ -89,7 +89,7 @@ def test_the_screen_of_an_answer(page, served, sighted, monkeypatch, tmp_path):
     page.wait_for_selector("#view [data-id=diagnosed]:not([hidden])", timeout=60_000)
     page.locator("#view .st-visual-evidence").first.click()
     page.wait_for_function("document.querySelector('#view [data-id=facts]').innerText.includes('looks like')")
-    take(page, "sight", tmp_path)
+    take(page, "visual_evidence", tmp_path)
     looks = page.locator("#view .st-visual-evidence")
     assert looks.count() == page.locator("#view [data-id=mentions] tr").count() / 2
     assert looks.first.inner_text().startswith("looks like: ")

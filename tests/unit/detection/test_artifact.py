@@ -21,12 +21,12 @@ KINDS = {
     "boosting": {"estimator": "boosting", "calibration": "isotonic"},
     "per_head": {"estimator": "per_head", "calibration": "none", "objects": True},
     "factored": {"factored": True, "C": 0.1},
-    "sighted": {"factored": True, "C": 0.1},
+    "grounded": {"factored": True, "C": 0.1},
 }
 
 
 def with_places(table):
-    """The table with three dimensions of the feature that sight reads."""
+    """The table with three dimensions of the feature that the grounding classifier reads."""
     random = np.random.default_rng(0)
     columns = {f"attended_embedding_{n}": random.normal(size=len(table)).astype(np.float32) for n in range(3)}
     return table.assign(**columns)
@@ -40,7 +40,7 @@ def saved(tmp_path_factory):
         train, calibration = (
             table.assign(mass=table["mass"].where(table["token"] != 9)) for table in (TRAIN, CALIBRATION)
         )
-        if kind == "sighted":
+        if kind == "grounded":
             train, calibration = with_places(train), with_places(calibration)
         Detector(**settings).fit(train, calibration).save(folder / kind, {"model": {"name": "testbed"}})
     return folder
@@ -115,8 +115,8 @@ def test_every_array_is_needed_in_its_shape_and_type(saved, tmp_path, kind):
         ("logistic", "model.C", -1.0),
         ("logistic", "model.low", 1e9),
         ("boosting", "calibrator.probabilities", 1.5),
-        ("sighted", "model.grounding.counts", -1),
-        ("sighted", "model.grounding.counts", 2**62),
+        ("grounded", "model.grounding.counts", -1),
+        ("grounded", "model.grounding.counts", 2**62),
         ("factored", "model.knots", 1.0),
     ],
 )
@@ -149,7 +149,7 @@ def test_any_numbers_that_are_let_through_give_probabilities(saved, tmp_path, ki
                 )
 
     detector = Detector.load(forge(saved / kind, tmp_path / "wild", change))
-    rows = detector.select_mentions(with_places(TRAIN) if kind == "sighted" else TRAIN)
+    rows = detector.select_mentions(with_places(TRAIN) if kind == "grounded" else TRAIN)
     rows.loc[rows.index[:20], "mass"] = np.nan
     with np.errstate(all="raise", under="ignore"):
         probabilities = detector.predict(rows)

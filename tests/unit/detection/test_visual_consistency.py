@@ -43,20 +43,20 @@ def area(detector):
 @pytest.mark.parametrize("kind", ["logistic", "boosting", "per_head"])
 def test_the_place_tells_more_than_its_dimensions_alone(kind):
     strength = None if kind == "logistic" else 0.1
-    sighted = Detector(kind, C=strength).fit(TRAIN, CALIBRATION)
+    seeing = Detector(kind, C=strength).fit(TRAIN, CALIBRATION)
     blind = Detector(kind, C=strength, visual_consistency=False).fit(TRAIN, CALIBRATION)
     assert not set(PLACES) & set(blind.features)
-    assert area(sighted) > area(blind) + 0.05
-    assert classification.ece(LABELS, sighted.predict(TEST)) < 0.05
+    assert area(seeing) > area(blind) + 0.05
+    assert classification.ece(LABELS, seeing.predict(TEST)) < 0.05
 
 
 def test_what_it_learns_from_was_made_without_the_image():
-    """A sight that had seen a place would be trusted too much, and one that knew how often an object is invented would
-    pass that on: with pure noise for places nothing is gained or lost."""
+    """A classifier that had seen an image would be trusted too much, and one that knew how often an object is
+    hallucinated would pass that on: with pure noise as evidence nothing is gained or lost."""
     noise = {name: np.random.default_rng(3).normal(size=len(TRAIN)).astype(np.float32) for name in PLACES}
-    sighted = Detector(features=["nll", *PLACES], C=1.0).fit(TRAIN.assign(**noise), CALIBRATION)
+    seeing = Detector(features=["nll", *PLACES], C=1.0).fit(TRAIN.assign(**noise), CALIBRATION)
     plain = Detector(features=["nll"], C=1.0).fit(TRAIN, CALIBRATION)
-    assert area(sighted) == pytest.approx(area(plain), abs=0.03)
+    assert area(seeing) == pytest.approx(area(plain), abs=0.03)
 
 
 def test_it_works_beside_the_prior():
@@ -75,7 +75,7 @@ def test_explanations_name_it_and_add_up():
     assert why.contributions["grounding_named"].abs().mean() > why.contributions["noise"].abs().mean()
 
 
-def test_a_name_that_was_never_seen_has_no_sight():
+def test_a_name_that_was_never_seen_has_no_visual_evidence():
     detector = Detector(C=0.1).fit(TRAIN, CALIBRATION)
     unseen = TEST.assign(object="unicorn")
     assert np.isfinite(detector.predict(unseen)).all()
@@ -151,7 +151,7 @@ def test_it_tells_what_every_place_looks_like():
     assert detector.visual_evidence(TEST.iloc[:0]) == []
 
 
-def test_without_a_sight_there_are_no_looks():
+def test_without_the_feature_there_is_no_visual_evidence():
     assert Detector(C=0.1, visual_consistency=False).fit(TRAIN, CALIBRATION).visual_evidence(TEST) == [()] * len(TEST)
     plain = TRAIN.drop(columns=PLACES)
     assert Detector(C=0.1).fit(plain).visual_evidence(plain) == [()] * len(plain)
@@ -165,7 +165,7 @@ def test_warnings_tell_it_too(tmp_path):
     write_warnings(rows, tmp_path / "warnings.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     for line, looks in zip(lines, detector.visual_evidence(TEST), strict=True):
-        assert line["looks"] == [[name, pytest.approx(chance, abs=1e-6)] for name, chance in looks]
+        assert line["visual_evidence"] == [[name, pytest.approx(chance, abs=1e-6)] for name, chance in looks]
 
 
 def test_it_is_saved_and_read_again(tmp_path):

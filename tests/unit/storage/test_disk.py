@@ -146,7 +146,7 @@ def test_leftovers_of_a_kill_go_with_the_next_sitting(tmp_path):
 def test_warnings_are_finite(tmp_path):
     import pandas as pd
 
-    row = {"sample_id": "s", "probability": float("nan"), "evidence": None, "prior": None, "looks": []}
+    row = {"sample_id": "s", "probability": float("nan"), "evidence": None, "prior": None, "visual_evidence": []}
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_warnings(pd.DataFrame([row]), tmp_path / "warnings.jsonl")
     assert not os.listdir(tmp_path)
