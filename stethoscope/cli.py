@@ -130,9 +130,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     failed: list[StethoscopeError] = []
 
     def job(config: DictConfig) -> None:
-        job = HydraConfig.get()
-        if job.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
-            sweep.run(config, job.job.num, list(job.overrides.task))
+        hydra = HydraConfig.get()
+        if hydra.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
+            sweep.run(config, hydra.job.num, list(hydra.overrides.task))
             return
         try:
             check_values(config)
