@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
@@ -19,8 +19,16 @@ from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
+
 UNKNOWN = "unknown"
 """Object of a mention that names none, such as a yes to a question about no single object."""
+
+
+def required(value: T | None) -> T:
+    """Return a value that an earlier step of our own code has set; None would be a fault of ours."""
+    assert value is not None, "an earlier step should have set this"
+    return value
 
 
 @dataclass(frozen=True)

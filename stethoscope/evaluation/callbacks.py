@@ -205,7 +205,7 @@ class SampleTable(Callback):
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Log the table; a resumed run reads the records of its earlier sessions."""
         stored = run.store.records(run.task.name) if run.store is not None else self._records
-        rows = [
+        rows: list[list[Any]] = [
             [
                 record.sample_id,
                 record.subset,
@@ -227,11 +227,11 @@ class SampleTable(Callback):
 
     def _picture(self, sample: Sample | None) -> Picture | None:
         """Load a thumbnail of a sample's image; None where it cannot be read."""
-        try:
-            image = None if sample is None else sample.image.load().copy()
-        except DataError:  # a failed sample, which the table says
+        if sample is None:
             return None
-        if image is None:
+        try:
+            image = sample.image.load().copy()
+        except DataError:  # a failed sample, which the table says
             return None
         image.thumbnail((self.SIDE, self.SIDE))
         return Picture(image, sample.image.name)

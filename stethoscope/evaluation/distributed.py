@@ -231,7 +231,8 @@ class Rendezvous:
         is_host = self.rank == 0 and not agent
         while not is_host and not self._reachable():
             self._wait([0], "has not been started" if not agent else "cannot be reached")
-        options = {"is_master": is_host, "wait_for_workers": False, "multi_tenant": True, "timeout": _STORE_TIMEOUT}
+        options: dict[str, Any] = {"is_master": is_host, "wait_for_workers": False, "multi_tenant": True}
+        options["timeout"] = _STORE_TIMEOUT
         try:
             store = call_interruptibly(lambda: TCPStore(self.host, self.port, self.world_size, **options))
         except RuntimeError as error:

@@ -75,11 +75,11 @@ class Evaluator:
         ):
             if value not in allowed:
                 raise ConfigError(unknown(name, str(value), allowed))
-        for name, value in (("limit", limit), ("batch_size", batch_size)):
-            if value is not None and not isinstance(value, int):
-                raise ConfigError(f"{name}={value!r} should be a whole number")
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} should be at least 1")
+        for name, number in (("limit", limit), ("batch_size", batch_size)):
+            if number is not None and not isinstance(number, int):
+                raise ConfigError(f"{name}={number!r} should be a whole number")
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}={number} should be at least 1")
         if (
             isinstance(meeting_minutes, bool)
             or not isinstance(meeting_minutes, (int, float))

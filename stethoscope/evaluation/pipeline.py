@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.mention_passes import trace_answers
@@ -156,7 +156,7 @@ class SamplePipeline:
                 state.answer, state.score, state.mentions = record.answer, record.score, record.mentions
             elif state.recorded is not None:
                 raise SampleChanged(CHANGED + ", ".join(changes))
-        if state.answer is not None:
+        if record is not None and state.answer is not None:
             state.seconds = {**record.seconds}
         return state
 
@@ -172,7 +172,7 @@ class SamplePipeline:
         for state in states:
             if state.sample.answer is not None:
                 with self._stage(state, "generate"):
-                    state.answer = self.run.adapter.answer(state.encoded, state.sample.answer)
+                    state.answer = self.run.adapter.answer(required(state.encoded), state.sample.answer)
         states = [state for state in states if state.sample.answer is None]
         for state, answer in zip(states, self._in_batches(states, "generate", self._generate_batch), strict=True):
             if answer is not None:
@@ -181,7 +181,7 @@ class SamplePipeline:
 
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
-        prompts = [state.encoded for state in states]
+        prompts = [required(state.encoded) for state in states]
         if self.features is None or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
@@ -197,7 +197,8 @@ class SamplePipeline:
         A batch that does not fit into memory is done in halves, and so are all that follow. A batch that fails
         otherwise is tried again in halves, so that only the samples at fault are lost: their result is None.
         """
-        before, results = self._max_batch.get(stage), []
+        before = self._max_batch.get(stage)
+        results: list[Result | None] = []
         while len(results) < len(states):
             batch = states[len(results) :][: self._max_batch.get(stage)]
             done = self._try_batch(batch, stage, call)
@@ -259,9 +260,10 @@ class SamplePipeline:
         return self._in_batches(states, "trace", self._trace_batch)
 
     def _trace_batch(self, states: Sequence[SampleState]) -> Sequence[Trace]:
-        encoded, answers = [state.encoded for state in states], [state.answer for state in states]
+        encoded = [required(state.encoded) for state in states]
+        answers = [required(state.answer) for state in states]
         images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
-        return trace_answers(self.run.adapter, encoded, answers, self.features.requires, images, mentions)
+        return trace_answers(self.run.adapter, encoded, answers, required(self.features).requires, images, mentions)
 
     def _featurize(self, state: SampleState, trace: Trace | None) -> None:
         """Compute the token rows of a traced answer."""
@@ -269,9 +271,9 @@ class SamplePipeline:
             return
         self._session.call("on_trace", state.sample, trace)
         with self._stage(state, "trace"):
-            columns, task = self.features.compute(trace), self.run.task
+            columns, task = required(self.features).compute(trace), self.run.task
             state.rows = token_table(
-                task.name, state.sample, state.answer, state.mentions, columns, state.prompt, task.version
+                task.name, state.sample, required(state.answer), state.mentions, columns, state.prompt, task.version
             )
 
     def wants_rows(self, item: SampleState | Record) -> bool:
@@ -313,12 +315,11 @@ class SamplePipeline:
         enough = MAX_FAILURES if self.run.distributed.is_distributed else min(MAX_FAILURES, self.run.total)
         if self.run.failed < self.run.done or self.run.done < enough:
             return
-        state = next(state for state in states if state.error is not None)
-        error = state.error
+        sample, error = next((state.sample, state.error) for state in states if state.error is not None)
         if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted
             return
         if isinstance(error, StethoscopeError):
-            raise type(error)(f"all of the first {self.run.done} samples failed; sample {state.sample.id}: {error}")
+            raise type(error)(f"all of the first {self.run.done} samples failed; sample {sample.id}: {error}")
         raise error
 
 

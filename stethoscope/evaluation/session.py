@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.system import disk_faults
-from stethoscope.core.types import Sample
+from stethoscope.core.types import Sample, required
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import PeerFailed, current_state
 from stethoscope.evaluation.pipeline import SamplePipeline, message
@@ -95,7 +96,9 @@ class RunSession:
             available = load_samples(run.task)
             self._selected = select_samples(available, limit)
             if evaluator.keeps_answers:
-                self._selected = recorded_samples(RunStore(evaluator.run_dir), run.task, available, self._selected)
+                self._selected = recorded_samples(
+                    RunStore(required(evaluator.run_dir)), run.task, available, self._selected
+                )
             fingerprint = answer_fingerprint(run.adapter, run.task, self.generation)
         if run.distributed.is_distributed:
             self._check_ranks(self._selected, fingerprint)
@@ -104,10 +107,10 @@ class RunSession:
                 self._open(available, fingerprint)
         with run.distributed.sync_errors():
             if not run.distributed.is_main_process:
-                self._lock.acquire()
+                required(self._lock).acquire()
         run.samples = tuple(sample for sample in self._selected if run.distributed.owns(sample.id))
         if run.distributed.is_distributed:
-            run.store = run.store or RunStore(evaluator.run_dir)
+            run.store = run.store or RunStore(required(evaluator.run_dir))
             run.store.use_shard(run.distributed.rank)
             run.distributed.stop_file = run.store.record_files.stop_file
 
@@ -124,6 +127,7 @@ class RunSession:
         if run.distributed.is_distributed:
             shared = run.distributed.all_gather(jsonable(results.to_dict()) if results is not None else None)[0]
             results = results or TaskResults.from_dict(run.task.name, shared)
+        results = required(results)  # the main process, alone or not, has computed them
         self.call("on_task_end", results)
         self.call("on_run_end", results)
         return results
@@ -186,7 +190,7 @@ class RunSession:
         )
         if self._lock is not None:
             self._lock.acquire()
-            store = RunStore(self.evaluator.run_dir)
+            store = RunStore(required(self.evaluator.run_dir))
             if store.fingerprints().get(self.run.task.name, {}).get("fast_dev_run"):
                 store.remove_tasks([self.run.task.name])  # a trial leaves nothing worth keeping
             mark = {"fast_dev_run": True} if self.evaluator.fast_dev_run else {}
@@ -256,11 +260,12 @@ class RunSession:
         """Read the records of the other ranks."""
         self.run.samples, ids = samples, {sample.id for sample in samples}
         self.run.reset()
-        for record in self.run.store.records(self.run.task.name):
+        store = required(self.run.store)  # several ranks always have a run directory
+        for record in store.records(self.run.task.name):
             if record.sample_id in ids:
                 self.run.record(record)
         if self.run.failed == self.run.total and not self.evaluator.keeps_answers:  # a rank alone has too few to tell
-            first = next(self.run.store.records(self.run.task.name))
+            first = next(iter(store.records(self.run.task.name)))
             raise DataError(f"all {self.run.total} samples failed; sample {first.sample_id}: {first.error}")
 
     def _results(self) -> TaskResults:
@@ -305,8 +310,8 @@ class RunSession:
             if store is not None and not isinstance(error, PeerFailed) and self.run.distributed.report_failure():
                 store.set_status(self.run.task.name, status)
 
-        steps = [mark]
-        steps += [lambda hook=callback.on_exception: hook(self.run, error) for callback in self._called()]
+        steps: list[Callable[[], None]] = [mark]
+        steps += [partial(callback.on_exception, self.run, error) for callback in self._called()]
         for step in steps:
             try:
                 step()

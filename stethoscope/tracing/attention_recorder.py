@@ -145,7 +145,7 @@ class RowAttentionRecorder(AttentionRecorder):
     def mass(self) -> Tensor:
         """Return the (B, T, L, H, 5) attention mass on ``SEGMENTS``, float32 on the CPU; rows sum to 1."""
         stacked = [torch.stack([mass.cpu() for mass in masses.values()]) for masses in self._mass.values()]
-        return (sum(stacked) / len(stacked)).permute(1, 3, 0, 2, 4)
+        return (torch.stack(stacked).sum(0) / len(stacked)).permute(1, 3, 0, 2, 4)
 
     def image(self) -> list[Tensor]:
         """Return per sample the (T, L, N) attention to each image token, mean over heads, float32 on the CPU."""

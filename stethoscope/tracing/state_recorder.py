@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope.core.errors import CaptureError
+from stethoscope.core.types import required
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import KEPT_LAYERS, TEMPERATURE, HiddenStates, Spans, of_depth
 
@@ -143,9 +144,9 @@ class HiddenStateRecorder:
                 patch_top=torch.stack(reduced.top, -1),
                 patch_peak=torch.stack(reduced.peak, -1),
                 sinks=torch.stack(reduced.sinks),
-                prefix=reduced.prefix,
-                image_probability=reduced.image_probability,
-                instruction_probability=reduced.instruction_probability,
+                prefix=required(reduced.prefix),
+                image_probability=required(reduced.image_probability),
+                instruction_probability=required(reduced.instruction_probability),
                 **reduced.kept,
             )
             for reduced in self._reduced

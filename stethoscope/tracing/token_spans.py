@@ -86,7 +86,7 @@ def image_layout(config: Any, inputs: Mapping[str, Tensor], count: int) -> tuple
         The grids, and which of the N image tokens are separators, counted from 0.
     """
     shapes, vision = getattr(config, "image_grid_pinpoints", None), getattr(config, "vision_config", None)
-    if not shapes or "image_sizes" not in inputs:
+    if not shapes or vision is None or "image_sizes" not in inputs:
         return tile_grids(config, inputs, count), ()
     import torch
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
