@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters import processors
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError, first_line, unknown
-from stethoscope.core.launch import env_int
+from stethoscope.core.system import env_int
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.diagnosis import Diagnosis, diagnose
     from stethoscope.evaluation.evaluator import Evaluator
-    from stethoscope.streaming.stream import WarningStreamer as WarningStreamer
-    from stethoscope.streaming.stream import stream as stream
+    from stethoscope.streaming.stream import WarningStreamer, stream
 
 __version__ = "0.2.0"
 __all__ = [

@@ -12,8 +12,7 @@ from typing import NoReturn
 from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.core.errors import ConfigError, StethoscopeError, unknown
-from stethoscope.core.launch import rank, world_size
-from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, tolerate_closed_output
+from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, rank, tolerate_closed_output, world_size
 from stethoscope.core.text import one_line, visible_output
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import answer, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
-from stethoscope.core.launch import rank
+from stethoscope.core.system import rank
 
 
 def run(config: DictConfig) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import make_callbacks, report_failures
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
-from stethoscope.core.launch import rank
+from stethoscope.core.system import rank
 from stethoscope.evaluation.saved_task import saved_config
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.diagnosis.diagnosis import Diagnosis as Diagnosis
-    from stethoscope.diagnosis.run_diagnosis import diagnose as diagnose
+    from stethoscope.diagnosis.diagnosis import Diagnosis
+    from stethoscope.diagnosis.run_diagnosis import diagnose
 
 __all__ = ["Diagnosis", "diagnose"]
 

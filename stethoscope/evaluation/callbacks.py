@@ -21,7 +21,7 @@ import numpy as np
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.text import console, wrap_streams
-from stethoscope.loggers.media import Picture
+from stethoscope.loggers.base import Picture
 from stethoscope.relevancy.heatmaps import heat, raster, relevancy_tiles
 from stethoscope.storage.saved_heatmaps import MAX_SIDE, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions

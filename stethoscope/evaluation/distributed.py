@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.launch import HINT, env_int, rank, world_size
+from stethoscope.core.system import HINT, env_int, rank, world_size
 
 COLLECTIVE_TIMEOUT = timedelta(days=30)
 """How long a finished rank waits for the others, because ranks may end hours apart. A process that dies is noticed at

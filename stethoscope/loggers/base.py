@@ -1,17 +1,58 @@
-"""Define the logger contract, and combine several loggers into one that never stops a run."""
+"""Define the contract of loggers, several loggers at once, and media for the cells of their tables."""
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.text import redact
-from stethoscope.loggers.background import Background
-from stethoscope.loggers.media import Marked, Picture, plain_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture in a table.
+
+    Attributes:
+        image: RGB, at the size to show.
+        caption: text under the image.
+    """
+
+    image: Image = field(repr=False)
+    caption: str
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Text with highlights in a table.
+
+    Attributes:
+        html: HTML, with escaped texts.
+        text: the same as plain text.
+    """
+
+    html: str
+    text: str
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Convert marked text in a table to plain text, and drop columns of pictures.
+
+    >>> plain_table(["object", "answer"], [[1, Marked("<b>dog</b>", "dog")]])
+    (['object', 'answer'], [[1, 'dog']])
+    """
+    shown = [index for index in range(len(columns)) if not any(isinstance(row[index], Picture) for row in rows)]
+    cells = [[row[index].text if isinstance(row[index], Marked) else row[index] for index in shown] for row in rows]
+    return [columns[index] for index in shown], cells
 
 
 class Logger:
@@ -145,3 +186,76 @@ class Loggers(Logger):
             self._warned.add(id(logger))
             name, reason = type(logger).__name__, str(error) or type(error).__name__
             warnings.warn(f"{name}.{method} failed, the run goes on without it: {reason}", stacklevel=5)
+
+
+MAX_WAITING = 10_000
+
+
+"""Maximum number of waiting calls; a service with a longer queue is taken to be dead."""
+
+
+class Background:
+    """Calls the methods of one object, one after the other, in a thread.
+
+    The thread does not keep the process alive. Errors of a method are stored for ``error``, and later calls are still
+    made.
+    """
+
+    def __init__(self, target: object) -> None:
+        """Store the object; the thread starts with the first call."""
+        self._target = target
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(MAX_WAITING)
+        self._errors: queue.SimpleQueue[tuple[str, Exception]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._given_up = False
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Queue the call of a method; it is dropped if the object has been given up.
+
+        Args:
+            method: name of the method.
+            arguments: of the call.
+
+        Raises:
+            TimeoutError: too many calls are waiting; the object is given up.
+        """
+        if self._given_up:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=type(self._target).__name__, daemon=True)
+            self._thread.start()
+        try:
+            self._calls.put_nowait((method, arguments))
+        except queue.Full:
+            self._given_up = True
+            raise TimeoutError(f"{MAX_WAITING} calls are waiting") from None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all calls have been made; the next ``send`` starts a new thread.
+
+        Raises:
+            TimeoutError: it takes more than ``seconds``; the object is given up.
+        """
+        if self._thread is None or self._given_up:
+            return
+        self._calls.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._given_up = True
+            raise TimeoutError(f"not done within {seconds:g} s")
+        self._thread = None
+
+    def error(self) -> tuple[str, Exception] | None:
+        """Return the name and error of the next method that failed; None without one."""
+        try:
+            return self._errors.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            method, arguments = call
+            try:
+                getattr(self._target, method)(*arguments)
+            except Exception as error:
+                self._errors.put((method, error))

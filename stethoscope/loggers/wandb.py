@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.loggers.base import Logger
-from stethoscope.loggers.media import Marked, Picture
+from stethoscope.loggers.base import Logger, Marked, Picture
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -13,7 +13,7 @@ import pandas as pd
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import read_json
 from stethoscope.core.html import data_uri, render
-from stethoscope.loggers.media import Marked, Picture
+from stethoscope.loggers.base import Marked, Picture
 from stethoscope.report import plots
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Table

@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it would 
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.cli import TERMINATED
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.core.launch import rank
-from stethoscope.core.system import Terminated, ended_by_signal
+from stethoscope.core.system import Terminated, ended_by_signal, rank
 from stethoscope.evaluation.callbacks import Progress
 from stethoscope.evaluation.evaluator import Evaluator
 

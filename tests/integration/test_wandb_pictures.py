@@ -16,9 +16,8 @@ from PIL import Image
 from stethoscope.core.errors import ConfigError
 from stethoscope.evaluation.callbacks import SampleTable
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.loggers.base import Logger, Loggers
+from stethoscope.loggers.base import Logger, Loggers, Marked, Picture
 from stethoscope.loggers.jsonl import JsonLogger
-from stethoscope.loggers.media import Marked, Picture
 from stethoscope.loggers.wandb import WandbLogger
 from stethoscope.report import plots
 from stethoscope.report.examples import KINDS, LOGGED_COLUMNS, log_detector_files, read_examples

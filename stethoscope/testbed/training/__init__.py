@@ -1,1 +1,0 @@
-"""How the embedded model is trained; needed only to train it again."""
