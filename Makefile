@@ -47,10 +47,9 @@ slow: $(VENV)/.ready
 	$(MAKE) floors pythons
 
 # the part of the suite that speaks to other libraries: formats, fits, loggers, runs, images, the main job, the app
-TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/storage tests/unit/core/test_images.py tests/unit/core/test_token_table.py \
-	tests/unit/core/test_component.py tests/unit/loggers/test_loggers.py tests/unit/detection/test_artifact.py \
-	tests/unit/detection/test_inference.py tests/unit/detection/test_evidence_prior.py tests/integration/test_main_job.py \
-	tests/app/test_server.py
+TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/storage tests/unit/loggers/test_loggers.py \
+	tests/unit/detection/test_artifact.py tests/unit/detection/test_inference.py \
+	tests/unit/detection/test_evidence_prior.py tests/integration/test_main_job.py tests/app/test_server.py
 
 TRY = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile $(TRIED)
 

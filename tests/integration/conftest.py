@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+from helpers.messages import MessageSnapshot
 
 from stethoscope.cli import main
 from stethoscope.detection import leaderboard
 
+HYDRA_PREFACE = "Error executing job with overrides:"
 LIMIT = 60
 SMALL = ["features=fast", "callbacks=none", "detector.C=0.1", "batch_size=64"]
 SMALL += [f"limit={LIMIT}", f"pope.scenes={LIMIT}", f"chair.scenes={LIMIT}"]
@@ -48,14 +50,30 @@ def copy(finished, tmp_path):
 
 @pytest.fixture
 def stethoscope(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; gives its last line on stderr (exit code 2) or its stdout (0)."""
+    """Runs the command in an empty folder; gives its last line on stderr (exit code 2) or its stdout (0).
+
+    With ``alone`` it must be the only line on stderr, but for the one by which Hydra announces an error.
+    """
     monkeypatch.chdir(tmp_path)
 
-    def call(*words, code=2):
+    def call(*words, code=2, alone=False):
         with pytest.raises(SystemExit) as end:
             main([str(word) for word in words])
-        said = capsys.readouterr()
-        assert end.value.code == code, said.out + said.err
-        return said.out if code == 0 else said.err.strip().splitlines()[-1]
+        printed = capsys.readouterr()
+        assert end.value.code == code, printed.out + printed.err
+        if code == 0:
+            return printed.out
+        lines = printed.err.strip().splitlines()
+        assert not alone or len([line for line in lines if not line.startswith(HYDRA_PREFACE)]) == 1, printed.err
+        return lines[-1]
 
     return call
+
+
+@pytest.fixture(scope="module")
+def messages(request):
+    """Messages of this file's cases, for the test that compares them with the snapshot; written anew on demand."""
+    snapshot = MessageSnapshot(request.module.__name__)
+    yield snapshot
+    if request.config.getoption("--update-messages"):
+        snapshot.write()

@@ -20,7 +20,6 @@ from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
 
 HARMLESS = "stethoscope.tasks.chair.Chair"
-NO_TASK = "is no class or function that stethoscope defines"
 
 
 class Payload:
@@ -51,33 +50,31 @@ def hostile(copy, tmp_path):
 
 PICKLED = {"filepath_or_buffer": "pickled.bin", "compression": None}
 GADGETS = {
-    "through an import of ours": (
-        "stethoscope.core.token_table.pd.read_pickle",
-        PICKLED,
-        "No module named 'stethoscope.core.token_table.pd'",
-    ),
-    "a name that a module of ours imports": ("stethoscope.core.component.Path", {}, NO_TASK),
-    "a module of ours": ("stethoscope.core.files.os", {}, NO_TASK),
-    "a function of ours": ("stethoscope.adapters.load", {"model": "a/b"}, "is no Task"),
-    "a class of another contract": ("stethoscope.adapters.testbed.TestbedAdapter", {}, "is no Task"),
-    "a plug-in of its own": ("pandas.read_pickle", PICKLED, "add plugins=[pandas] if you trust it"),
-    "a class in its settings": (HARMLESS, {"scenes": {"_target_": "os.getcwd"}}, "only chair itself names a class"),
+    "through an import of ours": ("stethoscope.core.token_table.pd.read_pickle", PICKLED, "module"),
+    "a name that a module of ours imports": ("stethoscope.core.component.Path", {}, "class or function"),
+    "a module of ours": ("stethoscope.core.files.os", {}, "class or function"),
+    "a function of ours": ("stethoscope.adapters.load", {"model": "a/b"}, "Task"),
+    "a class of another contract": ("stethoscope.adapters.testbed.TestbedAdapter", {}, "Task"),
+    "a plug-in of its own": ("pandas.read_pickle", PICKLED, "plugins=[pandas]"),
+    "a class in its settings": (HARMLESS, {"scenes": {"_target_": "os.getcwd"}}, "class"),
     "a class in a list": (HARMLESS, {"image_ids": [{"_target_": "os.getcwd"}]}, "chair.image_ids[0]._target_"),
-    "arguments by place": (HARMLESS, {"_args_": ["files"]}, "chair._args_"),
+    "arguments by position": (HARMLESS, {"_args_": ["files"]}, "chair._args_"),
     "a call put off": (HARMLESS, {"_partial_": True}, "chair._partial_"),
-    "no name": ("stethoscope.tasks.chair.Chair()", {}, "should be a dotted name"),
-    "a name above": ("..stethoscope.tasks.chair.Chair", {}, "should be a dotted name"),
+    "no name": ("stethoscope.tasks.chair.Chair()", {}, "dotted name"),
+    "a name above": ("..stethoscope.tasks.chair.Chair", {}, "dotted name"),
 }
+"""What a run's files name: (class path, settings, the key noun of the message)."""
 
 
 @pytest.mark.parametrize("kind", GADGETS)
-def test_no_class_of_a_run_but_a_task(hostile, stethoscope, capsys, kind):
-    path, settings, words = GADGETS[kind]
+def test_no_class_of_a_run_but_a_task(hostile, stethoscope, capsys, messages, tmp_path, kind):
+    path, settings, noun = GADGETS[kind]
     run = hostile(path, settings)
     with pytest.raises(StethoscopeError) as error:
         saved_task(RunReader.read(run).store, "chair", offline=True)
-    assert words in str(error.value)
+    assert noun in str(error.value)
     assert "\n" not in str(error.value)
+    messages.record(kind, str(error.value), tmp_path)
     from stethoscope.cli import main
 
     with pytest.raises(SystemExit) as end:
@@ -85,6 +82,12 @@ def test_no_class_of_a_run_but_a_task(hostile, stethoscope, capsys, kind):
     assert end.value.code == 0
     assert "note: the gallery has no pictures" in capsys.readouterr().err
     assert not Path("pwned").exists()
+
+
+def test_whole_messages_are_those_of_the_snapshot(messages, request):
+    if request.config.getoption("--update-messages"):
+        pytest.skip("the snapshot is written anew")
+    assert messages.differences(GADGETS) == {}
 
 
 def test_a_package_counts_that_this_command_names_and_still_gives_tasks_only(hostile, stethoscope, tmp_path):
@@ -103,7 +106,7 @@ def test_the_app_shows_a_hostile_run_without_running_it(hostile, stethoscope, tm
     assert not json.loads(runs.listing("copy"))["note"]
     record = next(iter(RunReader.read(run).store.records("chair")))
     with pytest.raises(StethoscopeError, match="picture of sample"):
-        runs._picture("copy", RunReader.read(run), record, [])
+        runs._read_picture("copy", RunReader.read(run), record, [])
     assert not Path("pwned").exists()
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stethoscope.adapters import fingerprint as digests
+from stethoscope.adapters.fingerprint import _weight_files
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import DataError, StethoscopeError
 
@@ -92,3 +93,15 @@ def test_an_id_far_beyond_the_vocabulary_is_refused(saved, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(StethoscopeError):  # at the latest where the tokenizer is digested; it took minutes
         fingerprint(folder)
+
+
+APPLE_DOUBLE = b"\0\5\26\7\0\2\0\0Mac OS X        \xb0\xff"
+
+
+def test_files_that_macos_leaves_are_no_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = _weight_files(tmp_path)
+    for name in ("._model.safetensors", "._model.safetensors.index.json", "._pytorch_model.bin"):
+        (tmp_path / name).write_bytes(APPLE_DOUBLE)
+    assert _weight_files(tmp_path) == before
+    assert [path.name for path in before] == ["model.safetensors"]

@@ -155,10 +155,10 @@ def test_a_picture_has_one_digest_and_a_changed_file_another(tmp_path):
     assert ImageRef("a", file).differs(first)
     file.unlink()
     assert not ImageRef("a", file).differs(first)
-    made = []
-    picture = ImageRef("b", lambda: made.append(1) or Image.new("RGB", (3, 2), (1, 2, 3)))
+    loads = []
+    picture = ImageRef("b", lambda: loads.append(1) or Image.new("RGB", (3, 2), (1, 2, 3)))
     assert not picture.differs("anything")  # it is not made for that
     picture.load()
     assert picture.differs("anything")
-    assert len(made) == 1
+    assert len(loads) == 1
     assert picture.sha256 == hashlib.sha256(b"(3, 2)" + bytes([1, 2, 3] * 6)).hexdigest()

@@ -30,10 +30,10 @@ def photo():
     return Image.fromarray(pixels)
 
 
-def same(one, other, tolerance=0):
-    assert one.mode == other.mode == "RGB"
-    assert one.size == other.size
-    difference = np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int))
+def same(first, other, tolerance=0):
+    assert first.mode == other.mode == "RGB"
+    assert first.size == other.size
+    difference = np.abs(np.asarray(first, dtype=int) - np.asarray(other, dtype=int))
     assert difference.max() <= tolerance
 
 
@@ -86,10 +86,10 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path, mode):
     image = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
     image.paste((*RED, 255), (10, 0, 20, 10))
     image.convert(mode).save(tmp_path / "a.png")
-    found = read(tmp_path / "a.png")
+    pixels = read(tmp_path / "a.png")
     grey = Image.new("RGB", (1, 1), RED).convert("L").getpixel((0, 0))
-    assert found.getpixel((2, 5)) == WHITE
-    assert found.getpixel((15, 5)) == ((grey,) * 3 if mode == "LA" else RED)
+    assert pixels.getpixel((2, 5)) == WHITE
+    assert pixels.getpixel((15, 5)) == ((grey,) * 3 if mode == "LA" else RED)
 
 
 def test_half_transparent_is_half_white():

@@ -21,8 +21,8 @@ def test_no_tokens(decode):
 @pytest.mark.parametrize("text", ["a cat", "😀😀", "日本 a", "é", "a  b", "x\ny", "A dog. 😀 and é"])
 def test_round_trip(decode, text):
     tokenizer, of = decode
-    found, offsets = decode_with_offsets(tokenizer.encode(text, add_special_tokens=False), of)
-    assert found == text
+    decoded, offsets = decode_with_offsets(tokenizer.encode(text, add_special_tokens=False), of)
+    assert decoded == text
     assert "".join(text[start:end] for start, end in offsets) == text
 
 
@@ -64,8 +64,8 @@ def test_text_that_grows_is_that_of_the_whole(decode, seed):
     written = random.Random(seed).choices(["a cat", "é", "😀", "日本", "  two", "\n", " dog."], k=60)
     ids = [token for word in written for token in tokenizer.encode(word, add_special_tokens=False)]
     text, offsets = decode_with_offsets(ids, of)
-    growing, asked = GrowingText(lambda some: asked.append(len(some)) or of(some)), []
-    found = [growing.add(token) for token in ids]
-    assert "".join(part for part, _, _ in found) == text
-    assert [(start, end) for _, start, end in found] == list(offsets)
+    growing, asked = GrowingText(lambda tokens: asked.append(len(tokens)) or of(tokens)), []
+    pieces = [growing.add(token) for token in ids]
+    assert "".join(part for part, _, _ in pieces) == text
+    assert [(start, end) for _, start, end in pieces] == list(offsets)
     assert max(asked) < 40 < 100 < len(ids)

@@ -44,7 +44,7 @@ def test_unknown_choices_are_named(settings):
 @pytest.mark.parametrize(("subtokens", "light"), [("first", 3.0), ("mean", 2.5), ("max", 4.0), ("min", 0.5)])
 def test_subtokens_of_a_mention_become_one_row(subtokens, light):
     """Two answers name a traffic light: sub-tokens of the same number in another answer stay out of it."""
-    one = ROWS.assign(task="chair", mention_index=[-1, 0, 0, 1, 2, 3])
+    labelled = ROWS.assign(task="chair", mention_index=[-1, 0, 0, 1, 2, 3])
     more = {
         "text": " s",
         "label": 1,
@@ -54,10 +54,10 @@ def test_subtokens_of_a_mention_become_one_row(subtokens, light):
         "task": "chair",
         "mention_index": 0,
     }
-    one = pd.concat([one, pd.DataFrame([more])], ignore_index=True)
+    labelled = pd.concat([labelled, pd.DataFrame([more])], ignore_index=True)
     values = np.array([9, 3, 4, 1, 2, 5, 0.5], dtype=np.float32)
-    one = one.assign(attended_embedding_d0000=values)
-    table = pd.concat([one.assign(sample_id="a", nll=values), one.assign(sample_id="b", nll=values + 100)])
+    labelled = labelled.assign(attended_embedding_d0000=values)
+    table = pd.concat([labelled.assign(sample_id="a", nll=values), labelled.assign(sample_id="b", nll=values + 100)])
     rows = mention_rows(table, subtokens, repeats="all")
     assert rows["text"].tolist() == [" traffic", " car", " car"] * 2
     assert rows["nll"].tolist() == [light, 1.0, 2.0, light + 100, 101.0, 102.0]

@@ -40,8 +40,8 @@ def test_list_tells_the_cost_of_every_set(capsys):
     main(["features"])
     lines = capsys.readouterr().out.splitlines()
     for name in NAMES:
-        at = next(index for index, line in enumerate(lines) if line.split()[:1] == [name])
-        assert lines[at + 1].endswith(chosen(name).cost)
+        start = next(index for index, line in enumerate(lines) if line.split()[:1] == [name])
+        assert lines[start + 1].endswith(chosen(name).cost)
 
 
 def test_the_experiment_of_all_detectors_is_large_enough_and_computes_all():

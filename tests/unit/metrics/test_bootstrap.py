@@ -71,13 +71,15 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 5).astype(str)
     labels = (rng.random(500) < 0.3).astype(int)
-    one = rng.normal(size=500) + labels
-    other = one + 0.1 * rng.normal(size=500)
-    paired = paired_difference(classification.auroc, labels, one, other, groups, replicates=300)
-    apart = [bootstrap(classification.auroc, labels, scores, groups, replicates=300, seed=1) for scores in (one, other)]
+    first = rng.normal(size=500) + labels
+    other = first + 0.1 * rng.normal(size=500)
+    paired = paired_difference(classification.auroc, labels, first, other, groups, replicates=300)
+    apart = [
+        bootstrap(classification.auroc, labels, values, groups, replicates=300, seed=1) for values in (first, other)
+    ]
     assert paired.value == pytest.approx(apart[0].value - apart[1].value)
     assert paired.high - paired.low < 0.5 * (apart[0].high - apart[0].low)
-    same = paired_difference(classification.auroc, labels, one, one, groups, replicates=50)
+    same = paired_difference(classification.auroc, labels, first, first, groups, replicates=50)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -187,15 +189,15 @@ def test_fractions_must_add_up(fractions):
 
 def test_p_values_of_no_difference_are_uniform_and_of_a_real_one_small():
     """Two scores of equal worth, 300 times: p below 0.1 in about a tenth of them; a better one is found out."""
-    small, found = 0, []
+    small, p_values = 0, []
     for seed in range(300):
         rng = np.random.default_rng(seed)
         difference = rng.normal(size=60)
         drawn = group_weights(np.arange(60), 200, seed)
         replicates = drawn.apply(lambda weights, d=difference: {"d": weights @ d / weights.sum(axis=1)})["d"]
         small += p_value(replicates) < 0.1
-        found.append(p_value(replicates + 0.6))
+        p_values.append(p_value(replicates + 0.6))
     assert 0.05 < small / 300 < 0.16
-    assert np.median(found) < 0.02
+    assert np.median(p_values) < 0.02
     assert p_value(np.r_[0.3, np.full(1000, 0.3)]) == p_value(np.r_[-0.3, np.full(1000, -0.3)]) == 2 / 1001
     assert np.isnan(p_value(np.array([np.nan, 0.1])))

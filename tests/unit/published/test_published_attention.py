@@ -14,14 +14,14 @@ def test_heads(columns, plain, row):
     for layer in range(plain.layers):
         for head in range(plain.heads):
             suffix = f"_{row}_l{layer:02d}h{head:02d}"
-            found = {name: [] for name in ("head_image", "top20_mean", "top20_entropy")}
+            expected = {name: [] for name in ("head_image", "top20_mean", "top20_entropy")}
             for token in range(len(plain.ids)):
                 weights = plain.maps[layer, head, plain.at(token, row)].tolist()
-                image = [weights[at] for at in plain.spans.image]
-                found["head_image"].append(sum(image))
-                found["top20_mean"].append(mean(sorted(image)[-20:]))
-                found["top20_entropy"].append(entropy(sorted(image)[-20:]))
-            for name, values in found.items():
+                image = [weights[column] for column in plain.spans.image]
+                expected["head_image"].append(sum(image))
+                expected["top20_mean"].append(mean(sorted(image)[-20:]))
+                expected["top20_entropy"].append(entropy(sorted(image)[-20:]))
+            for name, values in expected.items():
                 check(columns, name + suffix, values)
 
 
@@ -35,9 +35,9 @@ def test_lookback(columns, plain, row, context):
             expected = []
             for token in range(len(plain.ids)):
                 weights = plain.maps[layer, head, plain.at(token, row)]
-                back = mean(float(weights[at]) for at in there)
+                back = mean(float(weights[column]) for column in there)
                 new = plain.before(token, row)
-                expected.append(back / (back + mean(float(weights[at]) for at in new)) if new else 1.0)
+                expected.append(back / (back + mean(float(weights[column]) for column in new)) if new else 1.0)
             check(columns, f"lookback_{context}_{row}_l{layer:02d}h{head:02d}", expected)
 
 
@@ -48,7 +48,7 @@ def test_head_means(columns, plain):
         for layer in range(plain.layers):
             rows = [plain.maps[layer, :, plain.at(token, "q")] for token in range(len(plain.ids))]
             expected = [
-                sum(mean(float(w) for w in row[:, at]) for at in positions(token)) for token, row in enumerate(rows)
+                sum(mean(float(w) for w in row[:, key]) for key in positions(token)) for token, row in enumerate(rows)
             ]
             check(columns, f"{name}_l{layer:02d}", expected)
     for layer in range(plain.layers):
@@ -59,21 +59,21 @@ def test_head_means(columns, plain):
 @pytest.mark.parametrize(("name", "row"), [("svar", "q"), ("svar_c", "c")])
 def test_svar(columns, plain, name, row):
     layers = range(round(0.15 * plain.layers), round(0.55 * plain.layers) + 1)
-    expected = [sum(sum(image_rows(plain, row, token, one)) for one in layers) for token in range(len(plain.ids))]
+    expected = [sum(sum(image_rows(plain, row, token, layer)) for layer in layers) for token in range(len(plain.ids))]
     check(columns, name, expected)
 
 
 @ROWS
 def test_attention_to_the_answer_in_the_first_layer(columns, plain, row):
     maps = plain.maps[0].mean(0)
-    expected = [sum(float(maps[plain.at(k, row), at]) for at in plain.before(k, row)) for k in range(len(plain.ids))]
+    expected = [sum(float(maps[plain.at(k, row), key]) for key in plain.before(k, row)) for k in range(len(plain.ids))]
     check(columns, f"pas_{row}", expected)
 
 
 @ROWS
 def test_drift_and_peak(columns, plain, row):
     def drift(token, layer):
-        here, before = (image_rows(plain, row, token, one) for one in (layer + 1, layer))
+        here, before = (image_rows(plain, row, token, index) for index in (layer + 1, layer))
         here, before = [a / sum(here) for a in here], [a / sum(before) for a in before]
         return sum(p * math.log(p / q) for p, q in zip(here, before, strict=True))
 
@@ -82,7 +82,7 @@ def test_drift_and_peak(columns, plain, row):
 
     def peak(token, layer):
         rows = plain.maps[layer, :, plain.at(token, row)]
-        return mean(max(float(rows[head, at]) for at in plain.spans.image) for head in range(plain.heads))
+        return mean(max(float(rows[head, column]) for column in plain.spans.image) for head in range(plain.heads))
 
     check_layers(columns, f"attention_peak_{row}", plain, peak, range(plain.layers))
 
@@ -103,38 +103,38 @@ def test_overtrust(columns, plain, row):
 
 def flood(top, rows, columns):
     """Components of 8 neighbours, by walking from patch to patch."""
-    left, found = set(top), []
+    left, sizes = set(top), []
     while left:
         waiting, component = [left.pop()], set()
         while waiting:
-            at = waiting.pop()
-            component.add(at)
-            y, x = divmod(at, columns)
+            cell = waiting.pop()
+            component.add(cell)
+            y, x = divmod(cell, columns)
             near = [(y + dy) * columns + x + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= x + dx < columns]
             waiting += [n for n in near if n in left]
             left -= set(near)
-        found.append(component)
-    return found
+        sizes.append(component)
+    return sizes
 
 
 def slow_dispersion(values, rows, columns):
     low = [v - min(values) for v in values]
     low = [v / sum(low) for v in low]
-    top = sorted(range(len(low)), key=lambda at: -low[at])[: int(0.1 * len(low))]
+    top = sorted(range(len(low)), key=lambda cell: -low[cell])[: int(0.1 * len(low))]
     kept = [component for component in flood(top, rows, columns) if len(component) >= 3]
     inside = set().union(*kept)
-    mass = sum(low[at] for at in inside)
-    background = [low[at] for at in range(len(low)) if at not in inside]
+    mass = sum(low[cell] for cell in inside)
+    background = [low[cell] for cell in range(len(low)) if cell not in inside]
     return (1 - mass) * entropy(background) / math.log(len(low)), len(kept), mass
 
 
 @ROWS
 def test_dispersion_of_the_model(columns, plain, row):
     ((rows, width),) = plain.spans.grids
-    for place, name in enumerate(("dispersion_score", "components", "component_mass")):
+    for index, name in enumerate(("dispersion_score", "components", "component_mass")):
         for layer in range(plain.layers):
             expected = [
-                slow_dispersion(image_rows(plain, row, token, layer), rows, width)[place]
+                slow_dispersion(image_rows(plain, row, token, layer), rows, width)[index]
                 for token in range(len(plain.ids))
             ]
             np.testing.assert_allclose(columns[f"{name}_{row}_l{layer:02d}"], expected, atol=TOLERANCE)
@@ -146,9 +146,9 @@ def test_dispersion_of_maps_with_spots():
     maps = random.random((40, 14, 12))
     for _ in range(2):
         maps = sum(np.roll(maps, shift, axis) for axis in (1, 2) for shift in (-1, 0, 1))
-    found = dispersion([maps])
-    expected = [slow_dispersion(one.ravel().tolist(), 14, 12) for one in maps]
+    measured = dispersion([maps])
+    expected = [slow_dispersion(image.ravel().tolist(), 14, 12) for image in maps]
     assert len({spots for _, spots, _ in expected}) > 3
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(measured, expected, atol=TOLERANCE)
     mirrored = dispersion([maps[:, :7], maps[:, 7:]])  # two tiles: spots end at their border
-    assert (mirrored[:, 1] != found[:, 1]).any()
+    assert (mirrored[:, 1] != measured[:, 1]).any()

@@ -30,9 +30,9 @@ def test_logits(columns, plain):
 
 def test_blank_image(columns, plain):
     blank = predicted(plain, plain.run(pixel_values=torch.zeros_like(plain.pixels)).logits[0])
-    one = predicted(plain, plain.logits)
-    check(columns, "pmi", differences(logprob(one, plain.ids), logprob(blank, plain.ids)))
-    rows = [[row.softmax(-1).tolist() for row in logits] for logits in (one, blank)]
+    shown = predicted(plain, plain.logits)
+    check(columns, "pmi", differences(logprob(shown, plain.ids), logprob(blank, plain.ids)))
+    rows = [[row.softmax(-1).tolist() for row in logits] for logits in (shown, blank)]
     check(columns, "blank_entropy_difference", differences(map(entropy, rows[1]), map(entropy, rows[0])))
     pairs = zip(*rows, strict=True)
     kl = [sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in pairs]
@@ -47,10 +47,10 @@ def test_noised_image(columns, plain):
     noise = torch.randn(plain.pixels.shape, generator=torch.Generator().manual_seed(0))
     pixels = math.sqrt(kept) * plain.pixels + math.sqrt(1 - kept) * noise
     torch.testing.assert_close(noised(plain.pixels), pixels)
-    one, other = predicted(plain, plain.logits), predicted(plain, plain.run(pixel_values=pixels).logits[0])
-    check(columns, "vcd_gap", differences(logprob(one, plain.ids), logprob(other, plain.ids)))
-    check(columns, "vcd_logprob", logprob(2 * one - other, plain.ids))
-    pairs = zip(one.softmax(-1).tolist(), other.softmax(-1).tolist(), strict=True)
+    shown, other = predicted(plain, plain.logits), predicted(plain, plain.run(pixel_values=pixels).logits[0])
+    check(columns, "vcd_gap", differences(logprob(shown, plain.ids), logprob(other, plain.ids)))
+    check(columns, "vcd_logprob", logprob(2 * shown - other, plain.ids))
+    pairs = zip(shown.softmax(-1).tolist(), other.softmax(-1).tolist(), strict=True)
     check(columns, "noise_divergence", [divergence(*pair) for pair in pairs])
 
 
@@ -66,9 +66,9 @@ def without(plain, hidden):
 
 
 def test_no_image(columns, plain):
-    one, other = predicted(plain, plain.logits), without(plain, set(plain.spans.image))
-    check(columns, "pmi_no_image", differences(logprob(one, plain.ids), logprob(other, plain.ids)))
-    pairs = zip(one.softmax(-1).tolist(), other.softmax(-1).tolist(), strict=True)
+    shown, other = predicted(plain, plain.logits), without(plain, set(plain.spans.image))
+    check(columns, "pmi_no_image", differences(logprob(shown, plain.ids), logprob(other, plain.ids)))
+    pairs = zip(shown.softmax(-1).tolist(), other.softmax(-1).tolist(), strict=True)
     check(columns, "no_image_divergence", [divergence(*pair) for pair in pairs])
 
 
@@ -77,12 +77,12 @@ def test_core(columns, plain):
     sums = dict.fromkeys(plain.spans.image, 0.0)
     for token in range(len(plain.ids)):
         for layer in layers:
-            for at, value in zip(plain.spans.image, image_rows(plain, "q", token, layer), strict=True):
-                sums[at] += value
-    core = set(sorted(sums, key=lambda at: -sums[at])[: round(0.4 * len(sums))])
-    one, other = predicted(plain, plain.logits), without(plain, core)
-    bits = [[entropy(row.softmax(-1).tolist(), 2) for row in rows] for rows in (one, other)]
+            for column, value in zip(plain.spans.image, image_rows(plain, "q", token, layer), strict=True):
+                sums[column] += value
+    core = set(sorted(sums, key=lambda column: -sums[column])[: round(0.4 * len(sums))])
+    shown, other = predicted(plain, plain.logits), without(plain, core)
+    bits = [[entropy(row.softmax(-1).tolist(), 2) for row in rows] for rows in (shown, other)]
     information = differences(bits[1], bits[0])
     check(columns, "core_information", information)
     check(columns, "vauq", [h - 0.6 * s for h, s in zip(bits[0], information, strict=True)])
-    check(columns, "core_gap", differences(logprob(one, plain.ids), logprob(other, plain.ids)))
+    check(columns, "core_gap", differences(logprob(shown, plain.ids), logprob(other, plain.ids)))

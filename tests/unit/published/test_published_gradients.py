@@ -16,14 +16,14 @@ def products(plain):
     try:
         output = model(**plain.inputs, output_attentions=True)
         logits = [output.logits[0, plain.at(token, "q"), word] for token, word in enumerate(plain.ids)]
-        found = [
+        per_layer = [
             [a[0].detach() * g[0] for a, g in zip(output.attentions, gradients, strict=True)]
             for gradients in (torch.autograd.grad(z, output.attentions, retain_graph=True) for z in logits)
         ]
     finally:
         model.requires_grad_(False)
         model.set_attn_implementation("sdpa")
-    return torch.stack([torch.stack(layers) for layers in found]).detach()
+    return torch.stack([torch.stack(layers) for layers in per_layer]).detach()
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,17 @@ def relevancy(plain, products):
     mixed = products[0].clone()
     for token in range(len(plain.ids)):
         mixed[:, :, plain.at(token, "q")] = products[token, :, :, plain.at(token, "q")]
-    total, found = torch.eye(size).double(), []
+    total, layers = torch.eye(size).double(), []
     for layer in range(plain.layers):
         total = total + mixed[layer].clamp(min=0).mean(0) @ total
-        found.append(total - torch.eye(size))
-    return found
+        layers.append(total - torch.eye(size))
+    return layers
 
 
 def row(plain, relevancy, token, layer):
     values = relevancy[layer][plain.at(token, "q")].tolist()
     parts = {"image": plain.spans.image, "question": plain.spans.question, "previous": plain.before(token, "q")}
-    return values, {name: [values[at] for at in positions] for name, positions in parts.items()}
+    return values, {name: [values[column] for column in positions] for name, positions in parts.items()}
 
 
 def test_shares_of_relevancy(columns, plain, relevancy):
@@ -77,22 +77,22 @@ def test_shape_of_relevancy(columns, plain, relevancy):
 
 
 def test_saliency(columns, plain, products):
-    found = {name: [] for name in ("previous", "previous_max", "previous_share", "image_share")}
+    expected = {name: [] for name in ("previous", "previous_max", "previous_share", "image_share")}
     for token in range(len(plain.ids)):
         by_layer = []
         for layer in range(plain.layers // 2, plain.layers):
             values = products[token, layer, :, plain.at(token, "q")].abs().sum(0).tolist()
             norm = math.sqrt(sum(v * v for v in values))
             values = [v / norm for v in values]
-            before = [values[at] for at in plain.before(token, "q")] or [0.0]
-            image = sum(values[at] for at in plain.spans.image)
+            before = [values[key] for key in plain.before(token, "q")] or [0.0]
+            image = sum(values[key] for key in plain.spans.image)
             by_layer.append((mean(before), max(before), sum(before) / sum(values), image / sum(values)))
-        for name, column in zip(found, zip(*by_layer, strict=True), strict=True):
-            found[name].append(mean(column))
-    check(columns, "saliency_previous", found["previous"])
-    check(columns, "saliency_previous_max", found["previous_max"])
-    check(columns, "saliency_previous_share", found["previous_share"])
-    check(columns, "saliency_image_share", found["image_share"])
+        for name, column in zip(expected, zip(*by_layer, strict=True), strict=True):
+            expected[name].append(mean(column))
+    check(columns, "saliency_previous", expected["previous"])
+    check(columns, "saliency_previous_max", expected["previous_max"])
+    check(columns, "saliency_previous_share", expected["previous_share"])
+    check(columns, "saliency_image_share", expected["image_share"])
 
 
 def test_attended_embedding(columns, plain, relevancy):
@@ -100,8 +100,8 @@ def test_attended_embedding(columns, plain, relevancy):
     for dimension in range(len(plain.states[0][0])):
         expected = []
         for token in range(len(plain.ids)):
-            weights = [float(relevancy[-1][plain.at(token, "q"), at]) for at in plain.spans.image]
+            weights = [float(relevancy[-1][plain.at(token, "q"), patch]) for patch in plain.spans.image]
             length = math.sqrt(sum(weight * weight for weight in weights))
             pairs = zip(weights, plain.spans.image, strict=True)
-            expected.append(sum(weight * float(plain.states[0][at][dimension]) for weight, at in pairs) / length)
+            expected.append(sum(weight * float(plain.states[0][patch][dimension]) for weight, patch in pairs) / length)
         check(columns, f"attended_embedding_d{dimension:04d}", expected)

@@ -38,9 +38,9 @@ OWNERS = [None, "dog", "dog", None, "orange", None, "dog", None]
 
 
 @pytest.fixture(scope="module")
-def found(adapter, square):
+def computed(adapter, square):
     encoded, answer, mentions = square
-    assert [one and one.object for one in answer.owners(mentions)] == OWNERS
+    assert [mention and mention.object for mention in answer.owners(mentions)] == OWNERS
     return FEATURES.compute(trace_answers(adapter, [encoded], [answer], FEATURES.requires, [SQUARE], [mentions])[0])
 
 
@@ -64,38 +64,38 @@ def same(values, expected):
 
 def words(adapter, word):
     """Ids of the vocabulary's entries that are the word, in any case and with or without a blank before."""
-    spelt = [blank + one for one in (word, word.title(), word.upper()) for blank in ("", "▁")]
+    spelt = [blank + spelling for spelling in (word, word.title(), word.upper()) for blank in ("", "▁")]
     vocabulary = adapter.processor.tokenizer.get_vocab()
-    return [vocabulary[one] for one in spelt if one in vocabulary]
+    return [vocabulary[spelling] for spelling in spelt if spelling in vocabulary]
 
 
-def test_self_verification(adapter, square, found):
+def test_self_verification(adapter, square, computed):
     """Every sub-token and every later mention of an object has its one answer."""
     texts = {"dog": "Is there a dog in the image?", "orange": "Is there an orange in the image?"}
-    said = {None: None}
+    asked = {None: None}
     for name, text in texts.items():
         row = eager(adapter, SQUARE, text).logits[0, -1].double().softmax(-1).tolist()
         yes, no = (sum(row[index] for index in words(adapter, word)) for word in ("yes", "no"))
-        said[name] = yes / (yes + no)
-    assert said["dog"] != pytest.approx(said["orange"], abs=1e-4)
-    same(found["verify_yes"], [said[name] for name in OWNERS])
-    same(found["verify_odds"], [name and math.log(said[name] / (1 - said[name])) for name in OWNERS])
+        asked[name] = yes / (yes + no)
+    assert asked["dog"] != pytest.approx(asked["orange"], abs=1e-4)
+    same(computed["verify_yes"], [asked[name] for name in OWNERS])
+    same(computed["verify_odds"], [name and math.log(asked[name] / (1 - asked[name])) for name in OWNERS])
 
 
 def attended_patches(maps, spans, row):
     """CADMP's patches: of the layer before the sharpest change of the head-mean attention over the image."""
-    layers = [[float(one[:, row, at].mean()) for at in spans.image] for one in maps]
+    layers = [[float(layer[:, row, column].mean()) for column in spans.image] for layer in maps]
     layers = [[value / sum(values) for value in values] for values in layers]
     drifts = [sum(p * math.log(p / q) for p, q in zip(here, before, strict=True)) for before, here in pairwise(layers)]
     sharpest = drifts.index(max(drifts)) + 1
     values = layers[sharpest - 1]
-    ordered, place = sorted(values), 0.7 * (len(values) - 1)
-    low = int(place)
-    limit = ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
+    ordered, rank = sorted(values), 0.7 * (len(values) - 1)
+    low = int(rank)
+    limit = ordered[low] + (rank - low) * (ordered[low + 1] - ordered[low])
     return [index for index, value in enumerate(values) if value >= limit]
 
 
-def test_masked_pass(adapter, square, found):
+def test_masked_pass(adapter, square, computed):
     encoded, answer, _ = square
     maps = eager(adapter, SQUARE, encoded.question, answer.token_ids, output_attentions=True).attentions
     maps, ids, drops, masked = torch.stack(maps)[:, 0].double(), answer.token_ids, [], []
@@ -107,13 +107,13 @@ def test_masked_pass(adapter, square, found):
                 pixels[top : top + 14, left : left + 14] = 128
             row = eager(adapter, Image.fromarray(pixels), encoded.question, ids[:token]).logits[0, -1]
             masked.append(float(row.double().softmax(-1)[ids[token]]))
-            drops.append(math.exp(-found["nll"][token]) - masked[-1])
+            drops.append(math.exp(-computed["nll"][token]) - masked[-1])
         else:
             masked.append(None)
             drops.append(None)
-    assert np.nanmax(np.abs(found["masked_drop"])) > 1e-5
-    same(found["masked_prob"], masked)
-    same(found["masked_drop"], drops)
+    assert np.nanmax(np.abs(computed["masked_drop"])) > 1e-5
+    same(computed["masked_prob"], masked)
+    same(computed["masked_drop"], drops)
 
 
 def test_words_of_the_question():

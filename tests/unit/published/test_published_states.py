@@ -11,14 +11,16 @@ from stethoscope.tracing.state_recorder import sinks
 
 @ROWS
 def test_sinks(columns, plain, row):
-    def is_sink(layer, at):
+    def is_sink(layer, patch):
         size = plain.states[0].shape[-1]
-        root = [math.sqrt(mean(v * v for v in plain.states[layer][where].tolist())) for where in (at, 0)]
+        root = [math.sqrt(mean(v * v for v in plain.states[layer][position].tolist())) for position in (patch, 0)]
         first = [abs(v) / root[1] for v in plain.states[layer][0].tolist()]
         dimensions = sorted(range(size), key=lambda d: -first[d])[:2]
-        return max(abs(float(plain.states[layer][at][d])) / root[0] for d in dimensions) > 20 * math.sqrt(size / 4096)
+        return max(abs(float(plain.states[layer][patch][d])) / root[0] for d in dimensions) > 20 * math.sqrt(
+            size / 4096
+        )
 
-    flags = [[is_sink(layer, at) for at in plain.spans.image] for layer in range(plain.layers)]
+    flags = [[is_sink(layer, patch) for patch in plain.spans.image] for layer in range(plain.layers)]
 
     def share(token, layer):
         image = image_rows(plain, row, token, layer)
@@ -31,8 +33,8 @@ def test_sinks(columns, plain, row):
         return kept / (1 - first - (sum(image) - kept))
 
     for layer in range(plain.layers):
-        found = [share(token, layer) for token in range(len(plain.ids))]
-        np.testing.assert_allclose(columns[f"sink_share_{row}_l{layer:02d}"], found, atol=TOLERANCE)
+        shares = [share(token, layer) for token in range(len(plain.ids))]
+        np.testing.assert_allclose(columns[f"sink_share_{row}_l{layer:02d}"], shares, atol=TOLERANCE)
     check_layers(columns, f"image_without_sinks_{row}", plain, rest, range(plain.layers))
 
 
@@ -48,9 +50,9 @@ def test_cosines_to_patches(columns, plain, row):
     image, count = plain.spans.image, max(1, round(0.05 * len(plain.spans.image)))
     for layer in range(1, plain.layers + 1):
         states = plain.states[layer]
-        rows = [sorted(cos(states[plain.at(t, row)], states[at]) for at in image) for t in range(len(plain.ids))]
-        check(columns, f"patch_consistency_{row}_l{layer - 1:02d}", [mean(one[-count:]) for one in rows])
-        check(columns, f"contextual_lens_{row}_l{layer - 1:02d}", [one[-1] for one in rows])
+        rows = [sorted(cos(states[plain.at(t, row)], states[patch]) for patch in image) for t in range(len(plain.ids))]
+        check(columns, f"patch_consistency_{row}_l{layer - 1:02d}", [mean(cosines[-count:]) for cosines in rows])
+        check(columns, f"contextual_lens_{row}_l{layer - 1:02d}", [cosines[-1] for cosines in rows])
 
 
 @ROWS
@@ -60,8 +62,8 @@ def test_glsim(columns, plain, row):
     local, total = [], []
     for token, word in enumerate(plain.ids):
         state = plain.states[near][plain.at(token, row)]
-        said = sorted(image, key=lambda at, word=word: -plain.lens(last, at, word))[:count]
-        local.append(mean(cos(plain.states[last][at], state) for at in said))
+        nearest = sorted(image, key=lambda column, word=word: -plain.lens(last, column, word))[:count]
+        local.append(mean(cos(plain.states[last][column], state) for column in nearest))
         total.append(cos(plain.states[last][plain.spans.length - 1], state))
     check(columns, f"glsim_local_{row}", local)
     check(columns, f"glsim_global_{row}", total)
@@ -76,13 +78,13 @@ def test_inslen(columns, plain, row):
     cafe, near, context = [], [], []
     for token, word in enumerate(plain.ids):
         state = plain.states[text][plain.at(token, row)]
-        said = {at: plain.lens(asked, at, word, temperature=10) for at in question}
-        cafe.append(max(said.values()))
-        near.append(cafe[-1] * mean(sorted(cos(state, plain.states[vision][at]) for at in image)[-count:]))
-        best = sorted(said, key=lambda at: -said[at])[:4]
-        centre = sum(plain.states[asked][at] for at in best) / len(best)
+        scores = {column: plain.lens(asked, column, word, temperature=10) for column in question}
+        cafe.append(max(scores.values()))
+        near.append(cafe[-1] * mean(sorted(cos(state, plain.states[vision][column]) for column in image)[-count:]))
+        best = sorted(scores, key=lambda column: -scores[column])[:4]
+        centre = sum(plain.states[asked][column] for column in best) / len(best)
         distance = float((state - centre).norm() / state.norm())
-        context.append((2 - distance) * mean(said[at] for at in best))
+        context.append((2 - distance) * mean(scores[column] for column in best))
     check(columns, "cafe", cafe)
     check(columns, f"inslen_local_{row}", near)
     check(columns, f"inslen_context_{row}", context)
@@ -95,14 +97,15 @@ def test_viser(columns, plain, row):
     evidence, ratio = [], []
     for token, word in enumerate(plain.ids):
         state = plain.states[last][plain.at(token, row)]
-        said = [plain.lens(last, at, word) for at in image]
-        gate = 1 / (1 + math.exp(-sum(said)))
+        scores = [plain.lens(last, patch, word) for patch in image]
+        gate = 1 / (1 + math.exp(-sum(scores)))
         evidence.append(cos(plain.states[last][plain.spans.length - 1], state) * gate)
         seen = sum(
-            p / sum(said) * max(cos(plain.states[last][at], state), 0) for p, at in zip(said, image, strict=True)
+            p / sum(scores) * max(cos(plain.states[last][patch], state), 0)
+            for p, patch in zip(scores, image, strict=True)
         )
         prefix = [*plain.spans.question, *range(plain.spans.length, plain.spans.length + token)]
-        read = mean(sorted(max(cos(plain.states[0][at], state), 0) for at in prefix)[-10:])
+        read = mean(sorted(max(cos(plain.states[0][patch], state), 0) for patch in prefix)[-10:])
         ratio.append(seen / (seen + read))
     check(columns, f"visual_evidence_{row}", evidence)
     check(columns, f"visual_ratio_{row}", ratio)
@@ -110,15 +113,17 @@ def test_viser(columns, plain, row):
 
 
 def test_internal_confidence(columns, plain):
-    best, where, sums = [], [], []
+    best, positions, sums = [], [], []
     for word in plain.ids:
-        by_layer = [[plain.lens(layer, at, word) for at in plain.spans.image] for layer in range(plain.layers + 1)]
+        by_layer = [
+            [plain.lens(layer, patch, word) for patch in plain.spans.image] for layer in range(plain.layers + 1)
+        ]
         most = [max(values) for values in by_layer]
         best.append(max(most))
-        where.append(most.index(max(most)) / plain.layers)
+        positions.append(most.index(max(most)) / plain.layers)
         sums.append(sum(by_layer[-1]))
     check(columns, "internal_confidence", best)
-    check(columns, "internal_confidence_layer", where)
+    check(columns, "internal_confidence_layer", positions)
     check(columns, "internal_confidence_sum", sums)
 
 

@@ -22,7 +22,7 @@ COUNTS = {
 
 
 @pytest.fixture
-def made(tmp_path):
+def run_of(tmp_path):
     """Return a function that makes a finished run of some samples."""
 
     def make(name, samples=("a", "b"), overrides=(), failed=(), images="/one", parser="official"):
@@ -46,29 +46,29 @@ def _record(sample, failed):
     return Record("chair", sample, sample, "all", "x.png", "What?", status="failed" if failed else "ok", score=score)
 
 
-def test_swept_runs_are_called_by_what_differs(made):
+def test_swept_runs_are_called_by_what_differs(run_of):
     long = "x" * 40
-    runs = [made(f"{long}-{seed}", overrides=["model=m", f"seed={seed}", f"name={seed}"]) for seed in (0, 1)]
+    runs = [run_of(f"{long}-{seed}", overrides=["model=m", f"seed={seed}", f"name={seed}"]) for seed in (0, 1)]
     assert compare.run_names(runs) == ["seed=0", "seed=1"]
-    assert compare.run_names([made("a"), made("b")]) == ["a", "b"]
-    alike = [made(f"{long}-{name}", overrides=["model=m"]) for name in "cd"]
+    assert compare.run_names([run_of("a"), run_of("b")]) == ["a", "b"]
+    alike = [run_of(f"{long}-{name}", overrides=["model=m"]) for name in "cd"]
     assert compare.run_names(alike) == [f"{long}-c", f"{long}-d"]
-    assert compare.run_names([made("q/a"), made("r/a")])[0].endswith("q/a")
+    assert compare.run_names([run_of("q/a"), run_of("r/a")])[0].endswith("q/a")
 
 
-def test_a_moved_folder_is_no_difference_but_another_parser_is(made):
-    compare.require_same(made("a"), made("b", images="/two"))
+def test_a_moved_folder_is_no_difference_but_another_parser_is(run_of):
+    compare.require_same(run_of("a"), run_of("b", images="/two"))
     with pytest.raises(ConfigError, match=r"chair settings.parser is 'official' and 'strict'"):
-        compare.require_same(made("c"), made("d", parser="strict"))
+        compare.require_same(run_of("c"), run_of("d", parser="strict"))
 
 
-def test_samples_that_failed_in_one_run_count_in_neither(made):
-    table = compare.task_table(made("a", failed=["b"]), made("b"), Chair(), ("a", "b"))
+def test_samples_that_failed_in_one_run_count_in_neither(run_of):
+    table = compare.task_table(run_of("a", failed=["b"]), run_of("b"), Chair(), ("a", "b"))
     lengths = next(row for row in table.rows if row[0] == "length")
     assert lengths[2].value == lengths[3].value == 5
     assert "1 samples that failed in one of the runs are left out" in table.note
 
 
-def test_what_differs_is_told(made):
-    table = compare.setting_table([made("a"), made("b")], ("a", "b"))
+def test_what_differs_is_told(run_of):
+    table = compare.setting_table([run_of("a"), run_of("b")], ("a", "b"))
     assert table.rows == (("adapter.model_id", "a", "b"),)

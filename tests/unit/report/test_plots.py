@@ -17,8 +17,8 @@ from stethoscope.report import plots
 @pytest.fixture(scope="module")
 def rows():
     """Mentions with probabilities, some of them equal."""
-    found = mention_rows(token_table(150, seed=1))
-    return found.assign(probability=(1 / (1 + np.exp(-found["nll"]))).round(2))
+    table = mention_rows(token_table(150, seed=1))
+    return table.assign(probability=(1 / (1 + np.exp(-table["nll"]))).round(2))
 
 
 def test_areas_under_the_curves_are_scikit_learns(rows):
@@ -41,23 +41,23 @@ def test_a_long_curve_keeps_its_ends():
 
 def test_bins_hold_every_mention_once(rows):
     positions, bins = plots.by_position(rows), plots.reliability(rows)
-    for found in (positions, bins):
-        assert sum(one.mentions for one in found) == len(rows)
-        assert sum(one.hallucinated for one in found) == rows["label"].sum()
+    for groups in (positions, bins):
+        assert sum(group.mentions for group in groups) == len(rows)
+        assert sum(group.hallucinated for group in groups) == rows["label"].sum()
     part = rows[rows["token"] // 10 == 1]
-    second = next(one for one in positions if one.name == "10–19")
+    second = next(group for group in positions if group.name == "10–19")
     assert second.interval.value == pytest.approx(sklearn.roc_auc_score(part["label"], part["probability"]))
     assert second.interval.low < second.interval.value < second.interval.high
-    for one in bins:
-        low = float(one.name[:3])
+    for group in bins:
+        low = float(group.name[:3])
         inside = rows[(rows["probability"] >= low - 1e-9) & (rows["probability"] < low + 0.1 - 1e-9)]
-        assert one.mentions == len(inside)
-        assert one.interval.value == pytest.approx(inside["label"].mean())
+        assert group.mentions == len(inside)
+        assert group.interval.value == pytest.approx(inside["label"].mean())
 
 
 def test_a_bin_of_one_kind_has_no_area_and_long_answers_wider_bins(rows):
-    one = rows.assign(label=0)
-    assert all(found.interval is None for found in plots.by_position(one))
+    faithful = rows.assign(label=0)
+    assert all(group.interval is None for group in plots.by_position(faithful))
     wide = plots.by_position(rows.assign(token=rows["token"] * 50))
     assert len(wide) <= plots.MOST_BINS
     assert wide[0].name == "90–179"  # the first mentions are at 150

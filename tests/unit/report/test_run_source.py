@@ -1,13 +1,15 @@
-"""What a detector leans on, where that is known."""
+"""A run read back: what its detector leans on, and a detector that a kill has left in parts."""
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from helpers.made_up_runs import made_up_run
 from helpers.token_tables import halves, token_table
 from sklearn.metrics import roc_auc_score
 
 from stethoscope import Detector
+from stethoscope.core.errors import ArtefactError
 from stethoscope.core.token_table import KEY_COLUMNS, mention_rows
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.report.run_source import PRIOR, RunReader, importances
@@ -43,21 +45,21 @@ def test_importance_is_what_shuffling_costs(tmp_path):
     train, test = halves(token_table(300, seed=2))
     detector = Detector(features=["nll", "noise"], C=1.0).fit(train)
     source = _source(tmp_path / "run", test, detector)
-    found = {one.feature: one.loss for one in importances(source)}
+    losses = {entry.feature: entry.loss for entry in importances(source)}
     area = roc_auc_score(source.held_out["label"], source.held_out["probability"])
-    assert found["nll"].value == pytest.approx(area - 0.5, abs=0.04)  # what is left is noise
-    assert found["nll"].low > 0.1
-    assert abs(found["noise"].value) < 0.02
-    assert found["nll"].items == len(source.held_out)
-    assert [one.loss for one in importances(source)] == [one.loss for one in importances(source)]
+    assert losses["nll"].value == pytest.approx(area - 0.5, abs=0.04)  # what is left is noise
+    assert losses["nll"].low > 0.1
+    assert abs(losses["noise"].value) < 0.02
+    assert losses["nll"].items == len(source.held_out)
+    assert [entry.loss for entry in importances(source)] == [entry.loss for entry in importances(source)]
 
 
 def test_what_place_and_name_are_worth_is_told_of_a_factored_detector(tmp_path):
     train, test = halves(token_table(300, seed=2))
     detector = Detector(features=["nll", "mass"], factored=True, C=1.0).fit(train)
-    found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
-    assert set(found) == {"nll", "mass", PRIOR}
-    assert found[PRIOR].low > 0.01
+    losses = {entry.feature: entry.loss for entry in importances(_source(tmp_path / "run", test, detector))}
+    assert set(losses) == {"nll", "mass", PRIOR}
+    assert losses[PRIOR].low > 0.01
 
 
 def test_a_run_without_a_detector_of_its_own_has_none(tmp_path):
@@ -75,8 +77,8 @@ def test_the_mention_number_is_part_of_place_and_name(tmp_path):
     table = table.assign(label=np.where(table["label"] >= 0, label, -1), token=random.permutation(len(table)) % 30)
     train, test = halves(table)
     detector = Detector(features=["noise"], factored=True, C=1.0).fit(train)
-    found = {one.feature: one.loss for one in importances(_source(tmp_path / "run", test, detector))}
-    assert found[PRIOR].value > 0.25
+    losses = {entry.feature: entry.loss for entry in importances(_source(tmp_path / "run", test, detector))}
+    assert losses[PRIOR].value > 0.25
 
 
 def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
@@ -86,9 +88,9 @@ def test_only_what_the_detector_was_measured_on_and_reads_counts(tmp_path):
         sample_id="other/" + test["sample_id"], label=np.where(test["label"] >= 0, 1 - test["label"], -1)
     )
     source = _source(tmp_path / "run", pd.concat([test, other]), detector, warned=test)
-    found = {one.feature: one.loss for one in importances(source)}
-    assert set(found) == {"nll", "noise", "position"}
-    assert found["nll"].items == len(mention_rows(test))
+    losses = {entry.feature: entry.loss for entry in importances(source)}
+    assert set(losses) == {"nll", "noise", "position"}
+    assert losses["nll"].items == len(mention_rows(test))
 
 
 def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
@@ -98,3 +100,41 @@ def test_a_table_with_other_features_has_no_importance_and_says_so(tmp_path):
     source.__dict__["table"] = source.table.drop(columns="nll")
     with pytest.warns(UserWarning, match="lacks 1 columns that its detector reads"):
         assert importances(source) == []
+
+
+COUNTS = ("samples", "ok", "unparsed", "failed", "truncated")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["detector", "warnings", "metrics"])
+def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, monkeypatch, moment):
+    from stethoscope.detection import leaderboard, training
+    from stethoscope.detection.training import fit
+
+    monkeypatch.setattr(leaderboard, "SHUFFLES", 2)
+    run = made_up_run(tmp_path / "run")
+    store = RunStore(run)
+    store.write_metrics("chair", {"primary": "a", "counts": dict.fromkeys(COUNTS, 0), "metrics": []})
+    shares = (0.6, 0.2, 0.2)
+    fit(store, "chair", Detector(), shares, 0)
+    assert RunReader.read(run).detector
+    assert store.status() == {"chair": "finished"}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments, **more):
+        raise Killed
+
+    module, name = {
+        "detector": (Detector, "save"), "warnings": (training, "write_warnings"),
+        "metrics": (RunStore, "write_metrics"),
+    }[moment]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, kill)
+        with pytest.raises(Killed):
+            fit(store, "chair", Detector(C=0.5), shares, 0)
+    with pytest.raises(ArtefactError, match="has parts of two detectors: fitting one was cut short"):
+        RunReader.read(run)
+    fit(store, "chair", Detector(C=0.5), shares, 0)
+    assert RunReader.read(run).detector

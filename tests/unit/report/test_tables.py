@@ -23,16 +23,16 @@ def _table(**settings):
 
 
 def test_latex_escapes_every_special_character():
-    found = tables.latex(_table())
-    line = next(line for line in found.splitlines() if "input" in line)
+    text = tables.latex(_table())
+    line = next(line for line in text.splitlines() if "input" in line)
     assert line == (
         r"\textbackslash{}input\{x\} \$1 \& \textless{}b\textgreater{}50\%\textless{}/b\textgreater{} "
         r"\#\_\textasciicircum{}\textasciitilde{}\textbar{}`* [a](b) & $-$0.250 {\scriptsize [$-$0.500, 0.000]} & "
         r"$-$0.250 {\scriptsize [$-$0.500, 0.000] p 0.500} \\"
     )
-    assert r"\caption{a \& b.}" in found
-    assert r"\begin{tabular}{lrr}" in found
-    rules = [line for line in found.splitlines() if line.endswith("rule")]
+    assert r"\caption{a \& b.}" in text
+    assert r"\begin{tabular}{lrr}" in text
+    rules = [line for line in text.splitlines() if line.endswith("rule")]
     assert rules == [r"\toprule", r"\midrule", r"\bottomrule"]
 
 
@@ -48,10 +48,10 @@ def test_markdown_keeps_cells_and_lines():
 
 
 def test_html_escapes():
-    found = tables.html(_table())
-    assert "<b>" not in found
-    assert "&lt;b&gt;50%&lt;/<wbr>b&gt;" in found
-    assert "<figcaption>a &amp; b</figcaption>" in found
+    text = tables.html(_table())
+    assert "<b>" not in text
+    assert "&lt;b&gt;50%&lt;/<wbr>b&gt;" in text
+    assert "<figcaption>a &amp; b</figcaption>" in text
 
 
 def test_text_is_aligned():

@@ -1,18 +1,22 @@
 import importlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.tiny_world import TinyTask
+from helpers.made_up_runs import made_up_run
+from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 from omegaconf import OmegaConf
 
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import Answer, Mention, Score
+from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
+from stethoscope.storage.reuse import copy_task
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import SCHEMA, token_table
 
@@ -331,3 +335,42 @@ def test_a_fingerprint_of_another_kind_is_damaged(tmp_path, section):
     (tmp_path / "fingerprint.json").write_text(json.dumps({"tiny": section}))
     with pytest.raises(ArtefactError, match=r"fingerprint\.json is damaged"):
         RunStore(tmp_path).model("tiny")
+
+
+def evaluate(folder, limit=6, **settings):
+    return Evaluator(run_dir=folder, features=TinyFeatures(), limit=limit, **settings).run(TinyAdapter(), TinyTask(8))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_copy_of_hard_links_is_a_run_of_its_own(tmp_path, overwrite):
+    """As ``cp -al`` or a backup makes them, of a run that was killed in the middle of a line."""
+    first, copy = tmp_path / "one", tmp_path / "two"
+    evaluate(first, 4)
+    (first / "maps.jsonl").touch()
+    with (first / "samples.jsonl").open("a") as file:
+        file.write('{"half')
+    copy.mkdir()
+    for p in first.iterdir():
+        if p.is_file():
+            os.link(p, copy / p.name)
+    before = {p.name: p.read_bytes() for p in first.iterdir() if p.suffix in (".jsonl", ".parquet", ".json")}
+    evaluate(copy, 8, overwrite=overwrite)
+    assert RunStore(copy).count("tiny") == 8
+    assert {name: (first / name).read_bytes() for name in before} == before
+
+
+def test_leftovers_of_a_kill_go_with_the_next_sitting(tmp_path):
+    evaluate(tmp_path)
+    (tmp_path / ".samples.jsonl.0123abcd.tmp").write_text("half")
+    (tmp_path / ".detector.x.tmp").mkdir()
+    evaluate(tmp_path, 8)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_runs_that_share_a_table_append_to_files_of_their_own(tmp_path):
+    source, copy = made_up_run(tmp_path / "one"), tmp_path / "two"
+    (source / "maps.jsonl").write_text('{"task": "chair", "sample_id": "0"}\n')
+    copy_task(RunStore(source), copy, "chair")
+    assert (source / "tokens.parquet").samefile(copy / "tokens.parquet")  # only ever replaced
+    for name in ("maps.jsonl", "samples.jsonl"):
+        assert not (source / name).samefile(copy / name)

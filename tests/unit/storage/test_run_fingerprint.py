@@ -5,7 +5,10 @@ import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
 
 from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.run_fingerprint import (
     answer_fingerprint,
     describe,
@@ -32,7 +35,7 @@ def test_what_changes_answers_changes_the_fingerprint():
         answer_fingerprint(TinyAdapter(), TinyTask(), Generation(num_beams=2)),
         answer_fingerprint(TinyAdapter(), TinyTask(), Generation(do_sample=True)),
     ]
-    assert len({digest(found) for found in [base, *others]}) == 7
+    assert len({digest(fingerprint) for fingerprint in [base, *others]}) == 7
     assert digest(base) == digest(json.loads(json.dumps(base)))
 
 
@@ -51,9 +54,9 @@ def test_a_moved_folder_is_the_same_data():
 
 
 def test_features_are_told_apart_by_name_and_by_what_is_traced():
-    found = feature_fingerprint(TinyFeatures(), "mentions")
-    assert found == {"names": ["position", "level"], "trace": "mentions"}
-    assert found != feature_fingerprint(TinyFeatures(), "all")
+    fingerprint = feature_fingerprint(TinyFeatures(), "mentions")
+    assert fingerprint == {"names": ["position", "level"], "trace": "mentions"}
+    assert fingerprint != feature_fingerprint(TinyFeatures(), "all")
 
 
 def test_differences_name_missing_and_nested_keys():
@@ -80,8 +83,33 @@ def test_environment_tells_versions_and_nothing_of_who_and_where():
     import getpass
     import socket
 
-    found = json.dumps(environment())
-    assert '"torch": "' in found
-    assert socket.gethostname() not in found
-    assert str(Path.home()) not in found
-    assert getpass.getuser() not in found.replace("root", "") or getpass.getuser() == "root"
+    text = json.dumps(environment())
+    assert '"torch": "' in text
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text
+    assert getpass.getuser() not in text.replace("root", "") or getpass.getuser() == "root"
+
+
+def evaluate(folder, limit=6, **settings):
+    return Evaluator(run_dir=folder, features=TinyFeatures(), limit=limit, **settings).run(TinyAdapter(), TinyTask(8))
+
+
+def test_answers_of_unknown_origin_are_adopted_by_nobody(tmp_path):
+    run = tmp_path / "run"
+    evaluate(run)
+    (run / "fingerprint.json").unlink()
+    before = (run / "samples.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"fingerprint\.json does not say"):
+        evaluate(run)
+    assert (run / "samples.jsonl").read_bytes() == before
+    evaluate(run, overwrite=True)
+    assert RunStore(run).status() == {"tiny": "finished"}
+
+
+def test_the_fingerprint_of_another_task_is_none_of_these_answers(tmp_path):
+    run = tmp_path / "run"
+    evaluate(run)
+    text = (run / "fingerprint.json").read_text()
+    (run / "fingerprint.json").write_text(text.replace('"tiny": {', '"other": {', 1))
+    with pytest.raises(ConfigError, match="holds answers to tiny"):
+        evaluate(run)

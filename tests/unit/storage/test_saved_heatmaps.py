@@ -31,10 +31,10 @@ def adapter():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, adapter):
     """A run that has kept its maps; tests only read it."""
-    made = tmp_path_factory.mktemp("maps")
+    path = tmp_path_factory.mktemp("maps")
     features = FeatureSet(groups=(), names=["relevancy_image"])
-    Evaluator([SaveHeatmaps()], features=features, run_dir=made).run(adapter, Chair(scenes=SCENES))
-    return made
+    Evaluator([SaveHeatmaps()], features=features, run_dir=path).run(adapter, Chair(scenes=SCENES))
+    return path
 
 
 def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adapter):
@@ -45,13 +45,13 @@ def test_maps_are_the_relevancy_of_the_first_token_of_every_mention(folder, adap
         view, picture = HeatmapFile(folder).find(record), scenes[record.sample_id].image()
         rows = table[(table["sample_id"] == record.sample_id) & table["is_first_subtoken"]]
         assert sorted(view.maps) == sorted(rows["token"])
-        found = token_relevancy(adapter, picture, record.question, record.answer)
+        relevancy = token_relevancy(adapter, picture, record.question, record.answer)
         for token, values in view.maps.items():
-            wanted = found.image[token, -1].numpy().reshape(8, 8)
+            wanted = relevancy.image[token, -1].numpy().reshape(8, 8)
             assert values.shape == (8, 8)
             assert np.abs(values / 255 - wanted / wanted.max()).max() < 0.02  # a byte, and a batch of others
         assert view.picture.size == (96, 96)
-        small = [np.asarray(one.resize((12, 12), Image.Resampling.BOX), float) for one in (view.picture, picture)]
+        small = [np.asarray(image.resize((12, 12), Image.Resampling.BOX), float) for image in (view.picture, picture)]
         assert np.abs(small[0] - small[1]).max() < 12  # JPEG smooths the noise away
         token = next(iter(view.maps))
         assert view.overlay(token, 200).width >= 200

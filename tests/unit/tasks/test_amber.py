@@ -91,8 +91,8 @@ def test_a_description_by_hand(task):
 
 def test_labels_of_a_description(task):
     sample, text = task.samples()[0], "Two men, light and a tree. A man."
-    found = task.mentions(sample, reply(text))
-    assert [(text[m.start : m.end], m.object, m.label, m.mention_index, m.repeat_index) for m in found] == [
+    mentions = task.mentions(sample, reply(text))
+    assert [(text[m.start : m.end], m.object, m.label, m.mention_index, m.repeat_index) for m in mentions] == [
         ("men", "man", 0, 0, 0),
         ("light", "light", -1, 1, 0),
         ("tree", "tree", 1, 2, 0),
@@ -102,8 +102,8 @@ def test_labels_of_a_description(task):
 
 def test_labels_of_a_question(task):
     existence, state = task.samples()[2:4]
-    (one,) = task.mentions(existence, reply("Yes, there is."))
-    assert (one.start, one.end, one.object, one.label) == (0, 3, "tree", 1)
+    (mention,) = task.mentions(existence, reply("Yes, there is."))
+    assert (mention.start, mention.end, mention.object, mention.label) == (0, 3, "tree", 1)
     assert task.mentions(state, reply("Yes"))[0].label == 0
     assert task.mentions(existence, reply("No")) == ()
 
@@ -111,31 +111,31 @@ def test_labels_of_a_question(task):
 def test_no_is_the_positive_class(task):
     """Of three questions with no for the truth two get it; one of three no is wrong."""
     answers = {"existence-3": "No", "state-4": "no.", "number-5": "No", "relation-6": "Yes", "relation-7": "Yes"}
-    found = figures(task, answers)
-    assert found["accuracy", "discriminative"] == pytest.approx(3 / 5)
-    assert found["precision", "discriminative"] == pytest.approx(2 / 3)
-    assert found["recall", "discriminative"] == pytest.approx(2 / 3)
-    assert found["accuracy", "attribute"] == pytest.approx(1 / 2)
-    assert found["accuracy", "relation"] == pytest.approx(1 / 2)
+    values = figures(task, answers)
+    assert values["accuracy", "discriminative"] == pytest.approx(3 / 5)
+    assert values["precision", "discriminative"] == pytest.approx(2 / 3)
+    assert values["recall", "discriminative"] == pytest.approx(2 / 3)
+    assert values["accuracy", "attribute"] == pytest.approx(1 / 2)
+    assert values["accuracy", "relation"] == pytest.approx(1 / 2)
 
 
 def test_what_cannot_be_read_counts_only_in_the_published_figures(task):
     answers = {"existence-3": "Hm", "state-4": "Hm", "number-5": "No", "relation-6": "No", "relation-7": "Yes"}
     assert task.score(task.samples()[2], reply("Hm")).status == "unparsed"
-    found = figures(task, answers)
-    assert found["accuracy", "discriminative"] == 1.0
-    assert found["f1", "discriminative"] == 1.0
-    assert found["accuracy_published", "discriminative"] == pytest.approx(3 / 5)
-    assert found["f1_published", "discriminative"] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
+    values = figures(task, answers)
+    assert values["accuracy", "discriminative"] == 1.0
+    assert values["f1", "discriminative"] == 1.0
+    assert values["accuracy_published", "discriminative"] == pytest.approx(3 / 5)
+    assert values["f1_published", "discriminative"] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
 
 
 def test_the_score_takes_both_parts_together(task):
     answers = {"generative-1": "A dog and a tree.", "generative-2": "A tree.", "existence-3": "No", "state-4": "No"}
-    found = figures(task, answers)
-    assert found["chair", "generative"] == found["chair", "all"] == pytest.approx(1 / 3)
-    assert found["f1", "all"] == pytest.approx(2 / 3)
-    assert found["amber", "all"] == pytest.approx((100 - 100 / 3 + 200 / 3) / 2)
-    assert np.isnan(found["amber", "generative"])
+    values = figures(task, answers)
+    assert values["chair", "generative"] == values["chair", "all"] == pytest.approx(1 / 3)
+    assert values["f1", "all"] == pytest.approx(2 / 3)
+    assert values["amber", "all"] == pytest.approx((100 - 100 / 3 + 200 / 3) / 2)
+    assert np.isnan(values["amber", "generative"])
 
 
 def test_an_empty_description_is_unparsed(task):
@@ -189,19 +189,19 @@ def test_real_questions_by_hand(real):
     task, _, _ = real
     asked = [sample for sample in task.samples() if sample.subset != "generative"]
     assert len(task.samples()) - len(asked) == 1004
-    found = figures(task, {sample.id: "No" for sample in asked})
-    assert found["accuracy", "discriminative"] == found["precision", "discriminative"] == 9427 / 14216
-    assert found["recall", "discriminative"] == 1.0
-    assert found["f1", "discriminative"] == pytest.approx(2 * 9427 / (14216 + 9427))
-    assert found["accuracy", "existence"] == 1.0
+    values = figures(task, {sample.id: "No" for sample in asked})
+    assert values["accuracy", "discriminative"] == values["precision", "discriminative"] == 9427 / 14216
+    assert values["recall", "discriminative"] == 1.0
+    assert values["f1", "discriminative"] == pytest.approx(2 * 9427 / (14216 + 9427))
+    assert values["accuracy", "existence"] == 1.0
     for subset in ("attribute", "state", "number", "action"):
-        assert found["accuracy", subset] == 0.5
-        assert found["f1", subset] == pytest.approx(2 / 3)
-    found = figures(task, {sample.id: "Yes" if sample.subset == "relation" else "No" for sample in asked})
-    assert found["accuracy", "relation"] == 975 / 1664
-    assert found["recall", "relation"] == 0.0
-    assert found["precision", "discriminative"] == pytest.approx(8738 / (8738 + 3814))
-    assert found["recall", "discriminative"] == pytest.approx(8738 / 9427)
+        assert values["accuracy", subset] == 0.5
+        assert values["f1", subset] == pytest.approx(2 / 3)
+    values = figures(task, {sample.id: "Yes" if sample.subset == "relation" else "No" for sample in asked})
+    assert values["accuracy", "relation"] == 975 / 1664
+    assert values["recall", "relation"] == 0.0
+    assert values["precision", "discriminative"] == pytest.approx(8738 / (8738 + 3814))
+    assert values["recall", "discriminative"] == pytest.approx(8738 / 9427)
 
 
 def test_real_questions_against_the_transcription(real):
@@ -209,22 +209,25 @@ def test_real_questions_against_the_transcription(real):
     draw = random.Random(0)
     asked = [sample for sample in task.samples() if sample.subset != "generative"]
     answers = {sample.id: draw.choices(("Yes", "No", "Yes.", "Perhaps"), (4, 4, 1, 1))[0] for sample in asked}
-    found = figures(task, answers)
+    values = figures(task, answers)
     for subset in ("existence", "state", "relation", "discriminative"):
         ids = [s.id for s in asked if subset in (s.subset, "discriminative")]
         theirs = amber_published.questions({int(i.split("-")[1]): answers[i] for i in ids}, annotations)
-        assert found["accuracy_published", subset] == pytest.approx(theirs["accuracy"])
-        assert found["f1_published", subset] == pytest.approx(theirs["f1"])
+        assert values["accuracy_published", subset] == pytest.approx(theirs["accuracy"])
+        assert values["f1_published", subset] == pytest.approx(theirs["f1"])
 
 
 @pytest.mark.parametrize("likeness", [0, 40])
 def test_real_descriptions_against_the_transcription(real, likeness):
     """Random words of the vocabulary; of all pairs of words one in ``likeness`` counts as synonyms."""
     task, annotations, association = real
-    safe, words = task._safe_words, sorted({*association, *(w for some in association.values() for w in some)})
+    safe, words = (
+        task._safe_words,
+        sorted({*association, *(w for nouns in association.values() for w in nouns)}),
+    )
 
-    def alike(one, other):
-        return one == other or (likeness > 0 and zlib.crc32(f"{one} {other}".encode()) % likeness == 0)
+    def alike(first, other):
+        return first == other or (likeness > 0 and zlib.crc32(f"{first} {other}".encode()) % likeness == 0)
 
     draw = random.Random(likeness)
     answers = {}
@@ -259,12 +262,12 @@ def judge_counts(task, text, sample, alike):
 def test_real_captions_have_sensible_nouns(real, shared):
     """LLaVA's captions of other images: about a dozen nouns each, all of the vocabulary, and hardly a "can"."""
     task, _, association = real
-    words = {*association, *(w for some in association.values() for w in some)}
+    words = {*association, *(w for associated in association.values() for w in associated)}
     texts = [json.loads(line)["caption"] for line in (shared / "captions" / "llava-1.5.jsonl").read_text().splitlines()]
-    found = [noun for text in texts for noun in task._nouns(text)]
-    assert {noun.name for noun in found} <= words
-    assert 5 < len(found) / len(texts) < 15
-    assert sum(noun.name == "can" for noun in found) < 5
+    nouns = [noun for text in texts for noun in task._nouns(text)]
+    assert {noun.name for noun in nouns} <= words
+    assert 5 < len(nouns) / len(texts) < 15
+    assert sum(noun.name == "can" for noun in nouns) < 5
     assert sum(text.split().count("can") for text in texts) > 50
 
 

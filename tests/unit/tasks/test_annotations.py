@@ -68,9 +68,9 @@ def folder(tmp_path):
 
 def samples(task, folder, data):
     (folder / FILES.get(task, f"{task}.json")).write_bytes(data)
-    found = made(task, folder)
-    found.setup()
-    return [(sample.id, sample.question, sample.answer) for sample in found.samples()]
+    read = made(task, folder)
+    read.setup()
+    return [(sample.id, sample.question, sample.answer) for sample in read.samples()]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -79,11 +79,11 @@ def samples(task, folder, data):
 def test_every_way_of_writing_gives_the_same_samples(folder, task, way, encoding):
     usual = samples(task, folder, "\n".join(map(json.dumps, ROWS[task])).encode())
     assert len(usual) == 2
-    found = samples(task, folder, WAYS[way](ROWS[task]).encode(encoding))
+    read = samples(task, folder, WAYS[way](ROWS[task]).encode(encoding))
     if way in ("blank lines", "pretty objects"):  # a row without an id has its line's number
-        assert [row[1:] for row in found] == [row[1:] for row in usual]
+        assert [row[1:] for row in read] == [row[1:] for row in usual]
     else:
-        assert found == usual
+        assert read == usual
 
 
 def zipped(folder):
@@ -176,7 +176,7 @@ def test_captions_count_however_an_image_id_is_written(instances, images, tmp_pa
     files = {"instances": str(instances), "captions": str(tmp_path / "captions.json"), "images": str(images)}
     task = Chair("files", image_ids=[form(3), form(7)], **files)
     task.setup()
-    assert [one.reference["objects"] for one in task.samples()] == [["cat"], ["chair", "cup", "dog", "person"]]
+    assert [sample.reference["objects"] for sample in task.samples()] == [["cat"], ["chair", "cup", "dog", "person"]]
 
 
 def test_ids_that_are_no_numbers_stay_apart():

@@ -24,7 +24,7 @@ ANSWER = {"image": "a.png", "question": "What?", "answer": "A dog.", "spans": [S
 
 
 @pytest.fixture
-def place(tmp_path, images):
+def folder(tmp_path, images):
     """Good files of all benchmarks, beside the folder ``images`` with a.png and b.png."""
     (tmp_path / "relation.json").write_text('{"dog": ["puppy"], "cat": []}')
     (tmp_path / "safe_words.txt").write_text("light")
@@ -46,16 +46,16 @@ def place(tmp_path, images):
     return tmp_path
 
 
-def tasks(place):
-    images = str(place / "images")
+def tasks(folder):
+    images = str(folder / "images")
     return {
-        "amber": Amber(str(place), images),
-        "hallusion_bench": HallusionBench(file=str(place / "HallusionBench.json"), images=str(place)),
-        "halloc": HalLoc(str(place / "answers.jsonl"), images),
-        "mme": Mme(folder=str(place / "MME"), categories=["count"]),
-        "yes_no": Custom("yes_no", file=str(place / "asked.jsonl"), images=images),
-        "caption": Custom("caption", file=str(place / "truth.jsonl"), images=images),
-        "pope": Pope("files", subsets=["random"], questions=str(place), images=images),
+        "amber": Amber(str(folder), images),
+        "hallusion_bench": HallusionBench(file=str(folder / "HallusionBench.json"), images=str(folder)),
+        "halloc": HalLoc(str(folder / "answers.jsonl"), images),
+        "mme": Mme(folder=str(folder / "MME"), categories=["count"]),
+        "yes_no": Custom("yes_no", file=str(folder / "asked.jsonl"), images=images),
+        "caption": Custom("caption", file=str(folder / "truth.jsonl"), images=images),
+        "pope": Pope("files", subsets=["random"], questions=str(folder), images=images),
     }
 
 
@@ -67,8 +67,8 @@ def listed(*rows):
     return json.dumps(list(rows), indent=1)
 
 
-def spans(*some, **more):
-    return changed(ANSWER, spans=[{**SPAN, **one} for one in some], **more)
+def spans(*changes, **more):
+    return changed(ANSWER, spans=[{**SPAN, **change} for change in changes], **more)
 
 
 BAD = [
@@ -153,8 +153,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "file", "content", "message"), BAD)
-def test_one_line_says_what_is_wrong(place, name, file, content, message):
-    path = place / file
+def test_one_line_says_what_is_wrong(folder, name, file, content, message):
+    path = folder / file
     if content is None:
         path.unlink()
     elif isinstance(content, bytes):
@@ -162,14 +162,14 @@ def test_one_line_says_what_is_wrong(place, name, file, content, message):
     else:
         path.write_text(content)
     with pytest.raises(DataError) as error:
-        tasks(place)[name].setup()
+        tasks(folder)[name].setup()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
 
-def test_the_files_are_good_otherwise(place):
-    for task in tasks(place).values():
+def test_the_files_are_good_otherwise(folder):
+    for task in tasks(folder).values():
         task.setup()
         for sample in task.samples():
             assert sample.image.load().size == (4, 4)

@@ -1,14 +1,18 @@
-"""What the evaluator does for tasks that bring answers along, or total figures over several samples."""
+"""The contract of a task: given answers, figures over several samples, and its configuration file."""
 
+import inspect
 import json
 from dataclasses import replace
 
 import pytest
+import yaml
 from helpers.tiny_world import WORDS, TinyAdapter, TinyTask
 
+from stethoscope.core.component import build, choices, conf_folder
+from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.tasks.base import Tally
+from stethoscope.tasks.base import Tally, Task
 
 
 class Reader(TinyAdapter):
@@ -32,7 +36,7 @@ class Given(TinyTask):
     text = "a dog"
 
     def samples(self):
-        return [replace(one, answer=self.text) if n % 2 else one for n, one in enumerate(super().samples())]
+        return [replace(sample, answer=self.text) if n % 2 else sample for n, sample in enumerate(super().samples())]
 
 
 class Pairs(TinyTask):
@@ -42,7 +46,7 @@ class Pairs(TinyTask):
         groups = {}
         for sample, counts in judged:
             groups.setdefault(sample.group, []).append(counts["right"])
-        pairs = [Tally(name, "pairs", {"right": all(some), "judged": 1.0}) for name, some in groups.items()]
+        pairs = [Tally(name, "pairs", {"right": all(outcomes), "judged": 1.0}) for name, outcomes in groups.items()]
         return [*pairs, *super().tally(judged)]
 
 
@@ -88,3 +92,32 @@ def test_failed_samples_are_not_tallied(tmp_path):
     assert results.counts["failed"] == 1
     assert seen == ["s00", "s02", "s03"]
     assert results.value("accuracy", "pairs") == pytest.approx(0.5)
+
+
+REQUIRED = {
+    "amber": {"folder": "data", "images": "image"},
+    "custom": {"file": "questions.jsonl"},
+    "halloc": {"file": "answers.jsonl", "images": "images"},
+    "hallusion_bench": {"file": "HallusionBench.json", "images": "hallusion_bench"},
+    "mme": {"folder": "MME_Benchmark_release_version"},
+}
+"""What a user has to say, because the benchmark's files lie somewhere on his machine."""
+
+
+@pytest.mark.parametrize("name", sorted(choices("task")))
+def test_every_argument_is_in_the_file_with_its_default(name):
+    config = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
+    task = build({**config, **REQUIRED.get(name, {})}, Task, "task")
+    assert task.name == name
+    parameters = inspect.signature(type(task).__init__).parameters
+    defaults = {key: value.default for key, value in parameters.items() if key != "self"}
+    del config["_target_"]
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == defaults
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_what_is_required_is_asked_for(name):
+    config = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
+    for key in REQUIRED[name]:
+        with pytest.raises(ConfigError, match=f"task.{key}"):
+            build({**config, **REQUIRED[name], key: None}, Task, "task")

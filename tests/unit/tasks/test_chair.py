@@ -36,7 +36,7 @@ def test_image_ids_choose_and_order(instances, images, tmp_path):
     assert [sample.id for sample in task.samples()] == ["b", "a"]
     listed = tmp_path / "ids.txt"
     listed.write_text("3\n\n")
-    assert [one.id for one in ready(instances=instances, images=images, image_ids=listed).samples()] == ["b"]
+    assert [chosen.id for chosen in ready(instances=instances, images=images, image_ids=listed).samples()] == ["b"]
     listed.write_text("3\n4\n")
     with pytest.raises(DataError, match=r"ids\.txt, line 2: image id 4 is not in"):
         ready(instances=instances, images=images, image_ids=listed)
@@ -85,9 +85,9 @@ def test_empty_answers_are_counted_apart(task):
 
 def test_labelled_mentions(task):
     text = "Stop signs, a puppy and dogs; a stop sign"
-    found = task.mentions(task.samples()[0], reply(text))
-    assert [text[one.start : one.end] for one in found] == ["Stop signs", "puppy", "dogs", "stop sign"]
-    assert [(one.object, one.label, one.mention_index, one.repeat_index) for one in found] == [
+    mentions = task.mentions(task.samples()[0], reply(text))
+    assert [text[mention.start : mention.end] for mention in mentions] == ["Stop signs", "puppy", "dogs", "stop sign"]
+    assert [(mention.object, mention.label, mention.mention_index, mention.repeat_index) for mention in mentions] == [
         ("stop sign", 1, 0, 0),
         ("dog", 0, 1, 0),
         ("dog", 0, 2, 1),

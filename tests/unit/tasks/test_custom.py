@@ -35,14 +35,19 @@ def asked(tmp_path, images):
 
 def test_yes_no(asked):
     task = made(kind="yes_no", file=asked, question="Is it red?", suffix=" Yes or no?", name="mine")
-    one, two, three = task.samples()
-    assert (one.id, one.question, one.subset, one.group) == ("1", "Is there a dog? Yes or no?", "dogs", "images/a")
+    first, two, three = task.samples()
+    assert (first.id, first.question, first.subset, first.group) == (
+        "1",
+        "Is there a dog? Yes or no?",
+        "dogs",
+        "images/a",
+    )
     assert (two.id, two.question, two.subset, two.group) == ("second", "Is it red? Yes or no?", "all", "images/b")
     assert (three.group, three.answer, two.answer) == ("images/b", "Yes, it is.", None)
     assert (task.name, task.primary) == ("mine", "f1")
-    found = figures(task, {"1": "Yes", "second": "no", "3": "Yes, it is."})
-    assert (found["f1", "dogs"], found["accuracy", "all"], found["yes_rate", "all"]) == (1.0, 0.5, 0.5)
-    assert task.score(one, reply("Hm")).status == "unparsed"
+    values = figures(task, {"1": "Yes", "second": "no", "3": "Yes, it is."})
+    assert (values["f1", "dogs"], values["accuracy", "all"], values["yes_rate", "all"]) == (1.0, 0.5, 0.5)
+    assert task.score(first, reply("Hm")).status == "unparsed"
     assert [m.label for m in task.mentions(three, reply("Yes, it is."))] == [1]
 
 
@@ -55,8 +60,8 @@ def test_captions_with_the_coco_objects(tmp_path, images):
         ("dog", 0),
         ("cat", 1),
     ]
-    found = figures(task, {"1": text})
-    assert (found["chair_i", "all"], found["recall", "all"], found["length", "all"]) == (0.5, 0.5, 5)
+    values = figures(task, {"1": text})
+    assert (values["chair_i", "all"], values["recall", "all"], values["length", "all"]) == (0.5, 0.5, 5)
     assert task.primary == "chair_i"
 
 
@@ -72,8 +77,8 @@ def test_captions_with_a_vocabulary(tmp_path, images):
     }
     task = made(**words)
     sample, text = task.samples()[0], "Two fire trucks with ladders and dogs."
-    found = task.mentions(sample, reply(text))
-    assert [(text[m.start : m.end], m.object, m.label) for m in found] == [
+    mentions = task.mentions(sample, reply(text))
+    assert [(text[m.start : m.end], m.object, m.label) for m in mentions] == [
         ("fire trucks", "fire engine", 0),
         ("ladders", "ladder", 1),
     ]
@@ -157,8 +162,8 @@ def test_broken_vocabularies(tmp_path, text, message):
 
 def test_null_is_a_key_that_is_not_there(tmp_path, images):
     row = {"image": "images/a.png", "question": None, "id": None, "subset": None, "label": "no"}
-    (one, two) = made(kind="yes_no", file=write(tmp_path / "asked.jsonl", row, row), question="Is it red?").samples()
-    assert (one.id, two.id, one.question, one.subset) == ("1", "2", "Is it red?", "all")
+    (first, two) = made(kind="yes_no", file=write(tmp_path / "asked.jsonl", row, row), question="Is it red?").samples()
+    assert (first.id, two.id, first.question, first.subset) == ("1", "2", "Is it red?", "all")
     with pytest.raises(DataError, match="line 1: key 'image' is missing"):
         made(kind="yes_no", file=write(tmp_path / "asked.jsonl", {**row, "image": None}), question="Is it red?")
 
@@ -191,5 +196,5 @@ def test_hidden_files_and_folders_are_no_images(images):
 
 
 def test_a_suffix_whose_blank_was_lost_has_one(asked):
-    (one, *_) = made(kind="yes_no", file=asked, question="Is it red?", suffix="Yes or no?").samples()
-    assert one.question == "Is there a dog? Yes or no?"
+    (sample, *_) = made(kind="yes_no", file=asked, question="Is it red?", suffix="Yes or no?").samples()
+    assert sample.question == "Is there a dog? Yes or no?"

@@ -34,16 +34,16 @@ def task(tmp_path, images):
 
 
 def labelled(task, text, sample=0):
-    found = task.mentions(task.samples()[sample], written(text))
-    assert [mention.mention_index for mention in found] == list(range(len(found)))
-    return [(text[mention.start : mention.end], mention.label) for mention in found]
+    mentions = task.mentions(task.samples()[sample], written(text))
+    assert [mention.mention_index for mention in mentions] == list(range(len(mentions)))
+    return [(text[mention.start : mention.end], mention.label) for mention in mentions]
 
 
 def test_samples_bring_their_answers(task):
-    one, other = task.samples()
-    assert (one.id, one.subset, one.group, one.answer) == ("1", "Caption", "a", TEXT)
+    first, other = task.samples()
+    assert (first.id, first.subset, first.group, first.answer) == ("1", "Caption", "a", TEXT)
     assert (other.id, other.subset, other.group, other.answer) == ("second", "all", "b", "  A cat. ")
-    assert one.reference["spans"] == SPANS
+    assert first.reference["spans"] == SPANS
 
 
 def test_marked_words_are_hallucinated_and_all_others_grounded(task):
@@ -71,8 +71,8 @@ def test_every_place_is_judged_also_of_a_word_that_was_there_before(task):
 def test_surprise_by_hand(task):
     """Two characters a token, of which token n costs n nats: of "A cat." the tokens are "A ", "ca" and "t."."""
     second = task.samples()[1]
-    found = task.score(second, written("A cat.", size=2)).counts
-    assert (found["tokens_grounded"], found["nll_grounded"]) == (3.0, 6.0)
+    counts = task.score(second, written("A cat.", size=2)).counts
+    assert (counts["tokens_grounded"], counts["nll_grounded"]) == (3.0, 6.0)
     first = task.score(task.samples()[0], written(TEXT, size=1)).counts
     assert (first["tokens_attribute"], first["nll_attribute"]) == (3.0, 3 + 4 + 5)
     assert first["tokens_scene"] == 7
@@ -82,28 +82,28 @@ def test_surprise_by_hand(task):
 def test_metrics(task):
     """Every character as surprising as its place in its answer."""
     counts = [task.score(sample, written(sample.answer.strip())).counts for sample in task.samples()]
-    found = {name: float(metric(totals_of(counts))) for name, metric in task.metrics().items()}
-    marked = [place + 1 for start, end, _ in SPANS for place in range(start, end)]
+    values = {name: float(metric(totals_of(counts))) for name, metric in task.metrics().items()}
+    marked = [index + 1 for start, end, _ in SPANS for index in range(start, end)]
     words = [(0, 1), (6, 11), (12, 16), (22, 23)]
-    others = [place + 1 for start, end in words for place in range(start, end)] + [1, 3, 4, 5]
-    assert found["nll_grounded"] == pytest.approx(sum(others) / len(others))
-    assert found["nll_scene"] == pytest.approx(sum(range(30, 37)) / 7)
-    assert found["nll_gap"] == pytest.approx(sum(marked) / len(marked) - sum(others) / len(others))
-    assert found["hallucinated"] == pytest.approx(len(marked) / (len(marked) + len(others)))
+    others = [index + 1 for start, end in words for index in range(start, end)] + [1, 3, 4, 5]
+    assert values["nll_grounded"] == pytest.approx(sum(others) / len(others))
+    assert values["nll_scene"] == pytest.approx(sum(range(30, 37)) / 7)
+    assert values["nll_gap"] == pytest.approx(sum(marked) / len(marked) - sum(others) / len(others))
+    assert values["hallucinated"] == pytest.approx(len(marked) / (len(marked) + len(others)))
 
 
 def test_the_control_shows_grey_pictures_of_the_same_size(tmp_path, images, task):
     control = HalLoc(task.file, task.images, text_only=True)
     control.setup()
-    for one, other in zip(control.samples(), task.samples(), strict=True):
-        assert (one.id, one.question, one.answer, one.image.name) == (
+    for grey, other in zip(control.samples(), task.samples(), strict=True):
+        assert (grey.id, grey.question, grey.answer, grey.image.name) == (
             other.id,
             other.question,
             other.answer,
             other.image.name,
         )
-        assert one.image.load().size == other.image.load().size
-        assert len(set(one.image.load().getdata())) == 1
+        assert grey.image.load().size == other.image.load().size
+        assert len(set(grey.image.load().getdata())) == 1
     assert control.samples()[0].image.sha256 == control.samples()[1].image.sha256
     assert task.samples()[0].image.sha256 != task.samples()[1].image.sha256
 

@@ -34,15 +34,15 @@ ROWS = [
 
 
 @pytest.fixture
-def place(tmp_path):
+def root(tmp_path):
     return published(tmp_path, ROWS)
 
 
 def published(folder, rows):
     """The published file, all on one line, and its images; as settings."""
-    for one in rows:
-        if "filename" in one:
-            path = folder / one["filename"]
+    for entry in rows:
+        if "filename" in entry:
+            path = folder / entry["filename"]
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (4, 4)).save(path)
     (folder / "HallusionBench.json").write_text(json.dumps(rows))
@@ -60,8 +60,8 @@ def answered(task, *texts):
     return figures(task, {sample.id: text for sample, text in pairs if text is not None})
 
 
-def test_samples(place):
-    samples = made(place, suffix=" Yes or no?").samples()
+def test_samples(root):
+    samples = made(root, suffix=" Yes or no?").samples()
     assert [s.id for s in samples] == [
         *("VD_illusion_0_0_0", "VD_illusion_0_0_1", "VD_illusion_0_1_0", "VD_illusion_0_1_1"),
         *("VS_map_0_1_0", "VS_map_0_2_0"),
@@ -72,33 +72,33 @@ def test_samples(place):
     assert samples[-1].image.name == "VS/map/0_2.png"
 
 
-def test_by_hand(place):
+def test_by_hand(root):
     """Wrong: the second question of the second figure. So 5 of 6, 3 of 4 figures, 2 of 3 questions."""
-    found = answered(made(place), "Yes", "No", "no", "The answer is no.", "yes", "No, it is not")
-    assert found["aAcc", "all"] == pytest.approx(5 / 6)
-    assert found["fAcc", "all"] == pytest.approx(3 / 4)
-    assert found["qAcc", "all"] == pytest.approx(2 / 3)
-    assert [found[name, "VD"] for name in ("aAcc", "fAcc", "qAcc")] == [0.75, 0.5, 0.5]
-    assert [found[name, "VS"] for name in ("aAcc", "fAcc", "qAcc")] == [1.0, 1.0, 1.0]
+    values = answered(made(root), "Yes", "No", "no", "The answer is no.", "yes", "No, it is not")
+    assert values["aAcc", "all"] == pytest.approx(5 / 6)
+    assert values["fAcc", "all"] == pytest.approx(3 / 4)
+    assert values["qAcc", "all"] == pytest.approx(2 / 3)
+    assert [values[name, "VD"] for name in ("aAcc", "fAcc", "qAcc")] == [0.75, 0.5, 0.5]
+    assert [values[name, "VS"] for name in ("aAcc", "fAcc", "qAcc")] == [1.0, 1.0, 1.0]
 
 
-def test_what_cannot_be_read(place):
+def test_what_cannot_be_read(root):
     """An answer without yes or no takes its figure and its question out of the figures, but not of the published."""
-    task = made(place)
+    task = made(root)
     assert task.score(task.samples()[0], reply("Yes and no")).status == "unparsed"
-    found = answered(task, "It is", "No", "no", "Yes", "yes", "no")
-    assert [found[name, "all"] for name in ("aAcc", "fAcc", "qAcc")] == [1.0, 1.0, 1.0]
-    assert found["aAcc_published", "all"] == pytest.approx(5 / 6)
-    assert found["fAcc_published", "all"] == pytest.approx(3 / 4)
-    assert found["qAcc_published", "all"] == pytest.approx(2 / 3)
+    values = answered(task, "It is", "No", "no", "Yes", "yes", "no")
+    assert [values[name, "all"] for name in ("aAcc", "fAcc", "qAcc")] == [1.0, 1.0, 1.0]
+    assert values["aAcc_published", "all"] == pytest.approx(5 / 6)
+    assert values["fAcc_published", "all"] == pytest.approx(3 / 4)
+    assert values["qAcc_published", "all"] == pytest.approx(2 / 3)
 
 
-def test_sets_that_are_not_complete_are_not_judged(place):
-    found = answered(made(place), "Yes", "Yes", None, None, "yes", None)
-    assert found["fAcc", "VD"] == 0.0  # the first figure is complete
-    assert np.isnan(found["qAcc", "VD"])
-    assert found["fAcc", "VS"] == 1.0
-    assert np.isnan(found["qAcc", "VS"])
+def test_sets_that_are_not_complete_are_not_judged(root):
+    values = answered(made(root), "Yes", "Yes", None, None, "yes", None)
+    assert values["fAcc", "VD"] == 0.0  # the first figure is complete
+    assert np.isnan(values["qAcc", "VD"])
+    assert values["fAcc", "VS"] == 1.0
+    assert np.isnan(values["qAcc", "VS"])
 
 
 def test_against_a_grouping_written_out(tmp_path):
@@ -112,30 +112,37 @@ def test_against_a_grouping_written_out(tmp_path):
     ]
     task = made(published(tmp_path, rows))
     texts = [draw.choice(("Yes", "No", "Hm", "No", "Yes")) for _ in rows]
-    found = answered(task, *texts)
-    right = [text == ("No", "Yes")[int(one["gt_answer"])] for one, text in zip(rows, texts, strict=True)]
+    values = answered(task, *texts)
+    right = [text == ("No", "Yes")[int(entry["gt_answer"])] for entry, text in zip(rows, texts, strict=True)]
     for name, key in (("fAcc", "figure_id"), ("qAcc", "question_id")):
         groups = defaultdict(list)
-        for index, one in enumerate(rows):
-            groups[one["category"], one["subcategory"], one["set_id"], one[key]].append(index)
-        published_value = np.mean([all(right[i] for i in some) for some in groups.values()])
-        read = [some for some in groups.values() if all(texts[i] != "Hm" for i in some)]
-        assert found[f"{name}_published", "all"] == pytest.approx(published_value)
-        assert found[name, "all"] == pytest.approx(np.mean([all(right[i] for i in some) for some in read]))
+        for index, entry in enumerate(rows):
+            groups[entry["category"], entry["subcategory"], entry["set_id"], entry[key]].append(index)
+        published_value = np.mean([all(right[i] for i in indices) for indices in groups.values()])
+        read = [indices for indices in groups.values() if all(texts[i] != "Hm" for i in indices)]
+        assert values[f"{name}_published", "all"] == pytest.approx(published_value)
+        assert values[name, "all"] == pytest.approx(np.mean([all(right[i] for i in indices) for indices in read]))
         assert 0 < len(read) < len(groups)
-    assert found["aAcc_published", "all"] == pytest.approx(np.mean(right))
+    assert values["aAcc_published", "all"] == pytest.approx(np.mean(right))
 
 
-def test_the_hub_gives_the_same(place, tmp_path):
-    rows = [{key: value for key, value in one.items() if key != "filename"} for one in ROWS if "filename" in one]
-    pictures = [{"path": None, "bytes": (tmp_path / one["filename"]).read_bytes()} for one in ROWS if "filename" in one]
+def test_the_hub_gives_the_same(root, tmp_path):
+    rows = [{key: value for key, value in entry.items() if key != "filename"} for entry in ROWS if "filename" in entry]
+    pictures = [
+        {"path": None, "bytes": (tmp_path / entry["filename"]).read_bytes()} for entry in ROWS if "filename" in entry
+    ]
     folder = write(tmp_path / "hub" / "hallusion", rows, pictures)
-    for one, other in zip(
-        made({"source": "hub", "dataset": str(folder), "split": "test"}).samples(), made(place).samples(), strict=True
+    for entry, other in zip(
+        made({"source": "hub", "dataset": str(folder), "split": "test"}).samples(), made(root).samples(), strict=True
     ):
-        assert (one.id, one.question, one.group, one.subset) == (other.id, other.question, other.group, other.subset)
-        assert one.reference == other.reference
-        assert one.image.load().size == (4, 4)
+        assert (entry.id, entry.question, entry.group, entry.subset) == (
+            other.id,
+            other.question,
+            other.group,
+            other.subset,
+        )
+        assert entry.reference == other.reference
+        assert entry.image.load().size == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +159,9 @@ def test_wrong_settings(settings, message):
         HallusionBench(**{"file": "a", "images": "b", **settings})
 
 
-def test_a_task_that_has_read_nothing_yet_tallies_the_same(place):
+def test_a_task_that_has_read_nothing_yet_tallies_the_same(root):
     """As `stethoscope compare` makes it, of the records of a finished run."""
-    task = made(place)
+    task = made(root)
     fresh = type(task)(**settings_of(task))
     judged = [(sample, task.score(sample, reply("Yes")).counts) for sample in task.samples()]
     assert fresh.tally(judged) == task.tally(judged)

@@ -9,7 +9,7 @@ from stethoscope.tasks.image_folder import ImageFolder
 
 
 @pytest.fixture
-def place(tmp_path):
+def tree(tmp_path):
     """A folder with a picture and a folder in it, beside a picture outside."""
     (tmp_path / "in" / "more").mkdir(parents=True)
     for name in ("in/a.png", "in/more/b.png", "out.png"):
@@ -17,19 +17,19 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_every_picture_is_asked_about_and_the_rest_is_counted(place):
+def test_every_picture_is_asked_about_and_the_rest_is_counted(tree):
     photo = Image.new("RGB", (8, 8), "red")
     kinds = {"b.jfif": "JPEG", "c.JPE": "JPEG", "d.avif": "AVIF", "e.jp2": "JPEG2000", "f.ppm": "PPM",
              "000123": "JPEG", "g.part": "PNG", "more/even/h.webp": "WEBP"}  # fmt: skip
-    (place / "in" / "more" / "even").mkdir()
+    (tree / "in" / "more" / "even").mkdir()
     for name, kind in kinds.items():
-        photo.save(place / "in" / name, kind)
+        photo.save(tree / "in" / name, kind)
     for name in ("notes.txt", "x.json", "y.json", "README", ".hidden.png", "._a.png"):
-        (place / "in" / name).write_text("{}")
-    (place / "in" / ".thumbs").mkdir()
-    photo.save(place / "in" / ".thumbs" / "t.png")
-    (place / "in" / "linked").symlink_to(place, target_is_directory=True)
-    task = Custom(images=str(place / "in"), question="What is there?")
+        (tree / "in" / name).write_text("{}")
+    (tree / "in" / ".thumbs").mkdir()
+    photo.save(tree / "in" / ".thumbs" / "t.png")
+    (tree / "in" / "linked").symlink_to(tree, target_is_directory=True)
+    task = Custom(images=str(tree / "in"), question="What is there?")
     with pytest.warns(UserWarning, match=r"5 of 15 .* are left out.*: 2 \.json, 1 linked folders, .*1 without ending"):
         task.setup()
     assert {sample.id for sample in task.samples()} == {"a.png", "more/b.png", *kinds}
@@ -38,8 +38,8 @@ def test_every_picture_is_asked_about_and_the_rest_is_counted(place):
         assert sample.image.load().mode == "RGB"
 
 
-def test_nothing_is_said_of_a_folder_of_pictures_alone(place, recwarn):
-    assert ImageFolder(place / "in").walk() == ["a.png", "more/b.png"]
+def test_nothing_is_said_of_a_folder_of_pictures_alone(tree, recwarn):
+    assert ImageFolder(tree / "in").walk() == ["a.png", "more/b.png"]
     assert not [warning for warning in recwarn if "left out" in str(warning.message)]
 
 
@@ -48,33 +48,33 @@ def test_nothing_is_said_of_a_folder_of_pictures_alone(place, recwarn):
     [
         "../out.png",
         "more/../../out.png",
-        "{place}/out.png",
+        "{tree}/out.png",
         "..\\out.png",
         "C:\\out.png",
         "C:/out.png",
         "/etc/hostname",
     ],
 )
-def test_a_path_that_leads_out(place, name):
+def test_a_path_that_leads_out(tree, name):
     with pytest.raises(DataError, match="leads out of"):
-        ImageFolder(place / "in").find(name.format(place=place), "q.jsonl, line 1")
+        ImageFolder(tree / "in").find(name.format(tree=tree), "q.jsonl, line 1")
 
 
 @pytest.mark.parametrize(
     "name",
     ["http://127.0.0.1:9/a.png", "https://x/a.png", "file:///etc/hostname", "zip://a.png::http://x/y.zip", "s3://a"],
 )
-def test_an_address_is_never_followed(place, name, monkeypatch):
+def test_an_address_is_never_followed(tree, name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
     with pytest.raises(DataError, match=r"is an address; .* nothing is fetched"):
-        ImageFolder(place / "in").find(name, "q.jsonl, line 1")
+        ImageFolder(tree / "in").find(name, "q.jsonl, line 1")
 
 
-def test_links_that_lead_out_are_refused_and_those_that_stay_inside_are_not(place):
-    root = place / "in"
-    (root / "out.png").symlink_to(place / "out.png")
-    (root / "more" / "out.png").symlink_to(place / "out.png")
-    (root / "up").symlink_to(place, target_is_directory=True)
+def test_links_that_lead_out_are_refused_and_those_that_stay_inside_are_not(tree):
+    root = tree / "in"
+    (root / "out.png").symlink_to(tree / "out.png")
+    (root / "more" / "out.png").symlink_to(tree / "out.png")
+    (root / "up").symlink_to(tree, target_is_directory=True)
     (root / "same.png").symlink_to(root / "more" / "b.png")
     folder = ImageFolder(root)
     for name in ("out.png", "more/out.png", "up/out.png"):
@@ -85,25 +85,25 @@ def test_links_that_lead_out_are_refused_and_those_that_stay_inside_are_not(plac
         Custom(images=str(root), question="?").setup()
 
 
-def test_the_folder_itself_may_be_a_link(place):
-    (place / "link").symlink_to(place / "in", target_is_directory=True)
-    folder = ImageFolder(place / "link")
+def test_the_folder_itself_may_be_a_link(tree):
+    (tree / "link").symlink_to(tree / "in", target_is_directory=True)
+    folder = ImageFolder(tree / "link")
     assert folder.find("more/b.png", "here").load().size == (4, 4)
     assert folder.walk() == ["a.png", "more/b.png"]
 
 
-def test_links_of_the_hub_cache_count_as_inside(place):
-    repository = place / "datasets--me--set"
+def test_links_of_the_hub_cache_count_as_inside(tree):
+    repository = tree / "datasets--me--set"
     (repository / "blobs").mkdir(parents=True)
     (repository / "snapshots" / "0123" / "images").mkdir(parents=True)
-    (place / "out.png").rename(repository / "blobs" / "abc")
+    (tree / "out.png").rename(repository / "blobs" / "abc")
     link = repository / "snapshots" / "0123" / "images" / "a.png"
     link.symlink_to("../../../blobs/abc")
     assert ImageFolder(link.parent).find("a.png", "here").load().size == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["{place}/in/more/b.png", "more\\b.png", "./more/b.png"])
-def test_other_ways_to_name_a_picture_inside(place, name):
-    image = ImageFolder(place / "in").find(name.format(place=place), "here")
+@pytest.mark.parametrize("name", ["{tree}/in/more/b.png", "more\\b.png", "./more/b.png"])
+def test_other_ways_to_name_a_picture_inside(tree, name):
+    image = ImageFolder(tree / "in").find(name.format(tree=tree), "here")
     assert image.load().size == (4, 4)
     assert image.group == "more/b"

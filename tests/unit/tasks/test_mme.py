@@ -52,66 +52,66 @@ def test_samples(folder):
 
 def test_score_of_a_category_by_hand(folder):
     """Three of four answers right, one of two images wholly: 75 + 50."""
-    found = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "Yes")
-    assert found["accuracy", "existence"] == 0.75
-    assert found["accuracy_plus", "existence"] == 0.5
-    assert found["score", "existence"] == found["score_published", "existence"] == 125
-    assert ("score", "total") not in found
+    values = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "Yes")
+    assert values["accuracy", "existence"] == 0.75
+    assert values["accuracy_plus", "existence"] == 0.5
+    assert values["score", "existence"] == values["score_published", "existence"] == 125
+    assert ("score", "total") not in values
 
 
 def test_strict_reading(folder):
     """Without "yes it is" three answers are read and all right, and one image is whole."""
-    found = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "No")
-    assert found["score", "existence"] == 200
-    assert found["score_strict", "existence"] == 200
-    found = answered(made(folder, "existence"), "Yes", "Yes", "yes it is", "No")
-    assert found["score_strict", "existence"] == pytest.approx(100 * 2 / 3)
+    values = answered(made(folder, "existence"), "Yes", "No.", "yes it is", "No")
+    assert values["score", "existence"] == 200
+    assert values["score_strict", "existence"] == 200
+    values = answered(made(folder, "existence"), "Yes", "Yes", "yes it is", "No")
+    assert values["score_strict", "existence"] == pytest.approx(100 * 2 / 3)
 
 
 def test_the_first_four_characters_count(folder):
     """ "Nothing of it" is a no, and "I see: yes" is nothing; read strictly, neither is anything."""
     task = made(folder, "existence")
     replies = [task.score(task.samples()[1], reply(text)).detail for text in ("Nothing of it", "I see: yes", "no")]
-    assert [(one["reply"], one["strict"]) for one in replies] == [("no", None), (None, None), ("no", "no")]
-    found = answered(task, "Yes", "Nothing of it", "Yes", "No")
-    assert found["score", "existence"] == 200
-    assert found["accuracy", "existence"] == 1.0
+    assert [(row["reply"], row["strict"]) for row in replies] == [("no", None), (None, None), ("no", "no")]
+    values = answered(task, "Yes", "Nothing of it", "Yes", "No")
+    assert values["score", "existence"] == 200
+    assert values["accuracy", "existence"] == 1.0
 
 
 def test_an_answer_that_cannot_be_read(folder):
     """Left out, with its image, of the score; wrong in the published one, as in the authors' code."""
     task = made(folder, "existence")
     assert task.score(task.samples()[0], reply("It is a dog")).status == "unparsed"
-    found = answered(task, "It is a dog", "No", "Yes", "No")
-    assert found["accuracy", "existence"] == found["accuracy_plus", "existence"] == 1.0
-    assert found["score", "existence"] == 200
-    assert found["score_published", "existence"] == 75 + 50
+    values = answered(task, "It is a dog", "No", "Yes", "No")
+    assert values["accuracy", "existence"] == values["accuracy_plus", "existence"] == 1.0
+    assert values["score", "existence"] == 200
+    assert values["score_published", "existence"] == 75 + 50
 
 
 def test_an_image_with_a_failed_question_has_no_pair(folder):
-    found = answered(made(folder, "existence"), "Yes", None, "Yes", "Yes")
-    assert found["accuracy", "existence"] == pytest.approx(2 / 3)
-    assert found["accuracy_plus", "existence"] == 0.0
-    assert found["score_published", "existence"] == pytest.approx(100 * 2 / 3)
-    found = answered(made(folder, "existence"), "Yes", None, "Yes", None)
-    assert np.isnan(found["accuracy_plus", "existence"])
+    values = answered(made(folder, "existence"), "Yes", None, "Yes", "Yes")
+    assert values["accuracy", "existence"] == pytest.approx(2 / 3)
+    assert values["accuracy_plus", "existence"] == 0.0
+    assert values["score_published", "existence"] == pytest.approx(100 * 2 / 3)
+    values = answered(made(folder, "existence"), "Yes", None, "Yes", None)
+    assert np.isnan(values["accuracy_plus", "existence"])
 
 
 def test_the_total_is_the_sum_over_categories(folder):
     right, wrong = ["Yes", "No", "Yes", "No"], ["Yes", "Yes", "Yes", "Yes"]
-    found = answered(made(folder), *right, *wrong)
-    assert (found["score", "existence"], found["score", "color"]) == (200, 50)
-    assert found["score", "total"] == 250
-    assert found["accuracy", "total"] == 0.75
-    found = answered(made(folder), *right, *wrong[:2], None, None)  # one image less does not count less
-    assert found["score", "total"] == 250
+    values = answered(made(folder), *right, *wrong)
+    assert (values["score", "existence"], values["score", "color"]) == (200, 50)
+    assert values["score", "total"] == 250
+    assert values["accuracy", "total"] == 0.75
+    values = answered(made(folder), *right, *wrong[:2], None, None)  # one image less does not count less
+    assert values["score", "total"] == 250
 
 
 def test_all_right_is_eight_hundred(folder):
     for category in ("count", "position"):
         (folder / category).symlink_to(folder / "color")
-    found = answered(made(folder, "existence", "count", "position", "color"), *["Yes", "No"] * 8)
-    assert found["score", "total"] == 800
+    values = answered(made(folder, "existence", "count", "position", "color"), *["Yes", "No"] * 8)
+    assert values["score", "total"] == 800
 
 
 def test_mentions(folder):
@@ -133,9 +133,14 @@ def test_the_hub_gives_the_same(folder, tmp_path):
                 rows[-1]["category"] = category
                 pictures.append({"path": None, "bytes": (folder / "existence" / "a.png").read_bytes()})
     task = made(None, source="hub", dataset=str(write(tmp_path / "hub" / "mme", rows, pictures)))
-    for one, other in zip(task.samples(), made(folder).samples(), strict=True):
-        assert (one.id, one.question, one.group, one.subset) == (other.id, other.question, other.group, other.subset)
-        assert one.reference == other.reference
+    for ours, theirs in zip(task.samples(), made(folder).samples(), strict=True):
+        assert (ours.id, ours.question, ours.group, ours.subset) == (
+            theirs.id,
+            theirs.question,
+            theirs.group,
+            theirs.subset,
+        )
+        assert ours.reference == theirs.reference
     assert task.samples()[0].image.load().size == (4, 4)
 
 

@@ -107,10 +107,10 @@ def test_thousand_real_captions(shared):
     files = sorted((shared / "captions").glob("*.jsonl"))
     captions = [json.loads(line)["caption"] for file in files for line in file.read_text().splitlines()]
     assert len(captions) == 1000
-    found = [mentions(caption) for caption in captions]
-    assert sum(bool(one) for one in found) >= 970
-    for caption, one in zip(captions, found, strict=True):
-        for name, start, end in one:
+    extracted = [mentions(caption) for caption in captions]
+    assert sum(bool(objects) for objects in extracted) >= 970
+    for caption, objects in zip(captions, extracted, strict=True):
+        for name, start, end in objects:
             assert caption[start:end].strip() == caption[start:end] != ""
             assert name in OBJECTS
 

@@ -66,8 +66,8 @@ def test_an_answer_that_cannot_be_read_counts_nothing(task):
 
 def test_mention_is_the_word_yes(task):
     there, absent = task.samples()[:2]
-    (one,) = task.mentions(absent, reply('"Yes", I think.'))
-    assert (one.start, one.end, one.object, one.label, one.mention_index, one.repeat_index) == (
+    (mention,) = task.mentions(absent, reply('"Yes", I think.'))
+    assert (mention.start, mention.end, mention.object, mention.label, mention.mention_index, mention.repeat_index) == (
         1,
         4,
         "fire hydrant",
@@ -83,8 +83,8 @@ def test_mention_is_the_word_yes(task):
 def test_official_parser_marks_the_first_word_of_a_yes_without_yes(pope_folder, images):
     task = Pope("files", questions=str(pope_folder), images=str(images))
     task.setup()
-    (one,) = task.mentions(task.samples()[1], reply("There is."))
-    assert (one.start, one.end, one.label) == (0, 5, 1)
+    (mention,) = task.mentions(task.samples()[1], reply("There is."))
+    assert (mention.start, mention.end, mention.label) == (0, 5, 1)
 
 
 @pytest.mark.parametrize(

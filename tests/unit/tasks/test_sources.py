@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.by_hand import QUESTIONS
+from helpers.by_hand import QUESTIONS, reply
 
 from stethoscope.core.errors import DataError
 from stethoscope.tasks.chair import Chair
@@ -54,16 +54,16 @@ def test_pope_equals_the_published_files(pope_set, pope_folder, images, local_fi
     files = Pope("files", questions=str(pope_folder), images=str(images))
     hub.setup()
     files.setup()
-    for one, other in zip(hub.samples(), files.samples(), strict=True):
-        assert (one.id, one.question, one.group, one.subset, one.reference) == (
+    for sample, other in zip(hub.samples(), files.samples(), strict=True):
+        assert (sample.id, sample.question, sample.group, sample.subset, sample.reference) == (
             other.id,
             other.question,
             other.group,
             other.subset,
             other.reference,
         )
-        assert one.image.sha256
-        assert one.image.load().tobytes() == other.image.load().tobytes()
+        assert sample.image.sha256
+        assert sample.image.load().tobytes() == other.image.load().tobytes()
 
 
 def test_a_revision_is_found_in_the_hub_cache_without_network(pope_set, tmp_path, monkeypatch):
@@ -85,7 +85,10 @@ def test_chair(tmp_path, images):
     pictures = [{"path": None, "bytes": (images / name).read_bytes()} for name in ("a.png", "b.png")]
     task = Chair("hub", dataset=str(write(tmp_path / "chair", rows, pictures)))
     task.setup()
-    assert [(one.id, one.reference["objects"]) for one in task.samples()] == [("7", ["chair", "dog"]), ("3", [])]
+    assert [(row.id, row.reference["objects"]) for row in task.samples()] == [
+        ("7", ["chair", "dog"]),
+        ("3", []),
+    ]
     assert task.samples()[1].image.load().getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -217,8 +220,8 @@ def test_a_picture_that_is_missing_or_broken_fails_its_sample_alone(tmp_path, im
     cells = [{"bytes": (images / "a.png").read_bytes()}, None, {"bytes": b"none"}, {"bytes": None, "path": None}]
     task = plain(tmp_path / "set", cells, STRUCT)
     task.setup()
-    one, *others = task.samples()
-    assert one.image.load().size == (4, 4)
+    first, *others = task.samples()
+    assert first.image.load().size == (4, 4)
     for sample, message in zip(others, ("is missing from", "not an intact file of", "is missing from"), strict=True):
         with pytest.raises(DataError, match=message):
             sample.image.load()
@@ -291,3 +294,50 @@ def test_where_the_files_of_a_split_may_lie(tmp_path):
     (tmp_path / "inside" / "test.parquet").symlink_to(tmp_path / "outside" / "test.parquet")
     with pytest.raises(DataError, match="there are: none"):
         split_files(tmp_path / "inside", "test")
+
+
+SCENES = 24
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    testbed = pytest.importorskip("stethoscope.testbed")
+    if not hasattr(testbed, "export"):
+        pytest.skip("stethoscope.testbed has no export yet")
+    folder = tmp_path_factory.mktemp("exported")
+    testbed.export(folder, testbed.scenes(SCENES))
+    return folder
+
+
+def agree(embedded, other):
+    """Two tasks with the same samples, pixels and scores."""
+    embedded.setup()
+    other.setup()
+    texts = ("Yes", "No.", "A dog on a couch near two cars, a person and a bottle.", "A traffic light and people", "")
+    for ours, theirs in zip(embedded.samples(), other.samples(), strict=True):
+        assert ours.image.name == theirs.image.name
+        for field in ("id", "question", "group", "subset", "reference"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert ours.image.load().tobytes() == theirs.image.load().tobytes()
+        for answer in map(reply, texts):
+            assert embedded.score(ours, answer) == other.score(theirs, answer)
+            assert embedded.mentions(ours, answer) == other.mentions(theirs, answer)
+
+
+def test_pope_reads_exported_scenes_back(exported):
+    files = Pope("files", questions=str(exported), images=str(exported / "images"))
+    ours = Pope(scenes=SCENES)
+    agree(ours, files)
+    labels = [sample.reference["label"] for sample in ours.samples()]
+    assert labels.count("yes") * 2 == len(labels) > 0
+    assert "unknown" not in {sample.reference["object"] for sample in ours.samples()}
+
+
+def test_chair_reads_exported_scenes_back(exported):
+    files = Chair(
+        "files",
+        instances=str(exported / "instances.json"),
+        captions=str(exported / "captions.json"),
+        images=str(exported / "images"),
+    )
+    agree(Chair(scenes=SCENES), files)

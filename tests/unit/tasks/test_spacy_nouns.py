@@ -83,12 +83,12 @@ def test_against_the_transcription(folder, images):
     annotation = {1: {"truth": ["dog"], "hallu": ["cat"]}}
     association = json.loads((folder / "relation.json").read_text())
 
-    def alike(one, other):
-        if one == other:
+    def alike(first, other):
+        if first == other:
             return True
-        if one not in VECTORS or other not in VECTORS:
+        if first not in VECTORS or other not in VECTORS:
             return False
-        a, b = np.array(VECTORS[one]), np.array(VECTORS[other])
+        a, b = np.array(VECTORS[first]), np.array(VECTORS[other])
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) > 0.8
 
     nouns = [noun.name for noun in task._nouns(text)]

@@ -70,8 +70,8 @@ def test_what_the_other_parsers_read(row):
 
 
 def test_a_claim_is_the_word_yes():
-    (one,) = claim('"Yes", yes', "yes", "no", "dog")
-    assert (one.start, one.end, one.object, one.label) == (1, 4, "dog", 1)
-    (one,) = claim("There is.", "yes", "yes", "dog")
-    assert (one.start, one.end, one.label) == (0, 5, 0)
+    (mention,) = claim('"Yes", yes', "yes", "no", "dog")
+    assert (mention.start, mention.end, mention.object, mention.label) == (1, 4, "dog", 1)
+    (mention,) = claim("There is.", "yes", "yes", "dog")
+    assert (mention.start, mention.end, mention.label) == (0, 5, 0)
     assert claim("No", "no", "yes", "dog") == claim("", None, "yes", "dog") == ()

@@ -15,8 +15,8 @@ def test_the_gallery_takes_the_clearest_and_different_ones():
             "sample_id": ["a", "b", "c", "a", "b", "c"],
         }
     )
-    found = {kind: list(some.index) for kind, some in examples.select_mentions(rows, 2).items()}
-    assert found == {"caught": [0, 2], "missed": [3], "false alarm": [4]}
+    chosen = {kind: list(mentions.index) for kind, mentions in examples.select_mentions(rows, 2).items()}
+    assert chosen == {"caught": [0, 2], "missed": [3], "false alarm": [4]}
     assert list(examples.select_mentions(rows, 3)["caught"].index) == [0, 1, 2]
 
 
