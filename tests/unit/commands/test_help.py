@@ -21,14 +21,14 @@ def made(tmp_path, text, name="one"):
 
 
 def test_comments_above_behind_and_below(tmp_path):
-    found = made(
+    lines = made(
         tmp_path,
         "# The title\n# in two lines\n_target_: a.B\n"
         "first: 1         # behind\n                 # and below\n# not below but above\nsecond: '# no comment'\n\n"
         "# far away\n\nthird: [1, '#']  # after a list\n"
         "deep:            # of the whole\n  inner: null    # of the part\n  # above\n  other: 3\nlast: x\n",
     )
-    assert found == {
+    assert lines == {
         "first": Comments((), ("behind", "and below")),
         "second": Comments(("not below but above",)),
         "third": Comments((), ("after a list",)),

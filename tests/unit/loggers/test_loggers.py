@@ -20,13 +20,13 @@ def events(path):
 
 def test_events_are_written_in_every_run_directory(tmp_path):
     Evaluator([Timing(every=0)], run_dir=tmp_path, batch_size=5).run(TinyAdapter(), TinyTask())
-    found = events(tmp_path / "events.jsonl")
-    assert [event["event"] for event in found] == ["config", "metrics", "metrics", "metrics", "table", "metrics"]
-    assert found[0]["config"]["tiny"]["adapter"]["revision"] == "1"
-    assert found[1]["step"] == 5
-    assert found[3]["metrics"]["tiny/easy/accuracy"] == 1.0
-    assert found[4]["name"] == "tiny/metrics"
-    assert found[5]["metrics"]["tiny/seconds/samples_per_second"] > 0
+    written = events(tmp_path / "events.jsonl")
+    assert [event["event"] for event in written] == ["config", "metrics", "metrics", "metrics", "table", "metrics"]
+    assert written[0]["config"]["tiny"]["adapter"]["revision"] == "1"
+    assert written[1]["step"] == 5
+    assert written[3]["metrics"]["tiny/easy/accuracy"] == 1.0
+    assert written[4]["name"] == "tiny/metrics"
+    assert written[5]["metrics"]["tiny/seconds/samples_per_second"] > 0
 
 
 def test_loggers_pass_on_and_leave_out_what_is_not_defined(tmp_path):
@@ -35,10 +35,10 @@ def test_loggers_pass_on_and_leave_out_what_is_not_defined(tmp_path):
     loggers.log_config({"key": "value", "api_key": "secret", "nested": [{"password": "x"}]})
     loggers.log_metrics({"good": 1, "bad": math.nan})
     loggers.finalize("finished")
-    found = events(tmp_path / "a.jsonl")
-    assert found[0]["config"] == {"key": "value", "api_key": "***", "nested": [{"password": "***"}]}
-    assert found[1]["metrics"] == {"good": 1.0}
-    assert found[2]["status"] == "finished"
+    written = events(tmp_path / "a.jsonl")
+    assert written[0]["config"] == {"key": "value", "api_key": "***", "nested": [{"password": "***"}]}
+    assert written[1]["metrics"] == {"good": 1.0}
+    assert written[2]["status"] == "finished"
     assert len(events(tmp_path / "run/events.jsonl")) == 3
     assert len(loggers.loggers) == 2
 

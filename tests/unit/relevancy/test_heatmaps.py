@@ -26,21 +26,21 @@ HALVES = [(0, 0, 50, 40), (50, 0, 100, 40), (0, 0, 100, 40)]
 def test_tiles_lie_where_the_processor_takes_them_from(model, boxes):
     adapter = stethoscope.load(model, random_init="tiny")
     spans = adapter.encode(Image.new("RGB", WIDE), "What?").spans
-    found = token_regions(adapter, WIDE, spans, tiles=len(boxes))
-    assert np.allclose([box for _, box in found.grids], boxes, atol=0.5)
-    assert np.allclose(found.tiles, boxes, atol=0.5)
-    assert tuple(grid for grid, _ in found.grids) == spans.grids
-    assert len(found.cells) == sum(rows * columns for rows, columns in spans.grids)
+    regions = token_regions(adapter, WIDE, spans, tiles=len(boxes))
+    assert np.allclose([box for _, box in regions.grids], boxes, atol=0.5)
+    assert np.allclose(regions.tiles, boxes, atol=0.5)
+    assert tuple(grid for grid, _ in regions.grids) == spans.grids
+    assert len(regions.cells) == sum(rows * columns for rows, columns in spans.grids)
 
 
 def test_a_picture_with_separators_lies_in_it_twice():
     adapter = stethoscope.load("llava-1.6-vicuna-7b", random_init="tiny")
     spans = adapter.encode(Image.new("RGB", WIDE), "What?").spans
-    found = token_regions(adapter, WIDE, spans, tiles=4)
-    assert [box for _, box in found.grids] == [(0, 0, 100, 40)] * 2
-    assert len(found.cells) == len(spans.image) - len(spans.separators)
-    assert np.allclose(found.tiles[0], (0, 0, 100, 40), atol=0.5)
-    assert np.allclose(found.tiles[2], (30, 0, 70, 40), atol=0.5)  # the middle one of three squares, padded at the ends
+    tiled = token_regions(adapter, WIDE, spans, tiles=4)
+    assert [box for _, box in tiled.grids] == [(0, 0, 100, 40)] * 2
+    assert len(tiled.cells) == len(spans.image) - len(spans.separators)
+    assert np.allclose(tiled.tiles[0], (0, 0, 100, 40), atol=0.5)
+    assert np.allclose(tiled.tiles[2], (30, 0, 70, 40), atol=0.5)  # the middle one of three squares, padded at the ends
 
 
 @pytest.mark.parametrize(("start", "stop", "cells", "pixels"), [(0, 6, 3, 6), (-2.5, 9.25, 4, 7), (1.2, 3.1, 5, 4)])
@@ -48,8 +48,8 @@ def test_coverage_is_what_many_points_of_a_cell_show(start, stop, cells, pixels)
     points = np.linspace(start, stop, cells * 20_000, endpoint=False) + (stop - start) / cells / 40_000
     counted = np.array(
         [
-            np.histogram(some, np.arange(pixels + 1))[0] / len(some)
-            for some in points.reshape(cells, -1)
+            np.histogram(sampled, np.arange(pixels + 1))[0] / len(sampled)
+            for sampled in points.reshape(cells, -1)
         ]
     )  # fmt: skip
     assert np.allclose(coverage(start, stop, cells, pixels), counted, atol=1e-3)
@@ -58,13 +58,13 @@ def test_coverage_is_what_many_points_of_a_cell_show(start, stop, cells, pixels)
 def test_heat_keeps_what_the_cells_hold_and_puts_it_in_their_place():
     values = np.zeros((2, 2, 4))
     values[0, 1, 3], values[1, 0, 0] = 3.0, 5.0
-    found = heat([values], [(20, 0, 100, 40)], (100, 40), (40, 100))
-    assert found.shape == (2, 40, 100)
-    assert np.allclose(found.sum((1, 2)), (3, 5))
-    assert np.allclose(found[0, 20:, 80:], 3 / 400)
-    assert np.allclose(found[1, :20, 20:40], 5 / 400)
-    assert not found[0, :20].any()
-    assert not found[:, :, :20].any()
+    heat_map = heat([values], [(20, 0, 100, 40)], (100, 40), (40, 100))
+    assert heat_map.shape == (2, 40, 100)
+    assert np.allclose(heat_map.sum((1, 2)), (3, 5))
+    assert np.allclose(heat_map[0, 20:, 80:], 3 / 400)
+    assert np.allclose(heat_map[1, :20, 20:40], 5 / 400)
+    assert not heat_map[0, :20].any()
+    assert not heat_map[:, :, :20].any()
 
 
 def test_padding_takes_its_share_with_it_and_a_tile_without_a_place_is_left_out():
