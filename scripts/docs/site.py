@@ -24,7 +24,9 @@ def on_config(config: Any) -> Any:
     shutil.rmtree(PACKAGE.parent, ignore_errors=True)
     PACKAGE.mkdir(parents=True)
     for path in (ROOT / "stethoscope").iterdir():
-        if path.name != "__pycache__":
+        if path.is_file():  # a copy: Griffe would look for the other modules beside the target of a linked __init__.py
+            shutil.copy(path, PACKAGE)
+        elif path.name != "__pycache__":
             (PACKAGE / path.name).symlink_to(path)
     for name in ("adapters", "tasks"):
         (PACKAGE / name).symlink_to(ROOT / name)

@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
         raise ArtefactError(f"run={source} is no directory; {hint}")
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
-    compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.beside)}
+    compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.compare_with)}
     shares, store = fractions(config), RunStore(source)
     task = config.mentions or _only(store)
     table = token_table(config, store, task, config.subset)
@@ -185,5 +185,5 @@ def _other(name: str, same: Sequence[str], plugins: Sequence[str]) -> Detector:
     from stethoscope.detection.detector import Detector
 
     if name not in choices("detector"):
-        raise ConfigError(unknown("detector of beside", str(name), choices("detector")))
-    return build(compose([f"+detector={name}", *same]).detector, Detector, f"beside.{name}", plugins)
+        raise ConfigError(unknown("detector of compare_with", str(name), choices("detector")))
+    return build(compose([f"+detector={name}", *same]).detector, Detector, f"compare_with.{name}", plugins)

@@ -7,6 +7,9 @@ Papers differ in the row that they read: where both are offered, ``_q`` is that 
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from stethoscope.features import (  # the order of the registry  # isort: skip
     uncertainty as _uncertainty,  # noqa: F401
     position as _position,  # noqa: F401
@@ -27,6 +30,9 @@ from stethoscope.features.registry import (
     named_set,
     set_names,
 )
+
+for _module in pkgutil.iter_modules(__path__):  # a file that is added here needs no entry in a list
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 

@@ -86,6 +86,7 @@ def shown_rows(leaderboard: Leaderboard) -> list[Row]:
 def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
     """List the leaderboard in two tables: areas under the ROC curve, and metrics of a detector in use."""
     rows = shown_rows(results.leaderboard)
+    data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}"
     base_rate = rows[0].metrics.get("base_rate")
     chance_level = ""
     if base_rate is not None:
@@ -96,8 +97,16 @@ def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
             (row.name, row.kind, short_cost(row), *(row.metrics.get(metric) for metric in shown)) for row in rows
         )
         bold = frozenset(index for index, row in enumerate(rows) if row.kind == "detector")
-        note = describe_data(results) if columns is RANKING else chance_level
+        note = data if columns is RANKING else chance_level
         yield Table(title, ("", "kind", "cost", *shown.values()), cells, note, bold)
+
+
+def _describe_selection(leaderboard: Leaderboard, rows: Sequence[Row]) -> str:
+    """Say how many single features are left out of the tables, so that nobody looks for theirs in vain."""
+    measured, shown = (sum(row.kind == "feature" for row in part) for part in (leaderboard.rows, rows))
+    if shown == measured:
+        return ""
+    return f" {shown} of the {measured} single features in metrics.json are shown, the best on the training images."
 
 
 def short_cost(row: Row) -> str:

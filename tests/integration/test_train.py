@@ -112,7 +112,7 @@ def test_a_promise_that_cannot_be_given_is_one_line(run, stethoscope):
 
 
 def test_several_detectors_and_ablation(run, stethoscope):
-    out = stethoscope("train", f"run={run}", "beside=[boosting]", "ablation=true", "detector.repeats=all", code=0)
+    out = stethoscope("train", f"run={run}", "compare_with=[boosting]", "ablation=true", "detector.repeats=all", code=0)
     assert "boosting − text prior" in out
     assert "detector − boosting" in out
     assert "what each feature group adds" in out
@@ -121,7 +121,7 @@ def test_several_detectors_and_ablation(run, stethoscope):
         "without uncertainty", "without attention", "without lens", "without position"
     }  # fmt: skip
     assert Detector.load(run / "detector").settings["estimator"] == "logistic"
-    assert "did you mean 'boosting'" in stethoscope("train", f"run={run}", "beside=[bosting]")
+    assert "did you mean 'boosting'" in stethoscope("train", f"run={run}", "compare_with=[bosting]")
 
 
 def test_every_detector_of_the_configuration_trains(run, stethoscope):

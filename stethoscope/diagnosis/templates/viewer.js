@@ -103,7 +103,8 @@ function colour() {
 }
 
 function tip(event) {
-  const span = event.target.closest ? event.target.closest(".st-t") : null, box = $("tip");
+  const entered = event.type.endsWith("out") ? event.relatedTarget : event.target; // of leaving, what comes next
+  const span = entered && entered.closest ? entered.closest(".st-t") : null, box = $("tip");
   if (!span || !data || data.kind !== "done") { box.hidden = true; return; }
   const token = data.tokens[Number(span.dataset.token)], mention = judged(Number(span.dataset.token));
   const lines = [`token probability ${percent(token.probability)}`];

@@ -14,8 +14,8 @@ PLAIN = {
     "version",
     # numbers and mappings that may be null, lists of names
     "hosts",
-    "C", "abstractor", "beside", "categories", "exclude", "features", "groups", "limit", "max_memory", "max_new_tokens",
-    "names", "parts", "plugins", "seed", "sets", "stop", "subsets", "tags", "text", "threads",
+    "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
+    "max_new_tokens", "names", "parts", "plugins", "seed", "sets", "stop", "subsets", "tags", "text", "threads",
     "threshold",
 }  # fmt: skip
 
