@@ -41,23 +41,32 @@ def weights(model: PreTrainedModel, model_id: str | None, folder: bool) -> str:
     return f"state:{_digest_state(model)}"
 
 
-def all_tensors(model: PreTrainedModel) -> list[Tensor]:
+def _all_tensors(model: PreTrainedModel) -> list[Tensor]:
     """List all parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
 def versions(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Count how often each of ``all_tensors`` was changed in place, except through ``.data``.
+    """Count how often each parameter and buffer was changed in place, except through ``.data``.
 
     None where there is no count: made in inference mode, or moved in and out by accelerate (``is_meta`` in between).
     """
-    tensors = all_tensors(model)
+    tensors = _all_tensors(model)
     if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         return None
     return tuple(tensor._version for tensor in tensors)
 
 
-def hooks(model: PreTrainedModel) -> tuple[int, ...]:
+def state_key(model: PreTrainedModel) -> tuple[Any, ...] | None:
+    """Build a key that changes when weights or forward hooks are replaced, or weights change in place.
+
+    None where changes in place cannot be counted, see ``versions``.
+    """
+    counts = versions(model)
+    return counts and (counts, [tensor.data_ptr() for tensor in _all_tensors(model)], _hooks(model))
+
+
+def _hooks(model: PreTrainedModel) -> tuple[int, ...]:
     """List the ids of all forward hooks, to detect added or removed ones."""
     return tuple(
         id(hook)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.fingerprint import all_tensors, hooks, versions
+from stethoscope.adapters.fingerprint import state_key
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError, CaptureError
@@ -52,8 +52,7 @@ class BlankPrefixCache:
 
     def check(self, model: PreTrainedModel) -> None:
         """Drop all caches if weights or hooks have changed, or where changes of weights cannot be counted."""
-        counts = versions(model)
-        state = counts and (counts, [tensor.data_ptr() for tensor in all_tensors(model)], hooks(model))
+        state = state_key(model)
         if state is None or state != self._model:
             self._caches, self._model = LRUCache(_BLANK_BYTES, _bytes), state
 

@@ -284,7 +284,9 @@ class Amber(Task):
             reply = yes_no.PARSERS[self.parser](answer.text)
             return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["object"])
         nouns: list[TextMention] = self._nouns(answer.text)
-        return label_mentions(nouns, self._verdicts(sample, [noun.name for noun in nouns]).labels.__getitem__)
+        names = [noun.name for noun in nouns]
+        labels = self._verdicts(sample, names).labels
+        return label_mentions(nouns, [labels[name] for name in names])
 
     def _verdicts(self, sample: Sample, nouns: Sequence[str]) -> NounVerdicts:
         truth, targets = sample.reference["truth"], sample.reference["hallu"]

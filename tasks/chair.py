@@ -152,7 +152,8 @@ class Chair(Task):
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return every object that the scored text names, labelled 1 if it is not in the picture, else 0."""
         truth = set(sample.reference["objects"])
-        return label_mentions(mentions(self._scored_text(answer)), lambda name: int(name not in truth))
+        named = mentions(self._scored_text(answer))
+        return label_mentions(named, [int(mention.name not in truth) for mention in named])
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""

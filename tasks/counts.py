@@ -153,17 +153,17 @@ def score_caption(text: str, named: Sequence[str], truth: Collection[str]) -> Sc
     return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
 
 
-def label_mentions(mentions: Sequence[TextMention], label: Callable[[str], int]) -> tuple[Mention, ...]:
+def label_mentions(mentions: Sequence[TextMention], labels: Sequence[int]) -> tuple[Mention, ...]:
     """Give mentions of a text their labels, numbers and repetitions.
 
     Args:
         mentions: mentions in reading order.
-        label: canonical name -> 1 hallucinated, 0 grounded, -1 not to be judged.
+        labels: of every mention 1 hallucinated, 0 grounded, -1 not to be judged.
     """
     before: Counter[str] = Counter()
     labelled = []
-    for number, (name, start, end) in enumerate(mentions):
-        labelled.append(Mention(start, end, name, label(name), number, before[name]))
+    for index, ((name, start, end), label) in enumerate(zip(mentions, labels, strict=True)):
+        labelled.append(Mention(start, end, name, label, index, before[name]))
         before[name] += 1
     return tuple(labelled)
 

@@ -165,7 +165,8 @@ class Custom(Task):
         """Return the objects that a caption names, or the yes of a reply; a free answer has no labels."""
         if self.kind == "caption":
             truth = set(sample.reference["objects"])
-            return counts.label_mentions(self._extract(answer.text), lambda name: int(name not in truth))
+            named = self._extract(answer.text)
+            return counts.label_mentions(named, [int(mention.name not in truth) for mention in named])
         if self.kind == "yes_no":
             reply = yes_no.PARSERS[self.parser](answer.text)
             return yes_no.claim(answer.text, reply, sample.reference["label"], UNKNOWN)

@@ -311,9 +311,11 @@ class SamplePipeline:
 
     def _stop_if_all_failed(self, states: Sequence[SampleState]) -> None:
         """Raise the error of a run in which every sample has failed."""
+        if self.run.failed < self.run.done:
+            return
         # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
         enough = MAX_FAILURES if self.run.distributed.is_distributed else min(MAX_FAILURES, self.run.total)
-        if self.run.failed < self.run.done or self.run.done < enough:
+        if self.run.done < enough:
             return
         sample, error = next((state.sample, state.error) for state in states if state.error is not None)
         if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted

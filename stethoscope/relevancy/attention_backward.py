@@ -184,10 +184,10 @@ def attention_blocks(
 
 
 def _row_blocks(call: TracedCall, query: Tensor, key: Tensor, gradient: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield first and last + 1 of the rows that are processed at once; live and later rows never mix."""
+    """Yield first and last + 1 of the rows that are processed at once, one block at least; live and later never mix."""
     first, last = call.rows or (0, query.shape[2])
     if call.narrow:
-        used = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0, -1]
+        used = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]
         first, last = first + used[0], first + used[-1] + 1
     block_bytes = min(call.budget // _COPIES, _CACHE if query.device.type == "cpu" else call.budget)
     step = max(1, block_bytes // (query.shape[:2].numel() * key.shape[2] * 4))
@@ -285,8 +285,9 @@ def _add_key_gradient(
 
 # --- all calls of one forward pass ------------------------------------------------------------------------------------
 
-Receiver = Callable[[TracedCall, int, Blocks], None]
-"""Called with an attention call, the index of its layer within its role, and the blocks of A * dz/dA."""
+Receiver = Callable[[TracedCall, int, bool, int, Tensor], None]
+"""Called with every block of a call: the call, the index of its layer within its role, whether the block is the call's
+first, its first row and A * dz/dA."""
 
 
 class AttentionGradRecorder(AttentionRecorder):
@@ -364,7 +365,7 @@ class AttentionGradRecorder(AttentionRecorder):
         self._check_finite("attention of {} gives values that are not finite")
 
     def backward(self, logits: Sequence[Tensor], receivers: Sequence[Receiver], stop: int, last: bool) -> None:
-        """Back-propagate logits through the graph, handing every attention call to the logit's receiver.
+        """Back-propagate logits through the graph, handing every block of attention to the logit's receiver.
 
         Args:
             logits: scalars.
@@ -393,7 +394,7 @@ class AttentionGradRecorder(AttentionRecorder):
         self._offsets, self._free_bytes = dict(sizes), self._budget // 2
 
     def _receive(self, call: TracedCall, blocks: Blocks) -> None:
-        """Hand a call to the receiver of the current root; blocks are computed as the receiver iterates."""
+        """Hand the blocks of a call to the receiver of the current root, each as soon as it is computed."""
         names = self.layers[call.site.role]
         if call.site.role in ("language", "cross"):
             call.rows, call.narrow = (0, self._stop), call.site.name == names[-1]
@@ -401,6 +402,8 @@ class AttentionGradRecorder(AttentionRecorder):
         if shared and call.kept_blocks is None and call.size <= self._free_bytes:
             call.kept_blocks, self._free_bytes = {}, self._free_bytes - call.size
         call.finite = None
-        self._receivers[self.checkpointer.root_index](call, names.index(call.site.name), blocks)
+        receive, layer = self._receivers[self.checkpointer.root_index], names.index(call.site.name)
+        for index, (start, product) in enumerate(blocks):
+            receive(call, layer, index == 0, start, product)
         if call.finite is not None:
             self._finite.append((call.site.name, call.finite))

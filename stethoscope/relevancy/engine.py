@@ -19,9 +19,8 @@ from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_
 from stethoscope.relevancy.rules import RULES, BackwardPass
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
+    arrange_patches,
     capture_inputs_embeds,
-    patch_tiles,
-    pixel_order,
     probe_alignment,
 )
 from stethoscope.tracing.hooks import modules_of, record, selected, sites
@@ -166,8 +165,10 @@ def _relevancy(
     kind = _kind(model, recorder, layout)
     sample = inputs if len(layout.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
     alignment = probe_alignment(model, sample, layout.image) if kind == "merged" else None
-    group_size = budget // 2 // recorder.checkpointer.gradient_bytes()
-    groups = [chosen] if scope == "row" else _token_groups(chosen, group_size)
+    if scope == "row":
+        groups = [chosen]
+    else:
+        groups = _token_groups(chosen, budget // 2 // recorder.checkpointer.gradient_bytes())
     results: list[dict[str, Tensor]] = []
     with record(model, recorder):  # for layers that run again
         for index, group in enumerate(groups):
@@ -226,7 +227,7 @@ def _kind(model: PreTrainedModel, recorder: AttentionGradRecorder, layout: Layou
     Raises:
         CapabilityError: they are computed in a way that is not supported.
     """
-    name, roles, sites_by_id = type(model).__name__, recorder.layers, sites(model)
+    name, roles = type(model).__name__, recorder.layers
     if "cross" in roles and not layout.encoder_decoder:
         raise CapabilityError(f"{name}: relevancy of models that cross-attend to the image is not supported")
     if "connector" in roles:
@@ -238,6 +239,7 @@ def _kind(model: PreTrainedModel, recorder: AttentionGradRecorder, layout: Layou
     if layout.encoder_decoder:
         raise CapabilityError(f"{name}: an encoder-decoder model is supported only with a Q-Former")
     if "vision" not in roles:
+        sites_by_id = sites(model)
         tower = (module for module in model.modules() if sites_by_id[id(module)].role == "vision")
         if any("Attention" in type(module).__name__ for module in tower):
             raise CapabilityError(f"{name}: the attention of its vision tower cannot be recorded")
@@ -271,10 +273,7 @@ def _result(
         grids = tile_grids(model.config, inputs, len(layout.image)) or _square(len(layout.image))
         tiles = parts["vision"].unflatten(-1, (len(grids), *grids[0])) if len(set(grids)) == 1 else None
     else:
-        order = None if alignment is None else pixel_order(alignment.image, inputs)
-        if order is not None:
-            parts["vision"] = parts["vision"][..., order]
-        tiles = patch_tiles(model.config, inputs, parts["vision"])
+        parts["vision"], tiles = arrange_patches(model.config, inputs, parts["vision"], alignment)
     return Relevancy(
         chosen,
         layout.first,

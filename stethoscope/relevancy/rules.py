@@ -5,13 +5,13 @@ First the rules on plain matrices, then ``BackwardPass``, which applies them to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Blocks, TracedCall
+from stethoscope.relevancy.attention_backward import AttentionGradRecorder, TracedCall
 from stethoscope.relevancy.result import Layout
 from stethoscope.relevancy.token_alignment import TokenAlignment
 
@@ -21,8 +21,8 @@ RULES = ("eq10", "eq10_no_transpose", "plain")
 Layers = Mapping[int, Tensor]
 """Abar by layer."""
 
-Abar = Iterable[tuple[int, Tensor]]
-"""Blocks of rows of Abar: the first row and (B, rows, columns) of each. Entries outside all blocks are zero."""
+AddBlock = Callable[[int, Tensor], None]
+"""Adds a block of rows of a layer's Abar, given its first row and (B, rows, columns). Entries in no block are zero."""
 
 
 def identity_like(relevancy: Tensor) -> Tensor:
@@ -146,7 +146,8 @@ class QueryRelevancy:
     """Relevancy of the queries of an abstractor, propagated through its layers from the last to the first.
 
     >>> relevancy = QueryRelevancy(torch.tensor([[1.0, 0.0]]), vision=2)
-    >>> relevancy.receive([(0, torch.tensor([[[0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]]))])
+    >>> abar = torch.tensor([[[0.0, 0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]])
+    >>> relevancy.begin(abar)(0, abar)
     >>> relevancy.queries, relevancy.vision
     (tensor([[1.0000, 0.5000]]), tensor([[0.2500, 0.0000]]))
 
@@ -160,15 +161,16 @@ class QueryRelevancy:
         self._count, self._shape = rows.shape[-1], rows.shape[:-1]
         self._values = torch.nn.functional.pad(rows, (0, vision)).view(samples, -1, rows.shape[-1] + vision)
 
-    def receive(self, abar: Abar) -> None:
-        """Apply one layer, given blocks of its Abar (Q, Q + M) for every sample."""
-        before = None
-        for start, block in abar:
-            if before is None:
-                self._values = self._values.to(block)
-                before = self._values[..., : self._count].clone()
+    def begin(self, like: Tensor) -> AddBlock:
+        """Begin a layer whose Abar (Q, Q + M) has the dtype and device of ``like``; return what adds its blocks."""
+        self._values = self._values.to(like)
+        before = self._values[..., : self._count].clone()
+
+        def add(start: int, block: Tensor) -> None:
             _, rows, end = block.shape
             self._values[..., :end] += before[..., start : start + rows] @ block
+
+        return add
 
     @property
     def queries(self) -> Tensor:
@@ -197,16 +199,17 @@ class LayerRelevancy:
         self._values = self._start.repeat(samples, layers if every else 1, 1, 1)
         self._every = every
 
-    def receive(self, layer: int, abar: Abar) -> None:
-        """Apply one layer to the rows after it and after later layers, given blocks of its Abar."""
-        before = None
-        for start, block in abar:
-            if before is None:
-                self._values = self._values.to(block)
-                touched = self._values[:, layer:] if self._every else self._values
-                before = touched.flatten(1, 2).clone()
+    def begin(self, layer: int, like: Tensor) -> AddBlock:
+        """Begin a layer, which changes the rows after it and after later layers; return what adds its blocks."""
+        self._values = self._values.to(like)
+        touched = self._values[:, layer:] if self._every else self._values
+        before = touched.flatten(1, 2).clone()
+
+        def add(start: int, block: Tensor) -> None:
             _, rows, end = block.shape
             touched[..., :end] += (before[..., start : start + rows] @ block).view(*touched.shape[:3], end)
+
+        return add
 
     def mass(self) -> Tensor:
         """Return the rows of R_l - I, (B, L or 1, T, N)."""
@@ -225,17 +228,23 @@ class BlockRelevancy:
         self._shape = rows.shape
         self._values = rows.clone().view(samples, -1, rows.shape[-1])
 
-    def receive(self, offset: int, size: int, abar: Abar) -> None:
-        """Apply one layer to the diagonal blocks that begin at column ``offset``, with ``size`` columns each."""
-        samples, before = len(self._values), None
-        for start, block in abar:
+    def begin(self, offset: int, size: int, like: Tensor) -> AddBlock:
+        """Begin a layer on the diagonal blocks from column ``offset``, ``size`` columns each; return what adds to them.
+
+        ``like`` is a block of the layer's Abar, (samples * diagonal blocks, rows, columns).
+        """
+        samples = len(self._values)
+        blocks = len(like) // samples
+        self._values = self._values.to(like)
+        touched = self._values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
+        before = touched.clone()
+
+        def add(start: int, block: Tensor) -> None:
             block = block.unflatten(0, (samples, -1))
-            _, blocks, rows, end = block.shape
-            if before is None:
-                self._values = self._values.to(block)
-                touched = self._values[..., offset : offset + blocks * size].unflatten(-1, (blocks, size))
-                before = touched.clone()
+            rows, end = block.shape[2:]
             touched[..., :end] += torch.einsum("skbr,sbrm->skbm", before[..., start : start + rows], block)
+
+        return add
 
     @property
     def values(self) -> Tensor:
@@ -265,15 +274,6 @@ class Saliency:
             self.values = self.values.to(product)
             saliency = product[:, :, [self._rows[index] - start for index in indices]].abs().sum(1)
             self.values[:, layer, indices, : product.shape[-1]] = saliency
-
-
-def assemble(abar: Abar, rows: int, columns: int) -> Tensor:
-    """Assemble the blocks of Abar of one sample to a matrix (rows, columns)."""
-    matrix = torch.zeros(rows, columns)
-    for start, block in abar:
-        matrix = matrix.to(block)
-        matrix[start : start + block.shape[1], : block.shape[2]] = block[0]
-    return matrix
 
 
 # --- the rules applied to one backward pass ---------------------------------------------------------------------------
@@ -313,38 +313,44 @@ class BackwardPass:
         self._language = LayerRelevancy(torch.tensor(rows), self.layout.length, count, self.every, self._samples)
         self._saliency = Saliency(rows, self.layout.length, count, self._samples)
         self._joint: QueryRelevancy | None = None
+        self._add: AddBlock  # for the blocks of the present call
 
-    def receive(self, call: TracedCall, layer: int, blocks: Blocks) -> None:
-        """Process the blocks of one attention call, see ``AttentionGradRecorder.backward``."""
-        abar, role = self._abar(call, layer, blocks), call.site.role
+    def receive(self, call: TracedCall, layer: int, is_first: bool, start: int, product: Tensor) -> None:
+        """Process a block of A * dz/dA, see ``attention_backward.Receiver``."""
+        if call.site.role == "language":
+            self._saliency.receive(layer, start, product)
+        abar = product.clamp(min=0).mean(1)  # equation 5
+        if is_first:
+            self._add = self._begin(call, layer, abar)
+        self._add(start, abar)
+
+    def _begin(self, call: TracedCall, layer: int, like: Tensor) -> AddBlock:
+        """Begin an attention call whose first block of Abar is ``like``; return what adds its blocks."""
+        role = call.site.role
         if role == "language" and not self.layout.encoder_decoder:
-            self._language.receive(layer, abar)
-        elif role in ("vision", "encoder"):
-            self._tower(role, call.site.name).receive(call.offset // self._samples, call.keys, abar)
-        elif role == "connector" and self.kind == "joint":
+            return self._language.begin(layer, like)
+        if role in ("vision", "encoder"):
+            return self._tower(role, call.site.name).begin(call.offset // self._samples, call.keys, like)
+        if role == "connector" and self.kind == "joint":
             if self._joint is None:  # the layers of the language model come first
                 queries = self.layout.image[: len(call.ends)]
                 rows = self._language.mass()[..., queries]
                 self._joint = QueryRelevancy(rows, call.keys - len(queries), self._samples)
-            self._joint.receive(abar)
-        elif role == "connector":
-            part = "crossing" if "crossattention" in call.site.name else "own"
-            self._store(part, call.site.layer, call, abar)
-        else:
-            self._store(role, layer, call, abar)
+            return self._joint.begin(like)
+        if role == "connector":
+            return self._store("crossing" if "crossattention" in call.site.name else "own", call.site.layer, call, like)
+        return self._store(role, layer, call, like)
 
-    def _store(self, part: str, layer: int, call: TracedCall, abar: Abar) -> None:
+    def _store(self, part: str, layer: int, call: TracedCall, like: Tensor) -> AddBlock:
         """Store Abar of a layer, on the device of the first layer, because the rules use all layers together."""
-        matrix = assemble(abar, len(call.ends), call.keys)
-        first = next((other for layers in self.stored.values() for other in layers.values()), matrix)
-        self.stored.setdefault(part, {})[layer] = matrix.to(first.device)
+        first = next((other for layers in self.stored.values() for other in layers.values()), like)
+        matrix = torch.zeros(len(call.ends), call.keys, dtype=like.dtype, device=first.device)
+        self.stored.setdefault(part, {})[layer] = matrix
 
-    def _abar(self, call: TracedCall, layer: int, blocks: Blocks) -> Abar:
-        """Compute Abar of a call in blocks (equation 5), and store its saliency."""
-        for start, product in blocks:
-            if call.site.role == "language":
-                self._saliency.receive(layer, start, product)
-            yield start, product.clamp(min=0).mean(1)
+        def add(start: int, block: Tensor) -> None:
+            matrix[start : start + block.shape[1], : block.shape[2]] = block[0].to(matrix.device)
+
+        return add
 
     def _tower(self, role: str, name: str) -> BlockRelevancy:
         """Return the relevancy of a part of the model, which starts with the rows that flow into it."""

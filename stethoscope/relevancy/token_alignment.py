@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of, record, sites
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
 from stethoscope.tracing.token_spans import image_layout
 
 _CACHE_SIZE = 64  # input shapes per model
@@ -83,13 +83,12 @@ class _AlignmentProbe(AttentionRecorder):
         projections: (N,) random projections of the image tokens.
     """
 
+    roles = ("vision", "language")
+
     def __init__(self, image: Tensor) -> None:
         self._image, self._first = image, ""
         self.tags: list[Tensor] = []
         self.projections: Tensor | None = None
-
-    def matches(self, site: Site) -> bool:
-        return site.role in ("vision", "language")
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         site, query, value = call.site, call.query, call.value
@@ -237,7 +236,27 @@ def _bilinear(before: int, after: int) -> Tensor:
     return torch.nn.functional.interpolate(torch.eye(before)[None], size=after, mode="linear")[0].T
 
 
-def pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def arrange_patches(
+    config: Any, inputs: Mapping[str, Tensor], vision: Tensor, alignment: TokenAlignment | None
+) -> tuple[Tensor, Tensor | None]:
+    """Order vision tokens as in ``pixel_values``, and shape their patches as tiles.
+
+    Args:
+        config: the model's config.
+        inputs: the processor's output for one image.
+        vision: (T, L, M) values of the vision tokens, in the tower's order.
+        alignment: of vision and image tokens; None where the tower keeps the order of ``pixel_values``.
+
+    Returns:
+        (T, L, M) ordered values, and (T, L, tiles, rows, columns) or None where they form no grid.
+    """
+    order = None if alignment is None else _pixel_order(alignment.image, inputs)
+    if order is not None:
+        vision = vision[..., order]
+    return vision, _patch_tiles(config, inputs, vision)
+
+
+def _pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Return the order of the tower's tokens in ``pixel_values``; None where it is the same.
 
     Qwen's towers sort patches by window. Their rows of ``pixel_values`` are patches, as many per image token as it
@@ -253,7 +272,7 @@ def pixel_order(owner: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
     return owner.argsort(stable=True) if "image_grid_thw" in inputs else None
 
 
-def patch_tiles(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor | None:
+def _patch_tiles(config: Any, inputs: Mapping[str, Tensor], vision: Tensor) -> Tensor | None:
     """Reshape vision tokens (T, L, M) to (T, L, tiles, rows, columns); None where they form no grid."""
     if "image_grid_thw" in inputs:
         return _unmerge_patches(config, inputs["image_grid_thw"].tolist(), vision)

@@ -30,7 +30,6 @@ from stethoscope.tracing.hooks import (
     AttentionCall,
     AttentionRecorder,
     Recording,
-    Site,
     capturing,
     modules_of,
     selected,
@@ -124,15 +123,15 @@ class StepRecorder(AttentionRecorder):
         self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
         self._decodes = not requires.isdisjoint({"lens", "trajectory"})
         self._attends, self._by_head = not requires.isdisjoint({"attention", "heads"}), "heads" in requires
-        self._roles = ("language", "cross") if encoder else ("language",)
-        self._reads = self._roles[-1]
+        self.roles = ("language", "cross") if encoder else ("language",)
+        self._reads = self.roles[-1]
         self._begin = 1 if encoder else spans.length  # first position of the answer among the keys
         first, last = spans.image[0], spans.image[-1] + 1
         contiguous = last - first == len(spans.image)
         self.image = slice(first, last) if contiguous else torch.tensor(spans.image, dtype=torch.long)
         self._members: dict[tuple[str, torch.device], Tensor] = {}
         self._keys: dict[str, Keys] = {}
-        self._rows: dict[str, list[Tensor | DeferredAttention]] = {role: [] for role in self._roles}
+        self._rows: dict[str, list[Tensor | DeferredAttention]] = {role: [] for role in self.roles}
         self._hidden: list[Tensor] = []
         self._fresh = self._on = False
         self._deferred = True  # all rows of the current step so far
@@ -197,9 +196,6 @@ class StepRecorder(AttentionRecorder):
 
     def _hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self._open.callback(module.register_forward_hook(hook).remove)
-
-    def matches(self, site: Site) -> bool:
-        return site.role in self._rows
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         site, query, key, value, mask, options = call.site, call.query, call.key, call.value, call.mask, call.options
@@ -266,7 +262,7 @@ class StepRecorder(AttentionRecorder):
         self._waiting.append(Step(self._hidden, self._rows, self._deferred))
         self.logits.append(row)
         self._deferred = True
-        self._hidden, self._rows = [], {role: [] for role in self._roles}
+        self._hidden, self._rows = [], {role: [] for role in self.roles}
 
     def trace(self, start: int, answer: Answer, requires: frozenset[str], consuming: bool = False) -> Trace:
         """Build the trace of consecutive tokens of the answer.
@@ -338,14 +334,14 @@ class StepRecorder(AttentionRecorder):
         """Reduce the attention of steps as ``stethoscope.tracing.attention_recorder`` does."""
         masses: list[Tensor] = []
         parts: dict[str, Any] = {}
-        for role in self._roles:
+        for role in self.roles:
             weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
             masses.append(weights @ self.membership(role, weights.shape[-1], weights.device))
             if role == self._reads:
                 image = weights[..., self.image]
                 parts["image"] = image.mean(1).transpose(0, 1)
                 if self._by_head:
-                    parts["top"], parts["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self._roles))
+                    parts["top"], parts["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self.roles))
             if role == "language" and self._by_head:
                 largest = weights[-1].amax(0)
                 largest = (largest / largest.sum(-1, keepdim=True))[:, self._begin :].cpu()

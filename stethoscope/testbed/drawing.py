@@ -42,11 +42,15 @@ class Pen:
     Attributes:
         main: The object's own colour (the one a caption may name).
         rng: Source of the details that vary between two objects of one category.
+
+    Args:
+        main: The object's own colour, which is jittered.
+        rng: See the attribute.
     """
 
     def __init__(self, main: Colour, rng: random.Random) -> None:
         self.image = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
-        self.main = main
+        self.main = jitter(main, rng)
         self.rng = rng
         self._draw = ImageDraw.Draw(self.image)
 

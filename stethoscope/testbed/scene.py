@@ -247,6 +247,4 @@ def _paint(canvas: Image.Image, item: SceneObject, category: str, opacity: float
 
 def _stamp(item: SceneObject, category: str) -> Image.Image:
     side = max(4, int(item.size))
-    colours = palette(category)
-    colour = item.colour if item.colour in colours else colours[0]
-    return sprite(category, colour, item.seed).resize((side, side), Image.Resampling.BILINEAR)
+    return sprite(category, item.colour, item.seed).resize((side, side), Image.Resampling.BILINEAR)

@@ -38,7 +38,7 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
 
     Args:
         category: One of :data:`stethoscope.testbed.vocabulary.CATEGORIES`.
-        colour: Name of its main colour.
+        colour: Name of its main colour; the first of the category where it does not come in this one.
         seed: Decides details, mirroring and rotation.
 
     Returns:
@@ -46,8 +46,9 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
         write to it.
     """
     rng = random.Random(seed)
-    pen = Pen(jitter(COLOURS[colour], rng), rng)
-    _DRAWINGS[category][1](pen)
+    colours, draw = _DRAWINGS[category]
+    pen = Pen(COLOURS[colour if colour in colours else colours[0]], rng)
+    draw(pen)
     image = pen.image
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site
+from stethoscope.tracing.hooks import AttentionRecorder, Site
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans
 
 TOP = 20
@@ -93,7 +93,7 @@ class RowAttentionRecorder(AttentionRecorder):
         decoder: int | None = None,
         firsts: Sequence[int] | None = None,
     ) -> None:
-        self._rows = rows
+        self.rows = rows
         pairs = zip(spans, firsts or [0] * len(spans), strict=True)
         kinds = {"language": torch.stack([segments(span, length, first) for span, first in pairs])}
         self._prompt_role = "language" if decoder is None else "cross"  # whose keys are the prompt's tokens
@@ -106,25 +106,14 @@ class RowAttentionRecorder(AttentionRecorder):
         self._counts = [len(span.image) for span in spans]
         most = max(self._counts)
         self._image = torch.tensor([list(span.image) + [0] * (most - len(span.image)) for span in spans]).long()
+        self.roles = tuple(kinds)
         self._mass: dict[str, dict[str, Tensor]] = {role: {} for role in kinds}  # by role and name of the module
         self._to_image: list[Tensor] = []
 
-    def matches(self, site: Site) -> bool:
-        return site.role in self._mass
-
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        site = call.site
-        if site.name in self._mass[site.role]:
-            raise CaptureError(f"{site.name} was called twice in one recording")
-        if self._rows.shape[1] == call.query.shape[2]:
-            output, weights = call.eager()
-        else:
-            (output, _), weights = call.sdpa(), call.eager_rows(self._rows)
-        self.on_weights(site, weights)
-        return output, None
-
     def on_weights(self, site: Site, weights: Tensor) -> None:
         """Reduce the rows (B, heads, T, S) of one layer."""
+        if site.name in self._mass[site.role]:
+            raise CaptureError(f"{site.name} was called twice in one recording")
         weights = weights.detach().float()
         self._mass[site.role][site.name] = weights @ self._members[site.role].to(weights.device)[:, None]
         if site.role == self._prompt_role:

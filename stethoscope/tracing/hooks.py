@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -85,24 +85,32 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionRecorder:
-    """Receives the attention calls of a ``record`` block; subclasses choose calls and reduce their maps at once."""
+    """Receives the attention calls of a ``record`` block; subclasses choose calls and reduce their maps at once.
 
-    def matches(self, site: Site) -> bool:
-        """Decide whether calls of this module come to ``forward``; the others go to SDPA."""
-        return True
+    Attributes:
+        roles: roles of the modules whose calls come to ``forward``; calls of the others go to SDPA.
+        rows: (B, T) positions of the rows of the map that are computed beside SDPA's output; None for eager attention
+            and its whole map.
+    """
+
+    roles: Collection[str] = ROLES
+    rows: Tensor | None = None
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Compute one call and pass its whole map to ``on_weights``.
+        """Compute one call and pass its map, or the chosen rows of it, to ``on_weights``.
 
         Returns:
             The output (B, q, heads, d) and the map or None, as attention functions of transformers return them.
         """
-        output, weights = call.eager()
+        if self.rows is None or self.rows.shape[1] == call.query.shape[2]:
+            output, weights = call.eager()
+        else:
+            (output, _), weights = call.sdpa(), call.eager_rows(self.rows)
         self.on_weights(call.site, weights)
-        return output, weights
+        return output, weights if self.rows is None else None
 
     def on_weights(self, site: Site, weights: Tensor) -> None:
-        """Reduce one map (B, heads, q, k), exactly the tensor that multiplies the values. Keep no reference to it."""
+        """Reduce one map (B, heads, q or T, k), whose rows multiply the values. Keep no reference to it."""
 
     def finish(self) -> None:
         """Check the recording at the end of a block without errors.
@@ -140,7 +148,7 @@ def attention(
     recording = _active.get()
     if recording is not None:
         site = recording.sites.get(id(module))
-        if site is not None and recording.recorder.matches(site):
+        if site is not None and site.role in recording.recorder.roles:
             call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
             return recording.recorder.forward(call)
     return plain_attention(module, query, key, value, attention_mask, **kwargs)

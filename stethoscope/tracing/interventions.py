@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, additive_mask
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, additive_mask
 from stethoscope.tracing.token_spans import token_regions
 from stethoscope.tracing.trace import Spans, of_depth
 
@@ -74,16 +74,13 @@ class Knockout(AttentionRecorder):
         encoder: bool,
         queries: int | None = None,
     ) -> None:
-        self._roles = ("encoder", "cross") if encoder else ("language",)
+        self.roles = ("encoder", "cross") if encoder else ("language",)
         self._keys = torch.zeros(len(spans), length, dtype=torch.bool)
         self._queries = torch.ones(len(spans), length if queries is None else queries, dtype=torch.bool)
         for index, (positions, span) in enumerate(zip(hidden, spans, strict=True)):
             self._keys[index, list(positions)] = True
             if queries is None:
                 self._queries[index, list(span.image)] = False
-
-    def matches(self, site: Site) -> bool:
-        return site.role in self._roles
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         query, key, mask = call.query, call.key, call.mask

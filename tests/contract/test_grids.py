@@ -17,9 +17,7 @@ class Still(AttentionRecorder):
     """Keeps patches apart: the attention of the vision tower adds nothing."""
 
     heard = False
-
-    def matches(self, site):
-        return site.role == "vision"
+    roles = ("vision",)
 
     def forward(self, call):
         self.heard = True

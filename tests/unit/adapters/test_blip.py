@@ -188,8 +188,7 @@ def test_half_precision_is_told_though_the_queries_stay_exact(tmp_path):
 class Apart(AttentionRecorder):
     """Keeps patches apart: the attention of the vision tower adds nothing."""
 
-    def matches(self, site):
-        return site.role == "vision"
+    roles = ("vision",)
 
     def forward(self, call):
         return torch.zeros_like(call.value.transpose(1, 2)), None

@@ -75,10 +75,12 @@ def test_layers_in_blocks_of_rows_are_layers_as_a_whole():
     start, abars = torch.rand(2, 3, 4, generator=generator), torch.rand(2, 1, 4, 9, generator=generator)
     whole, parts = QueryRelevancy(start, 5), QueryRelevancy(start, 5)
     for abar in abars:
-        whole.receive([(0, abar)])
+        whole.begin(abar)(0, abar)
         middle = abar[:, 1:3]
         late = middle * (torch.arange(9) >= 6)
-        parts.receive([(0, abar[:, :1]), (1, middle[..., :6]), (1, late), (3, abar[:, 3:])])
+        add = parts.begin(abar)
+        for start, block in ((0, abar[:, :1]), (1, middle[..., :6]), (1, late), (3, abar[:, 3:])):
+            add(start, block)
     torch.testing.assert_close(parts.vision, whole.vision)
     torch.testing.assert_close(parts.queries, whole.queries)
 
