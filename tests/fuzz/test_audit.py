@@ -17,7 +17,7 @@ import pytest
 from fuzz.audit import CANARY
 from fuzz.mutations import MARK
 from PIL import Image
-from slow.fuzz import data_sets
+from fuzz import data_sets
 
 from stethoscope.adapters import tiny
 from stethoscope.cli import main
