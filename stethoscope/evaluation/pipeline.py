@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Mention, Sample, Score, required
+from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.mention_passes import trace_answers
@@ -72,6 +72,18 @@ class SampleState:
     error: Exception | None = None
     recorded: Record | None = None  # of an answer that is only traced; its record survives any error
 
+    @property
+    def inputs(self) -> Encoded:
+        """The encoded prompt, which every state has that was encoded without an error."""
+        assert self.encoded is not None
+        return self.encoded
+
+    @property
+    def given_answer(self) -> Answer:
+        """The answer, which every state has that generated or reused one without an error."""
+        assert self.answer is not None
+        return self.answer
+
     def record(self, task: str) -> Record:
         """Build the finished record."""
         sample, error = self.sample, self.error
@@ -113,6 +125,7 @@ class SamplePipeline:
         self._session, self.run, self.generation = session, session.run, session.generation
         self.features, self.trace, self.on_error = evaluator.features, evaluator.trace, evaluator.on_error
         self.keeps_answers = evaluator.keeps_answers
+        self._requires = frozenset[str]() if self.features is None else self.features.requires
         self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
 
@@ -172,7 +185,7 @@ class SamplePipeline:
         for state in states:
             if state.sample.answer is not None:
                 with self._stage(state, "generate"):
-                    state.answer = self.run.adapter.answer(required(state.encoded), state.sample.answer)
+                    state.answer = self.run.adapter.answer(state.inputs, state.sample.answer)
         states = [state for state in states if state.sample.answer is None]
         for state, answer in zip(states, self._in_batches(states, "generate", self._generate_batch), strict=True):
             if answer is not None:
@@ -181,7 +194,7 @@ class SamplePipeline:
 
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
-        prompts = [required(state.encoded) for state in states]
+        prompts = [state.inputs for state in states]
         if self.features is None or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
@@ -260,20 +273,20 @@ class SamplePipeline:
         return self._in_batches(states, "trace", self._trace_batch)
 
     def _trace_batch(self, states: Sequence[SampleState]) -> Sequence[Trace]:
-        encoded = [required(state.encoded) for state in states]
-        answers = [required(state.answer) for state in states]
+        encoded = [state.inputs for state in states]
+        answers = [state.given_answer for state in states]
         images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
-        return trace_answers(self.run.adapter, encoded, answers, required(self.features).requires, images, mentions)
+        return trace_answers(self.run.adapter, encoded, answers, self._requires, images, mentions)
 
     def _featurize(self, state: SampleState, trace: Trace | None) -> None:
         """Compute the token rows of a traced answer."""
-        if trace is None:
+        if trace is None or self.features is None:
             return
         self._session.call("on_trace", state.sample, trace)
         with self._stage(state, "trace"):
-            columns, task = required(self.features).compute(trace), self.run.task
+            columns, task = self.features.compute(trace), self.run.task
             state.rows = token_table(
-                task.name, state.sample, required(state.answer), state.mentions, columns, state.prompt, task.version
+                task.name, state.sample, state.given_answer, state.mentions, columns, state.prompt, task.version
             )
 
     def wants_rows(self, item: SampleState | Record) -> bool:

@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fuzz import data_sets
 from fuzz.audit import CANARY
 from fuzz.mutations import MARK
 from PIL import Image
-from fuzz import data_sets
 
 from stethoscope.adapters import tiny
 from stethoscope.cli import main
