@@ -32,7 +32,8 @@ from stethoscope.features.registry import (
 )
 
 for _module in pkgutil.iter_modules(__path__):  # a file that is added here needs no entry in a list
-    importlib.import_module(f"{__name__}.{_module.name}")
+    if _module.name != "columns":  # it defines no feature, and imports pandas, for which `list` would have to wait
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 GROUPS = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
 
