@@ -19,8 +19,11 @@ PACKAGE = ROOT / "build" / "docs-package" / "stethoscope"
 MARK = re.compile(r"^<!-- table: ([a-z_]+)(?: ([a-z_]+))? -->$", re.MULTILINE)
 
 
-def on_config(config: Any) -> Any:
-    """Put the package together as it is installed: `adapters`, `tasks` and `conf` are folders of their own here."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Put the package together as it is installed: `adapters`, `tasks` and `conf` are folders of their own here.
+
+    It is done before the configuration is read, since Griffe drops search paths that do not exist yet.
+    """
     shutil.rmtree(PACKAGE.parent, ignore_errors=True)
     PACKAGE.mkdir(parents=True)
     for path in (ROOT / "stethoscope").iterdir():
@@ -30,7 +33,6 @@ def on_config(config: Any) -> Any:
             (PACKAGE / path.name).symlink_to(path)
     for name in ("adapters", "tasks"):
         (PACKAGE / name).symlink_to(ROOT / name)
-    return config
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
