@@ -94,7 +94,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def run_hydra(command: str, arguments: list[str]) -> None:
-    """Composes the command's configuration from ``conf/<command>.yaml`` and the overrides, and runs it.
+    """Compose a command's configuration from ``conf/<command>.yaml`` and the overrides, and run it.
 
     Raises:
         ConfigError: an unknown choice, key or value among the overrides.
@@ -129,9 +129,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     failed: list[StethoscopeError] = []
 
     def job(config: DictConfig) -> None:
-        hydra = HydraConfig.get()
-        if hydra.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
-            sweep.run(config, hydra.job.num, list(hydra.overrides.task))
+        job_config = HydraConfig.get()
+        if job_config.mode == RunMode.MULTIRUN:  # perhaps in another process, which gives nothing back
+            sweep.run(config, job_config.job.num, list(job_config.overrides.task))
             return
         try:
             check_values(config)

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from scripts.bench.responsiveness import MOVE, SLIDERS
 from stethoscope import testbed
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis import diagnose
@@ -15,22 +16,6 @@ from stethoscope.diagnosis import diagnose
 DONE = "#view [data-id=diagnosed]:not([hidden])"
 WIDTHS = {1280: 900, 390: 844}
 DESCRIBE = "Please describe this image in detail."
-
-# moves a slider as a hand does, and tells after how many milliseconds the picture on the screen is another one
-MOVE = """async ([id, value]) => {
-  const slider = document.querySelector(`#view [data-id="${id}"]`), canvas = document.querySelector("#view canvas");
-  const small = Object.assign(document.createElement("canvas"), { width: 64, height: 64 });
-  const brush = small.getContext("2d", { willReadFrequently: true });
-  const look = () => { brush.drawImage(canvas, 0, 0, 64, 64); return brush.getImageData(0, 0, 64, 64).data.join(); };
-  const before = look(), began = performance.now();
-  slider.value = value;
-  slider.dispatchEvent(new Event("input", { bubbles: true }));
-  for (let frame = 0; frame < 30; frame++) {
-    await new Promise((done) => requestAnimationFrame(done));
-    if (look() !== before) return performance.now() - began;
-  }
-  return null;
-}"""
 
 
 @pytest.fixture(params=WIDTHS, ids=str)
@@ -113,12 +98,11 @@ def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_pa
     wait_for_words(page, "facts", f"8 of {len(answer.token_ids)}")
 
     requests = len(page.asked)
-    sliders = {"layer": (3, 0, 1), "threshold": (90, 30, 60), "opacity": (90, 60, 30), "scale": (4, 8, 12)}
     page.evaluate(MOVE, ["layer", 2])
-    for name, places in sliders.items():
-        waits = [page.evaluate(MOVE, [name, place]) for place in 3 * places]
+    for name, positions in SLIDERS.items():
+        waits = [page.evaluate(MOVE, [name, position]) for position in 3 * positions]
         assert min(wait for wait in waits if wait is not None) < 300, (name, waits)  # others share the machine
-    assert [text(page, f"{name}-text") for name in sliders] == ["2 of 4", "60 %", "30 %", "× 3.98"]
+    assert [text(page, f"{name}-text") for name in SLIDERS] == ["2 of 4", "60 %", "30 %", "× 3.98"]
     assert "2 of 4" in text(page, "shares-layer")
     assert len(page.asked) == requests  # the browser did it alone
 

@@ -62,18 +62,18 @@ def beyond(page, root, but="[data-none]"):
 
 def test_the_page_of_a_diagnosis(page, adapter, grounded, tmp_path):
     answer = "The image shows a kitchen with a knife, a fork and a dining table."
-    found = stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, answer, grounded)
+    diagnosis = stethoscope.diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, answer, grounded)
     long = "W" * 90  # which some vocabularies have
-    tokens = [[(long, *layer[1:]) for layer in token] for token in found.evolution.top_tokens]
-    found = replace(found, evolution=replace(found.evolution, top_tokens=tokens))
+    tokens = [[(long, *layer[1:]) for layer in token] for token in diagnosis.evolution.top_tokens]
+    diagnosis = replace(diagnosis, evolution=replace(diagnosis.evolution, top_tokens=tokens))
     file = tmp_path / "report.html"
-    file.write_text(found.to_html(), "utf-8")
+    file.write_text(diagnosis.to_html(), "utf-8")
     page.goto(file.as_uri())
     page.locator(".st-visual-evidence").last.click()
     page.wait_for_function("document.querySelector('[data-id=facts]').innerText.includes('looks like')")
     take(page, "diagnosis", tmp_path)
     assert page.locator("[data-id=facts]").inner_text().count("the place looks like") == 1
-    assert page.locator(".st-visual-evidence").count() == len(found.mentions) == 3
+    assert page.locator(".st-visual-evidence").count() == len(diagnosis.mentions) == 3
     assert beyond(page, "main", ".st-scroll:has(.st-strip)") == [] or page.width > 390
 
 

@@ -2,9 +2,8 @@
 
 import json
 
-import pyarrow as pa
 import pytest
-from helpers.token_tables import token_table
+from helpers.made_up_runs import made_up_run
 
 from stethoscope import Detector
 from stethoscope.commands.train import _tell_of_gaps
@@ -13,7 +12,6 @@ from stethoscope.core.types import Mention
 from stethoscope.detection import leaderboard
 from stethoscope.storage.records import Record
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.tokens import SCHEMA
 
 
 @pytest.fixture(autouse=True)
@@ -21,28 +19,9 @@ def few_shuffles(monkeypatch):
     monkeypatch.setattr(leaderboard, "SHUFFLES", 2)
 
 
-def made_up(folder, task):
-    """A finished run of 400 images, as ``stethoscope extract`` leaves it."""
-    table = token_table(400, seed=3).rename(columns={"mass": "attn_image_l00", "noise": "lens_rank_l00"})
-    table = table.assign(task=task, prompt_hash="0" * 16, labeller=f"{task}/1")
-    store = RunStore(folder)
-    store.open_task(task, {"adapter": {"model_id": "made-up"}, "task": {"name": task, "version": "1"}})
-    keys = {field.name: field.type for field in SCHEMA}
-    rows = {
-        name: pa.Table.from_pandas(part, preserve_index=False).cast(
-            pa.schema([(c, keys.get(c, pa.float32())) for c in part.columns])
-        )
-        for name, part in table.groupby("sample_id", sort=False)
-    }
-    groups = dict(zip(table["sample_id"], table["group"], strict=True))
-    store.append([Record(task, name, groups[name], "all", "x.png", "What?") for name in rows], rows)
-    store.finish(task, list(rows))
-    return store.run_dir
-
-
 @pytest.fixture
 def run(tmp_path):
-    return made_up(tmp_path / "run", "chair")
+    return made_up_run(tmp_path / "run", 400, task="chair")
 
 
 def test_one_detector(run, stethoscope):
@@ -71,7 +50,7 @@ def test_the_task_is_chosen(run, stethoscope):
 
 
 def test_the_only_task_of_a_run_need_not_be_named(tmp_path, stethoscope):
-    run = made_up(tmp_path / "run", "mine")
+    run = made_up_run(tmp_path / "run", 400, task="mine")
     assert "leader board" in stethoscope("train", f"run={run}", "detector.C=0.1", code=0)
     assert json.loads((run / "detector" / "manifest.json").read_text())["task"]["name"] == "mine"
 

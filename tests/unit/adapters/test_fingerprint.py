@@ -13,40 +13,31 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import DataError, StethoscopeError
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    adapter = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu")
-    adapter.model.save_pretrained(folder)
-    adapter.processor.save_pretrained(folder)
-    return folder
-
-
 def fingerprint(folder, **settings):
     return HfAdapter(str(folder), dtype="float32", device="cpu", **settings).fingerprint()
 
 
-def test_the_prompt_is_identified_as_rendered_not_by_the_text_of_its_template(saved):
-    file = saved / "chat_template.jinja"
+def test_the_prompt_is_identified_as_rendered_not_by_the_text_of_its_template(saved_qwen):
+    file = saved_qwen / "chat_template.jinja"
     text = file.read_text()
     try:
-        before = fingerprint(saved)
+        before = fingerprint(saved_qwen)
         file.write_text("{# another comment #}" + text)
-        assert fingerprint(saved) == before
+        assert fingerprint(saved_qwen) == before
         file.write_text("Today: {{ strftime_now('%H:%M:%S.%f') }} " + text)
-        dated = [fingerprint(saved)["prompt"] for _ in range(2)]
+        dated = [fingerprint(saved_qwen)["prompt"] for _ in range(2)]
         assert dated[0] != dated[1]
         assert "{question}" in dated[0]
-        assert fingerprint(saved, prompt=dated[0])["prompt"] == dated[0]  # how a run goes on with its own prompt
+        assert fingerprint(saved_qwen, prompt=dated[0])["prompt"] == dated[0]  # how a run goes on with its own prompt
     finally:
         file.write_text(text)
 
 
-def test_weights_of_shards_in_subfolders_count(saved, tmp_path):
+def test_weights_of_shards_in_subfolders_count(saved_qwen, tmp_path):
     model = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu").model
     (tmp_path / "parts").mkdir()
     shard = tmp_path / "parts" / "model-00001-of-00001.safetensors"
-    shard.write_bytes((saved / "model.safetensors").read_bytes())
+    shard.write_bytes((saved_qwen / "model.safetensors").read_bytes())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: f"parts/{shard.name}" for name in load_file(shard)}}))
     before = digests.weights(model, str(tmp_path), True)
@@ -61,10 +52,10 @@ def test_weights_of_shards_in_subfolders_count(saved, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["a folder without weights of its own", "an adapter on a base model"])
-def test_where_files_do_not_say_the_weights_in_memory_count(way, saved, tmp_path):
+def test_where_files_do_not_say_the_weights_in_memory_count(way, saved_qwen, tmp_path):
     model = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu").model
-    folder = tmp_path if way.startswith("a folder") else saved
-    if folder is saved:
+    folder = tmp_path if way.startswith("a folder") else saved_qwen
+    if folder is saved_qwen:
         model._hf_peft_config_loaded = True  # as transformers marks it
     before = digests.weights(model, str(folder), True)
     assert before.startswith("state:")
@@ -74,9 +65,9 @@ def test_where_files_do_not_say_the_weights_in_memory_count(way, saved, tmp_path
 
 
 @pytest.mark.parametrize("value", ["2", [[2]], [None], -1, {"id": 2}])
-def test_ids_of_ends_that_are_no_ids_are_one_line(saved, tmp_path, value):
+def test_ids_of_ends_that_are_no_ids_are_one_line(saved_qwen, tmp_path, value):
     folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved_qwen, folder)
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": value}))
     with pytest.raises(StethoscopeError, match=r"eos_token_id|generation_config") as error:
@@ -84,9 +75,9 @@ def test_ids_of_ends_that_are_no_ids_are_one_line(saved, tmp_path, value):
     assert "\n" not in str(error.value)
 
 
-def test_an_id_far_beyond_the_vocabulary_is_refused(saved, tmp_path):
+def test_an_id_far_beyond_the_vocabulary_is_refused(saved_qwen, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved_qwen, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     token = next(iter(tokenizer["model"]["vocab"]))
     tokenizer["model"]["vocab"][token] = 2**31 - 1

@@ -74,15 +74,6 @@ HEAD = "{% for m in messages %}{% for c in m['content'] %}"
 PARTS = HEAD + "{% if c['type'] == 'image' %}<|image_pad|>{% else %}TEXT{% endif %}{% endfor %}{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    adapter = HfAdapter(random_init="tiny", family="qwen2_vl", device="cpu")
-    adapter.model.save_pretrained(folder)
-    adapter.processor.save_pretrained(folder)
-    return folder
-
-
 def with_template(folder, text):
     (folder / "chat_template.jinja").write_text(text)
     return HfAdapter(str(folder), device="cpu")
@@ -102,19 +93,21 @@ def with_template(folder, text):
         ("", "no chat template"),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_one_line_before_weights_are_read(saved, monkeypatch, template, words):
+def test_a_chat_template_that_cannot_be_used_is_one_line_before_weights_are_read(
+    saved_qwen, monkeypatch, template, words
+):
     if "writes" not in words:
         monkeypatch.setattr("stethoscope.adapters.loading.pretrained", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=words) as error:
-        with_template(saved, template).setup()
+        with_template(saved_qwen, template).setup()
     assert "\n" not in str(error.value)
     assert "set" in str(error.value)
     assert "prompt" in str(error.value)
 
 
-def test_a_chat_template_that_joins_texts_is_given_one_with_the_image(saved):
+def test_a_chat_template_that_joins_texts_is_given_one_with_the_image(saved_qwen):
     joined = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
-    adapter = with_template(saved, joined)
+    adapter = with_template(saved_qwen, joined)
     encoded = adapter.encode(IMAGE, QUESTION)
     assert encoded.text.startswith("<|im_start|><|vision_start|><|image_pad|><|vision_end|>\n" + QUESTION)
     assert encoded.spans.image
@@ -133,10 +126,10 @@ with ended_by_signal():
 
 
 @pytest.mark.slow
-def test_a_chat_template_that_never_ends_ends_with_the_signal(saved):
+def test_a_chat_template_that_never_ends_ends_with_the_signal(saved_qwen):
     """This power is one C function, for which a handler of Python would wait for ever."""
-    with_template(saved, "{{ 9 ** 9 ** 9 ** 9 }}")
-    code = RENDER.format(folder=str(saved))
+    with_template(saved_qwen, "{{ 9 ** 9 ** 9 ** 9 }}")
+    code = RENDER.format(folder=str(saved_qwen))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"

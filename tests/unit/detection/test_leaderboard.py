@@ -125,12 +125,14 @@ def test_the_text_prior_beats_nothing_when_text_says_nothing():
 def test_a_second_run_gives_the_same_figures(trained):
     again = train_detector(TABLE, Detector(), seed=1, replicates=200).results.to_dict()
     first = {**trained.results.to_dict()}
-    boards = [found.pop("leaderboard") for found in (again, first)]
+    boards = [results.pop("leaderboard") for results in (again, first)]
     for one, other in zip(
-        *([row for row in found["rows"] if row["name"] != board.SHUFFLED] for found in boards), strict=True
+        *([row for row in leaderboard["rows"] if row["name"] != board.SHUFFLED] for leaderboard in boards), strict=True
     ):
         assert one == other  # the number of shuffles may differ, nothing else
-    assert [found["differences"] for found in boards[:1]] == [found["differences"] for found in boards[1:]]
+    assert [leaderboard["differences"] for leaderboard in boards[:1]] == [
+        leaderboard["differences"] for leaderboard in boards[1:]
+    ]
     assert again == first
 
 
@@ -177,14 +179,14 @@ def test_features_with_gaps_are_measured_and_empty_ones_skipped():
 
 def test_a_detector_of_shuffled_labels_sits_at_one_half():
     """With true labels in training the same detector is far above: what it shows is not a leak."""
-    found = []
+    intervals = []
     for seed in range(4):
         results = train_detector(token_table(200, seed=seed), Detector(), seed=seed, replicates=100).results.to_dict()
-        found.append(figure(results, "shuffled labels", "auroc"))
-        assert figure(results, "detector", "auroc").low > found[-1].high
+        intervals.append(figure(results, "shuffled labels", "auroc"))
+        assert figure(results, "detector", "auroc").low > intervals[-1].high
     # one shuffle has a standard deviation of 0.17 with these four features, twenty of four tables 0.02
-    assert abs(np.mean([interval.value for interval in found]) - 0.5) < 0.06
-    assert sum(interval.low < 0.5 < interval.high for interval in found) >= 3
+    assert abs(np.mean([interval.value for interval in intervals]) - 0.5) < 0.06
+    assert sum(interval.low < 0.5 < interval.high for interval in intervals) >= 3
 
 
 def test_matched_pairs_are_counted_by_hand():
@@ -200,8 +202,8 @@ def test_matched_pairs_are_counted_by_hand():
                 members |= {one, other}
                 right += (scores[one] > scores[other]) + (scores[one] == scores[other]) / 2
     results = train_detector(TABLE, Detector(), seed=1, replicates=5).results.to_dict()
-    found = results["leaderboard"]["controls"]["auroc_matched"]
-    assert found == {"pairs": pairs, "items": len(members), "share": len(members) / len(judged)}
+    matched = results["leaderboard"]["controls"]["auroc_matched"]
+    assert matched == {"pairs": pairs, "items": len(members), "share": len(members) / len(judged)}
     assert figure(results, "nll", "auroc_matched").value == pytest.approx(right / pairs)
 
 
@@ -266,7 +268,7 @@ def test_ablation_says_what_a_group_is_worth():
 def test_what_the_threshold_does_on_the_test_fold(trained):
     judged = mention_rows(TABLE[trained.folds["test"]])
     labels, warned = judged["label"].to_numpy(), trained.detector.predict(judged) >= trained.detector.threshold
-    found = trained.results.to_dict()["threshold"]
+    threshold = trained.results.to_dict()["threshold"]
     expected = {
         "precision": labels[warned].mean(),
         "recall": warned[labels == 1].mean(),
@@ -275,9 +277,9 @@ def test_what_the_threshold_does_on_the_test_fold(trained):
         "flagged": warned.mean(),
     }
     for name, value in expected.items():
-        assert found[name]["value"] == pytest.approx(value)
-        assert found[name]["low"] <= value <= found[name]["high"]
-    assert found["certificate"] is None
+        assert threshold[name]["value"] == pytest.approx(value)
+        assert threshold[name]["low"] <= value <= threshold[name]["high"]
+    assert threshold["certificate"] is None
 
 
 def test_later_mentions_are_measured_where_they_are_learned_from():

@@ -73,32 +73,32 @@ def test_those_are_there_of_which_all_features_are():
 
 
 def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
-    said = score_published(method("nll"), parts, {})
-    np.testing.assert_array_equal(said.values, parts["test"]["nll"].to_numpy())
-    assert classification.auroc(parts["test"]["label"].to_numpy(), said.values) < 0.3
-    assert (said.sign, said.probability) == (1, False)
-    assert said.note == "nll, high for hallucinated by the paper"
+    score = score_published(method("nll"), parts, {})
+    np.testing.assert_array_equal(score.values, parts["test"]["nll"].to_numpy())
+    assert classification.auroc(parts["test"]["label"].to_numpy(), score.values) < 0.3
+    assert (score.sign, score.probability) == (1, False)
+    assert score.note == "nll, high for hallucinated by the paper"
 
 
 def test_a_layer_is_chosen_in_training_where_the_paper_chooses_it(parts):
-    said = score_published(method("contextual_lens"), parts, {})
-    np.testing.assert_array_equal(said.values, -parts["test"]["contextual_lens_c_l01"].to_numpy())
-    assert "layer by the training fold, of 2" in said.note
+    score = score_published(method("contextual_lens"), parts, {})
+    np.testing.assert_array_equal(score.values, -parts["test"]["contextual_lens_c_l01"].to_numpy())
+    assert "layer by the training fold, of 2" in score.note
 
 
 def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
-    said = score_published(method("svar_heads"), parts, {})
+    score = score_published(method("svar_heads"), parts, {})
     own = Detector(features=["head_image_q_*"]).fit(parts["train"], parts["calibration"])
-    np.testing.assert_allclose(said.values, own.predict(parts["test"]))
-    assert said.probability
+    np.testing.assert_allclose(score.values, own.predict(parts["test"]))
+    assert score.probability
 
 
 def test_gaps_are_filled_by_the_training_fold(parts):
     holes = {fold: part.assign(verify_yes=part["verify_yes"].where(part.index % 3 > 0)) for fold, part in parts.items()}
-    said = score_published(method("self_verification"), holes, {})
+    score = score_published(method("self_verification"), holes, {})
     middle = np.median(holes["train"]["verify_yes"].dropna())
     expected = np.where(parts["test"].index % 3 > 0, parts["test"]["verify_yes"], middle)
-    np.testing.assert_allclose(said.values, -expected)
+    np.testing.assert_allclose(score.values, -expected)
 
 
 def test_rows_of_the_leader_board(trained):
@@ -115,30 +115,34 @@ def test_rows_of_the_leader_board(trained):
 
 
 def test_ours_is_compared_with_the_best_of_one_pass_and_with_self_verification(trained):
-    found = trained.results.to_dict()["leaderboard"]
-    rows = {row["name"]: row for row in found["rows"]}
+    leaderboard_dict = trained.results.to_dict()["leaderboard"]
+    rows = {row["name"]: row for row in leaderboard_dict["rows"]}
     single = [f"paper/{name}" for name in ("contextual_lens", "nll", "svar_heads")]
     for metric in AREAS:
         best = max(single, key=lambda name: rows[name]["metrics"][metric]["value"])
-        assert found["best_published"][metric] == best
+        assert leaderboard_dict["best_published"][metric] == best
         others = [
-            row["other"] for row in found["differences"] if (row["detector"], row["metric"]) == ("detector", metric)
+            row["other"]
+            for row in leaderboard_dict["differences"]
+            if (row["detector"], row["metric"]) == ("detector", metric)
         ]
         assert {best, "paper/self_verification", "position only", "text prior"} <= set(others)
     ahead = next(
-        row for row in found["differences"] if (row["other"], row["metric"]) == ("paper/self_verification", "auroc")
+        row
+        for row in leaderboard_dict["differences"]
+        if (row["other"], row["metric"]) == ("paper/self_verification", "auroc")
     )
     expected = [rows[name]["metrics"]["auroc"]["value"] for name in ("detector", "paper/self_verification")]
     assert ahead["value"] == pytest.approx(expected[0] - expected[1])
 
 
 def test_other_sets_for_the_same_detector():
-    found = refits(Detector("boosting", seed=3), ["paper/nll", "full"], feature_names(TABLE))
-    assert found["paper/nll"].settings["features"] == ["nll"]
-    assert found["paper/nll"].settings["estimator"] == "boosting"
-    part = next(name for name in found if name.startswith("full"))
+    detectors = refits(Detector("boosting", seed=3), ["paper/nll", "full"], feature_names(TABLE))
+    assert detectors["paper/nll"].settings["features"] == ["nll"]
+    assert detectors["paper/nll"].settings["estimator"] == "boosting"
+    part = next(name for name in detectors if name.startswith("full"))
     assert part == f"full (7 of {len(named_set('full').names)} features)"
-    assert "hidden_middle_q_d0000" not in found[part].settings["features"]
+    assert "hidden_middle_q_d0000" not in detectors[part].settings["features"]
     with pytest.raises(ConfigError, match="sets=paper/opera: none of its features is computed"):
         refits(Detector(), ["paper/opera"], feature_names(TABLE))
     with pytest.raises(ConfigError, match="unknown feature set 'ful'; did you mean 'full'"):
