@@ -19,7 +19,17 @@ from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.object_extraction import OBJECTS, TextMention, mentions
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_positive, scene_image, setting_path
+from stethoscope.tasks.sources import (
+    DataSource,
+    HubSource,
+    SourceRow,
+    check_choice,
+    check_positive,
+    scene_image,
+    setting_path,
+)
+
+SCENE_MODES = ("counter", "prior", "collage")  # as in ``stethoscope.testbed.scenes``, which is imported late
 
 __all__ = ["Chair", "TextMention", "complete_sentences", "mentions"]
 
@@ -42,6 +52,8 @@ class Chair(Task):
         question: str = "Please describe this image in detail.",
         drop_incomplete: bool = False,
         scenes: int = 1000,
+        scene_mode: str = "counter",
+        scene_seed: int | None = None,
         instances: str | None = None,
         captions: str | None = None,
         images: str | None = None,
@@ -54,7 +66,7 @@ class Chair(Task):
         """Store and check the settings; ``conf/task/chair.yaml`` explains every argument.
 
         Raises:
-            ConfigError: an unknown source, a number below 1, no question, or a path that the source needs.
+            ConfigError: an unknown source or mode, a number below 1, no question, or a path that the source needs.
         """
         self.data = DataSource(
             "chair",
@@ -65,10 +77,12 @@ class Chair(Task):
         if not question.strip():
             raise ConfigError("task.question is empty; the usual one is 'Please describe this image in detail.'")
         check_positive(scenes=scenes)
+        check_choice("scene_mode of chair", scene_mode, SCENE_MODES)
         if not (image_ids is None or isinstance(image_ids, (str, list, tuple))):
             raise ConfigError(f"task.image_ids={image_ids!r} should be a list of image ids or a file with one per line")
         self.max_new_tokens = 128 if source == "testbed" else 512  # the usual length; the embedded model is brief
-        self.source, self.question, self.drop_incomplete, self.scenes = source, question, drop_incomplete, scenes
+        self.source, self.question, self.drop_incomplete = source, question, drop_incomplete
+        self.scenes, self.scene_mode, self.scene_seed = scenes, scene_mode, scene_seed
         self.instances, self.captions, self.images, self.image_ids = instances, captions, images, image_ids
         self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
@@ -99,7 +113,8 @@ class Chair(Task):
     def _read_testbed(self) -> Iterator[SourceRow]:
         from stethoscope import testbed  # imports the renderer, which only this source needs
 
-        for scene in testbed.scenes(self.scenes):
+        stream = {} if self.scene_seed is None else {"seed": self.scene_seed}
+        for scene in testbed.scenes(self.scenes, self.scene_mode, **stream):
             yield SourceRow({"objects": frozenset(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
 
     def _read_files(self) -> Iterator[SourceRow]:

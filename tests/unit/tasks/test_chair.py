@@ -158,3 +158,14 @@ def test_answers_about_published_pictures_may_be_as_long_as_is_usual(tmp_path):
     files = {"instances": str(tmp_path / "i.json"), "images": str(tmp_path)}
     assert Chair("files", **files).max_new_tokens == Chair("hub").max_new_tokens == 512
     assert Chair().max_new_tokens == 128
+
+
+def test_scenes_of_another_mode_and_seed_are_other_pictures():
+    names = []
+    for options in ({}, {"scene_mode": "prior"}, {"scene_seed": 7}):
+        scenes = Chair(scenes=2, **options)
+        scenes.setup()
+        names.append([sample.id for sample in scenes.samples()])
+    assert names == [[f"{name}-{i:06d}" for i in range(2)] for name in ("counter", "prior", "counter-s7")]
+    with pytest.raises(ConfigError, match="scene_mode"):
+        Chair(scene_mode="postprior")
