@@ -1,7 +1,8 @@
 """Hidden-state features: closeness of a token's state to image, prompt and question, and the logit lens.
 
 Cosines are in [-1, 1]. Layers and other settings are those of the papers for LLaVA-1.5 (32 layers, 576 image tokens),
-scaled to the model: layers by share of the depth (``trace.of_depth``), numbers of tokens by share of the image.
+scaled to the model: layers by share of the depth, the last alone being the last (``trace.of_depth``); numbers of tokens
+by share of the image.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def contextual_lens(trace: Trace, offset: int) -> Tensor:
 def glsim_global(trace: Trace, offset: int) -> Tensor:
     """Cosine of the token's state to that of the last prompt token, in [-1, 1] (GLSim, arXiv 2508.19972).
 
-    Layer 31 of 32 for the token, 32 for the prompt.
+    The last layer but one for the token (31 of 32), the last for the prompt, as published for LLaVA-1.5-7B.
 
     Lower means hallucinated.
     """
@@ -91,7 +92,8 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
 def glsim_local(trace: Trace, offset: int) -> Tensor:
     """Mean cosine, in [-1, 1], to the image tokens where the token's lens probability is largest (GLSim).
 
-    Layer 31 of 32 for the token, 32 for the image; the 32 most probable of 576 image tokens, but at least 4.
+    The last layer but one for the token (31 of 32), the last for the image; the 32 most probable of 576 image tokens,
+    but at least 4.
 
     Lower means hallucinated.
     """

@@ -54,10 +54,16 @@ TEMPERATURE = 10.0
 def of_depth(layer: int, layers: int, published: int = 32) -> int:
     """Scale a layer index from a model of ``published`` layers to one of ``layers``; 0 is the embedding.
 
+    Layers stay apart from the embedding and from the last layer where the published ones are: a method that compares
+    layer 31 of 32 with layer 32 compares the last layer but one with the last in a model of any depth above one.
+
     >>> [of_depth(layer, 40) for layer in (0, 16, 31, 32)]
     [0, 20, 39, 40]
+    >>> [of_depth(layer, 4) for layer in (0, 1, 31, 32)]
+    [0, 1, 3, 4]
     """
-    return round(layer / published * layers)
+    scaled = round(layer / published * layers)
+    return max(min(scaled, layers - 1), 1) if 0 < layer < published else scaled
 
 
 @dataclass(frozen=True)

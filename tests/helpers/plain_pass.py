@@ -17,10 +17,12 @@ TOLERANCE = 1e-5
 class Deep(HfAdapter):
     """The tiny LLaVA with seventeen layers and a hundred image tokens, so that no two settings mean the same."""
 
+    layers = 17
+
     def _tiny(self):
         model, processor = super()._tiny()
         config = model.config
-        config.text_config.num_hidden_layers, config.vision_config.image_size = 17, 140
+        config.text_config.num_hidden_layers, config.vision_config.image_size = self.layers, 140
         config.text_config.initializer_range = 0.15
         config.image_seq_length = 100
         processor.image_processor.size = {"shortest_edge": 140}
@@ -29,11 +31,17 @@ class Deep(HfAdapter):
         return type(model)(config).double(), processor  # so that only the reductions round
 
 
-def load(family, prompt="USER: {image}\n{question} ASSISTANT:"):
-    kind = Deep if family == "llava" else HfAdapter
+def load(family, prompt="USER: {image}\n{question} ASSISTANT:", kind=None):
+    kind = kind or (Deep if family == "llava" else HfAdapter)
     adapter = kind(random_init="tiny", family=family, prompt=prompt, device="cpu")
     adapter.setup()
     return adapter
+
+
+class Shallow(Deep):
+    """The same with four layers, as the embedded model has."""
+
+    layers = 4
 
 
 class Plain:
@@ -54,7 +62,7 @@ class Plain:
         self.logits = output.logits[0].double()
         self.head = adapter.model.get_output_embeddings().weight.double()
         self.layers, self.heads = self.maps.shape[:2]
-        assert (self.layers, len(self.spans.image)) == (17, 100)
+        assert (self.layers, len(self.spans.image)) == (adapter.layers, 100)
 
     def run(self, **changes):
         model = self.adapter.model

@@ -4,8 +4,23 @@ import math
 
 import numpy as np
 import torch
-from helpers.plain_pass import ROWS, TOLERANCE, check, check_layers, cos, divergence, image_rows, mean
+from helpers.plain_pass import (
+    PICTURE,
+    ROWS,
+    TOLERANCE,
+    Plain,
+    Shallow,
+    check,
+    check_layers,
+    cos,
+    divergence,
+    image_rows,
+    load,
+    mean,
+)
 
+from stethoscope.core.types import Generation
+from stethoscope.features import FeatureSet
 from stethoscope.tracing.state_recorder import sinks
 
 
@@ -57,7 +72,24 @@ def test_cosines_to_patches(columns, plain, row):
 
 @ROWS
 def test_glsim(columns, plain, row):
-    image, last, near = plain.spans.image, plain.layers, plain.depth(31)
+    check_glsim(columns, plain, row, near=16)
+
+
+@ROWS
+def test_glsim_reads_two_layers_of_a_shallow_model(row):
+    adapter = load("llava", kind=Shallow)
+    encoded = adapter.encode(PICTURE, "Please describe this image in detail.")
+    answer = adapter.generate([encoded], Generation(max_new_tokens=6, do_sample=True, temperature=3.0, seed=1))[0]
+    columns = FeatureSet([], [f"glsim_local_{row}", f"glsim_global_{row}", f"glsim_{row}"]).compute(
+        adapter.trace(encoded, answer, ["states"])
+    )
+    check_glsim(columns, Plain(adapter, encoded, answer), row, near=3)
+
+
+def check_glsim(columns, plain, row, near):
+    """The token's state after layer ``near``, the last but one; image and prompt after the last."""
+    image, last = plain.spans.image, plain.layers
+    assert near == last - 1
     count = min(max(round(len(image) / 18), 4), len(image))
     local, total = [], []
     for token, word in enumerate(plain.ids):
