@@ -3,13 +3,15 @@
 A detector that is one score is evaluated by that score. Layers and other settings are the paper's (by share of depth);
 a layer that the paper chooses on validation data is the best of the training fold; the direction is the paper's or, if
 the paper gives none, that of the training fold. A detector that learns from several columns (or one per
-layer or head) is a logistic regression on them, fitted and calibrated on the same folds as ours.
+layer or head) learns as its set declares (``learner``, see ``stethoscope.detection.learners``), on the same folds as
+ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ import pandas as pd
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.token_table import MentionSelection, feature_matrix, feature_names
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.learners import describe_learner, make_learner
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import COST_CLASSES
@@ -37,6 +40,7 @@ class Method:
         score: columns that can each be its score, one for each layer if the paper chooses a layer; none if it learns
             from all ``columns``.
         higher_means: meaning of a higher score: ``hallucinated``, ``grounded`` or ``depends``.
+        learner: how it learns from the columns, if it has no score; None is a logistic regression.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Method:
     columns: tuple[str, ...]
     score: tuple[str, ...] = ()
     higher_means: str = "depends"
+    learner: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
             continue
         score = tuple(column for column in own if feature_of(column) == features.score)
         higher_means = FEATURES[features.score].higher_means if features.score else "depends"
-        methods.append(Method(name, features.cost, own, score, higher_means))
+        methods.append(Method(name, features.cost, own, score, higher_means, features.learner))
     return methods
 
 
@@ -145,9 +150,11 @@ def score_published(
     """
     if method.score:
         return _score_column(method, folds["train"], folds["test"])
-    fitted = Detector(features=method.columns, seed=seed, **selection).fit(folds["train"], folds["calibration"])
-    note = f"logistic regression on {len(method.columns)} columns"
-    return PublishedScores(fitted.predict(folds["test"]), True, 1, note)
+    learner = make_learner(method.columns, method.learner, selection, seed)
+    fitted = learner.fit(folds["train"], folds["calibration"])
+    return PublishedScores(
+        fitted.predict(folds["test"]), True, 1, describe_learner(method.learner, len(method.columns))
+    )
 
 
 def _score_column(method: Method, train: pd.DataFrame, test: pd.DataFrame) -> PublishedScores:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 import numpy as np
 
@@ -142,6 +142,8 @@ class FeatureSet:
         features: the chosen features in the order of the registry.
         requires: parts that a trace must have for them.
         score: name of the feature that is a published detector's score by itself; None where it learns from them all.
+        learner: how a published detector learns from them, see ``stethoscope.detection.learners``; None is a logistic
+            regression.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class FeatureSet:
         names: Sequence[str] = (),
         exclude: Sequence[str] = (),
         score: str | None = None,
+        learner: Mapping[str, Any] | None = None,
     ) -> None:
         """Choose all features of some groups and single features by name, less those that are excluded.
 
@@ -158,6 +161,7 @@ class FeatureSet:
             names: names of features that are added to the groups.
             exclude: names of features, or of whole groups, that are left out.
             score: name of the chosen feature that is a published detector's score by itself.
+            learner: how a published detector learns from the features; excludes ``score``.
 
         Raises:
             ConfigError: a group or name is unknown, no feature is left, or the score is not among the features.
@@ -183,7 +187,10 @@ class FeatureSet:
         self.requires: frozenset[str] = frozenset().union(*(item.requires for item in self.features))
         if score is not None and score not in self.names:
             raise ConfigError(f"features.score={score} is not among the chosen features: {', '.join(self.names)}")
+        if score is not None and learner is not None:
+            raise ConfigError("features.learner with a score: a detector that is one score learns nothing")
         self.score = score
+        self.learner = None if learner is None else dict(learner)
 
     @property
     def names(self) -> tuple[str, ...]:

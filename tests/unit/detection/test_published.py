@@ -1,5 +1,7 @@
 """Published detectors on the leader board: which there are, how each is judged, whom ours is compared with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.token_tables import token_table
@@ -10,6 +12,7 @@ from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.leaderboard import AREAS
+from stethoscope.detection.learners import make_learner
 from stethoscope.detection.published import available_methods, cost_of, refits, score_published
 from stethoscope.detection.training import train_detector
 from stethoscope.features import named_set, set_names
@@ -87,10 +90,16 @@ def test_a_layer_is_chosen_in_training_where_the_paper_chooses_it(parts):
 
 
 def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
-    score = score_published(method("svar_heads"), parts, {})
+    declared = method("svar_heads")
+    score, plain = (score_published(each, parts, {}) for each in (declared, replace(declared, learner=None)))
     own = Detector(features=["head_image_q_*"]).fit(parts["train"], parts["calibration"])
-    np.testing.assert_allclose(score.values, own.predict(parts["test"]))
+    np.testing.assert_allclose(plain.values, own.predict(parts["test"]))
+    network = make_learner(declared.columns, named_set("paper/svar_heads").learner, {})
+    network.fit(parts["train"], parts["calibration"])
+    np.testing.assert_allclose(score.values, network.predict(parts["test"]))
+    assert score.note == "network (128 hidden units, 50 epochs) on 2 columns"
     assert score.probability
+    assert plain.probability
 
 
 def test_gaps_are_filled_by_the_training_fold(parts):

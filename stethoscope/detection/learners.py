@@ -1,0 +1,257 @@
+"""Fit published detectors as their papers do: by the ``learner`` that a set ``conf/features/paper/<name>`` declares.
+
+    kind              what it is
+    logistic          L2 logistic regression, C chosen by inner folds of images (where a set declares no learner)
+    boosting          histogram gradient boosting
+    network           multi-layer perceptron by Adam, with the settings of ``NetworkSettings``
+    balanced_network  the same as evidence beside a prior of a few ``external`` columns, joined by Bayes (HaloProbe)
+
+``logistic`` and ``boosting`` are our ``Detector``. Whatever the kind, scores are calibrated (Platt) on the calibration
+fold, which changes no ranking.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from stethoscope.core.errors import ArtefactError, ConfigError, unknown
+from stethoscope.core.token_table import MentionSelection, feature_matrix, mention_rows
+from stethoscope.detection.baselines import Predictor
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.estimators import Clip, Examples
+from stethoscope.features.columns import feature_of
+
+KINDS = ("logistic", "boosting", "network", "balanced_network")
+MAX_BALANCE = 10.0  # of a mention's weight, in mean weights
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Settings of a network; the defaults are HaloProbe's (arXiv 2604.06165, appendix B).
+
+    Attributes:
+        hidden: units of each hidden layer.
+        epochs, batch_size: passes over the mentions, and mentions of a step.
+        learning_rate, weight_decay: of Adam; the decay is that of ``torch.optim.Adam``, added to the gradient.
+        class_weights: whether both classes weigh the same, as with a weighted sampler.
+        external: features that the prior of ``balanced_network`` reads.
+    """
+
+    hidden: tuple[int, ...] = (128,)
+    epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    class_weights: bool = False
+    external: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> NetworkSettings:
+        """Read the settings of a YAML file.
+
+        Raises:
+            ConfigError: a key is unknown.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(unknown("learner setting", str(key), known))
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+class AdamNetwork(MLPClassifier):
+    """A multi-layer perceptron (rectified units, cross-entropy) after a fixed number of epochs of Adam.
+
+    Args:
+        settings: layers, epochs and step sizes.
+        random_state: seed of the first weights and of the order of the mentions.
+        shuffle: whether the mentions are shuffled before every epoch.
+    """
+
+    def __init__(self, settings: NetworkSettings, random_state: int = 0, shuffle: bool = True) -> None:
+        super().__init__(
+            settings.hidden,
+            solver="adam",
+            # scikit-learn divides it by the weight of a step's mentions: the decay is exact for full steps
+            alpha=settings.weight_decay * settings.batch_size,
+            batch_size=settings.batch_size,
+            learning_rate_init=settings.learning_rate,
+            max_iter=settings.epochs,
+            n_iter_no_change=settings.epochs + 1,  # never stops early
+            random_state=random_state,
+            shuffle=shuffle,
+        )
+        self.settings = settings
+
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None) -> AdamNetwork:
+        """Fit on (rows, columns) without NaN."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", message=".*batch_size")  # fewer mentions than a batch
+            return super().fit(X, y, sample_weight=sample_weight)
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of the second class, (rows,)."""
+        layers = list(zip(self.coefs_, self.intercepts_, strict=True))
+        for weights, bias in layers[:-1]:
+            X = np.maximum(X @ weights + bias, 0)
+        return (X @ layers[-1][0] + layers[-1][1])[:, 0]
+
+
+class NetworkLearner:
+    """A network on the columns of a published method, by itself or as the evidence beside a prior.
+
+    With ``external`` features e it is HaloProbe (arXiv 2604.06165): a prior g(e) is fitted first, the evidence f with
+    classes that are balanced for every e (a mention weighs 1 / g(its label)), and the log-odds are those of
+    f g / (f g + (1 - f)(1 - g)), logit f + logit g. g is one layer, fitted to its optimum.
+
+    Args:
+        columns: names of all columns that the network reads, the external ones included.
+        settings: of the network.
+        seed: of everything random.
+        selection: mention selection of the rows to fit on.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        settings: NetworkSettings,
+        seed: int = 0,
+        selection: MentionSelection | None = None,
+    ) -> None:
+        self.columns, self.settings, self.seed = tuple(columns), settings, seed
+        self.selection = selection or MentionSelection()
+        self.external = tuple(name for name in self.columns if feature_of(name) in settings.external)
+        if settings.external and not self.external:
+            raise ConfigError(f"learner.external={list(settings.external)}: no column of the method belongs to it")
+        self._prior: Pipeline | None = None
+        self._evidence: Pipeline | None = None
+        self._line = (1.0, 0.0)
+
+    @threadpool_limits.wrap(limits=1, user_api="blas")
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> NetworkLearner:
+        """Fit on the judged rows of a token table and calibrate (Platt) on those of other images.
+
+        Raises:
+            DataError: a fold has no judged rows or only one label, or a feature has an infinite value.
+        """
+        train = mention_rows(train, **self.selection)
+        examples = self._examples(train)
+        examples.check("training")
+        weights = np.ones(len(examples.labels))
+        if self.external:
+            self._prior = _pipeline(LogisticRegression(C=1e6, max_iter=2000))
+            self._prior.fit(feature_matrix(train, self.external), examples.labels)
+            weights = balance(self._prior.decision_function(feature_matrix(train, self.external)), examples.labels)
+        elif self.settings.class_weights:
+            weights = 1 / np.where(examples.labels == 1, examples.labels.mean(), 1 - examples.labels.mean())
+        self._evidence = _pipeline(AdamNetwork(self.settings, self.seed))
+        self._evidence.fit(examples.matrix, examples.labels, classify__sample_weight=weights / weights.mean())
+        if calibration is not None:
+            calibration = mention_rows(calibration, **self.selection)
+            held_out = self._examples(calibration)
+            held_out.check("calibration")
+            fitted = LogisticRegression(C=1e6).fit(self.scores(calibration)[:, None], held_out.labels)
+            self._line = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+        return self
+
+    def _examples(self, rows: pd.DataFrame) -> Examples:
+        labels, groups = rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str)
+        return Examples(feature_matrix(rows, self.columns), labels, groups)
+
+    def scores(self, table: pd.DataFrame) -> np.ndarray:
+        """Compute the log-odds of hallucination before calibration, (rows,).
+
+        Raises:
+            ArtefactError: it was not fitted.
+        """
+        if self._evidence is None:
+            raise ArtefactError("the network was not fitted")
+        if not len(table):
+            return np.zeros(0)
+        evidence = self._evidence.decision_function(feature_matrix(table, self.columns))
+        return evidence + (self._prior.decision_function(feature_matrix(table, self.external)) if self._prior else 0)
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """Return (rows,) probabilities of hallucination in [0, 1]."""
+        return expit(self._line[0] * self.scores(table) + self._line[1])
+
+
+def balance(prior: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute weights that balance the classes for every value of the prior: 1 / g(label), (rows,).
+
+    A mention weighs at most ``MAX_BALANCE`` mean weights, so that one unlikely hallucination cannot decide alone.
+
+    Args:
+        prior: (rows,) log-odds of hallucination.
+        labels: (rows,) of 0 and 1.
+
+    >>> balance(np.log([1 / 3, 1 / 3]), np.array([1, 0])).round(3).tolist()
+    [4.0, 1.333]
+    """
+    weights = np.exp(np.logaddexp(0, np.where(labels == 1, -prior, prior)))
+    return np.minimum(weights, MAX_BALANCE * weights.mean())
+
+
+def _pipeline(classifier: LogisticRegression | MLPClassifier) -> Pipeline:
+    """Build the steps before a classifier: medians for gaps, clipping, standardisation."""
+    impute = SimpleImputer(strategy="median", keep_empty_features=True)
+    return Pipeline([("impute", impute), ("clip", Clip()), ("scale", StandardScaler()), ("classify", classifier)])
+
+
+def make_learner(
+    columns: Sequence[str], learner: Mapping[str, Any] | None, selection: MentionSelection, seed: int = 0
+) -> Predictor:
+    """Create the unfitted learner that a set of features declares.
+
+    Args:
+        columns: names of the columns that it reads.
+        learner: ``kind``, one of ``KINDS``, and for networks the settings of ``NetworkSettings``; None is ``logistic``.
+        selection: mention selection of the rows to fit on.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: the kind or a setting is unknown.
+    """
+    settings = dict(learner or {"kind": "logistic"})
+    kind: Literal["logistic", "boosting"] | str = settings.pop("kind", "")
+    if kind not in KINDS:
+        raise ConfigError(unknown("learner.kind", str(kind), KINDS))
+    network = NetworkSettings.parse(settings)
+    if kind in ("network", "balanced_network"):
+        if bool(network.external) != (kind == "balanced_network"):
+            raise ConfigError("learner.external should be given for balanced_network, and for no other kind")
+        return NetworkLearner(columns, network, seed, selection)
+    if settings:
+        raise ConfigError(f"learner.kind={kind} has no settings, but {', '.join(map(str, settings))} is given")
+    return Detector(kind, features=columns, seed=seed, **selection)  # type: ignore[arg-type]
+
+
+def describe_learner(learner: Mapping[str, Any] | None, columns: int) -> str:
+    """Describe a learner in a few words, for the row of its method.
+
+    >>> describe_learner({"kind": "network", "hidden": [64]}, 12)
+    'network (64 hidden units, 10 epochs) on 12 columns'
+    """
+    settings = dict(learner or {"kind": "logistic"})
+    kind = settings.pop("kind")
+    names = {"logistic": "logistic regression", "boosting": "gradient boosting", "network": "network"}
+    text = names.get(kind, "balanced network and prior")
+    if kind not in ("logistic", "boosting"):
+        network = NetworkSettings.parse(settings)
+        text += f" ({' and '.join(map(str, network.hidden))} hidden units, {network.epochs} epochs)"
+    return f"{text} on {columns} columns"
