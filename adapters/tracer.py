@@ -35,6 +35,8 @@ _BLANK_BYTES = 64 * 2**20
 _SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for the backward pass
 _PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Needs that read rows of the prompt, in the same residual stream as those of the answer."""
+_LENS_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy", "evidence"})
+"""Needs that read the residual stream of the rows by the final norm and the head."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
@@ -123,7 +125,7 @@ class Tracer:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
-            decodes = not requires.isdisjoint({"lens", "trajectory"})
+            decodes = not requires.isdisjoint(_LENS_REQUIREMENTS)
             hidden = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
             logits = self._forward.logits(forward, rows)
         if logits.isnan().any():
@@ -131,11 +133,15 @@ class Tracer:
         by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
         if attention is not None and "attention" in requires:
             by_token |= {"mass": attention.mass(), "image_attention": attention.image()}
+        if attention is not None:
+            by_token |= {"peaks": attention.peaks()} if "peaks" in requires else {}
+            by_token |= {"own": attention.own()} if "own" in requires else {}
         core_tokens = None
         if attention is not None and "core" in requires:
             triples = zip(attention.image(), answers, encoded, strict=True)
             core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
         by_token |= self._contrasts(encoded, ids, requires, core_tokens)
+        width = hidden[-1].shape[-1] if "evidence" in requires else None
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
         if isinstance(attention, HeadAttentionRecorder):
             whole["heads"] = attention.heads()
@@ -148,6 +154,7 @@ class Tracer:
                 prompt.spans,
                 **{name: part[index][: len(answer.token_ids)] for name, part in by_token.items()},
                 **{name: part[index] for name, part in whole.items()},
+                width=width,
             )
             for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True))
         ]
@@ -159,10 +166,13 @@ class Tracer:
     ) -> RowAttentionRecorder | None:
         decodes = self._forward.decoder_start is not None
         decoder = forward.inputs["decoder_input_ids"].shape[1] if decodes else None
-        layout = (forward.spans, forward.length, decoder, forward.pad_offsets)
+        skipped = 0 if forward.queries is None else forward.length - forward.queries
+        layout = (forward.spans, forward.length, decoder, forward.pad_offsets, skipped, requires)
         if "heads" in requires:
             return HeadAttentionRecorder(forward.rows, [len(answer) for answer in ids], *layout)
-        return None if requires.isdisjoint({"attention", "core"}) else RowAttentionRecorder(forward.rows, *layout)
+        if requires.isdisjoint({"attention", "core", "peaks", "own"}):
+            return None
+        return RowAttentionRecorder(forward.rows, *layout)
 
     def _state_recorder(
         self, forward: ForwardPass, ids: Sequence[Sequence[int]], requires: frozenset[str]
@@ -187,12 +197,11 @@ class Tracer:
         tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
         valid = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
         hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
-        decoded: dict[str, Tensor] = {}
-        lens = self._find_lens()
-        if "lens" in requires:
-            decoded["lens_logprob"], decoded["lens_rank"] = lens.read(hidden, logits, tokens)
-        if "trajectory" in requires:
-            decoded["trajectory"] = lens.divergence(hidden, logits)
+        lens, decoded = self._find_lens(), dict[str, Tensor]()
+        if not requires.isdisjoint(_LENS_REQUIREMENTS - {"evidence"}):
+            decoded |= lens.read(hidden, logits, tokens, requires)
+        if "evidence" in requires:
+            decoded["evidence"] = lens.evidence(hidden[-1])
         return {name: part.split(counts) for name, part in decoded.items()}
 
     # --- the same answers with another image, or with less of it ----------------------------------------------------

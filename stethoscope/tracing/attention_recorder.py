@@ -14,7 +14,7 @@ weights); the start token, ``first`` here, is among its ``rest``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ class RowAttentionRecorder(AttentionRecorder):
         length: length of the sequence that the prompts are in.
         decoder: length of the decoder's own sequence, which the rows are in, of an encoder-decoder model.
         firsts: positions of the prompts' first tokens; 0 unless they are padded on the left.
+        skipped: number of keys before the first query.
+        requires: ``peaks``, ``own`` or both, to record them too.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class RowAttentionRecorder(AttentionRecorder):
         length: int,
         decoder: int | None = None,
         firsts: Sequence[int] | None = None,
+        skipped: int = 0,
+        requires: Collection[str] = (),
     ) -> None:
         self.rows = rows
         pairs = zip(spans, firsts or [0] * len(spans), strict=True)
@@ -109,6 +113,14 @@ class RowAttentionRecorder(AttentionRecorder):
         self.roles = tuple(kinds)
         self._mass: dict[str, dict[str, Tensor]] = {role: {} for role in kinds}  # by role and name of the module
         self._to_image: list[Tensor] = []
+        self._requires, self._own_keys = requires, rows + skipped
+        self._own: list[Tensor] = []
+        self._peaks: dict[str, list[Tensor]] = {role: [] for role in kinds}  # sums over image and other keys
+        seen = self._own_keys + 1 - torch.tensor(firsts or [0] * len(spans))[:, None]  # number of keys that a row sees
+        if decoder is not None:
+            seen = seen + torch.tensor([span.length for span in spans])[:, None]
+        images = torch.tensor(self._counts)[:, None].expand_as(seen)
+        self._seen = torch.stack([images, seen - images], -1)
 
     def on_weights(self, site: Site, weights: Tensor) -> None:
         """Reduce the rows (B, heads, T, S) of one layer."""
@@ -119,6 +131,14 @@ class RowAttentionRecorder(AttentionRecorder):
         if site.role == self._prompt_role:
             columns = self._image.to(weights.device)[:, None].expand(-1, weights.shape[2], -1)
             self._to_image.append(weights.mean(1).gather(-1, columns))
+        if "peaks" in self._requires:
+            largest = weights.amax(1)  # (B, T, S)
+            members = self._members[site.role][..., _IMAGE].to(weights.device)
+            image = (largest * members[:, None]).sum(-1)
+            self._peaks[site.role].append(torch.stack([image, largest.sum(-1) - image], -1).cpu())
+        if "own" in self._requires and site.role == "language":
+            keys = self._own_keys.to(weights.device)[:, None, :, None].expand(-1, weights.shape[1], -1, -1)
+            self._own.append(weights.gather(-1, keys)[..., 0].transpose(1, 2).cpu())
 
     def finish(self) -> None:
         counts = [len(masses) for masses in self._mass.values()]
@@ -141,6 +161,15 @@ class RowAttentionRecorder(AttentionRecorder):
         stacked = torch.stack([image.cpu() for image in self._to_image]).permute(1, 2, 0, 3) / len(self._mass)
         return [rows[..., :count] for rows, count in zip(stacked, self._counts, strict=True)]
 
+    def peaks(self) -> Tensor:
+        """Return the (B, T, L, 2) ``Trace.peaks``, float32 on the CPU."""
+        roles = [torch.stack(sums, 2) for sums in self._peaks.values()]
+        return torch.stack(roles).sum(0) / len(roles) / self._seen[:, :, None].clamp(min=1)
+
+    def own(self) -> Tensor:
+        """Return the (B, T, L, H) attention of the rows to their own positions, float32 on the CPU."""
+        return torch.stack(self._own, 2)
+
 
 class HeadAttentionRecorder(RowAttentionRecorder):
     """Records in addition the statistics of single heads that published detectors read.
@@ -152,6 +181,8 @@ class HeadAttentionRecorder(RowAttentionRecorder):
         length: see ``RowAttentionRecorder``.
         decoder: see ``RowAttentionRecorder``.
         firsts: see ``RowAttentionRecorder``.
+        skipped: see ``RowAttentionRecorder``.
+        requires: see ``RowAttentionRecorder``.
     """
 
     def __init__(
@@ -162,8 +193,10 @@ class HeadAttentionRecorder(RowAttentionRecorder):
         length: int,
         decoder: int | None = None,
         firsts: Sequence[int] | None = None,
+        skipped: int = 0,
+        requires: Collection[str] = (),
     ) -> None:
-        super().__init__(rows, spans, length, decoder, firsts)
+        super().__init__(rows, spans, length, decoder, firsts, skipped, requires)
         self._tokens = list(counts)
         starts = [span.length if decoder is None else 1 for span in spans]
         self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]

@@ -6,7 +6,7 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); for LVLMs Neo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -87,42 +87,64 @@ class Lens:
         logits = self.head(states if self._scale == 1.0 else states * self._scale).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
-    def read(self, hidden: list[Tensor], logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute log-probability and rank of the tokens after each layer; the last is the model's own output.
+    def read(
+        self, hidden: list[Tensor], logits: Tensor, tokens: Tensor, requires: Collection[str] = ("lens",)
+    ) -> dict[str, Tensor]:
+        """Reduce the distribution after each layer; the last is the model's own output.
 
-        One layer is decoded at a time, so memory is that of one row of logits per token.
+        Every layer is decoded once, one at a time, so memory is that of one row of logits per token.
 
         Args:
             hidden: L tensors (..., D), rows of those from ``listen``.
             logits: (..., V) the model's own.
             tokens: (...) ids.
+            requires: ``lens``, ``trajectory``, ``layer_entropy`` or several of them.
 
         Returns:
-            Both (..., L) float32 on the CPU.
+            As asked for, on the CPU: ``lens_logprob`` and ``lens_rank`` (..., L), log-probability in nats and rank of
+            the token; ``trajectory`` (..., L - 1), Jensen-Shannon divergence from the model's own distribution in nats,
+            in [0, log 2]; ``lens_entropy`` (..., L) in nats and ``lens_top`` (..., L) int64, the most probable token.
 
         Raises:
             CapabilityError: norm and head do not reproduce the model's own logits.
         """
         if not self.checked and tokens.numel():
             self._check(hidden[-1], logits)
-        pairs = [_logprob_and_rank(self.decode(layer), tokens) for layer in hidden[:-1]] + [
-            _logprob_and_rank(logits, tokens)
-        ]
-        return torch.stack([p for p, _ in pairs], -1), torch.stack([r for _, r in pairs], -1)
+        final = logits.log_softmax(-1)
+        parts: dict[str, list[Tensor]] = {"trajectory": []} if "trajectory" in requires else {}
+        for layer in [*hidden[:-1], None]:
+            decoded = logits if layer is None else self.decode(layer)
+            logprobs = final if layer is None else decoded.log_softmax(-1)
+            values: dict[str, Tensor] = {}
+            if "lens" in requires:
+                values["lens_logprob"], values["lens_rank"] = _logprob_and_rank(decoded, tokens, logprobs)
+            if "layer_entropy" in requires:
+                values["lens_entropy"] = -(logprobs.exp() * logprobs).sum(-1).cpu()
+                values["lens_top"] = decoded.argmax(-1).cpu()
+            if "trajectory" in requires and layer is not None:
+                values["trajectory"] = _divergence(logprobs.to(final.device), final)
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+        empty = final.new_zeros((*final.shape[:-1], 0)).cpu()  # the trajectory of a model with one layer
+        return {name: torch.stack(part, -1) if part else empty for name, part in parts.items()}
 
-    def divergence(self, hidden: list[Tensor], logits: Tensor) -> Tensor:
-        """Compute the divergence of the distribution after each layer from the model's own.
+    def evidence(self, hidden: Tensor) -> Tensor:
+        """Compute the mean positive and the mean negative evidence of the head (Dempster-Shafer weights of EUQ, 2026).
+
+        EUQ subtracts from every row of the head its mean over dimensions; to subtract the state's own is the same.
 
         Args:
-            hidden: L tensors (..., D), as for ``read``.
-            logits: (..., V) the model's own.
+            hidden: (..., D) the residual stream after the last layer.
 
         Returns:
-            (..., L - 1) float32 on the CPU, Jensen-Shannon divergence in nats, in [0, log 2].
+            (..., 2) float32 on the CPU, both >= 0.
         """
-        final = logits.log_softmax(-1)
-        layers = [_divergence(self.decode(layer).log_softmax(-1).to(final.device), final) for layer in hidden[:-1]]
-        return torch.stack(layers, -1) if layers else final.new_zeros((*final.shape[:-1], 0)).cpu()
+        states = self.norm(hidden)
+        centred = (states - states.mean(-1, keepdim=True)) * self._scale
+        weights = self.head(centred).float()
+        bias = getattr(self.head, "bias", None)
+        weights = weights if bias is None else weights - bias.float()
+        return torch.stack([weights.clamp(min=0).mean(-1), (-weights).clamp(min=0).mean(-1)], -1).cpu()
 
     def read_together(
         self, hidden: Tensor, logits: Tensor, tokens: Tensor, requires: frozenset[str]
@@ -188,10 +210,11 @@ def lens_of(model: PreTrainedModel) -> Lens:
     return _lenses[model]
 
 
-def _logprob_and_rank(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _logprob_and_rank(logits: Tensor, tokens: Tensor, logprobs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     tokens = tokens.to(logits.device)[..., None]
     chosen = logits.gather(-1, tokens)
-    logprob = logits.log_softmax(-1).gather(-1, tokens)[..., 0]  # a third of the time of logsumexp
+    logprobs = logits.log_softmax(-1) if logprobs is None else logprobs  # a third of the time of logsumexp
+    logprob = logprobs.gather(-1, tokens)[..., 0]
     rank = (logits > chosen).sum(-1)
     return logprob.float().cpu(), rank.float().cpu()
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
-    "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob",
+    "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
+    "evidence", "peaks", "own",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -35,10 +36,13 @@ FORWARD_REQUIREMENTS = ("attention", "lens", "blank")
 beside the traced one, the blank image costs one."""
 REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
-EXTRA_REQUIREMENTS = ("heads", "trajectory", "noise", "no_image", "core", "states", "image_lens")
-"""Further parts, which published detectors read: ``heads``, ``trajectory``, ``states`` and ``image_lens`` come from the
-traced pass, ``noise``, ``no_image`` and ``core`` cost one more forward pass each. Models that read the image in an
-encoder of the language model have no ``states`` and no ``image_lens``."""
+EXTRA_REQUIREMENTS = (
+    "heads", "trajectory", "noise", "no_image", "core", "states", "image_lens", "layer_entropy", "evidence", "peaks",
+    "own",
+)  # fmt: skip
+"""Further parts, which published detectors read: ``noise``, ``no_image`` and ``core`` cost one more forward pass each,
+all others come from the traced pass. Models that read the image in an encoder of the language model have no ``states``
+and no ``image_lens``."""
 
 MENTION_REQUIREMENTS = ("questions", "masked")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
@@ -210,6 +214,13 @@ class Trace:
             last from the model's own.
         image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without
             the final norm but for h_L: the largest over image tokens, and the sum over them.
+        lens_entropy: (T, L) entropy in nats of the distributions of ``lens_logprob``. Of ``layer_entropy``, as is
+            ``lens_top``: (T, L) int64, the most probable token of each.
+        evidence: (T, 2) means over the vocabulary of the positive and of the negative parts of the logits that the head
+            gives to the state less its mean over dimensions; ``width`` is D, the number of these.
+        peaks: (T, L, 2) means over the image tokens, and over all other positions that the row sees, of the largest
+            attention of any head to the position.
+        own: (T, L, H) attention of the row to its own position, that of the token before the one that it predicts.
         noise_logits: (T, V), the same rows when the image is noised as VCD does it.
         no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
         core_logits: (T, V), the same rows when nothing may attend to the image tokens that the answer attends to most.
@@ -233,6 +244,12 @@ class Trace:
     states: HiddenStates | None = None
     trajectory: Tensor | None = None
     image_lens: Tensor | None = None
+    lens_entropy: Tensor | None = None
+    lens_top: Tensor | None = None
+    evidence: Tensor | None = None
+    width: int | None = None
+    peaks: Tensor | None = None
+    own: Tensor | None = None
     noise_logits: Tensor | None = None
     no_image_logits: Tensor | None = None
     core_logits: Tensor | None = None
