@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.types import Generation
+from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import Encoded
 
 _SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")

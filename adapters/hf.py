@@ -30,9 +30,9 @@ from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.prompts import PromptEncoder, check_chat_template, check_prompt
 from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
-from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
+from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import (
     EXTRA_REQUIREMENTS,
     FORWARD_REQUIREMENTS,

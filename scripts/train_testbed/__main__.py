@@ -58,7 +58,7 @@ def main() -> None:
     """Run the asked stages."""
     args = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    from scripts.train_testbed.curriculum import run  # after OMP_NUM_THREADS: it imports torch
+    from scripts.train_testbed.loop import run  # after OMP_NUM_THREADS: it imports torch
 
     stages = STAGES if args.stage == "all" else (args.stage,)
     figures = run(stages, **{k: v for k, v in vars(args).items() if k != "stage"})

@@ -16,9 +16,9 @@ from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.types import Generation, ImageRef
-from stethoscope.evaluation.saved_task import saved_task
 from stethoscope.report.run_report import collect_report
 from stethoscope.report.run_source import RunReader, readable
+from stethoscope.storage.run_dir import saved_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image

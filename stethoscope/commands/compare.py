@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stethoscope.commands.common import package_names, parse
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.evaluation.saved_task import saved_task
+from stethoscope.storage.run_dir import saved_task
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
 

@@ -13,7 +13,7 @@ from stethoscope.commands.common import make_callbacks, report_failures
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
-from stethoscope.evaluation.saved_task import saved_config
+from stethoscope.storage.run_dir import saved_config
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stethoscope.commands.common import package_names, parse
 from stethoscope.core.errors import ConfigError, StethoscopeError
-from stethoscope.evaluation.saved_task import saved_task
+from stethoscope.storage.run_dir import saved_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image

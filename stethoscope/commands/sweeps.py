@@ -172,7 +172,7 @@ class Sweep:
 
 def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
     """Make a task of a run again, without the network; ``plugins`` are those that the jobs were started with."""
-    from stethoscope.evaluation.saved_task import saved_task
+    from stethoscope.storage.run_dir import saved_task
 
     return saved_task(source.store, name, sorted(plugins), offline=True)
 

@@ -1,4 +1,7 @@
-"""Read and write a run directory, the contract between commands; records are flushed at once and survive a kill."""
+"""Read and write a run directory, the contract between commands, and make the task of a finished run again.
+
+Records are flushed at once and survive a kill.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from stethoscope.core.component import TARGET, build, import_class
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
-from stethoscope.core.files import atomic_write, check_shape, damaged, read_json, remove_temporaries, unshare
+from stethoscope.core.files import atomic_write, check_shape, damaged, read_json, read_yaml, remove_temporaries, unshare
 from stethoscope.core.text import redact, redact_override
-from stethoscope.storage.record_files import RecordEntry, RecordFiles
-from stethoscope.storage.records import Record
+from stethoscope.storage.records import Record, RecordEntry, RecordFiles
 from stethoscope.storage.run_fingerprint import describe, differences, environment
 from stethoscope.storage.tokens import Key, TokenFiles
+from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -340,3 +345,40 @@ def _with_code_of(old: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dic
         name: {**section, "code": old[name]["code"]} if "code" in (old.get(name) or ()) else section
         for name, section in fingerprint.items()
     }
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration that a run directory was made with, as plain data: nothing in it is resolved.
+
+    Raises:
+        ArtefactError: there is no such run, or the file is damaged.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ArtefactError(f"{folder} is not a run directory: it has no config.yaml; `stethoscope evaluate` makes one")
+    return read_yaml(file, "the command that made the run writes it again")
+
+
+def saved_task(store: RunStore, name: str, plugins: Sequence[str] = (), offline: bool = False) -> Task:
+    """Make the task that a run was asked with, from its configuration or else from its fingerprint.
+
+    Args:
+        store: the run.
+        name: name of the task.
+        plugins: packages besides our own that it may come from; the run's file does not decide that.
+        offline: a task that could fetch its data uses only what is on this machine.
+
+    Raises:
+        ArtefactError: the run does not say how its task is made.
+        ConfigError: the task cannot be made.
+    """
+    described = store.fingerprints().get(name, {}).get("task", {})
+    path, settings = described.get("class"), described.get("settings", {})
+    if path is None or not isinstance(settings, dict):
+        raise ArtefactError(f"{store.run_dir / 'fingerprint.json'} does not say what {name} is")
+    nodes = saved_config(store.run_dir).values() if (store.run_dir / "config.yaml").is_file() else ()
+    configured = (node for node in nodes if isinstance(node, dict) and node.get(TARGET) == path)
+    node = next(configured, {TARGET: path, **settings})
+    if offline and "local_files_only" in signature(import_class(path, Task, f"{name}.{TARGET}", plugins)).parameters:
+        node = {**node, "local_files_only": True}  # also where the file does not have the key
+    return build(node, Task, name, plugins)

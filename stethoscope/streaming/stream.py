@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from stethoscope.core.errors import CaptureError, ConfigError
-from stethoscope.core.offsets import GrowingText
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.run_diagnosis import MentionExtractor, default_extractor, extract_mentions, score_mentions
@@ -23,6 +22,7 @@ from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import StepRecorder
 from stethoscope.tracing.logit_lens import lens_of
+from stethoscope.tracing.token_spans import GrowingText
 
 if TYPE_CHECKING:
     from PIL.Image import Image

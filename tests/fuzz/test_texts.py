@@ -15,7 +15,6 @@ from stethoscope.core.component import compose
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.html import document, escape, json_block
-from stethoscope.core.offsets import decode_with_offsets
 from stethoscope.core.text import redact
 from stethoscope.storage.run_fingerprint import describe, differences, digest
 from stethoscope.tasks import object_extraction, yes_no
@@ -23,6 +22,7 @@ from stethoscope.tasks.counts import complete_sentences
 from stethoscope.tasks.halloc import move_spans
 from stethoscope.tasks.noun_extraction import Vocabulary
 from stethoscope.tasks.pope import asked_object
+from stethoscope.tracing.token_spans import decode_with_offsets
 
 WORDS = st.sampled_from(
     ["dog", "dogs", "stop", "sign", "toilet", "seat", "hot", "yes", "Yes,", "no", "No.", "not", "'s", "n't", "``",

@@ -13,8 +13,8 @@ from stethoscope.adapters import tiny
 from stethoscope.app.runs import Runs
 from stethoscope.commands.sweeps import Sweep
 from stethoscope.core.errors import StethoscopeError
-from stethoscope.evaluation.saved_task import saved_task
 from stethoscope.report.run_source import RunReader
+from stethoscope.storage.run_dir import saved_task
 from stethoscope.storage.sweep_jobs import FINISHED, Job
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
@@ -120,7 +120,7 @@ def test_a_sweep_believes_the_plugins_of_its_jobs_command_lines(finished, copy, 
         believed.append(plugins)
         return {"chair": Chair, "pope": Pope}[name]()
 
-    monkeypatch.setattr("stethoscope.evaluation.saved_task.saved_task", made)
+    monkeypatch.setattr("stethoscope.storage.run_dir.saved_task", made)
     sweep = Sweep("benchmark", tmp_path / "sweep", (), "key")
     for number, folder in enumerate((finished / "sampled", copy)):
         job = Job("key", number, (f"seed={number}",), str(folder), FINISHED, plugins=("mine",) if number else ())
