@@ -13,7 +13,7 @@ from stethoscope import __version__
 from stethoscope.commands import HYDRA_COMMANDS, PLAIN_COMMANDS
 from stethoscope.core.errors import ConfigError, StethoscopeError, unknown
 from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, rank, tolerate_closed_output, world_size
-from stethoscope.core.text import one_line, visible_output
+from stethoscope.core.text import logged_to_stderr, one_line, visible_output
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     A reader of the output that goes away (``| head -1``) ends nothing: the work is done and its status is the same.
     """
     warnings.showwarning = _warn
-    with tolerate_closed_output(), visible_output():
+    with tolerate_closed_output(), visible_output(), logged_to_stderr():
         sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import cleandoc
+from textwrap import indent
+from typing import TYPE_CHECKING
 
 from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
 
-USAGE = """usage: stethoscope list [GROUP]
+if TYPE_CHECKING:
+    from stethoscope.features import Feature
+
+USAGE = """usage: stethoscope list [GROUP [NAME ...]]
 
 Prints the names that can follow `group=` on the command line, a line each; without GROUP, all of them.
-`stethoscope list features` also explains every single feature."""
+`stethoscope list features` also explains every single feature, `stethoscope list features NAME` those of a name: a
+single feature (with its documentation), a group of features, or a choice that can follow `features=`."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the choices of one configuration group, or of all."""
+    """Print the choices of configuration groups, all of them or those named."""
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
+    for group, names in _names_by_group(arguments).items():
+        if group == "features" and arguments:
+            _print_features(names)
+        else:
+            _print_choices(group, names)
+
+
+def _names_by_group(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Read the command line: names by the group that they follow; every group without names where none is given.
+
+    Raises:
+        ConfigError: a word is neither a group nor, after one, a name in it.
+    """
+    if not arguments:
+        return {group: [] for group in groups()}
     known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
+    named: dict[str, list[str]] = {}
+    group = ""
     for word in arguments:
-        if word not in known:
+        if word in known:
+            group = known[word]
+            named.setdefault(group, [])
+        elif not group:
             raise ConfigError(unknown("group", word, groups()))
-    for group in [known[word] for word in arguments] or groups():
-        print(f"{group}=")
-        for name, text in choices(group).items():
-            print(f"  {name:<26} {text}")
-            if group == "features":
-                print(f"  {'':<26} {_cost(name)}")
-    if "features" in arguments:
-        _print_features()
+        else:
+            named[group].append(word)
+    return named
+
+
+def _print_choices(group: str, names: Sequence[str]) -> None:
+    available = choices(group)
+    for name in names:
+        if name not in available:
+            raise ConfigError(unknown(f"choice of {group}", name, available))
+    print(f"{group}=")
+    for name in names or available:
+        print(f"  {name:<26} {available[name]}")
+        if group == "features":
+            print(f"  {'':<26} {_cost(name)}")
 
 
 def _cost(name: str) -> str:
@@ -41,10 +75,27 @@ def _cost(name: str) -> str:
     return f"{count} feature{'s' * (count != 1)}, {chosen.cost}"
 
 
-def _print_features() -> None:
-    """Print the registry: group, name, meaning of high values, cost, summary."""
-    from stethoscope.features import FEATURES
+def _print_features(names: Sequence[str]) -> None:
+    """Print named sets and the registry, or what the names stand for."""
+    from stethoscope.features import FEATURES, GROUPS
 
-    print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
-    for item in FEATURES.values():
+    sets = choices("features")
+    for name in names:
+        if name not in {*sets, *GROUPS, *FEATURES}:
+            raise ConfigError(unknown("feature, group of features or choice of features", name, [*FEATURES, *sets]))
+    if not names or not sets.keys().isdisjoint(names):
+        _print_choices("features", [name for name in names if name in sets])
+    rows = FEATURES if not names else {k: item for k, item in FEATURES.items() if {k, item.group} & {*names}}
+    if rows:
+        print("\nfeatures (columns of tokens.parquet; high values speak for ...)")
+        _print_rows(rows, names)
+
+
+def _print_rows(rows: Mapping[str, Feature], names: Sequence[str]) -> None:
+    """Print group, name, meaning of high values, cost and summary; below a feature that is named, what it reads."""
+    for name, item in rows.items():
         print(f"  {item.group:<12} {item.name:<26} {item.higher_means:<13} {item.cost:<30} {item.summary}")
+        if name in names:
+            details = cleandoc(item.document).partition("\n")[2].strip()
+            reads = f"Reads of a trace, beyond the logits: {', '.join(sorted(item.requires)) or 'nothing'}."
+            print(indent("\n\n".join(filter(None, (details, reads))), " " * 15))

@@ -24,7 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_values
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
-from stethoscope.core.text import console, one_line, redact, redact_override, redact_text, visible_output
+from stethoscope.core.text import (
+    console,
+    logged_to_stderr,
+    one_line,
+    redact,
+    redact_override,
+    redact_text,
+    visible_output,
+)
 from stethoscope.storage.sweep_jobs import FAILED, FINISHED, INTERRUPTED, Job, distinct_overrides, read_jobs, slug
 
 LONGEST = 120  # characters of a folder's name
@@ -88,7 +96,7 @@ class Sweep:
 
     def run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:
         """Run one job and store its status. Its errors are printed and stored, and do not stop the sweep."""
-        with visible_output():  # perhaps in another process
+        with visible_output(), logged_to_stderr():  # perhaps in another process
             self._run(config, number, words)
 
     def _run(self, config: DictConfig, number: int, words: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
-"""Make text safe for the terminal: escape control characters, mask secrets."""
+"""Make text safe for the terminal: escape control characters, mask secrets; print log messages."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -93,6 +94,33 @@ def visible_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
         raise
     sys.stdout, sys.stderr = before
+
+
+class _StderrHandler(logging.Handler):
+    """Prints messages to what standard error is when they are logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def logged_to_stderr() -> Iterator[None]:
+    """Print what this package logs, from level INFO on, to standard error within the block.
+
+    The commands do it; whoever imports the package sees only warnings and errors unless they configure ``logging``.
+    """
+    logger = logging.getLogger("stethoscope")
+    if any(isinstance(handler, _StderrHandler) for handler in logger.handlers):  # a job of a sweep, in its process
+        yield
+        return
+    handler, level = _StderrHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def wrap_streams() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.tasks.base import Task
+
+logger = logging.getLogger(__name__)
 
 LOCKS = ".answers"  # folder with a lock file per set of answers
 
@@ -94,12 +96,12 @@ def reuse_answers(folder: Path, run_dir: Path, adapter: Adapter, task: Task, gen
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        print(f"{run_dir}: waiting for the job that writes the same answers to {task.name} ...", file=sys.stderr)
+        logger.info("%s: waiting for the job that writes the same answers to %s ...", run_dir, task.name)
         lock.acquire()
     try:
         copied = copy_answers(folder, RunStore(run_dir), task.name, fingerprint)
         if copied:
-            print(f"{run_dir}: {copied} answers to {task.name} are those of another job", file=sys.stderr)
+            logger.info("%s: %d answers to %s are those of another job", run_dir, copied, task.name)
         yield
     finally:
         lock.release()

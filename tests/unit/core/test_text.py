@@ -1,6 +1,7 @@
 """Text never steers the terminal, and secrets are masked by the name of a setting and by the look of a value."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from stethoscope.core.text import (
     VisibleStream,
     console,
     is_secret,
+    logged_to_stderr,
     one_line,
     redact,
     redact_override,
@@ -227,3 +229,13 @@ def test_variables_that_a_thread_sets_meanwhile(monkeypatch):
     finally:
         ends.set()
         thread.join()
+
+
+def test_log_messages_of_the_package_are_printed_within_the_block_once(capsys):
+    logger = logging.getLogger("stethoscope.storage.reuse")
+    logger.info("before")
+    with visible_output(), logged_to_stderr(), logged_to_stderr():
+        logger.info("%d answers\x1b[31m", 3)
+        logger.debug("details")
+    logger.info("after")
+    assert capsys.readouterr().err == "3 answers\\x1b[31m\n"

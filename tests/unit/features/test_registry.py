@@ -1,5 +1,8 @@
 """The configuration group ``features``: every set can be made, and is known by its cost."""
 
+import subprocess
+import sys
+
 import pytest
 
 from stethoscope.core.component import build, choices, compose
@@ -52,3 +55,20 @@ def test_the_experiment_of_all_detectors_is_large_enough_and_computes_all():
     assert {item.group for item in features.features} == set(GROUPS)
     for name in config.sets:
         assert set(chosen(name).names) < set(features.names)
+
+
+def test_a_file_in_the_package_is_enough_for_a_feature(tmp_path):
+    (tmp_path / "digits.py").write_text(
+        "from stethoscope.features.registry import feature\n\n\n"
+        '@feature("digits", higher_means="depends")\ndef digit_count(trace):\n    """Number of digits."""\n'
+    )
+    script = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.find_spec('stethoscope.features')\n"
+        "spec.submodule_search_locations.append(sys.argv[1])\n"  # as if the file lay in the package's folder
+        "features = sys.modules[spec.name] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(features)\n"
+        "print(features.FEATURES['digit_count'].summary, features.GROUPS[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "Number of digits. digits\n", done.stderr

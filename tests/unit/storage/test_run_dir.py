@@ -133,9 +133,7 @@ def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
 
 def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatch):
     store.append([record(0), record(1)], {"s00": rows(0), "s01": rows(1)})
-    monkeypatch.setattr(
-        "stethoscope.storage.records.encode_line", lambda values: (_ for _ in ()).throw(SystemExit)
-    )
+    monkeypatch.setattr("stethoscope.storage.records.encode_line", lambda values: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
         store.finish("tiny", ["s00", "s01"])  # tokens.parquet is written, samples.jsonl is not
     monkeypatch.undo()

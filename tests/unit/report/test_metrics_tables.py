@@ -1,0 +1,48 @@
+"""Which rows of the leaderboard its tables show, and what their notes say about it."""
+
+import pytest
+
+from stethoscope.detection.detector_results import DetectorResults, Leaderboard, Row
+from stethoscope.metrics.bootstrap import Interval
+from stethoscope.report.metrics_tables import SINGLE_FEATURES, leaderboard_tables, shown_rows
+
+
+def row(name, kind, auroc):
+    values = {"auroc": auroc, "auprc_hallucinated": 0.5, "base_rate": 0.25}
+    return Row(name, kind, 1, {key: Interval(value, value, value, 100, 50) for key, value in values.items()})
+
+
+def results(features, best):
+    """Made-up results: a detector, a baseline, and features f0, f1, ... by falling AUROC in training."""
+    names = [f"f{index}" for index in range(features)]
+    singles = [row(name, "feature", 0.6 + 0.01 * index) for index, name in enumerate(names)]
+    board = Leaderboard(
+        (row("logistic", "detector", 0.9), row("constant", "baseline", 0.5), *singles),
+        (),
+        {"auroc": best},
+        {"auroc_matched": {"pairs": 12, "items": 40, "share": 0.4}},
+    )
+    folds = {name: {"images": 50, "mentions": 100, "hallucinated": 25} for name in ("train", "calibration", "test")}
+    return DetectorResults({"folds": folds, "mentions": {"repeats": "first"}}, board, (), {})
+
+
+def test_the_best_features_in_training_are_shown_by_auroc_in_the_test():
+    many = results(SINGLE_FEATURES + 20, f"f{SINGLE_FEATURES + 9}")
+    names = [item.name for item in shown_rows(many.leaderboard)]
+    first = [f"f{index}" for index in range(SINGLE_FEATURES)]
+    assert names == ["logistic", f"f{SINGLE_FEATURES + 9}", *reversed(first), "constant"]
+
+
+def test_the_note_says_how_many_features_are_left_out():
+    ranking, at_work = leaderboard_tables(results(SINGLE_FEATURES + 20, f"f{SINGLE_FEATURES + 9}"))
+    shown, measured = SINGLE_FEATURES + 1, SINGLE_FEATURES + 20
+    left_out = f"{shown} of the {measured} single features in metrics.json are shown, the best on the training images."
+    assert ranking.note.endswith(left_out)
+    assert ranking.note.startswith("100 first mentions of an object in 50 test images, 25.0% hallucinated")
+    assert at_work.note == "A score without information has an AUPRC, hallucinated, of 0.250."
+
+
+@pytest.mark.parametrize("features", [1, SINGLE_FEATURES])
+def test_the_note_is_silent_where_all_features_are_shown(features):
+    ranking, _ = leaderboard_tables(results(features, "f0"))
+    assert "single features" not in ranking.note
