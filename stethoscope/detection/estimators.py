@@ -35,7 +35,7 @@ from stethoscope.detection.inference import (
     compile_classifier,
     restore_classifier,
 )
-from stethoscope.metrics.classification import Ranking
+from stethoscope.metrics.ranking import Ranking
 
 ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")

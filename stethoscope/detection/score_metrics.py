@@ -10,20 +10,25 @@ import pandas as pd
 
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Resamples
-from stethoscope.metrics.classification import Ranking
+from stethoscope.metrics.ranking import FloatOrArray, Ranking
 
 CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
-AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_matched")
+AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_within_word", "auroc_matched")
 
 METRICS = {
     "auroc": "area under the ROC curve; hallucinated is the positive class",
     "auroc_controlled": f"mean AUROC within bins of {CONTROL_WIDTH} token positions, by number of pairs",
     "auroc_same_position": "the same with bins of one token: only mentions at equal positions are compared",
+    "auroc_within_word": "the same for mentions of one object, wherever they stand: the within-word AUROC",
     "auroc_matched": f"the same for mentions of one object within {CONTROL_WIDTH} token positions",
     "auroc_first": "AUROC of the first mention of every object in an answer (where others are measured as well)",
     "auprc_hallucinated": "average precision, hallucinated mentions as the positive class",
     "auprc_grounded": "average precision, grounded mentions as the positive class",
     "fpr_at_95tpr": "false alarms among grounded mentions when 95 % of the hallucinated ones are found",
+    "tpr_at_1fpr": "hallucinated mentions found when 1 % of the grounded ones are flagged",
+    "tpr_at_5fpr": "hallucinated mentions found when 5 % of the grounded ones are flagged",
+    "prr": "prediction-rejection ratio: 0 for a random order of rejection, 1 for a perfect one",
+    "aurc": "area under the risk-coverage curve: mean share of hallucinated mentions among the kept; lower is better",
     "recall_at_90precision": "hallucinated mentions found when 90 % of the warnings are to be right",
     "ece": "expected calibration error, ten bins of equal width",
     "brier": "mean squared error of the probability",
@@ -40,6 +45,7 @@ def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     return {
         "auroc_controlled": wide,
         "auroc_same_position": positions,
+        "auroc_within_word": objects,
         "auroc_matched": objects * (wide.max(initial=0) + 1) + wide,
     }
 
@@ -63,7 +69,7 @@ class LabelledMentions:
         """Read labels, bins and repetitions of labelled mention rows."""
         return cls(rows["label"].to_numpy(dtype=int), control_bins(rows), rows["repeat_index"].to_numpy() == 0)
 
-    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, classification.FloatOrArray]:
+    def areas(self, scores: np.ndarray, weights: np.ndarray | None = None) -> dict[str, FloatOrArray]:
         """Compute the metrics of ``AREAS`` that compare mentions within bins, each in [0, 1]."""
         return {
             name: classification.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()
@@ -72,13 +78,17 @@ class LabelledMentions:
     def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
         """Compute all metrics of one score for a chunk of replicates, sorting the mentions as seldom as possible."""
         ranking = Ranking.of(self.labels, scores, weights)
-        figures: dict[str, classification.FloatOrArray] = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
+        figures: dict[str, FloatOrArray] = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
         if not self.first.all():
             figures["auroc_first"] = classification.auroc(self.labels, scores, weights * self.first)
         figures |= {
             "auprc_hallucinated": ranking.auprc(),
             "auprc_grounded": ranking.swapped().auprc(),
             "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
+            "tpr_at_1fpr": ranking.tpr_at_fpr(0.01),
+            "tpr_at_5fpr": ranking.tpr_at_fpr(0.05),
+            "prr": ranking.prr(),
+            "aurc": ranking.aurc(),
             "recall_at_90precision": ranking.recall_at_precision(0.9),
         }
         if probability:

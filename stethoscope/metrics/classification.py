@@ -6,147 +6,11 @@ evaluates all replicates at once. A weight of 2 is the same as having the item t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-FloatOrArray = float | np.ndarray
-"""A float for weights of shape (n,) or none, an array (replicates,) for weights of shape (replicates, n)."""
-
-
-def _checked(
-    labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Validate labels, scores and weights and convert them to arrays.
-
-    Weights have one row per item: sorting then moves whole rows and sums over items run over all replicates at once,
-    which is several times faster than one row per replicate.
-
-    Returns:
-        Labels as bool (n,), scores as float64 (n,), weights (n, replicates), and whether a single value is expected.
-    """
-    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(f"labels {labels.shape} and scores {scores.shape} should have one common dimension")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError("labels should be 0 or 1")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite")
-    matrix = np.ones((1, labels.size)) if weights is None else np.atleast_2d(np.asarray(weights, dtype=np.float64))
-    if matrix.ndim != 2 or matrix.shape[1] != labels.size:
-        raise ValueError(f"weights {matrix.shape} should have {labels.size} columns, one per item")
-    if matrix.size and not (matrix.min() >= 0 and matrix.max() < np.inf):  # a NaN fails both
-        raise ValueError("weights should be finite and not negative")
-    return labels.astype(bool), scores, np.ascontiguousarray(matrix.T), weights is None or np.ndim(weights) == 1
-
-
-def _result(values: np.ndarray, single: bool) -> FloatOrArray:
-    return float(values[0]) if single else values
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide element by element, with NaN where the denominator is 0."""
-    shape = np.broadcast_shapes(numerator.shape, denominator.shape)
-    return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=denominator > 0)
-
-
-def _gather(
-    labels: np.ndarray, matrix: np.ndarray, order: np.ndarray, fresh: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Order the (rows, replicates) weights of both classes; rows not ``fresh`` join the row above."""
-    weights = matrix[order]
-    positive = weights * labels[order, None]
-    negative = np.subtract(weights, positive, out=weights)
-    if fresh.all():
-        return positive, negative
-    runs = np.flatnonzero(fresh)
-    return np.add.reduceat(positive, runs, axis=0), np.add.reduceat(negative, runs, axis=0)
-
-
-def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Sum the product over rows, (replicates,)."""
-    return np.einsum("kr,kr->r", first, second)
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Weight of either class at each distinct score, from the highest score to the lowest.
-
-    Attributes:
-        positive: (distinct scores, replicates) weight of the hallucinated items.
-        negative: (distinct scores, replicates) weight of the grounded items.
-    """
-
-    positive: np.ndarray
-    negative: np.ndarray
-
-    @classmethod
-    def of(cls, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> Ranking:
-        """Sort the items once for all replicates.
-
-        Args:
-            labels: (n,) of 0 and 1.
-            scores: (n,) finite.
-            weights: None, (n,) or (replicates, n), at least 0.
-
-        Raises:
-            ValueError: shapes, labels, scores or weights are not as stated.
-        """
-        labels, scores, matrix, _ = _checked(labels, scores, weights)
-        order = np.argsort(-scores, kind="stable")
-        return cls(*_gather(labels, matrix, order, np.diff(scores[order], prepend=np.nan) != 0))
-
-    @cached_property
-    def true(self) -> np.ndarray:
-        """(distinct scores, replicates) weight of the hallucinated items at this score or above."""
-        return np.cumsum(self.positive, axis=0)
-
-    @cached_property
-    def false(self) -> np.ndarray:
-        """(distinct scores, replicates) weight of the grounded items at this score or above."""
-        return np.cumsum(self.negative, axis=0)
-
-    @cached_property
-    def totals(self) -> tuple[np.ndarray, np.ndarray]:
-        """(replicates,) weight of all hallucinated and of all grounded items."""
-        return self.positive.sum(axis=0), self.negative.sum(axis=0)
-
-    def auroc(self) -> np.ndarray:
-        """Compute the area under the ROC curve, (replicates,) in [0, 1]."""
-        pairs = np.prod(self.totals, axis=0)
-        # pairs in the wrong order: grounded items above each hallucinated one, and half of those at the same score
-        wrong = _dot(self.positive, self.false) - _dot(self.positive, self.negative) / 2
-        return _divide(pairs - wrong, pairs)
-
-    def auprc(self) -> np.ndarray:
-        """Compute the average precision, (replicates,) in [0, 1], of the hallucinated items."""
-        flagged = self.true + self.false
-        precision = np.divide(self.true, flagged, out=flagged, where=flagged > 0)
-        return self._both(_dot(self.positive, precision), self.totals[0])
-
-    def swapped(self) -> Ranking:
-        """Reverse the ranking and exchange the classes: grounded items become the positive class."""
-        return Ranking(self.negative[::-1], self.positive[::-1])
-
-    def fpr_at_tpr(self, level: float) -> np.ndarray:
-        """Compute the lowest false-positive rate, (replicates,), at which the true-positive rate is ``level``."""
-        if not len(self.positive):
-            return np.full(self.positive.shape[1], np.nan)
-        # the slack keeps rounding of level * total from requiring one more item
-        first = np.argmax(self.true >= level * self.totals[0] * (1 - 1e-12), axis=0)
-        return self._both(self.false[first, np.arange(first.size)], self.totals[1])
-
-    def recall_at_precision(self, level: float) -> np.ndarray:
-        """Compute the highest recall, (replicates,), at a precision of at least ``level``; else 0."""
-        precise = self.true >= level * (self.true + self.false) * (1 - 1e-12)
-        return self._both(np.max(self.true * precise, axis=0, initial=0.0), self.totals[0])
-
-    def _both(self, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        """Divide, with NaN in replicates that lack one of the classes."""
-        lacking = np.minimum(*self.totals) <= 0
-        return np.where(lacking, np.nan, _divide(numerator, denominator))
+from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, divide, gather
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -161,7 +25,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
     0.5
     """
     single = weights is None or np.ndim(weights) == 1
-    return _result(Ranking.of(labels, scores, weights).auroc(), single)
+    return as_result(Ranking.of(labels, scores, weights).auroc(), single)
 
 
 def auprc(
@@ -180,7 +44,7 @@ def auprc(
     """
     single = weights is None or np.ndim(weights) == 1
     ranking = Ranking.of(labels, scores, weights)
-    return _result((ranking if positive else ranking.swapped()).auprc(), single)
+    return as_result((ranking if positive else ranking.swapped()).auprc(), single)
 
 
 def fpr_at_tpr(
@@ -192,7 +56,7 @@ def fpr_at_tpr(
     0.5
     """
     single = weights is None or np.ndim(weights) == 1
-    return _result(Ranking.of(labels, scores, weights).fpr_at_tpr(level), single)
+    return as_result(Ranking.of(labels, scores, weights).fpr_at_tpr(level), single)
 
 
 def recall_at_precision(
@@ -204,7 +68,45 @@ def recall_at_precision(
     0.5
     """
     single = weights is None or np.ndim(weights) == 1
-    return _result(Ranking.of(labels, scores, weights).recall_at_precision(level), single)
+    return as_result(Ranking.of(labels, scores, weights).recall_at_precision(level), single)
+
+
+def tpr_at_fpr(
+    labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, level: float = 0.05
+) -> FloatOrArray:
+    """Compute the share of hallucinated items flagged when at most ``level`` of the grounded ones are, in [0, 1].
+
+    >>> tpr_at_fpr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+    0.5
+    """
+    single = weights is None or np.ndim(weights) == 1
+    return as_result(Ranking.of(labels, scores, weights).tpr_at_fpr(level), single)
+
+
+def aurc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
+    """Compute the area under the risk-coverage curve in [0, 1]; lower is better.
+
+    The mean over k of the share of hallucinated items among the k that score lowest, ties in random order.
+    Source: Geifman et al., ICLR 2019.
+
+    >>> round(aurc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
+    0.3333
+    """
+    single = weights is None or np.ndim(weights) == 1
+    return as_result(Ranking.of(labels, scores, weights).aurc(), single)
+
+
+def prr(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
+    """Compute the prediction-rejection ratio, at most 1: 0 is a random order, 1 a perfect one, below 0 worse.
+
+    Items are rejected from the highest score down, and quality is the share of grounded ones among the kept; see
+    ``Ranking.prr``. Source: Malinin et al. 2017; as in lm-polygraph, up to the rejection of all.
+
+    >>> round(prr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
+    0.5714
+    """
+    single = weights is None or np.ndim(weights) == 1
+    return as_result(Ranking.of(labels, scores, weights).prr(), single)
 
 
 def auroc_controlled(
@@ -263,16 +165,16 @@ def auroc_within(
     >>> auroc_within([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], [7, 7, 8, 8])
     0.5
     """
-    labels, scores, matrix, single = _checked(labels, scores, weights)
+    labels, scores, matrix, single = checked(labels, scores, weights)
     bins = np.asarray(bins)
     if bins.shape != labels.shape or average not in ("pairs", "bins"):
         raise ValueError(f"bins {bins.shape} should be {labels.shape} and average={average!r} pairs or bins")
     if not labels.size:
-        return _result(np.full(matrix.shape[1], np.nan), single)
+        return as_result(np.full(matrix.shape[1], np.nan), single)
     right, pairs = _pairs_within(labels, scores, bins, matrix)
     if average == "bins":
-        right, pairs = np.nan_to_num(_divide(right, pairs)), (pairs > 0).astype(float)
-    return _result(_divide(right.sum(axis=0), pairs.sum(axis=0)), single)
+        right, pairs = np.nan_to_num(divide(right, pairs)), (pairs > 0).astype(float)
+    return as_result(divide(right.sum(axis=0), pairs.sum(axis=0)), single)
 
 
 def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
@@ -297,7 +199,7 @@ def _pairs_within(
     bins, scores = bins[order], scores[order]
     opens = np.diff(bins, prepend=bins[0] - 1) != 0
     fresh = opens | (np.diff(scores, prepend=np.nan) != 0)
-    positive, negative = _gather(labels, matrix, order, fresh)
+    positive, negative = gather(labels, matrix, order, fresh)
     starts = np.flatnonzero(opens[fresh])
     positives, negatives = (np.add.reduceat(part, starts, axis=0) for part in (positive, negative))
     # grounded items above each row and half of those at its score; those of earlier bins are subtracted bin by bin
@@ -360,9 +262,9 @@ def ece(
     >>> round(ece([0, 1, 1, 1], [0.75, 0.75, 0.75, 0.75]), 4), round(ece([0, 1], [0.2, 0.9]), 4)
     (0.0, 0.15)
     """
-    labels, scores, matrix, single = _checked(labels, scores, weights)
+    labels, scores, matrix, single = checked(labels, scores, weights)
     weight, hits, mean = _bin_sums(labels, scores, matrix, bins, equal)
-    return _result(_divide(np.abs(hits - mean).sum(axis=1), weight.sum(axis=1)), single)
+    return as_result(divide(np.abs(hits - mean).sum(axis=1), weight.sum(axis=1)), single)
 
 
 def reliability(
@@ -373,7 +275,7 @@ def reliability(
     >>> reliability([0, 1, 1], [0.1, 0.95, 0.97])
     [{'probability': 0.1, 'share': 0.0, 'count': 1}, {'probability': 0.96, 'share': 1.0, 'count': 2}]
     """
-    labels, scores, matrix, _ = _checked(labels, scores, None)
+    labels, scores, matrix, _ = checked(labels, scores, None)
     weight, hits, mean = (sums[0] for sums in _bin_sums(labels, scores, matrix, bins, equal))
     return [
         {"probability": float(m / w), "share": float(h / w), "count": int(w)}
@@ -390,9 +292,9 @@ def brier(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
     >>> brier([0, 1], [0.5, 0.5])
     0.25
     """
-    labels, scores, matrix, single = _checked(labels, scores, weights)
+    labels, scores, matrix, single = checked(labels, scores, weights)
     _check_probabilities(scores)
-    return _result(_divide(matrix.T @ (scores - labels) ** 2, matrix.sum(axis=0)), single)
+    return as_result(divide(matrix.T @ (scores - labels) ** 2, matrix.sum(axis=0)), single)
 
 
 def base_rate(labels: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -401,5 +303,5 @@ def base_rate(labels: np.ndarray, weights: np.ndarray | None = None) -> FloatOrA
     >>> base_rate([0, 0, 0, 1])
     0.25
     """
-    labels, _, matrix, single = _checked(labels, np.zeros(np.shape(labels)), weights)
-    return _result(_divide(matrix.T @ labels.astype(float), matrix.sum(axis=0)), single)
+    labels, _, matrix, single = checked(labels, np.zeros(np.shape(labels)), weights)
+    return as_result(divide(matrix.T @ labels.astype(float), matrix.sum(axis=0)), single)

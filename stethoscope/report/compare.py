@@ -246,7 +246,7 @@ def leaderboard_table(sources: Sequence[RunReader], names: Sequence[str]) -> Tab
     """List detectors, baselines and the best single feature of several runs' leaderboards."""
     rows: list[tuple[Cell, ...]] = []
     bold = set()
-    columns = {metric: TITLES[metric] for metric in (*list(RANKING)[:4], "auprc_hallucinated", "ece")}
+    columns = {metric: TITLES[metric] for metric in (*list(RANKING)[:5], "auprc_hallucinated", "ece")}
     for name, source in zip(names, sources, strict=True):
         if not source.detector:
             continue

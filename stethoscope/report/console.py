@@ -46,7 +46,7 @@ def print_results(results: TaskResults, output: Console | None = None) -> None:
 
 def print_detector(results: DetectorResults) -> None:
     """Print the leaderboard, the differences, the error rates at the threshold, and the ablation."""
-    for index, table in enumerate(detector_tables(results)):
+    for index, table in enumerate(detector_tables(results, compact=True)):
         print_table(table.without(("kind",) if index == 0 else ("kind", "cost")))  # only the first shows the cost
 
 

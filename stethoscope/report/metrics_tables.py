@@ -23,12 +23,17 @@ RANKING = {
     "auroc": "AUROC",
     "auroc_controlled": "position-controlled",
     "auroc_same_position": "same position",
+    "auroc_within_word": "within word",
     "auroc_matched": "same position and word",
     "auroc_first": "first mentions",
 }
 OPERATING_METRICS = {
     "auprc_hallucinated": "AUPRC, hallucinated",
     "auprc_grounded": "AUPRC, grounded",
+    "prr": "PRR",
+    "aurc": "AURC",
+    "tpr_at_1fpr": "TPR at 1 % FPR",
+    "tpr_at_5fpr": "TPR at 5 % FPR",
     "fpr_at_95tpr": "FPR at 95 % TPR",
     "recall_at_90precision": "recall at 0.9 precision",
     "ece": "ECE",
@@ -36,6 +41,10 @@ OPERATING_METRICS = {
 }
 TITLES = {**RANKING, **OPERATING_METRICS}
 """Column names by metric of the leaderboard."""
+PAGE_ONLY = (
+    "auroc_same_position", "auprc_grounded", "aurc", "tpr_at_1fpr", "fpr_at_95tpr", "recall_at_90precision",
+)  # fmt: skip
+"""Metrics that a terminal has no room for; pages, Markdown and ``metrics.json`` have them all."""
 COSTS = {
     "same forward pass": "one pass",
     "one more forward pass": "+ forward",
@@ -83,22 +92,37 @@ def shown_rows(leaderboard: Leaderboard) -> list[Row]:
     return sorted(rows, key=lambda row: (kinds.index(row.kind), -np.nan_to_num(row.metrics["auroc"].value)))
 
 
-def leaderboard_tables(results: DetectorResults) -> Iterator[Table]:
-    """List the leaderboard in two tables: areas under the ROC curve, and metrics of a detector in use."""
+def leaderboard_tables(results: DetectorResults, compact: bool = False) -> Iterator[Table]:
+    """List the leaderboard in two tables: areas under the ROC curve, and metrics of a detector in use.
+
+    Args:
+        results: of training.
+        compact: leave out the metrics of ``PAGE_ONLY``.
+    """
     rows = shown_rows(results.leaderboard)
     data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}"
     base_rate = rows[0].metrics.get("base_rate")
-    chance_level = ""
-    if base_rate is not None:
-        chance_level = f"A score without information has an AUPRC, hallucinated, of {base_rate.value:.3f}."
+    chance_level = "" if base_rate is None else f" (chance {base_rate.value:.3f})"
+    note = (
+        "PRR: 0 rejects mentions in random order, 1 all hallucinated ones first. TPR at 5 % FPR: hallucinated mentions "
+    )
+    note += "found when 5 % of the grounded ones are flagged."
+    if compact:
+        note += " More columns: metrics.json and `stethoscope report`."
     for title, columns in (("leader board: AUROC", RANKING), ("leader board: at work", OPERATING_METRICS)):
-        shown = {metric: name for metric, name in columns.items() if metric in rows[0].metrics}
+        shown = {metric: name for metric, name in select_metrics(columns, compact).items() if metric in rows[0].metrics}
+        if "auprc_hallucinated" in shown:
+            shown["auprc_hallucinated"] += chance_level
         cells = tuple(
             (row.name, row.kind, short_cost(row), *(row.metrics.get(metric) for metric in shown)) for row in rows
         )
         bold = frozenset(index for index, row in enumerate(rows) if row.kind == "detector")
-        note = data if columns is RANKING else chance_level
-        yield Table(title, ("", "kind", "cost", *shown.values()), cells, note, bold)
+        yield Table(title, ("", "kind", "cost", *shown.values()), cells, data if columns is RANKING else note, bold)
+
+
+def select_metrics(columns: Mapping[str, str], compact: bool) -> dict[str, str]:
+    """Select the metrics of a table, without those of ``PAGE_ONLY`` if it is to be compact."""
+    return {metric: name for metric, name in columns.items() if not (compact and metric in PAGE_ONLY)}
 
 
 def _describe_selection(leaderboard: Leaderboard, rows: Sequence[Row]) -> str:
@@ -135,13 +159,18 @@ def describe_data(results: DetectorResults) -> str:
     )
 
 
-def difference_table(leaderboard: Leaderboard) -> Table | None:
-    """List by how much every detector is ahead, with a row for each opponent; None without differences."""
+def difference_table(leaderboard: Leaderboard, compact: bool = False) -> Table | None:
+    """List by how much every detector is ahead, with a row for each opponent; None without differences.
+
+    Args:
+        leaderboard: of a detector.
+        compact: leave out the metrics of ``PAGE_ONLY``.
+    """
     cells: dict[tuple[str, str], dict[str, PairedDifference]] = {}
     for difference in leaderboard.differences:
         pair = difference.detector, opponent(leaderboard, difference)
         cells.setdefault(pair, {})[difference.metric] = PairedDifference(difference.interval, difference.p)
-    shown = [metric for metric in RANKING if any(metric in row for row in cells.values())]
+    shown = [name for name in select_metrics(RANKING, compact) if any(name in row for row in cells.values())]
     if not shown:
         return None
     rows = tuple(
@@ -183,11 +212,16 @@ def threshold_table(threshold: Mapping[str, Any]) -> Table:
     return Table("warnings on the test images", ("threshold", *shown.values()), (row,), note)
 
 
-def detector_tables(results: DetectorResults) -> list[Table]:
-    """List all of the detector's figures in ``metrics.json``, as tables."""
+def detector_tables(results: DetectorResults, compact: bool = False) -> list[Table]:
+    """List the detector's figures in ``metrics.json`` as tables.
+
+    Args:
+        results: of training.
+        compact: for a terminal: leave out the metrics of ``PAGE_ONLY``.
+    """
     tables = [
-        *leaderboard_tables(results),
-        difference_table(results.leaderboard),
+        *leaderboard_tables(results, compact),
+        difference_table(results.leaderboard, compact),
         threshold_table(results.threshold),
         ablation_table(results.ablations or ()),
     ]

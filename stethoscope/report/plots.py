@@ -20,7 +20,8 @@ import pandas as pd
 
 from stethoscope.core.html import escape
 from stethoscope.metrics.bootstrap import Interval, bootstrap, group_weights
-from stethoscope.metrics.classification import Ranking, auroc
+from stethoscope.metrics.classification import auroc
+from stethoscope.metrics.ranking import Ranking
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -20,7 +20,7 @@ from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.features import FEATURES
 from stethoscope.metrics.bootstrap import Interval, group_weights
-from stethoscope.metrics.classification import Ranking
+from stethoscope.metrics.ranking import Ranking
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
