@@ -5,7 +5,7 @@ Where generation returned the KV caches of the prompts, the traced pass begins w
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
-from stethoscope.tracing.trace import Encoded, PromptCache, Trace
+from stethoscope.tracing.trace import Encoded, PromptCache, Trace, probe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,32 +35,55 @@ _BLANK_BYTES = 64 * 2**20
 _SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for the backward pass
 _PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Needs that read rows of the prompt, in the same residual stream as those of the answer."""
-_LENS_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy", "evidence"})
-"""Needs that read the residual stream of the rows by the final norm and the head."""
+_DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
+_STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states"}
+"""Needs that read the residual stream of the rows."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
 
-class BlankPrefixCache:
-    """Store KV caches of prompts with a blank image, shared by all images of one size with the same question.
+class PromptStore:
+    """Store what a model makes of prompts apart from the pixels, shared by all images of one size with one question.
 
-    They are dropped when the model's weights or hooks are replaced, or weights change in place (except through
-    ``.data``, which tensors do not count).
+    All is dropped when the model's weights or hooks are replaced, or weights change in place (except through ``.data``,
+    which tensors do not count).
+
+    Args:
+        size: returns the bytes of a value.
     """
 
-    def __init__(self) -> None:
-        self._caches = LRUCache(_BLANK_BYTES, _bytes)
+    def __init__(self, size: Callable[[Any], int]) -> None:
+        self._size = size
+        self._caches = LRUCache(_BLANK_BYTES, size)
         self._model: tuple[Any, ...] | None = None
 
     def check(self, model: PreTrainedModel) -> None:
-        """Drop all caches if weights or hooks have changed, or where changes of weights cannot be counted."""
+        """Drop all values if weights or hooks have changed, or where changes of weights cannot be counted."""
         state = state_key(model)
         if state is None or state != self._model:
-            self._caches, self._model = LRUCache(_BLANK_BYTES, _bytes), state
+            self._caches, self._model = LRUCache(_BLANK_BYTES, self._size), state
 
-    def get(self, key: Hashable) -> PromptCache | None:
-        """Return the cache of a prompt, by its ``_blank_key``."""
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a prompt, by its ``_blank_key``; None if there is none."""
         return self._caches.get(key)
+
+
+class HiddenImageStates(PromptStore):
+    """Store states of prompts whose image is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda states: states.nbytes)
+
+    def put(self, key: Hashable, states: Tensor) -> None:
+        """Store a copy of states (T, K, D)."""
+        self._caches.put(key, states.clone())
+
+
+class BlankPrefixCache(PromptStore):
+    """Store KV caches of prompts with a blank image."""
+
+    def __init__(self) -> None:
+        super().__init__(_bytes)
 
     def put(self, key: Hashable, cache: PromptCache) -> None:
         """Store a copy of a cache, without the batch that it was computed in."""
@@ -81,7 +104,7 @@ class Tracer:
         self._name, self._forward, self._model = name, forward, forward.model
         self._blank_value = _BLANK_VALUES.get(self._model.config.model_type, 0.0)
         self._lens: Lens | None = None
-        self._blanks = BlankPrefixCache()
+        self._blanks, self._hidden_images = BlankPrefixCache(), HiddenImageStates()
 
     def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace B answers in as few passes as their prompts allow; see ``Adapter.trace_batch``."""
@@ -125,8 +148,8 @@ class Tracer:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
-            decodes = not requires.isdisjoint(_LENS_REQUIREMENTS)
-            hidden = stack.enter_context(self._find_lens().listen(rows)) if decodes else []
+            reads = not requires.isdisjoint(_STREAM_REQUIREMENTS)
+            hidden = stack.enter_context(self._find_lens().listen(rows)) if reads else []
             logits = self._forward.logits(forward, rows)
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
@@ -140,7 +163,11 @@ class Tracer:
         if attention is not None and "core" in requires:
             triples = zip(attention.image(), answers, encoded, strict=True)
             core_tokens = [core(image[: len(answer.token_ids)], prompt.spans) for image, answer, prompt in triples]
+        if "layer_states" in requires:
+            by_token["layer_states"] = self._layer_states(hidden)
         by_token |= self._contrasts(encoded, ids, requires, core_tokens)
+        if "no_image_states" in requires:
+            by_token["no_image_states"] = self._no_image_states(encoded, ids)
         width = hidden[-1].shape[-1] if "evidence" in requires else None
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
         if isinstance(attention, HeadAttentionRecorder):
@@ -191,14 +218,14 @@ class Tracer:
         self, hidden: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], requires: frozenset[str]
     ) -> dict[str, Sequence[Tensor]]:
         """Decode the residual stream by the logit lens, by sample; rows of padding are left out."""
-        if not hidden:
+        if requires.isdisjoint(_DECODED_REQUIREMENTS | {"evidence"}):
             return {}
         counts = [len(answer) for answer in ids]
         tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
         valid = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
         hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
         lens, decoded = self._find_lens(), dict[str, Tensor]()
-        if not requires.isdisjoint(_LENS_REQUIREMENTS - {"evidence"}):
+        if not requires.isdisjoint(_DECODED_REQUIREMENTS):
             decoded |= lens.read(hidden, logits, tokens, requires)
         if "evidence" in requires:
             decoded["evidence"] = lens.evidence(hidden[-1])
@@ -242,6 +269,30 @@ class Tracer:
         encodes = self._forward.decoder_start is not None
         with record(self._model, Knockout(hidden, forward.spans, forward.length, encodes, forward.queries)):
             return self._forward.logits(forward)
+
+    def _layer_states(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Return (B, T, K, D) states after the layers of ``probe_layers``, of those after all L layers."""
+        return torch.stack([hidden[layer - 1].float().cpu() for layer in probe_layers(len(hidden))], 2)
+
+    def _no_image_states(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return by prompt (T, K, D) states while the image is hidden, which no pixel changes."""
+        self._hidden_images.check(self._model)
+        keys = [(_blank_key(prompt), tuple(answer)) for prompt, answer in zip(encoded, ids, strict=True)]
+        states = {key: stored for key in keys if (stored := self._hidden_images.get(key)) is not None}
+        missing = {
+            key: (replace(prompt, cache=None), answer)
+            for key, prompt, answer in zip(keys, encoded, ids, strict=True)
+            if key not in states
+        }
+        if missing:
+            prompts, answers = zip(*missing.values(), strict=True)
+            rows = self._forward.full_forward(prompts, answers).rows
+            with self._find_lens().listen(rows) as hidden:
+                self._without(prompts, answers, [prompt.spans.image for prompt in prompts])
+            for key, part in zip(missing, self._layer_states(hidden), strict=True):
+                states[key] = part
+                self._hidden_images.put(key, part)
+        return [states[key] for key in keys]
 
     def _behind_images(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass | None:
         """Prepare a pass that begins behind the images, whose own rows no contrast of attention changes.

@@ -4,6 +4,7 @@
     logistic          L2 logistic regression, C chosen by inner folds of images (where a set declares no learner)
     boosting          histogram gradient boosting
     network           multi-layer perceptron by Adam, with the settings of ``NetworkSettings``
+    layer_networks    one network per layer of the columns, the mean of their probabilities (verification probe)
     balanced_network  the same as evidence beside a prior of a few ``external`` columns, joined by Bayes (HaloProbe)
 
 ``logistic`` and ``boosting`` are our ``Detector``. Whatever the kind, scores are calibrated (Platt) on the calibration
@@ -12,6 +13,7 @@ fold, which changes no ranking.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +37,8 @@ from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimators import Clip, Examples
 from stethoscope.features.columns import feature_of
 
-KINDS = ("logistic", "boosting", "network", "balanced_network")
+KINDS = ("logistic", "boosting", "network", "layer_networks", "balanced_network")
+_LAYER = re.compile(r"_l(\d+)(?:h\d+)?(?:_d\d+)?$")
 MAX_BALANCE = 10.0  # of a mention's weight, in mean weights
 
 
@@ -165,8 +168,7 @@ class NetworkLearner:
             calibration = mention_rows(calibration, **self.selection)
             held_out = self._examples(calibration)
             held_out.check("calibration")
-            fitted = LogisticRegression(C=1e6).fit(self.scores(calibration)[:, None], held_out.labels)
-            self._line = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+            self._line = platt(self.scores(calibration), held_out.labels)
         return self
 
     def _examples(self, rows: pd.DataFrame) -> Examples:
@@ -189,6 +191,64 @@ class NetworkLearner:
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """Return (rows,) probabilities of hallucination in [0, 1]."""
         return expit(self._line[0] * self.scores(table) + self._line[1])
+
+
+class LayerNetworks:
+    """One network per layer; the score is the mean of their probabilities (hal-verify-probe, 2026).
+
+    Args:
+        columns: names of all columns, with a suffix for the layer such as ``_l00`` or ``_l00_d0000``.
+        settings: of every network.
+        seed: of everything random.
+        selection: mention selection of the rows to fit on.
+
+    Raises:
+        ConfigError: a column is of no layer.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        settings: NetworkSettings,
+        seed: int = 0,
+        selection: MentionSelection | None = None,
+    ) -> None:
+        layers: dict[str, list[str]] = {}
+        for name in columns:
+            match = _LAYER.search(name)
+            if match is None:
+                raise ConfigError(f"learner.kind=layer_networks: column {name} is of no layer")
+            layers.setdefault(match[1], []).append(name)
+        self.selection = selection or MentionSelection()
+        self.networks = [NetworkLearner(names, settings, seed, selection) for names in layers.values()]
+        self._line = (1.0, 0.0)
+
+    def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> LayerNetworks:
+        """Fit on the judged rows of a token table and calibrate (Platt) on those of other images.
+
+        Raises:
+            DataError: see ``NetworkLearner.fit``.
+        """
+        for network in self.networks:
+            network.fit(train)
+        if calibration is not None:
+            calibration = mention_rows(calibration, **self.selection)
+            self._line = platt(self.scores(calibration), calibration["label"].to_numpy(dtype=int))
+        return self
+
+    def scores(self, table: pd.DataFrame) -> np.ndarray:
+        """Compute the log-odds of the mean probability of hallucination before calibration, (rows,)."""
+        return logit(np.mean([expit(network.scores(table)) for network in self.networks], 0).clip(1e-12, 1 - 1e-12))
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """Return (rows,) probabilities of hallucination in [0, 1]."""
+        return expit(self._line[0] * self.scores(table) + self._line[1])
+
+
+def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Fit slope and intercept of the log-odds that (rows,) scores have for (rows,) labels of 0 and 1."""
+    fitted = LogisticRegression(C=1e6).fit(scores[:, None], labels)
+    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
 
 
 def balance(prior: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -236,6 +296,8 @@ def make_learner(
         if bool(network.external) != (kind == "balanced_network"):
             raise ConfigError("learner.external should be given for balanced_network, and for no other kind")
         return NetworkLearner(columns, network, seed, selection)
+    if kind == "layer_networks":
+        return LayerNetworks(columns, network, seed, selection)
     if settings:
         raise ConfigError(f"learner.kind={kind} has no settings, but {', '.join(map(str, settings))} is given")
     return Detector(kind, features=columns, seed=seed, **selection)  # type: ignore[arg-type]
@@ -250,6 +312,7 @@ def describe_learner(learner: Mapping[str, Any] | None, columns: int) -> str:
     settings = dict(learner or {"kind": "logistic"})
     kind = settings.pop("kind")
     names = {"logistic": "logistic regression", "boosting": "gradient boosting", "network": "network"}
+    names["layer_networks"] = "a network per layer"
     text = names.get(kind, "balanced network and prior")
     if kind not in ("logistic", "boosting"):
         network = NetworkSettings.parse(settings)

@@ -38,6 +38,8 @@ COSTS = {
     "evidence": FORWARD,
     "peaks": FORWARD,
     "own": FORWARD,
+    "layer_states": FORWARD,
+    "no_image_states": EXTRA_FORWARD,
     "blank": EXTRA_FORWARD,
     "noise": EXTRA_FORWARD,
     "no_image": EXTRA_FORWARD,
@@ -45,6 +47,7 @@ COSTS = {
     "relevancy": BACKWARD,
     "masked": PER_MENTION,
     "questions": QUESTION,
+    "question_states": QUESTION,
 }
 """Cost class of every part of a trace that a feature may require."""
 
@@ -55,11 +58,13 @@ class Feature:
 
     Attributes:
         name: column name; features with one column per layer get a suffix ``_l00``, ``_l01``, ..., those with one per
-            layer and head ``_l00h00``, ..., those with one per dimension of a state ``_d0000``, ... .
+            layer and head ``_l00h00``, ..., those with one per dimension of a state ``_d0000``, ..., and of states of
+            several layers ``_l00_d0000``, ... .
         group: name by which configurations choose features together.
         higher_means: what a higher value speaks for, as published: ``hallucinated``, ``grounded`` or ``depends``.
         requires: parts of the trace that it reads beyond the logits, see ``stethoscope.tracing.trace``.
-        function: maps a trace to (T,), (T, layers), (T, layers, heads) or (T, dimensions) values.
+        function: maps a trace to (T,), (T, layers), (T, layers, heads), (T, dimensions) or (T, layers, dimensions)
+            values.
         document: the function's docstring, which says unit, range and direction.
         vector: the columns are dimensions of a state and mean nothing one by one.
     """
@@ -248,7 +253,7 @@ def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
 
     Args:
         item: the feature.
-        values: (T,), (T, layers), (T, layers, heads) or (T, dimensions).
+        values: (T,), (T, layers), (T, layers, heads), (T, dimensions) or (T, layers, dimensions).
 
     Returns:
         Values (T,) by column name.
@@ -261,6 +266,9 @@ def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
     name = item.name
     if values.ndim == 1:
         return {name: values}
+    if item.vector and values.ndim == 3:
+        _, layers, width = values.shape
+        return {f"{name}_l{i:02d}_d{j:04d}": values[:, i, j] for i in range(layers) for j in range(width)}
     if item.vector:
         return {f"{name}_d{index:04d}": values[:, index] for index in range(values.shape[1])}
     if values.ndim == 2:

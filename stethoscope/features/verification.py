@@ -37,6 +37,43 @@ def verify_odds(trace: Trace) -> Tensor:
     return trace.require("yes_odds")
 
 
+# --- states of the model while it is asked ---------------------------------------------------------------------
+
+
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+def verify_state(trace: Trace) -> Tensor:
+    """State that predicts the reply to "Is there a ...?" about the object, by layer and dimension.
+
+    Without unit. Columns ``_l00``, ``_l01``, ... are the distinct layers among 8, 12, 16, 20 and 24 of 32, by share of depth.
+    Source: hub pbcong/llava-1.5-7b-hal-verify-probe (2026), which asks "Is at least one ... visible in this image?".
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("verify_states")
+
+
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+def verify_state_without(trace: Trace) -> Tensor:
+    """``verify_state`` when nothing after the image may attend to it, without unit, by layer and dimension.
+
+    It is the same for all pictures of one size, so it is computed once per object.
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("verify_states_without")
+
+
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+def verify_state_change(trace: Trace) -> Tensor:
+    """``verify_state`` less ``verify_state_without``, without unit, by layer and dimension.
+
+    Source: hub pbcong/llava-1.5-7b-hal-verify-probe (2026).
+
+    Either direction can mean hallucinated; it depends on the model.
+    """
+    return trace.require("verify_states") - trace.require("verify_states_without")
+
+
 @feature("masked", higher_means="depends", requires=["attention", "masked"])
 def masked_prob(trace: Trace) -> Tensor:
     """Probability in [0, 1] of the token when the most attended 30 % of the image are grey (CADMP, 2026).

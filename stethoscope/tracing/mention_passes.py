@@ -8,13 +8,13 @@ that token's distribution.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import nan
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention
+from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, required
 from stethoscope.tracing.interventions import masked_pictures
 from stethoscope.tracing.trace import MENTION_REQUIREMENTS, Encoded, Trace
 
@@ -43,35 +43,63 @@ def question(name: str) -> str:
     return f"Is there {'an' if name[:1].lower() in 'aeiou' else 'a'} {name} in the image?"
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a model makes of the question about an object.
+
+    Attributes:
+        odds: log-odds of yes against no, in nats.
+        states: (K, D) states of the row that predicts the reply, see ``probe_layers``; None where not asked for.
+        states_without: (K, D) the same when the image is hidden.
+    """
+
+    odds: float
+    states: Tensor | None = None
+    states_without: Tensor | None = None
+
+
 def yes_odds(adapter: Adapter, pictures: Sequence[Image], names: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """Compute the log-odds of yes against no, in nats, for every object of every image.
+    """Compute the log-odds of yes against no, in nats, for every object of every image; see ``ask``.
+
+    Returns:
+        By image, log-odds by name.
+    """
+    replies = ask(adapter, pictures, names)
+    return [{name: reply.odds for name, reply in asked.items()} for asked in replies]
+
+
+def ask(
+    adapter: Adapter, pictures: Sequence[Image], names: Sequence[Sequence[str]], states: bool = False
+) -> list[dict[str, Reply]]:
+    """Ask about every object of every image, without generating.
 
     Args:
         adapter: the model.
         pictures: N images.
         names: the objects to ask about, by image; each is asked about once.
+        states: whether replies hold states. Those without the image are the same for all images of one size, and
+            adapters of transformers models compute them once per object.
 
     Returns:
-        By image, log-odds by name.
+        By image, replies by name.
 
     Raises:
         CapabilityError: the model's tokens for yes and no are the same.
     """
     questions = [(index, name) for index, objects in enumerate(names) for name in dict.fromkeys(objects)]
-    odds: list[dict[str, float]] = [{} for _ in pictures]
+    replies: list[dict[str, Reply]] = [{} for _ in pictures]
+    first = Answer("", (0,), ((0, 0),), (0.0,))  # the row that predicts a token does not see it
+    requires = ("layer_states", "no_image_states") if states else ()
     for start in range(0, len(questions), BATCH):
         batch = questions[start : start + BATCH]
         encoded = [adapter.encode(pictures[index], question(name)) for index, name in batch]
-        for (index, name), logits in zip(batch, first_logits(adapter, encoded), strict=True):
+        traces = adapter.trace_batch(encoded, [first] * len(batch), requires)
+        for (index, name), trace in zip(batch, traces, strict=True):
             yes, no = reply_ids(adapter, encoded[0])
-            odds[index][name] = float(logits[yes].logsumexp(-1) - logits[no].logsumexp(-1))
-    return odds
-
-
-def first_logits(adapter: Adapter, encoded: Sequence[Encoded]) -> list[Tensor]:
-    """Compute the (V,) logits of the first token of every reply, without generating."""
-    reply = Answer("", (0,), ((0, 0),), (0.0,))  # the row that predicts a token does not see it
-    return [trace.logits[0] for trace in adapter.trace_batch(encoded, [reply] * len(encoded), ())]
+            odds = float(trace.logits[0, yes].logsumexp(-1) - trace.logits[0, no].logsumexp(-1))
+            both = (trace.require("layer_states")[0], trace.require("no_image_states")[0]) if states else (None, None)
+            replies[index][name] = Reply(odds, *both)
+    return replies
 
 
 def reply_ids(adapter: Adapter, encoded: Encoded) -> tuple[list[int], list[int]]:
@@ -116,25 +144,40 @@ def trace_answers(
         pictures: the images of the prompts; an ``ImageRef`` is read only if it is required.
         mentions: the mentions of every answer.
     """
-    traces = adapter.trace_batch(encoded, answers, frozenset(requires) - set(MENTION_REQUIREMENTS))
+    own = frozenset(requires) - set(MENTION_REQUIREMENTS)
+    own |= {"layer_states"} if "question_states" in requires else set()  # of the shape that its states have
+    traces = adapter.trace_batch(encoded, answers, own)
     if not set(MENTION_REQUIREMENTS) & set(requires):
         return traces
     shown = [picture.load() if isinstance(picture, ImageRef) else picture for picture in pictures]
     owners = [answer.owners(answer_mentions) for answer, answer_mentions in zip(answers, mentions, strict=True)]
-    if "questions" in requires:
+    if not {"questions", "question_states"}.isdisjoint(requires):
         names = [
             [mention.object for mention in token_mentions if mention and mention.object != UNKNOWN]
             for token_mentions in owners
         ]
-        for index, odds in enumerate(yes_odds(adapter, shown, names)):
-            values = [odds.get(mention.object, nan) if mention else nan for mention in owners[index]]
-            traces[index] = replace(traces[index], yes_odds=traces[index].logits.new_tensor(values))
+        for index, replies in enumerate(ask(adapter, shown, names, "question_states" in requires)):
+            by_token = [replies.get(mention.object) if mention else None for mention in owners[index]]
+            traces[index] = _with_replies(traces[index], by_token, "question_states" in requires)
     if "masked" in requires:
         for index, picture in enumerate(shown):
             tokens = [token for token, mention in enumerate(owners[index]) if mention]
             logprobs = _masked_logprobs(adapter, encoded[index], traces[index], picture, tokens)
             traces[index] = replace(traces[index], masked_logprob=logprobs)
     return traces
+
+
+def _with_replies(trace: Trace, replies: Sequence[Reply | None], states: bool) -> Trace:
+    """Add the replies about the objects that the tokens name to a trace; NaN where a token names none."""
+    trace = replace(trace, yes_odds=trace.logits.new_tensor([reply.odds if reply else nan for reply in replies]))
+    if not states:
+        return trace
+    shape = trace.require("layer_states")
+    with_image, without = shape.new_full(shape.shape, nan), shape.new_full(shape.shape, nan)
+    for index, reply in enumerate(replies):
+        if reply:
+            with_image[index], without[index] = required(reply.states), required(reply.states_without)
+    return replace(trace, verify_states=with_image, verify_states_without=without)
 
 
 def _masked_logprobs(adapter: Adapter, encoded: Encoded, trace: Trace, picture: Image, tokens: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
-    "evidence", "peaks", "own",
+    "evidence", "peaks", "own", "layer_states", "no_image_states", "verify_states", "verify_states_without",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -38,19 +38,22 @@ REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = (
     "heads", "trajectory", "noise", "no_image", "core", "states", "image_lens", "layer_entropy", "evidence", "peaks",
-    "own",
+    "own", "layer_states", "no_image_states",
 )  # fmt: skip
-"""Further parts, which published detectors read: ``noise``, ``no_image`` and ``core`` cost one more forward pass each,
-all others come from the traced pass. Models that read the image in an encoder of the language model have no ``states``
-and no ``image_lens``."""
+"""Further parts, which published detectors read: ``noise``, ``no_image``, ``core`` and ``no_image_states`` cost one
+more forward pass each (the last one only once for all pictures of a size), all others come from the traced pass. Models
+that read the image in an encoder of the language model have no ``states`` and no ``image_lens``."""
 
-MENTION_REQUIREMENTS = ("questions", "masked")
+MENTION_REQUIREMENTS = ("questions", "question_states", "masked")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
-``questions`` asks the model whether each object is there, ``masked`` hides the regions that it attended to."""
+``questions`` asks the model whether each object is there, ``question_states`` keeps its states while it is asked, and
+``masked`` hides the regions that it attended to."""
 
 KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
 """Layers, of 32, whose states are stored whole: those that GLSim, InsLen and VisER were published for, and the middle
 one for the probe of hidden states."""
+PROBE_LAYERS = (8, 12, 16, 20, 24)
+"""Layers, of 32, of the states that the verification probe reads (hub pbcong/llava-1.5-7b-hal-verify-probe, 2026)."""
 TEMPERATURE = 10.0
 """Temperature of InsLen's lens on the instruction (arXiv 2605.12258)."""
 
@@ -68,6 +71,15 @@ def of_depth(layer: int, layers: int, published: int = 32) -> int:
     """
     scaled = round(layer / published * layers)
     return max(min(scaled, layers - 1), 1) if 0 < layer < published else scaled
+
+
+def probe_layers(layers: int) -> list[int]:
+    """Scale ``PROBE_LAYERS`` to a model of some depth, each layer once.
+
+    >>> probe_layers(40), probe_layers(4)
+    ([10, 15, 20, 25, 30], [1, 2, 3])
+    """
+    return sorted({max(of_depth(layer, layers), 1) for layer in PROBE_LAYERS})
 
 
 @dataclass(frozen=True)
@@ -220,12 +232,17 @@ class Trace:
             gives to the state less its mean over dimensions; ``width`` is D, the number of these.
         peaks: (T, L, 2) means over the image tokens, and over all other positions that the row sees, of the largest
             attention of any head to the position.
+        layer_states: (T, K, D) residual stream of the row after the K distinct layers of ``probe_layers``.
+        no_image_states: (T, K, D) the same when nothing after the image tokens may attend to them.
         own: (T, L, H) attention of the row to its own position, that of the token before the one that it predicts.
         noise_logits: (T, V), the same rows when the image is noised as VCD does it.
         no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
         core_logits: (T, V), the same rows when nothing may attend to the image tokens that the answer attends to most.
         yes_odds: (T,) log-odds of "yes" when the model is asked whether the object that the token names is there; NaN
             for tokens that name nothing. Of ``questions``.
+        verify_states: (T, K, D) ``layer_states`` of the row that predicts the reply to the question about the object
+            that the token names, NaN for tokens that name nothing; ``verify_states_without`` when the image is hidden.
+            Of ``question_states``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
         cache: intermediate results that features share (``stethoscope.features.common.cached_on_trace``).
@@ -250,6 +267,10 @@ class Trace:
     width: int | None = None
     peaks: Tensor | None = None
     own: Tensor | None = None
+    layer_states: Tensor | None = None
+    no_image_states: Tensor | None = None
+    verify_states: Tensor | None = None
+    verify_states_without: Tensor | None = None
     noise_logits: Tensor | None = None
     no_image_logits: Tensor | None = None
     core_logits: Tensor | None = None

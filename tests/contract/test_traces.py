@@ -173,7 +173,8 @@ def lacking(adapter, encoded):
 
 
 def test_published_features_are_finite_and_the_same_in_a_batch(adapter, encoded, answers):
-    groups = set(GROUPS) - {*DEFAULT_GROUPS, "verification", "masked"} - lacking(adapter, encoded[0])
+    asked = {item.group for item in FEATURES.values() if item.mentions_only}
+    groups = set(GROUPS) - {*DEFAULT_GROUPS, *asked} - lacking(adapter, encoded[0])
     features = FeatureSet(sorted(groups))
     together = adapter.trace_batch(encoded, answers, features.requires)
     for prompt, answer, trace in zip(encoded, answers, together, strict=True):

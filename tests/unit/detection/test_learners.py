@@ -14,6 +14,7 @@ from stethoscope.detection.detector import Detector
 from stethoscope.detection.learners import (
     MAX_BALANCE,
     AdamNetwork,
+    LayerNetworks,
     NetworkLearner,
     NetworkSettings,
     balance,
@@ -163,3 +164,20 @@ def test_a_row_says_how_its_method_learned():
     assert describe_learner(None, 7) == "logistic regression on 7 columns"
     text = describe_learner({"kind": "balanced_network", "external": ["position"]}, 69)
     assert text == "balanced network and prior (128 hidden units, 10 epochs) on 69 columns"
+
+
+def test_a_network_per_layer_is_the_mean_of_their_probabilities():
+    def layered(table):
+        return table.rename(columns={"nll": "state_l00_d0000", "mass": "state_l00_d0001", "noise": "state_l01_d0000"})
+
+    train, calibration, test = map(layered, (TRAIN, CALIBRATION, TEST))
+    names, settings = ["state_l00_d0000", "state_l01_d0000", "state_l00_d0001"], NetworkSettings((8,), epochs=3)
+    fitted = LayerNetworks(names, settings, seed=4).fit(train, calibration)
+    assert [network.columns for network in fitted.networks] == [(names[0], names[2]), (names[1],)]
+    parts = [NetworkLearner(n.columns, settings, 4).fit(train).scores(test) for n in fitted.networks]
+    mean = sum(1 / (1 + np.exp(-part)) for part in parts) / 2
+    np.testing.assert_allclose(fitted.scores(test), logit(mean), rtol=1e-6)
+    assert abs(fitted.predict(calibration).mean() - mention_rows(calibration)["label"].mean()) < 0.02
+    assert classification.auroc(LABELS, fitted.predict(test)) == classification.auroc(LABELS, mean)
+    with pytest.raises(ConfigError, match="column position is of no layer"):
+        LayerNetworks(["position"], settings)

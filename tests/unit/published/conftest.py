@@ -4,7 +4,7 @@ import pytest
 from helpers.plain_pass import PICTURE, Plain, load
 
 from stethoscope.core.types import Generation
-from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.features import FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, REQUIREMENTS
 
 
@@ -25,7 +25,8 @@ def answer(adapter, encoded):
 
 @pytest.fixture(scope="session")
 def columns(adapter, encoded, answer):
-    return FeatureSet([group for group in GROUPS if group not in ("verification", "masked")]).compute(
+    asked = {item.group for item in FEATURES.values() if item.mentions_only}
+    return FeatureSet([group for group in GROUPS if group not in asked]).compute(
         adapter.trace(encoded, answer, [*REQUIREMENTS, *EXTRA_REQUIREMENTS])
     )
 

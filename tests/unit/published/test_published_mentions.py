@@ -15,7 +15,7 @@ from stethoscope.features import FeatureSet
 from stethoscope.tracing.mention_passes import question, reply_ids, trace_answers
 
 SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (140, 140, 3), dtype=np.uint8))
-FEATURES = FeatureSet(["verification", "masked"], ["nll"])
+FEATURES = FeatureSet(["verification", "verify_states", "masked"], ["nll"])
 NAMES = ("verify_yes", "verify_odds", "masked_prob", "masked_drop")
 
 
@@ -48,7 +48,7 @@ def eager(adapter, picture, text, ids=(), **options):
     encoded = adapter.encode(picture, text)
     inputs = dict(encoded.inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids], dtype=torch.long)], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"] = options.pop("attention_mask", torch.ones_like(inputs["input_ids"]))
     adapter.model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -80,6 +80,41 @@ def test_self_verification(adapter, square, computed):
     assert asked["dog"] != pytest.approx(asked["orange"], abs=1e-4)
     same(computed["verify_yes"], [asked[name] for name in OWNERS])
     same(computed["verify_odds"], [name and math.log(asked[name] / (1 - asked[name])) for name in OWNERS])
+
+
+class Knocked:
+    """Attention masks, by hand, of a pass in which no position after the image sees it."""
+
+    def __init__(self, spans, length):
+        self.mask = torch.full((1, 1, length, length), float("-inf"), dtype=torch.float64).triu(1)
+        last = spans.image[-1]
+        self.mask[..., last + 1 :, list(spans.image)] = float("-inf")
+
+
+def test_states_of_the_question(adapter, square, computed):
+    """At layers 4, 6, 8, 11 and 13 of 17; without the image the picture's pixels do not matter."""
+    texts = {"dog": "Is there a dog in the image?", "orange": "Is there an orange in the image?"}
+    layers, states, without = [round(layer / 32 * 17) for layer in (8, 12, 16, 20, 24)], {}, {}
+    assert layers == [4, 6, 8, 11, 13]
+    grey = Image.new("RGB", (140, 140), "grey")
+    for name, text in texts.items():
+        states[name] = [s[0, -1] for s in eager(adapter, SQUARE, text, output_hidden_states=True).hidden_states]
+        encoded = adapter.encode(grey, text)
+        mask = Knocked(encoded.spans, encoded.spans.length).mask
+        output = eager(adapter, grey, text, attention_mask=mask, output_hidden_states=True)
+        without[name] = [s[0, -1] for s in output.hidden_states]
+    assert not torch.allclose(states["dog"][13], without["dog"][13], atol=1e-3)
+    width = states["dog"][0].shape[-1]
+    nothing = [math.nan] * width
+    for index, layer in enumerate(layers):
+        for name, values in (("verify_state", states), ("verify_state_without", without)):
+            expected = [values[owner][layer].tolist() if owner else nothing for owner in OWNERS]
+            columns = [computed[f"{name}_l{index:02d}_d{dimension:04d}"] for dimension in range(width)]
+            np.testing.assert_allclose(np.stack(columns, 1), expected, rtol=TOLERANCE, atol=TOLERANCE)
+            change = [computed[f"verify_state_change_l{index:02d}_d{dimension:04d}"] for dimension in range(width)]
+        expected = [(states[owner][layer] - without[owner][layer]).tolist() if owner else nothing for owner in OWNERS]
+        np.testing.assert_allclose(np.stack(change, 1), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert "verify_state_l05_d0000" not in computed
 
 
 def attended_patches(maps, spans, row):
@@ -124,7 +159,7 @@ def test_words_of_the_question():
 
 @pytest.mark.parametrize(
     ("family", "prompt"),
-    [("qwen2_vl", None), ("blip-2-t5", "Question: {question} Answer:"), ("internvl", None)],
+    [("qwen2_vl", None), ("blip-2-t5", "Question: {question} Answer:"), ("internvl", None), ("idefics3", None)],
 )
 def test_other_families_are_asked_too(family, prompt):
     adapter = load(family, prompt)
@@ -135,8 +170,21 @@ def test_other_families_are_asked_too(family, prompt):
     assert no
     assert not set(yes) & set(no)
     mention = Mention(answer.offsets[-1][0], max(answer.offsets[-1][1], answer.offsets[-1][0] + 1), "dog", 1)
-    trace = trace_answers(adapter, [encoded], [answer], ["questions"], [PICTURE], [[mention]])[0]
-    assert np.isfinite(FeatureSet([], ["verify_yes"]).compute(trace)["verify_yes"]).sum() >= 1
+    features = FeatureSet(["verify_states"], ["verify_yes"])
+    both = []
+    for picture in (PICTURE, PICTURE.point(lambda value: 255 - value)):
+        encoded = adapter.encode(picture, "What is there?")
+        adapter._tracer._hidden_images._caches.values.clear()  # so that nothing is taken from the other picture
+        both.append(
+            features.compute(trace_answers(adapter, [encoded], [answer], features.requires, [picture], [[mention]])[0])
+        )
+    assert np.isfinite(both[0]["verify_yes"]).sum() >= 1
+    hidden, shown = (
+        [[c[n] for n in c if n.startswith(f"{name}_l")] for c in both]
+        for name in ("verify_state_without", "verify_state")
+    )
+    np.testing.assert_allclose(*hidden, atol=1e-5)
+    assert np.nanmax(np.abs(np.subtract(*shown))) > 1e-3
     if family == "blip-2-t5":
         with pytest.raises(CapabilityError, match=r"exclude=\[masked\]"):
             trace_answers(adapter, [encoded], [answer], FEATURES.requires, [PICTURE], [[mention]])
@@ -145,4 +193,6 @@ def test_other_families_are_asked_too(family, prompt):
 def test_nothing_named_costs_nothing(adapter, square):
     encoded, answer, _ = square
     trace = trace_answers(adapter, [encoded], [answer], FEATURES.requires, [SQUARE], [()])[0]
-    assert all(np.isnan(FEATURES.compute(trace)[name]).all() for name in NAMES)
+    columns = FEATURES.compute(trace)
+    assert all(np.isnan(columns[name]).all() for name in NAMES)
+    assert np.isnan(columns["verify_state_l04_d0000"]).all()
