@@ -197,13 +197,11 @@ class LayerNetworks:
     """One network per layer; the score is the mean of their probabilities (hal-verify-probe, 2026).
 
     Args:
-        columns: names of all columns, with a suffix for the layer such as ``_l00`` or ``_l00_d0000``.
+        columns: names of all columns, with a suffix for the layer such as ``_l00`` or ``_l00_d0000``; those without one
+            share a network.
         settings: of every network.
         seed: of everything random.
         selection: mention selection of the rows to fit on.
-
-    Raises:
-        ConfigError: a column is of no layer.
     """
 
     def __init__(
@@ -216,9 +214,7 @@ class LayerNetworks:
         layers: dict[str, list[str]] = {}
         for name in columns:
             match = _LAYER.search(name)
-            if match is None:
-                raise ConfigError(f"learner.kind=layer_networks: column {name} is of no layer")
-            layers.setdefault(match[1], []).append(name)
+            layers.setdefault(match[1] if match else "", []).append(name)
         self.selection = selection or MentionSelection()
         self.networks = [NetworkLearner(names, settings, seed, selection) for names in layers.values()]
         self._line = (1.0, 0.0)

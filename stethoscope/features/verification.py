@@ -44,7 +44,7 @@ def verify_odds(trace: Trace) -> Tensor:
 def verify_state(trace: Trace) -> Tensor:
     """State that predicts the reply to "Is there a ...?" about the object, by layer and dimension.
 
-    Without unit. Columns ``_l00``, ``_l01``, ... are the distinct layers among 8, 12, 16, 20 and 24 of 32, by share of depth.
+    Without unit. Columns ``_l00``, ``_l01``, ...: the distinct layers among 8, 12, 16, 20, 24 of 32, by share of depth.
     Source: hub pbcong/llava-1.5-7b-hal-verify-probe (2026), which asks "Is at least one ... visible in this image?".
 
     Either direction can mean hallucinated; it depends on the model.
@@ -54,9 +54,9 @@ def verify_state(trace: Trace) -> Tensor:
 
 @feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
 def verify_state_without(trace: Trace) -> Tensor:
-    """``verify_state`` when nothing after the image may attend to it, without unit, by layer and dimension.
+    """``verify_state`` when nothing after the image may attend to it, by layer and dimension.
 
-    It is the same for all pictures of one size, so it is computed once per object.
+    Without unit. It is the same for all pictures of one size, so it is computed once per object.
 
     Either direction can mean hallucinated; it depends on the model.
     """

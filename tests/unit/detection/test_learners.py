@@ -171,7 +171,7 @@ def test_a_network_per_layer_is_the_mean_of_their_probabilities():
         return table.rename(columns={"nll": "state_l00_d0000", "mass": "state_l00_d0001", "noise": "state_l01_d0000"})
 
     train, calibration, test = map(layered, (TRAIN, CALIBRATION, TEST))
-    names, settings = ["state_l00_d0000", "state_l01_d0000", "state_l00_d0001"], NetworkSettings((8,), epochs=3)
+    names, settings = ["state_l00_d0000", "state_l01_d0000", "state_l00_d0001"], NetworkSettings((8,), epochs=20)
     fitted = LayerNetworks(names, settings, seed=4).fit(train, calibration)
     assert [network.columns for network in fitted.networks] == [(names[0], names[2]), (names[1],)]
     parts = [NetworkLearner(n.columns, settings, 4).fit(train).scores(test) for n in fitted.networks]
@@ -179,5 +179,6 @@ def test_a_network_per_layer_is_the_mean_of_their_probabilities():
     np.testing.assert_allclose(fitted.scores(test), logit(mean), rtol=1e-6)
     assert abs(fitted.predict(calibration).mean() - mention_rows(calibration)["label"].mean()) < 0.02
     assert classification.auroc(LABELS, fitted.predict(test)) == classification.auroc(LABELS, mean)
-    with pytest.raises(ConfigError, match="column position is of no layer"):
-        LayerNetworks(["position"], settings)
+    assert [network.columns for network in LayerNetworks([*names[:1], "nll", "mass"], settings).networks] == [
+        (names[0],), ("nll", "mass")
+    ]  # fmt: skip
