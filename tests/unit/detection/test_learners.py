@@ -135,7 +135,8 @@ def test_every_set_declares_a_learner_that_can_be_made():
             assert features.score is None
             learner = make_learner(features.names, features.learner, {})
             kinds[name] = features.learner["kind"]
-            assert isinstance(learner, Detector if kinds[name] == "boosting" else NetworkLearner)
+            classes = {"boosting": Detector, "layer_networks": LayerNetworks}
+            assert isinstance(learner, classes.get(kinds[name], NetworkLearner))
     assert kinds["paper/haloprobe"] == "balanced_network"
     assert all(name.startswith("paper/") for name in kinds)
     halo = make_learner(named_set("paper/haloprobe").names, named_set("paper/haloprobe").learner, {})
