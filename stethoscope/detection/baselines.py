@@ -15,6 +15,7 @@ from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScal
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.token_table import MentionSelection, Repeats, Subtokens, mention_rows, require
+from stethoscope.detection.cooccurrence import COLUMNS, CoOccurrence
 from stethoscope.detection.estimators import CalibratedModel, Examples
 
 KNOTS = 5
@@ -76,8 +77,13 @@ class _FromKeys:
         position = _position(rows)
         return np.zeros_like(position) if self._spline is None else self._spline.transform(position)
 
-    def _examples(self, rows: pd.DataFrame) -> Examples:
-        return Examples(self._inputs(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
+    def _training_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        """Learn the inputs and return those of the training rows."""
+        self._learn_inputs(rows)
+        return self._inputs(rows)
+
+    def _examples(self, rows: pd.DataFrame, inputs: np.ndarray) -> Examples:
+        return Examples(inputs, rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> _FromKeys:
         """Fit on the judged rows and calibrate (Platt) on the judged rows of other images.
@@ -89,11 +95,14 @@ class _FromKeys:
         require(train, ("group", *self.columns))
         if not len(train):
             raise DataError("the training fold has no judged mention; run the task on more samples")
-        self._learn_inputs(train)
-        held_out = None if calibration is None else self._examples(mention_rows(calibration, **self.selection))
+        examples = self._examples(train, self._training_inputs(train))
+        held_out = None
+        if calibration is not None:
+            calibration = mention_rows(calibration, **self.selection)
+            held_out = self._examples(calibration, self._inputs(calibration))
         # the same search for C as the detector's: a weak baseline would flatter it
         estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
-        self._model = CalibratedModel.fit(estimator, self._examples(train), held_out)
+        self._model = CalibratedModel.fit(estimator, examples, held_out)
         return self
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
@@ -119,16 +128,27 @@ class PositionOnly(_FromKeys):
 
 
 class TextPrior(_FromKeys):
-    """Position, mention index, repetition and the named object: all that the text alone reveals."""
+    """Position, mention index, repetition, the named object and those named before: all that the text alone reveals.
 
-    columns = ("token", "mention_index", "repeat_index", "object")
+    What goes with the objects named before is learned by ``CoOccurrence``, for training rows from other images.
+    """
+
+    columns = ("token", "repeat_index", *COLUMNS)
 
     def _learn_inputs(self, rows: pd.DataFrame) -> None:
         super()._learn_inputs(rows)
         self._encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(_categories(rows))
 
+    def _training_inputs(self, rows: pd.DataFrame) -> np.ndarray:
+        self._learn_inputs(rows)
+        self._cooccurrence = CoOccurrence()
+        return self._join(rows, self._cooccurrence.fit_transform(rows))
+
     def _inputs(self, rows: pd.DataFrame) -> np.ndarray:
-        return np.hstack([super()._inputs(rows), self._encoder.transform(_categories(rows))])
+        return self._join(rows, self._cooccurrence.transform(rows))
+
+    def _join(self, rows: pd.DataFrame, shifts: np.ndarray) -> np.ndarray:
+        return np.hstack([super()._inputs(rows), self._encoder.transform(_categories(rows)), shifts])
 
 
 def _position(rows: pd.DataFrame) -> np.ndarray:
