@@ -17,7 +17,7 @@ WIDTHS = {1280: 900, 390: 844}
 DESCRIBE = "Please describe this image in detail."
 
 
-@pytest.fixture(params=WIDTHS, ids=str)
+@pytest.fixture(params=[1280, pytest.param(390, marks=pytest.mark.slow)], ids=str)
 def page(request, browser, served):
     """Open the page; at the end no request may have gone to another server, and no script may have failed."""
     context = browser.new_context(viewport={"width": request.param, "height": WIDTHS[request.param]})

@@ -41,7 +41,7 @@ def grounded(adapter, tmp_path_factory):
     return Detector(C=0.1).fit(RunStore(folder).tokens("chair"))
 
 
-@pytest.fixture(params=WIDTHS, ids=str)
+@pytest.fixture(params=[390, pytest.param(1280, marks=pytest.mark.slow)], ids=str)
 def page(request, browser):
     page = browser.new_page(viewport={"width": request.param, "height": WIDTHS[request.param]})
     page.width = request.param

@@ -1,12 +1,12 @@
 """Every kind of model configuration, as an adapter that needs neither files nor network.
 
 Sizes of one family with one prompt have the same tiny model, so one of them is here; that every file can be used is
-in tests/integration/test_every_model.py.
+in tests/integration/test_every_model.py. One family of every kind is fast, the others are slow.
 """
 
 import pytest
 import torch
-from helpers.contract_helpers import CONFIGS, QUESTIONS, SIZES, distinct, load, picture
+from helpers.contract_helpers import CONFIGS, QUESTIONS, SIZES, distinct, load, others_slow, picture
 
 from stethoscope.core.types import Generation
 
@@ -16,7 +16,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=[*distinct(CONFIGS), "testbed, trained"])
+@pytest.fixture(scope="session", params=[*others_slow(distinct(CONFIGS)), "testbed, trained"])
 def adapter(request):
     name, _, trained = request.param.partition(", ")
     return load(name) if trained else load(name, "model.random_init=tiny")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import find_tied_parameters
-from helpers.contract_helpers import CONFIGS, QUESTIONS, configured, has_encoder, language, load, picture
+from helpers.contract_helpers import CONFIGS, QUESTIONS, configured, has_encoder, language, load, others_slow, picture
 from helpers.pretend_devices import CPU, one_device, place_of, pretend_devices, split
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -101,7 +101,7 @@ def spread(name, cut):
 CUTS = [pytest.param(alternating, id="alternating"), pytest.param(halves, id="halves", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=others_slow(FAMILIES))
 def family(request):
     return request.param
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -17,6 +18,14 @@ import stethoscope.conf
 CONFIGS = sorted(path.stem for path in (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml"))
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 SIZES = ((72, 56), (72, 56), (100, 40))  # the last is cut into another number of tiles by families that have tiles
+ONE_OF_A_KIND = {
+    "llava-1.6-mistral-7b": "tiles of the image, a projector",
+    "qwen2-vl-2b": "a grid that follows the image",
+    "instructblip-vicuna-13b": "a Q-Former",
+    "blip2-flan-t5-xl": "a Q-Former before an encoder-decoder",
+    "mplug-owl2-7b": "the authors' own code, an abstractor",
+}
+"""Families that `make test` takes through the contract; the others are of these kinds and marked as slow."""
 LANGUAGE = ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
 
 
@@ -39,6 +48,17 @@ def distinct(names):
         settings = {key: config.get(key) for key in ("_target_", "family", "prompt")}
         first.setdefault(tuple(settings.values()), name)
     return list(first.values())
+
+
+def others_slow(names):
+    """Parameters of a fixture: configurations, those of no family of ``ONE_OF_A_KIND`` marked as slow."""
+    fast = {_family(name) for name in ONE_OF_A_KIND}
+    return [name if _family(name) in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def _family(name):
+    config = configured(name)
+    return config["_target_"], config.get("family")
 
 
 def reads_by_queries(adapter):

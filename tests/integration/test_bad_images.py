@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.contract_helpers import others_slow
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -103,7 +104,7 @@ def families():
     return sorted(found.values())
 
 
-@pytest.fixture(scope="module", params=families())
+@pytest.fixture(scope="module", params=others_slow(families()))
 def adapter(request):
     torch.set_num_threads(1)
     return package.load(request.param, random_init="tiny", device="cpu")

@@ -109,7 +109,7 @@ def line_of(use):
     return ""
 
 
-OFTEN = ("cut", "texts inside", "pipe")
+OFTEN = ("cut", "texts inside")
 KINDS = [*DAMAGE, "missing", "folder", "pipe", "loop"]
 
 

@@ -58,6 +58,7 @@ def test_evaluate(examples, tmp_path, monkeypatch, capsys):
     assert "0 failed" in output
 
 
+@pytest.mark.slow
 def test_train_detector(examples, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output = run_example("train_detector", capsys)
@@ -65,6 +66,7 @@ def test_train_detector(examples, tmp_path, monkeypatch, capsys):
     assert Detector.load("runs/example-chair").fitted
 
 
+@pytest.mark.slow
 def test_stream(examples, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output = run_example("stream", capsys)
@@ -72,6 +74,7 @@ def test_stream(examples, tmp_path, monkeypatch, capsys):
     assert re.search(r"^ *\d+% \w+", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_diagnose(examples, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     output = run_example("diagnose", capsys)
@@ -80,6 +83,7 @@ def test_diagnose(examples, tmp_path, monkeypatch, capsys):
     assert Path("runs/example-diagnosis.html").read_text().startswith("<!")
 
 
+@pytest.mark.slow
 def test_custom_model(examples, stethoscope):
     words = ("model=pooled", "model.random_init=tiny", "task=pope", "task.scenes=2", "logger=none", "callbacks=none")
     output = stethoscope("evaluate", *CONF, "plugins=[custom_model]", *words, "name=one", code=0)
@@ -106,6 +110,7 @@ def test_custom_feature(examples, finished, stethoscope, tmp_path):
     np.testing.assert_allclose(table["attn_image_gain"], layers.iloc[:, -1] - layers.iloc[:, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_custom_detector(examples, finished, stethoscope, tmp_path):
     words = ("detector=few_columns", "detector.count=3", "logger=none", "published=false")
     words = (*words, f"run={finished / 'greedy'}", f"run_dir={tmp_path / 'trained'}")

@@ -131,6 +131,7 @@ def test_warnings_are_the_saved_detectors_own(finished):
     assert np.mean(told) > 0.9  # the rest are synonyms
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again(copy, tmp_path, stethoscope):
     before = json.loads((copy / "metrics.json").read_text())
     (tmp_path / "runs").mkdir()

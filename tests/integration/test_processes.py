@@ -120,6 +120,7 @@ def test_a_small_share_that_fails_does_not_end_the_run(kill_runs, tmp_path):
     assert told(tmp_path, 2)[0]["results"]["counts"]["failed"] == len(alone)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others(kill_runs, tmp_path):
     run = Launch(kill_runs, tmp_path / "run", 2, count=60, pause=0.02)
     while len(kill_runs._records(tmp_path / "run")) < 4:
@@ -186,7 +187,7 @@ def test_a_process_without_a_partner_says_so_and_hears_signals(alone, rank, numb
     assert number == signal.SIGINT or rest == ""
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_partner_that_does_not_come_is_one_line(alone, rank, tmp_path):
     worker = alone(rank, meeting_minutes=0.01)
     said = worker.communicate(timeout=60)[1].splitlines()
