@@ -9,6 +9,7 @@ HYDRA_COMMANDS = {
     "train": "fit, calibrate and judge a detector on the features of a run",
 }
 PLAIN_COMMANDS = {
+    "judge": "captions of any model: the probability that each object they name is invented, from the text alone",
     "report": "what a finished run has found: one page, Markdown and LaTeX tables",
     "compare": "runs against each other, paired on the same samples; one table for a whole sweep",
     "list": "what there is to choose from: models, tasks, features, detectors, ...",

@@ -7,22 +7,22 @@ walk through trees out of its memory: there are no pointers in these arrays, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from scipy.special import logit
-from sklearn.base import BaseEstimator
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import Pipeline
 
 from stethoscope.detection.arrays import LARGEST_NUMBER, Arrays
 
+if TYPE_CHECKING:  # what is compiled needs numpy alone, so that `stethoscope judge` starts at once
+    from sklearn.base import BaseEstimator
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.pipeline import Pipeline
+
 NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 MAX_TREES, MAX_LEAVES = 250, 8
-MAX_LOG_ODDS = float(logit(1 - 1e-12))  # log-odds beyond which a network's are cut off
+MAX_LOG_ODDS = math.log((1 - 1e-12) / (1 - (1 - 1e-12)))  # log-odds beyond which a network's are cut off
 CHUNK = 1024  # rows whose tree nodes are compared at once: 14 MB
 _FIRST_LEAF = np.array([(byte & -byte).bit_length() - 1 if byte else 0 for byte in range(256)])
 
@@ -268,16 +268,16 @@ class TreeEnsemble:
 
 
 Classifier = LinearClassifier | NetworkClassifier | TreeEnsemble
-_COMPILED = {
-    LogisticRegression: LinearClassifier,
-    MLPClassifier: NetworkClassifier,
-    HistGradientBoostingClassifier: TreeEnsemble,
+_COMPILED: dict[str, type[Classifier]] = {  # by the class of scikit-learn, which is not imported for it
+    "LogisticRegression": LinearClassifier,
+    "MLPClassifier": NetworkClassifier,
+    "HistGradientBoostingClassifier": TreeEnsemble,
 }
 
 
 def _compiled_class(estimator: BaseEstimator) -> type[Classifier]:
-    last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    return next(compiled for kind, compiled in _COMPILED.items() if isinstance(last, kind))
+    last = estimator[-1] if hasattr(estimator, "named_steps") else estimator
+    return next(_COMPILED[kind.__name__] for kind in type(last).__mro__ if kind.__name__ in _COMPILED)
 
 
 def compile_classifier(estimator: BaseEstimator) -> Classifier:

@@ -29,7 +29,12 @@ FENCE = re.compile(
 )
 INLINE = re.compile(r"(?<!`)`((?:stethoscope|python|make) [^`\n]+)`(?!`)")
 PLACEHOLDER = re.compile(r"\.\.\.|\b[A-Z]{3,}\b|<")
-LINE_COMMANDS = {"list": ["--help"], "report": ["--help"], "compare": ["--help"]}  # no Hydra applications
+LINE_COMMANDS = {
+    "list": ["--help"],
+    "report": ["--help"],
+    "compare": ["--help"],
+    "judge": ["--help"],
+}  # no Hydra applications
 OTHER_PROGRAMS = {"git", "cd", "export", "wandb", "pre-commit"}
 SLOW = {"README", "quickstart", "detectors", "looking", "runs", "streaming", "own/feature", "own/detector", "features"}
 NUMBER = re.compile(r"\d*\.?\d+")

@@ -1,21 +1,11 @@
-"""Images and published files made by hand, and the real ones of the shared folder."""
+"""Images and published files made by hand."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 from helpers.by_hand import QUESTIONS
 from PIL import Image
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Folder of real published files; outside the repository, so tests that read them may have to be skipped."""
-    folder = Path(os.environ.get("STETHOSCOPE_SHARED") or Path(__file__).parents[4] / "shared") / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there (STETHOSCOPE_SHARED names the folder above data/)")
-    return folder
 
 
 @pytest.fixture
