@@ -88,6 +88,16 @@ def special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...]
     return tuple(sorted(end_ids)), pad_id if pad_id is not None else min(end_ids, default=0)
 
 
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise a text that begins with a blank as the continuation of an answer.
+
+    Tokenizers that add a blank of their own to the start of every text would double it, so it follows a sentence.
+    """
+    before = "A cat."
+    start, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, before + text))
+    return list(whole[len(start) :]) if whole[: len(start)] == start else list(tokenizer(text.strip())["input_ids"])
+
+
 def decoder_start_id(model: PreTrainedModel) -> int | None:
     """Return the id that an encoder-decoder language model's decoder begins with; None without an encoder."""
     text = model.config.get_text_config()

@@ -20,6 +20,7 @@ from stethoscope.adapters.generation import (
     StopStrings,
     TrimmedIds,
     build_config,
+    continuation_ids,
     decoder_start_id,
     drop_defaults,
     effective_settings,
@@ -34,6 +35,7 @@ from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import (
+    CONTINUATION,
     EXTRA_REQUIREMENTS,
     FORWARD_REQUIREMENTS,
     REQUIREMENTS,
@@ -144,7 +146,8 @@ class HfAdapter(Adapter):
         placeholder_ids = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholder_ids = [token for token in placeholder_ids if token is not None]
         self._forward = ForwardRunner(model, self._pad_id, self._decoder_start)
-        self._tracer = Tracer(self.name, self._forward)
+        suffix = continuation_ids(processor.tokenizer, CONTINUATION)
+        self._tracer = Tracer(self.name, self._forward, suffix, self._placeholder_ids)
 
     @property
     def _source(self) -> str:

@@ -20,12 +20,16 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_inputs, relevancy_from_inputs
-from stethoscope.tracing.attention_recorder import HeadAttentionRecorder, RowAttentionRecorder
+from stethoscope.tracing.attention_recorder import (
+    HeadAttentionRecorder,
+    ImageSimilarityRecorder,
+    RowAttentionRecorder,
+)
 from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
-from stethoscope.tracing.trace import Encoded, PromptCache, Trace, probe_layers
+from stethoscope.tracing.trace import CONTINUED_TOKENS, Encoded, PromptCache, Trace, probe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,9 +102,14 @@ class Tracer:
     Args:
         name: of the model, for messages.
         forward: prepares and runs its passes.
+        suffix: token ids of ``CONTINUATION``.
+        never: ids that no continuation may hold, such as image placeholders.
     """
 
-    def __init__(self, name: str, forward: ForwardRunner) -> None:
+    def __init__(
+        self, name: str, forward: ForwardRunner, suffix: Sequence[int] = (), never: Sequence[int] = ()
+    ) -> None:
+        self._suffix, self._never = list(suffix), list(never)
         self._name, self._forward, self._model = name, forward, forward.model
         self._blank_value = _BLANK_VALUES.get(self._model.config.model_type, 0.0)
         self._lens: Lens | None = None
@@ -132,10 +141,9 @@ class Tracer:
     def _trace_group(self, encoded: list[Encoded], answers: list[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace answers whose prompts make one batch."""
         ids = [answer.token_ids for answer in answers]
-        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
         consuming = not requires.isdisjoint({"heads", "states"})
-        if len(caches) == len(encoded) and requires.isdisjoint(_PROMPT_REQUIREMENTS):
-            forward = self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
+        if requires.isdisjoint(_PROMPT_REQUIREMENTS):
+            forward = self._answer_forward(encoded, ids, consuming)
         else:
             forward = self._forward.full_forward(encoded, ids, consuming)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
@@ -168,6 +176,8 @@ class Tracer:
         by_token |= self._contrasts(encoded, ids, requires, core_tokens)
         if "no_image_states" in requires:
             by_token["no_image_states"] = self._no_image_states(encoded, ids)
+        if "continuation" in requires:
+            by_token["imagining"] = self._imagining(encoded, ids)
         width = hidden[-1].shape[-1] if "evidence" in requires else None
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
         if isinstance(attention, HeadAttentionRecorder):
@@ -269,6 +279,33 @@ class Tracer:
         encodes = self._forward.decoder_start is not None
         with record(self._model, Knockout(hidden, forward.spans, forward.length, encodes, forward.queries)):
             return self._forward.logits(forward)
+
+    def _imagining(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the (B, T) likeness of every token's look at the image to that of a token which goes on inventing."""
+        extended = [[*answer, *self._suffix] for answer in ids]
+        for _ in range(CONTINUED_TOKENS):
+            forward = self._answer_forward(encoded, extended, consuming=True)
+            rows = forward.rows.gather(1, torch.tensor([[len(answer)] for answer in extended]))
+            logits = self._forward.logits(forward, rows)[:, 0]
+            logits[:, self._never] = -torch.inf
+            extended = [[*answer, token] for answer, token in zip(extended, logits.argmax(-1).tolist(), strict=True)]
+        forward = self._answer_forward(encoded, extended, consuming=True)
+        reference = forward.rows.gather(1, torch.tensor([[len(answer)] for answer in extended]))
+        rows = torch.cat([forward.rows[:, 1 : max(map(len, ids)) + 1], reference], 1)
+        role = "language" if self._forward.decoder_start is None else "cross"
+        recorder = ImageSimilarityRecorder(rows, forward.spans, role)
+        with record(self._model, recorder):
+            self._forward.logits(forward, reference)
+        return recorder.similarities()
+
+    def _answer_forward(
+        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], consuming: bool = False
+    ) -> ForwardPass:
+        """Prepare a pass over answers, continued from the KV caches of the prompts where all have one."""
+        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
+        if len(caches) == len(encoded):
+            return self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
+        return self._forward.full_forward(encoded, ids, consuming)
 
     def _layer_states(self, hidden: Sequence[Tensor]) -> Tensor:
         """Return (B, T, K, D) states after the layers of ``probe_layers``, of those after all L layers."""

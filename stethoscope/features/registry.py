@@ -23,8 +23,9 @@ FeatureFunction: TypeAlias = Callable[["Trace"], Values]
 Decorated = TypeVar("Decorated", bound=Callable[..., Values])
 
 FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
+CONTINUATION = "a short continuation of the answer"
 PER_MENTION, QUESTION = "one more pass per mention", "one more question per mention"
-COST_CLASSES = (FORWARD, EXTRA_FORWARD, BACKWARD, PER_MENTION, QUESTION)
+COST_CLASSES = (FORWARD, EXTRA_FORWARD, CONTINUATION, BACKWARD, PER_MENTION, QUESTION)
 """Cost classes, the cheapest first."""
 
 COSTS = {
@@ -40,6 +41,7 @@ COSTS = {
     "own": FORWARD,
     "layer_states": FORWARD,
     "no_image_states": EXTRA_FORWARD,
+    "continuation": CONTINUATION,
     "blank": EXTRA_FORWARD,
     "noise": EXTRA_FORWARD,
     "no_image": EXTRA_FORWARD,

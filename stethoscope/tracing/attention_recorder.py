@@ -229,6 +229,41 @@ class HeadAttentionRecorder(RowAttentionRecorder):
         return attentions
 
 
+class ImageSimilarityRecorder(AttentionRecorder):
+    """Records how much the attention of chosen rows to the image resembles that of one other row.
+
+    Args:
+        rows: (B, T + 1) positions of the rows among the queries, the row that they are compared with last.
+        spans: B spans of the prompts, in positions of the batch.
+        role: of the modules whose keys are the prompt's tokens, ``language`` or ``cross``.
+    """
+
+    def __init__(self, rows: Tensor, spans: Sequence[Spans], role: str) -> None:
+        self.rows, self.roles, self._spans = rows, (role,), spans
+        self._products = torch.zeros(*rows.shape)
+        self._norms = torch.zeros(*rows.shape)
+
+    def on_weights(self, site: Site, weights: Tensor) -> None:
+        """Add the products of the rows (B, heads, T + 1, S) of one layer."""
+        image = torch.zeros(len(self._spans), weights.shape[-1])
+        for index, span in enumerate(self._spans):
+            image[index, list(span.image)] = 1.0
+        seen = weights.detach().float() * image.to(weights.device)[:, None, None]
+        self._products += (seen * seen[:, :, -1:]).sum((1, 3)).cpu()
+        self._norms += seen.square().sum((1, 3)).cpu()
+
+    def finish(self) -> None:
+        if not self._norms.isfinite().all():
+            raise CaptureError("attention of the continuation holds values that are not finite")
+        if not self._norms.any():
+            raise CaptureError("no attention to the image was seen; the model does not call the interface")
+
+    def similarities(self) -> Tensor:
+        """Return the (B, T) cosines in [0, 1] to the last row, over image tokens, layers and heads; float32, CPU."""
+        norms = self._norms.sqrt()
+        return self._products[:, :-1] / (norms[:, :-1] * norms[:, -1:]).clamp(min=1e-30)
+
+
 def strongest(image: Tensor) -> tuple[Tensor, Tensor]:
     """Reduce (..., N) attentions to (..., 2) mean and entropy of the ``TOP`` largest, and (...) the maximum; CPU."""
     top = image.topk(min(TOP, image.shape[-1]), dim=-1).values

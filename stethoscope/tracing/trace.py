@@ -21,6 +21,7 @@ TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
     "evidence", "peaks", "own", "layer_states", "no_image_states", "verify_states", "verify_states_without",
+    "imagining",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -38,11 +39,12 @@ REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = (
     "heads", "trajectory", "noise", "no_image", "core", "states", "image_lens", "layer_entropy", "evidence", "peaks",
-    "own", "layer_states", "no_image_states",
+    "own", "layer_states", "no_image_states", "continuation",
 )  # fmt: skip
 """Further parts, which published detectors read: ``noise``, ``no_image``, ``core`` and ``no_image_states`` cost one
-more forward pass each (the last one only once for all pictures of a size), all others come from the traced pass. Models
-that read the image in an encoder of the language model have no ``states`` and no ``image_lens``."""
+more forward pass each (the last one only once for all pictures of a size), ``continuation`` three over the answer, all
+others come from the traced pass. Models that read the image in an encoder of the language model have no ``states`` and
+no ``image_lens``."""
 
 MENTION_REQUIREMENTS = ("questions", "question_states", "masked")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
@@ -54,6 +56,9 @@ KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "
 one for the probe of hidden states."""
 PROBE_LAYERS = (8, 12, 16, 20, 24)
 """Layers, of 32, of the states that the verification probe reads (hub pbcong/llava-1.5-7b-hal-verify-probe, 2026)."""
+CONTINUATION, CONTINUED_TOKENS = " There is also", 2
+"""Text that HalTrapper adds to an answer (ICCV 2025), and the new token whose attention it reads: the first is an
+article. The paper lets the model write four; the last two change nothing."""
 TEMPERATURE = 10.0
 """Temperature of InsLen's lens on the instruction (arXiv 2605.12258)."""
 
@@ -234,6 +239,9 @@ class Trace:
             attention of any head to the position.
         layer_states: (T, K, D) residual stream of the row after the K distinct layers of ``probe_layers``.
         no_image_states: (T, K, D) the same when nothing after the image tokens may attend to them.
+        imagining: (T,) cosine of the attention to the image, by all layers and heads, of the row that consumes the
+            token and of the row that consumes the second word that the model adds to the answer and ``CONTINUATION``.
+            Of ``continuation``.
         own: (T, L, H) attention of the row to its own position, that of the token before the one that it predicts.
         noise_logits: (T, V), the same rows when the image is noised as VCD does it.
         no_image_logits: (T, V), the same rows when nothing after the image tokens may attend to them.
@@ -266,6 +274,7 @@ class Trace:
     evidence: Tensor | None = None
     width: int | None = None
     peaks: Tensor | None = None
+    imagining: Tensor | None = None
     own: Tensor | None = None
     layer_states: Tensor | None = None
     no_image_states: Tensor | None = None

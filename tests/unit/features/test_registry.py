@@ -30,7 +30,7 @@ def test_costs_of_the_sets():
     assert chosen("one_pass").cost == "same forward pass"
     assert chosen("full_verified").cost == chosen("everything").cost == "one more question per mention"
     assert {item.group for item in chosen("everything").features} == set(GROUPS)
-    dear = {"verification", "verify_states", "masked", "hidden"}
+    dear = {"verification", "verify_states", "masked", "hidden", "continuation"}
     assert {item.group for item in chosen("full").features} == set(GROUPS) - dear
     assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
     cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]

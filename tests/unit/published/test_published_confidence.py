@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.plain_pass import PICTURE, check, check_layers, entropy, load, mean, predicted
+from helpers.plain_pass import PICTURE, check, check_layers, cos, entropy, load, mean, predicted
 
+from stethoscope.adapters.generation import continuation_ids
 from stethoscope.core.types import Answer, Generation
 from stethoscope.features import FeatureSet
 from stethoscope.tracing.trace import Spans, Trace
@@ -127,12 +128,32 @@ def test_evidence(columns, plain):
         check(columns, name, values)
 
 
+def test_ig_score(adapter, encoded, answer, columns, plain):
+    """The answer and " There is also", two words more, and the whole map of one eager pass."""
+    tokenizer = adapter.processor.tokenizer
+    ids = [*answer.token_ids, *continuation_ids(tokenizer, " There is also")]
+    assert tokenizer.decode(ids[len(answer.token_ids) :]).strip() == "There is also"
+    prompt = encoded.inputs["input_ids"]
+
+    def whole(**options):
+        text = torch.cat([prompt, torch.tensor([ids])], 1)
+        return plain.run(input_ids=text, attention_mask=torch.ones_like(text), **options)
+
+    image = adapter.model.config.image_token_id
+    for _ in range(2):
+        row = whole().logits[0, -1].tolist()
+        ids.append(max((word for word in range(len(row)) if word != image), key=lambda word, row=row: row[word]))
+    maps = torch.stack(whole(output_attentions=True).attentions)[:, 0][..., list(plain.spans.image)].double()
+    expected = [cos(maps[:, :, plain.at(token, "c")], maps[:, :, -1]) for token in range(len(plain.ids))]
+    check(columns, "ig_score", expected)
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "blip-2-t5", "idefics3"])
 def test_other_families(family):
     """Cached prompts, positions with three axes, and the two attentions of a decoder."""
     prompt = "Question: {question} Answer:" if family == "blip-2-t5" else None
     adapter = load(family, prompt)
-    features = FeatureSet(["confidence", "overthinking"])
+    features = FeatureSet(["confidence", "overthinking", "continuation"])
     encoded = [adapter.encode(PICTURE, text) for text in ("What is there?", "Please describe this image.")]
     answers, cached = adapter.generate_with_cache(encoded, Generation(max_new_tokens=4, do_sample=True, seed=3))
     together = adapter.trace_batch(cached, answers, features.requires)
