@@ -107,6 +107,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
     if len(explained) > MOST:
         lines.append(f"  and {len(explained) - MOST} more, all of them in report.html")
+    lines += [diagnosis.shift] if diagnosis.shift else []
     lines += _visual_evidence(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)

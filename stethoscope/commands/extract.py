@@ -16,6 +16,9 @@ from stethoscope.core.system import rank
 from stethoscope.storage.run_dir import saved_config
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from stethoscope.detection.detector import Detector
     from stethoscope.storage.run_dir import RunStore
 
 SAVED = ("limit", "batch_size", "seed")
@@ -123,6 +126,13 @@ def report_untraced(store: RunStore, task: str) -> None:
     )
 
 
+def print_shift(detector: Detector, table: pd.DataFrame) -> None:
+    """Print whether a run is like the pictures that its detector was calibrated on; nothing without a monitor."""
+    shift = None if detector.monitor is None else detector.monitor.run(detector.select_mentions(table, judged=False))
+    if shift is not None:
+        print(f"detector: {shift.sentence}")
+
+
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
     from stethoscope.adapters.base import Adapter
@@ -188,5 +198,6 @@ def run(config: DictConfig) -> None:
         warnings = mention_warnings(table, detector)
         write_warnings(warnings, folder / "warnings.jsonl")
         print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")
+        print_shift(detector, table)
     report_untraced(RunStore(folder), task.name)
     report_failures([results], folder)

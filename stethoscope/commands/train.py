@@ -47,6 +47,9 @@ def run(config: DictConfig) -> None:
         if chosen:
             hint = f"`stethoscope train experiment={chosen} --help` tells how to make it"
         raise ArtefactError(f"run={source} is no directory; {hint}")
+    if config.recalibrate:
+        recalibrate(config, source, folder)
+        return
     detector = build(config.detector, Detector, "detector", config.plugins)
     same = [f"detector.{key}={detector.settings[key]}" for key in ("repeats", "subtokens")]  # or no row is common
     compare_with = {name: _other(name, same, config.plugins) for name in as_list(config.compare_with)}
@@ -89,6 +92,40 @@ def run(config: DictConfig) -> None:
     print_detector(results)
     if results.transfer:
         print(text(transfer_table(results.transfer)))
+    print(f"detector: {folder / 'detector'}")
+
+
+def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
+    """Calibrate the detector ``recalibrate`` for the pictures of this run, with its labels or (``labels=0``) without.
+
+    Raises:
+        ConfigError: ``labels`` is negative, or the run lacks a column of the detector.
+        ArtefactError: there is no such detector, or the run has no token rows.
+    """
+    from stethoscope.detection.lookup import load_detector
+    from stethoscope.storage.run_dir import RunStore
+
+    old, store, most = load_detector(str(config.recalibrate)), RunStore(source), config.labels
+    if most is not None and most < 0:
+        raise ConfigError(f"labels={most} should be a number of labelled pictures, 0 for none, or null for all")
+    task = config.mentions or _only(store)
+    table = store.tokens(task)
+    if old is None or table.empty:
+        raise missing_rows_error(store, task)
+    check_same_model(old.features, old.notes.get("model") or {}, store.model(task), str(source))
+    table = matching_columns(table, old.schema.names, str(source))
+    labelled = most != 0 and bool((table["label"] >= 0).any())
+    if labelled and most is not None:
+        judged = table.loc[table["label"] >= 0, "group"].drop_duplicates()
+        table = table[table["group"].isin(set(judged.sample(min(most, len(judged)), random_state=config.seed)))]
+    new = old.recalibrate(table.reset_index(drop=True), labelled)
+    new.save(folder / "detector")
+    a, b = new.notes["recalibrated"]["line"]
+    print(
+        f"recalibrated on {new.notes['recalibrated']['images']} pictures {'with' if labelled else 'without'} labels: "
+        f"log-odds times {a:.2f} plus {b:.2f}; warns from {new.threshold:.2f} ({new.manifest['threshold']['chosen']}); "
+        "no guarantee is carried over"
+    )
     print(f"detector: {folder / 'detector'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,10 +24,20 @@ from stethoscope.core.token_table import (
 )
 from stethoscope.detection import artifact
 from stethoscope.detection.design_matrix import Inputs, frequent_objects
-from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS, CalibratedModel, Examples, best_threshold
+from stethoscope.detection.estimators import (
+    CALIBRATIONS,
+    ESTIMATORS,
+    CalibratedModel,
+    Examples,
+    add_prefix,
+    best_threshold,
+)
 from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
+from stethoscope.detection.inference import PlattScaling
+from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
+from stethoscope.detection.shift import ShiftMonitor
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
@@ -103,6 +114,8 @@ class Detector:
     Attributes:
         threshold: probability at or above which to warn.
         certificate: the guarantee and the images it rests on; None without a guarantee.
+        monitor: compares pictures and answers with those it was calibrated on (``stethoscope.detection.shift``); None
+            where the folds were too small for one, and in detectors of older versions.
         notes: JSON-able facts that go into the manifest (model, task, label, split, figures).
 
     Raises:
@@ -141,6 +154,7 @@ class Detector:
         self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
         self.threshold = 0.5
         self.certificate: Certificate | None = None
+        self.monitor: ShiftMonitor | None = None
         self._chosen = ""
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
@@ -228,7 +242,54 @@ class Detector:
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(train, calibration)
+        self.monitor = ShiftMonitor.fit(self._inputs.plain, train, calibration)
         return self
+
+    def recalibrate(self, table: pd.DataFrame, labelled: bool = True) -> Detector:
+        """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
+
+        The threshold is the one with the best F1 on labelled mentions, and that of before (as a score) without labels;
+        a guarantee is not carried over. The monitor compares with the new pictures from then on.
+
+        Args:
+            table: token table of the new data.
+            labelled: use the labels (``recalibration.shrunk_line``); False uses none
+                (``recalibration.share_of_hallucinated``).
+
+        Raises:
+            ConfigError: the calibration is isotonic, which is no line.
+            DataError: the table has no mention, or with ``labelled`` none that is judged.
+            ArtefactError: as in ``predict``.
+        """
+        slope, intercept = self.model.line
+        rows = self.select_mentions(table, judged=labelled)
+        rows = rows[rows["is_first_subtoken"] & ((rows["repeat_index"] == 0) | (self.settings["repeats"] == "all"))]
+        rows = rows.reset_index(drop=True)
+        if not len(rows):
+            raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
+        scores = self.model.scores(self._matrix(rows))
+        log_odds = slope * scores + intercept
+        labels = rows["label"].to_numpy(dtype=int)
+        share = float(labels.mean()) if labelled else share_of_hallucinated(self.predict(rows), self._base_rate)
+        line = shrunk_line(log_odds, labels) if labelled else (1.0, intercept_of_share(share, self._base_rate))
+        new = copy.copy(self)
+        calibrator = PlattScaling(line[0] * slope, line[0] * intercept + line[1])
+        new._model = replace(self.model, calibrator=calibrator, held_out_scores=None)
+        new.settings = self.settings | {"calibration": "platt", "threshold": "f1"}
+        new._guarantee, new.certificate, new._base_rate = None, None, float(np.clip(share, 1e-4, 1 - 1e-4))
+        images = int(rows["group"].nunique())
+        how = f"{images} labelled pictures" if labelled else f"{images} pictures without labels"
+        if labelled and 0 < labels.mean() < 1:
+            new.threshold, new._chosen = best_threshold(labels, new.predict(rows)), f"highest F1 on {how}"
+        else:
+            odds = np.log(self.threshold / (1 - self.threshold)) if 0 < self.threshold < 1 else np.inf
+            new.threshold = float(1 / (1 + np.exp(-(line[0] * odds + line[1]))))
+            new._chosen = f"as before, recalibrated on {how}"
+        new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
+        new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
+        if self.monitor is not None:
+            new.monitor = self.monitor.with_reference(rows)
+        return new
 
     def _select_inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
         """Select the columns of the design matrix by the settings."""
@@ -376,6 +437,7 @@ class Detector:
                 "chosen": self._chosen,
                 "certificate": None if self.certificate is None else self.certificate.to_dict(),
             },
+            "monitor": None if self.monitor is None else self.monitor.to_dict(),
         }
 
     def save(self, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
@@ -394,7 +456,8 @@ class Detector:
         self.notes |= dict(notes or {})
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}
-        artifact.write(Path(folder), self._model.arrays(), manifest, texts, check=type(self).load)
+        monitor = {} if self.monitor is None else add_prefix("monitor", self.monitor.arrays())
+        artifact.write(Path(folder), {**self._model.arrays(), **monitor}, manifest, texts, check=type(self).load)
 
     def push_to_hub(
         self,
@@ -483,8 +546,10 @@ class Detector:
         settings, inputs = detector.settings, detector._inputs
         model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
         try:
+            if manifest.get("monitor") is not None:
+                detector.monitor = ShiftMonitor.restore(manifest["monitor"], arrays.under("monitor"), inputs.plain)
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
-        except ArtefactError as error:
+        except (ArtefactError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None
         return detector
 

@@ -155,11 +155,14 @@ WARNING_COLUMNS = {
     "object": "canonical name of the object",
     "start": "first character of the mention's tokens in the answer's text",
     "end": "the character after them",
-    "probability": "calibrated probability that the object is hallucinated",
+    "probability": "probability that the object is hallucinated; calibrated where `unlike` is false",
     "evidence": "what the model's own computation says, in log-odds; above 0 it speaks for hallucination",
     "prior": "what place and name say (or, not factored, the base rate), in log-odds; the sum gives the probability",
     "visual_evidence": "what the image evidence looks like: [object, probability], null for nothing known; [] "
     "where the detector reads no visual evidence",
+    "unlike": "the picture or the answer is unlike those that the detector was calibrated on, so that its probability "
+    "is not calibrated; null where the detector has no monitor",
+    "shift_p": "p-value of that: how many held-out pictures are at least as unlike",
     "warned": "the probability is at or above the detector's threshold",
     "label": "the truth if the task knows it: 1 hallucinated, 0 grounded, -1 not judged",
     "fold": "train, calibration or test where the detector was fitted on this run, else empty",
@@ -193,6 +196,7 @@ def mention_warnings(
         rows["evidence"], rows["prior"] = explanation.evidence[deciding], explanation.prior[deciding]
     candidates = detector.visual_evidence(first)
     rows["visual_evidence"] = [candidates[row] for row in deciding]
+    rows["unlike"], rows["shift_p"] = _unlike(detector, first)
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
@@ -201,11 +205,20 @@ def mention_warnings(
     return rows[list(WARNING_COLUMNS)]
 
 
+def _unlike(detector: Detector, mentions: pd.DataFrame) -> tuple[list[bool | None], list[float | None]]:
+    """Return for every mention whether its answer is unlike the calibration fold, and the p-value of that."""
+    if detector.monitor is None or not len(mentions):
+        return [None] * len(mentions), [None] * len(mentions)
+    answers = detector.monitor.pictures(mentions).set_index(["task", "sample_id"])
+    keys = list(zip(mentions["task"], mentions["sample_id"], strict=True))
+    return answers.loc[keys, "unlike"].tolist(), answers.loc[keys, "p"].tolist()
+
+
 def write_warnings(rows: pd.DataFrame, path: Path) -> None:
     """Write ``warnings.jsonl``, a JSON object per line; an older file is replaced at the end."""
     with replacing(path) as file:
         for row in rows.to_dict("records"):
-            exact = {name: row[name] for name in ("probability", "evidence", "prior")}
+            exact = {name: row[name] for name in ("probability", "evidence", "prior", "shift_p") if name in row}
             rounded = {name: None if value is None else round(value, 6) for name, value in exact.items()}
             candidates = [[name, round(probability, 6)] for name, probability in row["visual_evidence"]]
             line = (

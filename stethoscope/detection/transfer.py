@@ -77,7 +77,7 @@ def transfer(
     Returns:
         JSON-able, ``source`` first: ``target``, ``mentions``, ``images``, ``hallucinated`` (share), and by detector
         (``transferred`` and ``trained there``, or ``at home``) intervals by metric of ``MEASURED``; ``difference`` is
-        the first less the second, paired over images, with ``p``.
+        the first less the second, paired over images, with ``p``; ``shift`` is the monitor's sentence.
 
     Raises:
         ConfigError: a target lacks the detector's features, or they are states of another model.
@@ -118,7 +118,9 @@ def _evaluate(
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     probabilities = {name: detector.predict(test) for name, detector in detectors.items()}
     figures = evaluate_scores(test, probabilities, resamples)
+    shift = None if first.monitor is None else first.monitor.run(test)
     row: dict[str, Any] = {
+        "shift": "" if shift is None else shift.sentence,
         "target": target.name,
         "mentions": len(test),
         "images": resamples.groups,

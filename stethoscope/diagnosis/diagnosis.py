@@ -81,6 +81,8 @@ class Diagnosis:
         notes: explanations of what is missing.
         seconds: time spent by stage.
         scope: of the gradient of ``relevancy``, ``row`` or ``token``.
+        shift: one sentence where the picture or the answer is unlike those that the detector was calibrated on, so that
+            no probability of it is calibrated; else empty.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "row"
+    shift: str = ""
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -118,9 +121,10 @@ class Diagnosis:
 
     @property
     def warning(self) -> np.ndarray | None:
-        """Return (T,) calibrated probabilities that the named object is hallucinated; NaN for other tokens.
+        """Return (T,) probabilities that the named object is hallucinated; NaN for other tokens.
 
-        None without a detector. Detectors learn from object names, so ``verdicts`` of other tokens are not calibrated.
+        They are calibrated unless ``shift`` says otherwise. None without a detector. Detectors learn from object names,
+        so ``verdicts`` of other tokens are not calibrated.
         """
         if not self.verdicts:
             return None
@@ -259,6 +263,7 @@ class Diagnosis:
             "image": {"width": self.image.width, "height": self.image.height},
             "scope": self.scope,
             "threshold": self.threshold,
+            "shift": self.shift,
             "warned": list(self.warned),
             "mentions": [mention.to_dict() for mention in self.mentions],
             "tokens": [self._token_to_dict(index, warning) for index in range(len(self))],

@@ -121,9 +121,10 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
         "tokens": tokens,
         "mentions": mentions,
         "threshold": diagnosis.threshold,
+        "shift": diagnosis.shift,
         "visual_evidence_note": VISUAL_EVIDENCE_NOTE if any(row["visual_evidence"] for row in mentions) else "",
         "summary": f"{diagnosis.model}, {len(diagnosis)} tokens",
-        "notes": [*truncation, *(f"Not shown: {note}" for note in diagnosis.notes)],
+        "notes": [*filter(None, [diagnosis.shift]), *truncation, *(f"Not shown: {note}" for note in diagnosis.notes)],
     }
 
 
@@ -212,7 +213,8 @@ def _notebook_figure(diagnosis: Diagnosis, mention: DiagnosedMention) -> list[tu
         image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
     except CapabilityError:
         return []
-    verdict = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}"
+    void = " (not calibrated here)" if diagnosis.shift else ""
+    verdict = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}{void}"
     return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + verdict)]
 
 
@@ -314,7 +316,7 @@ def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None =
     title = f"{word!r}, probability {diagnosis.probability[token]:.0%}"
     mention = diagnosis.mention_of(token)
     if mention is not None and mention.verdict is not None:
-        title += f", hallucinated {mention.verdict.probability:.0%}"
+        title += f", hallucinated {mention.verdict.probability:.0%}" + (", not calibrated" if diagnosis.shift else "")
     image.set_title(title, parse_math=False)
     names = list(diagnosis.shares)
     layers = np.arange(1, len(diagnosis.shares["image"][token]) + 1)

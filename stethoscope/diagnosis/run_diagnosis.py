@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
@@ -126,6 +127,7 @@ def diagnose(
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
         verdicts, diagnosed = score_mentions(encoded, answer, extracted, columns, detector)
+        shift = shift_sentence(encoded, answer, extracted, columns, detector, picture)
     logprob = trace.logits.log_softmax(-1)
     return Diagnosis(
         model=adapter.name,
@@ -143,6 +145,7 @@ def diagnose(
         notes=tuple(notes),
         seconds=seconds,
         scope=scope,
+        shift=shift,
     )
 
 
@@ -304,6 +307,38 @@ def score_mentions(
     return tokens, tuple(diagnosed)
 
 
+def shift_sentence(
+    encoded: Encoded,
+    answer: Answer,
+    mentions: Sequence[Mention],
+    columns: Mapping[str, Any],
+    detector: Detector | None,
+    picture: Image,
+) -> str:
+    """Say in one sentence that an answer is unlike those that its detector was calibrated on; else return "".
+
+    Args:
+        encoded: the prompt.
+        answer: of the model.
+        mentions: of ``extract_mentions``.
+        columns: (T,) features of the answer by the detector's columns.
+        detector: one without a monitor says nothing.
+        picture: that the answer is about.
+    """
+    if detector is None or detector.monitor is None or not mentions:
+        return ""
+    table = _token_rows(encoded, answer, mentions, columns, profile_text(picture))
+    rows = detector.select_mentions(table, judged=False)
+    return detector.monitor.sentence(rows[rows["is_first_subtoken"]].reset_index(drop=True))
+
+
+def _token_rows(
+    encoded: Encoded, answer: Answer, mentions: Sequence[Mention], columns: Mapping[str, Any], picture: str = ""
+) -> pd.DataFrame:
+    sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
+    return token_table("diagnose", sample, answer, mentions, columns, encoded.text, picture=picture).to_pandas()
+
+
 def feature_set(columns: Sequence[str]) -> FeatureSet:
     """Select the features that the columns of a detector belong to.
 
@@ -352,8 +387,7 @@ def _score(
     columns: Mapping[str, np.ndarray],
 ) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
     """Compute the verdict on every token, and on every mention by its index."""
-    sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
-    table = token_table("diagnose", sample, answer, mentions, columns, encoded.text).to_pandas()
+    table = _token_rows(encoded, answer, mentions, columns)
     rows = detector.select_mentions(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     row_verdicts = _verdicts(detector, rows)

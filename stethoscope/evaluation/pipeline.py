@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
+from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
@@ -69,6 +70,7 @@ class SampleState:
     prompt: str = ""
     prompt_sha256: str = ""
     image_sha256: str = ""
+    picture: str = ""  # profile of its pixels
     error: Exception | None = None
     recorded: Record | None = None  # of an answer that is only traced; its record survives any error
 
@@ -161,6 +163,8 @@ class SamplePipeline:
             picture = sample.image.load()
             state.image_sha256 = sample.image.sha256
             state.encoded = self.run.adapter.encode(picture, sample.question)
+            if self.features is not None:
+                state.picture = profile_text(picture)
             state.prompt, state.prompt_sha256 = state.encoded.text, state.encoded.sha256
             changes = [] if record is None else record.changes(sample)
             if record is not None and not changes and record.prompt_sha256 != state.prompt_sha256:
@@ -285,9 +289,8 @@ class SamplePipeline:
         self._session.call("on_trace", state.sample, trace)
         with self._stage(state, "trace"):
             columns, task = self.features.compute(trace), self.run.task
-            state.rows = token_table(
-                task.name, state.sample, state.given_answer, state.mentions, columns, state.prompt, task.version
-            )
+            texts = (state.prompt, task.version, state.picture)
+            state.rows = token_table(task.name, state.sample, state.given_answer, state.mentions, columns, *texts)
 
     def wants_rows(self, item: SampleState | Record) -> bool:
         """Whether the answer of a state or record is to be traced."""

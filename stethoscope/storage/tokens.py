@@ -38,9 +38,12 @@ SCHEMA = pa.schema(
         ("is_first_subtoken", pa.bool_()),
         ("prompt_hash", pa.string()),
         ("labeller", pa.string()),
+        ("picture", pa.string()),
     ]
 )
 """Key columns, explained by ``stethoscope.core.token_table.KEY_COLUMNS``; float32 feature columns follow."""
+OPTIONAL = frozenset({"picture"})
+"""Key columns that tables of older versions lack."""
 
 
 def token_table(
@@ -51,6 +54,7 @@ def token_table(
     features: Mapping[str, np.ndarray],
     prompt: str = "",
     version: str = "",
+    picture: str = "",
 ) -> pa.Table:
     """Build the token rows of an answer: key columns, then a column per feature.
 
@@ -64,6 +68,7 @@ def token_table(
         features: (T,) values by name, stored as float32.
         prompt: in the model's chat format; its digest tells prompts apart.
         version: of the task, which labelled the mentions.
+        picture: profile of the picture as text.
 
     Returns:
         T rows.
@@ -88,6 +93,7 @@ def token_table(
         "is_first_subtoken": first,
         "prompt_hash": [hashlib.sha256(prompt.encode()).hexdigest()[:16]] * count,
         "labeller": [f"{task}/{version}"] * count,
+        "picture": [picture] * count,
     }
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     values = [pa.array(np.asarray(column, dtype=np.float32)) for column in features.values()]
@@ -285,6 +291,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     parquet = pq.ParquetFile(pa.OSFile(os.fsencode(path)), page_checksum_verification=True)
     types = {field.name: str(field.type).removeprefix("large_") for field in parquet.schema_arrow}
     for field in SCHEMA:
+        if field.name in OPTIONAL and field.name not in types:
+            continue
         if types.get(field.name) != str(field.type):
             raise ValueError(f"column {field.name} should be {field.type}, not {types.get(field.name, 'missing')}")
     wrong = [name for name, kind in types.items() if name not in SCHEMA.names and kind not in _NUMBERS]

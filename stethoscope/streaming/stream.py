@@ -16,7 +16,13 @@ from transformers.generation.streamers import BaseStreamer
 from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
-from stethoscope.diagnosis.run_diagnosis import MentionExtractor, default_extractor, extract_mentions, score_mentions
+from stethoscope.diagnosis.run_diagnosis import (
+    MentionExtractor,
+    default_extractor,
+    extract_mentions,
+    score_mentions,
+    shift_sentence,
+)
 from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.scorer import Scorer
@@ -70,17 +76,29 @@ class StreamedAnswer:
         answer: the answer, equal to that of ``Adapter.generate``.
     """
 
-    def __init__(self, answer: Answer, mentions: Callable[[], tuple[DiagnosedMention, ...]]) -> None:
-        self.answer, self._find_mentions = answer, mentions
+    def __init__(self, answer: Answer, diagnosed: Callable[[], tuple[tuple[DiagnosedMention, ...], str]]) -> None:
+        self.answer, self._diagnose = answer, diagnosed
 
     @cached_property
+    def _diagnosed(self) -> tuple[tuple[DiagnosedMention, ...], str]:
+        return self._diagnose()
+
+    @property
+    def shift(self) -> str:
+        """One sentence where the picture or the answer is unlike those of the detector's calibration; else empty.
+
+        No probability of such an answer is calibrated. Computed on first access, as ``mentions``.
+        """
+        return self._diagnosed[1]
+
+    @property
     def mentions(self) -> tuple[DiagnosedMention, ...]:
         """Objects that the answer names, with the detector's scores; computed on first access.
 
         Raises:
             CapabilityError: ``final`` reads features that the model does not give.
         """
-        return self._find_mentions()
+        return self._diagnosed[0]
 
 
 class WarningStreamer(BaseStreamer):
@@ -313,7 +331,7 @@ def stream(
 
 
 def _stream_tokens(
-    streamer: WarningStreamer, named: Callable[[], tuple[DiagnosedMention, ...]]
+    streamer: WarningStreamer, diagnosed: Callable[[], tuple[tuple[DiagnosedMention, ...], str]]
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     with streamer:
         count = 0
@@ -322,7 +340,7 @@ def _stream_tokens(
             count = len(streamer.tokens)
         streamer.end()
         yield from streamer.tokens[count:]
-    yield StreamedAnswer(streamer.finished_answer(), named)
+    yield StreamedAnswer(streamer.finished_answer(), diagnosed)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
@@ -356,13 +374,13 @@ def _diagnose_mentions(
     streamer: WarningStreamer,
     final: Detector | None,
     mentions: MentionExtractor | None,
-) -> tuple[DiagnosedMention, ...]:
-    """Extract and score the objects that the finished answer names."""
+) -> tuple[tuple[DiagnosedMention, ...], str]:
+    """Extract and score the objects that the finished answer names; say whether the picture is unlike others."""
     answer = streamer.finished_answer()
     named: Any = extract_mentions(answer, mentions or default_extractor())
     detector, columns = final or streamer.detector, {}
     if not named or detector is None:
-        return score_mentions(encoded, answer, named, {}, None)[1]
+        return score_mentions(encoded, answer, named, {}, None)[1], ""
     if final is None and streamer.scorer is not None:
         columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
     elif final is not None:
@@ -375,7 +393,8 @@ def _diagnose_mentions(
         features = feature_set(final.schema.names)
         trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named])[0]
         columns = compute_columns(features, trace, final, adapter.name)
-    return score_mentions(encoded, answer, named, columns, detector)[1]
+    shift = shift_sentence(encoded, answer, named, columns, detector, picture)
+    return score_mentions(encoded, answer, named, columns, detector)[1], shift
 
 
 def _with_limit(generation: Generation | None) -> Generation:

@@ -8,6 +8,7 @@ const COLOURS = {
   warning: "calibrated warning of every object", every: "the detector on every token (calibrated on objects only)",
   surprise: "how improbable the token is", contribution: "visual contribution (layer and scale below)",
 };
+const VOID = "warning of every object, not calibrated here";
 const photo = new Image();
 let data = null, scopes = {}, chosen = 0, frame = 0;
 
@@ -192,7 +193,7 @@ function facts(token, mention) {
     ["position", `${chosen + 1} of ${data.tokens.length}`]];
   if (mention !== null) rows.push(["object", mention.object]);
   if (mention !== null && mention.probability !== null) {
-    rows.push(["hallucinated", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned")]);
+    rows.push(["hallucinated", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned") + (data.shift ? ", not calibrated here" : "")]);
     if (mention.evidence !== null) {
       rows.push(["evidence", signed(mention.evidence) + " log-odds, what the model's own computation says"]);
       rows.push(["prior", signed(mention.prior) + " log-odds, before any evidence"]);
@@ -348,7 +349,7 @@ function finished(message) {
   $("scope-line").hidden = !trigger;
   const kinds = Object.keys(COLOURS).filter((kind) => (data.threshold !== null || !["warning", "every"].includes(kind))
     && (data.layers.length || kind !== "contribution"));
-  options("colour", kinds.map((kind) => [kind, COLOURS[kind]]));
+  options("colour", kinds.map((kind) => [kind, kind === "warning" && data.shift ? VOID : COLOURS[kind]]));
   const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower" };
   options("source", Object.keys(data.maps).map((kind) => [kind, names[kind]]));
   options("statistic", ["sum", "max", "mean"].map((kind) => [kind, kind]));
@@ -380,7 +381,7 @@ function receive() {
   say(message.status || "");
   $("asked").textContent = data.asked;
   $("summary").textContent = data.summary || "";
-  $("notes").replaceChildren(...(data.notes || []).map((note) => make("li", note)));
+  $("notes").replaceChildren(...(data.notes || []).map((note) => make("li", note, data.shift && note === data.shift ? "st-error" : "")));
   $("written").hidden = false;
   $("diagnosed").hidden = $("colouring").hidden = data.kind !== "done";
   $("warn-line").hidden = data.threshold === null;

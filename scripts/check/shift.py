@@ -1,0 +1,210 @@
+"""Does a detector's monitor speak where its promises break, and is it silent where they hold?
+
+Makes runs of the embedded model under the shifts of ``SHIFTS`` and of photographs, each in a folder of its own (a run
+that is there is resumed), fits a detector with a guaranteed threshold on the home run and prints for every shift: ECE,
+false alarms among grounded mentions, the monitor's p-value and verdict, the pictures that it flags one by one, and ECE
+after recalibration on 50 labelled pictures (mean and largest of 20 draws, judged on all others) and without labels.
+
+    python scripts/check/shift.py runs/shift                        # 2,000 scenes to learn from, 400 of each shift
+    python scripts/check/shift.py runs/shift --home runs/mine       # learn from a run that is there
+    python scripts/check/shift.py runs/shift --scenes 100 --only noise photographs
+
+Photographs are random crops of those that come with scikit-learn, matplotlib and, if it is installed, scikit-image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from stethoscope import testbed
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.shift import ShiftMonitor
+from stethoscope.features.columns import matching_columns
+from stethoscope.metrics.bootstrap import group_weights, split_groups
+from stethoscope.metrics.classification import ece
+from stethoscope.storage.run_dir import RunStore
+
+SEED = 11  # of the scenes of every shift; no detector has learned from them
+SIGMA = 30.0  # of the noise, in grey values of 255
+PROMISE = {"max_false_alarms": 0.05}
+FEATURES = "features.names=[hidden_middle_q,hidden_middle_c,hidden_last_q,hidden_last_c]"
+FRESH = ["task.scenes={scenes}", f"task.scene_seed={SEED}"]
+FILES = ["task.source=files", "task.instances={folder}/instances.json", "task.images={folder}/images"]
+SHIFTS = {
+    "home": ["task.scenes={home}"],
+    "seed": FRESH,
+    "prompt": [*FRESH, "task.question='What is in this image?'"],
+    "temperature": [*FRESH, "generation=sample"],
+    "prior": [*FRESH, "task.scene_mode=prior"],
+    "noise": FILES,
+    "photographs": FILES,
+}
+PHOTOGRAPHS = {
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+    "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
+    "skimage": [
+        f"data/{name}"
+        for name in (
+            "astronaut.png",
+            "camera.png",
+            "chelsea.png",
+            "coffee.png",
+            "coins.png",
+            "motorcycle_left.png",
+            "rocket.jpg",
+        )
+    ],
+}
+
+
+def make_run(out: Path, shift: str, scenes: int, home: int) -> Path:
+    """Make the run of a shift with its token table, or the part of it that is missing."""
+    folder = out / "pictures" / shift
+    if "{folder}" in " ".join(SHIFTS[shift]) and not (folder / "instances.json").is_file():
+        {"noise": write_noisy_scenes, "photographs": write_photographs}[shift](folder, scenes)
+    settings = [text.format(scenes=scenes, home=home, folder=folder) for text in SHIFTS[shift]]
+    run = ["task=chair", f"runs={out}", f"name={shift}", "logger=none", "callbacks=none"]
+    if not (out / shift / "tokens.parquet").is_file():
+        for command in (["evaluate", *run, *settings], ["extract", f"run={out / shift}", FEATURES]):
+            subprocess.run([sys.executable, "-m", "stethoscope", *command], check=True, stdout=subprocess.DEVNULL)
+    return out / shift
+
+
+def write_noisy_scenes(folder: Path, scenes: int) -> None:
+    """Write scenes with their ground truth, then add Gaussian noise to the pictures."""
+    testbed.export(folder, testbed.scenes(scenes, seed=SEED))
+    rng = np.random.default_rng(SEED)
+    for path in sorted((folder / "images").glob("*.png")):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
+        noisy = np.clip(pixels + rng.normal(0, SIGMA, pixels.shape), 0, 255)
+        Image.fromarray(noisy.round().astype(np.uint8)).save(path)
+
+
+def photographs() -> Iterator[Path]:
+    """Find the photographs that installed packages bring with them."""
+    for package, names in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        for name in names if spec and spec.origin else ():
+            path = Path(str(spec.origin)).parent / name
+            if path.is_file():
+                yield path
+
+
+def write_photographs(folder: Path, crops: int = 100) -> None:
+    """Write random crops of photographs, a quarter to all of the shorter side, and annotations without any object."""
+    (folder / "images").mkdir(parents=True)
+    rng, paths, images = np.random.default_rng(SEED), list(photographs()), []
+    for number in range(min(crops, 100)):
+        path = paths[number % len(paths)]
+        photograph = Image.open(path).convert("RGB")
+        side = int(min(photograph.size) * rng.uniform(0.25, 1))
+        left, top = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
+        name = f"{number:03d}-{path.stem}.png"
+        photograph.crop((left, top, left + side, top + side)).save(folder / "images" / name)
+        images.append({"id": number + 1, "file_name": name, "width": side, "height": side})
+    categories = [{"id": number, "name": name} for number, name in enumerate(testbed.CATEGORIES, 1)]
+    content = {"images": images, "annotations": [], "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+
+
+def promise_kept(table: pd.DataFrame, detector: Detector) -> dict[str, Any]:
+    """Measure ECE and false alarms, with the upper end of their 95 % interval over pictures, on judged mentions."""
+    rows = detector.select_mentions(table)
+    grounded = rows["label"].to_numpy() == 0
+    if not grounded.any():
+        return {"rate": 1.0, "ece": None, "false_alarms": None}
+    probabilities = detector.predict(rows)
+    alarms = group_weights(rows["group"].to_numpy(dtype=str), 1000, 0)
+    flagged = (probabilities >= detector.threshold) & grounded
+    shares = alarms.apply(lambda weights: {"share": (weights @ flagged) / (weights @ grounded)})["share"]
+    return {
+        "rate": float((~grounded).mean()),
+        "ece": ece(rows["label"].to_numpy(dtype=int), probabilities),
+        "false_alarms": alarms.interval(shares),
+    }
+
+
+def ece_after(table: pd.DataFrame, detector: Detector, labels: int, draws: int = 20) -> list[float]:
+    """Compute ECE after recalibration on ``labels`` pictures, judged on all others; on all without labels for 0."""
+    rows, rng = detector.select_mentions(table), np.random.default_rng(0)
+    if not labels:
+        return [ece(rows["label"].to_numpy(dtype=int), detector.recalibrate(rows, labelled=False).predict(rows))]
+    errors, groups = [], rows["group"].unique()
+    for _ in range(draws):
+        chosen = rows["group"].isin(set(rng.choice(groups, min(labels, len(groups) // 2), replace=False)))
+        test = rows[~chosen]
+        new = detector.recalibrate(rows[chosen].reset_index(drop=True))
+        errors.append(ece(test["label"].to_numpy(dtype=int), new.predict(test)))
+    return errors
+
+
+def false_alarms(table: pd.DataFrame, detector: Detector, seeds: int = 100, pictures: int = 200) -> tuple[float, float]:
+    """Count alarms of monitors fitted, calibrated and asked on disjoint random pictures of one run.
+
+    Returns:
+        Share of runs with an alarm, and mean share of flagged pictures.
+    """
+    rows, alarms, flagged = detector.select_mentions(table), [], []
+    rows = rows.assign(image=rows.groupby("group", sort=False).ngroup())
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(rows["image"].max() + 1)
+        parts = [order[: -2 * pictures], order[-2 * pictures : -pictures], order[-pictures:]]
+        train, calibration, fresh = (rows[rows["image"].isin(set(part.tolist()))] for part in parts)
+        monitor = ShiftMonitor.fit(detector.monitor.columns if detector.monitor else (), train, calibration)
+        shift = None if monitor is None else monitor.run(fresh)
+        if shift is not None:
+            alarms.append(shift.shifted)
+            flagged.append(shift.unlike / shift.pictures)
+    return float(np.mean(alarms)), float(np.mean(flagged))
+
+
+def main() -> None:
+    """Make the runs and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--home", type=Path, help="a run to learn from, with the same features; made if not given")
+    parser.add_argument("--home-scenes", type=int, default=2000)
+    parser.add_argument("--scenes", type=int, default=400, help="of each shift")
+    parser.add_argument("--only", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+    parser.add_argument("--seeds", type=int, default=100, help="of the count of false alarms")
+    options = parser.parse_args()
+    runs = {name: make_run(options.out, name, options.scenes, options.home_scenes) for name in options.only}
+    table = RunStore(options.home or runs["home"]).tokens("chair")
+    folds = split_groups(table["group"].to_numpy(dtype=str), {"train": 0.5, "calibration": 0.2, "test": 0.3}, 0)
+    detector = Detector(threshold=PROMISE).fit(table[folds["train"]], table[folds["calibration"]])
+    if detector.monitor is None:
+        raise SystemExit("the home run has too few pictures for a monitor")
+    tables = {"home, test images": table[folds["test"]]}
+    for name, run in runs.items():
+        if name != "home":
+            tables[name] = matching_columns(RunStore(run).tokens("chair"), detector.schema.names, name)
+    print(
+        "shift | hallucinated | ECE | false alarms | monitor | flagged | ECE, 50 labels: mean, largest | ECE, no label"
+    )
+    for name, rows in tables.items():
+        kept, shift = promise_kept(rows, detector), detector.monitor.run(detector.select_mentions(rows, judged=False))
+        verdict = "-" if shift is None else f"{'speaks' if shift.shifted else 'silent'}, {shift.view}, p {shift.p:.2g}"
+        flagged = "-" if shift is None else f"{shift.unlike} of {shift.pictures}"
+        line = [name, f"{kept['rate']:.3f}", "-", "-", verdict, flagged, "-", "-"]
+        if kept["ece"] is not None:
+            few, none = ece_after(rows, detector, 50), ece_after(rows, detector, 0)
+            line[2:4] = f"{kept['ece']:.3f}", str(kept["false_alarms"])
+            line[6:] = f"{np.mean(few):.3f}, {max(few):.3f}", f"{none[0]:.3f}"
+        print(" | ".join(line))
+    alarms, single = false_alarms(table, detector, options.seeds)
+    print(f"false alarms on fresh scenes: {alarms:.1%} of {options.seeds} runs, {single:.2%} of single pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Calibrate a detector again for data unlike those that it was calibrated on, from few labels or none.
+
+With labels the calibrated log-odds x become a x + b (Platt 1999), with a penalty towards a = 1, b = 0: the fewer the
+labels, the more of the old calibration is kept. Without labels only the share of hallucinated mentions is estimated, by
+the expectation-maximisation of Saerens, Latinne and Decaestecker (Neural Computation 14, 2002), and b is its log-odds
+less those of before. That is right where hallucinated mentions look as before and only their number has changed; where
+features themselves have shifted (noise) it is not, and labels are needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+
+from stethoscope.detection.estimators import log_loss_of
+
+SLOPE_SPREAD, INTERCEPT_SPREAD = 0.5, 1.5
+"""Standard deviations of the normal priors of a (around 1) and b (around 0)."""
+LOWEST_SHARE = 1e-4
+
+
+def shrunk_line(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Fit slope a and intercept b of new log-odds a x + b, shrunk towards 1 and 0.
+
+    Minimises the log loss plus (a - 1)^2 / (2 SLOPE_SPREAD^2) + b^2 / (2 INTERCEPT_SPREAD^2).
+
+    Args:
+        log_odds: (mentions,) calibrated log-odds x of the detector.
+        labels: (mentions,) 1 hallucinated, 0 grounded.
+
+    >>> shrunk_line(np.zeros(0), np.zeros(0))
+    (1.0, 0.0)
+    """
+
+    def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
+        a, b = line
+        scores = a * log_odds + b
+        penalty = (a - 1) ** 2 / (2 * SLOPE_SPREAD**2) + b**2 / (2 * INTERCEPT_SPREAD**2)
+        errors = expit(scores) - labels
+        slope = errors @ log_odds + (a - 1) / SLOPE_SPREAD**2
+        return float(log_loss_of(labels, scores).sum() + penalty), np.array(
+            [slope, errors.sum() + b / INTERCEPT_SPREAD**2]
+        )
+
+    bounds = [(0.0, None), (None, None)]  # a falling line would turn the ranking round
+    a, b = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return float(a), float(b)
+
+
+def share_of_hallucinated(probabilities: np.ndarray, base_rate: float, steps: int = 1000) -> float:
+    """Estimate the share of hallucinated mentions of unlabelled data (Saerens et al. 2002, equation 4).
+
+    Args:
+        probabilities: (mentions,) of a detector calibrated where the share was ``base_rate``, in [0, 1].
+        base_rate: share of hallucinated mentions there, in (0, 1).
+        steps: at most so many steps of expectation-maximisation.
+
+    Returns:
+        The share, in [0, 1]; ``base_rate`` without any mention.
+    """
+    share = base_rate
+    if not len(probabilities):
+        return share
+    for _ in range(steps):
+        wrong, right = probabilities * share / base_rate, (1 - probabilities) * (1 - share) / (1 - base_rate)
+        new = float((wrong / (wrong + right)).mean())
+        if abs(new - share) < 1e-9:
+            break
+        share = new
+    return share
+
+
+def intercept_of_share(share: float, base_rate: float) -> float:
+    """Compute the shift of the log-odds that a new share of hallucinated mentions makes.
+
+    >>> intercept_of_share(0.5, 0.5)
+    0.0
+    """
+    share = min(max(share, LOWEST_SHARE), 1 - LOWEST_SHARE)
+    return float(logit(share) - logit(base_rate))

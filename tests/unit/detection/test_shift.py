@@ -1,0 +1,225 @@
+"""The monitor of a detector: exact false-alarm rates, silence without a shift, a word with one; recalibration."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.token_tables import halves, token_table
+from PIL import Image
+from scipy.special import expit, logit
+from scipy.stats import kstest
+
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
+from stethoscope.core.picture_profile import LENGTH, picture_profile, profile_text, read_profiles
+from stethoscope.detection import recalibration
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.shift import FEWEST, RUN_LEVEL, RunShift, ShiftMonitor, View, rank_p_values
+from stethoscope.metrics.classification import ece
+
+COLUMNS = ("nll", "mass", "noise")
+
+
+def with_pictures(table, seed=0, shift=0.0):
+    """The table with a made-up profile of every picture."""
+    rng = np.random.default_rng(seed)
+    texts = {
+        group: " ".join(f"{value:.6g}" for value in rng.normal(size=LENGTH) + shift)
+        for group in table["group"].unique()
+    }
+    return table.assign(picture=table["group"].map(texts))
+
+
+def mentions(images, seed, **more):
+    table = with_pictures(token_table(images, seed=seed), seed, **more)
+    return table[table["mention_index"] >= 0].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def monitor():
+    return ShiftMonitor.fit(COLUMNS, mentions(300, 1), mentions(200, 2))
+
+
+def test_p_values_are_those_of_brute_force():
+    rng = np.random.default_rng(0)
+    reference, values = np.sort(rng.integers(0, 30, 99)).astype(float), rng.integers(-2, 33, 50).astype(float)
+    expected = [(1 + sum(held_out >= value for held_out in reference)) / 100 for value in values]
+    assert rank_p_values(reference, values).tolist() == expected
+
+
+def test_distance_is_that_of_a_regularised_covariance():
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4)) + 5
+    view = View.fit(rows, np.arange(500))
+    standard = (rows - rows.mean(0)) / rows.std(0)
+    correlation = 0.95 * np.corrcoef(rows.T) + 0.05 * np.eye(4)
+    expected = np.einsum("ij,jk,ik->i", standard, np.linalg.inv(correlation), standard)
+    np.testing.assert_allclose(view.distances(rows, np.arange(500)) * view.unit, expected, rtol=1e-8)
+    pairs = view.distances(rows, np.arange(500) // 2) * view.unit
+    np.testing.assert_allclose(pairs, expected.reshape(-1, 2).mean(1), rtol=1e-8)
+
+
+def test_of_many_columns_the_rest_counts_by_its_mean_variance():
+    rng = np.random.default_rng(4)
+    rows = rng.normal(size=(400, 90))
+    view = View.fit(rows, np.arange(400))
+    assert view.components.shape == (64, 90)
+    assert np.corrcoef(view.distances(rows, np.arange(400)), (rows**2).sum(1))[0, 1] > 0.8
+
+
+def test_p_values_of_exchangeable_pictures_are_uniform_and_alarms_as_rare_as_stated():
+    p_values, alarms = [], []
+    for seed in range(60):
+        monitor = ShiftMonitor.fit(COLUMNS, mentions(60, 3 * seed), mentions(99, 3 * seed + 1))
+        fresh = mentions(60, 3 * seed + 2)
+        p_values.append(monitor.pictures(fresh)["p"].to_numpy()[0])
+        alarms.append(monitor.run(fresh).shifted)
+    assert kstest(p_values, "uniform").pvalue > 0.01
+    assert np.mean(alarms) <= RUN_LEVEL + 2 * np.sqrt(RUN_LEVEL * (1 - RUN_LEVEL) / 60)
+
+
+def test_the_level_is_stated_exactly_for_few_pictures(monitor):
+    assert monitor.level == 0.01
+    small = ShiftMonitor.fit(COLUMNS, mentions(60, 1), mentions(30, 2))
+    assert small.level == 1 / 31
+    assert ShiftMonitor.fit(COLUMNS, mentions(60, 1), mentions(FEWEST - 1, 2)) is None
+
+
+def test_speaks_on_shifted_features_and_on_pictures_of_another_kind(monitor):
+    fresh = mentions(100, 9)
+    silent = monitor.run(fresh)
+    assert not silent.shifted
+    assert silent.pictures == 100
+    assert "no shift seen" in silent.sentence
+    odd = monitor.run(fresh.assign(nll=fresh["nll"] + 6))
+    assert odd.shifted
+    assert odd.view == "answer"
+    assert odd.unlike > 80
+    photographs = mentions(100, 9, shift=8.0)
+    assert monitor.pictures(photographs)["unlike"].all()
+    assert set(monitor.pictures(photographs)["view"]) == {"picture"}
+    weak = monitor.run(mentions(100, 9, shift=0.7))
+    assert weak.shifted
+    assert weak.view == "picture"
+    assert weak.unlike < 50
+
+
+def test_is_silent_where_only_the_mixture_of_mentions_changes(monitor):
+    fresh = mentions(200, 9)
+    assert not monitor.run(fresh[fresh["mention_index"] < 1]).shifted
+
+
+def test_tables_without_pictures_are_compared_by_their_answers(monitor):
+    fresh = mentions(100, 9).drop(columns="picture")
+    assert not monitor.run(fresh).shifted
+    assert monitor.run(fresh.assign(nll=fresh["nll"] + 6)).view == "answer"
+    assert monitor.run(fresh[:0]) is None
+    assert ShiftMonitor.fit(COLUMNS, mentions(60, 1).drop(columns="picture")).views.keys() == {"answer"}
+
+
+def test_a_detector_carries_its_monitor_to_a_file_and_back(tmp_path):
+    train, calibration = halves(with_pictures(token_table(200)))
+    detector = Detector(C=1.0).fit(train, calibration)
+    detector.save(tmp_path / "detector")
+    loaded, fresh = Detector.load(tmp_path / "detector"), mentions(50, 9)
+    pd.testing.assert_frame_equal(loaded.monitor.pictures(fresh), detector.monitor.pictures(fresh))
+    assert loaded.monitor.run(fresh) == detector.monitor.run(fresh)
+    assert loaded.manifest["monitor"] == detector.manifest["monitor"]
+    detector.monitor = None
+    detector.save(tmp_path / "older")
+    assert Detector.load(tmp_path / "older").monitor is None
+
+
+def test_a_monitor_of_foreign_columns_is_refused(tmp_path):
+    train, calibration = halves(token_table(200))
+    detector = Detector(C=1.0).fit(train, calibration)
+    detector.monitor = ShiftMonitor(("other",), detector.monitor.views, detector.monitor.reference)
+    with pytest.raises(ArtefactError, match="columns that the detector reads"):
+        detector.save(tmp_path / "detector")
+
+
+# --- profiles of pictures ------------------------------------------------------------------------------------------
+
+
+def test_profile_of_a_picture_goes_into_text_and_back():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    profile = picture_profile(picture)
+    assert profile.shape == (LENGTH,)
+    assert np.isfinite(profile).all()
+    np.testing.assert_allclose(read_profiles([profile_text(picture)])[0], profile, rtol=1e-5)
+    assert np.isnan(read_profiles([None, "", "1 2", "x " * LENGTH, np.nan])).all()
+
+
+def test_profile_by_hand_of_a_flat_picture():
+    profile = picture_profile(Image.new("RGB", (96, 96), (255, 0, 51)))
+    np.testing.assert_allclose(profile[:18], np.log(1 / 255))
+    np.testing.assert_allclose(profile[18:23], [0, 0, 0.2, 1, 1])
+    np.testing.assert_allclose(profile[23:28], 1)
+    np.testing.assert_allclose(profile[28:], [1, 0, 0.2, 0, 0, 0, 0, 0], atol=1e-12)
+
+
+# --- recalibration -------------------------------------------------------------------------------------------------
+
+
+def test_shrunk_line_minimises_its_penalised_loss():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=80) * 2
+    y = (rng.random(80) < expit(0.5 * x + 1)).astype(int)
+
+    def loss(a, b):
+        p = expit(a * x + b)
+        return -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum() + (a - 1) ** 2 / 0.5 + b**2 / 4.5
+
+    a, b = recalibration.shrunk_line(x, y)
+    best = loss(a, b)
+    assert all(loss(a + da, b + db) > best for da, db in ((1e-2, 0), (-1e-2, 0), (0, 1e-2), (0, -1e-2)))
+
+
+def test_share_of_hallucinated_is_found_under_label_shift():
+    rng = np.random.default_rng(2)
+    labels = rng.random(20_000) < 0.6  # the detector was calibrated where the share was 0.2
+    scores = rng.normal(size=20_000) + 1.5 * labels
+    p = expit(1.5 * scores - 1.5**2 / 2 + logit(0.2))
+    share = recalibration.share_of_hallucinated(p, 0.2)
+    assert abs(share - 0.6) < 0.02
+    assert abs(p.mean() - 0.6) > 0.05
+    assert recalibration.share_of_hallucinated(p[:0], 0.2) == 0.2
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_recalibrated_detector_is_calibrated_and_makes_no_old_promise(tmp_path, labelled):
+    train, calibration = halves(token_table(900, seed=3))
+    detector = Detector(C=1.0, threshold={"max_false_alarms": 0.3}).fit(train, calibration)
+    shifted = token_table(600, seed=8)
+    if labelled:
+        shifted = shifted.assign(nll=shifted["nll"] + 2)
+    else:  # grounded mentions are rarer, and look as before
+        keep = np.random.default_rng(0).random(len(shifted)) < 0.3
+        shifted = shifted[(shifted["label"] != 0) | keep].reset_index(drop=True)
+    few, test = shifted[shifted["group"].isin([f"image-{i}" for i in range(50)])], detector.select_mentions(shifted)
+    few = few if labelled else shifted.assign(label=np.where(shifted["label"] >= 0, 0, -1))
+    new = detector.recalibrate(few, labelled)
+    before, after = (ece(test["label"].to_numpy(), part.predict(test)) for part in (detector, new))
+    assert after < 0.5 * before
+    assert after < 0.06
+    assert new.certificate is None
+    assert detector.certificate is not None
+    assert "recalibrated" in new.notes or "labelled pictures" in new._chosen
+    new.save(tmp_path / "new")
+    np.testing.assert_array_equal(Detector.load(tmp_path / "new").predict(test), new.predict(test))
+
+
+def test_recalibration_needs_mentions_and_a_line():
+    train, calibration = halves(token_table(200))
+    detector = Detector(C=1.0).fit(train, calibration)
+    with pytest.raises(DataError, match="no judged mention"):
+        detector.recalibrate(token_table(10).assign(label=-1))
+    isotonic = Detector(C=1.0, calibration="isotonic").fit(train, calibration)
+    with pytest.raises(ConfigError, match="isotonic"):
+        isotonic.recalibrate(token_table(10))
+
+
+def test_sentences_name_the_remedy():
+    report = RunShift(100, 97, 0.01, 1e-9, "picture")
+    assert report.sentence.startswith("shift in the pictures (97 of 100 pictures are unlike those")
+    assert "recalibrate=" in report.sentence
+    assert report.to_dict()["shifted"]
