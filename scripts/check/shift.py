@@ -155,14 +155,16 @@ def false_alarms(table: pd.DataFrame, detector: Detector, seeds: int = 100, pict
     Returns:
         Share of runs with an alarm, and mean share of flagged pictures.
     """
-    rows, alarms, flagged = detector.select_mentions(table), [], []
+    rows, alarms, flagged = detector.monitored_mentions(table), [], []
+    rows = rows.assign(score=detector.model.scores(detector._inputs.matrix(rows)))
+    columns = detector.monitor.columns if detector.monitor else ()
     rows = rows.assign(image=rows.groupby("group", sort=False).ngroup())
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(rows["image"].max() + 1)
         parts = [order[: -2 * pictures], order[-2 * pictures : -pictures], order[-pictures:]]
         train, calibration, fresh = (rows[rows["image"].isin(set(part.tolist()))] for part in parts)
-        monitor = ShiftMonitor.fit(detector.monitor.columns if detector.monitor else (), train, calibration)
-        shift = None if monitor is None else monitor.run(fresh)
+        monitor = ShiftMonitor.fit(columns, train, calibration, calibration["score"].to_numpy())
+        shift = None if monitor is None else monitor.run(fresh, fresh["score"].to_numpy())
         if shift is not None:
             alarms.append(shift.shifted)
             flagged.append(shift.unlike / shift.pictures)
@@ -193,7 +195,7 @@ def main() -> None:
         "shift | hallucinated | ECE | false alarms | monitor | flagged | ECE, 50 labels: mean, largest | ECE, no label"
     )
     for name, rows in tables.items():
-        kept, shift = promise_kept(rows, detector), detector.monitor.run(detector.select_mentions(rows, judged=False))
+        kept, shift = promise_kept(rows, detector), detector.shift(rows)
         verdict = "-" if shift is None else f"{'speaks' if shift.shifted else 'silent'}, {shift.view}, p {shift.p:.2g}"
         flagged = "-" if shift is None else f"{shift.unlike} of {shift.pictures}"
         line = [name, f"{kept['rate']:.3f}", "-", "-", verdict, flagged, "-", "-"]

@@ -128,7 +128,7 @@ def report_untraced(store: RunStore, task: str) -> None:
 
 def print_shift(detector: Detector, table: pd.DataFrame) -> None:
     """Print whether a run is like the pictures that its detector was calibrated on; nothing without a monitor."""
-    shift = None if detector.monitor is None else detector.monitor.run(detector.select_mentions(table, judged=False))
+    shift = detector.shift(table)
     if shift is not None:
         print(f"detector: {shift.sentence}")
 

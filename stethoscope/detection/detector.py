@@ -37,7 +37,7 @@ from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
-from stethoscope.detection.shift import ShiftMonitor
+from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
@@ -220,6 +220,7 @@ class Detector:
             ArtefactError: the two tables have different features.
         """
         self._model = None  # if fitting fails, the old model must not read the new columns
+        tables = train, calibration
         train = self.select_mentions(train)
         self._schema = FeatureSchema.of(train)
         names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
@@ -242,8 +243,35 @@ class Detector:
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(train, calibration)
-        self.monitor = ShiftMonitor.fit(self._inputs.plain, train, calibration)
+        mentions = [None if table is None else self.monitored_mentions(table) for table in tables]
+        scores = None if mentions[1] is None else self.model.scores(self._matrix(mentions[1]))
+        self.monitor = ShiftMonitor.fit(self._inputs.plain, mentions[0], mentions[1], scores)
         return self
+
+    def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
+        rows = self.select_mentions(table, judged=False)
+        kept = rows["is_first_subtoken"].to_numpy(dtype=bool)
+        if self.settings["repeats"] == "first":
+            kept = kept & (rows["repeat_index"].to_numpy() == 0)
+        return rows[kept].reset_index(drop=True)
+
+    def shift(self, table: pd.DataFrame) -> RunShift | None:
+        """Compare a run with the pictures that the detector was calibrated on.
+
+        Args:
+            table: token table of the run.
+
+        Returns:
+            The comparison; None where the detector has no monitor or the table no mention.
+
+        Raises:
+            ArtefactError, DataError: as in ``predict``.
+        """
+        mentions = self.monitored_mentions(table)
+        if self.monitor is None or not len(mentions):
+            return None
+        return self.monitor.run(mentions, self.model.scores(self._matrix(mentions)))
 
     def recalibrate(self, table: pd.DataFrame, labelled: bool = True) -> Detector:
         """Return a copy with another calibration, for data unlike those that this detector was calibrated on.
@@ -262,9 +290,8 @@ class Detector:
             ArtefactError: as in ``predict``.
         """
         slope, intercept = self.model.line
-        rows = self.select_mentions(table, judged=labelled)
-        rows = rows[rows["is_first_subtoken"] & ((rows["repeat_index"] == 0) | (self.settings["repeats"] == "all"))]
-        rows = rows.reset_index(drop=True)
+        rows = self.monitored_mentions(table)
+        rows = rows[rows["label"] >= 0].reset_index(drop=True) if labelled else rows
         if not len(rows):
             raise DataError(f"there is no {'judged ' if labelled else ''}mention to calibrate the detector on")
         scores = self.model.scores(self._matrix(rows))
@@ -288,7 +315,7 @@ class Detector:
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
         if self.monitor is not None:
-            new.monitor = self.monitor.with_reference(rows)
+            new.monitor = self.monitor.with_reference(rows, scores)
         return new
 
     def _select_inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:

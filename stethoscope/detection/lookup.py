@@ -196,7 +196,7 @@ def mention_warnings(
         rows["evidence"], rows["prior"] = explanation.evidence[deciding], explanation.prior[deciding]
     candidates = detector.visual_evidence(first)
     rows["visual_evidence"] = [candidates[row] for row in deciding]
-    rows["unlike"], rows["shift_p"] = _unlike(detector, first)
+    rows["unlike"], rows["shift_p"] = _unlike(detector, table, first)
     rows["warned"] = rows["probability"] >= detector.threshold
     rows["fold"] = ""
     for name, mask in (folds or {}).items():
@@ -205,11 +205,13 @@ def mention_warnings(
     return rows[list(WARNING_COLUMNS)]
 
 
-def _unlike(detector: Detector, mentions: pd.DataFrame) -> tuple[list[bool | None], list[float | None]]:
+def _unlike(
+    detector: Detector, table: pd.DataFrame, mentions: pd.DataFrame
+) -> tuple[list[bool | None], list[float | None]]:
     """Return for every mention whether its answer is unlike the calibration fold, and the p-value of that."""
     if detector.monitor is None or not len(mentions):
         return [None] * len(mentions), [None] * len(mentions)
-    answers = detector.monitor.pictures(mentions).set_index(["task", "sample_id"])
+    answers = detector.monitor.pictures(detector.monitored_mentions(table)).set_index(["task", "sample_id"])
     keys = list(zip(mentions["task"], mentions["sample_id"], strict=True))
     return answers.loc[keys, "unlike"].tolist(), answers.loc[keys, "p"].tolist()
 

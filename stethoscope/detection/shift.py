@@ -1,28 +1,31 @@
 """Monitor whether pictures and answers are like those that a detector was calibrated on.
 
-A promise ("5 % false alarms", "30 % means 30 %") holds for pictures like those of the calibration fold. The monitor
-looks at two views of an answer, neither of which needs a label or a pass of the model:
+A promise ("5 % false alarms", "30 % means 30 %") holds for pictures like those of the calibration fold. The monitor has
+three views of an answer, none of which needs a label or a pass of the model:
 
 - ``answer``: the plain columns that the detector reads, of every mention (mean over the answer's mentions);
-- ``picture``: the profile of the picture's pixels (``stethoscope.core.picture_profile``), where the table has it.
+- ``picture``: the profile of the picture's pixels (``core.picture_profile``), where the table has it;
+- ``scores``, of whole runs only: the classifier's score of a mention less the mean score of mentions with as many
+  others before them. If it moves, the share of hallucinations has changed, and with it what a percentage means.
 
-In each view the distance is a regularised Mahalanobis distance to the training fold (Lee et al. 2018, arXiv 1807.03888,
-without classes; Hotelling's T2 plus the residual of further components in process control). It is high for answers
-unlike those of training, and stays low where only the mixture changes: a shorter answer has other means, but mentions
-like those of a longer one. The probabilities of a detector rest on the second.
+In the first two the distance is a regularised Mahalanobis distance to the training fold (Lee et al. 2018, arXiv
+1807.03888, without classes; Hotelling's T2 plus the residual of further components in process control). It is high for
+answers unlike those of training, and stays low where only the mixture changes: a shorter answer has other means, but
+mentions like those of a longer one. The probabilities of a detector rest on the second.
 
 A picture's p-value is the rank of its distance among pictures of the calibration fold, from which nothing of the
 distance was learned: under exchangeability the chance of a p-value of at most ``level`` is at most ``level`` (split
 conformal prediction, Vovk et al. 2005; Bates et al. 2023, arXiv 2104.08279). A run is tested as a whole, pictures as
-units: distances of its answers against those of held-out ones (Mann and Whitney 1947, one-sided), and every column of
-its pictures' profiles against theirs (two-sided, Bonferroni over columns, and then over the views). So weak shifts of
-all pictures are seen too, such as noise, of which no single picture is out of the range.
+units: distances of its answers against those of held-out ones (Mann and Whitney 1947, one-sided), every column of its
+pictures' profiles against theirs (two-sided, Bonferroni over columns), and scores against theirs (two-sided), with
+Bonferroni over the views. So weak shifts of all pictures are seen too, such as noise, of which no single picture is out
+of the range.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,8 @@ MAX_COMPONENTS = 64
 SHRINKAGE = 0.05  # of the correlation matrix towards the identity
 MAX_DEVIATION = 10.0  # standard deviations at which a column is cut off, so that none decides alone
 VIEWS = ("answer", "picture")
+MAX_ORDER = 6
+"""Mentions of an answer whose mean scores are known one by one; later ones share the last."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,21 @@ class View:
     """A distance to the rows of a training fold.
 
     Attributes:
-        mean, scale: (columns,) of the standardisation.
+        mean, inverse_scale: (columns,) of the standardisation; 0 for constant columns, which tell nothing.
         components: (k, columns) orthonormal directions of most variance, k at most ``MAX_COMPONENTS``.
         weights: (k,) inverse variances along them.
         rest: inverse mean variance of all other directions.
-        unit: 99 % quantile of the training fold's own distances, by which distances are divided.
+        per_unit: inverse of the 99 % quantile of the training fold's own distances, by which they are multiplied.
         reference: (n,) distances of held-out pictures, sorted.
         profiles: (n, columns) rows of held-out pictures, of the view ``picture``; else (0, columns).
     """
 
     mean: np.ndarray
-    scale: np.ndarray
+    inverse_scale: np.ndarray
     components: np.ndarray
     weights: np.ndarray
     rest: float
-    unit: float
+    per_unit: float
     reference: np.ndarray
     profiles: np.ndarray
 
@@ -78,9 +83,10 @@ class View:
         count = np.maximum(known.sum(0), 1)
         mean = np.where(known, rows, 0).sum(0) / count
         scale = np.sqrt((np.where(known, rows - mean, 0) ** 2).sum(0) / count)
-        scale = np.where(scale > 1e-9 * (1 + np.abs(mean)), scale, np.inf)  # a constant column tells nothing
+        varies = scale > 1e-9 * (1 + np.abs(mean))
+        inverse_scale = np.where(varies, 1 / np.where(varies, scale, 1), 0)
         none = np.zeros((0, len(mean)))
-        view = cls(mean, scale, none, np.zeros(0), 1.0, 1.0, np.zeros(0), none)
+        view = cls(mean, inverse_scale, none, np.zeros(0), 1.0, 1.0, np.zeros(0), none)
         standard = view._standardised(rows)
         correlation = (1 - SHRINKAGE) * standard.T @ standard / len(rows) + SHRINKAGE * np.eye(len(mean))
         variances, directions = np.linalg.eigh(correlation)
@@ -89,15 +95,15 @@ class View:
         rest = 1 / float(others.mean()) if len(others) else 0.0
         view = replace(view, components=directions.T[kept].copy(), weights=1 / variances[kept], rest=rest)
         distances = view.distances(rows, owners)
-        return replace(view, unit=max(float(np.nanquantile(distances, 0.99)), 1e-9))
+        return replace(view, per_unit=1 / max(float(np.nanquantile(distances, 0.99)), 1e-9))
 
     def _standardised(self, rows: np.ndarray) -> np.ndarray:
         """Standardise (rows, columns); a missing value counts as the mean."""
-        standard = np.nan_to_num((rows - self.mean) / self.scale)
+        standard = np.nan_to_num((rows - self.mean) * self.inverse_scale)
         return np.clip(standard, -MAX_DEVIATION, MAX_DEVIATION)
 
     def distances(self, rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
-        """Compute the mean distance of every answer's rows, (answers,) in units of ``unit``; NaN where all are missing.
+        """Compute the mean distance of every answer's rows, (answers,) in units of training; NaN where all are missing.
 
         Args:
             rows: (rows, columns).
@@ -111,29 +117,26 @@ class View:
         answers = int(owners.max()) + 1 if len(owners) else 0
         totals = np.bincount(owners[known], squares[known], answers)
         counts = np.bincount(owners[known], minlength=answers)
-        return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan) / self.unit
+        return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan) * self.per_unit
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> View:
         """Restore and check what ``arrays`` returned."""
-        weights = arrays.positive("weights", None)
-        scale = arrays.numbers("scale", columns)
-        arrays.require((scale >= 0).all(), "scale", "should be nowhere below 0")
+        weights = arrays.numbers("weights", None)
         return cls(
             arrays.numbers("mean", columns),
-            np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), np.inf),
+            arrays.numbers("inverse_scale", columns),
             arrays.numbers("components", len(weights), columns),
             weights,
             float(arrays.numbers("rest")),
-            float(arrays.positive("unit")),
+            float(arrays.numbers("per_unit")),
             np.sort(arrays.numbers("reference", None)),
             arrays.numbers("profiles", None, columns),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by name; the scale as its inverse, 0 for constant columns."""
-        numbers = {"rest": np.array(self.rest), "unit": np.array(self.unit), "scale": 1 / self.scale}
-        return {**vars(self), **numbers}
+        """Return the arrays by name."""
+        return {**vars(self), "rest": np.array(self.rest), "per_unit": np.array(self.per_unit)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class RunShift:
         unlike: number of pictures that are flagged one by one.
         level: chance that a picture like those of the calibration fold is flagged.
         p: p-value of the whole run.
-        view: the view that gives it, ``answer`` or ``picture``.
+        view: the view that gives it, ``answer``, ``picture`` or ``scores``.
     """
 
     pictures: int
@@ -168,7 +171,7 @@ class RunShift:
         )
         if not self.shifted:
             return f"no shift seen ({seen})"
-        what = {"picture": "the pictures", "answer": "the answers"}[self.view]
+        what = {"picture": "the pictures", "answer": "the answers", "scores": "the share of hallucinations"}[self.view]
         return (
             f"shift in {what} ({seen}): no probability is calibrated here and no guarantee of the threshold holds; "
             "`stethoscope train run=... recalibrate=...` mends that with a few labelled pictures"
@@ -208,15 +211,23 @@ class ShiftMonitor:
         columns: names of the plain columns of the view ``answer``.
         views: views by name.
         reference: (n,) largest distance over the views, of held-out pictures, sorted.
+        order_scores: (``MAX_ORDER``,) mean scores of the first, second, ... mention of held-out pictures.
+        scores: (n,) mean scores of held-out pictures, less those; (0,) where they are not known.
     """
 
     columns: tuple[str, ...]
     views: dict[str, View]
     reference: np.ndarray
+    order_scores: np.ndarray = field(default_factory=lambda: np.zeros(MAX_ORDER))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
     def fit(
-        cls, columns: Iterable[str], train: pd.DataFrame, calibration: pd.DataFrame | None = None
+        cls,
+        columns: Iterable[str],
+        train: pd.DataFrame,
+        calibration: pd.DataFrame | None = None,
+        scores: np.ndarray | None = None,
     ) -> ShiftMonitor | None:
         """Fit on the mentions of a detector's folds; None where they have too few pictures.
 
@@ -225,8 +236,12 @@ class ShiftMonitor:
             train: mentions to learn the distance from.
             calibration: mentions of other images, the reference of p-values; without it every second image of
                 ``train`` is kept for that.
+            scores: (mentions,) the classifier's scores of ``calibration``; without them ``scores`` is no view.
         """
+        if not {"task", "sample_id", "group"} <= set(train.columns):
+            return None
         if calibration is None:
+            scores = None  # of a training image they are no measure
             images = train["group"].unique()
             held_out = train["group"].isin(set(images[1::2]))
             train, calibration = train[~held_out], train[held_out]
@@ -238,17 +253,30 @@ class ShiftMonitor:
             for name, (rows, owners) in monitor._views_of(train, _owners(train)).items()
             if not np.isnan(rows).all() and rows.shape[1]
         }
-        return replace(monitor, views=views).with_reference(calibration) if views else None
+        return replace(monitor, views=views).with_reference(calibration, scores) if views else None
 
-    def with_reference(self, mentions: pd.DataFrame) -> ShiftMonitor:
+    def with_reference(self, mentions: pd.DataFrame, scores: np.ndarray | None = None) -> ShiftMonitor:
         """Return the monitor with other pictures as reference: the first answer to each that names something."""
-        mentions = _one_answer_per_image(mentions)
+        first = _first_answers(mentions)
+        mentions, scores = mentions[first], None if scores is None else scores[first]
         rows, distances, views = self._views_of(mentions, _owners(mentions)), self._distances(mentions), {}
         for name, view in self.views.items():
             profiles = rows[name][0] if name == "picture" else np.zeros((0, len(view.mean)))
             profiles = profiles[~np.isnan(profiles).any(1)]
             views[name] = replace(view, reference=np.sort(_known(distances[name])), profiles=profiles)
-        return replace(self, views=views, reference=np.sort(_largest(distances)))
+        monitor = replace(self, views=views, reference=np.sort(_largest(distances)), scores=np.zeros(0))
+        if scores is None:
+            return monitor
+        order = _order(mentions)
+        known = [scores[order == index] for index in range(MAX_ORDER)]
+        means = np.array([part.mean() if len(part) else scores.mean() for part in known])
+        monitor = replace(monitor, order_scores=means)
+        return replace(monitor, scores=np.sort(monitor._mean_scores(mentions, scores)))
+
+    def _mean_scores(self, mentions: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
+        """Compute the mean score of every answer, less the mean scores of mentions of the same order."""
+        owners, residuals = _owners(mentions), scores - self.order_scores[_order(mentions)]
+        return np.bincount(owners, residuals) / np.bincount(owners)
 
     def _views_of(self, mentions: pd.DataFrame, owners: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the rows of every view and the answer of each row."""
@@ -299,23 +327,25 @@ class ShiftMonitor:
         row = self.pictures(mentions).iloc[0]
         return describe_picture_shift(row["view"], float(row["p"]), len(self.reference)) if row["unlike"] else ""
 
-    def run(self, mentions: pd.DataFrame) -> RunShift | None:
+    def run(self, mentions: pd.DataFrame, scores: np.ndarray | None = None) -> RunShift | None:
         """Compare a whole run with the calibration fold; None where it has no mention.
 
         Args:
             mentions: mentions of a token table; of several answers to an image the first counts.
+            scores: (mentions,) the classifier's scores.
         """
         if not len(mentions):
             return None
-        mentions = _one_answer_per_image(mentions)
-        single, p_values = self.pictures(mentions), self._run_p_values(mentions)
+        first = _first_answers(mentions)
+        mentions, scores = mentions[first], None if scores is None else scores[first]
+        single, p_values = self.pictures(mentions), self._run_p_values(mentions, scores)
         if not p_values:
             return None
         view = min(p_values, key=lambda name: p_values[name])
         p = min(1.0, len(p_values) * p_values[view])
         return RunShift(len(single), int(single["unlike"].sum()), self.level, p, view)
 
-    def _run_p_values(self, mentions: pd.DataFrame) -> dict[str, float]:
+    def _run_p_values(self, mentions: pd.DataFrame, scores: np.ndarray | None) -> dict[str, float]:
         """Test all answers together against the held-out ones, by view."""
         rows, distances, p_values = self._views_of(mentions, _owners(mentions)), self._distances(mentions), {}
         if "answer" in self.views and len(_known(distances["answer"])):
@@ -327,12 +357,14 @@ class ShiftMonitor:
             if len(profiles) and len(held_out):
                 tests = mannwhitneyu(profiles, held_out, axis=0).pvalue
                 p_values["picture"] = float(min(1.0, len(tests) * np.nanmin(tests)))
+        if scores is not None and len(self.scores):
+            p_values["scores"] = float(mannwhitneyu(self._mean_scores(mentions, scores), self.scores).pvalue)
         return p_values
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name."""
         own = {f"{name}.{key}": array for name, view in self.views.items() for key, array in view.arrays().items()}
-        return {**own, "reference": self.reference}
+        return {**own, "reference": self.reference, "order_scores": self.order_scores, "scores": self.scores}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able part, of which ``restore`` reads the arrays' names and sizes."""
@@ -356,7 +388,8 @@ class ShiftMonitor:
             raise ValueError("the monitor should have views answer and picture, of columns that the detector reads")
         sizes = {"answer": len(columns), "picture": LENGTH}
         views = {name: View.restore(arrays.under(name), sizes[name]) for name in VIEWS if name in names}
-        return cls(columns, views, np.sort(arrays.numbers("reference", None)))
+        reference, scores = (np.sort(arrays.numbers(name, None)) for name in ("reference", "scores"))
+        return cls(columns, views, reference, arrays.numbers("order_scores", MAX_ORDER), scores)
 
 
 def rank_p_values(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -378,10 +411,15 @@ def _owners(mentions: pd.DataFrame) -> np.ndarray:
     return mentions.groupby(["task", "sample_id"], sort=False).ngroup().to_numpy()
 
 
-def _one_answer_per_image(mentions: pd.DataFrame) -> pd.DataFrame:
-    """Keep the mentions of the first answer to every image, so that pictures are independent."""
+def _order(mentions: pd.DataFrame) -> np.ndarray:
+    """Count the mentions of the same answer before each, (rows,) int, at most ``MAX_ORDER`` - 1."""
+    return np.minimum(mentions.groupby(["task", "sample_id"], sort=False).cumcount().to_numpy(), MAX_ORDER - 1)
+
+
+def _first_answers(mentions: pd.DataFrame) -> np.ndarray:
+    """Mark the mentions of the first answer to every image, (rows,) bool, so that pictures are independent."""
     owners = pd.Series(_owners(mentions), index=mentions.index)
-    return mentions[owners == owners.groupby(mentions["group"]).transform("min")]
+    return (owners == owners.groupby(mentions["group"]).transform("min")).to_numpy()
 
 
 def _known(values: np.ndarray) -> np.ndarray:

@@ -109,7 +109,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Compute all figures on the test images of one run."""
     first = next(iter(detectors.values()))
-    test = first.select_mentions(target.table[_folds(target.table, fractions, seed)["test"]])
+    folds = _folds(target.table, fractions, seed)
+    test = first.select_mentions(target.table[folds["test"]])
     if test["label"].nunique() < 2:
         raise DataError(
             f"{target.name} has {len(test)} judged mentions in its test images, not hallucinated and grounded ones: "
@@ -118,7 +119,7 @@ def _evaluate(
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     probabilities = {name: detector.predict(test) for name, detector in detectors.items()}
     figures = evaluate_scores(test, probabilities, resamples)
-    shift = None if first.monitor is None else first.monitor.run(test)
+    shift = first.shift(target.table[folds["test"]])
     row: dict[str, Any] = {
         "shift": "" if shift is None else shift.sentence,
         "target": target.name,

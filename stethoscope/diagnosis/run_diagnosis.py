@@ -328,8 +328,7 @@ def shift_sentence(
     if detector is None or detector.monitor is None or not mentions:
         return ""
     table = _token_rows(encoded, answer, mentions, columns, profile_text(picture))
-    rows = detector.select_mentions(table, judged=False)
-    return detector.monitor.sentence(rows[rows["is_first_subtoken"]].reset_index(drop=True))
+    return detector.monitor.sentence(detector.monitored_mentions(table))
 
 
 def _token_rows(

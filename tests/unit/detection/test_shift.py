@@ -1,5 +1,7 @@
 """The monitor of a detector: exact false-alarm rates, silence without a shift, a word with one; recalibration."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.picture_profile import LENGTH, picture_profile, profile_text, read_profiles
 from stethoscope.detection import recalibration
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.shift import FEWEST, RUN_LEVEL, RunShift, ShiftMonitor, View, rank_p_values
 from stethoscope.metrics.classification import ece
 
@@ -52,8 +55,8 @@ def test_distance_is_that_of_a_regularised_covariance():
     standard = (rows - rows.mean(0)) / rows.std(0)
     correlation = 0.95 * np.corrcoef(rows.T) + 0.05 * np.eye(4)
     expected = np.einsum("ij,jk,ik->i", standard, np.linalg.inv(correlation), standard)
-    np.testing.assert_allclose(view.distances(rows, np.arange(500)) * view.unit, expected, rtol=1e-8)
-    pairs = view.distances(rows, np.arange(500) // 2) * view.unit
+    np.testing.assert_allclose(view.distances(rows, np.arange(500)) / view.per_unit, expected, rtol=1e-8)
+    pairs = view.distances(rows, np.arange(500) // 2) / view.per_unit
     np.testing.assert_allclose(pairs, expected.reshape(-1, 2).mean(1), rtol=1e-8)
 
 
@@ -68,8 +71,8 @@ def test_of_many_columns_the_rest_counts_by_its_mean_variance():
 def test_p_values_of_exchangeable_pictures_are_uniform_and_alarms_as_rare_as_stated():
     p_values, alarms = [], []
     for seed in range(60):
-        monitor = ShiftMonitor.fit(COLUMNS, mentions(60, 3 * seed), mentions(99, 3 * seed + 1))
-        fresh = mentions(60, 3 * seed + 2)
+        monitor = ShiftMonitor.fit(COLUMNS, mentions(40, 3 * seed), mentions(60, 3 * seed + 1))
+        fresh = mentions(30, 3 * seed + 2)
         p_values.append(monitor.pictures(fresh)["p"].to_numpy()[0])
         alarms.append(monitor.run(fresh).shifted)
     assert kstest(p_values, "uniform").pvalue > 0.01
@@ -105,6 +108,43 @@ def test_speaks_on_shifted_features_and_on_pictures_of_another_kind(monitor):
 def test_is_silent_where_only_the_mixture_of_mentions_changes(monitor):
     fresh = mentions(200, 9)
     assert not monitor.run(fresh[fresh["mention_index"] < 1]).shifted
+
+
+def test_a_changed_share_of_hallucinations_shows_in_scores_at_the_same_place():
+    train, calibration = halves(with_pictures(token_table(600)))
+    detector, fresh = Detector(C=1.0).fit(train, calibration), with_pictures(token_table(300, seed=9))
+    assert not detector.shift(fresh).shifted
+    assert not detector.shift(fresh[fresh["mention_index"] < 2]).shifted  # shorter answers
+    evidence = fresh.assign(nll=fresh["nll"] - 0.5, mass=fresh["mass"] + 0.05)
+    shift = detector.shift(evidence)
+    assert shift.shifted
+    assert shift.view == "scores"
+    assert "share of hallucinations" in shift.sentence
+    assert not detector.recalibrate(evidence).shift(evidence).shifted
+    assert detector.shift(fresh[:0]) is None
+
+
+def test_only_first_mentions_are_compared_where_only_they_count():
+    train, calibration = halves(token_table(200))
+    detector, fresh = Detector(C=1.0).fit(train, calibration), token_table(60, seed=9)
+    later = fresh[fresh["mention_index"] == 3].assign(repeat_index=1, nll=50.0)
+    both = pd.concat([fresh, later], ignore_index=True)
+    assert detector.shift(both) == detector.shift(fresh)
+    assert len(detector.monitored_mentions(both)) == 60 * 4
+
+
+def test_warnings_carry_the_p_value_of_their_picture(tmp_path):
+    train, calibration = halves(with_pictures(token_table(200)))
+    detector, odd = Detector(C=1.0).fit(train, calibration), with_pictures(token_table(20, seed=9), shift=8.0)
+    rows = mention_warnings(odd, detector)
+    assert rows["unlike"].all()
+    assert (rows["shift_p"] == 1 / 101).all()
+    write_warnings(rows, tmp_path / "warnings.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert lines[0]["unlike"] is True
+    assert lines[0]["shift_p"] == 0.009901
+    detector.monitor = None
+    assert mention_warnings(odd, detector)["unlike"].isna().all()
 
 
 def test_tables_without_pictures_are_compared_by_their_answers(monitor):
