@@ -194,10 +194,15 @@ class RunReader:
         """Join every mention of ``warnings`` with its row of the token table.
 
         Raises:
-            ArtefactError: a warning has no row in the token table.
+            ArtefactError: there are no warnings, though the run has a detector, or one has no row in the token table.
         """
         from stethoscope.core.token_table import mention_rows
 
+        if self.warnings.empty:
+            raise ArtefactError(
+                f"{self.folder / 'warnings.jsonl'} has no lines or is missing, but metrics.json has a detector; "
+                f"`stethoscope train run={self.folder}` makes both again"
+            )
         table = mention_rows(self.table, "first", "all", judged=False)
         verdicts = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
         joined = table.drop(columns="end").merge(verdicts, on=_KEYS, how="inner", validate="one_to_one")

@@ -58,4 +58,6 @@ def main(folder: str, options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from helpers.tiny_run import main as run  # so that classes have the module's name, here and where it is imported
+
+    run(*sys.argv[1:])

@@ -138,3 +138,15 @@ def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, 
         RunReader.read(run)
     fit(store, "chair", Detector(C=0.5), shares, 0)
     assert RunReader.read(run).detector
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
+def test_warnings_that_are_gone_are_one_line(tmp_path, content):
+    table = token_table(100)
+    _source(tmp_path, table, Detector(features=["mass"]).fit(table))
+    (tmp_path / "warnings.jsonl").unlink()
+    if content is not None:
+        (tmp_path / "warnings.jsonl").write_text(content)
+    with pytest.raises(ArtefactError, match=r"warnings\.jsonl has no lines or is missing.*stethoscope train") as error:
+        _ = RunReader.read(tmp_path).held_out
+    assert "\n" not in str(error.value)
