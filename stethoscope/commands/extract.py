@@ -13,13 +13,15 @@ from stethoscope.commands.common import make_callbacks, report_failures
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
-from stethoscope.storage.run_dir import saved_config
+from stethoscope.storage.run_dir import RunStore, saved_config
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
-    from stethoscope.storage.run_dir import RunStore
+    from stethoscope.features import FeatureSet
+    from stethoscope.tasks.base import Task
 
 SAVED = ("limit", "batch_size", "seed")
 """Settings of the evaluator that are taken from the run."""
@@ -135,14 +137,11 @@ def print_shift(detector: Detector, table: pd.DataFrame) -> None:
 
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
-    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
     from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
-    from stethoscope.features.columns import check_same_model, feature_of, matching_columns, shorten
-    from stethoscope.storage.run_dir import RunStore
-    from stethoscope.tasks.base import Task
+    from stethoscope.features.columns import matching_columns
 
     folder = Path(config.run)
     saved = saved_config(folder)
@@ -154,25 +153,9 @@ def run(config: DictConfig) -> None:
     detector, plugins = load_detector(config.warn or None), config.plugins
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.summary)
-    trusted = {key: config.model[key] for key in TRUSTED}
-    model = trusted_settings(saved["model"], trusted)
-    model = relocated("model", model, {key: value for key, value in config.model.items() if key not in trusted})
-    model = from_origin(model, MODEL_LOCATIONS, folder, saved.get("run_dir"))
-    asked = from_origin(relocated("task", asked, config.task), Task.locations, folder, saved.get("run_dir"))
-    check_data(asked, Task.locations, folder)
-    task = build(asked, Task, "task", plugins)
-    if "prompt" in model and model["prompt"] is None:  # a chat template may render another one today
-        model["prompt"] = RunStore(folder).model(task.name).get("prompt")
-    adapter = build(model, Adapter, "model", plugins)
+    adapter, task = _saved_model_and_task(config, folder, saved, asked)
     if detector is not None:
-        wrote = RunStore(folder).model(task.name)
-        check_same_model(detector.features, detector.notes.get("model") or {}, wrote, str(folder))
-        lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
-        if lacking:
-            raise ConfigError(
-                f"warn={config.warn} was trained on {len(lacking)} features that features= does not choose: "
-                f"{shorten(lacking)}; choose what it was trained on"
-            )
+        _check_detector(detector, features, config.warn, folder, task.name)
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         **{key: saved[key] for key in SAVED},
@@ -201,3 +184,35 @@ def run(config: DictConfig) -> None:
         print_shift(detector, table)
     report_untraced(RunStore(folder), task.name)
     report_failures([results], folder)
+
+
+def _saved_model_and_task(
+    config: DictConfig, folder: Path, saved: dict[str, Any], asked: dict[str, Any]
+) -> tuple[Adapter, Task]:
+    """Build the model and the task of the run, from the places that they have today."""
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.tasks.base import Task
+
+    trusted = {key: config.model[key] for key in TRUSTED}
+    model = trusted_settings(saved["model"], trusted)
+    model = relocated("model", model, {key: value for key, value in config.model.items() if key not in trusted})
+    model = from_origin(model, MODEL_LOCATIONS, folder, saved.get("run_dir"))
+    asked = from_origin(relocated("task", asked, config.task), Task.locations, folder, saved.get("run_dir"))
+    check_data(asked, Task.locations, folder)
+    task = build(asked, Task, "task", config.plugins)
+    if "prompt" in model and model["prompt"] is None:  # a chat template may render another one today
+        model["prompt"] = RunStore(folder).model(task.name).get("prompt")
+    return build(model, Adapter, "model", config.plugins), task
+
+
+def _check_detector(detector: Detector, features: FeatureSet, warn: str, folder: Path, task: str) -> None:
+    """Raise ``ConfigError`` where the run's model or the chosen features are not those that the detector reads."""
+    from stethoscope.features.columns import check_same_model, feature_of, shorten
+
+    check_same_model(detector.features, detector.notes.get("model") or {}, RunStore(folder).model(task), str(folder))
+    lacking = sorted({feature_of(column) for column in detector.schema.names} - set(features.names))
+    if lacking:
+        raise ConfigError(
+            f"warn={warn} was trained on {len(lacking)} features that features= does not choose: "
+            f"{shorten(lacking)}; choose what it was trained on"
+        )

@@ -211,9 +211,7 @@ def test_a_process_that_waits_at_the_end_hears_signals(kill_runs, tmp_path, numb
     time.sleep(0.5)
     assert waiting.poll() is None
     waiting.send_signal(number)
-    begun = time.monotonic()
-    waiting.wait(timeout=30)
-    assert time.monotonic() - begun < 10
+    waiting.wait(timeout=60)  # it would wait ten minutes for the other
     assert waiting.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
     slow.send_signal(signal.SIGCONT)
     run.end()
