@@ -180,9 +180,15 @@ class RunReader:
         """Read ``warnings.jsonl``, a row per object mention; empty if no detector was applied to the run.
 
         Raises:
-            ArtefactError: a line of it is damaged.
+            ArtefactError: a line of it is damaged, or there is none, though the run has a detector.
         """
-        return pd.DataFrame(read_warnings(self.folder))
+        rows = read_warnings(self.folder)
+        if self.detector and not rows:
+            raise ArtefactError(
+                f"{self.folder / 'warnings.jsonl'} has no lines or is missing, but metrics.json has a detector; "
+                f"`stethoscope train run={self.folder}` makes both again"
+            )
+        return pd.DataFrame(rows)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -194,15 +200,10 @@ class RunReader:
         """Join every mention of ``warnings`` with its row of the token table.
 
         Raises:
-            ArtefactError: there are no warnings, though the run has a detector, or one has no row in the token table.
+            ArtefactError: a warning has no row in the token table.
         """
         from stethoscope.core.token_table import mention_rows
 
-        if self.warnings.empty:
-            raise ArtefactError(
-                f"{self.folder / 'warnings.jsonl'} has no lines or is missing, but metrics.json has a detector; "
-                f"`stethoscope train run={self.folder}` makes both again"
-            )
         table = mention_rows(self.table, "first", "all", judged=False)
         verdicts = self.warnings[[*_KEYS, "end", "probability", "evidence", "prior", "warned", "fold"]]
         joined = table.drop(columns="end").merge(verdicts, on=_KEYS, how="inner", validate="one_to_one")

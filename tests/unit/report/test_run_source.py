@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from stethoscope import Detector
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.token_table import KEY_COLUMNS, mention_rows
+from stethoscope.detection.detector_results import DetectorResults, Leaderboard
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.report.run_source import PRIOR, RunReader, importances
 from stethoscope.storage.records import Record
@@ -143,10 +144,11 @@ def test_a_kill_while_a_detector_is_replaced_leaves_an_unfinished_run(tmp_path, 
 @pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
 def test_warnings_that_are_gone_are_one_line(tmp_path, content):
     table = token_table(100)
-    _source(tmp_path, table, Detector(features=["mass"]).fit(table))
+    source = _source(tmp_path, table, Detector(features=["mass"]).fit(table))
+    results = DetectorResults({}, Leaderboard((), (), {}, {}), (), {})
     (tmp_path / "warnings.jsonl").unlink()
     if content is not None:
         (tmp_path / "warnings.jsonl").write_text(content)
     with pytest.raises(ArtefactError, match=r"warnings\.jsonl has no lines or is missing.*stethoscope train") as error:
-        _ = RunReader.read(tmp_path).held_out
+        _ = RunReader(tmp_path, source.store, source.results, results).task
     assert "\n" not in str(error.value)
