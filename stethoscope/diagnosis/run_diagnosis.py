@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 
 TOP_TOKENS = 5  # most probable tokens in every layer's prediction
@@ -113,9 +114,11 @@ def diagnose(
         encoded = adapter.encode(picture, question)
     with _timed(seconds, "generate"):
         answer = _complete_answer(adapter, encoded, answer, generation)
-    extracted = extract_mentions(answer, mentions or default_extractor())
+    extractor = mentions or default_extractor()
+    extracted = extract_mentions(answer, extractor)
     with _timed(seconds, "trace"):
-        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted)
+        resampling = read_samples(extractor, generation)
+        trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
     with _timed(seconds, "evolution"):
         try:
             evolution = _lens_trajectory(adapter, encoded, answer)
@@ -188,6 +191,7 @@ def _trace(
     notes: list[str],
     picture: Image,
     mentions: Sequence[Mention],
+    resampling: Resampling,
 ) -> tuple[Trace, dict[str, Any]]:
     """Trace the answer with relevancy of the scope, and compute the features that the detector reads."""
     # imported here: importing this package imports no torch
@@ -197,12 +201,13 @@ def _trace(
     features = None if detector is None else feature_set(detector.schema.names)
     requires = frozenset[str]() if features is None else features.requires
     try:
-        trace = trace_answers(adapter, [encoded], [answer], {*requires, "relevancy"}, [picture], [mentions])[0]
+        wanted = {*requires, "relevancy"}
+        trace = trace_answers(adapter, [encoded], [answer], wanted, [picture], [mentions], resampling)[0]
     except CapabilityError as error:
         if "relevancy" in requires:
             raise CapabilityError(f"the detector reads features that {adapter.name} does not give: {error}") from None
         notes.append(str(error))
-        trace = trace_answers(adapter, [encoded], [answer], requires, [picture], [mentions])[0]
+        trace = trace_answers(adapter, [encoded], [answer], requires, [picture], [mentions], resampling)[0]
     columns: dict[str, Any] = {}
     if features is not None and detector is not None:  # in scope row, in which features are defined
         columns = compute_columns(features, trace, detector, adapter.name)
@@ -277,6 +282,16 @@ def extract_mentions(answer: Answer, extractor: MentionExtractor) -> list[Mentio
         mentions.append(Mention(mention.start, mention.end, mention.name, -1, index, repeats[mention.name]))
         repeats[mention.name] += 1
     return mentions
+
+
+def read_samples(extractor: MentionExtractor, generation: Generation | None) -> Resampling:
+    """Describe how one answer is sampled again and its objects are read, for ``trace_answers``."""
+    from stethoscope.tracing.mention_passes import Resampling  # importing this package imports no torch
+
+    generation = generation or Generation()
+    if generation.max_new_tokens is None:
+        generation = replace(generation, max_new_tokens=128)
+    return Resampling(generation, [lambda answer: {mention.object for mention in extract_mentions(answer, extractor)}])
 
 
 def score_mentions(

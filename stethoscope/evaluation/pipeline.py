@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
@@ -20,7 +21,7 @@ from stethoscope.core.text import redact_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
-from stethoscope.tracing.mention_passes import trace_answers
+from stethoscope.tracing.mention_passes import Resampling, trace_answers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -280,7 +281,14 @@ class SamplePipeline:
         encoded = [state.inputs for state in states]
         answers = [state.given_answer for state in states]
         images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
-        return trace_answers(self.run.adapter, encoded, answers, self._requires, images, mentions)
+        resampling = None
+        if "samples" in self._requires:
+            resampling = Resampling(self.generation, [partial(self._named, state.sample) for state in states])
+        return trace_answers(self.run.adapter, encoded, answers, self._requires, images, mentions, resampling)
+
+    def _named(self, sample: Sample, answer: Answer) -> set[str]:
+        """Return the objects that an answer to a sample's question names, as the task reads it."""
+        return {mention.object for mention in self.run.task.mentions(sample, answer)}
 
     def _featurize(self, state: SampleState, trace: Trace | None) -> None:
         """Compute the token rows of a traced answer."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 import numpy as np
 
 from stethoscope.core.errors import CaptureError, ConfigError, unknown
-from stethoscope.tracing.trace import MENTION_REQUIREMENTS
+from stethoscope.tracing.trace import MENTION_REQUIREMENTS, SAMPLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,8 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Values])
 FORWARD, EXTRA_FORWARD, BACKWARD = "same forward pass", "one more forward pass", "a backward pass"
 CONTINUATION = "a short continuation of the answer"
 PER_MENTION, QUESTION = "one more pass per mention", "one more question per mention"
-COST_CLASSES = (FORWARD, EXTRA_FORWARD, CONTINUATION, BACKWARD, PER_MENTION, QUESTION)
+RESAMPLING = f"{SAMPLES} more answers"
+COST_CLASSES = (FORWARD, EXTRA_FORWARD, CONTINUATION, BACKWARD, PER_MENTION, QUESTION, RESAMPLING)
 """Cost classes, the cheapest first."""
 
 COSTS = {
@@ -50,6 +51,7 @@ COSTS = {
     "masked": PER_MENTION,
     "questions": QUESTION,
     "question_states": QUESTION,
+    "samples": RESAMPLING,
 }
 """Cost class of every part of a trace that a feature may require."""
 

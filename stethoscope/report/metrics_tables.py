@@ -48,9 +48,11 @@ PAGE_ONLY = (
 COSTS = {
     "same forward pass": "one pass",
     "one more forward pass": "+ forward",
+    "a short continuation of the answer": "+ continuation",
     "a backward pass": "+ backward",
     "one more pass per mention": "+ mentions",
     "one more question per mention": "+ question",
+    "5 more answers": "+ 5 answers",
 }
 """Short labels by cost class (``stethoscope.features.COSTS``)."""
 BEST_PUBLISHED = "best published of one pass"

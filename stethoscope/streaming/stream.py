@@ -387,11 +387,13 @@ def _diagnose_mentions(
         from stethoscope.diagnosis.run_diagnosis import (  # only for detectors of any features
             compute_columns,
             feature_set,
+            read_samples,
         )
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
-        trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named])[0]
+        resampling = read_samples(mentions or default_extractor(), None)
+        trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named], resampling)[0]
         columns = compute_columns(features, trace, final, adapter.name)
     shift = shift_sentence(encoded, answer, named, columns, detector, picture)
     return score_mentions(encoded, answer, named, columns, detector)[1], shift

@@ -7,16 +7,16 @@ that token's distribution.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, required
+from stethoscope.core.types import UNKNOWN, Answer, Generation, ImageRef, Mention, required
 from stethoscope.tracing.interventions import masked_pictures
-from stethoscope.tracing.trace import MENTION_REQUIREMENTS, Encoded, Trace
+from stethoscope.tracing.trace import MENTION_REQUIREMENTS, SAMPLES, Encoded, Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,6 +126,44 @@ def _ids(adapter: Adapter, encoded: Encoded, word: str) -> set[int]:
     return ids or {adapter.answer(encoded, word).token_ids[0]}
 
 
+@dataclass(frozen=True)
+class Resampling:
+    """How answers are sampled again.
+
+    Attributes:
+        generation: settings of the answers themselves; samples differ in seed and temperature, which is 1.
+        name_objects: by prompt, a function that lists the objects which an answer names.
+    """
+
+    generation: Generation
+    name_objects: Sequence[Callable[[Answer], Collection[str]]]
+
+
+def named_shares(
+    adapter: Adapter, encoded: Sequence[Encoded], names: Sequence[Collection[str]], resampling: Resampling
+) -> list[dict[str, float]]:
+    """Sample ``SAMPLES`` answers to every prompt at temperature 1 and compute how many name each object.
+
+    Args:
+        adapter: the model; nothing but its answers is read.
+        encoded: N prompts.
+        names: the objects to look for, by prompt.
+        resampling: how to generate, and how to read the answers.
+
+    Returns:
+        By prompt, shares in [0, 1] by name.
+    """
+    own = resampling.generation
+    counts = [dict.fromkeys(objects, 0) for objects in names]
+    for index in range(SAMPLES):
+        seed = own.seed + 1 + index  # the answer itself may have been sampled with its own
+        again = replace(own, do_sample=True, temperature=1.0, top_p=1.0, num_beams=1, seed=seed)
+        for count, answer, read in zip(counts, adapter.generate(encoded, again), resampling.name_objects, strict=True):
+            for name in set(read(answer)).intersection(count):
+                count[name] += 1
+    return [{name: value / SAMPLES for name, value in count.items()} for count in counts]
+
+
 def trace_answers(
     adapter: Adapter,
     encoded: Sequence[Encoded],
@@ -133,6 +171,7 @@ def trace_answers(
     requires: Collection[str],
     pictures: Sequence[Image | ImageRef],
     mentions: Sequence[Sequence[Mention]],
+    resampling: Resampling | None = None,
 ) -> list[Trace]:
     """Trace answers by ``Adapter.trace_batch``, and make the passes for every mention.
 
@@ -143,6 +182,10 @@ def trace_answers(
         requires: requirements of ``stethoscope.tracing.trace``; those of ``MENTION_REQUIREMENTS`` are met here.
         pictures: the images of the prompts; an ``ImageRef`` is read only if it is required.
         mentions: the mentions of every answer.
+        resampling: how answers are sampled again, for the requirement ``samples``.
+
+    Raises:
+        CapabilityError: ``samples`` are required, and nothing says how objects are read from them.
     """
     own = frozenset(requires) - set(MENTION_REQUIREMENTS)
     own |= {"layer_states"} if "question_states" in requires else set()  # of the shape that its states have
@@ -159,6 +202,13 @@ def trace_answers(
         for index, replies in enumerate(ask(adapter, shown, names, "question_states" in requires)):
             by_token = [replies.get(mention.object) if mention else None for mention in owners[index]]
             traces[index] = _with_replies(traces[index], by_token, "question_states" in requires)
+    if "samples" in requires:
+        if resampling is None:
+            raise CapabilityError("sampled answers need a task or an extractor that reads objects from them")
+        named = [{mention.object for mention in answer_mentions} - {UNKNOWN} for answer_mentions in mentions]
+        for index, shares in enumerate(named_shares(adapter, encoded, named, resampling)):
+            values = [shares.get(mention.object, nan) if mention else nan for mention in owners[index]]
+            traces[index] = replace(traces[index], named_share=traces[index].logits.new_tensor(values))
     if "masked" in requires:
         for index, picture in enumerate(shown):
             tokens = [token for token, mention in enumerate(owners[index]) if mention]

@@ -21,7 +21,7 @@ TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
     "evidence", "peaks", "own", "layer_states", "no_image_states", "verify_states", "verify_states_without",
-    "imagining",
+    "imagining", "named_share",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -46,10 +46,12 @@ more forward pass each (the last one only once for all pictures of a size), ``co
 others come from the traced pass. Models that read the image in an encoder of the language model have no ``states`` and
 no ``image_lens``."""
 
-MENTION_REQUIREMENTS = ("questions", "question_states", "masked")
+MENTION_REQUIREMENTS = ("questions", "question_states", "masked", "samples")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
 ``questions`` asks the model whether each object is there, ``question_states`` keeps its states while it is asked, and
-``masked`` hides the regions that it attended to."""
+``masked`` hides the regions that it attended to; and ``samples``, which answers the prompt ``SAMPLES`` times more."""
+SAMPLES = 5
+"""Number of answers that are sampled again at temperature 1, for the agreement about an object."""
 
 KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
 """Layers, of 32, whose states are stored whole: those that GLSim, InsLen and VisER were published for, and the middle
@@ -251,6 +253,8 @@ class Trace:
         verify_states: (T, K, D) ``layer_states`` of the row that predicts the reply to the question about the object
             that the token names, NaN for tokens that name nothing; ``verify_states_without`` when the image is hidden.
             Of ``question_states``.
+        named_share: (T,) share of the sampled answers that name the object that the token names, in [0, 1]; NaN for
+            tokens that name nothing. Of ``samples``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
         cache: intermediate results that features share (``stethoscope.features.common.cached_on_trace``).
@@ -276,6 +280,7 @@ class Trace:
     peaks: Tensor | None = None
     imagining: Tensor | None = None
     own: Tensor | None = None
+    named_share: Tensor | None = None
     layer_states: Tensor | None = None
     no_image_states: Tensor | None = None
     verify_states: Tensor | None = None

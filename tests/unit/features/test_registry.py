@@ -28,9 +28,10 @@ def test_costs_of_the_sets():
     assert chosen("forward").cost == "one more forward pass"
     assert chosen("default").cost == chosen("full").cost == "a backward pass"
     assert chosen("one_pass").cost == "same forward pass"
-    assert chosen("full_verified").cost == chosen("everything").cost == "one more question per mention"
+    assert chosen("full_verified").cost == "one more question per mention"
+    assert chosen("everything").cost == "5 more answers"
     assert {item.group for item in chosen("everything").features} == set(GROUPS)
-    dear = {"verification", "verify_states", "masked", "hidden", "continuation"}
+    dear = {"verification", "verify_states", "masked", "hidden", "continuation", "sampling"}
     assert {item.group for item in chosen("full").features} == set(GROUPS) - dear
     assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
     cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]

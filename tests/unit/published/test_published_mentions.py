@@ -10,9 +10,10 @@ from helpers.plain_pass import PICTURE, TOLERANCE, load
 from PIL import Image
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.core.types import Generation, Mention
+from stethoscope.core.types import Answer, Generation, Mention
 from stethoscope.features import FeatureSet
-from stethoscope.tracing.mention_passes import question, reply_ids, trace_answers
+from stethoscope.tracing.mention_passes import Resampling, question, reply_ids, trace_answers
+from stethoscope.tracing.trace import Spans, Trace
 
 SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (140, 140, 3), dtype=np.uint8))
 FEATURES = FeatureSet(["verification", "verify_states", "masked"], ["nll"])
@@ -196,3 +197,40 @@ def test_nothing_named_costs_nothing(adapter, square):
     columns = FEATURES.compute(trace)
     assert all(np.isnan(columns[name]).all() for name in NAMES)
     assert np.isnan(columns["verify_state_l04_d0000"]).all()
+
+
+def test_sampled_answers():
+    """Five answers, one at a time, whose "objects" are read off their ids; the answer's own seed is not used."""
+    adapter = load("internvl", None)  # whose distributions are flat, unlike those of the deep one
+    own = Generation(max_new_tokens=6, do_sample=True, temperature=3.0, seed=2)
+    other, encoded = adapter.encode(PICTURE, "What is it?"), adapter.encode(SQUARE, "What is there?")
+    answer = adapter.generate([encoded], own)[0]
+    half = answer.offsets[3][0]
+    mentions = (Mention(0, half, "dog", 1, 0, 0), Mention(half, len(answer.text), "orange", 0, 1, 0))
+
+    def read(sample):
+        return {"dog"} if sum(sample.token_ids) % 2 else {"orange", "sofa"}
+
+    features, both = FeatureSet(["sampling"]), Resampling(own, [read, read])
+    prompts, pictures = [other, encoded], [PICTURE, SQUARE]
+    traces = trace_answers(adapter, prompts, [answer] * 2, features.requires, pictures, [mentions[:0], mentions], both)
+    samples = [adapter.generate([encoded], Generation(6, True, 1.0, seed=seed))[0] for seed in (3, 4, 5, 6, 7)]
+    dogs = sum(sum(sample.token_ids) % 2 for sample in samples) / 5
+    assert 0 < dogs < 1
+    shares, columns = {"dog": dogs, "orange": 1 - dogs}, features.compute(traces[1])
+    owners = [owner and owner.object for owner in answer.owners(mentions)]
+    assert {"dog", "orange"} <= set(owners)
+    same(columns["sample_agreement"], [shares.get(name) for name in owners])
+    disorder = -dogs * math.log(dogs) - (1 - dogs) * math.log(1 - dogs)
+    same(columns["sample_entropy"], [name and disorder for name in owners])
+    assert np.isnan(features.compute(traces[0])["sample_agreement"]).all()
+    with pytest.raises(CapabilityError, match="extractor"):
+        trace_answers(adapter, [encoded], [answer], {"samples"}, [SQUARE], [mentions])
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (1.0, 0.0), (0.5, math.log(2))])
+def test_agreed_answers_have_no_entropy(share, expected):
+    trace = Trace(
+        Answer("a", (0,), ((0, 1),), (0.0,)), Spans(1, (0,), ()), torch.zeros(1, 2), named_share=torch.tensor([share])
+    )
+    assert FeatureSet(["sampling"]).compute(trace)["sample_entropy"][0] == pytest.approx(expected)
