@@ -119,9 +119,7 @@ def _evaluate(
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     probabilities = {name: detector.predict(test) for name, detector in detectors.items()}
     figures = evaluate_scores(test, probabilities, resamples)
-    shift = first.shift(target.table[folds["test"]])
     row: dict[str, Any] = {
-        "shift": "" if shift is None else shift.sentence,
         "target": target.name,
         "mentions": len(test),
         "images": resamples.groups,
@@ -130,6 +128,8 @@ def _evaluate(
     for name in detectors:
         row[name] = {metric: resamples.interval(figures[name, metric]).to_dict() for metric in MEASURED}
     if len(detectors) > 1:
+        shift = first.shift(target.table[folds["test"]])
+        row["shift"] = "" if shift is None else shift.sentence
         gains = {metric: figures[TRANSFERRED, metric] - figures[RETRAINED, metric] for metric in MEASURED[:-1]}
         row["difference"] = {
             metric: {**resamples.interval(gain).to_dict(), "p": None if np.isnan(p_value(gain)) else p_value(gain)}

@@ -238,7 +238,7 @@ def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             paired = [PairedDifference(read_interval(section), section["p"]) for section in sections]
             cells.append((row["target"], "transferred − trained there", *paired))
     sizes = ", ".join(f"{row['target']} {row['mentions']} in {row['images']}" for row in rows)
-    shifts = "".join(f" {row['target']}: {row['shift']}." for row in rows if row.get("shift") and "transferred" in row)
+    shifts = "".join(f" {row['target']}: {row['shift']}." for row in rows if row.get("shift"))
     note = f"On test images only; mentions and images: {sizes}. {PAIRED}{shifts}"
     return Table("transfer", ("judged on", "detector", *shown.values()), tuple(cells), note, frozenset({0}))
 

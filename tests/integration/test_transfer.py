@@ -142,3 +142,23 @@ def test_every_study_composes_and_says_what_is_missing(name, stethoscope):
     assert re.match(r"stethoscope: run=runs/\S+ is no directory; ", line)
     assert f"`stethoscope train experiment=transfer_{name} --help` tells how to make it" in line
     assert "stethoscope extract run=runs/" in stethoscope("train", f"experiment=transfer_{name}", "--help", code=0)
+
+
+def test_a_shift_is_named_below_the_table_and_recalibration_mends_it(home, tmp_path, stethoscope):
+    away = made_up_run(tmp_path / "away", seed=5, change=_shifted)
+    out = stethoscope("train", f"run={home}", f"test=[{away}]", *QUICK, code=0)
+    assert re.search(r"away chair: shift in the (answers|share of hallucinations)", out)
+    assert _rows(home)[1]["shift"].startswith("shift in the")
+    new, table = tmp_path / "new", RunStore(away).tokens("chair")
+    out = stethoscope(
+        "train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "labels=50", "logger=none", code=0
+    )
+    assert "recalibrated on 50 pictures with labels" in out
+    before, after = Detector.load(home), Detector.load(new)
+    test = mention_rows(table)
+    errors = [ece(test["label"].to_numpy(), detector.predict(test)) for detector in (before, after)]
+    assert errors[1] < 0.6 * errors[0]
+    assert after.certificate is None
+    stethoscope("train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "labels=0", "logger=none", code=0)
+    assert Detector.load(new).notes["recalibrated"]["labelled"] is False
+    stethoscope("train", f"run={away}", f"recalibrate={home}", f"run_dir={new}", "labels=-1", "logger=none", code=2)
