@@ -32,10 +32,17 @@ from stethoscope.metrics.classification import base_rate
 from stethoscope.tasks.object_extraction import OBJECTS
 
 FOLDS = 3
-DETECTOR = "text-only detector"
+SCORES = ("position only", "position, repetition, name", "text prior", "text-only detector")
 METRICS = {"auroc": "AUROC", "auroc_controlled": "position-controlled", "ece": "ECE"}
 PARTS = (0, 20, 40, 60, 80, 120)
 """First words of the parts of an answer in the table of hallucination rates."""
+
+
+class NamePrior(TextPrior):
+    """The text prior without the objects that were named before."""
+
+    def _join(self, rows: pd.DataFrame, shifts: np.ndarray) -> np.ndarray:
+        return super()._join(rows, shifts[:, :0])
 
 
 class Caption(NamedTuple):
@@ -102,7 +109,7 @@ def ship(captions: Sequence[Caption], truth: Mapping[str, set[str]]) -> None:
 def table_of(captions: Sequence[Caption], truth: Mapping[str, set[str]], repeats: str = "first") -> pd.DataFrame:
     """Make a table as of an answer's tokens, a row for every mention; positions are words, not tokens.
 
-    Of the columns only ``caption``, ``family`` and ``row`` (of the object among all objects) are not those of a run.
+    Of the columns only ``family`` and ``row`` (of the object among all objects) are not those of a run.
     """
     rows: list[dict[str, object]] = []
     start = 0
@@ -113,7 +120,7 @@ def table_of(captions: Sequence[Caption], truth: Mapping[str, set[str]], repeats
             if repeats == "all" or not seen[object_index]:
                 rows.append(
                     {
-                        "caption": number, "family": family, "row": start + object_index,
+                        "task": "captions", "sample_id": str(number), "family": family, "row": start + object_index,
                         "group": image, "token": read.mention_words[index], "object": mention.name,
                         "label": int(mention.name not in truth[image]), "mention_index": index,
                         "repeat_index": seen[object_index], "is_first_subtoken": True,
@@ -136,7 +143,7 @@ def judge_families(
         repeats: ``first`` or ``all`` mentions of an object.
 
     Returns:
-        The judged rows of ``table_of`` with a column for each of the three scores.
+        The judged rows of ``table_of`` with a column for each of ``SCORES``.
     """
     groups = np.array([caption.image for caption in captions])
     families = np.array([caption.family for caption in captions])
@@ -148,11 +155,13 @@ def judge_families(
             known = [captions[index] for index in np.flatnonzero(~fold & (families != family))]
             asked = [captions[index] for index in np.flatnonzero(fold & (families == family))]
             learned, table = table_of(known, truth, repeats), table_of(asked, truth, repeats)
-            scores = {
-                "position only": PositionOnly(repeats).fit(learned).predict(table),
-                "text prior": TextPrior(repeats).fit(learned).predict(table),
-                DETECTOR: train(known, truth).predict_objects([caption.read for caption in asked])[table["row"]],
-            }
+            baselines = [baseline(repeats).fit(learned) for baseline in (PositionOnly, NamePrior, TextPrior)]
+            detector = train(known, truth)
+            values = [
+                *(baseline.predict(table) for baseline in baselines),
+                detector.predict_objects([caption.read for caption in asked])[table["row"]],
+            ]
+            scores = dict(zip(SCORES, values, strict=True))
             parts.append(table.assign(**scores))
             print(f"{family}: {len(asked)} captions judged, {len(known)} learned from", flush=True)
     return pd.concat(parts, ignore_index=True)
@@ -160,16 +169,15 @@ def judge_families(
 
 def print_families(table: pd.DataFrame) -> None:
     """Print a Markdown table of the metrics of all scores, for every family and for all together."""
-    names = ["position only", "text prior", DETECTOR]
     print(f"\n| held-out family | mentions, hallucinated | score | {' | '.join(METRICS.values())} |")
     print("| --- " * (3 + len(METRICS)) + "|")
     for family in [*sorted(table["family"].unique()), "all, each held out"]:
         rows = table if family.startswith("all") else table[table["family"] == family]
         resamples = group_weights(rows["group"])
-        figures = evaluate_scores(rows, {name: rows[name].to_numpy() for name in names}, resamples)
-        for name in names:
+        figures = evaluate_scores(rows, {name: rows[name].to_numpy() for name in SCORES}, resamples)
+        for name in SCORES:
             cells = [_short(str(resamples.interval(figures[name, metric]))) for metric in METRICS]
-            head = f"{family} | {len(rows)}, {rows['label'].mean():.0%}" if name == names[0] else " | "
+            head = f"{family} | {len(rows)}, {rows['label'].mean():.0%}" if name == SCORES[0] else " | "
             print(f"| {head} | {name} | {' | '.join(cells)} |")
 
 

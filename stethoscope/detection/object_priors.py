@@ -29,7 +29,7 @@ SCENE = ("scene", "scene_gain", "scene_log_gain")
 
 
 @dataclass(frozen=True)
-class CoOccurrence:
+class PairPrior:
     """Base rates of objects, and how much likelier each is where another is.
 
     Attributes:
@@ -41,7 +41,7 @@ class CoOccurrence:
     gain: np.ndarray
 
     @classmethod
-    def fit(cls, presence: np.ndarray) -> CoOccurrence:
+    def fit(cls, presence: np.ndarray) -> PairPrior:
         """Count pictures.
 
         P(o | c) = (n_co + s P(o)) / (n_c + s) with s = ``SMOOTHING`` pictures at the base rate.
@@ -49,7 +49,7 @@ class CoOccurrence:
         Args:
             presence: (pictures, objects) of 0 and 1, a row for each picture.
 
-        >>> prior = CoOccurrence.fit(np.array([[1, 1], [1, 1], [0, 0], [0, 0]]))
+        >>> prior = PairPrior.fit(np.array([[1, 1], [1, 1], [0, 0], [0, 0]]))
         >>> prior.base.tolist(), np.exp(prior.gain[0, 1]).round(3).tolist()
         ([0.5, 0.5], 1.286)
         """
@@ -60,7 +60,7 @@ class CoOccurrence:
         return cls(base, np.log(conditional / base))
 
     @classmethod
-    def restore(cls, arrays: Arrays) -> CoOccurrence:
+    def restore(cls, arrays: Arrays) -> PairPrior:
         """Restore and check what ``arrays`` returned."""
         base = arrays.positive("base", len(INDEX))
         arrays.require((base < 1).all(), "base", "should be below 1 everywhere")

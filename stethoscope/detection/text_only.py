@@ -24,7 +24,7 @@ from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.artifact import dump_arrays, load_arrays
 from stethoscope.detection.caption_objects import INDEX, SHAPE, ReadCaption, read_caption
 from stethoscope.detection.inference import TreeEnsemble
-from stethoscope.detection.object_priors import CO_OCCURRENCE, SCENE, CoOccurrence, ScenePrior
+from stethoscope.detection.object_priors import CO_OCCURRENCE, SCENE, PairPrior, ScenePrior
 from stethoscope.tasks.object_extraction import OBJECTS
 
 SCHEMA_VERSION = 1
@@ -113,7 +113,7 @@ class NameRates:
 class _Priors:
     """What the first step learns about objects, before any position is looked at."""
 
-    co_occurrence: CoOccurrence
+    co_occurrence: PairPrior
     scene: ScenePrior
     rates: NameRates
 
@@ -122,7 +122,7 @@ class _Priors:
         pictures = np.unique(groups, return_index=True)[1]
         labels = [1 - row[caption.objects] for caption, row in zip(captions, presence, strict=True)]
         return cls(
-            co_occurrence=CoOccurrence.fit(presence[pictures]),
+            co_occurrence=PairPrior.fit(presence[pictures]),
             scene=ScenePrior.fit(captions, presence),
             rates=NameRates.fit(captions, labels),
         )
@@ -311,7 +311,7 @@ class TextOnlyDetector:
             surfaces.append((pair[0], pair[1]))
         detector = cls()
         detector._priors = _Priors(
-            co_occurrence=CoOccurrence.restore(arrays.under("co_occurrence")),
+            co_occurrence=PairPrior.restore(arrays.under("co_occurrence")),
             scene=ScenePrior.restore(arrays.under("scene"), header["words"]),
             rates=NameRates.restore(arrays.under("rates"), surfaces),
         )

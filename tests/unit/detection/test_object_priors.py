@@ -10,7 +10,7 @@ from stethoscope.detection.object_priors import (
     RIDGE,
     SCENE,
     SMOOTHING,
-    CoOccurrence,
+    PairPrior,
     ScenePrior,
 )
 
@@ -23,7 +23,7 @@ def presence():
 
 
 def test_co_occurrence_is_a_smoothed_conditional_probability(presence):
-    prior = CoOccurrence.fit(presence)
+    prior = PairPrior.fit(presence)
     dogs = [row for row in presence if row[DOG]]
     base = (sum(row[CAT] for row in presence) + 0.5) / (len(presence) + 1)
     both = sum(row[CAT] for row in dogs)
@@ -33,7 +33,7 @@ def test_co_occurrence_is_a_smoothed_conditional_probability(presence):
 
 
 def test_co_occurrence_reads_what_is_named_before_and_all_else(presence):
-    prior = CoOccurrence.fit(presence)
+    prior = PairPrior.fit(presence)
     rows = prior.columns(read_caption("a dog, a cat and a car"))
     gain, base = prior.gain, prior.base
     logit = np.log(base / (1 - base))
