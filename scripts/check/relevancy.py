@@ -10,7 +10,9 @@ patches, after the last layer. Printed for both scopes, with 95 % intervals over
     mass       share of the relevancy inside the box, divided by the box's share of the picture (1 is chance)
 
 against the box of the object itself (right mentions) and, as a control, against the box of another object that the
-picture shows (right and hallucinated mentions), and the correlation of the two scopes' maps.
+picture shows (right and hallucinated mentions). Last, how far the default scope ``row`` is from ``token``, the paper's
+definition: correlation of the two maps, mentions with the same most relevant patch, and L1 distance of the maps
+as a share of the sum of the map in scope ``token``.
 """
 
 from __future__ import annotations
@@ -91,13 +93,18 @@ def judged(scene: Scene, adapter: Any, rng: np.random.Generator) -> Iterator[dic
         others = [other for other in visible if other != name]
         kind = "right" if name in visible else "hallucinated"
         targets = {"its own": name if name in visible else None, "another": rng.choice(others) if others else None}
-        alike = float(np.corrcoef(heats["row"][index].ravel(), heats["token"][index].ravel())[0, 1])
+        row, token = (heats[scope][index].ravel() for scope in ("row", "token"))
+        gap = {
+            "alike": float(np.corrcoef(row, token)[0, 1]),
+            "same_patch": float(row.argmax() == token.argmax()),
+            "distance": float(np.abs(row - token).sum() / max(token.sum(), 1e-12)),
+        }
         for scope, heat in heats.items():
             for box, target in targets.items():
                 if target is not None:
                     hit, mass = inside(heat[index], visible[target])
                     about = {"image": scene.id, "mention": kind, "box": box, "scope": scope}
-                    yield {**about, "pointing": hit, "mass": mass, "alike": alike}
+                    yield {**about, "pointing": hit, "mass": mass, **gap, "name": name}
 
 
 def main() -> None:
@@ -117,8 +124,12 @@ def main() -> None:
             for name in ("pointing", "mass")
         )
         print(f"{mention:<13} {box:<8} {scope:<6} {len(rows):>5}  {pointing!s:<22} {mass}")
-    alike = table[table["scope"] == "row"].drop_duplicates(["image", "alike"])["alike"]
+    gaps = table.drop_duplicates(["image", "name"])
+    alike, distance = gaps["alike"], gaps["distance"]
     print(f"correlation of the two scopes' maps: median {alike.median():.3f}, lowest tenth {alike.quantile(0.1):.3f}")
+    print(f"the same most relevant patch: {int(gaps['same_patch'].sum())} of {len(gaps)} mentions")
+    tenths = f"lowest and highest tenth {distance.quantile(0.1):.3f} and {distance.quantile(0.9):.3f}"
+    print(f"L1 distance of row from token: median {distance.median():.3f}, {tenths}, largest {distance.max():.3f}")
 
 
 if __name__ == "__main__":

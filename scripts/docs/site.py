@@ -137,12 +137,24 @@ def published_table() -> str:
         if not name.startswith("paper/"):
             continue
         features = named_set(name)
-        kind = f"score `{features.score}`" if features.score else f"learned from {len(features.features)} features"
+        learner = (features.learner or {"kind": "logistic"})["kind"].replace("_", " ")
+        learned = f"{learner}, learned from {len(features.features)} features"
+        kind = f"score `{features.score}`" if features.score else learned
         if features.score:
             kind += f", high values mean {FEATURES[features.score].higher_means}"
         facts = status[name.removeprefix("paper/")]
-        rows.append((f"`{name}`", title(path), kind, features.cost, facts["checked"], facts["differs"]))
-    return table(["set", "method", "used as", "cost", "compared with", "what differs from the paper"], rows)
+        known = (facts.get("paper", "not stated"), facts["checked"], facts["differs"])
+        rows.append((f"`{name}`", title(path), kind, features.cost, *known))
+    head = [
+        "set",
+        "method",
+        "used as",
+        "cost",
+        "the paper's own figure",
+        "compared with",
+        "what differs from the paper",
+    ]
+    return table(head, rows)
 
 
 def public_names() -> str:

@@ -94,6 +94,7 @@ class Leaderboard:
         controls: the data of the controlled AUROCs by metric: ``pairs`` that are compared, ``items`` (mentions) in
             one of them, and their ``share``.
         skipped: features without any value in the training fold.
+        left_out: published detectors of the same forward pass that were not measured, for lack of their features.
     """
 
     rows: tuple[Row, ...]
@@ -102,6 +103,7 @@ class Leaderboard:
     controls: Mapping[str, Mapping[str, float]]
     skipped: tuple[str, ...] = ()
     best_published: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row:
         """Return the row of that name."""
@@ -116,6 +118,7 @@ class Leaderboard:
             "best_published": dict(self.best_published),
             "controls": {metric: dict(control) for metric, control in self.controls.items()},
             "skipped_features": list(self.skipped),
+            "left_out": list(self.left_out),
             "columns": METRICS,
         }
 
@@ -129,6 +132,7 @@ class Leaderboard:
             controls=section["controls"],
             skipped=tuple(section.get("skipped_features", ())),
             best_published=section.get("best_published", {}),
+            left_out=tuple(section.get("left_out", ())),
         )
 
 

@@ -20,7 +20,7 @@ from stethoscope.core.token_table import (
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Difference, Leaderboard, Row
-from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, score_published
+from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, left_out, score_published
 from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
 from stethoscope.features import FEATURES
 from stethoscope.features.columns import feature_of
@@ -125,7 +125,13 @@ def build_leaderboard(
             f"the test fold has {len(test)} judged mentions of {test['label'].nunique()} kinds; hallucinated and "
             "grounded ones are needed: run the task on more samples"
         )
-    entries, best, skipped = _entries(table, detectors, parts, selection, seed, published)
+    methods = available_methods(parts["train"]) if published else []
+    entries, best, skipped = _entries(table, detectors, parts, selection)
+    for method in methods:
+        result = score_published(method, parts, selection, seed)
+        entries.append(
+            _Entry(method.name, "published", result.values, result.probability, result.sign, method.cost, result.note)
+        )
     shuffled = {
         f"{SHUFFLED} {index}": refitted.predict(test)
         for detector in list(detectors.values())[:1]
@@ -162,7 +168,9 @@ def build_leaderboard(
         metric: [*filter(None, [best.get(metric), best_published.get(metric)]), *verification] for metric in AREAS
     }
     differences = _differences(figures, list(detectors), others, resamples)
-    return Leaderboard(rows, differences, best, controls, skipped, best_published)
+    return Leaderboard(
+        rows, differences, best, controls, skipped, best_published, left_out(methods) if published else ()
+    )
 
 
 @dataclass(frozen=True)
@@ -183,20 +191,13 @@ def _entries(
     detectors: Mapping[str, Detector],
     parts: Mapping[str, pd.DataFrame],
     selection: MentionSelection,
-    seed: int,
-    published: bool,
 ) -> tuple[list[_Entry], dict[str, str], tuple[str, ...]]:
-    """Return all entries, the best feature by metric of ``AREAS``, and features without any value."""
+    """Return entries (but published detectors), the best feature by metric of ``AREAS``, features without any value."""
     train, test = parts["train"], parts["test"]
     entries = [
         _Entry(name, "detector", detector.predict(test), cost=cost_of(detector.features))
         for name, detector in detectors.items()
     ]
-    for method in available_methods(train) if published else ():
-        result = score_published(method, parts, selection, seed)
-        entries.append(
-            _Entry(method.name, "published", result.values, result.probability, result.sign, method.cost, result.note)
-        )
     for name, baseline in baselines("all", "all").items():  # the mentions are selected already
         entries.append(_Entry(name, "baseline", baseline.fit(train, parts["calibration"]).predict(test)))
     taken = {entry.name for entry in entries}

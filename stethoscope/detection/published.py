@@ -22,11 +22,13 @@ from stethoscope.detection.detector import Detector
 from stethoscope.detection.learners import describe_learner, make_learner
 from stethoscope.features import FEATURES, FeatureSet, named_set, set_names
 from stethoscope.features.columns import feature_of
-from stethoscope.features.registry import COST_CLASSES
+from stethoscope.features.registry import COST_CLASSES, FORWARD
 from stethoscope.metrics import classification
 
 PREFIX = "paper/"
 SELF_VERIFICATION = "paper/self_verification"
+EQUIVALENT = {"pas_q": "attn_previous_l00"}
+"""Columns that equal another one, which a table may have instead: PAS is the mass on the earlier answer in layer 0."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
         table: mentions of the training fold.
     """
     columns = [name for name in feature_names(table) if table[name].notna().any()]
+    columns += [name for name, same in EQUIVALENT.items() if name not in columns and same in columns]
     methods = []
     for name in set_names():
         features = named_set(name) if name.startswith(PREFIX) else None
@@ -93,9 +96,23 @@ def available_methods(table: pd.DataFrame) -> list[Method]:
         if features is None or {feature_of(column) for column in own} != set(features.names):
             continue
         score = tuple(column for column in own if feature_of(column) == features.score)
+        own, score = (
+            tuple(column if column in table else EQUIVALENT[column] for column in part) for part in (own, score)
+        )
         higher_means = FEATURES[features.score].higher_means if features.score else "depends"
         methods.append(Method(name, features.cost, own, score, higher_means, features.learner))
     return methods
+
+
+def left_out(methods: Sequence[Method]) -> tuple[str, ...]:
+    """Name the published detectors of the same forward pass that are not among some, for lack of their features.
+
+    >>> "paper/haloprobe" in left_out([])
+    True
+    """
+    measured = {method.name for method in methods}
+    sets = ((name, named_set(name)) for name in set_names() if name.startswith(PREFIX) and name not in measured)
+    return tuple(name for name, features in sets if features.cost == FORWARD)
 
 
 def refits(detector: Detector, names: Sequence[str], columns: Sequence[str]) -> dict[str, Detector]:

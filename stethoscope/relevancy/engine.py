@@ -63,9 +63,9 @@ def relevancy_from_inputs(
             ``input_ids`` ends with the answer; an encoder-decoder model has ``decoder_input_ids`` with its start
             token and the answer (without the last token of it, or with).
         answer_ids: the answer's token ids.
-        scope: ``row``: the prompt's rows use the gradient of answer token 0, every later row that of the token it
-            predicts; one backward pass. ``token``: all rows use the token's own gradient, as in the paper; one
-            backward pass per token, each layer run again once for a group of tokens.
+        scope: ``row``, our own: the prompt's rows use the gradient of answer token 0, every later row that of the
+            token it predicts; one backward pass. ``token``, the paper's definition: all rows use the token's own
+            gradient; one backward pass per token, each layer run again once for a group of tokens.
         rule: reading of equation 10, see ``rules.RULES``.
         layers: ``all`` for R after every layer of the language model, ``final`` for the last only.
         tokens: indices of the answer tokens, from 0; all by default.

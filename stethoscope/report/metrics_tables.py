@@ -102,7 +102,7 @@ def leaderboard_tables(results: DetectorResults, compact: bool = False) -> Itera
         compact: leave out the metrics of ``PAGE_ONLY``.
     """
     rows = shown_rows(results.leaderboard)
-    data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}"
+    data = f"{describe_data(results)}{_describe_selection(results.leaderboard, rows)}{_left_out(results.leaderboard)}"
     base_rate = rows[0].metrics.get("base_rate")
     chance_level = "" if base_rate is None else f" (chance {base_rate.value:.3f})"
     note = (
@@ -133,6 +133,17 @@ def _describe_selection(leaderboard: Leaderboard, rows: Sequence[Row]) -> str:
     if shown == measured:
         return ""
     return f" {shown} of the {measured} single features in metrics.json are shown, the best on the training images."
+
+
+def _left_out(leaderboard: Leaderboard) -> str:
+    """Name the published detectors of one pass that are not on the board, and say how they get there."""
+    if not leaderboard.left_out:
+        return ""
+    names = ", ".join(name.partition("/")[2] for name in leaderboard.left_out)
+    return (
+        f" Published detectors of one pass that are not here, for lack of their features: {names}; "
+        "`stethoscope extract run=... features=everything` computes them, `stethoscope train` measures them."
+    )
 
 
 def short_cost(row: Row) -> str:

@@ -11,13 +11,15 @@ from stethoscope.core.token_table import feature_names, mention_rows
 from stethoscope.detection import leaderboard as board
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.detector_results import Leaderboard
 from stethoscope.detection.leaderboard import AREAS
 from stethoscope.detection.learners import make_learner
-from stethoscope.detection.published import available_methods, cost_of, refits, score_published
+from stethoscope.detection.published import available_methods, cost_of, left_out, refits, score_published
 from stethoscope.detection.training import train_detector
 from stethoscope.features import named_set, set_names
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.report.metrics_tables import leaderboard_tables
 
 FRACTIONS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
 
@@ -73,6 +75,27 @@ def test_those_are_there_of_which_all_features_are():
     ]
     empty = TABLE.assign(nll=np.float32(np.nan))
     assert "paper/nll" not in [one.name for one in available_methods(empty)]
+
+
+def test_pas_is_the_mass_on_the_earlier_answer_in_layer_0():
+    """Where a table has that column and not PAS's own."""
+    table = TABLE.assign(attn_previous_l00=TABLE["nll"], attn_previous_l01=TABLE["vcd_logprob"])
+    pas = next(each for each in available_methods(table) if each.name == "paper/pas")
+    assert (pas.columns, pas.score) == (("attn_previous_l00",), ("attn_previous_l00",))
+    own = next(each for each in available_methods(table.assign(pas_q=table["nll"])) if each.name == "paper/pas")
+    assert own.score == ("pas_q",)
+
+
+def test_what_is_not_measured_is_named(trained):
+    names = left_out(available_methods(TABLE))
+    assert {"paper/haloprobe", "paper/hidden", "paper/svar"} <= set(names)
+    assert not {f"paper/{name}" for name in NAMES} & set(names)
+    assert "paper/blank" not in names  # costs a pass more
+    board = trained.results.leaderboard
+    assert board.left_out == names == Leaderboard.from_dict(board.to_dict()).left_out
+    note = next(iter(leaderboard_tables(trained.results))).note
+    assert "not here, for lack of their features" in note
+    assert "haloprobe" in note
 
 
 def test_a_score_has_the_papers_direction_even_if_it_is_wrong(parts):
@@ -167,8 +190,9 @@ def test_scores_are_among_their_features():
     scores = {name: named_set(name).score for name in set_names()}
     assert all(score is None for name, score in scores.items() if not name.startswith("paper/"))
     single = [name for name in scores if name.startswith("paper/") and len(named_set(name).features) == 1]
-    # one feature is a score by itself, but for the masses of all heads
-    assert {name for name in single if scores[name] is None} == {"paper/svar_heads"}
+    # one feature is a score by itself, but for the masses of all heads and the dimensions of a state
+    states = {name for name in single if named_set(name).features[0].vector}
+    assert {name for name in single if scores[name] is None} == {"paper/svar_heads"} | states
 
 
 def test_a_method_without_values_in_training_is_left_out():
