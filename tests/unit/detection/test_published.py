@@ -113,14 +113,15 @@ def test_a_layer_is_chosen_in_training_where_the_paper_chooses_it(parts):
 
 
 def test_what_learns_is_fitted_on_its_columns_and_the_same_folds(parts):
-    declared = method("svar_heads")
+    settings = {"kind": "network", "hidden": [64], "epochs": 50}
+    declared = replace(method("svar_heads"), learner=settings)
     score, plain = (score_published(each, parts, {}) for each in (declared, replace(declared, learner=None)))
     own = Detector(features=["head_image_q_*"]).fit(parts["train"], parts["calibration"])
     np.testing.assert_allclose(plain.values, own.predict(parts["test"]))
-    network = make_learner(declared.columns, named_set("paper/svar_heads").learner, {})
+    network = make_learner(declared.columns, settings, {})
     network.fit(parts["train"], parts["calibration"])
     np.testing.assert_allclose(score.values, network.predict(parts["test"]))
-    assert score.note == "network (128 hidden units, 50 epochs) on 2 columns"
+    assert score.note == "network (64 hidden units, 50 epochs) on 2 columns"
     assert score.probability
     assert plain.probability
 
