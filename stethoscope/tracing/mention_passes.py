@@ -140,7 +140,7 @@ class Resampling:
 
 
 def named_shares(
-    adapter: Adapter, encoded: Sequence[Encoded], names: Sequence[Collection[str]], resampling: Resampling
+    adapter: Adapter, encoded: Sequence[Encoded], names: Sequence[Collection[str]], resampling: Resampling | None
 ) -> list[dict[str, float]]:
     """Sample ``SAMPLES`` answers to every prompt at temperature 1 and compute how many name each object.
 
@@ -148,19 +148,20 @@ def named_shares(
         adapter: the model; nothing but its answers is read.
         encoded: N prompts.
         names: the objects to look for, by prompt.
-        resampling: how to generate, and how to read the answers.
+        resampling: how to generate, and how to read the answers; needed where an object is to be looked for.
 
     Returns:
         By prompt, shares in [0, 1] by name.
     """
-    own = resampling.generation
     counts = [dict.fromkeys(objects, 0) for objects in names]
-    for index in range(SAMPLES):
-        seed = own.seed + 1 + index  # the answer itself may have been sampled with its own
+    asked = [index for index, count in enumerate(counts) if count]
+    for sample in range(SAMPLES if asked else 0):
+        own, readers = required(resampling).generation, required(resampling).name_objects
+        seed = own.seed + 1 + sample  # the answer itself may have been sampled with its own
         again = replace(own, do_sample=True, temperature=1.0, top_p=1.0, num_beams=1, seed=seed)
-        for count, answer, read in zip(counts, adapter.generate(encoded, again), resampling.name_objects, strict=True):
-            for name in set(read(answer)).intersection(count):
-                count[name] += 1
+        for index, answer in zip(asked, adapter.generate([encoded[i] for i in asked], again), strict=True):
+            for name in set(readers[index](answer)).intersection(counts[index]):
+                counts[index][name] += 1
     return [{name: value / SAMPLES for name, value in count.items()} for count in counts]
 
 
@@ -203,9 +204,9 @@ def trace_answers(
             by_token = [replies.get(mention.object) if mention else None for mention in owners[index]]
             traces[index] = _with_replies(traces[index], by_token, "question_states" in requires)
     if "samples" in requires:
-        if resampling is None:
-            raise CapabilityError("sampled answers need a task or an extractor that reads objects from them")
         named = [{mention.object for mention in answer_mentions} - {UNKNOWN} for answer_mentions in mentions]
+        if resampling is None and any(named):
+            raise CapabilityError("sampled answers need a task or an extractor that reads objects from them")
         for index, shares in enumerate(named_shares(adapter, encoded, named, resampling)):
             values = [shares.get(mention.object, nan) if mention else nan for mention in owners[index]]
             traces[index] = replace(traces[index], named_share=traces[index].logits.new_tensor(values))
