@@ -40,7 +40,7 @@ _SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for t
 _PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Needs that read rows of the prompt, in the same residual stream as those of the answer."""
 _DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
-_STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states"}
+_STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
 """Needs that read the residual stream of the rows."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
@@ -141,7 +141,7 @@ class Tracer:
     def _trace_group(self, encoded: list[Encoded], answers: list[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace answers whose prompts make one batch."""
         ids = [answer.token_ids for answer in answers]
-        consuming = not requires.isdisjoint({"heads", "states"})
+        consuming = not requires.isdisjoint({"heads", "states", "hidden"})
         if requires.isdisjoint(_PROMPT_REQUIREMENTS):
             forward = self._answer_forward(encoded, ids, consuming)
         else:
@@ -157,8 +157,9 @@ class Tracer:
             if states is not None:
                 stack.enter_context(states.listen())
             reads = not requires.isdisjoint(_STREAM_REQUIREMENTS)
-            hidden = stack.enter_context(self._find_lens().listen(rows)) if reads else []
+            stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
             logits = self._forward.logits(forward, rows)
+        hidden = [layer[:, : rows.shape[1]] for layer in stream]  # without the row that consumes the last token
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
         by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
@@ -180,6 +181,9 @@ class Tracer:
             by_token["imagining"] = self._imagining(encoded, ids)
         width = hidden[-1].shape[-1] if "evidence" in requires else None
         whole: dict[str, Any] = {}  # parts that are not cut to the length of the answer
+        if "hidden" in requires:
+            probed = self._find_lens().probed(stream)
+            whole["hidden"] = [states[: len(answer) + 1] for states, answer in zip(probed, ids, strict=True)]
         if isinstance(attention, HeadAttentionRecorder):
             whole["heads"] = attention.heads()
         if states is not None:

@@ -19,6 +19,7 @@ from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.features.registry import without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.mention_passes import Resampling, trace_answers
@@ -296,7 +297,8 @@ class SamplePipeline:
             return
         self._session.call("on_trace", state.sample, trace)
         with self._stage(state, "trace"):
-            columns, task = self.features.compute(trace), self.run.task
+            named = [mention is not None for mention in state.given_answer.owners(state.mentions)]
+            columns, task = without_vectors(self.features.compute(trace), named), self.run.task
             texts = (state.prompt, task.version, state.picture)
             state.rows = token_table(task.name, state.sample, state.given_answer, state.mentions, columns, *texts)
 

@@ -250,22 +250,22 @@ def internal_confidence_sum(trace: Trace) -> Tensor:
     return trace.require("image_lens")[:, -1, 1]
 
 
-@feature("hidden", higher_means="depends", requires=["states"], vector=True, rows="both")
+@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both")
 def hidden_middle(trace: Trace, offset: int) -> Tensor:
     """Hidden state after the middle layer (16 of 32), without unit, a column per dimension, for a probe.
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return _token(trace, offset, 16)
+    return select_rows(trace.require("hidden"), trace, offset)[:, 0]
 
 
-@feature("hidden", higher_means="depends", requires=["states"], vector=True, rows="both")
+@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both")
 def hidden_last(trace: Trace, offset: int) -> Tensor:
     """Hidden state after the final norm, without unit, a column per dimension, for a probe.
 
     Either direction can mean hallucinated; it depends on the model.
     """
-    return _token(trace, offset, 32)
+    return select_rows(trace.require("hidden"), trace, offset)[:, 1]
 
 
 @feature("lens", higher_means="depends", requires=["lens"])

@@ -32,6 +32,7 @@ COST_CLASSES = (FORWARD, EXTRA_FORWARD, CONTINUATION, BACKWARD, PER_MENTION, QUE
 COSTS = {
     "attention": FORWARD,
     "lens": FORWARD,
+    "hidden": FORWARD,
     "heads": FORWARD,
     "trajectory": FORWARD,
     "states": FORWARD,
@@ -279,6 +280,18 @@ def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
         return {f"{name}_l{layer:02d}": values[:, layer] for layer in range(values.shape[1])}
     _, layers, heads = values.shape
     return {f"{name}_l{i:02d}h{j:02d}": values[:, i, j] for i in range(layers) for j in range(heads)}
+
+
+def without_vectors(columns: Mapping[str, np.ndarray], named: Sequence[bool]) -> dict[str, np.ndarray]:
+    """Set vectors of tokens that name nothing to NaN: they are wide, and only those of mentions are read from a table.
+
+    Args:
+        columns: (T,) values by column name.
+        named: (T,) whether the token names an object.
+    """
+    vectors = tuple(f"{name}_d" for name, item in FEATURES.items() if item.vector)
+    gaps = np.where(np.asarray(named, dtype=bool), np.float32(0), np.float32(np.nan))
+    return {name: values + gaps if name.startswith(vectors) else values for name, values in columns.items()}
 
 
 def sets_folder() -> Path:

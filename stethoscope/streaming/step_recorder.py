@@ -38,7 +38,9 @@ from stethoscope.tracing.hooks import (
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, Trace
 
-STEP_REQUIREMENTS = frozenset({"attention", "lens", "trajectory", "heads"})
+RESIDUAL_REQUIREMENTS = frozenset({"lens", "trajectory", "hidden"})
+"""Parts of a trace that are read off the residual stream."""
+STEP_REQUIREMENTS = RESIDUAL_REQUIREMENTS | {"attention", "heads"}
 """Parts of a trace that the rows of single steps can fill; every other one needs a pass or a prompt of its own."""
 
 _PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first", "rest"))
@@ -121,7 +123,7 @@ class StepRecorder(AttentionRecorder):
         self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, requires: frozenset[str]
     ) -> None:
         self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
-        self._decodes = not requires.isdisjoint({"lens", "trajectory"})
+        self._decodes = not requires.isdisjoint(RESIDUAL_REQUIREMENTS)
         self._attends, self._by_head = not requires.isdisjoint({"attention", "heads"}), "heads" in requires
         self.roles = ("language", "cross") if encoder else ("language",)
         self._reads = self.roles[-1]
@@ -271,7 +273,7 @@ class StepRecorder(AttentionRecorder):
             start: index of the first token; the steps of all must have been recorded.
             answer: these tokens.
             requires: parts to fill.
-            consuming: whether the step that reads the last token is known too, for ``HeadAttention``.
+            consuming: whether the step that reads the last token is known too, for ``heads`` and ``hidden``.
         """
         stop = start + len(answer.token_ids)
         end = stop + consuming
@@ -284,6 +286,8 @@ class StepRecorder(AttentionRecorder):
             hidden = self._part("hidden", start, stop)
             ids = torch.tensor(answer.token_ids, device=hidden.device)
             parts |= self.lens.read_together(hidden, parts["logits"], ids, requires)
+        if "hidden" in requires:
+            parts["hidden"] = self.lens.probed(list(self._part("hidden", start, end).unbind(1)))
         if "heads" in requires:
             rows = self._part("response", start, end)
             response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))

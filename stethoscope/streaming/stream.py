@@ -26,7 +26,7 @@ from stethoscope.diagnosis.run_diagnosis import (
 from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.scorer import Scorer
-from stethoscope.streaming.step_recorder import StepRecorder
+from stethoscope.streaming.step_recorder import RESIDUAL_REQUIREMENTS, StepRecorder
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.token_spans import GrowingText
 
@@ -142,7 +142,7 @@ class WarningStreamer(BaseStreamer):
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
         requires: frozenset[str] = frozenset() if self.scorer is None else self.scorer.requires
-        lens = lens_of(self.model) if requires & {"lens", "trajectory"} else None
+        lens = lens_of(self.model) if requires & RESIDUAL_REQUIREMENTS else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
         self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, requires)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.tracing.hooks import sites
+from stethoscope.tracing.trace import HIDDEN_LAYERS, of_depth
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _LOGITS = 2**24  # entries of logits computed at once where all layers of a token are decoded together
@@ -71,6 +72,16 @@ class Lens:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def probed(self, hidden: list[Tensor]) -> Tensor:
+        """Return the states at ``HIDDEN_LAYERS``, (..., 2, D) float32 on the CPU, h_L after the final norm.
+
+        Args:
+            hidden: L tensors (..., D), those of ``listen``.
+        """
+        chosen = [max(of_depth(layer, len(hidden)), 1) for layer in HIDDEN_LAYERS]
+        states = [hidden[layer - 1] if layer < len(hidden) else self.norm(hidden[-1]) for layer in chosen]
+        return torch.stack([state.detach().float().cpu() for state in states], -2)
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Compute float32 logits (..., V) of a residual stream (..., D)."""

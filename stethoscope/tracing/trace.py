@@ -21,7 +21,7 @@ TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
     "noise_logits", "no_image_logits", "core_logits", "yes_odds", "masked_logprob", "lens_entropy", "lens_top",
     "evidence", "peaks", "own", "layer_states", "no_image_states", "verify_states", "verify_states_without",
-    "imagining", "named_share",
+    "imagining", "named_share", "hidden",
 ]  # fmt: skip
 """Names of the parts of a trace that are tensors."""
 
@@ -32,9 +32,9 @@ They are disjoint and cover the row, so the masses of one row add up to 1. In an
 decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
 (``stethoscope.tracing.attention_recorder`` has the details)."""
 
-FORWARD_REQUIREMENTS = ("attention", "lens", "blank")
-"""Parts of a trace beyond the logits that cost forward passes at most: attention rows and the logit lens cost none
-beside the traced one, the blank image costs one."""
+FORWARD_REQUIREMENTS = ("attention", "lens", "hidden", "blank")
+"""Parts of a trace beyond the logits that cost forward passes at most: attention rows, the logit lens and hidden states
+of the answer's rows cost none beside the traced one, the blank image costs one."""
 REQUIREMENTS = (*FORWARD_REQUIREMENTS, "relevancy")
 """Parts that every family supports, for ``features=default``; relevancy costs a forward and a backward pass."""
 EXTRA_REQUIREMENTS = (
@@ -53,9 +53,10 @@ MENTION_REQUIREMENTS = ("questions", "question_states", "masked", "samples")
 SAMPLES = 5
 """Number of answers that are sampled again at temperature 1, for the agreement about an object."""
 
-KEPT_LAYERS = {"token": (16, 31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
-"""Layers, of 32, whose states are stored whole: those that GLSim, InsLen and VisER were published for, and the middle
-one for the probe of hidden states."""
+HIDDEN_LAYERS = (16, 32)
+"""Layers, of 32, of the answer's own states that a hidden-state probe reads: the middle and the last one."""
+KEPT_LAYERS = {"token": (31, 32), "image": (24, 32), "instruction": (22,), "prompt_end": (32,)}
+"""Layers, of 32, whose states are stored whole: those that GLSim, InsLen and VisER were published for."""
 PROBE_LAYERS = (8, 12, 16, 20, 24)
 """Layers, of 32, of the states that the verification probe reads (hub pbcong/llava-1.5-7b-hal-verify-probe, 2026)."""
 CONTINUATION, CONTINUED_TOKENS = " There is also", 2
@@ -229,6 +230,8 @@ class Trace:
         relevancy: of every token after every layer, in scope ``row``.
         heads: attention by head, of the predicting and the consuming rows.
         states: hidden states of image, question and answer tokens.
+        hidden: (T + 1, 2, D) hidden states of the rows at ``HIDDEN_LAYERS``, the last one after the final norm; row k
+            predicts answer token k and consumes token k - 1.
         trajectory: (T, L - 1) Jensen-Shannon divergence in nats, of the distribution decoded after each layer but the
             last from the model's own.
         image_lens: (T, L + 1, 2) probability of the token when h_l of the image tokens is decoded by the head, without
@@ -271,6 +274,7 @@ class Trace:
     relevancy: Relevancy | None = None
     heads: HeadAttention | None = None
     states: HiddenStates | None = None
+    hidden: Tensor | None = None
     trajectory: Tensor | None = None
     image_lens: Tensor | None = None
     lens_entropy: Tensor | None = None

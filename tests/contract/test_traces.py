@@ -168,7 +168,7 @@ def test_every_feature_has_a_finite_value_for_every_token(adapter, encoded, trac
 
 def lacking(adapter, encoded):
     """Groups of published features that this kind of model has not."""
-    encoder = ("states", "sinks", "image_lens", "hidden") * has_encoder(adapter)
+    encoder = ("states", "sinks", "image_lens") * has_encoder(adapter)
     return {*encoder, *("grid",) * (not encoded.spans.grids)}
 
 
