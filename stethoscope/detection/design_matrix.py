@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,10 @@ from sklearn.base import BaseEstimator
 from stethoscope.core.token_table import feature_matrix, require
 from stethoscope.detection.estimators import make_estimator
 from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns, object_codes
+from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
+from stethoscope.detection.hidden_probe import TEACHER, Probed
 from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
+from stethoscope.features import FEATURES
 from stethoscope.features.columns import feature_of
 
 RARE = 5
@@ -20,34 +24,45 @@ RARE = 5
 
 @dataclass(frozen=True)
 class Inputs:
-    """Columns of the design matrix: plain features, objects or external columns, visual evidence and object.
+    """Columns of the design matrix: plain, objects or external, hidden states and teacher, visual evidence and object.
 
     Attributes:
         features: names of all feature columns of the table that are read.
         objects: canonical names with a category of their own.
         named: add an indicator column for each object. Excludes ``factored``.
         factored: add the external columns, for evidence and prior.
+        probed: give hidden states to a probe; otherwise they are plain features.
+        taught: probe and evidence learn from the model's verification instead of from labels.
     """
 
     features: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     named: bool = False
     factored: bool = False
+    probed: bool = True
+    taught: bool = False
 
-    @property
+    @cached_property
+    def hidden(self) -> tuple[str, ...]:
+        """Columns that only the probe of hidden states reads."""
+        return tuple(name for name in self.features if self.probed and is_hidden(name))
+
+    @cached_property
     def evidence_columns(self) -> tuple[str, ...]:
         """Columns that only the visual-consistency classifier reads."""
         return tuple(name for name in self.features if feature_of(name) == FEATURE)
 
-    @property
+    @cached_property
     def plain(self) -> tuple[str, ...]:
         """All other feature columns."""
-        return tuple(name for name in self.features if feature_of(name) != FEATURE)
+        others = {*self.evidence_columns, *self.hidden}
+        return tuple(name for name in self.features if name not in others)
 
     @property
     def explained_columns(self) -> tuple[str, ...]:
         """Names of the first columns that the final classifier reads, for explanations."""
-        return (*COLUMNS, *self.plain) if self.evidence_columns else self.plain
+        probes = HIDDEN_COLUMNS if self.hidden else ()
+        return (*probes, *(COLUMNS if self.evidence_columns else ()), *self.plain)
 
     @property
     def needs_objects(self) -> bool:
@@ -58,7 +73,8 @@ class Inputs:
     def width(self) -> int:
         """Number of columns of ``matrix``."""
         names = len(EXTERNAL) if self.factored else len(self.objects) if self.named else 0
-        return len(self.plain) + names + (len(self.evidence_columns) + 1 if self.evidence_columns else 0)
+        parts = sum(len(columns) + 1 for columns in (self.hidden, self.evidence_columns) if columns)
+        return len(self.plain) + names + parts
 
     def matrix(self, table: pd.DataFrame) -> np.ndarray:
         """Build the design matrix, (rows, columns) float64, NaN where a value is missing.
@@ -73,21 +89,45 @@ class Inputs:
             parts.append(external_columns(table, self.objects))
         elif self.named:
             parts.append(table["object"].to_numpy(dtype=str)[:, None] == np.array(self.objects, dtype=str))
+        if self.hidden:
+            teacher = table[TEACHER].to_numpy(dtype=float) if TEACHER in table else np.full(len(table), np.nan)
+            parts += [feature_matrix(table, self.hidden), teacher[:, None]]
         if evidence:
             parts += [feature_matrix(table, evidence), object_codes(table, self.objects)[:, None]]
         return np.hstack(parts)
 
-    def classifier(self, kind: str, C: float | None, seed: int) -> BaseEstimator:
+    def classifier(self, kind: str, C: float | None, seed: int, unlabelled: np.ndarray | None = None) -> BaseEstimator:
         """Create an unfitted classifier of ``matrix``.
 
         Args:
             kind: one of ``ESTIMATORS``.
             C: inverse regularisation strength of nested fits; None chooses it by inner folds.
             seed: seed of everything random.
+            unlabelled: (rows, columns) of ``matrix`` of mentions without labels, for the probe; None for none.
         """
         count, evidence = len(self.objects), self.evidence_columns
         model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed)
-        return VisualConsistency(model, len(evidence) + 1, count, C) if evidence else model
+        if self.hidden:
+            more = None if unlabelled is None else self._before_evidence(unlabelled)
+            model = Probed(model, len(self.hidden), C, seed, self.taught, more)
+        if not evidence:
+            return model
+        return VisualConsistency(model, len(evidence) + 1, count, C, self.taught and bool(self.hidden), unlabelled)
+
+    def _before_evidence(self, matrix: np.ndarray) -> np.ndarray:
+        """Return the own columns of rows of ``matrix`` as the classifier inside ``VisualConsistency`` gets them."""
+        size = len(self.evidence_columns)
+        return np.hstack([np.zeros((len(matrix), len(COLUMNS))), matrix[:, : -size - 1]]) if size else matrix
+
+
+def is_hidden(column: str) -> bool:
+    """Whether a column is a dimension of a hidden state.
+
+    >>> is_hidden("hidden_last_q_d0003"), is_hidden("nll")
+    (True, False)
+    """
+    known = FEATURES.get(feature_of(column))
+    return known is not None and known.group == "hidden"
 
 
 def frequent_objects(rows: pd.DataFrame) -> tuple[str, ...]:

@@ -18,12 +18,13 @@ from stethoscope.core.token_table import (
     FeatureSchema,
     Repeats,
     Subtokens,
+    feature_names,
     mention_rows,
     require,
     select_features,
 )
 from stethoscope.detection import artifact
-from stethoscope.detection.design_matrix import Inputs, frequent_objects
+from stethoscope.detection.design_matrix import Inputs, frequent_objects, is_hidden
 from stethoscope.detection.estimators import (
     CALIBRATIONS,
     ESTIMATORS,
@@ -34,12 +35,16 @@ from stethoscope.detection.estimators import (
 )
 from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
+from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
 from stethoscope.detection.shift import RunShift, ShiftMonitor
-from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
+from stethoscope.detection.visual_consistency import FEATURE, NamedProbability, VisualConsistency, most_likely
+from stethoscope.features.columns import feature_of
 
+LABELS = ("all", "few", "none")
+VERIFICATION = ("verify_odds", "verify_yes")  # columns that training may read and prediction does without
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
 
 
@@ -48,6 +53,7 @@ SETTINGS = {
     "calibration": CALIBRATIONS,
     "repeats": ("first", "all"),
     "subtokens": SUBTOKENS,
+    "labels": LABELS,
 }
 
 
@@ -65,7 +71,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
         raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
     if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
         raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
-    for key in ("objects", "factored", "visual_consistency"):
+    for key in ("objects", "factored", "visual_consistency", "hidden_probe"):
         if not isinstance(settings[key], bool):
             raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
     if settings["objects"] and settings["factored"]:
@@ -77,6 +83,10 @@ def check_settings(**settings: Any) -> dict[str, Any]:
             "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold has a "
             "guarantee; use platt or none"
         )
+    if settings["labels"] != "all" and not settings["hidden_probe"]:
+        raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
+    if settings["labels"] == "none" and isinstance(threshold, Mapping):
+        raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
     return settings | {
         "features": None if settings["features"] is None else list(settings["features"]),
         "exclude": list(settings["exclude"]),
@@ -107,6 +117,12 @@ class Detector:
         visual_consistency: read the feature ``attended_embedding``, where the table has it, to score whether the image
             evidence that a token attended to fits the object it names (``stethoscope.detection.visual_consistency``).
             It reads the object for that purpose only. False leaves the feature out.
+        hidden_probe: reduce hidden states (features of the group ``hidden``), where the table has them, to two scores
+            by a small network (``stethoscope.detection.hidden_probe``). If the training table also has
+            ``verify_odds``, one of them learns from the model's own verification; prediction does not need it. False
+            reads every dimension as a feature.
+        labels: ``all`` learns from judged mentions; ``few`` also from those without a label, by ``verify_odds``;
+            ``none`` ignores labels and takes the model's verification for the truth, so that nothing is calibrated.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a guarantee
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` beside it or not.
@@ -135,6 +151,8 @@ class Detector:
         factored: bool = False,
         subtokens: Subtokens = "first",
         visual_consistency: bool = True,
+        hidden_probe: bool = True,
+        labels: Literal["all", "few", "none"] = "all",
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
         self.settings = check_settings(
@@ -149,6 +167,8 @@ class Detector:
             factored=factored,
             subtokens=subtokens,
             visual_consistency=visual_consistency,
+            hidden_probe=hidden_probe,
+            labels=labels,
             threshold=threshold,
         )
         self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
@@ -219,11 +239,12 @@ class Detector:
                 value at all or an infinite one.
             ArtefactError: the two tables have different features.
         """
-        self._model = None  # if fitting fails, the old model must not read the new columns
+        self._model, self._inputs = None, Inputs()  # if fitting fails, the old model must not read the new columns
         tables = train, calibration
-        train = self.select_mentions(train)
-        self._schema = FeatureSchema.of(train)
-        names = select_features(self._schema.names, self.settings["features"], self.settings["exclude"])
+        unlabelled = self._unlabelled(train)
+        train = self._labelled(train)
+        names = self._read_features(feature_names(train))
+        self._schema = self._read_schema(train, names)
         self._inputs = self._select_inputs(names, ())
         if self._inputs.needs_objects:
             self._inputs = self._select_inputs(names, frequent_objects(train))
@@ -233,16 +254,20 @@ class Detector:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
-            calibration = self.select_mentions(calibration)
+            calibration = self._labelled(calibration)
             held_out = self._examples(calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
         kind, C, seed = (self.settings[key] for key in ("estimator", "C", "seed"))
-        model = self._inputs.classifier(kind, C, seed)
+        more = None if unlabelled is None else self._matrix(unlabelled)
+        model = self._inputs.classifier(kind, C, seed, more)
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
         self._base_rate = float(examples.labels.mean())
         self._choose_threshold(train, calibration)
+        if not self._inputs.plain:  # states alone: nothing that a monitor could compare
+            self.monitor = None
+            return self
         mentions = [None if table is None else self.monitored_mentions(table) for table in tables]
         scores = None if mentions[1] is None else self.model.scores(self._matrix(mentions[1]))
         self.monitor = ShiftMonitor.fit(self._inputs.plain, mentions[0], mentions[1], scores)
@@ -318,9 +343,47 @@ class Detector:
             new.monitor = self.monitor.with_reference(rows, scores)
         return new
 
+    def _labelled(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Select the mentions to learn from, with the labels that ``labels`` asks for."""
+        if self.settings["labels"] != "none":
+            return self.select_mentions(table)
+        rows = self._asked(mention_rows(table, self.settings["subtokens"], self.settings["repeats"], judged=False))
+        return rows.assign(label=(rows[TEACHER] < 0).astype(int))
+
+    def _unlabelled(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        """Select the mentions without a label that the probe learns from; None unless ``labels`` is ``few``."""
+        if self.settings["labels"] != "few":
+            return None
+        rows = self._asked(mention_rows(table, self.settings["subtokens"], "all", judged=False))
+        return rows[rows["label"] < 0].reset_index(drop=True)
+
+    def _asked(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Select the rows of mentions that the model was asked about."""
+        if TEACHER not in rows or not any(map(is_hidden, rows.columns)):
+            raise ConfigError(
+                f"detector.labels={self.settings['labels']} needs hidden states and the model's verification of every "
+                "mention; compute features=default_verified"
+            )
+        return rows[rows[TEACHER].notna()].reset_index(drop=True)
+
+    def _read_features(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Select the columns to read: with ``labels`` other than all, those that the model's verification can teach."""
+        selected = select_features(names, self.settings["features"], self.settings["exclude"])
+        kind = self.settings["labels"]
+        if kind == "all":
+            return selected
+        evidence = kind == "few" and self.settings["visual_consistency"]
+        return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
+
+    def _read_schema(self, table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:
+        """Build the schema of a table, without the verification where only training reads it."""
+        spared = set(VERIFICATION) - set(read) if any(map(is_hidden, read)) else set()
+        return FeatureSchema(tuple(name for name in feature_names(table) if name not in spared))
+
     def _select_inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
         """Select the columns of the design matrix by the settings."""
-        inputs = Inputs(tuple(names), tuple(objects), self.settings["objects"], self.settings["factored"])
+        named, factored, probed = (self.settings[key] for key in ("objects", "factored", "hidden_probe"))
+        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, self.settings["labels"] != "all")
         if self.settings["visual_consistency"]:
             return inputs
         if not inputs.plain:
@@ -433,7 +496,7 @@ class Detector:
 
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
         """Build the design matrix, (rows, columns)."""
-        schema = FeatureSchema.of(table)
+        schema = self._read_schema(table, self._inputs.features)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
                 f"the table's features (schema {schema.hash}) are not those the detector was fitted on "

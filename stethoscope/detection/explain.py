@@ -11,6 +11,7 @@ from scipy.special import logit
 
 from stethoscope.detection.estimators import CalibratedModel
 from stethoscope.detection.evidence_prior import Factored
+from stethoscope.detection.hidden_probe import Probed
 from stethoscope.detection.inference import LinearClassifier
 from stethoscope.detection.visual_consistency import VisualConsistency
 
@@ -59,7 +60,7 @@ def explanation(
 
     Args:
         fitted: classifier with a calibration that is linear in log-odds.
-        matrix: (rows, columns) design matrix; its first columns, after ``VisualConsistency``, are those of ``names``.
+        matrix: (rows, columns) design matrix; the first columns that the final classifier reads are those of ``names``.
         probability: (rows,) predictions of the classifier.
         names: names of the features.
         base_rate: share of hallucinated mentions in training, the prior if none was fitted.
@@ -67,9 +68,8 @@ def explanation(
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
     model, (slope, intercept) = fitted.model, fitted.line
-    if isinstance(model, VisualConsistency):
-        matrix = model.join_inputs(matrix)
-        model = model.classifier_
+    while isinstance(model, (VisualConsistency, Probed)):
+        matrix, model = model.join_inputs(matrix), model.classifier_
     if isinstance(model, Factored):
         log_evidence, log_prior = model.parts(matrix)
         evidence, prior = slope * log_evidence, slope * log_prior + intercept

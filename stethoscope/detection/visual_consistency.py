@@ -133,23 +133,41 @@ class VisualConsistency(GroupedEstimator):
         size: number of last columns, which ``GroundingClassifier`` reads.
         objects: as in ``GroundingClassifier``.
         C: inverse regularisation strength of the classifier; None chooses it in inner folds.
+        taught: take the labels of the evidence from the last own column, the model's log-odds of a yes when it is asked
+            whether the object is there.
+        unlabelled: (rows, columns) of further mentions for the evidence, with ``taught``; None for none.
     """
 
-    def __init__(self, classifier: BaseEstimator, size: int = 1, objects: int = 0, C: float | None = None) -> None:
+    def __init__(
+        self,
+        classifier: BaseEstimator,
+        size: int = 1,
+        objects: int = 0,
+        C: float | None = None,
+        taught: bool = False,
+        unlabelled: np.ndarray | None = None,
+    ) -> None:
         self.classifier, self.size, self.objects, self.C = classifier, size, objects, C
+        self.taught, self.unlabelled = taught, unlabelled
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> VisualConsistency:
         """Fit on (rows, own columns + dimensions + object), labels and image ids."""
         own, evidence = X[:, : -self.size], X[:, -self.size :]
-        self.grounding_ = GroundingClassifier(self.objects).fit(evidence, y)
+        more = X[:0] if self.unlabelled is None else self.unlabelled
+        labels, further = self._evidence_labels(X, y), self._evidence_labels(more, np.zeros(len(more)))
+
+        def fitted_on(rows: np.ndarray | slice) -> GroundingClassifier:
+            parts = np.vstack([evidence[rows], more[:, -self.size :]]), np.concatenate([labels[rows], further])
+            return GroundingClassifier(self.objects).fit(*parts)
+
+        self.grounding_ = fitted_on(slice(None))
         folds = inner_folds(groups, y)
         if folds is None:
             grounding = self.grounding_.transform(evidence)
         else:
             grounding = np.zeros((len(X), len(COLUMNS)))
             for train, test in folds:
-                fitted = GroundingClassifier(self.objects).fit(evidence[train], y[train])
-                grounding[test] = fitted.transform(evidence[test])
+                grounding[test] = fitted_on(train).transform(evidence[test])
         matrix, classifier = np.hstack([grounding, own]), clone(self.classifier)
         self.classifier_: Classifier | GroupedEstimator
         if isinstance(classifier, GroupedEstimator):
@@ -159,6 +177,10 @@ class VisualConsistency(GroupedEstimator):
         else:
             self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
         return self
+
+    def _evidence_labels(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the labels that the evidence is fitted to, (rows,)."""
+        return (X[:, -self.size - 1] < 0).astype(int) if self.taught else y
 
     def restore(self, arrays: Arrays, columns: int) -> VisualConsistency:
         """Restore the fitted state; see ``GroupedEstimator.restore``."""

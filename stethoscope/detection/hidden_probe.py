@@ -1,0 +1,236 @@
+"""Reduce hidden states to two scores: what labels and what the model's own verification say about such states.
+
+The probe is a small network with two outputs. One learns the labels of mentions. The other learns, where the training
+table has it, the reply of the model when it is asked whether the object is there (self-verification): a pass per
+mention that only training pays for. The classifier reads both scores, cross-fitted by image, beside its other columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+from sklearn.base import BaseEstimator, clone
+
+from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.estimators import (
+    GroupedEstimator,
+    add_prefix,
+    choose_C,
+    inner_folds,
+    restore_estimator,
+    set_C,
+)
+from stethoscope.detection.inference import Classifier, compile_classifier
+
+COLUMNS = ("hidden_labels", "hidden_verification")
+"""Names of the two scores, log-odds of hallucination, for explanations."""
+TEACHER = "verify_odds"
+"""Column that the second score learns from: log-odds of a yes; NaN where the model was not asked."""
+UNITS, MEMBERS = 128, 3
+"""Units of the hidden layer, and networks whose scores are averaged."""
+EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 300, 256, 4e-3, 1e-2, (0.1, 0.3)
+"""Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units."""
+LARGEST_ODDS = 20.0
+
+
+@dataclass(frozen=True)
+class HiddenProbe:
+    """An average of networks with one hidden layer of rectified units behind a standardisation.
+
+    Attributes:
+        mean, scale: (columns,) of the standardisation; a missing value counts as the mean.
+        hidden, hidden_bias: (members, columns, ``UNITS``) and (members, ``UNITS``).
+        output, bias: (members, ``UNITS``, 2) and (members, 2).
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    hidden: np.ndarray
+    hidden_bias: np.ndarray
+    output: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def fit(cls, states: np.ndarray, targets: np.ndarray, seed: int = 0, members: int = MEMBERS) -> HiddenProbe:
+        """Fit on the states of mentions.
+
+        Args:
+            states: (rows, columns) float, NaN where a value is missing.
+            targets: (rows, 2) probabilities of hallucination by ``COLUMNS``, NaN where not known.
+            seed: of weights, order and dropout.
+            members: number of networks.
+        """
+        with np.errstate(invalid="ignore"):
+            mean, scale = _moments(states)
+        inputs = _standardise(states, mean, scale)
+        fitted = [_train(inputs, targets, seed + member) for member in range(members)]
+        return cls(mean, scale, *(np.stack(parts).astype(np.float64) for parts in zip(*fitted, strict=True)))
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int) -> HiddenProbe:
+        """Restore and check what ``arrays`` returned.
+
+        Args:
+            arrays: arrays of a file by name.
+            columns: number of columns of the states.
+
+        Raises:
+            ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
+        """
+        hidden = arrays.numbers("hidden", None, columns, UNITS)
+        members = len(hidden)
+        arrays.require(members, "hidden", "should hold a network")
+        return cls(
+            arrays.numbers("mean", columns),
+            arrays.positive("scale", columns),
+            hidden,
+            arrays.numbers("hidden_bias", members, UNITS),
+            arrays.numbers("output", members, UNITS, len(COLUMNS)),
+            arrays.numbers("bias", members, len(COLUMNS)),
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name."""
+        return dict(vars(self))
+
+    def transform(self, states: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of hallucination by ``COLUMNS``, (rows, 2).
+
+        Args:
+            states: (rows, columns) float, NaN where a value is missing.
+        """
+        inputs, scores = _standardise(states, self.mean, self.scale), np.zeros((len(states), len(COLUMNS)))
+        for weights, shift, output, bias in zip(self.hidden, self.hidden_bias, self.output, self.bias, strict=True):
+            scores += np.maximum(inputs @ weights + shift, 0) @ output + bias
+        return np.clip(scores / len(self.hidden), -LARGEST_ODDS, LARGEST_ODDS)
+
+
+def _moments(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of the columns; 0 and 1 where there is no spread."""
+    known = np.isfinite(states)
+    count = np.maximum(known.sum(0), 1)
+    mean = np.where(known, states, 0).sum(0) / count
+    spread = np.sqrt(np.where(known, (states - mean) ** 2, 0).sum(0) / count)
+    return mean, np.where(spread > 1e-6, spread, 1.0)
+
+
+def _standardise(states: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.nan_to_num((states - mean) / scale, nan=0.0)
+
+
+def _train(inputs: np.ndarray, targets: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
+    """Train one network; returns its weights and biases, first to last."""
+    import torch
+    from torch import nn
+
+    known = torch.from_numpy(np.isfinite(targets))
+    wanted, states = torch.from_numpy(np.nan_to_num(targets)).float(), torch.from_numpy(inputs).float()
+    count = known.sum(0)
+    share = len(targets) / count.clamp(min=1)  # each output weighs the same, however often it is known
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        first, last = nn.Linear(states.shape[1], UNITS), nn.Linear(UNITS, targets.shape[1])
+        network = nn.Sequential(nn.Dropout(DROPOUT[0]), first, nn.ReLU(), nn.Dropout(DROPOUT[1]), last)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+        batches = len(range(0, len(states), BATCH))
+        epochs = max(EPOCHS, math.ceil(STEPS / batches))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=epochs * batches)
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(states)).split(BATCH):
+                losses = nn.functional.binary_cross_entropy_with_logits(
+                    network(states[chosen]), wanted[chosen], reduction="none"
+                )
+                loss = (torch.where(known[chosen], losses, 0).mean(0) * share).sum()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+    learned = (count > 0).float()  # a score without a single target is 0
+    parts = (first.weight.T, first.bias, last.weight.T * learned, last.bias * learned)
+    return tuple(part.detach().numpy() for part in parts)
+
+
+class Probed(GroupedEstimator):
+    """A classifier whose first columns are the scores of a ``HiddenProbe`` on the last ones.
+
+    The last columns are the states and, at the very end, the teacher's log-odds of a yes, which ``fit`` alone reads.
+    The classifier is fitted on cross-fitted scores, made without the row's image.
+
+    Args:
+        classifier: unfitted result of ``make_estimator``, or ``Factored``.
+        size: number of columns of states.
+        C: inverse regularisation strength of the classifier; None chooses it in inner folds.
+        seed: of everything random.
+        taught: learn the second score alone, from the teacher; the first is 0.
+        unlabelled: (rows, columns) of further mentions without labels, for the teacher's score; None for none.
+    """
+
+    def __init__(
+        self,
+        classifier: BaseEstimator,
+        size: int = 1,
+        C: float | None = None,
+        seed: int = 0,
+        taught: bool = False,
+        unlabelled: np.ndarray | None = None,
+    ) -> None:
+        self.classifier, self.size, self.C, self.seed = classifier, size, C, seed
+        self.taught, self.unlabelled = taught, unlabelled
+
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Probed:
+        """Fit on (rows, own columns + states + teacher), labels and image ids."""
+        labels = np.full(len(y), np.nan) if self.taught else y
+        states, targets = self._states(X), np.column_stack([labels, expit(-X[:, -1])])
+        more = np.zeros((0, X.shape[1])) if self.unlabelled is None else self.unlabelled
+        further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(-more[:, -1])])
+        self.probe_ = HiddenProbe.fit(np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed)
+        folds = inner_folds(groups, y)
+        if folds is None:
+            scores = self.probe_.transform(states)
+        else:
+            scores = np.zeros((len(X), len(COLUMNS)))
+            for train, test in folds:
+                parts = (
+                    np.vstack([part[train], extra]) for part, extra in zip((states, targets), further, strict=True)
+                )
+                scores[test] = HiddenProbe.fit(*parts, self.seed, members=1).transform(states[test])
+        matrix, classifier = np.hstack([scores, X[:, : -self.size - 1]]), clone(self.classifier)
+        self.classifier_: Classifier | GroupedEstimator
+        if isinstance(classifier, GroupedEstimator):
+            self.classifier_ = classifier.fit(matrix, y, groups)
+        elif self.C is None:
+            self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
+        else:
+            self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        return self
+
+    def _states(self, X: np.ndarray) -> np.ndarray:
+        return X[:, -self.size - 1 : -1]
+
+    def restore(self, arrays: Arrays, columns: int) -> Probed:
+        """Restore the fitted state; see ``GroupedEstimator.restore``."""
+        self.probe_ = HiddenProbe.restore(arrays.under("probe"), self.size)
+        own = columns - self.size - 1 + len(COLUMNS)
+        self.classifier_ = restore_estimator(self.classifier, arrays.under("classifier"), own)
+        return self
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the fitted state; see ``GroupedEstimator.arrays``."""
+        return add_prefix("probe", self.probe_.arrays()) | add_prefix("classifier", self.classifier_.arrays())
+
+    @property
+    def C_(self) -> float | None:
+        """Inverse regularisation strength C of the classifier."""
+        own = self.classifier_
+        return own.C_ if isinstance(own, GroupedEstimator) else own.C
+
+    def join_inputs(self, X: np.ndarray) -> np.ndarray:
+        """Build the classifier's inputs, (rows, 2 + own columns)."""
+        return np.hstack([self.probe_.transform(self._states(X)), X[:, : -self.size - 1]])
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of hallucination, (rows,)."""
+        return self.classifier_.decision_function(self.join_inputs(X))

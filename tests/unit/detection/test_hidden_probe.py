@@ -1,0 +1,158 @@
+"""Two scores of hidden states: what labels say of them, and what the model says of itself when it is asked."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.token_tables import halves, token_table
+from torch import nn
+
+from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.token_table import mention_rows
+from stethoscope.detection.design_matrix import is_hidden
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.hidden_probe import COLUMNS, HiddenProbe
+from stethoscope.metrics import classification
+
+SIZE = 12
+
+
+def with_states(table, seed=0):
+    """States whose direction 0 is what ``nll`` is blurred from, behind a bend; the model when asked knows it too."""
+    rng = np.random.default_rng(seed)
+    mixed = np.linalg.qr(np.random.default_rng(7).normal(size=(SIZE, SIZE)))[0]
+    latent = rng.normal(size=(len(table), SIZE))
+    truth = np.where(table["label"] < 0, rng.integers(0, 2, len(table)), table["label"])
+    latent[:, 0] = (2 * truth - 1) * np.abs(rng.normal(size=len(table)) + 0.8) * rng.choice([1, 1, 1, -0.5], len(table))
+    states = np.tanh(latent) @ mixed
+    columns = {f"hidden_last_q_d{i:04d}": states[:, i].astype(np.float32) for i in range(SIZE)}
+    odds = (-3 * latent[:, 0] + 0.5 * rng.normal(size=len(table))).astype(np.float32)
+    return table.assign(**columns, verify_odds=np.where(table["mention_index"] < 0, np.nan, odds))
+
+
+TRAIN, CALIBRATION = halves(with_states(token_table(400)))
+TEST = mention_rows(with_states(token_table(400, seed=9), seed=9))
+LABELS = TEST["label"].to_numpy()
+STATES = [name for name in TEST if is_hidden(name)]
+UNTAUGHT = TEST.drop(columns="verify_odds")
+
+
+def area(detector, rows=UNTAUGHT):
+    return classification.auroc(LABELS, detector.predict(rows))
+
+
+def test_scores_are_those_of_the_networks():
+    states = TEST[STATES].to_numpy(np.float64)
+    targets = np.column_stack([LABELS, np.full(len(LABELS), np.nan)])
+    probe = HiddenProbe.fit(states, targets, members=2)
+    total = 0
+    for member in range(2):
+        first, last = nn.Linear(*probe.hidden[member].shape), nn.Linear(*probe.output[member].shape)
+        with torch.no_grad():
+            for layer, weights, bias in (
+                (first, probe.hidden[member], probe.hidden_bias[member]),
+                (last, probe.output[member], probe.bias[member]),
+            ):
+                layer.weight.copy_(torch.tensor(weights.T))
+                layer.bias.copy_(torch.tensor(bias))
+            inputs = torch.tensor((states - states.mean(0)) / states.std(0)).float()
+            total = total + last(first(inputs).relu()).numpy()
+    scores = probe.transform(states)
+    np.testing.assert_allclose(scores[:, 0], total[:, 0] / 2, atol=1e-4)
+    assert classification.auroc(LABELS, scores[:, 0]) > 0.8
+    assert (scores[:, 1] == 0).all()  # a score without a single target
+    holes = states.copy()
+    holes[:, 3] = np.nan
+    filled = np.where(np.isnan(holes), states.mean(0), holes)
+    np.testing.assert_allclose(probe.transform(holes), probe.transform(filled))
+
+
+def test_a_seed_gives_the_same_probe_and_leaves_other_randomness_alone():
+    states, targets = TEST[STATES].to_numpy(np.float64), np.column_stack([LABELS, LABELS])
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (HiddenProbe.fit(states, targets, seed, members=1) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(3), expected)
+    assert np.array_equal(first.hidden, again.hidden)
+    assert not np.array_equal(first.hidden, other.hidden)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "boosting"])
+def test_the_probe_gains_and_prediction_needs_no_verification(kind):
+    strength = 0.1 if kind == "logistic" else None
+    probed = Detector(kind, C=strength, exclude=["verify_odds"]).fit(TRAIN, CALIBRATION)
+    without = Detector(kind, C=strength, exclude=["verify_odds", *STATES]).fit(TRAIN, CALIBRATION)
+    assert area(probed) > area(without, TEST) + 0.03
+    assert "verify_odds" not in probed.schema.names
+    assert np.array_equal(probed.predict(UNTAUGHT), probed.predict(TEST))
+    assert classification.ece(LABELS, probed.predict(UNTAUGHT)) < 0.05
+
+
+def test_verification_teaches():
+    """The labels of 30 images say little of the states; the model's verification of the same mentions says more."""
+    few = TRAIN[TRAIN["group"].isin(TRAIN["group"].unique()[:30])]
+    taught = Detector(exclude=["verify_odds"], C=0.1).fit(few, CALIBRATION)
+    alone = Detector(exclude=["verify_odds"], C=0.1).fit(few.assign(verify_odds=np.nan), CALIBRATION)
+    assert area(taught) > area(alone)
+
+
+def test_scores_of_training_rows_are_made_without_the_image():
+    """With noise for states a probe that had seen the row would be trusted too much."""
+    noise = {name: np.random.default_rng(3).normal(size=len(TRAIN)).astype(np.float32) for name in STATES}
+    probed = Detector(features=["nll", *STATES], C=1.0).fit(
+        TRAIN.assign(**noise).drop(columns="verify_odds"), CALIBRATION.drop(columns="verify_odds")
+    )
+    plain = Detector(features=["nll"], C=1.0).fit(TRAIN, CALIBRATION)
+    assert area(probed) == pytest.approx(area(plain, TEST), abs=0.03)
+
+
+def test_without_labels_no_label_is_read():
+    detectors = [
+        Detector(labels="none").fit(train, calibration)
+        for train, calibration in ((TRAIN, CALIBRATION), (unjudged(TRAIN), unjudged(CALIBRATION)))
+    ]
+    assert np.array_equal(*(detector.predict(UNTAUGHT) for detector in detectors))
+    assert area(detectors[0]) > 0.8
+    assert set(detectors[0].features) == set(STATES)
+    with pytest.raises(ConfigError, match="needs labels"):
+        Detector(labels="none", threshold={"max_false_alarms": 0.1})
+
+
+def unjudged(table):
+    return table.assign(label=-1)
+
+
+def test_few_labels_are_enough_beside_many_mentions_without():
+    known = TRAIN["group"].isin(TRAIN["group"].unique()[:60])
+    mixed = TRAIN.assign(label=np.where(known, TRAIN["label"], -1))
+    few = Detector(labels="few").fit(mixed)
+    alone = Detector(features=STATES).fit(TRAIN[known].drop(columns="verify_odds"))
+    assert area(few) > area(alone) + 0.02
+    assert classification.ece(LABELS, few.predict(UNTAUGHT)) < 0.1
+
+
+@pytest.mark.parametrize("labels", ["few", "none"])
+def test_what_has_no_verification_is_refused(labels):
+    with pytest.raises(ConfigError, match="default_verified"):
+        Detector(labels=labels).fit(TRAIN.drop(columns="verify_odds"), CALIBRATION)
+    with pytest.raises(ConfigError, match="hidden_probe"):
+        Detector(labels=labels, hidden_probe=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"labels": "few"}, {"labels": "none"}, {"factored": True}])
+def test_saved_and_loaded_it_predicts_the_same(tmp_path, settings):
+    detector = Detector(C=0.1, exclude=() if "labels" in settings else ["verify_odds"], **settings)
+    detector.fit(TRAIN, CALIBRATION)
+    detector.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector")
+    assert np.array_equal(loaded.predict(UNTAUGHT), detector.predict(UNTAUGHT))
+    explained = loaded.explain(UNTAUGHT)
+    assert set(COLUMNS) <= set(explained.contributions)
+    assert not any(is_hidden(name) for name in explained.contributions)
+    with pytest.raises(ArtefactError, match="missing"):
+        loaded.predict(UNTAUGHT.drop(columns=STATES[0]))
+
+
+def test_every_dimension_is_a_feature_without_the_probe():
+    plain = Detector(hidden_probe=False, C=0.1).fit(TRAIN, CALIBRATION)
+    assert set(STATES) <= set(plain.explain(TEST).contributions)
