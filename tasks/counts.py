@@ -153,6 +153,16 @@ def score_caption(text: str, named: Sequence[str], truth: Collection[str]) -> Sc
     return Score("ok", dict(zip(_COUNTS, map(float, values), strict=True)), detail)
 
 
+def unjudged_caption(text: str) -> Score:
+    """Count the words of a caption without a truth; an empty one is ``unparsed``.
+
+    >>> unjudged_caption("A dog.").counts["words"]
+    2.0
+    """
+    status = "ok" if text.strip() else "unparsed"
+    return Score(status, dict.fromkeys(_COUNTS, 0.0) | {"words": float(len(text.split())), "unjudged": 1.0})
+
+
 def label_mentions(mentions: Sequence[TextMention], labels: Sequence[int]) -> tuple[Mention, ...]:
     """Give mentions of a text their labels, numbers and repetitions.
 

@@ -20,17 +20,18 @@ from stethoscope.tasks.noun_extraction import Vocabulary
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, mentions
 from stethoscope.tasks.sources import check_choice, check_positive, setting_path
 
-KINDS = ("yes_no", "caption", "free")
-_PRIMARY = {"yes_no": "f1", "caption": "chair_i", "free": "length"}
-_TRUTH = {"yes_no": "label", "caption": "objects", "free": None}
+KINDS = ("yes_no", "caption", "unlabelled", "free")
+_PRIMARY = {"yes_no": "f1", "caption": "chair_i", "unlabelled": "length", "free": "length"}
+_TRUTH = {"yes_no": "label", "caption": "objects", "unlabelled": None, "free": None}
 
 
 class Custom(Task):
     """Questions about images, scored in one of three ways.
 
     ``yes_no``: every line has a ``label``, yes or no. ``caption``: every line has ``objects``, the list of what is in
-    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``free``: nothing is scored; for
-    answers and features alone.
+    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``unlabelled``: the same, but only
+    some lines have ``objects``, or none; mentions of the others are not judged. A detector learns from them with
+    ``labels=few`` or ``none``. ``free``: nothing is scored; for answers and features alone.
     """
 
     version: ClassVar[str] = "1"
@@ -58,10 +59,10 @@ class Custom(Task):
             raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
         if not (file or images):
             raise ConfigError("a custom task needs task.file, a JSON-lines file, or task.images, a folder, or both")
-        if not file and kind != "free":
+        if not file and _TRUTH[kind]:
             raise ConfigError(
                 f"task.kind={kind} needs task.file, a JSON-lines file with {_TRUTH[kind]!r} on every line; "
-                "a folder alone has no truth to judge by (task.kind=free)"
+                "a folder alone has no truth to judge by (task.kind=unlabelled, or free)"
             )
         if not file and not (question or "").strip():
             raise ConfigError("a folder of images needs task.question, which is asked of every one")
@@ -82,7 +83,7 @@ class Custom(Task):
         self._extract: MentionExtractor = mentions
         self._names: Sequence[str] = OBJECTS
         self._digest = "coco"
-        if self.kind == "caption" and self.vocabulary is not None:
+        if self.kind in ("caption", "unlabelled") and self.vocabulary is not None:
             words = read_vocabulary(setting_path(self.vocabulary))
             self._extract, self._names = Vocabulary(words).mentions, tuple(words)
             self._digest = hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest()[:16]
@@ -113,7 +114,8 @@ class Custom(Task):
             if id_ in samples:
                 own = f"id {clipped(id_)} is used before"
                 raise DataError(f"{origin}: {own if 'id' in row else f'a line without id has its number, but {own}'}")
-            reference = self._truth(row[truth], origin) if truth else {}
+            value = row[truth] if truth else row.get("objects") if self.kind == "unlabelled" else None
+            reference = {} if value is None else self._truth(value, origin)
             reference |= {"answer": answer} if answer is not None else {}
             image = folder.find(str(row["image"]), origin)
             samples[id_] = self._sample(id_, image, question, reference, str(subset), answer)
@@ -153,7 +155,9 @@ class Custom(Task):
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Count what the kind asks for; ``unparsed`` for an empty answer or one that is no yes and no no."""
         text = answer.text
-        if self.kind == "caption":
+        if self.kind == "unlabelled" and "objects" not in sample.reference:
+            return counts.unjudged_caption(text)
+        if self.kind in ("caption", "unlabelled"):
             return counts.score_caption(text, [word.name for word in self._extract(text)], sample.reference["objects"])
         if self.kind == "yes_no":
             reply, label = yes_no.PARSERS[self.parser](text), sample.reference["label"]
@@ -162,10 +166,12 @@ class Custom(Task):
         return Score("ok" if text.strip() else "unparsed", {"answers": 1.0, "words": float(len(text.split()))})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Return the objects that a caption names, or the yes of a reply; a free answer has no labels."""
-        if self.kind == "caption":
-            truth = set(sample.reference["objects"])
+        """Return the objects that a caption names, or the yes of a reply; a free answer has none."""
+        if self.kind in ("caption", "unlabelled"):
             named = self._extract(answer.text)
+            if "objects" not in sample.reference:
+                return counts.label_mentions(named, [-1] * len(named))
+            truth = set(sample.reference["objects"])
             return counts.label_mentions(named, [int(mention.name not in truth) for mention in named])
         if self.kind == "yes_no":
             reply = yes_no.PARSERS[self.parser](answer.text)
@@ -176,6 +182,11 @@ class Custom(Task):
         """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer."""
         if self.kind == "caption":
             return counts.CHAIR_METRICS
+        if self.kind == "unlabelled":
+            length = {
+                "length": lambda totals: counts.ratio(totals["words"], totals["captions"] + totals.get("unjudged", 0))
+            }
+            return {**counts.CHAIR_METRICS, **length}
         if self.kind == "free":
             return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
         names = ("accuracy", "precision", "recall", "f1", "yes_rate")

@@ -1,59 +1,126 @@
-"""Estimate the ceiling of any detector with a probe of the embedded model's image tokens, trained on far more data.
+"""Measure how much of the gap between the best published one-pass detector and the ceiling ours closes.
 
     stethoscope benchmark experiment=detectors
     python scripts/check/ceiling.py runs/detectors
 
+The ceiling is that of any detector on the embedded model: a probe of its image tokens, trained on far more data.
 Detectors learn from the mentions of some hundred captions. The probe learns from thousands of other pictures which of
 all objects are in each, and reads what the projector hands to the language model: every image token gives a score for
-every object, their log-sum-exp says whether it is there. It is judged on the same held-out mentions as the run's
-detector. What it cannot tell, the picture's way into the model does not tell: objects too faint, or too much like
-others.
+every object, their log-sum-exp says whether it is there. What it cannot tell, the picture's way into the model does not
+tell: objects too faint, or too much like others.
+
+For every split seed all are fitted and judged on the same images: the probe, our detector with the sets of features
+``forward`` (one pass) and ``default`` (and a backward pass), and the published detectors that need one pass. The best
+of these is chosen on the test images, in its own favour. A last row judges ours on objects that it was never shown.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.token_table import feature_names
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.score_metrics import AREAS, evaluate_scores
-from stethoscope.metrics.bootstrap import group_weights, split_groups
+from stethoscope.detection.published import available_methods, columns_of, score_published
+from stethoscope.detection.score_metrics import evaluate_scores
+from stethoscope.features import named_set
+from stethoscope.features.registry import FORWARD
+from stethoscope.metrics.bootstrap import Resamples, group_weights, split_groups
 from stethoscope.storage.run_dir import RunStore
 
 SEED = 777  # of the pictures; those that models are judged on have another
 FOLDS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
+SETS = ("forward", "default")
+SHOWN = ("auroc", "auroc_controlled")
+HELD_OUT = 4  # parts of the objects, each of which is left out once
 
 
 def main() -> None:
-    """Trains the probe and prints a line for it and for the run's detector."""
+    """Train the probe and print a table for every split seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run directory of the embedded model with tokens.parquet and detector/")
+    parser.add_argument("run", help="a run directory of the embedded model with tokens.parquet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split by image")
     parser.add_argument("--pictures", type=int, default=8000, help="that the probe learns from")
     parser.add_argument("--epochs", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
-    adapter, detector = stethoscope.load("testbed"), Detector.load(f"{options.run}/detector")
-    table = RunStore(options.run).tokens("chair")
-    folds = split_groups(table["group"].to_numpy(dtype=str), FOLDS, 0)
-    test = detector.select_mentions(table[folds["test"]])
-    scenes = {scene.id: scene for scene in testbed.scenes(len(table["group"].unique()))}
-    names = list(dict.fromkeys(test["group"]))
+    adapter = stethoscope.load("testbed")
+    table = mentions(RunStore(options.run).tokens("chair"))
     learned = testbed.scenes(options.pictures, seed=SEED)
     probe = train(tokens_of(adapter, learned), presence(learned), options.epochs)
+    table["ceiling"] = -present(adapter, probe, table)
+    for seed in options.seeds:
+        masks = split_groups(table["group"].to_numpy(dtype=str), FOLDS, seed)
+        folds = {name: table[mask].reset_index(drop=True) for name, mask in masks.items()}
+        print(f"split seed {seed}: {folds['test']['group'].nunique()} test images, {len(folds['test'])} mentions")
+        compare(folds, seed)
+
+
+def mentions(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the first mentions of a token table that were judged, the rows that detectors learn from."""
+    return Detector().select_mentions(table)
+
+
+def present(adapter: stethoscope.adapters.base.Adapter, probe: Probe, table: pd.DataFrame) -> np.ndarray:
+    """Compute the probe's log-odds that the object of each row is in its picture, (rows,)."""
+    wanted = set(table["group"])
+    chosen = [scene for scene in testbed.scenes(1 + max(int(name.rsplit("-", 1)[1]) for name in wanted))]
+    chosen = [scene for scene in chosen if scene.id in wanted]
     with torch.inference_mode():
-        scores = probe(tokens_of(adapter, [scenes[name] for name in names])).numpy()
-    rows, columns = test["group"].map(names.index), test["object"].map(testbed.CATEGORIES.index)
-    values = {"probe": -scores[rows, columns], "detector": detector.predict(test)}
-    drawn = group_weights(test["group"], 1000, 0)
-    figures = evaluate_scores(test, {}, drawn, values)
-    for name in values:
-        shown = [f"{metric} {drawn.interval(figures[name, metric])}" for metric in AREAS]
-        print(f"{name:9} {'; '.join(shown)}")
+        scores = probe(tokens_of(adapter, chosen)).numpy()
+    rows = table["group"].map({scene.id: index for index, scene in enumerate(chosen)})
+    return scores[rows, table["object"].map(testbed.CATEGORIES.index)]
+
+
+def compare(folds: Mapping[str, pd.DataFrame], seed: int) -> None:
+    """Print the metrics of all detectors on the test fold, and the share of the gap that ours close."""
+    test, own = folds["test"], tuple(name for name in feature_names(folds["test"]) if name != "ceiling")
+    parts = {name: fold.drop(columns="ceiling") for name, fold in folds.items()}
+    selection = {"subtokens": "first", "repeats": "first"}
+    values = {"ceiling": test["ceiling"].to_numpy()}
+    for name in SETS:
+        detector = Detector(features=columns_of(named_set(name), own), seed=seed)
+        values[f"ours, {name}"] = detector.fit(parts["train"], parts["calibration"]).predict(parts["test"])
+    rivals = [method for method in available_methods(parts["train"]) if method.cost == FORWARD]
+    values |= {method.name: score_published(method, parts, selection, seed).values for method in rivals}
+    values["ours, default, unseen objects"] = unseen_objects(parts, columns_of(named_set("default"), own), seed)
+    probabilities = {name: scores for name, scores in values.items() if name.startswith("ours, ")}
+    drawn = group_weights(test["group"].to_numpy(dtype=str), 1000, seed)
+    figures = evaluate_scores(test, probabilities, drawn, {n: v for n, v in values.items() if n not in probabilities})
+    best = {metric: max((m.name for m in rivals), key=lambda name: figures[name, metric][0]) for metric in SHOWN}
+    for name in (*[key for key in values if key not in best.values()], *dict.fromkeys(best.values())):
+        if name in ("ceiling", *probabilities, *best.values()):
+            ece = f", ece {figures[name, 'ece'][0]:.3f}" if name in probabilities else ""
+            print(f"  {name:32}{', '.join(f'{m} {drawn.interval(figures[name, m])}' for m in SHOWN)}{ece}")
+    for name in SETS:
+        for metric in SHOWN:
+            print(f"  {name} over {best[metric]}: {gap(figures, f'ours, {name}', best[metric], metric, drawn)}")
+
+
+def gap(figures: Mapping[tuple[str, str], np.ndarray], own: str, rival: str, metric: str, drawn: Resamples) -> str:
+    """Describe the gain over a rival and its share of the gap to the ceiling, with intervals over images."""
+    gain = figures[own, metric] - figures[rival, metric]
+    share = gain / (figures["ceiling", metric] - figures[rival, metric])
+    return f"{metric} +{drawn.interval(gain)}, share of the gap to the ceiling {drawn.interval(share)}"
+
+
+def unseen_objects(folds: Mapping[str, pd.DataFrame], columns: tuple[str, ...], seed: int) -> np.ndarray:
+    """Score the mentions of the test fold by detectors that were shown no mention of their objects, (rows,)."""
+    objects = np.random.default_rng(seed).permutation(sorted(set(folds["test"]["object"])))
+    scores = np.zeros(len(folds["test"]))
+    for part in np.array_split(objects, HELD_OUT):
+        rest = {name: folds[name][~folds[name]["object"].isin(part)] for name in ("train", "calibration")}
+        rows = folds["test"]["object"].isin(part).to_numpy()
+        detector = Detector(features=columns, seed=seed).fit(rest["train"], rest["calibration"])
+        scores[rows] = detector.predict(folds["test"][rows])
+    return scores
 
 
 class Probe(nn.Module):

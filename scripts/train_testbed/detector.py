@@ -18,7 +18,15 @@ from pathlib import Path
 
 from stethoscope import testbed
 
-WORDS = ["name=ship", "pope.scenes=20", "chair.scenes=1000", "features=default", "detector=logistic", "logger=none"]
+WORDS = [
+    "name=ship",
+    "pope.scenes=20",
+    "chair.scenes=1000",
+    "features=default_verified",  # the probe of hidden states learns from the verification, which nothing else reads
+    "detector=logistic",
+    "detector.exclude=[verify_*]",
+    "logger=none",
+]
 
 
 def main() -> None:

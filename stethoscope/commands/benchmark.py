@@ -28,30 +28,34 @@ def run(config: DictConfig) -> None:
     start = time.monotonic()
     folder, shares = run_dir(config), fractions(config)
     adapter = build(config.model, Adapter, "model", config.plugins)
-    pope, chair = (build(config[name], Task, name, config.plugins) for name in ("pope", "chair"))
+    pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)
+    chair = build(config.chair, Task, "chair", config.plugins)
     features = build(config.features, FeatureSet, "features", config.plugins)
     print(features.summary)
     detector = build(config.detector, Detector, "detector", config.plugins)
     check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
     check_sets(as_list(config.sets), features.names)
-    for task in (pope, chair):
+    for task in filter(None, (pope, chair)):
         task.setup()
     store = RunStore(folder)
     with loggers_of(config) as loggers:
-        answers = answer(config, folder, loggers, adapter, pope)
+        answers = [] if pope is None else [answer(config, folder, loggers, adapter, pope)]
         if not rank() and DETECTOR in store.metrics():
             store.set_status(DETECTOR, "running")  # until it is fitted again, it may be one of fewer answers
         captions = answer(config, folder, loggers, adapter, chair, features=features)
         if rank():  # of several processes the first one does the rest
             return
-        print_results(answers)
-        print_results(captions)
+        for results in (*answers, captions):
+            print_results(results)
         if not config.fast_dev_run:  # two samples are no data to learn from
             compared = {"published": config.published, "sets": as_list(config.sets)}
-            results = fit(store, chair.name, detector, shares, config.seed, **compared)
-            log_detector(loggers, results)
-            log_detector_files(loggers, folder)
-            print_detector(results)
-            print_answer(store, chair.name)
+            figures = fit(store, chair.name, detector, shares, config.seed, **compared)
+            if figures is None:
+                print(f"{folder / 'detector'}: fitted without a label, so that nothing tells how good it is")
+            else:
+                log_detector(loggers, figures)
+                log_detector_files(loggers, folder)
+                print_detector(figures)
+                print_answer(store, chair.name)
     print(f"run directory: {folder} ({time.monotonic() - start:.0f} s)")
-    report_failures([answers, captions], Path(folder))
+    report_failures([*answers, captions], Path(folder))

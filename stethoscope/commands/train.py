@@ -86,12 +86,16 @@ def run(config: DictConfig) -> None:
             sets=as_list(config.sets),
             progress=lambda line: print(f"{line} ...", file=sys.stderr),
         )
-        log_detector(loggers, results)
-        loggers.log_metrics(_flat(results.transfer or ()))
-        log_detector_files(loggers, folder)
-    print_detector(results)
-    if results.transfer:
-        print(text(transfer_table(results.transfer)))
+        if results is not None:
+            log_detector(loggers, results)
+            loggers.log_metrics(_flat(results.transfer or ()))
+            log_detector_files(loggers, folder)
+    if results is None:
+        print("no mention has a label, so that nothing tells how good the detector is")
+    else:
+        print_detector(results)
+        if results.transfer:
+            print(text(transfer_table(results.transfer)))
     print(f"detector: {folder / 'detector'}")
 
 
@@ -147,7 +151,7 @@ def token_table(config: DictConfig, store: RunStore, task: str, subset: str | No
     table = store.tokens(task)
     if table.empty:
         raise missing_rows_error(store, task)
-    if (table["label"] < 0).all():
+    if (table["label"] < 0).all() and config.detector.get("labels") != "none":
         raise ArtefactError(f"{task} judges no mention in {store.run_dir}, so that there is nothing to learn from")
     _tell_of_gaps(store, task)
     if "features" in config:

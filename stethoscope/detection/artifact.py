@@ -24,7 +24,7 @@ SCHEMA_VERSION = 3
 OBJECTS, MANIFEST = "detector.safetensors", "manifest.json"
 COLUMNS = ("features", "table_features", "objects")  # keys of a manifest that the arrays' header repeats
 GENERATED_KEYS = ("schema_version", "created", "versions", "sha256")  # added to a manifest by ``write``
-MAX_BYTES = 64 * 2**20  # size of the arrays' file; a detector has a few hundred kilobytes
+MAX_BYTES = 256 * 2**20  # size of the arrays' file; the probe of hidden states of a 13B model has 63 MB
 
 LIBRARIES = ("lvlm-stethoscope", "scikit-learn", "numpy", "pandas")
 

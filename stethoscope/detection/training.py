@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SECTION = "detector"
 """Section of ``metrics.json``, and of ``status.json`` while detector, figures and warnings do not fit."""
+FOLDS = ("train", "calibration", "test")
 ABLATED = ("auroc", "auroc_controlled")
 Progress = Callable[[str], None]
 
@@ -81,9 +82,7 @@ def train_detector(
     """
     require(table, ("group", "token", "object", "mention_index"))
     report = progress or (lambda line: None)
-    folds = split_groups(
-        table["group"].to_numpy(dtype=str), dict(zip(("train", "calibration", "test"), fractions, strict=True)), seed
-    )
+    folds = split_groups(table["group"].to_numpy(dtype=str), dict(zip(FOLDS, fractions, strict=True)), seed)
     others = {**(compare_with or {}), **refits(detector, sets, feature_names(table))}
     detectors = {"detector": detector, **others}
     if len(detectors) <= len(others):
@@ -233,7 +232,7 @@ def fit(
     targets: Sequence[Target] = (),
     source_run: str = "",
     **more: Any,
-) -> DetectorResults:
+) -> DetectorResults | None:
     """Train on one task's mentions; write ``detector/``, ``warnings.jsonl`` and the figures into the run directory.
 
     Args:
@@ -248,7 +247,8 @@ def fit(
         more: further arguments of ``train_detector``, such as ``compare_with``, ``ablation`` and ``progress``.
 
     Returns:
-        The JSON-able results of ``train_detector``, with ``transfer`` if there are targets.
+        The results of ``train_detector``, with ``transfer`` if there are targets; None where no mention has a label, so
+        that there is nothing to measure by (``detector.labels=none``).
 
     Raises:
         ArtefactError: the run has no token rows of that task.
@@ -256,24 +256,44 @@ def fit(
     table = store.tokens(task) if table is None else table
     if table.empty:
         raise missing_rows_error(store, task)
+    if detector.settings["labels"] == "none" and not (table["label"] >= 0).any():
+        folds = split_groups(table["group"].to_numpy(dtype=str), dict(zip(FOLDS, shares, strict=True)), seed)
+        detector.fit(table[~folds["calibration"]], table[folds["calibration"]])
+        _save(store, task, detector, table, folds)
+        return None
     detector, results, folds = train_detector(table, detector, shares, seed, **more)
     if targets:
         source_target = Target(source_run, table, store.model(task))
         results = replace(results, transfer=transfer(detector, source_target, targets, shares, seed))
+    _save(store, task, detector, table, folds, results)
+    return results
+
+
+def _save(
+    store: RunStore,
+    task: str,
+    detector: Detector,
+    table: pd.DataFrame,
+    folds: Mapping[str, np.ndarray],
+    results: DetectorResults | None = None,
+) -> None:
+    """Write a fitted detector, its figures, where there are any, and its warnings into the run directory."""
     fingerprint = store.fingerprints().get(task, {})
     store.set_status(SECTION, "running")  # a kill from here on leaves parts of two detectors
     detector.save(
         store.run_dir / "detector",
         {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": describe_label(detector)},
     )
-    store.write_metrics(SECTION, results.to_dict())
+    if results is not None:
+        store.write_metrics(SECTION, results.to_dict())
     write_warnings(mention_warnings(table, detector, folds), store.run_dir / "warnings.jsonl")
     store.set_status(SECTION, None)
-    return results
 
 
 def describe_label(detector: Detector) -> str:
     """Describe what a detector has learned to predict, for its manifest."""
+    if detector.settings["labels"] == "none":
+        return "no label: 1 if the model itself, asked about the object it named, rather says no, else 0"
     chosen = {"first": "first sub-token of", "all": "every sub-token of"}
     rows = chosen.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
     which = "the first mention of an object" if detector.settings["repeats"] == "first" else "every object mention"
