@@ -174,8 +174,8 @@ def test_other_sets_for_the_same_detector():
     assert detectors["paper/nll"].settings["features"] == ["nll"]
     assert detectors["paper/nll"].settings["estimator"] == "boosting"
     part = next(name for name in detectors if name.startswith("full"))
-    assert part == f"full (7 of {len(named_set('full').names)} features)"
-    assert "hidden_middle_q_d0000" not in detectors[part].settings["features"]
+    assert part == f"full (8 of {len(named_set('full').names)} features)"
+    assert "hidden_middle_q_d0000" in detectors[part].settings["features"]
     with pytest.raises(ConfigError, match="sets=paper/opera: none of its features is computed"):
         refits(Detector(), ["paper/opera"], feature_names(TABLE))
     with pytest.raises(ConfigError, match="unknown feature set 'ful'; did you mean 'full'"):

@@ -45,6 +45,7 @@ def trace():
         lens_logprob=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS).neg().float(),
         lens_rank=torch.arange(TOKENS * LAYERS).reshape(TOKENS, LAYERS),
         blank_logits=blank,
+        hidden=torch.arange((TOKENS + 1) * 2 * 3.0).reshape(TOKENS + 1, 2, 3),
         relevancy=Relevancy(
             (0, 1, 2), 9, (1, 2, 3, 4, 5), (7, 8), llm=llm, saliency=saliency, image_embeds=torch.eye(IMAGE)
         ),
@@ -52,7 +53,7 @@ def trace():
 
 
 def test_closed_forms(trace):
-    columns = FeatureSet().compute(trace)
+    columns = FeatureSet([*DEFAULT_GROUPS, "blank", "relevancy"]).compute(trace)
     uniform = math.log(WORDS)
     np.testing.assert_allclose(columns["nll"], [uniform, 0, uniform], atol=1e-6)
     np.testing.assert_allclose(columns["entropy"], [uniform, 0, uniform], atol=1e-6)
@@ -84,6 +85,8 @@ def test_closed_forms(trace):
     np.testing.assert_allclose(columns["saliency_previous_max"], [0, 0.8, 7 / 11], atol=1e-6)
     np.testing.assert_allclose(columns["saliency_previous_share"], [0, 8 / 14, 13 / 19], atol=1e-6)
     np.testing.assert_allclose(columns["saliency_image_share"], [1, 6 / 14, 6 / 19], atol=1e-6)
+    for name, start in (("hidden_middle_q", 0), ("hidden_middle_c", 6), ("hidden_last_c", 9)):
+        np.testing.assert_array_equal(columns[f"{name}_d0001"], start + 1 + 6 * np.arange(TOKENS))
     assert all(values.dtype == np.float32 and values.shape == (TOKENS,) for values in columns.values())
 
 
@@ -101,9 +104,10 @@ def test_every_feature_says_what_it_reads(trace):
         "attention": ("mass", "image_attention"),
         "lens": ("lens_rank", "lens_logprob"),
         "blank": ("blank_logits",),
+        "hidden": ("hidden",),
     }
     parts["relevancy"] = ("relevancy",)
-    for item in FeatureSet().features:
+    for item in FeatureSet([*DEFAULT_GROUPS, "blank", "relevancy"]).features:
         kept = {name: getattr(trace, name) for need in item.requires for name in parts[need]}
         item.function(Trace(trace.answer, trace.spans, trace.logits, **kept))
         assert item.requires <= set(REQUIREMENTS)

@@ -25,13 +25,13 @@ def test_every_set_can_be_made(name):
 
 def test_costs_of_the_sets():
     assert chosen("fast").cost == "same forward pass"
-    assert chosen("forward").cost == "one more forward pass"
+    assert chosen("forward").cost == "same forward pass"
     assert chosen("default").cost == chosen("full").cost == "a backward pass"
     assert chosen("one_pass").cost == "same forward pass"
     assert chosen("full_verified").cost == "one more question per mention"
     assert chosen("everything").cost == "5 more answers"
     assert {item.group for item in chosen("everything").features} == set(GROUPS)
-    dear = {"verification", "verify_states", "masked", "hidden", "continuation", "sampling"}
+    dear = {"verification", "verify_states", "masked", "continuation", "sampling"}
     assert {item.group for item in chosen("full").features} == set(GROUPS) - dear
     assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
     cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]
