@@ -125,7 +125,7 @@ class Detector:
             ``none`` ignores labels and takes the model's verification for the truth, so that nothing is calibrated.
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a guarantee
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
-            ``"confidence": 0.95`` beside it or not.
+            ``"confidence": 0.95`` and ``"per_image"``, the most mentions that an image counts with, beside it or not.
 
     Attributes:
         threshold: probability at or above which to warn.
@@ -406,7 +406,7 @@ class Detector:
             held_out = None if calibration is None else self._examples(calibration)
             self.certificate = calibrate_threshold(self.model, self._examples(train), held_out, self._guarantee)
             self.threshold = float(self.model.calibrate(np.array([self.certificate.threshold]))[0])
-            self._chosen = f"{self._guarantee}{only}"
+            self._chosen = f"{self.certificate}{only}"
             return
         if calibration is not None:
             rows, probabilities, fold = calibration, self.predict(calibration), "calibration fold"

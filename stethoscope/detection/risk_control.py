@@ -1,23 +1,41 @@
 """Calibrate thresholds with a bound on the share of false alarms or missed hallucinations over future images.
 
-Risk control after Bates et al. 2021 ("Distribution-Free, Risk-Controlling Prediction Sets", arXiv 2101.02703, theorem
-1) and Angelopoulos et al. 2021 ("Learn then Test", arXiv 2110.01052), with images as the unit, since the mentions of
-one image depend on each other. With F_i the errors among the G_i mentions of image i that can be in error (a false
-alarm needs a grounded mention, a miss a hallucinated one), the risk E[F] / E[G] is at most alpha if and only if
-E[F - alpha G] <= 0, a mean of bounded, independent variables. It is tested by betting (Waudby-Smith & Ramdas 2024,
-"Estimating means of bounded random variables by betting"): with a bet s fixed beforehand the wealth
+The promise. Image i has G_i mentions that can be in error (a false alarm needs a grounded mention, a miss a
+hallucinated one), of which F_i are. An image counts with at most ``limit`` = c of them, that is with the weight
+w_i = min(1, c / G_i) for each, and the promise is
 
-    prod_i (1 - s (F_i - alpha G_i))
+    E[w F] / E[w G] <= alpha    with probability 1 - delta over the draw of the calibration images,
 
-has mean at most 1 if the risk is above alpha, so it reaches 1 / delta with probability delta at most (Markov). F grows
-with every mention that a bolder threshold flags, hence the wealth falls, and the boldest threshold that is accepted
-together with all more cautious ones needs no correction for having been searched for.
+which are independent draws of one kind; the mentions of one image may depend on each other in any way. If no image has
+more than c mentions, all weights are 1 and that is the share E[F] / E[G]. Otherwise the share over all mentions is at
+most alpha + (1 - alpha) b, where b = 1 - E[w G] / E[G] is the share of the mentions that do not count: E[F] <= E[w F] +
+E[(1 - w) G]. A certificate states c and the share that counted.
 
-The bet is the optimum of a normal approximation at risk alpha, from alpha and the mean G of the *training*
-images. On simulated clustered mentions (alpha 0.05, 400 images of 3 mentions, 100 repetitions) the mean risk was then
-0.031, as with the predictable bets of Waudby-Smith & Ramdas, which depend on the order of the images; with a mixture
-of 50 bets it was 0.025, with Hoeffding-Bentkus 0.001 or no threshold at all. A plain normal approximation gave 0.040
-and exceeded alpha in 5 of the repetitions, with 200 images in 11.
+The test of one threshold. X_i = w_i (F_i - alpha G_i) lies in [-alpha c, (1 - alpha) c], and the promise is broken if
+and only if E[X] > 0. It is tested by betting (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables
+by betting", arXiv 2010.09686): the wealth W_i = prod_{j <= i} (1 - s_j X_j) with bets 0 <= s_j < 1 / ((1 - alpha) c)
+that depend on images before j only is never negative, and if E[X] >= 0 its mean given the past never grows. So it ever
+reaches 1 / delta with probability delta at most (Ville's inequality), whatever the bets; they only decide how often a
+good threshold is accepted. Betting stops when 1 / delta is reached.
+
+The bets. With m images left, the second moment v of X and the wealth W, the bet that is best for a normal variable is
+sqrt(2 log(1 / (delta W)) / (m v)): it aims at the wealth that is still lacking, again after every image (Voracek &
+Orabona 2025, "STaR-Bets", arXiv 2505.22422). v is estimated from the images before, and a bet is never smaller than
+what would just suffice if no error followed. The order of the images is drawn with a fixed seed.
+
+The limit. One image with c errors takes all wealth at the largest bet, so that bets, and with them what n images can
+prove, shrink with c: n log(1 + alpha mean(min(G, c)) / ((1 - alpha) c)) is the log-wealth without any error. c is the
+largest number at which that is 1.5 times the log(1 / delta) required, but at least 90 % of the mentions count, by the
+sizes of the *training* images, which the calibration images do not depend on. With enough images nothing is cut.
+``per_image`` sets c by hand.
+
+The search. F grows with every mention that a bolder threshold flags, and the risk with it. Thresholds are tested from
+the one without an error to bolder ones, at every value at which F changes, until one is refused; the last one accepted
+is taken. This needs no correction (fixed-sequence testing; Angelopoulos et al. 2021, "Learn then Test", arXiv
+2110.01052): of the thresholds that break the promise let t be the most cautious, or one as near to that as one likes.
+Its F is among those tested, so that a threshold as bold as t is taken only if t itself was accepted.
+
+``scripts/check/promises.py`` measures it against the bet that was fixed beforehand with c = max G, as it was before.
 """
 
 from __future__ import annotations
@@ -38,8 +56,14 @@ RISKS = {
     "max_false_alarms": "share of grounded mentions that get a warning",
     "max_missed": "share of hallucinated mentions that get none",
 }
-MAX_BET = 0.95  # as a share of the bet at which a single image could take all wealth
+MAX_BET = 0.99  # as a share of the bet at which a single image could take all wealth
 VARIANCE_INFLATION = 1.5  # expected, because mentions of one image depend on each other
+PRIOR_IMAGES = 10  # that the expected second moment counts for beside the measured ones
+AHEAD = 1.05  # of the smallest bet that can still reach the required wealth
+COMFORT = 1.5  # log-wealth without any error, as a multiple of the required one, for which a limit is lowered
+LEAST_COUNTED = 0.9  # share of the mentions that count, below which no limit is lowered by itself
+ORDER_SEED = 0
+CHUNK = 256  # thresholds that are tested together
 
 
 @dataclass(frozen=True)
@@ -50,25 +74,31 @@ class RiskGuarantee:
         risk: one of ``RISKS``.
         most: the largest allowed share alpha, in (0, 1).
         confidence: probability 1 - delta with which the bound holds, in (0, 1).
+        per_image: most mentions that an image counts with; None chooses it from the training images. A number that
+            no image exceeds counts all mentions.
     """
 
     risk: str
     most: float
     confidence: float = 0.95
+    per_image: int | None = None
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> RiskGuarantee:
-        """Parse a configuration such as ``{"max_false_alarms": 0.05}``, with an optional ``confidence``.
+        """Parse a configuration such as ``{"max_false_alarms": 0.05}``.
+
+        ``confidence`` and ``per_image`` are optional.
 
         Raises:
             ConfigError: not exactly one known risk is named, or a number is out of range.
 
         >>> RiskGuarantee.parse({"max_missed": 0.1})
-        RiskGuarantee(risk='max_missed', most=0.1, confidence=0.95)
+        RiskGuarantee(risk='max_missed', most=0.1, confidence=0.95, per_image=None)
         """
+        known = (*RISKS, "confidence", "per_image")
         for key in settings:
-            if key not in (*RISKS, "confidence"):
-                raise ConfigError(unknown("guarantee of detector.threshold", str(key), [*RISKS, "confidence"]))
+            if key not in known:
+                raise ConfigError(unknown("guarantee of detector.threshold", str(key), list(known)))
         risks = [key for key in settings if key in RISKS]
         if len(risks) != 1:
             raise ConfigError(f"detector.threshold={dict(settings)} should name one of {', '.join(RISKS)}")
@@ -77,7 +107,15 @@ class RiskGuarantee:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
                 name = risks[0] if key == "most" else key
                 raise ConfigError(f"detector.threshold.{name}={value!r} should be a number between 0 and 1")
-        return cls(risks[0], **values)
+        limit = settings.get("per_image")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise ConfigError(f"detector.threshold.per_image={limit!r} should be a whole number of at least 1")
+        return cls(risks[0], **values, per_image=limit)
+
+    @property
+    def required(self) -> float:
+        """Log-wealth log(1 / delta) at which a threshold is accepted, in nats."""
+        return math.log(1 / (1 - self.confidence))
 
     def __str__(self) -> str:
         kinds = {"max_false_alarms": "grounded mentions get a warning", "max_missed": "hallucinated mentions get none"}
@@ -94,7 +132,9 @@ class Certificate:
         observed: share of errors on the calibration images, in [0, 1].
         images: number of calibration images.
         mentions: number of their mentions that can be in error.
-        most_per_image: largest weight of an image, in such mentions.
+        most_per_image: most mentions that an image counts with.
+        counted: share of such mentions, of the calibration images and of those that the limit was chosen from, that
+            count, in (0, 1]; 1 if no image has more.
     """
 
     threshold: float
@@ -105,6 +145,7 @@ class Certificate:
     images: int
     mentions: int
     most_per_image: int
+    counted: float = 1.0
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Certificate:
@@ -123,6 +164,12 @@ class Certificate:
         """Convert to JSON-able values."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        text = str(RiskGuarantee(self.risk, self.most, self.confidence))
+        mentions = "mention" if self.most_per_image == 1 else "mentions"
+        limit = f", an image counting with at most {self.most_per_image} {mentions} (so {self.counted:.1%} count)"
+        return text if self.counted == 1 else text + limit
+
 
 def per_image(groups: Sequence[str] | np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Count the marked items of every image, (images,) int, in the order of the sorted ids; 0 is included.
@@ -134,34 +181,75 @@ def per_image(groups: Sequence[str] | np.ndarray, counted: np.ndarray) -> np.nda
     return np.bincount(index.ravel(), weights=counted, minlength=len(names)).astype(int)
 
 
-def bet_size(images: int, most: float, confidence: float, mean: float, limit: int) -> float:
-    """Choose the bet from quantities that do not depend on the calibration labels.
+def choose_limit(reference: np.ndarray, images: int, guarantee: RiskGuarantee) -> int:
+    """Choose how many mentions an image counts with at most: as many as the number of images allows.
 
     Args:
-        images: number n of calibration images.
-        most: alpha.
-        confidence: 1 - delta.
-        mean: mean number of mentions per image that can be in error, over other images.
-        limit: largest number of them that an image counts with.
+        reference: (images,) mentions per image that can be in error, of other images.
+        images: number of calibration images.
+        guarantee: guarantee to meet.
+
+    >>> sizes = np.array([1, 2, 3, 3, 4])
+    >>> [choose_limit(sizes, images, RiskGuarantee("max_false_alarms", 0.05)) for images in (50, 100, 200)]
+    [3, 3, 4]
+    """
+    limits = _limits(reference, guarantee.per_image)
+    growth = [_growth(reference, guarantee.most, limit) for limit in limits]
+    enough = COMFORT * guarantee.required
+    return next(
+        (limit for limit, each in zip(limits, growth, strict=True) if images * each >= enough),
+        limits[int(np.argmax(growth))],
+    )
+
+
+def _limits(sizes: np.ndarray, per_image: int | None) -> list[int]:
+    """List the limits to choose from, the largest first; with each, enough of the mentions count."""
+    largest = int(max(np.max(sizes, initial=1), 1))
+    if per_image is not None:
+        return [min(per_image, largest)]
+    limits = sorted({largest, *(int(size) for size in sizes if size >= 1)}, reverse=True)
+    return [limit for limit in limits if np.minimum(sizes, limit).sum() >= LEAST_COUNTED * np.sum(sizes)]
+
+
+def _growth(sizes: np.ndarray, most: float, limit: int) -> float:
+    """Compute the log-wealth that an image without an error adds at the largest bet, in nats."""
+    return float(np.log1p(_largest_bet(most, limit) * most * np.minimum(sizes, limit)).mean()) if len(sizes) else 0.0
+
+
+def _largest_bet(most: float, limit: int) -> float:
+    """Compute the largest bet: an image with ``limit`` errors leaves 1 % of the wealth."""
+    return MAX_BET / ((1 - most) * limit)
+
+
+def log_wealth(
+    errors: np.ndarray, n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int, mean: float
+) -> np.ndarray:
+    """Bet on one image after the other that the risk is at most ``guarantee.most``.
+
+    Args:
+        errors: (images, thresholds) errors F, in the order of betting.
+        n_at_risk: (images, 1) or (images, thresholds) mentions G that can be in error, G >= F.
+        guarantee: guarantee to meet.
+        limit: most mentions that an image counts with.
+        mean: mean number of mentions that count, per image, over other images.
 
     Returns:
-        sqrt(2 log(1 / delta) / (n variance)), capped so that a single image cannot take all wealth.
+        (thresholds,) log-wealth in nats; higher is more evidence for the guarantee, and at ``guarantee.required``
+        betting stops.
     """
-    variance = VARIANCE_INFLATION * most * (1 - most) * max(mean, 1e-9)
-    best = math.sqrt(2 * math.log(1 / (1 - confidence)) / (max(images, 1) * variance))
-    return min(best, MAX_BET / ((1 - most) * limit))
-
-
-def log_wealth(errors: np.ndarray, n_at_risk: np.ndarray, most: float, bet: float) -> float:
-    """Compute the log-wealth, in nats; higher is more evidence for a risk of at most ``most``.
-
-    Args:
-        errors: (images,) errors F.
-        n_at_risk: (images,) mentions G that can be in error, G >= F.
-        most: alpha.
-        bet: bet s, less than 1 / ((1 - alpha) max G).
-    """
-    return float(np.log1p(-bet * (errors - most * n_at_risk)).sum())
+    most, images = guarantee.most, len(errors)
+    losses = np.minimum(1, limit / np.maximum(n_at_risk, 1)) * (errors - most * n_at_risk)
+    gain = most * max(mean, 1e-9)  # of an image without an error
+    squares = np.full(losses.shape[1], PRIOR_IMAGES * VARIANCE_INFLATION * gain * (1 - most))
+    wealth = np.zeros(losses.shape[1])
+    for i, loss in enumerate(losses):
+        lacking = np.maximum(guarantee.required - wealth, 0)
+        bet = np.sqrt(2 * lacking * (PRIOR_IMAGES + i) / ((images - i) * squares))
+        smallest = AHEAD * np.expm1(np.minimum(lacking / (images - i), 50)) / gain
+        bet = np.minimum(np.maximum(bet, smallest), _largest_bet(most, limit))
+        wealth += np.log1p(-bet * loss)
+        squares += loss**2
+    return wealth
 
 
 def certify(
@@ -175,8 +263,8 @@ def certify(
 
     With probability ``guarantee.confidence`` over the draw of the calibration images, the share of errors over all
     images of the same kind is at most ``guarantee.most``, however good the detector is; a poor one only gets a poor
-    threshold. An image counts with at most ``max(reference)`` mentions that can be in error, so that the tested
-    variable is bounded.
+    threshold. An image counts with at most ``most_per_image`` mentions that can be in error (``choose_limit``); what
+    that says about all mentions is in the docstring of the module.
 
     Args:
         scores: (n,) scores of the calibration mentions, by a model not fitted on their images; higher means
@@ -189,36 +277,25 @@ def certify(
     Raises:
         DataError: there are too few images for any threshold, or only a useless one meets the guarantee.
     """
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    scores, labels, reference = np.asarray(scores, dtype=np.float64), np.asarray(labels), np.asarray(reference)
     side = 1 if guarantee.risk == "max_false_alarms" else -1  # a miss is a false alarm with labels and scores reversed
     at_risk = labels == (0 if side > 0 else 1)
-    limit, mean = int(max(np.max(reference, initial=1), 1)), float(np.mean(reference)) if len(reference) else 1.0
     index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].ravel()
     n_at_risk = np.bincount(index, weights=at_risk)
-    share = np.minimum(1, limit / np.maximum(n_at_risk, 1))  # weight of a mention, by image
-    bet = bet_size(len(n_at_risk), guarantee.most, guarantee.confidence, mean, limit)
-    required = math.log(1 / (1 - guarantee.confidence))
-    errors_sorted = np.sort(side * scores[at_risk])[::-1]  # errors in the order in which bolder thresholds make them
-
-    def accepted(count: int) -> bool:
-        """Tell whether the guarantee holds with the first ``count`` errors; each lowers the wealth."""
-        flagged = at_risk & (side * scores >= (errors_sorted[count - 1] if count else np.inf))
-        errors = np.bincount(index, weights=flagged, minlength=len(n_at_risk))
-        return log_wealth(errors * share, n_at_risk * share, guarantee.most, bet) >= required
-
-    if not accepted(0):
-        raise DataError(_too_few(guarantee, n_at_risk * share, limit))
-    low, high = 0, len(errors_sorted) - 1  # making every error is never accepted: the wealth is then below 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if accepted(middle) else (low, middle - 1)
-    threshold = _between(side * scores, errors_sorted, low)
+    limit = choose_limit(reference, len(n_at_risk), guarantee)
+    mean = float(np.minimum(reference, limit).mean()) if len(reference) else 1.0
+    bolder, step = np.unique(-side * scores[at_risk], return_inverse=True)  # errors in the order of bolder thresholds
+    count = _accepted(step.ravel(), index[at_risk], n_at_risk, guarantee, limit, mean)
+    if count < 0:
+        raise DataError(_too_few(guarantee, n_at_risk, _limits(reference, guarantee.per_image)[0]))
+    threshold = _between(side * scores, -bolder, count)
     flagged = side * scores >= threshold
     if not (flagged & ~at_risk).any():
         raise DataError(
             f"{guarantee}: only a useless threshold meets that on {len(n_at_risk)} calibration images, because the "
             "most extreme scores are errors; allow more, or use detector.threshold=f1"
         )
+    sizes = np.r_[n_at_risk, reference]
     return Certificate(
         threshold=threshold if side > 0 else float(np.nextafter(-threshold, np.inf)),  # warn at or above it
         risk=guarantee.risk,
@@ -228,7 +305,37 @@ def certify(
         images=len(n_at_risk),
         mentions=int(at_risk.sum()),
         most_per_image=limit,
+        counted=float(np.minimum(sizes, limit).sum() / sizes.sum()),
     )
+
+
+def _accepted(
+    step: np.ndarray, index: np.ndarray, n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int, mean: float
+) -> int:
+    """Count how many distinct scores may be errors, testing one more each time; -1 if not even none is accepted.
+
+    Args:
+        step: (mentions,) for every mention that can be in error, the rank of its score among the distinct ones, in the
+            order of bolder thresholds.
+        index: (mentions,) image of each.
+        n_at_risk: (images,) mentions of every image.
+        guarantee: guarantee to meet.
+        limit: most mentions that an image counts with.
+        mean: mean number of mentions that count, per image, over other images.
+    """
+    images, total = len(n_at_risk), int(step.max(initial=-1)) + 1
+    order = np.random.default_rng(ORDER_SEED).permutation(images)
+    for start in range(0, total + 1, CHUNK):
+        width = min(CHUNK, total + 1 - start)
+        errors = np.zeros((images, width))
+        np.add.at(errors[:, 0], index[step < start], 1)
+        inside = (step >= start) & (step < start + width - 1)
+        np.add.at(errors, (index[inside], step[inside] - start + 1), 1)
+        errors = np.cumsum(errors, axis=1)[order]
+        refused = log_wealth(errors, n_at_risk[order, None], guarantee, limit, mean) < guarantee.required
+        if refused.any():
+            return start + int(np.argmax(refused)) - 1
+    return total
 
 
 def _between(oriented: np.ndarray, errors_sorted: np.ndarray, count: int) -> float:
@@ -239,16 +346,22 @@ def _between(oriented: np.ndarray, errors_sorted: np.ndarray, count: int) -> flo
 
 
 def images_needed(n_at_risk: np.ndarray, guarantee: RiskGuarantee, limit: int) -> int | None:
-    """Estimate how many such images a guarantee needs if no error occurs; None if no mention can be in error.
+    """Compute how many such images a guarantee needs if no error occurs; None if no mention can be in error.
+
+    Args:
+        n_at_risk: (images,) mentions per image that can be in error.
+        guarantee: guarantee to meet.
+        limit: most mentions that an image counts with; without ``guarantee.per_image`` a smaller limit is used where
+            it needs fewer images.
 
     >>> images_needed(np.array([3, 2, 4]), RiskGuarantee("max_false_alarms", 0.05), 4)
-    82
+    79
     """
     if not np.sum(n_at_risk):
         return None
-    bet = MAX_BET / ((1 - guarantee.most) * limit)  # with so few images the bet is at its maximum
-    gain = log_wealth(np.zeros(len(n_at_risk)), n_at_risk, guarantee.most, bet) / len(n_at_risk)
-    return math.ceil(math.log(1 / (1 - guarantee.confidence)) / gain)
+    limits = _limits(np.minimum(n_at_risk, limit), None) if guarantee.per_image is None else [limit]
+    growth = max(_growth(n_at_risk, guarantee.most, each) for each in limits)
+    return math.ceil(guarantee.required / growth)
 
 
 def _too_few(guarantee: RiskGuarantee, n_at_risk: np.ndarray, limit: int) -> str:

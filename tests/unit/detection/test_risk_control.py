@@ -1,5 +1,8 @@
 """Promised thresholds: kept on simulated images of which the truth is known, not wasteful, and refused when too few."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from helpers.token_tables import halves, token_table
@@ -7,7 +10,17 @@ from helpers.token_tables import halves, token_table
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.risk_control import RiskGuarantee, bet_size, certify, images_needed, log_wealth, per_image
+from stethoscope.detection.risk_control import (
+    MAX_BET,
+    ORDER_SEED,
+    Certificate,
+    RiskGuarantee,
+    certify,
+    choose_limit,
+    images_needed,
+    log_wealth,
+    per_image,
+)
 from stethoscope.detection.training import train_detector
 
 REPETITIONS = 200
@@ -70,16 +83,69 @@ def test_promises_are_kept_and_not_wasteful(promise, count, least, population):
     assert naive > 60, "a threshold that only fits the calibration images breaks the promise half of the time"
 
 
-def test_wealth_at_the_edge_is_a_fair_game():
-    """With the risk exactly at alpha the mean wealth is 1, so that 20 is reached once in 20 times at most."""
+def wealth_by_hand(errors, n_at_risk, most, delta, limit, mean):
+    """Bet with plain numbers, as the docstring of the module says: second moment, wealth still lacking, least bet."""
+    wealth, squares = 1.0, 10 * 1.5 * most * (1 - most) * mean
+    for i, (wrong, size) in enumerate(zip(errors, n_at_risk, strict=True)):
+        left = len(errors) - i
+        lacking = max(math.log(1 / (delta * wealth)), 0)
+        bet = max(
+            math.sqrt(2 * lacking / (left * squares / (10 + i))),
+            1.05 * (math.exp(min(lacking / left, 50)) - 1) / (most * mean),
+        )
+        loss = (wrong - most * size) * (1 if size <= limit else limit / size)
+        wealth *= 1 - min(bet, MAX_BET / ((1 - most) * limit)) * loss
+        squares += loss**2
+    return wealth
+
+
+def test_wealth_is_that_of_the_bets_in_the_docstring():
     rng = np.random.default_rng(0)
-    most, bet = 0.1, bet_size(50, 0.1, 0.95, 2.0, 3)
-    wealth = []
-    for _ in range(20_000):
-        chances = rng.integers(1, 4, size=50)
-        wealth.append(np.exp(log_wealth(rng.binomial(chances, most), chances, most, bet)))
-    assert np.mean(wealth) == pytest.approx(1, abs=0.05)
-    assert np.mean(np.array(wealth) >= 20) <= 0.05
+    sizes = rng.integers(0, 6, 60)
+    errors = rng.binomial(sizes[:, None], [0.0, 0.01, 0.05, 0.2], size=(60, 4))
+    promise = RiskGuarantee("max_false_alarms", 0.1, confidence=0.9)
+    computed = log_wealth(errors, sizes[:, None], promise, 3, 2.2)
+    by_hand = [wealth_by_hand(column, sizes, 0.1, 0.1, 3, 2.2) for column in errors.T]
+    assert np.exp(computed) == pytest.approx(by_hand, rel=1e-9)
+    assert computed[0] >= promise.required > computed[3]
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        {(0, 1): 0.8, (1, 1): 0.2},  # single mentions
+        {(0, 3): 0.8, (3, 3): 0.2},  # all mentions of an image are wrong, or none
+        {(0, 1): 0.5, (0, 2): 0.275, (2, 2): 0.225 - 0.2 * 0.125, (0, 4): 0.025},  # errors where there are more
+        {(0, 1): 0.4, (1, 3): 0.6},
+    ],
+    ids=["single", "together", "size", "even"],
+)
+def test_wealth_is_a_fair_game_for_every_sequence_of_eight_images(outcomes):
+    """At a risk of exactly alpha the mean wealth over all sequences is 1; 1 / delta is reached with delta at most."""
+    chances = np.array(list(outcomes.values()))
+    errors, sizes = np.array(list(outcomes)).T
+    most = float(chances @ errors / (chances @ sizes))
+    sequences = np.array(list(itertools.product(range(len(outcomes)), repeat=8))).T
+    weights = np.prod(chances[sequences], axis=0)
+    for confidence in (0.5, 0.8, 0.95):
+        promise = RiskGuarantee("max_false_alarms", most, confidence)
+        wealth = log_wealth(errors[sequences], sizes[sequences], promise, sizes.max(), chances @ sizes)
+        assert weights @ np.exp(wealth) == pytest.approx(weights.sum())
+        assert weights[wealth >= promise.required].sum() <= 1 - confidence
+
+
+def test_a_limit_promises_the_share_in_which_an_image_counts_no_more_than_it():
+    """The game is fair at the clipped risk; the docstring bounds how far that of all mentions is from it."""
+    sizes, errors, chances = np.array([1, 2, 6]), np.array([0, 0, 3]), np.array([0.5, 0.3, 0.2])
+    share = np.minimum(1, 2 / sizes)
+    most = float(chances @ (share * errors) / (chances @ (share * sizes)))
+    sequences = np.array(list(itertools.product(range(3), repeat=8))).T
+    weights = np.prod(chances[sequences], axis=0)
+    promise = RiskGuarantee("max_false_alarms", most, 0.8)
+    wealth = log_wealth(errors[sequences], sizes[sequences], promise, 2, 1.4)
+    assert weights @ np.exp(wealth) == pytest.approx(1)
+    beyond = 1 - chances @ (share * sizes) / (chances @ sizes)
+    assert most < chances @ errors / (chances @ sizes) <= most + (1 - most) * beyond
 
 
 def test_a_bolder_promise_gives_a_bolder_threshold():
@@ -93,23 +159,26 @@ def test_a_bolder_promise_gives_a_bolder_threshold():
     assert surer.threshold > given[1].threshold
 
 
-def test_the_found_threshold_is_the_boldest_that_passes():
+@pytest.mark.parametrize("count", [100, 300])
+def test_the_found_threshold_is_the_boldest_that_passes(count):
     """Against a slow search: every distinct score as threshold, from the most cautious, until the test fails."""
-    drawn = scores, labels, groups = images(300, seed=2)
+    drawn = scores, labels, groups = images(count, seed=2)
     promise = RiskGuarantee("max_false_alarms", 0.1)
     known = reference(promise, drawn)
-    bet = bet_size(300, 0.1, 0.95, known.mean(), known.max())
-    chances = per_image(groups, labels == 0)
+    limit = choose_limit(known, count, promise)
+    chances, order = per_image(groups, labels == 0), np.random.default_rng(ORDER_SEED).permutation(count)
     passed = np.inf
     for threshold in np.unique(scores)[::-1]:
         errors = per_image(groups, (labels == 0) & (scores >= threshold))
-        if log_wealth(errors, chances, 0.1, bet) < np.log(20):
+        wealth = log_wealth(errors[order, None], chances[order, None], promise, limit, np.minimum(known, limit).mean())
+        if wealth[0] < np.log(20):
             break
         passed = threshold
     found = certify(*drawn, promise, known)
     assert ((scores >= found.threshold) == (scores >= passed)).all()
     assert found.observed == (scores[labels == 0] >= passed).mean()
-    assert (found.images, found.mentions, found.most_per_image) == (300, (labels == 0).sum(), known.max())
+    assert (found.images, found.mentions, found.most_per_image) == (count, (labels == 0).sum(), limit)
+    assert found.counted == np.minimum(chances, limit).sum() / chances.sum()
 
 
 def test_a_miss_is_a_false_alarm_turned_round():
@@ -137,7 +206,7 @@ def test_images_with_more_mentions_than_known_count_no_more_than_those():
     assert found.observed < 0.2
 
 
-@pytest.mark.parametrize(("count", "enough"), [(60, False), (120, False), (400, True)])
+@pytest.mark.parametrize(("count", "enough"), [(25, False), (50, False), (120, True), (400, True)])
 def test_too_few_images_are_refused_with_how_many_are_needed(count, enough):
     drawn = images(count, seed=7)
     promise = RiskGuarantee("max_false_alarms", 0.05)
@@ -150,6 +219,45 @@ def test_too_few_images_are_refused_with_how_many_are_needed(count, enough):
     needed = images_needed(reference(promise, drawn), promise, int(known.max()))
     assert str(needed) in str(error.value)
     assert needed > count
+
+
+def test_two_hundred_images_suffice_for_five_percent_whatever_the_largest_image():
+    """With every mention counted the largest image decides, and most draws of calibration images are refused."""
+    refused = {None: 0, 100: 0}
+    for seed in range(40):
+        drawn = images(200, seed)
+        for per_image_limit in refused:
+            promise = RiskGuarantee("max_false_alarms", 0.05, per_image=per_image_limit)
+            try:
+                certificate = certify(*drawn, promise, np.r_[reference(promise, images(500, seed + 1000)), 14])
+            except DataError:
+                refused[per_image_limit] += 1
+            else:
+                assert certificate.most_per_image < 14
+                assert certificate.counted < 1
+                assert str(certificate).endswith("% count)")
+    assert refused[None] <= 4
+    assert refused[100] == 40
+
+
+def test_more_images_count_more_mentions_and_then_all():
+    known = reference(RiskGuarantee("max_false_alarms", 0.05), images(1000, seed=1))
+    limits = [choose_limit(known, count, RiskGuarantee("max_false_alarms", 0.05)) for count in (50, 200, 400, 2000)]
+    assert limits == sorted(limits)
+    assert limits[0] < limits[-1] == known.max()
+    for per_image_limit, limit in ((1, 1), (3, 3), (100, known.max())):
+        promise = RiskGuarantee("max_false_alarms", 0.05, per_image=per_image_limit)
+        assert choose_limit(known, 200, promise) == limit
+    certificate = certify(*images(2000, seed=2), RiskGuarantee("max_false_alarms", 0.05), np.r_[known, 8])
+    assert certificate.counted == 1
+    assert str(certificate) == "at most 0.05 of the grounded mentions get a warning, at confidence 0.95"
+
+
+def test_certificates_from_before_the_limit_was_stated_can_be_read():
+    values = certify(*images(400, seed=1), RiskGuarantee("max_missed", 0.2), np.array([2, 8])).to_dict()
+    assert Certificate.parse(values).to_dict() == values
+    del values["counted"]
+    assert Certificate.parse(values).counted == 1
 
 
 def test_the_number_of_images_needed_is_where_a_faultless_detector_passes():
@@ -181,6 +289,8 @@ def test_a_detector_that_is_sure_of_what_is_wrong_gets_no_threshold():
         ({"confidence": 0.9}, "should name one of"),
         ({"max_missed": 0.1, "confidence": 1.0}, r"confidence=1\.0 should be"),
         ({"max_missed": True}, "max_missed=True should be"),
+        ({"max_missed": 0.1, "per_image": 0}, "per_image=0 should be a whole number of at least 1"),
+        ({"max_missed": 0.1, "per_image": 2.5}, r"per_image=2\.5 should be a whole number"),
     ],
 )
 def test_wrong_promises_are_named(wanted, message):
