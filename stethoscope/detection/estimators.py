@@ -407,6 +407,9 @@ def _out_of_fold_scores(estimator: BaseEstimator, train: Examples) -> np.ndarray
             f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "
             "give a calibration fold, more samples or calibration=none"
         )
+    made_in_fit: np.ndarray | None = getattr(estimator, "held_out_", None)
+    if made_in_fit is not None:
+        return made_in_fit
     if not isinstance(estimator, GroupedEstimator):
         return out_of_fold(estimator, train.matrix, train.labels, folds)
     scores = np.zeros(len(train.labels))

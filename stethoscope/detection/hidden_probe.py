@@ -20,6 +20,7 @@ from stethoscope.detection.estimators import (
     add_prefix,
     choose_C,
     inner_folds,
+    out_of_fold,
     restore_estimator,
     set_C,
 )
@@ -205,6 +206,9 @@ class Probed(GroupedEstimator):
             self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
         else:
             self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        self.held_out_ = None
+        if self.taught and folds is not None and not isinstance(classifier, GroupedEstimator):
+            self.held_out_ = out_of_fold(classifier, matrix, y, folds)  # no label is in the scores that it reads
         return self
 
     def _states(self, X: np.ndarray) -> np.ndarray:

@@ -176,6 +176,7 @@ class VisualConsistency(GroupedEstimator):
             self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
         else:
             self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        self.held_out_ = getattr(self.classifier_, "held_out_", None)
         return self
 
     def _evidence_labels(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:

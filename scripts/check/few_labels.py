@@ -1,0 +1,96 @@
+"""Draw the learning curve of detectors against the number of labelled pictures, on fresh mentions of one run.
+
+    stethoscope evaluate task=chair task.scenes=5000 name=many logger=none
+    stethoscope extract run=runs/many features=everything
+    python scripts/check/few_labels.py runs/many
+
+2,000 pictures are held out. The others have no label but for the number at the head of a line; ours learns from the
+rest by the model's own verification (``labels=few``, and ``none`` at 0), the published ones from the labelled alone.
+The figures are means over draws of the labelled pictures. Self-verification asks the model about every mention.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.core.errors import DataError
+from stethoscope.core.token_table import feature_names
+from stethoscope.detection.detector import Detector
+from stethoscope.detection.published import SELF_VERIFICATION, available_methods, columns_of, score_published
+from stethoscope.detection.score_metrics import control_bins
+from stethoscope.features import named_set
+from stethoscope.metrics import classification
+from stethoscope.metrics.bootstrap import split_groups
+from stethoscope.storage.run_dir import RunStore
+
+HELD_OUT = 2000  # pictures
+COUNTS = (0, 25, 50, 100, 200, 500, 1000)
+RIVALS = ("paper/hidden", "paper/haloprobe")
+SELECTION = {"subtokens": "first", "repeats": "first"}
+
+
+def main() -> None:
+    """Print a line for every number of labelled pictures and every detector."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run with hidden states and verification, of more than 2,000 pictures")
+    parser.add_argument("--draws", type=int, default=3, help="of the labelled pictures")
+    options = parser.parse_args()
+    table = Detector().select_mentions(RunStore(options.run).tokens("chair"))
+    pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
+    test = table[table["group"].isin(pictures[:HELD_OUT])].reset_index(drop=True)
+    learn = table[table["group"].isin(pictures[HELD_OUT:])].reset_index(drop=True)
+    methods = {method.name: method for method in available_methods(learn)}
+    folds = {"train": learn, "calibration": learn, "test": test}
+    verification = score_published(methods[SELF_VERIFICATION], folds, SELECTION)
+    print(describe("self-verification", [figures(test, verification.values)]))
+    for count in COUNTS:
+        measured: dict[str, list[tuple[float, ...]]] = {}
+        for draw in range(options.draws if count else 1):
+            known = np.random.default_rng(draw).permutation(pictures[HELD_OUT:])[:count]
+            labelled = learn["group"].isin(known).to_numpy()
+            for name, scores in fitted(learn, labelled, test, methods).items():
+                measured.setdefault(name, []).append(figures(test, scores))
+        for name, values in measured.items():
+            print(describe(f"{count:5} {name}", values), flush=True)
+
+
+def fitted(learn: pd.DataFrame, labelled: np.ndarray, test: pd.DataFrame, methods: dict) -> dict[str, np.ndarray]:
+    """Fit ours, and the published detectors where the labels are enough; returns (rows,) scores by name."""
+    columns = columns_of(named_set("default_verified"), feature_names(learn))
+    kind = "few" if labelled.any() else "none"
+    rows = learn.assign(label=np.where(labelled, learn["label"], -1))
+    mine = Detector(features=columns, exclude=["verify_*"], labels=kind)
+    scores = {f"ours, labels={kind}": mine.fit(rows).predict(test)}
+    if labelled.any():
+        own = learn[labelled].reset_index(drop=True)
+        split = split_groups(own["group"].to_numpy(dtype=str), {"train": 0.7, "calibration": 0.3})
+        folds = {**{name: own[mask] for name, mask in split.items()}, "test": test}
+        try:
+            scores |= {name: score_published(methods[name], folds, SELECTION).values for name in RIVALS}
+            all_labels = Detector(features=columns, exclude=["verify_*"])
+            scores["ours, labels=all"] = all_labels.fit(folds["train"], folds["calibration"]).predict(test)
+        except DataError as error:
+            print(f"      of these alone nothing can be learned: {error}")
+    return scores
+
+
+def figures(test: pd.DataFrame, scores: np.ndarray) -> tuple[float, ...]:
+    """Return AUROC, position-controlled AUROC and, for probabilities, ECE of (rows,) scores."""
+    labels = test["label"].to_numpy(dtype=int)
+    controlled = classification.auroc_within(labels, scores, control_bins(test)["auroc_controlled"])
+    probabilities = scores.min() >= 0 and scores.max() <= 1
+    ece = float(classification.ece(labels, scores)) if probabilities else float("nan")
+    return float(classification.auroc(labels, scores)), float(controlled), ece
+
+
+def describe(name: str, values: list[tuple[float, ...]]) -> str:
+    """Write the means over draws in a line."""
+    auroc, controlled, ece = np.mean(values, axis=0)
+    return f"{name:28} auroc {auroc:.4f}, position-controlled {controlled:.4f}, ece {ece:.4f}"
+
+
+if __name__ == "__main__":
+    main()
