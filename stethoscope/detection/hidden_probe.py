@@ -32,8 +32,9 @@ TEACHER = "verify_odds"
 """Column that the second score learns from: log-odds of a yes; NaN where the model was not asked."""
 UNITS, MEMBERS = 128, 3
 """Units of the hidden layer, and networks whose scores are averaged."""
-EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 300, 256, 4e-3, 1e-2, (0.1, 0.3)
-"""Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units."""
+EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 30, 300, 256, 4e-3, 1e-2, (0.1, 0.3)
+"""Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units.
+Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer."""
 LARGEST_ODDS = 20.0
 
 
@@ -55,7 +56,9 @@ class HiddenProbe:
     bias: np.ndarray
 
     @classmethod
-    def fit(cls, states: np.ndarray, targets: np.ndarray, seed: int = 0, members: int = MEMBERS) -> HiddenProbe:
+    def fit(
+        cls, states: np.ndarray, targets: np.ndarray, seed: int = 0, members: int = MEMBERS, epochs: int = EPOCHS
+    ) -> HiddenProbe:
         """Fit on the states of mentions.
 
         Args:
@@ -63,11 +66,12 @@ class HiddenProbe:
             targets: (rows, 2) probabilities of hallucination by ``COLUMNS``, NaN where not known.
             seed: of weights, order and dropout.
             members: number of networks.
+            epochs: passes over the mentions.
         """
         with np.errstate(invalid="ignore"):
             mean, scale = _moments(states)
         inputs = _standardise(states, mean, scale)
-        fitted = [_train(inputs, targets, seed + member) for member in range(members)]
+        fitted = [_train(inputs, targets, seed + member, epochs) for member in range(members)]
         return cls(mean, scale, *(np.stack(parts).astype(np.float64) for parts in zip(*fitted, strict=True)))
 
     @classmethod
@@ -122,7 +126,7 @@ def _standardise(states: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.
     return np.nan_to_num((states - mean) / scale, nan=0.0)
 
 
-def _train(inputs: np.ndarray, targets: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
+def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int) -> tuple[np.ndarray, ...]:
     """Train one network; returns its weights and biases, first to last."""
     import torch
     from torch import nn
@@ -137,7 +141,7 @@ def _train(inputs: np.ndarray, targets: np.ndarray, seed: int) -> tuple[np.ndarr
         network = nn.Sequential(nn.Dropout(DROPOUT[0]), first, nn.ReLU(), nn.Dropout(DROPOUT[1]), last)
         optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
         batches = len(range(0, len(states), BATCH))
-        epochs = max(EPOCHS, math.ceil(STEPS / batches))
+        epochs = max(epochs, math.ceil(STEPS / batches))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=epochs * batches)
         for _ in range(epochs):
             for chosen in torch.randperm(len(states)).split(BATCH):
@@ -186,8 +190,11 @@ class Probed(GroupedEstimator):
         labels = np.full(len(y), np.nan) if self.taught else y
         states, targets = self._states(X), np.column_stack([labels, expit(-X[:, -1])])
         more = np.zeros((0, X.shape[1])) if self.unlabelled is None else self.unlabelled
+        epochs = TAUGHT_EPOCHS if self.taught else EPOCHS
         further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(-more[:, -1])])
-        self.probe_ = HiddenProbe.fit(np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed)
+        self.probe_ = HiddenProbe.fit(
+            np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed, epochs=epochs
+        )
         folds = inner_folds(groups, y)
         if folds is None:
             scores = self.probe_.transform(states)
@@ -197,7 +204,7 @@ class Probed(GroupedEstimator):
                 parts = (
                     np.vstack([part[train], extra]) for part, extra in zip((states, targets), further, strict=True)
                 )
-                scores[test] = HiddenProbe.fit(*parts, self.seed, members=1).transform(states[test])
+                scores[test] = HiddenProbe.fit(*parts, self.seed, 1, epochs).transform(states[test])
         matrix, classifier = np.hstack([scores, X[:, : -self.size - 1]]), clone(self.classifier)
         self.classifier_: Classifier | GroupedEstimator
         if isinstance(classifier, GroupedEstimator):

@@ -83,7 +83,7 @@ def test_the_detector_stands_beside_its_baselines(finished):
     assert {name for name, kind in kinds.items() if kind == "baseline"} == {
         "constant", "position only", "text prior", "shuffled labels"
     }  # fmt: skip
-    assert {"nll", "svar", "attn_image_l00", "lens_rank_l00", "pmi"} <= set(kinds)
+    assert {"nll", "svar", "attn_image_l00", "lens_rank_l00"} <= set(kinds)
     against = {row["other"] for row in board["differences"]}
     assert {"position only", "text prior"} < against
 

@@ -44,7 +44,7 @@ def test_an_altered_model_does_not_get_it(adapter, monkeypatch):
 def test_it_is_small_and_reads_without_a_warning():
     files = {path.name: path.stat().st_size for path in DETECTOR_DIR.iterdir()}
     assert files.keys() == {"detector.safetensors", "manifest.json", "README.md"}
-    assert sum(files.values()) < 100_000
+    assert sum(files.values()) < 2_000_000  # nearly all of it the weights of the probe of hidden states
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert stethoscope.Detector.load(DETECTOR_DIR).fitted
