@@ -37,7 +37,7 @@ KEY_COLUMNS: dict[str, str] = {
 }
 """Meaning of every key column. All other columns of a token table are features (float32)."""
 
-_SUFFIX = re.compile(r"_(l\d+(h\d+)?|d\d+)$")  # a column per layer, head of a layer, or dimension
+_SUFFIX = re.compile(r"_(l\d+(h\d+|_d\d+)?|d\d+)$")  # a column per layer, head or dimension of it, or dimension
 _DIMENSION = re.compile(r"_d\d+$")
 
 SUBTOKENS = ("first", "mean", "max", "min", "all")
@@ -175,8 +175,8 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
 def stem(column: str) -> str:
     """Return the feature of a column: its name without layer, head or dimension.
 
-    >>> [stem(column) for column in ("nll", "attn_image_l00", "head_image_l00h03", "hidden_d0012")]
-    ['nll', 'attn_image', 'head_image', 'hidden']
+    >>> [stem(column) for column in ("nll", "attn_image_l00", "head_image_l00h03", "hidden_d0012", "state_l01_d0012")]
+    ['nll', 'attn_image', 'head_image', 'hidden', 'state']
     """
     return _SUFFIX.sub("", column)
 
