@@ -40,7 +40,7 @@ def named_before(rows: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
 
 def object_index(rows: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
     """Return the index in ``objects`` of every row's object, (rows,) int, -1 for any other."""
-    return pd.Index(objects).get_indexer(rows["object"].to_numpy(dtype=str))
+    return pd.Index(objects).get_indexer(pd.Index(rows["object"].to_numpy(dtype=str)))
 
 
 class CoOccurrence:

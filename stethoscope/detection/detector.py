@@ -268,9 +268,10 @@ class Detector:
         if not self._inputs.plain:  # states alone: nothing that a monitor could compare
             self.monitor = None
             return self
-        mentions = [None if table is None else self.monitored_mentions(table) for table in tables]
-        scores = None if mentions[1] is None else self.model.scores(self._matrix(mentions[1]))
-        self.monitor = ShiftMonitor.fit(self._inputs.plain, mentions[0], mentions[1], scores)
+        learned = self.monitored_mentions(tables[0])
+        compared = None if tables[1] is None else self.monitored_mentions(tables[1])
+        scores = None if compared is None else self.model.scores(self._matrix(compared))
+        self.monitor = ShiftMonitor.fit(self._inputs.plain, learned, compared, scores)
         return self
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:

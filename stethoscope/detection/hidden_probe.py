@@ -201,10 +201,8 @@ class Probed(GroupedEstimator):
         else:
             scores = np.zeros((len(X), len(COLUMNS)))
             for train, test in folds:
-                parts = (
-                    np.vstack([part[train], extra]) for part, extra in zip((states, targets), further, strict=True)
-                )
-                scores[test] = HiddenProbe.fit(*parts, self.seed, 1, epochs).transform(states[test])
+                learned = np.vstack([states[train], further[0]]), np.vstack([targets[train], further[1]])
+                scores[test] = HiddenProbe.fit(*learned, self.seed, 1, epochs).transform(states[test])
         matrix, classifier = np.hstack([scores, X[:, : -self.size - 1]]), clone(self.classifier)
         self.classifier_: Classifier | GroupedEstimator
         if isinstance(classifier, GroupedEstimator):

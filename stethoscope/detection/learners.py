@@ -73,7 +73,10 @@ class NetworkSettings:
         for key in settings:
             if key not in known:
                 raise ConfigError(unknown("learner setting", str(key), known))
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        values: dict[str, Any] = {
+            k: tuple(value) if isinstance(value, list) else value for k, value in settings.items()
+        }
+        return cls(**values)
 
 
 class AdamNetwork(MLPClassifier):

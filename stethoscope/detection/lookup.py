@@ -209,11 +209,13 @@ def _unlike(
     detector: Detector, table: pd.DataFrame, mentions: pd.DataFrame
 ) -> tuple[list[bool | None], list[float | None]]:
     """Return for every mention whether its answer is unlike the calibration fold, and the p-value of that."""
+    import pandas as pd  # not for those who only look detectors up
+
     if detector.monitor is None or not len(mentions):
         return [None] * len(mentions), [None] * len(mentions)
     answers = detector.monitor.pictures(detector.monitored_mentions(table)).set_index(["task", "sample_id"])
-    keys = list(zip(mentions["task"], mentions["sample_id"], strict=True))
-    return answers.loc[keys, "unlike"].tolist(), answers.loc[keys, "p"].tolist()
+    rows = answers.loc[pd.MultiIndex.from_frame(mentions[["task", "sample_id"]])]
+    return rows["unlike"].tolist(), rows["p"].tolist()
 
 
 def write_warnings(rows: pd.DataFrame, path: Path) -> None:

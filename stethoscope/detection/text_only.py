@@ -212,9 +212,9 @@ class TextOnlyDetector:
         columns = np.zeros((len(label), len(COLUMNS)))
         folds = split_groups(groups, {str(fold): 1 / FOLDS for fold in range(FOLDS)})
         for fold in folds.values():
-            others = np.flatnonzero(~fold)
+            others = np.flatnonzero(~fold).tolist()
             priors = _Priors.fit([captions[index] for index in others], presence[others], groups[others])
-            columns[np.repeat(fold, sizes)] = priors.columns(captions[index] for index in np.flatnonzero(fold))
+            columns[np.repeat(fold, sizes)] = priors.columns(captions[index] for index in np.flatnonzero(fold).tolist())
         trees = make_estimator("boosting").set_params(monotonic_cst=[RISING.get(name, 0) for name in COLUMNS])
         self._trees = TreeEnsemble.compile(trees.fit(columns, label))
         self._priors = _Priors.fit(captions, presence, groups)

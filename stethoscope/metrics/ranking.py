@@ -187,8 +187,8 @@ class Ranking:
         below = self.true + self.false
         np.maximum(np.subtract(total, below, out=below), 0, out=below)  # items of lower scores
         sums, first = _harmonic_sums(below), _harmonic_sums(total)
-        grounded, both = self.negative.any(axis=1), self.positive.any(axis=1)
-        both &= grounded
+        grounded, both = np.asarray(self.negative.any(axis=1)), np.asarray(self.positive.any(axis=1))
+        both = np.asarray(both & grounded)
         # rows of one class have a share of 0 or 1: only those where the share changes count
         changes = np.diff(np.append(grounded & ~both, False).astype(np.float64))
         area = right * harmonic(total) - changes @ sums
