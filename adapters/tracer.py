@@ -291,7 +291,7 @@ class Tracer:
             forward = self._answer_forward(encoded, extended, consuming=True)
             rows = forward.rows.gather(1, torch.tensor([[len(answer)] for answer in extended]))
             logits = self._forward.logits(forward, rows)[:, 0]
-            logits[:, self._never] = -torch.inf
+            logits[:, [token for token in self._never if token < logits.shape[-1]]] = -torch.inf
             extended = [[*answer, token] for answer, token in zip(extended, logits.argmax(-1).tolist(), strict=True)]
         forward = self._answer_forward(encoded, extended, consuming=True)
         reference = forward.rows.gather(1, torch.tensor([[len(answer)] for answer in extended]))

@@ -96,6 +96,23 @@ class Inputs:
             parts += [feature_matrix(table, evidence), object_codes(table, self.objects)[:, None]]
         return np.hstack(parts)
 
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """Arrange values without a table as ``matrix`` does: for detectors that read neither objects nor evidence.
+
+        Args:
+            values: (rows, features) in the order of ``features``.
+        """
+        if not self.hidden:
+            return values
+        untaught = np.full((len(values), 1), np.nan)
+        return np.hstack([values[:, self._order[0]], values[:, self._order[1]], untaught])
+
+    @cached_property
+    def _order(self) -> tuple[list[int], list[int]]:
+        """Return where plain and hidden columns stand among ``features``."""
+        index = {name: position for position, name in enumerate(self.features)}
+        return [index[name] for name in self.plain], [index[name] for name in self.hidden]
+
     def classifier(self, kind: str, C: float | None, seed: int, unlabelled: np.ndarray | None = None) -> BaseEstimator:
         """Create an unfitted classifier of ``matrix``.
 

@@ -461,6 +461,17 @@ class Detector:
         """
         return self.model.predict(self._matrix(table))
 
+    def predict_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the probabilities of rows without a table, (rows,) in [0, 1], as a stream makes them.
+
+        Args:
+            rows: (rows, features) in the order of ``features``, of a detector that reads neither objects nor evidence.
+
+        Raises:
+            ArtefactError: the detector was not fitted.
+        """
+        return self.model.predict(self._inputs.arrange(rows))
+
     def explain(self, table: pd.DataFrame) -> Explanation:
         """Split each row's log-odds into evidence, prior and, for ``logistic``, contributions of features.
 

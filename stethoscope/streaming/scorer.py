@@ -61,7 +61,7 @@ class Scorer:
         self._own = [item for item in features.features if item.name not in (*HISTORY, *COUNTED)]
         self._history = [item for item in features.features if item.name in HISTORY]
         self._features, self._table = detector.features, detector.schema.names
-        self._predict = detector.model.predict
+        self._predict = detector.predict_rows
         self._fast: FastFeatures | None = None
         self._simple = FAST_FEATURES.issuperset(features.names)
         self._indices: list[int] = []  # of the detector's columns among those that are computed

@@ -204,10 +204,10 @@ def test_a_batch_of_traces_equals_single_traces(adapter, encoded, traces):
             close(getattr(single, name), getattr(other, name), 1e-4)
 
 
-@pytest.mark.parametrize("requires", [(), ("attention",), ("lens",), ("blank",), ("relevancy",)])
+@pytest.mark.parametrize("requires", [(), ("attention",), ("lens",), ("hidden",), ("blank",), ("relevancy",)])
 def test_a_trace_holds_what_was_asked_for(adapter, encoded, traces, requires):
     trace = adapter.trace(encoded[0], traces[0].answer, requires)
-    held = {"attention": trace.mass, "lens": trace.lens_rank, "blank": trace.blank_logits}
+    held = {"attention": trace.mass, "lens": trace.lens_rank, "blank": trace.blank_logits, "hidden": trace.hidden}
     held["relevancy"] = trace.relevancy
     assert {name for name in REQUIREMENTS if held[name] is not None} == set(requires)
     close(trace.logits, traces[0].logits, 1e-4)

@@ -77,7 +77,7 @@ def test_its_features_need_nothing_more(mine, stethoscope):
 
     words = ("--config-dir", mine / "conf", "model=pooled", "plugins=[my_models]", "generation.max_new_tokens=3")
     stethoscope("evaluate", *words, *TASK, "name=two", code=0)
-    words = ("extract", "run=runs/two", "features=default", "trace=all")
+    words = ("extract", "run=runs/two", "features.groups=[uncertainty,relevancy]", "trace=all")
     assert "add plugins=[my_models] if you trust it" in stethoscope(*words)
     stethoscope(*words, "plugins=[my_models]", code=0)
     table = pandas.read_parquet("runs/two/tokens.parquet")

@@ -126,7 +126,7 @@ def test_the_lens_scales_what_the_head_reads_where_the_model_does(scaled):
         logits = model(input_ids=tokens, decoder_input_ids=torch.tensor([[0, 5, 6]])).logits
     assert len(heard) == 2
     with torch.no_grad():
-        logprob, _ = Lens(model).read(heard, logits, tokens)  # it checks itself against the model's logits
+        logprob = Lens(model).read(heard, logits, tokens)["lens_logprob"]  # it checks itself against the model's logits
         middle = model.lm_head(model.decoder.final_layer_norm(heard[0]) * (16**-0.5 if scaled else 1))
     close(logprob[..., 0], middle.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], 1e-5)
 
