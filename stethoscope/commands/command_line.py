@@ -21,8 +21,8 @@ PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
-    "qformer", "questions", "revision", "run", "run_dir", "runs", "spacy", "split", "tower", "tower_revision",
-    "vocabulary", "warn",
+    "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "spacy", "split", "tower",
+    "tower_revision", "vocabulary", "warn",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
