@@ -235,6 +235,44 @@ class GroupedEstimator(BaseEstimator):
         raise NotImplementedError
 
 
+class Stacked(GroupedEstimator):
+    """A classifier behind columns that another model makes of some of its inputs.
+
+    Subclasses have ``classifier``, unfitted, and ``C``, its inverse regularisation strength or None to choose it; they
+    make the columns and define ``join_inputs``.
+    """
+
+    classifier: BaseEstimator
+    C: float | None
+    held_out_: np.ndarray | None
+
+    def join_inputs(self, X: np.ndarray) -> np.ndarray:
+        """Build the classifier's inputs of (rows, columns)."""
+        raise NotImplementedError
+
+    def _fit_classifier(self, matrix: np.ndarray, y: np.ndarray, groups: np.ndarray) -> BaseEstimator:
+        """Fit the classifier on its inputs; returns the estimator that was fitted, with its C."""
+        classifier = clone(self.classifier)
+        self.classifier_: Classifier | GroupedEstimator
+        if isinstance(classifier, GroupedEstimator):
+            self.classifier_ = classifier.fit(matrix, y, groups)
+        elif self.C is None:
+            self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
+        else:
+            self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        return classifier
+
+    @property
+    def C_(self) -> float | None:
+        """Inverse regularisation strength C of the classifier."""
+        own = self.classifier_
+        return own.C_ if isinstance(own, GroupedEstimator) else own.C
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of hallucination, (rows,)."""
+        return self.classifier_.decision_function(self.join_inputs(X))
+
+
 def restore_estimator(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier | GroupedEstimator:
     """Restore the fitted form of an estimator from arrays; see ``restore_classifier``."""
     restore = estimator.restore if isinstance(estimator, GroupedEstimator) else partial(restore_classifier, estimator)

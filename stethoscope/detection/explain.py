@@ -9,11 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from stethoscope.detection.estimators import CalibratedModel
+from stethoscope.detection.estimators import CalibratedModel, Stacked
 from stethoscope.detection.evidence_prior import Factored
-from stethoscope.detection.hidden_probe import Probed
 from stethoscope.detection.inference import LinearClassifier
-from stethoscope.detection.visual_consistency import VisualConsistency
 
 REST = "(rest)"
 """Column of the remaining evidence: the intercept and the contributions of external columns."""
@@ -68,7 +66,7 @@ def explanation(
     if not len(matrix):
         return Explanation(probability, np.zeros(0), np.zeros(0))
     model, (slope, intercept) = fitted.model, fitted.line
-    while isinstance(model, (VisualConsistency, Probed)):
+    while isinstance(model, Stacked):
         matrix, model = model.join_inputs(matrix), model.classifier_
     if isinstance(model, Factored):
         log_evidence, log_prior = model.parts(matrix)

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
     GroupedEstimator,
+    Stacked,
     add_prefix,
-    choose_C,
     inner_folds,
     out_of_fold,
     restore_estimator,
-    set_C,
 )
-from stethoscope.detection.inference import Classifier, compile_classifier
 
 COLUMNS = ("hidden_labels", "hidden_verification")
 """Names of the two scores, log-odds of hallucination, for explanations."""
@@ -68,8 +66,7 @@ class HiddenProbe:
             members: number of networks.
             epochs: passes over the mentions.
         """
-        with np.errstate(invalid="ignore"):
-            mean, scale = _moments(states)
+        mean, scale = _moments(states)
         inputs = _standardise(states, mean, scale)
         fitted = [_train(inputs, targets, seed + member, epochs) for member in range(members)]
         return cls(mean, scale, *(np.stack(parts).astype(np.float64) for parts in zip(*fitted, strict=True)))
@@ -158,7 +155,7 @@ def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int) -> t
     return tuple(part.detach().numpy() for part in parts)
 
 
-class Probed(GroupedEstimator):
+class Probed(Stacked):
     """A classifier whose first columns are the scores of a ``HiddenProbe`` on the last ones.
 
     The last columns are the states and, at the very end, the teacher's log-odds of a yes, which ``fit`` alone reads.
@@ -203,14 +200,8 @@ class Probed(GroupedEstimator):
             for train, test in folds:
                 learned = np.vstack([states[train], further[0]]), np.vstack([targets[train], further[1]])
                 scores[test] = HiddenProbe.fit(*learned, self.seed, 1, epochs).transform(states[test])
-        matrix, classifier = np.hstack([scores, X[:, : -self.size - 1]]), clone(self.classifier)
-        self.classifier_: Classifier | GroupedEstimator
-        if isinstance(classifier, GroupedEstimator):
-            self.classifier_ = classifier.fit(matrix, y, groups)
-        elif self.C is None:
-            self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
-        else:
-            self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        matrix = np.hstack([scores, X[:, : -self.size - 1]])
+        classifier = self._fit_classifier(matrix, y, groups)
         self.held_out_ = None
         if self.taught and folds is not None and not isinstance(classifier, GroupedEstimator):
             self.held_out_ = out_of_fold(classifier, matrix, y, folds)  # no label is in the scores that it reads
@@ -230,16 +221,6 @@ class Probed(GroupedEstimator):
         """Return the fitted state; see ``GroupedEstimator.arrays``."""
         return add_prefix("probe", self.probe_.arrays()) | add_prefix("classifier", self.classifier_.arrays())
 
-    @property
-    def C_(self) -> float | None:
-        """Inverse regularisation strength C of the classifier."""
-        own = self.classifier_
-        return own.C_ if isinstance(own, GroupedEstimator) else own.C
-
     def join_inputs(self, X: np.ndarray) -> np.ndarray:
         """Build the classifier's inputs, (rows, 2 + own columns)."""
         return np.hstack([self.probe_.transform(self._states(X)), X[:, : -self.size - 1]])
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of hallucination, (rows,)."""
-        return self.classifier_.decision_function(self.join_inputs(X))

@@ -12,21 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.estimators import (
-    GroupedEstimator,
+    Stacked,
     add_prefix,
-    choose_C,
     inner_folds,
     restore_estimator,
-    set_C,
 )
-from stethoscope.detection.inference import Classifier, LinearClassifier, compile_classifier
+from stethoscope.detection.inference import LinearClassifier, compile_classifier
 
 FEATURE = "attended_embedding"
 """The feature whose columns are read here and nowhere else."""
@@ -122,7 +120,7 @@ class GroundingClassifier(BaseEstimator):
         return np.where(np.isfinite(columns), columns, 0.0)
 
 
-class VisualConsistency(GroupedEstimator):
+class VisualConsistency(Stacked):
     """A classifier whose first columns are the output of ``GroundingClassifier`` on the last ones.
 
     It is fitted on cross-fitted columns, made without the row's image, because a ``GroundingClassifier`` is
@@ -168,14 +166,7 @@ class VisualConsistency(GroupedEstimator):
             grounding = np.zeros((len(X), len(COLUMNS)))
             for train, test in folds:
                 grounding[test] = fitted_on(train).transform(evidence[test])
-        matrix, classifier = np.hstack([grounding, own]), clone(self.classifier)
-        self.classifier_: Classifier | GroupedEstimator
-        if isinstance(classifier, GroupedEstimator):
-            self.classifier_ = classifier.fit(matrix, y, groups)
-        elif self.C is None:
-            self.classifier_ = compile_classifier(choose_C(classifier, matrix, y, groups))
-        else:
-            self.classifier_ = compile_classifier(set_C(classifier, self.C).fit(matrix, y))
+        self._fit_classifier(np.hstack([grounding, own]), y, groups)
         self.held_out_ = getattr(self.classifier_, "held_out_", None)
         return self
 
@@ -195,12 +186,6 @@ class VisualConsistency(GroupedEstimator):
         """Return the fitted state; see ``GroupedEstimator.arrays``."""
         return add_prefix("grounding", self.grounding_.arrays()) | add_prefix("classifier", self.classifier_.arrays())
 
-    @property
-    def C_(self) -> float | None:
-        """Inverse regularisation strength C of the classifier."""
-        own = self.classifier_
-        return own.C_ if isinstance(own, GroupedEstimator) else own.C
-
     def join_inputs(self, X: np.ndarray) -> np.ndarray:
         """Build the classifier's inputs, (rows, 2 + own columns)."""
         return np.hstack([self.grounding_.transform(X[:, -self.size :]), X[:, : -self.size]])
@@ -208,10 +193,6 @@ class VisualConsistency(GroupedEstimator):
     def log_probabilities(self, X: np.ndarray) -> np.ndarray:
         """Compute log-probabilities, (rows, objects + 1); see ``GroundingClassifier.log_probabilities``."""
         return self.grounding_.log_probabilities(X[:, -self.size : -1])
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of hallucination, (rows,)."""
-        return self.classifier_.decision_function(self.join_inputs(X))
 
 
 def most_likely(

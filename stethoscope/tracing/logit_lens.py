@@ -79,7 +79,7 @@ class Lens:
         Args:
             hidden: L tensors (..., D), those of ``listen``.
         """
-        chosen = [max(of_depth(layer, len(hidden)), 1) for layer in HIDDEN_LAYERS]
+        chosen = [of_depth(layer, len(hidden)) for layer in HIDDEN_LAYERS]
         states = [hidden[layer - 1] if layer < len(hidden) else self.norm(hidden[-1]) for layer in chosen]
         return torch.stack([state.detach().float().cpu() for state in states], -2)
 

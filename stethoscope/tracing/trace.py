@@ -87,7 +87,7 @@ def probe_layers(layers: int) -> list[int]:
     >>> probe_layers(40), probe_layers(4)
     ([10, 15, 20, 25, 30], [1, 2, 3])
     """
-    return sorted({max(of_depth(layer, layers), 1) for layer in PROBE_LAYERS})
+    return sorted({of_depth(layer, layers) for layer in PROBE_LAYERS})
 
 
 @dataclass(frozen=True)
