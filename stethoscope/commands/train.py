@@ -60,7 +60,7 @@ def run(config: DictConfig) -> None:
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
         names = select_features(feature_names(table), settings["features"], settings["exclude"])
-        names = names if settings["visual_consistency"] else Inputs(tuple(names)).plain
+        names = names if settings["visual_consistency"] else Inputs(tuple(names)).without_evidence
         table, detector = keep_columns(table, names), Detector(**{**settings, "features": list(names), "exclude": []})
         for target in targets:
             matching_columns(target.table, names, target.name)

@@ -52,6 +52,11 @@ class Inputs:
         """Columns that only the visual-consistency classifier reads."""
         return tuple(name for name in self.features if feature_of(name) == FEATURE)
 
+    @property
+    def without_evidence(self) -> tuple[str, ...]:
+        """The features that are left without visual consistency."""
+        return tuple(name for name in self.features if name not in set(self.evidence_columns))
+
     @cached_property
     def plain(self) -> tuple[str, ...]:
         """All other feature columns."""

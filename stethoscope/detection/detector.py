@@ -387,9 +387,9 @@ class Detector:
         inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, self.settings["labels"] != "all")
         if self.settings["visual_consistency"]:
             return inputs
-        if not inputs.plain:
+        if not inputs.without_evidence:
             raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
-        return replace(inputs, features=inputs.plain)
+        return replace(inputs, features=inputs.without_evidence)
 
     def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
         """Choose the threshold with the best F1, or the lowest that meets the guarantee.

@@ -156,3 +156,8 @@ def test_saved_and_loaded_it_predicts_the_same(tmp_path, settings):
 def test_every_dimension_is_a_feature_without_the_probe():
     plain = Detector(hidden_probe=False, C=0.1).fit(TRAIN, CALIBRATION)
     assert set(STATES) <= set(plain.explain(TEST).contributions)
+
+
+def test_without_visual_consistency_the_states_are_read():
+    blind = Detector(visual_consistency=False, C=0.1, exclude=["verify_odds"]).fit(TRAIN, CALIBRATION)
+    assert set(STATES) <= set(blind.features)
