@@ -1,0 +1,338 @@
+"""Read answers that were written elsewhere: the record of an answer, our own JSON lines, detection of formats."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.json_rows import clipped, read_rows, shown
+
+FORMATS = ("jsonl",)
+
+_FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "word", "tool_calls", "function_call"}
+_CUT = {"length", "limit", "max_tokens", "model_length", "max_output_tokens"}
+_LARGEST_ID = 2**31 - 1
+_ROUNDING = 1e-3  # a log-probability of 0 in half precision may come out just above it
+_REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL)
+_UNOPENED = re.compile(r"</(?:think|thinking|reasoning)>")
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """One answer of a log.
+
+    Attributes:
+        text: the answer with its reasoning; empty where the log holds none.
+        id: of the sample, as text; None where the log numbers its rows only.
+        row: of the data set's split, from 0; None where the log names samples by id only.
+        question: asked of the model, without the chat template; None if not logged.
+        token_ids: of the answer, as the engine counts them; an end-of-sequence id may be the last. None if not logged.
+        logprobs: natural logarithms of the probabilities of the answer's tokens, at most 0. None if not logged.
+        prompt: the whole prompt with its chat template; None if not logged.
+        prompt_token_ids: of the prompt; image placeholders are the engine's. None if not logged.
+        reasoning: (start, end) character spans of ``text`` that are reasoning and no answer, with their tags.
+        finished: False if the answer was cut at the limit of tokens, True if the model ended it, None if not logged.
+        error: one line on why the log holds no answer; empty if it does.
+        origin: file and line, for messages.
+    """
+
+    text: str
+    id: str | None = None
+    row: int | None = None
+    question: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    reasoning: tuple[tuple[int, int], ...] = ()
+    finished: bool | None = None
+    error: str = ""
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerLog:
+    """The answers of one file.
+
+    Attributes:
+        path: the file that was read.
+        format: one of ``FORMATS``; the detected one for ``auto``.
+        sha256: of the file's bytes, in hexadecimal.
+        engine: program that wrote the answers, as logged; empty if not logged, several joined by ", ".
+        model: its model, likewise.
+        revision: of the model, likewise.
+        answers: in the order of the file, one for each sample.
+        notes: one line each on what was left out or taken as something else.
+    """
+
+    path: Path
+    format: str
+    sha256: str
+    engine: str
+    model: str
+    revision: str
+    answers: tuple[LoggedAnswer, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the reader of a format returns: answers, what is known of their origin, and notes, as in ``AnswerLog``."""
+
+    answers: list[LoggedAnswer]
+    engine: str = ""
+    model: str = ""
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def read_answers(path: Path, format: str = "auto") -> AnswerLog:
+    """Read a log of answers.
+
+    Args:
+        path: of the log.
+        format: one of ``FORMATS``, or ``auto`` to recognise it by the content.
+
+    Raises:
+        ConfigError: there is no such format.
+        DataError: the file is missing, broken or of no known format, or two answers are of one sample.
+    """
+    if format not in ("auto", *FORMATS):
+        raise ConfigError(unknown("answers.format", str(format), ("auto", *FORMATS)))
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; answers.file should be a log of answers")
+    taken = "jsonl" if format == "auto" else format
+    contents = read_own_lines(path)
+    if not contents.answers:
+        raise DataError(f"{path} holds no answer")
+    check_distinct(contents.answers)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return AnswerLog(
+        path, taken, digest, contents.engine, contents.model, contents.revision, tuple(contents.answers), contents.notes
+    )
+
+
+def check_distinct(answers: Iterable[LoggedAnswer]) -> None:
+    """Check that no two answers are of one sample.
+
+    Raises:
+        DataError: two have the same id, or the same row where they have no id.
+    """
+    origins: dict[tuple[str, str | int], str] = {}
+    for answer in answers:
+        key = ("id", answer.id) if answer.id is not None else ("row", -1 if answer.row is None else answer.row)
+        if key in origins:
+            raise DataError(f"{answer.origin}: {key[0]} {clipped(key[1])} is used before, in {origins[key]}")
+        origins[key] = answer.origin
+
+
+# --- our own JSON lines -----------------------------------------------------------------------------------------------
+
+_ID = ("id", "question_id", "image_id")  # LLaVA's and POPE's scripts write the second, captioners the third
+_TEXT = (
+    "answer",
+    "response",
+    "caption",
+    "text",
+)  # AMBER reads the second, CHAIR the third, LLaVA writes the last
+
+
+def read_own_lines(path: Path) -> Contents:
+    """Read JSON lines (or one JSON list) with an ``answer`` and an ``id`` each; ``docs/answers.md`` has all keys.
+
+    A line without ``id`` and without ``row`` belongs to the data set's row at its own position.
+
+    Raises:
+        DataError: a line is broken, or a value is not of its kind.
+    """
+    rows = list(read_rows(path, (), nulls=False))
+    answers, names = [], Names()
+    for index, (_, origin, row) in enumerate(rows):
+        key = next((key for key in _TEXT if key in row), None)
+        if key is None and not row.get("error"):
+            raise DataError(f"{origin}: no answer; keys {', '.join(map(repr, _TEXT))} were looked for in {_keys(row)}")
+        id_ = next((sample_id(row[key], origin) for key in _ID if key in row), None)
+        number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
+        question = row.get("question", row.get("prompt") if key == "text" else None)  # LLaVA's prompt is the question
+        names.add(row, model=("model", "model_id"), revision=("revision",), engine=("engine",))
+        answers.append(
+            logged_answer(
+                row.get(key, "") if key else "",
+                origin,
+                id=id_,
+                row=number,
+                question=text_or_none(question, "question", origin),
+                token_ids=int_list(row.get("answer_token_ids"), "answer_token_ids", origin),
+                logprobs=logprob_list(row.get("answer_logprobs"), "answer_logprobs", origin),
+                prompt=None if key == "text" else text_or_none(row.get("prompt"), "prompt", origin),
+                prompt_token_ids=int_list(row.get("prompt_token_ids"), "prompt_token_ids", origin),
+                finished=is_finished(row.get("finish_reason")),
+                error=error_line(row.get("error")),
+            )
+        )
+    return Contents(answers, names["engine"], names["model"], names["revision"], names.notes())
+
+
+# --- values that the readers of all formats share ---------------------------------------------------------------------
+
+
+def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> LoggedAnswer:
+    """Build an answer: check its text and lengths, find its reasoning, and give an empty one its ``error``.
+
+    Raises:
+        DataError: the text is no text, or there are not as many log-probabilities as token ids.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{origin}: answer {shown(text)} is no text")
+    ids, logprobs = values.get("token_ids"), values.get("logprobs")
+    if ids is not None and logprobs is not None and len(ids) != len(logprobs):
+        raise DataError(
+            f"{origin}: {len(ids)} token ids but {len(logprobs)} log-probabilities; one for each token was expected"
+        )
+    if "reasoning" not in values:
+        values["reasoning"] = reasoning_spans(text)
+    if not error and not text.strip():
+        error = "the answer is empty"
+    return LoggedAnswer(text, error=error, origin=origin, **values)
+
+
+def reasoning_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """Find the (start, end) character spans of ``<think>`` parts, with their tags.
+
+    A part without end runs to the end of the text. A part without start, which a chat template writes into the
+    prompt, runs from the start of the text.
+
+    >>> reasoning_spans("<think>a</think> Yes"), reasoning_spans("so</think>No"), reasoning_spans("Yes")
+    (((0, 16),), ((0, 10),), ())
+    """
+    if "</" not in text and "<th" not in text and "<reasoning>" not in text:
+        return ()
+    spans = [match.span() for match in _REASONING.finditer(text)]
+    end = _UNOPENED.search(text)
+    if end and (not spans or end.start() < spans[0][0]):
+        spans.insert(0, (0, end.end()))
+    return tuple(spans)
+
+
+def is_finished(reason: Any) -> bool | None:
+    """Translate a finish reason; None for one that is not known.
+
+    >>> is_finished("stop"), is_finished("length"), is_finished("content_filter")
+    (True, False, None)
+    """
+    reason = str(reason).lower()
+    return True if reason in _FINISHED else False if reason in _CUT else None
+
+
+def error_line(error: Any) -> str:
+    """Shorten what a log has as error to one line; empty for none."""
+    if isinstance(error, Mapping):
+        error = error.get("message") or error.get("code") or error
+    return clipped(" ".join(str(error).split())) if error else ""
+
+
+def sample_id(value: Any, origin: str) -> str:
+    """Return an id as text.
+
+    Raises:
+        DataError: it is empty, or neither text nor a whole number.
+    """
+    whole = isinstance(value, float) and value.is_integer()  # pandas writes 3.0 where another row has none
+    if isinstance(value, bool) or not (isinstance(value, (str, int)) or whole) or not str(value).strip():
+        raise DataError(f"{origin}: id {shown(value)} should be text or a whole number")
+    return value.strip() if isinstance(value, str) else str(int(value))
+
+
+def row_number(value: Any, origin: str) -> int:
+    """Return the number of a data set's row.
+
+    Raises:
+        DataError: it is no whole number from 0 on.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
+    if isinstance(value, bool) or not (isinstance(value, int) or whole or digits) or not 0 <= int(value) < 2**63:
+        raise DataError(f"{origin}: row {shown(value)} should be a whole number from 0 on")
+    return int(value)
+
+
+def text_or_none(value: Any, name: str, origin: str) -> str | None:
+    """Check that a value is text or missing.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{origin}: {name} {shown(value)} is no text")
+    return value
+
+
+def int_list(values: Any, name: str, origin: str) -> tuple[int, ...] | None:
+    """Check that a value is a list of token ids, or missing.
+
+    Raises:
+        DataError: it is no list, or an item is no whole number from 0 to 2^31 - 1.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise DataError(f"{origin}: {name} {shown(values)} should be a list of whole numbers")
+    for index, item in enumerate(values):
+        if type(item) is not int or not 0 <= item <= _LARGEST_ID:
+            raise DataError(f"{origin}: {name}[{index}] is {shown(item)}; a token id is a whole number from 0 on")
+    return tuple(values)
+
+
+def logprob_list(values: Any, name: str, origin: str) -> tuple[float, ...] | None:
+    """Check that a value is a list of log-probabilities (natural logarithms, at most 0), or missing.
+
+    Raises:
+        DataError: it is no list, or an item is no finite number, or above 0.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise DataError(f"{origin}: {name} {shown(values)} should be a list of numbers")
+    for index, item in enumerate(values):
+        if type(item) not in (int, float) or not (-math.inf < item <= _ROUNDING):
+            raise DataError(
+                f"{origin}: {name}[{index}] is {shown(item)}; a log-probability is a finite number of at most 0"
+            )
+    return tuple(float(max(item, -1e300)) for item in values)
+
+
+class Names:
+    """Collect what the lines of a log say of engine, model and revision."""
+
+    def __init__(self) -> None:
+        """Start without any name."""
+        self._names: dict[str, dict[str, None]] = {}
+
+    def add(self, row: Mapping[str, Any], **keys: Collection[str]) -> None:
+        """Take names of one line: for each kind of name the first of its keys that holds text."""
+        for kind, candidates in keys.items():
+            name = next((row[key] for key in candidates if isinstance(row.get(key), str) and row[key].strip()), None)
+            if name:
+                self._names.setdefault(kind, {})[clipped(name.strip())] = None
+
+    def __getitem__(self, kind: str) -> str:
+        """Return the name of a kind; several are joined, none is empty."""
+        names = list(self._names.get(kind, ()))
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a line for each kind that has several names."""
+        return tuple(f"the log names {len(names)} {kind}s: {self[kind]}" for kind, names in self._names.items()
+                     if len(names) > 1)  # fmt: skip
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return clipped(", ".join(map(str, row))) or "no key"
