@@ -40,6 +40,13 @@ def test_suffix_and_choice_of_subsets(pope_folder, images):
     assert task.samples()[0].question == "Is there a dog in the image? Yes or no?"
 
 
+def test_the_suffix_of_lmms_eval_has_a_name(pope_folder, images):
+    task = Pope("files", subsets=["popular"], suffix="lmms_eval", questions=str(pope_folder), images=str(images))
+    task.setup()
+    question = task.samples()[0].question
+    assert question == "Is there a dog in the image?\nAnswer the question using a single word or phrase."
+
+
 def test_metrics_by_hand(task):
     yes, no, also_yes = task.samples()[:3]
     answers = [(yes, "Yes")] * 6 + [(yes, "No")] * 2 + [(no, "yes")] * 3 + [(no, "no")] * 5 + [(also_yes, "Hm")] * 4
