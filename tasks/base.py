@@ -87,6 +87,16 @@ class Task(ABC):
         """
         return [Tally(sample.group, sample.subset, counts) for sample, counts in scored]
 
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Describe in sentences how the figures came about: parser, labels, what is left out; none by default.
+
+        They are printed below the figures and kept with them.
+
+        Args:
+            samples: those that were asked.
+        """
+        return ()
+
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the labelled object mentions of one answer, in reading order; none by default."""
         return ()

@@ -57,6 +57,32 @@ def yes_rate(totals: Totals) -> np.ndarray:
     return ratio(totals["tp"] + totals["fp"], totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"])
 
 
+def tnr(totals: Totals) -> np.ndarray:
+    """Return the share of questions with the negative class as their truth that get that answer."""
+    return ratio(totals["tn"], totals["tn"] + totals["fp"])
+
+
+def balanced_accuracy(totals: Totals) -> np.ndarray:
+    """Return the mean of recall and ``tnr``, 0.5 for a constant answer whatever the share of the classes.
+
+    >>> float(balanced_accuracy({"tp": np.array(9), "fp": np.array(1), "tn": np.array(0), "fn": np.array(0)}))
+    0.5
+    """
+    return (recall(totals) + tnr(totals)) / 2
+
+
+YES_NO_METRICS: Mapping[str, Callable[[Totals], np.ndarray]] = {
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "precision": precision,
+    "recall": recall,
+    "f1": f1,
+    "tpr": recall,
+    "tnr": tnr,
+    "yes_rate": yes_rate,
+}
+"""Figures of yes/no questions, all from 0 to 1. ``recall`` and ``tpr`` (true positive rate) are one and the same."""
+
 CONFUSION = ("tp", "fp", "tn", "fn")
 """Names of the counts that these functions take."""
 

@@ -9,6 +9,7 @@ itself are read. Its card, which may name files elsewhere, and the other builder
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -168,26 +169,34 @@ class HubSource:
         split: part of the data set, such as ``test``, after which its files are named.
         revision: branch, tag or commit; None for the newest.
         local_files_only: use what the hub cache holds and never the network.
+        folder: one folder of the data set's files, such as that of a configuration; empty for all of them.
+        image: column of the images.
     """
 
     dataset: str
     split: str
     revision: str | None = None
     local_files_only: bool = False
+    folder: str = ""
+    image: str = "image"
 
-    def rows(self, columns: Iterable[str], image_name: Callable[[Mapping[str, Any]], str]) -> Iterator[SourceRow]:
+    def rows(
+        self, columns: Iterable[str], image_name: Callable[[Mapping[str, Any]], str] | None
+    ) -> Iterator[SourceRow]:
         """Yield the rows of the data set.
 
         Args:
-            columns: columns that it must have beside ``image``.
-            image_name: gives the name of a row's image.
+            columns: columns that it must have beside that of the images.
+            image_name: gives the name of a row's image; None to call it after its content, so that rows with the same
+                picture are known to share it.
 
         Raises:
             DataError: as ``load_columns``.
         """
-        images, rows = load_columns(self, (*columns, "image"))
-        for index, row in enumerate(rows):
-            yield SourceRow(row, images.ref(index, image_name(row)), f"data set {self.dataset!r}, row {index}")
+        images, rows = load_columns(self, (*columns, self.image))
+        names = images.content_names() if image_name is None else map(image_name, rows)
+        for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+            yield SourceRow(row, images.ref(index, name), f"data set {self.dataset!r}, row {index}")
 
 
 # --- Parquet files of a data set --------------------------------------------------------------------------------------
@@ -200,21 +209,22 @@ class ImageColumn:
         """Check what the column holds, without decoding any picture.
 
         Args:
-            data: data set with a column ``image``.
-            source: what it was loaded from, for messages.
+            data: data set with the source's column of images.
+            source: what it was loaded from.
             folder: where its files are, in which paths are resolved.
 
         Raises:
             DataError: the column holds neither bytes nor paths, several pictures in a cell, or a path that is not in
                 the data set.
         """
-        self._data = data.select_columns("image").with_format("arrow")
+        self._column = source.image
+        self._data = data.select_columns(self._column).with_format("arrow")
         self._name = f"data set {source.dataset!r}"
         self._files: dict[int, ImageRef] = {}
-        kind = data.data.schema.field("image").type
+        kind = data.data.schema.field(self._column).type
         if not _is_image_type(kind):
             raise DataError(
-                f"{self._name}: the column 'image' holds {clipped(kind)}; the bytes of image files were "
+                f"{self._name}: the column {self._column!r} holds {clipped(kind)}; the bytes of image files were "
                 "expected, paths inside the data set, or a struct of both as `datasets` writes it"
             )
         paths = self._paths()
@@ -230,11 +240,12 @@ class ImageColumn:
         import pyarrow.compute as pc
 
         paths: list[str | None] = []
-        for column in (chunk for batch in self._data.iter(batch_size=1000) for chunk in batch["image"].chunks):
+        for column in self._chunks():
             if _is_list(column.type):
                 for row, length in enumerate(pc.list_value_length(column).to_pylist(), len(paths)):
                     if length != 1:
-                        raise DataError(f"{self._name}, row {row}: 'image' should be one picture, not {length or 0}")
+                        should = f"{self._column!r} should be one picture, not {length or 0}"
+                        raise DataError(f"{self._name}, row {row}: {should}")
                 column = column.flatten()
             if pa.types.is_struct(column.type):
                 names = {field.name for field in column.type}
@@ -243,6 +254,22 @@ class ImageColumn:
                 column = pc.if_else(pc.is_null(data), path, pa.scalar(None, path.type))
             paths += column.to_pylist() if _is_text(column.type) else [None] * len(column)
         return paths
+
+    def _chunks(self) -> Iterator[pa.Array]:
+        """Yield the cells of the column, some at a time."""
+        for batch in self._data.iter(batch_size=1000):
+            yield from batch[self._column].chunks
+
+    def content_names(self) -> Iterator[str]:
+        """Yield a name for every cell: the path of one that has no bytes, else a digest of its bytes."""
+        for index in range(len(self._data)):
+            file = self._files.get(index)
+            yield file.name if file else hashlib.sha256(self._bytes(index) or b"").hexdigest()[:24]
+
+    def _bytes(self, index: int) -> bytes | None:
+        cell = self._data[index : index + 1][self._column][0].as_py()
+        cell = cell[0] if isinstance(cell, list) else cell
+        return cell.get("bytes") if isinstance(cell, dict) else cell
 
     def ref(self, index: int, name: str) -> ImageRef:
         """Return the image of one row, which is decoded when it is needed.
@@ -255,9 +282,7 @@ class ImageColumn:
         return ImageRef(name, partial(self._decode, index, name) if file is None else file.source)
 
     def _decode(self, index: int, name: str) -> Image:
-        cell = self._data[index : index + 1]["image"][0].as_py()
-        cell = cell[0] if isinstance(cell, list) else cell
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        data = self._bytes(index)
         if data is None:
             raise DataError(f"image {name!r} (row {index}) is missing from the data set")
         return read_image(data, f"image {name!r} (row {index})")
@@ -294,7 +319,7 @@ def load_columns(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn
 
     Args:
         source: where it is.
-        columns: columns that it must have, ``image`` among them.
+        columns: columns that it must have, that of the images among them.
 
     Returns:
         The images, and one dict per row without the image; class labels are given by name.
@@ -319,7 +344,7 @@ def load_columns(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn
             raise DataError(f"data set {source.dataset!r} has no column {column!r}; there are: {there}")
     if not len(data):
         raise DataError(f"{name} has no row")
-    others = data.select_columns([column for column in columns if column != "image"])
+    others = data.select_columns([column for column in columns if column != source.image])
     labels = {key: kind.names for key, kind in others.features.items() if isinstance(kind, datasets.ClassLabel)}
     rows = others.to_list()
     for row in rows:
@@ -329,9 +354,19 @@ def load_columns(source: HubSource, columns: Iterable[str]) -> tuple[ImageColumn
 
 def _folder(source: HubSource, split: str) -> Path:
     """Fetch the Parquet files of a split; return their folder, the data set's own or that of the hub cache."""
-    folder = Path(source.dataset).expanduser()
-    if folder.is_dir():
-        return folder
+    root = Path(source.dataset).expanduser()
+    if not root.is_dir():
+        inside = f"{glob.escape(source.folder)}/*" if source.folder else "*"
+        root = _download(source, f"{inside}{glob.escape(split)}*.parquet")
+        if split == "train" and not any(root.rglob("*train*.parquet")):  # its files may have any name
+            root = _download(source, f"{inside}.parquet")
+    if not Bounds(root).holds(source.folder) or not (root / source.folder).is_dir():
+        raise DataError(f"{source.folder!r} is no folder in it")
+    return root / source.folder
+
+
+def _download(source: HubSource, pattern: str) -> Path:
+    """Fetch the files of a data set on the hub that match a pattern; return their folder in the hub cache."""
     from huggingface_hub import snapshot_download
 
     return Path(
@@ -340,7 +375,7 @@ def _folder(source: HubSource, split: str) -> Path:
             repo_type="dataset",
             revision=source.revision,
             local_files_only=source.local_files_only,
-            allow_patterns=[f"*{glob.escape(split)}*.parquet"],
+            allow_patterns=[pattern],
         )
     )
 

@@ -91,8 +91,23 @@ def either(text: str) -> Reply:
     return replies.pop() if len(replies) == 1 else None
 
 
+def repope(text: str) -> Reply:
+    """Find a yes, or else a no or a "not", anywhere in the answer, also inside a word, in any case.
+
+    RePOPE's rule: "I do not know" and "I cannot see one" are a no, "yesterday" is a yes, "There isn't." is not read.
+    Source: src/eval_utils.py of YanNeu/RePOPE (Neuhaus and Hein 2025); DASH-B's is the same without the "not".
+
+    >>> [repope(text) for text in ("Yes.", "I cannot see", "It is absent", "No, but yes for the cat", "not")]
+    ['yes', 'no', None, 'yes', 'no']
+    """
+    lowered = text.lower()
+    reply = next((word for word in ("yes", "no", "not") if word in lowered), None)
+    return "no" if reply == "not" else reply
+
+
 PARSERS: dict[str, Callable[[str], Reply]] = {
     "official": official,
+    "repope": repope,
     "strict": strict,
     "first_word": first_word,
     "exact": exact,

@@ -98,15 +98,35 @@ REQUIRED = {
     "amber": {"folder": "data", "images": "image"},
     "custom": {"file": "questions.jsonl"},
     "halloc": {"file": "answers.jsonl", "images": "images"},
+    "hub_choice": {"dataset": "owner/name"},
+    "hub_yes_no": {"dataset": "owner/name"},
     "hallusion_bench": {"file": "HallusionBench.json", "images": "hallusion_bench"},
     "mme": {"folder": "MME_Benchmark_release_version"},
 }
 """What a user has to say, because the benchmark's files lie somewhere on his machine."""
 
 
-@pytest.mark.parametrize("name", sorted(choices("task")))
+def read_config(name):
+    return yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
+
+
+DERIVED = [name for name in sorted(choices("task")) if "defaults" in read_config(name)]
+"""Files that are another one with settings changed."""
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_file_that_builds_on_another_changes_settings_of_that_alone(name):
+    config = read_config(name)
+    base, own = config.pop("defaults")
+    whole = {**read_config(base), **config}
+    assert own == "_self_"
+    assert whole.keys() == read_config(base).keys()
+    assert build(whole, Task, "task").name == name
+
+
+@pytest.mark.parametrize("name", sorted({*choices("task")} - {*DERIVED}))
 def test_every_argument_is_in_the_file_with_its_default(name):
-    config = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
+    config = read_config(name)
     task = build({**config, **REQUIRED.get(name, {})}, Task, "task")
     assert task.name == name
     parameters = inspect.signature(type(task).__init__).parameters
@@ -117,7 +137,7 @@ def test_every_argument_is_in_the_file_with_its_default(name):
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
 def test_what_is_required_is_asked_for(name):
-    config = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
+    config = read_config(name)
     for key in REQUIRED[name]:
         with pytest.raises(ConfigError, match=f"task.{key}"):
             build({**config, **REQUIRED[name], key: None}, Task, "task")

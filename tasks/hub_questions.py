@@ -1,0 +1,322 @@
+"""Any data set of Parquet files with yes/no or multiple-choice questions, described by configuration alone.
+
+Many benchmarks are re-hosted as such data sets, with columns called one way or another. ``conf/task/h_pope.yaml`` is an
+example.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.images import SUFFIXES
+from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
+from stethoscope.tasks import choice, yes_no
+from stethoscope.tasks.annotations import clipped, shown, with_suffix
+from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
+from stethoscope.tasks.counts import YES_NO_METRICS, confusion, ratio
+from stethoscope.tasks.sources import HubSource, SourceRow, check_choice, check_positive
+
+
+class HubQuestions(Task):
+    """Questions of a data set with an image, a label and perhaps a subset in columns of any name.
+
+    Every figure is given for all questions together, and for every subset.
+    """
+
+    version: ClassVar[str] = "1"
+    primary = "accuracy"
+    parsers: ClassVar[Mapping[str, Any]]
+    """How a reply may be read, by name."""
+
+    def __init__(
+        self,
+        name: str,
+        parser: str,
+        suffix: str,
+        max_new_tokens: int,
+        columns: Mapping[str, str | None],
+        source: tuple[str | None, str, str, str | None, bool],
+    ) -> None:
+        """Store and check what both kinds of questions have.
+
+        Args:
+            name: of the task in tables and run directories.
+            parser: name of one of ``parsers``.
+            suffix: added to every question.
+            max_new_tokens: longest answer, in tokens.
+            columns: of ``image``, ``question``, ``label``, ``subset``, ``group``, ``id`` and ``object``; the last four
+                may be None.
+            source: data set, folder in it, split, revision, and whether only the hub cache is used.
+
+        Raises:
+            ConfigError: a setting is missing, or has another value than it may have.
+        """
+        dataset, folder, split, revision, local_files_only = source
+        if not str(name).replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
+        if not dataset:
+            raise ConfigError(f"{name} needs task.dataset, owner/name on the hub or a folder of Parquet files")
+        for key in ("image", "question", "label"):
+            if not columns[key]:
+                raise ConfigError(f"{name} needs task.{key}, the column of the data set that holds it")
+        check_choice(f"parser of {name}", parser, self.parsers)
+        check_positive(max_new_tokens=max_new_tokens)
+        self.name, self.parser, self.suffix, self.max_new_tokens = str(name), parser, suffix, max_new_tokens
+        self.columns = {key: column for key, column in columns.items() if column}
+        self.hub = HubSource(dataset, split, revision, local_files_only, folder, self.columns["image"])
+        self._samples: list[Sample] = []
+
+    def setup(self) -> None:
+        """Read the questions; pictures are read when they are needed.
+
+        Raises:
+            DataError: the data set cannot be loaded, lacks a column, or a row is broken; the message names the row.
+        """
+        if self._samples:
+            return
+        samples: dict[str, Sample] = {}
+        for row in self._rows():
+            sample = self._sample(row)
+            if sample.id in samples:
+                raise DataError(
+                    f"{row.origin}: id {clipped(sample.id)} is used before; rows without one have their number"
+                )
+            samples[sample.id] = sample
+        self._samples = list(samples.values())
+
+    def _rows(self) -> Iterator[SourceRow]:
+        group = self.columns.get("group")
+        wanted = dict.fromkeys(column for key, column in self.columns.items() if key != "image")
+        yield from self.hub.rows((*wanted, *self._more_columns()), (lambda row: str(row[group])) if group else None)
+
+    def _more_columns(self) -> Sequence[str]:
+        return ()
+
+    def _sample(self, row: SourceRow) -> Sample:
+        """Make the sample of a row of the data set."""
+        values = {key: row.values[column] for key, column in self.columns.items() if key != "image"}
+        question, subset = values["question"], values.get("subset", "all")
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{row.origin}: {shown(question)} is no question")
+        if subset is None or not str(subset).strip():
+            raise DataError(f"{row.origin}: {self.columns['subset']} {shown(subset)} is no subset")
+        text, reference = self._ask(question.strip(), values["label"], row)
+        if values.get("object"):
+            reference["object"] = str(values["object"])
+        return Sample(
+            id=str(values.get("id", row.origin.rpartition(" ")[2])),
+            image=row.image,
+            question=with_suffix(text, self.suffix),
+            group=row.image.group if Path(row.image.name).suffix.lower() in SUFFIXES else row.image.name,
+            subset=str(subset).strip(),
+            reference=reference,
+        )
+
+    @abstractmethod
+    def _ask(self, question: str, label: Any, row: SourceRow) -> tuple[str, dict[str, Any]]:
+        """Return the question as it is asked, and the reference of the sample."""
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the questions in the order of the data set."""
+        return self._samples
+
+    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
+        """Total every sample under ``all``, and under its subset where the data set has some."""
+        rows = [Tally(sample.group, "all", counts) for sample, counts in scored]
+        return rows + [
+            Tally(sample.group, sample.subset, counts) for sample, counts in scored if sample.subset != "all"
+        ]
+
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Name the parser."""
+        return [f"Replies are read by the parser {self.parser!r}."]
+
+
+class HubYesNo(HubQuestions):
+    """Yes/no questions of a data set."""
+
+    primary = "f1"
+    parsers = yes_no.PARSERS
+
+    def __init__(
+        self,
+        name: str = "hub_yes_no",
+        dataset: str | None = None,
+        folder: str = "",
+        split: str = "test",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        image: str = "image",
+        question: str = "question",
+        label: str = "answer",
+        positive: str = "yes",
+        negative: str = "no",
+        subset: str | None = None,
+        group: str | None = None,
+        id: str | None = None,
+        object: str | None = None,
+        suffix: str = "",
+        parser: str = "first_word",
+        max_new_tokens: int = 32,
+    ) -> None:
+        """Store and check the settings; ``conf/task/hub_yes_no.yaml`` explains every argument.
+
+        Raises:
+            ConfigError: a setting is missing, or has another value than it may have.
+        """
+        columns = dict(image=image, question=question, label=label, subset=subset, group=group, id=id, object=object)
+        source = dataset, folder, split, revision, local_files_only
+        super().__init__(name, parser, suffix, max_new_tokens, columns, source)
+        self._labels = {_plain(positive): "yes", _plain(negative): "no"}
+        if len(self._labels) < 2:
+            raise ConfigError(f"task.positive={positive!r} and task.negative={negative!r} should differ")
+
+    def _ask(self, question: str, label: Any, row: SourceRow) -> tuple[str, dict[str, Any]]:
+        if _plain(label) not in self._labels:
+            labels = " nor ".join(map(repr, self._labels))
+            raise DataError(
+                f"{row.origin}: {self.columns['label']} {shown(label)} is neither {labels} (task.positive, negative)"
+            )
+        return question, {"label": self._labels[_plain(label)]}
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Count the answer as a true or false yes or no; ``unparsed`` if the parser reads neither."""
+        reply, label = self.parsers[self.parser](answer.text), sample.reference["label"]
+        counts = confusion(reply, label, positive="yes")
+        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
+        reply, asked = self.parsers[self.parser](answer.text), sample.reference.get("object", UNKNOWN)
+        return yes_no.claim(answer.text, reply, sample.reference["label"], asked)
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Return accuracy, balanced accuracy and the other shares of the confusion matrix, from 0 to 1."""
+        return YES_NO_METRICS
+
+
+class HubChoice(HubQuestions):
+    """Multiple-choice questions of a data set, answered by a letter."""
+
+    parsers = choice.PARSERS
+
+    def __init__(
+        self,
+        name: str = "hub_choice",
+        dataset: str | None = None,
+        folder: str = "",
+        split: str = "test",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        image: str = "image",
+        question: str = "question",
+        label: str = "label",
+        options: str | Sequence[str] | None = None,
+        letters: str = "ABCDE",
+        subset: str | None = None,
+        group: str | None = None,
+        id: str | None = None,
+        suffix: str = "",
+        parser: str = "lone_letter",
+        max_new_tokens: int = 32,
+    ) -> None:
+        """Store and check the settings; ``conf/task/hub_choice.yaml`` explains every argument.
+
+        Raises:
+            ConfigError: a setting is missing, or has another value than it may have.
+        """
+        columns = dict(image=image, question=question, label=label, subset=subset, group=group, id=id, object=None)
+        source = dataset, folder, split, revision, local_files_only
+        super().__init__(name, parser, suffix, max_new_tokens, columns, source)
+        self.options = options if options is None or isinstance(options, str) else tuple(options)
+        self.letters = "".join(dict.fromkeys(str(letters).upper()))
+        if not 2 <= len(self.letters) <= 26 or not (self.letters.isascii() and self.letters.isalpha()):
+            raise ConfigError(f"task.letters={letters!r} should be the letters of the options, such as ABCD")
+
+    def _more_columns(self) -> Sequence[str]:
+        return () if self.options is None else (self.options,) if isinstance(self.options, str) else self.options
+
+    def _ask(self, question: str, label: Any, row: SourceRow) -> tuple[str, dict[str, Any]]:
+        texts = self._option_texts(row)
+        options = dict(zip(self.letters, texts, strict=False)) if texts else dict.fromkeys(self.letters, "")
+        reference = {"label": self._letter(label, options, row), "options": options if texts else {}}
+        return (f"{question}\n{choice.list_options(options)}" if texts else question), reference
+
+    def _option_texts(self, row: SourceRow) -> list[str]:
+        """Return the options of a row, none if they are part of its question."""
+        if self.options is None:
+            return []
+        several = not isinstance(self.options, str)
+        cells = [row.values[column] for column in self.options] if several else row.values[self.options]
+        if not isinstance(cells, list):
+            raise DataError(f"{row.origin}: {self.options} {shown(cells)} is no list of options")
+        texts = [str(cell).strip() for cell in cells if cell is not None and str(cell).strip()]
+        if not 2 <= len(texts) <= len(self.letters):
+            raise DataError(
+                f"{row.origin}: {len(texts)} options, {shown(texts)}; with task.letters={self.letters} there can be 2 "
+                f"to {len(self.letters)}"
+            )
+        return texts
+
+    def _letter(self, label: Any, options: Mapping[str, str], row: SourceRow) -> str:
+        """Return the right letter: given as such, as the option's number from 0, or as its text."""
+        by_text = [letter for letter, text in options.items() if text and text == str(label).strip()]
+        number = int(label) if str(label).strip().isdecimal() else -1
+        letter = choice.bare_letter(str(label))
+        if letter in options:
+            return letter
+        if len(by_text) == 1:
+            return by_text[0]
+        if 0 <= number < len(options):
+            return list(options)[number]
+        raise DataError(
+            f"{row.origin}: {self.columns['label']} {shown(label)} should be one of the letters {''.join(options)}, a "
+            f"number from 0 to {len(options) - 1}, or the text of an option"
+        )
+
+    def _read(self, sample: Sample, answer: Answer) -> str | None:
+        options = sample.reference["options"] or dict.fromkeys(self.letters, "")
+        return self.parsers[self.parser](answer.text, options)
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Count the letter that was read; ``unparsed`` if none was."""
+        reply, label = self._read(sample, answer), sample.reference["label"]
+        counts = choice.reply_counts(reply, label, self.letters)
+        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Return the chosen letter as a mention of its option, hallucinated if another one is right."""
+        reply = self._read(sample, answer)
+        return choice.claim(answer.text, reply, sample.reference["label"], sample.reference["options"])
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Return the share of right answers, and the share of answers that chose each letter, from 0 to 1.
+
+        ``accuracy`` is over the answers that could be read, ``accuracy_published`` over all.
+        """
+        return {
+            "accuracy": lambda totals: ratio(totals["right"], totals["read"]),
+            "accuracy_published": lambda totals: ratio(totals["right"], totals["asked"]),
+            **{f"chose_{letter}": partial(_share_of_read, f"chose_{letter}") for letter in self.letters},
+        }
+
+
+def _share_of_read(name: str, totals: Totals) -> np.ndarray:
+    return ratio(totals[name], totals["read"])
+
+
+def _plain(label: Any) -> str:
+    """Write a label for comparison: text in lower case, numbers and truth values alike.
+
+    >>> _plain(" Yes"), _plain(1), _plain(1.0), _plain(True)
+    ('yes', '1', '1', 'true')
+    """
+    text = str(int(label) if isinstance(label, float) and label.is_integer() else label)
+    return text.strip().lower()
