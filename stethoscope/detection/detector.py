@@ -12,22 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import (
-    SUBTOKENS,
     FeatureSchema,
     Repeats,
     Subtokens,
     feature_names,
-    mention_rows,
     require,
-    select_features,
 )
 from stethoscope.detection import artifact
-from stethoscope.detection.design_matrix import Inputs, frequent_objects, is_hidden
+from stethoscope.detection.design_matrix import Inputs, frequent_objects
 from stethoscope.detection.estimators import (
-    CALIBRATIONS,
-    ESTIMATORS,
     CalibratedModel,
     Examples,
     add_prefix,
@@ -35,63 +30,14 @@ from stethoscope.detection.estimators import (
 )
 from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
-from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
+from stethoscope.detection.selection import Selection, check_settings
 from stethoscope.detection.shift import RunShift, ShiftMonitor
-from stethoscope.detection.visual_consistency import FEATURE, NamedProbability, VisualConsistency, most_likely
-from stethoscope.features.columns import feature_of
+from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 
-LABELS = ("all", "few", "none")
-VERIFICATION = ("verify_odds", "verify_yes")  # columns that training may read and prediction does without
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
-
-
-SETTINGS = {
-    "estimator": ESTIMATORS,
-    "calibration": CALIBRATIONS,
-    "repeats": ("first", "all"),
-    "subtokens": SUBTOKENS,
-    "labels": LABELS,
-}
-
-
-def check_settings(**settings: Any) -> dict[str, Any]:
-    """Check the settings of ``Detector`` and return them as plain dictionaries and lists, in order.
-
-    Raises:
-        ConfigError: a setting has an invalid value, or two settings exclude each other.
-    """
-    for key, known in SETTINGS.items():
-        if settings[key] not in known:
-            raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
-    C, threshold = settings["C"], settings["threshold"]
-    if C is not None and not C > 0:
-        raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
-    if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
-        raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
-    for key in ("objects", "factored", "visual_consistency", "hidden_probe"):
-        if not isinstance(settings[key], bool):
-            raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
-    if settings["objects"] and settings["factored"]:
-        raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
-    if not isinstance(threshold, Mapping) and threshold != "f1":
-        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a guarantee: {{max_false_alarms: 0.05}}")
-    if isinstance(threshold, Mapping) and settings["calibration"] == "isotonic":
-        raise ConfigError(
-            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold has a "
-            "guarantee; use platt or none"
-        )
-    if settings["labels"] != "all" and not settings["hidden_probe"]:
-        raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
-    if settings["labels"] == "none" and isinstance(threshold, Mapping):
-        raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
-    return settings | {
-        "features": None if settings["features"] is None else list(settings["features"]),
-        "exclude": list(settings["exclude"]),
-        "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
-    }
 
 
 class Detector:
@@ -171,6 +117,7 @@ class Detector:
             labels=labels,
             threshold=threshold,
         )
+        self._selection = Selection(self.settings)
         self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
         self.threshold = 0.5
         self.certificate: Certificate | None = None
@@ -241,20 +188,20 @@ class Detector:
         """
         self._model, self._inputs = None, Inputs()  # if fitting fails, the old model must not read the new columns
         tables = train, calibration
-        unlabelled = self._unlabelled(train)
-        train = self._labelled(train)
-        names = self._read_features(feature_names(train))
-        self._schema = self._read_schema(train, names)
-        self._inputs = self._select_inputs(names, ())
+        unlabelled = self._selection.unlabelled(train)
+        train = self._selection.labelled(train)
+        names = self._selection.features(feature_names(train))
+        self._schema = self._selection.schema(train, names)
+        self._inputs = self._selection.inputs(names, ())
         if self._inputs.needs_objects:
-            self._inputs = self._select_inputs(names, frequent_objects(train))
+            self._inputs = self._selection.inputs(names, frequent_objects(train))
         examples = self._examples(train)
         empty = [name for name in self.features if train[name].isna().all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
-            calibration = self._labelled(calibration)
+            calibration = self._selection.labelled(calibration)
             held_out = self._examples(calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
@@ -276,11 +223,7 @@ class Detector:
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
         """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
-        rows = self.select_mentions(table, judged=False)
-        kept = rows["is_first_subtoken"].to_numpy(dtype=bool)
-        if self.settings["repeats"] == "first":
-            kept = kept & (rows["repeat_index"].to_numpy() == 0)
-        return rows[kept].reset_index(drop=True)
+        return self._selection.monitored(table)
 
     def shift(self, table: pd.DataFrame) -> RunShift | None:
         """Compare a run with the pictures that the detector was calibrated on.
@@ -329,6 +272,7 @@ class Detector:
         calibrator = PlattScaling(line[0] * slope, line[0] * intercept + line[1])
         new._model = replace(self.model, calibrator=calibrator, held_out_scores=None)
         new.settings = self.settings | {"calibration": "platt", "threshold": "f1"}
+        new._selection = Selection(new.settings)
         new._guarantee, new.certificate, new._base_rate = None, None, float(np.clip(share, 1e-4, 1 - 1e-4))
         images = int(rows["group"].nunique())
         how = f"{images} labelled pictures" if labelled else f"{images} pictures without labels"
@@ -343,53 +287,6 @@ class Detector:
         if self.monitor is not None:
             new.monitor = self.monitor.with_reference(rows, scores)
         return new
-
-    def _labelled(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Select the mentions to learn from, with the labels that ``labels`` asks for."""
-        if self.settings["labels"] != "none":
-            return self.select_mentions(table)
-        rows = self._asked(mention_rows(table, self.settings["subtokens"], self.settings["repeats"], judged=False))
-        return rows.assign(label=(rows[TEACHER] < 0).astype(int))
-
-    def _unlabelled(self, table: pd.DataFrame) -> pd.DataFrame | None:
-        """Select the mentions without a label that the probe learns from; None unless ``labels`` is ``few``."""
-        if self.settings["labels"] != "few":
-            return None
-        rows = self._asked(mention_rows(table, self.settings["subtokens"], "all", judged=False))
-        return rows[rows["label"] < 0].reset_index(drop=True)
-
-    def _asked(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Select the rows of mentions that the model was asked about."""
-        if TEACHER not in rows or not any(map(is_hidden, rows.columns)):
-            raise ConfigError(
-                f"detector.labels={self.settings['labels']} needs hidden states and the model's verification of every "
-                "mention; compute features=default_verified"
-            )
-        return rows[rows[TEACHER].notna()].reset_index(drop=True)
-
-    def _read_features(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Select the columns to read: with ``labels`` other than all, those that the model's verification can teach."""
-        selected = select_features(names, self.settings["features"], self.settings["exclude"])
-        kind = self.settings["labels"]
-        if kind == "all":
-            return selected
-        evidence = kind == "few" and self.settings["visual_consistency"]
-        return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
-
-    def _read_schema(self, table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:
-        """Build the schema of a table, without the verification where only training reads it."""
-        spared = set(VERIFICATION) - set(read) if any(map(is_hidden, read)) else set()
-        return FeatureSchema(tuple(name for name in feature_names(table) if name not in spared))
-
-    def _select_inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
-        """Select the columns of the design matrix by the settings."""
-        named, factored, probed = (self.settings[key] for key in ("objects", "factored", "hidden_probe"))
-        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, self.settings["labels"] != "all")
-        if self.settings["visual_consistency"]:
-            return inputs
-        if not inputs.without_evidence:
-            raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
-        return replace(inputs, features=inputs.without_evidence)
 
     def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
         """Choose the threshold with the best F1, or the lowest that meets the guarantee.
@@ -430,8 +327,7 @@ class Detector:
         Returns:
             One row per mention, or per sub-token with ``subtokens="all"``, indexed from 0.
         """
-        repeats: Repeats = self.settings["repeats"] if judged else "all"
-        return mention_rows(table, self.settings["subtokens"], repeats, judged)
+        return self._selection.mentions(table, judged)
 
     def deciding_rows(self, mentions: pd.DataFrame) -> np.ndarray:
         """Return for every mention the index of the row whose probability it gets, (rows,) int.
@@ -442,12 +338,7 @@ class Detector:
         Args:
             mentions: rows of ``select_mentions(table, judged=False)``.
         """
-        own = np.arange(len(mentions))
-        if self.settings["repeats"] == "all" or not len(mentions):
-            return own
-        mentions = mentions.reset_index(drop=True)
-        first = mentions.groupby(["task", "sample_id", "object"])["mention_index"].transform("idxmin").to_numpy()
-        return np.where(mentions["repeat_index"].to_numpy() > 0, first, own)
+        return self._selection.deciding_rows(mentions)
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """Return the probability that each row of a token table is hallucinated, (rows,) in [0, 1].
@@ -508,7 +399,7 @@ class Detector:
 
     def _matrix(self, table: pd.DataFrame) -> np.ndarray:
         """Build the design matrix, (rows, columns)."""
-        schema = self._read_schema(table, self._inputs.features)
+        schema = self._selection.schema(table, self._inputs.features)
         if schema.hash != self._schema.hash:
             raise ArtefactError(
                 f"the table's features (schema {schema.hash}) are not those the detector was fitted on "
@@ -640,7 +531,7 @@ class Detector:
                 raise ValueError("features should be among table_features")
             if not isinstance(manifest.get("model") or {}, Mapping):
                 raise ValueError("model should be a fingerprint or null")
-            detector._inputs = detector._select_inputs(features, objects)
+            detector._inputs = detector._selection.inputs(features, objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise ArtefactError(f"{folder / artifact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
         own = {*detector.manifest, *artifact.GENERATED_KEYS} - set(NOTES)

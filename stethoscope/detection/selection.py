@@ -1,0 +1,184 @@
+"""Select what a detector reads of a token table by its settings: mentions (rows) and features (columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.core.token_table import (
+    SUBTOKENS,
+    FeatureSchema,
+    Repeats,
+    feature_names,
+    mention_rows,
+    select_features,
+)
+from stethoscope.detection.design_matrix import Inputs, is_hidden
+from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS
+from stethoscope.detection.hidden_probe import TEACHER
+from stethoscope.detection.visual_consistency import FEATURE
+from stethoscope.features import FEATURES
+from stethoscope.features.columns import feature_of
+
+LABELS = ("all", "few", "none")
+CHOICES = {
+    "estimator": ESTIMATORS,
+    "calibration": CALIBRATIONS,
+    "repeats": ("first", "all"),
+    "subtokens": SUBTOKENS,
+    "labels": LABELS,
+}
+
+
+def check_settings(**settings: Any) -> dict[str, Any]:
+    """Check the settings of ``Detector`` and return them as plain dictionaries and lists, in order.
+
+    Raises:
+        ConfigError: a setting has an invalid value, or two settings exclude each other.
+    """
+    for key, known in CHOICES.items():
+        if settings[key] not in known:
+            raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
+    C, threshold = settings["C"], settings["threshold"]
+    if C is not None and not C > 0:
+        raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
+    if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
+        raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
+    for key in ("objects", "factored", "visual_consistency", "hidden_probe"):
+        if not isinstance(settings[key], bool):
+            raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
+    if settings["objects"] and settings["factored"]:
+        raise ConfigError("detector.objects with factored=true: leave it out, the prior knows the objects")
+    if not isinstance(threshold, Mapping) and threshold != "f1":
+        raise ConfigError(f"detector.threshold={threshold!r} should be f1 or a guarantee: {{max_false_alarms: 0.05}}")
+    if isinstance(threshold, Mapping) and settings["calibration"] == "isotonic":
+        raise ConfigError(
+            "detector.calibration=isotonic gives equal probabilities to unequal scores, for which no threshold has a "
+            "guarantee; use platt or none"
+        )
+    if settings["labels"] != "all" and not settings["hidden_probe"]:
+        raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
+    if settings["labels"] == "none" and isinstance(threshold, Mapping):
+        raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
+    return settings | {
+        "features": None if settings["features"] is None else list(settings["features"]),
+        "exclude": list(settings["exclude"]),
+        "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
+    }
+
+
+class Selection:
+    """The rows and columns of token tables that a detector's settings choose.
+
+    Args:
+        settings: of the detector, as ``check_settings`` returns them.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
+        """Select the mentions to train and to measure on; see ``Detector.select_mentions``."""
+        repeats: Repeats = self.settings["repeats"] if judged else "all"
+        return mention_rows(table, self.settings["subtokens"], repeats, judged)
+
+    def monitored(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
+        rows = self.mentions(table, judged=False)
+        kept = rows["is_first_subtoken"].to_numpy(dtype=bool)
+        if self.settings["repeats"] == "first":
+            kept = kept & (rows["repeat_index"].to_numpy() == 0)
+        return rows[kept].reset_index(drop=True)
+
+    def labelled(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Select the mentions to learn from, with the labels that ``labels`` asks for."""
+        if self.settings["labels"] != "none":
+            return self.mentions(table)
+        rows = self._asked(mention_rows(table, self.settings["subtokens"], self.settings["repeats"], judged=False))
+        return rows.assign(label=(rows[TEACHER] < 0).astype(int))
+
+    def unlabelled(self, table: pd.DataFrame) -> pd.DataFrame | None:
+        """Select the mentions without a label that the probe learns from; None unless ``labels`` is ``few``."""
+        if self.settings["labels"] != "few":
+            return None
+        rows = self._asked(mention_rows(table, self.settings["subtokens"], "all", judged=False))
+        return rows[rows["label"] < 0].reset_index(drop=True)
+
+    def _asked(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Select the rows of mentions that the model was asked about."""
+        if TEACHER not in rows or not any(map(is_hidden, rows.columns)):
+            raise ConfigError(
+                f"detector.labels={self.settings['labels']} needs hidden states and the model's verification of every "
+                "mention; compute features=default_verified"
+            )
+        return rows[rows[TEACHER].notna()].reset_index(drop=True)
+
+    def deciding_rows(self, mentions: pd.DataFrame) -> np.ndarray:
+        """Return for every mention the index of the row whose probability it gets; see ``Detector.deciding_rows``."""
+        own = np.arange(len(mentions))
+        if self.settings["repeats"] == "all" or not len(mentions):
+            return own
+        mentions = mentions.reset_index(drop=True)
+        first = mentions.groupby(["task", "sample_id", "object"])["mention_index"].transform("idxmin").to_numpy()
+        return np.where(mentions["repeat_index"].to_numpy() > 0, first, own)
+
+    # --- columns ------------------------------------------------------------------------------------------------------
+
+    def features(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Select the columns to read: with ``labels`` other than all, those that the model's verification can teach.
+
+        Args:
+            names: feature columns of a token table.
+
+        Raises:
+            ConfigError: a name or pattern of the settings fits no column.
+        """
+        selected = select_features(names, self.settings["features"], self.settings["exclude"])
+        kind = self.settings["labels"]
+        if kind == "all":
+            return selected
+        evidence = kind == "few" and self.settings["visual_consistency"]
+        return tuple(name for name in selected if is_hidden(name) or (evidence and feature_of(name) == FEATURE))
+
+    def schema(self, table: pd.DataFrame, read: Sequence[str]) -> FeatureSchema:
+        """Build the schema of a table, without verification columns where training alone reads them.
+
+        Args:
+            table: token table.
+            read: columns that the detector reads.
+        """
+        names = feature_names(table)
+        if not any(map(is_hidden, read)):
+            return FeatureSchema(names)
+        return FeatureSchema(tuple(name for name in names if name in read or not _is_verification(name)))
+
+    def inputs(self, names: Sequence[str], objects: Sequence[str]) -> Inputs:
+        """Select the columns of the design matrix.
+
+        Args:
+            names: feature columns, as ``features`` selects them.
+            objects: names of the objects that get columns of their own.
+
+        Raises:
+            ConfigError: no column is left.
+        """
+        named, factored, probed = (self.settings[key] for key in ("objects", "factored", "hidden_probe"))
+        inputs = Inputs(tuple(names), tuple(objects), named, factored, probed, self.settings["labels"] != "all")
+        if self.settings["visual_consistency"]:
+            return inputs
+        if not inputs.without_evidence:
+            raise ConfigError("detector.visual_consistency=false leaves no feature: attended_embedding is the only one")
+        return replace(inputs, features=inputs.without_evidence)
+
+
+def _is_verification(column: str) -> bool:
+    """Return whether a column belongs to the model's self-verification, which costs a question per mention."""
+    feature = FEATURES.get(feature_of(column))
+    return feature is not None and feature.group == "verification"
