@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.line_schemas import check_line
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import counts, yes_no
 from stethoscope.tasks.annotations import clipped, read_rows, read_text, shown, with_suffix
@@ -23,6 +24,7 @@ from stethoscope.tasks.sources import check_choice, check_positive, setting_path
 KINDS = ("yes_no", "caption", "unlabelled", "free")
 _PRIMARY = {"yes_no": "f1", "caption": "chair_i", "unlabelled": "length", "free": "length"}
 _TRUTH = {"yes_no": "label", "caption": "objects", "unlabelled": None, "free": None}
+_NOT_READ = {"yes_no": ("objects",), "caption": ("label",), "unlabelled": ("label",), "free": ("label", "objects")}
 
 
 class Custom(Task):
@@ -105,12 +107,9 @@ class Custom(Task):
         for number, origin, row in rows:
             question, answer = row.get("question", self.question), row.get("answer")
             id_, subset = str(row.get("id", "")).strip() or str(number), row.get("subset", "all")
-            if not isinstance(question, str) or not question.strip():
-                raise DataError(f"{origin}: {shown(question)} is no question; give one on every line, or task.question")
-            if answer is not None and not (isinstance(answer, str) and answer.strip()):
-                raise DataError(f"{origin}: answer {shown(answer)} is no text")
-            if not isinstance(subset, (str, int)) or not str(subset).strip():
-                raise DataError(f"{origin}: subset {shown(subset)} is no name")
+            check_line("custom", {**row, "question": question}, origin, _NOT_READ[self.kind])
+            if question is None:
+                raise DataError(f"{origin}: None is no question; give one on every line, or task.question")
             if id_ in samples:
                 own = f"id {clipped(id_)} is used before"
                 raise DataError(f"{origin}: {own if 'id' in row else f'a line without id has its number, but {own}'}")
@@ -137,12 +136,7 @@ class Custom(Task):
     def _truth(self, value: Any, origin: str) -> dict[str, Any]:
         """Return the reference of one line: its label, or its objects by the vocabulary's names."""
         if self.kind == "yes_no":
-            label = str(value).strip().lower()
-            if label not in ("yes", "no"):
-                raise DataError(f"{origin}: label {shown(value)} is neither yes nor no")
-            return {"label": label}
-        if not isinstance(value, list):
-            raise DataError(f"{origin}: objects should be a list of names, not {shown(value)}")
+            return {"label": value.strip().lower()}
         for name in value:
             if name not in self._names:
                 raise DataError(f"{origin}: {unknown('object of the vocabulary', clipped(name), self._names)}")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stethoscope.core.errors import DataError, unknown
+from stethoscope.core.errors import DataError
+from stethoscope.core.line_schemas import check_line
 from stethoscope.core.types import Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks.annotations import clipped, read_rows, shown
 from stethoscope.tasks.base import Task, Totals
@@ -70,9 +71,7 @@ class HalLoc(Task):
             if id_ in origins:
                 raise DataError(f"{origin}: id {clipped(id_)} is used before, in {origins[id_]}")
             origins[id_] = origin
-            for key in ("question", "answer"):
-                if not isinstance(row[key], str) or not row[key].strip():
-                    raise DataError(f"{origin}: {key} {shown(row[key])} is no text")
+            check_line("halloc", row, origin)
             image = images.find(str(row["image"]), origin)
             self._samples.append(
                 Sample(
@@ -151,27 +150,23 @@ class HalLoc(Task):
         }
 
 
-def read_spans(spans: Any, answer: str, origin: str) -> list[tuple[int, int, str]]:
+def read_spans(spans: Sequence[Mapping[str, Any]], answer: str, origin: str) -> list[tuple[int, int, str]]:
     """Check and sort the marked spans of one answer, as (start, end, type).
 
     Args:
-        spans: list of objects with ``start``, ``end`` (half-open characters of the answer) and ``type``.
+        spans: objects of the schema ``halloc``: ``start``, ``end`` (half-open characters of the answer), ``type``.
         answer: the text that they mark.
         origin: file and line, for messages.
 
     Raises:
-        DataError: not such a list, a span outside the answer or of blanks alone, spans that overlap, an unknown type.
+        DataError: a span outside the answer or of blanks alone, or spans that overlap.
     """
 
     def checked() -> Iterator[tuple[int, int, str]]:
         for index, span in enumerate(spans):
             location = f"{origin}, spans[{index}]"
-            if not isinstance(span, dict) or not {"start", "end", "type"} <= span.keys():
-                raise DataError(f"{location}: an object with start, end and type was expected, not {shown(span)}")
-            start, end, kind = span["start"], span["end"], span["type"]
-            if kind not in TYPES:
-                raise DataError(f"{location}: {unknown('type of hallucination', clipped(kind), TYPES)}")
-            if not (type(start) is int and type(end) is int and 0 <= start < end <= len(answer)):
+            start, end, kind = int(span["start"]), int(span["end"]), span["type"]
+            if not start < end <= len(answer):
                 raise DataError(
                     f"{location}: {shown(start)} to {shown(end)} is no span of an answer of {len(answer)} characters"
                 )
@@ -179,8 +174,6 @@ def read_spans(spans: Any, answer: str, origin: str) -> list[tuple[int, int, str
                 raise DataError(f"{location}: {start} to {end} holds nothing but blanks")
             yield start, end, kind
 
-    if not isinstance(spans, list):
-        raise DataError(f"{origin}: spans should be a list, not {shown(spans)}")
     sorted_spans = sorted(checked())
     for (start, end, _), (next_start, next_end, _) in pairwise(sorted_spans):
         if next_start < end:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from stethoscope.commands.common import parse
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import replacing
+from stethoscope.core.line_schemas import check_line
 from stethoscope.core.text import console, one_line
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ def read_rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
         if "caption" not in row:
             keys = ", ".join(map(str, list(row)[:8])) or "none"
             raise DataError(f"{name}:{number} has no caption; its keys are: {one_line(keys)[:200]}")
-        if not isinstance(row["caption"], str):
-            raise DataError(f"{name}:{number}: caption is {type(row['caption']).__name__}; it should be text")
+        check_line("captions", row, f"{name}:{number}")
         yield row
 
 

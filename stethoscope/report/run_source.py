@@ -16,6 +16,7 @@ import pandas as pd
 
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
+from stethoscope.core.line_schemas import check_content
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.features import FEATURES
@@ -34,44 +35,11 @@ _MENTION = ["sample_id", "mention_index"]
 SHUFFLES, REPLICATES = 3, 200
 PRIOR = "place and name"
 
-NUMBER = (int, float, type(None))
-INTERVAL = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "items": int, "groups": int}
-TASK_SHAPE: dict[str, Any] = {
-    "primary": str,
-    "counts": {"*": int},
-    "metrics": [{"metric": str, "subset": str, **INTERVAL}],
-}
-"""A task's section of ``metrics.json``."""
-
-DETECTOR_SHAPE: dict[str, Any] = {
-    "split": {"mentions": {"repeats": str, "subtokens": str}, "folds": {"*": {"*": int}}},
-    "leaderboard": {
-        "rows": [{"name": str, "kind": str, "metrics": {"*": INTERVAL}}],
-        "differences": [{"detector": str, "other": str, "metric": str, "p": NUMBER, **INTERVAL}],
-        "best_features": {"*": str},
-        "controls": {"*": {"*": (int, float, type(None))}},
-        "columns": {"*": str},
-    },
-    "reliability": [{"*": NUMBER}],
-    "threshold": {"chosen": str},
-}
-"""The detector's section."""
-
 FINGERPRINT_SHAPE: dict[str, Any] = {"adapter": dict, "task": dict}
 """A section of ``fingerprint.json``."""
 
 SHOWN_TASK_SHAPE: dict[str, Any] = {"class": str, "version": str, "settings": dict}
 """The part of ``task`` in it that a report shows."""
-
-WARNING_SHAPE: dict[str, Any] = {
-    **dict.fromkeys(("task", "sample_id", "group", "object", "fold"), str),
-    **dict.fromkeys(("start", "end", "label"), int),
-    "probability": (int, float),
-    **dict.fromkeys(("evidence", "prior"), NUMBER),
-    "visual_evidence": list,
-    "warned": bool,
-}
-"""A line of ``warnings.jsonl``."""
 
 
 @contextmanager
@@ -146,11 +114,8 @@ class RunReader:
             )
         for task, section in fingerprints.items():
             check_shape(folder / "fingerprint.json", section, FINGERPRINT_SHAPE, REMEDIES["fingerprint.json"], task)
-            check_shape(folder / "metrics.json", figures[task], TASK_SHAPE, REMEDIES["metrics.json"], task)
-        if figures.get("detector"):
-            check_shape(
-                folder / "metrics.json", figures["detector"], DETECTOR_SHAPE, REMEDIES["metrics.json"], "detector"
-            )
+        known = {name: figures[name] for name in (*fingerprints, *([DETECTOR] if figures.get(DETECTOR) else ()))}
+        check_content("metrics", known, folder / "metrics.json", REMEDIES["metrics.json"])
         tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in fingerprints)
         detector = DetectorResults.from_dict(figures["detector"]) if figures.get("detector") else None
         return cls(folder, store, tasks, detector)
@@ -262,7 +227,7 @@ def read_warnings(folder: Path) -> list[dict[str, Any]]:
     path = folder / "warnings.jsonl"
     rows = read_jsonl(path, _WARNINGS_REMEDY, default=[])
     for number, row in enumerate(rows, 1):
-        check_shape(f"{path}:{number}", row, WARNING_SHAPE, _WARNINGS_REMEDY)
+        check_content("warnings", row, f"{path}:{number}", _WARNINGS_REMEDY)
     return rows
 
 
