@@ -45,9 +45,48 @@ def leading_letter(text: str, options: Options) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
+def earlier_letter(text: str, options: Options) -> str | None:
+    """Read the first letter of an option that occurs as a word, in any case; so the article "a" is a choice of A.
+
+    NaturalBench's rule. Source: naturalbench/utils.py of lmms-eval.
+
+    >>> [earlier_letter(text, {"A": "", "B": ""}) for text in ("B", "b, not A", "It is a cat: B", "Both")]
+    ['B', 'B', 'A', None]
+    """
+    match = re.search(rf"\b([{''.join(options)}])\b", text, re.IGNORECASE)
+    return match[1].upper() if match else None
+
+
+_DIRECTIONS = (
+    r"^\(?([{}])\)?\.?$",  # the letter is the answer
+    r"^\(?([{}])\)?[.\s]",  # the answer begins with it
+    r"answer\s+is\s+\(?([{}])",
+    r"option\s+\(?([{}])",
+    r"([{}])\)?(?:\s|$)",  # the last letter of a word
+    r"^([{}])",
+)
+
+
+def directed_letter(text: str, options: Options) -> str | None:
+    """Read a letter that an answer is or begins with, or that follows "answer is" or "option", or that ends a word.
+
+    What is looked for first counts, in any case; so "A tail" is a choice of A, and so is "Panda". lmms-eval's rule for
+    MMVP. Source: mmvp/utils.py.
+
+    >>> ab = {"A": "", "B": ""}
+    >>> [directed_letter(text, ab) for text in ("(b).", "B. Closed", "The answer is A", "Option B", "Open")]
+    ['B', 'B', 'A', 'B', None]
+    """
+    letters, text = "".join(options), text.strip()
+    matches = (re.search(pattern.replace("{}", letters), text, re.IGNORECASE) for pattern in _DIRECTIONS)
+    return next((match[1].upper() for match in matches if match), None)
+
+
 PARSERS: dict[str, Callable[[str, Options], str | None]] = {
     "lone_letter": lone_letter,
     "leading_letter": leading_letter,
+    "earlier_letter": earlier_letter,
+    "directed_letter": directed_letter,
 }
 """The parsers by name."""
 

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from stethoscope.core.errors import DataError
@@ -106,6 +107,11 @@ class ImageFolder:
                 "or name the folder in which it really is"
             )
         return ImageRef(inside, self.path / inside)
+
+    def find_first(self, names: Sequence[str], origin: str) -> ImageRef:
+        """Find the first of several names that there is; arguments and errors as of ``find``."""
+        present = (name for name in names[:-1] if self._holds(name))
+        return self.find(next(present, names[-1]), origin)
 
     def _relative(self, name: str) -> str | None:
         """Return a path inside the folder, by its letters; None for one that leads out."""

@@ -105,6 +105,30 @@ def repope(text: str) -> Reply:
     return "no" if reply == "not" else reply
 
 
+def contains(text: str) -> Reply:
+    """Find "yes" anywhere, or else "no" anywhere, in any case, inside other words too.
+
+    DASH-B's and BEAF's rule, so "cannot" and "nothing" are a no, and "eyes" is a yes. Source: eval_utils.py of
+    YanNeu/DASH-B, beaf_metric.py of postech-ami/BEAF (which takes an answer with neither for that of the row before).
+
+    >>> [contains(text) for text in ("Known: yes", "No, but yes for the cat", "I cannot see one.", "There isn't.")]
+    ['yes', 'yes', 'no', None]
+    """
+    return next((word for word in ("yes", "no") if word in text.lower()), None)
+
+
+def earlier(text: str) -> Reply:
+    """Read the one of the words "yes" and "no" that comes first, anywhere, in any case.
+
+    NaturalBench's rule. Source: naturalbench/utils.py of lmms-eval.
+
+    >>> [earlier(text) for text in ("No, but yes for the cat", "Known: yes", "I cannot see one.")]
+    ['no', 'yes', None]
+    """
+    match = re.search(r"\b(yes|no)\b", text, re.IGNORECASE)
+    return match[1].lower() if match else None
+
+
 PARSERS: dict[str, Callable[[str], Reply]] = {
     "official": official,
     "repope": repope,
@@ -113,6 +137,8 @@ PARSERS: dict[str, Callable[[str], Reply]] = {
     "exact": exact,
     "prefix": prefix,
     "either": either,
+    "contains": contains,
+    "earlier": earlier,
 }
 """The parsers by name."""
 

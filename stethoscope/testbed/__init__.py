@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pathlib
 
-from stethoscope.testbed.dataset import as_dataset, export, pope_questions, scenes
+from stethoscope.testbed.dataset import as_dataset, export, pope_questions, removal_questions, scenes
 from stethoscope.testbed.scene import Scene, SceneObject
 from stethoscope.testbed.vocabulary import CATEGORIES
 
@@ -31,5 +31,6 @@ __all__ = [
     "as_dataset",
     "export",
     "pope_questions",
+    "removal_questions",
     "scenes",
 ]

@@ -100,6 +100,46 @@ def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_sc
     return records
 
 
+def removal_questions(scenes: Sequence[Scene], edits: int = 2) -> tuple[list[dict[str, Any]], dict[str, Scene]]:
+    """Create yes/no questions about scenes and the same scenes without one object, as in BEAF (Ye-Bin et al. 2024).
+
+    Every version of a scene is asked about every object that the scene shows, and about as many that it does not
+    show but that usually stand beside those. Scenes with a single object are left out.
+
+    Args:
+        scenes: Scenes to ask about.
+        edits: Maximum number of edited versions per scene, each without another object.
+
+    Returns:
+        Records with id (from 0), image (file name), question, orig_img, removed_q (whether it asks about an object that
+        some version lacks) and gt ("yes" or "no"); file name -> scene, originals first.
+    """
+    records: list[dict[str, Any]] = []
+    versions: dict[str, Scene] = {}
+    for scene in scenes:
+        count = min(edits, len(scene.visible) - 1)
+        if count < 1:
+            continue
+        removed = random.Random(f"beaf/{scene.id}").sample(scene.visible, count)
+        pope = pope_questions([scene], "adversarial", per_scene=len(scene.visible))
+        asked = [*scene.visible, *(record["object"] for record in pope if record["label"] == "no")]
+        edited = [(f"{scene.id}_{i:02d}", name) for i, name in enumerate(removed)]
+        for version in (scene, *(scene.without(name, id) for id, name in edited)):
+            versions[f"{version.id}.png"] = version
+            records += [
+                {
+                    "id": len(records) + i,
+                    "image": f"{version.id}.png",
+                    "question": language.pope_question(name),
+                    "orig_img": version is scene,
+                    "removed_q": name in removed,
+                    "gt": "yes" if name in version.visible else "no",
+                }
+                for i, name in enumerate(asked)
+            ]
+    return records, versions
+
+
 @functools.cache
 def co_occurrence(samples: int = 4000) -> np.ndarray:
     """Estimate how often categories co-occur in the training distribution.

@@ -108,6 +108,20 @@ class Scene:
             ids.paste(1 + INDEX[item.category], (int(item.x), int(item.y)), solid)
         return np.asarray(ids)
 
+    def without(self, category: str, id: str) -> Scene:
+        """Take an object out of the picture; everything else, noise included, stays as it is.
+
+        Args:
+            category: of the object.
+            id: name of the new scene.
+
+        Raises:
+            ValueError: If no such object is visible.
+        """
+        if category not in self.visible:
+            raise ValueError(f"scene {self.id} shows no {category!r}, only {', '.join(self.visible)}")
+        return dataclasses.replace(self, id=id, objects=tuple(o for o in self.objects if o.category != category))
+
     def _drawn(self) -> list[SceneObject]:
         return sorted((o for o in self.objects if o.visible), key=lambda o: o.depth)
 

@@ -60,6 +60,10 @@ ODD = "it's a, [b] (c) {d}=é ${"
         ("evaluate", ["task=mme"]),
         ("evaluate", ["task=halloc"]),
         ("evaluate", ["task=hallusion_bench"]),
+        *[
+            ("evaluate", [f"task={name}"])
+            for name in ("dash_b", "natural_bench", "mmvp", "beaf", "phd", "humble_bench")
+        ],
         ("benchmark", []),
         ("train", []),
         ("extract", []),

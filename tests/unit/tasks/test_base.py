@@ -97,11 +97,13 @@ def test_failed_samples_are_not_tallied(tmp_path):
 REQUIRED = {
     "amber": {"folder": "data", "images": "image"},
     "custom": {"file": "questions.jsonl"},
+    "dash_b": {"folder": "images"},
     "halloc": {"file": "answers.jsonl", "images": "images"},
     "hub_choice": {"dataset": "owner/name"},
     "hub_yes_no": {"dataset": "owner/name"},
     "hallusion_bench": {"file": "HallusionBench.json", "images": "hallusion_bench"},
     "mme": {"folder": "MME_Benchmark_release_version"},
+    "phd": {"file": "data.json", "images": "images"},
 }
 """What a user has to say, because the benchmark's files lie somewhere on his machine."""
 
