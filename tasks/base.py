@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -86,6 +86,13 @@ class Task(ABC):
             scored: samples that did not fail with the counts of their scores, in the order of the task.
         """
         return [Tally(sample.group, sample.subset, counts) for sample, counts in scored]
+
+    def unit(self, sample: Sample) -> Hashable:
+        """Return what names the samples that only count together, such as the questions of a pair; its id by default.
+
+        A run with a ``limit`` asks all of them or none.
+        """
+        return sample.id
 
     def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
         """Describe in sentences how the figures came about: parser, labels, what is left out; none by default.

@@ -8,7 +8,7 @@ yes or no, as VLMEvalKit and lmms-eval do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -142,6 +142,10 @@ class HallusionBench(Task):
         """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
         reply = yes_no.PARSERS[self.parser](answer.text)
         return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["subcategory"])
+
+    def unit(self, sample: Sample) -> Hashable:
+        """Return the set of figures and questions, every one of which is asked of every other."""
+        return _set_key(sample, ("set_id",))
 
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
         """Total every sample under ``all`` and its category; the first of a set also carries the counts of the set."""

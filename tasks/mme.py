@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -154,6 +154,10 @@ class Mme(Task):
             answer.text, yes_no.prefix(answer.text), sample.reference["label"], sample.reference["object"]
         )
 
+    def unit(self, sample: Sample) -> Hashable:
+        """Return category and image: both questions about it count together."""
+        return sample.subset, sample.group
+
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
         """Total every sample under ``total`` and its category; the first of an image also carries the pair's counts.
 
@@ -161,7 +165,7 @@ class Mme(Task):
         """
         self.setup()  # the task of a finished run has read nothing yet
         counts = [{f"{sample.subset} {name}": value for name, value in own.items()} for sample, own in scored]
-        for indices in complete_sets(scored, self.samples(), key=lambda sample: (sample.subset, sample.group)):
+        for indices in complete_sets(scored, self.samples(), key=self.unit):
             first = scored[indices[0]][0]
             for prefix in READINGS:
                 rights, reads = ([scored[index][1][prefix + name] for index in indices] for name in ("right", "read"))

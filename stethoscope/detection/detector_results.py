@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stethoscope.detection.score_metrics import METRICS
-from stethoscope.metrics.bootstrap import Interval, Resamples, p_value
+from stethoscope.metrics.bootstrap import Interval, Resamples
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Difference:
     @classmethod
     def of(cls, detector: str, other: str, metric: str, replicates: np.ndarray, resamples: Resamples) -> Difference:
         """Compute the interval and the p-value from the (replicates,) differences."""
-        return cls(detector, other, metric, resamples.interval(replicates), p_value(replicates))
+        return cls(detector, other, metric, resamples.interval(replicates), resamples.p_value(replicates))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-able dictionary."""

@@ -13,7 +13,7 @@ from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, un
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.score_metrics import evaluate_scores
 from stethoscope.features.columns import check_same_model, matching_columns
-from stethoscope.metrics.bootstrap import REPLICATES, group_weights, p_value, split_groups
+from stethoscope.metrics.bootstrap import REPLICATES, group_weights, split_groups
 
 MEASURED = ("auroc", "auroc_controlled", "auprc_hallucinated", "ece", "brier", "base_rate")
 TRANSFERRED, RETRAINED, IN_SOURCE = "transferred", "trained there", "at home"
@@ -132,7 +132,7 @@ def _evaluate(
         row["shift"] = "" if shift is None else shift.sentence
         gains = {metric: figures[TRANSFERRED, metric] - figures[RETRAINED, metric] for metric in MEASURED[:-1]}
         row["difference"] = {
-            metric: {**resamples.interval(gain).to_dict(), "p": None if np.isnan(p_value(gain)) else p_value(gain)}
+            metric: {**resamples.interval(gain).to_dict(), "p": None if np.isnan(p := resamples.p_value(gain)) else p}
             for metric, gain in gains.items()
         }
     return row

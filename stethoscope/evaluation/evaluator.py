@@ -53,7 +53,7 @@ class Evaluator:
             callbacks: hooks into the run.
             loggers: receive the metrics; ``events.jsonl`` is added where there is a run directory. The evaluator
                 finalizes them only when a run fails, so that several runs may share them.
-            limit: largest number of samples of a task, taken in turn from its subsets; None for all.
+            limit: largest number of samples of a task, drawn evenly over its subsets, labels and images; None for all.
             fast_dev_run: do two samples, resume nothing, and stop at the first error.
             batch_size: number of prompts that generate together.
             generation: settings of generation.

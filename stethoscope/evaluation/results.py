@@ -22,6 +22,7 @@ class TaskResults:
         counts: ``samples`` and, of these, ``ok``, ``unparsed`` and ``failed``; ``truncated`` counts the answers among
             them that were cut off at the longest length allowed.
         subset_counts: ``samples``, ``ok``, ``unparsed`` and ``failed`` of every subset of the samples.
+        notes: sentences on how the figures came about, see ``Task.notes``.
         seconds: time spent by stage, over all sessions of a resumed run. Not part of ``to_dict``: the same run gives
             the same ``metrics.json``.
     """
@@ -31,6 +32,7 @@ class TaskResults:
     metrics: tuple[MetricRow, ...]
     counts: Mapping[str, int]
     subset_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
@@ -39,7 +41,7 @@ class TaskResults:
         ``stethoscope.report.metrics_tables.task_table`` makes a table of them.
         """
         figures = [f"{row.metric} ({row.subset}): {row.interval}" for row in self.metrics]
-        return "\n".join([self.task, *figures, self.summary()])
+        return "\n".join([self.task, *figures, *self.notes, self.summary()])
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -80,6 +82,7 @@ class TaskResults:
             "primary": self.primary,
             "counts": dict(self.counts),
             "subset_counts": {subset: dict(counts) for subset, counts in self.subset_counts.items()},
+            "notes": list(self.notes),
             "metrics": [row.to_dict() for row in self.metrics],
         }
 
@@ -90,7 +93,14 @@ class TaskResults:
             MetricRow(row["metric"], row["subset"], Interval.from_dict({k: row[k] for k in _INTERVAL}))
             for row in section["metrics"]
         )
-        return cls(task, section["primary"], rows, section["counts"], section.get("subset_counts", {}))
+        return cls(
+            task,
+            section["primary"],
+            rows,
+            section["counts"],
+            section.get("subset_counts", {}),
+            tuple(section.get("notes", ())),
+        )
 
     def summary(self) -> str:
         """Format the counts as one line, with those of every subset that lost samples."""

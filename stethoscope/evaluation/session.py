@@ -21,7 +21,7 @@ from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import RunState
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.lock import RunLock
-from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples, select_samples
+from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.run_fingerprint import (
     answer_fingerprint,
@@ -30,6 +30,7 @@ from stethoscope.storage.run_fingerprint import (
     feature_fingerprint,
     location_keys,
 )
+from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class RunSession:
                 self.generation = replace(self.generation, max_new_tokens=run.task.max_new_tokens)
             limit = FAST_DEV_RUN_SAMPLES if evaluator.fast_dev_run else evaluator.limit
             available = load_samples(run.task)
-            self._selected = select_samples(available, limit)
+            self._selected = select_samples(available, limit, run.task.unit)
             if evaluator.keeps_answers:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
@@ -298,6 +299,7 @@ class RunSession:
             metrics=tuple(metrics),
             counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
             subset_counts=subset_counts,
+            notes=tuple(self.run.task.notes(self.run.samples)),
             seconds={stage: sum(outcome.seconds.get(stage, 0.0) for outcome in outcomes) for stage in stages},
         )
 

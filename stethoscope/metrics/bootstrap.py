@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Name = TypeVar("Name", bound=Hashable)
 
 REPLICATES = 1000
+MIN_IMAGES = 10
+"""Images from which an interval or a p-value is given; resamples of fewer are too much alike to say how sure it is."""
 CHUNK = 100  # replicates at a time: few enough for the weights of some thousand items to stay in the cache
 
 
@@ -35,7 +37,7 @@ class Interval:
 
     Attributes:
         value: the value itself, NaN if it is not defined.
-        low, high: 2.5th and 97.5th percentile of its bootstrap replicates.
+        low, high: 2.5th and 97.5th percentile of its bootstrap replicates; NaN below ``MIN_IMAGES`` images.
         items: number of items that it is computed from (mentions, samples).
         groups: number of images that they come from.
     """
@@ -59,13 +61,21 @@ class Interval:
         0.500 [0.025, 0.975]
         """
         finite = replicates[1:][np.isfinite(replicates[1:])]
-        low, high = np.percentile(finite, [2.5, 97.5]) if finite.size else (math.nan, math.nan)
+        is_known = finite.size and groups >= MIN_IMAGES
+        low, high = np.percentile(finite, [2.5, 97.5]) if is_known else (math.nan, math.nan)
         return cls(float(replicates[0]), float(low), float(high), int(items), int(groups))
 
     def __str__(self) -> str:
         if not math.isfinite(self.value):
             return "not defined"
+        if not self.has_bounds:
+            return f"{self.value:.3f} –"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the interval is known, and not only the value."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Convert to a JSON object, with None for values that are not defined."""
@@ -123,6 +133,10 @@ class Resamples:
     def interval(self, replicates: np.ndarray) -> Interval:
         """Build the interval of a replicate array that was computed from these items."""
         return Interval.of(replicates, len(self.index), self.groups)
+
+    def p_value(self, differences: np.ndarray) -> float:
+        """Compute ``p_value`` of a replicate array; NaN below ``MIN_IMAGES`` images."""
+        return p_value(differences) if self.groups >= MIN_IMAGES else math.nan
 
 
 def group_weights(groups: Sequence[str] | np.ndarray, replicates: int = REPLICATES, seed: int = 0) -> Resamples:

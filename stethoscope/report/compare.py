@@ -14,7 +14,7 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.detection.detector_results import read_interval
-from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights, p_value
+from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights
 from stethoscope.report.metrics_tables import RANKING, TITLES, primary, shown_rows
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
@@ -175,7 +175,7 @@ def _split(resamples: Resamples, size: int) -> tuple[Resamples, Resamples]:
 
 
 def _difference(replicates: np.ndarray, resamples: Resamples) -> PairedDifference:
-    return PairedDifference(resamples.interval(replicates), p_value(replicates))
+    return PairedDifference(resamples.interval(replicates), resamples.p_value(replicates))
 
 
 def _test_images(source: RunReader, images: set[str]) -> set[str]:

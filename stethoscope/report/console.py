@@ -27,12 +27,12 @@ def print_table(table: Table, output: Console | None = None) -> None:
     """
     output = output or console()
     output.print(terminal(table, leading_zero=False))
-    if table.note:
-        output.print(table.note, highlight=False, markup=False, soft_wrap=True)
+    for note in filter(None, (table.note, table.images_note)):
+        output.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_results(results: TaskResults, output: Console | None = None) -> None:
-    """Print the metrics of a task, and its counts in a line below.
+    """Print the metrics of a task; below them its counts, the notes on it, and the number of images.
 
     Args:
         results: of one model on the task.
@@ -41,7 +41,8 @@ def print_results(results: TaskResults, output: Console | None = None) -> None:
     output = output or console()
     table = task_table(results)
     output.print(terminal(table))
-    output.print(results.summary(), highlight=False, markup=False, soft_wrap=True)
+    for note in filter(None, (results.summary(), *results.notes, table.images_note)):
+        output.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_detector(results: DetectorResults) -> None:

@@ -65,14 +65,14 @@ def primary(results: TaskResults) -> Interval | None:
 
 
 def task_table(results: TaskResults) -> Table:
-    """List metrics down and subsets across, with the three counts as the note."""
+    """List metrics down and subsets across, with the counts and notes of the task below."""
     intervals = {(row.metric, row.subset): row.interval for row in results.metrics}
     names = list(dict.fromkeys(row.metric for row in results.metrics))
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (name, *(intervals.get((name, subset)) for subset in results.subsets)) for name in names
     )
     bold = frozenset(index for index, name in enumerate(names) if name == results.primary)
-    note = f"{results.summary()}. 95 % intervals from resampled images."
+    note = " ".join([f"{results.summary()}.", *results.notes, "95 % intervals from resampled images."])
     return Table(results.task, ("metric", *results.subsets), rows, note, bold)
 
 

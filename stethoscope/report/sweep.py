@@ -159,7 +159,7 @@ class Comparison:
                 else:
                     interval = difference.interval
                     cells += [interval.value, interval.low, interval.high, difference.p]
-                rows.append([*job_cells, *cells])
+                rows.append([*job_cells, *(None if cell != cell else cell for cell in cells)])  # NaN: not known
         return columns, rows
 
 

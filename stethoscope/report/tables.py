@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.html import escape, render
-from stethoscope.metrics.bootstrap import Interval
+from stethoscope.metrics.bootstrap import MIN_IMAGES, Interval
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -50,11 +50,32 @@ class Table:
         """Check that every row has a cell for every column."""
         assert all(len(row) == len(self.columns) for row in self.rows), (self.title, self.columns)
 
+    @property
+    def images_note(self) -> str:
+        """From how many images the figures are, and why some have no interval; empty without figures."""
+        figures = [cell for row in self.rows for cell in map(_figure, row) if cell is not None]
+        counts = sorted({figure.groups for figure in figures if math.isfinite(figure.value)})
+        if not counts:
+            return ""
+        span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        few = f" –: no interval, from fewer than {MIN_IMAGES} images." if counts[0] < MIN_IMAGES else ""
+        return f"From {span} image{'s' * (counts[-1] != 1)}.{few}"
+
+    @property
+    def full_note(self) -> str:
+        """How to read the table, and from how many images its figures are."""
+        return " ".join(filter(None, (self.note, self.images_note)))
+
     def without(self, names: Collection[str]) -> Table:
         """Drop the columns of these names."""
         indices = [index for index, name in enumerate(self.columns) if name not in names]
         rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
         return replace(self, columns=tuple(self.columns[index] for index in indices), rows=rows)
+
+
+def _figure(cell: Cell) -> Interval | None:
+    """Return the interval of a cell that holds one."""
+    return cell.interval if isinstance(cell, PairedDifference) else cell if isinstance(cell, Interval) else None
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -77,7 +98,7 @@ def _parts(cell: Cell) -> tuple[str, str]:
     if isinstance(cell, Interval):
         if not math.isfinite(cell.value):
             return "not defined", ""
-        return _number(cell.value), f"[{_number(cell.low)}, {_number(cell.high)}]"
+        return _number(cell.value), f"[{_number(cell.low)}, {_number(cell.high)}]" if cell.has_bounds else "–"
     return str(cell), ""
 
 
@@ -88,7 +109,7 @@ def plain(cell: Cell, leading_zero: bool = True) -> str:
         cell: of a table.
         leading_zero: write numbers as 0.947; False writes .947, so that more columns fit on a line.
 
-    >>> plain(Interval(0.5, 0.4, 0.6, 9, 3)), plain(Interval(0.5, 0.4, 0.6, 9, 3), leading_zero=False)
+    >>> plain(Interval(0.5, 0.4, 0.6, 90, 30)), plain(Interval(0.5, 0.4, 0.6, 90, 30), leading_zero=False)
     ('0.500 [0.400, 0.600]', '.500 [.400, .600]')
     """
     text = re.sub(r"\s+", " ", " ".join(part for part in _parts(cell) if part))
@@ -100,16 +121,17 @@ def plain(cell: Cell, leading_zero: bool = True) -> str:
 def text(table: Table) -> str:
     """Write aligned columns that are never wrapped, for files and pipes.
 
-    >>> print(text(Table("scores", ("", "AUROC"), (("a", Interval(0.5, 0.4, 0.6, 9, 3)), ("bb", None)))))
+    >>> print(text(Table("scores", ("", "AUROC"), (("a", Interval(0.5, 0.4, 0.6, 90, 30)), ("bb", None)))))
     scores
         AUROC
     a   0.500 [0.400, 0.600]
     bb
+    From 30 images.
     """
     rows = [table.columns, *([plain(cell) for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*filter(None, [table.title]), *lines, *filter(None, [table.note])])
+    return "\n".join([*filter(None, [table.title]), *lines, *filter(None, [table.full_note])])
 
 
 def terminal(table: Table, leading_zero: bool = True) -> TerminalTable:
@@ -160,7 +182,7 @@ def markdown(table: Table) -> str:
         cells = [write(cell) for cell in row]
         lines.append([f"**{part}**" if part and index in table.bold else part for part in cells])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    note = f"\n\n{escape_markdown(table.note)}" if table.note else ""
+    note = f"\n\n{escape_markdown(table.full_note)}" if table.full_note else ""
     return f"### {escape_markdown(table.title)}\n\n{body}{note}\n"
 
 
@@ -195,7 +217,7 @@ def latex(table: Table) -> str:
         return f"{main} {{\\scriptsize {small}}}" if small else main
 
     alignment = "".join("l" if is_text or not index else "r" for index, is_text in enumerate(_text_columns(table)))
-    caption = f"{escape_latex(table.title)}. {escape_latex(table.note)}".removesuffix(". ") + "."
+    caption = f"{escape_latex(table.title)}. {escape_latex(table.full_note)}".removesuffix(". ") + "."
     lines = [
         r"\begin{table}",
         r"\centering",

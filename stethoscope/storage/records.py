@@ -182,18 +182,6 @@ def _has_keys(values: Mapping[str, Any]) -> bool:
     return all(isinstance(name, str) for name in names) and isinstance(values.get("tokens", 0), int)
 
 
-def select_samples(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """Select at most ``limit`` samples, evenly from the subsets, in the order of the task."""
-    if limit is None or limit >= len(samples):
-        return tuple(samples)
-    seen: dict[str, int] = {}
-    turns = []
-    for index, sample in enumerate(samples):
-        turns.append((seen.setdefault(sample.subset, 0), index))
-        seen[sample.subset] += 1
-    return tuple(samples[index] for index in sorted(index for _, index in sorted(turns)[:limit]))
-
-
 def load_samples(task: Task) -> Sequence[Sample]:
     """Load the samples of a task and check their ids.
 

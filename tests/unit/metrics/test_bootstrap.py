@@ -94,7 +94,7 @@ def test_an_interval_prints_and_survives_json():
 
 
 def test_replicates_that_are_not_defined_are_left_out():
-    interval = Interval.of(np.array([0.5, np.nan, 0.4, 0.6]), 3, 3)
+    interval = Interval.of(np.array([0.5, np.nan, 0.4, 0.6]), 30, 30)
     assert 0.4 <= interval.low <= interval.high <= 0.6
 
 
@@ -201,3 +201,12 @@ def test_p_values_of_no_difference_are_uniform_and_of_a_real_one_small():
     assert np.median(p_values) < 0.02
     assert p_value(np.r_[0.3, np.full(1000, 0.3)]) == p_value(np.r_[-0.3, np.full(1000, -0.3)]) == 2 / 1001
     assert np.isnan(p_value(np.array([np.nan, 0.1])))
+
+
+def test_no_interval_and_no_p_value_below_ten_images():
+    for count, known in ((9, False), (10, True)):
+        resamples = group_weights([str(n) for n in range(count)] * 3, replicates=50)
+        values = resamples.apply(lambda weights: {"mean": weights.sum(axis=1)})["mean"]
+        assert resamples.interval(values).has_bounds == known
+        assert math.isnan(resamples.p_value(values)) == (not known)
+        assert (resamples.interval(values).to_dict()["low"] is None) == (not known)

@@ -1,5 +1,7 @@
 """Results in a terminal."""
 
+from dataclasses import replace
+
 from helpers.tiny_world import TinyAdapter, TinyTask
 
 from stethoscope.evaluation.evaluator import Evaluator
@@ -11,15 +13,26 @@ from stethoscope.report.tables import markdown, text
 
 
 def test_results_print_as_text_and_markdown(capsys):
-    results = Evaluator().run(TinyAdapter("a model"), TinyTask())
+    results = Evaluator().run(TinyAdapter("a model"), TinyTask(count=40))
     table = task_table(results)
     lines = text(table).splitlines()
     assert lines[:2] == ["tiny", "metric    easy                  hard                  mean"]
     assert lines[2].startswith("accuracy  1.000 [1.000, 1.000]  0.000 [0.000, 0.000]  0.500 [")
-    assert lines[-1].startswith("10 samples: 10 ok, 0 unparsed, 0 failed; 0 truncated")
+    assert lines[-1].startswith("40 samples: 40 ok, 0 unparsed, 0 failed; 0 truncated")
+    assert lines[-1].endswith("From 20 images.")
     assert markdown(table).splitlines()[3] == "| --- | --- | --- | --- |"
     print_results(results)
-    assert capsys.readouterr().out.splitlines()[-1] == results.summary()
+    assert capsys.readouterr().out.splitlines()[-2:] == [results.summary(), "From 20 images."]
+
+
+def test_few_images_have_no_interval(capsys):
+    results = replace(Evaluator().run(TinyAdapter("a model"), TinyTask(count=8)), notes=("A note.",))
+    line = text(task_table(results)).splitlines()[2]
+    assert line.split() == ["accuracy", "1.000", "–", "0.000", "–", "0.500", "–"]
+    print_results(results)
+    notes = [results.summary(), "A note.", "From 4 images. –: no interval, from fewer than 10 images."]
+    assert capsys.readouterr().out.splitlines()[-3:] == notes
+    assert {row["low"] for row in results.to_dict()["metrics"]} == {None}
 
 
 def test_names_of_subsets_are_no_markup(capsys):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from stethoscope.core.errors import ConfigError
@@ -10,7 +11,7 @@ from stethoscope.report import tables
 from stethoscope.report.tables import PairedDifference, Table
 
 NASTY = "\\input{x} $1 & <b>50%</b> #_^~|`*\n[a](b)"
-FIGURE = Interval(-0.25, -0.5, 0.0, 10, 5)
+FIGURE = Interval(-0.25, -0.5, 0.0, 100, 50)
 
 
 def _table(**settings):
@@ -30,7 +31,7 @@ def test_latex_escapes_every_special_character():
         r"\#\_\textasciicircum{}\textasciitilde{}\textbar{}`* [a](b) & $-$0.250 {\scriptsize [$-$0.500, 0.000]} & "
         r"$-$0.250 {\scriptsize [$-$0.500, 0.000] p 0.500} \\"
     )
-    assert r"\caption{a \& b.}" in text
+    assert r"\caption{a \& b. From 50 images.}" in text
     assert r"\begin{tabular}{lrr}" in text
     rules = [line for line in text.splitlines() if line.endswith("rule")]
     assert rules == [r"\toprule", r"\midrule", r"\bottomrule"]
@@ -44,7 +45,19 @@ def test_markdown_keeps_cells_and_lines():
     assert "&lt;b&gt;50%&lt;/b&gt;" in rows[2]
     assert r"\[a\](b)" in rows[2]
     assert rows[3].startswith("| **empty** |  | **−0.250 [−0.500, 0.000]** |")
-    assert lines[-1] == r"n\*"
+    assert lines[-1] == r"n\* From 50 images."
+
+
+def test_below_ten_images_a_dash_and_the_reason():
+    few = Interval.of(np.array([0.5, 0.4, 0.6]), items=9, groups=9)
+    table = Table("t", ("", "x"), (("a", few), ("b", PairedDifference(FIGURE, 0.5)), ("c", 7)))
+    for form in tables.FORMATS:
+        text = tables.render_tables([table], form)
+        assert "no interval, from fewer than 10 images" in text
+        assert "From 9 to 50 images" in text
+        assert "nan" not in text
+    assert tables.plain(few) == str(few) == "0.500 –"
+    assert Table("t", ("", "x"), (("c", 7),)).full_note == ""
 
 
 def test_html_escapes():
