@@ -7,7 +7,7 @@ arXiv 2407.13442. The score is about change: does an answer follow the picture, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import ClassVar
 
@@ -131,6 +131,10 @@ class Beaf(YesNoTask):
                 stacklevel=2,
             )
         return samples
+
+    def unit(self, sample: Sample) -> Hashable:
+        """Return original picture and question: its answers are compared with each other."""
+        return _pair_key(sample)
 
     def add_counts(self, scored: Sequence[ScoredSample], counts: list[dict[str, float]]) -> None:
         """Count for every question about an edited picture how the answer has changed."""

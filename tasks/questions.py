@@ -9,7 +9,7 @@ answer that cannot be read for a wrong one.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -105,6 +105,12 @@ class QuestionTask(Task):
             for (sample, _), own in zip(scored, counts, strict=True)
             for subset in self.subsets_of(sample)
         ]
+
+    def unit(self, sample: Sample) -> Hashable:
+        """Return what names the sets of a sample, in which its answer counts with others."""
+        shared = [field for fields in self.sets.values() for field in fields]
+        shared = [field for field in dict.fromkeys(shared) if all(field in fields for fields in self.sets.values())]
+        return (_set_key(sample, tuple(shared)) if shared else None) or sample.id
 
     def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
         """Name the parser."""

@@ -194,7 +194,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         for name, title in CARD_METRICS.items():
             figure = manifest["figures"].get(name)
             if figure and figure["value"] is not None:
-                lines.append(f"| {title} | {figure['value']:.3f} | {figure['low']:.3f} to {figure['high']:.3f} |")
+                bounds = "–" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"
+                lines.append(f"| {title} | {figure['value']:.3f} | {bounds} |")
     return "\n".join(lines) + "\n"
 
 

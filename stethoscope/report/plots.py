@@ -221,7 +221,8 @@ def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
 def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
     """Plot the AUROC by token position, with columns for the number of mentions."""
     title = "AUROC by token position"
-    low = min([0.5, *(part.interval.low for part in bins if part.interval is not None)])  # NaN is never below
+    intervals = [part.interval for part in bins if part.interval is not None]
+    low = min([0.5, *(bound for part in intervals for bound in (part.low, part.value))])  # NaN is never below
     with _drawing(title, SIZE) as (figure, axes, finish):
         axes.set(xlabel="token position in the answer", ylabel="AUROC")
         axes.set(xlim=(-0.5, len(bins) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))

@@ -10,7 +10,9 @@ import pytest
 
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.storage.selection import select_samples
+from stethoscope.tasks.dash_b import DashB
 from stethoscope.tasks.mme import Mme
+from stethoscope.tasks.natural_bench import NaturalBench
 from stethoscope.tasks.pope import Pope
 
 SUBSETS = ("random", "popular", "adversarial")
@@ -102,6 +104,19 @@ def test_pairs_stay_together():
     assert set(counts(drawn, task.unit).values()) == {2}
     assert counts(drawn, lambda row: row.subset) == {"existence": 6, "count": 6}
     assert set(counts(select_samples(samples, 13, task.unit), task.unit).values()) == {1, 2}
+
+
+def test_sets_of_question_tasks_stay_together():
+    groups = [
+        sample(f"{group}-{question}-{image}", group, group=group, question=question, image=image, label="yes")
+        for group in range(6)
+        for question in (0, 1)
+        for image in (0, 1)
+    ]
+    task = NaturalBench()
+    drawn = select_samples(groups, 8, task.unit)
+    assert sorted(counts(drawn, lambda row: row.group).values()) == [4, 4]
+    assert DashB().unit(groups[0]) == groups[0].id
 
 
 def test_a_large_set_is_drawn_at_once():
