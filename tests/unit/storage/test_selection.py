@@ -18,8 +18,8 @@ from stethoscope.tasks.pope import Pope
 SUBSETS = ("random", "popular", "adversarial")
 
 
-def sample(name, image, subset="all", **reference):
-    return Sample(name, ImageRef(f"{image}.png", Path(f"{image}.png")), "?", f"{image}", subset, reference)
+def sample(name, picture, subset="all", **reference):
+    return Sample(name, ImageRef(f"{picture}.png", Path(f"{picture}.png")), "?", f"{picture}", subset, reference)
 
 
 def pope_like(images=50, questions=6):
