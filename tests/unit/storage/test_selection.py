@@ -113,10 +113,10 @@ def test_sets_of_question_tasks_stay_together():
         for question in (0, 1)
         for image in (0, 1)
     ]
-    task = NaturalBench()
+    task = NaturalBench(source="hub")
     drawn = select_samples(groups, 8, task.unit)
     assert sorted(counts(drawn, lambda row: row.group).values()) == [4, 4]
-    assert DashB().unit(groups[0]) == groups[0].id
+    assert DashB(source="hub").unit(groups[0]) == groups[0].id
 
 
 def test_a_large_set_is_drawn_at_once():
