@@ -57,7 +57,6 @@ class Beaf(YesNoTask):
     version: ClassVar[str] = "1"
     primary = "F1_TUID"
     max_new_tokens: int = 32
-    whole_groups: ClassVar[bool] = True
 
     def __init__(
         self,

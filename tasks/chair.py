@@ -5,16 +5,17 @@ Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.types import Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import clipped, image_id, read_captions, read_instances, read_text
+from stethoscope.tasks.annotations import clipped, image_id, read_captions, read_instances, read_rows, read_text
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
 from stethoscope.tasks.image_folder import ImageFolder
@@ -58,6 +59,8 @@ class Chair(Task):
         captions: str | None = None,
         images: str | None = None,
         image_ids: str | Sequence[int] | None = None,
+        image_count: int | None = None,
+        image_seed: int = 42,
         dataset: str = "tsunghanwu/mscoco_chair",
         split: str = "test",
         revision: str | None = None,
@@ -80,10 +83,18 @@ class Chair(Task):
         check_choice("scene_mode of chair", scene_mode, SCENE_MODES)
         if not (image_ids is None or isinstance(image_ids, (str, list, tuple))):
             raise ConfigError(f"task.image_ids={image_ids!r} should be a list of image ids or a file with one per line")
+        if image_count is not None:
+            check_positive(image_count=image_count)
+            if source != "files" or image_ids is not None:
+                given = f"task.image_ids={image_ids!r}" if image_ids is not None else f"task.source={source}"
+                raise ConfigError(
+                    f"task.image_count draws from the files of task.source=files; {given} has its own images"
+                )
         self.max_new_tokens = 128 if source == "testbed" else 512  # the usual length; the embedded model is brief
         self.source, self.question, self.drop_incomplete = source, question, drop_incomplete
         self.scenes, self.scene_mode, self.scene_seed = scenes, scene_mode, scene_seed
         self.instances, self.captions, self.images, self.image_ids = instances, captions, images, image_ids
+        self.image_count, self.image_seed = image_count, image_seed
         self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
@@ -121,19 +132,27 @@ class Chair(Task):
         path = setting_path(self.instances)
         names, objects = read_instances(path)
         folder = ImageFolder(setting_path(self.images))
-        ids = list(names) if self.image_ids is None else self._chosen(names, path)
+        ids = self._drawn(names, path) if self.image_ids is None else self._chosen(names, path)
         captioned = read_captions(setting_path(self.captions), ids) if self.captions else {}
         for id_ in ids:
             origin = f"{path}, image id {id_}"
             truth = objects[id_] | captioned.get(id_, frozenset())
             yield SourceRow({"objects": truth}, folder.find(names[id_], origin), origin)
 
+    def _drawn(self, names: Mapping[int | str, str], path: Path) -> list[int | str]:
+        """Return all image ids, or those of as many images as are drawn: file names in order, shuffled by the seed."""
+        if self.image_count is None:
+            return list(names)
+        if self.image_count > len(names):
+            raise DataError(f"task.image_count={self.image_count}, but {path} lists {len(names)} images")
+        ids = sorted(names, key=lambda id_: names[id_])
+        random.Random(self.image_seed).shuffle(ids)
+        return ids[: self.image_count]
+
     def _chosen(self, names: Mapping[int | str, str], path: Path) -> list[int | str]:
-        """Return the image ids that the user lists, here or in a file with one on each line."""
+        """Return the image ids that the user lists, here or in a file."""
         if isinstance(self.image_ids, str):
-            listed = setting_path(self.image_ids)
-            lines = enumerate(read_text(listed).split("\n"), 1)
-            ids = [(line.strip(), f"{listed}, line {number}") for number, line in lines if line.strip()]
+            ids = _read_ids(setting_path(self.image_ids))
         else:
             ids = [(id_, "task.image_ids") for id_ in self.image_ids or ()]
         for id_, origin in ids:
@@ -173,3 +192,12 @@ class Chair(Task):
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""
         return CHAIR_METRICS
+
+
+def _read_ids(path: Path) -> list[tuple[Any, str]]:
+    """Return id and origin of every line of a file: an id, or a JSON object with an ``image_id``."""
+    text = read_text(path)
+    if text.lstrip()[:1] in ("{", "["):
+        return [(row["image_id"], origin) for _, origin, row in read_rows(path, ("image_id",))]
+    lines = enumerate(text.split("\n"), 1)
+    return [(line.strip(), f"{path}, line {number}") for number, line in lines if line.strip()]

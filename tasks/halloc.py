@@ -7,6 +7,7 @@ Park et al., "HalLoc: Token-level Localization of Hallucinations for Vision Lang
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -27,15 +28,108 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TYPES = ("object", "attribute", "relation", "scene")
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+GROUNDED, UNKNOWN_LABEL = "grounded", "unknown"
+"""Kinds of words that are not hallucinated: right ones, and those that nobody has judged."""
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _GREY = (127, 127, 127)
 
+LabelledSpan = tuple[int, int, str]
+"""Start and end in the answer, and its kind."""
 
-class HalLoc(Task):
+
+class GivenAnswers(Task):
     """Given answers, read by the model (teacher forcing) and not written by it; every word is labelled.
 
     Nothing is generated, so no answer is right or wrong: the run provides labelled tokens and their features. The
     metrics are the model's surprisal, in nats per token, on grounded and on hallucinated words.
+
+    Attributes:
+        kinds: kinds of hallucinated words.
+        text_only: whether every picture is shown as a grey one, which is the control for what the text alone betrays.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+    primary = "nll_gap"
+    text_only: bool
+    _samples: list[Sample]
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the answers in the order of the source."""
+        return self._samples
+
+    def shown_image(self, image: ImageRef) -> ImageRef:
+        """Return the image that the model is shown: the answer's own, or a grey one of the same size."""
+        return ImageRef(image.name, partial(_grey_image, image)) if self.text_only else image
+
+    @abstractmethod
+    def label_words(self, text: str, spans: Sequence[LabelledSpan]) -> list[LabelledSpan]:
+        """Label the words of an answer in reading order, each by one of ``kinds``, ``grounded`` or ``unknown``.
+
+        Args:
+            text: the answer as the model's tokenizer writes it.
+            spans: marked spans in it.
+        """
+
+    def _labelled(self, sample: Sample, answer: Answer) -> list[LabelledSpan] | None:
+        """Return the labelled words of an answer; None if its text did not come back from the tokenizer."""
+        marked = sample.reference["spans"]
+        moved = move_spans(sample.reference["answer"], [(start, end) for start, end, _ in marked], answer.text)
+        if moved is None:
+            return None
+        return self.label_words(answer.text, [(*span, kind) for span, (_, _, kind) in zip(moved, marked, strict=True)])
+
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Add up surprisal by kind; ``unparsed`` if the model's tokenizer cannot write the answer."""
+        kinds = (GROUNDED, *self.kinds, UNKNOWN_LABEL)
+        counts = dict.fromkeys([f"{unit}_{kind}" for unit in ("tokens", "nll") for kind in kinds], 0.0)
+        words = self._labelled(sample, answer)
+        if words is None:
+            return Score("unparsed", counts, {"reason": f"the model's tokenizer makes {answer.text!r} of it"})
+        for start, end, kind in words:
+            for token in answer.covering(start, end):
+                counts[f"tokens_{kind}"] += 1
+                counts[f"nll_{kind}"] -= answer.logprobs[token]
+        return Score(
+            "ok", counts, {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in words if kind in self.kinds]}
+        )
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Return every word, labelled hallucinated, grounded or not judged; the words themselves name the object.
+
+        The kind is not part of the name: only what is hallucinated has one, so it would give the label away. None is
+        a repetition: people have labelled every occurrence, and one can be right where another is wrong.
+        """
+        labels = {GROUNDED: 0, UNKNOWN_LABEL: -1}
+        return tuple(
+            Mention(start, end, answer.text[start:end].lower(), labels.get(kind, 1), number, 0)
+            for number, (start, end, kind) in enumerate(self._labelled(sample, answer) or ())
+        )
+
+    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+        """Return surprisal in nats per token by kind, the share of hallucinated tokens, and ``nll_gap``."""
+
+        def total(totals: Totals, unit: str) -> np.ndarray:
+            return sum((totals[f"{unit}_{kind}"] for kind in self.kinds), start=np.zeros(()))
+
+        def surprisal(kind: str) -> Callable[[Totals], np.ndarray]:
+            return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])
+
+        def hallucinated(totals: Totals) -> np.ndarray:
+            return ratio(total(totals, "nll"), total(totals, "tokens"))
+
+        grounded = surprisal(GROUNDED)
+        return {
+            "nll_gap": lambda totals: hallucinated(totals) - grounded(totals),
+            "nll_grounded": grounded,
+            **{f"nll_{kind}": surprisal(kind) for kind in self.kinds},
+            "hallucinated": lambda totals: ratio(
+                total(totals, "tokens"), total(totals, "tokens") + totals["tokens_grounded"]
+            ),
+        }
+
+
+class HalLoc(GivenAnswers):
+    """Given answers with their hallucinated words marked by type; all other words are grounded.
 
     The inserted hallucinations leave traces in the text alone. A detector uses the image only if it does better than
     the same run with ``text_only=true``, where every picture is grey, and better than the leaderboard's ``text prior``.
@@ -43,7 +137,7 @@ class HalLoc(Task):
 
     name = "halloc"
     version: ClassVar[str] = "2"
-    primary = "nll_gap"
+    kinds: ClassVar[tuple[str, ...]] = TYPES
 
     def __init__(self, file: str | None = None, images: str | None = None, text_only: bool = False) -> None:
         """Store and check the settings; ``conf/task/halloc.yaml`` explains every argument.
@@ -76,7 +170,7 @@ class HalLoc(Task):
             self._samples.append(
                 Sample(
                     id=id_,
-                    image=ImageRef(image.name, partial(_grey_image, image)) if self.text_only else image,
+                    image=self.shown_image(image),
                     question=row["question"].strip(),
                     group=image.group,
                     subset=str(row.get("subset", "all")),
@@ -87,67 +181,11 @@ class HalLoc(Task):
         if not self._samples:
             raise DataError(f"{path} holds no answer")
 
-    def samples(self) -> Sequence[Sample]:
-        """Return the answers in the order of the file."""
-        return self._samples
-
-    def _labelled(self, sample: Sample, answer: Answer) -> list[tuple[int, int, str | None]] | None:
-        """Return (start, end, type or None) of marked spans and other words; None if the text did not come back."""
-        reference = sample.reference
-        spans = [(start, end) for start, end, _ in reference["spans"]]
-        moved = move_spans(reference["answer"], spans, answer.text)
-        if moved is None:
-            return None
-        marked = [(*span, kind) for span, (_, _, kind) in zip(moved, reference["spans"], strict=True)]
-        taken = {index for start, end, _ in marked for index in range(start, end)}
-        words = [word.span() for word in _WORD.finditer(answer.text)]
-        return sorted([*marked, *((*word, None) for word in words if taken.isdisjoint(range(*word)))])
-
-    def score(self, sample: Sample, answer: Answer) -> Score:
-        """Add up surprisal by type; ``unparsed`` if the model's tokenizer cannot write the answer."""
-        kinds = ("grounded", *TYPES)
-        counts = dict.fromkeys([f"{unit}_{kind}" for unit in ("tokens", "nll") for kind in kinds], 0.0)
-        words = self._labelled(sample, answer)
-        if words is None:
-            return Score("unparsed", counts, {"reason": f"the model's tokenizer makes {answer.text!r} of it"})
-        for start, end, kind in words:
-            for token in answer.covering(start, end):
-                counts[f"tokens_{kind or 'grounded'}"] += 1
-                counts[f"nll_{kind or 'grounded'}"] -= answer.logprobs[token]
-        return Score("ok", counts, {"hallucinated": [[answer.text[a:b], kind] for a, b, kind in words if kind]})
-
-    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Return marked spans as hallucinated, all other words as grounded; the words themselves name the object.
-
-        The type is not part of the name: only what is hallucinated has one, so it would give the label away. None is
-        a repetition: people have labelled every occurrence, and one can be right where another is wrong.
-        """
-        return tuple(
-            Mention(start, end, answer.text[start:end].lower(), int(kind is not None), number, 0)
-            for number, (start, end, kind) in enumerate(self._labelled(sample, answer) or ())
-        )
-
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Return surprisal in nats per token by type, the share of hallucinated tokens, and ``nll_gap``."""
-
-        def total(totals: Totals, unit: str) -> np.ndarray:
-            return sum((totals[f"{unit}_{kind}"] for kind in TYPES), start=np.zeros(()))
-
-        def surprisal(kind: str) -> Callable[[Totals], np.ndarray]:
-            return lambda totals: ratio(totals[f"nll_{kind}"], totals[f"tokens_{kind}"])
-
-        def hallucinated(totals: Totals) -> np.ndarray:
-            return ratio(total(totals, "nll"), total(totals, "tokens"))
-
-        grounded = surprisal("grounded")
-        return {
-            "nll_gap": lambda totals: hallucinated(totals) - grounded(totals),
-            "nll_grounded": grounded,
-            **{f"nll_{kind}": surprisal(kind) for kind in TYPES},
-            "hallucinated": lambda totals: ratio(
-                total(totals, "tokens"), total(totals, "tokens") + totals["tokens_grounded"]
-            ),
-        }
+    def label_words(self, text: str, spans: Sequence[LabelledSpan]) -> list[LabelledSpan]:
+        """Return the marked spans, and all other words as grounded."""
+        taken = {index for start, end, _ in spans for index in range(start, end)}
+        words = [word.span() for word in WORD.finditer(text)]
+        return sorted([*spans, *((*word, GROUNDED) for word in words if taken.isdisjoint(range(*word)))])
 
 
 def read_spans(spans: Sequence[Mapping[str, Any]], answer: str, origin: str) -> list[tuple[int, int, str]]:

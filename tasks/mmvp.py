@@ -40,7 +40,6 @@ class Mmvp(QuestionTask):
     version: ClassVar[str] = "1"
     primary = "pair_accuracy"
     max_new_tokens: int = 16
-    whole_groups: ClassVar[bool] = True
     sets: ClassVar[Mapping[str, tuple[str, ...]]] = {"pairs": ("pair",)}
 
     def __init__(

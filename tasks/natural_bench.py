@@ -43,7 +43,6 @@ class NaturalBench(QuestionTask):
     primary = "G_Acc"
     max_new_tokens: int = 16
     parser = "earlier"
-    whole_groups: ClassVar[bool] = True
     sets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "questions": ("group", "question"),
         "images": ("group", "image"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,134 @@ def hallusion_bench(folder: Path, scenes: Sequence[Scene]) -> list[str]:
                 rows.append({**common, **more, "question": asked, "gt_answer": truth, "gt_answer_details": ""})
     file = dump(folder / "HallusionBench.json", rows)
     return ["task=hallusion_bench", f"task.file={file}", f"task.images={folder / 'hallusion_bench'}"]
+
+
+def dash_b(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """DASH-B's folder: every scene without and with an object, in two sources."""
+    for part in ("neg", "pos"):
+        sources: dict[str, dict[str, list[str]]] = {"coco": {}, "imagenet": {}}
+        for index, scene in enumerate(scenes):
+            name, source = (absent(scene), scene.visible[0])[part == "pos"], ("coco", "imagenet")[index % 2]
+            sources[source].setdefault(name, []).append(f"{scene.id}.png")
+            target = folder / part / source / name
+            target.mkdir(parents=True, exist_ok=True)
+            scene.image().save(target / f"{scene.id}.png")
+        (folder / f"dash_benchmark_{part}.json").write_text(json.dumps(sources, indent=4))
+    return ["task=dash_b", f"task.folder={folder}", "task.question='Is there a {object} in the image?'"]
+
+
+def scene_pairs(scenes: Sequence[Scene]) -> list[tuple[Scene, Scene, str, str]]:
+    """Pairs of scenes, each with an object that the other does not show."""
+    pairs = []
+    for first, second in zip(scenes[::2], scenes[1::2], strict=True):
+        own, other = ([n for n in a.visible if n not in b.visible] for a, b in ((first, second), (second, first)))
+        if own and other:
+            pairs.append((first, second, own[0], other[0]))
+    return pairs
+
+
+def natural_bench(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """NaturalBench's table with pictures in base64: two scenes, an object of each, four rows a group."""
+    folder.mkdir(parents=True)
+    lines = ["index\timage\tquestion\tanswer\ttype\tsource"]
+    for group, (*pair, name, other) in enumerate(scene_pairs(scenes)):
+        cells = []
+        for scene in pair:
+            scene.image().save(folder / f"{scene.id}.png")
+            cells.append(base64.b64encode((folder / f"{scene.id}.png").read_bytes()).decode())
+        for position in range(4):
+            question, image = divmod(position, 2)
+            asked = f"Is there a {(name, other)[question]} in the image?"
+            answer = ("No", "Yes")[question == image]
+            lines.append("\t".join([str(4 * group + position), cells[image], asked, answer, "yes_no", "x"]))
+    file = folder / "NaturalBenchDataset.tsv"
+    file.write_text("\n".join(lines) + "\n")
+    return ["task=natural_bench", "task.source=files", f"task.file={file}", "task.suffix=false"]
+
+
+def mmvp(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """MMVP's table and folder: pairs of scenes with one question, of which option (a) is right for the first."""
+    images = folder / "MMVP Images"
+    images.mkdir(parents=True)
+    lines = ["Index,Question,Options,Correct Answer"]
+    for *pair, name, other in scene_pairs(scenes):
+        for scene, letter in zip(pair, "ab", strict=True):
+            index = len(lines)
+            scene.image().save(images / f"{index}.jpg", quality=95)
+            lines.append(f'{index},"Is there a {name}, or a {other}, in the image?",(a) {name} (b) {other},({letter})')
+    file = folder / "Questions.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return ["task=mmvp", "task.source=files", f"task.file={file}", f"task.images={images}"]
+
+
+def beaf(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """BEAF's file and images: originals as JPEG, edited scenes as <original>_NN.png."""
+    (folder / "images").mkdir(parents=True)
+    rows, versions = testbed.removal_questions(scenes)
+    originals = {row["image"] for row in rows if row["orig_img"]}
+    names = {name: name.replace(".png", ".jpg") if name in originals else name for name in versions}
+    for name, scene in versions.items():
+        scene.image().save(folder / "images" / names[name], quality=95)
+    file = dump(folder / "beaf_qna.json", [{**row, "image": names[row["image"]]} for row in rows])
+    return ["task=beaf", "task.source=files", f"task.file={file}", f"task.images={folder / 'images'}"]
+
+
+def phd(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """PhD's file and folders: scenes in train2014 and val2014 with both contexts, and some as CCS images."""
+    for part in ("train2014", "val2014", "CCS_images"):
+        (folder / "images" / part).mkdir(parents=True)
+    rows: list[dict] = []
+    for index, scene in enumerate(scenes):
+        part, visible, missing = ("train2014", "val2014")[index % 2], scene.visible[0], absent(scene)
+        row = {
+            "image_id": str(index),
+            "task": ("object recognition", "counting")[index % 2],
+            "yes_question": f"Is there a {visible} in the image?",
+            "no_question": f"Is there a {missing} in the image?",
+        }
+        if index % 3 == 0:
+            scene.image().save(folder / "images" / "CCS_images" / f"{index}.png")
+            rows.append({**row, "ccs_description": "Odd."})
+        else:
+            scene.image().save(folder / "images" / part / f"COCO_{part}_{index:012d}.jpg", quality=95)
+            context = {"iac": f"A {missing} is often seen.", "icc": f"There is a {missing}."}
+            rows.append({**row, "hitem": missing, "gt": visible, "subject": visible, "context": context})
+    return ["task=phd", f"task.file={dump(folder / 'data.json', rows)}", f"task.images={folder / 'images'}"]
+
+
+def humble_bench(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """HumbleBench's lines: four options, of which one is in the picture or none."""
+    folder.mkdir(parents=True)
+    rows = []
+    for index, scene in enumerate(scenes):
+        scene.image().save(folder / f"{scene.id}.png")
+        options = [name for name in testbed.CATEGORIES if name not in scene.visible][:4]
+        label = "ABCDE"[index % 5]
+        if label != "E":
+            options["ABCD".index(label)] = scene.visible[0]
+        lines = [f"{letter}. {text}" for letter, text in zip("ABCDE", [*options, "None of the above"], strict=True)]
+        question, kind = "\n".join(["What is in the image?", *lines]), ("Object", "Relation", "Attribute")[index % 3]
+        more = {"type": kind, "question_id": index, "file_name": f"{scene.id}.png"}
+        rows.append({"label": label, "question": question, **more})
+    file = dump(folder / "metadata.jsonl", rows, lines=True)
+    return ["task=humble_bench", "task.source=files", f"task.file={file}", f"task.images={folder}"]
+
+
+def mhal_detect(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """M-HalDetect's file and COCO's folder: descriptions with a right, an invented and an unjudged phrase."""
+    (folder / "val2014").mkdir(parents=True)
+    rows = []
+    for index, scene in enumerate(scenes):
+        scene.image().save(folder / "val2014" / f"COCO_val2014_{index:012d}.jpg", quality=95)
+        right, invented, doubtful = f"A {scene.visible[0]}", f"and a {absent(scene)}", "in the image"
+        answer, segments = f"{right} {invented} {doubtful}.", []
+        for text, label in ((right, "ACCURATE"), (invented, "INACCURATE"), (doubtful, "UNSURE")):
+            start = answer.index(text)
+            segments.append({"start": start, "end": start + len(text), "text": text, "label": label})
+        question = "Please describe this image in detail."
+        rows.append({"question": question, "response": answer, "image": index, "annotations": segments})
+    file = dump(folder / "val_raw.json", rows)
+    return ["task=mhal_detect", "task.source=files", f"task.file={file}", f"task.images={folder / 'val2014'}"]
 
 
 def halloc(folder: Path, scenes: Sequence[Scene]) -> list[str]:

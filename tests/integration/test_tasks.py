@@ -153,6 +153,46 @@ def test_halloc_without_pictures(tmp_path, scenes, evaluated):
     assert blind["nll_grounded", "all"] > sees["nll_grounded", "all"] + 0.1
 
 
+def yes_or_no(text):
+    return "yes" if "yes" in text else "no" if "no" in text else None
+
+
+def lone_letter(text):
+    letters = set(re.findall(r"\w+", text)) & set("abcde")
+    return letters.pop() if len(letters) == 1 else None
+
+
+BY_HAND = {
+    "dash_b": ("accuracy", yes_or_no),
+    "natural_bench": ("Acc", yes_or_no),
+    "mmvp": ("accuracy_published", None),
+    "beaf": ("accuracy", yes_or_no),
+    "phd": ("phd_index", None),
+    "humble_bench": ("accuracy", lone_letter),
+    "mhal_detect": ("hallucinated", None),
+}
+"""Task -> a figure, and how to read its replies where the figure is the share of right ones."""
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_further_benchmarks(tmp_path, scenes, evaluated, name):
+    words = getattr(published_files, name)(tmp_path / name, scenes)
+    figures, records, section = evaluated(*words)
+    counts = section["counts"]
+    assert counts["ok"] + counts["unparsed"] == counts["samples"] == len(records) > 0
+    metric, parse = BY_HAND[name]
+    value = figures[metric, "base" if name == "phd" else "all"]
+    replies = [(parse(r["answer"]["text"].lower()), r["reference"]["label"].lower()) for r in records.values() if parse]
+    if read := [reply == label for reply, label in replies if reply]:
+        assert value == pytest.approx(np.mean(read))
+    if name == "beaf":
+        assert sum(figures[change, "all"] for change in ("TU", "IG", "SB_yes", "SB_no")) == pytest.approx(1)
+        assert figures["TU", "all"] > 0.3  # the embedded model sees most objects
+    if name == "mhal_detect":
+        labels = {mention["label"] for record in records.values() for mention in record["mentions"]}
+        assert labels == {0, 1, -1}
+
+
 def test_a_changed_answer_is_read_again(tmp_path, scenes, evaluated):
     words = published_files.halloc(tmp_path / "halloc", scenes[:2])
     evaluated(*words)

@@ -1,6 +1,7 @@
 """CHAIR: ground truth, scores by hand, mentions, and what is said of broken input."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -76,6 +77,40 @@ def test_metrics_by_hand(task):
     assert all(np.isnan(value[1]) for value in values.values())
 
 
+def test_images_of_published_captions(instances, images, tmp_path):
+    """As OPERA writes its captions: one object on each line."""
+    listed = tmp_path / "greedy.jsonl"
+    listed.write_text('{"image_id": 3, "caption": "A cat."}\n{"image_id": 7, "caption": "A dog."}\n')
+    task = ready(instances=instances, images=images, image_ids=listed)
+    assert [sample.id for sample in task.samples()] == ["b", "a"]
+    listed.write_text('[{"image_id": 8}]')
+    with pytest.raises(DataError, match="line 1: image id 8 is not in"):
+        ready(instances=instances, images=images, image_ids=listed)
+
+
+def test_images_are_drawn_by_a_seed(tmp_path, images):
+    """The draw of the papers on sorted names: seeded by random.seed, shuffled in place, the first ones taken."""
+    names = [f"{number:02d}.png" for number in range(20)]
+    listed = [{"id": 100 - number, "file_name": name} for number, name in enumerate(names)]
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps({"images": listed[::-1], "annotations": [], "categories": []}))
+    random.seed(42)
+    shuffled = names.copy()
+    random.shuffle(shuffled)
+    for name in shuffled[:5]:
+        (images / "a.png").with_name(name).write_bytes((images / "a.png").read_bytes())
+    drawn = {"source": "files", "instances": str(path), "images": str(images), "image_count": 5}
+    task = Chair(**drawn)
+    task.setup()
+    assert [sample.image.name for sample in task.samples()] == shuffled[:5]
+    with pytest.raises(DataError, match="is not in"):  # other pictures are not there
+        Chair(**drawn, image_seed=7).setup()
+    with pytest.raises(DataError, match=r"image_count=21, but .* lists 20 images"):
+        Chair(**{**drawn, "image_count": 21}).setup()
+    with pytest.raises(ConfigError, match=r"image_ids=.* has its own images"):
+        Chair(**drawn, image_ids=[1])
+
+
 def test_empty_answers_are_counted_apart(task):
     score = task.score(task.samples()[0], reply(" \n"))
     assert score.status == "unparsed"
@@ -112,6 +147,8 @@ def test_wrong_settings_are_found_at_construction():
         ({"question": " "}, "is empty"),
         ({"scenes": 0}, "at least 1"),
         ({"image_ids": 5}, "should be a list"),
+        ({"image_count": 0}, "at least 1"),
+        ({"image_count": 5}, "source=testbed has its own images"),
     ):
         with pytest.raises(ConfigError, match=message):
             Chair(**arguments)

@@ -638,3 +638,89 @@ def test_a_task_that_has_read_nothing_yet_tallies_the_same(name, request):
 def test_wrong_settings(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def dumped(path, value):
+    path.write_text(json.dumps(value) if not isinstance(value, str) else value)
+
+
+BEAF = {"id": 0, "image": "x.jpg", "question": "Is there a car?", "orig_img": True, "removed_q": False, "gt": "yes"}
+NATURAL = "index\timage_path\tquestion\ttype\n"
+HEADER = "Index,Question,Options,Correct Answer\n"
+BAD = [
+    # fixture, file, its content, what is said
+    ("dash", "dash_benchmark_neg.json", "[]", "an object of sources, objects and lists of file names was expected"),
+    ("dash", "dash_benchmark_neg.json", {"coco": ["a.png"]}, "coco should be an object of lists, not ['a.png']"),
+    ("dash", "dash_benchmark_neg.json", {"coco": {"bench": "1.png"}}, "bench should be a list of file names"),
+    ("dash", "dash_benchmark_pos.json", {"coco": {"bench": ["9.png"]}}, "image 'pos/coco/bench/9.png' is not in"),
+    ("dash", "dash_benchmark_pos.json", {"..": {"x": ["9.png"]}}, "leads out of"),
+    ("dash", "dash_benchmark_pos.json", {"coco": {"dog": ["5.png", "5.png"]}}, "id pos-coco-dog-5 is used before"),
+    ("natural", "t.tsv", "", "t.tsv is empty; a table with the columns index"),
+    ("natural", "t.tsv", "index\tquestion\n", "line 1: column 'type' is missing; there are: index, question"),
+    ("natural", "t.tsv", NATURAL + "0\t0_0.png\tIs it?\n", "line 2: 3 cells, but 4 columns"),
+    ("natural", "t.tsv", NATURAL + "x\t0_0.png\tIs it?\tyes_no\n", "line 2: index 'x' is no whole number"),
+    ("natural", "t.tsv", NATURAL + "0\t0_0.png\tIs it?\tyesno\n", "did you mean 'yes_no'"),
+    ("natural", "t.tsv", NATURAL + "0\t0_0.png\t \tyes_no\n", "is no question"),
+    ("natural", "t.tsv", NATURAL + "0\t9.png\tIs it?\tyes_no\n", "line 2: image '9.png' is not in"),
+    ("natural", "t.tsv", NATURAL + "0\t0_0.png\tIs it?\tyes_no\n", "1 of the 4 rows with the indices 0 to 3 are there"),
+    ("natural", "t.tsv", NATURAL + '0\t"0_0.png\tIs it?\tyes_no\n', "line 2: no row of a table"),
+    ("mmvp", "Questions.csv", "Index,Question\n", "column 'Options' is missing"),
+    ("mmvp", "Questions.csv", HEADER + "1,Is it?,(a) x (c) y,(a)\n", "should be of the form '(a) Open (b) Closed'"),
+    ("mmvp", "Questions.csv", HEADER + "1,Is it?,(a) x (b) y,(c)\n", "label 'C' is neither A nor B"),
+    ("mmvp", "Questions.csv", HEADER + "3,Is it?,(a) x (b) y,(a)\n", "image '3.jpg' is not in"),
+    ("beaf", "beaf_qna.json", [{**BEAF, "gt": "maybe"}], "label 'maybe' is neither yes nor no"),
+    ("beaf", "beaf_qna.json", [{**BEAF, "orig_img": 1}], "orig_img 1 is neither true nor false"),
+    ("beaf", "beaf_qna.json", [{**BEAF, "orig_img": False}], "should be called <original>_NN.png"),
+    ("beaf", "beaf_qna.json", [BEAF, BEAF], "id 0 is used before"),
+    ("beaf", "beaf_qna.json", [{**BEAF, "orig_img": False, "image": "x_00.png"}], "is asked about x too"),
+    ("phd", "data.json", [{**PHD[0], "context": {"icc": ""}}], "context has no text for mode 'iac'"),
+    ("phd", "data.json", [{**PHD[0], "image_id": "../1"}], "image_id '../1' is no number of a COCO image"),
+    ("phd", "data.json", [{**PHD[2], "image_id": "../../x"}], "leads out of"),
+    ("phd", "data.json", [{**PHD[0], "no_question": None}], "key 'no_question' is missing"),
+    ("phd", "data.json", PHD[:2], "no row of mode 'ccs'"),
+    ("humble", "metadata.jsonl", {**HUMBLE[0], "label": "F"}, "label 'F' is none of A, B, C, D, E"),
+    ("humble", "metadata.jsonl", {**HUMBLE[0], "type": " "}, "type ' ' is empty"),
+    ("humble", "metadata.jsonl", {**HUMBLE[0], "file_name": "z.png"}, "image 'z.png' is not in"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "content", "message"), BAD)
+def test_one_line_says_what_is_wrong(name, file, content, message, request, tmp_path):
+    settings = request.getfixturevalue(name)
+    dumped(tmp_path / file, content)
+    tasks = {
+        "dash": lambda: DashB(folder=str(settings)),
+        "natural": lambda: NaturalBench("files", file=str(tmp_path / "t.tsv"), images=str(tmp_path / "pictures")),
+        "mmvp": lambda: Mmvp(**settings),
+        "beaf": lambda: Beaf(**settings),
+        "phd": lambda: Phd(**settings),
+        "humble": lambda: HumbleBench(**settings),
+    }
+    with pytest.raises(DataError) as error:
+        tasks[name]().setup()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_pictures_in_a_table_that_are_none(natural, tmp_path):
+    for cell, message in (("", "no picture in the column"), ("7", "names no row before this one")):
+        rows = [{**natural[0], "image": cell}, *natural[1:4]]
+        with pytest.raises(DataError, match=message):
+            NaturalBench("files", file=table(tmp_path / "t.tsv", COLUMNS, rows)).setup()
+    rows = [{**natural[0], "image": "!" * 80}, {**natural[1], "image": "AAAA" * 20}, *natural[2:4]]
+    task = NaturalBench("files", file=table(tmp_path / "t.tsv", COLUMNS, rows))
+    task.setup()
+    for sample, message in zip(task.samples(), ("not in base64", "not an intact file"), strict=False):
+        with pytest.raises(DataError, match=message):
+            sample.image.load()
+    with pytest.raises(DataError, match=r"called \.tsv or \.csv"):
+        NaturalBench("files", file=str(tmp_path / "t.json")).setup()
+
+
+def test_cells_in_quotation_marks_over_several_lines(natural, tmp_path):
+    rows = [{**row, "question": f'"First line\nof ""{row["index"]}"""'} for row in natural[:4]]
+    task = NaturalBench("files", file=table(tmp_path / "t.tsv", COLUMNS, rows))
+    task.setup()
+    assert task.samples()[1].question == 'First line\nof "1" Please answer Yes or No.'
+    assert task.samples()[3].image.load().getpixel((0, 0)) == (30, 0, 0)
