@@ -33,6 +33,16 @@ class Adapter(ABC):
     def encode(self, image: Image, question: str) -> Encoded:
         """Build the model's own prompt around image and question, with measured token positions."""
 
+    def encode_as(self, asks: str, image: Image, question: str) -> Encoded:
+        """Build the prompt for what a task asks for; by default that of ``encode``, whatever it is.
+
+        Args:
+            asks: ``question`` or ``description``, see ``Sample.asks``.
+            image: that is asked about.
+            question: the task's own words, in place of which a model may have others (PaliGemma's "caption en").
+        """
+        return self.encode(image, question)
+
     @abstractmethod
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
         """Answer a batch of prompts; in float32 the answers are the same as one by one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,11 @@ from stethoscope.adapters.generation import (
     trim_ids,
 )
 from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.prompts import PromptEncoder, check_chat_template, check_prompt
+from stethoscope.adapters.processors import limit_pixels, mean_colour, pad_to_square
+from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_phrases, check_prompt
 from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
+from stethoscope.core.images import rgb
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.tracing.token_spans import decode_with_offsets
@@ -58,6 +60,14 @@ class HfAdapter(Adapter):
         name: name of the model in tables; the last part of ``model_id`` by default.
         prompt: the model's own prompt with ``{question}`` and its image placeholder (or ``{image}``); None for the
             processor's chat template.
+        system: system text before the prompt, or the system turn of the chat template: a name in ``prompts.SYSTEMS``
+            or a text; None for none.
+        phrases: by what a task asks for (``prompts.ASKS``), the text that stands in place of ``{question}``, which may
+            be a part of it: ``{"question": "answer en {question}", "description": "caption en"}``; None for the
+            question as it is.
+        pad: pad pictures to a square with the mean colour of the image processor, before it sees them.
+        max_pixels: most pixels to which the image processor may scale a picture, see ``processors.limit_pixels``; None
+            for the model's own limit.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
         loading: ``device_map``, ``max_memory``, ``offload_folder``, ``quantize``, ``attention``, ``local_files_only``,
@@ -82,6 +92,10 @@ class HfAdapter(Adapter):
         revision: str | None = None,
         name: str | None = None,
         prompt: str | None = None,
+        system: str | None = None,
+        phrases: Mapping[str, str] | None = None,
+        pad: bool = False,
+        max_pixels: int | None = None,
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
@@ -100,7 +114,15 @@ class HfAdapter(Adapter):
             )
         if threads is not None and threads < 1:
             raise ConfigError(f"model.threads={threads} should be at least 1, or null to leave it to torch")
+        if max_pixels is not None and (not isinstance(max_pixels, int) or max_pixels < 1):
+            raise ConfigError(f"model.max_pixels={max_pixels!r} should be a number of pixels, at least 1, or null")
+        if not isinstance(pad, bool):
+            raise ConfigError(f"model.pad={pad!r} should be true or false")
+        self.system = SYSTEMS.get(system or "", system or "")
+        if prompt is not None and self.system:
+            prompt = f"{self.system} {prompt}"
         check_prompt(prompt)
+        self.phrases, self.pad, self.max_pixels = check_phrases(phrases), pad, max_pixels
         self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
         self.model_id, self.prompt, self.device = model_id, prompt, device
         self.threads, self.random_init, self.family = threads, random_init, family
@@ -133,6 +155,9 @@ class HfAdapter(Adapter):
             except (RuntimeError, AssertionError) as error:
                 raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
+            if self.max_pixels is not None:
+                limit_pixels(model, processor, self.max_pixels, self.name)
+            self._padding = mean_colour(processor, self.name) if self.pad else None
             encoder = self._make_encoder(model, processor)
             _check_encoder(encoder, self.name)
             self._end_ids, self._pad_id = special_ids(model, processor.tokenizer)
@@ -182,7 +207,7 @@ class HfAdapter(Adapter):
 
     def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[Image, str], Encoded]:
         """Build the encoder that ``encode`` calls."""
-        return PromptEncoder(model, processor, self.prompt)
+        return PromptEncoder(model, processor, self.prompt, self.system)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -205,8 +230,19 @@ class HfAdapter(Adapter):
                 positions (T5) have no such limit.
         """
         self.setup()
+        return self._encode_phrase("question", image, question)
+
+    def encode_as(self, asks: str, image: Image, question: str) -> Encoded:
+        """See ``Adapter.encode_as``; errors are those of ``encode``."""
+        self.setup()
+        return self.encode(image, question) if asks == "question" else self._encode_phrase(asks, image, question)
+
+    def _encode_phrase(self, asks: str, image: Image, question: str) -> Encoded:
+        """Encode the phrase for what is asked for, with the picture padded where ``pad`` is set."""
+        text = self.phrases.get(asks, "{question}").replace("{question}", question)
         with model_faults(f"the processor of {self.name} fails on this picture and question"):
-            encoded = self._encoder(image, question)
+            picture = image if self._padding is None else pad_to_square(rgb(image), self._padding)
+            encoded = replace(self._encoder(picture, text), question=question, asks=asks)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and encoded.spans.length >= context:
             raise DataError(
@@ -387,6 +423,9 @@ class HfAdapter(Adapter):
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
             "prompt": getattr(self._encoder, "template", self.prompt),
+            "phrases": self.phrases,
+            "pad": self.pad,
+            "max_pixels": self.max_pixels,
             "ends": list(self._end_ids),
             "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,

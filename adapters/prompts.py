@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.cache import LRUCache
-from stethoscope.core.errors import ConfigError, DataError, first_line
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.images import rgb
 from stethoscope.core.system import default_signals, describe_error
 from stethoscope.tracing.token_spans import image_layout, image_positions, question_positions
@@ -19,6 +20,16 @@ from stethoscope.tracing.trace import Encoded, Spans
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
+
+SYSTEMS = {
+    f"{name}_v1": f"A chat between a curious {person} and an artificial intelligence assistant. The assistant gives "
+    f"helpful, detailed, and polite answers to the {person}'s questions."
+    for name, person in (("vicuna", "user"), ("llava", "human"))
+}
+"""System texts by the names of LLaVA's authors: ``vicuna_v1`` of training and evaluation, ``llava_v1`` of the demo."""
+
+ASKS = ("question", "description")
+"""What a task can ask for."""
 
 _QUESTION, _IMAGE = "{question}", "{image}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
@@ -48,6 +59,7 @@ class PromptEncoder:
         model: whose configuration describes the image tokens.
         processor: of the model.
         prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
+        system: text of the system turn, written by the chat template; empty for none. A ``prompt`` holds its own.
 
     Attributes:
         template: the prompt as rendered, with the image placeholder and ``{question}``.
@@ -56,7 +68,7 @@ class PromptEncoder:
         ConfigError: no chat template can be used, or the processor inserts the image itself and so does the prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None, system: str = "") -> None:
         self._config, self._processor, self._tokenizer = model.config, processor, processor.tokenizer
         self.image_token_id: int = model.config.image_token_id
         self._image_token = self._tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -64,7 +76,7 @@ class PromptEncoder:
         placeholders = [token for name in names if (token := getattr(processor, name, None))]
         self._placeholder = str(placeholders[0] if placeholders else self._image_token)  # BLIP's is an AddedToken
         if prompt is None:
-            template = _chat_prompt(processor, self._image_text(), self._placeholder)
+            template = _chat_prompt(processor, self._image_text(), self._placeholder, system)
         else:
             template = prompt.replace(_IMAGE, self._placeholder)
         if getattr(processor, "num_query_tokens", None) and self._placeholder in template:
@@ -163,6 +175,23 @@ def check_prompt(prompt: str | None) -> None:
         )
 
 
+def check_phrases(phrases: Any) -> dict[str, str]:
+    """Return the phrases by what a task asks for; raise ConfigError for an unknown key or one without a question."""
+    if phrases is None:
+        return {}
+    if not isinstance(phrases, Mapping) or not all(isinstance(phrase, str) for phrase in phrases.values()):
+        raise ConfigError(
+            f"model.phrases={phrases!r} should be texts by what is asked for, as "
+            f"{{question: 'answer en {_QUESTION}', description: caption en}}"
+        )
+    for asks, phrase in phrases.items():
+        if asks not in ASKS:
+            raise ConfigError(unknown("key of model.phrases", str(asks), ASKS))
+        if phrase.count(_QUESTION) > 1 or (asks == "question" and _QUESTION not in phrase) or not phrase.strip():
+            raise ConfigError(f"model.phrases.{asks}={phrase!r} should hold {_QUESTION} once")
+    return dict(phrases)
+
+
 def check_chat_template(processor: ProcessorMixin) -> None:
     """Check that the chat template renders an image and a question, as a list of parts or as text.
 
@@ -172,18 +201,26 @@ def check_chat_template(processor: ProcessorMixin) -> None:
     _renderings(processor, f"{getattr(processor, 'image_token', _IMAGE)}\n{_QUESTION}")
 
 
-def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str) -> str:
+def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str, system: str = "") -> str:
     """Render the chat template as a prompt template.
 
     Args:
         processor: with the chat template.
         image: text that stands for the image, for templates that take no lists.
         placeholder: of the image within it.
+        system: text of the system turn, empty for none.
 
     Raises:
-        ConfigError: there is no chat template, or none of its renderings holds the question once.
+        ConfigError: there is no chat template, none of its renderings holds the question once, or all leave the system
+            text out.
     """
-    renderings = _renderings(processor, f"{image}\n{_QUESTION}")
+    renderings = _renderings(processor, f"{image}\n{_QUESTION}", system)
+    if system and not any(system in text for text in renderings):
+        raise ConfigError(
+            f"the chat template of {type(processor).__name__} leaves model.system={system!r} out; write it into "
+            "model.prompt"
+        )
+    renderings = [text for text in renderings if system in text]
     usable = [text for text in renderings if text.count(_QUESTION) == 1]
     if not usable:
         raise ConfigError(
@@ -193,16 +230,21 @@ def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str) -> str
     return next((text for text in usable if placeholder in text), usable[0])
 
 
-def _renderings(processor: ProcessorMixin, text: str) -> list[str]:
-    """Render an image and a question as a list of parts and, for templates that join strings, as ``text``."""
+def _renderings(processor: ProcessorMixin, text: str, system: str = "") -> list[str]:
+    """Render an image and a question as a list of parts and, for templates that join strings, as ``text``.
+
+    A system text that is not empty comes first, as a turn of its own in the same form.
+    """
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
     renderings, errors = [], []
-    for content in ([{"type": "image"}, {"type": "text", "text": _QUESTION}], text):
+    parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}], [{"type": "text", "text": system}]
+    for content, system_content in (parts, (text, system)):
+        turns = [{"role": "system", "content": system_content}] if system else []
         try:
             with default_signals():  # a template may loop in a C function, which no handler interrupts
-                turn = {"role": "user", "content": content}
-                renderings.append(str(processor.apply_chat_template([turn], add_generation_prompt=True)))
+                turns.append({"role": "user", "content": content})
+                renderings.append(str(processor.apply_chat_template(turns, add_generation_prompt=True)))
         except Exception as error:  # a template may raise anything
             errors.append(error)
     if not renderings:

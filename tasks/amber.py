@@ -247,7 +247,10 @@ class Amber(Task):
                 reference = {**reference, "object": nouns[0].name if nouns else UNKNOWN}
                 question = with_suffix(question, self.suffix)
             image = images.find(str(row["image"]), origin)
-            samples[row["id"]] = Sample(f"{subset}-{row['id']}", image, question, image.group, subset, reference)
+            samples[row["id"]] = Sample(
+                f"{subset}-{row['id']}", image, question, image.group, subset, reference,
+                asks="description" if part == "generative" else "question",
+            )  # fmt: skip
         if not samples:
             raise DataError(f"{path} has no question of {', '.join(self.parts)}")
         return list(samples.values())

@@ -113,6 +113,7 @@ class Chair(Task):
                 question=self.question,
                 group=image.group,
                 reference={"objects": sorted(values["objects"])},
+                asks="description",
             )
             for values, image, _ in self.data.rows()
         ]

@@ -49,6 +49,7 @@ class Custom(Task):
         parser: str = "first_word",
         vocabulary: str | None = None,
         max_new_tokens: int = 128,
+        asks: str | None = None,
     ) -> None:
         """Store and check the settings; ``conf/task/custom.yaml`` explains every argument.
 
@@ -69,6 +70,8 @@ class Custom(Task):
         if not file and not (question or "").strip():
             raise ConfigError("a folder of images needs task.question, which is asked of every one")
         check_positive(max_new_tokens=max_new_tokens)
+        self.asks = asks or ("description" if kind in ("caption", "unlabelled") else "question")
+        check_choice("asks of custom task", self.asks, ("question", "description"))
         self.kind, self.name, self.primary, self.max_new_tokens = kind, str(name), _PRIMARY[kind], max_new_tokens
         self.file, self.images, self.question, self.suffix = file, images, question, suffix
         self.parser, self.vocabulary = parser, vocabulary
@@ -131,7 +134,8 @@ class Custom(Task):
         subset: str = "all",
         answer: str | None = None,
     ) -> Sample:
-        return Sample(id_, image, with_suffix(question.strip(), self.suffix), image.group, subset, reference, answer)
+        asked = with_suffix(question.strip(), self.suffix)
+        return Sample(id_, image, asked, image.group, subset, reference, answer, self.asks)
 
     def _truth(self, value: Any, origin: str) -> dict[str, Any]:
         """Return the reference of one line: its label, or its objects by the vocabulary's names."""

@@ -25,11 +25,12 @@ from stethoscope.adapters.authors.processor import (
     accept_image_tokens,
     add_placeholder,
     load_llama_tokenizer,
-    pad_to_square,
     read_mean_and_std,
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.processors import pad_to_square
+from stethoscope.adapters.prompts import SYSTEMS
 from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
@@ -41,12 +42,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "<image>"
 _TURN = "USER: <image>\n{question} ASSISTANT:"
-PROMPTS = {
-    "v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    f"detailed, and polite answers to the user's questions. {_TURN}",
-    "llava_v1": "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    f"helpful, detailed, and polite answers to the human's questions. {_TURN}",
-}
+PROMPTS = {"v1": f"{SYSTEMS['vicuna_v1']} {_TURN}", "llava_v1": f"{SYSTEMS['llava_v1']} {_TURN}"}
 """The authors' templates by name: ``v1`` of training and evaluation, ``llava_v1`` of their demo."""
 
 

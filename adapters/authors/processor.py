@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stethoscope.adapters.authors.checkpoints import find_file, read_config
 from stethoscope.adapters.loading import Loading, is_folder, silenced, translate_loading_errors
+from stethoscope.adapters.processors import CLIP_MEAN
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids
@@ -199,9 +200,8 @@ def add_placeholder(tokenizer: Any, placeholder: str, vocab_size: int) -> int:
     return tokenizer.convert_tokens_to_ids(placeholder)
 
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of CLIP's training pixels (Radford et al. 2021) in red, green and blue; white is 1."""
+"""Standard deviation of CLIP's training pixels (Radford et al. 2021) in red, green and blue; white is 1."""
 
 Step = Callable[[Image], Image]
 
@@ -222,23 +222,6 @@ def squash_to_longest(image: Image) -> Image:
     (40, 40)
     """
     return squash(image, max(image.size))
-
-
-def pad_to_square(image: Image, mean: Sequence[float] = CLIP_MEAN) -> Image:
-    """Pad to a square of one colour, with the image in the middle.
-
-    Args:
-        image: RGB.
-        mean: colour in [0, 1], rounded down to whole levels as the authors of LLaVA do.
-
-    >>> pad_to_square(PIL.new("RGB", (4, 2), "white")).getpixel((0, 0))
-    (122, 116, 104)
-    """
-    width, height = image.size
-    side = max(width, height)
-    square = PIL.new("RGB", (side, side), tuple(int(part * 255) for part in mean))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
 
 
 def shortest_edge(image: Image, size: int) -> Image:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.adapters.authors.processor import CLIP_MEAN, CLIP_STD
+from stethoscope.adapters.authors.processor import CLIP_STD
+from stethoscope.adapters.processors import CLIP_MEAN
 from stethoscope.adapters.tiny.tokenizers import SIZES, llama_tokenizer, text_sizes
 
 if TYPE_CHECKING:

@@ -41,6 +41,7 @@ class Question:
         answer: a stored answer to diagnose; None to let the model answer.
         detector: used instead of the model's own detector; None to use that one.
         notes: lines to be shown with the answer.
+        asks: what the text asks for, see ``Sample.asks``.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Question:
     answer: Answer | None = None
     detector: Detector | None = None
     notes: tuple[str, ...] = ()
+    asks: str = "question"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
         with pool.use(question.model) as ready:
             start = time.perf_counter()
             picture = read_picture(question.picture)
-            encoded = ready.adapter.encode(picture, question.text)
+            encoded = ready.adapter.encode_as(question.asks, picture, question.text)
             tokens = len(encoded.spans.question)
             if tokens > MAX_QUESTION:  # it would keep the model from all others
                 raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
@@ -174,6 +176,7 @@ def _generate(
         detector=detectors.live,
         delay=detectors.delay,
         generation=settings,
+        asks=question.asks,
         mentions=lambda text: [],  # the diagnosis extracts those of the complete answer
     ):
         if not isinstance(item, StreamedToken):
@@ -192,7 +195,14 @@ def _explain(
     question = session.question
     detector = question.detector or ready.detectors.final
     diagnosis = diagnose(
-        ready.adapter, picture, question.text, question.answer, detector, scope=scope, mentions=extractor
+        ready.adapter,
+        picture,
+        question.text,
+        question.answer,
+        detector,
+        scope=scope,
+        mentions=extractor,
+        asks=question.asks,
     )
     seconds = time.perf_counter() - start
     return payload.diagnosed_answer(

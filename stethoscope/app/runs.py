@@ -132,7 +132,7 @@ class Runs:
             notes.append("Judged by the run's own detector.")
         file = Path(tempfile.mkdtemp(dir=self._picture_folder)) / "sample.png"
         picture.save(file)
-        return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes))
+        return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes), record.asks)
 
     def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:
         """Read the sample's picture from its task, or else the run's small copy of it."""

@@ -61,6 +61,7 @@ def run(config: DictConfig) -> None:
         scope=config.scope,
         generation=build(config.generation, Generation, "generation", config.plugins),
         mentions=import_extractor(config.mentions, config.plugins),
+        asks=str(config.asks),
     )
     show(diagnosis, image.name)
     print(f"\n{_origin(setting, folders, str(HydraConfig.get().runtime.choices.model))}")

@@ -117,6 +117,7 @@ class Sample:
         reference: ground truth, JSON-able, read by the task only.
         answer: a given answer, which the model reads (teacher forcing) instead of generating its own; None to generate.
             A task that gives answers also puts them into ``reference``, so that a change is noticed when resuming.
+        asks: what for, ``question`` or ``description``; some models have a prompt for each.
     """
 
     id: str
@@ -126,6 +127,7 @@ class Sample:
     subset: str = "all"
     reference: Mapping[str, Any] = field(default_factory=dict)
     answer: str | None = None
+    asks: str = "question"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
-from stethoscope.relevancy.heatmaps import RAMP, colours, heat, overlay, raster
+from stethoscope.relevancy.heatmaps import RAMP, colours, coverage, heat, overlay, raster
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stethoscope.detection.visual_consistency import NamedProbability
     from stethoscope.diagnosis.diagnosis import Diagnosis
     from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
+    from stethoscope.tracing.token_spans import Box
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
 RASTER = 32  # cells along the longer side of a map that is assembled from several tiles
@@ -264,7 +265,8 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
             continue
         width, height = diagnosis.image.size
         if len(tiles) == 1 and boxes[0] is not None:
-            values, box = tiles[0], boxes[0]
+            box = boxes[0]
+            values = tiles[0] * _within(box, (width, height), tiles[0].shape[-2:])
         else:
             shape = raster(diagnosis.image.size, RASTER)
             values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
@@ -279,6 +281,15 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
                 "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
             },
         )
+
+
+def _within(box: Box, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Return (rows, columns) bool: the cells of a box that show some of an image, not only its padding."""
+    shown = [
+        coverage(start, stop, cells, side).sum(1) > 0.01  # boxes are measured, to a fraction of a pixel
+        for start, stop, cells, side in zip(box[1::-1], box[3:1:-1], shape, size[::-1], strict=True)
+    ]
+    return np.outer(*shown)
 
 
 @cache

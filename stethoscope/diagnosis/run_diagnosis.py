@@ -83,6 +83,7 @@ def diagnose(
     scope: str = "row",
     generation: Generation | None = None,
     mentions: MentionExtractor | None = None,
+    asks: str = "question",
 ) -> Diagnosis:
     """Diagnose one answer: probability, relevancy, prediction evolution and verdict of every token.
 
@@ -95,6 +96,7 @@ def diagnose(
         scope: of the gradient of relevancy, ``row`` or ``token`` (see ``stethoscope.relevancy``).
         generation: settings for generating the answer; greedy, at most 128 tokens by default.
         mentions: extracts the objects that a text names; by default the function named in ``conf/diagnose.yaml``.
+        asks: what the question asks for, ``question`` or ``description``, see ``Adapter.encode_as``.
 
     Raises:
         DataError: the picture is missing or cannot be read, or the answer is empty.
@@ -102,7 +104,7 @@ def diagnose(
         CapabilityError: the detector reads features that the model does not provide.
         ArtefactError: the folder holds no detector.
     """
-    _check_arguments(question, scope)
+    _check_arguments(question, scope, asks)
     detector = load_detector(detector)
     seconds: dict[str, float] = {}
     notes: list[str] = []
@@ -111,7 +113,7 @@ def diagnose(
         adapter.setup()
         if detector is not None:
             check_model(detector, adapter)
-        encoded = adapter.encode(picture, question)
+        encoded = adapter.encode_as(asks, picture, question)
     with _timed(seconds, "generate"):
         answer = _complete_answer(adapter, encoded, answer, generation)
     extractor = mentions or default_extractor()
@@ -152,11 +154,13 @@ def diagnose(
     )
 
 
-def _check_arguments(question: str, scope: str) -> None:
+def _check_arguments(question: str, scope: str, asks: str) -> None:
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
     if scope not in ("row", "token"):
         raise ConfigError(f"scope={scope!r} should be row or token")
+    if asks not in ("question", "description"):
+        raise ConfigError(f"asks={asks!r} should be question or description")
 
 
 @contextmanager

@@ -113,6 +113,7 @@ class SampleState:
             prompt_sha256=self.prompt_sha256,
             image_sha256=self.image_sha256,
             seconds=self.seconds,
+            asks=sample.asks,
         )
 
 
@@ -164,7 +165,7 @@ class SamplePipeline:
         with self._stage(state, "encode"):
             picture = sample.image.load()
             state.image_sha256 = sample.image.sha256
-            state.encoded = self.run.adapter.encode(picture, sample.question)
+            state.encoded = self.run.adapter.encode_as(sample.asks, picture, sample.question)
             if self.features is not None:
                 state.picture = profile_text(picture)
             state.prompt, state.prompt_sha256 = state.encoded.text, state.encoded.sha256

@@ -31,6 +31,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=jsonabl
 _REMEDY = "remove it, and run the command that made the run again"
 _TEXT_FIELDS = (
     "group", "subset", "image", "question", "prompt", "status", "error", "prompt_sha256", "image_sha256", "untraced",
+    "asks",
 )  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class Record:
         untraced: why ``extract`` could not add token rows; empty if it did, or never tried.
         tokens: number of rows in the token table.
         part: file in ``tokens/`` with these rows; empty once they are in ``tokens.parquet``.
+        asks: as in the sample; the line of a question leaves it out.
     """
 
     task: str
@@ -73,6 +75,7 @@ class Record:
     seconds: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     part: str = ""
+    asks: str = "question"
 
     @property
     def truncated(self) -> bool:
@@ -91,6 +94,8 @@ class Record:
         }
         if not self.part:
             del values["part"]
+        if self.asks == "question":
+            del values["asks"]
         return values
 
     @classmethod

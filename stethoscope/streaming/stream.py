@@ -288,6 +288,7 @@ def stream(
     delay: int = 0,
     final: Detector | Path | str | None = None,
     mentions: MentionExtractor | None = None,
+    asks: str = "question",
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     """Stream an answer token by token, and at the end the answer with its warnings.
 
@@ -306,6 +307,7 @@ def stream(
             together are scored together, which costs less.
         final: scores the mentions of the finished answer instead of ``detector``, with any features.
         mentions: extracts the objects that a text names, as in ``stethoscope.diagnose``.
+        asks: what the question asks for, as in ``stethoscope.diagnose``.
 
     Yields:
         ``StreamedToken``, and a ``StreamedAnswer`` at last.
@@ -325,7 +327,7 @@ def stream(
     for loaded in filter(None, (detector, final)):
         check_model(loaded, adapter)
     picture = load_picture(image)
-    encoded = adapter.encode(picture, question)
+    encoded = adapter.encode_as(asks, picture, question)
     streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)
     return _stream_tokens(streamer, lambda: _diagnose_mentions(adapter, picture, encoded, streamer, final, mentions))
 

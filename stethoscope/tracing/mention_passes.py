@@ -237,7 +237,9 @@ def _masked_logprobs(adapter: Adapter, encoded: Encoded, trace: Trace, picture: 
     changed = masked_pictures(adapter, picture, encoded.spans, trace.require("image_attention").numpy(), tokens)
     for start in range(0, len(tokens), BATCH):
         batch = tokens[start : start + BATCH]
-        prompts = [adapter.encode(masked, encoded.question) for masked in changed[start : start + BATCH]]
+        prompts = [
+            adapter.encode_as(encoded.asks, masked, encoded.question) for masked in changed[start : start + BATCH]
+        ]
         heads = [trace.answer.until(token + 1) for token in batch]
         for token, other in zip(batch, adapter.trace_batch(prompts, heads, ()), strict=True):
             values[token] = other.logits[token].log_softmax(-1)[trace.answer.token_ids[token]]

@@ -194,15 +194,17 @@ def _tile_boxes(adapter: Adapter, size: tuple[int, int]) -> tuple[Box | None, ..
     shown, black, white = (adapter.encode(picture, _QUESTION).inputs["pixel_values"].float() for picture in pictures)
     if shown.dim() < 4 or shown.shape != black.shape:
         return None
-    readings = ((shown - black) / (white - black)).flatten(0, -4)  # not a number where the picture is padded
-    return tuple(_box(tile, size) for tile in readings)
+    levels, ranges = (shown - black).flatten(0, -4), (white - black).flatten(0, -4)
+    return tuple(_box(level, range_, size) for level, range_ in zip(levels, ranges, strict=True))
 
 
-def _box(tile: Tensor, size: tuple[int, int]) -> Box | None:
-    across, down = (
-        _ends(values, side)
-        for values, side in zip((tile[0].nanmean(0), tile[1].nanmean(1)), size, strict=True)
-    )  # fmt: skip
+def _box(levels: Tensor, ranges: Tensor, size: tuple[int, int]) -> Box | None:
+    """Fit the box of a tile (3, height, width) to its levels as shares of their ranges, which are 0 on padding.
+
+    Lines are summed before they are divided: a pixel that is padding for the most part has hardly any range.
+    """
+    lines = levels[0].sum(0) / ranges[0].sum(0), levels[1].sum(1) / ranges[1].sum(1)
+    across, down = (_ends(values, side) for values, side in zip(lines, size, strict=True))
     return None if across is None or down is None else (across[0], down[0], across[1], down[1])
 
 

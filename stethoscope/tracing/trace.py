@@ -143,8 +143,9 @@ class Encoded:
         inputs: keyword arguments of the model's forward pass, batch dimension 1, no padding.
         spans: token positions.
         text: the prompt as text, before image placeholders are expanded.
-        question: the user's question as it stands in ``text``.
+        question: the user's question.
         cache: KV cache of this prompt, as ``Adapter.generate_with_cache`` returns it for a trace; None without one.
+        asks: what the question asks for, see ``Sample.asks``.
     """
 
     inputs: Mapping[str, Tensor]
@@ -152,6 +153,7 @@ class Encoded:
     text: str
     question: str
     cache: PromptCache | None = field(default=None, compare=False, repr=False)
+    asks: str = "question"
 
     @property
     def sha256(self) -> str:

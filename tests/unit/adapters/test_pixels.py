@@ -11,16 +11,15 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from stethoscope.adapters.authors.processor import (
-    CLIP_MEAN,
     CLIP_STD,
     PixelProcessor,
     centre_crop,
     normalise,
-    pad_to_square,
     shortest_edge,
     squash,
     squash_to_longest,
 )
+from stethoscope.adapters.processors import CLIP_MEAN, pad_to_square
 
 PHOTOGRAPHS = [Image.fromarray(image) for image in load_sample_images().images]
 PHOTOGRAPHS += [PHOTOGRAPHS[0].rotate(90, expand=True), PHOTOGRAPHS[1].crop((3, 5, 340, 81))]

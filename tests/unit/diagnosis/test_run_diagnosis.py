@@ -222,7 +222,8 @@ class Deaf:
 
     def __init__(self, adapter):
         self._adapter, self.name = adapter, "deaf"
-        self.setup, self.encode, self.answer = adapter.setup, adapter.encode, adapter.answer
+        self.setup, self.encode_as, self.answer = adapter.setup, adapter.encode_as, adapter.answer
+        self.encode = adapter.encode
 
     def trace(self, encoded, answer, requires):
         if "relevancy" in requires:

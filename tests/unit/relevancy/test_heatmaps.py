@@ -13,18 +13,22 @@ HALVES = [(0, 0, 50, 40), (50, 0, 100, 40), (0, 0, 100, 40)]
 
 
 @pytest.mark.parametrize(
-    ("model", "boxes"),
+    ("model", "settings", "boxes"),
     [
-        ("llava-1.5-7b", [(30, 0, 70, 40)]),  # the shorter edge is scaled, the middle square is cut out
-        ("paligemma-3b", [(0, 0, 100, 40)]),  # squashed
-        ("convllava-768", [(0, -30, 100, 70)]),  # padded to a square
-        ("smolvlm-2.2b", HALVES),  # tiles, and the whole behind them
-        ("internvl3-1b", HALVES),
-        ("qwen2-vl-2b", [(0, 0, 100, 40)]),
+        ("llava-1.5-7b", {"pad": False}, [(30, 0, 70, 40)]),  # the shorter edge is scaled, the middle is cut out
+        ("llava-1.5-7b", {}, [(0, -30, 100, 70)]),  # padded to a square
+        ("paligemma-3b", {}, [(0, 0, 100, 40)]),  # squashed
+        ("paligemma-3b", {"pad": True}, [(0, -30, 100, 70)]),
+        ("convllava-768", {}, [(0, -30, 100, 70)]),  # padded by the authors' own steps
+        ("smolvlm-2.2b", {}, HALVES),  # tiles, and the whole behind them
+        ("smolvlm-2.2b", {"max_pixels": 56 * 56}, [(0, 0, 100, 40)]),  # the whole alone
+        ("internvl3-1b", {}, HALVES),
+        ("internvl3-1b", {"max_pixels": 56 * 56}, [(0, 0, 100, 40)]),
+        ("qwen2-vl-2b", {}, [(0, 0, 100, 40)]),
     ],
 )
-def test_tiles_lie_where_the_processor_takes_them_from(model, boxes):
-    adapter = stethoscope.load(model, random_init="tiny")
+def test_tiles_lie_where_the_processor_takes_them_from(model, settings, boxes):
+    adapter = stethoscope.load(model, random_init="tiny", **settings)
     spans = adapter.encode(Image.new("RGB", WIDE), "What?").spans
     regions = token_regions(adapter, WIDE, spans, tiles=len(boxes))
     assert np.allclose([box for _, box in regions.grids], boxes, atol=0.5)

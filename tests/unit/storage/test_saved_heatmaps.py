@@ -86,8 +86,9 @@ class Stub:
         self.name, self.mentions = "stub", lambda sample, answer: mentions
 
 
-def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
-    adapter = stethoscope.load("llava-1.5-7b", random_init="tiny")
+def wide_map(tmp_path, **settings):
+    """The map of the one mention of an answer about a wide picture, 8 x 20 cells, by a tiny LLaVA-1.5."""
+    adapter = stethoscope.load("llava-1.5-7b", random_init="tiny", **settings)
     picture = Image.linear_gradient("L").resize((400, 160)).convert("RGB")
     encoded = adapter.encode(picture, "What?")
     answer = adapter.answer(encoded, "a dog")
@@ -100,7 +101,19 @@ def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
     assert list(line["maps"]) == [str(token)]
     view = HeatmapFile(tmp_path).find(_record(answer))
     assert view.picture.size == (100, 40)
-    values = view.maps[token]
+    return view.maps[token]
+
+
+def test_a_padded_picture_has_the_map_of_the_cells_that_show_it(tmp_path):
+    values = wide_map(tmp_path)  # 4 x 4 cells lie over the padded square, rows 2 and 3 of them over the picture
+    cells = values[::4, ::5].astype(int)  # boxes are measured, to a fraction of a pixel
+    assert abs(values.reshape(2, 4, 4, 5).astype(int) - cells[:, None, :, None]).max() <= 5
+    assert len(set(cells.ravel().tolist())) > 4
+    assert values.max() == 255
+
+
+def test_a_cropped_picture_has_no_map_where_the_model_does_not_look(tmp_path):
+    values = wide_map(tmp_path, pad=False)
     assert not values[:, :6].any()  # the middle square is cut out: columns 6 to 13
     assert not values[:, 14:].any()
     assert values.max() == 255
