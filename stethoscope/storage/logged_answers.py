@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
-from collections.abc import Collection, Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.errors import ConfigError, DataError, unknown
-from stethoscope.core.json_rows import clipped, read_rows, shown
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.json_rows import clipped, read_rows, read_text, shown
+from stethoscope.storage.log_values import (
+    Names,
+    error_line,
+    int_list,
+    is_finished,
+    logprob_list,
+    reasoning_spans,
+    row_number,
+    sample_id,
+    text_or_none,
+)
 
-FORMATS = ("jsonl",)
+FORMATS = ("jsonl", "lmms_eval", "vlmevalkit", "lm_eval", "inspect", "openai_batch", "llama_cpp")
 
-_FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "word", "tool_calls", "function_call"}
-_CUT = {"length", "limit", "max_tokens", "model_length", "max_output_tokens"}
-_LARGEST_ID = 2**31 - 1
-_ROUNDING = 1e-3  # a log-probability of 0 in half precision may come out just above it
-_REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL)
-_UNOPENED = re.compile(r"</(?:think|thinking|reasoning)>")
+_KNOWN = "which is no log that is known; answers.format is one of " + ", ".join(FORMATS)
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,11 @@ def read_answers(path: Path, format: str = "auto") -> AnswerLog:
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(unknown("answers.format", str(format), ("auto", *FORMATS)))
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist; answers.file should be a log of answers")
-    taken = "jsonl" if format == "auto" else format
-    contents = read_own_lines(path)
+    from stethoscope.storage.foreign_logs import READERS  # builds on this module
+
+    path = _single_file(Path(path))
+    taken = detect_format(path) if format == "auto" else format
+    contents = READERS[taken](path) if taken in READERS else read_own_lines(path)
     if not contents.answers:
         raise DataError(f"{path} holds no answer")
     check_distinct(contents.answers)
@@ -118,6 +123,91 @@ def read_answers(path: Path, format: str = "auto") -> AnswerLog:
     return AnswerLog(
         path, taken, digest, contents.engine, contents.model, contents.revision, tuple(contents.answers), contents.notes
     )
+
+
+def _single_file(path: Path) -> Path:
+    """Return the file to read: the path itself, or the only log in a folder such as lmms-eval's output.
+
+    Raises:
+        DataError: it does not exist, is no regular file, or a folder with several logs or none.
+    """
+    if path.is_dir():
+        names = {file for pattern in _IN_FOLDER for depth in ("", "*/") for file in path.glob(depth + pattern)}
+        files = sorted(file for file in names if file.is_file())
+        if len(files) != 1:
+            listed = ", ".join(str(file.relative_to(path)) for file in files[:8])
+            more = f" and {len(files) - 8} others" if len(files) > 8 else ""
+            held = f"{len(files)} logs, {clipped(listed) if not listed.isprintable() else listed}{more}"
+            raise DataError(
+                f"{path} is a folder with {held if files else 'no log in it'}; answers.file should be one file"
+            )
+        return files[0]
+    if not path.exists():
+        raise DataError(f"{path} does not exist; answers.file should be a log of answers")
+    if not path.is_file():
+        raise DataError(f"{path} is no regular file; answers.file should be a log of answers")
+    return path
+
+
+# --- recognising a format ---------------------------------------------------------------------------------------------
+
+_IN_FOLDER = ("*_samples_*.jsonl", "samples_*.jsonl", "*.eval")
+_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("openai_batch", ("custom_id",)),
+    ("openai_batch", ("choices",)),
+    ("openai_batch", ("object", "output")),
+    ("lm_eval", ("doc_id", "resps", "arguments")),
+    ("lmms_eval", ("doc_id", "filtered_resps")),
+    ("vlmevalkit", ("index", "prediction")),
+    ("inspect", ("eval", "version")),
+    ("llama_cpp", ("content", "stop_type")),
+    ("llama_cpp", ("content", "generation_settings")),
+)
+"""Format, and keys that its first object has; the first that fits is taken, and our own lines where none does."""
+
+
+def detect_format(path: Path) -> str:
+    """Recognise the format of a log by its content.
+
+    Raises:
+        DataError: it is none that is known; the message says what the file holds.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\3\4" or zipfile.is_zipfile(path):
+        return _archive_format(path)
+    text = read_text(path)
+    line = text.lstrip().partition("\n")[0]
+    if line[:1] not in ("[", "{"):
+        if any({"index", "prediction"} <= {cell.strip('"') for cell in line.split(mark)} for mark in ("\t", ",")):
+            return "vlmevalkit"
+        if line:
+            raise DataError(f"{path} begins with {shown(line)}, {_KNOWN}")
+    first = next(read_rows(path, (), nulls=False), None)
+    if first is None:
+        raise DataError(f"{path} holds no answer")
+    row = first.values
+    for format_, keys in _MARKS:
+        for values in (row, row.get("response")):
+            if isinstance(values, dict) and all(key in values for key in keys):
+                return format_
+    if any(key in row for key in _TEXT) or ("error" in row and any(key in row for key in (*_ID, "row"))):
+        return "jsonl"
+    raise DataError(f"{path} has objects with the keys {_keys(row)}, {_KNOWN}")
+
+
+def _archive_format(path: Path) -> str:
+    """Recognise a log of inspect_ai or an Excel file by the names of the archive's files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{path} is a damaged zip archive: {clipped(first_line(error))}") from None
+    if "xl/workbook.xml" in names:
+        return "vlmevalkit"
+    if any(name == "header.json" or name.startswith("_journal/") for name in names):
+        return "inspect"
+    raise DataError(f"{path} is a zip archive of {clipped(', '.join(names)) or 'nothing'}, {_KNOWN}")
 
 
 def check_distinct(answers: Iterable[LoggedAnswer]) -> None:
@@ -137,12 +227,7 @@ def check_distinct(answers: Iterable[LoggedAnswer]) -> None:
 # --- our own JSON lines -----------------------------------------------------------------------------------------------
 
 _ID = ("id", "question_id", "image_id")  # LLaVA's and POPE's scripts write the second, captioners the third
-_TEXT = (
-    "answer",
-    "response",
-    "caption",
-    "text",
-)  # AMBER reads the second, CHAIR the third, LLaVA writes the last
+_TEXT = ("answer", "response", "caption", "text", "model_prediction")  # AMBER, CHAIR, LLaVA, HallusionBench
 
 
 def read_own_lines(path: Path) -> Contents:
@@ -153,13 +238,14 @@ def read_own_lines(path: Path) -> Contents:
     Raises:
         DataError: a line is broken, or a value is not of its kind.
     """
-    rows = list(read_rows(path, (), nulls=False))
     answers, names = [], Names()
-    for index, (_, origin, row) in enumerate(rows):
+    for index, (_, origin, row) in enumerate(read_rows(path, (), nulls=False)):
+        row = _of_run(row) if "sample_id" in row else row
         key = next((key for key in _TEXT if key in row), None)
         if key is None and not row.get("error"):
             raise DataError(f"{origin}: no answer; keys {', '.join(map(repr, _TEXT))} were looked for in {_keys(row)}")
-        id_ = next((sample_id(row[key], origin) for key in _ID if key in row), None)
+        names_sample = key != "model_prediction"  # HallusionBench numbers questions of one figure
+        id_ = next((sample_id(row[name], origin) for name in _ID if name in row), None) if names_sample else None
         number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
         question = row.get("question", row.get("prompt") if key == "text" else None)  # LLaVA's prompt is the question
         names.add(row, model=("model", "model_id"), revision=("revision",), engine=("engine",))
@@ -181,7 +267,20 @@ def read_own_lines(path: Path) -> Contents:
     return Contents(answers, names["engine"], names["model"], names["revision"], names.notes())
 
 
-# --- values that the readers of all formats share ---------------------------------------------------------------------
+def _of_run(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a line of a run's ``samples.jsonl``."""
+    answer = row.get("answer")
+    answer = answer if isinstance(answer, dict) else {}
+    return {
+        "id": row["sample_id"],
+        "answer": answer.get("text", ""),
+        "answer_token_ids": answer.get("token_ids"),
+        "answer_logprobs": answer.get("logprobs"),
+        "question": row.get("question"),
+        "prompt": row.get("prompt") or None,
+        "finish_reason": {"True": "stop", "False": "length"}.get(str(answer.get("finished"))),
+        "error": row.get("error"),
+    }
 
 
 def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> LoggedAnswer:
@@ -197,141 +296,10 @@ def logged_answer(text: Any, origin: str, error: str = "", **values: Any) -> Log
         raise DataError(
             f"{origin}: {len(ids)} token ids but {len(logprobs)} log-probabilities; one for each token was expected"
         )
-    if "reasoning" not in values:
-        values["reasoning"] = reasoning_spans(text)
+    values.setdefault("reasoning", reasoning_spans(text))
     if not error and not text.strip():
         error = "the answer is empty"
     return LoggedAnswer(text, error=error, origin=origin, **values)
-
-
-def reasoning_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """Find the (start, end) character spans of ``<think>`` parts, with their tags.
-
-    A part without end runs to the end of the text. A part without start, which a chat template writes into the
-    prompt, runs from the start of the text.
-
-    >>> reasoning_spans("<think>a</think> Yes"), reasoning_spans("so</think>No"), reasoning_spans("Yes")
-    (((0, 16),), ((0, 10),), ())
-    """
-    if "</" not in text and "<th" not in text and "<reasoning>" not in text:
-        return ()
-    spans = [match.span() for match in _REASONING.finditer(text)]
-    end = _UNOPENED.search(text)
-    if end and (not spans or end.start() < spans[0][0]):
-        spans.insert(0, (0, end.end()))
-    return tuple(spans)
-
-
-def is_finished(reason: Any) -> bool | None:
-    """Translate a finish reason; None for one that is not known.
-
-    >>> is_finished("stop"), is_finished("length"), is_finished("content_filter")
-    (True, False, None)
-    """
-    reason = str(reason).lower()
-    return True if reason in _FINISHED else False if reason in _CUT else None
-
-
-def error_line(error: Any) -> str:
-    """Shorten what a log has as error to one line; empty for none."""
-    if isinstance(error, Mapping):
-        error = error.get("message") or error.get("code") or error
-    return clipped(" ".join(str(error).split())) if error else ""
-
-
-def sample_id(value: Any, origin: str) -> str:
-    """Return an id as text.
-
-    Raises:
-        DataError: it is empty, or neither text nor a whole number.
-    """
-    whole = isinstance(value, float) and value.is_integer()  # pandas writes 3.0 where another row has none
-    if isinstance(value, bool) or not (isinstance(value, (str, int)) or whole) or not str(value).strip():
-        raise DataError(f"{origin}: id {shown(value)} should be text or a whole number")
-    return value.strip() if isinstance(value, str) else str(int(value))
-
-
-def row_number(value: Any, origin: str) -> int:
-    """Return the number of a data set's row.
-
-    Raises:
-        DataError: it is no whole number from 0 on.
-    """
-    whole = isinstance(value, float) and value.is_integer()
-    digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
-    if isinstance(value, bool) or not (isinstance(value, int) or whole or digits) or not 0 <= int(value) < 2**63:
-        raise DataError(f"{origin}: row {shown(value)} should be a whole number from 0 on")
-    return int(value)
-
-
-def text_or_none(value: Any, name: str, origin: str) -> str | None:
-    """Check that a value is text or missing.
-
-    Raises:
-        DataError: it is something else.
-    """
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{origin}: {name} {shown(value)} is no text")
-    return value
-
-
-def int_list(values: Any, name: str, origin: str) -> tuple[int, ...] | None:
-    """Check that a value is a list of token ids, or missing.
-
-    Raises:
-        DataError: it is no list, or an item is no whole number from 0 to 2^31 - 1.
-    """
-    if values is None:
-        return None
-    if not isinstance(values, list):
-        raise DataError(f"{origin}: {name} {shown(values)} should be a list of whole numbers")
-    for index, item in enumerate(values):
-        if type(item) is not int or not 0 <= item <= _LARGEST_ID:
-            raise DataError(f"{origin}: {name}[{index}] is {shown(item)}; a token id is a whole number from 0 on")
-    return tuple(values)
-
-
-def logprob_list(values: Any, name: str, origin: str) -> tuple[float, ...] | None:
-    """Check that a value is a list of log-probabilities (natural logarithms, at most 0), or missing.
-
-    Raises:
-        DataError: it is no list, or an item is no finite number, or above 0.
-    """
-    if values is None:
-        return None
-    if not isinstance(values, list):
-        raise DataError(f"{origin}: {name} {shown(values)} should be a list of numbers")
-    for index, item in enumerate(values):
-        if type(item) not in (int, float) or not (-math.inf < item <= _ROUNDING):
-            raise DataError(
-                f"{origin}: {name}[{index}] is {shown(item)}; a log-probability is a finite number of at most 0"
-            )
-    return tuple(float(max(item, -1e300)) for item in values)
-
-
-class Names:
-    """Collect what the lines of a log say of engine, model and revision."""
-
-    def __init__(self) -> None:
-        """Start without any name."""
-        self._names: dict[str, dict[str, None]] = {}
-
-    def add(self, row: Mapping[str, Any], **keys: Collection[str]) -> None:
-        """Take names of one line: for each kind of name the first of its keys that holds text."""
-        for kind, candidates in keys.items():
-            name = next((row[key] for key in candidates if isinstance(row.get(key), str) and row[key].strip()), None)
-            if name:
-                self._names.setdefault(kind, {})[clipped(name.strip())] = None
-
-    def __getitem__(self, kind: str) -> str:
-        """Return the name of a kind; several are joined, none is empty."""
-        names = list(self._names.get(kind, ()))
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
-
-    def notes(self) -> tuple[str, ...]:
-        """Return a line for each kind that has several names."""
-        return tuple(f"the log names {len(names)} {kind}s: {self[kind]}" for kind, names in self._names.items()
-                     if len(names) > 1)  # fmt: skip
 
 
 def _keys(row: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.storage.logged_answers import read_answers, reasoning_spans
+from stethoscope.storage.log_values import reasoning_spans
+from stethoscope.storage.logged_answers import read_answers
 
 FULL = {
     "id": 7, "image": "a.png", "question": "Is there a dog?", "answer": "<think>hm</think> Yes.",
@@ -50,6 +51,10 @@ def test_all_fields(write):
         ),  # LLaVA
         ({"image_id": 42, "caption": "A dog."}, ("42", None, None, "A dog.")),  # CHAIR
         ({"id": 5, "response": "A dog."}, ("5", None, None, "A dog.")),  # AMBER
+        (
+            {"question_id": "1", "question": "Is it?", "model_prediction": "No."},
+            (None, 0, "Is it?", "No."),
+        ),  # HallusionBench
         ({"question": "Is it?", "answer": "yes"}, (None, 0, "Is it?", "yes")),  # POPE
         ({"row": 9, "answer": "yes"}, (None, 9, None, "yes")),
         ({"id": 2.0, "row": 3.0, "answer": "yes"}, ("2", 3, None, "yes")),  # as pandas writes them

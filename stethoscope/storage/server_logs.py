@@ -1,0 +1,209 @@
+"""Read answers from responses of servers: OpenAI-compatible ones, as a batch or line by line, and llama.cpp's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stethoscope.core.errors import DataError
+from stethoscope.core.json_rows import clipped, read_rows, shown
+from stethoscope.storage.log_values import (
+    Names,
+    error_line,
+    int_list,
+    is_finished,
+    logprob_list,
+    row_number,
+    sample_id,
+    text_or_none,
+    with_reasoning,
+)
+from stethoscope.storage.logged_answers import Contents, logged_answer
+
+_REQUEST_FILES = 50  # files beside a batch's output that are looked at
+
+
+def read_openai_batch(path: Path) -> Contents:
+    """Read the output of a batch (``custom_id``, ``response``, ``error``), or one response of a server on each line.
+
+    Questions come from the batch's file of requests where that lies beside it. Lines with ``id`` or ``row`` and
+    ``response`` are read alike.
+
+    Raises:
+        DataError: a line is broken or no response, or the file is the one of requests.
+    """
+    rows = list(read_rows(path, ()))
+    ids = {row["custom_id"] for _, _, row in rows if isinstance(row.get("custom_id"), str)}
+    questions, notes = _requests(path, ids) if ids else ({}, [])
+    answers, names, further = [], Names(), 0
+    for index, (_, origin, row) in enumerate(rows):
+        if "custom_id" in row and "response" not in row and "error" not in row:
+            raise DataError(f"{origin}: a request of a batch, no response; answers.file should be the batch's output")
+        id_ = next((sample_id(row[key], origin) for key in ("custom_id", "sample_id") if key in row), None)
+        response = row.get("response", row)
+        if id_ is None and response is not row and "id" in row:
+            id_ = sample_id(row["id"], origin)
+        response = response if isinstance(response, dict) else {}
+        body = response.get("body", response)
+        body = body if isinstance(body, dict) else {}
+        names.add(body, model=("model",))
+        values, count = _response(body, origin)
+        further += count - 1
+        status = response.get("status_code")
+        error = error_line(row.get("error") or body.get("error"))
+        if not error and type(status) is int and status != 200:
+            error = f"HTTP {status}"
+        number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
+        if not error and "text" not in values:
+            raise DataError(f"{origin}: no response of a server; 'choices' or 'output' was looked for in {_keys(body)}")
+        question = questions.get(id_ or "")
+        text = values.pop("text", "")
+        answers.append(logged_answer(text, origin, error=error, id=id_, row=number, question=question, **values))
+    notes += [f"{further} further answers (choices) are left out"] if further else []
+    return Contents(answers, model=names["model"], notes=(*notes, *names.notes()))
+
+
+def _response(body: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], int]:
+    """Return values of the answer in a body of chat, completions or responses, and the number of its choices."""
+    if isinstance(body.get("output"), list):
+        return _responses_api(body, origin), 1
+    choices = [choice for choice in body.get("choices") or () if isinstance(choice, dict)]
+    if not choices:
+        return {}, 1
+    choice = min(choices, key=lambda choice: choice["index"] if isinstance(choice.get("index"), int) else 0)
+    message = choice.get("message")
+    if isinstance(message, dict):
+        reasoning = next((message[key] for key in ("reasoning_content", "reasoning") if message.get(key)), "")
+        content = message.get("content") or message.get("refusal") or ""
+        text, spans = with_reasoning(reasoning if isinstance(reasoning, str) else "", _content(content, origin))
+    else:
+        text, spans = with_reasoning("", _content(choice.get("text") or "", origin))
+    ids, logprobs = _logged_tokens(choice.get("logprobs"), origin)
+    given = choice.get("token_ids")
+    prompt_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+    values = {
+        "text": text,
+        "reasoning": spans,
+        "token_ids": int_list(given, "token_ids", origin) if given is not None else ids,
+        "logprobs": logprobs,
+        "prompt_token_ids": int_list(prompt_ids, "prompt_token_ids", origin),
+        "finished": is_finished(choice.get("finish_reason")),
+    }
+    return values, len(choices)
+
+
+def _responses_api(body: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return values of the answer in a body of the responses API: messages and reasoning in ``output``."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    logprobs: list[Any] = []
+    for item in body["output"]:
+        parts = item.get("content") or item.get("summary") if isinstance(item, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+            if isinstance(text, str):
+                (thoughts if item.get("type") == "reasoning" else texts).append(text)
+                logprobs += part.get("logprobs") or ()
+    text, spans = with_reasoning("\n".join(thoughts), "\n".join(texts))
+    ids, values = _logged_tokens({"content": logprobs}, origin)
+    finished = {"completed": True, "incomplete": False}.get(str(body.get("status")))
+    return {"text": text, "reasoning": spans, "token_ids": ids, "logprobs": values, "finished": finished}
+
+
+def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
+    """Return token ids, where vLLM writes ``token_id:17`` in the place of a token's text, and log-probabilities."""
+    logprobs = logprobs if isinstance(logprobs, dict) else {}
+    content, values = logprobs.get("content"), logprobs.get("token_logprobs")
+    tokens = logprobs.get("tokens")
+    if isinstance(content, list) and content:
+        rows = [item if isinstance(item, dict) else {} for item in content]
+        tokens, values = [row.get("token") for row in rows], [row.get("logprob") for row in rows]
+    digits = [str(token).removeprefix("token_id:") for token in tokens] if isinstance(tokens, list) else []
+    named = digits and all(str(token).startswith("token_id:") for token in tokens or ())
+    ids = int_list([int(text) if text.isdecimal() else text for text in digits], "token_id", origin) if named else None
+    return ids, logprob_list(values, "logprobs", origin) if values else None
+
+
+def _content(content: Any, origin: str) -> str:
+    """Return the text of a message, which may come in parts."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "\n".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str):
+        raise DataError(f"{origin}: content {shown(content)} is no text")
+    return content
+
+
+def _requests(path: Path, ids: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Find the questions of a batch in a file of requests beside its output: the last message of the user."""
+    for file in sorted(path.parent.glob("*.jsonl"))[:_REQUEST_FILES]:
+        if file == path:
+            continue
+        try:
+            rows = read_rows(file, ("custom_id", "body"))
+            first = next(rows).values
+            if first["custom_id"] not in ids or not isinstance(first["body"], dict):
+                continue
+            requests = {
+                str(first["custom_id"]): first["body"],
+                **{str(row["custom_id"]): row["body"] for *_, row in rows},
+            }
+        except (DataError, StopIteration, TypeError):
+            continue
+        if ids <= requests.keys():
+            questions = {id_: _asked(requests[id_], str(file)) for id_ in ids}
+            return {id_: text for id_, text in questions.items() if text}, [f"questions are taken from {file.name}"]
+    return {}, []
+
+
+def _asked(body: Any, origin: str) -> str | None:
+    messages = body.get("messages") or body.get("input") if isinstance(body, dict) else None
+    for message in reversed(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict) and message.get("role") == "user":
+            return _content(message.get("content") or "", origin) or None
+    return None
+
+
+def read_llama_cpp(path: Path) -> Contents:
+    """Read one response of llama.cpp's ``/completion`` on each line, alone or as ``response`` beside an ``id``.
+
+    Raises:
+        DataError: a line is broken or no such response.
+    """
+    answers, names, cut = [], Names(), 0
+    for index, (_, origin, line) in enumerate(read_rows(path, ())):
+        row = line["response"] if isinstance(line.get("response"), dict) else line
+        if "content" not in row and not row.get("error"):
+            raise DataError(f"{origin}: no response of llama.cpp; 'content' was looked for in {_keys(row)}")
+        id_ = sample_id(line["id"], origin) if "id" in line else None
+        number = row_number(line["row"], origin) if "row" in line else index if id_ is None else None
+        names.add(row, model=("model",))
+        cut += row.get("truncated") is True
+        probabilities = row.get("completion_probabilities") or row.get("probs") or []
+        tokens = [item for item in probabilities if isinstance(item, dict) and "logprob" in item]
+        ids = row.get("tokens") or [item.get("id") for item in tokens] or None
+        logged = [item["logprob"] for item in tokens] or None
+        reason = row.get("stop_type") or (
+            "limit" if row.get("stopped_limit") else "eos" if row.get("stopped_eos") else ""
+        )
+        answers.append(
+            logged_answer(
+                row.get("content", ""),
+                origin,
+                error=error_line(row.get("error")),
+                id=id_,
+                row=number,
+                question=text_or_none(line.get("question"), "question", origin),
+                token_ids=int_list(ids, "tokens", origin),
+                logprobs=logprob_list(logged, "logprob", origin),
+                prompt=row["prompt"] if isinstance(row.get("prompt"), str) else None,
+                finished=is_finished(reason),
+            )
+        )
+    notes = [f"{cut} prompts were cut by the server (truncated)"] if cut else []
+    return Contents(answers, "llama.cpp", names["model"], notes=(*notes, *names.notes()))
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return clipped(", ".join(map(str, row))) or "an object without keys"
