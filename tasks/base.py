@@ -47,7 +47,7 @@ class Task(ABC):
     name: str
     version: ClassVar[str]
     primary: str
-    macro: ClassVar[tuple[str, ...]] = ()
+    macro: tuple[str, ...] = ()
     max_new_tokens: int = 128
     locations: ClassVar[tuple[str, ...]] = (
         "file", "folder", "images", "questions", "instances", "captions", "image_ids", "vocabulary", "dataset",

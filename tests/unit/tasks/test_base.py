@@ -103,6 +103,7 @@ REQUIRED = {
     "hub_yes_no": {"dataset": "owner/name"},
     "hallusion_bench": {"file": "HallusionBench.json", "images": "hallusion_bench"},
     "mme": {"folder": "MME_Benchmark_release_version"},
+    "pope_nine": {"questions": "pope", "images": "images"},
     "phd": {"file": "data.json", "images": "images"},
 }
 """What a user has to say, because the benchmark's files lie somewhere on his machine."""
@@ -112,18 +113,23 @@ def read_config(name):
     return yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
 
 
+def whole_config(name):
+    """Settings of a file together with those of the file that it builds on."""
+    config = read_config(name)
+    base = config.pop("defaults", [None])[0]
+    return {**(read_config(base) if base else {}), **config}
+
+
 DERIVED = [name for name in sorted(choices("task")) if "defaults" in read_config(name)]
 """Files that are another one with settings changed."""
 
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_a_file_that_builds_on_another_changes_settings_of_that_alone(name):
-    config = read_config(name)
-    base, own = config.pop("defaults")
-    whole = {**read_config(base), **config}
+    base, own = read_config(name)["defaults"]
     assert own == "_self_"
-    assert whole.keys() == read_config(base).keys()
-    assert build(whole, Task, "task").name == name
+    assert whole_config(name).keys() == read_config(base).keys()
+    assert build({**whole_config(name), **REQUIRED.get(name, {})}, Task, "task").name == name
 
 
 @pytest.mark.parametrize("name", sorted({*choices("task")} - {*DERIVED}))
@@ -139,7 +145,7 @@ def test_every_argument_is_in_the_file_with_its_default(name):
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
 def test_what_is_required_is_asked_for(name):
-    config = read_config(name)
+    config = whole_config(name)
     for key in REQUIRED[name]:
         with pytest.raises(ConfigError, match=f"task.{key}"):
             build({**config, **REQUIRED[name], key: None}, Task, "task")

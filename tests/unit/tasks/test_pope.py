@@ -9,6 +9,8 @@ from helpers.by_hand import QUESTIONS, reply
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks.pope import Pope, asked_object
 
+FILES = {"source": "files", "questions": "pope", "images": "val2014"}
+
 
 @pytest.fixture
 def task(pope_folder, images):
@@ -51,10 +53,9 @@ def test_metrics_by_hand(task):
     yes, no, also_yes = task.samples()[:3]
     answers = [(yes, "Yes")] * 6 + [(yes, "No")] * 2 + [(no, "yes")] * 3 + [(no, "no")] * 5 + [(also_yes, "Hm")] * 4
     values = {name: float(metric(totals(task, answers))) for name, metric in task.metrics().items()}
-    assert values == pytest.approx(
-        {"accuracy": 11 / 16, "precision": 6 / 9, "recall": 6 / 8, "f1": 12 / 17, "yes_rate": 9 / 16}
-    )
-    assert task.macro == ("f1",)
+    shares = {"accuracy": 11 / 16, "precision": 6 / 9, "recall": 6 / 8, "f1": 12 / 17, "yes_rate": 9 / 16}
+    assert values == pytest.approx({**shares, "tpr": 6 / 8, "tnr": 5 / 8, "balanced_accuracy": 11 / 16})
+    assert task.macro == ("accuracy", "f1")
 
 
 def test_metrics_are_element_wise_and_nan_where_undefined(task):
@@ -118,6 +119,14 @@ def test_object_that_is_asked_about(question, expected):
         ({"source": "files"}, "needs task.questions"),
         ({"scenes": 0}, "at least 1"),
         ({"filename": "pope.json"}, "{subset}"),
+        ({"labels": "repop"}, "did you mean 'repope'"),
+        ({"labels": "both"}, "labels of rendered scenes are exact"),
+        ({"labels": "repope", "source": "hub"}, "needs task.repope"),
+        ({"origins": ["gqa"]}, "needs task.source=files"),
+        ({"origins": "gqa"}, "should be a list"),
+        ({**FILES, "origins": ["coco", "gqa"], "filename": "{subset}.json"}, "should contain {origin}"),
+        ({**FILES, "origins": ["coco", "gqa"], "images": {"coco": "val2014"}}, "no folder for gqa"),
+        ({"name": "my pope"}, "letters, digits"),
     ],
     ids=str,
 )
