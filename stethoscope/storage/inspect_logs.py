@@ -228,7 +228,7 @@ def _question(sample: Mapping[str, Any], attachments: Mapping[str, Any], origin:
     for messages in (sample.get("messages"), sample.get("input")):
         if isinstance(messages, str):
             return _resolved(messages, attachments, origin)
-        for message in reversed(messages if isinstance(messages, list) else ()):
+        for message in reversed(messages if isinstance(messages, list) else []):
             if isinstance(message, dict) and message.get("role") == "user":
                 return "\n".join(_parts(message.get("content"), attachments, origin)["text"])
     return None

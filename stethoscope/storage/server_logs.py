@@ -159,7 +159,7 @@ def _requests(path: Path, ids: set[str]) -> tuple[dict[str, str], list[str]]:
 
 def _asked(body: Any, origin: str) -> str | None:
     messages = body.get("messages") or body.get("input") if isinstance(body, dict) else None
-    for message in reversed(messages if isinstance(messages, list) else ()):
+    for message in reversed(messages if isinstance(messages, list) else []):
         if isinstance(message, dict) and message.get("role") == "user":
             return _content(message.get("content") or "", origin) or None
     return None

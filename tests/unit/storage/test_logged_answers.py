@@ -109,7 +109,7 @@ def test_reasoning():
         ("[]", "holds no answer"),
         (b"\xff\xfe\x00\xd8", "is not UTF-16 text"),
         (b'{"answer": "caf\xe9"}', "is not UTF-8 text"),
-        ([{"id": 1, "replies": "a"}], "line 1: no answer; keys 'answer', 'response', 'caption', 'text' were looked"),
+        ([{"id": 1, "replies": "a"}], "line 1: no answer; keys 'answer', 'response', 'caption', 'text', "),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(write, content, message):
