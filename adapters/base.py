@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer, Generation, Memory
@@ -21,9 +21,11 @@ class Adapter(ABC):
 
     Attributes:
         name: how the model is called in tables and run directories.
+        mitigates: whether ``generate`` applies the mitigation of the settings, see ``check_mitigation``.
     """
 
     name: str
+    mitigates: ClassVar[bool] = False
 
     @abstractmethod
     def setup(self) -> None:
@@ -56,6 +58,18 @@ class Adapter(ABC):
         no cache is returned; traces are the same either way, as long as the model does not change in between.
         """
         return self.generate(encoded, generation), list(encoded)
+
+    def check_mitigation(self, generation: Generation) -> None:
+        """Check that the adapter can apply the mitigation of some settings, before weights are loaded.
+
+        Raises:
+            CapabilityError: it cannot.
+        """
+        if generation.mitigation is not None and not self.mitigates:
+            raise CapabilityError(
+                f"mitigation={generation.mitigation.name} changes how {self.name} writes its answers, to which its "
+                "adapter gives no access; set mitigation=none"
+            )
 
     def generation_settings(self, generation: Generation) -> dict[str, Any]:
         """List the generation settings in effect beyond those of ``generation``, as JSON values.

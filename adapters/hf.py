@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class HfAdapter(Adapter):
         ConfigError: a setting is wrong.
     """
 
+    mitigates: ClassVar[bool] = True
     stop: tuple[str, ...] = ()
 
     def __init__(
@@ -306,10 +307,12 @@ class HfAdapter(Adapter):
         decoder_only = self._decoder_start is None
         inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
+        make_processors = getattr(generation.mitigation, "processors", None)  # of methods that change the scores
+        processors = [] if make_processors is None else make_processors(self, encoded, generation)
         return self._model, {
             **inputs,
             "generation_config": self._generation_config(generation),
-            "logits_processor": [Sampler(generation, encoded)] if generation.do_sample else [],
+            "logits_processor": [*processors, *([Sampler(generation, encoded)] if generation.do_sample else [])],
             "stopping_criteria": [StopStrings(stops, self._decode, start)] if stops else [],
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from stethoscope.evaluation.callbacks import Callback
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
+    from stethoscope.core.types import Generation
     from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
@@ -78,9 +80,27 @@ def loggers_of(config: DictConfig) -> Iterator[Loggers]:
     loggers.finalize("finished")
 
 
+def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Generation:
+    """Build the settings of generation, with the method of the configuration's ``mitigation`` group where it has one.
+
+    Args:
+        config: a composed configuration, or that of a run as plain data.
+        plugins: names of packages outside ``stethoscope`` whose classes are allowed.
+
+    Raises:
+        ConfigError: a setting is wrong, or the method does not go with the other settings.
+    """
+    from stethoscope.core.types import Generation
+    from stethoscope.mitigation.base import Mitigation
+
+    generation, node = build(config["generation"], Generation, "generation", plugins), config.get("mitigation")
+    if node is None or node.get("_target_") is None:
+        return generation
+    return replace(generation, mitigation=build(node, Mitigation, "mitigation", plugins))
+
+
 def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
     """Build the evaluator of a command that generates answers."""
-    from stethoscope.core.types import Generation
     from stethoscope.evaluation.evaluator import Evaluator
 
     return Evaluator(
@@ -89,7 +109,7 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,
         batch_size=config.batch_size,
-        generation=build(config.generation, Generation, "generation", config.plugins),
+        generation=build_generation(config, config.plugins),
         run_dir=folder,
         on_error=config.on_error,
         overwrite=config.overwrite,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from stethoscope.commands.common import build_generation
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.text import console, visible
@@ -34,7 +35,6 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.types import Generation
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.lookup import AUTO, bundled_detectors, detector_folder, parse_setting
     from stethoscope.diagnosis import diagnose
@@ -59,7 +59,7 @@ def run(config: DictConfig) -> None:
         None if config.answer is None else str(config.answer),
         detector,
         scope=config.scope,
-        generation=build(config.generation, Generation, "generation", config.plugins),
+        generation=build_generation(config, config.plugins),
         mentions=import_extractor(config.mentions, config.plugins),
         asks=str(config.asks),
     )

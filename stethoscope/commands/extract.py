@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import make_callbacks, report_failures
+from stethoscope.commands.common import build_generation, make_callbacks, report_failures
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
@@ -137,7 +137,6 @@ def print_shift(detector: Detector, table: pd.DataFrame) -> None:
 
 def run(config: DictConfig) -> None:
     """Traces the stored answers through the model that wrote them; with ``warn`` also applies a saved detector."""
-    from stethoscope.core.types import Generation
     from stethoscope.detection.lookup import load_detector, mention_warnings, write_warnings
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
@@ -159,7 +158,7 @@ def run(config: DictConfig) -> None:
     results = Evaluator(
         callbacks=make_callbacks(config.callbacks, plugins),
         **{key: saved[key] for key in SAVED},
-        generation=build(saved["generation"], Generation, "generation", plugins),
+        generation=build_generation(saved, plugins),
         features=features,
         trace=config.trace,
         run_dir=folder,

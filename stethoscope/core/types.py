@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
@@ -130,6 +130,15 @@ class Sample:
     asks: str = "question"
 
 
+class MitigationMethod(Protocol):
+    """What settings of generation need to know of a mitigation (``stethoscope.mitigation.base.Mitigation``)."""
+
+    name: ClassVar[str]
+
+    def check(self, generation: Generation) -> None:
+        """Check that the method goes with other settings of generation."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """Settings of decoding.
@@ -143,9 +152,11 @@ class Generation:
         seed: seed of the sampling.
         stop: strings that end an answer, which is cut before the first of them. White space at the very start of an
             answer is not part of it and ends nothing. A model may have further stop strings of its own.
+        mitigation: method that is to leave fewer hallucinated objects in the answer; None for none.
 
     Raises:
-        ConfigError: a value is out of range, or sampling is combined with beam search.
+        ConfigError: a value is out of range, sampling is combined with beam search, or the mitigation does not go with
+            the other settings.
     """
 
     max_new_tokens: int | None = None
@@ -155,6 +166,7 @@ class Generation:
     num_beams: int = 1
     seed: int = 0
     stop: tuple[str, ...] = ()
+    mitigation: MitigationMethod | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop or ()):
@@ -177,6 +189,8 @@ class Generation:
             raise ConfigError(f"generation.do_sample={self.do_sample} must be true or false")
         if self.do_sample and self.num_beams > 1:
             raise ConfigError(f"generation.do_sample=true and num_beams={self.num_beams} exclude each other")
+        if self.mitigation is not None:
+            self.mitigation.check(self)
 
 
 @dataclass(frozen=True)

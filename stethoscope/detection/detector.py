@@ -33,8 +33,8 @@ from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
-from stethoscope.detection.selection import Selection, check_settings
 from stethoscope.detection.shift import RunShift, ShiftMonitor
+from stethoscope.detection.table_selection import Selection, check_settings
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
 
 NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known

@@ -178,6 +178,7 @@ def _complete_answer(
         generation = generation or Generation()
         if generation.max_new_tokens is None:
             generation = replace(generation, max_new_tokens=128)
+        adapter.check_mitigation(generation)
         complete: Answer = adapter.generate([encoded], generation)[0]
     else:
         complete = adapter.answer(encoded, answer) if isinstance(answer, str) else answer

@@ -89,6 +89,7 @@ class RunSession:
         run.distributed.connect(evaluator.meeting_minutes)
         with run.distributed.sync_errors():
             self.call("on_run_start")
+            run.adapter.check_mitigation(self.generation)
             run.task.setup()
             run.adapter.setup()
             if self.generation.max_new_tokens is None:

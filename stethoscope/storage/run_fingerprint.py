@@ -56,7 +56,11 @@ def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> 
         task: that has been set up.
         generation: settings of decoding.
     """
-    decoding = jsonable(generation)
+    decoding = {key: value for key, value in jsonable(generation).items() if key != "mitigation"}
+    method = generation.mitigation
+    if method is not None:
+        settings = jsonable(method)
+        decoding["mitigation"] = {"name": method.name, "settings": settings, "code": source_digest(type(method))}
     if not generation.do_sample:
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
     applied = adapter.generation_settings(generation)

@@ -158,7 +158,7 @@ def named_shares(
     for sample in range(SAMPLES if asked else 0):
         own, readers = required(resampling).generation, required(resampling).name_objects
         seed = own.seed + 1 + sample  # the answer itself may have been sampled with its own
-        again = replace(own, do_sample=True, temperature=1.0, top_p=1.0, num_beams=1, seed=seed)
+        again = replace(own, do_sample=True, temperature=1.0, top_p=1.0, num_beams=1, seed=seed, mitigation=None)
         for index, answer in zip(asked, adapter.generate([encoded[i] for i in asked], again), strict=True):
             for name in set(readers[index](answer)).intersection(counts[index]):
                 counts[index][name] += 1

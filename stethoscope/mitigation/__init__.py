@@ -1,0 +1,1 @@
+"""Reduce hallucinations: methods that change how an answer is written, or the answer afterwards."""

@@ -1,0 +1,89 @@
+"""The contract of a mitigation: a method that leaves fewer hallucinated objects in an answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from stethoscope.core.errors import ConfigError
+from stethoscope.core.types import Generation
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor
+
+    from stethoscope.adapters.hf import HfAdapter
+    from stethoscope.tracing.trace import Encoded
+
+
+class Mitigation(ABC):
+    """A method that leaves fewer hallucinated objects in an answer.
+
+    Subclasses are frozen dataclasses: their fields are the settings, and part of what identifies a run's answers.
+
+    Attributes:
+        name: how the method is called in configurations and tables.
+        source: paper that the method comes from, or what it is.
+        passes: forward passes for every answer token, those of the answer itself included.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    passes: ClassVar[float] = 1.0
+
+    def check(self, generation: Generation) -> None:  # noqa: B027  (most methods go with all settings)
+        """Check that the method goes with the settings of generation, before any model is loaded.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
+
+class DecodingMitigation(Mitigation):
+    """A method that changes the scores of the next token at every step of decoding."""
+
+    def check(self, generation: Generation) -> None:
+        """See ``Mitigation.check``.
+
+        Raises:
+            ConfigError: the answer is searched by beams, whose order changes at every step.
+        """
+        if generation.num_beams > 1:
+            raise ConfigError(
+                f"mitigation={self.name} goes with greedy decoding and sampling, not with "
+                f"generation.num_beams={generation.num_beams}; set it to 1"
+            )
+
+    @abstractmethod
+    def processors(
+        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
+    ) -> list[LogitsProcessor]:
+        """Create the processors for one call of ``generate``; they hold its state and are used once.
+
+        Args:
+            adapter: the model.
+            encoded: B prompts that are answered as one batch.
+            generation: settings of decoding.
+
+        Raises:
+            CapabilityError: the model cannot do what the method needs.
+        """
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Check that a setting of a mitigation is a number within a range.
+
+    Args:
+        name: such as ``flb.gamma``.
+        value: the setting.
+        low: smallest value.
+        high: largest value.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> check_range("cut.beta", 0.1, 0, 1)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+        raise ConfigError(f"mitigation.{name}={value!r} should be a number {limits}")

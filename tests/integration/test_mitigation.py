@@ -1,0 +1,65 @@
+"""A mitigation as a choice of a run: in its identity, with sampling and features, refused before a model is loaded."""
+
+import json
+
+import pytest
+from helpers.tiny_world import TinyAdapter, TinyTask
+
+import stethoscope as package
+from stethoscope.core.errors import CapabilityError
+from stethoscope.core.types import Generation
+from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.mitigation.decoding import FirstLogitBoosting, NoiseContrast
+
+RUN = ["task=chair", "task.scenes=12", "callbacks=none", "logger=none"]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_run_has_its_mitigation(stethoscope, tmp_path):
+    stethoscope("evaluate", *RUN, "mitigation=vcd", "generation=sample", "name=vcd", code=0)
+    stethoscope("evaluate", *RUN, "generation=sample", "name=none", code=0)
+    fingerprint = json.loads((tmp_path / "runs/vcd/fingerprint.json").read_text())["chair"]
+    method = fingerprint["generation"]["mitigation"]
+    assert method["name"] == "vcd"
+    assert method["settings"] == {"alpha": 1.0, "beta": 0.1, "step": 500, "seed": 0}
+    changed, plain = records(tmp_path / "runs/vcd"), records(tmp_path / "runs/none")
+    assert sum(a["answer"]["text"] != b["answer"]["text"] for a, b in zip(changed, plain, strict=True)) >= 6
+    assert "mitigation" not in json.loads((tmp_path / "runs/none/fingerprint.json").read_text())["chair"]["generation"]
+    stethoscope("extract", "run=runs/vcd", "features=fast", code=0)  # the answers are still those of the run
+    assert "other settings (generation.mitigation" in stethoscope(
+        "evaluate", *RUN, "mitigation=cut", "generation=sample", "name=vcd"
+    )
+
+
+def test_answers_are_those_of_the_adapter(stethoscope, tmp_path):
+    stethoscope("evaluate", *RUN, "mitigation=flb", "mitigation.gamma=0.5", "name=flb", "batch_size=5", code=0)
+    adapter = package.load("testbed")
+    method = FirstLogitBoosting(gamma=0.5)
+    from stethoscope import testbed
+
+    prompts = [adapter.encode(scene.image(), "Please describe this image in detail.") for scene in testbed.scenes(12)]
+    answers = adapter.generate(prompts, Generation(max_new_tokens=512, mitigation=method))
+    by_id = {record["sample_id"]: record["answer"]["text"] for record in records(tmp_path / "runs/flb")}
+    assert sorted(by_id.values()) == sorted(answer.text for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mitigation=vcd", "generation=beam"], "mitigation=vcd goes with greedy decoding and sampling"),
+        (["mitigation=cut", "mitigation.beta=3"], "mitigation.beta=3 should be a number from 0 to 1"),
+        (["mitigation=opera"], "opera"),
+        (["mitigation._target_=stethoscope.tasks.pope.Pope"], "is no Mitigation"),
+    ],
+)
+def test_wrong_choices_end_before_the_model_is_loaded(stethoscope, words, message):
+    assert message in stethoscope("evaluate", *RUN, "model=hf", "model.model_id=nowhere", *words)
+
+
+def test_an_adapter_without_access_is_refused(tmp_path):
+    adapter = TinyAdapter()
+    with pytest.raises(CapabilityError, match="mitigation=vcd changes how"):
+        Evaluator(generation=Generation(mitigation=NoiseContrast())).run(adapter, TinyTask())
