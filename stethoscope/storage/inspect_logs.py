@@ -16,6 +16,7 @@ from stethoscope.storage.log_values import (
     error_line,
     is_finished,
     logprob_list,
+    objects,
     sample_id,
     with_reasoning,
 )
@@ -196,7 +197,7 @@ def _answer(origin: str, sample: Any) -> tuple[LoggedAnswer, int, int, bool]:
     attachments = attachments if isinstance(attachments, dict) else {}
     output = sample.get("output")
     output = output if isinstance(output, dict) else {}
-    choices = [choice for choice in output.get("choices") or () if isinstance(choice, dict)]
+    choices = objects(output.get("choices"))
     choice = choices[0] if choices else {}
     message = choice.get("message")
     content = message.get("content", "") if isinstance(message, dict) else output.get("completion") or ""

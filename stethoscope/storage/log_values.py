@@ -78,6 +78,11 @@ def sample_id(value: Any, origin: str) -> str:
     return value.strip() if isinstance(value, str) else str(int(value))
 
 
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects in a list; none where the value is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def row_number(value: Any, origin: str) -> int:
     """Return the number of a data set's row.
 

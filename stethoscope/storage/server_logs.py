@@ -14,6 +14,7 @@ from stethoscope.storage.log_values import (
     int_list,
     is_finished,
     logprob_list,
+    objects,
     row_number,
     sample_id,
     text_or_none,
@@ -68,7 +69,7 @@ def _response(body: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], int
     """Return values of the answer in a body of chat, completions or responses, and the number of its choices."""
     if isinstance(body.get("output"), list):
         return _responses_api(body, origin), 1
-    choices = [choice for choice in body.get("choices") or () if isinstance(choice, dict)]
+    choices = objects(body.get("choices"))
     if not choices:
         return {}, 1
     choice = min(choices, key=lambda choice: choice["index"] if isinstance(choice.get("index"), int) else 0)
@@ -98,13 +99,12 @@ def _responses_api(body: Mapping[str, Any], origin: str) -> dict[str, Any]:
     texts: list[str] = []
     thoughts: list[str] = []
     logprobs: list[Any] = []
-    for item in body["output"]:
-        parts = item.get("content") or item.get("summary") if isinstance(item, dict) else None
-        for part in parts if isinstance(parts, list) else ():
-            text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+    for item in objects(body["output"]):
+        for part in objects(item.get("content") or item.get("summary")):
+            text = part.get("text", part.get("refusal"))
             if isinstance(text, str):
                 (thoughts if item.get("type") == "reasoning" else texts).append(text)
-                logprobs += part.get("logprobs") or ()
+                logprobs += objects(part.get("logprobs"))
     text, spans = with_reasoning("\n".join(thoughts), "\n".join(texts))
     ids, values = _logged_tokens({"content": logprobs}, origin)
     finished = {"completed": True, "incomplete": False}.get(str(body.get("status")))
@@ -117,7 +117,7 @@ def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, 
     content, values = logprobs.get("content"), logprobs.get("token_logprobs")
     tokens = logprobs.get("tokens")
     if isinstance(content, list) and content:
-        rows = [item if isinstance(item, dict) else {} for item in content]
+        rows = objects(content)
         tokens, values = [row.get("token") for row in rows], [row.get("logprob") for row in rows]
     digits = [str(token).removeprefix("token_id:") for token in tokens] if isinstance(tokens, list) else []
     named = digits and all(str(token).startswith("token_id:") for token in tokens or ())
@@ -128,7 +128,7 @@ def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, 
 def _content(content: Any, origin: str) -> str:
     """Return the text of a message, which may come in parts."""
     if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part.get("text") for part in objects(content) if part.get("type") == "text"]
         content = "\n".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str):
         raise DataError(f"{origin}: content {shown(content)} is no text")
@@ -171,7 +171,7 @@ def read_llama_cpp(path: Path) -> Contents:
     Raises:
         DataError: a line is broken or no such response.
     """
-    answers, names, cut = [], Names(), 0
+    answers, names, cut, unequal = [], Names(), 0, 0
     for index, (_, origin, line) in enumerate(read_rows(path, ())):
         row = line["response"] if isinstance(line.get("response"), dict) else line
         if "content" not in row and not row.get("error"):
@@ -180,28 +180,31 @@ def read_llama_cpp(path: Path) -> Contents:
         number = row_number(line["row"], origin) if "row" in line else index if id_ is None else None
         names.add(row, model=("model",))
         cut += row.get("truncated") is True
-        probabilities = row.get("completion_probabilities") or row.get("probs") or []
-        tokens = [item for item in probabilities if isinstance(item, dict) and "logprob" in item]
-        ids = row.get("tokens") or [item.get("id") for item in tokens] or None
-        logged = [item["logprob"] for item in tokens] or None
+        probabilities = objects(row.get("completion_probabilities") or row.get("probs"))
+        tokens = [item for item in probabilities if "logprob" in item]
+        ids = int_list(row.get("tokens") or [item.get("id") for item in tokens] or None, "tokens", origin)
+        logged = logprob_list([item["logprob"] for item in tokens] or None, "logprob", origin)
+        if ids is not None and logged is not None and len(ids) != len(logged):  # a stop word's tokens have none
+            unequal, logged = unequal + 1, None
         reason = row.get("stop_type") or (
             "limit" if row.get("stopped_limit") else "eos" if row.get("stopped_eos") else ""
         )
         answers.append(
             logged_answer(
-                row.get("content", ""),
+                "" if row.get("error") and not row.get("content") else row["content"],
                 origin,
                 error=error_line(row.get("error")),
                 id=id_,
                 row=number,
                 question=text_or_none(line.get("question"), "question", origin),
-                token_ids=int_list(ids, "tokens", origin),
-                logprobs=logprob_list(logged, "logprob", origin),
+                token_ids=ids,
+                logprobs=logged,
                 prompt=row["prompt"] if isinstance(row.get("prompt"), str) else None,
                 finished=is_finished(reason),
             )
         )
     notes = [f"{cut} prompts were cut by the server (truncated)"] if cut else []
+    notes += [f"{unequal} answers have log-probabilities of some tokens only; they are left out"] if unequal else []
     return Contents(answers, "llama.cpp", names["model"], notes=(*notes, *names.notes()))
 
 

@@ -255,6 +255,31 @@ def test_llama_cpp_without_ids_and_cut_prompts(write):
     assert log.notes == ("1 prompts were cut by the server (truncated)",)
 
 
+def test_llama_cpp_has_no_probabilities_of_a_stop_word(write):
+    probabilities = [{"id": 3, "logprob": -1}]
+    rows = [
+        {"content": "Yes", "stop_type": "word", "tokens": [3, 4], "completion_probabilities": probabilities},
+        {"content": None, "stop_type": "none", "error": "busy"},
+    ]
+    log = read_answers(write(rows))
+    assert (log.answers[0].token_ids, log.answers[0].logprobs) == ((3, 4), None)
+    assert log.answers[1].error == "busy"
+    assert log.notes == ("1 answers have log-probabilities of some tokens only; they are left out",)
+
+
+def test_values_of_other_kinds_count_as_missing(write):
+    rows = [
+        {"object": "response", "output": [{"content": 3}, 4]},
+        chat(text="a", logprobs={"content": [1, None]}),
+        {**chat(text="a"), "error": ["busy"]},
+    ]
+    log = read_answers(write(rows))
+    assert [answer.error for answer in log.answers] == ["the answer is empty", "", "['busy']"]
+    assert log.answers[1].logprobs is None
+    with pytest.raises(DataError, match="'choices' or 'output' was looked for in object, model, choices"):
+        read_answers(write([{**chat(), "choices": 1.5}]))
+
+
 # --- inspect_ai -------------------------------------------------------------------------------------------------------
 
 HEADER = {"version": 2, "status": "success", "eval": {"model": "m", "packages": {"inspect_ai": "0.3"}}}
