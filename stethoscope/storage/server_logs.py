@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from stethoscope.storage.log_values import (
     text_or_none,
     with_reasoning,
 )
-from stethoscope.storage.logged_answers import Contents, logged_answer
+from stethoscope.storage.logged_answers import Contents, LoggedAnswer, logged_answer
 
-_REQUEST_FILES = 50  # files beside a batch's output that are looked at
+_REQUEST_FILES, _HEAD = 50, 2**16  # files beside a batch's output that are looked at; their first bytes
 
 
 def read_openai_batch(path: Path) -> Contents:
@@ -34,11 +35,10 @@ def read_openai_batch(path: Path) -> Contents:
     Raises:
         DataError: a line is broken or no response, or the file is the one of requests.
     """
-    rows = list(read_rows(path, ()))
-    ids = {row["custom_id"] for _, _, row in rows if isinstance(row.get("custom_id"), str)}
-    questions, notes = _requests(path, ids) if ids else ({}, [])
-    answers, names, further = [], Names(), 0
-    for index, (_, origin, row) in enumerate(rows):
+    answers: list[LoggedAnswer] = []
+    batch: set[str | None] = set()
+    names, further = Names(), 0
+    for index, (_, origin, row) in enumerate(read_rows(path, ())):
         if "custom_id" in row and "response" not in row and "error" not in row:
             raise DataError(f"{origin}: a request of a batch, no response; answers.file should be the batch's output")
         id_ = next((sample_id(row[key], origin) for key in ("custom_id", "sample_id") if key in row), None)
@@ -58,9 +58,13 @@ def read_openai_batch(path: Path) -> Contents:
         number = row_number(row["row"], origin) if "row" in row else index if id_ is None else None
         if not error and "text" not in values:
             raise DataError(f"{origin}: no response of a server; 'choices' or 'output' was looked for in {_keys(body)}")
-        question = questions.get(id_ or "")
+        batch |= {id_} if "custom_id" in row else set()
         text = values.pop("text", "")
-        answers.append(logged_answer(text, origin, error=error, id=id_, row=number, question=question, **values))
+        answers.append(logged_answer(text, origin, error=error, id=id_, row=number, **values))
+    questions, notes = _requests(path, batch) if batch else ({}, [])
+    answers = [
+        replace(answer, question=questions[answer.id]) if answer.id in questions else answer for answer in answers
+    ]
     notes += [f"{further} further answers (choices) are left out"] if further else []
     return Contents(answers, model=names["model"], notes=(*notes, *names.notes()))
 
@@ -135,25 +139,23 @@ def _content(content: Any, origin: str) -> str:
     return content
 
 
-def _requests(path: Path, ids: set[str]) -> tuple[dict[str, str], list[str]]:
+def _requests(path: Path, ids: set[str | None]) -> tuple[dict[str | None, str], list[str]]:
     """Find the questions of a batch in a file of requests beside its output: the last message of the user."""
     for file in sorted(path.parent.glob("*.jsonl"))[:_REQUEST_FILES]:
-        if file == path:
+        if file == path or not file.is_file():
             continue
         try:
-            rows = read_rows(file, ("custom_id", "body"))
-            first = next(rows).values
-            if first["custom_id"] not in ids or not isinstance(first["body"], dict):
-                continue
-            requests = {
-                str(first["custom_id"]): first["body"],
-                **{str(row["custom_id"]): row["body"] for *_, row in rows},
+            with file.open("rb") as start:
+                if b'"custom_id"' not in start.read(_HEAD):
+                    continue
+            requests: dict[str | None, Any] = {
+                str(row["custom_id"]): row["body"] for *_, row in read_rows(file, ("custom_id", "body"))
             }
-        except (DataError, StopIteration, TypeError):
-            continue
-        if ids <= requests.keys():
-            questions = {id_: _asked(requests[id_], str(file)) for id_ in ids}
-            return {id_: text for id_, text in questions.items() if text}, [f"questions are taken from {file.name}"]
+            if ids <= requests.keys():
+                questions = {id_: _asked(requests[id_], str(file)) for id_ in ids}
+                return {id_: text for id_, text in questions.items() if text}, [f"questions are taken from {file.name}"]
+        except (DataError, OSError):
+            continue  # another file
     return {}, []
 
 
