@@ -184,6 +184,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         f"- listens to: {model}",
         f"- learned from: {task}",
+        f"- label: {manifest.get('label') or 'not known'}",
         f"- classifier: {kind}; {len(manifest['features'])} features, schema {manifest['feature_schema_hash']}",
         f"- warns from a probability of {threshold['value']:.3f}: {threshold['chosen']}",
     ]

@@ -280,9 +280,11 @@ def _save(
     """Write a fitted detector, its figures, where there are any, and its warnings into the run directory."""
     fingerprint = store.fingerprints().get(task, {})
     store.set_status(SECTION, "running")  # a kill from here on leaves parts of two detectors
+    asked = fingerprint.get("task", task)
+    labels = asked.get("settings", {}).get("labels") if isinstance(asked, Mapping) else None
     detector.save(
         store.run_dir / "detector",
-        {"model": fingerprint.get("adapter"), "task": fingerprint.get("task", task), "label": describe_label(detector)},
+        {"model": fingerprint.get("adapter"), "task": asked, "label": describe_label(detector, labels)},
     )
     if results is not None:
         store.write_metrics(SECTION, results.to_dict())
@@ -290,14 +292,20 @@ def _save(
     store.set_status(SECTION, None)
 
 
-def describe_label(detector: Detector) -> str:
-    """Describe what a detector has learned to predict, for its manifest."""
+def describe_label(detector: Detector, labels: str | None = None) -> str:
+    """Describe what a detector has learned to predict, for its manifest.
+
+    Args:
+        detector: that is trained.
+        labels: which ones of several that the task has, its setting ``labels``.
+    """
     if detector.settings["labels"] == "none":
         return "no label: 1 if the model itself, asked about the object it named, rather says no, else 0"
     chosen = {"first": "first sub-token of", "all": "every sub-token of"}
     rows = chosen.get(detector.settings["subtokens"], f"{detector.settings['subtokens']} over the sub-tokens of")
     which = "the first mention of an object" if detector.settings["repeats"] == "first" else "every object mention"
-    return f"{rows} {which} in an answer: 1 if the object is not in the image (the task's ground truth), else 0"
+    truth = "the task's ground truth" if labels is None else f"the task's ground truth, labels={labels}"
+    return f"{rows} {which} in an answer: 1 if the object is not in the image ({truth}), else 0"
 
 
 def missing_rows_error(store: RunStore, task: str | None = None) -> ArtefactError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from helpers.parquet_folder import write_split
 from stethoscope import testbed
 from stethoscope.testbed import Scene
+
+SUBSETS = ("random", "popular", "adversarial")
 
 
 def dump(path: Path, rows: list[dict], lines: bool = False) -> Path:
@@ -195,6 +199,68 @@ def humble_bench(folder: Path, scenes: Sequence[Scene]) -> list[str]:
         rows.append({"label": label, "question": question, **more})
     file = dump(folder / "metadata.jsonl", rows, lines=True)
     return ["task=humble_bench", "task.source=files", f"task.file={file}", f"task.images={folder}"]
+
+
+def pope(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """POPE's files, and RePOPE's: every sixth question is left out, every seventh has the other label."""
+    testbed.export(folder, scenes)
+    (folder / "repope").mkdir()
+    for subset in SUBSETS:
+        rows = [json.loads(line) for line in (folder / f"coco_pope_{subset}.json").read_text().splitlines()]
+        for row in rows[::7]:
+            row["label"] = "no" if row["label"] == "yes" else "yes"
+        kept = [row for row in rows if row["question_id"] % 6]
+        dump(folder / "repope" / f"coco_repope_{subset}.json", kept, lines=True)
+    return [
+        "task=pope", "task.source=files", f"task.questions={folder}", f"task.images={folder / 'images'}",
+        f"task.repope={folder / 'repope'}", "task.labels=both",
+    ]  # fmt: skip
+
+
+def pope_nine(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """POPE's files for three origins of pictures; those of A-OKVQA and GQA are one list each."""
+    testbed.export(folder, scenes)
+    for subset in SUBSETS:
+        rows = [json.loads(line) for line in (folder / f"coco_pope_{subset}.json").read_text().splitlines()]
+        for origin in ("aokvqa", "gqa"):
+            (folder / f"{origin}_pope_{subset}.json").write_text(json.dumps(rows, indent=4))
+    for origin in ("coco", "aokvqa", "gqa"):
+        (folder / origin).symlink_to(folder / "images")
+    return ["task=pope_nine", f"task.questions={folder}", f"task.images={folder}/{{origin}}"]
+
+
+def _pictures(scenes: Sequence[Scene]) -> list[bytes]:
+    files = [io.BytesIO() for _ in scenes]
+    for scene, file in zip(scenes, files, strict=True):
+        scene.image().save(file, "PNG")
+    return [file.getvalue() for file in files]
+
+
+def h_pope(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """H-POPE's columns in one Parquet file, with questions that the embedded model reads."""
+    rows = []
+    for index, scene in enumerate(scenes):
+        for variant, name in (("positive", scene.visible[0]), ("negative", absent(scene))):
+            label = int(variant == "positive")
+            asked = {"question": f"Is there a {name} in the image?", "attribute": "left", "object": name}
+            truth = {"answer": ("No", "Yes")[label], "label": label, "variant": variant}
+            rows.append({"image_id": index, "question_id": f"{index}-{label}", **asked, **truth})
+    pictures = [data for data in _pictures(scenes) for _ in range(2)]
+    return ["task=h_pope", f"task.dataset={write_split(folder, rows, pictures, 'data-00000-of-00001')}"]
+
+
+def hub_choice(folder: Path, scenes: Sequence[Scene]) -> list[str]:
+    """Multiple-choice questions with a list of options, as CRPE has them, in one Parquet file."""
+    rows = []
+    for index, scene in enumerate(scenes):
+        options = [name for name in testbed.CATEGORIES if name not in scene.visible][:3]
+        options.insert(index % 4, scene.visible[0])
+        rows.append(
+            {"text": "What is in the image?", "options": options, "correct": "ABCD"[index % 4], "part": "exist"}
+        )
+    dataset = write_split(folder, rows, _pictures(scenes), "test")
+    columns = ["task.question=text", "task.label=correct", "task.options=options", "task.subset=part"]
+    return ["task=hub_choice", f"task.dataset={dataset}", *columns, "task.letters=ABCD", "task.parser=leading_letter"]
 
 
 def mhal_detect(folder: Path, scenes: Sequence[Scene]) -> list[str]:

@@ -193,6 +193,63 @@ def test_further_benchmarks(tmp_path, scenes, evaluated, name):
         assert labels == {0, 1, -1}
 
 
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_pope_by_the_labels_of_repope_too(tmp_path, scenes, stethoscope):
+    out = stethoscope("evaluate", *published_files.pope(tmp_path / "pope", scenes), *PLAIN, code=0)
+    (section,) = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text()).values()
+    rows = {(row["metric"], row["subset"]): row for row in section["metrics"]}
+    lines = (tmp_path / "runs" / "run" / "samples.jsonl").read_text().splitlines()
+    records = [row for row in map(json.loads, lines) if row["subset"] == "random"]
+    replies = [
+        (row["answer"]["text"].lower(), row["reference"]["label"], row["reference"]["repope"]) for row in records
+    ]
+    right = [("yes" in text) == (label == "yes") for text, label, _ in replies]
+    again = [("yes" in text) == (label == "yes") for text, _, label in replies if label]
+    assert 0 < len(again) < len(right)
+    assert rows["accuracy", "random"]["value"] == pytest.approx(np.mean(right))
+    assert rows["accuracy_repope", "random"]["value"] == pytest.approx(np.mean(again))
+    for subset in ("random", "popular", "adversarial", "mean"):
+        difference = rows["f1_difference", subset]
+        assert difference["value"] == pytest.approx(rows["f1_repope", subset]["value"] - rows["f1", subset]["value"])
+        assert difference["low"] < difference["value"] < difference["high"]
+        assert difference["groups"] == SCENES
+    assert rows["f1_difference", "mean"]["value"] < 0  # the model answers by the right labels, which POPE has here
+    notes = [line for line in out.splitlines() if line.startswith(("Replies are read", "RePOPE leaves out", "From "))]
+    assert notes[:2] == section["notes"]
+    assert notes[2] == f"From {SCENES} images."
+    assert "parser 'repope'" in notes[0]
+
+
+def test_nine_cells_of_pope(tmp_path, scenes, evaluated):
+    figures, records, section = evaluated(*published_files.pope_nine(tmp_path / "pope", scenes[:3]))
+    cells = {subset for metric, subset in figures if metric == "f1"} - {"mean"}
+    assert len(cells) == 9
+    assert figures["f1", "mean"] == pytest.approx(np.mean([figures["f1", cell] for cell in cells]))
+    assert {row["low"] for row in section["metrics"]} == {None}  # from three images
+    assert len(records) == section["counts"]["samples"]
+
+
+def test_data_sets_described_by_configuration(tmp_path, scenes, evaluated, datasets_cache):
+    figures, records, section = evaluated(*published_files.h_pope(tmp_path / "h_pope", scenes))
+    assert section["counts"]["ok"] == len(records) == 2 * SCENES
+    assert figures["accuracy", "positive"] == figures["tpr", "all"]
+    assert figures["accuracy", "negative"] == figures["tnr", "all"]
+    assert section["notes"] == ["Replies are read by the parser 'official'."]
+
+
+def test_multiple_choice_described_by_configuration(tmp_path, scenes, evaluated, datasets_cache):
+    figures, records, section = evaluated(*published_files.hub_choice(tmp_path / "crpe", scenes))
+    assert section["counts"]["samples"] == len(records) == SCENES
+    assert records["0"]["question"].splitlines()[1].startswith("A. ")
+    read = [row["score"]["detail"] for row in records.values() if row["status"] == "ok"]
+    if read:
+        assert figures["accuracy", "exist"] == pytest.approx(np.mean([row["reply"] == row["label"] for row in read]))
+
+
 def test_a_changed_answer_is_read_again(tmp_path, scenes, evaluated):
     words = published_files.halloc(tmp_path / "halloc", scenes[:2])
     evaluated(*words)

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from stethoscope.core.errors import ArtefactError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.training import describe_label
 
 TRAIN, CALIBRATION = halves(token_table(300))
 TEST = mention_rows(token_table(50, seed=9))
@@ -107,6 +108,7 @@ def fitted():
     detector.notes = {
         "model": {"model_id": "llava-1.5-7b"},
         "task": {"name": "chair", "version": "1"},
+        "label": describe_label(detector),
         "figures": {"auroc": {"value": 0.91234, "low": 0.9, "high": 0.92, "items": 100, "groups": 30}},
     }
     return detector
@@ -164,6 +166,8 @@ def test_the_card_says_what_it_is(fitted, tmp_path):
     assert card.startswith("---\nlibrary_name: lvlm-stethoscope\n")
     assert "listens to: llava-1.5-7b" in card
     assert "learned from: chair" in card
+    assert "label: first sub-token of the first mention" in card
+    assert "(the task's ground truth, labels=repope), else 0" in describe_label(fitted, "repope")
     assert "| AUROC | 0.912 | 0.900 to 0.920 |" in card
     assert "at most 0.4 of the hallucinated mentions get none, at confidence 0.95" in card
     Detector().fit(TRAIN, CALIBRATION).save(tmp_path / "plain")
