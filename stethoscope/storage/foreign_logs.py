@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,10 @@ def _harness(engine: str, answers: list[LoggedAnswer], further: int, results: Pa
         if kept.setdefault(answer.row, answer).text != answer.text:
             before = kept[answer.row].origin
             raise DataError(f"{answer.origin}: doc_id {answer.row} is used before, in {before}, with another answer")
+    ids = [answer.id for answer in kept.values() if answer.id is not None]
+    if len(set(ids)) < len(ids):
+        kept = {row: replace(answer, id=None) for row, answer in kept.items()}
+        notes.append("ids in the documents are not unique; samples are known by their rows")
     if len(kept) < len(answers):
         notes.append(f"{len(answers) - len(kept)} lines repeat an answer under another filter and are left out")
     model = revision = version = ""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -15,18 +16,6 @@ FULL = {
     "prompt_token_ids": [1, 2], "model": "llava", "revision": "abc", "engine": "vllm 0.11", "finish_reason": "length",
     "subset": "random", "label": "yes",
 }  # fmt: skip
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_file(content):
-        path = tmp_path / "log.jsonl"
-        if isinstance(content, list):
-            content = "\n".join(json.dumps(row) for row in content)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write_file
 
 
 def test_all_fields(write):
@@ -112,14 +101,16 @@ def test_reasoning():
         ([{"id": 1, "replies": "a"}], "line 1: no answer; keys 'answer', 'response', 'caption', 'text', "),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_line(write, content, message):
-    path = write(content)
-    with pytest.raises(DataError) as error:
-        read_answers(path, "jsonl")
-    assert message in str(error.value)
-    assert str(error.value).startswith(str(path))
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 2 * len(str(path)) + 250
+def test_bad_input_is_one_clear_line(refused, content, message):
+    refused(content, message, "jsonl")
+
+
+def test_nine_thousand_answers_take_less_than_a_second(write):
+    rows = [{"id": f"random-{n}", "question": "Is there a dog in the image?", "answer": "Yes."} for n in range(9000)]
+    path = write(rows)
+    start = time.process_time()
+    assert len(read_answers(path).answers) == 9000
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
