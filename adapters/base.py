@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stethoscope.core.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.core.types import Answer, Generation, Memory
 from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
 
@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class ForeignTokens(DataError):
+    """The token ids of a given answer are not those of its text by the model's tokenizer."""
+
+
 class Adapter(ABC):
     """A model behind the one contract. Constructors only store and check; ``setup`` loads weights.
 
     Attributes:
         name: how the model is called in tables and run directories.
         mitigates: whether ``generate`` applies the mitigation of the settings, see ``check_mitigation``.
+        has_model: whether there is a model that reads pictures and answers; without one, given texts are only scored.
     """
 
     name: str
     mitigates: ClassVar[bool] = False
+    has_model: ClassVar[bool] = True
 
     @abstractmethod
     def setup(self) -> None:
@@ -103,8 +109,20 @@ class Adapter(ABC):
         raise CapabilityError(f"{self.name} gives no access to its model, which streaming needs")
 
     @abstractmethod
-    def answer(self, encoded: Encoded, text: str) -> Answer:
-        """Tokenise a given answer and score it with the model's log-probabilities."""
+    def answer(self, encoded: Encoded, text: str, token_ids: Sequence[int] | None = None) -> Answer:
+        """Score a given answer with the model's log-probabilities, and tell which tokens are its first choice.
+
+        Args:
+            encoded: the prompt.
+            text: of the answer.
+            token_ids: of the answer, with or without an end token; None to tokenise the text.
+
+        Returns:
+            The answer as the model's tokenizer writes it, with ``Answer.argmax``.
+
+        Raises:
+            ForeignTokens: the ids do not decode to the text.
+        """
 
     @abstractmethod
     def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
-from stethoscope.adapters.base import Adapter
+from stethoscope.adapters.base import Adapter, ForeignTokens
 from stethoscope.adapters.forward import ForwardRunner, groups
 from stethoscope.adapters.generation import (
     Sampler,
@@ -288,7 +288,8 @@ class HfAdapter(Adapter):
         ids = output.sequences[:, start:]
         no_caches: list[PromptCache | None] = [None] * len(encoded)
         if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
-            return self._score(encoded, [self._trim(beam, generation) for beam in ids.tolist()]), no_caches
+            scored = self._score(encoded, [self._trim(beam, generation) for beam in ids.tolist()])
+            return [replace(answer, argmax=None) for answer in scored], no_caches
         steps = zip(output.logits, ids.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
         answers = [
@@ -335,18 +336,47 @@ class HfAdapter(Adapter):
         return trim_ids(ids, self._end_ids, (*self.stop, *generation.stop), self._decode)
 
     @torch.inference_mode()
-    def answer(self, encoded: Encoded, text: str) -> Answer:
+    def answer(self, encoded: Encoded, text: str, token_ids: Sequence[int] | None = None) -> Answer:
         """See ``Adapter.answer``. White space around the text is not part of the answer.
 
         Raises:
-            DataError: the text holds a placeholder, which would stand for a second image.
+            ForeignTokens: the ids do not decode to the text.
+            DataError: the answer holds a placeholder, which would stand for a second image.
         """
         self.setup()
         with model_faults(f"{self.name} fails to read the answer"):
-            ids = self._tokenise(encoded, text.strip())
-            if not set(self._placeholder_ids).isdisjoint(ids):
+            trimmed = (
+                TrimmedIds(self._tokenise(encoded, text.strip()), True)
+                if token_ids is None
+                else self._check_ids(text, token_ids)
+            )
+            if not set(self._placeholder_ids).isdisjoint(trimmed.ids):
                 raise DataError(f"the answer holds the image placeholder: {text!r}")
-            return self._score([encoded], [TrimmedIds(ids, True)])[0]
+            return self._score([encoded], [trimmed])[0]
+
+    def _check_ids(self, text: str, token_ids: Sequence[int]) -> TrimmedIds:
+        """Trim given ids to the tokens of a text, which may end within the last of them, as at a stop string.
+
+        White space is not compared, as engines strip and join it in their own ways, nor are halves of characters.
+        """
+        known = self._model.get_input_embeddings().num_embeddings
+        unknown_id = next((token for token in token_ids if not 0 <= token < known), None)
+        if unknown_id is not None:
+            raise ForeignTokens(f"token id {unknown_id} is none of the {known:,} of {self.name}: another tokenizer's")
+        trimmed = self._trim(token_ids, Generation())
+        decoded, offsets = decode_with_offsets(trimmed.ids, self._decode_text)
+        letters = [index for index, letter in enumerate(decoded) if not (letter.isspace() or letter == "\ufffd")]
+        wanted = [letter for letter in text if not (letter.isspace() or letter == "\ufffd")]
+        if [decoded[index] for index in letters[: len(wanted)]] != wanted:
+            raise ForeignTokens(
+                f"the token ids decode to {decoded[:60]!r} with {self.name}, not to {text.strip()[:60]!r}: they are "
+                "another tokenizer's"
+            )
+        if len(letters) == len(wanted):
+            return trimmed._replace(finished=True)
+        end = letters[len(wanted) - 1] + 1 if wanted else 0
+        count = sum(start < end for start, _ in offsets)
+        return TrimmedIds(trimmed.ids[:count], True, max(offsets[count - 1][1] - end, 0) if count else 0)
 
     def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
         """Tokenise a text as the continuation of the prompt, after a space where the prompt ends in a word."""
@@ -368,7 +398,12 @@ class HfAdapter(Adapter):
         for prompt, part in zip(encoded, trimmed, strict=True):
             logits = self._forward.logits(self._forward.full_forward([prompt], [part.ids]))[0, : len(part.ids)]
             ids = torch.tensor(part.ids, device=logits.device).long()[:, None]
-            answers.append(self._decode_trimmed(part, logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()))
+            logprobs = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()
+            logits[
+                :, [token for token in self._placeholder_ids if token < logits.shape[-1]]
+            ] = -torch.inf  # never written
+            is_top = logits.gather(-1, ids) >= logits.amax(-1, keepdim=True)  # of several equal ones, each
+            answers.append(replace(self._decode_trimmed(part, logprobs), argmax=tuple(is_top[:, 0].tolist())))
         return answers
 
     def _decode_trimmed(self, trimmed: TrimmedIds, logprobs: Sequence[float]) -> Answer:

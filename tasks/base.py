@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ class Task(ABC):
         max_new_tokens: longest answer that the task needs, in tokens.
         locations: constructor arguments that tell where data lies, not what it is. A run goes on with others as long as
             its samples are the same; a task with more of them extends the tuple.
+        reads_tokens: whether ``score`` reads more of an answer than its text, so that ``model=none`` cannot do it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task(ABC):
         "file", "folder", "images", "questions", "instances", "captions", "image_ids", "vocabulary", "dataset",
         "local_files_only",
     )  # fmt: skip
+    reads_tokens: ClassVar[bool] = False
 
     def setup(self) -> None:  # noqa: B027  (a task that needs no files need not override it)
         """Read what ``samples`` needs; called before anything else, does nothing the second time.
@@ -107,3 +110,15 @@ class Task(ABC):
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the labelled object mentions of one answer, in reading order; none by default."""
         return ()
+
+    def score_answer(self, sample: Sample, answer: Answer) -> Score:
+        """Score an answer without its reasoning, which ``score`` never sees."""
+        return self.score(sample, answer.without_reasoning()[0])
+
+    def label_mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """Return the mentions outside of an answer's reasoning, as spans of the whole answer."""
+        scored, kept = answer.without_reasoning()
+        mentions = tuple(self.mentions(sample, scored))
+        if not answer.reasoning:
+            return mentions
+        return tuple(replace(item, start=kept[item.start], end=kept[item.end - 1] + 1) for item in mentions)

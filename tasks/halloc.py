@@ -50,6 +50,7 @@ class GivenAnswers(Task):
 
     kinds: ClassVar[tuple[str, ...]]
     primary = "nll_gap"
+    reads_tokens: ClassVar[bool] = True
     text_only: bool
     _samples: list[Sample]
 

@@ -279,7 +279,7 @@ class ImageColumn:
             name: what to call it.
         """
         file = self._files.get(index)
-        return ImageRef(name, partial(self._decode, index, name) if file is None else file.source)
+        return ImageRef(name, partial(self._decode, index, name) if file is None else file.source, index)
 
     def _decode(self, index: int, name: str) -> Image:
         data = self._bytes(index)

@@ -105,7 +105,7 @@ class ModelPool:
     @property
     def names(self) -> list[str]:
         """List the models to choose from; the first model comes first."""
-        return list(dict.fromkeys([self.name, *(name for name in choices("model") if name != "hf")]))
+        return list(dict.fromkeys([self.name, *(name for name in choices("model") if name not in ("hf", "none"))]))
 
     @property
     def busy(self) -> bool:

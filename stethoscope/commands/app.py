@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from stethoscope.commands.common import require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError
 
@@ -32,6 +33,7 @@ def run(config: DictConfig) -> None:
     check_address(str(config.host), int(config.port))
     extractor = import_extractor(config.mentions, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
+    require_model(adapter, "app")
     runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import answer, as_list, fractions, log_detector, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import (
+    answer,
+    as_list,
+    check_answer_files,
+    fractions,
+    log_detector,
+    loggers_of,
+    report_failures,
+    require_model,
+    run_dir,
+)
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
 
@@ -35,7 +45,10 @@ def run(config: DictConfig) -> None:
     detector = build(config.detector, Detector, "detector", config.plugins)
     check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
     check_sets(as_list(config.sets), features.names)
-    for task in filter(None, (pope, chair)):
+    tasks = [task for task in (pope, chair) if task is not None]
+    require_model(adapter, "benchmark")
+    check_answer_files(config, tasks)
+    for task in tasks:
         task.setup()
     store = RunStore(folder)
     with loggers_of(config) as loggers:

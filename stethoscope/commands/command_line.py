@@ -26,7 +26,7 @@ PATHS = {
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
-LISTS = {"test", "image_ids", "vision", "hydra.searchpath", "hydra.launcher.setup"}
+LISTS = {"test", "image_ids", "vision", "answers.file", "hydra.searchpath", "hydra.launcher.setup"}
 """Settings that hold a path, or a list or mapping of paths in brackets."""
 NOT_CHOSEN = {("train", "features")}
 """Groups besides ``experiment`` of which a command chooses none by default."""
@@ -138,7 +138,8 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
         key, plain = key[: len(key) - len(plain)] + alias, alias
     if not value:
         return word if alias is None else f"{key}{equals}"
-    kind = next((kind for kind in (TEXTS, PATHS, LISTS) if plain in kind or plain.rpartition(".")[2] in kind), None)
+    kinds = [(kind, name) for name in (plain, plain.rpartition(".")[2]) for kind in (TEXTS, PATHS, LISTS)]
+    kind = next((kind for kind, name in kinds if name in kind), None)
     sweep = sweep and not (kind is not None and plain.startswith("hydra."))  # it has one value for all jobs
     if kind in (TEXTS, None):
         _check_unicode(key, value)

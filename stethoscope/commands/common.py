@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
     from stethoscope.loggers.base import Loggers
+    from stethoscope.storage.logged_answers import AnswerLog
     from stethoscope.tasks.base import Task
 
 
@@ -46,6 +47,19 @@ def as_list(given: Any) -> list[Any]:
 def make_callbacks(nodes: DictConfig, plugins: Sequence[str]) -> list[Callback]:
     """Build the callbacks of a configuration's ``callbacks`` group, in its order."""
     return [build(node, Callback, f"callbacks.{name!s}", plugins) for name, node in nodes.items()]
+
+
+def require_model(adapter: Adapter, command: str) -> None:
+    """Check that there is a model behind the adapter.
+
+    Raises:
+        ConfigError: there is none, as with ``model=none``.
+    """
+    if not adapter.has_model:
+        raise ConfigError(
+            f"model={adapter.name} only scores the texts of a file (stethoscope evaluate answers.file=...), and "
+            f"`stethoscope {command}` needs a model that reads them"
+        )
 
 
 class SaveConfig(Callback):
@@ -122,7 +136,7 @@ def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **setting
 def answer(
     config: DictConfig, folder: Path, loggers: Loggers, adapter: Adapter, task: Task, **more: Any
 ) -> TaskResults:
-    """Evaluate a task, reusing the answers of runs in the folder ``answers``.
+    """Evaluate a task with the answers of a log, of other runs in a folder, or the model's own.
 
     Args:
         config: of a command that generates answers.
@@ -134,11 +148,53 @@ def answer(
     """
     from stethoscope.storage.reuse import reuse_answers
 
-    evaluator = make_evaluator(config, folder, loggers, **more)
-    if config.answers is None or config.overwrite or config.fast_dev_run:
+    log = given_answers(config, task.name)
+    evaluator = make_evaluator(config, folder, loggers, answers=log, answer_ids=config.answers.token_ids, **more)
+    if log is not None or config.answers.runs is None or config.overwrite or config.fast_dev_run:
         return evaluator.run(adapter, task)
-    with reuse_answers(Path(config.answers), folder, adapter, task, evaluator.generation):
+    with reuse_answers(Path(config.answers.runs), folder, adapter, task, evaluator.generation):
         return evaluator.run(adapter, task)
+
+
+def given_answers(config: DictConfig, task: str) -> AnswerLog | None:
+    """Read the log of answers that the configuration names for a task; None where the model is to answer it.
+
+    Raises:
+        ConfigError: ``answers.file`` is neither a path nor a mapping of paths by the name of the task, or
+            ``answers.token_ids`` is neither true nor false.
+        DataError: the log cannot be read.
+    """
+    file = config.answers.file
+    if not isinstance(config.answers.token_ids, bool):
+        raise ConfigError(f"answers.token_ids={config.answers.token_ids} should be true or false")
+    if isinstance(file, Mapping):
+        file = file.get(task)
+    if file is None:
+        return None
+    if not isinstance(file, str):
+        raise ConfigError(f"answers.file={file} should be the path of a log, or a mapping of task names to such paths")
+    from stethoscope.storage.logged_answers import read_answers
+
+    log = read_answers(Path(file).expanduser(), config.answers.format)
+    for note in log.notes:
+        print(f"{log.path}: {note}")
+    return log
+
+
+def check_answer_files(config: DictConfig, tasks: Sequence[Task]) -> None:
+    """Check that ``answers.file`` names tasks of this command, and each by itself where there are several.
+
+    Raises:
+        ConfigError: it names another task, or one file for several tasks.
+    """
+    file, names = config.answers.file, [task.name for task in tasks]
+    if isinstance(file, Mapping):
+        for name in file:
+            if name not in names:
+                raise ConfigError(f"answers.file: {unknown('task', str(name), names)}")
+    elif file is not None and len(names) > 1:
+        example = ", ".join(f"{name}: {name}.jsonl" for name in names)
+        raise ConfigError(f"answers.file={file} should name a file for every task: answers.file={{{example}}}")
 
 
 def report_failures(results: Sequence[TaskResults], folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import build_generation
+from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.text import console, visible
@@ -46,6 +46,7 @@ def run(config: DictConfig) -> None:
     picture = image.load()
     setting = parse_setting(config.detector.folder)
     adapter = build(config.model, Adapter, "model", config.plugins)
+    require_model(adapter, "diagnose")
     if setting == AUTO:
         adapter.setup()
         folders = bundled_detectors(adapter)

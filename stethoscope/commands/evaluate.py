@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import answer, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import answer, check_answer_files, loggers_of, report_failures, run_dir
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
 
@@ -18,6 +18,7 @@ def run(config: DictConfig) -> None:
     folder = run_dir(config)
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)
+    check_answer_files(config, [task])
     with loggers_of(config) as loggers:
         results = answer(config, folder, loggers, adapter, task)
     if rank():  # of several processes the first one tells of the results

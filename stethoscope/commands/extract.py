@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import build_generation, make_callbacks, report_failures
+from stethoscope.commands.common import build_generation, make_callbacks, report_failures, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError, unknown
 from stethoscope.core.system import rank
@@ -153,6 +153,7 @@ def run(config: DictConfig) -> None:
     features = build(config.features, FeatureSet, "features", plugins)
     print(features.summary)
     adapter, task = _saved_model_and_task(config, folder, saved, asked)
+    require_model(adapter, "extract")
     if detector is not None:
         _check_detector(detector, features, config.warn, folder, task.name)
     results = Evaluator(

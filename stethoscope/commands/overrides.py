@@ -110,6 +110,11 @@ def check_values(config: Mapping[str, Any]) -> None:
         parts = Path(str(config["name"] or "")).parts
         if not parts or ".." in parts or Path(str(config["name"])).is_absolute():
             raise ConfigError(f"name={config['name']} should name a folder for this run inside runs={config['runs']}")
+    given = config.get("answers")
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            f"answers={given} names no setting: a log is answers.file={given}, a folder of runs answers.runs"
+        )
     for key in ("ablation", "published", "share"):
         if not isinstance(config.get(key, False), bool):
             raise ConfigError(f"{key}={config[key]} should be true or false")

@@ -133,8 +133,8 @@ class Sweep:
         with open_dict(config):
             if "run_dir" in config:
                 config.run_dir = str(self.folder / slug(own)[:LONGEST])
-            if "answers" in config:
-                config.answers = config.answers or str(self.folder)
+            if isinstance(config.get("answers"), DictConfig):
+                config.answers.runs = config.answers.runs or str(self.folder)
             if "group" in config.get("logger", {}):
                 config.logger.group = config.logger.group or self.name
                 config.logger.job_type = self.command

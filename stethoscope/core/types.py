@@ -6,6 +6,7 @@ by one); character spans are half-open ``(start, end)`` offsets into ``Answer.te
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,10 +39,12 @@ class ImageRef:
     Attributes:
         name: of the image in messages and tables, usually its file name.
         source: a file path, or a function that returns the PIL image (rendered scenes, rows of a data set).
+        row: number, from 0, of the row of a data set that it belongs to; None if it comes from elsewhere.
     """
 
     name: str
     source: Path | Callable[[], Image] = field(repr=False)
+    row: int | None = None
 
     @property
     def group(self) -> str:
@@ -203,6 +206,9 @@ class Answer:
         offsets: T character spans in ``text``; a token that completes no character has an empty span.
         logprobs: T log-probabilities (nats) of the tokens under the model's own, unprocessed distribution.
         finished: whether the model ended the answer; False means cut off at ``max_new_tokens``.
+        argmax: of a given answer, for each of the T tokens whether no other one is more probable to the model that
+            reads it; None where that was not computed.
+        reasoning: character spans of ``text`` in which the model thinks before it answers; tasks never see them.
     """
 
     text: str
@@ -210,6 +216,8 @@ class Answer:
     offsets: tuple[tuple[int, int], ...]
     logprobs: tuple[float, ...]
     finished: bool = True
+    argmax: tuple[bool, ...] | None = None
+    reasoning: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.offsets) == len(self.logprobs):
@@ -217,6 +225,8 @@ class Answer:
                 f"token_ids, offsets and logprobs differ in length: "
                 f"{len(self.token_ids)}, {len(self.offsets)}, {len(self.logprobs)}"
             )
+        if self.argmax is not None and len(self.argmax) != len(self.token_ids):
+            raise ValueError(f"argmax and token_ids differ in length: {len(self.argmax)}, {len(self.token_ids)}")
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -243,7 +253,42 @@ class Answer:
     def until(self, count: int) -> Answer:
         """Return the answer cut off after ``count`` tokens."""
         end = self.offsets[count - 1][1] if count else 0
-        return Answer(self.text[:end], self.token_ids[:count], self.offsets[:count], self.logprobs[:count], False)
+        parts = self.token_ids[:count], self.offsets[:count], self.logprobs[:count]
+        argmax = None if self.argmax is None else self.argmax[:count]
+        reasoning = tuple((first, min(last, end)) for first, last in self.reasoning if first < end)
+        return Answer(self.text[:end], *parts, False, argmax, reasoning)
+
+    def without_reasoning(self) -> tuple[Answer, Sequence[int]]:
+        """Return the answer without its reasoning and the white space after it, as tasks score it.
+
+        Tokens all of whose characters are gone are left out; offsets are those in the new text.
+
+        Returns:
+            The answer, and for each character of its text the index in the whole text.
+
+        >>> answer = Answer("<think>a?</think> a cat", (5, 6, 7), ((0, 17), (17, 19), (19, 23)), (-1.0, -2.0, -3.0),
+        ...                 reasoning=((0, 17),))
+        >>> scored, kept = answer.without_reasoning()
+        >>> scored.text, scored.token_ids, scored.offsets, kept[2]
+        ('a cat', (6, 7), ((0, 1), (1, 5)), 20)
+        """
+        if not self.reasoning:
+            return self, range(len(self.text))
+        hidden = {index for start, end in self.reasoning for index in range(start, end)}
+        kept = [index for index in range(len(self.text)) if index not in hidden]
+        text = "".join(self.text[index] for index in kept)
+        kept = kept[len(text) - len(text.lstrip()) :]
+        spans = [(bisect_left(kept, start), bisect_left(kept, end)) for start, end in self.offsets]
+        tokens = [index for index, (start, end) in enumerate(spans) if start < end]
+        scored = Answer(
+            text.lstrip(),
+            tuple(self.token_ids[index] for index in tokens),
+            tuple(spans[index] for index in tokens),
+            tuple(self.logprobs[index] for index in tokens),
+            self.finished,
+            None if self.argmax is None else tuple(self.argmax[index] for index in tokens),
+        )
+        return scored, kept
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ class SaveHeatmaps(Callback):
         """Save the maps of one answer before its record is on disk, because maps without a record do no harm."""
         answer = trace.answer
         first_tokens = [
-            answer.covering(mention.start, mention.end)[:1] for mention in run.task.mentions(sample, answer)
+            answer.covering(mention.start, mention.end)[:1] for mention in run.task.label_mentions(sample, answer)
         ]
         tokens = sorted({token for mention_tokens in first_tokens for token in mention_tokens})
         if run.store is None or not tokens:

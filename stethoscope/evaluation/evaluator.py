@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import os
 
     from stethoscope.adapters.base import Adapter
+    from stethoscope.storage.logged_answers import AnswerLog
     from stethoscope.tasks.base import Task
 
 
@@ -46,6 +47,8 @@ class Evaluator:
         overwrite: Overwrite = False,
         seed: int = 0,
         meeting_minutes: float = MEETING_MINUTES,
+        answers: AnswerLog | str | os.PathLike | None = None,
+        answer_ids: bool = True,
     ) -> None:
         """Check the settings.
 
@@ -65,9 +68,12 @@ class Evaluator:
                 token rows only.
             seed: seed of the bootstrap.
             meeting_minutes: minutes that the processes of one run wait for each other at its start.
+            answers: a log of answers that were written elsewhere, or its path: the model reads them (teacher forcing)
+                and generates none. Samples without an answer in it are left out, and counted.
+            answer_ids: take the log's token ids, where it has them; False tokenises every text again.
 
         Raises:
-            ConfigError: a value is out of range.
+            ConfigError: a value is out of range, or ``answers`` go with ``overwrite="features"``.
         """
         for name, value, allowed in (
             ("on_error", on_error, ("record", "raise")),
@@ -93,6 +99,9 @@ class Evaluator:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.on_error = "raise" if fast_dev_run else on_error
         self.overwrite, self.seed, self.meeting_minutes = overwrite, seed, meeting_minutes
+        self.answers, self.answer_ids = answers, answer_ids
+        if answers is not None and overwrite == "features":
+            raise ConfigError("overwrite='features' traces the answers that a run has; it takes no others (answers)")
 
     def run(self, adapter: Adapter, task: Task) -> TaskResults:
         """Evaluate one model on one task; samples that the run directory has already are not done again.

@@ -12,23 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
 from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.features.registry import without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
-from stethoscope.tracing.mention_passes import Resampling, trace_answers
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
     from stethoscope.evaluation.session import RunSession
+    from stethoscope.storage.logged_answers import LoggedAnswer
     from stethoscope.tracing.trace import Encoded, Trace
 
 CHANGED = "changed since it was asked: "
@@ -74,6 +76,7 @@ class SampleState:
     image_sha256: str = ""
     picture: str = ""  # profile of its pixels
     error: Exception | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
     recorded: Record | None = None  # of an answer that is only traced; its record survives any error
 
     @property
@@ -112,6 +115,7 @@ class SampleState:
             mentions=self.mentions,
             prompt_sha256=self.prompt_sha256,
             image_sha256=self.image_sha256,
+            given=self.given,
             seconds=self.seconds,
             asks=sample.asks,
         )
@@ -133,6 +137,7 @@ class SamplePipeline:
         self._requires = frozenset[str]() if self.features is None else self.features.requires
         self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
+        self._has_read_ids = False  # of a log, so that they are of this model's tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
         """Return the records of a batch; what is finished is on disk even if an error or Ctrl-C ends it."""
@@ -162,6 +167,8 @@ class SamplePipeline:
         state, record = SampleState(sample), self._recorded(sample)
         if record is not None and self.keeps_answers:
             state.recorded = record
+        if not self.run.adapter.has_model:  # a text is scored, and no picture opened for it
+            return state
         with self._stage(state, "encode"):
             picture = sample.image.load()
             state.image_sha256 = sample.image.sha256
@@ -174,6 +181,7 @@ class SamplePipeline:
                 changes = ["prompt"]
             if record is not None and not changes:
                 state.answer, state.score, state.mentions = record.answer, record.score, record.mentions
+                state.given = record.given
             elif state.recorded is not None:
                 raise SampleChanged(CHANGED + ", ".join(changes))
         if record is not None and state.answer is not None:
@@ -188,16 +196,36 @@ class SamplePipeline:
         return None if record is None or record.status == FAILED else record
 
     def _generate(self, states: Sequence[SampleState]) -> None:
-        """Generate answers, or encode those that samples come with."""
+        """Generate answers, or read those that are given."""
+        to_generate = []
         for state in states:
-            if state.sample.answer is not None:
-                with self._stage(state, "generate"):
-                    state.answer = self.run.adapter.answer(state.inputs, state.sample.answer)
-        states = [state for state in states if state.sample.answer is None]
+            logged = None if self.run.given is None else self.run.given.answers[state.sample.id]
+            if logged is None and state.sample.answer is None:
+                to_generate.append(state)
+                continue
+            with self._stage(state, "generate"):
+                self._read_given(state, logged)
+        states = to_generate
         for state, answer in zip(states, self._in_batches(states, "generate", self._generate_batch), strict=True):
             if answer is not None:
                 with self._stage(state, "generate"):
                     state.answer = _finite(answer)
+
+    def _read_given(self, state: SampleState, logged: LoggedAnswer | None) -> None:
+        """Let the model read a given answer.
+
+        Raises:
+            ConfigError: the first token ids of a log are another tokenizer's; later ones only fail their sample.
+        """
+        uses_ids = self.run.given is not None and self.run.given.uses_ids
+        try:
+            state.answer, state.given = read_answer(self.run.adapter, state.encoded, state.sample, logged, uses_ids)
+        except ForeignTokens as error:
+            if self._has_read_ids:
+                raise
+            hint = "choose the model that wrote the answers, or add answers.token_ids=false to tokenise their texts"
+            raise ConfigError(f"{logged.origin if logged else state.sample.id}: {error}; {hint}") from None
+        self._has_read_ids = self._has_read_ids or state.given["tokens"] == "logged"
 
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
@@ -269,10 +297,10 @@ class SamplePipeline:
         if state.error is not None or state.answer is None or state.score is not None:
             return
         with self._stage(state, "score"):
-            score = self.run.task.score(state.sample, state.answer)
+            score = self.run.task.score_answer(state.sample, state.answer)
             if score.status not in (OK, UNPARSED):
                 raise ValueError(f"{self.run.task.name}.score gave status {score.status!r}, not {OK!r} or {UNPARSED!r}")
-            state.mentions = tuple(self.run.task.mentions(state.sample, state.answer))
+            state.mentions = self.run.task.label_mentions(state.sample, state.answer)
             state.score = score
 
     def _trace(self, states: Sequence[SampleState]) -> list[Trace | None]:
@@ -280,6 +308,8 @@ class SamplePipeline:
         return self._in_batches(states, "trace", self._trace_batch)
 
     def _trace_batch(self, states: Sequence[SampleState]) -> Sequence[Trace]:
+        from stethoscope.tracing.mention_passes import Resampling, trace_answers  # torch, which scoring texts needs not
+
         encoded = [state.inputs for state in states]
         answers = [state.given_answer for state in states]
         images, mentions = [state.sample.image for state in states], [state.mentions for state in states]
@@ -290,7 +320,7 @@ class SamplePipeline:
 
     def _named(self, sample: Sample, answer: Answer) -> set[str]:
         """Return the objects that an answer to a sample's question names, as the task reads it."""
-        return {mention.object for mention in self.run.task.mentions(sample, answer)}
+        return {mention.object for mention in self.run.task.label_mentions(sample, answer)}
 
     def _featurize(self, state: SampleState, trace: Trace | None) -> None:
         """Compute the token rows of a traced answer."""

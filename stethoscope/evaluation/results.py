@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stethoscope.evaluation.given_answers import describe
 from stethoscope.metrics.bootstrap import Interval, MetricRow
 
 COUNTS = ("samples", "ok", "unparsed", "failed", "truncated")
@@ -23,6 +24,8 @@ class TaskResults:
             them that were cut off at the longest length allowed.
         subset_counts: ``samples``, ``ok``, ``unparsed`` and ``failed`` of every subset of the samples.
         notes: sentences on how the figures came about, see ``Task.notes``.
+        answers: of answers that the model did not write itself, where they come from, how many are missing, how they
+            were read, and the off-policy check; see ``given_answers.summarise``. Empty otherwise.
         seconds: time spent by stage, over all sessions of a resumed run. Not part of ``to_dict``: the same run gives
             the same ``metrics.json``.
     """
@@ -33,6 +36,7 @@ class TaskResults:
     counts: Mapping[str, int]
     subset_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    answers: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
@@ -41,7 +45,7 @@ class TaskResults:
         ``stethoscope.report.metrics_tables.task_table`` makes a table of them.
         """
         figures = [f"{row.metric} ({row.subset}): {row.interval}" for row in self.metrics]
-        return "\n".join([self.task, *figures, *self.notes, self.summary()])
+        return "\n".join([self.task, *figures, *self.notes, self.summary(), *describe(self.answers)])
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -69,7 +73,14 @@ class TaskResults:
     def flat(self) -> dict[str, float]:
         """Return all figures under one flat name each, ``task/subset/metric`` and ``task/count/...``, for loggers."""
         figures = {f"{self.task}/{row.subset}/{row.metric}": row.interval.value for row in self.metrics}
-        return {**figures, **{f"{self.task}/count/{name}": float(count) for name, count in self.counts.items()}}
+        figures |= {f"{self.task}/count/{name}": float(count) for name, count in self.counts.items()}
+        numbers = {**self.answers, **self.answers.get("check", {})}
+        figures |= {
+            f"{self.task}/answers/{name}": float(value)
+            for name, value in numbers.items()
+            if isinstance(value, (int, float)) and name != "token_ids"
+        }
+        return figures
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """Return column names and rows of the long table, a row for every metric and subset."""
@@ -84,6 +95,7 @@ class TaskResults:
             "subset_counts": {subset: dict(counts) for subset, counts in self.subset_counts.items()},
             "notes": list(self.notes),
             "metrics": [row.to_dict() for row in self.metrics],
+            **({"answers": dict(self.answers)} if self.answers else {}),
         }
 
     @classmethod
@@ -100,6 +112,7 @@ class TaskResults:
             section["counts"],
             section.get("subset_counts", {}),
             tuple(section.get("notes", ())),
+            section.get("answers", {}),
         )
 
     def summary(self) -> str:

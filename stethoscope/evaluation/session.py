@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import Adapter
@@ -16,11 +18,13 @@ from stethoscope.core.system import disk_faults
 from stethoscope.core.types import Sample, required
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import PeerFailed, current_state
+from stethoscope.evaluation.given_answers import JoinedAnswers, summarise
 from stethoscope.evaluation.pipeline import SamplePipeline, message
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import RunState
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.lock import RunLock
+from stethoscope.storage.logged_answers import read_answers
 from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.run_fingerprint import (
@@ -90,18 +94,15 @@ class RunSession:
         with run.distributed.sync_errors():
             self.call("on_run_start")
             run.adapter.check_mitigation(self.generation)
-            run.task.setup()
+            available = self._load(run.task)
             run.adapter.setup()
             if self.generation.max_new_tokens is None:
                 self.generation = replace(self.generation, max_new_tokens=run.task.max_new_tokens)
-            limit = FAST_DEV_RUN_SAMPLES if evaluator.fast_dev_run else evaluator.limit
-            available = load_samples(run.task)
-            self._selected = select_samples(available, limit, run.task.unit)
             if evaluator.keeps_answers:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
                 )
-            fingerprint = answer_fingerprint(run.adapter, run.task, self.generation)
+            fingerprint = answer_fingerprint(run.adapter, run.task, self.generation, self._answers_identity())
         if run.distributed.is_distributed:
             self._check_ranks(self._selected, fingerprint)
         with run.distributed.sync_errors():
@@ -115,6 +116,40 @@ class RunSession:
             run.store = run.store or RunStore(required(evaluator.run_dir))
             run.store.use_shard(run.distributed.rank)
             run.distributed.stop_file = run.store.record_files.stop_file
+
+    def _load(self, task: Task) -> Sequence[Sample]:
+        """Load all samples of the task, and select those to be answered; given answers are joined with them.
+
+        Raises:
+            ConfigError: something needs a model, and there is none.
+            DataError: the task has no samples, or the log's answers are not theirs.
+        """
+        evaluator, adapter = self.evaluator, self.run.adapter
+        if not adapter.has_model and (evaluator.features is not None or task.reads_tokens):
+            reason = "features are read from a model" if evaluator.features is not None else f"{task.name} reads tokens"
+            raise ConfigError(f"model={adapter.name} only scores texts, but {reason}; choose the model that reads them")
+        log = evaluator.answers
+        if isinstance(log, (str, os.PathLike)):
+            log = read_answers(Path(log))
+        task.setup()
+        available = selectable = load_samples(task)
+        if log is not None:
+            self.run.given = JoinedAnswers.join(log, available, task.name, evaluator.answer_ids)
+            selectable = [sample for sample in available if sample.id in self.run.given.answers]
+        elif not adapter.has_model and any(sample.answer is None for sample in available):
+            raise ConfigError(
+                f"model={adapter.name} writes no answers: name a file of them, answers.file=log.jsonl, or a model"
+            )
+        limit = FAST_DEV_RUN_SAMPLES if evaluator.fast_dev_run else evaluator.limit
+        self._selected = select_samples(selectable, limit, task.unit)
+        return available
+
+    def _answers_identity(self) -> Mapping[str, Any] | None:
+        """Identify the log of given answers; where recorded answers are only traced, as the run has it."""
+        if self.evaluator.keeps_answers:
+            store = RunStore(required(self.evaluator.run_dir))
+            return store.fingerprints().get(self.run.task.name, {}).get("answers")
+        return None if self.run.given is None else self.run.given.fingerprint()
 
     def check(self) -> None:
         """Stop this process if another one has failed."""
@@ -301,6 +336,10 @@ class RunSession:
             counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
             subset_counts=subset_counts,
             notes=tuple(self.run.task.notes(self.run.samples)),
+            answers={
+                **({} if self.run.given is None else self.run.given.to_dict()),
+                **summarise(outcome.given for outcome in outcomes),
+            },
             seconds={stage: sum(outcome.seconds.get(stage, 0.0) for outcome in outcomes) for stage in stages},
         )
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Sample
 from stethoscope.evaluation.distributed import DistributedState, current_state
+from stethoscope.evaluation.given_answers import JoinedAnswers, count_given
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.records import FAILED, Record
 from stethoscope.storage.run_dir import RunStore
@@ -24,12 +25,15 @@ class Outcome(NamedTuple):
     subset: str
     counts: Mapping[str, float]
     seconds: Mapping[str, float]
+    given: Mapping[str, float]
 
     @classmethod
     def of(cls, record: Record) -> Outcome:
         """Reduce a record to its outcome; a failed sample has no counts."""
         counts = record.score.counts if record.score is not None and record.status != FAILED else {}
-        return cls(record.status, record.truncated, record.group, record.subset, counts, record.seconds)
+        return cls(
+            record.status, record.truncated, record.group, record.subset, counts, record.seconds, count_given(record)
+        )
 
 
 @dataclass
@@ -47,6 +51,7 @@ class RunState:
         outcomes: outcomes of finished samples, by sample id.
         resumed: number of samples that were done before this session.
         failed: number of finished samples that have failed, or could not be traced by ``extract``.
+        given: answers of a log, which the model reads instead of writing its own; None without a log.
     """
 
     adapter: Adapter
@@ -58,6 +63,7 @@ class RunState:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     resumed: int = 0
     failed: int = 0
+    given: JoinedAnswers | None = None
 
     @property
     def total(self) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.text import console
 from stethoscope.detection.detector_results import DetectorResults
+from stethoscope.evaluation.given_answers import describe
 from stethoscope.report.metrics_tables import detector_tables, task_table
 from stethoscope.report.run_source import read_warnings
 from stethoscope.report.tables import Table, terminal
@@ -41,7 +42,7 @@ def print_results(results: TaskResults, output: Console | None = None) -> None:
     output = output or console()
     table = task_table(results)
     output.print(terminal(table))
-    for note in filter(None, (results.summary(), *results.notes, table.images_note)):
+    for note in filter(None, (results.summary(), *results.notes, table.images_note, *describe(results.answers))):
         output.print(note, highlight=False, markup=False, soft_wrap=True)
 
 

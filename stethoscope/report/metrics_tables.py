@@ -15,6 +15,7 @@ from stethoscope.detection.detector_results import (
     Row,
     read_interval,
 )
+from stethoscope.evaluation.given_answers import describe
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.tables import Cell, PairedDifference, Table
@@ -72,7 +73,8 @@ def task_table(results: TaskResults) -> Table:
         (name, *(intervals.get((name, subset)) for subset in results.subsets)) for name in names
     )
     bold = frozenset(index for index, name in enumerate(names) if name == results.primary)
-    note = " ".join([f"{results.summary()}.", *results.notes, "95 % intervals from resampled images."])
+    answers = (f"{line[0].upper()}{line[1:]}." for line in describe(results.answers))
+    note = " ".join([f"{results.summary()}.", *results.notes, "95 % intervals from resampled images.", *answers])
     return Table(results.task, ("metric", *results.subsets), rows, note, bold)
 
 

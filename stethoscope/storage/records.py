@@ -51,6 +51,7 @@ class Record:
         image_sha256: digest of the image, see ``ImageRef.sha256``; empty if it could not be loaded.
         seconds: time by stage (``encode``, ``generate``, ``score``, ``trace``), a batch's time divided evenly.
         untraced: why ``extract`` could not add token rows; empty if it did, or never tried.
+        given: of an answer that the model read and did not write, how, see ``given_answers.read_answer``; else empty.
         tokens: number of rows in the token table.
         part: file in ``tokens/`` with these rows; empty once they are in ``tokens.parquet``.
         asks: as in the sample; the line of a question leaves it out.
@@ -72,6 +73,7 @@ class Record:
     prompt_sha256: str = ""
     image_sha256: str = ""
     untraced: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     part: str = ""
@@ -84,16 +86,17 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values, as its line holds it; the task's own values are left unchanged."""
-        answer, score = self.answer, self.score
+        score = self.score
         values = {
             **vars(self),
-            "answer": answer and {**vars(answer), "logprobs": [round(value, 6) for value in answer.logprobs]},
+            "answer": self.answer and _encode_answer(self.answer),
             "score": score and {"counts": score.counts, "detail": score.detail},
             "mentions": [vars(mention) for mention in self.mentions],
             "seconds": {stage: round(value, 6) for stage, value in self.seconds.items()},
         }
-        if not self.part:
-            del values["part"]
+        for key in ("part", "given"):
+            if not values[key]:
+                del values[key]
         if self.asks == "question":
             del values["asks"]
         return values
@@ -108,8 +111,9 @@ class Record:
         try:
             record = cls(**{**values, **_decode_parts(values)})
             wrong = [name for name in _TEXT_FIELDS if not isinstance(getattr(record, name), str)]
-            if wrong or not isinstance(record.reference, dict) or not isinstance(record.seconds, dict):
-                raise TypeError(f"{wrong[0] if wrong else 'reference or seconds'} is of another type")
+            wrong += [name for name in ("reference", "given", "seconds") if not isinstance(getattr(record, name), dict)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is of another type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(
                 f"the record of sample {values.get('sample_id')!r:.80} is damaged ({str(error)!r:.80}); "
@@ -133,13 +137,26 @@ class Record:
         return [name for name, differs in changed.items() if differs]
 
 
+def _encode_answer(answer: Answer) -> dict[str, Any]:
+    """Return an answer as plain values, without those that only given answers have."""
+    values = {**vars(answer), "logprobs": [round(value, 6) for value in answer.logprobs]}
+    if answer.argmax is None:
+        del values["argmax"]
+    if not answer.reasoning:
+        del values["reasoning"]
+    return values
+
+
 def _decode_parts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Build answer, score and mentions from the plain values of a line."""
     answer, score = values["answer"], values["score"]
     if answer:
         offsets = tuple((start, end) for start, end in answer["offsets"])
         ids, logprobs = tuple(answer["token_ids"]), tuple(answer["logprobs"])
-        answer = Answer(answer["text"], ids, offsets, logprobs, answer["finished"])
+        argmax = answer.get("argmax")
+        reasoning = tuple((start, end) for start, end in answer.get("reasoning", ()))
+        argmax = None if argmax is None else tuple(argmax)
+        answer = Answer(answer["text"], ids, offsets, logprobs, answer["finished"], argmax, reasoning)
     if score:
         score = Score(values["status"], dict(score["counts"]), score["detail"])
     return {"answer": answer, "score": score, "mentions": tuple(Mention(**mention) for mention in values["mentions"])}

@@ -41,7 +41,9 @@ def constructor_settings(component: Any) -> dict[str, Any]:
     return {name: jsonable(getattr(component, name)) for name in names if hasattr(component, name)}
 
 
-def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> dict[str, Any]:
+def answer_fingerprint(
+    adapter: Adapter, task: Task, generation: Generation, answers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Identify the answers of one model to one task.
 
     Included are the adapter's own fingerprint (weights, processor, dtype, rendered prompt, ...), the source code of
@@ -55,6 +57,7 @@ def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> 
         adapter: that has been set up.
         task: that has been set up.
         generation: settings of decoding.
+        answers: what identifies the log of given answers; None where the model writes them.
     """
     decoding = {key: value for key, value in jsonable(generation).items() if key != "mitigation"}
     method = generation.mitigation
@@ -74,17 +77,19 @@ def answer_fingerprint(adapter: Adapter, task: Task, generation: Generation) -> 
             "code": source_digest(type(task)),
         },
         "generation": {**decoding, **({"applied": jsonable(applied)} if applied else {})},
+        **({} if answers is None else {"answers": jsonable(answers)}),
     }
     return redact(identity, environment=False)
 
 
 def location_keys(task: Task, fingerprint: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys of a fingerprint that hold locations of model and data, which may change.
+    """List the dotted keys of a fingerprint that hold locations of model, data and answers, which may change.
 
     The model is then identified by the digest of its weights, if it has one, and the data by the recorded samples.
     """
     model = _MODEL_LOCATIONS if fingerprint["adapter"].get("weights") else ()
-    return [*(f"adapter.{name}" for name in model), *(f"task.settings.{name}" for name in task.locations)]
+    data = (f"task.settings.{name}" for name in task.locations)
+    return [*(f"adapter.{name}" for name in model), *data, "answers.file"]
 
 
 def feature_fingerprint(features: Any, trace: str) -> dict[str, Any]:

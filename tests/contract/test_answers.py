@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.contract_helpers import attention, extended, picture, predicting, said
 
+from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
 from stethoscope.tracing.hooks import NAME
@@ -87,6 +88,32 @@ def test_each_byte_of_a_long_character_is_a_token_and_the_last_gets_it(adapter, 
     assert answer.tokens[answer.covering(2, 3)[0]].endswith("日")
     assert lengths.count(0) >= 1
     assert answer.covering(2, 3) == [index for index in answer.covering(2, 3) if lengths[index]]
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["without an end token", "with one"])
+def test_an_answer_of_its_own_is_read_back_from_its_ids_as_its_first_choice(adapter, encoded, more):
+    for prompt, answer in zip(encoded, adapter.generate(encoded, GREEDY), strict=True):
+        end = list(adapter.fingerprint()["ends"])[:more]
+        given = adapter.answer(prompt, f" {answer.text}\n", token_ids=[*answer.token_ids, *end])
+        close(replace(given, finished=answer.finished), answer)
+        assert all(given.argmax)
+
+
+def test_ids_of_another_text_or_vocabulary_are_refused(adapter, encoded):
+    answer = adapter.answer(encoded[0], "a dog")
+    with pytest.raises(
+        ForeignTokens, match=r"the token ids decode to .*, not to 'a cat': they are another tokenizer's"
+    ):
+        adapter.answer(encoded[0], "a cat", token_ids=answer.token_ids)
+    with pytest.raises(ForeignTokens, match="token id 99999999 is none of the"):
+        adapter.answer(encoded[0], "a dog", token_ids=[99_999_999])
+
+
+def test_ids_behind_a_stop_string_are_left_out(adapter, encoded):
+    whole = adapter.answer(encoded[0], "a dog and a cat")
+    cut = adapter.answer(encoded[0], "a dog", token_ids=whole.token_ids)
+    assert cut.text == "a dog"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
 
 
 def test_an_answer_cut_off_is_not_finished(adapter, encoded):

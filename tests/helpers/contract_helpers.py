@@ -15,7 +15,8 @@ from transformers import T5Tokenizer
 
 import stethoscope.conf
 
-CONFIGS = sorted(path.stem for path in (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml"))
+FILES = (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml")
+CONFIGS = sorted(path.stem for path in FILES if path.stem != "none")
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 SIZES = ((72, 56), (72, 56), (100, 40))  # the last is cut into another number of tiles by families that have tiles
 ONE_OF_A_KIND = {

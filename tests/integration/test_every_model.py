@@ -11,7 +11,8 @@ from stethoscope.storage.run_dir import RunStore
 
 pytestmark = pytest.mark.slow
 
-FILES = sorted((Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml"))
+FOLDER = Path(stethoscope.conf.__file__).parent / "model"
+FILES = [path for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "none"]
 
 
 @pytest.fixture(scope="module", autouse=True)

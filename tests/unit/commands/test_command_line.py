@@ -10,8 +10,8 @@ from stethoscope.core.errors import ConfigError
 PLAIN = {
     # one of a few words, or checked as a name
     "attention", "calibration", "device", "device_map", "dtype", "estimator", "family", "kind", "labels", "mentions",
-    "mode", "on_error", "parser", "quantize", "random_init", "repeats", "scene_mode", "scope", "score", "source",
-    "subtokens", "trace", "version",
+    "format", "mode", "on_error", "parser", "quantize", "random_init", "repeats", "scene_mode", "scope", "score",
+    "source", "subtokens", "trace", "version",
     # numbers and mappings that may be null, lists of names
     "hosts", "hidden", "external",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",

@@ -83,7 +83,7 @@ class Stub:
 
     def __init__(self, adapter, folder, mentions):
         self.adapter, self.task, self.store = adapter, self, RunStore(folder)
-        self.name, self.mentions = "stub", lambda sample, answer: mentions
+        self.name, self.label_mentions = "stub", lambda sample, answer: mentions
 
 
 def wide_map(tmp_path, **settings):

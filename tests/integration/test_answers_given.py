@@ -1,0 +1,181 @@
+"""Answers of the embedded model, written to a log and read back: same figures, same features, same warnings."""
+
+import json
+
+import numpy as np
+import pytest
+
+import stethoscope as package
+from stethoscope import Detector, Evaluator
+from stethoscope.core.types import Generation
+from stethoscope.evaluation.given_answers import NOT_OWN
+from stethoscope.features import FeatureSet
+from stethoscope.features.columns import keep_columns
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.pope import Pope
+from stethoscope.testbed import DETECTOR_DIR
+
+SCENES = 6
+FEATURES = FeatureSet(names=["relevancy_image"])
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return package.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def own(adapter, tmp_path_factory):
+    """A run of the model's own captions with the default features."""
+    folder = tmp_path_factory.mktemp("own") / "run"
+    Evaluator(run_dir=folder, features=FEATURES).run(adapter, Chair(scenes=SCENES))
+    return folder
+
+
+def write_log(run, task, file, edit=lambda text: text, **without):
+    """Write the answers of a run as JSON lines."""
+    with file.open("w") as lines:
+        for record in RunStore(run).records(task):
+            answer = record.answer
+            line = {
+                "id": record.sample_id,
+                "question": record.question,
+                "answer": edit(answer.text),
+                "answer_token_ids": answer.token_ids,
+                "answer_logprobs": answer.logprobs,
+                "prompt": record.prompt,
+                "model": "testbed",
+                "finish_reason": "stop" if answer.finished else "length",
+            }
+            lines.write(json.dumps({key: value for key, value in line.items() if key not in without}) + "\n")
+    return file
+
+
+def columns(run):
+    """Feature columns of a run, and the shipped detector's probabilities of its mentions."""
+    table = RunStore(run).tokens("chair")
+    numbers = table.select_dtypes("float32")
+    return table, numbers
+
+
+def test_token_ids_give_the_same_figures_features_and_warnings(adapter, own, tmp_path):
+    log = write_log(own, "chair", tmp_path / "log.jsonl")
+    results = Evaluator(run_dir=tmp_path / "run", features=FEATURES, answers=log).run(adapter, Chair(scenes=SCENES))
+    given = {key: value for key, value in RunStore(tmp_path / "run").metrics()["chair"].items() if key != "answers"}
+    assert given == RunStore(own).metrics()["chair"]
+    check = results.answers["check"]
+    assert check["argmax_share"] == 1.0
+    assert check["logprob_difference"] < 1e-4
+    assert check["own"]
+    assert results.answers["logged"] == results.answers["same_prompts"] == SCENES
+    (table, numbers), (own_table, own_numbers) = columns(tmp_path / "run"), columns(own)
+    assert list(table["text"]) == list(own_table["text"])
+    assert list(table["label"]) == list(own_table["label"])
+    assert any(name.startswith("relevancy_image") for name in numbers)
+    np.testing.assert_allclose(numbers, own_numbers, rtol=1e-5, atol=1e-5)
+    detector = Detector.load(DETECTOR_DIR)
+    warned, own_warned = (
+        detector.predict(detector.select_mentions(keep_columns(rows, detector.schema.names)))
+        for rows in (table, own_table)
+    )
+    np.testing.assert_allclose(warned, own_warned, atol=1e-5)
+
+
+def test_texts_are_tokenised_again(adapter, own, tmp_path):
+    log = write_log(own, "chair", tmp_path / "log.jsonl", answer_token_ids=0, answer_logprobs=0)
+    results = Evaluator(answers=log).run(adapter, Chair(scenes=SCENES))
+    assert (results.answers["retokenised"], results.answers["changed"]) == (SCENES, 0)
+    assert results.answers["check"]["argmax_share"] == 1.0
+    own_figures = RunStore(own).metrics()["chair"]
+    assert {**results.to_dict(), "answers": None} == {**own_figures, "answers": None}
+
+
+def test_edited_and_sampled_answers_are_noticed(adapter, own, tmp_path):
+    edited = write_log(own, "chair", tmp_path / "edited.jsonl", lambda text: text.replace("a ", "two "),
+                       answer_token_ids=0)  # fmt: skip
+    results = Evaluator(answers=edited).run(adapter, Chair(scenes=SCENES))
+    assert results.answers["check"]["argmax_share"] < 0.95
+    assert NOT_OWN in str(results)
+    hot = Generation(do_sample=True)
+    Evaluator(run_dir=tmp_path / "sampled", generation=hot).run(adapter, Chair(scenes=SCENES))
+    sampled = write_log(tmp_path / "sampled", "chair", tmp_path / "sampled.jsonl")
+    check = Evaluator(answers=sampled).run(adapter, Chair(scenes=SCENES)).answers["check"]
+    assert check["argmax_share"] < 0.95
+    assert check["own"]  # by its log-probabilities
+    without = write_log(tmp_path / "sampled", "chair", tmp_path / "sampled.jsonl", answer_logprobs=0)
+    assert not Evaluator(answers=without).run(adapter, Chair(scenes=SCENES)).answers["check"]["own"]
+
+
+def test_reasoning_is_read_and_not_scored(adapter, own, tmp_path):
+    log = write_log(own, "chair", tmp_path / "log.jsonl", lambda text: f"<think>a zebra?</think> {text}",
+                    answer_token_ids=0, answer_logprobs=0)  # fmt: skip
+    run = tmp_path / "run"
+    results = Evaluator(run_dir=run, answers=log).run(adapter, Chair(scenes=SCENES))
+    assert [row.to_dict() for row in results.metrics] == RunStore(own).metrics()["chair"]["metrics"]
+    for record, plain in zip(RunStore(run).records("chair"), RunStore(own).records("chair"), strict=True):
+        text, plain_text = record.answer.text, plain.answer.text
+        assert "zebra" in text
+        assert [text[item.start : item.end] for item in record.mentions] == [
+            plain_text[item.start : item.end] for item in plain.mentions
+        ]
+
+
+def test_a_file_is_scored_without_a_model_and_without_torch(stethoscope, own, tmp_path):
+    write_log(own, "chair", tmp_path / "log.jsonl")
+    words = ["evaluate", "task=chair", f"task.scenes={SCENES}", "logger=none", "answers.file=log.jsonl"]
+    printed = stethoscope(*words, "model=none", "name=none", code=0)
+    assert (
+        "answers from log.jsonl (jsonl, written by testbed): 6 of 6 samples; left out, without an answer: 0" in printed
+    )
+    metrics = RunStore(tmp_path / "runs" / "none").metrics()["chair"]
+    assert metrics["metrics"] == RunStore(own).metrics()["chair"]["metrics"]
+    stethoscope("report", "runs/none", code=0)
+    assert "Answers from log.jsonl" in (tmp_path / "runs" / "none" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["answers.file=gone.jsonl"], "gone.jsonl does not exist"),
+        (["answers.file=log.jsonl", "answers.format=csv"], "answers.format 'csv'"),
+        (["answers.file=log.jsonl", "answers.token_ids=maybe"], "answers.token_ids=maybe should be true or false"),
+        (["answers=some/folder"], "a log is answers.file=some/folder, a folder of runs answers.runs"),
+        (["answers.file=[a,b]"], "should be the path of a log, or a mapping of task names"),
+        (["answers.file={pope: a.jsonl}"], "answers.file: unknown task 'pope'"),
+        (["answers.file=other.jsonl"], "none of the 1 answers in other.jsonl belongs to a sample"),
+        (["answers.file=asked.jsonl"], "the log asks 'Who?', but sample"),
+        (["answers.file=ids.jsonl"], "add answers.token_ids=false to tokenise their texts"),
+        (["answers.file=half.jsonl"], "half.jsonl, line 1"),
+        (["model=none"], "model=none writes no answers"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(stethoscope, tmp_path, words, message):
+    id_ = Chair(scenes=1)
+    id_.setup()
+    id_ = id_.samples()[0].id
+    for name, line in {
+        "log": {"id": id_, "answer": "a dog"},
+        "other": {"id": "other", "answer": "a dog"},
+        "asked": {"id": id_, "question": "Who?", "answer": "a dog"},
+        "ids": {"id": id_, "answer": "a dog", "answer_token_ids": [1, 2, 3]},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "half.jsonl").write_text('{"id": "a", "answ')
+    settings = ["task=chair", "task.scenes=2", "logger=none", "callbacks=none"]
+    assert message in stethoscope("evaluate", *settings, *words, alone=True)
+
+
+def test_benchmark_takes_a_file_for_each_task(stethoscope, adapter, tmp_path):
+    for task, folder in ((Pope(scenes=4), "pope"), (Chair(scenes=8), "chair")):
+        Evaluator(run_dir=tmp_path / folder).run(adapter, task)
+        write_log(tmp_path / folder, folder, tmp_path / f"{folder}.jsonl")
+    files = "answers.file={pope: pope.jsonl, chair: chair.jsonl}"
+    printed = stethoscope("benchmark", "pope.scenes=4", "chair.scenes=8", "fast_dev_run=true", "features=fast",
+                          "logger=none", "callbacks=none", files, code=0)  # fmt: skip
+    assert "answers from pope.jsonl" in printed
+    assert "answers from chair.jsonl" in printed
+    for command in (["benchmark", "answers.file=pope.jsonl"], ["benchmark", "model=none"], ["diagnose", "model=none"]):
+        line = stethoscope(*command, "logger=none" if command[0] == "benchmark" else "scope=row", alone=True)
+        assert "should name a file for every task" in line or "needs a model that reads them" in line
