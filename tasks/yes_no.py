@@ -91,25 +91,12 @@ def either(text: str) -> Reply:
     return replies.pop() if len(replies) == 1 else None
 
 
-def repope(text: str) -> Reply:
-    """Find a yes, or else a no or a "not", anywhere in the answer, also inside a word, in any case.
-
-    RePOPE's rule: "I do not know" and "I cannot see one" are a no, "yesterday" is a yes, "There isn't." is not read.
-    Source: src/eval_utils.py of YanNeu/RePOPE (Neuhaus and Hein 2025); DASH-B's is the same without the "not".
-
-    >>> [repope(text) for text in ("Yes.", "I cannot see", "It is absent", "No, but yes for the cat", "not")]
-    ['yes', 'no', None, 'yes', 'no']
-    """
-    lowered = text.lower()
-    reply = next((word for word in ("yes", "no", "not") if word in lowered), None)
-    return "no" if reply == "not" else reply
-
-
 def contains(text: str) -> Reply:
     """Find "yes" anywhere, or else "no" anywhere, in any case, inside other words too.
 
-    DASH-B's and BEAF's rule, so "cannot" and "nothing" are a no, and "eyes" is a yes. Source: eval_utils.py of
-    YanNeu/DASH-B, beaf_metric.py of postech-ami/BEAF (which takes an answer with neither for that of the row before).
+    The rule of DASH-B, BEAF and RePOPE: "cannot", "nothing" and "I do not know" are a no, "eyes" and "yesterday" a yes,
+    "There isn't." is not read. Source: eval_utils.py of YanNeu/DASH-B and of YanNeu/RePOPE (whose further "not" is
+    always a "no"), beaf_metric.py of postech-ami/BEAF (which takes an answer with neither for that of the row before).
 
     >>> [contains(text) for text in ("Known: yes", "No, but yes for the cat", "I cannot see one.", "There isn't.")]
     ['yes', 'yes', 'no', None]
@@ -131,7 +118,7 @@ def earlier(text: str) -> Reply:
 
 PARSERS: dict[str, Callable[[str], Reply]] = {
     "official": official,
-    "repope": repope,
+    "repope": contains,
     "strict": strict,
     "first_word": first_word,
     "exact": exact,

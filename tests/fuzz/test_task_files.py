@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 from fuzz.broken import answers, damaged, json_bytes, judged, line_bytes
@@ -10,11 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stethoscope.tasks.amber import Amber
+from stethoscope.tasks.beaf import Beaf
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.custom import Custom, read_vocabulary
+from stethoscope.tasks.dash_b import DashB
 from stethoscope.tasks.halloc import HalLoc
 from stethoscope.tasks.hallusion_bench import HallusionBench
+from stethoscope.tasks.humble_bench import HumbleBench
+from stethoscope.tasks.mhal_detect import MHalDetect
 from stethoscope.tasks.mme import Mme
+from stethoscope.tasks.mmvp import Mmvp
+from stethoscope.tasks.natural_bench import NaturalBench
+from stethoscope.tasks.phd import Phd
 from stethoscope.tasks.pope import Pope
 
 POPE = [
@@ -56,11 +64,59 @@ CUSTOM = {
 }
 
 
+BEAF = [
+    {
+        "id": number,
+        "image": image,
+        "question": "Is there a dog?",
+        "orig_img": number == 0,
+        "removed_q": True,
+        "gt": label,
+    }
+    for number, (image, label) in enumerate((("a.png", "yes"), ("a_00.png", "no")))
+]
+PHD = [
+    {
+        "image_id": "1", "task": "counting", "yes_question": "Is it?", "no_question": "Is it not?",
+        "context": {"iac": "It may be.", "icc": "It is not."},
+    },
+    {"image_id": "1", "task": "object", "yes_question": "Is it?", "no_question": "Is it no?", "ccs_description": "Odd"},
+]  # fmt: skip
+HUMBLE = [
+    {"label": "A", "question": "What?\nA. a dog\nE. None", "type": "Object", "question_id": 1, "file_name": "a.png"}
+]
+MHAL = [
+    {
+        "question": "What?", "response": "A dog.", "image": "a.png",
+        "annotations": [{"start": 0, "end": 5, "text": "A dog", "label": "ACCURATE"}],
+    }
+]  # fmt: skip
+FURTHER = {
+    "dash_benchmark_neg.json": (json_bytes({"coco": {"dog": ["a.png"]}}), DashB, {"folder": "images"}),
+    "beaf.json": (json_bytes(BEAF), Beaf, {"source": "files"}),
+    "phd.json": (json_bytes(PHD), Phd, {}),
+    "humble.jsonl": (line_bytes(HUMBLE), HumbleBench, {"source": "files"}),
+    "mhal.json": (json_bytes(MHAL), MHalDetect, {"source": "files"}),
+    "mmvp.csv": (
+        damaged(st.just(b'Index,Question,Options,Correct Answer\n1,"Is it, or not?",(a) Yes (b) No,(a)\n')),
+        Mmvp,
+        {"source": "files"},
+    ),
+    "natural.tsv": (
+        damaged(st.just(b"index\timage_path\tquestion\ttype\n" + b"0\ta.png\tIs it?\tyes_no\n" * 4)),
+        NaturalBench,
+        {"source": "files"},
+    ),
+}
+"""File -> its damaged content, the task that reads it, and the task's other settings."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Pictures under all the names that the files above use, and somewhere to write."""
     folder = tmp_path_factory.mktemp("fuzz")
-    names = ("a.png", "b.png", "sub/c.png", "AMBER_1.png", "VD/illusion/0_1.png", "VD/illusion/0_2.png")
+    names = ("a.png", "b.png", "sub/c.png", "AMBER_1.png", "VD/illusion/0_1.png", "VD/illusion/0_2.png", "1.jpg")
+    names += ("a_00.png", "train2014/COCO_train2014_000000000001.jpg", "CCS_images/1.png", "neg/coco/dog/a.png")
     for name in names:
         (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / "images" / name)
@@ -127,6 +183,25 @@ def test_hallusion_bench(folder, data):
 def test_halloc(folder, data):
     (folder / "halloc.jsonl").write_bytes(data)
     read(HalLoc(file=str(folder / "halloc.jsonl"), images=str(folder / "images")))
+
+
+@pytest.mark.parametrize("file", FURTHER)
+def test_further_benchmarks(folder, file):
+    content, kind, settings = FURTHER[file]
+    path = folder / "images" / file if kind is DashB else folder / file
+    (folder / "images" / "dash_benchmark_pos.json").write_text('{"coco": {}}')
+    paths = (
+        {"folder": str(folder / "images")} if kind is DashB else {"file": str(path), "images": str(folder / "images")}
+    )
+
+    @given(data=content)
+    def run(data):
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(kind(**{**settings, **paths}))
+
+    run()
 
 
 @pytest.mark.parametrize("kind", CUSTOM)

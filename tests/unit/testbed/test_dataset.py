@@ -12,7 +12,7 @@ from PIL import Image
 
 from stethoscope import testbed
 from stethoscope.testbed.dataset import POPE_SPLITS, co_occurrence
-from stethoscope.testbed.vocabulary import COCO_IDS, INDEX, partners
+from stethoscope.testbed.vocabulary import COCO_IDS, INDEX, partners, with_article
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,42 @@ def test_as_dataset(held_out: list[testbed.Scene]) -> None:
     assert np.array_equal(rows[2]["image"], held_out[2].image())
     assert rows[2]["objects"] == list(held_out[2].visible)
     assert {q["split"] for q in rows[2]["questions"]} == set(POPE_SPLITS)
+
+
+def test_removal_questions_are_those_of_beaf() -> None:
+    """Every version is asked the same questions; only the truth about the object that it lacks is another."""
+    scenes = testbed.scenes(8)
+    rows, versions = testbed.removal_questions(scenes, edits=2)
+    assert [row["id"] for row in rows] == list(range(len(rows)))
+    truth = {(row["image"], row["question"]): row["gt"] for row in rows}
+    originals = {row["image"] for row in rows if row["orig_img"]}
+    assert len(versions) > len(originals) > 0
+    for name, scene in versions.items():
+        if name not in originals:
+            original = f"{name[:-7]}.png"
+            (lost,) = set(versions[original].visible) - set(scene.visible)
+            asked = [question for image, question in truth if image == name]
+            changed = [question for question in asked if truth[original, question] != truth[name, question]]
+            assert changed == [f"Is there {with_article(lost)} in the image?"]
+            assert (truth[original, changed[0]], truth[name, changed[0]]) == ("yes", "no")
+            assert all(row["removed_q"] for row in rows if row["question"] in changed and row["image"] == name)
+
+
+def test_a_scene_without_an_object_differs_only_there() -> None:
+    for scene in testbed.scenes(5):
+        name = scene.visible[0]
+        edited = scene.without(name, "edited")
+        assert edited.id == "edited"
+        assert name not in edited.visible
+        differs = (np.asarray(scene.image()) != np.asarray(edited.image())).any(-1)
+        own = scene.mask() == 1 + testbed.CATEGORIES.index(name)
+        assert differs[own].mean() > 0.9
+        item = next(o for o in scene.objects if o.category == name)
+        rows, columns = differs.nonzero()
+        margin = 4  # of the blur
+        assert rows.min() >= item.y - margin
+        assert rows.max() <= item.y + item.size + margin
+        assert columns.min() >= item.x - margin
+        assert columns.max() <= item.x + item.size + margin
+    with pytest.raises(ValueError, match="shows no 'zebra'"):
+        testbed.scenes(1)[0].without("zebra", "x")
