@@ -1,20 +1,22 @@
-"""Add a logger: final figures as a CSV file in the run directory, in addition to `events.jsonl`.
+"""Add a logger: latest figures in the text format of Prometheus, for alarms on runs that fail or stand still.
 
     PYTHONPATH=examples stethoscope evaluate --config-dir examples/conf plugins=[custom_logger] \
-        logger=csv task=pope task.scenes=50
+        logger=[wandb,prometheus] task=pope task.scenes=50
+
+A node exporter with `--collector.textfile.directory` reads such files.
 """
 
-import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from stethoscope.loggers.base import Logger
 
 
-class CsvLogger(Logger):
-    """Write final figures as two columns, name and value; errors of a logger only cause a warning."""
+class PrometheusLogger(Logger):
+    """Write every figure's latest value, one a line; errors of a logger only cause a warning."""
 
-    def __init__(self, file: str = "figures.csv") -> None:
+    def __init__(self, file: str = "figures.prom") -> None:
         self.file = file
         self.path: Path | None = None
         self.figures: dict[str, float] = {}
@@ -24,12 +26,21 @@ class CsvLogger(Logger):
         self.path = None if run_dir is None else run_dir / self.file
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Collect final figures, which have no step; the points of curves are left out."""
-        if step is None:
-            self.figures |= metrics
+        """Replace the file. Points of curves have a `step`, the number of samples; final figures have none."""
+        self.figures |= metrics
+        self.write(up=1)
 
     def finalize(self, status: str) -> None:
-        """Write the file. `status` is `finished`, `failed` or `interrupted`."""
-        if self.path is not None and self.figures:
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerows([("name", "value"), *sorted(self.figures.items())])
+        """Say that the run has ended. `status` is `finished`, `failed` or `interrupted`."""
+        self.write(up=0)
+
+    def write(self, up: int) -> None:
+        """Write all lines to a new file and put it in the old one's place, so that no half of it is read."""
+        if self.path is None:
+            return
+        run = json.dumps(self.path.parent.name)
+        lines = [f"stethoscope_running{{run={run}}} {up}"]
+        lines += [f"stethoscope_figure{{run={run},name={json.dumps(name)}}} {x}" for name, x in self.figures.items()]
+        new = self.path.with_suffix(".new")
+        new.write_text("\n".join(lines) + "\n")
+        new.replace(self.path)

@@ -19,4 +19,4 @@ feature=${features[$((SLURM_ARRAY_TASK_ID % ${#features[@]}))]}
 
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 stethoscope benchmark model="${MODEL:-testbed}" detector="$detector" features="$feature" \
-    runs=runs/study answers=runs/study name="$detector-$feature" logger.group=study
+    runs=runs/study answers=runs/study name="$detector-$feature" logger.wandb.group=study

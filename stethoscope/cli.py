@@ -108,7 +108,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
 
     from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
-    from stethoscope.commands.overrides import check_values, explain
+    from stethoscope.commands.overrides import check_values, explain, name_loggers
     from stethoscope.commands.sweeps import Sweep, masked_multirun
 
     options, words = split(arguments)
@@ -119,6 +119,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         )
     if not {"-sc", "--shell-completion"} & set(options):
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))
+        words = name_loggers(words, command, option(options, "--config-dir", "-cd"))
     if {"-h", "--help"} & set(options):
         try:
             print(help_text(command, words, option(options, "--config-dir", "-cd")))

@@ -21,8 +21,8 @@ PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
-    "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "spacy", "split", "tower",
-    "tower_revision", "vocabulary", "warn",
+    "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
+    "tower_revision", "uri", "vocabulary", "warn",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
@@ -158,8 +158,16 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     group = plain.partition("@")[0]
     if group in groups() and any(part.source in ("null", "None") for part in parts):
         return _without(key, command, group, len(parts))
+    if group in groups() and not all(_is_name(part) for part in parts):
+        raise ConfigError(f"{word} should name a choice, as in {group}={next(iter(choices(group)), 'name')}")
     writer = _value if kind is None else _path_or_list if kind is LISTS else _text
     return f"{key}={','.join(writer(part, kind is not TEXTS, sweep) for part in parts)}"
+
+
+def _is_name(part: Part) -> bool:
+    """Return whether a value is a text, or a list of texts."""
+    items = part.value if isinstance(part.value, list) else [part]
+    return all(isinstance(item.value, str) for item in items)
 
 
 def _without(key: str, command: str, group: str, values: int) -> str:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from stethoscope.commands.command_line import unquoted
-from stethoscope.core.component import build
+from stethoscope.core.component import TARGET, build
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.evaluation.callbacks import Callback
 
@@ -77,15 +77,51 @@ class SaveConfig(Callback):
             run.store.write_config(self.config, overrides())
 
 
+def logger_settings(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of every chosen logger, by its path in the configuration.
+
+    A file of the group ``logger`` holds its settings under a name of its own, so that several can be chosen. One that
+    holds them bare can only be chosen alone, or beside such files.
+    """
+    node = config.get("logger") or {}
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    assert isinstance(plain, dict)
+    named = {str(name): value for name, value in plain.items() if isinstance(value, dict) and TARGET in value}
+    bare = {str(name): value for name, value in plain.items() if name not in named}
+    return {**({"logger": bare} if bare else {}), **{f"logger.{name}": value for name, value in named.items()}}
+
+
+def run_settings(config: DictConfig) -> dict[str, Any]:
+    """Return all settings of a run for its loggers, with the command and the names chosen from groups."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    chosen = {
+        key.partition("@")[2] or key: name
+        for key, name in hydra.runtime.choices.items()
+        if name is not None and not key.startswith("hydra/")
+    }
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {"command": hydra.job.config_name, "choices": chosen, "overrides": overrides(), **plain}
+
+
 @contextmanager
 def loggers_of(config: DictConfig) -> Iterator[Loggers]:
-    """Build the configuration's logger, and finish it with the status at the end of the block.
+    """Build the configuration's loggers, and finish them with the status at the end of the block.
 
-    The evaluator starts it, once the run directory has been accepted, and adds the file of events.
+    The evaluator starts them, once the run directory has been accepted, and adds the file of events.
     """
     from stethoscope.loggers.base import Logger, Loggers
 
-    loggers = Loggers([build(config.logger, Logger, "logger", config.plugins)])
+    settings = run_settings(config)
+    labels = [name for group in ("model", "task", "features", "detector") if (name := settings["choices"].get(group))]
+    defaults = {"job_type": settings["command"], "tags": labels}
+    built = []
+    for key, node in logger_settings(config).items():
+        node |= {name: value for name, value in defaults.items() if name in node and node[name] is None}
+        built.append(build(node, Logger, key, config.plugins))
+    loggers = Loggers(built, settings)
     try:
         yield loggers
     except BaseException as error:
@@ -265,21 +301,27 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
 
 
 def log_detector(loggers: Loggers, results: DetectorResults) -> None:
-    """Log the detector's figures under the names and with the values of ``metrics.json``."""
-    intervals = [
-        (row, metric, interval.to_dict())  # None for a value that is not defined
-        for row in results.leaderboard.rows
-        for metric, interval in row.metrics.items()
-    ]
-    figures = {
-        f"detector/{row.name}/{metric}": interval["value"]
-        for row, metric, interval in intervals
-        if row.kind != "feature"
-    }
-    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
-    columns = ["name", "kind", "metric", "value", "low", "high"]
+    """Log the figures of the leader board, one by one but for single features, and as a table with a row each.
+
+    The main detector's are ``detector/<metric>``, others' ``<kind>/<name>/<metric>``: ``baseline/position/auroc``. An
+    undefined value is left out, and empty in the table.
+    """
     rows = [
-        [row.name, row.kind, metric, interval["value"], interval["low"], interval["high"]]
-        for row, metric, interval in intervals
+        (row, {metric: interval.to_dict() for metric, interval in row.metrics.items()})  # None where not defined
+        for row in results.leaderboard.rows
     ]
-    loggers.log_table("detector/leaderboard", columns, rows)
+    figures = {}
+    for row, metrics in rows:
+        name = row.name.removesuffix(" only").replace(" ", "_")
+        path = row.kind if row.name == row.kind else f"{row.kind}/{name}"
+        if row.kind != "feature":
+            figures |= {f"{path}/{metric}": interval["value"] for metric, interval in metrics.items()}
+    loggers.log_metrics({name: value for name, value in figures.items() if value is not None})
+    names = list(dict.fromkeys(metric for _, metrics in rows for metric in metrics))
+    ends = [(metric, end) for metric in names for end in ("value", "low", "high")]
+    columns = ["name", "kind", "cost", *(metric if end == "value" else f"{metric} {end}" for metric, end in ends)]
+    cells = [
+        [row.name, row.kind, row.cost, *(metrics.get(metric, {}).get(end) for metric, end in ends)]
+        for row, metrics in rows
+    ]
+    loggers.log_table("detector/leaderboard", columns, cells)

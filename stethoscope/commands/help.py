@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -43,6 +43,11 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
     folders = [Path(source.path) for source in sources if source.schema == "file"] + [conf_folder()]
     chosen = {key: name for key, name in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
     comments, heads = read_comments(command, folders), list[str]()
+    defaults = (yaml.safe_load(_read(command, folders)) or {}).get("defaults", [])
+    for group in (key for entry in defaults if isinstance(entry, dict) for key in entry):
+        if group not in chosen and isinstance(config.get(group), Mapping):  # of a list Hydra keeps no record
+            chosen[group] = None
+            comments |= _of_list(group, config[group], folders)
     for key, name in chosen.items():
         group, _, package = key.partition("@")
         if name is None:
@@ -61,6 +66,16 @@ def help_text(command: str, overrides: Sequence[str], folder: str | None = None)
         APP_CONFIG_GROUPS="\n".join(_group(key, folders) for key in sorted(chosen)),
         CONFIG="\n\n".join(filter(None, shown)),
     )
+
+
+def _of_list(group: str, names: Iterable[str], folders: Sequence[Path]) -> dict[str, Comments]:
+    """Collect the comments of several files of a group, each of which has its settings under its own name."""
+    titles, comments = _names(group, folders), dict[str, Comments]()
+    for name in names:
+        lines = read_comments(f"{group}/{name}", folders)
+        comments |= {f"{group}.{setting}": value for setting, value in lines.items()}
+        comments[f"{group}.{name}"] = Comments((titles.get(name, ""),))
+    return comments
 
 
 def _read(name: str, folders: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Translate Hydra's errors about overrides into one line that says what would be right."""
+"""Complete overrides of loggers, and translate Hydra's errors about overrides into one line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,76 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stethoscope.core.component import choices, compose, groups
+from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups
 from stethoscope.core.errors import ConfigError, first_line, unknown
 from stethoscope.core.text import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Hydra's launchers that one of our extras installs."""
+
+
+_LOGGER_SETTING = re.compile(r"(?P<sign>\+\+?|~)?logger\.(?P<name>[^.=]+)")
+
+
+def name_loggers(words: Sequence[str], command: str, folder: str | None = None) -> list[str]:
+    """Complete the short form of settings of loggers, ``logger.mode=online`` for ``logger.wandb.mode=online``.
+
+    Args:
+        words: overrides in Hydra's grammar; those about ``logger`` say which are chosen.
+        command: whose default counts without a choice.
+        folder: of the user's configuration files, ``--config-dir``.
+
+    Returns:
+        The overrides with full names; one that adds or removes what no chosen logger has is left to Hydra.
+
+    Raises:
+        ConfigError: a logger is named that is not chosen, or not exactly one of the chosen ones has such a setting.
+
+    >>> name_loggers(["logger=[wandb,csv]", "logger.mode=online", "logger.csv.folder=x"], "evaluate")
+    ['logger=[wandb,csv]', 'logger.wandb.mode=online', 'logger.csv.folder=x']
+    """
+    if not any(_LOGGER_SETTING.match(word) for word in words):
+        return list(words)
+    folders = [*([Path(folder)] if folder else []), conf_folder()]
+    chosen = [word.partition("=")[2] for word in words if word.startswith("logger=")]
+    if not chosen:
+        defaults = _yaml(folders, command).get("defaults", [])
+        chosen = [str(entry["logger"]) for entry in defaults if isinstance(entry, dict) and "logger" in entry]
+    names = list(dict.fromkeys(re.findall(r"[^\[\]',\s]+", ",".join(chosen))))
+    nodes = {name: _yaml(folders, f"logger/{name}") for name in names}
+    settings = {
+        key: node for file in nodes.values() if TARGET not in file for key, node in file.items() if node is not None
+    }
+
+    def complete(word: str) -> str:
+        match = _LOGGER_SETTING.match(word)
+        if match is None or match["name"] in settings:
+            return word
+        name = match["name"]
+        owners = [key for key, node in settings.items() if name in node]
+        if len(owners) == 1:
+            return f"{match['sign'] or ''}logger.{owners[0]}.{word[match.start('name') :]}"
+        if owners:
+            full = " or ".join(f"logger.{key}.{name}" for key in owners)
+            raise ConfigError(f"logger.{name} is a setting of several loggers: say {full}")
+        if any(name in choices("logger", path) for path in folders):
+            raise ConfigError(f"logger.{name} is set but not chosen: add logger=[{','.join([*names, name])}]")
+        if match["sign"] or len(nodes) != len(settings) or not nodes:
+            return word
+        keys = sorted({key for node in settings.values() for key in node if key != TARGET})
+        what = f"setting of logger={names[0] if len(names) == 1 else '[' + ','.join(names) + ']'}"
+        raise ConfigError(unknown(what, name, keys))
+
+    return [complete(word) for word in words]
+
+
+def _yaml(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    """Read the first configuration file of a name; empty without one, or where it is no mapping."""
+    import yaml
+
+    file = next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
+    content = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
@@ -28,15 +92,16 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MissingConfigException) and cause.options is not None:
+        if isinstance(cause, MissingConfigException):
             file = cause.missing_cfg_file or ""
             if file.partition("/")[0] in groups():  # a name may contain a folder, as paper/svar
                 group, _, name = file.partition("/")
-                return unknown(group, name, {*choices(group), *cause.options})
+                return unknown(group, name, {*choices(group), *(cause.options or ())})  # none for a list of names
             group, _, name = file.rpartition("/")
             if group == "hydra/launcher" and name in LAUNCHERS:
                 return f'{group}={name} is not installed: pip install "lvlm-stethoscope[sweeps]"'
-            return unknown(group or "configuration", name, cause.options)
+            if cause.options is not None:
+                return unknown(group or "configuration", name, cause.options)
         cause = cause.__cause__
     text = str(error)
     if isinstance(error, MissingMandatoryValue):

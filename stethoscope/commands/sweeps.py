@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.command_line import quote, unquoted
 from stethoscope.commands.overrides import check_values
+from stethoscope.core.component import TARGET, build
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import (
     console,
@@ -81,7 +82,7 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """Last part of the folder's path, and the group of its W&B runs."""
+        """Last part of the folder's path, and the group of its runs for loggers."""
         return self.folder.resolve().name
 
     @property
@@ -105,7 +106,7 @@ class Sweep:
         own = tuple(redact_override(unquoted(word)) for word in distinct_overrides(words, self.fixed))
         folder = self._prepare(config, own or (f"job={number}",))
         plugins = tuple(map(str, as_list(config.get("plugins") or ())))
-        job = Job(self.key, number, own, folder, logger=redact(_logger_of(config)), plugins=plugins)
+        job = Job(self.key, number, own, folder, logger=redact(_loggers_of(config)), plugins=plugins)
         job.write(self.folder)
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
@@ -129,19 +130,20 @@ class Sweep:
         print(f"stethoscope: job {job.index} ({job.title}): {line}", file=sys.stderr, flush=True)
 
     def _prepare(self, config: DictConfig, own: Sequence[str]) -> str:
-        """Give a job its run directory and put its W&B run into the sweep's group; return the directory."""
+        """Give a job its run directory and put its loggers' runs into the sweep's group; return the directory."""
         with open_dict(config):
             if "run_dir" in config:
                 config.run_dir = str(self.folder / slug(own)[:LONGEST])
             if isinstance(config.get("answers"), DictConfig):
                 config.answers.runs = config.answers.runs or str(self.folder)
-            if "group" in config.get("logger", {}):
-                config.logger.group = config.logger.group or self.name
-                config.logger.job_type = self.command
+            chosen = config.get("logger") or {}
+            for node in (chosen, *chosen.values()):
+                if isinstance(node, DictConfig) and "group" in node:
+                    node.group = node.group or self.name
         return str(config.get("run_dir") or config.get("run") or "")
 
     def end(self) -> None:
-        """Print and write the table of all jobs, and send it to W&B where the jobs log there.
+        """Print and write the table of all jobs, and send it to the loggers of the jobs.
 
         Raises:
             ConfigError: a job did not finish.
@@ -162,14 +164,18 @@ class Sweep:
             )
 
     def _log(self, jobs: Sequence[Job], results: Any) -> None:
-        """Log the comparison to a W&B run in the jobs' group."""
-        settings = next((job.logger for job in jobs if job.logger), None)
-        if settings is None:
+        """Log the comparison with the loggers of the jobs, to a run in their group."""
+        nodes = next((job.logger for job in jobs if job.logger), None)
+        if nodes is None:
             return
-        from stethoscope.loggers.base import Loggers
-        from stethoscope.loggers.wandb import WandbLogger
+        from stethoscope.loggers.base import Logger, Loggers
 
-        loggers = Loggers([WandbLogger(**{**settings, "job_type": "sweep", "name": self.name})])
+        own = {"job_type": "sweep", "name": self.name}
+        plugins = sorted({name for job in jobs for name in job.plugins})
+        loggers = Loggers(
+            build({**node, **{name: value for name, value in own.items() if name in node}}, Logger, key, plugins)
+            for key, node in nodes.items()
+        )
         loggers.setup(self.folder)
         shared = [redact_override(unquoted(word)) for word in self.fixed]
         loggers.log_config({"sweep": {"command": self.command, "settings": shared, "jobs": len(jobs)}})
@@ -185,13 +191,15 @@ def _task_of(plugins: Collection[str], source: Any, name: str) -> Any:
     return saved_task(source.store, name, sorted(plugins), offline=True)
 
 
-def _logger_of(config: DictConfig) -> dict[str, Any]:
-    """Return the settings of the W&B logger; empty without one, or where it is disabled."""
-    node = config.get("logger") or {}
-    if not str(node.get("_target_", "")).endswith("WandbLogger") or node.get("mode") == "disabled":
-        return {}
-    settings = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))  # a node of settings is a mapping
-    return {key: value for key, value in settings.items() if key != "_target_"}
+def _loggers_of(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of the loggers by their paths, but for those that write nothing beyond ``events.jsonl``."""
+    from stethoscope.commands.common import logger_settings
+
+    return {
+        key: node
+        for key, node in logger_settings(config).items()
+        if not str(node.get(TARGET, "")).endswith(".JsonLogger") and node.get("mode") != "disabled"
+    }
 
 
 def _read(word: str) -> str | None:

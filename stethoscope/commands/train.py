@@ -71,6 +71,7 @@ def run(config: DictConfig) -> None:
             store = copy_task(store, folder, task)
             store.write_config(config, overrides())
         loggers.setup(folder)
+        loggers.log_config({task: store.fingerprints().get(task, {})})
         results = fit(
             store,
             task,

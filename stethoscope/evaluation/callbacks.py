@@ -152,7 +152,7 @@ class Progress(Callback):
 
 
 class Timing(Callback):
-    """Log samples per second during a run, and the seconds of every stage at its end."""
+    """Log how far a run is and its samples per second while it goes on, and the seconds of every stage at its end."""
 
     first_only = True
 
@@ -165,12 +165,15 @@ class Timing(Callback):
         self._started = self._logged = time.monotonic()
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
-        """Log the samples per second of this session."""
+        """Log progress: share done (0 to 1), failed samples, samples per second of this session, minutes left."""
         now = time.monotonic()
         if now - self._logged >= self.every or run.done == run.total:
             self._logged = now
-            seconds = max(now - self._started, 1e-9)
-            run.log({"progress/samples_per_second": (run.done - run.resumed) / seconds}, step=run.done)
+            speed = (run.done - run.resumed) / max(now - self._started, 1e-9)
+            figures = {"share": run.done / run.total, "failed": float(run.failed), "samples_per_second": speed}
+            if speed:
+                figures["minutes_left"] = (run.total - run.done) / speed / 60
+            run.log({f"progress/{name}": value for name, value in figures.items()}, step=run.done)
 
     def on_task_end(self, run: RunState, results: TaskResults) -> None:
         """Log seconds by stage and samples per second, over all sessions of the run."""

@@ -71,8 +71,14 @@ class TaskResults:
         return intervals[subset]
 
     def flat(self) -> dict[str, float]:
-        """Return all figures under one flat name each, ``task/subset/metric`` and ``task/count/...``, for loggers."""
+        """Return all figures under one flat name each, for loggers.
+
+        They are ``task/subset/metric``, ``task/count/...``, ``task/answers/...`` and, to sort runs by, the main one as
+        ``task/metric``.
+        """
         figures = {f"{self.task}/{row.subset}/{row.metric}": row.interval.value for row in self.metrics}
+        if any(row.metric == self.primary for row in self.metrics):
+            figures[f"{self.task}/{self.primary}"] = self.value()
         figures |= {f"{self.task}/count/{name}": float(count) for name, count in self.counts.items()}
         numbers = {**self.answers, **self.answers.get("check", {})}
         figures |= {

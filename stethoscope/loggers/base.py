@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import queue
+import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ConfigError
 from stethoscope.core.text import redact
 
 if TYPE_CHECKING:
@@ -53,6 +56,81 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[
     shown = [index for index in range(len(columns)) if not any(isinstance(row[index], Picture) for row in rows)]
     cells = [[row[index].text if isinstance(row[index], Marked) else row[index] for index in shown] for row in rows]
     return [columns[index] for index in shown], cells
+
+
+def flat_settings(settings: Mapping[str, Any], parent: str = "") -> dict[str, str | int | float | bool]:
+    """Flatten nested settings to one level of dotted names; lists, and None, become text.
+
+    >>> flat_settings({"model": {"dtype": "float16", "pad": None}, "sets": ["fast", "full"], "limit": 8})
+    {'model.dtype': 'float16', 'model.pad': 'None', 'sets': "['fast', 'full']", 'limit': 8}
+    """
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{parent}{name}.")
+        else:
+            flat[f"{parent}{name}"] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+def curve_picture(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Image:
+    """Draw curves as a line plot, for loggers without one of their own.
+
+    Args:
+        name: of the plot; what follows the last ``/`` is its title.
+        columns: titles of x, of y, and of the column of the curves' names.
+        rows: (points, 3) x, y and the name of a curve; points without x or y are left out.
+
+    Returns:
+        RGB, 640 x 480 pixels.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(6.4, 4.8), dpi=100)
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    for curve in dict.fromkeys(row[2] for row in rows):
+        points = [row[:2] for row in rows if row[2] == curve and None not in row[:2]]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=str(curve))
+    axes.set(xlabel=columns[0], ylabel=columns[1], title=name.rpartition("/")[2].replace("_", " "))
+    if rows:
+        axes.legend()
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def check_installed(module: str, extra: str) -> None:
+    """Check, without importing it, that the package of a logger is installed.
+
+    Args:
+        module: top-level name of the package.
+        extra: of this distribution that installs it, and name of the logger.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:  # a folder of that name without code, as of a logger's own files
+        raise ConfigError(f'logger={extra} needs the package {module}: pip install "lvlm-stethoscope[{extra}]"')
+
+
+def stored_id(file: Path, new: str = "") -> tuple[str, bool]:
+    """Read the id under which a run directory is known to a logger; create it at first use.
+
+    Args:
+        file: that holds it.
+        new: the id to store if there is none yet; empty for a random one of 8 hexadecimal digits.
+
+    Returns:
+        The id, and whether it was there already.
+    """
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip(), True
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{new or secrets.token_hex(4)}\n", encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip(), False
 
 
 class Logger:
@@ -98,9 +176,16 @@ class Loggers(Logger):
     loggers.
     """
 
-    def __init__(self, loggers: Iterable[Logger] = ()) -> None:
-        """Combine loggers; ``setup`` adds ``events.jsonl`` where there is a run directory."""
+    def __init__(self, loggers: Iterable[Logger] = (), settings: Mapping[str, Any] | None = None) -> None:
+        """Combine loggers; ``setup`` adds ``events.jsonl`` where there is a run directory.
+
+        Args:
+            loggers: to combine.
+            settings: of the whole run, logged when the loggers are first set up.
+        """
         self.loggers = list(loggers)
+        self._run_settings = settings
+        self._settings: dict[str, Any] = {}
         self._warned: set[int] = set()
         self._threads: dict[int, Background] = {}
 
@@ -111,10 +196,15 @@ class Loggers(Logger):
         if run_dir is not None and not any(isinstance(logger, JsonLogger) for logger in self.loggers):
             self.loggers.insert(0, JsonLogger())
         self._call_all("setup", run_dir)
+        settings, self._run_settings = self._run_settings, None
+        if settings is not None:
+            self.log_config(settings)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Send settings to every logger, with secrets masked."""
-        self._call_all("log_config", redact(jsonable(config)))
+        """Send settings to every logger, with secrets masked; sections logged before are completed, not replaced."""
+        new = redact(jsonable(config))
+        self._settings = _merged(self._settings, new)
+        self._call_all("log_config", {name: self._settings[name] for name in new})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send metrics to every logger, without undefined ones (NaN)."""
@@ -188,9 +278,16 @@ class Loggers(Logger):
             warnings.warn(f"{name}.{method} failed, the run goes on without it: {reason}", stacklevel=5)
 
 
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested settings; of two plain values the new one counts."""
+    both = {
+        name: _merged(old[name], value) if isinstance(value, Mapping) and isinstance(old.get(name), Mapping) else value
+        for name, value in new.items()
+    }
+    return {**old, **both}
+
+
 MAX_WAITING = 10_000
-
-
 """Maximum number of waiting calls; a service with a longer queue is taken to be dead."""
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.loggers.base import Logger, Marked, Picture
+from stethoscope.loggers.base import Logger, Marked, Picture, stored_id
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+logger = logging.getLogger(__name__)
+
 _STAGE = "WANDB_DATA_DIR"  # W&B's variable
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")  # of W&B artifacts
 
@@ -34,7 +36,7 @@ class WandbLogger(Logger):
         name: str | None = None,
         entity: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[str] | None = (),
         pictures: int = 32,
         job_type: str | None = None,
         patience: float = 300.0,
@@ -64,7 +66,7 @@ class WandbLogger(Logger):
         self.media, self.pictures, self.patience = mode != "disabled", pictures, patience
         self.mode: Mode = mode
         self.project, self.name, self.entity = project, name, entity
-        self.group, self.job_type, self.tags = group, job_type, tuple(tags)
+        self.group, self.job_type, self.tags = group, job_type, tuple(tags or ())
         self.run: Any = None
         self._folder: Path | None = None
         self._started = False
@@ -97,6 +99,8 @@ class WandbLogger(Logger):
             settings=_quiet_settings(wandb),
         )
         self.run.define_metric("samples", hidden=True)
+        if self.mode == "online":
+            logger.info("W&B run: %s", self.run.url)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Add to the run's config."""
@@ -176,16 +180,13 @@ class WandbLogger(Logger):
             run, self.run = self.run, None
             run.summary.update({"status": status})
             run.finish(exit_code=0 if status == "finished" else 1)
+            if self.mode == "offline" and self._folder is not None:
+                logger.info("W&B run, offline: wandb sync %s", Path(run.dir).parent)
 
 
 def _run_id(folder: Path | None) -> str | None:
     """Return the W&B id of a run directory, created at first use or given by an agent of a W&B sweep."""
-    if folder is None:
-        return None
-    file = folder / "wandb" / "id"
-    if not file.is_file():
-        file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)) + "\n")
-    return file.read_text().strip()
+    return None if folder is None else stored_id(folder / "wandb" / "id", os.environ.get("WANDB_RUN_ID", ""))[0]
 
 
 def _quiet_settings(wandb: Any) -> Any:

@@ -26,7 +26,7 @@ class Job:
         status: ``running`` (or killed), ``finished``, ``failed`` or ``interrupted``.
         error: one line on why it failed, else empty.
         seconds: duration.
-        logger: settings of its W&B logger; empty without one.
+        logger: settings of its loggers, by their paths in the configuration.
         plugins: packages of the user that its command line names.
     """
 

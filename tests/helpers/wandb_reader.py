@@ -26,6 +26,7 @@ class OfflineRun:
     name: str = ""
     group: str = ""
     job_type: str = ""
+    tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +100,7 @@ def read(folder: Path, seconds: float = 5.0) -> OfflineRun:
             if kind == "run":
                 run.run_id, run.name = record.run.run_id, record.run.display_name
                 run.group, run.job_type = record.run.run_group, record.run.job_type
+                run.tags = list(record.run.tags)
             if kind in ("run", "config"):
                 for item in (record.run.config if kind == "run" else record.config).update:
                     _put(run.config, item)

@@ -132,10 +132,15 @@ def test_custom_callback(examples, stethoscope):
 
 
 def test_custom_logger(examples, stethoscope):
-    words = ("logger=csv", "task=pope", "task.scenes=2", "callbacks=none", "name=one")
+    words = ("logger=[prometheus,csv]", "logger.file=now.prom", "task=pope", "task.scenes=2", "name=one")
     stethoscope("evaluate", *CONF, "plugins=[custom_logger]", *words, code=0)
-    rows = dict(csv.reader(Path("runs/one/figures.csv").read_text().splitlines()))
-    assert 0 <= float(rows["pope/random/accuracy"]) <= 1
+    values = dict(line.rsplit(" ", 1) for line in Path("runs/one/now.prom").read_text().splitlines())
+    assert values['stethoscope_running{run="one"}'] == "0"
+    assert float(values['stethoscope_figure{run="one",name="pope/progress/share"}']) == 1.0
+    with Path("runs/one/csv/metrics.csv").open() as file:  # beside it, the same figures
+        figures = {row["name"]: float(row["value"]) for row in csv.DictReader(file)}
+    for name in ("pope/random/accuracy", "pope/f1"):
+        assert float(values[f'stethoscope_figure{{run="one",name="{name}"}}']) == figures[name]
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "conf").rglob("*.yaml")), ids=lambda path: path.stem)

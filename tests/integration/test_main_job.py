@@ -95,11 +95,32 @@ def test_wandb_holds_the_same_figures(finished):
         for row in metrics[task]["metrics"]:
             if row["value"] is not None:
                 assert summary[f"{task}/{row['subset']}/{row['metric']}"] == row["value"]
-    for row in metrics["detector"]["leaderboard"]["rows"]:
-        if row["kind"] != "feature":
-            for name, interval in row["metrics"].items():
-                if interval["value"] is not None:
-                    assert summary[f"detector/{row['name']}/{name}"] == interval["value"]
+        assert summary[f"{task}/{metrics[task]['primary']}"] in [row["value"] for row in metrics[task]["metrics"]]
+    paths = {"detector": "detector", "position only": "baseline/position", "text prior": "baseline/text_prior"}
+    rows = {row["name"]: row for row in metrics["detector"]["leaderboard"]["rows"]}
+    for name, path in paths.items():
+        for metric, interval in rows[name]["metrics"].items():
+            if interval["value"] is not None:
+                assert summary[f"{path}/{metric}"] == interval["value"]
+
+
+def test_wandb_can_group_and_sort_by_every_setting(finished):
+    run = wandb_reader.read(finished / "wandb")
+    assert run.job_type == "benchmark"
+    assert run.tags == ["testbed", "default", "logistic"]
+    assert run.config["choices"]["detector"] == "logistic"
+    assert run.config["choices"]["features"] == "default"
+    assert (run.config["seed"], run.config["command"], run.config["limit"]) == (0, "benchmark", LIMIT)
+    assert run.config["overrides"] == [f"limit={LIMIT}", "name=small", "callbacks=none"]
+    assert run.config["detector"]["_target_"] == "stethoscope.detection.detector.Detector"
+    assert run.config["chair"]["source"] == "testbed"  # as given, and what became of it
+    assert run.config["chair"]["task"]["version"]
+    table = run.tables["detector/leaderboard"]
+    board = json.loads((finished / "metrics.json").read_text())["detector"]["leaderboard"]["rows"]
+    assert [row[0] for row in table["data"]] == [row["name"] for row in board]
+    auroc = table["columns"].index("auroc")
+    assert [row[auroc] for row in table["data"]] == [row["metrics"]["auroc"]["value"] for row in board]
+    assert table["columns"][auroc : auroc + 3] == ["auroc", "auroc low", "auroc high"]
 
 
 def test_labels_follow_from_the_scenes(finished):

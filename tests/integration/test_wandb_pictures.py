@@ -72,7 +72,7 @@ def test_curves_are_those_of_the_report(greedy, logged):
     assert np.allclose([row[:2] for row in tables["detector/roc_table"]["data"]], np.stack([x, y], 1))
     wanted = {f"detector/{name}_table" for name in ("roc", "precision_recall", "reliability", "auroc_by_position")}
     assert tables.keys() == {*wanted, "detector/leaderboard", "detector/mentions"}
-    assert logged.summary["detector/detector/auroc"] == pytest.approx(source.detector.detector.metrics["auroc"].value)
+    assert logged.summary["detector/auroc"] == pytest.approx(source.detector.detector.metrics["auroc"].value)
 
 
 def test_the_detector_is_an_artifact_with_its_manifest(greedy, logged):

@@ -93,3 +93,14 @@ def test_files_of_the_user_count_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "model=min", "--config-dir", str(tmp_path)])
     assert "did you mean 'mine'" in capsys.readouterr().err
+
+
+def test_several_choices_of_a_group_are_explained():
+    text = help_text("evaluate", ["logger=[wandb,csv]"])
+    assert re.search(r"^logger: csv, ", text, re.MULTILINE)
+    for line in (
+        r"  # Weights & Biases, offline by default\.\n  wandb:",
+        r"    mode: offline +# offline: write runs/<name>/wandb/",
+        r"  csv:\n    _target_: stethoscope.loggers.csv.CsvLogger\n    folder: csv +# of the files",
+    ):
+        assert re.search(line, text), text
