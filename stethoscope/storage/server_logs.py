@@ -184,13 +184,16 @@ def read_llama_cpp(path: Path) -> Contents:
         cut += row.get("truncated") is True
         probabilities = objects(row.get("completion_probabilities") or row.get("probs"))
         tokens = [item for item in probabilities if "logprob" in item]
-        ids = int_list(row.get("tokens") or [item.get("id") for item in tokens] or None, "tokens", origin)
-        logged = logprob_list([item["logprob"] for item in tokens] or None, "logprob", origin)
-        if ids is not None and logged is not None and len(ids) != len(logged):  # a stop word's tokens have none
-            unequal, logged = unequal + 1, None
         reason = row.get("stop_type") or (
             "limit" if row.get("stopped_limit") else "eos" if row.get("stopped_eos") else ""
         )
+        ids = int_list(row.get("tokens") or None, "tokens", origin)
+        known = int_list([item.get("id") for item in tokens] or None, "completion_probabilities.id", origin)
+        logged = logprob_list([item["logprob"] for item in tokens] or None, "logprob", origin)
+        if ids is None or (known and ids[: len(known)] == known):  # tokens have the stop word, probabilities do not
+            ids = known
+        elif known or reason == "word":
+            ids, logged, unequal = None, None, unequal + 1
         answers.append(
             logged_answer(
                 "" if row.get("error") and not row.get("content") else row["content"],
@@ -206,7 +209,9 @@ def read_llama_cpp(path: Path) -> Contents:
             )
         )
     notes = [f"{cut} prompts were cut by the server (truncated)"] if cut else []
-    notes += [f"{unequal} answers have log-probabilities of some tokens only; they are left out"] if unequal else []
+    notes += (
+        [f"token ids of {unequal} answers may have a stop word, which their text has not: left out"] if unequal else []
+    )
     return Contents(answers, "llama.cpp", names["model"], notes=(*notes, *names.notes()))
 
 

@@ -79,16 +79,20 @@ def test_llama_cpp_without_ids_and_cut_prompts(write):
     assert log.notes == ("1 prompts were cut by the server (truncated)",)
 
 
-def test_llama_cpp_has_no_probabilities_of_a_stop_word(write):
-    probabilities = [{"id": 3, "logprob": -1}]
+def test_llama_cpp_counts_the_stop_word_among_the_tokens(write):
+    row = {"content": "Yes", "stop_type": "word", "tokens": [3, 4]}
     rows = [
-        {"content": "Yes", "stop_type": "word", "tokens": [3, 4], "completion_probabilities": probabilities},
+        {**row, "completion_probabilities": [{"id": 3, "logprob": -1}]},
+        row,
+        {**row, "stop_type": "eos"},
         {"content": None, "stop_type": "none", "error": "busy"},
     ]
     log = read_answers(write(rows))
-    assert (log.answers[0].token_ids, log.answers[0].logprobs) == ((3, 4), None)
-    assert log.answers[1].error == "busy"
-    assert log.notes == ("1 answers have log-probabilities of some tokens only; they are left out",)
+    assert [(answer.token_ids, answer.logprobs) for answer in log.answers] == [
+        ((3,), (-1.0,)), (None, None), ((3, 4), None), (None, None),
+    ]  # fmt: skip
+    assert log.answers[3].error == "busy"
+    assert log.notes == ("token ids of 1 answers may have a stop word, which their text has not: left out",)
 
 
 def test_values_of_other_kinds_count_as_missing(write):
