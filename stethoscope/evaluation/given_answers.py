@@ -118,8 +118,9 @@ class JoinedAnswers:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the source of the answers and its counts, for ``metrics.json``."""
-        return {**self.fingerprint(), "file": self.log.path.name, **self.counts}
+        """Return the source of the answers, its counts and its reader's notes, for ``metrics.json``."""
+        notes = {"notes": list(self.log.notes)} if self.log.notes else {}
+        return {**self.fingerprint(), "file": self.log.path.name, **self.counts, **notes}
 
 
 class _OtherQuestion(DataError):
@@ -404,6 +405,7 @@ def describe(figures: Mapping[str, Any]) -> list[str]:
             + (f", {figures['failed']:,} of them because it failed" if figures["failed"] else "")
             + (f"; answers to no sample of the task: {figures['unmatched']:,}" if figures["unmatched"] else "")
         )
+        lines += [f"of this log: {note}" for note in figures.get("notes", ())]
     if figures.get("retokenised"):
         share = figures["changed"] / figures["retokenised"]
         lines.append(f"tokenised again: {figures['retokenised']:,} answers, which changes the text of {share:.1%}")

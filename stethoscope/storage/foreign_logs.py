@@ -129,7 +129,7 @@ def _harness(engine: str, answers: list[LoggedAnswer], further: int, results: Pa
             notes.append(f"the model's name is not known: {error}")
         else:
             model, revision, version = _harness_names(values)
-    return Contents(list(kept.values()), f"{engine} {version}".strip(), model, revision, tuple(notes))
+    return Contents(list(kept.values()), f"{engine} {version}" if version else "", model, revision, tuple(notes))
 
 
 def _harness_names(values: Any) -> tuple[str, str, str]:
@@ -186,7 +186,7 @@ def read_vlmevalkit(path: Path) -> Contents:
             )
         )
     note = f"reasoning of {joined} answers is put before them as it may have been written; its line ends are not known"
-    return Contents(answers, "vlmevalkit", notes=(note,) if joined else ())
+    return Contents(answers, notes=(note,) if joined else ())
 
 
 def _cell(value: Any) -> str:

@@ -66,6 +66,15 @@ def test_ids_are_joined_and_what_is_missing_is_counted():
     assert joined.counts == {"samples": 4, "missing": 2, "failed": 1, "unmatched": 1}
 
 
+def test_notes_of_the_reader_are_told():
+    given = JoinedAnswers.join(
+        log(LoggedAnswer("A", "s1"), notes=("2 further answers are left out",)), [sample()], "pope"
+    )
+    assert given.to_dict()["notes"] == ["2 further answers are left out"]
+    assert describe(given.to_dict())[-1] == "of this log: 2 further answers are left out"
+    assert "notes" not in join([LoggedAnswer("A", "s1")], [sample()]).to_dict()
+
+
 def test_ids_may_be_those_of_the_benchmark_without_the_subset():
     samples = [sample("random-1", "Is there a dog?", "random"), sample("popular-1", "Is there a cat?", "popular")]
     asked = LoggedAnswer("Yes", "1", question="Is there a cat?")

@@ -73,7 +73,7 @@ def test_names_come_from_the_file_of_results():
     assert (log.engine, log.model, log.revision) == ("lm_eval 0.4.13", "model", "main")
     assert log.answers[0].prompt == "USER: <image>\nIs there a book in the image? ASSISTANT:"
     log = read_answers(find("lmms_eval/*_samples_scenes_{}.jsonl", "pope"))
-    assert (log.engine, log.model) == ("lmms_eval", "model")
+    assert (log.engine, log.model) == ("", "model")
 
 
 def test_a_folder_with_one_log_or_several(tmp_path):
