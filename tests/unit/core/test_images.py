@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from stethoscope.core import images
 from stethoscope.core.errors import DataError
-from stethoscope.core.images import MAX_PIXELS, MAX_RATIO, is_image_file, read_image, rgb
+from stethoscope.core.images import MAX_PIXELS, MAX_RATIO, is_image_file, portable_bytes, read_image, rgb
 from stethoscope.core.types import ImageRef
 
 RED, WHITE = (220, 30, 40), (255, 255, 255)
@@ -285,3 +285,26 @@ def test_nothing_else_of_the_product_opens_pictures():
             if isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", None) in pillow:
                 doors.add(path.name)
     assert doors == {"images.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "settings", "kept"),
+    [
+        ("a.jpg", "RGB", {}, "jpeg"),
+        ("a.png", "RGB", {}, "png"),
+        ("a.png", "L", {}, "png"),
+        ("turned.jpg", "RGB", {"orientation": 6}, ""),
+        ("clear.png", "RGBA", {}, ""),
+        ("a.png", "P", {}, ""),
+        ("a.gif", "P", {}, ""),
+    ],
+)
+def test_what_every_decoder_shows_alike_is_passed_as_it_is(photo, tmp_path, name, mode, settings, kept):
+    path, exif = tmp_path / name, Image.Exif()
+    if settings:
+        exif[0x0112] = settings["orientation"]
+    photo.convert(mode).save(path, **({"exif": exif} if settings else {}))
+    data, kind = portable_bytes(read(path), path)
+    assert (kind, data == path.read_bytes()) == (kept or "png", bool(kept))
+    same(read_image(data, "sent"), read(path))
+    assert portable_bytes(photo)[1] == "png"
