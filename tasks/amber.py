@@ -15,9 +15,10 @@ import numpy as np
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import clipped, read_json, read_rows, read_text, shown, with_suffix
+from stethoscope.tasks.annotations import clipped, read_rows, read_text, shown, with_suffix
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import CONFUSION, accuracy, confusion, f1, label_mentions, precision, ratio, recall
+from stethoscope.tasks.extraction import read_association
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.noun_extraction import NounExtractor, SpacyNounExtractor
 from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
@@ -182,7 +183,7 @@ class Amber(Task):
         """
         if self._samples:
             return
-        self._association = self._read_association(self._path("relation.json"))
+        self._association = read_association(self._path("relation.json"))
         self._safe_words = frozenset(read_text(self._path("safe_words.txt")).split())
         self._similar: Callable[[str, str], bool] | None = None
         nouns = NounExtractor({*self._association, *sum(self._association.values(), ())})
@@ -196,15 +197,6 @@ class Amber(Task):
         """Return the path of one of the authors' files, which keep the questions in a folder of their own."""
         folder = setting_path(self.folder)
         return next((path for path in (folder / name, folder / "query" / name) if path.is_file()), folder / name)
-
-    @staticmethod
-    def _read_association(path: Path) -> dict[str, tuple[str, ...]]:
-        words = read_json(path)
-        if not isinstance(words, dict) or not all(
-            isinstance(others, list) and all(isinstance(word, str) for word in others) for others in words.values()
-        ):
-            raise DataError(f"{path}: an object was expected that gives every word a list of words")
-        return {word: tuple(others) for word, others in words.items()}
 
     @staticmethod
     def _read_annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from stethoscope.core.errors import DataError, unknown
 from stethoscope.core.json_rows import clipped, read_json, read_rows, read_text, shown
-from stethoscope.tasks.object_extraction import OBJECTS, mentions
+from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, mentions
 
 __all__ = [
     "clipped",
@@ -83,18 +83,23 @@ def image_id(value: Any) -> int | str:
     return int(digits[1]) if digits and digits[1].isascii() and len(digits[1]) < 20 else text
 
 
-def read_instances(path: Path) -> tuple[dict[int | str, str], dict[int | str, frozenset[str]]]:
+def read_instances(
+    path: Path, synonyms: Mapping[str, str] | None = None
+) -> tuple[dict[int | str, str], dict[int | str, frozenset[str]]]:
     """Read the images of a COCO file and the objects annotated in them.
 
     Args:
         path: COCO ``instances`` file: lists ``images`` (id, file_name), ``annotations`` (image_id, category_id) and
             ``categories`` (id, name).
+        synonyms: lower-case name of a category -> name of the object, for a vocabulary of other objects than COCO's;
+            categories that it lacks are left out. None for COCO's own, beside which there is none.
 
     Returns:
         Image id -> file name in the file's order; image id -> canonical names of the objects (empty set for none).
 
     Raises:
-        DataError: the file is not of that form, has no image, or annotates a category that is not one of COCO's 80.
+        DataError: the file is not of that form, has no image, or annotates a category that is not one of COCO's 80
+            and no vocabulary is given.
     """
     data = _read_lists(path, ("images", "annotations", "categories"))
     images: dict[int | str, str] = {}
@@ -118,21 +123,25 @@ def read_instances(path: Path) -> tuple[dict[int | str, str], dict[int | str, fr
             raise DataError(
                 f"{path}: annotations[{index}] has category_id {shown(category)}, which is not among categories"
             )
-        if name not in OBJECTS:
+        if synonyms is None and name not in OBJECTS:
             raise DataError(f"{path}: annotations[{index}]: {unknown('COCO object', clipped(name), OBJECTS)}")
         if image not in objects:
             name = shown(row["image_id"])
             raise DataError(f"{path}: annotations[{index}] has image_id {name}, which is not among images")
-        objects[image].add(name)
+        name = name if synonyms is None else synonyms.get(" ".join(name.lower().split()))
+        objects[image].update(() if name is None else (name,))
     return images, {image: frozenset(names) for image, names in objects.items()}
 
 
-def read_captions(path: Path, images: Collection[int | str]) -> Mapping[int | str, frozenset[str]]:
+def read_captions(
+    path: Path, images: Collection[int | str], extract: MentionExtractor = mentions
+) -> Mapping[int | str, frozenset[str]]:
     """Read the objects that people named in the captions of some images.
 
     Args:
         path: COCO ``captions`` file: list ``annotations`` (image_id, caption).
         images: ids of the images to read captions of.
+        extract: finds the objects that a caption names.
 
     Returns:
         Image id -> canonical names, for those of the images that have captions; how many have none is warned of.
@@ -146,7 +155,7 @@ def read_captions(path: Path, images: Collection[int | str]) -> Mapping[int | st
         image = image_id(_field(path, "annotations", index, row, "image_id"))
         caption = _field(path, "annotations", index, row, "caption")
         if image in wanted:
-            objects[image].update(mention.name for mention in mentions(str(caption)))
+            objects[image].update(mention.name for mention in extract(str(caption)))
     if wanted and not objects:
         raise DataError(f"{path} has captions of none of the {len(wanted)} images")
     if len(objects) < len(wanted):

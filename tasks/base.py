@@ -52,7 +52,7 @@ class Task(ABC):
     macro: tuple[str, ...] = ()
     max_new_tokens: int = 128
     locations: ClassVar[tuple[str, ...]] = (
-        "file", "folder", "images", "questions", "instances", "captions", "image_ids", "vocabulary", "dataset",
+        "file", "folder", "images", "questions", "instances", "captions", "image_ids", "dataset",
         "local_files_only",
     )  # fmt: skip
     reads_tokens: ClassVar[bool] = False

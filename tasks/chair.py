@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks.annotations import clipped, image_id, read_captions, read_instances, read_rows, read_text
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import CHAIR_METRICS, complete_sentences, label_mentions, score_caption
+from stethoscope.tasks.extraction import COCO, beside_coco, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.object_extraction import OBJECTS, TextMention, mentions
 from stethoscope.tasks.sources import (
@@ -39,8 +40,10 @@ class Chair(Task):
     """Captions, with every COCO object that they name checked against what is in the picture.
 
     Ground truth is what the original takes: the annotated categories and whatever people named in their captions.
-    Every mention counts, also of the same object again. ``object_extraction.mentions`` finds them. Answers of published
-    data may have 512 tokens, as is usual; for CHAIR at 64, set ``generation.max_new_tokens`` and ``drop_incomplete``.
+    Every mention counts, also of the same object again. ``object_extraction.mentions`` finds them by default; what an
+    ``extraction`` finds beside them, and names of a vocabulary that are not annotated, are not judged. Answers of
+    published data may have 512 tokens, as is usual; for CHAIR at 64, set ``generation.max_new_tokens`` and
+    ``drop_incomplete``.
     """
 
     name = "chair"
@@ -61,6 +64,7 @@ class Chair(Task):
         image_ids: str | Sequence[int] | None = None,
         image_count: int | None = None,
         image_seed: int = 42,
+        extraction: str = COCO,
         dataset: str = "tsunghanwu/mscoco_chair",
         split: str = "test",
         revision: str | None = None,
@@ -95,17 +99,22 @@ class Chair(Task):
         self.scenes, self.scene_mode, self.scene_seed = scenes, scene_mode, scene_seed
         self.instances, self.captions, self.images, self.image_ids = instances, captions, images, image_ids
         self.image_count, self.image_seed = image_count, image_seed
+        self.extraction, self._choice = str(extraction), str(extraction)
         self.hub = HubSource(dataset, split, revision, local_files_only)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Read images and ground truth and check that every image is there.
+        """Read images and ground truth and check that every image is there; ``extraction`` becomes its identity.
 
         Raises:
             DataError: a file is missing or broken; the message names it.
+            ConfigError: an unknown extraction, or one of which the ground truth knows no object.
         """
         if self._samples:
             return
+        self._extract = load_extraction(self._choice, key="task.extraction")
+        self.extraction = self._extract.identity
+        self._judged = frozenset(self._objects(OBJECTS))
         samples = [
             Sample(
                 id=Path(image.name).stem,
@@ -120,21 +129,35 @@ class Chair(Task):
         repeated = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
         if repeated:
             raise DataError(f"image {repeated[0]!r} is there more than once ({len(repeated)} such images)")
+        if not self._judged:
+            raise ConfigError(
+                f"task.extraction={self._choice}: none of its names is an object that the ground truth knows, such as "
+                f"{OBJECTS[0]}"
+            )
         self._samples = samples
+
+    def _objects(self, names: Iterable[str]) -> frozenset[str]:
+        """Return COCO's names as the extraction's: those of a vocabulary that has them, or else themselves."""
+        synonyms = self._extract.synonyms
+        return frozenset(synonyms[name] for name in names if name in synonyms) if synonyms else frozenset(names)
 
     def _read_testbed(self) -> Iterator[SourceRow]:
         from stethoscope import testbed  # imports the renderer, which only this source needs
 
         stream = {} if self.scene_seed is None else {"seed": self.scene_seed}
         for scene in testbed.scenes(self.scenes, self.scene_mode, **stream):
-            yield SourceRow({"objects": frozenset(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
+            yield SourceRow({"objects": self._objects(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
 
     def _read_files(self) -> Iterator[SourceRow]:
         path = setting_path(self.instances)
-        names, objects = read_instances(path)
+        synonyms = self._extract.synonyms
+        names, objects = read_instances(path, synonyms or None)
+        if synonyms:
+            self._judged = frozenset().union(*objects.values())
         folder = ImageFolder(setting_path(self.images))
         ids = self._drawn(names, path) if self.image_ids is None else self._chosen(names, path)
-        captioned = read_captions(setting_path(self.captions), ids) if self.captions else {}
+        extract = self._extract if synonyms else mentions
+        captioned = read_captions(setting_path(self.captions), ids, extract) if self.captions else {}
         for id_ in ids:
             origin = f"{path}, image id {id_}"
             truth = objects[id_] | captioned.get(id_, frozenset())
@@ -169,7 +192,7 @@ class Chair(Task):
             wrong = [name for name in objects if name not in OBJECTS] if isinstance(objects, list) else [objects]
             if wrong:
                 raise DataError(f"{origin}, gt_object: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
-            yield SourceRow({"objects": frozenset(objects)}, image, origin)
+            yield SourceRow({"objects": self._objects(objects)}, image, origin)
 
     def samples(self) -> Sequence[Sample]:
         """Return one sample per image, in the order of the source."""
@@ -179,16 +202,25 @@ class Chair(Task):
         """Return the part of the answer that is scored: all of it, or its complete sentences."""
         return complete_sentences(answer.text) if self.drop_incomplete and not answer.finished else answer.text
 
+    def _named(self, text: str) -> tuple[list[TextMention], list[bool]]:
+        """Return the mentions of a text, and which of them the ground truth can judge."""
+        if self._extract.identity == COCO or self._extract.synonyms:
+            named = self._extract(text)
+            return named, [mention.name in self._judged for mention in named]
+        return beside_coco(self._extract, text)
+
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Count mentions, hallucinated mentions, true objects named and words; an empty answer is ``unparsed``."""
         text = self._scored_text(answer)
-        return score_caption(text, [mention.name for mention in mentions(text)], sample.reference["objects"])
+        names = [mention.name for mention, judged in zip(*self._named(text), strict=True) if judged]
+        return score_caption(text, names, sample.reference["objects"])
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Return every object that the scored text names, labelled 1 if it is not in the picture, else 0."""
+        """Return every object that the scored text names: 1 if it is not in the picture, else 0; -1 not judged."""
         truth = set(sample.reference["objects"])
-        named = mentions(self._scored_text(answer))
-        return label_mentions(named, [int(mention.name not in truth) for mention in named])
+        named, judged = self._named(self._scored_text(answer))
+        labels = [int(mention.name not in truth) if own else -1 for mention, own in zip(named, judged, strict=True)]
+        return label_mentions(named, labels)
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return CHAIR_i, CHAIR_s, object recall and length in words; ``counts.CHAIR_METRICS`` defines them."""

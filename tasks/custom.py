@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import yaml
 
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.core.line_schemas import check_line
 from stethoscope.core.types import UNKNOWN, Answer, ImageRef, Mention, Sample, Score
 from stethoscope.tasks import counts, yes_no
-from stethoscope.tasks.annotations import clipped, read_rows, read_text, shown, with_suffix
+from stethoscope.tasks.annotations import clipped, read_rows, with_suffix
 from stethoscope.tasks.base import Task, Totals
+from stethoscope.tasks.extraction import COCO, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.noun_extraction import Vocabulary
-from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, mentions
 from stethoscope.tasks.sources import check_choice, check_positive, setting_path
 
 KINDS = ("yes_no", "caption", "unlabelled", "free")
@@ -31,9 +27,9 @@ class Custom(Task):
     """Questions about images, scored in one of three ways.
 
     ``yes_no``: every line has a ``label``, yes or no. ``caption``: every line has ``objects``, the list of what is in
-    the image, and answers are searched for the words of a vocabulary, as CHAIR does. ``unlabelled``: the same, but only
-    some lines have ``objects``, or none; mentions of the others are not judged. A detector learns from them with
-    ``labels=few`` or ``none``. ``free``: nothing is scored; for answers and features alone.
+    the image, and answers are searched for names of objects (``extraction``), as CHAIR does. ``unlabelled``: the same,
+    but only some lines have ``objects``, or none; mentions of the others are not judged. A detector learns from them
+    with ``labels=few`` or ``none``. ``free``: nothing is scored; for answers and features alone.
     """
 
     version: ClassVar[str] = "1"
@@ -47,7 +43,7 @@ class Custom(Task):
         question: str | None = None,
         suffix: str = "",
         parser: str = "first_word",
-        vocabulary: str | None = None,
+        extraction: str = COCO,
         max_new_tokens: int = 128,
         asks: str | None = None,
     ) -> None:
@@ -74,24 +70,20 @@ class Custom(Task):
         check_choice("asks of custom task", self.asks, ("question", "description"))
         self.kind, self.name, self.primary, self.max_new_tokens = kind, str(name), _PRIMARY[kind], max_new_tokens
         self.file, self.images, self.question, self.suffix = file, images, question, suffix
-        self.parser, self.vocabulary = parser, vocabulary
+        self.parser, self.extraction, self._choice = parser, str(extraction), str(extraction)
         self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Read file, vocabulary and folder and check that every image is there.
+        """Read file, vocabulary and folder and check that every image is there; ``extraction`` becomes its identity.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
         """
         if self._samples:
             return
-        self._extract: MentionExtractor = mentions
-        self._names: Sequence[str] = OBJECTS
-        self._digest = "coco"
-        if self.kind in ("caption", "unlabelled") and self.vocabulary is not None:
-            words = read_vocabulary(setting_path(self.vocabulary))
-            self._extract, self._names = Vocabulary(words).mentions, tuple(words)
-            self._digest = hashlib.sha256(repr(sorted(words.items())).encode()).hexdigest()[:16]
+        captions = self.kind in ("caption", "unlabelled")
+        self._extract = load_extraction(self._choice if captions else COCO, key="task.extraction")
+        self.extraction = self._extract.identity
         self._samples = self._from_file() if self.file else self._from_folder()
 
     def _from_folder(self) -> list[Sample]:
@@ -141,10 +133,11 @@ class Custom(Task):
         """Return the reference of one line: its label, or its objects by the vocabulary's names."""
         if self.kind == "yes_no":
             return {"label": value.strip().lower()}
+        names = self._extract.objects
         for name in value:
-            if name not in self._names:
-                raise DataError(f"{origin}: {unknown('object of the vocabulary', clipped(name), self._names)}")
-        return {"objects": sorted(set(value)), "vocabulary": self._digest}  # other words, other scores
+            if names is not None and name not in names:
+                raise DataError(f"{origin}: {unknown('object of the vocabulary', clipped(name), names)}")
+        return {"objects": sorted(set(value)), "extraction": self.extraction}  # other words, other scores
 
     def samples(self) -> Sequence[Sample]:
         """Return the questions in the order of the file, or of the images' names."""
@@ -189,40 +182,3 @@ class Custom(Task):
             return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
         names = ("accuracy", "precision", "recall", "f1", "yes_rate")
         return {name: getattr(counts, name) for name in names}
-
-
-def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read canonical names, each with the other names that stand for it.
-
-    Args:
-        path: a YAML or JSON file with an object of lists ("dog: [puppy, hound]"), or with a list of names.
-
-    Raises:
-        DataError: the file is missing or of another form, or a name stands for two objects.
-    """
-    text = read_text(path)
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or first_line(error)
-        raise DataError(f"{path}{line}: neither YAML nor JSON ({reason})") from None
-    if isinstance(data, list):
-        data = {name: [] for name in data if isinstance(name, str)} if all(isinstance(n, str) for n in data) else None
-    if not isinstance(data, dict) or not data:
-        raise DataError(f"{path}: a list of names was expected, or an object such as 'dog: [puppy, hound]'")
-    owner: dict[str, str] = {}
-    words: dict[str, tuple[str, ...]] = {}
-    for name, others in data.items():
-        others = [] if others is None else others
-        if not isinstance(name, str) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
-            raise DataError(f"{path}: {shown(name)} should be a name with a list of other names, not {shown(others)}")
-        for word in (name, *others):
-            key = " ".join(word.lower().split())
-            if not key:
-                raise DataError(f"{path}: {shown(name)} has an empty name")
-            if owner.setdefault(key, name) != name:
-                raise DataError(f"{path}: {shown(word)} stands for both {shown(owner[key])} and {shown(name)}")
-        words[name] = tuple(others)
-    return words

@@ -14,9 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stethoscope.core.errors import ConfigError, first_line
 from stethoscope.tasks.object_extraction import TextMention
+
+if TYPE_CHECKING:
+    from spacy.language import Language
+    from spacy.tokens import Token
 
 WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 """A word; hyphens join words to one, an apostrophe ends it."""
@@ -160,7 +165,36 @@ class Vocabulary:
 
 # --- spaCy ------------------------------------------------------------------------------------------------------------
 
-INSTALL = "pip install 'lvlm-stethoscope[amber]' && python -m spacy download en_core_web_lg"
+INSTALL = "pip install 'lvlm-stethoscope[amber]' && python -m spacy download {model}"
+
+
+def load_pipeline(model: str, setting: str, usual: str) -> Language:
+    """Load an installed spaCy model or its folder.
+
+    Args:
+        model: name or folder.
+        setting: that names it, for messages.
+        usual: the model to install where this one is missing.
+
+    Raises:
+        ConfigError: spaCy or the model is not installed.
+    """
+    install = INSTALL.format(model=usual)
+    try:
+        import spacy
+    except ImportError:
+        raise ConfigError(f"{setting} needs spaCy: {install}") from None
+    if not Path(model).is_dir() and not entry_points(group="spacy_models", name=model):
+        # spaCy would import any installed package of that name
+        raise ConfigError(f"{setting} is no installed spaCy model and no folder; to install it: {install}")
+    try:
+        return spacy.load(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting} cannot be loaded: {first_line(error)}; to install it: {install}") from None
+
+
+def _has_tagger(pipeline: Language) -> bool:
+    return any(name in pipeline.pipe_names for name in ("tagger", "attribute_ruler"))
 
 
 class SpacyNounExtractor:
@@ -181,25 +215,11 @@ class SpacyNounExtractor:
         Raises:
             ConfigError: spaCy or the model is not installed, or the model has no word vectors.
         """
-        try:
-            import spacy
-        except ImportError:
-            raise ConfigError(f"task.spacy={model!r} needs spaCy: {INSTALL}") from None
-        if not Path(model).is_dir() and not entry_points(group="spacy_models", name=model):
-            # spaCy would import any installed package of that name
-            raise ConfigError(
-                f"task.spacy={model!r} is no installed spaCy model and no folder; to install it: {INSTALL}"
-            )
-        try:
-            self._pipeline = spacy.load(model)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"task.spacy={model!r} cannot be loaded: {first_line(error)}; to install it: {INSTALL}"
-            ) from None
+        self._pipeline = load_pipeline(model, f"task.spacy={model!r}", "en_core_web_lg")
         if not self._pipeline.vocab.vectors_length:
             raise ConfigError(f"task.spacy={model!r} has no word vectors; a model that ends in _md or _lg has them")
         self._nouns, self._threshold = nouns, threshold
-        self._tags = any(name in self._pipeline.pipe_names for name in ("tagger", "attribute_ruler"))
+        self._tags = _has_tagger(self._pipeline)
         self.similar: Callable[[str, str], bool] = lru_cache(maxsize=1 << 18)(self._similar)
 
     def __call__(self, text: str) -> list[TextMention]:
@@ -219,3 +239,69 @@ class SpacyNounExtractor:
         if not (first.vector_norm and second.vector_norm):  # spaCy warns of words without vector, and calls them unlike
             return word == other
         return first.similarity(second) > self._threshold
+
+
+_ABOUT_PICTURES = frozenset(
+    (
+        *("image", "picture", "photo", "photograph", "photography", "scene", "view", "shot", "frame", "background"),
+        *(
+            "foreground",
+            "side",
+            "left",
+            "right",
+            "top",
+            "bottom",
+            "middle",
+            "center",
+            "centre",
+            "front",
+            "back",
+            "edge",
+        ),
+        *("corner", "part", "area", "distance", "direction", "position", "way", "kind", "type", "sort", "variety"),
+        *("number", "lot", "group", "pair", "couple", "row", "addition", "total", "color", "colour", "shape", "size"),
+        *("atmosphere", "setting", "appearance", "overall", "impression", "moment", "time", "day", "detail", "focus"),
+    )
+)
+"""Nouns of descriptions that name the picture, a place in it or an amount, and nothing that it shows."""
+
+
+class CommonNouns:
+    """Find all common nouns of a text with a spaCy tagger, but for ``_ABOUT_PICTURES``.
+
+    Nouns side by side are one name ("tennis racket"), in small letters with the last of them in the singular. Which of
+    them can be seen is not known: "love" is a noun too.
+    """
+
+    def __init__(self, model: str, setting: str) -> None:
+        """Load the pipeline.
+
+        Args:
+            model: name of an installed spaCy model, or its folder.
+            setting: that names it, for messages.
+
+        Raises:
+            ConfigError: spaCy or the model is not installed, or the model has no tagger.
+        """
+        self._pipeline = load_pipeline(model, setting, "en_core_web_sm")
+        if not _has_tagger(self._pipeline):
+            raise ConfigError(f"{setting} has no tagger, which finds nouns; en_core_web_sm has one")
+
+    def __call__(self, text: str) -> list[TextMention]:
+        """Return the nouns of a text in reading order."""
+        runs: list[list[Token]] = []
+        for token in self._pipeline(text):
+            if token.tag_ not in ("NN", "NNS"):
+                continue
+            if runs and runs[-1][-1].i + 1 == token.i and runs[-1][-1].whitespace_ == " ":
+                runs[-1].append(token)
+            else:
+                runs.append([token])
+        nouns = []
+        for run in runs:
+            first, last = run[0], run[-1]
+            lemma = (last.lemma_ or last.text).lower()
+            if lemma not in _ABOUT_PICTURES:
+                name = " ".join([*(token.text.lower() for token in run[:-1]), lemma])
+                nouns.append(TextMention(name, first.idx, last.idx + len(last.text)))
+        return nouns

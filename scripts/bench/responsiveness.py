@@ -36,7 +36,8 @@ from stethoscope.app.server import own_folder, start
 from stethoscope.app.sessions import Sessions
 from stethoscope.app.ui import build_page
 from stethoscope.detection.lookup import bundled_detectors
-from stethoscope.diagnosis.run_diagnosis import default_extractor, diagnose
+from stethoscope.diagnosis.run_diagnosis import diagnose
+from stethoscope.tasks.extraction import load_extraction
 
 QUESTION = "Please describe this image in detail."
 LIMITS = {"diagnosis": 3.0, "page": 6.0, "slider": 300.0}
@@ -124,7 +125,7 @@ def served(adapter: Adapter, folder: Path) -> Iterator[str]:
         with pool.use("testbed"):
             sessions = Sessions(own)
             runs = Runs(folder / "runs", None, own)
-            screen = build_page(pool, runs, default_extractor(), write_examples(own, 0, 3), sessions)
+            screen = build_page(pool, runs, load_extraction("coco"), write_examples(own, 0, 3), sessions)
         yield start(screen, "127.0.0.1", port, sessions)
         screen.close(verbose=False)
 

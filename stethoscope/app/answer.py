@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.detection.detector import Detector
-    from stethoscope.diagnosis.run_diagnosis import MentionExtractor
+    from stethoscope.tasks.object_extraction import MentionExtractor
     from stethoscope.tracing.trace import Encoded
 
 MAX_QUESTION = 512  # tokens of a question
@@ -177,7 +177,7 @@ def _generate(
         delay=detectors.delay,
         generation=settings,
         asks=question.asks,
-        mentions=lambda text: [],  # the diagnosis extracts those of the complete answer
+        extraction=lambda text: [],  # the diagnosis extracts those of the complete answer
     ):
         if not isinstance(item, StreamedToken):
             return item.answer
@@ -201,7 +201,7 @@ def _explain(
         question.answer,
         detector,
         scope=scope,
-        mentions=extractor,
+        extraction=extractor,
         asks=question.asks,
     )
     seconds = time.perf_counter() - start

@@ -18,8 +18,8 @@ from stethoscope.diagnosis.render import mention_payload, payload
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.diagnosis.run_diagnosis import MentionExtractor
     from stethoscope.streaming import StreamedToken
+    from stethoscope.tasks.object_extraction import MentionExtractor
 
 logger = logging.getLogger(__name__)
 

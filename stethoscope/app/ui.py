@@ -16,7 +16,7 @@ from stethoscope.app.sessions import Sessions
 from stethoscope.core.html import asset, escape
 from stethoscope.core.html import render as fill
 from stethoscope.diagnosis import render
-from stethoscope.diagnosis.run_diagnosis import MentionExtractor
+from stethoscope.tasks.object_extraction import MentionExtractor
 
 TITLE = "LVLM-Stethoscope"
 QUESTION = "Please describe this image in detail."

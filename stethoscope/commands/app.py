@@ -26,12 +26,12 @@ def run(config: DictConfig) -> None:
     from stethoscope.app.runs import Runs, write_examples
     from stethoscope.app.server import check_address, own_folder, start
     from stethoscope.app.sessions import Sessions
-    from stethoscope.diagnosis.run_diagnosis import import_extractor
+    from stethoscope.tasks.extraction import load_extraction
 
     public = bool(config.share) or not loopback(str(config.host))
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
-    extractor = import_extractor(config.mentions, config.plugins)
+    extractor = load_extraction(config.extraction, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     require_model(adapter, "app")
     runs, detector = Path(str(config.runs)), config.detector

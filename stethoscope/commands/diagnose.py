@@ -38,10 +38,11 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.lookup import AUTO, bundled_detectors, detector_folder, parse_setting
     from stethoscope.diagnosis import diagnose
-    from stethoscope.diagnosis.run_diagnosis import import_extractor
+    from stethoscope.tasks.extraction import load_extraction
 
     if not str(config.question or "").strip():
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
+    extraction = load_extraction(config.extraction, config.plugins)
     image = _image(config)
     picture = image.load()
     setting = parse_setting(config.detector.folder)
@@ -61,7 +62,7 @@ def run(config: DictConfig) -> None:
         detector,
         scope=config.scope,
         generation=build_generation(config, config.plugins),
-        mentions=import_extractor(config.mentions, config.plugins),
+        extraction=extraction,
         asks=str(config.asks),
     )
     show(diagnosis, image.name)

@@ -141,6 +141,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.features import FeatureSet
     from stethoscope.features.columns import matching_columns
+    from stethoscope.tasks.extraction import other_words
 
     folder = Path(config.run)
     saved = saved_config(folder)
@@ -181,7 +182,10 @@ def run(config: DictConfig) -> None:
         warnings = mention_warnings(table, detector)
         write_warnings(warnings, folder / "warnings.jsonl")
         print(f"{int(warnings['warned'].sum())} of {len(warnings)} mentions warned: {folder / 'warnings.jsonl'}")
-        print_shift(detector, table)
+        if words := other_words(str(getattr(task, "extraction", "")), detector.notes.get("task")):
+            print(f"detector: {words}")
+        else:
+            print_shift(detector, table)
     report_untraced(RunStore(folder), task.name)
     report_failures([results], folder)
 
@@ -192,13 +196,16 @@ def _saved_model_and_task(
     """Build the model and the task of the run, from the places that they have today."""
     from stethoscope.adapters.base import Adapter
     from stethoscope.tasks.base import Task
+    from stethoscope.tasks.extraction import FILES
 
     trusted = {key: config.model[key] for key in TRUSTED}
     model = trusted_settings(saved["model"], trusted)
     model = relocated("model", model, {key: value for key, value in config.model.items() if key not in trusted})
     model = from_origin(model, MODEL_LOCATIONS, folder, saved.get("run_dir"))
-    asked = from_origin(relocated("task", asked, config.task), Task.locations, folder, saved.get("run_dir"))
-    check_data(asked, Task.locations, folder)
+    asked = relocated("task", asked, config.task)
+    vocabulary = ("extraction",) if str(asked.get("extraction")).lower().endswith(FILES) else ()
+    asked = from_origin(asked, (*Task.locations, *vocabulary), folder, saved.get("run_dir"))
+    check_data(asked, (*Task.locations, *vocabulary), folder)
     task = build(asked, Task, "task", config.plugins)
     if "prompt" in model and model["prompt"] is None:  # a chat template may render another one today
         model["prompt"] = RunStore(folder).model(task.name).get("prompt")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.picture_profile import profile_text
@@ -20,6 +19,8 @@ from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
 from stethoscope.storage.tokens import token_table
+from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
+from stethoscope.tasks.object_extraction import MentionExtractor
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
@@ -36,43 +37,6 @@ TOP_TOKENS = 5  # most probable tokens in every layer's prediction
 TOP_FEATURES = 5  # features with the largest contributions to a token's verdict
 
 
-class TextMention(Protocol):
-    """An object that a text names: its canonical name, and its characters as a half-open range."""
-
-    name: str
-    start: int
-    end: int
-
-
-MentionExtractor = Callable[[str], Iterable[TextMention]]
-"""Extracts the objects that a text names, in any order."""
-
-
-def import_extractor(path: str, plugins: Sequence[str] = ()) -> MentionExtractor:
-    """Import the mention extractor that the configuration names by its dotted path.
-
-    Args:
-        path: of the function; a default lives in ``conf/diagnose.yaml``, so that no task is named here.
-        plugins: packages of the user that may be imported from.
-
-    Raises:
-        ConfigError: there is no such function, or its package is not allowed.
-    """
-    from stethoscope.core.component import import_name
-
-    return import_name(path, "mentions", plugins)
-
-
-@lru_cache(maxsize=1)
-def default_extractor() -> MentionExtractor:
-    """Import the mention extractor that ``conf/diagnose.yaml`` names."""
-    from omegaconf import OmegaConf
-
-    from stethoscope.core.component import conf_folder
-
-    return import_extractor(OmegaConf.load(conf_folder() / "diagnose.yaml").mentions)
-
-
 def diagnose(
     adapter: Adapter,
     image: Image | ImageRef | Path | str,
@@ -82,7 +46,7 @@ def diagnose(
     *,
     scope: str = "row",
     generation: Generation | None = None,
-    mentions: MentionExtractor | None = None,
+    extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
 ) -> Diagnosis:
     """Diagnose one answer: probability, relevancy, prediction evolution and verdict of every token.
@@ -95,7 +59,8 @@ def diagnose(
         detector: a detector, its folder, or the folder of a run that has one; None for no warnings.
         scope: of the gradient of relevancy, ``row`` or ``token`` (see ``stethoscope.relevancy``).
         generation: settings for generating the answer; greedy, at most 128 tokens by default.
-        mentions: extracts the objects that a text names; by default the function named in ``conf/diagnose.yaml``.
+        extraction: how objects that the answer names are found: a choice of ``stethoscope.tasks.extraction``, or a
+            function of the text; COCO's objects by default.
         asks: what the question asks for, ``question`` or ``description``, see ``Adapter.encode_as``.
 
     Raises:
@@ -116,7 +81,7 @@ def diagnose(
         encoded = adapter.encode_as(asks, picture, question)
     with _timed(seconds, "generate"):
         answer = _complete_answer(adapter, encoded, answer, generation)
-    extractor = mentions or default_extractor()
+    extractor = as_extraction(extraction)
     extracted = extract_mentions(answer, extractor)
     with _timed(seconds, "trace"):
         resampling = read_samples(extractor, generation)
@@ -132,7 +97,7 @@ def diagnose(
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
     with _timed(seconds, "score"):
         verdicts, diagnosed = score_mentions(encoded, answer, extracted, columns, detector)
-        shift = shift_sentence(encoded, answer, extracted, columns, detector, picture)
+        shift = shift_sentence(encoded, answer, extracted, columns, detector, picture, extractor)
     logprob = trace.logits.log_softmax(-1)
     return Diagnosis(
         model=adapter.name,
@@ -334,8 +299,9 @@ def shift_sentence(
     columns: Mapping[str, Any],
     detector: Detector | None,
     picture: Image,
+    extraction: Extraction,
 ) -> str:
-    """Say in one sentence that an answer is unlike those that its detector was calibrated on; else return "".
+    """Say in one sentence that an answer or its mentions are unlike those that its detector learned from; else "".
 
     Args:
         encoded: the prompt.
@@ -344,8 +310,13 @@ def shift_sentence(
         columns: (T,) features of the answer by the detector's columns.
         detector: one without a monitor says nothing.
         picture: that the answer is about.
+        extraction: that found the mentions.
     """
-    if detector is None or detector.monitor is None or not mentions:
+    if detector is None or not mentions:
+        return ""
+    if words := other_words(extraction.identity, detector.notes.get("task")):
+        return words
+    if detector.monitor is None:
         return ""
     table = _token_rows(encoded, answer, mentions, columns, profile_text(picture))
     return detector.monitor.sentence(detector.monitored_mentions(table))

@@ -17,8 +17,6 @@ from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.run_diagnosis import (
-    MentionExtractor,
-    default_extractor,
     extract_mentions,
     score_mentions,
     shift_sentence,
@@ -27,6 +25,7 @@ from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import RESIDUAL_REQUIREMENTS, StepRecorder
+from stethoscope.tasks.extraction import Extraction, as_extraction
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.token_spans import GrowingText
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.tasks.object_extraction import MentionExtractor
     from stethoscope.tracing.trace import Encoded
 
 DEFAULT_MAX_TOKENS = 128  # tokens of an answer, unless set otherwise
@@ -287,7 +287,7 @@ def stream(
     generation: Generation | None = None,
     delay: int = 0,
     final: Detector | Path | str | None = None,
-    mentions: MentionExtractor | None = None,
+    extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
 ) -> Iterator[StreamedToken | StreamedAnswer]:
     """Stream an answer token by token, and at the end the answer with its warnings.
@@ -306,7 +306,7 @@ def stream(
             generated. Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait
             together are scored together, which costs less.
         final: scores the mentions of the finished answer instead of ``detector``, with any features.
-        mentions: extracts the objects that a text names, as in ``stethoscope.diagnose``.
+        extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
         asks: what the question asks for, as in ``stethoscope.diagnose``.
 
     Yields:
@@ -329,7 +329,8 @@ def stream(
     picture = load_picture(image)
     encoded = adapter.encode_as(asks, picture, question)
     streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)
-    return _stream_tokens(streamer, lambda: _diagnose_mentions(adapter, picture, encoded, streamer, final, mentions))
+    extractor = as_extraction(extraction)
+    return _stream_tokens(streamer, lambda: _diagnose_mentions(adapter, picture, encoded, streamer, final, extractor))
 
 
 def _stream_tokens(
@@ -375,11 +376,11 @@ def _diagnose_mentions(
     encoded: Encoded,
     streamer: WarningStreamer,
     final: Detector | None,
-    mentions: MentionExtractor | None,
+    extraction: Extraction,
 ) -> tuple[tuple[DiagnosedMention, ...], str]:
     """Extract and score the objects that the finished answer names; say whether the picture is unlike others."""
     answer = streamer.finished_answer()
-    named: Any = extract_mentions(answer, mentions or default_extractor())
+    named: Any = extract_mentions(answer, extraction)
     detector, columns = final or streamer.detector, {}
     if not named or detector is None:
         return score_mentions(encoded, answer, named, {}, None)[1], ""
@@ -394,10 +395,10 @@ def _diagnose_mentions(
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)
-        resampling = read_samples(mentions or default_extractor(), None)
+        resampling = read_samples(extraction, None)
         trace = trace_answers(adapter, [encoded], [answer], features.requires, [picture], [named], resampling)[0]
         columns = compute_columns(features, trace, final, adapter.name)
-    shift = shift_sentence(encoded, answer, named, columns, detector, picture)
+    shift = shift_sentence(encoded, answer, named, columns, detector, picture, extraction)
     return score_mentions(encoded, answer, named, columns, detector)[1], shift
 
 

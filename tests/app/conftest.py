@@ -15,7 +15,7 @@ from stethoscope.app.model_pool import ModelPool
 from stethoscope.app.runs import Runs, write_examples
 from stethoscope.cli import main
 from stethoscope.detection import leaderboard
-from stethoscope.diagnosis.run_diagnosis import default_extractor
+from stethoscope.tasks.extraction import load_extraction
 
 SCENES = 60
 SMALL = ["features=fast", "callbacks=none", "logger=none", "detector.C=0.1", "batch_size=32"]
@@ -32,7 +32,7 @@ def adapter():
 
 @pytest.fixture(scope="session")
 def reader():
-    return default_extractor()
+    return load_extraction("coco")
 
 
 @pytest.fixture(scope="session")

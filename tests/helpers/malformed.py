@@ -118,7 +118,7 @@ def vocabulary(text: str) -> Maker:
         (folder / "words.yaml").write_text(text)
         rows = [{"image": "a.png", "question": "What?", "objects": []}]
         make_file = one_file(
-            "custom", rows, "task.kind=caption", f"task.vocabulary={folder / 'words.yaml'}", lines=True
+            "custom", rows, "task.kind=caption", f"task.extraction={folder / 'words.yaml'}", lines=True
         )
         return make_file(folder)
 

@@ -273,7 +273,7 @@ def test_one_of_ones_own(tmp_path, scenes, evaluated, stethoscope):
     (tmp_path / "words.json").write_text(json.dumps(list(testbed.CATEGORIES)))
     (tmp_path / "conf" / "task" / "mine.yaml").write_text(
         "# Mine\n_target_: stethoscope.tasks.custom.Custom\nkind: caption\nname: mine\n"
-        "question: Please describe this image in detail.\nfile: mine.jsonl\nvocabulary: words.json\n"
+        "question: Please describe this image in detail.\nfile: mine.jsonl\nextraction: words.json\n"
     )
     figures, records, section = evaluated("--config-dir", "conf", "task=mine")
     assert section["counts"]["ok"] == SCENES

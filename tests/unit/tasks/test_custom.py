@@ -9,7 +9,8 @@ from helpers.by_hand import figures, reply
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks.base import Task
-from stethoscope.tasks.custom import Custom, read_vocabulary
+from stethoscope.tasks.custom import Custom
+from stethoscope.tasks.extraction import read_vocabulary
 
 
 def write(path, *rows):
@@ -73,7 +74,7 @@ def test_captions_with_a_vocabulary(tmp_path, images):
         "file": file,
         "images": str(images),
         "question": "?",
-        "vocabulary": f"{tmp_path}/words.yaml",
+        "extraction": f"{tmp_path}/words.yaml",
     }
     task = made(**words)
     sample, text = task.samples()[0], "Two fire trucks with ladders and dogs."

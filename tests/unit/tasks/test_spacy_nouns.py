@@ -9,6 +9,7 @@ from helpers.by_hand import reply, totals_of
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.tasks.amber import Amber
+from stethoscope.tasks.extraction import load_extraction
 
 spacy = pytest.importorskip("spacy", reason="spaCy is not installed: pip install 'lvlm-stethoscope[amber]'")
 
@@ -101,3 +102,20 @@ def test_against_the_transcription(folder, images):
 def test_a_model_without_vectors_is_refused(folder, images):
     with pytest.raises(ConfigError, match="has no word vectors"):
         made(folder, images, pipeline(folder / "model", vectors=False))
+
+
+def test_all_common_nouns(tmp_path):
+    """Nouns side by side are one name in the singular of the last; words about the picture are left out."""
+    model = spacy.blank("en")
+    ruler = model.add_pipe("attribute_ruler")
+    tags = {"dog": "NN", "dogs": "NNS", "tennis": "NN", "rackets": "NNS", "picture": "NN", "Rex": "NNP", "love": "NN"}
+    for word, tag in tags.items():
+        ruler.add([[{"TEXT": word}]], {"TAG": tag, "LEMMA": word.removesuffix("s") if tag == "NNS" else word})
+    model.to_disk(tmp_path / "model")
+    extraction = load_extraction(f"nouns:{tmp_path}/model")
+    text = "The picture shows Rex, two dogs with tennis rackets, and love."
+    found_names = [(noun.name, text[noun.start : noun.end]) for noun in extraction(text)]
+    assert found_names == [("dog", "dogs"), ("tennis racket", "tennis rackets"), ("love", "love")]
+    assert (extraction.identity, extraction.objects) == ("nouns:model", None)
+    with pytest.raises(ConfigError, match="has no tagger, which finds nouns; en_core_web_sm has one"):
+        load_extraction(f"nouns:{pipeline(tmp_path / 'untagged', tags=False)}")

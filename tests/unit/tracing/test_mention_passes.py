@@ -10,12 +10,13 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import UNKNOWN, Generation, Mention
 from stethoscope.detection.detector import Detector
-from stethoscope.diagnosis.run_diagnosis import default_extractor, diagnose, extract_mentions
+from stethoscope.diagnosis.run_diagnosis import diagnose, extract_mentions
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import StreamedAnswer, stream
 from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.extraction import load_extraction
 from stethoscope.tracing.mention_passes import trace_answers, yes_odds
 
 QUESTION = "Please describe this image in detail."
@@ -64,7 +65,7 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
     found = diagnose(adapter, scene, QUESTION, detector=detector)
     encoded = adapter.encode(scene, QUESTION)
     answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
-    mentions = extract_mentions(answer, default_extractor())
+    mentions = extract_mentions(answer, load_extraction("coco"))
     trace = trace_answers(adapter, [encoded], [answer], FEATURES.requires, [scene], [mentions])[0]
     columns = FEATURES.compute(trace)
     keys = token_table(1, per_image=1)[:1]

@@ -1,0 +1,233 @@
+"""Choose how the objects that a text names are found: COCO's, AMBER's, all common nouns, or a vocabulary of your own.
+
+The choice is one word or path, the same for every task and command:
+
+- ``coco``: CHAIR's 80 COCO objects with their synonyms (``object_extraction``).
+- ``amber:FOLDER``: AMBER's words, from the ``relation.json`` of the authors' data folder, where they are nouns. The
+  list is theirs and does not come with this package.
+- ``nouns`` or ``nouns:MODEL``: every common noun that a spaCy model tags, but for words about the picture itself. Which
+  words are nouns cannot be told from a list, so this needs spaCy.
+- a YAML or JSON file: a vocabulary of names with synonyms.
+- ``package.module.function``, for commands alone: a function of your own that lists ``TextMention``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stethoscope.core.component import import_name
+from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.json_rows import read_json, read_text, shown
+from stethoscope.tasks import object_extraction
+from stethoscope.tasks.noun_extraction import CommonNouns, NounExtractor, Vocabulary
+from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, TextMention
+
+COCO, AMBER, NOUNS = "coco", "amber", "nouns"
+SPACY_MODEL = "en_core_web_sm"
+"""Model of ``nouns`` where none is named; it has the tagger that is needed, and no vectors."""
+FILES = (".yaml", ".yml", ".json")
+"""Endings of vocabulary files."""
+_KNOWN = (COCO, "amber:FOLDER", NOUNS, "nouns:MODEL", "a YAML or JSON file of names")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A way to find the objects that a text names; call it with the text.
+
+    Attributes:
+        identity: the choice with a digest of its words, the same wherever the file lies; part of a run's fingerprint
+            and so of a detector's manifest.
+        mentions: lists the mentions of a text in reading order.
+        objects: all names that it can give; None where any noun can be one.
+        synonyms: lower-case name or synonym -> name, for a vocabulary of your own; empty for the others.
+    """
+
+    identity: str
+    mentions: MentionExtractor
+    objects: tuple[str, ...] | None
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, text: str) -> list[TextMention]:
+        """Return the mentions of a text in reading order."""
+        return self.mentions(text)
+
+
+def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str = "extraction") -> Extraction:
+    """Make the extraction that a setting names; the choices are those of this module.
+
+    Args:
+        choice: see this module.
+        plugins: packages of the user that a function may come from; None to refuse functions, as tasks do.
+        key: the setting, for messages.
+
+    Raises:
+        ConfigError: there is no such choice, or spaCy or its model is not installed.
+        DataError: a file is missing or of another form.
+    """
+    text = str(choice or "").strip()
+    kind, _, rest = text.partition(":")
+    if text == COCO:
+        return Extraction(COCO, object_extraction.mentions, OBJECTS)
+    if kind == AMBER:
+        return _amber(rest, key)
+    if kind == NOUNS:
+        model = rest or SPACY_MODEL
+        return Extraction(f"{NOUNS}:{Path(model).name}", CommonNouns(model, f"{key}={text}"), None)
+    if text.lower().endswith(FILES):
+        path = Path(text).expanduser()
+        words = read_vocabulary(path)
+        vocabulary = Vocabulary(words)
+        identity = f"{path.name}:{_digest(sorted(words.items()))}"
+        return Extraction(identity, vocabulary.mentions, tuple(words), vocabulary.names)
+    if plugins is not None and "." in text:
+        return as_extraction(import_name(text, key, tuple(plugins)))
+    functions = () if plugins is None else ("package.module.function",)
+    raise ConfigError(unknown(key, text, (*_KNOWN, *functions)))
+
+
+def as_extraction(choice: Extraction | MentionExtractor | str | None) -> Extraction:
+    """Return the extraction that a caller of Python means: a choice, a function, or None for ``coco``."""
+    if choice is None or choice is object_extraction.mentions:
+        return load_extraction(COCO)
+    if isinstance(choice, Extraction):
+        return choice
+    if isinstance(choice, str):
+        return load_extraction(choice)
+    name = getattr(choice, "__qualname__", type(choice).__qualname__)
+    return Extraction(f"{getattr(choice, '__module__', '')}.{name}", choice, None)
+
+
+def learned_from(task: Any) -> str | None:
+    """Return the identity of the extraction behind a detector's mentions; None where it is not known.
+
+    Args:
+        task: entry ``task`` of the detector's manifest: the task's fingerprint, or its name.
+    """
+    name = task.get("name") if isinstance(task, Mapping) else task
+    settings = task.get("settings") if isinstance(task, Mapping) else None
+    if isinstance(settings, Mapping) and isinstance(settings.get("extraction"), str):
+        return str(settings["extraction"])
+    return {"chair": COCO, "amber": AMBER}.get(str(name))
+
+
+def other_words(identity: str, task: Any) -> str:
+    """Say in one sentence that a detector learned from mentions of another extraction; "" where it did not.
+
+    Args:
+        identity: of the extraction that found the mentions which the detector is asked about; "" for none.
+        task: see ``learned_from``.
+
+    >>> other_words("nouns:en_core_web_sm", "chair")
+    "The detector learned from mentions found by coco; these are found by nouns, so nothing here is calibrated."
+    >>> other_words("coco", "chair")
+    ''
+    """
+    learned = learned_from(task)
+    same = learned == identity or (learned == AMBER and identity.startswith(f"{AMBER}:"))
+    if not identity or learned is None or same:
+        return ""
+    names = learned.partition(":")[0], identity.partition(":")[0]
+    learned_name, name = names if names[0] != names[1] else (learned, identity)
+    return (
+        f"The detector learned from mentions found by {learned_name}; these are found by {name}, so nothing here is "
+        "calibrated."
+    )
+
+
+def beside_coco(extraction: Extraction, text: str) -> tuple[list[TextMention], list[bool]]:
+    """Return COCO's mentions and, where they leave room, those of another extraction; and which are COCO's.
+
+    For tasks that know the truth of COCO's objects alone: what they judge is the same as with ``coco``.
+
+    >>> words = Extraction("words", Vocabulary({"cake stand": [], "table": []}).mentions, None)
+    >>> named, own = beside_coco(words, "A cake on a cake stand, on a table.")
+    >>> [mention.name for mention in named], own
+    (['cake', 'cake', 'table'], [True, True, False])
+    """
+    coco = object_extraction.mentions(text)
+    more = [
+        mention
+        for mention in extraction(text)
+        if not any(mention.start < known.end and known.start < mention.end for known in coco)
+    ]
+    both = sorted([(mention, True) for mention in coco] + [(mention, False) for mention in more], key=_by_start)
+    return [mention for mention, _ in both], [own for _, own in both]
+
+
+def _by_start(pair: tuple[TextMention, bool]) -> int:
+    return pair[0].start
+
+
+def _digest(words: object) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of words."""
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+
+
+def _amber(folder: str, key: str) -> Extraction:
+    """Make the extraction of AMBER's words from the authors' folder."""
+    if not folder:
+        raise ConfigError(
+            f"{key}={AMBER} needs AMBER's word list, which does not come with this package; give the authors' data "
+            f"folder with relation.json, as {key}={AMBER}:FOLDER"
+        )
+    path = Path(folder).expanduser()
+    association = read_association(path / "relation.json" if path.suffix != ".json" else path)
+    words = sorted({*association, *sum(association.values(), ())})
+    return Extraction(f"{AMBER}:{_digest(words)}", NounExtractor(words), tuple(words))
+
+
+def read_association(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read AMBER's ``relation.json``: word -> words that may stand for it.
+
+    Raises:
+        DataError: the file is missing or of another form.
+    """
+    words = read_json(path)
+    if not isinstance(words, dict) or not all(
+        isinstance(others, list) and all(isinstance(word, str) for word in others) for others in words.values()
+    ):
+        raise DataError(f"{path}: an object was expected that gives every word a list of words")
+    return {word: tuple(others) for word, others in words.items()}
+
+
+def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read canonical names, each with the other names that stand for it.
+
+    Args:
+        path: a YAML or JSON file with an object of lists ("dog: [puppy, hound]"), or with a list of names.
+
+    Raises:
+        DataError: the file is missing or of another form, or a name stands for two objects.
+    """
+    text = read_text(path)
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise DataError(f"{path}{line}: neither YAML nor JSON ({reason})") from None
+    if isinstance(data, list):
+        data = {name: [] for name in data if isinstance(name, str)} if all(isinstance(n, str) for n in data) else None
+    if not isinstance(data, dict) or not data:
+        raise DataError(f"{path}: a list of names was expected, or an object such as 'dog: [puppy, hound]'")
+    owner: dict[str, str] = {}
+    words: dict[str, tuple[str, ...]] = {}
+    for name, others in data.items():
+        others = [] if others is None else others
+        if not isinstance(name, str) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+            raise DataError(f"{path}: {shown(name)} should be a name with a list of other names, not {shown(others)}")
+        for word in (name, *others):
+            key = " ".join(word.lower().split())
+            if not key:
+                raise DataError(f"{path}: {shown(name)} has an empty name")
+            if owner.setdefault(key, name) != name:
+                raise DataError(f"{path}: {shown(word)} stands for both {shown(owner[key])} and {shown(name)}")
+        words[name] = tuple(others)
+    return words
