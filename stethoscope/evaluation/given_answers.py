@@ -33,6 +33,7 @@ OWN_DIFFERENCE = 0.1
 """Largest mean difference (nats) between logged log-probabilities and the model's, for sampled answers of its own."""
 NOT_OWN = "these answers were not written by this model"
 
+_COCO_IMAGE = re.compile(r"(?:COCO_\w+_)?0*(\d+)(?:\.(?:jpg|png))?")
 _TAG = re.compile(r"<[^<>\s]{1,40}>")  # special tokens and image placeholders, which engines write in their own ways
 
 
@@ -144,21 +145,35 @@ class Scheme(NamedTuple):
 def _schemes(log: AnswerLog, samples: Sequence[Sample]) -> Iterator[Scheme]:
     """List the ways in which answers of a log are found: by the sample's id, or else by the benchmark's own or by row.
 
-    The own id is what the benchmark calls a question: ids of samples begin with the subset.
+    The own id is what the benchmark calls a question: ids of samples begin with the subset. CHAIR's is COCO's number.
     """
     ids = {sample.id: [sample] for sample in samples}
     own: dict[str, list[Sample]] = {}
     rows: dict[int, list[Sample]] = {}
     for index, sample in enumerate(samples):
-        own.setdefault(sample.id.removeprefix(f"{sample.subset}-"), []).append(sample)
+        own.setdefault(_short_id(sample.id.removeprefix(f"{sample.subset}-")), []).append(sample)
         rows.setdefault(index if sample.image.row is None else sample.image.row, []).append(sample)
-    by_id, by_own = Scheme(ids, _id, False), Scheme(own, _id, False)
+    by_id, by_own = Scheme(ids, _id, False), Scheme(own, _own_id, False)
     schemes = [by_id] if any(answer.id in ids for answer in log.answers) else [by_own, Scheme(rows, _row, True)]
     return (scheme for scheme in schemes if any(scheme.key(answer) in scheme.samples for answer in log.answers))
 
 
 def _id(answer: LoggedAnswer) -> str | None:
     return answer.id
+
+
+def _own_id(answer: LoggedAnswer) -> str | None:
+    return None if answer.id is None else _short_id(answer.id)
+
+
+def _short_id(id_: str) -> str:
+    """Return COCO's number where an id is the name of one of its images.
+
+    >>> _short_id("COCO_val2014_000000000042.jpg"), _short_id("000000000042"), _short_id("42"), _short_id("a-42")
+    ('42', '42', '42', 'a-42')
+    """
+    number = _COCO_IMAGE.fullmatch(id_)
+    return number[1] if number else id_
 
 
 def _row(answer: LoggedAnswer) -> int | None:

@@ -66,6 +66,12 @@ def test_ids_are_joined_and_what_is_missing_is_counted():
     assert joined.counts == {"samples": 4, "missing": 2, "failed": 1, "unmatched": 1}
 
 
+def test_captions_of_coco_are_joined_by_the_number_of_the_image():
+    samples = [sample(f"COCO_val2014_{n:012d}", "Describe.") for n in (42, 1042)]
+    joined = join([LoggedAnswer("A", "1042"), LoggedAnswer("B", "COCO_val2014_000000000042.jpg")], samples)
+    assert {id_[-4:]: answer.text for id_, answer in joined.answers.items()} == {"1042": "A", "0042": "B"}
+
+
 def test_notes_of_the_reader_are_told():
     given = JoinedAnswers.join(
         log(LoggedAnswer("A", "s1"), notes=("2 further answers are left out",)), [sample()], "pope"
