@@ -25,7 +25,7 @@ class Adapter(ABC):
 
     Attributes:
         name: how the model is called in tables and run directories.
-        mitigates: whether ``generate`` applies the mitigation of the settings, see ``check_mitigation``.
+        mitigates: whether ``generate`` applies mitigations that change the scores of tokens, see ``check_mitigation``.
         has_model: whether there is a model that reads pictures and answers; without one, given texts are only scored.
     """
 
@@ -71,7 +71,8 @@ class Adapter(ABC):
         Raises:
             CapabilityError: it cannot.
         """
-        if generation.mitigation is not None and not self.mitigates:
+        changes_scores = hasattr(generation.mitigation, "processors")  # other methods need no access to decoding
+        if generation.mitigation is not None and changes_scores and not self.mitigates:
             raise CapabilityError(
                 f"mitigation={generation.mitigation.name} changes how {self.name} writes its answers, to which its "
                 "adapter gives no access; set mitigation=none"

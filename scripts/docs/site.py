@@ -143,7 +143,7 @@ def published_table() -> str:
         if features.score:
             kind += f", high values mean {FEATURES[features.score].higher_means}"
         facts = status[name.removeprefix("paper/")]
-        known = (facts.get("paper", "not stated"), facts["checked"], facts["differs"])
+        known = (facts.get("paper", "not stated"), facts["ours"], facts["checked"], facts["differs"])
         rows.append((f"`{name}`", title(path), kind, features.cost, *known))
     head = [
         "set",
@@ -151,6 +151,7 @@ def published_table() -> str:
         "used as",
         "cost",
         "the paper's own figure",
+        "embedded model",
         "compared with",
         "what differs from the paper",
     ]

@@ -141,6 +141,9 @@ class MitigationMethod(Protocol):
     def check(self, generation: Generation) -> None:
         """Check that the method goes with other settings of generation."""
 
+    def identity(self, adapter: Any) -> dict[str, Any]:
+        """Return settings that identify the method otherwise than by their values."""
+
 
 @dataclass(frozen=True)
 class Generation:

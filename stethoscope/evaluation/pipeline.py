@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+    from stethoscope.evaluation.edit_answers import AnswerEditor, EditedAnswer
     from stethoscope.evaluation.session import RunSession
+    from stethoscope.mitigation.answers import Drop
     from stethoscope.storage.logged_answers import LoggedAnswer
     from stethoscope.tracing.trace import Encoded, Trace
 
@@ -75,6 +77,7 @@ class SampleState:
     prompt_sha256: str = ""
     image_sha256: str = ""
     picture: str = ""  # profile of its pixels
+    edit: Mapping[str, Any] = field(default_factory=dict)  # of the answer by a mitigation
     error: Exception | None = None
     given: Mapping[str, Any] = field(default_factory=dict)  # how a given answer was read
     recorded: Record | None = None  # of an answer that is only traced; its record survives any error
@@ -116,6 +119,7 @@ class SampleState:
             prompt_sha256=self.prompt_sha256,
             image_sha256=self.image_sha256,
             given=self.given,
+            edit=self.edit,
             seconds=self.seconds,
             asks=sample.asks,
         )
@@ -137,6 +141,8 @@ class SamplePipeline:
         self._requires = frozenset[str]() if self.features is None else self.features.requires
         self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
+        self._edits = hasattr(self.generation.mitigation, "unwanted")  # a mitigation of finished answers
+        self._editor: AnswerEditor | None = None
         self._has_read_ids = False  # of a log, so that they are of this model's tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
@@ -144,7 +150,9 @@ class SamplePipeline:
         finished: list[SampleState] = []
         try:
             self._batch = states = [self._encode(sample) for sample in samples]
-            self._generate([state for state in states if state.error is None and state.answer is None])
+            unanswered = [state for state in states if state.error is None and state.answer is None]
+            self._generate(unanswered)
+            self._edit([state for state in unanswered if state.answer is not None and not state.given])
             for start in range(0, len(states), TRACE_BATCH):
                 chunk = states[start : start + TRACE_BATCH]
                 for state in chunk:
@@ -181,7 +189,7 @@ class SamplePipeline:
                 changes = ["prompt"]
             if record is not None and not changes:
                 state.answer, state.score, state.mentions = record.answer, record.score, record.mentions
-                state.given = record.given
+                state.given, state.edit = record.given, record.edit
             elif state.recorded is not None:
                 raise SampleChanged(CHANGED + ", ".join(changes))
         if record is not None and state.answer is not None:
@@ -230,12 +238,32 @@ class SamplePipeline:
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
         prompts = [state.inputs for state in states]
-        if self.features is None or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
+        traced = self.features is not None or self._edits
+        if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
         for state, encoded in zip(states, prompts, strict=True):
             state.encoded = encoded
         return answers
+
+    def _edit(self, states: Sequence[SampleState]) -> None:
+        """Edit generated answers, where the mitigation does so."""
+        if not self._edits or not states:
+            return
+        for start in range(0, len(states), TRACE_BATCH):
+            chunk = states[start : start + TRACE_BATCH]
+            for state, edited in zip(chunk, self._in_batches(chunk, "edit", self._edit_batch), strict=True):
+                if edited is not None:
+                    state.answer, state.edit = edited
+
+    def _edit_batch(self, states: Sequence[SampleState]) -> Sequence[EditedAnswer]:
+        if self._editor is None:
+            from stethoscope.evaluation.edit_answers import AnswerEditor
+
+            method = cast("Drop", self.generation.mitigation)
+            self._editor = AnswerEditor(self.run.adapter, self.run.task, method, self.generation)
+        answers = [state.given_answer for state in states]
+        return self._editor([state.sample for state in states], [state.inputs for state in states], answers)
 
     def _in_batches(
         self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
@@ -12,6 +12,7 @@ from stethoscope.core.types import Generation
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
 
+    from stethoscope.adapters.base import Adapter
     from stethoscope.adapters.hf import HfAdapter
     from stethoscope.tracing.trace import Encoded
 
@@ -37,6 +38,14 @@ class Mitigation(ABC):
         Raises:
             ConfigError: it does not.
         """
+
+    def identity(self, adapter: Adapter) -> dict[str, Any]:
+        """Return settings that identify the method otherwise than by their values, such as files by their contents.
+
+        Args:
+            adapter: the model, after ``setup``.
+        """
+        return {}
 
 
 class DecodingMitigation(Mitigation):

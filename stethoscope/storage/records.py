@@ -55,6 +55,8 @@ class Record:
         tokens: number of rows in the token table.
         part: file in ``tokens/`` with these rows; empty once they are in ``tokens.parquet``.
         asks: as in the sample; the line of a question leaves it out.
+        edit: how a mitigation has edited the answer (``mitigation.answers.edit_record``): the text as it was, its
+            mentions with their probabilities, and what was removed; empty, and left out, where nothing was.
     """
 
     task: str
@@ -78,6 +80,7 @@ class Record:
     tokens: int = 0
     part: str = ""
     asks: str = "question"
+    edit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def truncated(self) -> bool:
@@ -94,7 +97,7 @@ class Record:
             "mentions": [vars(mention) for mention in self.mentions],
             "seconds": {stage: round(value, 6) for stage, value in self.seconds.items()},
         }
-        for key in ("part", "given"):
+        for key in ("part", "given", "edit"):
             if not values[key]:
                 del values[key]
         if self.asks == "question":
@@ -111,7 +114,8 @@ class Record:
         try:
             record = cls(**{**values, **_decode_parts(values)})
             wrong = [name for name in _TEXT_FIELDS if not isinstance(getattr(record, name), str)]
-            wrong += [name for name in ("reference", "given", "seconds") if not isinstance(getattr(record, name), dict)]
+            plain = ("reference", "given", "edit", "seconds")
+            wrong += [name for name in plain if not isinstance(getattr(record, name), dict)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is of another type")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -62,7 +62,7 @@ def answer_fingerprint(
     decoding = {key: value for key, value in jsonable(generation).items() if key != "mitigation"}
     method = generation.mitigation
     if method is not None:
-        settings = jsonable(method)
+        settings = {**jsonable(method), **method.identity(adapter)}
         decoding["mitigation"] = {"name": method.name, "settings": settings, "code": source_digest(type(method))}
     if not generation.do_sample:
         decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}

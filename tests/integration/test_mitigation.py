@@ -10,7 +10,9 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.mitigation.decoding import FirstLogitBoosting, NoiseContrast
+from stethoscope.testbed import DETECTOR_DIR
 
+THRESHOLD = json.loads((DETECTOR_DIR / "manifest.json").read_text())["threshold"]["value"]
 RUN = ["task=chair", "task.scenes=12", "callbacks=none", "logger=none"]
 
 
@@ -44,6 +46,50 @@ def test_answers_are_those_of_the_adapter(stethoscope, tmp_path):
     answers = adapter.generate(prompts, Generation(max_new_tokens=512, mitigation=method))
     by_id = {record["sample_id"]: record["answer"]["text"] for record in records(tmp_path / "runs/flb")}
     assert sorted(by_id.values()) == sorted(answer.text for answer in answers)
+
+
+@pytest.mark.parametrize(("method", "fewest", "share"), [("drop", 8, 0.6), ("ask", 4, 0.9)])
+def test_finished_answers_are_edited(stethoscope, tmp_path, method, fewest, share):
+    stethoscope("evaluate", *RUN, "task.scenes=40", f"mitigation={method}", "name=edited", code=0)
+    stethoscope("evaluate", *RUN, "task.scenes=40", "name=plain", code=0)
+    plain = {record["sample_id"]: record for record in records(tmp_path / "runs/plain")}
+    edited = records(tmp_path / "runs/edited")
+    changed = [record for record in edited if "edit" in record]
+    assert fewest <= len(changed) < 40
+    for record in edited:
+        written = plain[record["sample_id"]]["answer"]["text"]
+        if "edit" not in record:
+            assert record["answer"]["text"] == written
+            continue
+        edit = record["edit"]
+        assert edit["text"] == written
+        gone = {index for part in edit["removed"] for index in part["mentions"]}
+        assert any(edit["mentions"][index]["probability"] >= THRESHOLD for index in gone)
+        kept = [mention["object"] for index, mention in enumerate(edit["mentions"]) if index not in gone]
+        assert [mention["object"] for mention in record["mentions"]] == kept
+    figures = [
+        {
+            row["metric"]: row["value"]
+            for row in json.loads((tmp_path / f"runs/{name}/metrics.json").read_text())["chair"]["metrics"]
+        }
+        for name in ("plain", "edited")
+    ]
+    assert figures[1]["chair_i"] < share * figures[0]["chair_i"]
+    assert figures[1]["recall"] > figures[0]["recall"] - 0.06
+    stethoscope("extract", "run=runs/edited", "features=fast", code=0)
+    assert "other settings" in stethoscope("evaluate", *RUN, "task.scenes=40", "name=edited")
+
+
+def test_a_yes_or_no_is_not_edited(stethoscope, tmp_path):
+    words = ["task=pope", "task.scenes=4", "callbacks=none", "logger=none", "limit=24"]
+    stethoscope("evaluate", *words, "mitigation=drop", "name=edited", code=0)
+    assert not any("edit" in record for record in records(tmp_path / "runs/edited"))
+
+
+def test_a_detector_is_needed(stethoscope):
+    tiny = ["model=hf", "model.random_init=tiny", "mitigation=drop"]
+    assert "mitigation=drop needs a detector of tiny-llava" in stethoscope("evaluate", *RUN, *tiny)
+    assert "nowhere is no directory" in stethoscope("evaluate", *RUN, *tiny, "mitigation.detector=nowhere")
 
 
 @pytest.mark.parametrize(
