@@ -292,17 +292,17 @@ def test_answers_are_generated_once(call, tmp_path, monkeypatch):
         return real(self, encoded, generation)
 
     monkeypatch.setattr(HfAdapter, "generate", counted)
-    words = ("task=chair", "task.scenes=6", "callbacks=none", "logger=none", "name=study")
+    words = ("task=chair", "task.scenes=10", "callbacks=none", "logger=none", "name=study")
     code, _, err = call("evaluate", "--multirun", "seed=0,1", *words)
     assert code == 0, err
-    assert sum(asked) == 6
-    assert "6 answers to chair are those of another job" in err
+    assert sum(asked) == 10
+    assert "10 answers to chair are those of another job" in err
     jobs = [RunStore(tmp_path / "runs" / "study" / f"seed={seed}") for seed in (0, 1)]
     assert _told(jobs[0], "chair") == _told(jobs[1], "chair")
     assert jobs[0].metrics()["chair"]["counts"] == jobs[1].metrics()["chair"]["counts"]
     code, _, err = call("evaluate", "--multirun", "generation=greedy,sample", *words)
     assert code == 0, err
-    assert sum(asked) == 12  # greedy ones are there, sampled ones are not
+    assert sum(asked) == 20  # greedy ones are there, sampled ones are not
     (gap,) = _jobs(tmp_path / "runs" / "study")[1]["above_first"].values()
     assert gap["low"] <= gap["value"] <= gap["high"]
 
