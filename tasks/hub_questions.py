@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +18,14 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import SUFFIXES
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
 from stethoscope.tasks import choice, yes_no
-from stethoscope.tasks.annotations import clipped, shown, with_suffix
-from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import YES_NO_METRICS, confusion, ratio
-from stethoscope.tasks.sources import HubSource, SourceRow, check_choice, check_positive
+from stethoscope.tasks.annotations import shown, with_suffix
+from stethoscope.tasks.base import Totals
+from stethoscope.tasks.counts import YES_NO_METRICS
+from stethoscope.tasks.questions import ACCURACY, ALL, QuestionTask, YesNoTask, question_text, share
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_positive
 
 
-class HubQuestions(Task):
+class HubQuestions(QuestionTask):
     """Questions of a data set with an image, a label and perhaps a subset in columns of any name.
 
     Every figure is given for all questions together, and for every subset.
@@ -71,27 +72,9 @@ class HubQuestions(Task):
         self.name, self.parser, self.suffix, self.max_new_tokens = str(name), parser, suffix, max_new_tokens
         self.columns = {key: column for key, column in columns.items() if column}
         self.hub = HubSource(dataset, split, revision, local_files_only, folder, self.columns["image"])
-        self._samples: list[Sample] = []
+        super().__init__(DataSource(self.name, "hub", {"hub": self._read_hub}))
 
-    def setup(self) -> None:
-        """Read the questions; pictures are read when they are needed.
-
-        Raises:
-            DataError: the data set cannot be loaded, lacks a column, or a row is broken; the message names the row.
-        """
-        if self._samples:
-            return
-        samples: dict[str, Sample] = {}
-        for row in self._rows():
-            sample = self._sample(row)
-            if sample.id in samples:
-                raise DataError(
-                    f"{row.origin}: id {clipped(sample.id)} is used before; rows without one have their number"
-                )
-            samples[sample.id] = sample
-        self._samples = list(samples.values())
-
-    def _rows(self) -> Iterator[SourceRow]:
+    def _read_hub(self) -> Iterator[SourceRow]:
         group = self.columns.get("group")
         wanted = dict.fromkeys(column for key, column in self.columns.items() if key != "image")
         yield from self.hub.rows((*wanted, *self._more_columns()), (lambda row: str(row[group])) if group else None)
@@ -99,47 +82,28 @@ class HubQuestions(Task):
     def _more_columns(self) -> Sequence[str]:
         return ()
 
-    def _sample(self, row: SourceRow) -> Sample:
+    def read_row(self, row: SourceRow) -> Iterator[Sample]:
         """Make the sample of a row of the data set."""
         values = {key: row.values[column] for key, column in self.columns.items() if key != "image"}
-        question, subset = values["question"], values.get("subset", "all")
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{row.origin}: {shown(question)} is no question")
+        question, subset = question_text(values["question"], row.origin), values.get("subset", ALL)
         if subset is None or not str(subset).strip():
             raise DataError(f"{row.origin}: {self.columns['subset']} {shown(subset)} is no subset")
-        text, reference = self._ask(question.strip(), values["label"], row)
-        if values.get("object"):
-            reference["object"] = str(values["object"])
-        return Sample(
+        text, reference = self._ask(question, values["label"], row)
+        yield Sample(
             id=str(values.get("id", row.origin.rpartition(" ")[2])),
             image=row.image,
             question=with_suffix(text, self.suffix),
             group=row.image.group if Path(row.image.name).suffix.lower() in SUFFIXES else row.image.name,
             subset=str(subset).strip(),
-            reference=reference,
+            reference={**reference, "object": str(values.get("object") or UNKNOWN)},
         )
 
     @abstractmethod
     def _ask(self, question: str, label: Any, row: SourceRow) -> tuple[str, dict[str, Any]]:
         """Return the question as it is asked, and the reference of the sample."""
 
-    def samples(self) -> Sequence[Sample]:
-        """Return the questions in the order of the data set."""
-        return self._samples
 
-    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
-        """Total every sample under ``all``, and under its subset where the data set has some."""
-        rows = [Tally(sample.group, "all", counts) for sample, counts in scored]
-        return rows + [
-            Tally(sample.group, sample.subset, counts) for sample, counts in scored if sample.subset != "all"
-        ]
-
-    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
-        """Name the parser."""
-        return [f"Replies are read by the parser {self.parser!r}."]
-
-
-class HubYesNo(HubQuestions):
+class HubYesNo(HubQuestions, YesNoTask):
     """Yes/no questions of a data set."""
 
     primary = "f1"
@@ -185,17 +149,6 @@ class HubYesNo(HubQuestions):
                 f"{row.origin}: {self.columns['label']} {shown(label)} is neither {labels} (task.positive, negative)"
             )
         return question, {"label": self._labels[_plain(label)]}
-
-    def score(self, sample: Sample, answer: Answer) -> Score:
-        """Count the answer as a true or false yes or no; ``unparsed`` if the parser reads neither."""
-        reply, label = self.parsers[self.parser](answer.text), sample.reference["label"]
-        counts = confusion(reply, label, positive="yes")
-        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
-
-    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
-        """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
-        reply, asked = self.parsers[self.parser](answer.text), sample.reference.get("object", UNKNOWN)
-        return yes_no.claim(answer.text, reply, sample.reference["label"], asked)
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return accuracy, balanced accuracy and the other shares of the confusion matrix, from 0 to 1."""
@@ -253,8 +206,10 @@ class HubChoice(HubQuestions):
         """Return the options of a row, none if they are part of its question."""
         if self.options is None:
             return []
-        several = not isinstance(self.options, str)
-        cells = [row.values[column] for column in self.options] if several else row.values[self.options]
+        if isinstance(self.options, str):
+            cells = row.values[self.options]
+        else:
+            cells = [row.values[column] for column in self.options]
         if not isinstance(cells, list):
             raise DataError(f"{row.origin}: {self.options} {shown(cells)} is no list of options")
         texts = [str(cell).strip() for cell in cells if cell is not None and str(cell).strip()]
@@ -281,19 +236,19 @@ class HubChoice(HubQuestions):
             f"number from 0 to {len(options) - 1}, or the text of an option"
         )
 
-    def _read(self, sample: Sample, answer: Answer) -> str | None:
+    def reply(self, sample: Sample, text: str) -> str | None:
+        """Read a letter by the chosen parser."""
         options = sample.reference["options"] or dict.fromkeys(self.letters, "")
-        return self.parsers[self.parser](answer.text, options)
+        return self.parsers[self.parser](text, options)
 
     def score(self, sample: Sample, answer: Answer) -> Score:
-        """Count the letter that was read; ``unparsed`` if none was."""
-        reply, label = self._read(sample, answer), sample.reference["label"]
-        counts = choice.reply_counts(reply, label, self.letters)
-        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+        """Count the answer as right or wrong, and the letter that was read; ``unparsed`` if none was."""
+        score = super().score(sample, answer)
+        return replace(score, counts=choice.reply_counts(**score.detail, letters=self.letters))
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the chosen letter as a mention of its option, hallucinated if another one is right."""
-        reply = self._read(sample, answer)
+        reply = self.reply(sample, answer.text)
         return choice.claim(answer.text, reply, sample.reference["label"], sample.reference["options"])
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
@@ -301,15 +256,7 @@ class HubChoice(HubQuestions):
 
         ``accuracy`` is over the answers that could be read, ``accuracy_published`` over all.
         """
-        return {
-            "accuracy": lambda totals: ratio(totals["right"], totals["read"]),
-            "accuracy_published": lambda totals: ratio(totals["right"], totals["asked"]),
-            **{f"chose_{letter}": partial(_share_of_read, f"chose_{letter}") for letter in self.letters},
-        }
-
-
-def _share_of_read(name: str, totals: Totals) -> np.ndarray:
-    return ratio(totals[name], totals["read"])
+        return {**ACCURACY, **{f"chose_{letter}": share(f"chose_{letter}", "read") for letter in self.letters}}
 
 
 def _plain(label: Any) -> str:

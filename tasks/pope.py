@@ -153,7 +153,10 @@ class Pope(Task):
             "pope",
             source,
             {"testbed": self._read_testbed, "files": self._read_files, "hub": self._read_hub},
-            {"questions": (questions, f"a folder with {filename}"), "images": (images, "a folder of images")},
+            {
+                "questions": (questions, f"a folder with {filename}"),
+                "images": (str(images or ""), "a folder of images"),
+            },
         )
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")

@@ -1,9 +1,9 @@
 """Ask questions with one right reply each, alone or in sets of which every reply must be right.
 
-What DASH-B, NaturalBench, MMVP, BEAF, PhD and HumbleBench share: a subclass makes samples of the rows of its source and
-says how an answer is read; here rows are checked, answers counted, claims labelled and sets put together. Figures with
-the plain name are over the answers that could be read; those called ``published`` follow the authors and take an
-answer that cannot be read for a wrong one.
+What DASH-B, NaturalBench, MMVP, BEAF, PhD, HumbleBench and data sets described by configuration share: a subclass
+makes samples of the rows of its source and says how an answer is read; here rows are checked, answers counted, claims
+labelled and sets put together. Figures with the plain name are over the answers that could be read; those called
+``published`` follow the authors and take an answer that cannot be read for a wrong one.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class QuestionTask(Task):
 
     def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
         """Total every sample under its subset and ``all``; the first of a complete set carries the set's counts too."""
-        self.setup()  # the task of a finished run has read nothing yet
+        if self.sets:
+            self.setup()  # the task of a finished run has read nothing yet
         counts = [dict(own) for _, own in scored]
         for name, fields in self.sets.items():
             for indices in complete_sets(scored, self.samples(), key=partial(_set_key, fields=fields)):
