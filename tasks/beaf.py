@@ -65,6 +65,7 @@ class Beaf(YesNoTask):
         suffix: str = "",
         scenes: int = 300,
         edits: int = 2,
+        scene_seed: int | None = None,
         file: str | None = None,
         images: str | None = None,
     ) -> None:
@@ -77,13 +78,16 @@ class Beaf(YesNoTask):
         super().__init__(DataSource("beaf", source, {"testbed": self._read_testbed, "files": self._read_files}, paths))
         check_choice("parser of beaf", parser, PARSERS)
         check_positive(scenes=scenes, edits=edits)
-        self.source, self.parser, self.suffix, self.scenes, self.edits = source, parser, suffix, scenes, edits
+        self.source, self.parser, self.suffix = source, parser, suffix
+        self.scenes, self.edits, self.scene_seed = scenes, edits, scene_seed
         self.file, self.images = file, images
 
     def _read_testbed(self) -> Iterator[SourceRow]:
         from stethoscope import testbed  # imports the renderer, which only this source needs
+        from stethoscope.testbed.dataset import EVALUATION_SEED
 
-        scenes = testbed.scenes(self.scenes)
+        seed = EVALUATION_SEED if self.scene_seed is None else self.scene_seed
+        scenes = testbed.scenes(self.scenes, seed=seed)
         rows, edited = testbed.removal_questions(scenes, self.edits)
         images = {name: ImageRef(name, scene.image) for name, scene in edited.items()}
         for row in rows:
@@ -137,16 +141,16 @@ class Beaf(YesNoTask):
 
     def add_counts(self, scored: Sequence[ScoredSample], counts: list[dict[str, float]]) -> None:
         """Count for every question about an edited picture how the answer has changed."""
-        for before, after in pairs(scored):
-            outcomes = [_outcome(scored[index][1]) for index in (before, after)]
-            labels = [scored[index][0].reference["label"] for index in (before, after)]
-            if None in outcomes:
+        for first, second in pairs(scored):
+            before, after = (_outcome(scored[index][1]) for index in (first, second))
+            labels = [scored[index][0].reference["label"] for index in (first, second)]
+            if before is None or after is None:
                 continue
-            if not scored[after][0].reference["removed"]:
-                correct = [outcome in ("tp", "tn") for outcome in outcomes]
-                counts[after] |= {"kept": 1.0, "undecided": float(correct[0] != correct[1])}
+            if not scored[second][0].reference["removed"]:
+                undecided = (before in ("tp", "tn")) != (after in ("tp", "tn"))
+                counts[second] |= {"kept": 1.0, "undecided": float(undecided)}
             elif labels == ["yes", "no"]:  # not one of another edit, which is still there
-                counts[after] |= {"removed": 1.0, OUTCOMES[outcomes[0], outcomes[1]]: 1.0}
+                counts[second] |= {"removed": 1.0, OUTCOMES[before, after]: 1.0}
 
     def metrics(self) -> Mapping[str, Metric]:
         """Return BEAF's figures of change and the usual ones, from 0 to 1 (the paper gives them in percent)."""

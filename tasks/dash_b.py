@@ -104,12 +104,13 @@ class DashB(YesNoTask):
         question = question_text(values["question"], row.origin)
         if self.question is not None:
             question = self.question.replace("{object}", values["object"])
+        label = label_text(values["label"], row.origin)
         yield Sample(
             id=values["id"],
             image=row.image,
             question=question,
-            group=PurePath(values["image"]).stem,  # a picture can be there for several objects
-            reference={"label": label_text(values["label"], row.origin), "object": values["object"]},
+            group=f"{label} {values['object']} {PurePath(values['image']).stem}",  # objects use the same file names
+            reference={"label": label, "object": values["object"]},
         )
 
     def metrics(self) -> Mapping[str, Metric]:
