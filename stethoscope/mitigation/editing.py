@@ -257,12 +257,12 @@ def _tail(text: str, sentence: _Sentence, spans: Sequence[Span], left: set[int])
     body = text[sentence.start : sentence.end]
     starts = [match.start() for pattern in (_TAIL, _AND_TAIL) for match in pattern.finditer(body)]
     for start in sorted(starts, reverse=True):
-        head, at = body[:start], sentence.start + start
-        others = [index for index in sentence.mentions if index not in left and spans[index][0] >= at]
-        if at >= first or others or len(head.split()) < 3:
+        head, begin = body[:start], sentence.start + start
+        others = [index for index in sentence.mentions if index not in left and spans[index][0] >= begin]
+        if begin >= first or others or len(head.split()) < 3:
             continue
         if not body.startswith(",", start) and _TAKES_WITH.search(head):
             continue
-        if any(index not in left for index in sentence.mentions if spans[index][0] < at):
-            return at
+        if any(index not in left for index in sentence.mentions if spans[index][0] < begin):
+            return begin
     return None
