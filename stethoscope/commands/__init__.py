@@ -8,6 +8,7 @@ HYDRA_COMMANDS = {
     "diagnose": "one picture, one question: the answer with its warnings, and what every token was written from",
     "app": "a page on which one asks, looks at every word of the answer, and goes through finished runs",
     "train": "fit, calibrate and judge a detector on the features of a run",
+    "export": "a finished run for Every Eval Ever, the hub or inspect's viewer, or as a data set",
 }
 PLAIN_COMMANDS = {
     "judge": "captions of any model: the probability that each object they name is invented, from the text alone",

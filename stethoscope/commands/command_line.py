@@ -15,14 +15,15 @@ from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.text import redact_override, visible
 
-TEXTS = {"question", "answer", "suffix", "prompt", "system", "description", "subset", "auth"}
+TEXTS = {"question", "answer", "suffix", "prompt", "system", "description", "subset", "auth", "organization",
+         "url"}  # fmt: skip
 """Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
     "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
-    "tower_revision", "uri", "extraction", "warn",
+    "tower_revision", "push", "uri", "extraction", "warn",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""

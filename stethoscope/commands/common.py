@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from stethoscope.commands.command_line import unquoted
 from stethoscope.core.component import TARGET, build
-from stethoscope.core.errors import ConfigError, DataError, unknown
+from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
 from stethoscope.evaluation.callbacks import Callback
+from stethoscope.storage.run_dir import RunStore, saved_task
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.types import Generation
+    from stethoscope.core.types import Generation, Sample
     from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
     from stethoscope.loggers.base import Loggers
     from stethoscope.storage.logged_answers import AnswerLog
+    from stethoscope.storage.records import Record
     from stethoscope.tasks.base import Task
 
 
@@ -239,8 +245,6 @@ def report_failures(results: Sequence[TaskResults], folder: Path) -> None:
     Raises:
         DataError: some samples failed; the message names the first.
     """
-    from stethoscope.storage.run_dir import RunStore
-
     failed = sum(result.counts["failed"] for result in results)
     if not failed:
         return
@@ -283,6 +287,37 @@ def package_names(text: str) -> list[str]:
     (['mine', 'yours'], ['mine'], [])
     """
     return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+
+
+def picture_loader(store: RunStore, plugins: Sequence[str], missing: str) -> Callable[[Record], Image | None]:
+    """Return a loader of the pictures of a run's samples from their source.
+
+    Args:
+        store: the run.
+        plugins: packages besides our own that its tasks may come from.
+        missing: note to print where a task's pictures cannot be had any more, once for each task.
+    """
+
+    @cache
+    def samples(name: str) -> dict[str, Sample]:
+        try:
+            task = saved_task(store, name, plugins, offline=True)
+            task.setup()
+        except (StethoscopeError, ImportError) as error:
+            print(f"note: {missing}: {error}", file=sys.stderr)
+            return {}
+        return {sample.id: sample for sample in task.samples()}
+
+    def picture(record: Record) -> Image | None:
+        sample = samples(record.task).get(record.sample_id)
+        if sample is None or record.changes(sample):
+            return None
+        try:
+            return sample.image.load()
+        except StethoscopeError:
+            return None
+
+    return picture
 
 
 def fractions(config: DictConfig) -> tuple[float, float, float]:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from stethoscope.commands.common import package_names, parse
-from stethoscope.core.errors import ConfigError, StethoscopeError
-from stethoscope.storage.run_dir import saved_task
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from stethoscope.core.types import Sample
-    from stethoscope.report.examples import ImageSource
-    from stethoscope.report.run_source import RunReader
-    from stethoscope.storage.records import Record
+from stethoscope.commands.common import package_names, parse, picture_loader
+from stethoscope.core.errors import ConfigError
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 
@@ -60,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
     source = RunReader.read(Path(runs[0]))
     plugins = package_names(settings["plugins"])
-    picture = _pictures(source, plugins) if settings["pictures"] == "true" else None
+    missing = "the gallery has no pictures"
+    picture = picture_loader(source.store, plugins, missing) if settings["pictures"] == "true" else None
     with readable(source.folder):
         report = collect_report(source, int(settings["cases"]), picture)
         written = {"report.html": report.html(), "report.md": report.markdown(), "report.tex": report.latex()}
@@ -74,28 +64,3 @@ def main(arguments: Sequence[str]) -> None:
     if source.no_detector():
         print(f"note: {source.no_detector()}", file=sys.stderr)
     print("\n".join(str(folder / name) for name in written))
-
-
-def _pictures(source: RunReader, plugins: Sequence[str]) -> ImageSource:
-    """Return a loader of pictures that the run did not store, from their source; if it fails, print one note."""
-
-    @cache
-    def samples() -> dict[str, Sample]:
-        try:
-            task = saved_task(source.store, source.task, plugins, offline=True)
-            task.setup()
-        except (StethoscopeError, ImportError) as error:
-            print(f"note: the gallery has no pictures: {error}", file=sys.stderr)
-            return {}
-        return {sample.id: sample for sample in task.samples()}
-
-    def picture(record: Record) -> Image | None:
-        sample = samples().get(record.sample_id)
-        if sample is None or record.changes(sample):
-            return None
-        try:
-            return sample.image.load()
-        except StethoscopeError:
-            return None
-
-    return picture

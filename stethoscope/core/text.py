@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TextIO
@@ -214,24 +215,27 @@ def is_secret(name: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _TEXT_TOKEN_NAME.search(name)
 
 
-def redact(value: Any, environment: bool = True) -> Any:
+def redact(value: Any, environment: bool = True, text: Callable[[str], str] | None = None) -> Any:
     """Copy nested mappings and lists with secrets masked; numbers and booleans are never secrets.
 
     Args:
         value: mappings, lists, texts or any other values.
         environment: also mask the values of secret environment variables, so that the result depends on them.
+        text: what to do with texts; None for ``redact_text``.
 
     >>> redact({"hub_token": "hf_abc", "max_new_tokens": 128, "wandb": {"api_key": "x"}, "proxy": "http://me:pw@host:80"})
     {'hub_token': '***', 'max_new_tokens': 128, 'wandb': {'api_key': '***'}, 'proxy': 'http://***@host:80'}
     """
     if isinstance(value, Mapping):
         return {
-            key: MASK if is_secret(str(key)) and _is_maskable(item) else redact(item, environment)
+            key: MASK if is_secret(str(key)) and _is_maskable(item) else redact(item, environment, text)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [redact(item, environment) for item in value]
-    return redact_text(value, environment) if isinstance(value, str) else value
+        return [redact(item, environment, text) for item in value]
+    if not isinstance(value, str):
+        return value
+    return redact_text(value, environment) if text is None else text(value)
 
 
 def _is_maskable(value: Any) -> bool:
@@ -279,3 +283,34 @@ def redact_override(override: str) -> str:
     key, equals, value = override.partition("=")
     inside = re.findall(r"([\w.-]+)['\"]?\s*[:=]", value)
     return f"{key}={MASK}" if equals and any(map(is_secret, (key, *inside))) else redact_text(override)
+
+
+_PATH_WORDS = re.compile(
+    r"(?<![\w.:/~*-])(?:file://|~)?(?:/[\w.@+%=-]+){2,}/?"  # two parts at least, so that no "/" of a text is meant
+    r"|\b[A-Za-z]:\\[\w.@+%=\\-]+"
+)
+
+
+def hide_paths(text: str, known_only: bool = False) -> str:
+    r"""Shorten local paths in a text to their last part, and mask this machine's name.
+
+    Args:
+        text: of messages and settings.
+        known_only: only paths inside the home and the present folder, for texts of a data set, which may hold others.
+
+    >>> hide_paths("/data/coco/1.jpg is missing, see https://host.org/a/b"), hide_paths("yes/no and/or")
+    ('.../1.jpg is missing, see https://host.org/a/b', 'yes/no and/or')
+    """
+    if "/" in text or "\\" in text:
+        places = {os.path.expanduser("~"), os.getcwd(), os.path.realpath(os.getcwd())} - {"/", ""}
+        inside = "|".join(re.escape(known) for known in sorted(places, key=len, reverse=True))
+        text = re.sub(rf"(?:file://)?(?:{inside})(?![\w.-])[^\s'\",;:)\]]*", _last_part, text)
+        text = text if known_only else _PATH_WORDS.sub(_last_part, text)
+    name = "" if known_only else platform.node()
+    if len(name) > 2 and name != "localhost":
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", MASK, text)
+    return text
+
+
+def _last_part(match: re.Match[str]) -> str:
+    return ".../" + re.split(r"[/\\]", match[0].rstrip("/\\"))[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -168,8 +169,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     kind = f"{settings['estimator']}{', evidence x prior' if settings['factored'] else ''}, {settings['calibration']}"
     lines = [
         "---",
-        "library_name: lvlm-stethoscope",
-        "tags: [hallucination-detection, vision-language, calibration]",
+        card_header(manifest),
         "---",
         "",
         "# Hallucination detector",
@@ -198,6 +198,51 @@ def model_card(manifest: Mapping[str, Any]) -> str:
                 bounds = "–" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"
                 lines.append(f"| {title} | {figure['value']:.3f} | {bounds} |")
     return "\n".join(lines) + "\n"
+
+
+HUB_METRICS = {
+    "auroc": ("roc_auc", "AUROC"),
+    "auprc_hallucinated": ("average_precision", "AP, hallucinated"),
+    "ece": ("expected_calibration_error", "ECE"),
+}
+"""Figures of the card's ``model-index``: the hub's type of a metric, and its name."""
+
+
+def card_header(manifest: Mapping[str, Any]) -> str:
+    """Write the hub's YAML header of a card: library, base model, and ``model-index`` with the figures on test images.
+
+    Args:
+        manifest: ``Detector.manifest``.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, model = manifest.get("task") or {}, str((manifest.get("model") or {}).get("model_id") or "")
+    name = str(task.get("name") or "not known") if isinstance(task, Mapping) else "not known"
+    settings = task.get("settings") if isinstance(task, Mapping) else None
+    source = str(settings.get("source") or "") if isinstance(settings, Mapping) else ""
+    figures = manifest.get("figures") or {}
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="hallucination detection",
+            dataset_type=name,
+            dataset_name=f"{name} ({source})" if source else name,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(figures[key]["value"], 6),
+            metric_args={end: figures[key].get(end) for end in ("low", "high", "items", "groups")},
+        )
+        for key, (kind, title) in HUB_METRICS.items()
+        if figures.get(key) and figures[key]["value"] is not None
+    ]
+    data = ModelCardData(
+        library_name="lvlm-stethoscope",
+        base_model=model if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) else None,
+        tags=["hallucination-detection", "vision-language", "calibration"],
+        model_name="hallucination-detector" if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml(original_order=["library_name", "base_model", "tags", "model-index"])
 
 
 @contextmanager

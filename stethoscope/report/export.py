@@ -1,0 +1,356 @@
+"""Read a finished run for other tools: its parts as plain values without secrets, local paths or machine names."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import io
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stethoscope.core.digests import jsonable
+from stethoscope.core.errors import ArtefactError, ConfigError, unknown
+from stethoscope.core.files import read_json, read_yaml
+from stethoscope.core.text import hide_paths, redact, redact_text
+from stethoscope.core.types import Answer
+from stethoscope.storage.saved_heatmaps import HeatmapFile
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from stethoscope.evaluation.results import TaskResults
+    from stethoscope.report.run_source import RunReader
+    from stethoscope.storage.records import Record
+
+LIBRARY = "lvlm-stethoscope"
+EXPORTERS = {
+    "every_eval_ever": "the community's schema 0.3.0: a JSON file for each task, a JSON line for each sample",
+    "hub_results": ".eval_results/*.yaml for the model's repository on the hub",
+    "inspect": "a .eval log for each task, for inspect's viewer",
+    "dataset": "a data set of samples and mentions, for `datasets.load_dataset` and the hub",
+}
+"""Targets of ``stethoscope export``; each has a function in one of ``_MODULES`` that writes it."""
+_MODULES = {"every_eval_ever": "every_eval_ever", "hub_results": "hub_export", "inspect": "inspect_log",
+            "dataset": "hub_export"}  # fmt: skip
+RELATIONS = ("first_party", "third_party", "collaborative", "other")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RIGHT = ("right", "correct")
+_SHORTEST_SECRET = 8  # characters; most tokens of an answer are shorter
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of an export.
+
+    Attributes:
+        organization: who publishes the results.
+        relationship: of the publisher to the model, one of ``RELATIONS``.
+        dataset: hub id of the data set that the questions are of; None for the one that the task read, if it did.
+        url: web address where the results are described; None for none.
+        pictures: largest picture that is put into a log, in bytes; 0 for none.
+        time: seconds since 1970, the time of the export.
+
+    Raises:
+        ConfigError: a value is of another kind.
+    """
+
+    organization: str = "not stated"
+    relationship: str = "third_party"
+    dataset: str | None = None
+    url: str | None = None
+    pictures: int = 200_000
+    time: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.relationship not in RELATIONS:
+            raise ConfigError(unknown("relationship", str(self.relationship), RELATIONS))
+        if self.dataset is not None and not _HUB_ID.fullmatch(self.dataset):
+            raise ConfigError(f"dataset={self.dataset} should be a data set on the hub, owner/name")
+        if self.url is not None and not re.match(r"https?://\S+\Z", self.url):
+            raise ConfigError(f"url={self.url} should be a web address, https://...")
+        if isinstance(self.pictures, bool) or not isinstance(self.pictures, int) or self.pictures < 0:
+            raise ConfigError(f"pictures={self.pictures} should be a number of bytes, 0 or more")
+
+
+class ModelName(NamedTuple):
+    """A model as other tools name it.
+
+    Attributes:
+        id: ``owner/name``; the owner is ``local`` for a folder.
+        owner: first part of it.
+        name: second part.
+        on_hub: whether it is a repository on the hub.
+        revision: of the repository; empty where not known.
+    """
+
+    id: str
+    owner: str
+    name: str
+    on_hub: bool
+    revision: str
+
+
+class Judged(NamedTuple):
+    """The outcome of one sample.
+
+    Attributes:
+        value: from 0 to 1; for captions the share of invented mentions.
+        correct: right answer, or nothing invented.
+        metric: of the task that sums such values up.
+    """
+
+    value: float
+    correct: bool
+    metric: str
+
+
+@dataclass(frozen=True)
+class RunExport:
+    """A finished run, as it leaves this machine.
+
+    Attributes:
+        source: the run.
+        tasks: results of the tasks to export.
+        settings: of the export.
+        picture: loads the picture of a record that the run has not stored; None where it cannot be loaded.
+    """
+
+    source: RunReader
+    tasks: tuple[TaskResults, ...]
+    settings: ExportSettings = ExportSettings()
+    picture: Callable[[Record], Image | None] = field(default=lambda record: None, repr=False)
+
+    def fingerprint(self, task: str) -> dict[str, Any]:
+        """Return what identifies the answers of a task: ``adapter``, ``task``, ``generation``."""
+        return self._fingerprints[task]
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, Any]:
+        return redact(self.source.store.fingerprints())
+
+    @cached_property
+    def _config(self) -> list[Any]:
+        remedy = "delete it; the command that made the run writes it again"
+        return list(read_yaml(self.source.folder / "config.yaml", remedy, default={}).values())
+
+    def generation(self, task: str) -> dict[str, Any]:
+        """Return the settings of decoding; the longest answer is the one that was applied."""
+        chosen = self.fingerprint(task).get("generation") or {}
+        applied = chosen.get("applied") or {}
+        longest = chosen.get("max_new_tokens") or applied.get("max_new_tokens")
+        return {**{key: value for key, value in chosen.items() if key != "applied"}, "max_new_tokens": longest}
+
+    def model(self, task: str) -> ModelName:
+        """Name the model that answered a task; a folder is named by its last part."""
+        adapter = self.fingerprint(task).get("adapter") or {}
+        known, revision = str(adapter.get("model_id") or ""), str(adapter.get("revision") or "")
+        if _HUB_ID.fullmatch(known) and not known.startswith("local/"):
+            owner, _, name = known.partition("/")
+            return ModelName(known, owner, name, True, revision)
+        plain = re.sub(r"[^\w.-]+", "-", self.source.model.rpartition("/")[2]).strip(".-") or "unknown"
+        return ModelName(f"local/{plain}", "local", plain, False, revision)
+
+    def hub_dataset(self, task: str) -> tuple[str, str, str] | None:
+        """Return id, split and revision of the data set on the hub that a task read; None if it read none.
+
+        ``settings.dataset`` names it where the task read files.
+        """
+        described = self.fingerprint(task).get("task") or {}
+        configured = (node for node in self._config if isinstance(node, dict))
+        node: dict[str, Any] = next((n for n in configured if n.get("_target_") == described.get("class")), {})
+        dataset, split = str(node.get("dataset") or ""), str(node.get("split") or "")
+        if self.settings.dataset:
+            return self.settings.dataset, "", ""
+        if node.get("source") != "hub" or not _HUB_ID.fullmatch(dataset) or Path(dataset).expanduser().exists():
+            return None
+        return dataset, split, str(node.get("revision") or "")
+
+    def parser(self, task: str) -> str:
+        """Name the rule by which replies of a task are read; empty where it has none to choose."""
+        return str(((self.fingerprint(task).get("task") or {}).get("settings") or {}).get("parser") or "")
+
+    def labeller(self, task: str) -> str:
+        """Return name and version of a task, such as ``chair/1``."""
+        described = self.fingerprint(task).get("task") or {}
+        return f"{described.get('name', task)}/{described.get('version', '?')}"
+
+    @cached_property
+    def packages(self) -> dict[str, str]:
+        """Versions of the packages that the run was made with."""
+        remedy = "delete it; the command that made the run writes it again"
+        versions = read_json(self.source.folder / "environment.json", remedy, default={}).get("packages") or {}
+        return {str(name): str(number) for name, number in versions.items() if number}
+
+    def records(self, task: str) -> Iterator[Record]:
+        """Yield the records of a task as they may leave the machine.
+
+        An answer in which something had to be masked comes without tokens and mentions, which would give it away.
+        """
+        for record in self.source.store.records(task):
+            answer, score, mentions = record.answer, record.score, record.mentions
+            if answer is not None and clean(answer.text) != answer.text:
+                answer, mentions = Answer(clean(answer.text), (), (), (), answer.finished), ()
+            if score is not None:
+                score = replace(score, detail=redact(score.detail, text=clean_text))
+            yield replace(
+                record,
+                answer=answer,
+                score=score,
+                mentions=mentions,
+                reference=redact(record.reference, text=clean_text),
+                error=hide_paths(record.error),
+                untraced=hide_paths(record.untraced),
+            )
+
+    def warnings(self, task: str) -> dict[str, list[dict[str, Any]]]:
+        """Return what a detector said of the mentions of a task, by sample; ``start`` is that of the first token."""
+        if self.source.task != task:
+            return {}
+        by_sample: dict[str, list[dict[str, Any]]] = {}
+        for row in self.source.warnings.to_dict("records"):
+            kept = ("object", "start", "end", "label", "probability", "warned", "fold")
+            by_sample.setdefault(str(row["sample_id"]), []).append({str(key): row[key] for key in kept})
+        return by_sample
+
+    @cached_property
+    def _media(self) -> HeatmapFile:
+        return HeatmapFile(self.source.folder)
+
+    def data_uri(self, record: Record) -> str:
+        """Return the picture of a record as a data URI; empty where there is none, or none that is small enough."""
+        limit = self.settings.pictures
+        if not limit:
+            return ""
+        image = self.picture(record)
+        if image is None:
+            media = self._media.find(record)
+            if media is None or media.picture is None:
+                return ""
+            image = media.picture
+        for kind, options in (("png", {}), ("jpeg", {"quality": 90}), ("jpeg", {"quality": 60})):
+            buffer = io.BytesIO()
+            image.save(buffer, kind.upper(), **options)
+            if buffer.tell() <= limit:
+                return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return ""
+
+    def identifier(self, task: str, purpose: str) -> str:
+        """Return a UUID (version 4 in form) that is the same for the same answers of the same model."""
+        digest = hashlib.sha256(f"{purpose}\n{task}\n".encode())
+        digest.update(json.dumps(self.fingerprint(task), sort_keys=True).encode())
+        for record in self.source.store.records(task):
+            digest.update(
+                f"{record.sample_id}\0{record.answer.text if record.answer else ''}\0".encode(errors="replace")
+            )
+        return str(uuid.UUID(bytes=digest.digest()[:16], version=4))
+
+
+def judge(record: Record, metrics: Sequence[str]) -> Judged | None:
+    """Return the outcome of one sample by the counts of its score; None if its task judges no single answer.
+
+    Args:
+        record: of an answer; ``unparsed`` and failed ones have no outcome.
+        metrics: names of the task's metrics.
+    """
+    if record.score is None or record.status != "ok":
+        return None
+    counts = record.score.counts
+    accuracy = next((name for name in ("accuracy", "aAcc", "Acc") if name in metrics), "")
+    if sum(counts.get(name, 0) for name in ("tp", "fp", "tn", "fn")):
+        right = counts.get("tp", 0) + counts.get("tn", 0)
+        return Judged(float(right), bool(right), accuracy)
+    if counts.get("mentions") is not None and "hallucinated" in counts and counts.get("captions"):
+        share = counts["hallucinated"] / counts["mentions"] if counts["mentions"] else 0.0
+        return Judged(float(share), not counts["hallucinated"], "chair_i" if "chair_i" in metrics else "")
+    right_name = next((name for name in _RIGHT if name in counts), None)
+    if right_name is not None:
+        return Judged(float(counts[right_name]), bool(counts[right_name]), accuracy)
+    return None
+
+
+def judged_mentions(record: Record, warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mentions of an answer with the probabilities of a detector, or without where none has judged it.
+
+    Args:
+        record: of the answer.
+        warnings: of ``RunExport.warnings``; their spans are of tokens, which may begin with a blank.
+    """
+    text = record.answer.text if record.answer else ""
+    if not record.mentions or not warnings:
+        return [vars(mention) for mention in record.mentions]
+    return [
+        {**warning, "start": warning["start"] + len(named) - len(named.lstrip())}
+        for warning in warnings
+        for named in [text[warning["start"] : warning["end"]]]
+    ]
+
+
+def reference_texts(record: Record) -> list[str]:
+    """Return the ground truth of a sample as texts: its label, or the objects in the picture."""
+    label, objects = record.reference.get("label"), record.reference.get("objects")
+    if isinstance(label, (str, int)):
+        return [str(label)]
+    return [str(name) for name in objects] if isinstance(objects, list) else []
+
+
+def clean(value: Any) -> Any:
+    """Copy plain values with secrets masked in all texts, and without paths inside the home and the present folder.
+
+    Keys are ours here; what a user's own keys call a secret is masked where it is read.
+    """
+    if isinstance(value, Mapping):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    return clean_text(value) if isinstance(value, str) else value
+
+
+def clean_text(text: str) -> str:
+    """Mask secrets and shorten paths in one text; a picture is left as it is."""
+    if len(text) < _SHORTEST_SECRET or text.startswith("data:image/"):
+        return text
+    return hide_paths(redact_text(text), known_only=True)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Write plain values as JSON that may leave the machine, see ``clean``; numbers that are not finite become null."""
+    value = clean(value)
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # JSON has no infinity and no NaN
+        text = json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def export(run: RunExport, target: str, folder: Path) -> list[Path]:
+    """Write a run for another tool.
+
+    Args:
+        run: the run.
+        target: one of ``EXPORTERS``.
+        folder: to write into; created if it is missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: there is no such target, or the folder cannot be written to.
+        ArtefactError: the run lacks what the target needs.
+    """
+    if target not in EXPORTERS:
+        raise ConfigError(unknown("target of export", str(target), EXPORTERS))
+    if not run.tasks:
+        raise ArtefactError(f"{run.source.folder} has no task to export")
+    module = importlib.import_module(f"stethoscope.report.{_MODULES[target]}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return getattr(module, f"write_{target}")(run, folder)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written to: {error}") from None
