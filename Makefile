@@ -6,7 +6,7 @@ WORKERS ?= 2
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCK := constraints-hashes.txt
 
-.PHONY: demo test test-all lint types docs slow floors pythons lock release clean
+.PHONY: demo test test-all lint types docs slow other-tools floors pythons lock release clean
 
 demo: $(VENV)/.ready
 	$(BIN)/stethoscope benchmark
@@ -45,6 +45,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(LOCK)
 slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	$(MAKE) floors pythons
+
+# tools that read what `stethoscope export` writes, each in an environment of its own, as their dependencies exclude ours:
+# inspect-ai moves fsspec back; every-eval-ever needs Python 3.12 and an older huggingface-hub, its validator only three
+EEE_PYTHON ?= python3.12
+other-tools:
+	$(PYTHON) -m venv build/other-tools/inspect-ai
+	build/other-tools/inspect-ai/bin/pip install --quiet inspect-ai==0.3.285
+	$(EEE_PYTHON) -m venv build/other-tools/every-eval-ever
+	build/other-tools/every-eval-ever/bin/pip install --quiet pydantic rich requests
+	build/other-tools/every-eval-ever/bin/pip install --quiet --no-deps every-eval-ever==0.3.0
 
 # the part of the suite that speaks to other libraries: formats, fits, loggers, runs, images, the main job, the app
 TRIED := tests/packaging/test_imports.py tests/unit/core tests/unit/storage tests/unit/loggers/test_loggers.py \

@@ -65,7 +65,9 @@ def write_every_eval_ever(run: RunExport, folder: Path) -> list[Path]:
 def aggregate_file(run: RunExport, results: TaskResults, evaluation_id: str) -> dict[str, Any]:
     """Return the aggregate of one task: where its figures come from, and each with its interval."""
     model, adapter = run.model(results.task), run.fingerprint(results.task).get("adapter") or {}
-    details = {key: str(adapter[key]) for key in ("dtype", "quantize", "weights", "prompt") if adapter.get(key)}
+    log = run.log(results.task)
+    facts = {} if log else {key: str(adapter[key]) for key in ("dtype", "quantize", "weights") if adapter.get(key)}
+    engine = {"name": str(log.get("engine") or "unknown"), "version": "unknown"}
     figures_file = run.source.folder / "metrics.json"
     finished = datetime.fromtimestamp(figures_file.stat().st_mtime, UTC)
     versions = run.packages
@@ -90,12 +92,14 @@ def aggregate_file(run: RunExport, results: TaskResults, evaluation_id: str) -> 
             "name": model.name,
             "id": model.id,
             "developer": model.owner,
-            "inference_engine": {"name": "transformers", "version": versions.get("transformers", "unknown")},
+            "inference_engine": engine
+            if log
+            else {"name": "transformers", "version": versions.get("transformers", "unknown")},
             "additional_details": {
-                "deployment_type": "self_deployed",
+                "deployment_type": "unknown" if log else "self_deployed",
                 "model_availability": "open_weights" if model.on_hub else "unknown",
                 **({"revision": model.revision} if model.revision else {}),
-                **details,
+                **facts,
             },
         },
         "evaluation_results": [
@@ -169,6 +173,8 @@ def source_data(run: RunExport, results: TaskResults, samples: Any) -> dict[str,
 def generation_config(run: RunExport, task: str) -> dict[str, Any]:
     """Return the settings of decoding and the prompt."""
     chosen, adapter = run.generation(task), run.fingerprint(task).get("adapter") or {}
+    if not chosen:  # decoded by another engine, which has not said how
+        return {"additional_details": {"answers": "given, from a log"}}
     arguments: dict[str, Any] = {"temperature": 0.0}
     if chosen.get("do_sample"):
         arguments = {key: float(chosen[key]) for key in ("temperature", "top_p") if chosen.get(key) is not None}

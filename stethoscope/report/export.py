@@ -140,21 +140,32 @@ class RunExport:
         remedy = "delete it; the command that made the run writes it again"
         return list(read_yaml(self.source.folder / "config.yaml", remedy, default={}).values())
 
+    def log(self, task: str) -> dict[str, Any]:
+        """Return what is known of the log that the answers of a task come from; empty where the model wrote them."""
+        return self.fingerprint(task).get("answers") or {}
+
     def generation(self, task: str) -> dict[str, Any]:
-        """Return the settings of decoding; the longest answer is the one that was applied."""
+        """Return the settings of decoding, with the longest answer that was applied; none for answers of a log."""
+        if self.log(task):
+            return {}
         chosen = self.fingerprint(task).get("generation") or {}
         applied = chosen.get("applied") or {}
         longest = chosen.get("max_new_tokens") or applied.get("max_new_tokens")
         return {**{key: value for key, value in chosen.items() if key != "applied"}, "max_new_tokens": longest}
 
     def model(self, task: str) -> ModelName:
-        """Name the model that answered a task; a folder is named by its last part."""
-        adapter = self.fingerprint(task).get("adapter") or {}
-        known, revision = str(adapter.get("model_id") or ""), str(adapter.get("revision") or "")
+        """Name the model that wrote the answers of a task: that of their log, where they come from one.
+
+        A folder is named by its last part.
+        """
+        described = self.log(task) or self.fingerprint(task).get("adapter") or {}
+        known = str(described.get("model" if self.log(task) else "model_id") or "")
+        revision = str(described.get("revision") or "")
         if _HUB_ID.fullmatch(known) and not known.startswith("local/"):
             owner, _, name = known.partition("/")
             return ModelName(known, owner, name, True, revision)
-        plain = re.sub(r"[^\w.-]+", "-", self.source.model.rpartition("/")[2]).strip(".-") or "unknown"
+        name = known or "unknown" if self.log(task) else self.source.model
+        plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2]).strip(".-") or "unknown"
         return ModelName(f"local/{plain}", "local", plain, False, revision)
 
     def hub_dataset(self, task: str) -> tuple[str, str, str] | None:

@@ -54,7 +54,7 @@ def header(run: RunExport, results: TaskResults, finished: datetime, identifier:
     task, model, chosen = results.task, run.model(results.task), run.generation(results.task)
     dataset, adapter = run.hub_dataset(results.task), run.fingerprint(results.task).get("adapter") or {}
     described = run.fingerprint(task).get("task") or {}
-    config = {"max_tokens": chosen.get("max_new_tokens"), "temperature": 0.0}
+    config = {"max_tokens": chosen.get("max_new_tokens"), "temperature": 0.0} if chosen else {}
     if chosen.get("do_sample"):
         config |= {key: chosen.get(key) for key in ("temperature", "top_p", "seed")}
     time = finished.isoformat(timespec="seconds")
@@ -74,7 +74,9 @@ def header(run: RunExport, results: TaskResults, finished: datetime, identifier:
         },
         "model": f"hf/{model.id}" if model.on_hub else model.id,
         "model_generate_config": {key: value for key, value in config.items() if value is not None},
-        "model_args": {key: adapter[key] for key in ("revision", "dtype", "quantize") if adapter.get(key)},
+        "model_args": {}
+        if run.log(task)
+        else {k: adapter[k] for k in ("revision", "dtype", "quantize") if adapter.get(k)},
         "config": {"epochs": 1, "log_images": bool(run.settings.pictures)},
         "packages": {LIBRARY: run.packages.get(LIBRARY, __version__)},
         "metadata": {"parser": run.parser(task), "labeller": run.labeller(task), "versions": run.packages},

@@ -31,10 +31,10 @@ def run_export(folder, *tasks, picture=lambda record: None, **settings):
 
 
 def change_lines(path, change):
-    """Rewrite a file of JSON lines; ``change`` alters each line in place."""
+    """Rewrite the lines of POPE in a file of JSON lines; ``change`` alters each, and gets its index among them."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        change(line)
+    for index, line in enumerate(line for line in lines if line["task"] == "pope"):
+        change(line, index)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -107,22 +107,41 @@ def test_every_eval_ever_has_the_probabilities_of_a_detector(testbed_run, tmp_pa
     assert [mention["probability"] for mention in mentions] == run.source.warnings["probability"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "known_as"),
+    [("Qwen/Qwen3-VL-4B", "Qwen/Qwen3-VL-4B"), ("my llava", "local/my-llava"), ("", "local/unknown")],
+)
+def test_answers_of_a_log_are_those_of_its_model(own_run, tmp_path, name, known_as):
+    fingerprints = read_json(own_run / "fingerprint.json")
+    fingerprints["pope"]["answers"] = {
+        "file": "/home/me/log.jsonl",
+        "engine": "vllm 0.11",
+        "model": name,
+        "revision": "",
+    }
+    (own_run / "fingerprint.json").write_text(json.dumps(fingerprints))
+    files = export(run_export(own_run, "pope"), "every_eval_ever", tmp_path / "out")
+    aggregate = json.loads(next(path for path in files if path.suffix == ".json").read_text())
+    assert aggregate["model_info"]["id"] == known_as
+    assert aggregate["model_info"]["inference_engine"]["name"] == "vllm 0.11"
+    assert "generation_args" not in aggregate["evaluation_results"][0]["generation_config"]
+    assert "/home/me" not in json.dumps(aggregate)
+    assert {report[0] for report in json.loads(run_with("every-eval-ever", VALIDATE, tmp_path / "out"))} == {True}
+
+
 def test_samples_without_an_outcome_say_so(own_run, tmp_path):
-    def change(line):
-        if line["sample_id"] == "random-1":
+    def change(line, index):
+        if index == 0:
             line.update(status="failed", error="the image is gone", answer=None, score=None, mentions=[])
-        elif line["sample_id"] == "random-2":
+        elif index == 1:
             line.update(status="unparsed")
 
     change_lines(own_run / "samples.jsonl", change)
     folder = tmp_path / "out"
     export(run_export(own_run, "pope"), "every_eval_ever", folder)
     rows = [json.loads(line) for path in folder.rglob("*.jsonl") for line in path.read_text().splitlines()]
-    errors = {row["sample_id"]: row.get("error") for row in rows}
-    assert {name: error for name, error in errors.items() if error} == {
-        "random-1": "the image is gone",
-        "random-2": "unparsed: in no figure",
-    }
+    errors = [row.get("error") for row in rows]
+    assert errors == ["the image is gone", "unparsed: in no figure", *[None] * (len(errors) - 2)]
     assert {report[0] for report in json.loads(run_with("every-eval-ever", VALIDATE, folder))} == {True}
 
 
@@ -271,16 +290,15 @@ def test_nothing_private_is_exported(own_run, tmp_path, monkeypatch, target):
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setattr(platform, "node", lambda: "gpu-node17")
 
-    def change(line):
-        if line["task"] == "pope":
-            line["reference"]["api_key"] = "letmein123"
-            line["question"] += f" {SECRET}"
-            line["untraced"] = "no room on gpu-node17"
-            if line["sample_id"].endswith("-1"):
-                line["status"], line["error"] = "failed", "/data/private/coco/1.jpg is missing on gpu-node17"
-            if line["sample_id"].endswith("-2"):
-                line["answer"]["text"] = "Yes, topsecretvalue, see /home/somebody/notes/plan.txt"
-                line["score"]["detail"]["hub_token"] = "letmein123"
+    def change(line, index):
+        line["reference"]["api_key"] = "letmein123"
+        line["question"] += f" {SECRET}"
+        line["untraced"] = "no room on gpu-node17"
+        if index == 0:
+            line["status"], line["error"] = "failed", "/data/private/coco/1.jpg is missing on gpu-node17"
+        if index == 1:
+            line["answer"]["text"] = "Yes, topsecretvalue, see /home/somebody/notes/plan.txt"
+            line["score"]["detail"]["hub_token"] = "letmein123"
 
     change_lines(own_run / "samples.jsonl", change)
     config = yaml.safe_load((own_run / "config.yaml").read_text())
