@@ -345,7 +345,7 @@ def log_detector(loggers: Loggers, results: DetectorResults) -> None:
         (row, {metric: interval.to_dict() for metric, interval in row.metrics.items()})  # None where not defined
         for row in results.leaderboard.rows
     ]
-    figures = {}
+    figures: dict[str, float | None] = {}
     for row, metrics in rows:
         name = row.name.removesuffix(" only").replace(" ", "_")
         path = row.kind if row.name == row.kind else f"{row.kind}/{name}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.text import redact
+from stethoscope.core.text import redact, redact_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,6 +114,15 @@ def check_installed(module: str, extra: str) -> None:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a folder of that name without code, as of a logger's own files
         raise ConfigError(f'logger={extra} needs the package {module}: pip install "lvlm-stethoscope[{extra}]"')
+
+
+def as_labels(tags: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Convert the setting ``tags`` to labels: none, a single one, or several.
+
+    >>> as_labels(None), as_labels("pope"), as_labels(["pope", 7])
+    ((), ('pope',), ('pope', '7'))
+    """
+    return () if tags is None else (tags,) if isinstance(tags, str) else tuple(map(str, tags))
 
 
 def stored_id(file: Path, new: str = "") -> tuple[str, bool]:
@@ -274,7 +283,7 @@ class Loggers(Logger):
     def _warn(self, logger: Logger, method: str, error: Exception) -> None:
         if id(logger) not in self._warned:
             self._warned.add(id(logger))
-            name, reason = type(logger).__name__, str(error) or type(error).__name__
+            name, reason = type(logger).__name__, redact_text(str(error)) or type(error).__name__
             warnings.warn(f"{name}.{method} failed, the run goes on without it: {reason}", stacklevel=5)
 
 

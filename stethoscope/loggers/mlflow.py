@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.text import redact_text
 from stethoscope.loggers.base import (
     Logger,
     Picture,
+    as_labels,
     check_installed,
     curve_picture,
     flat_settings,
@@ -47,7 +49,7 @@ class MlflowLogger(Logger):
         name: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
-        tags: Sequence[str] | None = (),
+        tags: Sequence[str] | str | None = (),
         pictures: int = 32,
         patience: float = 300.0,
     ) -> None:
@@ -73,7 +75,7 @@ class MlflowLogger(Logger):
             raise ConfigError(f"logger.patience={patience} should be above 0")
         check_installed("mlflow", "mlflow")
         self.uri, self.folder, self.project, self.name = uri, folder, project, name
-        self.group, self.job_type, self.tags = group, job_type, tuple(tags or ())
+        self.group, self.job_type, self.tags = group, job_type, as_labels(tags)
         self.pictures, self.patience = pictures, patience
         self._client: Any = None
         self._run_id = ""
@@ -105,7 +107,7 @@ class MlflowLogger(Logger):
             if file is not None:
                 stored_id(file, self._run_id)
         self._client = client
-        logger.info("MLflow run %s: %s", self._run_id, shown)
+        logger.info("MLflow run %s: %s", self._run_id, redact_text(shown))
 
     def _experiment_id(self, client: Any) -> str:
         """Return the id of the experiment, which another job of a sweep may be creating at this moment."""

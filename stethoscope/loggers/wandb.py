@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.loggers.base import Logger, Marked, Picture, stored_id
+from stethoscope.loggers.base import Logger, Marked, Picture, as_labels, stored_id
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -36,7 +36,7 @@ class WandbLogger(Logger):
         name: str | None = None,
         entity: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] | None = (),
+        tags: Sequence[str] | str | None = (),
         pictures: int = 32,
         job_type: str | None = None,
         patience: float = 300.0,
@@ -66,7 +66,7 @@ class WandbLogger(Logger):
         self.media, self.pictures, self.patience = mode != "disabled", pictures, patience
         self.mode: Mode = mode
         self.project, self.name, self.entity = project, name, entity
-        self.group, self.job_type, self.tags = group, job_type, tuple(tags or ())
+        self.group, self.job_type, self.tags = group, job_type, as_labels(tags)
         self.run: Any = None
         self._folder: Path | None = None
         self._started = False

@@ -79,3 +79,16 @@ def test_no_logger(tmp_path, stethoscope):
     files = {path.name for path in Path("runs/alone").iterdir()}
     assert "events.jsonl" in files
     assert not files & {"wandb", "csv", "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["logger=[wandb,cvs]"], "unknown logger 'cvs'; did you mean 'csv'"),
+        (["logger=[{a: 1}]"], "should name a choice, as in logger=csv"),
+        (["logger=wandb,csv"], "'logger=[wandb,csv]' is one list"),
+        (["logger=[csv,none]", "logger.mode=online"], "unknown setting of logger=[csv,none] 'mode'"),
+    ],
+)
+def test_what_is_no_choice_of_loggers(stethoscope, words, message):
+    assert message in stethoscope("evaluate", *words)

@@ -248,7 +248,7 @@ def test_an_agent_of_wandb_runs_the_sweep_file(tmp_path):
     """W&B's own agent starts the job, whose W&B run has the drawn settings and the figure that the sweep maximises."""
     plan = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
     assert plan["command"][-1] == "${args_no_hyphens}"
-    small = ["logger.wandb.mode=offline", "task@pope=null", "limit=60", "published=false"]
+    small = ["logger.wandb.mode=offline", "~task@pope", "limit=60", "published=false"]
     plan["command"] = [word for word in plan["command"][:-1] if "mode=" not in word] + small + plan["command"][-1:]
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     program = Path(sys.executable).parent / plan["program"]

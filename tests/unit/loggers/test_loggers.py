@@ -128,8 +128,33 @@ def test_an_offline_wandb_run_holds_the_same_figures(tmp_path):
     assert run.config["hub_token"] == "***"
     curve = [row for row in run.history if "tiny/progress/samples_per_second" in row]
     assert [row["samples"] for row in curve] == [10]
+    assert curve[0]["tiny/progress/share"] == 1.0
+    assert (curve[0]["tiny/progress/failed"], curve[0]["tiny/progress/minutes_left"]) == (0, 0)
+    assert run.summary["tiny/accuracy"] == results.value()
+    assert run.tags == ["tiny"]
     assert any(len(table["data"]) == 4 for table in run.tables.values())
     assert any("accuracy" in table["data"][0] for table in run.tables.values())
+
+
+def test_settings_of_the_whole_run_are_logged_once_and_completed(tmp_path):
+    loggers = Loggers([JsonLogger()], {"seed": 1, "tiny": {"source": "x", "key": {"a": 1}}})
+    for _ in range(2):
+        loggers.setup(tmp_path)
+    loggers.log_config({"tiny": {"key": {"b": 2}, "source": "y"}})
+    configs = [event["config"] for event in events(tmp_path / "events.jsonl")]
+    assert configs == [
+        {"seed": 1, "tiny": {"source": "x", "key": {"a": 1}}},
+        {"tiny": {"source": "y", "key": {"a": 1, "b": 2}}},
+    ]
+
+
+def test_secrets_in_errors_of_a_logger_are_masked(tmp_path):
+    class Down(Logger):
+        def setup(self, run_dir):
+            raise ConnectionError("no answer from https://me:password1@host/api")
+
+    with pytest.warns(UserWarning, match=r"Down\.setup failed.*https://\*\*\*@host/api"):
+        Loggers([Down()]).setup(tmp_path)
 
 
 def test_a_resumed_run_goes_on_under_the_same_wandb_id(tmp_path):
