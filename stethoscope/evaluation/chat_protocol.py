@@ -122,7 +122,7 @@ def parse_reply(content: bytes) -> Reply:
     choices = data.get("choices") if isinstance(data, Mapping) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, Mapping) else None
-    if not isinstance(message, Mapping):
+    if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
         raise DataError(f"the server's reply has no choices: {content[:60]!r}")
     reason = choice.get("finish_reason")
     if reason == "content_filter":

@@ -116,8 +116,9 @@ async def _ask_all(client: ChatClient, task: Task, file: AnswerFile, limit: int 
         if remaining.changed:
             warnings.warn(f"changed since they were asked, so asked again: {remaining.changed} samples", stacklevel=2)
         resumed = len(samples) - len(remaining.samples)
-        state: Any = AskingState(task, len(samples), resumed, resumed)  # for the bar it stands in for a run's state
-        progress, queue = Progress(), iter(remaining.samples)
+        state = AskingState(task, len(samples), resumed, resumed)
+        progress: Any = Progress()  # `state` stands in for that of a run
+        queue = iter(remaining.samples)
         progress.on_task_start(state)
         try:
             async with asyncio.TaskGroup() as group:
@@ -160,7 +161,7 @@ async def _work(
     served: ServedModel,
     file: AnswerFile,
     state: AskingState,
-    progress: Progress,
+    progress: Any,
 ) -> None:
     """Ask one sample after another until none is left."""
     origin = {"model": served.model, "revision": client.engine.revision, "engine": served.engine}
@@ -185,7 +186,7 @@ async def _work(
             }
             values = {**line, **answer, **origin, "image_sha256": encoded.sha256}
             file.append({name: value for name, value in values.items() if value is not None})
-        progress.on_batch_end(state, ())  # type: ignore[arg-type]
+        progress.on_batch_end(state, ())
 
 
 def _message(error: Exception) -> str:

@@ -91,6 +91,13 @@ def test_greedy_answers_are_those_of_our_own_run(tmp_path, monkeypatch, capsys):
         assert logged.logprobs[: len(own.logprobs)] == pytest.approx(own.logprobs, abs=1e-5)
         assert logged.question == records[logged.id].question
         assert logged.finished is own.finished
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "task=chair", "task.scenes=4", "answers.file=log/chair.jsonl", "name=read", "logger=none"])
+    assert end.value.code == 0
+    assert "off-policy check: 1.000 of " in capsys.readouterr().out
+    read, own = (RunStore(Path(folder)).metrics()["chair"]["metrics"] for folder in ("runs/read", "run"))
+    assert read == own
 
 
 def test_files_are_sent_as_they_are_and_everything_else_as_png(tmp_path):
