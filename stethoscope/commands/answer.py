@@ -21,6 +21,8 @@ def run(config: DictConfig) -> None:
 
     if config.limit is not None and not (type(config.limit) is int and config.limit >= 1):
         raise ConfigError(f"limit={config.limit!r} should be a whole number, at least 1")
+    if not config.out:
+        raise ConfigError("out= should name the file of the answers, such as out=answers.jsonl")
     if not isinstance(config.overwrite, bool):
         raise ConfigError(f"overwrite={config.overwrite!r} should be true or false")
     engine = Engine(**{str(name): config.engine[name] for name in config.engine})

@@ -46,20 +46,22 @@ class AnswerFile:
         """Lock the file; its folder is created.
 
         Raises:
-            ConfigError: another process writes to it, or there is a folder of this name.
+            ConfigError: another process writes to it, there is a folder of this name, or it cannot be written to.
         """
         from filelock import FileLock, Timeout
 
         if self.path.is_dir():
             raise ConfigError(f"out={self.path} is a folder; it should name the file of the answers")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock").resolve())
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
                 f"another process writes answers to {self.path}; wait until it has ended, or choose another out="
             ) from None
+        except OSError as error:
+            raise ConfigError(f"out={self.path} cannot be written to: {error.strerror or error}") from None
         self._lock = lock
         return self
 

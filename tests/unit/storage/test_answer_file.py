@@ -97,6 +97,8 @@ def test_a_file_of_somebody_else_is_refused(tmp_path):
         resume(path)
     with pytest.raises(ConfigError, match="is a folder"):
         resume(tmp_path)
+    with pytest.raises(ConfigError, match=r"out=.*answers.jsonl/a.jsonl cannot be written to: \w"):
+        resume(path / "a.jsonl")
 
 
 def test_one_process_writes(path):
