@@ -203,6 +203,11 @@ def mentions(text: str) -> list[TextMention]:
     >>> mentions("Baby elephants near a stop sign")
     [TextMention(name='elephant', start=0, end=14), TextMention(name='stop sign', start=22, end=31)]
     """
+    return list(_mentions(text))
+
+
+@lru_cache(maxsize=16)  # an answer is scored, and then its mentions are labelled
+def _mentions(text: str) -> tuple[TextMention, ...]:
     words = _words(text)
     read: list[tuple[str, int, int]] = []
     index = 0
@@ -217,8 +222,8 @@ def mentions(text: str) -> list[TextMention]:
         read.append((word, start, end))
     # "the seat of the toilet" is no chair
     toilet = any(word == "toilet" for word, _, _ in read)
-    return [
+    return tuple(
         TextMention(NAMES[word], start, end)
         for word, start, end in read
         if word in NAMES and not (toilet and word == "seat")
-    ]
+    )

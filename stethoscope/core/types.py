@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -30,6 +30,11 @@ def required(value: T | None) -> T:
     """Return a value that an earlier step of our own code has set; None would be a fault of ours."""
     assert value is not None, "an earlier step should have set this"
     return value
+
+
+@lru_cache(maxsize=1 << 14)  # benchmarks ask about the same pictures again and again
+def _without_suffix(name: str) -> str:
+    return Path(name).with_suffix("").as_posix()
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class ImageRef:
         >>> ImageRef("val2014/a.b.jpg", Path("x.jpg")).group
         'val2014/a.b'
         """
-        return Path(self.name).with_suffix("").as_posix()
+        return _without_suffix(self.name)
 
     def load(self) -> Image:
         """Load the image as RGB, see ``images.rgb``.

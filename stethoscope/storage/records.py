@@ -260,12 +260,18 @@ class RecordEntry(NamedTuple):
         offset: byte at which the line starts.
         tokens: number of its token rows.
         part: file in ``tokens/`` with these rows; empty for ``tokens.parquet``.
+        lost_rows: whether the rows that the line counts are gone, so that the line says something else.
     """
 
     file: Path
     offset: int
     tokens: int
     part: str
+    lost_rows: bool = False
+
+    def without_rows(self) -> RecordEntry:
+        """Return the entry of a sample whose token rows are gone."""
+        return self._replace(tokens=0, part="", lost_rows=True)
 
 
 class RecordFiles:
@@ -351,14 +357,19 @@ class RecordFiles:
         stale = self._token_files.keys("") - {key for key, entry in entries.items() if entry.tokens}
         if stale or any(entry.part for entry in entries.values()):
             self._token_files.merge([(key, entry.part) for key, entry in entries.items() if entry.tokens])
+        written: dict[Key, RecordEntry] = {}
+        offset = 0
         with replacing(self.main) as target:
-            for entry, line in zip(entries.values(), self.read(entries.values()), strict=True):
-                if entry.part or not entry.tokens:
+            for (key, entry), line in zip(entries.items(), self.read(entries.values()), strict=True):
+                if entry.part or entry.lost_rows:
                     values = {**json.loads(line), "tokens": entry.tokens}
                     values.pop("part", None)
                     line = encode_line(values)
                 target.write(line)
-        self.repair()
+                written[key] = RecordEntry(self.main, offset, entry.tokens, "")
+                offset += len(line)
+        self._own, self._entries, self._state = self.main, written, self._read_state()
+        self._token_files.prune(())
 
     def repair(self) -> None:
         """Remove what a kill or a distributed run left: half-written last lines, shards, orphaned token parts."""
@@ -393,7 +404,7 @@ class RecordFiles:
             present = self._token_files.keys(part)
             for key, entry in self._entries.items():
                 if entry.tokens and entry.part == part and key not in present:
-                    self._entries[key] = entry._replace(tokens=0, part="")
+                    self._entries[key] = entry.without_rows()
 
 
 def _truncate_broken_end(file: Path) -> None:

@@ -284,7 +284,7 @@ class RunStore:
     def _remove_token_rows(self, task: str) -> None:
         """Delete the token rows of a task and keep its answers."""
         entries = self.record_files.entries()
-        untraced = {key: entry._replace(tokens=0, part="") for key, entry in entries.items() if key[0] == task}
+        untraced = {key: entry.without_rows() for key, entry in entries.items() if key[0] == task}
         self.record_files.rewrite({**entries, **untraced})
 
     def _refuse_changes(self, task: str, changes: list[tuple[str, Any, Any]], moved: Collection[str] = ()) -> None:
