@@ -1,12 +1,16 @@
 """Answers of the embedded model, written to a log and read back: same figures, same features, same warnings."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import stethoscope as package
 from stethoscope import Detector, Evaluator
+from stethoscope.adapters.no_model import NoModel
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.features import FeatureSet
@@ -121,7 +125,7 @@ def test_reasoning_is_read_and_not_scored(adapter, own, tmp_path):
         ]
 
 
-def test_a_file_is_scored_without_a_model_and_without_torch(stethoscope, own, tmp_path):
+def test_a_file_is_scored_without_a_model(stethoscope, own, tmp_path):
     write_log(own, "chair", tmp_path / "log.jsonl")
     words = ["evaluate", "task=chair", f"task.scenes={SCENES}", "logger=none", "answers.file=log.jsonl"]
     printed = stethoscope(*words, "model=none", "name=none", code=0)
@@ -132,6 +136,47 @@ def test_a_file_is_scored_without_a_model_and_without_torch(stethoscope, own, tm
     assert metrics["metrics"] == RunStore(own).metrics()["chair"]["metrics"]
     stethoscope("report", "runs/none", code=0)
     assert "Answers from log.jsonl" in (tmp_path / "runs" / "none" / "report.md").read_text()
+
+
+LOGS = Path(__file__).parents[1] / "unit" / "storage" / "logs"
+OTHER_TOOLS = {
+    name: sorted(
+        path.relative_to(LOGS).as_posix()
+        for path in LOGS.rglob(f"*{name}*")
+        if path.suffix != ".md" and "requests" not in path.name
+    )
+    for name in ("pope", "chair")
+}
+
+
+@pytest.mark.parametrize(("name", "log"), [(name, log) for name, logs in OTHER_TOOLS.items() for log in logs])
+def test_logs_of_other_tools_are_those_of_our_own_run(adapter, name, log):
+    """The figures are those of the model itself, which finds all answers to be its own."""
+    if log.endswith("xlsx"):
+        pytest.importorskip("openpyxl")
+    tasks = {
+        "pope": lambda: Pope(subsets=["adversarial"], scenes=2, per_scene=2),
+        "chair": lambda: Chair(scenes=4),
+    }
+    own = Evaluator().run(adapter, tasks[name]())
+    results = Evaluator(answers=LOGS / log).run(adapter, tasks[name]())
+    assert results.metrics == own.metrics
+    assert results.answers["missing"] == results.answers["unmatched"] == results.answers["changed"] == 0
+    assert results.answers["check"]["argmax_share"] == 1.0
+    without = Evaluator(answers=LOGS / log).run(NoModel(), tasks[name]())
+    assert without.metrics == own.metrics
+
+
+def test_scoring_a_file_imports_no_torch(own, tmp_path):
+    write_log(own, "chair", tmp_path / "log.jsonl")
+    words = ["evaluate", "model=none", "task=chair", f"task.scenes={SCENES}", "logger=none", "answers.file=log.jsonl"]
+    script = (
+        "import sys\nfrom stethoscope.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'sklearn'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy or end.code else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
