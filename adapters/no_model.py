@@ -31,7 +31,11 @@ class NoModel(Adapter):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return that there is no model."""
-        return {"adapter": f"{type(self).__module__}.{type(self).__qualname__}", "model_id": self.name}
+        return {
+            "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model_id": self.name,
+            "has_model": False,
+        }
 
     def encode(self, image: Image, question: str) -> Encoded:
         """See ``_refuse``."""

@@ -87,7 +87,8 @@ class Runs:
                 rows = [row for task in tasks for row in _rows(source, task)]
         except Exception as error:  # a damaged run must not stop the app
             return payload.encode("list", rows=[], note=_error_text(error), run=str(name))
-        return payload.encode("list", rows=rows, note=source.no_detector(), run=str(name))
+        notes = filter(None, (source.no_detector(), source.off_policy()))
+        return payload.encode("list", rows=rows, note=" ".join(notes), run=str(name))
 
     def figures(self, name: str | None) -> str:
         """Encode the page of the run's report for the frame that shows it; an error is shown as a note in it."""

@@ -102,6 +102,11 @@ class Evaluator:
         self.answers, self.answer_ids = answers, answer_ids
         if answers is not None and overwrite == "features":
             raise ConfigError("overwrite='features' traces the answers that a run has; it takes no others (answers)")
+        if answers is not None and generation.mitigation is not None:
+            raise ConfigError(
+                f"mitigation={generation.mitigation.name} changes how answers are written, but a log gives them; "
+                "set mitigation=none"
+            )
 
     def run(self, adapter: Adapter, task: Task) -> TaskResults:
         """Evaluate one model on one task; samples that the run directory has already are not done again.

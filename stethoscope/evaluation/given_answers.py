@@ -437,7 +437,9 @@ def describe(figures: Mapping[str, Any]) -> list[str]:
             f"off-policy check: {check['argmax_share']:.3f} of {check['tokens']:,} tokens are this model's first "
             f"choice, log-probability {check['mean_logprob']:.3f} nats per token{logged}"
         )
-        if not check["own"]:
+        if check["own"] and check["argmax_share"] < OWN_SHARE:
+            lines[-1] += ": sampled answers of this model, by their logged log-probabilities"
+        elif not check["own"]:
             lines[-1] += (
                 f": {NOT_OWN}, or sampled (its greedy answers have 1.000, in another precision at least {OWN_SHARE}); "
                 "features and warnings say how this model reads them"

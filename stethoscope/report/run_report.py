@@ -106,7 +106,9 @@ def collect_report(
     Raises:
         ArtefactError: a file of the run is damaged, or two files do not match.
     """
-    sections = [Section("tasks", (count_table(source.results), *map(task_table, source.results)))]
+    sections = [
+        Section("tasks", (count_table(source.results), *map(task_table, source.results)), lead=source.off_policy())
+    ]
     if source.detector:
         sections.append(Section("detector", tuple(detector_tables(source.detector))))
     missing = source.no_detector()

@@ -18,6 +18,7 @@ from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
 from stethoscope.core.line_schemas import check_content
 from stethoscope.detection.detector_results import DetectorResults
+from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.features import FEATURES
 from stethoscope.metrics.bootstrap import Interval, group_weights
@@ -213,9 +214,16 @@ class RunReader:
         """Explain in one line why the run has no detector; empty if it has one."""
         if self.detector or not self.warnings.empty:
             return ""
+        if any(section.get("adapter", {}).get("has_model") is False for section in self.store.fingerprints().values()):
+            return f"{self.folder} has no detector: no model has read its answers (model=none)"
         if not (self.folder / "tokens.parquet").is_file():
             return f"{self.folder} has no detector: `stethoscope extract run={self.folder}` and then `train` make one"
         return f"{self.folder} has no detector: `stethoscope train run={self.folder}` makes one"
+
+    def off_policy(self) -> str:
+        """Name the tasks whose answers the run's model did not write; empty if there are none."""
+        tasks = [result.task for result in self.results if result.answers.get("check", {}).get("own") is False]
+        return f"{', '.join(tasks)}: {NOT_OWN}, or they were sampled." if tasks else ""
 
 
 def read_warnings(folder: Path) -> list[dict[str, Any]]:

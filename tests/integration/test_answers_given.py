@@ -11,10 +11,13 @@ import pytest
 import stethoscope as package
 from stethoscope import Detector, Evaluator
 from stethoscope.adapters.no_model import NoModel
+from stethoscope.app.runs import Runs
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.features import FeatureSet
 from stethoscope.features.columns import keep_columns
+from stethoscope.report.run_report import collect_report
+from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
@@ -98,9 +101,12 @@ def test_texts_are_tokenised_again(adapter, own, tmp_path):
 def test_edited_and_sampled_answers_are_noticed(adapter, own, tmp_path):
     edited = write_log(own, "chair", tmp_path / "edited.jsonl", lambda text: text.replace("a ", "two "),
                        answer_token_ids=0)  # fmt: skip
-    results = Evaluator(answers=edited).run(adapter, Chair(scenes=SCENES))
+    results = Evaluator(answers=edited, run_dir=tmp_path / "run").run(adapter, Chair(scenes=SCENES))
     assert results.answers["check"]["argmax_share"] < 0.95
     assert NOT_OWN in str(results)
+    (first, *_) = collect_report(RunReader.read(tmp_path / "run")).sections
+    assert f"chair: {NOT_OWN}" in first.lead
+    assert NOT_OWN in Runs(tmp_path, tmp_path / "run", tmp_path).listing("run")
     hot = Generation(do_sample=True)
     Evaluator(run_dir=tmp_path / "sampled", generation=hot).run(adapter, Chair(scenes=SCENES))
     sampled = write_log(tmp_path / "sampled", "chair", tmp_path / "sampled.jsonl")
@@ -135,7 +141,9 @@ def test_a_file_is_scored_without_a_model(stethoscope, own, tmp_path):
     metrics = RunStore(tmp_path / "runs" / "none").metrics()["chair"]
     assert metrics["metrics"] == RunStore(own).metrics()["chair"]["metrics"]
     stethoscope("report", "runs/none", code=0)
-    assert "Answers from log.jsonl" in (tmp_path / "runs" / "none" / "report.md").read_text()
+    page = (tmp_path / "runs" / "none" / "report.md").read_text()
+    assert "Answers from log.jsonl" in page
+    assert "no model has read its answers" in page
 
 
 LOGS = Path(__file__).parents[1] / "unit" / "storage" / "logs"

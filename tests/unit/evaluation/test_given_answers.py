@@ -11,7 +11,7 @@ from helpers.tiny_world import WORDS, TinyAdapter, TinyFeatures, TinyTask
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.adapters.no_model import NoModel
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.types import Answer, ImageRef, Sample
+from stethoscope.core.types import Answer, Generation, ImageRef, Sample
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.given_answers import (
@@ -23,6 +23,7 @@ from stethoscope.evaluation.given_answers import (
     summarise,
 )
 from stethoscope.evaluation.results import TaskResults
+from stethoscope.mitigation.decoding import NoiseContrast
 from stethoscope.storage.logged_answers import AnswerLog, LoggedAnswer
 from stethoscope.storage.run_dir import RunStore
 
@@ -272,6 +273,9 @@ def test_a_run_goes_on_with_the_same_file_only(tmp_path):
     assert before.count('"given"') == 6
     with pytest.raises(ConfigError, match="it takes no others"):
         Evaluator(answers=moved, overwrite="features", **settings)
+    mitigated = Generation(mitigation=NoiseContrast())
+    with pytest.raises(ConfigError, match="mitigation=vcd changes how answers are written, but a log gives them"):
+        Evaluator(answers=moved, generation=mitigated)
 
 
 def test_ids_of_another_tokenizer_stop_the_run_and_a_single_odd_answer_does_not(tmp_path):
