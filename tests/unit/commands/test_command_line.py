@@ -9,14 +9,14 @@ from stethoscope.core.errors import ConfigError
 
 PLAIN = {
     # one of a few words, or checked as a name
-    "attention", "calibration", "device", "device_map", "dtype", "estimator", "family", "kind", "labels", "mentions",
-    "format", "mode", "on_error", "parser", "quantize", "random_init", "relationship", "repeats", "scene_mode", "scope",
-    "score", "source", "subtokens", "to", "trace", "version",
+    "asks", "attention", "calibration", "device", "device_map", "dtype", "estimator", "family", "kind", "labels",
+    "mentions", "format", "mode", "on_error", "parser", "quantize", "random_init", "relationship", "repeats",
+    "scene_mode", "scope", "score", "source", "subtokens", "to", "trace", "version",
     # numbers and mappings that may be null, lists of names
     "hosts", "hidden", "external",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
-    "max_new_tokens", "names", "parts", "plugins", "scene_seed", "seed", "sets", "stop", "subsets", "tags", "tasks",
-    "text", "threads", "threshold",
+    "max_new_tokens", "max_pixels", "names", "parts", "phrases", "plugins", "scene_seed", "seed", "sets", "stop",
+    "subsets", "tags", "tasks", "text", "threads", "threshold",
 }  # fmt: skip
 
 
