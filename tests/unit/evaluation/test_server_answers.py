@@ -18,7 +18,7 @@ from PIL import Image
 
 import stethoscope
 from stethoscope.cli import main
-from stethoscope.core.errors import DataError
+from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.core.images import portable_bytes
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.chat_client import Engine
@@ -232,6 +232,32 @@ def test_a_hundred_requests_survive_a_server_killed_twice(tmp_path):
             server.kill()
     (state,) = states
     assert (state.done, state.failed, state.resumed) == (100, 0, 0)
+    check_made_up(path, task)
+
+
+@pytest.mark.slow
+def test_a_server_that_stays_away_ends_the_command_which_then_goes_on(tmp_path):
+    """About ten seconds."""
+    path, port, task = tmp_path / "a.jsonl", free_port(), TinyTask(60)
+    url = f"http://127.0.0.1:{port}/v1"
+    server = start_server(port)
+    wait_for(lambda: answers_at(port))
+    killer = threading.Thread(target=lambda: (wait_for(lambda: path.exists() and len(lines(path)) > 10), server.kill()))
+    killer.start()
+    with pytest.raises(
+        CapabilityError, match=rf"base_url={url} cannot be reached \(.*, 2 times\); once its server runs"
+    ):
+        ask(url, path, task, concurrency=4, retries=1)
+    killer.join()
+    assert 10 < len(lines(path)) < 60
+    assert not any("error" in row for row in lines(path))
+    server = start_server(port, 0)
+    wait_for(lambda: answers_at(port))
+    try:
+        state = ask(url, path, task)
+    finally:
+        server.kill()
+    assert (state.done, state.failed) == (60, 0)
     check_made_up(path, task)
 
 
