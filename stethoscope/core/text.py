@@ -197,7 +197,7 @@ _ASSIGNMENT = re.compile(
 _HEADER = re.compile(
     r"(?P<name>(?i:[\w-]*authorization|(?:set-)?cookie|x-[\w-]+)|\w+_\w+)(?P<sign>:\s+)(?P<value>(?!\*{3})[^\s,;'\"}\]]+)"
 )
-_NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD"}
+_NOT_SECRET = {"null", "None", "none", "true", "false", "FILE", "USER:PASSWORD", "OPENAI_API_KEY"}
 """Values that are choices, and placeholders of help texts."""
 
 _YAML_LINE = re.compile(
