@@ -359,7 +359,7 @@ class HfAdapter(Adapter):
 
         White space is not compared, as engines strip and join it in their own ways, nor are halves of characters.
         """
-        known = self._model.get_input_embeddings().num_embeddings
+        known = self.model.get_input_embeddings().num_embeddings
         unknown_id = next((token for token in token_ids if not 0 <= token < known), None)
         if unknown_id is not None:
             raise ForeignTokens(f"token id {unknown_id} is none of the {known:,} of {self.name}: another tokenizer's")

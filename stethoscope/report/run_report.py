@@ -235,6 +235,8 @@ def _provenance(source: RunReader) -> Table:
         check_shape(file, section["task"], SHOWN_TASK_SHAPE, remedy, f"{task}.task")
         rows.append((task, _as_text({key: section["task"][key] for key in ("class", "version", "settings")})))
         rows.append((f"{task}: generation", _as_text(section.get("generation"))))
+        if section.get("answers"):
+            rows.append((f"{task}: given answers", _as_text(section["answers"])))
     file, remedy = source.folder / "environment.json", "delete it; the command that made the run writes it again"
     environment = read_json(file, remedy, default={"packages": {}})
     check_shape(file, environment, {"packages": {"*": (str, type(None))}}, remedy)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import published_files
 
 import stethoscope as package
-from stethoscope import Detector, Evaluator
+from stethoscope import Detector, Evaluator, testbed
 from stethoscope.adapters.no_model import NoModel
 from stethoscope.app.runs import Runs
 from stethoscope.core.types import Generation
@@ -185,6 +186,18 @@ def test_scoring_a_file_imports_no_torch(own, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("task", ["pope", "amber", "mme", "hallusion_bench", "mmvp", "natural_bench"])
+def test_a_run_of_any_benchmark_is_scored_again_without_a_model(stethoscope, tmp_path, task):
+    words = getattr(published_files, task)(tmp_path / task, testbed.scenes(4))
+    settings = [*words, "callbacks=none", "logger=none"]
+    stethoscope("evaluate", *settings, "name=own", code=0)
+    log = f"answers.file={tmp_path / 'runs' / 'own' / 'samples.jsonl'}"
+    stethoscope("evaluate", *settings, "name=given", "model=none", log, code=0)
+    own, given = (RunStore(tmp_path / "runs" / name).metrics()[task] for name in ("own", "given"))
+    assert given.pop("answers")["missing"] == 0
+    assert given == own
 
 
 @pytest.mark.parametrize(
