@@ -65,8 +65,8 @@ def test_every_figure_has_its_interval(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) == {"pope", "chair", "detector"}
     names = {(row["metric"], row["subset"]) for row in metrics["pope"]["metrics"]}
-    one = {"accuracy", "precision", "recall", "f1", "yes_rate"}
-    assert names == {(name, subset) for name in one for subset in SUBSETS} | {("f1", "mean")}
+    one = {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "tpr", "tnr", "yes_rate"}
+    assert names == {(name, subset) for name in one for subset in SUBSETS} | {("accuracy", "mean"), ("f1", "mean")}
     assert {row["metric"] for row in metrics["chair"]["metrics"]} == {"chair_i", "chair_s", "recall", "length"}
     rows = [*metrics["pope"]["metrics"], *metrics["chair"]["metrics"]]
     rows += [interval for row in metrics["detector"]["leaderboard"]["rows"] for interval in row["metrics"].values()]
