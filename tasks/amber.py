@@ -298,6 +298,10 @@ class Amber(Task):
             if sample.subset in pool
         ]
 
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Name the parser."""
+        return [f"Replies are read by the parser {self.parser!r}."]
+
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return the authors' figures: ``amber`` from 0 to 100, all others from 0 to 1.
 

@@ -169,6 +169,10 @@ class Custom(Task):
             return yes_no.claim(answer.text, reply, sample.reference["label"], UNKNOWN)
         return ()
 
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Name the parser."""
+        return [f"Replies are read by the parser {self.parser!r}."] if self.kind == "yes_no" else []
+
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer."""
         if self.kind == "caption":

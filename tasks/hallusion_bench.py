@@ -162,6 +162,10 @@ class HallusionBench(Task):
             if subset in ("all", sample.subset)
         ]
 
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Name the parser."""
+        return [f"Replies are read by the parser {self.parser!r}."]
+
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return the accuracy of answers, of whole figures and of whole questions, from 0 to 1."""
         return {

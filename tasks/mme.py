@@ -179,6 +179,10 @@ class Mme(Task):
             if subset in (TOTAL, sample.subset)
         ]
 
+    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
+        """Name the parser."""
+        return ["Replies are read by the parser 'prefix'."]
+
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return accuracy and accuracy+ from 0 to 1, scores from 0 to 200 for a category."""
         return {

@@ -149,3 +149,23 @@ def test_what_is_required_is_asked_for(name):
     for key in REQUIRED[name]:
         with pytest.raises(ConfigError, match=f"task.{key}"):
             build({**config, **REQUIRED[name], key: None}, Task, "task")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "parser"),
+    [
+        ("amber", {}, "first_word"),
+        ("hallusion_bench", {}, "either"),
+        ("mme", {}, "prefix"),
+        ("custom", {"kind": "yes_no"}, "first_word"),
+        ("pope", {}, "official"),
+        ("hub_choice", {}, "lone_letter"),
+    ],
+)
+def test_the_parser_stands_below_the_figures(name, settings, parser):
+    task = build({**whole_config(name), **REQUIRED.get(name, {}), **settings}, Task, "task")
+    assert f"by the parser {parser!r}" in task.notes([])[0]
+
+
+def test_a_task_without_a_parser_has_no_note():
+    assert build({**whole_config("custom"), **REQUIRED["custom"]}, Task, "task").notes([]) == []
