@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.types import Answer, Generation, Mention, Sample
+from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FeatureSet, without_vectors
 from stethoscope.mitigation.answers import Drop, edit_record
@@ -45,15 +46,28 @@ class AnswerEditor:
         method: the mitigation.
         generation: settings that the answers were written with.
 
+    Attributes:
+        certificate: what is promised of the text that remains; None without a promise.
+
     Raises:
         ConfigError, ArtefactError: there is no detector for the model, see ``Drop.load``.
+        DataError: the promise cannot be given, see ``removal_guarantee.certify_removal``.
     """
 
     def __init__(self, adapter: Adapter, task: Task, method: Drop, generation: Generation) -> None:
         self._adapter, self._task, self._method, self._generation = adapter, task, method, generation
         self.detector: Detector = method.load(adapter)
+        self.certificate = None
+        if method.max_hallucinated is not None:
+            self.certificate = promise_removal(method, adapter, self.detector)
+        self._threshold = self.detector.threshold if self.certificate is None else self.certificate.threshold
         names = list(dict.fromkeys(feature_of(name) for name in self.detector.schema.names))
         self._features = FeatureSet(groups=(), names=names)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the results: what is promised of the text that remains."""
+        return [] if self.certificate is None else [f"Promised: {self.certificate}."]
 
     def __call__(
         self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
@@ -106,12 +120,12 @@ class AnswerEditor:
             zip(rows["mention_index"], self.detector.predict(rows)[self.detector.deciding_rows(rows)], strict=True)
         )
         probabilities = [float(by_index.get(mention.mention_index, 0.0)) for mention in mentions]
-        unwanted = self._method.unwanted(probabilities, self.detector.threshold)
+        unwanted = self._method.unwanted(probabilities, self._threshold)
         if unwanted and self._method.asks:
             names = list(dict.fromkeys(mentions[index].object for index in unwanted))
             [odds] = yes_odds(self._adapter, [sample.image.load()], [names])
             by_mention = [odds.get(mention.object, 0.0) for mention in mentions]
-            unwanted = self._method.unwanted(probabilities, self.detector.threshold, by_mention)
+            unwanted = self._method.unwanted(probabilities, self._threshold, by_mention)
         spans = [(mention.start, mention.end) for mention in mentions]
         text = remove_mentions(answer.text, spans, unwanted)
         if not text.removals:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stethoscope.adapters.base import ForeignTokens
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
-from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.features.registry import without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from stethoscope.evaluation.edit_answers import AnswerEditor, EditedAnswer
+    from stethoscope.evaluation.edit_answers import EditedAnswer
     from stethoscope.evaluation.session import RunSession
-    from stethoscope.mitigation.answers import Drop
     from stethoscope.storage.logged_answers import LoggedAnswer
     from stethoscope.tracing.trace import Encoded, Trace
 
@@ -141,8 +140,7 @@ class SamplePipeline:
         self._requires = frozenset[str]() if self.features is None else self.features.requires
         self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
-        self._edits = hasattr(self.generation.mitigation, "unwanted")  # a mitigation of finished answers
-        self._editor: AnswerEditor | None = None
+        self._editor = session.editor
         self._has_read_ids = False  # of a log, so that they are of this model's tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
@@ -238,7 +236,7 @@ class SamplePipeline:
     def _generate_batch(self, states: Sequence[SampleState]) -> Sequence[Answer]:
         """Generate the answers of one batch, with the prompts' KV caches where they will be traced and fit."""
         prompts = [state.inputs for state in states]
-        traced = self.features is not None or self._edits
+        traced = self.features is not None or self._editor is not None
         if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
@@ -248,7 +246,7 @@ class SamplePipeline:
 
     def _edit(self, states: Sequence[SampleState]) -> None:
         """Edit generated answers, where the mitigation does so."""
-        if not self._edits or not states:
+        if self._editor is None:
             return
         for start in range(0, len(states), TRACE_BATCH):
             chunk = states[start : start + TRACE_BATCH]
@@ -257,13 +255,8 @@ class SamplePipeline:
                     state.answer, state.edit = edited
 
     def _edit_batch(self, states: Sequence[SampleState]) -> Sequence[EditedAnswer]:
-        if self._editor is None:
-            from stethoscope.evaluation.edit_answers import AnswerEditor
-
-            method = cast("Drop", self.generation.mitigation)
-            self._editor = AnswerEditor(self.run.adapter, self.run.task, method, self.generation)
         answers = [state.given_answer for state in states]
-        return self._editor([state.sample for state in states], [state.inputs for state in states], answers)
+        return required(self._editor)([state.sample for state in states], [state.inputs for state in states], answers)
 
     def _in_batches(
         self, states: Sequence[SampleState], stage: str, call: Callable[[Sequence[SampleState]], Sequence[Result]]

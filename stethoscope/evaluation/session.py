@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.digests import jsonable
@@ -38,7 +38,9 @@ from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
 if TYPE_CHECKING:
+    from stethoscope.evaluation.edit_answers import AnswerEditor
     from stethoscope.evaluation.evaluator import Evaluator
+    from stethoscope.mitigation.answers import Drop
 
 FAST_DEV_RUN_SAMPLES = 2
 
@@ -55,6 +57,7 @@ class RunSession:
         run: the state that callbacks see.
         evaluator: as given.
         generation: settings of generation, with the task's own length where none was set.
+        editor: of finished answers, where the mitigation edits them.
 
     Raises:
         ConfigError: adapter or task is something else.
@@ -70,6 +73,7 @@ class RunSession:
         self.generation = evaluator.generation
         self._lock = None if evaluator.run_dir is None else RunLock(evaluator.run_dir, self.run.distributed.rank)
         self._selected: tuple[Sample, ...] = ()
+        self.editor: AnswerEditor | None = None
 
     @classmethod
     @contextmanager
@@ -102,6 +106,11 @@ class RunSession:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
                 )
+            if hasattr(self.generation.mitigation, "unwanted") and not evaluator.keeps_answers:
+                from stethoscope.evaluation.edit_answers import AnswerEditor  # a detector, which few runs need
+
+                method = cast("Drop", self.generation.mitigation)
+                self.editor = AnswerEditor(run.adapter, run.task, method, self.generation)
             fingerprint = answer_fingerprint(run.adapter, run.task, self.generation, self._answers_identity())
         if run.distributed.is_distributed:
             self._check_ranks(self._selected, fingerprint)
@@ -335,7 +344,7 @@ class RunSession:
             metrics=tuple(metrics),
             counts={"samples": len(outcomes), **counts, "truncated": sum(outcome.truncated for outcome in outcomes)},
             subset_counts=subset_counts,
-            notes=tuple(self.run.task.notes(self.run.samples)),
+            notes=(*self.run.task.notes(self.run.samples), *([] if self.editor is None else self.editor.notes)),
             answers={
                 **({} if self.run.given is None else self.run.given.to_dict()),
                 **summarise(outcome.given for outcome in outcomes),

@@ -31,6 +31,10 @@ class Drop(Mitigation):
     Attributes:
         detector: its folder, or that of a run that has one; ``auto`` for the one that comes with the embedded model.
         threshold: probability at or above which a mention is removed, in [0, 1]; None for the detector's own.
+        max_hallucinated: instead of a threshold, the largest share of the mentions that remain that may be
+            hallucinated, in (0, 1), with ``confidence`` over images (``evaluation.removal_guarantee``). The detector
+            must be that of a run with labelled descriptions. None for no promise.
+        confidence: of the promise, in (0, 1).
         asks: whether the model is asked about a mention before it is removed.
     """
 
@@ -39,12 +43,30 @@ class Drop(Mitigation):
     asks: ClassVar[bool] = False
     detector: str = AUTO
     threshold: float | None = None
+    max_hallucinated: float | None = None
+    confidence: float = 0.95
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
             check_range("threshold", self.threshold, 0, 1)
+        if self.max_hallucinated is not None:
+            self._check_promise()
         if self.detector != AUTO:
             detector_folder(self.detector)  # told before a model is loaded
+
+    def _check_promise(self) -> None:
+        for name in ("max_hallucinated", "confidence"):
+            value = getattr(self, name)
+            check_range(name, value, 0, 1)
+            if value in (0, 1):
+                raise ConfigError(f"mitigation.{name}={value!r} should lie between 0 and 1")
+        if self.threshold is not None:
+            raise ConfigError("mitigation.threshold and mitigation.max_hallucinated exclude each other: leave one null")
+        if self.asks:
+            raise ConfigError(
+                "mitigation.max_hallucinated goes with mitigation=drop; what the model would say of the calibration "
+                "images when it is asked is not known"
+            )
 
     def folder(self, adapter: Adapter) -> Path:
         """Find the detector's folder.
