@@ -60,6 +60,6 @@ def test_more_images_keep_more():
 def test_a_promise_that_cannot_be_given_names_the_images():
     with pytest.raises(DataError, match=r"cannot be promised on 10 calibration images; it takes about \d+"):
         certify_removal(draw(1, 10), draw(0, 200), 0.05)
+    blind = [judged(f"{index}", [1] * 5, [0.5] * 5) for index in range(50)]
     with pytest.raises(DataError, match="no threshold leaves so few hallucinated mentions"):
-        blind = [judged(f"{index}", [1] * 5, [0.5] * 5) for index in range(50)]
         certify_removal(blind, blind, 0.05)
