@@ -136,6 +136,10 @@ class RunExport:
         return redact(self.source.store.fingerprints())
 
     @cached_property
+    def _model_name(self) -> str:
+        return self.source.model
+
+    @cached_property
     def _config(self) -> list[Any]:
         remedy = "delete it; the command that made the run writes it again"
         return list(read_yaml(self.source.folder / "config.yaml", remedy, default={}).values())
@@ -164,7 +168,7 @@ class RunExport:
         if _HUB_ID.fullmatch(known) and not known.startswith("local/"):
             owner, _, name = known.partition("/")
             return ModelName(known, owner, name, True, revision)
-        name = known or "unknown" if self.log(task) else self.source.model
+        name = known or "unknown" if self.log(task) else self._model_name
         plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2]).strip(".-") or "unknown"
         return ModelName(f"local/{plain}", "local", plain, False, revision)
 
