@@ -371,7 +371,7 @@ def count_given(record: Record) -> dict[str, float]:
         "same_prompts": note.get("prompt") == "same",
         "tokens": len(flags),
         "argmax": sum(flags),
-        "logprob": sum(answer.logprobs) if flags else 0.0,
+        "logprob": sum(round(value, 6) for value in answer.logprobs) if flags else 0.0,  # as records store them
         "difference": total,
         "compared": compared,
     }
