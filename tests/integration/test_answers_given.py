@@ -1,5 +1,6 @@
 """Answers of the embedded model, written to a log and read back: same figures, same features, same warnings."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import published_files
+from helpers.parquet_folder import write_split
 
 import stethoscope as package
 from stethoscope import Detector, Evaluator, testbed
@@ -186,6 +188,37 @@ def test_scoring_a_file_imports_no_torch(own, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_are_those_of_the_data_set_and_not_of_the_task(tmp_path):
+    """The task asks subset by subset; the log numbers the rows of the hub's file, in which they are mixed."""
+    scenes = testbed.scenes(6)
+    rows, pictures = [], []
+    for index, scene in enumerate(scenes):
+        name, label = (scene.visible[0], "yes") if index % 3 else (published_files.absent(scene), "no")
+        asked = {"question_id": str(index), "question": f"Is there a {name} in the image?", "answer": label}
+        rows.append({**asked, "image_source": scene.id, "category": ("adversarial", "random")[index % 2]})
+        file = io.BytesIO()
+        scene.image().save(file, "PNG")
+        pictures.append(file.getvalue())
+    folder = write_split(tmp_path / "data", rows, pictures, "test-00000-of-00001")
+    lines = [{"row": index, "question": row["question"], "answer": row["answer"]} for index, row in enumerate(rows)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = Pope(source="hub", dataset=str(folder), subsets=["random", "adversarial"])
+    results = Evaluator(answers=tmp_path / "log.jsonl").run(NoModel(), task)
+    assert results.counts["ok"] == 6
+    assert results.value("accuracy", "random") == results.value("accuracy", "adversarial") == 1.0
+
+
+def test_the_file_that_amber_itself_reads_is_joined_by_its_own_ids(stethoscope, tmp_path):
+    settings = [*published_files.amber(tmp_path / "amber", testbed.scenes(3)), "callbacks=none", "logger=none"]
+    stethoscope("evaluate", *settings, "name=own", code=0)
+    records = RunStore(tmp_path / "runs" / "own").records("amber")
+    rows = [{"id": int(item.sample_id.rpartition("-")[2]), "response": item.answer.text} for item in records]
+    (tmp_path / "amber.json").write_text(json.dumps(rows))
+    stethoscope("evaluate", *settings, "name=given", "model=none", "answers.file=amber.json", code=0)
+    own, given = (RunStore(tmp_path / "runs" / name).metrics()["amber"]["metrics"] for name in ("own", "given"))
+    assert given == own
 
 
 @pytest.mark.parametrize("task", ["pope", "amber", "mme", "hallusion_bench", "mmvp", "natural_bench"])
