@@ -108,7 +108,7 @@ class SecondPass:
 
     def __init__(self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation) -> None:
         model, arguments = adapter.prepare_generate(encoded, replace(generation, do_sample=False, mitigation=None))
-        self._start = lambda: model.generate(**arguments, custom_generate=_read_tokens)  # type: ignore[operator]
+        self._start = lambda: model.generate(**arguments, custom_generate=_read_tokens)
         self._reader: Generator[Tensor, Tensor, None] | None = None
 
     def logits(self, tokens: Tensor | None) -> Tensor:
