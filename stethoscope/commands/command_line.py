@@ -23,7 +23,8 @@ PATHS = {
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
     "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
-    "tower_revision", "push", "uri", "extraction", "warn",
+    "tower_revision", "push", "uri", "extraction", "warn", "base_url", "api_key_env", "engine.model", "repope",
+    "mitigation.detector", "id", "label", "object", "letters", "positive", "negative", "variant",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""

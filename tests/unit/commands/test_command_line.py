@@ -13,7 +13,7 @@ PLAIN = {
     "mentions", "format", "mode", "on_error", "parser", "quantize", "random_init", "relationship", "repeats",
     "scene_mode", "scope", "score", "source", "subtokens", "to", "trace", "version",
     # numbers and mappings that may be null, lists of names
-    "hosts", "hidden", "external",
+    "hosts", "hidden", "external", "weight", "max_hallucinated", "image_count", "options", "modes", "origins",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
     "max_new_tokens", "max_pixels", "names", "parts", "phrases", "plugins", "scene_seed", "seed", "sets", "stop",
     "subsets", "tags", "tasks", "text", "threads", "threshold",
@@ -40,9 +40,9 @@ def test_every_setting_is_declared_as_what_it_is():
     """A new setting of text, or one that may be null, belongs to TEXTS, PATHS, LISTS or, where it is no text, PLAIN."""
     known = TEXTS | PATHS | LISTS | PLAIN
     for file, key, value in settings():
-        last = key.rpartition(".")[2]
+        last, group = key.rpartition(".")[2], "" if len(file.parts) == 1 else f"{file.parts[0]}."
         if last != "_target_" and (value is None or isinstance(value, (str, list))):
-            assert last in known, f"{file}: {key}"
+            assert {last, key, group + key} & known, f"{file}: {key}"
     assert not TEXTS & PATHS
     assert not (TEXTS | PATHS | LISTS) & PLAIN
 
