@@ -71,10 +71,10 @@ class Adapter(ABC):
         Raises:
             CapabilityError: it cannot.
         """
-        changes_scores = hasattr(generation.mitigation, "processors")  # other methods need no access to decoding
-        if generation.mitigation is not None and changes_scores and not self.mitigates:
+        method = generation.mitigation  # those that do not change scores need no access to decoding
+        if method is not None and method.changes_scores and not self.mitigates:
             raise CapabilityError(
-                f"mitigation={generation.mitigation.name} changes how {self.name} writes its answers, to which its "
+                f"mitigation={method.name} changes how {self.name} writes its answers, to which its "
                 "adapter gives no access; set mitigation=none"
             )
 

@@ -308,8 +308,8 @@ class HfAdapter(Adapter):
         decoder_only = self._decoder_start is None
         inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
-        make_processors = getattr(generation.mitigation, "processors", None)  # of methods that change the scores
-        processors = [] if make_processors is None else make_processors(self, encoded, generation)
+        method = generation.mitigation
+        processors = [] if method is None else method.processors(self, encoded, generation)
         return self._model, {
             **inputs,
             "generation_config": self._generation_config(generation),

@@ -142,9 +142,14 @@ class MitigationMethod(Protocol):
     """What settings of generation need to know of a mitigation (``stethoscope.mitigation.base.Mitigation``)."""
 
     name: ClassVar[str]
+    changes_scores: ClassVar[bool]
+    samples: ClassVar[bool]
 
     def check(self, generation: Generation) -> None:
         """Check that the method goes with other settings of generation."""
+
+    def processors(self, adapter: Any, encoded: Any, generation: Generation) -> list[Any]:
+        """Create the processors for one call of ``generate``."""
 
     def identity(self, adapter: Any) -> dict[str, Any]:
         """Return settings that identify the method otherwise than by their values."""

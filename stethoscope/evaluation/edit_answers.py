@@ -1,17 +1,19 @@
-"""Apply mitigations that edit finished answers: judge their mentions by a detector, then remove what is unwanted."""
+"""Apply mitigations that edit finished answers: judge mentions by a detector, then remove some or choose an answer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer, Generation, Mention, Sample
 from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FeatureSet, without_vectors
-from stethoscope.mitigation.answers import Drop, edit_record
+from stethoscope.mitigation.answers import Drop, EditingMitigation, Rerank, edit_record
 from stethoscope.mitigation.editing import remove_mentions
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.mention_passes import Resampling, trace_answers, yes_odds
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.mitigation.editing import Removal
     from stethoscope.tasks.base import Task
     from stethoscope.tracing.trace import Encoded
 
@@ -29,15 +32,40 @@ class EditedAnswer(NamedTuple):
     """An answer after a mitigation.
 
     Attributes:
-        answer: the edited answer with the log-probabilities that the model gives its tokens, or the one that was given.
-        edit: what was done, see ``mitigation.answers.edit_record``; empty where nothing was.
+        answer: the edited answer with the log-probabilities that the model gives its tokens, the one that was chosen,
+            or the one that was given.
+        edit: what was done, as ``samples.jsonl`` has it; empty where nothing was.
     """
 
     answer: Answer
     edit: Mapping[str, Any]
 
 
-class AnswerEditor:
+class JudgedAnswer(NamedTuple):
+    """An answer with what the detector says of its mentions.
+
+    Attributes:
+        answer: the answer.
+        mentions: objects that it names, in reading order; none in the reply to a question.
+        probabilities: of hallucination, by mention.
+    """
+
+    answer: Answer
+    mentions: tuple[Mention, ...]
+    probabilities: list[float]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Character spans of the mentions."""
+        return [(mention.start, mention.end) for mention in self.mentions]
+
+    def record(self, removals: Sequence[Removal] = ()) -> dict[str, Any]:
+        """Describe the answer and what was removed from it, see ``mitigation.answers.edit_record``."""
+        objects = [mention.object for mention in self.mentions]
+        return edit_record(self.answer.text, self.spans, objects, self.probabilities, removals)
+
+
+class AnswerEditor(ABC):
     """Edits the answers of one run.
 
     Args:
@@ -46,29 +74,22 @@ class AnswerEditor:
         method: the mitigation.
         generation: settings that the answers were written with.
 
-    Attributes:
-        certificate: what is promised of the text that remains; None without a promise.
-
     Raises:
-        ConfigError, ArtefactError: there is no detector for the model, see ``Drop.load``.
-        DataError: the promise cannot be given, see ``removal_guarantee.certify_removal``.
+        ConfigError, ArtefactError: there is no detector for the model, see ``EditingMitigation.load``.
     """
 
-    def __init__(self, adapter: Adapter, task: Task, method: Drop, generation: Generation) -> None:
-        self._adapter, self._task, self._method, self._generation = adapter, task, method, generation
+    def __init__(self, adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> None:
+        self.adapter, self.task, self.generation = adapter, task, generation
         self.detector: Detector = method.load(adapter)
-        self.certificate = None
-        if method.max_hallucinated is not None:
-            self.certificate = promise_removal(method, adapter, self.detector)
-        self._threshold = self.detector.threshold if self.certificate is None else self.certificate.threshold
         names = list(dict.fromkeys(feature_of(name) for name in self.detector.schema.names))
         self._features = FeatureSet(groups=(), names=names)
 
     @property
     def notes(self) -> list[str]:
         """Sentences for the results: what is promised of the text that remains."""
-        return [] if self.certificate is None else [f"Promised: {self.certificate}."]
+        return []
 
+    @abstractmethod
     def __call__(
         self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
     ) -> list[EditedAnswer]:
@@ -77,17 +98,26 @@ class AnswerEditor:
         Raises:
             CapabilityError: the detector reads features that the model does not provide.
         """
+
+    def judge(
+        self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
+    ) -> list[JudgedAnswer]:
+        """Compute the detector's probabilities for the mentions of answers.
+
+        Raises:
+            CapabilityError: the detector reads features that the model does not provide.
+        """
         mentions = [self._mentions(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
-        edited = [EditedAnswer(answer, {}) for answer in answers]
+        judged = [JudgedAnswer(answer, named, []) for answer, named in zip(answers, mentions, strict=True)]
         doubtful = [index for index, named in enumerate(mentions) if named]
         if not doubtful:
-            return edited
+            return judged
         resampling = None
         if "samples" in self._features.requires:
             listers = [partial(self._objects, samples[index]) for index in doubtful]
-            resampling = Resampling(self._generation, listers)
+            resampling = Resampling(self.generation, listers)
         traces = trace_answers(
-            self._adapter,
+            self.adapter,
             [encoded[index] for index in doubtful],
             [answers[index] for index in doubtful],
             self._features.requires,
@@ -99,37 +129,125 @@ class AnswerEditor:
             answer, named = answers[index], mentions[index]
             owners = [owner is not None for owner in answer.owners(named)]
             columns = without_vectors(self._features.compute(trace), owners)
-            table = token_table(self._task.name, samples[index], answer, named, columns).to_pandas()
-            edited[index] = self._edit(samples[index], encoded[index], answer, named, table)
-        return edited
+            table = token_table(self.task.name, samples[index], answer, named, columns).to_pandas()
+            judged[index] = JudgedAnswer(answer, named, self._probabilities(named, table))
+        return judged
 
     def _mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """List the mentions of a description; the reply to a question is not edited."""
-        return self._task.mentions(sample, answer) if sample.asks == "description" else ()
+        return self.task.mentions(sample, answer) if sample.asks == "description" else ()
 
     def _objects(self, sample: Sample, answer: Answer) -> set[str]:
         """Return the objects that an answer names."""
         return {mention.object for mention in self._mentions(sample, answer)}
 
-    def _edit(
-        self, sample: Sample, encoded: Encoded, answer: Answer, mentions: Sequence[Mention], table: pd.DataFrame
-    ) -> EditedAnswer:
+    def _probabilities(self, mentions: Sequence[Mention], table: pd.DataFrame) -> list[float]:
         rows = self.detector.select_mentions(table, judged=False)
         rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
         by_index = dict(
             zip(rows["mention_index"], self.detector.predict(rows)[self.detector.deciding_rows(rows)], strict=True)
         )
-        probabilities = [float(by_index.get(mention.mention_index, 0.0)) for mention in mentions]
+        return [float(by_index.get(mention.mention_index, 0.0)) for mention in mentions]
+
+
+class MentionRemover(AnswerEditor):
+    """Removes mentions from the answers of one run (``drop`` and ``ask``).
+
+    Args:
+        adapter, task, generation: see ``AnswerEditor``.
+        method: the mitigation.
+
+    Attributes:
+        certificate: what is promised of the text that remains; None without a promise.
+
+    Raises:
+        DataError: the promise cannot be given, see ``removal_guarantee.certify_removal``.
+    """
+
+    def __init__(self, adapter: Adapter, task: Task, method: Drop, generation: Generation) -> None:
+        super().__init__(adapter, task, method, generation)
+        self._method, self.certificate = method, None
+        if method.max_hallucinated is not None:
+            self.certificate = promise_removal(method, adapter, self.detector)
+        self._threshold = self.detector.threshold if self.certificate is None else self.certificate.threshold
+
+    @property
+    def notes(self) -> list[str]:
+        """See ``AnswerEditor.notes``."""
+        return [] if self.certificate is None else [f"Promised: {self.certificate}."]
+
+    def __call__(
+        self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
+    ) -> list[EditedAnswer]:
+        """See ``AnswerEditor.__call__``."""
+        judged = self.judge(samples, encoded, answers)
+        return [self._edit(*parts) for parts in zip(samples, encoded, judged, strict=True)]
+
+    def _edit(self, sample: Sample, encoded: Encoded, judged: JudgedAnswer) -> EditedAnswer:
+        mentions, probabilities = judged.mentions, judged.probabilities
         unwanted = self._method.unwanted(probabilities, self._threshold)
         if unwanted and self._method.asks:
             names = list(dict.fromkeys(mentions[index].object for index in unwanted))
-            [odds] = yes_odds(self._adapter, [sample.image.load()], [names])
+            [odds] = yes_odds(self.adapter, [sample.image.load()], [names])
             by_mention = [odds.get(mention.object, 0.0) for mention in mentions]
             unwanted = self._method.unwanted(probabilities, self._threshold, by_mention)
-        spans = [(mention.start, mention.end) for mention in mentions]
-        text = remove_mentions(answer.text, spans, unwanted)
+        text = remove_mentions(judged.answer.text, judged.spans, unwanted)
         if not text.removals:
-            return EditedAnswer(answer, {})
-        new = replace(self._adapter.answer(encoded, text.text), finished=answer.finished)
-        objects = [mention.object for mention in mentions]
-        return EditedAnswer(new, edit_record(answer.text, spans, objects, probabilities, text.removals))
+            return EditedAnswer(judged.answer, {})
+        new = replace(self.adapter.answer(encoded, text.text), finished=judged.answer.finished)
+        return EditedAnswer(new, judged.record(text.removals))
+
+
+class AnswerReranker(AnswerEditor):
+    """Chooses among several answers to every description of one run (``rerank``).
+
+    Args:
+        adapter, task, generation: see ``AnswerEditor``.
+        method: the mitigation.
+    """
+
+    def __init__(self, adapter: Adapter, task: Task, method: Rerank, generation: Generation) -> None:
+        super().__init__(adapter, task, method, generation)
+        self._method = method
+
+    def __call__(
+        self, samples: Sequence[Sample], encoded: Sequence[Encoded], answers: Sequence[Answer]
+    ) -> list[EditedAnswer]:
+        """See ``AnswerEditor.__call__``. One batch of traces for every candidate."""
+        edited = [EditedAnswer(answer, {}) for answer in answers]
+        described = [index for index, sample in enumerate(samples) if sample.asks == "description"]
+        if not described:
+            return edited
+        own, prompts = [samples[index] for index in described], [encoded[index] for index in described]
+        rounds = [self.judge(own, prompts, [answers[index] for index in described])]
+        for settings in self._method.settings(self.generation):
+            rounds.append(self.judge(own, prompts, self.adapter.generate(prompts, settings)))
+        for index, *candidates in zip(described, *rounds, strict=True):
+            edited[index] = self._choose(candidates)
+        return edited
+
+    def _choose(self, candidates: Sequence[JudgedAnswer]) -> EditedAnswer:
+        """Take the answer with the lowest score, the first of equal ones."""
+        scores = [self._method.score(candidate.probabilities) for candidate in candidates]
+        chosen = min(range(len(scores)), key=scores.__getitem__)
+        listed = [
+            {"text": candidate.answer.text, "mentions": len(candidate.mentions), "score": round(score, 6)}
+            for candidate, score in zip(candidates, scores, strict=True)
+        ]
+        return EditedAnswer(
+            candidates[chosen].answer, {**candidates[0].record(), "chosen": chosen, "candidates": listed}
+        )
+
+
+def make_editor(adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> AnswerEditor:
+    """Create the editor for a mitigation.
+
+    Raises:
+        ConfigError: the method is of a class that no editor knows; or see ``AnswerEditor``.
+        ArtefactError, DataError: see ``AnswerEditor`` and ``MentionRemover``.
+    """
+    if isinstance(method, Rerank):
+        return AnswerReranker(adapter, task, method, generation)
+    if isinstance(method, Drop):
+        return MentionRemover(adapter, task, method, generation)
+    raise ConfigError(f"mitigation={method.name}: {type(method).__name__} is none of Drop, Ask and Rerank")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.digests import jsonable
@@ -23,6 +23,7 @@ from stethoscope.evaluation.pipeline import SamplePipeline, message
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import RunState
 from stethoscope.loggers.base import Loggers
+from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.storage.lock import RunLock
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples
@@ -40,7 +41,6 @@ from stethoscope.tasks.base import Task
 if TYPE_CHECKING:
     from stethoscope.evaluation.edit_answers import AnswerEditor
     from stethoscope.evaluation.evaluator import Evaluator
-    from stethoscope.mitigation.answers import Drop
 
 FAST_DEV_RUN_SAMPLES = 2
 
@@ -106,11 +106,11 @@ class RunSession:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
                 )
-            if hasattr(self.generation.mitigation, "unwanted") and not evaluator.keeps_answers:
-                from stethoscope.evaluation.edit_answers import AnswerEditor  # a detector, which few runs need
+            method = self.generation.mitigation
+            if isinstance(method, EditingMitigation) and not evaluator.keeps_answers:
+                from stethoscope.evaluation.edit_answers import make_editor  # a detector, which few runs need
 
-                method = cast("Drop", self.generation.mitigation)
-                self.editor = AnswerEditor(run.adapter, run.task, method, self.generation)
+                self.editor = make_editor(run.adapter, run.task, method, self.generation)
             fingerprint = answer_fingerprint(run.adapter, run.task, self.generation, self._answers_identity())
         if run.distributed.is_distributed:
             self._check_ranks(self._selected, fingerprint)

@@ -25,12 +25,22 @@ class Mitigation(ABC):
     Attributes:
         name: how the method is called in configurations and tables.
         source: paper that the method comes from, or what it is.
-        passes: forward passes for every answer token, those of the answer itself included.
+        passes: forward passes for every answer token, those of the answer itself included, that do not depend on the
+            settings; see ``passes_per_token``.
+        changes_scores: whether the method changes the scores of the next token at every step, by ``processors``.
+        samples: whether it samples by ``generation.seed`` even where the answer itself is greedy.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[float] = 1.0
+    changes_scores: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+
+    @property
+    def passes_per_token(self) -> float:
+        """Forward passes for every answer token with these settings, without the pass that a detector reads."""
+        return self.passes
 
     def check(self, generation: Generation) -> None:  # noqa: B027  (most methods go with all settings)
         """Check that the method goes with the settings of generation, before any model is loaded.
@@ -47,9 +57,17 @@ class Mitigation(ABC):
         """
         return {}
 
+    def processors(
+        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
+    ) -> list[LogitsProcessor]:
+        """Create the processors for one call of ``generate``; none by default, see ``DecodingMitigation``."""
+        return []
+
 
 class DecodingMitigation(Mitigation):
     """A method that changes the scores of the next token at every step of decoding."""
+
+    changes_scores: ClassVar[bool] = True
 
     def check(self, generation: Generation) -> None:
         """See ``Mitigation.check``.

@@ -56,7 +56,8 @@ class Record:
         part: file in ``tokens/`` with these rows; empty once they are in ``tokens.parquet``.
         asks: as in the sample; the line of a question leaves it out.
         edit: how a mitigation has edited the answer (``mitigation.answers.edit_record``): the text as it was, its
-            mentions with their probabilities, and what was removed; empty, and left out, where nothing was.
+            mentions with their probabilities, and what was removed; where it was chosen among candidates, all of them
+            with their scores. Empty, and left out, where nothing was done.
     """
 
     task: str

@@ -51,7 +51,7 @@ def answer_fingerprint(
     are not included: every record has the digest of its own.
 
     Batch size, loggers, callbacks, and the numbers of samples and processes are left out, as they change no answer. So
-    are the settings of sampling in greedy decoding.
+    are the settings of sampling in greedy decoding, but for the seed where a mitigation samples.
 
     Args:
         adapter: that has been set up.
@@ -65,7 +65,8 @@ def answer_fingerprint(
         settings = {**jsonable(method), **method.identity(adapter)}
         decoding["mitigation"] = {"name": method.name, "settings": settings, "code": source_digest(type(method))}
     if not generation.do_sample:
-        decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY}
+        seed = {"seed": generation.seed} if method is not None and method.samples else {}
+        decoding = {key: value for key, value in decoding.items() if key not in _SAMPLING_ONLY} | seed
     applied = adapter.generation_settings(generation)
     identity = {
         "adapter": {**jsonable(adapter.fingerprint()), "code": source_digest(type(adapter))},

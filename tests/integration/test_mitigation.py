@@ -7,8 +7,10 @@ from helpers.tiny_world import TinyAdapter, TinyTask
 
 import stethoscope as package
 from stethoscope.core.errors import CapabilityError
+from stethoscope.core.line_schemas import violation
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.evaluator import Evaluator
+from stethoscope.mitigation.answers import Drop, Rerank
 from stethoscope.mitigation.decoding import FirstLogitBoosting, NoiseContrast
 from stethoscope.testbed import DETECTOR_DIR
 
@@ -48,6 +50,11 @@ def test_answers_are_those_of_the_adapter(stethoscope, tmp_path):
     assert sorted(by_id.values()) == sorted(answer.text for answer in answers)
 
 
+def metrics(folder):
+    rows = json.loads((folder / "metrics.json").read_text())["chair"]["metrics"]
+    return {row["metric"]: row["value"] for row in rows}
+
+
 @pytest.mark.parametrize(("method", "fewest", "share"), [("drop", 8, 0.6), ("ask", 4, 0.9)])
 def test_finished_answers_are_edited(stethoscope, tmp_path, method, fewest, share):
     stethoscope("evaluate", *RUN, "task.scenes=40", f"mitigation={method}", "name=edited", code=0)
@@ -67,22 +74,55 @@ def test_finished_answers_are_edited(stethoscope, tmp_path, method, fewest, shar
         assert any(edit["mentions"][index]["probability"] >= THRESHOLD for index in gone)
         kept = [mention["object"] for index, mention in enumerate(edit["mentions"]) if index not in gone]
         assert [mention["object"] for mention in record["mentions"]] == kept
-    figures = [
-        {
-            row["metric"]: row["value"]
-            for row in json.loads((tmp_path / f"runs/{name}/metrics.json").read_text())["chair"]["metrics"]
-        }
-        for name in ("plain", "edited")
-    ]
-    assert figures[1]["chair_i"] < share * figures[0]["chair_i"]
-    assert figures[1]["recall"] > figures[0]["recall"] - 0.06
+    plain_figures, figures = (metrics(tmp_path / "runs" / name) for name in ("plain", "edited"))
+    assert figures["chair_i"] < share * plain_figures["chair_i"]
+    assert figures["recall"] > plain_figures["recall"] - 0.06
+    assert not any(violation("samples", record) for record in edited)
     stethoscope("extract", "run=runs/edited", "features=fast", code=0)
     assert "other settings" in stethoscope("evaluate", *RUN, "task.scenes=40", "name=edited")
 
 
-def test_a_yes_or_no_is_not_edited(stethoscope, tmp_path):
+def test_the_best_of_several_samples_is_taken(stethoscope, tmp_path):
+    words = [*RUN, "task.scenes=40", "mitigation=rerank"]
+    stethoscope("evaluate", *words, "name=best", "limit=10", code=0)
+    stethoscope("evaluate", *words, "name=best", "batch_size=5", code=0)  # resumed
+    stethoscope("evaluate", *words, "name=again", "limit=12", code=0)
+    stethoscope("evaluate", *RUN, "task.scenes=40", "name=plain", code=0)
+    plain, best, again = (
+        {record["sample_id"]: record for record in records(tmp_path / "runs" / name)}
+        for name in ("plain", "best", "again")
+    )
+    assert (len(again), len(best)) == (12, 40)
+    for sample_id, record in again.items():
+        assert (record["answer"]["text"], record["edit"]) == (
+            best[sample_id]["answer"]["text"],
+            best[sample_id]["edit"],
+        )
+    for sample_id, record in best.items():
+        edit = record["edit"]
+        texts = [candidate["text"] for candidate in edit["candidates"]]
+        scores = [candidate["score"] for candidate in edit["candidates"]]
+        assert violation("samples", record) is None
+        assert texts[0] == edit["text"] == plain[sample_id]["answer"]["text"]
+        assert len(texts) == 5
+        assert edit["chosen"] == scores.index(min(scores))
+        assert record["answer"]["text"] == texts[edit["chosen"]]
+        assert len(record["mentions"]) == edit["candidates"][edit["chosen"]]["mentions"]
+        own = [mention["probability"] for mention in edit["mentions"]]
+        assert scores[0] == pytest.approx(Rerank().score(own), abs=1e-4)
+    assert len({record["edit"]["chosen"] for record in best.values()}) == 5
+    plain_figures, figures = (metrics(tmp_path / "runs" / name) for name in ("plain", "best"))
+    assert figures["chair_i"] < 0.9 * plain_figures["chair_i"]
+    assert figures["recall"] > plain_figures["recall"] - 0.06
+    stethoscope("extract", "run=runs/best", "features=fast", code=0)
+    for changed in ("mitigation.gain=1", "mitigation.candidates=3", "+generation.seed=1"):
+        assert "other settings" in stethoscope("evaluate", *words, changed, "name=best")
+
+
+@pytest.mark.parametrize("method", ["drop", "rerank"])
+def test_a_yes_or_no_is_not_edited(stethoscope, tmp_path, method):
     words = ["task=pope", "task.scenes=4", "callbacks=none", "logger=none", "limit=24"]
-    stethoscope("evaluate", *words, "mitigation=drop", "name=edited", code=0)
+    stethoscope("evaluate", *words, f"mitigation={method}", "name=edited", code=0)
     assert not any("edit" in record for record in records(tmp_path / "runs/edited"))
 
 
@@ -97,6 +137,9 @@ def test_a_detector_is_needed(stethoscope):
     [
         (["mitigation=vcd", "generation=beam"], "mitigation=vcd goes with greedy decoding and sampling"),
         (["mitigation=cut", "mitigation.beta=3"], "mitigation.beta=3 should be a number from 0 to 1"),
+        (["mitigation=rerank", "mitigation.candidates=1"], "mitigation.candidates=1 should be a number of at least 2"),
+        (["mitigation=rerank", "mitigation.candidates=2.5"], "mitigation.candidates=2.5 should be a whole number"),
+        (["mitigation=rerank", "mitigation.detector=nowhere"], "nowhere is no directory"),
         (["mitigation=opera"], "opera"),
         (["mitigation._target_=stethoscope.tasks.pope.Pope"], "is no Mitigation"),
     ],
@@ -109,3 +152,14 @@ def test_an_adapter_without_access_is_refused(tmp_path):
     adapter = TinyAdapter()
     with pytest.raises(CapabilityError, match="mitigation=vcd changes how"):
         Evaluator(generation=Generation(mitigation=NoiseContrast())).run(adapter, TinyTask())
+
+
+def test_a_score_weighs_expected_hallucinations_against_right_mentions():
+    assert Rerank(gain=0).score([0.1, 0.9]) == pytest.approx(1.0)
+    assert Rerank(gain=0.5).score([0.1, 0.9]) == pytest.approx(1.0 - 0.5)
+    assert Rerank(gain=0.5).score([]) == 0
+    break_even = 0.25 / 1.25
+    assert Rerank(gain=0.25).score([break_even]) == pytest.approx(0)
+    seeds = [settings.seed for settings in Rerank(candidates=3).settings(Generation(seed=7, num_beams=4))]
+    assert seeds == [8, 9]
+    assert [method.passes_per_token for method in (Rerank(), Drop(), NoiseContrast())] == [5, 1, 2]
