@@ -16,7 +16,7 @@ from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, ra
 from stethoscope.core.text import logged_to_stderr, one_line, visible_output
 
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
-TOGETHER = ("benchmark", "evaluate", "extract")
+TOGETHER = ("benchmark", "evaluate", "extract", "mitigate")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
 
 
@@ -117,6 +117,8 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         raise ConfigError(
             f"--multirun and {world_size()} processes exclude each other; start the processes for each job of the sweep"
         )
+    if command == "mitigate" and sweeping:
+        raise ConfigError("mitigate makes a run of every method itself; start it once for each of the other settings")
     if not {"-sc", "--shell-completion"} & set(options):
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))
         words = name_loggers(words, command, option(options, "--config-dir", "-cd"))

@@ -4,6 +4,7 @@ HYDRA_COMMANDS = {
     "benchmark": "POPE, CHAIR and the hallucination detector in one run (the default job)",
     "evaluate": "run one model on one task: answers and metrics",
     "answer": "ask a server (vLLM, SGLang, llama.cpp, ...) the questions of a task; `evaluate` reads its answers",
+    "mitigate": "methods against hallucinations, compared with greedy decoding and with trivial controls",
     "extract": "add token features to a finished run, without generating again",
     "diagnose": "one picture, one question: the answer with its warnings, and what every token was written from",
     "app": "a page on which one asks, looks at every word of the answer, and goes through finished runs",

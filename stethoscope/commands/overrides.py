@@ -112,6 +112,10 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
+        if (command, key) == ("mitigate", "task"):
+            return (
+                "mitigate asks CHAIR and POPE; `stethoscope evaluate task=... mitigation=...` runs one method on others"
+            )
         if (command, key) == ("benchmark", "task"):
             return "benchmark runs POPE and CHAIR, and trains on CHAIR; `stethoscope evaluate task=...` runs others"
         return _unknown_setting(key, _known_keys(command, overrides, key))

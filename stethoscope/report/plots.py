@@ -261,6 +261,37 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
         return finish(figure, (), note)
 
 
+def plot_frontier(
+    points: Sequence[tuple[str, float, float]], front: Sequence[tuple[float, float]], note: str = ""
+) -> Plot:
+    """Plot object recall against CHAIR_i, a named point for every method, and the front of trivial methods.
+
+    Args:
+        points: name, CHAIR_i and recall, both in [0, 1]; points that are not finite are left out.
+        front: CHAIR_i and recall of the corners of the dashed line, from left to right.
+        note: how to read the plot.
+    """
+    title = "recall against CHAIR_i"
+    shown = [point for point in points if np.isfinite(point[1:]).all()]
+    corners = np.array([*front, *(point[1:] for point in shown)], float).reshape(-1, 2)
+    limits = {
+        "xlim": (0, 1.15 * corners[:, 0].max(initial=0.05)),
+        "ylim": (0, min(1.0, 1.15 * corners[:, 1].max(initial=0.05))),
+    }
+    with _drawing(title, (SIZE[0] + 120, SIZE[1] + 80)) as (figure, axes, finish):
+        axes.set(xlabel="CHAIR_i (hallucinated among named objects)", ylabel="object recall", **limits)
+        axes.grid()
+        axes.plot([x for x, _ in front], [y for _, y in front], **_DASHED)
+        for index, (name, x, y) in enumerate(shown):
+            below = index % 2  # neighbours are often close: their names take turns above and below
+            axes.plot([x], [y], marker="o", markersize=7, color=COLOURS["s0"], clip_on=False, gid=f"point-{index}")
+            axes.annotate(
+                name, (x, y), xytext=(5, -13 if below else 6), textcoords="offset points", color=COLOURS["ink"],
+                fontsize=10,
+            )  # fmt: skip
+        return finish(figure, (), note)
+
+
 _DASHED: dict[str, Any] = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
 
 
