@@ -331,7 +331,10 @@ def method_tables(figures: Sequence[MethodFigures], notes: Sequence[str] = ()) -
     costs: list[tuple[Cell, ...]] = [
         (item.answers.name, _plain(item.answers.passes, 2), _plain(item.answers.seconds)) for item in figures
     ]
-    note = "Passes leave out the one that a detector reads. Seconds of one description on this machine, in batches, all stages; –: not measured."
+    note = (
+        "Passes leave out the one that a detector reads. Seconds of one description on this machine, in batches, all "
+        "stages; –: not measured."
+    )
     return [*tables, Table("cost", ("", "passes per token", "seconds per answer"), tuple(costs), note)]
 
 
