@@ -124,7 +124,7 @@ def _add_module(module: str, file: Path, sources: dict[str, bytes]) -> None:
 
 def _imported_names(text: bytes, module: str, is_package: bool) -> Iterator[str]:
     """Yield the dotted names in a source file's top-level imports: modules, and names in modules."""
-    for node in ast.parse(text).body:
+    for node in _parse(text).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,6 +132,19 @@ def _imported_names(text: bytes, module: str, is_package: bool) -> Iterator[str]
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _parse(text: bytes, tries: int = 3) -> ast.Module:
+    """Parse source code, again where Python loses count of its depth.
+
+    Up to 3.11.8 and 3.12.2 it does, and raises a SystemError, where other code parses in between (issue gh-106905).
+    """
+    try:
+        return ast.parse(text)
+    except SystemError:
+        if tries <= 1:
+            raise
+        return _parse(text, tries - 1)
 
 
 def _module_file(name: str, package: str) -> Path | None:

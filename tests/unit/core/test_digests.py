@@ -162,3 +162,21 @@ def test_a_picture_has_one_digest_and_a_changed_file_another(tmp_path):
     assert picture.differs("anything")
     assert len(loads) == 1
     assert picture.sha256 == hashlib.sha256(b"(3, 2)" + bytes([1, 2, 3] * 6)).hexdigest()
+
+
+def test_source_is_parsed_again_where_python_loses_count(monkeypatch):
+    parse, failures = digests.ast.parse, [1, 1]
+
+    def flaky(text):
+        if failures:
+            failures.pop()
+            raise SystemError("AST constructor recursion depth mismatch (before=204, after=248)")
+        return parse(text)
+
+    plain = source_digest(Pope)
+    monkeypatch.setattr(digests.ast, "parse", flaky)
+    assert source_digest(Pope) == plain
+    assert failures == []
+    failures.extend([1, 1, 1])
+    with pytest.raises(SystemError):
+        source_digest(Pope)
