@@ -13,8 +13,9 @@ from PIL import Image
 from stethoscope.tasks.amber import Amber
 from stethoscope.tasks.beaf import Beaf
 from stethoscope.tasks.chair import Chair
-from stethoscope.tasks.custom import Custom, read_vocabulary
+from stethoscope.tasks.custom import Custom
 from stethoscope.tasks.dash_b import DashB
+from stethoscope.tasks.extraction import read_vocabulary
 from stethoscope.tasks.halloc import HalLoc
 from stethoscope.tasks.hallusion_bench import HallusionBench
 from stethoscope.tasks.humble_bench import HumbleBench
