@@ -204,11 +204,14 @@ def beyond_front(
         trivial: those of the trivial methods.
 
     Returns:
-        (1 + R,), NaN where the method's CHAIR_i is not defined.
+        (1 + R,), NaN where the method's CHAIR_i is not defined, and everywhere where it is above that of all trivial
+        methods, as nothing tells what they would recall there.
     """
     differences = np.full(len(chair_i), math.nan)
     for index in np.flatnonzero(np.isfinite(chair_i)):
         corners = trivial_front([(float(x[index]), float(y[index])) for x, y in trivial])
+        if not index and chair_i[0] > corners[-1][0]:
+            break
         differences[index] = recall[index] - np.interp(chair_i[index], *np.array(corners).T)
     return differences
 

@@ -60,6 +60,7 @@ def test_recall_beyond_the_front_is_measured_at_the_same_chair_i():
     trivial = [(np.array([0.2, 0.2]), np.array([0.8, 0.8])), (np.array([0.1, np.nan]), np.array([0.5, 0.0]))]
     beyond = beyond_front(np.array([0.15, 0.1]), np.array([0.7, 0.7]), trivial)
     assert beyond == pytest.approx([0.7 - 0.65, 0.7 - 0.4])  # the second replicate: halfway to saying nothing
+    assert np.isnan(beyond_front(np.array([0.3, 0.1]), np.array([0.9, 0.9]), trivial)).all()
     assert math.isnan(beyond_front(np.array([np.nan]), np.array([0.0]), [])[0])
 
 
@@ -68,8 +69,8 @@ def figures():
     methods = [
         answers("greedy", 10, (1, 3), 8, words=(30, 40), passes=1.0, seconds=0.1),
         answers("better", 9, (0, 2), 8, words=(28, 38), passes=2.0, seconds=0.2),
-        answers("shorter", 5, (1, 2), 4, words=(14, 20), passes=1.0),
-        answers("stop at 8", 5, (0, 2), 4, words=8, trivial=True),
+        answers("shorter", 10, (1, 2), 4, words=(14, 20), passes=1.0),
+        answers("stop at 8", 10, 4, 4, words=8, trivial=True),
     ]
     return compare_methods(methods, METRICS)
 
@@ -83,9 +84,9 @@ def test_methods_are_compared_with_greedy_and_with_the_front(figures):
     assert better.differences["chair_i"].interval.high < 0
     assert better.differences["chair_i"].p == pytest.approx(2 * 2 / 1001)
     assert better.differences["recall"].interval.value == 0
-    # the front: (0, 0), greedy (0.2, 0.8), stopping at 8 (0.2, 0.4), which is worse
+    # the front: (0, 0), greedy (0.2, 0.8), stopping at 8 (0.4, 0.4) is worse
     assert better.differences["front"].interval.value == pytest.approx(0.8 - 0.8 * (1 / 9) / 0.2)
-    assert shorter.differences["front"].interval.value == pytest.approx(-0.4)
+    assert shorter.differences["front"].interval.value == pytest.approx(-0.2)
     assert shorter.differences["front"].interval.high < 0
     assert stopped.differences["recall"].p is None
     assert "front" not in stopped.differences
