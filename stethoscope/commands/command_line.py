@@ -16,7 +16,7 @@ from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.text import redact_override, visible
 
 TEXTS = {"question", "answer", "suffix", "prompt", "system", "description", "subset", "auth", "organization",
-         "url"}  # fmt: skip
+         "url", "brief"}  # fmt: skip
 """Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",

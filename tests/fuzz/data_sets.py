@@ -95,7 +95,7 @@ def tasks(folder: Path) -> dict[str, Callable[[], Any]]:
     from stethoscope.tasks.pope import Pope
 
     images, coco = str(folder / "images"), {name: str(folder / f"{name}.json") for name in ("instances", "captions")}
-    caption = {"file": str(folder / "caption.jsonl"), "images": images, "vocabulary": str(folder / "words.yaml")}
+    caption = {"file": str(folder / "caption.jsonl"), "images": images, "extraction": str(folder / "words.yaml")}
     return {
         "pope": lambda: Pope(source="files", subsets=["random"], questions=str(folder), images=images),
         "chair": lambda: Chair(source="files", images=images, **coco),

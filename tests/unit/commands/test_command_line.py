@@ -13,7 +13,8 @@ PLAIN = {
     "mentions", "format", "mode", "on_error", "parser", "quantize", "random_init", "relationship", "repeats",
     "scene_mode", "scope", "score", "source", "subtokens", "to", "trace", "version",
     # numbers and mappings that may be null, lists of names
-    "hosts", "hidden", "external", "weight", "max_hallucinated", "image_count", "options", "modes", "origins",
+    "hosts", "hidden", "external", "weight", "max_hallucinated", "image_count", "options", "methods", "modes",
+    "origins",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
     "max_new_tokens", "max_pixels", "names", "parts", "phrases", "plugins", "scene_seed", "seed", "sets", "stop",
     "subsets", "tags", "tasks", "text", "threads", "threshold",
