@@ -43,6 +43,7 @@ def test_methods_are_compared_and_resumed(stethoscope, tmp_path):
     stethoscope("compare", folder / "none", folder / "drop", code=0)
 
 
+@pytest.mark.slow
 def test_images_of_the_detector_are_left_out(stethoscope, finished, tmp_path):
     folds = {}
     for line in (finished / "greedy" / "warnings.jsonl").read_text().splitlines():

@@ -55,7 +55,9 @@ def metrics(folder):
     return {row["metric"]: row["value"] for row in rows}
 
 
-@pytest.mark.parametrize(("method", "fewest", "share"), [("drop", 8, 0.6), ("ask", 4, 0.9)])
+@pytest.mark.parametrize(
+    ("method", "fewest", "share"), [("drop", 8, 0.6), pytest.param("ask", 4, 0.9, marks=pytest.mark.slow)]
+)
 def test_finished_answers_are_edited(stethoscope, tmp_path, method, fewest, share):
     stethoscope("evaluate", *RUN, "task.scenes=40", f"mitigation={method}", "name=edited", code=0)
     stethoscope("evaluate", *RUN, "task.scenes=40", "name=plain", code=0)
@@ -82,6 +84,7 @@ def test_finished_answers_are_edited(stethoscope, tmp_path, method, fewest, shar
     assert "other settings" in stethoscope("evaluate", *RUN, "task.scenes=40", "name=edited")
 
 
+@pytest.mark.slow
 def test_the_best_of_several_samples_is_taken(stethoscope, tmp_path):
     words = [*RUN, "task.scenes=40", "mitigation=rerank"]
     stethoscope("evaluate", *words, "name=best", "limit=10", code=0)
