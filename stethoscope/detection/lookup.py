@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -170,6 +170,32 @@ WARNING_COLUMNS = {
 """The keys of a line of ``warnings.jsonl``."""
 
 
+class MentionProbabilities(NamedTuple):
+    """Mentions of a token table with what a detector says of them.
+
+    Attributes:
+        rows: first sub-token of every mention, judged or not, indexed from 0.
+        deciding: (rows,) index of the row whose probability a mention gets, see ``Detector.deciding_rows``.
+        values: (rows,) probabilities of hallucination, in [0, 1].
+    """
+
+    rows: pd.DataFrame
+    deciding: np.ndarray
+    values: np.ndarray
+
+
+def mention_probabilities(table: pd.DataFrame, detector: Detector) -> MentionProbabilities:
+    """Compute a detector's probability for every mention of a token table.
+
+    Raises:
+        ArtefactError: the table has other features than the detector was fitted on.
+    """
+    rows = detector.select_mentions(table, judged=False)
+    rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
+    deciding = detector.deciding_rows(rows)
+    return MentionProbabilities(rows, deciding, detector.predict(rows)[deciding])
+
+
 def mention_warnings(
     table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray] | None = None
 ) -> pd.DataFrame:
@@ -185,11 +211,9 @@ def mention_warnings(
     """
     named = table[table["mention_index"] >= 0]
     ends = named.groupby(["task", "sample_id", "mention_index"], sort=False)["end"].max().rename("until")
-    first = detector.select_mentions(table, judged=False)
-    first = first[first["is_first_subtoken"]].reset_index(drop=True)
+    first, deciding, probabilities = mention_probabilities(table, detector)
     rows = first[["task", "sample_id", "group", "object", "start", "label", "mention_index"]].copy()
-    deciding = detector.deciding_rows(first)
-    rows["probability"] = detector.predict(first)[deciding]
+    rows["probability"] = probabilities
     rows["evidence"], rows["prior"] = None, None
     if detector.additive:
         explanation = detector.explain(first)

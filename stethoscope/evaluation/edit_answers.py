@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer, Generation, Mention, Sample
+from stethoscope.detection.lookup import mention_probabilities
 from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of
 from stethoscope.features.registry import FeatureSet, without_vectors
@@ -142,11 +143,8 @@ class AnswerEditor(ABC):
         return {mention.object for mention in self._mentions(sample, answer)}
 
     def _probabilities(self, mentions: Sequence[Mention], table: pd.DataFrame) -> list[float]:
-        rows = self.detector.select_mentions(table, judged=False)
-        rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
-        by_index = dict(
-            zip(rows["mention_index"], self.detector.predict(rows)[self.detector.deciding_rows(rows)], strict=True)
-        )
+        rows, _, values = mention_probabilities(table, self.detector)
+        by_index = dict(zip(rows["mention_index"], values, strict=True))
         return [float(by_index.get(mention.mention_index, 0.0)) for mention in mentions]
 
 

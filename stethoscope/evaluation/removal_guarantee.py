@@ -30,6 +30,7 @@ import numpy as np
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.types import required
+from stethoscope.detection.lookup import mention_probabilities
 from stethoscope.detection.risk_control import MAX_BET, RiskGuarantee, choose_limit, log_wealth
 from stethoscope.mitigation.editing import remove_mentions
 from stethoscope.storage.run_dir import RunStore
@@ -226,9 +227,7 @@ def read_judged_texts(run: Path, detector: Detector) -> dict[str, list[JudgedTex
     store = RunStore(run)
     folds: dict[str, list[JudgedText]] = {"train": [], "calibration": [], "test": []}
     for task in tasks:
-        rows = detector.select_mentions(store.tokens(task), judged=False)
-        rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
-        values = detector.predict(rows)[detector.deciding_rows(rows)]
+        rows, _, values = mention_probabilities(store.tokens(task), detector)
         keys = zip(rows["sample_id"], rows["mention_index"], strict=True)
         probabilities = dict(zip(keys, values.tolist(), strict=True))
         for record in store.records(task):

@@ -101,6 +101,22 @@ def curve_picture(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
+def check_limits(pictures: int, patience: float | None = None) -> None:
+    """Check the settings that loggers with pictures and with a thread of their own share.
+
+    Args:
+        pictures: maximum number of samples, and of mentions, to log with their pictures.
+        patience: seconds that a finished run waits for the logger; None for one that works at once.
+
+    Raises:
+        ConfigError: ``pictures`` is below 0, or ``patience`` not above 0.
+    """
+    if pictures < 0:
+        raise ConfigError(f"logger.pictures={pictures} should be at least 0")
+    if patience is not None and patience <= 0:
+        raise ConfigError(f"logger.patience={patience} should be above 0")
+
+
 def check_installed(module: str, extra: str) -> None:
     """Check, without importing it, that the package of a logger is installed.
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.errors import ConfigError
 from stethoscope.core.text import redact_text
 from stethoscope.loggers.base import (
     Logger,
     Picture,
     as_labels,
     check_installed,
+    check_limits,
     curve_picture,
     flat_settings,
     plain_table,
@@ -69,10 +69,7 @@ class MlflowLogger(Logger):
         Raises:
             ConfigError: ``pictures`` is below 0, ``patience`` not above 0, or MLflow is not installed.
         """
-        if pictures < 0:
-            raise ConfigError(f"logger.pictures={pictures} should be at least 0")
-        if patience <= 0:
-            raise ConfigError(f"logger.patience={patience} should be above 0")
+        check_limits(pictures, patience)
         check_installed("mlflow", "mlflow")
         self.uri, self.folder, self.project, self.name = uri, folder, project, name
         self.group, self.job_type, self.tags = group, job_type, as_labels(tags)

@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.errors import ConfigError
-from stethoscope.loggers.base import Logger, Picture, check_installed, curve_picture, flat_settings, plain_table
+from stethoscope.loggers.base import (
+    Logger,
+    Picture,
+    check_installed,
+    check_limits,
+    curve_picture,
+    flat_settings,
+    plain_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +39,7 @@ class TensorBoardLogger(Logger):
         Raises:
             ConfigError: ``pictures`` is below 0, or TensorBoard is not installed.
         """
-        if pictures < 0:
-            raise ConfigError(f"logger.pictures={pictures} should be at least 0")
+        check_limits(pictures)
         check_installed("tensorboard", "tensorboard")
         self.folder, self.pictures = folder, pictures
         self._path: Path | None = None

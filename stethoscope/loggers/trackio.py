@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.core.errors import ConfigError
-from stethoscope.loggers.base import Logger, Marked, Picture, check_installed, curve_picture, stored_id
+from stethoscope.loggers.base import Logger, Marked, Picture, check_installed, check_limits, curve_picture, stored_id
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +45,7 @@ class TrackioLogger(Logger):
         Raises:
             ConfigError: ``pictures`` is below 0, ``patience`` not above 0, or Trackio is not installed.
         """
-        if pictures < 0:
-            raise ConfigError(f"logger.pictures={pictures} should be at least 0")
-        if patience <= 0:
-            raise ConfigError(f"logger.patience={patience} should be above 0")
+        check_limits(pictures, patience)
         check_installed("trackio", "trackio")
         self.project, self.name, self.space, self.group = project, name, space, group
         self.pictures, self.patience = pictures, patience

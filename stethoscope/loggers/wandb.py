@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, unknown
-from stethoscope.loggers.base import Logger, Marked, Picture, as_labels, stored_id
+from stethoscope.loggers.base import Logger, Marked, Picture, as_labels, check_limits, stored_id
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -59,10 +59,7 @@ class WandbLogger(Logger):
         """
         if mode not in MODES:
             raise ConfigError(unknown("logger.mode", str(mode), MODES))
-        if pictures < 0:
-            raise ConfigError(f"logger.pictures={pictures} should be at least 0")
-        if patience <= 0:
-            raise ConfigError(f"logger.patience={patience} should be above 0")
+        check_limits(pictures, patience)
         self.media, self.pictures, self.patience = mode != "disabled", pictures, patience
         self.mode: Mode = mode
         self.project, self.name, self.entity = project, name, entity
