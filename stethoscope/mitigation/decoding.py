@@ -9,6 +9,7 @@ Performance Gains", arXiv 2504.10020).
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -184,8 +185,38 @@ class FirstLogitBoosting(DecodingMitigation):
         return [FirstLogitProcessor(self.gamma, self.rate, self.beta)]
 
 
+class ContrastMitigation(DecodingMitigation):
+    """A method that compares with a second pass over a changed prompt.
+
+    Attributes:
+        beta: of the plausibility cut, from 0 to 1.
+    """
+
+    passes: ClassVar[float] = 2.0
+    beta: float
+
+    @abstractmethod
+    def change(self, prompt: Encoded) -> Encoded:
+        """Return the prompt of the second pass.
+
+        Raises:
+            CapabilityError: the prompt cannot be changed so.
+        """
+
+    @abstractmethod
+    def combine(self, scores: Tensor, other: Tensor, step: int) -> Tensor:
+        """Combine (B, V) logits z and z' of a step, counted from 0, to new scores."""
+
+    def processors(
+        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
+    ) -> list[LogitsProcessor]:
+        """See ``DecodingMitigation.processors``."""
+        second = SecondPass(adapter, [self.change(prompt) for prompt in encoded], generation)
+        return [ContrastProcessor(second, self.combine, self.beta)]
+
+
 @dataclass(frozen=True)
-class NoImageContrast(DecodingMitigation):
+class NoImageContrast(ContrastMitigation):
     """Contrast with the same prompt without its image: M3ID (Favero et al., CVPR 2024), or PAI's text branch.
 
     M3ID adds (e^(rate t) - 1) (log p - log p') where max p < alpha, more the longer the answer. With ``weight`` the
@@ -200,7 +231,6 @@ class NoImageContrast(DecodingMitigation):
 
     name: ClassVar[str] = "no_image"
     source: ClassVar[str] = "M3ID, CVPR 2024"
-    passes: ClassVar[float] = 2.0
     alpha: float = 0.3
     rate: float = 0.02
     weight: float | None = None
@@ -221,16 +251,13 @@ class NoImageContrast(DecodingMitigation):
         unsure = own.max(-1, keepdim=True).values < math.log(self.alpha) if self.alpha else False
         return torch.where(torch.as_tensor(unsure), own + math.expm1(self.rate * step) * (own - without), own)
 
-    def processors(
-        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
-    ) -> list[LogitsProcessor]:
-        """See ``DecodingMitigation.processors``."""
-        changed = [without_image(prompt) for prompt in encoded]
-        return [ContrastProcessor(SecondPass(adapter, changed, generation), self.combine, self.beta)]
+    def change(self, prompt: Encoded) -> Encoded:
+        """See ``ContrastMitigation.change``."""
+        return without_image(prompt)
 
 
 @dataclass(frozen=True)
-class NoiseContrast(DecodingMitigation):
+class NoiseContrast(ContrastMitigation):
     """Visual Contrastive Decoding (Leng et al., CVPR 2024): (1 + alpha) z - alpha z', z' with a noised image.
 
     Attributes:
@@ -242,7 +269,6 @@ class NoiseContrast(DecodingMitigation):
 
     name: ClassVar[str] = "vcd"
     source: ClassVar[str] = "VCD, CVPR 2024"
-    passes: ClassVar[float] = 2.0
     alpha: float = 1.0
     beta: float = 0.1
     step: int = STEP
@@ -257,14 +283,7 @@ class NoiseContrast(DecodingMitigation):
         """Combine (B, V) logits z and z'."""
         return scores + self.alpha * (scores - other)
 
-    def processors(
-        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
-    ) -> list[LogitsProcessor]:
-        """See ``DecodingMitigation.processors``."""
-        changed = [self._noised(prompt) for prompt in encoded]
-        return [ContrastProcessor(SecondPass(adapter, changed, generation), self.combine, self.beta)]
-
-    def _noised(self, prompt: Encoded) -> Encoded:
+    def change(self, prompt: Encoded) -> Encoded:
         """Noise the image of one prompt, by itself, so that it does not depend on the batch."""
         pixels = noised(prompt.inputs["pixel_values"], self.step, self.seed)
         return replace(prompt, inputs={**prompt.inputs, "pixel_values": pixels}, cache=None)
