@@ -1,4 +1,4 @@
-"""Warn during generation: print every token as it is generated, and the named objects at the end.
+"""Warn during generation: print tokens as they are generated, and a warning as soon as an object is named.
 
 python examples/stream.py
 """
@@ -7,6 +7,7 @@ import stethoscope
 from stethoscope import testbed
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
+from stethoscope.streaming import Final, MentionCompleted, Token
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
@@ -17,15 +18,19 @@ stethoscope.Evaluator(batch_size=32, features=features, run_dir="runs/example-st
 detector = stethoscope.Detector(C=0.1).fit(RunStore("runs/example-stream").tokens("chair"))
 
 image = testbed.scenes(7)[6].image()
-for item in stethoscope.stream(adapter, image, QUESTION, detector=detector):
-    if hasattr(item, "warned"):  # a token
-        print(item.text, end="", flush=True)
-        continue
-    print()  # the last item: the answer and the objects that it names
-    for mention in item.mentions:
-        print(f"{mention.verdict.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
+for event in stethoscope.stream(adapter, image, QUESTION, detector=detector):
+    match event:
+        case Token():
+            print(event.text, end="", flush=True)
+        case MentionCompleted(warned=True):
+            print(f" [{event.object}? {event.probability:.0%}]", end="", flush=True)
+        case Final():  # the answer and all objects that it names
+            print()
+            for mention in event.mentions:
+                print(f"{mention.verdict.probability:4.0%} {mention.object}{'  <- warned' if mention.warned else ''}")
 
 encoded = adapter.encode(image, QUESTION)  # the same in a `generate` call of your own
 with stethoscope.WarningStreamer(adapter, encoded, detector) as streamer:
     adapter.model.generate(**encoded.inputs, streamer=streamer, max_new_tokens=64, do_sample=False)
-print(sum(token.warned for token in streamer.tokens), "tokens at or above the threshold")
+warnings = [event for event in streamer.events if isinstance(event, MentionCompleted) and event.warned]
+print(len(warnings), "warnings in", len(streamer.tokens), "tokens")

@@ -23,7 +23,7 @@ from stethoscope import testbed
 from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.streaming import StreamedToken
+from stethoscope.streaming import Token
 from stethoscope.tasks.chair import Chair
 
 QUESTION = "Please describe this image in detail."
@@ -77,13 +77,8 @@ def _detector(adapter: object, scenes: int) -> stethoscope.Detector:
 
 
 def _tokens(items: object) -> int:
-    """List the tokens of a stream, up to the answer's end."""
-    count = 0
-    for item in items:
-        if not isinstance(item, StreamedToken):
-            break
-        count += 1
-    return count
+    """Count the tokens of a stream."""
+    return sum(isinstance(item, Token) for item in items)
 
 
 if __name__ == "__main__":

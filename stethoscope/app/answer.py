@@ -15,7 +15,7 @@ from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.types import Answer, Generation, ImageRef
 from stethoscope.diagnosis import diagnose
-from stethoscope.streaming import StreamedToken, stream
+from stethoscope.streaming import Final, MentionCompleted, Token, stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,9 +167,10 @@ def _generate(
         yield payload.message(f"writing {settings.num_beams} answers side by side …", "busy"), None
         return ready.adapter.generate([encoded], settings)[0]
     threshold = None if detectors.live is None else detectors.live.threshold
-    tokens: list[StreamedToken] = []
+    tokens: list[Token] = []
+    mentions: list[MentionCompleted] = []
     last_update = 0.0
-    for item in stream(
+    for event in stream(
         ready.adapter,
         picture,
         question.text,
@@ -177,13 +178,17 @@ def _generate(
         delay=detectors.delay,
         generation=settings,
         asks=question.asks,
-        extraction=lambda text: [],  # the diagnosis extracts those of the complete answer
+        extraction=extractor,
     ):
-        if not isinstance(item, StreamedToken):
-            return item.answer
-        tokens.append(item)
+        match event:
+            case Token():
+                tokens.append(event)
+            case MentionCompleted():
+                mentions.append(event)
+            case Final(answer=answer):  # its mentions are diagnosed with everything else
+                return answer
         if time.perf_counter() - last_update > PAUSE:
-            yield payload.partial_answer(question.text, tokens, extractor, threshold), None
+            yield payload.partial_answer(question.text, tokens, mentions, threshold), None
             last_update = time.perf_counter()
     raise AssertionError("a stream ends with its answer")
 

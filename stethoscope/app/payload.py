@@ -18,8 +18,7 @@ from stethoscope.diagnosis.render import mention_payload, payload
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.streaming import StreamedToken
-    from stethoscope.tasks.object_extraction import MentionExtractor
+    from stethoscope.streaming import MentionCompleted, Token
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def without_folders(text: str) -> str:
 
 
 def partial_answer(
-    question: str, tokens: Sequence[StreamedToken], extractor: MentionExtractor, threshold: float | None
+    question: str, tokens: Sequence[Token], mentions: Sequence[MentionCompleted], threshold: float | None
 ) -> str:
     """Encode the part of an answer that has been generated so far.
 
@@ -87,7 +86,7 @@ def partial_answer(
     Args:
         question: the prompt's text.
         tokens: of the answer so far.
-        extractor: extracts the objects that the answer names.
+        mentions: objects that they name, so far.
         threshold: of the detector that scores while the answer is generated; None without one.
     """
     text = "".join(token.text for token in tokens)
@@ -95,17 +94,16 @@ def partial_answer(
         {"span": [token.start, token.end], "probability": float(np.exp(token.logprob)), "mention": None}
         for token in tokens
     ]
-    mentions: list[dict[str, Any]] = []
-    for mention in extractor(text) if threshold is not None else ():
-        covered = [token.token for token in tokens if token.start < mention.end and token.end > mention.start]
-        probability = tokens[covered[0]].probability if covered else None
-        if probability is None:
-            continue
-        for token in covered:
-            rows[token]["mention"] = len(mentions)
-        mentions.append({**mention_payload(mention.name, covered, None), "probability": round(probability, 4)})
+    scored = [(mention, mention.probability) for mention in mentions if mention.probability is not None]
+    for index, (mention, _) in enumerate(scored):
+        for token in mention.tokens:
+            rows[token]["mention"] = index
+    shown = [
+        {**mention_payload(mention.object, mention.tokens, None), "probability": round(probability, 4)}
+        for mention, probability in scored
+    ]
     return encode(
-        "writing", asked=question, text=text, tokens=rows, mentions=mentions, threshold=threshold, status="writing …"
+        "writing", asked=question, text=text, tokens=rows, mentions=shown, threshold=threshold, status="writing …"
     )
 
 

@@ -1,5 +1,6 @@
 """Warn about hallucinations while a model generates, from what its decoding steps leave behind."""
 
-from stethoscope.streaming.stream import StreamedAnswer, StreamedToken, WarningStreamer, stream
+from stethoscope.streaming.events import Final, MentionCompleted, StreamEvent, Token
+from stethoscope.streaming.stream import WarningStreamer, stream
 
-__all__ = ["StreamedAnswer", "StreamedToken", "WarningStreamer", "stream"]
+__all__ = ["Final", "MentionCompleted", "StreamEvent", "Token", "WarningStreamer", "stream"]

@@ -1,10 +1,10 @@
-"""Stream tokens with their warning probabilities, computed from the pass that generates them."""
+"""Stream tokens and warnings of the objects that they name, computed from the pass that generates them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ from stethoscope.diagnosis.run_diagnosis import (
 )
 from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.decode_loop import decode
+from stethoscope.streaming.events import Final, MentionCompleted, MentionTracker, StreamEvent, Token
 from stethoscope.streaming.scorer import Scorer
 from stethoscope.streaming.step_recorder import RESIDUAL_REQUIREMENTS, StepRecorder
 from stethoscope.tasks.extraction import Extraction, as_extraction
@@ -41,66 +42,6 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 128  # tokens of an answer, unless set otherwise
 
 
-@dataclass(frozen=True)
-class StreamedToken:
-    """One token of a streamed answer.
-
-    Attributes:
-        token: index in the answer, from 0.
-        id: index in the vocabulary.
-        text: text that it adds to the answer; empty while a character is incomplete.
-        start: first character of ``text`` in the answer.
-        end: last character + 1.
-        logprob: natural log of its probability under the model's own distribution.
-        probability: score of the detector, in [0, 1], higher means hallucinated; None without a detector. Detectors
-            learn from objects that answers name, by default from their first sub-token: there it is the probability
-            that the object is not in the image. For other tokens it is the score that such a name would get here, and
-            no warning. The mentions of ``StreamedAnswer`` show which tokens name an object.
-        warned: whether the probability is at or above the detector's threshold.
-    """
-
-    token: int
-    id: int
-    text: str
-    start: int
-    end: int
-    logprob: float
-    probability: float | None = None
-    warned: bool = False
-
-
-class StreamedAnswer:
-    """The finished answer, the last item of ``stream``.
-
-    Attributes:
-        answer: the answer, equal to that of ``Adapter.generate``.
-    """
-
-    def __init__(self, answer: Answer, diagnosed: Callable[[], tuple[tuple[DiagnosedMention, ...], str]]) -> None:
-        self.answer, self._diagnose = answer, diagnosed
-
-    @cached_property
-    def _diagnosed(self) -> tuple[tuple[DiagnosedMention, ...], str]:
-        return self._diagnose()
-
-    @property
-    def shift(self) -> str:
-        """One sentence where the picture or the answer is unlike those of the detector's calibration; else empty.
-
-        No probability of such an answer is calibrated. Computed on first access, as ``mentions``.
-        """
-        return self._diagnosed[1]
-
-    @property
-    def mentions(self) -> tuple[DiagnosedMention, ...]:
-        """Objects that the answer names, with the detector's scores; computed on first access.
-
-        Raises:
-            CapabilityError: ``final`` reads features that the model does not give.
-        """
-        return self._diagnosed[0]
-
-
 class WarningStreamer(BaseStreamer):
     """Warning streamer for your own ``generate(streamer=...)`` call, for one prompt and without beams.
 
@@ -112,10 +53,12 @@ class WarningStreamer(BaseStreamer):
         detector: computes the probabilities.
         delay: number of steps that a token may wait for its probability, see ``stream``. A detector with features of
             the consuming row gives none to the last token of an answer that was cut off, since nothing has read it.
-        on_token: called with every token, in order.
+        on_event: called with every event but ``Final``, in order.
         generation: settings, for ``arguments`` and for the stop strings.
+        extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
 
     Attributes:
+        events: events so far: tokens, and the objects that they name.
         tokens: tokens so far.
         answer: the finished answer, None before ``end``.
         model: the transformers model.
@@ -133,8 +76,9 @@ class WarningStreamer(BaseStreamer):
         encoded: Encoded,
         detector: Detector | Path | str | None = None,
         delay: int = 0,
-        on_token: Callable[[StreamedToken], None] | None = None,
+        on_event: Callable[[Token | MentionCompleted], None] | None = None,
         generation: Generation | None = None,
+        extraction: Extraction | MentionExtractor | str | None = None,
     ) -> None:
         self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
         self._adapter, self._generation = adapter, _with_limit(generation)
@@ -155,14 +99,17 @@ class WarningStreamer(BaseStreamer):
         self._end_ids = frozenset(settings.eos_token_id or ())
         self._stop_strings = (*getattr(adapter, "stop", ()), *self._generation.stop)
         tokenizer = adapter.processor.tokenizer  # type: ignore[attr-defined]  # an adapter that generates has one
-        self._decode_ids, self._on_token = _decoder(tokenizer), on_token
+        self._decode_ids, self._on_event = _decoder(tokenizer), on_event
         self._text = GrowingText(self._decode)
+        self._mentions = MentionTracker(as_extraction(extraction), self.detector)
+        self._released = ""  # text of the tokens so far
         self._pending: list[tuple[str, int, int]] = []  # tokens not yet released: text, start, end
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._probabilities: list[float] = []
         self._started = self._finished = False
-        self.tokens: list[StreamedToken] = []
+        self.events: list[Token | MentionCompleted] = []
+        self.tokens: list[Token] = []
         self.answer: Answer | None = None
 
     def __enter__(self) -> WarningStreamer:
@@ -233,6 +180,8 @@ class WarningStreamer(BaseStreamer):
         for start, end in self.answer.offsets[len(self.tokens) :]:
             self._emit(self.answer.text[start:end], start, end)
         self._pending = []
+        for mention in self._mentions.update(self.answer.text, self.tokens, finished=True):
+            self._add_event(mention)
 
     def _score_pending(self, least: int) -> None:
         """Score the newest tokens whose steps are known, if there are at least ``least`` of them."""
@@ -270,12 +219,18 @@ class WarningStreamer(BaseStreamer):
     def _emit(self, text: str, start: int, end: int) -> None:
         index, known = len(self.tokens), self._probabilities
         probability = known[index] if index < len(known) else None
-        detector = self.detector
-        warned = detector is not None and probability is not None and probability >= detector.threshold
-        token = StreamedToken(index, self._ids[index], text, start, end, self._logprobs[index], probability, warned)
+        token = Token(index, self._ids[index], text, start, end, self._logprobs[index], probability)
         self.tokens.append(token)
-        if self._on_token is not None:
-            self._on_token(token)
+        self._released += text
+        self._add_event(token)
+        if text != "".join(text.split()):  # a word may be complete
+            for mention in self._mentions.update(self._released, self.tokens):
+                self._add_event(mention)
+
+    def _add_event(self, event: Token | MentionCompleted) -> None:
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
 
 
 def stream(
@@ -289,8 +244,8 @@ def stream(
     final: Detector | Path | str | None = None,
     extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
-) -> Iterator[StreamedToken | StreamedAnswer]:
-    """Stream an answer token by token, and at the end the answer with its warnings.
+) -> Iterator[StreamEvent]:
+    """Stream an answer as typed events: its tokens, warnings of the objects that it names, the finished answer.
 
     The tokens are those of ``adapter.generate``; probabilities are those of the detector on a trace of the finished
     answer. The model takes its next step when the next item is requested.
@@ -310,7 +265,7 @@ def stream(
         asks: what the question asks for, as in ``stethoscope.diagnose``.
 
     Yields:
-        ``StreamedToken``, and a ``StreamedAnswer`` at last.
+        ``Token``; ``MentionCompleted`` when an object is named, which is where warnings are; ``Final`` at last.
 
     Raises:
         CapabilityError: the detector reads features that are unknown during generation, or the adapter has no model.
@@ -328,22 +283,22 @@ def stream(
         check_model(loaded, adapter)
     picture = load_picture(image)
     encoded = adapter.encode_as(asks, picture, question)
-    streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation)
     extractor = as_extraction(extraction)
+    streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation, extractor)
     return _stream_tokens(streamer, lambda: _diagnose_mentions(adapter, picture, encoded, streamer, final, extractor))
 
 
 def _stream_tokens(
     streamer: WarningStreamer, diagnosed: Callable[[], tuple[tuple[DiagnosedMention, ...], str]]
-) -> Iterator[StreamedToken | StreamedAnswer]:
+) -> Iterator[StreamEvent]:
     with streamer:
         count = 0
         for _ in decode(streamer.model, streamer.arguments, streamer.steps, streamer.add_token):
-            yield from streamer.tokens[count:]
-            count = len(streamer.tokens)
+            yield from streamer.events[count:]
+            count = len(streamer.events)
         streamer.end()
-        yield from streamer.tokens[count:]
-    yield StreamedAnswer(streamer.finished_answer(), diagnosed)
+        yield from streamer.events[count:]
+    yield Final(streamer.finished_answer(), diagnosed)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:

@@ -14,10 +14,12 @@ from stethoscope.core.types import Generation
 from stethoscope.detection.design_matrix import Inputs
 from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.streaming import StreamedAnswer, WarningStreamer, stream
+from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreamer, stream
+from stethoscope.streaming.events import MentionTracker
 from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
 from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.object_extraction import mentions as object_mentions
 
 QUESTION = "Please describe this image in detail."
 FAST = ("uncertainty", "position", "attention", "lens")
@@ -51,6 +53,15 @@ def every(adapter, tmp_path_factory):
     return trained(adapter, tmp_path_factory.mktemp("every"), FeatureSet(groups=(), names=STEPWISE))
 
 
+def streamed(*arguments, **settings):
+    """Tokens, completed mentions and the last event of a stream, which are all that it yields."""
+    *events, last = stream(*arguments, **settings)
+    tokens, mentions = ([event for event in events if type(event) is kind] for kind in (Token, MentionCompleted))
+    assert len(tokens) + len(mentions) == len(events)
+    assert type(last) is Final
+    return tokens, mentions, last
+
+
 def offline(adapter, image, generation, detector, names):
     """Answer and probabilities as runs make them: generate, trace, features, predict."""
     import pandas as pd
@@ -68,8 +79,7 @@ def test_tokens_and_probabilities_are_those_of_the_finished_answer(adapter, imag
     for image in images:
         generation = Generation(max_new_tokens=length)
         answer, expected = offline(adapter, image, generation, fast, FeatureSet(groups=FAST).names)
-        *tokens, last = stream(adapter, image, QUESTION, detector=fast, delay=delay, generation=generation)
-        assert isinstance(last, StreamedAnswer)
+        tokens, _, last = streamed(adapter, image, QUESTION, detector=fast, delay=delay, generation=generation)
         assert [token.id for token in tokens] == list(answer.token_ids) == list(last.answer.token_ids)
         assert (last.answer.text, last.answer.offsets, last.answer.finished) == (
             answer.text, answer.offsets, answer.finished,
@@ -78,7 +88,7 @@ def test_tokens_and_probabilities_are_those_of_the_finished_answer(adapter, imag
         assert [(token.start, token.end) for token in tokens] == list(answer.offsets)
         assert np.allclose([token.logprob for token in tokens], answer.logprobs, atol=1e-4)
         assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
-        assert [token.warned for token in tokens] == [token.probability >= fast.threshold for token in tokens]
+        assert [token.index for token in tokens] == list(range(len(tokens)))
         assert np.ptp(expected) > 0.05 or length < 96  # a constant would agree with anything
 
 
@@ -87,7 +97,7 @@ def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, lengt
     generation = Generation(max_new_tokens=length)
     for image in images:
         answer, expected = offline(adapter, image, generation, every, STEPWISE)
-        *tokens, last = stream(adapter, image, QUESTION, detector=every, delay=delay, generation=generation)
+        tokens, _, last = streamed(adapter, image, QUESTION, detector=every, delay=delay, generation=generation)
         assert last.answer.token_ids == answer.token_ids == tuple(token.id for token in tokens)
         assert last.answer.finished == answer.finished
         assert np.allclose([token.probability for token in tokens], expected, rtol=0, atol=1e-4)
@@ -113,7 +123,10 @@ def test_sampling_and_stop_strings(adapter, images, every, fast):
     ):
         for detector, delay in ((fast, 0), (every, 1)):
             answer, expected = offline(adapter, images[0], generation, detector, detector_names(detector))
-            *tokens, last = stream(adapter, images[0], QUESTION, detector=detector, delay=delay, generation=generation)
+            tokens, mentions, last = streamed(
+                adapter, images[0], QUESTION, detector=detector, delay=delay, generation=generation
+            )
+            assert [(one.object, one.start) for one in mentions] == [(one.object, one.start) for one in last.mentions]
             assert last.answer.text == answer.text == "".join(token.text for token in tokens)
             assert tuple(token.id for token in tokens) == answer.token_ids == last.answer.token_ids
             assert last.answer.finished == answer.finished
@@ -142,13 +155,59 @@ def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, ev
         )
 
 
+@pytest.mark.parametrize("repeats", ["first", "all"])
+@pytest.mark.parametrize("delay", [0, 4])
+def test_an_object_is_told_when_its_name_is_complete_and_with_its_final_warning(
+    adapter, images, fast, delay, repeats, monkeypatch
+):
+    monkeypatch.setitem(fast.settings, "repeats", repeats)
+    warned = []
+    for image in images:
+        *events, last = stream(adapter, image, QUESTION, detector=fast, delay=delay)
+        mentions = [event for event in events if type(event) is MentionCompleted]
+        for mention, final in zip(mentions, last.mentions, strict=True):
+            assert (mention.object, mention.start, mention.end, mention.tokens, mention.warned) == (
+                final.object, final.start, final.end, final.tokens, final.warned,
+            )  # fmt: skip
+            assert mention.probability == pytest.approx(final.verdict.probability, abs=1e-4)
+            before = [event for event in events[: events.index(mention)] if type(event) is Token]
+            words = "".join(token.text for token in before)[mention.end :].split()
+            assert len(words) == 2 or len(before) == len(last.answer.token_ids)
+        warned += [mention.warned for mention in mentions]
+    assert {True, False} == set(warned)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (("A", " baby", " eleph", "ant", " and", " a"), {6: ["elephant"]}),
+        (("A", " dog", "s", ",", " cats", ".", " It"), {5: ["dog"], 7: ["cat"]}),
+        (("A", " dog"), {"end": ["dog"]}),
+        (("A", " cat", " and", " a", " cat"), {4: ["cat"], "end": ["cat"]}),
+        (("No", " such", " thing"), {}),
+    ],
+)
+def test_names_are_complete_when_nothing_can_change_them(pieces, expected):
+    tracker, tokens, told = MentionTracker(object_mentions, None), [], {}
+    for index, piece in enumerate(pieces):
+        start = sum(map(len, pieces[:index]))
+        tokens.append(Token(index, index, piece, start, start + len(piece), 0.0))
+        names = [mention.object for mention in tracker.update("".join(pieces[: index + 1]), tokens)]
+        told |= {index + 1: names} if names else {}
+    names = [mention.object for mention in tracker.update("".join(pieces), tokens, finished=True)]
+    assert told | ({"end": names} if names else {}) == expected
+    for mention in tracker.completed:
+        assert "".join(pieces)[mention.start : mention.end].lower().rstrip("s").endswith(mention.object)
+
+
 def test_a_generate_call_of_ones_own(adapter, images, fast):
     encoded, seen = adapter.encode(images[0], QUESTION), []
-    with WarningStreamer(adapter, encoded, fast, on_token=seen.append) as warner:
+    with WarningStreamer(adapter, encoded, fast, on_event=seen.append) as warner:
         ids = adapter.model.generate(**encoded.inputs, streamer=warner, max_new_tokens=20, do_sample=False)
     written = ids[0, encoded.inputs["input_ids"].shape[1] :].tolist()
-    assert [token.id for token in seen] == written
-    assert seen == warner.tokens
+    assert [token.id for token in warner.tokens] == written
+    assert seen == warner.events
+    assert [event for event in seen if type(event) is Token] == warner.tokens != seen
     assert warner.answer.token_ids == tuple(written)
     with pytest.raises(CaptureError, match="new streamer"), warner:
         adapter.model.generate(**encoded.inputs, streamer=warner, max_new_tokens=3, do_sample=False)
@@ -163,7 +222,9 @@ def test_tokens_wait_as_long_as_was_said_and_no_longer(adapter, images, fast):
         hook = adapter.model.register_forward_hook(lambda *_, steps=steps: steps.append(1))
         try:
             for token in range(12):
-                assert next(tokens).token == token
+                while type(event := next(tokens)) is MentionCompleted:
+                    pass
+                assert event.index == token
                 assert len(steps) - 1 - token == delay - token % (delay + 1)
         finally:
             hook.remove()
@@ -178,8 +239,8 @@ def test_the_model_is_free_between_tokens(adapter, images, every):
     both = [stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation) for image in images[:2]]
     found = [[], []]
     for step in range(10):
-        for items, tokens in zip(found, both, strict=True):
-            items.append(next(tokens))
+        for items, events in zip(found, both, strict=True):
+            items.append(next(events))
         if step == 4:
             answer = adapter.generate([encoded], generation)[0]
             adapter.trace(encoded, answer, ("attention", "lens"))
@@ -203,10 +264,10 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
     assert threading.active_count() == before
     assert hooks() == hooked
     assert adapter.model.config._attn_implementation == implementation != "stethoscope"
-    *tokens, last = stream(adapter, images[0], QUESTION)
-    assert {token.probability for token in tokens} == {None}
-    assert {token.warned for token in tokens} == {False}
-    assert last.mentions
+    tokens, mentions, last = streamed(adapter, images[0], QUESTION)
+    assert {event.probability for event in (*tokens, *mentions)} == {None}
+    assert {mention.warned for mention in mentions} == {False}
+    assert [mention.object for mention in mentions] == [mention.object for mention in last.mentions] != []
     assert {one.verdict for one in last.mentions} == {None}
 
 
@@ -242,8 +303,8 @@ def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, mon
 def test_only_a_few_numbers_are_read_without_a_trace(adapter, images, fast, monkeypatch):
     monkeypatch.setattr("stethoscope.streaming.scorer._MAX_NUMBERS", 1000)
     tokens = counted(monkeypatch)
-    *streamed, _ = stream(adapter, images[0], QUESTION, detector=fast, generation=Generation(max_new_tokens=5))
-    assert len(streamed) == 5
+    written, _, _ = streamed(adapter, images[0], QUESTION, detector=fast, generation=Generation(max_new_tokens=5))
+    assert len(written) == 5
     assert not tokens
 
 
@@ -255,7 +316,7 @@ def test_the_loop_writes_what_generate_writes(model, images):
     other = stethoscope.load(model, random_init="tiny")
     for generation in (Generation(max_new_tokens=16), Generation(max_new_tokens=9, do_sample=True, seed=1)):
         answer = other.generate([other.encode(images[0], QUESTION)], generation)[0]
-        *tokens, last = stream(other, images[0], QUESTION, generation=generation)
+        tokens, _, last = streamed(other, images[0], QUESTION, generation=generation)
         assert tuple(token.id for token in tokens) == answer.token_ids == last.answer.token_ids
         assert np.allclose([token.logprob for token in tokens], answer.logprobs, atol=1e-5)
         assert last.answer.finished == answer.finished

@@ -10,7 +10,7 @@ from stethoscope import testbed
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.storage.run_fingerprint import constructor_settings
-from stethoscope.streaming import StreamedAnswer, stream
+from stethoscope.streaming import Final, stream
 from stethoscope.tasks import object_extraction
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.custom import Custom
@@ -199,7 +199,7 @@ def test_diagnosis_and_stream_use_the_choice_and_say_that_the_detector_did_not(a
     assert same[0] == pytest.approx(same[1], abs=1e-6)
     finds = Extraction("first-word", lambda answer: [object_extraction.TextMention("word", 0, answer.find(" "))], None)
     streamed = [item for item in stream(adapter, picture, question, final=detector, extraction=finds)]
-    assert isinstance(streamed[-1], StreamedAnswer)
+    assert isinstance(streamed[-1], Final)
     assert [mention.object for mention in streamed[-1].mentions] == ["word"]
     assert "these are found by first-word" in streamed[-1].shift
 

@@ -14,7 +14,7 @@ from stethoscope.diagnosis.run_diagnosis import diagnose, extract_mentions
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.streaming import StreamedAnswer, stream
+from stethoscope.streaming import Final, stream
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import load_extraction
 from stethoscope.tracing.mention_passes import trace_answers, yes_odds
@@ -77,7 +77,7 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
         row = keys.assign(**{name: values[at] for name, values in columns.items()})
         assert named.verdict.probability == pytest.approx(float(detector.predict(row)[0]), abs=1e-4)
     *_, last = stream(adapter, scene, QUESTION, final=detector)
-    assert isinstance(last, StreamedAnswer)
+    assert isinstance(last, Final)
     for one, other in zip(last.mentions, found.mentions, strict=True):
         assert one.verdict.probability == pytest.approx(other.verdict.probability, abs=1e-4)
 
