@@ -14,7 +14,7 @@ The choice is one word or path, the same for every task and command:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ class Extraction:
         mentions: lists the mentions of a text in reading order.
         objects: all names that it can give; None where any noun can be one.
         synonyms: lower-case name or synonym -> name, for a vocabulary of your own; empty for the others.
+        name_forms: lists every way to write a name, as ``NamePrefixes`` needs them; None where any word can be one.
     """
 
     identity: str
     mentions: MentionExtractor
     objects: tuple[str, ...] | None
     synonyms: Mapping[str, str] = field(default_factory=dict)
+    name_forms: Callable[[], Collection[str]] | None = None
 
     def __call__(self, text: str) -> list[TextMention]:
         """Return the mentions of a text in reading order."""
@@ -73,7 +75,7 @@ def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str 
     text = str(choice or "").strip()
     kind, _, rest = text.partition(":")
     if text == COCO:
-        return Extraction(COCO, object_extraction.mentions, OBJECTS)
+        return Extraction(COCO, object_extraction.mentions, OBJECTS, name_forms=object_extraction.name_forms)
     if kind == AMBER:
         return _amber(rest, key)
     if kind == NOUNS:
@@ -84,7 +86,7 @@ def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str 
         words = read_vocabulary(path)
         vocabulary = Vocabulary(words)
         identity = f"{path.name}:{_digest(sorted(words.items()))}"
-        return Extraction(identity, vocabulary.mentions, tuple(words), vocabulary.names)
+        return Extraction(identity, vocabulary.mentions, tuple(words), vocabulary.names, vocabulary.name_forms)
     if plugins is not None and "." in text:
         return as_extraction(import_name(text, key, tuple(plugins)))
     functions = () if plugins is None else ("package.module.function",)
@@ -179,7 +181,8 @@ def _amber(folder: str, key: str) -> Extraction:
     path = Path(folder).expanduser()
     association = read_association(path / "relation.json" if path.suffix != ".json" else path)
     words = sorted({*association, *sum(association.values(), ())})
-    return Extraction(f"{AMBER}:{_digest(words)}", NounExtractor(words), tuple(words))
+    nouns = NounExtractor(words)
+    return Extraction(f"{AMBER}:{_digest(words)}", nouns, tuple(words), name_forms=nouns.name_forms)
 
 
 def read_association(path: Path) -> dict[str, tuple[str, ...]]:

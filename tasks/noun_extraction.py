@@ -57,6 +57,14 @@ def singulars(word: str) -> Iterator[str]:
             yield word[: len(word) - len(ending)] + single
 
 
+def _written(name: str) -> set[str]:
+    """Return a name with its last word in every form that ``singulars`` leads back to it."""
+    *first, last = name.split(" ")
+    rules = [(plural, single) for plural, single in (*_IRREGULAR.items(), *_ENDINGS) if last.endswith(single)]
+    plurals = {last[: len(last) - len(single)] + plural for plural, single in rules}
+    return {name, *(" ".join([*first, plural]) for plural in plurals if last in singulars(plural))}
+
+
 _NEVER = frozenset(("hot",))  # AMBER's list has it from "hot dog"
 _TIN = frozenset(("a", "an", "the", "one", "another", "each", "trash", "garbage", "tin", "soda", "beer", "spray"))
 _DOING = frozenset(
@@ -107,6 +115,10 @@ class NounExtractor:
                 nouns.append(TextMention(name, word.start(), word.end()))
         return nouns
 
+    def name_forms(self) -> frozenset[str]:
+        """Return the words of the vocabulary in every form that is read as one of them."""
+        return frozenset().union(*map(_written, self.vocabulary))
+
     @staticmethod
     def _is_noun(word: str, before: Sequence[str]) -> bool:
         """Tell whether a word is a noun after the (at most two) words before it, which are in small letters."""
@@ -132,6 +144,10 @@ class Vocabulary:
             for name in (canonical, *names)
         }
         self._longest = max((len(key.split()) for key in self.names), default=0)
+
+    def name_forms(self) -> frozenset[str]:
+        """Return all names in every form that is read as a name: lower-case words, joined by single blanks."""
+        return frozenset().union(*map(_written, self.names))
 
     def mentions(self, text: str) -> list[TextMention]:
         """Return every mention in reading order.

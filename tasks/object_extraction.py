@@ -103,6 +103,24 @@ def singular(word: str) -> str:
     return word
 
 
+def _written(word: str) -> set[str]:
+    """Return all lower-case words of which the singular is this word."""
+    rules = (*_IRREGULAR, *_ENDINGS, ("ies", "y"), ("", ""))
+    written = {word[: len(word) - len(single)] + plural for plural, single in rules if word.endswith(single)}
+    return {plural for plural in written if singular(plural) == word}
+
+
+def name_forms() -> frozenset[str]:
+    """Return everything that ``mentions`` reads as a mention: lower-case words, joined by single blanks.
+
+    >>> sorted(form for form in name_forms() if form.startswith(("buse", "wine")))
+    ['buses', 'wine glass', 'wine glasses', 'wines glass', 'wines glasses']
+    """
+    words = {form for word in NAMES if " " not in word for form in _written(word)}
+    pairs = (pair for pair, word in PAIRS.items() if word in NAMES)
+    return frozenset(words | {f"{a} {b}" for first, last in pairs for a in _written(first) for b in _written(last)})
+
+
 _CHUNK = re.compile(r"\S+")
 
 # What word_tokenize sets apart wherever it stands. A comma or colon before a digit stays in its word; an apostrophe
