@@ -70,7 +70,7 @@ class RemovalCertificate:
     """A threshold of removal and the calibration data that it rests on.
 
     Attributes:
-        threshold: probability at or above which a mention is removed.
+        threshold: probability at or above which a mention is removed; above 1 where nothing has to be.
         most, confidence: the promise: at most this share of the remaining mentions is hallucinated.
         observed: that share on the calibration images, in [0, 1].
         images: number of calibration images.
@@ -91,9 +91,10 @@ class RemovalCertificate:
         return asdict(self)
 
     def __str__(self) -> str:
+        removed = "nothing is removed" if self.threshold > 1 else f"removed from a probability of {self.threshold:.3f}"
         return (
             f"at most {self.most:.3g} of the objects that remain are hallucinated, at confidence "
-            f"{self.confidence:.3g}; removed from a probability of {self.threshold:.3f}; {self.kept:.1%} of the right "
+            f"{self.confidence:.3g}; {removed}; {self.kept:.1%} of the right "
             f"ones stay ({self.images} calibration images, on which {self.observed:.1%} of the rest is hallucinated)"
         )
 
@@ -157,7 +158,7 @@ def certify_removal(
     right = (kept - wrong)[:, accepted].sum()
     all_right = sum(int((text.labels == 0).sum()) for text in calibration)
     return RemovalCertificate(
-        threshold=min(float(tested[accepted]), 1.0),
+        threshold=float(tested[accepted]),
         most=most,
         confidence=confidence,
         observed=float(wrong[:, accepted].sum() / max(kept[:, accepted].sum(), 1)),

@@ -5,6 +5,7 @@ import pytest
 
 from stethoscope.core.errors import DataError
 from stethoscope.evaluation.removal_guarantee import JudgedText, certify_removal, counts_after_removal
+from stethoscope.mitigation.answers import Drop
 
 CAPTION = "A cat and a dog are on a couch. There is a cup next to a bowl."
 SPANS = [(2, 5), (12, 15), (25, 30), (43, 46), (57, 61)]
@@ -63,3 +64,12 @@ def test_a_promise_that_cannot_be_given_names_the_images():
     blind = [judged(f"{index}", [1] * 5, [0.5] * 5) for index in range(50)]
     with pytest.raises(DataError, match="no threshold leaves so few hallucinated mentions"):
         certify_removal(blind, blind, 0.05)
+
+
+def test_where_nothing_has_to_go_a_certain_mention_stays_too():
+    """The last threshold of the test keeps all mentions; a certificate of 1 would remove those of probability 1."""
+    certain = [judged(f"{index:03d}", [0] * 5, [0.2, 0.4, 0.6, 0.8, 1.0]) for index in range(200)]
+    certificate = certify_removal(certain, certain, 0.1)
+    assert certificate.kept == 1
+    assert not Drop().unwanted(certain[0].probabilities, certificate.threshold)
+    assert "nothing is removed" in str(certificate)
