@@ -24,7 +24,8 @@ PATHS = {
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
     "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
     "tower_revision", "push", "uri", "extraction", "warn", "base_url", "api_key_env", "engine.model", "repope",
-    "mitigation.detector", "id", "label", "object", "letters", "positive", "negative", "variant",
+    "mitigation.detector", "mitigation.drop.detector", "mitigation.promise.detector", "mitigation.ask.detector",
+    "mitigation.rerank.detector", "id", "label", "object", "letters", "positive", "negative", "variant",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
@@ -32,7 +33,7 @@ LISTS = {"test", "image_ids", "vision", "answers.file", "hydra.searchpath", "hyd
 """Settings that hold a path, or a list or mapping of paths in brackets."""
 NOT_CHOSEN = {("train", "features")}
 """Groups besides ``experiment`` of which a command chooses none by default."""
-ALIASES = {("app", "detector"): "detector.folder", ("diagnose", "detector"): "detector.folder"}
+ALIASES = {(command, "detector"): "detector.folder" for command in ("app", "diagnose", "mitigate")}
 """Aliases of settings: ``detector=`` by itself would choose a file of ``conf/detector``."""
 FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
          "--shell-completion", "-sc", "--info", "-i"}  # fmt: skip

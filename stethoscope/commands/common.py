@@ -155,12 +155,14 @@ def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Gener
     return replace(generation, mitigation=build(node, Mitigation, "mitigation", plugins))
 
 
-def make_evaluator(config: DictConfig, folder: Path, loggers: Loggers, **settings: Any) -> Evaluator:
-    """Build the evaluator of a command that generates answers."""
+def make_evaluator(
+    config: DictConfig, folder: Path, loggers: Loggers, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Evaluator:
+    """Build the evaluator of a command that generates answers, with callbacks besides those of the configuration."""
     from stethoscope.evaluation.evaluator import Evaluator
 
     return Evaluator(
-        callbacks=[SaveConfig(config), *make_callbacks(config.callbacks, config.plugins)],
+        callbacks=[SaveConfig(config), *make_callbacks(config.callbacks, config.plugins), *callbacks],
         loggers=loggers,
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,

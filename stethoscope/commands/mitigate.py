@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from stethoscope.commands.common import (
     as_list,
     build_generation,
     loggers_of,
+    make_callbacks,
     report_failures,
     require_model,
     run_dir,
@@ -24,16 +25,42 @@ from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.files import atomic_write, write_json
 from stethoscope.core.system import rank
+from stethoscope.core.types import Generation
 
 if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
-    from stethoscope.core.types import Generation, Sample
-    from stethoscope.report.mitigation_table import MethodAnswers, MethodFigures
+    from stethoscope.core.types import Sample
+    from stethoscope.detection.detector import Detector
+    from stethoscope.evaluation.results import TaskResults
+    from stethoscope.report.method_answers import MethodAnswers
+    from stethoscope.report.mitigation_table import MethodComparison
     from stethoscope.report.tables import Table
     from stethoscope.storage.records import Record
     from stethoscope.tasks.base import Task
 
 UNCHANGED, BRIEF = "none", "brief"
+
+
+@dataclass(frozen=True, eq=False)
+class MethodRun:
+    """The run of one method or control.
+
+    Attributes:
+        name: for tables.
+        config: of the run, as if it were one of ``evaluate``.
+        generation: its settings of generation, with the method.
+        trivial: whether it is a control, which answers no questions.
+    """
+
+    name: str
+    config: DictConfig
+    generation: Generation
+    trivial: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run_dir)
 
 
 def run(config: DictConfig) -> None:
@@ -48,40 +75,39 @@ def run(config: DictConfig) -> None:
     adapter = build(config.model, Adapter, "model", config.plugins)
     chair = build(config.chair, Task, "chair", config.plugins)
     pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)
-    jobs = method_configs(config)
-    generations = {name: build_generation(job, job.plugins) for name, job in jobs.items()}
-    check(config, adapter, chair, generations)
+    runs = method_runs(config)
+    check(config, adapter, chair, runs)
     for task in filter(None, (pope, chair)):
         task.setup()
-    excluded = fitted_images(generations.values(), adapter, chair.samples())
+    excluded = fitted_images(detector_folders(config, adapter, runs), chair.samples())
+    judge = check_detectors(config, adapter, chair, runs)
     methods, results = [], {}
-    for name, job in jobs.items():
-        tasks = [task for task in (pope, chair) if task is not None]
-        if name == BRIEF:
-            tasks = [build(job.chair, Task, "chair", config.plugins)]
-        with loggers_of(job) as loggers:
-            results[name] = [answer(job, Path(job.run_dir), loggers, adapter, task) for task in tasks]
+    for item in runs:
+        described = build(item.config.chair, Task, "chair", config.plugins) if item.name == BRIEF else chair
+        tasks = [described] if pope is None or item.trivial else [pope, described]
+        results[item] = answer_all(item, adapter, tasks, judge)
         if not rank():
-            methods.append(collect(name, Path(job.run_dir), generations[name], tasks, excluded))
+            methods.append(collect(item, tasks, excluded, judge))
     if rank():  # of several processes the first one does the rest
         return
-    methods += stopped_early(RunStore(folder / UNCHANGED).records(chair.name), chair, stops(config), excluded)
-    figures = compare_methods(methods, chair.metrics())
+    methods += stopped_early(RunStore(runs[0].folder).records(chair.name), chair, stops(config), excluded)
+    comparison = compare_methods(methods, chair.metrics())
     notes = [f"{len(excluded)} images that a detector was fitted on are left out."] if excluded else []
-    tables = method_tables(figures, notes)
+    tables = method_tables(comparison.methods, notes)
     for table in tables:
         print_table(table)
-    write(folder, figures, tables)
+    write(folder, comparison, tables)
     print(f"{folder / 'mitigation.md'}, mitigation.json, frontier.svg ({time.monotonic() - start:.0f} s)")
-    for name, job in jobs.items():
-        report_failures(results[name], Path(job.run_dir))
+    for item in runs:
+        report_failures(results[item], item.folder)
 
 
-def method_configs(config: DictConfig) -> dict[str, DictConfig]:
-    """Make the configuration of every method's own run, by its name.
+def method_runs(config: DictConfig) -> list[MethodRun]:
+    """Make the run of every method, then those of the controls.
 
     Raises:
-        ConfigError: ``methods`` does not begin with none, repeats a name or holds an unknown one.
+        ConfigError: ``methods`` does not begin with none, repeats a name or holds an unknown one, or a temperature is
+            no number above 0.
     """
     names = [str(name) for name in as_list(config.methods)]
     if names[:1] != [UNCHANGED] or len(set(names)) < len(names):
@@ -90,18 +116,27 @@ def method_configs(config: DictConfig) -> dict[str, DictConfig]:
         if name not in config.mitigation:
             raise ConfigError(unknown("method", name, config.mitigation))
     jobs = {name: _job(config, name, name) for name in names}
+    controls: dict[str, DictConfig] = {}
+    for temperature in temperatures(config):
+        name = f"temperature {temperature:g}"
+        controls[name] = _job(config, UNCHANGED, name.replace(" ", "-"))
+        with open_dict(controls[name]):
+            controls[name].generation.update({"do_sample": True, "num_beams": 1, "temperature": temperature})
     if config.brief is not None:
-        jobs[BRIEF] = _job(config, UNCHANGED, BRIEF)
-        jobs[BRIEF].chair.question = str(config.brief)
-    return jobs
+        controls[BRIEF] = _job(config, UNCHANGED, BRIEF)
+        controls[BRIEF].chair.question = str(config.brief)
+    runs = [MethodRun(name, job, build_generation(job, job.plugins)) for name, job in jobs.items()]
+    if not runs[0].generation.do_sample and runs[0].generation.num_beams == 1:
+        runs[0] = replace(runs[0], name="greedy")
+    return runs + [MethodRun(name, job, build_generation(job, job.plugins), True) for name, job in controls.items()]
 
 
-def _job(config: DictConfig, method: str, name: str) -> DictConfig:
+def _job(config: DictConfig, method: str, folder: str) -> DictConfig:
     """Copy a configuration for the run of one method, as if it were one of ``evaluate``."""
     job = copy.deepcopy(config)
     with open_dict(job):
         job.mitigation = copy.deepcopy(config.mitigation[method])
-        job.run_dir = str(run_dir(config) / name)
+        job.run_dir = str(run_dir(config) / folder)
     return job
 
 
@@ -118,7 +153,20 @@ def stops(config: DictConfig) -> list[int]:
     return sorted(set(lengths))
 
 
-def check(config: DictConfig, adapter: Adapter, chair: Task, generations: Mapping[str, Generation]) -> None:
+def temperatures(config: DictConfig) -> list[float]:
+    """Read the temperatures at which answers are sampled.
+
+    Raises:
+        ConfigError: one is no number above 0.
+    """
+    values = as_list(config.temperatures or [])
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ConfigError(f"temperatures={values} should be a list of numbers above 0")
+    return sorted({float(value) for value in values})
+
+
+def check(config: DictConfig, adapter: Adapter, chair: Task, runs: Sequence[MethodRun]) -> None:
     """Check that all methods can be done, before the model is loaded.
 
     Raises:
@@ -129,6 +177,8 @@ def check(config: DictConfig, adapter: Adapter, chair: Task, generations: Mappin
 
     require_model(adapter, "mitigate")
     stops(config)
+    if not isinstance(config.judged, bool):
+        raise ConfigError(f"judged={config.judged} should be true or false")
     if config.answers.file is not None:
         raise ConfigError(
             f"answers.file={config.answers.file} gives the answers, but mitigate changes how they are written"
@@ -138,31 +188,61 @@ def check(config: DictConfig, adapter: Adapter, chair: Task, generations: Mappin
         raise ConfigError(
             f"chair: {chair.name} has no {', '.join(lacking)}; mitigate needs a task of descriptions as CHAIR"
         )
-    for generation in generations.values():
-        adapter.check_mitigation(generation)
+    for item in runs:
+        adapter.check_mitigation(item.generation)
 
 
-def fitted_images(generations: Iterable[Generation], adapter: Adapter, samples: Sequence[Sample]) -> set[str]:
-    """Return the images of a task that the detector of a method was fitted on.
+def detector_folders(config: DictConfig, adapter: Adapter, runs: Sequence[MethodRun]) -> list[Path]:
+    """List the folders of all detectors: that which judges what was written, where there is one, and the methods'.
 
     Args:
-        generations: with the methods.
+        config: of the command.
         adapter: the model; only the embedded one, which brings its own detector, may be loaded here.
+        runs: of all methods.
+
+    Raises:
+        ConfigError: a method has no detector for this model.
+        ArtefactError: there is no such detector.
+    """
+    from stethoscope.mitigation.answers import EditingMitigation
+
+    methods = [item.generation.mitigation for item in runs]
+    judge = judge_folder(config, adapter)
+    folders = [method.folder(adapter) for method in methods if isinstance(method, EditingMitigation)]
+    return list(dict.fromkeys([*([] if judge is None else [judge]), *folders]))
+
+
+def judge_folder(config: DictConfig, adapter: Adapter) -> Path | None:
+    """Return the folder of the detector that judges what every method wrote; None without one.
+
+    Raises:
+        ArtefactError: there is no such detector.
+    """
+    from stethoscope.detection.lookup import AUTO, bundled_detectors, detector_folder
+
+    if not config.judged:
+        return None
+    if config.detector.folder != AUTO:
+        return detector_folder(str(config.detector.folder))
+    return next(iter(bundled_detectors(adapter)), None)
+
+
+def fitted_images(folders: Iterable[Path], samples: Sequence[Sample]) -> set[str]:
+    """Return the images of a task that a detector was fitted on.
+
+    Args:
+        folders: of the detectors.
         samples: of the task. An image of the same name counts unless the run of the detector tells that it is another.
 
     Raises:
-        ConfigError: a method has no detector for this model, or all images were used to fit it.
-        ArtefactError: a detector cannot be read.
+        ConfigError: all images were used to fit them.
+        ArtefactError: a file of their runs is damaged.
     """
-    from stethoscope.mitigation.answers import EditingMitigation
     from stethoscope.report.run_source import read_warnings
     from stethoscope.storage.run_dir import RunStore
 
-    editors = [item.mitigation for item in generations if isinstance(item.mitigation, EditingMitigation)]
-    if not editors:
-        return set()
     seen: set[str] = set()
-    for path in {method.folder(adapter) for method in editors}:
+    for path in folders:
         lines = read_warnings(path.parent) if path.name == "detector" else []
         fitted = {line["group"] for line in lines if line["fold"] in ("train", "calibration")}
         digests = {item.group: item.image_sha256 for item in RunStore(path.parent).records()} if fitted else {}
@@ -177,31 +257,91 @@ def fitted_images(generations: Iterable[Generation], adapter: Adapter, samples: 
     return seen
 
 
-def collect(
-    name: str, folder: Path, generation: Generation, tasks: Sequence[Task], excluded: Iterable[str]
-) -> MethodAnswers:
+def check_detectors(config: DictConfig, adapter: Adapter, chair: Task, runs: Sequence[MethodRun]) -> Detector | None:
+    """Load all detectors and try them on the model before any method begins; return that which judges.
+
+    Raises:
+        ConfigError, CapabilityError: a detector reads what this model does not have, see ``check_detector``.
+        ArtefactError: a detector is damaged.
+        DataError: a promise cannot be given.
+    """
+    from stethoscope.detection.detector import Detector
+    from stethoscope.evaluation.edit_answers import check_detector
+    from stethoscope.evaluation.removal_guarantee import promise_removal
+    from stethoscope.mitigation.answers import Drop
+
+    loaded: dict[Path, Detector] = {}
+    for folder in detector_folders(config, adapter, runs):
+        adapter.setup()
+        loaded[folder] = Detector.load(folder)
+        check_detector(adapter, chair, loaded[folder], runs[0].generation)
+    for item in runs:
+        method = item.generation.mitigation
+        if isinstance(method, Drop) and method.max_hallucinated is not None:
+            promise_removal(method, adapter, loaded[method.folder(adapter)])
+    judge = judge_folder(config, adapter)
+    return None if judge is None else loaded[judge]
+
+
+def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: Detector | None) -> list[TaskResults]:
+    """Let a method answer its tasks, and compute what a detector reads of its descriptions.
+
+    Args:
+        item: the method.
+        adapter: the model.
+        tasks: that of the descriptions last.
+        judge: the detector; None for none.
+    """
+    from stethoscope.evaluation.cost_meter import CostMeter
+    from stethoscope.evaluation.edit_answers import read_features
+    from stethoscope.evaluation.evaluator import Evaluator
+
+    config = item.config
+    with loggers_of(config) as loggers:
+        results = [answer(config, item.folder, loggers, adapter, task, callbacks=[CostMeter()]) for task in tasks]
+    if judge is not None:  # apart from the answers, so that their cost is their own
+        Evaluator(
+            callbacks=make_callbacks(config.callbacks, config.plugins),
+            limit=config.limit,
+            batch_size=config.batch_size,
+            generation=item.generation,
+            features=read_features(judge),
+            run_dir=item.folder,
+            on_error=config.on_error,
+            overwrite="features",
+            seed=config.seed,
+            meeting_minutes=config.meeting_minutes,
+        ).run(adapter, tasks[-1])
+    return results
+
+
+def collect(item: MethodRun, tasks: Sequence[Task], excluded: Iterable[str], judge: Detector | None) -> MethodAnswers:
     """Collect what a method wrote.
 
     Args:
-        name: of the method.
-        folder: its run directory.
-        generation: with the method.
+        item: the method.
         tasks: that it answered, that of the descriptions last.
         excluded: images whose descriptions are left out.
+        judge: the detector; None for none.
     """
-    from stethoscope.mitigation.base import Mitigation
-    from stethoscope.report.mitigation_table import MethodAnswers, reply_figures, score_counts
+    from stethoscope.evaluation.cost_meter import read_costs
+    from stethoscope.report.method_answers import MethodAnswers, detector_figures, reply_figures, score_counts
     from stethoscope.storage.run_dir import RunStore
 
-    store = RunStore(folder)
-    records = list(store.records(tasks[-1].name))
-    replies = reply_figures(store.records(tasks[0].name), tasks[0].metrics()) if len(tasks) > 1 else {}
-    seconds = sum(sum(record.seconds.values()) for record in records) / max(len(records), 1)
-    method = generation.mitigation
-    passes = method.passes_per_token if isinstance(method, Mitigation) else 1.0
-    if name == UNCHANGED and not generation.do_sample and generation.num_beams == 1:
-        name = "greedy"
-    return MethodAnswers(name, score_counts(records, excluded), name == BRIEF, passes, seconds, replies)
+    store, task = RunStore(item.folder), tasks[-1].name
+    records, cost = list(store.records(task)), read_costs(item.folder, task)
+    seconds = [spent for record in records for stage, spent in record.seconds.items() if stage != "trace"]
+    return MethodAnswers(
+        item.name,
+        score_counts(records, excluded),
+        item.trivial,
+        passes=cost.passes,
+        seconds=sum(seconds) / max(len(records), 1),
+        peak_memory=cost.peak_memory,
+        replies=reply_figures(store.records(tasks[0].name), tasks[0].metrics()) if len(tasks) > 1 else {},
+        detector=None if judge is None else detector_figures(store.tokens(task), judge, excluded),
+        promised=getattr(item.generation.mitigation, "max_hallucinated", None),
+    )
 
 
 def stopped_early(
@@ -215,7 +355,7 @@ def stopped_early(
         lengths: in tokens.
         excluded: images to leave out.
     """
-    from stethoscope.report.mitigation_table import MethodAnswers, score_counts
+    from stethoscope.report.method_answers import MethodAnswers, score_counts
 
     samples = {sample.id: sample for sample in task.samples()}
     written = [(record, record.answer) for record in records if record.answer is not None]
@@ -231,13 +371,13 @@ def stopped_early(
     return rows
 
 
-def write(folder: Path, figures: Sequence[MethodFigures], tables: Sequence[Table]) -> None:
+def write(folder: Path, comparison: MethodComparison, tables: Sequence[Table]) -> None:
     """Write the comparison into the run directory: ``mitigation.md``, ``mitigation.json`` and ``frontier.svg``."""
     from stethoscope.report.mitigation_table import frontier
     from stethoscope.report.tables import render_tables
 
-    plot = frontier(figures)
+    plot = frontier(comparison)
     text = f"{render_tables(tables, 'markdown')}\n![{plot.title}](frontier.svg)\n\n{plot.note}\n"
     atomic_write(folder / "frontier.svg", str(plot.svg))
     atomic_write(folder / "mitigation.md", f"# Mitigations\n\n{text}")
-    write_json(folder / "mitigation.json", {"methods": [item.to_dict() for item in figures]})
+    write_json(folder / "mitigation.json", {"methods": [item.to_dict() for item in comparison.methods]})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -63,6 +65,33 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def reset_peak_memory() -> None:
+    """Let ``peak_memory`` count from now on, without what was in use before and is free again."""
+    free_memory()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(AttributeError, OSError):  # another C library than glibc, another system than Linux
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Return the largest memory since ``reset_peak_memory``, in bytes: torch's on a GPU, else that of the process.
+
+    None where the system does not tell, or cannot count anew.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            return 1024 * int(peak[1])
+    return None
 
 
 def raised_here(error: BaseException) -> bool:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer, Generation, Mention, Sample
-from stethoscope.detection.lookup import mention_probabilities
+from stethoscope.detection.lookup import check_model, mention_probabilities
 from stethoscope.evaluation.removal_guarantee import promise_removal
-from stethoscope.features.columns import feature_of
+from stethoscope.features.columns import feature_of, matching_columns
 from stethoscope.features.registry import FeatureSet, without_vectors
 from stethoscope.mitigation.answers import Drop, EditingMitigation, Rerank, edit_record
 from stethoscope.mitigation.editing import remove_mentions
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from stethoscope.mitigation.editing import Removal
     from stethoscope.tasks.base import Task
     from stethoscope.tracing.trace import Encoded
+
+
+TRIAL = Mention(2, 5, "dog", -1)
+"""Mention of the answer ``A dog.``, by which ``check_detector`` tries a detector."""
 
 
 class EditedAnswer(NamedTuple):
@@ -82,8 +86,7 @@ class AnswerEditor(ABC):
     def __init__(self, adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> None:
         self.adapter, self.task, self.generation = adapter, task, generation
         self.detector: Detector = method.load(adapter)
-        names = list(dict.fromkeys(feature_of(name) for name in self.detector.schema.names))
-        self._features = FeatureSet(groups=(), names=names)
+        self._features = read_features(self.detector)
 
     @property
     def notes(self) -> list[str]:
@@ -235,6 +238,34 @@ class AnswerReranker(AnswerEditor):
         return EditedAnswer(
             candidates[chosen].answer, {**candidates[0].record(), "chosen": chosen, "candidates": listed}
         )
+
+
+def read_features(detector: Detector) -> FeatureSet:
+    """Return the features that a detector reads."""
+    return FeatureSet(groups=(), names=list(dict.fromkeys(feature_of(name) for name in detector.schema.names)))
+
+
+def check_detector(adapter: Adapter, task: Task, detector: Detector, generation: Generation) -> None:
+    """Check that a model has all features that a detector reads, by tracing one short answer.
+
+    Args:
+        adapter: the model, after ``setup``.
+        task: whose first sample is tried, after ``setup``.
+        detector: any.
+        generation: settings of the answers.
+
+    Raises:
+        ConfigError: the detector reads states of another model, or layers or heads that this one does not have.
+        CapabilityError: the model does not provide a part that a feature reads.
+    """
+    check_model(detector, adapter)
+    sample, features = task.samples()[0], read_features(detector)
+    encoded = adapter.encode_as(sample.asks, sample.image.load(), sample.question)
+    answer = adapter.answer(encoded, "A dog.")
+    resampling = Resampling(replace(generation, max_new_tokens=1, mitigation=None), [lambda _: ()])
+    [trace] = trace_answers(adapter, [encoded], [answer], features.requires, [sample.image], [(TRIAL,)], resampling)
+    table = token_table(task.name, sample, answer, (TRIAL,), features.compute(trace)).to_pandas()
+    matching_columns(table, detector.schema.names, adapter.name)
 
 
 def make_editor(adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> AnswerEditor:

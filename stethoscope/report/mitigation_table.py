@@ -1,58 +1,42 @@
 """Compare mitigations with greedy decoding and with trivial methods: figures, tables and the frontier, from counts.
 
-Who says less errs less, and a method with a plausibility cut is nearly greedy: the controls that a comparison needs
-are the unchanged answers, answers cut off after some words, CHAIR_i at equal length, and the recall that trivial
-methods reach at the same CHAIR_i (after Yin et al. 2025, arXiv 2504.10020).
+The controls that a comparison needs are the unchanged answers, answers cut off after some words, CHAIR_i at equal
+length, and the recall that trivial methods reach at the same CHAIR_i (``metrics.caption_controls``).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from stethoscope.core.errors import DataError
-from stethoscope.metrics.bootstrap import Interval, Resamples, count_metrics, count_replicates, group_weights, holm
+from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights, holm
+from stethoscope.metrics.caption_controls import beyond_front, front_band, length_adjusted, trivial_front
+from stethoscope.report.method_answers import REPLY_METRICS, MethodAnswers
 from stethoscope.report.plots import Plot, plot_frontier
 from stethoscope.report.tables import Cell, PairedDifference, Table
-from stethoscope.storage.records import FAILED, Record
 
 if TYPE_CHECKING:
+    from stethoscope.detection.shift import RunShift
     from stethoscope.tasks.base import Totals
 
 CAPTION_METRICS = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "recall": "recall", "length": "words"}
 """Metrics that a task of descriptions must have, and their names in tables."""
-REPLY_METRICS = {"accuracy": "accuracy", "f1": "F1", "yes_rate": "share of yes", "tpr": "TPR", "tnr": "TNR"}
-"""Metrics of a task of yes/no questions that are shown, and their names in tables."""
-COMPARED = {"chair_i": "CHAIR_i − greedy", "recall": "recall − greedy", "front": "recall − trivial front"}
+ADJUSTED = {"raw": "CHAIR_i at equal length", "fitted": "the same, mentions fitted"}
+"""Forms of CHAIR_i at equal length, see ``length_adjusted``, and their names in tables."""
+COMPARED = {
+    "chair_i": "CHAIR_i − greedy",
+    "fitted": "at equal length − greedy",
+    "recall": "recall − greedy",
+    "front": "recall − trivial front",
+}
 """Paired differences, and their names in tables."""
 _COUNTS = ("mentions", "hallucinated", "captions", "words")
-
-
-@dataclass(frozen=True)
-class MethodAnswers:
-    """What one method wrote.
-
-    Attributes:
-        name: of the method, for tables.
-        captions: a row for every sample by its id: ``group`` (its image) and the counts of its score.
-        trivial: whether it is a control that no one would call a method.
-        passes: forward passes for every answer token; None if unknown.
-        seconds: for one description; None if it was not measured.
-        replies: metrics of yes/no questions, see ``REPLY_METRICS``; empty if none were asked.
-    """
-
-    name: str
-    captions: pd.DataFrame
-    trivial: bool = False
-    passes: float | None = None
-    seconds: float | None = None
-    replies: Mapping[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,32 +45,56 @@ class MethodFigures:
 
     Attributes:
         answers: what they are computed from.
-        metrics: those of ``CAPTION_METRICS`` and ``mentions``, the mentions of a description.
-        adjusted: CHAIR_i at the common length, see ``length_adjusted``, by the names of its two forms.
+        metrics: those of ``CAPTION_METRICS``, ``mentions`` and ``right``: mentions of a description, and right ones.
+        adjusted: CHAIR_i at the common length by the names of its two forms.
         differences: those of ``COMPARED``; p-values are Holm-corrected for the number of methods, None for controls.
     """
 
     answers: MethodAnswers
     metrics: Mapping[str, Interval]
-    adjusted: Mapping[str, float]
+    adjusted: Mapping[str, Interval]
     differences: Mapping[str, PairedDifference]
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the share of hallucinated mentions is at most what was promised; None without a promise."""
+        promised = self.answers.promised
+        return None if promised is None else self.metrics["chair_i"].value <= promised
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON object."""
+        answers = self.answers
         differences = {
             name: {**difference.interval.to_dict(), "p_holm": _known(difference.p)}
             for name, difference in self.differences.items()
         }
+        promise = None if answers.promised is None else {"most": answers.promised, "kept": self.kept}
         return {
-            "name": self.answers.name,
-            "trivial": self.answers.trivial,
+            "name": answers.name,
+            "trivial": answers.trivial,
             "metrics": {name: interval.to_dict() for name, interval in self.metrics.items()},
-            "chair_i_at_common_length": {name: _known(value) for name, value in self.adjusted.items()},
+            "chair_i_at_common_length": {name: interval.to_dict() for name, interval in self.adjusted.items()},
             "differences": differences,
-            "replies": {name: interval.to_dict() for name, interval in self.answers.replies.items()},
-            "passes_per_token": self.answers.passes,
-            "seconds_per_answer": self.answers.seconds,
+            "replies": {name: interval.to_dict() for name, interval in answers.replies.items()},
+            "detector": None if answers.detector is None else answers.detector.to_dict(),
+            "promise": promise,
+            "passes_per_token": answers.passes,
+            "seconds_per_answer": answers.seconds,
+            "peak_memory": answers.peak_memory,
         }
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """All methods beside greedy decoding.
+
+    Attributes:
+        methods: greedy decoding first.
+        band: CHAIR_i, lower and upper recall of the 95 % band of the trivial front, (k,) each.
+    """
+
+    methods: tuple[MethodFigures, ...]
+    band: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _known(value: float | None) -> float | None:
@@ -94,131 +102,9 @@ def _known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def score_counts(records: Iterable[Record], excluded: Iterable[str] = ()) -> pd.DataFrame:
-    """Collect the counts of the answers that did not fail, by sample id.
-
-    Args:
-        records: of one task.
-        excluded: images to leave out.
-    """
-    left_out = set(excluded)
-    rows = {
-        record.sample_id: {"group": record.group, **record.score.counts}
-        for record in records
-        if record.status != FAILED and record.score is not None and record.group not in left_out
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def reply_figures(
-    records: Iterable[Record], metrics: Mapping[str, Callable[[Totals], np.ndarray]]
-) -> dict[str, Interval]:
-    """Compute the metrics of ``REPLY_METRICS`` over all yes/no questions of a task together.
-
-    Args:
-        records: of the task; those that failed are left out.
-        metrics: of the task; of those that are shown it may lack some.
-    """
-    counts = score_counts(records).fillna(0.0)
-    if not len(counts):
-        return {}
-    shown = {name: metrics[name] for name in REPLY_METRICS if name in metrics}
-    rows = count_metrics(shown, counts.drop(columns="group"), counts["group"].to_numpy(), [""] * len(counts))
-    return {row.metric: row.interval for row in rows}
-
-
-def length_adjusted(
-    words: np.ndarray, mentions: np.ndarray, hallucinated: np.ndarray, length: float
-) -> dict[str, float]:
-    """Compute CHAIR_i as it would be if the answers had another mean length, in two forms.
-
-    Hallucinated mentions of an answer of w words are fitted as Poisson(exp(a + b w)), by maximum likelihood, and
-    expected at ``length``. ``raw`` divides that by the mean number of mentions as it is, ``fitted`` by the number that
-    a fit of the same kind expects at that length.
-
-    Args:
-        words: (n,) length of every answer.
-        mentions: (n,) objects that it names.
-        hallucinated: (n,) those among them that are not there.
-        length: in words. Beyond the shortest and the longest answer nothing is known: NaN.
-
-    Returns:
-        ``raw`` and ``fitted``, in [0, inf) and lower is better; NaN where there is no mention.
-    """
-    if not len(words) or not words.min() <= length <= words.max() or not mentions.sum():
-        return {"raw": math.nan, "fitted": math.nan}
-    expected = _expected_count(words, hallucinated, length)
-    return {
-        "raw": expected / float(mentions.mean()),
-        "fitted": expected / _expected_count(words, mentions, length),
-    }
-
-
-def _expected_count(words: np.ndarray, counts: np.ndarray, length: float) -> float:
-    """Fit counts by length, and return what the fit expects at one length."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import PoissonRegressor
-
-    spread = float(words.std())
-    if not counts.any() or not spread:  # the likelihood has no maximum, or no slope
-        return float(counts.mean())
-    centre = float(words.mean())
-    fit = PoissonRegressor(alpha=0, solver="newton-cholesky", tol=1e-8, max_iter=1000)
-    with warnings.catch_warnings():  # where all short answers have none, the slope has no end: it goes far enough
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fit.fit(((words - centre) / spread)[:, None], counts)
-    return float(fit.predict(np.array([[(length - centre) / spread]]))[0])
-
-
-def trivial_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the corners of the best recall that trivial methods reach at no more than a CHAIR_i.
-
-    Args:
-        points: CHAIR_i and recall of each; those that are not finite count for nothing. To say nothing, (0, 0), is
-            always among them.
-
-    Returns:
-        Corners with increasing CHAIR_i and recall; methods between two corners are mixtures of them.
-
-    >>> trivial_front([(0.2, 0.8), (0.1, 0.5), (0.15, 0.4)])
-    [(0.0, 0.0), (0.1, 0.5), (0.2, 0.8)]
-    """
-    corners = [(0.0, 0.0)]
-    for chair_i, recall in sorted(point for point in points if np.isfinite(point).all()):
-        if recall <= corners[-1][1]:
-            continue
-        if chair_i == corners[-1][0]:
-            corners.pop()
-        corners.append((float(chair_i), float(recall)))
-    return corners
-
-
-def beyond_front(
-    chair_i: np.ndarray, recall: np.ndarray, trivial: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> np.ndarray:
-    """Compute how much recall a method has above the trivial front at its own CHAIR_i, in every replicate.
-
-    Args:
-        chair_i: (1 + R,) replicate array of the method.
-        recall: (1 + R,) its own.
-        trivial: those of the trivial methods.
-
-    Returns:
-        (1 + R,), NaN where the method's CHAIR_i is not defined, and everywhere where it is above that of all trivial
-        methods, as nothing tells what they would recall there.
-    """
-    differences = np.full(len(chair_i), math.nan)
-    for index in np.flatnonzero(np.isfinite(chair_i)):
-        corners = trivial_front([(float(x[index]), float(y[index])) for x, y in trivial])
-        if not index and chair_i[0] > corners[-1][0]:
-            break
-        differences[index] = recall[index] - np.interp(chair_i[index], *np.array(corners).T)
-    return differences
-
-
 def compare_methods(
     methods: Sequence[MethodAnswers], metrics: Mapping[str, Callable[[Totals], np.ndarray]]
-) -> list[MethodFigures]:
+) -> MethodComparison:
     """Compare every method with the first, on the samples that failed for none, over the same resampled images.
 
     Args:
@@ -236,29 +122,35 @@ def compare_methods(
         raise DataError(f"the task does not count {', '.join(lacking)}, which this comparison reads")
     counts = [method.captions.loc[shared].drop(columns="group").fillna(0.0) for method in methods]
     resamples = group_weights(methods[0].captions.loc[shared, "group"].to_numpy())
-    shown = {name: metrics[name] for name in CAPTION_METRICS} | {"mentions": _mentions_of_one}
-    replicates = [
-        {name: values for (name, _), values in count_replicates(shown, table, [""] * len(shared), resamples).items()}
-        for table in counts
-    ]
+    shown = {name: metrics[name] for name in CAPTION_METRICS} | {"mentions": _mentions_of_one, "right": _right_of_one}
     own = [table["words"].mean() for table, method in zip(counts, methods, strict=True) if not method.trivial]
-    length = float(np.mean(own))
-    differences = _differences(methods, replicates, resamples)
-    return [
+    replicates = []
+    for table in counts:
+        values = count_replicates(shown, table, [""] * len(shared), resamples)
+        figures = {name: array for (name, _), array in values.items()}
+        replicates.append({**figures, **_adjusted(table, float(np.mean(own)), resamples)})
+    trivial = [
+        (figures["chair_i"], figures["recall"])
+        for index, (method, figures) in enumerate(zip(methods, replicates, strict=True))
+        if method.trivial or not index
+    ]
+    differences = _differences(methods, replicates, trivial, resamples)
+    compared = [
         MethodFigures(
             method,
-            {name: resamples.interval(values) for name, values in figures.items()},
-            _adjusted(table, length),
+            {name: resamples.interval(figures[name]) for name in shown},
+            {name: resamples.interval(figures[name]) for name in ADJUSTED},
             paired,
         )
-        for method, table, figures, paired in zip(methods, counts, replicates, differences, strict=True)
+        for method, figures, paired in zip(methods, replicates, differences, strict=True)
     ]
+    return MethodComparison(tuple(compared), front_band(trivial))
 
 
-def _adjusted(counts: pd.DataFrame, length: float) -> dict[str, float]:
+def _adjusted(counts: pd.DataFrame, length: float, resamples: Resamples) -> dict[str, np.ndarray]:
     """Compute ``length_adjusted`` of a table of counts."""
     words, mentions, hallucinated = (counts[name].to_numpy(float) for name in ("words", "mentions", "hallucinated"))
-    return length_adjusted(words, mentions, hallucinated, length)
+    return length_adjusted(words, mentions, hallucinated, length, resamples)
 
 
 def _mentions_of_one(totals: Totals) -> np.ndarray:
@@ -266,15 +158,18 @@ def _mentions_of_one(totals: Totals) -> np.ndarray:
     return np.asarray(totals["mentions"] / totals["captions"])
 
 
+def _right_of_one(totals: Totals) -> np.ndarray:
+    """Return mentions that are not hallucinated for each description."""
+    return np.asarray((totals["mentions"] - totals["hallucinated"]) / totals["captions"])
+
+
 def _differences(
-    methods: Sequence[MethodAnswers], replicates: Sequence[Mapping[str, np.ndarray]], resamples: Resamples
+    methods: Sequence[MethodAnswers],
+    replicates: Sequence[Mapping[str, np.ndarray]],
+    trivial: Sequence[tuple[np.ndarray, np.ndarray]],
+    resamples: Resamples,
 ) -> list[dict[str, PairedDifference]]:
     """Compute the differences of ``COMPARED`` for every method; the first has none."""
-    trivial = [
-        (figures["chair_i"], figures["recall"])
-        for index, (method, figures) in enumerate(zip(methods, replicates, strict=True))
-        if method.trivial or not index
-    ]
     tested = [index for index, method in enumerate(methods) if index and not method.trivial]
     paired: list[dict[str, PairedDifference]] = [{} for _ in methods]
     for name in COMPARED:
@@ -298,60 +193,135 @@ def method_tables(figures: Sequence[MethodFigures], notes: Sequence[str] = ()) -
         figures: greedy decoding first.
         notes: about all of them, shown below the first.
     """
-    columns = ("", *CAPTION_METRICS.values(), "mentions", "CHAIR_i at equal length", "the same, mentions fitted")
+    shown = ("chair_i", "chair_s", "recall", "length", "mentions")
+    columns = ("", *(CAPTION_METRICS.get(name, name) for name in shown), *ADJUSTED.values())
     rows: list[tuple[Cell, ...]] = [
         (
             item.answers.name,
-            *(item.metrics[name] for name in (*CAPTION_METRICS, "mentions")),
-            *(_plain(item.adjusted[form]) for form in ("raw", "fitted")),
+            *(item.metrics[name] for name in shown),
+            *(_defined(item.adjusted[form]) for form in ADJUSTED),
         )
         for item in figures
     ]
-    note = " ".join(
-        (
-            *notes,
-            "Equal length: Poisson fits at the mean length of all methods; – beyond the lengths of a method's answers.",
-        )
-    )
-    tables = [Table("descriptions", columns, tuple(rows), note, frozenset({0}))]
+    equal = "Equal length: Poisson fits at the mean length of all methods; – beyond the lengths of a method's answers."
+    tables = [Table("descriptions", columns, tuple(rows), " ".join((*notes, equal)), frozenset({0}))]
     compared: list[tuple[Cell, ...]] = [
-        (item.answers.name, *(item.differences.get(name) for name in COMPARED)) for item in figures[1:]
+        (item.answers.name, *(_defined(item.differences.get(name)) for name in COMPARED)) for item in figures[1:]
     ]
     if compared:
         tested = sum(not item.answers.trivial for item in figures[1:])
         note = (
-            f"Paired over the same resampled images; p is two-sided and Holm-corrected for {tested} methods. Trivial "
-            "front: the best recall at a method's CHAIR_i that greedy decoding and the trivial controls reach."
+            f"Paired over the same resampled images; p is two-sided and Holm-corrected for {tested} methods. Equal "
+            "length: mentions fitted. Trivial front: the best recall at a method's CHAIR_i that greedy decoding and "
+            "the trivial controls reach."
         )
         tables.append(Table("against greedy", ("", *COMPARED.values()), tuple(compared), note))
-    replied = [item for item in figures if item.answers.replies]
-    if replied:
-        cells = tuple(
-            (item.answers.name, *(item.answers.replies.get(name) for name in REPLY_METRICS)) for item in replied
+    makers = (_promise_table, _detector_table, _reply_table, _cost_table)
+    return [*tables, *filter(None, (make(figures) for make in makers))]
+
+
+def _defined(cell: Interval | PairedDifference | None) -> Cell:
+    """Return a dash in place of what is not defined."""
+    interval = cell.interval if isinstance(cell, PairedDifference) else cell
+    return cell if interval is None or math.isfinite(interval.value) else "–"
+
+
+def _promise_table(figures: Sequence[MethodFigures]) -> Table | None:
+    """Make the table of promises; None where no method gives one."""
+    before = figures[0].metrics["right"].value
+    rows: list[tuple[Cell, ...]] = [
+        (
+            item.answers.name,
+            f"{item.answers.promised:.1%}",
+            item.metrics["chair_i"],
+            "kept" if item.kept else "broken",
+            f"{item.metrics['right'].value / before:.1%}" if before else "–",
         )
-        note = "A gain in F1 that comes with a larger share of yes is no better sight."
-        tables.append(Table("questions", ("", *REPLY_METRICS.values()), cells, note, frozenset({0})))
-    costs: list[tuple[Cell, ...]] = [
-        (item.answers.name, _plain(item.answers.passes, 2), _plain(item.answers.seconds)) for item in figures
+        for item in figures
+        if item.answers.promised is not None
+    ]
+    if not rows:
+        return None
+    note = (
+        "Promised: at most this share of the objects that remain is hallucinated. What that costs: the share of right "
+        "mentions that are left of greedy decoding's."
+    )
+    columns = ("", "promised", "hallucinated", "promise", "right mentions left")
+    return Table("promises", columns, tuple(rows), note)
+
+
+def _detector_table(figures: Sequence[MethodFigures]) -> Table | None:
+    """Make the table of the detector on the answers of all methods; None where it was not asked."""
+    judged = [(item.answers.name, item.answers.detector) for item in figures if item.answers.detector is not None]
+    if not judged:
+        return None
+    rows: list[tuple[Cell, ...]] = [
+        (name, _defined(detector.auroc), _defined(detector.ece), _shift_cell(detector.shift))
+        for name, detector in judged
+    ]
+    shifted = [name for name, detector in judged if detector.shift is not None and detector.shift.shifted]
+    monitored = [name for name, detector in judged if detector.shift is not None]
+    note = "Hallucinated mentions in what each method wrote, and in what it left, are to be told from the right ones. "
+    if shifted:
+        note += f"Unlike the answers that the detector was calibrated on: {', '.join(shifted)}; "
+        note += "there its probabilities are not calibrated and no guarantee of its threshold holds."
+    elif monitored:
+        note += "No shift is seen: its probabilities keep their calibration."
+    return Table("warnings on what they wrote", ("", "AUROC", "ECE", "shift"), tuple(rows), note, frozenset({0}))
+
+
+def _shift_cell(shift: RunShift | None) -> str:
+    if shift is None:
+        return "–"
+    p = "p < 0.001" if shift.p < 0.001 else f"p {shift.p:.3f}"
+    return f"{shift.view}, {p}" if shift.shifted else f"not seen, {p}"
+
+
+def _reply_table(figures: Sequence[MethodFigures]) -> Table | None:
+    """Make the table of yes/no questions; None where none were asked."""
+    rows = tuple(
+        (item.answers.name, *(item.answers.replies.get(name) for name in REPLY_METRICS))
+        for item in figures
+        if item.answers.replies
+    )
+    note = "A gain in F1 that comes with a larger share of yes is no better sight."
+    return Table("questions", ("", *REPLY_METRICS.values()), rows, note, frozenset({0})) if rows else None
+
+
+def _cost_table(figures: Sequence[MethodFigures]) -> Table:
+    """Make the table of costs."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            item.answers.name,
+            _plain(item.answers.passes, 2),
+            _plain(item.answers.seconds),
+            "–" if item.answers.peak_memory is None else f"{item.answers.peak_memory / 2**20:.0f}",
+        )
+        for item in figures
     ]
     note = (
-        "Passes leave out the one that a detector reads. Seconds of one description on this machine, in batches, all "
-        "stages; –: not measured."
+        "Forward passes of the language model for every token of a description, all that a method needs counted, a "
+        "detector's too. Seconds of one description on this machine, in batches, without features. Memory: the "
+        "largest of the process, on a GPU of torch. –: not measured."
     )
-    return [*tables, Table("cost", ("", "passes per token", "seconds per answer"), tuple(costs), note)]
+    return Table("cost", ("", "passes per token", "seconds per answer", "peak memory, MiB"), tuple(rows), note)
 
 
 def _plain(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def frontier(figures: Sequence[MethodFigures]) -> Plot:
-    """Plot recall against CHAIR_i of all methods, with the front of the trivial ones."""
+def frontier(comparison: MethodComparison) -> Plot:
+    """Plot recall against CHAIR_i of all methods, with the front of the trivial ones and its band."""
+    figures = comparison.methods
     points = [(item.answers.name, item.metrics["chair_i"].value, item.metrics["recall"].value) for item in figures]
     trivial = [
         point[1:]
         for index, (point, item) in enumerate(zip(points, figures, strict=True))
         if not index or item.answers.trivial
     ]
-    note = "Up and to the left is better; methods below the dashed line are no better than to stop earlier."
-    return plot_frontier(points, trivial_front(trivial), note)
+    note = (
+        "Up and to the left is better; methods below the dashed line are no better than to stop earlier. The band "
+        "holds 95 % of the line over resampled images."
+    )
+    return plot_frontier(points, trivial_front(trivial), note, comparison.band)

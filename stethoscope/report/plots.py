@@ -262,7 +262,10 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
 
 
 def plot_frontier(
-    points: Sequence[tuple[str, float, float]], front: Sequence[tuple[float, float]], note: str = ""
+    points: Sequence[tuple[str, float, float]],
+    front: Sequence[tuple[float, float]],
+    note: str = "",
+    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Plot:
     """Plot object recall against CHAIR_i, a named point for every method, and the front of trivial methods.
 
@@ -270,6 +273,7 @@ def plot_frontier(
         points: name, CHAIR_i and recall, both in [0, 1]; points that are not finite are left out.
         front: CHAIR_i and recall of the corners of the dashed line, from left to right.
         note: how to read the plot.
+        band: CHAIR_i, lower and upper recall of a band around the line, (k,) each.
     """
     title = "recall against CHAIR_i"
     shown = [point for point in points if np.isfinite(point[1:]).all()]
@@ -281,6 +285,8 @@ def plot_frontier(
     with _drawing(title, (SIZE[0] + 120, SIZE[1] + 80)) as (figure, axes, finish):
         axes.set(xlabel="CHAIR_i (hallucinated among named objects)", ylabel="object recall", **limits)
         axes.grid()
+        if band is not None:
+            axes.fill_between(*band, color=COLOURS["count"], linewidth=0, zorder=0.8, gid="band")
         axes.plot([x for x, _ in front], [y for _, y in front], **_DASHED)
         for index, (name, x, y) in enumerate(shown):
             below = index % 2  # neighbours are often close: their names take turns above and below
@@ -369,7 +375,7 @@ def _svg(figure: Figure, title: str) -> Markup:
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would style the whole page
     text = re.sub(r"<defs>\s*</defs>|<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' id="[\w.]+_\d+"', "", text)  # of groups: they repeat from plot to plot
-    text = re.sub(r' id="([a-z]+(?:-\d)?)"', r' class="\1"', text)
+    text = re.sub(r' id="([a-z]+(?:-\d+)?)"', r' class="\1"', text)
     text = re.sub(r'style="[^"<>]*"', _page_style, text)
     tag, body = text.split(">", 1)
     view = tag[tag.index("viewBox=") :].split('"')[1]

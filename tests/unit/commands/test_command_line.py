@@ -17,7 +17,7 @@ PLAIN = {
     "origins",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
     "max_new_tokens", "max_pixels", "names", "parts", "phrases", "plugins", "scene_seed", "seed", "sets", "stop",
-    "subsets", "tags", "tasks", "text", "threads", "threshold",
+    "subsets", "tags", "tasks", "temperatures", "text", "threads", "threshold",
 }  # fmt: skip
 
 
