@@ -32,7 +32,6 @@ def palette(category: str) -> tuple[str, ...]:
     return _DRAWINGS[category][0]
 
 
-@functools.lru_cache(maxsize=64)
 def sprite(category: str, colour: str, seed: int) -> Image.Image:
     """Draw one object on a transparent canvas.
 
@@ -42,9 +41,21 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
         seed: Decides details, mirroring and rotation.
 
     Returns:
-        RGBA image of 64 x 64 pixels. It is cached (the mask and the picture of a scene need the same one): do not
-        write to it.
+        RGBA image of 64 x 64 pixels.
     """
+    image, angle = _upright(category, colour, seed)
+    return image.rotate(angle, Image.Resampling.BILINEAR)
+
+
+def silhouette(category: str, colour: str, seed: int) -> Image.Image:
+    """Return the alpha channel of ``sprite`` without rotating its colours, L, 64 x 64 pixels."""
+    image, angle = _upright(category, colour, seed)
+    return image.getchannel("A").rotate(angle, Image.Resampling.BILINEAR)
+
+
+@functools.lru_cache(maxsize=64)  # the mask and the picture of a scene need the same one
+def _upright(category: str, colour: str, seed: int) -> tuple[Image.Image, float]:
+    """Draw an object before its rotation, and draw the angle; the image is shared: do not write to it."""
     rng = random.Random(seed)
     colours, draw = _DRAWINGS[category]
     pen = Pen(COLOURS[colour if colour in colours else colours[0]], rng)
@@ -52,8 +63,7 @@ def sprite(category: str, colour: str, seed: int) -> Image.Image:
     image = pen.image
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    angle = rng.uniform(-60, 60) if category in LONG else rng.uniform(-12, 12)
-    return image.rotate(angle, Image.Resampling.BILINEAR)
+    return image, rng.uniform(-60, 60) if category in LONG else rng.uniform(-12, 12)
 
 
 @_draws("person", *ANY)

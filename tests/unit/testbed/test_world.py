@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from stethoscope import testbed
-from stethoscope.testbed.scene import DOUBTFUL, MIN_PIXELS, sample_scene, scene_at
-from stethoscope.testbed.sprites import palette, sprite
+from stethoscope.testbed.scene import DOUBTFUL, MIN_PIXELS, SOLID, sample_scene, scene_at
+from stethoscope.testbed.sprites import palette, silhouette, sprite
 from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, SETTINGS, partners
 
 
@@ -93,7 +93,8 @@ def test_every_category_has_a_drawing() -> None:
     for name in CATEGORIES:
         for colour in palette(name):
             alpha = np.asarray(sprite(name, colour, 0))[..., 3]
-            assert (alpha > 110).mean() > 0.1, name
+            assert (alpha > SOLID).mean() > 0.1, name
+            assert np.array_equal(alpha, silhouette(name, colour, 0)), name
 
 
 def test_categories_are_coco_categories() -> None:
