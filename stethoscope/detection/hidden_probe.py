@@ -8,6 +8,7 @@ mention that only training pays for. The classifier reads both scores, cross-fit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,35 +125,128 @@ def _standardise(states: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.
 
 
 def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int) -> tuple[np.ndarray, ...]:
-    """Train one network; returns its weights and biases, first to last."""
-    import torch
-    from torch import nn
+    """Train one network; returns its weights and biases, first to last.
 
-    known = torch.from_numpy(np.isfinite(targets))
-    wanted, states = torch.from_numpy(np.nan_to_num(targets)).float(), torch.from_numpy(inputs).float()
+    Written in numpy: in torch most of a fit was not matrix products but masks of dropout, the graph and the imports of
+    ``torch.optim``. 300 steps on 640 columns took 1.1 s of CPU time there and take 0.5 s here.
+    """
+    random, columns, outputs = np.random.default_rng(seed), inputs.shape[1], targets.shape[1]
+    states, wanted = inputs.astype(np.float32), np.nan_to_num(targets).astype(np.float32)
+    known = np.isfinite(targets)
     count = known.sum(0)
-    share = len(targets) / count.clamp(min=1)  # each output weighs the same, however often it is known
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        first, last = nn.Linear(states.shape[1], UNITS), nn.Linear(UNITS, targets.shape[1])
-        network = nn.Sequential(nn.Dropout(DROPOUT[0]), first, nn.ReLU(), nn.Dropout(DROPOUT[1]), last)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
-        batches = len(range(0, len(states), BATCH))
-        epochs = max(epochs, math.ceil(STEPS / batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=epochs * batches)
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(states)).split(BATCH):
-                losses = nn.functional.binary_cross_entropy_with_logits(
-                    network(states[chosen]), wanted[chosen], reduction="none"
-                )
-                loss = (torch.where(known[chosen], losses, 0).mean(0) * share).sum()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-    learned = (count > 0).float()  # a score without a single target is 0
-    parts = (first.weight.T, first.bias, last.weight.T * learned, last.bias * learned)
-    return tuple(part.detach().numpy() for part in parts)
+    share = (known * len(targets) / np.maximum(count, 1)).astype(np.float32)  # in sum each output weighs the same
+    shapes, reads = ((columns, UNITS), (UNITS,), (UNITS, outputs), (outputs,)), (columns, columns, UNITS, UNITS)
+    initial = [random.uniform(-1, 1, shape).ravel() / math.sqrt(n) for shape, n in zip(shapes, reads, strict=True)]
+    weights = np.concatenate(initial).astype(np.float32)
+    gradient = np.zeros_like(weights)
+    parts, slopes = _split(weights, shapes), _split(gradient, shapes)
+    drop_inputs, drop_units = (
+        _Masks(share_of, BATCH * width, random) for share_of, width in zip(DROPOUT, (columns, UNITS), strict=True)
+    )
+    batches = math.ceil(len(states) / BATCH)
+    epochs = max(epochs, math.ceil(STEPS / batches))
+    optimiser = AdamW(weights, epochs * batches)
+    for _ in range(epochs):
+        order = random.permutation(len(states))
+        for start in range(0, len(states), BATCH):
+            chosen = order[start : start + BATCH]
+            rows = states[chosen]
+            rows *= drop_inputs.draw(*rows.shape)
+            backward(parts, rows, drop_units.draw(len(rows), UNITS), wanted[chosen], share[chosen], slopes)
+            optimiser.step(gradient)
+    learned = count > 0  # a score without a single target is 0
+    return parts[0], parts[1], parts[2] * learned, parts[3] * learned
+
+
+def _split(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """Return views of consecutive parts of an array, by their shapes."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
+
+
+class _Masks:
+    """Masks of dropout, cut out of one pool of random factors: to draw each of them took 40 % of a fit.
+
+    Args:
+        share: of values to drop; the others are divided by 1 - ``share``.
+        size: values of the largest mask.
+        random: source of the factors and of where masks begin.
+    """
+
+    def __init__(self, share: float, size: int, random: np.random.Generator) -> None:
+        self._pool = (random.random(2 * size, np.float32) >= share) / np.float32(1 - share)
+        self._random = random
+
+    def draw(self, *shape: int) -> np.ndarray:
+        """Return a mask; do not write to it."""
+        start = int(self._random.integers(len(self._pool) // 2))
+        return self._pool[start : start + math.prod(shape)].reshape(shape)
+
+
+def backward(
+    parts: Sequence[np.ndarray],
+    rows: np.ndarray,
+    kept: np.ndarray,
+    wanted: np.ndarray,
+    share: np.ndarray,
+    slopes: Sequence[np.ndarray],
+) -> None:
+    """Compute the gradient of the mean cross-entropy of a batch, summed over outputs.
+
+    Args:
+        parts: weights and biases, (columns, units), (units,), (units, outputs) and (outputs,).
+        rows: (rows, columns) inputs after dropout.
+        kept: (rows, units) factors of dropout, 0 for units that are dropped.
+        wanted: (rows, outputs) probabilities.
+        share: (rows, outputs) weights of the cross-entropies, 0 where a probability is not known.
+        slopes: arrays of the shapes of ``parts``, to which the derivatives are written.
+    """
+    units = rows @ parts[0]
+    units += parts[1]
+    np.maximum(units, 0, out=units)
+    units *= kept
+    error = (expit(units @ parts[2] + parts[3]) - wanted) * share / np.float32(len(rows))
+    back = error @ parts[2].T
+    back *= kept
+    back *= units > 0
+    np.matmul(rows.T, back, out=slopes[0])
+    np.sum(back, axis=0, out=slopes[1])
+    np.matmul(units.T, error, out=slopes[2])
+    np.sum(error, axis=0, out=slopes[3])
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with one cycle of rate and momentum (Smith & Topin 2018), as torch has both.
+
+    Args:
+        weights: (weights,) float32, which every step changes.
+        steps: number of steps of the cycle.
+    """
+
+    def __init__(self, weights: np.ndarray, steps: int) -> None:
+        self._weights, self._mean, self._square = weights, np.zeros_like(weights), np.zeros_like(weights)
+        step, rise = np.arange(steps), 0.3 * steps - 1
+        turn = (1 + np.cos(np.pi * np.where(step <= rise, step / rise, (step - rise) / (steps - 1 - rise)))) / 2
+        rates = np.where(step <= rise, RATE + (RATE / 25 - RATE) * turn, RATE / 25e4 + (RATE - RATE / 25e4) * turn)
+        momenta = np.where(step <= rise, 0.85 + 0.1 * turn, 0.95 - 0.1 * turn)
+        self._cycle = enumerate(zip(rates.tolist(), momenta.tolist(), strict=True), start=1)
+
+    def step(self, gradient: np.ndarray) -> None:
+        """Take the next step against a gradient, (weights,), whose values are not kept."""
+        number, (rate, momentum) = next(self._cycle)
+        self._mean *= momentum
+        self._mean += (1 - momentum) * gradient
+        self._square *= 0.999
+        gradient *= gradient
+        gradient *= 0.001
+        self._square += gradient
+        size = np.sqrt(self._square)
+        size /= math.sqrt(1 - 0.999**number)
+        size += 1e-8
+        np.divide(self._mean, size, out=size)
+        size *= rate / (1 - momentum**number)
+        self._weights *= 1 - rate * DECAY
+        self._weights -= size
 
 
 class Probed(Stacked):

@@ -23,8 +23,10 @@ def feature_of(column: str) -> str:
     >>> feature_of("attn_image_l00"), feature_of("nll"), feature_of("mine_l3")
     ('attn_image', 'nll', 'mine_l3')
     """
-    matches = [name for name in FEATURES if column == name or column.startswith(f"{name}_")]
-    return max(matches, key=len) if matches else column
+    name = column
+    while name and name not in FEATURES:
+        name = name.rpartition("_")[0]
+    return name or column
 
 
 def keep_columns(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
