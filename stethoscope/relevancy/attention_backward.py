@@ -1,17 +1,18 @@
-"""Record the attention of a forward pass, and yield A * dz/dA of every call in blocks of rows when it runs backward.
+"""Record the attention of a forward pass, and yield Abar of every call in blocks of rows when it runs backward.
 
-With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T. The map is
-recomputed in the backward pass from queries and keys, one block of rows at a time, up to the last column that the mask
-makes visible to the block. No tensor of size layers x heads x N x N exists, and a block fits a processor's cache. The
-forward pass is SDPA, or eager attention where maps are so small that it costs nothing: the two differ by rounding,
-which badly conditioned small models amplify.
+With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T, and Abar is
+the mean over heads of relu(A * dz/dA). The map is recomputed in the backward pass from queries and keys, one block of
+rows at a time, up to the last column that the mask makes visible to the block. Matrix products of few rows are slow, so
+a block has ``_ROWS`` rows or more; where all of its heads would not fit a processor's cache, they take turns. No tensor
+of size layers x heads x N x N exists. The forward pass is SDPA, or eager attention where maps are so small that it
+costs nothing: the two differ by rounding, which badly conditioned small models amplify.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,29 @@ from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, ea
 BUDGET = 2**26
 """Default limit, in bytes, of attention maps and gradients of tokens in memory at once."""
 _SMALL = 2**20  # entries of a map
-_CACHE = 2**20  # bytes of a block of rows that fits a processor's cache
+_CACHE = 2**20  # bytes of maps that fit a processor's cache
+_ROWS = 64  # of a block at least, even where one head of them does not fit the cache
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
 _EAGER_ONLY = ("softcap", "s_aux", "position_bias")  # options that only the eager attention of a model file supports
 
-Blocks = Iterator[tuple[int, Tensor]]
-"""First row and A * dz/dA (B, heads, rows, columns) of a block, in float32 or better. Rows in no block and columns
-after the last of a block are zero. A block is valid until the next one is requested; all must be consumed."""
+
+class Block(NamedTuple):
+    """Rows of Abar of one call, in float32 or better. Rows in no block and columns after its last are zero.
+
+    Attributes:
+        start: first row.
+        abar: (B, rows, columns) mean over heads of relu(A * dz/dA).
+        saliency: (B, last rows, columns) sum over heads of |A * dz/dA| of those rows that come from
+            ``TracedCall.salient`` on; None where the block has none.
+    """
+
+    start: int
+    abar: Tensor
+    saliency: Tensor | None
+
+
+Blocks = Iterator[Block]
+"""All blocks of a call; all must be consumed."""
 
 
 @dataclass(eq=False)
@@ -45,13 +62,15 @@ class TracedCall:
         ends: for every query, index + 1 of the last visible key (``visible_ends``).
         live: number of leading queries whose keys and values receive gradients; None for all. Later queries pass
             gradients to their own key and value only (scope ``row``), or to none (cross-attention).
+        salient: first query whose saliency is needed; None for none.
         budget: bytes that maps may take in the backward pass of this call.
         offset: first column of this call when a layer is called once per window.
         size: bytes of the visible part of the call's maps.
         keys: number of keys.
         rows: first and last + 1 of the queries that receive gradients; all by default.
         narrow: whether only a few of these rows have gradients, so that it pays to search for them.
-        kept_blocks: blocks of the map by rows, kept for several backward passes; None to keep none.
+        kept_blocks: the map by first row, sample and head of what is computed at once, kept for several backward
+            passes; None to keep none.
         keep_map: whether to keep the map of the forward pass, if that computes one in float32 or better.
         map: this map, (B, heads, q, k).
         finite: bool scalar, whether all gradients are finite; a tensor, so that no device has to synchronise.
@@ -64,13 +83,14 @@ class TracedCall:
     receive: Callable[[TracedCall, Blocks], None]
     ends: list[int]
     live: int | None = None
+    salient: int | None = None
     budget: int = BUDGET
     offset: int = 0
     size: int = 0
     keys: int = 0
     rows: tuple[int, int] | None = None
     narrow: bool = False
-    kept_blocks: dict[tuple[int, int], Tensor] | None = None
+    kept_blocks: dict[tuple[int, int, int], Tensor] | None = None
     keep_map: bool = False
     map: Tensor | None = None
     finite: Tensor | None = None
@@ -85,7 +105,7 @@ def forward_attention(
 
 
 def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
-    """Compute attention whose backward passes hand A * dz/dA to ``call.receive``.
+    """Compute attention whose backward passes hand Abar to ``call.receive``.
 
     Args:
         query: (B, heads, q, d).
@@ -130,17 +150,46 @@ class _TracedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = tuple(
-            torch.zeros_like(tensor, memory_format=torch.contiguous_format) if needed else None
+            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device) if needed else None
             for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
         ctx.call.receive(ctx.call, attention_blocks(ctx.call, query, key, value, gradient.transpose(1, 2), grads))
-        return *grads, None
+        pairs = zip(grads, ctx.saved_tensors, strict=True)
+        return *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs), None
+
+
+def _float32_or_better(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _Part(NamedTuple):
+    """Views of the samples and heads of a call that are computed at once.
+
+    Attributes:
+        samples: of the call.
+        heads: of the call.
+        query: (b, h, q, d).
+        key: (b, key-value heads, k, d).
+        value: (b, key-value heads, k, d).
+        gradient: (b, h, q, d) of the output.
+        grads: gradients of query, key and value; None where none is needed.
+        mask: of the call, for these samples and heads.
+    """
+
+    samples: slice
+    heads: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gradient: Tensor
+    grads: tuple[Tensor | None, ...]
+    mask: Tensor | None
 
 
 def attention_blocks(
     call: TracedCall, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, grads: tuple[Tensor | None, ...]
 ) -> Blocks:
-    """Run the backward pass of one call: yield A * dz/dA block by block and fill in the gradients.
+    """Run the backward pass of one call: yield Abar block by block and fill in the gradients.
 
     A fused kernel could replace this function: it would take the same arguments and multiply rows by Abar without
     writing a block to memory. None exists, because no GPU was available to test one; on a GPU these are ordinary
@@ -152,45 +201,85 @@ def attention_blocks(
         key: (B, key-value heads, k, d).
         value: (B, key-value heads, k, d).
         gradient: (B, heads, q, d) of the output.
-        grads: zeros of the shapes of query, key and value, to be filled in; None where no gradient is needed.
+        grads: zeros of the shapes of query, key and value, to be filled in; None where no gradient is needed. In
+            float32 or better, because blocks add up in those of key and value.
     """
     scaling = call.options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    key, value, kv = key.contiguous(), value.contiguous(), key.shape[1]
-    to_query, to_key, to_value = grads
-    for start, stop in _row_blocks(call, query, key, gradient):
+    rows, samples, heads = _block_shape(call, query, key)
+    parts = _split(call, query, key.contiguous(), value.contiguous(), gradient, grads, samples, heads)
+    for start, stop in _row_blocks(call, gradient, rows):
         end = max(call.ends[start:stop])
-        weights = _block_weights(call, query, key, value, scaling, start, stop, end)
-        queries, gradients = _group_heads(query[:, :, start:stop], kv), _group_heads(gradient[:, :, start:stop], kv)
-        keys = key[:, :, :end]
-        product = (gradients @ value[:, :, :end].transpose(-1, -2)).to(weights.dtype).mul_(weights)
-        yield start, product.view(product.shape[0], -1, stop - start, end)
-        # the gradient of the softmax is A * (dA - sum(A * dA)); a finite sum shows that all values are finite
-        total = product.sum(-1, keepdim=True)
-        finite = torch.isfinite(total.sum())
-        call.finite = finite if call.finite is None else call.finite & finite
-        scores = product.addcmul_(total, weights, value=-1)
-        softcap = call.options.get("softcap")
-        if softcap is not None:
-            raw = (queries @ keys.transpose(-1, -2)).to(scores.dtype)
-            scores.mul_(1 - raw.mul_(scaling / softcap).tanh_().square_())
-        scores, weights = scores.to(query.dtype), weights.to(query.dtype)
-        if to_query is not None:
-            to_query[:, :, start:stop] = (scores @ keys).mul_(scaling).view(*query.shape[:2], stop - start, -1)
-        if to_key is not None:
-            _add_key_gradient(call, to_key, scores, queries, start, stop, scaling)
-        if to_value is not None:
-            _add_key_gradient(call, to_value, weights, gradients, start, stop, 1.0)
+        abar = torch.zeros(len(query), stop - start, end, dtype=_float32_or_better(query), device=query.device)
+        salient = stop if call.salient is None else max(call.salient, start)
+        saliency = torch.zeros_like(abar[:, salient - start :]) if salient < stop else None
+        for part in parts:
+            weights = _block_weights(call, part, scaling, start, stop, end)
+            gradients = _group_heads(part.gradient[:, :, start:stop], part.key.shape[1])
+            product = (gradients @ part.value[:, :, :end].transpose(-1, -2)).to(weights.dtype).mul_(weights)
+            by_head = product.view(*part.query.shape[:2], stop - start, end)
+            abar[part.samples] += _sum_heads(by_head.clamp(min=0))
+            if saliency is not None:
+                saliency[part.samples] += _sum_heads(by_head[:, :, salient - start :].abs())
+            _add_gradients(call, part, scaling, weights, gradients, product, start, stop)
+        yield Block(start, abar.div_(query.shape[1]), saliency)
 
 
-def _row_blocks(call: TracedCall, query: Tensor, key: Tensor, gradient: Tensor) -> Iterator[tuple[int, int]]:
+def _block_shape(call: TracedCall, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Choose the rows of a block and how many samples and heads are computed at once.
+
+    The heads are all, or a part that divides or is divided by the heads that share a key.
+    """
+    samples, heads, _, _ = query.shape
+    budget, row = call.budget // _COPIES // 4, key.shape[2]  # in numbers, as the cache below
+    most = min(budget, _CACHE // 4) if query.device.type == "cpu" else budget
+    if samples * heads * _ROWS * row > most and not any(call.options.get(name) is not None for name in _EAGER_ONLY):
+        samples = max(1, most // (heads * _ROWS * row))
+        if samples == 1:
+            shared = heads // key.shape[1]
+            divisors = [size for size in range(1, heads + 1) if heads % size == 0]
+            sizes = [size for size in divisors if size % shared == 0 or shared % size == 0]
+            heads = max(size for size in sizes if size == 1 or size * _ROWS * row <= most)
+    least = min(_ROWS, budget // (samples * heads * row))
+    return max(1, least, most // (samples * heads * row)), samples, heads
+
+
+def _split(
+    call: TracedCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    grads: tuple[Tensor | None, ...],
+    samples: int,
+    heads: int,
+) -> list[_Part]:
+    """Split a call into parts of so many samples and heads."""
+    shared, parts = query.shape[1] // key.shape[1], []
+    for sample in range(0, len(query), samples):
+        for head in range(0, query.shape[1], heads):
+            own = slice(sample, sample + samples), slice(head, head + heads)
+            keys = own[0], slice(head // shared, (head + heads - 1) // shared + 1)
+            views = (
+                None if grad is None else grad[index] for grad, index in zip(grads, (own, keys, keys), strict=True)
+            )
+            mask = call.mask
+            if mask is not None:
+                mask = mask[own[0] if len(mask) > 1 else slice(None), own[1] if mask.shape[1] > 1 else slice(None)]
+            parts.append(_Part(*own, query[own], key[keys], value[keys], gradient[own], tuple(views), mask))
+    return parts
+
+
+def _sum_heads(values: Tensor) -> Tensor:
+    return values[:, 0] if values.shape[1] == 1 else values.sum(1)
+
+
+def _row_blocks(call: TracedCall, gradient: Tensor, step: int) -> Iterator[tuple[int, int]]:
     """Yield first and last + 1 of the rows that are processed at once, one block at least; live and later never mix."""
-    first, last = call.rows or (0, query.shape[2])
+    first, last = call.rows or (0, gradient.shape[2])
     if call.narrow:
         used = gradient[:, :, first:last].ne(0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]
         first, last = first + used[0], first + used[-1] + 1
-    block_bytes = min(call.budget // _COPIES, _CACHE if query.device.type == "cpu" else call.budget)
-    step = max(1, block_bytes // (query.shape[:2].numel() * key.shape[2] * 4))
     border = last if call.live is None else min(max(call.live, first), last)
     for low, high in ((first, border), (border, last)):
         for start in range(low, high, step):
@@ -198,46 +287,46 @@ def _row_blocks(call: TracedCall, query: Tensor, key: Tensor, gradient: Tensor) 
 
 
 def _group_heads(vectors: Tensor, groups: int) -> Tensor:
-    """Reshape (B, heads, r, d) to (B, groups, heads / groups * r, d), stacking the heads of a group."""
+    """Reshape (b, h, r, d) to (b, groups, h / groups * r, d), stacking the heads of a group."""
     return vectors.reshape(vectors.shape[0], groups, -1, vectors.shape[-1])
 
 
-def _block_weights(
-    call: TracedCall, query: Tensor, key: Tensor, value: Tensor, scaling: float, start: int, stop: int, end: int
-) -> Tensor:
-    """Compute a block of the map, (B, groups, heads / groups * rows, end), float32 or better."""
+def _block_weights(call: TracedCall, part: _Part, scaling: float, start: int, stop: int, end: int) -> Tensor:
+    """Compute a block of the map, (b, groups, h / groups * rows, end), float32 or better."""
+    groups = part.key.shape[1]
     if call.map is not None:
-        return _group_heads(call.map[:, :, start:stop, :end], key.shape[1])
-    if call.kept_blocks is not None and (start, stop) in call.kept_blocks:
-        return call.kept_blocks[start, stop]
-    queries, keys = query[:, :, start:stop], key[:, :, :end]
+        return _group_heads(call.map[part.samples, part.heads, start:stop, :end], groups)
+    block_key = start, part.samples.start, part.heads.start
+    if call.kept_blocks is not None and block_key in call.kept_blocks:
+        return call.kept_blocks[block_key]
+    queries, keys = part.query[:, :, start:stop], part.key[:, :, :end]
     if any(call.options.get(name) is not None for name in _EAGER_ONLY):
-        weights = _eager_weights(call, queries, keys, value[:, :, :end], start, stop)
+        weights = _eager_weights(call, part, queries, keys, start, stop)
     else:
-        scores = (_group_heads(queries, key.shape[1]) * scaling) @ keys.transpose(-1, -2)
-        _mask_scores(call, scores.view(*queries.shape[:3], end), start, stop)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        scores = (_group_heads(queries, groups) * scaling) @ keys.transpose(-1, -2)
+        _mask_scores(call, part.mask, scores.view(*queries.shape[:3], end), start, stop)
+        weights = scores.softmax(-1, dtype=_float32_or_better(scores))
     if call.kept_blocks is not None:
-        call.kept_blocks[start, stop] = weights
+        call.kept_blocks[block_key] = weights
     return weights
 
 
-def _mask_scores(call: TracedCall, scores: Tensor, start: int, stop: int) -> None:
-    """Mask (B, heads, rows, columns) scores with the lowest number; rows without keys stay uniform."""
+def _mask_scores(call: TracedCall, mask: Tensor | None, scores: Tensor, start: int, stop: int) -> None:
+    """Mask (b, h, rows, columns) scores with the lowest number; rows without keys stay uniform."""
     low, end = torch.finfo(scores.dtype).min, scores.shape[-1]
-    if call.mask is None:
+    if mask is None:
         if is_causal(call.module, len(call.ends), call.options):
             later = torch.ones(stop - start, end - start, dtype=torch.bool, device=scores.device).triu_(1)
             scores[..., start:].masked_fill_(later, low)
-    elif call.mask.dtype == torch.bool:
-        scores.masked_fill_(~_mask_rows(call.mask, start, stop, end), low)
+    elif mask.dtype == torch.bool:
+        scores.masked_fill_(~_mask_rows(mask, start, stop, end), low)
     else:
-        scores.add_(_mask_rows(call.mask, start, stop, end)).clamp_(min=low)
+        scores.add_(_mask_rows(mask, start, stop, end)).clamp_(min=low)
 
 
-def _eager_weights(call: TracedCall, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int) -> Tensor:
-    """Compute a block of the map as ``_block_weights``, by the model file's eager attention."""
-    options, mask, end = dict(call.options), call.mask, key.shape[2]
+def _eager_weights(call: TracedCall, part: _Part, query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
+    """Compute a block of the map as ``_block_weights``, by the model file's eager attention, of all heads."""
+    options, mask, end = dict(call.options), part.mask, key.shape[2]
     if options.get("position_bias") is not None:
         options["position_bias"] = _mask_rows(options["position_bias"], start, stop, end)
     if mask is not None:
@@ -247,14 +336,57 @@ def _eager_weights(call: TracedCall, query: Tensor, key: Tensor, value: Tensor, 
         mask = (columns <= torch.arange(start, stop, device=query.device)[:, None])[None, None]
     else:
         options["is_causal"] = False
-    weights = eager_attention(call.module, query, key, value[..., :1], mask, **options)[1]  # its output is not needed
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    value = part.value[:, :, :end, :1]  # the output is not needed
+    weights = eager_attention(call.module, query, key, value, mask, **options)[1]
+    weights = weights.to(_float32_or_better(weights))
     return weights.reshape(weights.shape[0], key.shape[1], -1, end)
 
 
 def _mask_rows(tensor: Tensor, start: int, stop: int, end: int) -> Tensor:
     """Select rows and columns of a mask or bias (B or 1, heads or 1, q or 1, k)."""
     return (tensor[:, :, start:stop] if tensor.shape[2] > 1 else tensor)[..., :end]
+
+
+def _add_gradients(
+    call: TracedCall,
+    part: _Part,
+    scaling: float,
+    weights: Tensor,
+    gradients: Tensor,
+    product: Tensor,
+    start: int,
+    stop: int,
+) -> None:
+    """Add the gradients of a block of a part.
+
+    Args:
+        call: the call.
+        part: whose ``grads`` are filled in.
+        scaling: of the scores.
+        weights: (b, groups, h / groups * rows, end) A.
+        gradients: (b, groups, h / groups * rows, d) of the output.
+        product: (b, groups, h / groups * rows, end) A * dz/dA, overwritten.
+        start: first row.
+        stop: last row + 1.
+    """
+    to_query, to_key, to_value = part.grads
+    queries, keys = _group_heads(part.query[:, :, start:stop], part.key.shape[1]), part.key[:, :, : product.shape[-1]]
+    # the gradient of the softmax is A * (dA - sum(A * dA)); a finite sum shows that all values are finite
+    total = product.sum(-1, keepdim=True)
+    finite = torch.isfinite(total.sum())
+    call.finite = finite if call.finite is None else call.finite & finite
+    scores = product.addcmul_(total, weights, value=-1)
+    softcap = call.options.get("softcap")
+    if softcap is not None:
+        raw = (queries @ keys.transpose(-1, -2)).to(scores.dtype)
+        scores.mul_(1 - raw.mul_(scaling / softcap).tanh_().square_())
+    scores, weights = scores.to(queries.dtype), weights.to(queries.dtype)
+    if to_query is not None:
+        to_query[:, :, start:stop] = (scores @ keys).mul_(scaling).view(*part.query.shape[:2], stop - start, -1)
+    if to_key is not None:
+        _add_key_gradient(call, to_key, scores, queries, start, stop, scaling)
+    if to_value is not None:
+        _add_key_gradient(call, to_value, weights, gradients, start, stop, 1.0)
 
 
 def _add_key_gradient(
@@ -266,9 +398,9 @@ def _add_key_gradient(
 
     Args:
         call: the call.
-        target: (B, groups, k, d), added to in place.
-        maps: (B, groups, heads / groups * rows, end).
-        vectors: (B, groups, heads / groups * rows, d).
+        target: (b, groups, k, d), added to in place.
+        maps: (b, groups, h / groups * rows, end).
+        vectors: (b, groups, h / groups * rows, d).
         start: first row.
         stop: last row + 1.
         factor: multiplies the gradient.
@@ -285,9 +417,9 @@ def _add_key_gradient(
 
 # --- all calls of one forward pass ------------------------------------------------------------------------------------
 
-Receiver = Callable[[TracedCall, int, bool, int, Tensor], None]
+Receiver = Callable[[TracedCall, int, bool, Block], None]
 """Called with every block of a call: the call, the index of its layer within its role, whether the block is the call's
-first, its first row and A * dz/dA."""
+first, and the block."""
 
 
 class AttentionGradRecorder(AttentionRecorder):
@@ -297,6 +429,7 @@ class AttentionGradRecorder(AttentionRecorder):
         live: number of leading rows of the language model whose keys and values receive gradients; None for all.
         budget: bytes that maps may take at once in a backward pass.
         keep_graphs: whether to keep the graph of every layer instead of running layers again.
+        salient: first row of the language model whose saliency is needed, the first that predicts a token.
 
     Attributes:
         layers: by role, the names of its attention modules in the order of their first calls.
@@ -304,11 +437,11 @@ class AttentionGradRecorder(AttentionRecorder):
         checkpointer: the layer calls of the forward pass.
     """
 
-    def __init__(self, live: int | None, budget: int, keep_graphs: bool) -> None:
+    def __init__(self, live: int | None, budget: int, keep_graphs: bool, salient: int) -> None:
         self.layers: dict[str, list[str]] = {}
         self.sizes: dict[str, int] = {}
         self.checkpointer = LayerCheckpointer(keep_graphs, self.sizes)
-        self._live, self._budget, self._keep_graphs = live, budget, keep_graphs
+        self._live, self._budget, self._keep_graphs, self._salient = live, budget, keep_graphs, salient
         self._finite: list[tuple[str, Tensor]] = []
         self._ends: dict[tuple[Any, ...], tuple[Tensor | None, list[int]]] = {}
         self._receivers: Sequence[Receiver] = ()
@@ -330,8 +463,9 @@ class AttentionGradRecorder(AttentionRecorder):
             ends = self._visible_ends(module, query, key, mask, options)
             live = self._live if site.role in ("language", "cross") else None
             keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
-            call = TracedCall(site, module, mask, options, self._receive, ends, live, self._budget, offset, size, keys)
-            call.keep_map = self._keep_graphs
+            salient = self._salient if site.role == "language" else None
+            call = TracedCall(site, module, mask, options, self._receive, ends, live, salient, self._budget, offset)
+            call.size, call.keys, call.keep_map = size, keys, self._keep_graphs
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
                 self.checkpointer.leaves.append(query)
@@ -403,7 +537,7 @@ class AttentionGradRecorder(AttentionRecorder):
             call.kept_blocks, self._free_bytes = {}, self._free_bytes - call.size
         call.finite = None
         receive, layer = self._receivers[self.checkpointer.root_index], names.index(call.site.name)
-        for index, (start, product) in enumerate(blocks):
-            receive(call, layer, index == 0, start, product)
+        for index, block in enumerate(blocks):
+            receive(call, layer, index == 0, block)
         if call.finite is not None:
             self._finite.append((call.site.name, call.finite))

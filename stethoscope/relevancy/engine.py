@@ -155,7 +155,8 @@ def _relevancy(
     if not all(0 <= token < count for token in chosen) or not chosen:
         raise ConfigError(f"tokens={list(chosen)} should be indices of answer tokens, 0 to {count - 1}")
     keep_graphs = scope == "row" and not recompute
-    recorder = AttentionGradRecorder(layout.first + 1 if scope == "row" else None, budget, keep_graphs)
+    live = layout.first + 1 if scope == "row" else None
+    recorder = AttentionGradRecorder(live, budget, keep_graphs, layout.first)
     with (
         record(model, recorder),
         capture_inputs_embeds(model, layout.encoder_decoder) as captured,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stethoscope.relevancy.attention_backward import AttentionGradRecorder, TracedCall
+from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Block, TracedCall
 from stethoscope.relevancy.result import Layout
 from stethoscope.relevancy.token_alignment import TokenAlignment
 
@@ -266,14 +266,14 @@ class Saliency:
         self._rows = list(rows)
         self.values = torch.zeros(samples, layers, len(self._rows), length)
 
-    def receive(self, layer: int, start: int, product: Tensor) -> None:
-        """Store the rows of a block of A * dz/dA (B, heads, rows, columns)."""
-        stop = start + product.shape[2]
+    def receive(self, layer: int, start: int, saliency: Tensor) -> None:
+        """Store the rows of a block (B, rows, columns), the first of which is ``start``."""
+        stop = start + saliency.shape[1]
         indices = [index for index, row in enumerate(self._rows) if start <= row < stop]
         if indices:
-            self.values = self.values.to(product)
-            saliency = product[:, :, [self._rows[index] - start for index in indices]].abs().sum(1)
-            self.values[:, layer, indices, : product.shape[-1]] = saliency
+            self.values = self.values.to(saliency)
+            rows = [self._rows[index] - start for index in indices]
+            self.values[:, layer, indices, : saliency.shape[-1]] = saliency[:, rows]
 
 
 # --- the rules applied to one backward pass ---------------------------------------------------------------------------
@@ -315,11 +315,11 @@ class BackwardPass:
         self._joint: QueryRelevancy | None = None
         self._add: AddBlock  # for the blocks of the present call
 
-    def receive(self, call: TracedCall, layer: int, is_first: bool, start: int, product: Tensor) -> None:
-        """Process a block of A * dz/dA, see ``attention_backward.Receiver``."""
-        if call.site.role == "language":
-            self._saliency.receive(layer, start, product)
-        abar = product.clamp(min=0).mean(1)  # equation 5
+    def receive(self, call: TracedCall, layer: int, is_first: bool, block: Block) -> None:
+        """Process a block of Abar (equation 5), see ``attention_backward.Receiver``."""
+        start, abar, saliency = block
+        if saliency is not None:
+            self._saliency.receive(layer, start + abar.shape[1] - saliency.shape[1], saliency)
         if is_first:
             self._add = self._begin(call, layer, abar)
         self._add(start, abar)
