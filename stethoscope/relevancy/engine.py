@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
-from stethoscope.relevancy.attention_backward import BUDGET, AttentionGradRecorder
+from stethoscope.relevancy.attention_backward import AttentionGradRecorder, default_budget
 from stethoscope.relevancy.checkpointing import checkpoint_layers
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout, read_shared_layout
 from stethoscope.relevancy.rules import RULES, BackwardPass
@@ -48,7 +48,7 @@ def relevancy_from_inputs(
     rule: str = "eq10",
     layers: str = "all",
     tokens: Sequence[int] | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
     recompute: bool = True,
 ) -> Relevancy:
     """Compute the relevancy of answer tokens from the inputs of a forward pass over prompt and answer.
@@ -69,8 +69,9 @@ def relevancy_from_inputs(
         rule: reading of equation 10, see ``rules.RULES``.
         layers: ``all`` for R after every layer of the language model, ``final`` for the last only.
         tokens: indices of the answer tokens, from 0; all by default.
-        budget: bytes that attention maps and the gradients of tokens may take at once, about half for each. A larger
-            one saves scope ``token`` some time on long sequences.
+        budget: bytes that attention maps and the gradients of tokens may take at once, about half for each; by default
+            64 MiB, on a GPU an eighth of its free memory from that to 2 GiB. A larger one saves scope ``token`` some
+            time on long sequences.
         recompute: keep only the inputs of layers and run them again in the backward pass. False takes less time and
             several times the memory in scope ``row``; scope ``token`` always runs them again.
 
@@ -93,7 +94,7 @@ def relevancies_from_inputs(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     answers: Sequence[Sequence[int]],
-    budget: int = BUDGET,
+    budget: int | None = None,
     recompute: bool = True,
 ) -> list[Relevancy]:
     """Compute the relevancy of several answers in scope ``row`` by one pass, equal to that of each alone.
@@ -146,7 +147,7 @@ def _relevancy(
     rule: str,
     every: bool,
     tokens: Sequence[int] | None,
-    budget: int,
+    budget: int | None,
     recompute: bool,
 ) -> list[Relevancy]:
     """Compute the relevancy of every sample; options have been checked and gradients are enabled."""
@@ -169,6 +170,7 @@ def _relevancy(
     if scope == "row":
         groups = [chosen]
     else:
+        budget = default_budget(logits.device) if budget is None else budget
         groups = _token_groups(chosen, budget // 2 // recorder.checkpointer.gradient_bytes())
     results: list[dict[str, Tensor]] = []
     with record(model, recorder):  # for layers that run again

@@ -113,3 +113,13 @@ def test_half_precision_adds_up_blocks_in_float32(monkeypatch, module):
         grads = torch.autograd.grad(traced_attention(*half, call), half, gradient.transpose(1, 2).bfloat16())
         errors.append(max((a.double() - b).norm() / b.norm() for a, b in zip(grads, expected, strict=True)))
     assert errors[1] < 1.2 * errors[0] < 0.03
+
+
+def test_the_default_budget_follows_free_memory_on_a_gpu(monkeypatch):
+    assert attention_backward.default_budget(torch.device("cpu")) == attention_backward.BUDGET == 2**26
+    # stands in for a device that the machine of the tests lacks
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
+    for free, budget in ((2**20, 2**26), (2**30 - 2**22, 2**27), (2**40, 2**31)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        assert attention_backward.default_budget(torch.device("cuda")) == budget
