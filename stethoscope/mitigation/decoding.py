@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,34 +22,19 @@ from transformers import LogitsProcessor
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Generation
 from stethoscope.mitigation.base import DecodingMitigation, check_range
+from stethoscope.mitigation.contrastive import (
+    ContrastProcessor,
+    cut_scores,
+    read_tokens,
+    unsure_contrast,
+    weighted_contrast,
+)
 from stethoscope.tracing.interventions import STEP, STEPS, noised
 from stethoscope.tracing.step_inputs import StepInputs
 from stethoscope.tracing.trace import Encoded
 
 if TYPE_CHECKING:
     from stethoscope.adapters.hf import HfAdapter
-
-Combine = Callable[[Tensor, Tensor, int], Tensor]
-
-
-def cut_scores(scores: Tensor, original: Tensor, beta: float) -> Tensor:
-    """Give minus infinity to tokens that are implausible by the original distribution.
-
-    Args:
-        scores: (B, V) scores to cut.
-        original: (B, V) logits z of the model.
-        beta: tokens with p < beta max p are cut, from 0 (none) to 1 (all but the most probable).
-
-    Returns:
-        (B, V) scores.
-
-    >>> cut_scores(torch.zeros(1, 3), torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5)
-    tensor([[0., 0., -inf]])
-    """
-    if not beta:
-        return scores
-    lowest = original.max(-1, keepdim=True).values + math.log(beta)
-    return scores.masked_fill(original < lowest, -torch.inf)
 
 
 class CutProcessor(LogitsProcessor):
@@ -75,61 +61,6 @@ class FirstLogitProcessor(LogitsProcessor):
         weight = self._gamma * (1 - math.exp(-self._rate * self._step))
         self._step += 1
         return cut_scores(scores + weight * self._first, scores, self._beta)
-
-
-class ContrastProcessor(LogitsProcessor):
-    """Combine the scores of every step with those of a second pass over a changed prompt.
-
-    Args:
-        second: the second pass.
-        combine: makes new (B, V) scores of z, z' and the step, from 0.
-        beta: of the plausibility cut by z; 0 for none.
-    """
-
-    def __init__(self, second: SecondPass, combine: Combine, beta: float) -> None:
-        self._second, self._combine, self._beta, self._step = second, combine, beta, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        other = self._second.logits(input_ids[:, -1] if self._step else None).to(scores)
-        combined = self._combine(scores, other, self._step).masked_fill(scores == -torch.inf, -torch.inf)
-        self._step += 1
-        return cut_scores(combined, scores, self._beta)
-
-
-class SecondPass:
-    """Read an answer behind another prompt, token by token, with a cache of its own.
-
-    ``generate`` prepares the inputs, as for the answer itself, and hands over to a loop that waits for every token.
-
-    Args:
-        adapter: the model.
-        encoded: B changed prompts.
-        generation: settings of decoding.
-    """
-
-    def __init__(self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation) -> None:
-        model, arguments = adapter.prepare_generate(encoded, replace(generation, do_sample=False, mitigation=None))
-        self._start = lambda: model.generate(**arguments, custom_generate=_read_tokens)
-        self._reader: Generator[Tensor, Tensor, None] | None = None
-
-    def logits(self, tokens: Tensor | None) -> Tensor:
-        """Return the (B, V) logits after the prompts (``tokens`` None), or after B more tokens of their answers."""
-        if self._reader is None or tokens is None:
-            self._reader = self._start()
-            return next(self._reader)
-        return self._reader.send(tokens)
-
-
-def _read_tokens(model: Any, input_ids: Tensor, **inputs: Any) -> Generator[Tensor, Tensor, None]:
-    """Yield logits after every token that is sent; a loop in the form of ``custom_generate`` of ``generate``."""
-    for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus"):
-        inputs.pop(name, None)
-    steps = StepInputs(model, inputs)
-    while True:
-        output = model(**steps.prepare(input_ids), return_dict=True)
-        steps.update(output)
-        tokens = yield output.logits[:, -1].float()
-        input_ids = torch.cat([input_ids, tokens[:, None]], -1)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -211,7 +142,10 @@ class ContrastMitigation(DecodingMitigation):
         self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
     ) -> list[LogitsProcessor]:
         """See ``DecodingMitigation.processors``."""
-        second = SecondPass(adapter, [self.change(prompt) for prompt in encoded], generation)
+        changed = [self.change(prompt) for prompt in encoded]
+        model, arguments = adapter.prepare_generate(changed, replace(generation, do_sample=False, mitigation=None))
+        read = partial(read_tokens, make_steps=StepInputs)
+        second = partial(model.generate, **arguments, custom_generate=read)
         return [ContrastProcessor(second, self.combine, self.beta)]
 
 
@@ -246,10 +180,8 @@ class NoImageContrast(ContrastMitigation):
     def combine(self, scores: Tensor, other: Tensor, step: int) -> Tensor:
         """Combine (B, V) logits z and z' of a step, counted from 0."""
         if self.weight is not None:
-            return scores + self.weight * (scores - other)
-        own, without = scores.log_softmax(-1), other.log_softmax(-1)
-        unsure = own.max(-1, keepdim=True).values < math.log(self.alpha) if self.alpha else False
-        return torch.where(torch.as_tensor(unsure), own + math.expm1(self.rate * step) * (own - without), own)
+            return weighted_contrast(scores, other, self.weight)
+        return unsure_contrast(scores, other, step, self.alpha, self.rate)
 
     def change(self, prompt: Encoded) -> Encoded:
         """See ``ContrastMitigation.change``."""
@@ -281,7 +213,7 @@ class NoiseContrast(ContrastMitigation):
 
     def combine(self, scores: Tensor, other: Tensor, step: int) -> Tensor:
         """Combine (B, V) logits z and z'."""
-        return scores + self.alpha * (scores - other)
+        return weighted_contrast(scores, other, self.alpha)
 
     def change(self, prompt: Encoded) -> Encoded:
         """Noise the image of one prompt, by itself, so that it does not depend on the batch."""

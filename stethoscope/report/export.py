@@ -35,10 +35,11 @@ EXPORTERS = {
     "hub_results": ".eval_results/*.yaml for the model's repository on the hub",
     "inspect": "a .eval log for each task, for inspect's viewer",
     "dataset": "a data set of samples and mentions, for `datasets.load_dataset` and the hub",
+    "custom_generate": "the run's decoding method (no_image, vcd) as a folder that transformers' `generate` loads",
 }
 """Targets of ``stethoscope export``; each has a function in one of ``_MODULES`` that writes it."""
 _MODULES = {"every_eval_ever": "every_eval_ever", "hub_results": "hub_export", "inspect": "inspect_log",
-            "dataset": "hub_export"}  # fmt: skip
+            "dataset": "hub_export", "custom_generate": "hub_export"}  # fmt: skip
 RELATIONS = ("first_party", "third_party", "collaborative", "other")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RIGHT = ("right", "correct")

@@ -312,3 +312,25 @@ def push(folder: Path, repo_id: str, kind: str, private: bool | None, token: str
             f"the files cannot be pushed to {repo_id!r}: {type(error).__name__}: {first_line(error)}"
         ) from None
     return commit.pr_url or commit.commit_url
+
+
+# --- the decoding method as code for transformers -------------------------------------------------------------------
+
+
+def write_custom_generate(run: RunExport, folder: Path) -> list[Path]:
+    """Write the mitigation of a run as a folder that ``model.generate(custom_generate=folder)`` loads.
+
+    Raises:
+        ConfigError: its answers were written by no method that reads them a second time.
+    """
+    from stethoscope.mitigation.custom_generate import write_generate_folder
+    from stethoscope.mitigation.decoding import NoImageContrast, NoiseContrast
+
+    section = (run.fingerprint(run.tasks[0].task).get("generation") or {}).get("mitigation") or {}
+    methods = {method.name: method for method in (NoImageContrast, NoiseContrast)}
+    if section.get("name") not in methods:
+        raise ConfigError(
+            f"{run.source.folder} was written with mitigation={section.get('name', 'none')}; to=custom_generate is for "
+            f"{' and '.join(methods)}"
+        )
+    return write_generate_folder(methods[section["name"]](**section["settings"]), folder)

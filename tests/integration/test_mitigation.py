@@ -36,6 +36,9 @@ def test_a_run_has_its_mitigation(stethoscope, tmp_path):
     assert "other settings (generation.mitigation" in stethoscope(
         "evaluate", *RUN, "mitigation=cut", "generation=sample", "name=vcd"
     )
+    stethoscope("export", "run=runs/vcd", "to=custom_generate", "out=decoder", code=0)
+    assert "'step': 500" in (tmp_path / "decoder/custom_generate/generate.py").read_text()
+    assert "written with mitigation=none" in stethoscope("export", "run=runs/none", "to=custom_generate", "out=other")
 
 
 def test_answers_are_those_of_the_adapter(stethoscope, tmp_path):
