@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope.core.errors import CapabilityError, DataError
@@ -64,6 +65,14 @@ class Adapter(ABC):
         no cache is returned; traces are the same either way, as long as the model does not change in between.
         """
         return self.generate(encoded, generation), list(encoded)
+
+    @contextmanager
+    def sharing_prefixes(self) -> Iterator[None]:
+        """Let calls of ``generate`` in this block go on from what the previous call has read of the same picture.
+
+        Answers stay the same, log-probabilities up to rounding. By default calls share nothing.
+        """
+        yield
 
     def check_mitigation(self, generation: Generation) -> None:
         """Check that the adapter can apply the mitigation of some settings, before weights are loaded.

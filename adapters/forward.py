@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +98,18 @@ def _pad(parts: list[Tensor], fill: int, side: str) -> list[Tensor]:
         pads = (missing, 0) if side == "left" else (0, missing)
         padded.append(torch.nn.functional.pad(part, pads, value=fill) if missing else part)
     return padded
+
+
+class Prefix(NamedTuple):
+    """The first tokens of a prompt, in a KV cache.
+
+    Attributes:
+        cache: of these tokens, and maybe of more.
+        length: number of tokens.
+    """
+
+    cache: PromptCache
+    length: int
 
 
 @dataclass(frozen=True)
@@ -231,31 +243,85 @@ class ForwardRunner:
         spans = [_shift(prompt.spans, offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
         return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
 
-    def prompt_caches(self, cache: Any, encoded: Sequence[Encoded], ends: Sequence[int]) -> list[PromptCache | None]:
+    def read_prefixes(self, encoded: Sequence[Encoded], lengths: Sequence[int]) -> list[PromptCache] | None:
+        """Run one pass over the first tokens of B prompts of a causal model, and return their KV caches.
+
+        Args:
+            encoded: B prompts.
+            lengths: B numbers of tokens, all image tokens among them.
+
+        Returns:
+            B caches, each of tensors of its own; None where the cache drops or changes keys.
+        """
+        parts = [
+            {name: value[:, :length] if name in SEQUENCE else value for name, value in prompt.inputs.items()}
+            for prompt, length in zip(encoded, lengths, strict=True)
+        ]
+        inputs = self.to_device(collate(parts, self.pad_id, "right"))
+        head = self.positions_to_keep([inputs["input_ids"].shape[1] - 1])
+        cache = self.model(**inputs, **head, use_cache=True).past_key_values
+        return _split_cache(cache, [[slice(0, length)] for length in lengths])
+
+    def generate_from_prefixes(self, encoded: Sequence[Encoded], prefixes: Sequence[Prefix]) -> dict[str, Any]:
+        """Prepare arguments of ``generate`` for B prompts of a causal model whose first tokens are in KV caches.
+
+        Columns are those of ``prompt_columns``: padding, the prefix, padding, the rest of the prompt. ``generate``
+        counts positions without the padding.
+
+        Args:
+            encoded: B prompts, with at least one token behind each prefix and no image token.
+            prefixes: of the prompts.
+        """
+        lengths = [prefix.length for prefix in prefixes]
+        columns = prompt_columns(encoded, lengths)
+        width = columns[0][-1].stop
+        ids = torch.full((len(encoded), width), self.pad_id)
+        mask = torch.zeros(len(encoded), width, dtype=torch.long)
+        for index, (prompt, parts) in enumerate(zip(encoded, columns, strict=True)):
+            pieces = prompt.inputs["input_ids"][0].split([part.stop - part.start for part in parts])
+            for part, piece in zip(parts, pieces, strict=True):
+                ids[index, part], mask[index, part] = piece, 1
+        offsets = [max(lengths) - length for length in lengths]
+        cache = _join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
+        return {**self.to_device({"input_ids": ids, "attention_mask": mask}), "past_key_values": cache}
+
+    def last_prefix(self, cache: Any, encoded: Sequence[Encoded], lengths: Sequence[int] | None) -> PromptCache | None:
+        """Cut the first tokens of the last prompt out of the cache that ``generate`` returned.
+
+        Args:
+            cache: ``past_key_values`` of B prompts.
+            encoded: the prompts.
+            lengths: of their prefixes; None for the whole prompt without its last token.
+
+        Returns:
+            The cache of the prefix, a copy where it is one of several prompts.
+        """
+        columns = prompt_columns(encoded, lengths)[-1][0]
+        if lengths is None:
+            rest = prompt_columns(encoded)[-1][1]
+            columns = slice(rest.start, rest.stop - 1)
+        caches = _split_cache(cache, [[columns]], len(encoded) - 1)
+        return None if caches is None else caches[0].clone() if len(encoded) > 1 else caches[0]
+
+    def prompt_caches(
+        self, cache: Any, encoded: Sequence[Encoded], columns: Sequence[Sequence[slice]]
+    ) -> list[PromptCache | None]:
         """Cut a cache of transformers into one per prompt.
 
         Args:
-            cache: ``past_key_values`` that a forward pass or ``generate`` returned.
+            cache: ``past_key_values`` that a forward pass or ``generate`` returned; it cannot be used afterwards.
             encoded: B prompts.
-            ends: B cache columns, each one past the last token of its prompt.
+            columns: B lists of ranges of cache columns, which hold the prompt.
 
         Returns:
             B caches; None where the cache drops or changes keys, or cannot be used again.
         """
-        dynamic = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-        if not self.causal or not dynamic:
+        caches = _split_cache(cache, columns) if self.causal else None
+        if caches is None:
             return [None] * len(encoded)
-        caches: list[PromptCache | None] = []
-        for index, (prompt, end) in enumerate(zip(encoded, ends, strict=True)):
-            start = end - prompt.spans.length
-            layers = tuple(
-                tuple(part[index : index + 1, :, start:end] for part in (layer.keys, layer.values))
-                for layer in cache.layers
-            )
-            # a prompt's last token runs again, and an image token would be embedded as text without the pixels
-            ends_in_image = prompt.spans.image[-1] == prompt.spans.length - 1
-            caches.append(None if ends_in_image else PromptCache(layers))
-        return caches
+        # a prompt's last token runs again, and an image token would be embedded as text without the pixels
+        in_image = [prompt.spans.image[-1] == prompt.spans.length - 1 for prompt in encoded]
+        return [None if ends else part for part, ends in zip(caches, in_image, strict=True)]
 
     def logits(self, forward: ForwardPass, rows: Tensor | None = None) -> Tensor:
         """Run a pass and return the (B, T, V) float32 logits of its rows; the head runs on no other rows.
@@ -286,11 +352,76 @@ def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
     return torch.tensor(starts)[:, None] + steps.minimum(torch.tensor(read)[:, None])
 
 
+def prompt_columns(encoded: Sequence[Encoded], prefix_lengths: Sequence[int] | None = None) -> list[list[slice]]:
+    """Return by prompt the columns of its prefix and of its rest in a batch that ``generate`` reads.
+
+    Both are padded on the left, to the longest of each; without prefixes the first range is empty.
+    """
+    prefix_lengths = prefix_lengths or [0] * len(encoded)
+    longest = max(prefix_lengths)
+    rests = [prompt.spans.length - length for prompt, length in zip(encoded, prefix_lengths, strict=True)]
+    width = longest + max(rests)
+    return [
+        [slice(longest - length, longest), slice(width - rest, width)]
+        for length, rest in zip(prefix_lengths, rests, strict=True)
+    ]
+
+
+def _split_cache(cache: Any, columns: Sequence[Sequence[slice]], first: int = 0) -> list[PromptCache] | None:
+    """Cut ranges of columns out of the rows of a cache, from the ``first`` row on.
+
+    The parts are views, unless ranges of a row have columns between them: then all rows are copied, layer by layer, and
+    the cache is emptied meanwhile.
+
+    Returns:
+        A cache by row; None where the cache drops or changes keys.
+    """
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    ranges = [_merged(parts) for parts in columns]
+    copies = any(len(parts) > 1 for parts in ranges)
+    layers = []
+    for layer in cache.layers:
+        pairs = [
+            tuple(_cut(tensor[row : row + 1], parts, copies) for tensor in (layer.keys, layer.values))
+            for row, parts in enumerate(ranges, first)
+        ]
+        layers.append(pairs)
+        if copies:
+            layer.reset()
+    return [PromptCache(parts) for parts in zip(*layers, strict=True)]
+
+
+def _merged(ranges: Sequence[slice]) -> list[slice]:
+    """Join neighbouring ranges, and drop empty ones.
+
+    >>> _merged([slice(0, 0), slice(2, 4), slice(4, 7), slice(9, 10)])
+    [slice(2, 7, None), slice(9, 10, None)]
+    """
+    merged: list[slice] = []
+    for part in ranges:
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = slice(merged[-1].start, part.stop)
+        elif part.start < part.stop:
+            merged.append(part)
+    return merged
+
+
+def _cut(row: Tensor, ranges: Sequence[slice], copies: bool) -> Tensor:
+    """Return the (1, heads, n, d) columns of some ranges."""
+    parts = [row[:, :, part] for part in ranges]
+    return torch.cat(parts, 2) if copies else parts[0]
+
+
 def _join_caches(
     caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
 ) -> DynamicCache:
     """Join the first tokens of every prompt's cache into one, padded on the left."""
     joined = DynamicCache()
+    if all(cache is caches[0] for cache in caches) and len(set(prefix_lengths)) == 1:
+        for layer, pair in enumerate(caches[0].layers):  # views, which the next token turns into copies
+            joined.update(*(part[:, :, : prefix_lengths[0]].expand(len(caches), -1, -1, -1) for part in pair), layer)
+        return joined
     for layer, pairs in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         keys_and_values = []
         for parts in zip(*pairs, strict=True):

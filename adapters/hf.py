@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
 from stethoscope.adapters.base import Adapter, ForeignTokens
-from stethoscope.adapters.forward import ForwardRunner, groups
+from stethoscope.adapters.forward import ForwardRunner, Prefix, groups, prompt_columns
 from stethoscope.adapters.generation import (
     Sampler,
     StopStrings,
@@ -28,6 +29,7 @@ from stethoscope.adapters.generation import (
     trim_ids,
 )
 from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.adapters.processors import limit_pixels, mean_colour, pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_phrases, check_prompt
 from stethoscope.adapters.tracer import Tracer
@@ -172,6 +174,7 @@ class HfAdapter(Adapter):
         placeholder_ids = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._placeholder_ids = [token for token in placeholder_ids if token is not None]
         self._forward = ForwardRunner(model, self._pad_id, self._decoder_start)
+        self._prefixes = SharedPrefixes(self._forward)
         suffix = continuation_ids(processor.tokenizer, CONTINUATION)
         self._tracer = Tracer(self.name, self._forward, suffix, self._placeholder_ids)
 
@@ -253,7 +256,10 @@ class HfAdapter(Adapter):
         return encoded
 
     def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
-        """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it."""
+        """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it.
+
+        What several prompts about one picture begin with is read once, see ``prefixes.SharedPrefixes``.
+        """
         return self._answers(encoded, generation, return_cache=False)[0]
 
     def generate_with_cache(
@@ -261,6 +267,13 @@ class HfAdapter(Adapter):
     ) -> tuple[list[Answer], list[Encoded]]:
         """See ``Adapter.generate_with_cache``; the models in ``forward.CAUSAL`` return KV caches."""
         return self._answers(encoded, generation, return_cache=True)
+
+    @contextmanager
+    def sharing_prefixes(self) -> Iterator[None]:
+        """See ``Adapter.sharing_prefixes``; the memory of one prompt's KV cache stays taken between calls."""
+        self.setup()
+        with self._prefixes.stored():
+            yield
 
     @torch.inference_mode()
     def _answers(
@@ -282,35 +295,51 @@ class HfAdapter(Adapter):
     def _generate(
         self, encoded: list[Encoded], generation: Generation, return_cache: bool
     ) -> tuple[list[Answer], list[PromptCache | None]]:
-        model, arguments = self.prepare_generate(encoded, generation)
-        output = model.generate(**arguments)
-        start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
-        ids = output.sequences[:, start:]
         no_caches: list[PromptCache | None] = [None] * len(encoded)
         if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
-            scored = self._score(encoded, [self._trim(beam, generation) for beam in ids.tolist()])
+            model, arguments = self.prepare_generate(encoded, generation)
+            start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
+            beams = model.generate(**arguments).sequences[:, start:].tolist()
+            scored = self._score(encoded, [self._trim(beam, generation) for beam in beams])
             return [replace(answer, argmax=None) for answer in scored], no_caches
+        prefixes = self._prefixes.compute(encoded)
+        lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
+        arguments = self._arguments(encoded, generation, prefixes)
+        del prefixes  # the copies in the arguments are all that generation needs
+        start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
+        output = self.model.generate(**arguments)
+        ids = output.sequences[:, start:]
         steps = zip(output.logits, ids.T, strict=True)
         logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
         answers = [
             self.decode_answer(answer_ids, values, generation)
             for answer_ids, values in zip(ids.tolist(), logprobs.tolist(), strict=True)
         ]
+        self._prefixes.store(encoded, lengths, output.past_key_values)
         if not return_cache:
             return answers, no_caches
-        return answers, self._forward.prompt_caches(output.past_key_values, encoded, [start] * len(encoded))
+        return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
 
     def prepare_generate(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """See ``Adapter.prepare_generate``."""
         self.setup()
+        return self._model, self._arguments(encoded, generation)
+
+    def _arguments(
+        self, encoded: Sequence[Encoded], generation: Generation, prefixes: Sequence[Prefix] | None = None
+    ) -> dict[str, Any]:
+        """Prepare the arguments of ``generate``, which goes on from the prefixes of the prompts, if any."""
         decoder_only = self._decoder_start is None
-        inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        if prefixes is None:
+            inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        else:
+            inputs = self._forward.generate_from_prefixes(encoded, prefixes)
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         method = generation.mitigation
         processors = [] if method is None else method.processors(self, encoded, generation)
-        return self._model, {
+        return {
             **inputs,
             "generation_config": self._generation_config(generation),
             "logits_processor": [*processors, *([Sampler(generation, encoded)] if generation.do_sample else [])],

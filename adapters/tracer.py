@@ -92,8 +92,7 @@ class BlankPrefixCache(PromptStore):
     def put(self, key: Hashable, cache: PromptCache) -> None:
         """Store a copy of a cache, without the batch that it was computed in."""
         if _bytes(cache) <= _BLANK_BYTES:
-            layers = tuple((keys.clone(), values.clone()) for keys, values in cache.layers)
-            self._caches.put(key, PromptCache(layers))
+            self._caches.put(key, cache.clone())
 
 
 class Tracer:
@@ -369,7 +368,8 @@ class Tracer:
             inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], self._blank_value)
             last = self._forward.positions_to_keep([inputs["input_ids"].shape[1] - 1])
             output = self._model(**inputs, **last, use_cache=True).past_key_values
-            computed = self._forward.prompt_caches(output, prompts, [prompt.spans.length for prompt in prompts])
+            columns = [[slice(0, prompt.spans.length)] for prompt in prompts]
+            computed = self._forward.prompt_caches(output, prompts, columns)
             usable = [cache for cache in computed if cache is not None]
             if len(usable) < len(computed):
                 return None

@@ -99,11 +99,14 @@ class DistributedState:
             raise CapabilityError(f"process {self.rank} cannot reach the others: {_line(error)}") from None
         atexit.register(_leave)
 
-    def owns(self, sample_id: str) -> bool:
-        """Decide whether this rank answers a sample; by the id alone, not by order or number of samples."""
+    def owns(self, group: str) -> bool:
+        """Decide whether this rank answers the samples of a group (``Sample.group``), whatever other samples there are.
+
+        Questions about one picture stay together, as models read it once for all of them.
+        """
         if not self.is_distributed:
             return True
-        hashed = int.from_bytes(hashlib.sha256(sample_id.encode(errors="surrogatepass")).digest()[:8], "big")
+        hashed = int.from_bytes(hashlib.sha256(group.encode(errors="surrogatepass")).digest()[:8], "big")
         return hashed % self.world_size == self.rank
 
     def all_gather(self, value: Any) -> list[Any]:

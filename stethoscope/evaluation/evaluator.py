@@ -123,12 +123,13 @@ class Evaluator:
             pipeline = SamplePipeline(session)
             samples = session.remaining(pipeline)
             session.call("on_task_start")
-            for start in range(0, len(samples), self.batch_size):
-                batch = samples[start : start + self.batch_size]
-                session.check()
-                session.call("on_batch_start", batch)
-                records = pipeline(batch)  # encode, generate, score, trace, features
-                session.call("on_batch_end", records)
+            with adapter.sharing_prefixes():
+                for start in range(0, len(samples), self.batch_size):
+                    batch = samples[start : start + self.batch_size]
+                    session.check()
+                    session.call("on_batch_start", batch)
+                    records = pipeline(batch)  # encode, generate, score, trace, features
+                    session.call("on_batch_end", records)
             return session.finish()  # merge ranks, metrics with intervals, log
 
     @property

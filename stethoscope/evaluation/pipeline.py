@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 CHANGED = "changed since it was asked: "
 """Start of the reason why ``extract`` skips a sample; the names of what has changed follow, separated by commas."""
 
-MAX_FAILURES = 16
-"""A run in which this many samples have failed and none has succeeded stops, because no sample is to blame."""
+MAX_FAILURES, MAX_FAILED_GROUPS = 16, 3
+"""A run in which this many samples of this many pictures have failed and none has succeeded stops, because no sample
+and no picture is to blame."""
 
 TRACE_BATCH = 8
 """Answers per traced pass: most of the speed of larger batches, at a fraction of their memory for logits."""
@@ -393,7 +394,9 @@ class SamplePipeline:
             return
         # the few samples of one of several ranks prove little when they fail; ``RunSession.finish`` sees all of them
         enough = MAX_FAILURES if self.run.distributed.is_distributed else min(MAX_FAILURES, self.run.total)
-        if self.run.done < enough:
+        groups = {sample.group for sample in self.run.samples}
+        failed = {outcome.group for outcome in self.run.outcomes.values()}
+        if self.run.done < enough or len(failed) < min(MAX_FAILED_GROUPS, len(groups)):
             return
         sample, error = next((state.sample, state.error) for state in states if state.error is not None)
         if isinstance(error, SampleChanged):  # nothing is wrong with the model, and all are to be counted

@@ -120,7 +120,7 @@ class RunSession:
         with run.distributed.sync_errors():
             if not run.distributed.is_main_process:
                 required(self._lock).acquire()
-        run.samples = tuple(sample for sample in self._selected if run.distributed.owns(sample.id))
+        run.samples = tuple(sample for sample in self._selected if run.distributed.owns(sample.group))
         if run.distributed.is_distributed:
             run.store = run.store or RunStore(required(evaluator.run_dir))
             run.store.use_shard(run.distributed.rank)
@@ -186,7 +186,8 @@ class RunSession:
     def remaining(self, pipeline: SamplePipeline) -> list[Sample]:
         """List the samples that this rank has left to do; failed ones are tried and changed ones asked again.
 
-        With ``keeps_answers`` these are the answers without token rows.
+        With ``keeps_answers`` these are the answers without token rows. Questions about one picture follow each other,
+        as models read it once for all of them; pictures are in the order of the task.
         """
         if self.run.store is not None:
             changed: list[list[str]] = []
@@ -212,7 +213,11 @@ class RunSession:
                     stacklevel=2,
                 )
         self.run.resumed = self.run.done
-        return [sample for sample in self.run.samples if sample.id not in self.run.outcomes]
+        by_picture: dict[tuple[str, str], list[Sample]] = {}
+        for sample in self.run.samples:
+            if sample.id not in self.run.outcomes:
+                by_picture.setdefault((sample.group, sample.image.name), []).append(sample)
+        return [sample for samples in by_picture.values() for sample in samples]
 
     # --- the run directory --------------------------------------------------------------------------------------------
 

@@ -132,7 +132,16 @@ class PromptCache:
             in the model's dtype and on its devices. They are parts of larger tensors, which live as long as they do.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens P."""
+        return self.layers[0][0].shape[2]
+
+    def clone(self) -> PromptCache:
+        """Copy keys and values out of the larger tensors."""
+        return PromptCache(tuple(tuple(part.clone() for part in pair) for pair in self.layers))
 
 
 @dataclass(frozen=True)

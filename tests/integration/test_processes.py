@@ -91,7 +91,7 @@ def test_another_number_of_processes_goes_on_and_does_nothing_twice(kill_runs, t
 
 
 def test_an_error_of_one_process_ends_all_with_its_own_line(kill_runs, tmp_path):
-    number = next(number for number in range(200) if DistributedState(1, 2).owns(f"s{number:02d}"))
+    number = next(number for number in range(200) if DistributedState(1, 2).owns(f"image{number // 2}"))
     run = Launch(kill_runs, tmp_path / "run", 2, count=200, pause=0.05, fails=[number], on_error="raise")
     begun = time.monotonic()
     codes, said = run.end()
@@ -113,7 +113,7 @@ def test_samples_that_all_fail_are_an_error_however_few_each_process_has(kill_ru
 
 @pytest.mark.slow
 def test_a_small_share_that_fails_does_not_end_the_run(kill_runs, tmp_path):
-    alone = [number for number in range(10) if DistributedState(0, 2).owns(f"s{number:02d}")]
+    alone = [number for number in range(10) if DistributedState(1, 2).owns(f"image{number // 2}")]
     assert len(alone) < 5
     codes, _ = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=alone).end()
     assert codes == [0, 0]
@@ -220,7 +220,7 @@ def test_a_process_that_waits_at_the_end_hears_signals(kill_runs, tmp_path, numb
 
 
 def _share(rank, count):
-    return {f"s{number:02d}" for number in range(count) if DistributedState(rank, 2).owns(f"s{number:02d}")}
+    return {f"s{number:02d}" for number in range(count) if DistributedState(rank, 2).owns(f"image{number // 2}")}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_junk_of_a_launcher_is_one_line(monkeypatch, capsys, tmp_path, variables
     assert len(said.splitlines()) == 1
 
 
-def test_samples_fall_to_processes_by_their_ids_alone():
-    ids = [f"sample {number}" for number in range(3000)]
+def test_pictures_fall_to_processes_by_their_ids_alone():
+    ids = [f"image {number}" for number in range(3000)]
     for count in (1, 2, 3, 7):
         takers = [[rank for rank in range(count) if DistributedState(rank, count).owns(name)] for name in ids]
         assert all(len(found) == 1 for found in takers)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask, picture
@@ -107,6 +108,35 @@ def test_a_run_in_which_everything_fails_is_an_error(adapter, tmp_path):
     adapter.fails = set(range(40))
     with pytest.raises(RuntimeError, match="the model broke"):
         Evaluator(batch_size=4).run(adapter, TinyTask(count=3))
+
+
+class FewPictures(TinyTask):
+    """Asks about three pictures in turn."""
+
+    def samples(self):
+        images = [sample.image for sample in super().samples()[:3]]
+        return [
+            replace(sample, image=images[index % 3], group=f"image{index % 3}")
+            for index, sample in enumerate(super().samples())
+        ]
+
+
+def test_questions_about_one_picture_follow_each_other_and_are_stored_in_the_order_of_the_task(adapter, tmp_path):
+    asked = []
+
+    class Record(Callback):
+        def on_batch_start(self, run, samples):
+            asked.append([int(sample.id[1:]) for sample in samples])
+
+    Evaluator([Record()], batch_size=4, run_dir=tmp_path).run(adapter, FewPictures())
+    assert asked == [[0, 3, 6, 9], [1, 4, 7, 2], [5, 8]]
+    assert [record.sample_id for record in RunStore(tmp_path).records()] == [f"s{number:02d}" for number in range(10)]
+
+
+def test_a_picture_that_is_missing_fails_its_questions_and_no_more(adapter, tmp_path):
+    task = FewPictures(count=60, broken={0: tmp_path / "gone.png"})
+    counts = Evaluator(batch_size=20, run_dir=tmp_path / "run").run(adapter, task).counts
+    assert (counts["failed"], counts["samples"]) == (20, 60)
 
 
 def test_an_error_that_concerns_the_whole_run_is_not_a_failed_sample(adapter):
