@@ -99,20 +99,39 @@ class RemovalCertificate:
         )
 
 
-def counts_after_removal(texts: Sequence[JudgedText], thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class RemovalCounts(NamedTuple):
+    """Judged mentions of images before removal, and after it at each of K thresholds.
+
+    Attributes:
+        groups: ids of the images, sorted.
+        right: (images,) mentions that are not hallucinated, before removal.
+        wrong: (images, K) hallucinated mentions that remain.
+        kept: (images, K) all mentions that remain.
+    """
+
+    groups: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    kept: np.ndarray
+
+    def select(self, images: np.ndarray) -> RemovalCounts:
+        """Return the counts of some images, given by a mask or by indices."""
+        return RemovalCounts(*(part[images] for part in self))
+
+
+def counts_after_removal(texts: Sequence[JudgedText], thresholds: np.ndarray) -> RemovalCounts:
     """Count the judged mentions that remain after removal at each threshold, by image.
 
     Args:
         texts: descriptions.
         thresholds: (K,) probabilities at or above which mentions are removed.
-
-    Returns:
-        (images, K) hallucinated mentions that remain, and all judged ones, in the order of the sorted image ids.
     """
     names = sorted({text.group for text in texts})
     rows = {name: index for index, name in enumerate(names)}
-    wrong, kept = np.zeros((2, len(names), len(thresholds)))
+    right, (wrong, kept) = np.zeros(len(names)), np.zeros((2, len(names), len(thresholds)))
     for text in texts:
+        row = rows[text.group]
+        right[row] += (text.labels == 0).sum()
         known: dict[frozenset[int], tuple[float, float]] = {}
         for column, threshold in enumerate(thresholds):
             unwanted = frozenset(np.flatnonzero(text.probabilities >= threshold).tolist())
@@ -120,9 +139,20 @@ def counts_after_removal(texts: Sequence[JudgedText], thresholds: np.ndarray) ->
                 removed = remove_mentions(text.text, text.spans, unwanted).removed
                 left = np.delete(text.labels, list(removed))
                 known[unwanted] = float((left == 1).sum()), float((left >= 0).sum())
-            wrong[rows[text.group], column] += known[unwanted][0]
-            kept[rows[text.group], column] += known[unwanted][1]
-    return wrong, kept
+            wrong[row, column] += known[unwanted][0]
+            kept[row, column] += known[unwanted][1]
+    return RemovalCounts(np.array(names), right, wrong, kept)
+
+
+def removal_thresholds(training: Sequence[JudgedText]) -> np.ndarray:
+    """Return the thresholds that are tested, (K,) from cautious to bold; the last one, above 1, removes nothing.
+
+    Args:
+        training: descriptions of the training fold.
+    """
+    known = np.concatenate([text.probabilities for text in training])
+    quantiles = np.unique(np.quantile(known, np.linspace(0.02, 1, THRESHOLDS)))
+    return np.r_[quantiles, np.nextafter(1.0, 2.0)]
 
 
 def certify_removal(
@@ -139,31 +169,43 @@ def certify_removal(
     Raises:
         DataError: no threshold meets it; the message says how many images it would take.
     """
+    thresholds = removal_thresholds(training)
+    counts = (counts_after_removal(texts, thresholds) for texts in (calibration, training))
+    return certify_counts(*counts, thresholds, most, confidence)
+
+
+def certify_counts(
+    calibration: RemovalCounts,
+    training: RemovalCounts,
+    thresholds: np.ndarray,
+    most: float,
+    confidence: float = 0.95,
+) -> RemovalCertificate:
+    """Do what ``certify_removal`` does from counts at ``removal_thresholds`` of the training fold.
+
+    Raises:
+        DataError: see ``certify_removal``.
+    """
     guarantee = RiskGuarantee("max_missed", most, confidence)
-    known = np.concatenate([text.probabilities for text in training])
-    thresholds = np.unique(np.quantile(known, np.linspace(0.02, 1, THRESHOLDS)))
-    thresholds = np.r_[thresholds, np.nextafter(1.0, 2.0)]  # the last one removes nothing
-    wrong, kept = counts_after_removal(training, thresholds)
-    growth = np.array([_growth(wrong[:, k], kept[:, k], most) for k in range(len(thresholds))])
+    columns = range(len(thresholds))
+    growth = np.array([_growth(training.wrong[:, k], training.kept[:, k], most) for k in columns])
     start = int(np.argmax(growth >= CAUTION * growth.max()))  # fitted there, the detector does worse elsewhere
-    limit = choose_limit(kept[:, start], len({text.group for text in calibration}), guarantee)
-    mean = float(np.minimum(kept[:, start], limit).mean())
-    tested = thresholds[start:]
-    wrong, kept = counts_after_removal(calibration, tested)
+    limit = choose_limit(training.kept[:, start], len(calibration.groups), guarantee)
+    mean = float(np.minimum(training.kept[:, start], limit).mean())
+    tested, wrong, kept = thresholds[start:], calibration.wrong[:, start:], calibration.kept[:, start:]
     order = np.random.default_rng(ORDER_SEED).permutation(len(wrong))
     refused = log_wealth(wrong[order], kept[order], guarantee, limit, mean) < guarantee.required
     accepted = int(np.argmax(refused)) - 1 if refused.any() else len(tested) - 1
     if accepted < 0:
         raise DataError(_refusal(most, confidence, len(wrong), float(growth[start]), guarantee.required))
     right = (kept - wrong)[:, accepted].sum()
-    all_right = sum(int((text.labels == 0).sum()) for text in calibration)
     return RemovalCertificate(
         threshold=float(tested[accepted]),
         most=most,
         confidence=confidence,
         observed=float(wrong[:, accepted].sum() / max(kept[:, accepted].sum(), 1)),
         images=len(wrong),
-        kept=float(right / max(all_right, 1)),
+        kept=float(right / max(calibration.right.sum(), 1)),
         most_per_image=limit,
     )
 

@@ -21,7 +21,9 @@ def test_counts_by_hand():
         judged("a", [0, 0, -1, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.1]),
         judged("b", [1, 0, 0, 0, 0], [0.8, 0.0, 0.0, 0.0, 0.0]),
     ]
-    wrong, kept = counts_after_removal(texts, np.array([0.5, 0.85, 1.1]))
+    groups, right, wrong, kept = counts_after_removal(texts, np.array([0.5, 0.85, 1.1]))
+    assert groups.tolist() == ["a", "b"]
+    assert right.tolist() == [3, 7]
     # image b: at 0.5 the first text loses its dog and the whole second sentence, the last one its cat
     assert wrong.tolist() == [[1, 1, 1], [0, 2, 3]]
     assert kept.tolist() == [[4, 4, 4], [2 + 4, 3 + 5, 5 + 5]]
@@ -43,8 +45,8 @@ def test_promises_are_kept():
     shares = []
     for seed in range(12):
         certificate = certify_removal(draw(100 + seed, 250), training, 0.1)
-        wrong, kept = counts_after_removal(world, np.array([certificate.threshold]))
-        shares.append(wrong.sum() / kept.sum())
+        left = counts_after_removal(world, np.array([certificate.threshold]))
+        shares.append(left.wrong.sum() / left.kept.sum())
         assert certificate.images == 250
         assert certificate.observed <= 0.1
         assert 0.3 < certificate.kept < 1
