@@ -7,14 +7,29 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stethoscope.core.errors import CapabilityError, DataError
-from stethoscope.core.types import Answer, Generation, Memory
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.types import Answer, Generation, Memory, Picture
 from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+def check_asked(adapter: Any, question: Any) -> None:
+    """Check the first arguments of the functions that ask one question.
+
+    Raises:
+        ConfigError: the first is no adapter, or the question is no text or empty.
+    """
+    if not callable(getattr(adapter, "encode_as", None)):
+        raise ConfigError(
+            f"adapter should be a model as stethoscope.load('testbed') returns it, got {type(adapter).__name__}"
+        )
+    if not isinstance(question, str):
+        raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+    if not question.strip():
+        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
 
 
 class ForeignTokens(DataError):
@@ -39,10 +54,10 @@ class Adapter(ABC):
         """Load weights and processor; do nothing the second time."""
 
     @abstractmethod
-    def encode(self, image: Image, question: str) -> Encoded:
+    def encode(self, image: Picture, question: str) -> Encoded:
         """Build the model's own prompt around image and question, with measured token positions."""
 
-    def encode_as(self, asks: str, image: Image, question: str) -> Encoded:
+    def encode_as(self, asks: str, image: Picture, question: str) -> Encoded:
         """Build the prompt for what a task asks for; by default that of ``encode``, whatever it is.
 
         Args:
@@ -52,9 +67,17 @@ class Adapter(ABC):
         """
         return self.encode(image, question)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
     @abstractmethod
-    def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
-        """Answer a batch of prompts; in float32 the answers are the same as one by one."""
+    def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
+        """Answer a batch of prompts; in float32 the answers are the same as one by one.
+
+        Args:
+            encoded: the prompts.
+            generation: settings of decoding; what is left open is as in ``core.types.with_limit``.
+        """
 
     def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation

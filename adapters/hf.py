@@ -34,9 +34,8 @@ from stethoscope.adapters.processors import limit_pixels, mean_colour, pad_to_sq
 from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_phrases, check_prompt
 from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
-from stethoscope.core.images import rgb
 from stethoscope.core.system import model_faults
-from stethoscope.core.types import Answer, Generation, Memory
+from stethoscope.core.types import Answer, Generation, Memory, Picture, load_picture, with_limit
 from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import (
     CONTINUATION,
@@ -147,7 +146,7 @@ class HfAdapter(Adapter):
         device = self.loading.default_device() if self.device == "auto" else self.device
         if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
             self.loading = replace(self.loading, device_map={"": device})
-        model, processor = self._tiny() if self.random_init else self._load()
+        model, processor = self._seeded_tiny() if self.random_init else self._load()
         if self.random_init and self.loading.dtype != "auto":
             model = model.to(getattr(torch, self.loading.dtype))
         if self.random_init and self.loading.device_map is not None:
@@ -202,8 +201,14 @@ class HfAdapter(Adapter):
             if type(self)._load is not HfAdapter._load:
                 raise CapabilityError(f"{self.name}: its adapter loads its own files and does not know their sizes")
             return memory.skeleton(self._source, self.loading)
-        model = self._tiny()[0]
+        model = self._seeded_tiny()[0]
         return model if self.loading.dtype == "auto" else model.to(getattr(torch, self.loading.dtype))
+
+    def _seeded_tiny(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """Build the tiny random model with the same weights every time, whatever ``_tiny`` draws and how."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self._tiny()
 
     def _tiny(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """Build a tiny random model of the same classes, and its processor."""
@@ -225,27 +230,31 @@ class HfAdapter(Adapter):
         self.setup()
         return self._processor
 
-    def encode(self, image: Image, question: str) -> Encoded:
+    def encode(self, image: Picture, question: str) -> Encoded:
         """See ``Adapter.encode``.
 
         Raises:
-            DataError: the processor refuses the image or fails, the question holds the image placeholder, or the prompt
-                fills the model's context, so that generating would take minutes or fail. Models with relative
-                positions (T5) have no such limit.
+            ConfigError: the question is no text.
+            DataError: the picture cannot be read, the processor refuses it or fails, the question holds the image
+                placeholder, or the prompt fills the model's context, so that generating would take minutes or fail.
+                Models with relative positions (T5) have no such limit.
         """
         self.setup()
         return self._encode_phrase("question", image, question)
 
-    def encode_as(self, asks: str, image: Image, question: str) -> Encoded:
+    def encode_as(self, asks: str, image: Picture, question: str) -> Encoded:
         """See ``Adapter.encode_as``; errors are those of ``encode``."""
         self.setup()
         return self.encode(image, question) if asks == "question" else self._encode_phrase(asks, image, question)
 
-    def _encode_phrase(self, asks: str, image: Image, question: str) -> Encoded:
+    def _encode_phrase(self, asks: str, image: Picture, question: str) -> Encoded:
         """Encode the phrase for what is asked for, with the picture padded where ``pad`` is set."""
+        if not isinstance(question, str):
+            raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+        image = load_picture(image)
         text = self.phrases.get(asks, "{question}").replace("{question}", question)
         with model_faults(f"the processor of {self.name} fails on this picture and question"):
-            picture = image if self._padding is None else pad_to_square(rgb(image), self._padding)
+            picture = image if self._padding is None else pad_to_square(image, self._padding)
             encoded = replace(self._encoder(picture, text), question=question, asks=asks)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and encoded.spans.length >= context:
@@ -255,11 +264,17 @@ class HfAdapter(Adapter):
             )
         return encoded
 
-    def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
+    def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it.
 
         What several prompts about one picture begin with is read once, see ``prefixes.SharedPrefixes``.
+
+        Raises:
+            ConfigError: the first argument is no list of prompts.
         """
+        if not isinstance(encoded, Sequence) or isinstance(encoded, str):
+            raise ConfigError(f"generate takes a list of prompts, [prompt], got {type(encoded).__name__}")
+        generation = with_limit(generation)
         return self._answers(encoded, generation, return_cache=False)[0]
 
     def generate_with_cache(

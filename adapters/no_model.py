@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.errors import CapabilityError
-from stethoscope.core.types import Answer, Generation
+from stethoscope.core.types import Answer, Generation, Picture
 from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class NoModel(Adapter):
@@ -37,11 +34,11 @@ class NoModel(Adapter):
             "has_model": False,
         }
 
-    def encode(self, image: Image, question: str) -> Encoded:
+    def encode(self, image: Picture, question: str) -> Encoded:
         """See ``_refuse``."""
         self._refuse("reads no picture")
 
-    def generate(self, encoded: Sequence[Encoded], generation: Generation) -> list[Answer]:
+    def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
         """See ``_refuse``."""
         self._refuse("writes no answer")
 

@@ -41,6 +41,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that ``import stethoscope`` stays quick."""
     if name in _HOMES:

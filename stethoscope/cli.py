@@ -108,8 +108,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
 
     from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
-    from stethoscope.commands.overrides import check_values, explain, name_loggers
+    from stethoscope.commands.overrides import check_settings, check_values, complete_choices, explain, name_loggers
     from stethoscope.commands.sweeps import Sweep, masked_multirun
+    from stethoscope.core.component import import_plugins
 
     options, words = split(arguments)
     sweeping = bool({"-m", "--multirun"} & set(options))
@@ -120,6 +121,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     if command == "mitigate" and sweeping:
         raise ConfigError("mitigate makes a run of every method itself; start it once for each of the other settings")
     if not {"-sc", "--shell-completion"} & set(options):
+        words = complete_choices(words, option(options, "--config-dir", "-cd"))
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))
         words = name_loggers(words, command, option(options, "--config-dir", "-cd"))
     if {"-h", "--help"} & set(options):
@@ -137,7 +139,9 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             sweep.run(config, job_config.job.num, list(job_config.overrides.task))
             return
         try:
+            check_settings(config, command)
             check_values(config)
+            import_plugins(config.get("plugins"))
             importlib.import_module(f"stethoscope.commands.{command}").run(config)
         except StethoscopeError as error:  # Hydra would print more than the one line
             failed.append(error)

@@ -32,7 +32,7 @@ class Custom(Task):
     with ``labels=few`` or ``none``. ``free``: nothing is scored; for answers and features alone.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def __init__(
         self,
@@ -153,7 +153,8 @@ class Custom(Task):
         if self.kind == "yes_no":
             reply, label = yes_no.PARSERS[self.parser](text), sample.reference["label"]
             status = "unparsed" if reply is None else "ok"
-            return Score(status, counts.confusion(reply, label, positive="yes"), {"reply": reply, "label": label})
+            counted = {**counts.confusion(reply, label, positive="yes"), "asked": 1.0}
+            return Score(status, counted, {"reply": reply, "label": label})
         return Score("ok" if text.strip() else "unparsed", {"answers": 1.0, "words": float(len(text.split()))})
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
@@ -174,7 +175,11 @@ class Custom(Task):
         return [f"Replies are read by the parser {self.parser!r}."] if self.kind == "yes_no" else []
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
-        """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer."""
+        """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer.
+
+        Of ``yes_no``, ``answered`` is the share of replies that are a yes or a no; the others are over those alone, but
+        for ``accuracy_all``, which takes a reply that is neither for a wrong one.
+        """
         if self.kind == "caption":
             return counts.CHAIR_METRICS
         if self.kind == "unlabelled":
@@ -185,4 +190,12 @@ class Custom(Task):
         if self.kind == "free":
             return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
         names = ("accuracy", "precision", "recall", "f1", "yes_rate")
-        return {name: getattr(counts, name) for name in names}
+        return {**{name: getattr(counts, name) for name in names}, "accuracy_all": _accuracy_all, "answered": _answered}
+
+
+def _answered(totals: Totals) -> np.ndarray:
+    return counts.ratio(totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"], totals["asked"])
+
+
+def _accuracy_all(totals: Totals) -> np.ndarray:
+    return counts.ratio(totals["tp"] + totals["tn"], totals["asked"])

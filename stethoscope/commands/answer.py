@@ -19,8 +19,6 @@ def run(config: DictConfig) -> None:
     from stethoscope.storage.answer_file import AnswerFile
     from stethoscope.tasks.base import Task
 
-    if config.limit is not None and not (type(config.limit) is int and config.limit >= 1):
-        raise ConfigError(f"limit={config.limit!r} should be a whole number, at least 1")
     if not config.out:
         raise ConfigError("out= should name the file of the answers, such as out=answers.jsonl")
     if not isinstance(config.overwrite, bool):

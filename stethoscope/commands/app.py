@@ -20,17 +20,19 @@ def run(config: DictConfig) -> None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.adapters.base import Adapter
     from stethoscope.app.access import loopback, read_accounts
-    from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
-    from stethoscope.app.runs import Runs, write_examples
     from stethoscope.app.server import check_address, own_folder, start
-    from stethoscope.app.sessions import Sessions
-    from stethoscope.tasks.extraction import load_extraction
 
     public = bool(config.share) or not loopback(str(config.host))
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
+    # after what needs no torch: it takes seconds to load
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.app.model_pool import TRAIN_ONE, ModelPool
+    from stethoscope.app.runs import Runs, write_examples
+    from stethoscope.app.sessions import Sessions
+    from stethoscope.tasks.extraction import load_extraction
+
     extractor = load_extraction(config.extraction, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     require_model(adapter, "app")

@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import (
     answer,
     as_list,
+    build_generation,
     check_answer_files,
     fractions,
+    keep_detector,
     log_detector,
     loggers_of,
     report_failures,
@@ -24,27 +26,33 @@ from stethoscope.core.system import rank
 
 def run(config: DictConfig) -> None:
     """Run the whole job; errors of the configuration are raised before the model is loaded."""
+    from stethoscope.features import FeatureSet
+
+    start = time.monotonic()
+    folder, shares = run_dir(config), fractions(config)
+    features = build(config.features, FeatureSet, "features", config.plugins)
+    build_generation(config, config.plugins)  # checked here; the evaluator builds it again
+
+    # after what needs neither torch nor scikit-learn: they take seconds to load
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.token_table import check_patterns
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.published import check_sets
     from stethoscope.detection.training import fit
-    from stethoscope.features import FeatureSet
     from stethoscope.report.console import print_answer, print_detector, print_results
     from stethoscope.report.examples import log_detector_files
     from stethoscope.storage.run_dir import DETECTOR, RunStore
     from stethoscope.tasks.base import Task
 
-    start = time.monotonic()
-    folder, shares = run_dir(config), fractions(config)
     adapter = build(config.model, Adapter, "model", config.plugins)
     pope = None if config.get("pope") is None else build(config.pope, Task, "pope", config.plugins)
     chair = build(config.chair, Task, "chair", config.plugins)
-    features = build(config.features, FeatureSet, "features", config.plugins)
     print(features.summary)
     detector = build(config.detector, Detector, "detector", config.plugins)
     check_patterns([*(detector.settings["features"] or ()), *detector.settings["exclude"]], features.names)
     check_sets(as_list(config.sets), features.names)
+    if not (config.overwrite or config.fast_dev_run):
+        keep_detector(folder, detector, shares, config.seed, chair.name, None)
     tasks = [task for task in (pope, chair) if task is not None]
     require_model(adapter, "benchmark")
     check_answer_files(config, tasks)

@@ -6,10 +6,12 @@ Python write them, and ``None`` is null. With ``--multirun`` a comma outside of 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
@@ -31,6 +33,10 @@ PATHS = {
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""
 LISTS = {"test", "image_ids", "vision", "answers.file", "hydra.searchpath", "hydra.launcher.setup"}
 """Settings that hold a path, or a list or mapping of paths in brackets."""
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+"""Suffixes of picture files."""
+COMMON_GROUPS = ("task", "model", "features", "detector", "generation", "mitigation", "logger", "experiment")
+"""Groups whose choices are looked through for a bare word, in this order."""
 NOT_CHOSEN = {("train", "features")}
 """Groups besides ``experiment`` of which a command chooses none by default."""
 ALIASES = {(command, "detector"): "detector.folder" for command in ("app", "diagnose", "mitigate")}
@@ -83,7 +89,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not argument.startswith("-"):
             overrides.append(argument)
         elif name not in FLAGS | WITH_VALUE:
-            raise ConfigError(unknown("option", name, (option for option in FLAGS | WITH_VALUE if option[:2] == "--")))
+            known = [option for option in FLAGS | WITH_VALUE if option[:2] == "--"]
+            setting = name.lstrip("-").replace("-", "_")
+            if setting.isidentifier() and len(setting) > 1 and not difflib.get_close_matches(name, known, cutoff=0.8):
+                given = argument.partition("=")[2] or next(remaining, "value")
+                raise ConfigError(f"{name} is no option; settings are written without dashes: {setting}={given}")
+            raise ConfigError(unknown("option", name, known))
         else:
             options.append(argument)
             if name in WITH_VALUE and not equals:
@@ -130,7 +141,7 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
     """
     key, equals, value = word.partition("=")
     if not equals and not key.startswith("~"):
-        raise ConfigError(f"{word!r} should be a setting, key=value, for example run={word}")
+        raise ConfigError(f"{word!r} should be a setting, key=value, for example {_setting_of(word)}={word}")
     plain = key.lstrip("+~")
     if "/" in plain and plain.partition("/")[0] not in ("hydra", *groups()):
         raise ConfigError(f"{word!r} should be a setting, key=value, for example run={word}")
@@ -165,6 +176,17 @@ def spell(word: str, command: str, sweep: bool = False) -> str:
         raise ConfigError(f"{word} should name a choice, as in {group}={next(iter(choices(group)), 'name')}")
     writer = _value if kind is None else _path_or_list if kind is LISTS else _text
     return f"{key}={','.join(writer(part, kind is not TEXTS, sweep) for part in parts)}"
+
+
+def _setting_of(word: str) -> str:
+    """Guess the setting that a bare word was meant for: the group with such a choice, ``image`` or ``run``.
+
+    >>> _setting_of("chair"), _setting_of("china.jpg"), _setting_of("runs/study")
+    ('task', 'image', 'run')
+    """
+    if Path(word).suffix.lower() in PICTURES:
+        return "image"
+    return next((group for group in COMMON_GROUPS if word in choices(group)), "run")
 
 
 def _is_name(part: Part) -> bool:

@@ -14,15 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from stethoscope.commands.command_line import unquoted
 from stethoscope.core.component import TARGET, build
+from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
+from stethoscope.core.files import check_shape, read_json
 from stethoscope.evaluation.callbacks import Callback
-from stethoscope.storage.run_dir import RunStore, saved_task
+from stethoscope.storage.run_dir import DETECTOR, RunStore, saved_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation, Sample
+    from stethoscope.detection.detector import Detector
     from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.evaluator import Evaluator
     from stethoscope.evaluation.results import TaskResults
@@ -274,21 +277,14 @@ def parse(command: str, words: Sequence[str], defaults: Mapping[str, str]) -> tu
         if word.startswith("-"):
             raise ConfigError(f"stethoscope {command} has no option {word}; `stethoscope {command} --help` explains it")
         if equals and key.isidentifier() and (key in settings or not Path(word).exists()):
+            if key in ("run", "runs") and key not in settings:
+                raise ConfigError(f"{word}: runs are given by themselves, as in `stethoscope {command} {value}`")
             if key not in settings:
                 raise ConfigError(unknown(f"setting of {command}", key, settings))
             settings[key] = defaults[key] if value in ("None", "null") else value
         else:
             runs.append(word)
     return runs, settings
-
-
-def package_names(text: str) -> list[str]:
-    """Split the package names of the setting ``plugins``, with or without the brackets of the other commands.
-
-    >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
-    (['mine', 'yours'], ['mine'], [])
-    """
-    return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
 
 
 def picture_loader(store: RunStore, plugins: Sequence[str], missing: str) -> Callable[[Record], Image | None]:
@@ -335,6 +331,48 @@ def fractions(config: DictConfig) -> tuple[float, float, float]:
             f"split.train={train} and split.calibration={calibration} should be above 0 and leave images for the test"
         )
     return train, calibration, test
+
+
+def keep_detector(
+    folder: Path, detector: Detector, shares: Sequence[float], seed: int, task: str, columns: Sequence[str] | None
+) -> None:
+    """Check that a detector in a run directory is not replaced by one of other settings.
+
+    Args:
+        folder: the run directory.
+        detector: unfitted, that is to take its place.
+        shares: of the images for train, calibration and test.
+        seed: of the split.
+        task: whose mentions it learns from.
+        columns: features that it may choose from; None where they are all of the table's, whatever those are.
+
+    Raises:
+        ConfigError: the one that is there was made with other settings.
+    """
+    from stethoscope.detection.training import FOLDS
+    from stethoscope.storage.run_fingerprint import describe, differences
+
+    file = folder / "detector" / "manifest.json"
+    if not file.is_file() or RunStore(folder).status().get(DETECTOR):  # one that is not all written is no loss
+        return
+    manifest = read_json(file, "delete the folder and train again")
+    check_shape(file, manifest, {"settings": dict}, "delete the folder and train again")
+    split, learned_from = manifest.get("split"), manifest.get("task")
+    before, now = {"detector": manifest["settings"]}, {"detector": jsonable(detector.settings)}
+    if isinstance(split, Mapping):  # without labels there is none
+        folds = dict(zip(FOLDS, map(float, shares), strict=True))
+        before |= {"split": split.get("fractions"), "seed": split.get("seed")}
+        now |= {"split": folds, "seed": seed}
+    if isinstance(learned_from, Mapping):
+        before["mentions"], now["mentions"] = learned_from.get("name"), task
+    if columns is not None:
+        before["features"], now["features"] = sorted(manifest.get("table_features", ())), sorted(columns)
+    changes = differences(before, now)
+    if changes:
+        raise ConfigError(
+            f"{folder / 'detector'} was made with other settings ({describe(changes)}); set overwrite=true to replace "
+            "it, or choose another folder for the new one"
+        )
 
 
 def log_detector(loggers: Loggers, results: DetectorResults) -> None:

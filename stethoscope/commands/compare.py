@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.common import package_names, parse
+from stethoscope.commands.common import parse
+from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.storage.run_dir import saved_task
 
-USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [plugins=PACKAGE,...]
+USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [common=true] [plugins=PACKAGE,...]
 
 Sets finished runs against the first of them, if they answered the same samples of the same version of a task; runs that
-did not are refused, and the message names what differs. Prints
+did not are refused, and the message names what differs. common=true compares the samples that both have. Prints
 
   runs                  one row each: primary metrics and what the detector is worth
   settings that differ  model, generation, features, detector
@@ -30,7 +31,7 @@ plugins: your own packages, if the task of the runs is one of theirs.
   stethoscope compare runs/study
   stethoscope compare runs/a runs/b format=latex out=paper/compare.tex"""
 
-SETTINGS = {"format": "text", "out": "", "plugins": ""}
+SETTINGS = {"format": "text", "out": "", "common": "false", "plugins": ""}
 FORMATS = ("text", "markdown", "latex", "html")
 
 
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     words, settings = parse("compare", arguments, SETTINGS)
     if settings["format"] not in FORMATS:
         raise ConfigError(unknown("format", settings["format"], FORMATS))
+    common = settings["common"].lower()
+    if common not in ("true", "false"):
+        raise ConfigError(f"common={settings['common']} should be true or false")
     folders = list(dict.fromkeys(folder for word in words for folder in _run_folders(Path(word))))
     if len(folders) < 2:
         given = f"; {folders[0]} is one" if folders else ""
@@ -54,7 +58,11 @@ def main(arguments: Sequence[str]) -> None:
     plugins = package_names(settings["plugins"])
     sources = [RunReader.read(folder) for folder in folders]
     with readable(" or ".join(map(str, folders[:4]))):
-        tables, remarks = compare(sources, lambda source, task: saved_task(source.store, task, plugins, offline=True))
+        tables, remarks = compare(
+            sources,
+            lambda source, task: saved_task(source.store, task, plugins, offline=True),
+            common == "true",
+        )
         if settings["format"] == "html":
             text = table_page(" and ".join(source.name for source in sources[:4]), tables)
         else:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from stethoscope.commands.common import answer, check_answer_files, loggers_of, report_failures, run_dir
+from stethoscope.commands.common import (
+    answer,
+    build_generation,
+    check_answer_files,
+    loggers_of,
+    report_failures,
+    run_dir,
+)
 from stethoscope.core.component import build
 from stethoscope.core.system import rank
 
@@ -16,6 +23,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.tasks.base import Task
 
     folder = run_dir(config)
+    build_generation(config, config.plugins)  # checked before the model: the evaluator builds it again
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)
     check_answer_files(config, [task])

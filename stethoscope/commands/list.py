@@ -7,17 +7,18 @@ from inspect import cleandoc
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from stethoscope.core.component import choices, groups
+from stethoscope.core.component import choices, groups, import_plugins, package_names
 from stethoscope.core.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from stethoscope.features import Feature
 
-USAGE = """usage: stethoscope list [GROUP [NAME ...]]
+USAGE = """usage: stethoscope list [GROUP [NAME ...]] [plugins=PACKAGE,...]
 
 Prints the names that can follow `group=` on the command line, a line each; without GROUP, all of them.
 `stethoscope list features` also explains every single feature, `stethoscope list features NAME` those of a name: a
-single feature (with its documentation), a group of features, or a choice that can follow `features=`."""
+single feature (with its documentation), a group of features, or a choice that can follow `features=`.
+plugins: your own packages, whose features are listed too."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
         return
+    given = [word for word in arguments if word.startswith("plugins=")]
+    import_plugins([name for word in given for name in package_names(word.partition("=")[2])])
+    arguments = [word for word in arguments if word not in given]
     for group, names in _names_by_group(arguments).items():
         if group == "features" and arguments:
             _print_features(names)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from stethoscope.commands import HYDRA_COMMANDS
 from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups
 from stethoscope.core.errors import ConfigError, first_line, unknown
 from stethoscope.core.text import one_line
@@ -68,6 +70,30 @@ def name_loggers(words: Sequence[str], command: str, folder: str | None = None) 
         raise ConfigError(unknown(what, name, keys))
 
     return [complete(word) for word in words]
+
+
+def complete_choices(words: Sequence[str], folder: str | None = None) -> list[str]:
+    """Write out choices that stand for more than a file: a model by its hub id or folder, several feature sets.
+
+    Args:
+        words: overrides as typed.
+        folder: of the user's configuration files, ``--config-dir``.
+
+    >>> complete_choices(["model=owner/name", "features=[fast,blank]", "model=testbed"])
+    ['model=hf', 'model.model_id=owner/name', 'features=union', 'features.sets=[fast,blank]', 'model=testbed']
+    """
+    folders = [*([Path(folder)] if folder else []), conf_folder()]
+    completed: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        located = "/" in value or "\\" in value or Path(value).is_dir()
+        if key == "model" and located and not any(value in choices("model", path) for path in folders):
+            completed += ["model=hf", f"model.model_id={value}"]
+        elif key == "features" and value[:1] == "[" and value[-1:] == "]" and "," in value:
+            completed += ["features=union", f"features.sets={value}"]
+        else:
+            completed.append(word)
+    return completed
 
 
 def _yaml(folders: Sequence[Path], name: str) -> dict[str, Any]:
@@ -161,6 +187,37 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     return unknown("setting", key, [name for name in known if "." not in name])
 
 
+def check_settings(config: Mapping[str, Any], command: str) -> None:
+    """Check that a composed configuration has no setting which the command cannot use, as of another's experiment.
+
+    Raises:
+        ConfigError: it has; the message names the commands that can use them.
+    """
+    unused = sorted({str(name) for name in config} - _settings_of(command))
+    if not unused:
+        return
+    able = [other for other in HYDRA_COMMANDS if set(unused) <= _settings_of(other)]
+    used_by = f"`stethoscope {able[0]}` does; " if able else ""
+    raise ConfigError(
+        f"{command} does not use {', '.join(unused)}; {used_by}an experiment or a setting that begins with + brought "
+        f"{'it' if len(unused) == 1 else 'them'}"
+    )
+
+
+@cache
+def _settings_of(command: str) -> set[str]:
+    """Return the names at the top of a command's configuration: its own, those of files it includes, and its groups."""
+    own = _yaml([conf_folder()], command)
+    names = set(own) - {"defaults", "hydra"}
+    for entry in own.get("defaults", []):
+        if isinstance(entry, str):
+            names |= set() if entry == "_self_" else set(_yaml([conf_folder()], entry)) - {"hydra"}
+        elif isinstance(entry, dict):
+            group, _, package = next(iter(entry)).partition("@")
+            names |= set() if group.startswith("override ") else {(package or group).partition(".")[0]}
+    return names
+
+
 def check_values(config: Mapping[str, Any]) -> None:
     """Check plain numbers and booleans of a command before anything is loaded.
 
@@ -169,11 +226,17 @@ def check_values(config: Mapping[str, Any]) -> None:
 
     >>> check_values({"seed": 3, "share": False})
     """
-    for key, most in (("seed", None), ("port", 65535), ("examples", None)):
+    for key, least, most in (
+        ("seed", 0, None),
+        ("port", 0, 65535),
+        ("examples", 0, None),
+        ("limit", 1, None),
+        ("batch_size", 1, None),
+    ):
         value = config.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and 0 <= value <= (most or value)):
-            limit = f"from 0 to {most}" if most else "0 or more"
+        if value is not None and not (whole and least <= value <= (most or value)):
+            limit = f"from {least} to {most}" if most else f"{least} or more"
             raise ConfigError(f"{key}={value} should be a whole number, {limit}")
     if "name" in config:
         parts = Path(str(config["name"] or "")).parts

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stethoscope.commands.common import package_names, parse, picture_loader
+from stethoscope.commands.common import parse, picture_loader
+from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.command_line import quote, unquoted
-from stethoscope.commands.overrides import check_values
-from stethoscope.core.component import TARGET, build
+from stethoscope.commands.overrides import check_settings, check_values
+from stethoscope.core.component import TARGET, build, import_plugins
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import (
     console,
@@ -111,7 +111,9 @@ class Sweep:
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
         try:
+            check_settings(config, self.command)
             check_values(config)
+            import_plugins(plugins)
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
         except StethoscopeError as error:
             self._failed(job, start, str(error))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Fit, calibrate, evaluate and save the detector of a finished run; print its table."""
-    from stethoscope.commands.common import as_list, fractions, log_detector, loggers_of, overrides
+    from stethoscope.commands.common import as_list, fractions, keep_detector, log_detector, loggers_of, overrides
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.training import fit
     from stethoscope.report.console import print_detector
@@ -56,6 +56,9 @@ def run(config: DictConfig) -> None:
     shares, store = fractions(config), RunStore(source)
     task = config.mentions or _only(store)
     table = token_table(config, store, task, config.subset)
+    columns = feature_names(table) if "features" in config else None
+    if not config.overwrite:
+        keep_detector(folder, detector, shares, config.seed, task, columns)
     targets = [_target(config, node, task) for node in as_list(config.test)]
     if targets:  # a column that the detector does not read need not be there
         settings = detector.settings
@@ -111,6 +114,11 @@ def recalibrate(config: DictConfig, source: Path, folder: Path) -> None:
     from stethoscope.storage.run_dir import RunStore
 
     old, store, most = load_detector(str(config.recalibrate)), RunStore(source), config.labels
+    if (folder / "detector").exists() and not config.overwrite:
+        raise ConfigError(
+            f"{folder / 'detector'} exists already; run_dir= names another folder for the recalibrated one, "
+            "overwrite=true replaces it"
+        )
     if most is not None and most < 0:
         raise ConfigError(f"labels={most} should be a number of labelled pictures, 0 for none, or null for all")
     task = config.mentions or _only(store)

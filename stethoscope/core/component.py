@@ -30,6 +30,33 @@ _SHORT = reprlib.Repr()  # of values in messages
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
+def package_names(text: str) -> list[str]:
+    """Split the package names of the setting ``plugins``, with or without the brackets of the other commands.
+
+    >>> package_names("[mine,yours]"), package_names("mine"), package_names("")
+    (['mine', 'yours'], ['mine'], [])
+    """
+    return [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+
+
+def import_plugins(plugins: str | Sequence[str] | None) -> None:
+    """Import packages, whose features register themselves.
+
+    Args:
+        plugins: names of packages besides ``stethoscope``, as the present command line gives them.
+
+    Raises:
+        ConfigError: one is no name of a package, or cannot be imported.
+    """
+    for name in [plugins] if isinstance(plugins, str) else plugins or ():
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"plugins={_SHORT.repr(name)} should name Python packages, as in plugins=[my_package]")
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
+            raise ConfigError(f"plugins={name} cannot be imported: {_reason(error)}") from error
+
+
 def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     """Import the class or function of a dotted path, if an allowed package defines it at the top of a module.
 

@@ -40,12 +40,15 @@ def first_line(error: BaseException) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Write the message for an unknown name, with close matches and the known names.
+    """Write the message for an unknown name, with close matches or names that begin so, and the known names.
 
     >>> unknown("task", "popee", ["pope", "chair"])
     "unknown task 'popee'; did you mean 'pope'? There are: chair, pope"
+    >>> unknown("model", "llava", ["llava-onevision-7b", "testbed"])
+    "unknown model 'llava'; did you mean 'llava-onevision-7b'? There are: llava-onevision-7b, testbed"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    longer = [item for item in known if name and item.startswith(name)][:3]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or longer
     hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
     return f"unknown {kind} {name!r}{hint} There are: {', '.join(known) or 'none'}"

@@ -229,7 +229,7 @@ def rgb(image: Image, name: str = "image") -> Image:
         DataError: it is not an image, has no pixels or too many (:func:`check_size`), or values outside 0 to 65535.
     """
     if not hasattr(image, "getexif"):
-        raise DataError(f"{name} should be a PIL image, got {type(image).__name__}")
+        raise DataError(f"{name} should be a PIL image, a path or the bytes of a file, got {type(image).__name__}")
     check_size(image, name)
     image = _upright(image)
     if image.mode in _WIDE:

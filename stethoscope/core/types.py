@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import file_digest, pixel_digest, read_image, rgb
@@ -100,12 +100,20 @@ class ImageRef:
         return known != sha256
 
 
-def load_picture(image: Image | ImageRef | Path | str) -> Image:
-    """Load an image as RGB from a PIL image, a path or a reference.
+Picture: TypeAlias = "Image | ImageRef | Path | str | bytes"
+"""An image as people have it at hand: a PIL image, a reference, the path of a file, or the bytes of one."""
+
+
+def load_picture(image: Picture) -> Image:
+    """Load an image as RGB.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: it is none of ``Picture``, a web address (nothing is fetched), missing, or cannot be read.
     """
+    if isinstance(image, bytes):
+        return read_image(image, "image")
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        raise DataError(f"image {image!r:.80} is a web address, and nothing is fetched: download it, and give its path")
     if isinstance(image, (str, Path)):
         path = Path(image).expanduser()
         image = ImageRef(path.name, path)
@@ -207,6 +215,16 @@ class Generation:
             raise ConfigError(f"generation.do_sample=true and num_beams={self.num_beams} exclude each other")
         if self.mitigation is not None:
             self.mitigation.check(self)
+
+
+def with_limit(generation: Generation | None = None) -> Generation:
+    """Fill in what a single question leaves open: greedy decoding, and at most 128 tokens.
+
+    >>> with_limit().max_new_tokens, with_limit(Generation(max_new_tokens=8)).max_new_tokens
+    (128, 8)
+    """
+    generation = generation or Generation()
+    return replace(generation, max_new_tokens=128) if generation.max_new_tokens is None else generation
 
 
 @dataclass(frozen=True)

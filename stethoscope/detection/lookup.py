@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stethoscope.core.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.files import replacing
 from stethoscope.detection.artifact import MANIFEST, read_manifest
 from stethoscope.features.columns import check_same_model, states_of
@@ -57,11 +57,16 @@ def load_detector(detector: Detector | Path | str | None) -> Detector | None:
 
     Raises:
         ArtefactError: there is no such folder, or no detector in it.
+        ConfigError: it is something else.
     """
-    if not isinstance(detector, (str, Path)):
-        return detector
+    if detector is None:
+        return None
     from stethoscope.detection.detector import Detector
 
+    if isinstance(detector, Detector):
+        return detector
+    if not isinstance(detector, (str, Path)):
+        raise ConfigError(f"a detector should be a Detector, or the path of one, got {type(detector).__name__}")
     return Detector.load(detector_folder(str(detector)))
 
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
-from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Sample, load_picture
+from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
@@ -39,7 +40,7 @@ TOP_FEATURES = 5  # features with the largest contributions to a token's verdict
 
 def diagnose(
     adapter: Adapter,
-    image: Image | ImageRef | Path | str,
+    image: Picture,
     question: str,
     answer: Answer | str | None = None,
     detector: Detector | Path | str | None = None,
@@ -53,7 +54,7 @@ def diagnose(
 
     Args:
         adapter: the model.
-        image: the picture, or the path of its file.
+        image: the picture, the path of its file, or the bytes of one.
         question: the prompt's text.
         answer: an answer of the model, or any other text; None to let the model answer.
         detector: a detector, its folder, or the folder of a run that has one; None for no warnings.
@@ -69,7 +70,9 @@ def diagnose(
         CapabilityError: the detector reads features that the model does not provide.
         ArtefactError: the folder holds no detector.
     """
-    _check_arguments(question, scope, asks)
+    _check_arguments(adapter, question, scope, asks)
+    if answer is not None and not isinstance(answer, (str, Answer)):
+        raise ConfigError(f"answer should be a text or an Answer of the model, got {type(answer).__name__}")
     detector = load_detector(detector)
     seconds: dict[str, float] = {}
     notes: list[str] = []
@@ -119,9 +122,8 @@ def diagnose(
     )
 
 
-def _check_arguments(question: str, scope: str, asks: str) -> None:
-    if not question.strip():
-        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
+def _check_arguments(adapter: Adapter, question: str, scope: str, asks: str) -> None:
+    check_asked(adapter, question)
     if scope not in ("row", "token"):
         raise ConfigError(f"scope={scope!r} should be row or token")
     if asks not in ("question", "description"):
@@ -140,9 +142,7 @@ def _complete_answer(
 ) -> Answer:
     """Generate the answer if there is none, or tokenise it if it is a text."""
     if answer is None:
-        generation = generation or Generation()
-        if generation.max_new_tokens is None:
-            generation = replace(generation, max_new_tokens=128)
+        generation = with_limit(generation)
         adapter.check_mitigation(generation)
         complete: Answer = adapter.generate([encoded], generation)[0]
     else:

@@ -39,6 +39,11 @@ class TaskResults:
     answers: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
+    def __repr__(self) -> str:
+        measured = any(row.metric == self.primary for row in self.metrics)
+        figure = f"{self.primary} {self.interval()}" if measured else f"no {self.primary}"
+        return f"TaskResults({self.task!r}, {figure}, {self.counts.get('samples', 0)} samples)"
+
     def __str__(self) -> str:
         """Write every figure with its interval on a line of its own, then the counts.
 

@@ -57,6 +57,10 @@ COSTS = {
 """Cost class of every part of a trace that a feature may require."""
 
 
+DIRECTIONS = ("hallucinated", "grounded", "depends")
+"""What a higher value of a feature may speak for."""
+
+
 @dataclass(frozen=True)
 class Feature:
     """A named feature.
@@ -121,12 +125,19 @@ def feature(
 
     Raises:
         ValueError: ``rows`` is neither.
+        ConfigError: ``requires`` or ``higher_means`` holds an unknown word; the message names the feature.
     """
     if rows not in ("predicting", "both"):
         raise ValueError(f"rows={rows!r} should be 'predicting' or 'both'")
+    requires = (requires,) if isinstance(requires, str) else tuple(requires)
 
     def register(function: Decorated) -> Decorated:
         name, document = function.__name__, function.__doc__ or ""
+        for part in requires:
+            if part not in COSTS:
+                raise ConfigError(f"feature {name}: {unknown('part of a trace in requires', str(part), COSTS)}")
+        if higher_means not in DIRECTIONS:
+            raise ConfigError(f"feature {name}: {unknown('higher_means', str(higher_means), DIRECTIONS)}")
         variants: list[tuple[str, FeatureFunction, str]] = [(name, function, document)]
         if rows == "both":
             first, _, rest = document.strip().partition("\n")
@@ -167,6 +178,7 @@ class FeatureSet:
         exclude: Sequence[str] = (),
         score: str | None = None,
         learner: Mapping[str, Any] | None = None,
+        sets: Sequence[str] = (),
     ) -> None:
         """Choose all features of some groups and single features by name, less those that are excluded.
 
@@ -176,9 +188,10 @@ class FeatureSet:
             exclude: names of features, or of whole groups, that are left out.
             score: name of the chosen feature that is a published detector's score by itself.
             learner: how a published detector learns from the features; excludes ``score``.
+            sets: names of feature sets, such as ``fast``, whose features are added too.
 
         Raises:
-            ConfigError: a group or name is unknown, no feature is left, or the score is not among the features.
+            ConfigError: a set, a group or name is unknown, no feature is left, or the score is not among the features.
         """
         known = tuple(dict.fromkeys(item.group for item in FEATURES.values()))
         for group in groups:
@@ -190,11 +203,12 @@ class FeatureSet:
         for name in exclude:
             if name not in FEATURES and name not in known:
                 raise ConfigError(unknown("feature or group", name, [*FEATURES, *known]))
+        wanted = {*names, *(item.name for name in sets for item in named_set(name).features)}
         left_out = {group for group in exclude if group not in FEATURES}  # "position" is a feature first
-        self.features = tuple(
+        self.features: tuple[Feature, ...] = tuple(
             item
             for item in FEATURES.values()
-            if (item.group in groups or item.name in names) and item.name not in exclude and item.group not in left_out
+            if (item.group in groups or item.name in wanted) and item.name not in exclude and item.group not in left_out
         )
         if not self.features:
             raise ConfigError("no feature is left; choose groups from " + ", ".join(known))

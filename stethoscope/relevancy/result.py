@@ -53,6 +53,9 @@ class Relevancy:
     query_text: Tensor | None = None
     saliency: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Relevancy({len(self.tokens)} answer tokens, {len(self.image_positions)} image tokens)"
+
     @property
     def patches(self) -> Tensor | None:
         """(T, L, rows, columns) where there is one grid; None for images that are cut into several tiles."""

@@ -74,7 +74,7 @@ def common_tasks(first: RunReader, other: RunReader) -> list[str]:
     return common
 
 
-def require_same(first: RunReader, other: RunReader, swept: bool = False) -> None:
+def require_same(first: RunReader, other: RunReader, swept: bool = False, common: bool = False) -> None:
     """Check that two runs answered the same samples in their common tasks.
 
     Args:
@@ -82,6 +82,7 @@ def require_same(first: RunReader, other: RunReader, swept: bool = False) -> Non
         other: the run that is compared with it.
         swept: the runs are jobs of a sweep, whose settings and questions may differ on purpose: only the kind of
             task, the images and the reference answers must be the same.
+        common: samples that only one of the runs has do not matter, nor settings that choose them.
 
     Raises:
         ConfigError: the samples differ; the message names how.
@@ -92,25 +93,32 @@ def require_same(first: RunReader, other: RunReader, swept: bool = False) -> Non
         tasks = (source.store.fingerprints()[task]["task"] for source in (first, other))
         for key, old, new in differences(*tasks):
             # two paths may be one folder that was moved; the samples are compared below
-            if not (_is_path(old) and _is_path(new)) and not (swept and key.startswith("settings")):
+            if not (_is_path(old) and _is_path(new)) and not ((swept or common) and key.startswith("settings")):
                 reasons.append(f"{task} {key} is {reprlib.repr(old)} and {reprlib.repr(new)}")
+        if not common:
+            reasons += [f"{task} {line}" for line in _unmatched(first, other, task)]
         reasons += [f"{task} {line}" for line in _sample_differences(first, other, task, fields)]
     if reasons:
         shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
-        raise ConfigError(f"{first.folder} and {other.folder} did not answer the same: {shown}")
+        hint = "" if common or swept else "; common=true compares the samples that both have, if they are the same"
+        raise ConfigError(f"{first.folder} and {other.folder} did not answer the same: {shown}{hint}")
 
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 
+def _unmatched(first: RunReader, other: RunReader, task: str) -> Iterator[str]:
+    old, new = (dict.fromkeys(source.store.sample_ids(task)) for source in (first, other))
+    for source, own, others in ((first, old, new), (other, new, old)):
+        unmatched = [name for name in own if name not in others]
+        if unmatched:
+            yield f"has {len(unmatched)} samples only in {source.folder}, such as {unmatched[0]!r}"
+
+
 def _sample_differences(first: RunReader, other: RunReader, task: str, fields: Sequence[str]) -> Iterator[str]:
     runs = first, other
     old, new = ({record.sample_id: record for record in source.store.records(task)} for source in runs)
-    for source, records, others in ((first, old, new), (other, new, old)):
-        unmatched = [name for name in records if name not in others]
-        if unmatched:
-            yield f"has {len(unmatched)} samples only in {source.folder}, such as {unmatched[0]!r}"
     for key in fields:
         unequal = [name for name in old if name in new and getattr(old[name], key) != getattr(new[name], key)]
         if unequal:
@@ -118,7 +126,7 @@ def _sample_differences(first: RunReader, other: RunReader, task: str, fields: S
 
 
 def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str, str]) -> Table:
-    """Compare every metric of a task in two runs, on the samples that failed in neither.
+    """Compare every metric of a task in two runs, on the samples that both answered and that failed in neither.
 
     Args:
         first: a run.
@@ -127,16 +135,17 @@ def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str,
         names: of the two runs, for the columns.
 
     Raises:
-        DataError: every sample failed in one of the runs.
+        DataError: they have no sample in common, or each of those failed in one of the runs.
     """
     records = [{record.sample_id: record for record in source.store.records(task.name)} for source in (first, other)]
-    both = [name for name in records[0] if all(run[name].status != FAILED for run in records)]
+    common = [name for name in records[0] if name in records[1]]
+    both = [name for name in common if all(run[name].status != FAILED for run in records)]
     if not both:
         raise DataError(f"{task.name} has no sample that failed neither in {first.folder} nor in {other.folder}")
     tallies = [task.tally([_scored(run[name]) for name in both]) for run in records]
     resamples = group_weights([tally.group for run in tallies for tally in run])
     parts = _split(resamples, len(tallies[0]))
-    subsets = {record.subset for record in records[0].values()} if task.macro else set()
+    subsets = {records[0][name].subset for name in common} if task.macro else set()
     figures = [_replicates(task, run, part, subsets) for run, part in zip(tallies, parts, strict=True)]
     cells: list[tuple[Cell, ...]] = []
     bold = set()
@@ -148,8 +157,9 @@ def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str,
         if metric == task.primary:
             bold.add(len(cells))
         cells.append((metric, subset, part.interval(old), part.interval(new), _difference(new - old, part)))
-    failed = len(records[0]) - len(both)
+    failed, alone = len(common) - len(both), len({*records[0], *records[1]}) - len(common)
     note = PAIRED + (f" {failed} samples that failed in one of the runs are left out." if failed else "")
+    note += f" {alone} samples that only one of the runs has are left out, {len(common)} are common." if alone else ""
     columns = ("metric", "subset", *names, f"{names[1]} − {names[0]}")
     return Table(f"{task.name}: {names[1]} against {names[0]}", columns, tuple(cells), note, frozenset(bold))
 
@@ -329,12 +339,13 @@ def _shorten(value: Any, length: int = 120) -> str:
     return text if len(text) <= length else text[: length - 2] + " …"
 
 
-def compare(sources: Sequence[RunReader], load_task: TaskLoader) -> tuple[list[Table], list[str]]:
+def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = False) -> tuple[list[Table], list[str]]:
     """Compare every run with the first.
 
     Args:
         sources: two runs or more.
         load_task: builds a run's task, for its metrics.
+        common: compare the samples that both runs have, where one has more.
 
     Returns:
         Tables, and remarks about detectors that could not be compared.
@@ -346,7 +357,7 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader) -> tuple[list[T
         raise ConfigError("stethoscope compare takes two runs or more")
     first, names = sources[0], run_names(sources)
     for other in sources[1:]:
-        require_same(first, other)
+        require_same(first, other, common=common)
     tables: list[Table | None] = [summary_table(sources, names), setting_table(sources, names)]
     remarks = [source.no_detector() for source in sources if source.no_detector()]
     for name, other in zip(names[1:], sources[1:], strict=True):

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
 from stethoscope.core.errors import StethoscopeError
@@ -37,7 +38,7 @@ class JobResult:
     Attributes:
         job: the job.
         figures: metrics by name: those of tasks (``chair chair_i``) and those of the detector (``AUROC``).
-        differences: by name, this job less the first job, paired over images.
+        differences: by name, this job less the first job of the same seeds, paired over images.
         remark: why the job could not be compared with the first; empty if it could, or has nothing to compare.
         shared: its answers are those of the first job, as in a sweep that trains detectors on one run.
     """
@@ -70,7 +71,7 @@ class Comparison:
     """All jobs of a sweep, compared.
 
     Attributes:
-        results: in the order of the jobs; the others are compared with the first that has metrics.
+        results: in the order of the jobs; the others are compared with the first of their seeds that has metrics.
     """
 
     results: tuple[JobResult, ...]
@@ -97,8 +98,33 @@ class Comparison:
                 cells += [result.figures.get(name), *([result.differences.get(name)] if name in compared else [])]
             rows.append((*cells, result.job.status))
         note = "95 % intervals over images."
-        note += " − first: paired over the same resampled images; p is two-sided and not corrected." if compared else ""
+        first = "the first job of the same seed" if any(map(_is_seed, self.keys)) else "the first job"
+        note += (
+            f" − first: less {first}, paired over the same resampled images; p is two-sided and not corrected."
+            if compared
+            else ""
+        )
         return Table("sweep", (*columns, "status"), tuple(rows), note)
+
+    @property
+    def seed_table(self) -> Table | None:
+        """List mean and standard deviation over seeds for every other setting; None where no setting has two seeds."""
+        others = [key for key in self.keys if not _is_seed(key)]
+        groups: dict[tuple[str | None, ...], list[JobResult]] = {}
+        for result in self.results:
+            if result.figures:
+                groups.setdefault(tuple(result.job.settings.get(key) for key in others), []).append(result)
+        if len(others) == len(self.keys) or max(map(len, groups.values()), default=0) < 2:
+            return None
+        names = [name for name in dict.fromkeys(name for result in self.results for name in result.figures)]
+        names = [name for name in names if self._is_shown(name)]
+        rows = []
+        for settings, results in groups.items():
+            cells = [_mean_and_deviation([item.figures[name].value for item in results if name in item.figures])
+                     for name in names]  # fmt: skip
+            rows.append((*settings, len(results), *cells))
+        columns = (*others, "seeds", *names)
+        return Table("over seeds", columns, tuple(rows), "Mean ± standard deviation over the seeds.")
 
     def _is_shown(self, name: str) -> bool:
         """Tell whether the table shows a metric: those in ``SHOWN``, and those of tasks with other answers."""
@@ -117,10 +143,17 @@ class Comparison:
                 yield f"job {job.index} ({job.title}) is not compared with the first: {result.remark}"
 
     def print(self, console: Console) -> None:
-        """Print the table, and the jobs that failed or could not be compared."""
-        print_table(self.table, console)
+        """Print the tables, and the jobs that failed or could not be compared."""
+        for table in self._tables:
+            print_table(table, console)
         for line in self.problems():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @property
+    def _tables(self) -> list[Table]:
+        """Make the table of jobs and, where there are several seeds, that over seeds."""
+        over_seeds = self.seed_table
+        return [self.table] if over_seeds is None else [self.table, over_seeds]
 
     def write(self, folder: Path, name: str) -> None:
         """Write ``sweep.md``, ``sweep.csv`` and ``sweep.json``, each atomically.
@@ -132,7 +165,7 @@ class Comparison:
         problems = "".join(f"- {line}\n" for line in self.problems())
         jobs = [result.job for result in self.results]
         runs = "".join(f"- job {job.index}: `{job.folder}`\n" for job in jobs if job.folder)
-        parts = [f"# {name}", markdown(self.table)]
+        parts = [f"# {name}", *map(markdown, self._tables)]
         parts += [f"## Jobs to look at\n\n{problems}"] if problems else []
         parts += [f"## Runs\n\n{runs}"]
         atomic_write(folder / "sweep.md", "\n".join(part.rstrip() + "\n" for part in parts))
@@ -163,25 +196,47 @@ class Comparison:
         return columns, rows
 
 
+def _is_seed(key: str) -> bool:
+    """Return whether a setting is a seed, such as ``detector.seed``."""
+    return key.rpartition(".")[2] == "seed"
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    """Format the mean and the sample standard deviation; the mean alone of one value.
+
+    >>> _mean_and_deviation([0.25, 0.75])
+    '0.500 ± 0.354'
+    """
+    if not values:
+        return ""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
 def compare_jobs(jobs: Sequence[Job], load_task: TaskLoader) -> Comparison:
-    """Read the metrics of all jobs, and compare each job with the first that has any.
+    """Read the metrics of all jobs, and compare each with the first of the same seeds that has any.
+
+    Jobs that differ in nothing but a seed are not compared one by one: their spread is the noise of the others.
 
     Args:
         jobs: of one sweep.
         load_task: builds a run's task, for its metrics.
     """
-    results, first = [], None
+    results: list[JobResult] = []
+    first: RunReader | None = None
+    first_of_seeds: dict[tuple[tuple[str, str], ...], RunReader] = {}
     for job in jobs:
         source = _read_run(job)
         result = JobResult(job, _figures(source) if source else {})
         results.append(result)
         if source is None or not result.figures:
             continue
-        if first is None:
-            first = source
-        else:
-            result.shared = _same_answers(first, source)
-            result.differences, result.remark = _differences(first, source, result.shared, load_task)
+        first = first or source
+        result.shared = source is not first and _same_answers(first, source)
+        seeds = tuple((key, value) for key, value in job.settings.items() if _is_seed(key))
+        reference = first_of_seeds.setdefault(seeds, source)
+        if reference is not source:
+            shared = _same_answers(reference, source)
+            result.differences, result.remark = _differences(reference, source, shared, load_task)
     return Comparison(tuple(results))
 
 

@@ -100,15 +100,15 @@ def distinct_overrides(overrides: Sequence[str], fixed: Sequence[str]) -> tuple[
 
 
 def slug(overrides: Sequence[str]) -> str:
-    """Build a folder name from overrides: keys without their parents where that is unambiguous.
+    """Build a folder name from overrides: keys without their parents where that is unambiguous, and no ``=``.
 
     >>> slug(["detector.C=0.1", "features=paper/svar"])
-    'C=0.1-features=paper_svar'
+    'C-0.1_features-paper_svar'
     >>> slug(["a.seed=0", "b.seed=0"])
-    'a.seed=0-b.seed=0'
+    'a.seed-0_b.seed-0'
     """
     pairs = [override.lstrip("+~").partition("=") for override in overrides]
     last = [key.rpartition(".")[2] for key, _, _ in pairs]
     keys = last if len(set(last)) == len(last) else [key for key, _, _ in pairs]
-    text = "-".join(key + equals + value for key, (_, equals, value) in zip(keys, pairs, strict=True))
-    return "".join(letter if letter.isalnum() or letter in "=-." else "_" for letter in text)
+    text = "_".join("-".join(filter(None, (key, value))) for key, (_, _, value) in zip(keys, pairs, strict=True))
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import CaptureError, ConfigError
-from stethoscope.core.types import Answer, Generation, ImageRef, load_picture
+from stethoscope.core.types import Answer, Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.run_diagnosis import (
     extract_mentions,
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.tasks.object_extraction import MentionExtractor
     from stethoscope.tracing.trace import Encoded
-
-DEFAULT_MAX_TOKENS = 128  # tokens of an answer, unless set otherwise
 
 
 class WarningStreamer(BaseStreamer):
@@ -81,7 +79,7 @@ class WarningStreamer(BaseStreamer):
         extraction: Extraction | MentionExtractor | str | None = None,
     ) -> None:
         self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
-        self._adapter, self._generation = adapter, _with_limit(generation)
+        self._adapter, self._generation = adapter, with_limit(generation)
         self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
         self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
@@ -235,7 +233,7 @@ class WarningStreamer(BaseStreamer):
 
 def stream(
     adapter: Adapter,
-    image: Image | ImageRef | Path | str,
+    image: Picture,
     question: str,
     *,
     detector: Detector | Path | str | None = None,
@@ -252,7 +250,7 @@ def stream(
 
     Args:
         adapter: the model.
-        image: the image, or the path of its file.
+        image: the image, the path of its file, or the bytes of one.
         question: the question about it.
         detector: computes probabilities; or the folder of one, or of a run that has one. It may read only features of
             the decoding step, such as ``features=fast``.
@@ -272,11 +270,10 @@ def stream(
         ConfigError: the question is empty, a setting is out of range, or a detector reads states of another model.
         DataError: the image is missing or cannot be read.
     """
-    generation = _with_limit(generation)
+    generation = with_limit(generation)
     if generation.num_beams > 1:
         raise ConfigError(f"generation.num_beams={generation.num_beams}: beams are not known until they end; use 1")
-    if not question.strip():
-        raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
+    check_asked(adapter, question)
     detector, final = load_detector(detector), load_detector(final)
     adapter.setup()
     for loaded in filter(None, (detector, final)):
@@ -355,8 +352,3 @@ def _diagnose_mentions(
         columns = compute_columns(features, trace, final, adapter.name)
     shift = shift_sentence(encoded, answer, named, columns, detector, picture, extraction)
     return score_mentions(encoded, answer, named, columns, detector)[1], shift
-
-
-def _with_limit(generation: Generation | None) -> Generation:
-    generation = generation or Generation()
-    return replace(generation, max_new_tokens=DEFAULT_MAX_TOKENS) if generation.max_new_tokens is None else generation

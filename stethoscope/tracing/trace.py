@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -164,6 +164,9 @@ class Encoded:
     cache: PromptCache | None = field(default=None, compare=False, repr=False)
     asks: str = "question"
 
+    def __repr__(self) -> str:
+        return f"Encoded({self.question!r}, {self.spans.length} tokens, {len(self.spans.image)} of them image)"
+
     @property
     def sha256(self) -> str:
         """Digest of the prompt's token ids, image placeholders expanded; empty for a model that reads none."""
@@ -306,6 +309,10 @@ class Trace:
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        parts = [item.name for item in fields(self) if item.name not in ("answer", "spans", "cache")]
+        return f"Trace({self.answer.text!r}, {', '.join(name for name in parts if getattr(self, name) is not None)})"
 
     @overload
     def require(self, name: Literal["relevancy"]) -> Relevancy: ...

@@ -297,7 +297,7 @@ def test_answers_are_generated_once(call, tmp_path, monkeypatch):
     assert code == 0, err
     assert sum(asked) == 10
     assert "10 answers to chair are those of another job" in err
-    jobs = [RunStore(tmp_path / "runs" / "study" / f"seed={seed}") for seed in (0, 1)]
+    jobs = [RunStore(tmp_path / "runs" / "study" / f"seed-{seed}") for seed in (0, 1)]
     assert _told(jobs[0], "chair") == _told(jobs[1], "chair")
     assert jobs[0].metrics()["chair"]["counts"] == jobs[1].metrics()["chair"]["counts"]
     code, _, err = call("evaluate", "--multirun", "generation=greedy,sample", *words)

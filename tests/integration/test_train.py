@@ -105,5 +105,20 @@ def test_several_detectors_and_ablation(run, stethoscope):
 
 def test_every_detector_of_the_configuration_trains(run, stethoscope):
     for name in ("factored", "per_head"):
-        stethoscope("train", f"run={run}", f"detector={name}", "detector.C=0.1", code=0)
+        stethoscope("train", f"run={run}", f"detector={name}", "detector.C=0.1", "overwrite=true", code=0)
         assert Detector.load(run / "detector").settings["factored"] == (name == "factored")
+
+
+def test_a_detector_of_other_settings_is_not_replaced_silently(run, stethoscope):
+    words = ("train", f"run={run}", "detector.features=[nll]", "logger=none", "published=false")
+    stethoscope(*words, "detector.C=0.1", code=0)
+    manifest = run / "detector" / "manifest.json"
+    before = manifest.read_text()
+    line = stethoscope(*words, "detector.C=1", "split.train=0.4")
+    assert "detector.C: 0.1 before, 1 now; split.train: 0.5 before, 0.4 now" in line
+    assert "overwrite=true" in line
+    assert "exists already" in stethoscope("train", f"run={run}", f"recalibrate={run}", "labels=0")
+    assert manifest.read_text() == before
+    stethoscope(*words, "detector.C=0.1", code=0)  # the same again
+    stethoscope(*words, "detector.C=1", "overwrite=true", code=0)
+    assert Detector.load(run / "detector").settings["C"] == 1

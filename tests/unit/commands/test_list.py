@@ -62,3 +62,15 @@ def test_a_group_of_features_and_a_named_set(listed):
 def test_unknown_words(words, message):
     with pytest.raises(ConfigError, match=message):
         main(words)
+
+
+def test_features_of_ones_own_package(listed, tmp_path, monkeypatch):
+    (tmp_path / "listed_features.py").write_text(
+        "from stethoscope.features import feature\n\n"
+        "@feature('position', 'depends')\ndef shout(trace):\n    'Return how loud it is.'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert " shout " in listed("features", "shout", "plugins=[listed_features]")
+    finally:
+        FEATURES.pop("shout", None)

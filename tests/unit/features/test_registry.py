@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from stethoscope.core.component import build, choices, compose
-from stethoscope.features import GROUPS, FeatureSet
+from stethoscope.core.errors import ConfigError
+from stethoscope.features import FEATURES, GROUPS, FeatureSet, feature
 
 NAMES = list(choices("features"))
 
@@ -36,6 +37,24 @@ def test_costs_of_the_sets():
     assert {item.group for item in chosen("full_verified").features} == set(GROUPS) - dear | {"verification"}
     cheap = [item for item in chosen("full").features if item.cost == "same forward pass"]
     assert list(chosen("one_pass").features) == cheap
+
+
+def test_several_sets_together():
+    both = FeatureSet(groups=[], sets=["fast", "paper/svar"])
+    assert set(both.names) == {*chosen("fast").names, *chosen("paper/svar").names}
+    assert both.score is None
+    assert "nll" not in FeatureSet(groups=[], sets=["fast", "paper/svar"], exclude=["nll"]).names
+
+
+def test_a_wrong_word_in_a_feature_of_ones_own_names_the_feature():
+    def mine(trace):
+        """Return nothing."""
+
+    with pytest.raises(ConfigError, match="feature mine: unknown part of a trace in requires 'atention'; did you mean"):
+        feature("position", "grounded", requires=["atention"])(mine)
+    with pytest.raises(ConfigError, match="feature mine: unknown higher_means 'good'"):
+        feature("position", "good")(mine)
+    assert "mine" not in FEATURES
 
 
 def test_list_tells_the_cost_of_every_set(capsys):

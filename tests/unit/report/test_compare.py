@@ -69,6 +69,16 @@ def test_samples_that_failed_in_one_run_count_in_neither(run_of):
     assert "1 samples that failed in one of the runs are left out" in table.note
 
 
+def test_samples_that_only_one_run_has(run_of):
+    few, many = run_of("few", samples=("a",)), run_of("many", samples=("a", "b"), parser="strict")
+    with pytest.raises(ConfigError, match=r"common=true compares the samples that both have"):
+        compare.require_same(few, many)
+    compare.require_same(few, many, common=True)
+    table = compare.task_table(few, many, Chair(), ("few", "many"))
+    assert next(row for row in table.rows if row[0] == "length")[3].value == 5
+    assert "1 samples that only one of the runs has are left out, 1 are common" in table.note
+
+
 def test_what_differs_is_told(run_of):
     table = compare.setting_table([run_of("a"), run_of("b")], ("a", "b"))
     assert table.rows == (("adapter.model_id", "a", "b"),)

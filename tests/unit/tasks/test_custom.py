@@ -49,6 +49,9 @@ def test_yes_no(asked):
     values = figures(task, {"1": "Yes", "second": "no", "3": "Yes, it is."})
     assert (values["f1", "dogs"], values["accuracy", "all"], values["yes_rate", "all"]) == (1.0, 0.5, 0.5)
     assert task.score(first, reply("Hm")).status == "unparsed"
+    assert (values["answered", "all"], values["accuracy_all", "all"]) == (1.0, 0.5)
+    values = figures(task, {"1": "Yes", "second": "Hm", "3": "Yes, it is."})
+    assert (values["answered", "all"], values["accuracy", "all"], values["accuracy_all", "all"]) == (0.5, 0.0, 0.0)
     assert [m.label for m in task.mentions(three, reply("Yes, it is."))] == [1]
 
 

@@ -1,0 +1,67 @@
+"""The public door: what ``dir`` shows, what a picture may be, what is printed, and how wrong types are refused."""
+
+import io
+
+import pytest
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.core.errors import StethoscopeError
+
+QUESTION = "Is there a dog in the image?"
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return stethoscope.load("testbed")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return testbed.scenes(1)[0].image()
+
+
+def test_dir_shows_the_public_names():
+    assert dir(stethoscope) == sorted(stethoscope.__all__)
+
+
+def test_a_picture_is_an_image_a_path_or_bytes(adapter, picture, tmp_path):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    (tmp_path / "scene.png").write_bytes(buffer.getvalue())
+    expected = adapter.encode(picture, QUESTION).inputs["pixel_values"]
+    for image in (buffer.getvalue(), tmp_path / "scene.png", str(tmp_path / "scene.png")):
+        assert adapter.encode(image, QUESTION).inputs["pixel_values"].equal(expected)
+        assert stethoscope.diagnose(adapter, image, QUESTION).image.tobytes() == picture.tobytes()
+        *_, final = stethoscope.stream(adapter, image, QUESTION)
+        assert final.answer.text == "No"
+
+
+def test_reprs_are_short(adapter, picture):
+    prompt = adapter.encode(picture, QUESTION)
+    (answer,) = adapter.generate([prompt])
+    assert repr(adapter) == "TestbedAdapter('testbed')"
+    assert repr(prompt) == f"Encoded({QUESTION!r}, 79 tokens, 64 of them image)"
+    assert repr(adapter.trace(prompt, answer)).startswith("Trace('No', logits, mass, ")
+    relevancy = stethoscope.diagnose(adapter, picture, QUESTION).relevancy
+    assert repr(relevancy) == "Relevancy(1 answer tokens, 64 image tokens)"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda adapter, picture: adapter.generate(adapter.encode(picture, QUESTION)), "list of prompts, [prompt]"),
+        (lambda adapter, picture: adapter.encode(picture, 5), "question should be a text, got int"),
+        (lambda adapter, picture: adapter.encode(5, QUESTION), "a path or the bytes of a file, got int"),
+        (lambda adapter, picture: adapter.encode("https://a.b/c.png", QUESTION), "nothing is fetched"),
+        (lambda adapter, picture: stethoscope.diagnose("testbed", picture, QUESTION), "stethoscope.load('testbed')"),
+        (lambda adapter, picture: stethoscope.diagnose(adapter, picture, QUESTION, answer=5), "answer should be"),
+        (lambda adapter, picture: stethoscope.diagnose(adapter, picture, QUESTION, detector=5), "detector should be"),
+        (lambda adapter, picture: stethoscope.stream("testbed", picture, QUESTION), "stethoscope.load('testbed')"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_one_line(adapter, picture, call, words):
+    with pytest.raises(StethoscopeError) as raised:
+        call(adapter, picture)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
