@@ -97,6 +97,14 @@ class Adapter(ABC):
         """
         yield
 
+    def can_share_prefixes(self) -> bool:
+        """Tell from the configuration whether ``generate`` reads a picture once for all prompts about it.
+
+        Raises:
+            ConfigError, CapabilityError: as ``memory``.
+        """
+        return False
+
     def check_mitigation(self, generation: Generation) -> None:
         """Check that the adapter can apply the mitigation of some settings, before weights are loaded.
 

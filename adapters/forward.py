@@ -25,6 +25,16 @@ can continue from the keys and values of the prompt. Excluded are PaliGemma and 
 directions, Qwen's models, whose positions have three axes, and models that return no cache (BLIP-2) or have an encoder.
 The contract tests compare traces of all of them."""
 
+
+def continues(model: PreTrainedModel) -> bool:
+    """Tell from the configuration whether passes can go on from KV caches of prompts: ``CAUSAL``, and all keys stay.
+
+    Layers that attend to a sliding window drop keys.
+    """
+    causal = model.config.model_type in CAUSAL
+    return causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 Inputs = Mapping[str, Tensor]
 
 SEQUENCE = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
@@ -148,12 +158,12 @@ class ForwardRunner:
         decoder_start: first token id of an encoder-decoder model's decoder; None for a decoder-only model.
 
     Attributes:
-        causal: passes can continue from the KV caches of prompts (``CAUSAL``).
+        causal: passes can continue from the KV caches of prompts, see ``continues``.
     """
 
     def __init__(self, model: PreTrainedModel, pad_id: int, decoder_start: int | None) -> None:
         self.model, self.pad_id, self.decoder_start = model, pad_id, decoder_start
-        self.causal = model.config.model_type in CAUSAL
+        self.causal = continues(model)
         self._takes_positions = bool(logits_to_keep(model, []))
 
     def to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

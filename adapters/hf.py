@@ -15,7 +15,7 @@ from torch import Tensor
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
 from stethoscope.adapters.base import Adapter, ForeignTokens
-from stethoscope.adapters.forward import ForwardRunner, Prefix, groups, prompt_columns
+from stethoscope.adapters.forward import ForwardRunner, Prefix, continues, groups, prompt_columns
 from stethoscope.adapters.generation import (
     Sampler,
     StopStrings,
@@ -194,6 +194,10 @@ class HfAdapter(Adapter):
             ConfigError, CapabilityError: there is no configuration to read, as in ``loading.load``.
         """
         return memory.estimate(self._skeleton(), self.loading, context, batch_size, new_tokens)
+
+    def can_share_prefixes(self) -> bool:
+        """See ``Adapter.can_share_prefixes``; the models of ``forward.CAUSAL`` can."""
+        return continues(self._skeleton() if self._model is None else self._model)
 
     def _skeleton(self) -> PreTrainedModel:
         """Build the model on the meta device, to count parameters; families that transformers lacks override this."""

@@ -64,6 +64,7 @@ class SharedPrefixes:
         self._forward = forward
         self._stores = False
         self._last: _LastPrefix | None = None
+        self._model_state: tuple[Any, ...] | None = None  # at the last call, where something is stored
 
     @contextmanager
     def stored(self) -> Iterator[None]:
@@ -84,12 +85,13 @@ class SharedPrefixes:
             encoded: B prompts of one batch.
         """
         last, self._last = self._last, None
+        self._model_state = state_key(self._forward.model) if self._stores and self._forward.causal else None
         if not self._forward.causal or not all(map(_is_unmasked, encoded)):
             return None
         by_picture: dict[Hashable, list[int]] = {}
         for index, key in enumerate(_picture_keys(encoded)):
             by_picture.setdefault(key, []).append(index)
-        if last is not None and (last.picture not in by_picture or last.model != state_key(self._forward.model)):
+        if last is not None and (last.picture not in by_picture or last.model != self._model_state):
             last = None
         prefixes: dict[Hashable, Prefix] = {}
         lengths: dict[Hashable, int] = {}  # of prefixes to compute
@@ -123,13 +125,12 @@ class SharedPrefixes:
             lengths: of their prefixes; None where they had none.
             cache: ``past_key_values`` that ``generate`` returned.
         """
-        if not self._stores or not self._forward.causal or (lengths is None and len(encoded) > 1):
+        if self._model_state is None or (lengths is None and len(encoded) > 1):
             return
-        prompt, model = encoded[-1], state_key(self._forward.model)
         prefix = self._forward.last_prefix(cache, encoded, lengths)
-        if model is not None and prefix is not None:
-            [picture] = _picture_keys([prompt])
-            self._last = _LastPrefix(picture, _ids(prompt)[: prefix.length], prefix, model)
+        if prefix is not None:
+            [picture] = _picture_keys(encoded[-1:])
+            self._last = _LastPrefix(picture, _ids(encoded[-1])[: prefix.length], prefix, self._model_state)
 
 
 def _ids(prompt: Encoded) -> list[int]:

@@ -1,6 +1,7 @@
 """What the harness costs: `stethoscope evaluate` against a bare `generate` loop over the same POPE questions.
 
     python scripts/bench/harness.py                   # 400 questions about rendered scenes, batches of 1 and of 16
+    python scripts/bench/harness.py --against PYTHON  # another checkout, by its interpreter, instead of the bare loop
 
 Both read the same PNG files and ask the embedded model the same questions in the same order. The bare loop is what a
 user would write: open the picture, processor, `model.generate`, decode, keep the text. The harness does all it does
@@ -10,11 +11,15 @@ Loops alternate batch by batch in one process, so that other work on the machine
 CPU time, which is told beside the time of the clock; what larger batches gain, which use more cores, by the clock, on
 an idle machine. Start and memory are those of whole processes, run in turn: from the start of the process to the first
 answer (bare) or the first record on disk (harness), and the largest resident size.
+
+Against another checkout, `stethoscope evaluate task=pope` of both runs in turn on the same scenes, 18 questions to
+each; questions per CPU second leave out what a run about two scenes takes, which is the start.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -27,7 +32,7 @@ from pathlib import Path
 PER_SCENE = 18
 """Questions about a scene: three about objects that are there and three about others, in each of three subsets."""
 LONGEST = 8
-LIMITS = {"overhead": 0.05, "faster": 3.0, "start": 2.0, "memory": 100.0}
+LIMITS = {"overhead": 0.05, "faster": 3.0, "start": 2.0, "memory": 100.0, "questions": 2.5}
 Clock = tuple[float, float]
 
 
@@ -38,12 +43,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="times that the loops are repeated")
     parser.add_argument("--starts", type=int, default=3, help="processes of each kind")
     parser.add_argument("--threads", type=int, default=1, help="of torch; one is the default of the embedded model")
+    parser.add_argument("--against", metavar="PYTHON", help="interpreter of another checkout")
+    parser.add_argument("--batch", type=int, default=32, help="batch size of the runs against another checkout")
     parser.add_argument("--bare", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
         _bare_process(Path(options.bare), options.questions)
         return
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if options.against:
+        _compare_checkouts(options)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _export(folder / "data", options.questions)
@@ -98,8 +108,6 @@ def _ask(model: object, processor: object, questions: Sequence[tuple[Path, str]]
 
 def _bare_process(folder: Path, questions: int) -> None:
     """Run a bare script at batch 1, and print a line when the first question is answered."""
-    import json
-
     rows = []
     for file in sorted(folder.glob("coco_pope_*.json")):
         rows += [json.loads(line) for line in file.read_text().splitlines()]
@@ -243,6 +251,59 @@ def _watch(arguments: Sequence[str], folder: Path, records: Path | None) -> tupl
     if process.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
     return first, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
+
+
+# --- another checkout -------------------------------------------------------------------------------------------------
+
+
+def _compare_checkouts(options: argparse.Namespace) -> None:
+    """Print questions per CPU second and peak memory of both checkouts; exit with 1 below the limit."""
+    rates: dict[str, list[float]] = {}
+    memory: dict[str, list[float]] = {}
+    answers: dict[str, dict[str, object]] = {}
+    checkouts = {"other": options.against, "this": sys.executable}
+    for number in range(options.rounds):
+        for name, python in checkouts.items():
+            with tempfile.TemporaryDirectory() as folder:
+                runs = {}
+                for scenes in (2, 2 + -(-options.questions // PER_SCENE)):
+                    run_dir = Path(folder) / f"{name}-{scenes}"
+                    seconds, peak = _evaluate(python, run_dir, scenes, options)
+                    lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+                    runs[scenes] = seconds, len(lines)
+                (start, few), (seconds, many) = runs.values()
+                rates.setdefault(name, []).append((many - few) / (seconds - start))
+                memory.setdefault(name, []).append(peak)
+                answers[name] = {line["sample_id"]: line["answer"] for line in lines}
+        print(f"round {number + 1}: " + ", ".join(f"{name} {rates[name][-1]:.0f}" for name in checkouts), flush=True)
+    other, this = (statistics.median(rates[name]) for name in checkouts)
+    same = sum(answers["this"][key]["token_ids"] == answer["token_ids"] for key, answer in answers["other"].items())
+    print(f"\n{many - few} POPE questions in batches of {options.batch}, {options.threads} thread(s)\n")
+    print("| what | other | this | | limit |")
+    print("|---|---|---|---|---|")
+    print(f"| questions per CPU second | {other:.0f} | {this:.0f} | {this / other:.2f} x | {LIMITS['questions']} x |")
+    before, after = (statistics.median(memory[name]) for name in checkouts)
+    print(f"| peak memory | {before:.0f} MB | {after:.0f} MB | {after - before:+.0f} MB | +0 MB |")
+    print(f"| same token ids | {len(answers['other'])} | {same} | | all |")
+    if this / other < LIMITS["questions"] or same < many:
+        raise SystemExit(1)
+
+
+def _evaluate(python: str, run_dir: Path, scenes: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Run `evaluate task=pope` with an interpreter; return its CPU seconds and its largest resident size in MB."""
+    words = [
+        *(python, "-m", "stethoscope", "evaluate", "task=pope", f"task.scenes={scenes}", "logger=none"),
+        *(f"batch_size={options.batch}", f"run_dir={run_dir}", f"model.threads={options.threads}"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    with subprocess.Popen(
+        words, cwd=run_dir.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (1 if sys.platform == "darwin" else 1000)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,8 @@ def check_model(arguments: Sequence[str]) -> None:
         )
         return
     print(_table(adapter.name, need, config, devices))
+    reads = "once for all questions about it in a row" if adapter.can_share_prefixes() else "again for every question"
+    print(f"reads a picture {reads}")
     print(verdict(need, devices, _alternatives(config)))
 
 
