@@ -1,0 +1,76 @@
+"""The measuring scripts that are kept ready for another machine run here, on small models."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path, capsys):
+    """Runs ``gpu.py`` in this process on a narrow model; returns its lines and what it printed."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    gpu = __import__("gpu")
+    out = tmp_path / "gpu.jsonl"
+
+    def run(*words):
+        words = ("--image", "9", "--tokens", "3", "--batch", "1", "--budget", "0", "--families", "llava", *words)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *words])
+        gpu.main()
+        return [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
+
+    yield run
+    for name in ("gpu", "shapes"):
+        sys.modules.pop(name, None)
+
+
+def test_the_gpu_script_resumes_and_keeps_errors(gpu):
+    lines, _ = gpu("--parts", "generation", "relevancy")
+    assert [line["key"] for line in lines] == [
+        "machine", "llava 9 x1 build", "llava 9 x1 generation", "llava 9 x1 relevancy",
+    ]  # fmt: skip
+    assert lines[2]["tokens"] == 3
+    assert all(line["seconds"] > 0 for line in lines[1:])
+    again, printed = gpu("--parts", "generation", "relevancy", "stream", "precision", "--seconds", "1000")
+    assert again[:4] == lines
+    assert "| llava 9 x1 relevancy | " in printed
+    added = {line["key"]: line for line in again[4:]}
+    assert 0 < added["llava 9 x1 precision"]["image"] < 0.1
+    assert added["llava 9 x1 stream"]["without_detector"] > 0
+    assert gpu("--table")[0] == again
+    assert gpu("--parts", "forward", "--seconds", "0")[0] == again  # no time is left
+    more, _ = gpu("--parts", "forward", "--image", "16", "--tokens", "0")
+    assert "max_new_tokens=0" in more[-1]["error"]  # an error is a figure, not the end
+
+
+@pytest.mark.slow
+def test_the_gpu_script_measures_everything_without_an_installation(tmp_path):
+    bare = tmp_path / "python"
+    site = [sysconfig.get_path("purelib"), *(path for path in sys.path if path.endswith("site-packages"))]
+    bare.write_text(  # -S: no .pth file, so that the editable installation is not seen
+        f'#!/bin/sh\nPYTHONPATH={os.pathsep.join(dict.fromkeys(site))} exec {sys.executable} -S "$@"\n'
+    )
+    bare.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(bare), "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    small = ["--image", "16", "36", "--tokens", "5", "--batch", "1", "2", "--budget", "0.2", "--seconds", "1000"]
+    done = subprocess.run(
+        ["bash", str(BENCH / "gpu.sh"), *small],
+        env=environment | {"SECONDS_AT_MOST": "1000"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if "error" in line]
+    for family in ("llava", "qwen2_5_vl"):
+        parts = {line["key"].removeprefix(f"{family} 16 x1 ") for line in lines if f"{family} 16 x1" in line["key"]}
+        assert parts >= {
+            "forward", "generation", "relevancy", "full", "diagnose", "stream", "precision", "compile",
+        }  # fmt: skip
+        assert f"| {family} 36 x2 full |" in done.stdout
