@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,7 +114,7 @@ class Chair(Task):
             return
         self._extract = load_extraction(self._choice, key="task.extraction")
         self.extraction = self._extract.identity
-        self._judged = frozenset(self._objects(OBJECTS))
+        self._judged = self._extract.own_names(OBJECTS)
         samples = [
             Sample(
                 id=Path(image.name).stem,
@@ -136,17 +136,14 @@ class Chair(Task):
             )
         self._samples = samples
 
-    def _objects(self, names: Iterable[str]) -> frozenset[str]:
-        """Return COCO's names as the extraction's: those of a vocabulary that has them, or else themselves."""
-        synonyms = self._extract.synonyms
-        return frozenset(synonyms[name] for name in names if name in synonyms) if synonyms else frozenset(names)
-
     def _read_testbed(self) -> Iterator[SourceRow]:
         from stethoscope import testbed  # imports the renderer, which only this source needs
 
         stream = {} if self.scene_seed is None else {"seed": self.scene_seed}
         for scene in testbed.scenes(self.scenes, self.scene_mode, **stream):
-            yield SourceRow({"objects": self._objects(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}")
+            yield SourceRow(
+                {"objects": self._extract.own_names(scene.visible)}, scene_image(scene), f"testbed, scene {scene.id}"
+            )
 
     def _read_files(self) -> Iterator[SourceRow]:
         path = setting_path(self.instances)
@@ -192,7 +189,7 @@ class Chair(Task):
             wrong = [name for name in objects if name not in OBJECTS] if isinstance(objects, list) else [objects]
             if wrong:
                 raise DataError(f"{origin}, gt_object: {unknown('COCO object', clipped(wrong[0]), OBJECTS)}")
-            yield SourceRow({"objects": self._objects(objects)}, image, origin)
+            yield SourceRow({"objects": self._extract.own_names(objects)}, image, origin)
 
     def samples(self) -> Sequence[Sample]:
         """Return one sample per image, in the order of the source."""

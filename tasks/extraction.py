@@ -59,6 +59,14 @@ class Extraction:
         """Return the mentions of a text in reading order."""
         return self.mentions(text)
 
+    def own_names(self, names: Iterable[str]) -> frozenset[str]:
+        """Return COCO's names as this extraction's: those of a vocabulary that has them, or else themselves."""
+        return (
+            frozenset(self.synonyms[name] for name in names if name in self.synonyms)
+            if self.synonyms
+            else frozenset(names)
+        )
+
 
 def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str = "extraction") -> Extraction:
     """Make the extraction that a setting names; the choices are those of this module.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.app import payload
 from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
 from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.types import Answer, Generation, ImageRef
+from stethoscope.core.images import FORMATS
+from stethoscope.core.types import Answer, Generation, ImageRef, Mention
 from stethoscope.diagnosis import diagnose
 from stethoscope.streaming import Final, MentionCompleted, Token, stream
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_QUESTION = 512  # tokens of a question
 MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and beams of a beam search
+BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
 
 
@@ -42,6 +44,10 @@ class Question:
         detector: used instead of the model's own detector; None to use that one.
         notes: lines to be shown with the answer.
         asks: what the text asks for, see ``Sample.asks``.
+        truth: names of the objects that the picture shows; None where they are not known.
+        mentions: labelled mentions of the stored answer; None to extract them.
+        case: of a run that is opened: ``run``, ``task``, ``sample``, ``mention`` (first character of its tokens, or
+            None), and the samples ``previous`` and ``next``; None for a question of the user.
     """
 
     model: str
@@ -52,6 +58,9 @@ class Question:
     detector: Detector | None = None
     notes: tuple[str, ...] = ()
     asks: str = "question"
+    truth: tuple[str, ...] | None = None
+    mentions: tuple[Mention, ...] | None = None
+    case: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,23 @@ def read_picture(path: str | Path | None) -> Image:
         return ImageRef(file.name, file).load()
     except DataError as error:  # without the server's path of the file
         raise DataError(str(error).replace(str(file), repr(file.name))) from None
+
+
+def displayable(file: Path) -> Path:
+    """Return the file of a picture that every browser shows: the file itself, or a PNG of the same pixels beside it.
+
+    Raises:
+        DataError: the file is no picture, is too large, or has been deleted.
+    """
+    from PIL import Image
+
+    picture = read_picture(file)
+    with Image.open(file, formats=FORMATS) as original:
+        if original.format in BROWSER_FORMATS:
+            return file
+    copy = file.with_suffix(".png") if file.suffix.lower() != ".png" else file.with_name(f"{file.stem}-shown.png")
+    picture.save(copy)
+    return copy
 
 
 def generation(
@@ -140,7 +166,7 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
             explanation = _explain(ready, session, picture, "row", extractor, start)
         yield explanation, session
     except Exception as error:
-        yield payload.failure(error), None
+        yield payload.failure(error, clear=True), None
 
 
 def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor: MentionExtractor) -> Iterator[Step]:
@@ -208,11 +234,12 @@ def _explain(
         scope=scope,
         extraction=extractor,
         asks=question.asks,
+        truth=question.truth,
+        mentions=question.mentions,
     )
     seconds = time.perf_counter() - start
-    return payload.diagnosed_answer(
-        diagnosis, session.id, [*question.notes, f"Answered and explained in {seconds:.1f} s."]
-    )
+    notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
+    return payload.diagnosed_answer(diagnosis, session.id, notes, question.case)
 
 
 def _notes(ready: Ready, question: Question) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +52,20 @@ def message(text: str, kind: str = "hint", clear: bool = False) -> str:
     return encode(kind, text=text, clear=clear)
 
 
-def failure(error: Exception) -> str:
-    """Encode an error as a line above the answer.
+def failure(error: Exception, clear: bool = False) -> str:
+    """Encode an error as a line above the answer, or instead of it.
 
     Errors that a user can correct are shown without the folders of this machine. Of all others only the type is shown,
     and the traceback goes to the server's log.
+
+    Args:
+        error: that a request has raised.
+        clear: whether to remove the last answer from the page, which belongs to another question.
     """
     if isinstance(error, StethoscopeError):
-        return message(without_folders(str(error)), "error")
+        return message(without_folders(str(error)), "error", clear)
     logger.error("a question failed", exc_info=error)
-    return message(f"the server failed: {type(error).__name__}; its log says more", "error")
+    return message(f"the server failed: {type(error).__name__}; its log says more", "error", clear)
 
 
 def without_folders(text: str) -> str:
@@ -107,16 +111,22 @@ def partial_answer(
     )
 
 
-def diagnosed_answer(diagnosis: Diagnosis, answer_id: str, notes: Sequence[str] = ()) -> str:
+def diagnosed_answer(
+    diagnosis: Diagnosis, answer_id: str, notes: Sequence[str] = (), case: Mapping[str, Any] | None = None
+) -> str:
     """Encode a complete answer with its diagnosis.
 
     Args:
         diagnosis: of the answer.
         answer_id: unique for every answer; the same for both scopes of one answer.
         notes: lines below the answer, in addition to those of the diagnosis.
+        case: of a run, see ``answer.Question``; its ``mention`` is chosen at first.
     """
     data = payload(diagnosis, _most_layers(diagnosis))
-    return json_text({**data, "answer_id": answer_id, "notes": [*data["notes"], *notes]})
+    wanted = None if case is None else case["mention"]
+    chosen = [index for index, (start, _) in enumerate(diagnosis.answer.offsets) if start == wanted]
+    own = {"answer_id": answer_id, "notes": [*data["notes"], *notes], "case": case}
+    return json_text({**data, **own, "start": (chosen or [data["start"]])[0]})
 
 
 def _most_layers(diagnosis: Diagnosis) -> int:

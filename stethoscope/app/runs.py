@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.types import Generation, ImageRef
+from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.run_report import collect_report
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.run_dir import saved_task
@@ -53,7 +55,7 @@ class Runs:
             RunReader.read(run)
             self._folders = {run.resolve().name: run, **self._folders}
         self._picture_folder, self._plugins = picture_folder, plugins
-        self._report = lru_cache(4)(_report_page)
+        self._report = lru_cache(4)(self._report_page)
         self._samples = lru_cache(4)(self._read_samples)
 
     @property
@@ -96,12 +98,14 @@ class Runs:
             return payload.encode("figures", note=NO_RUN)
         try:
             folder = self.source(name).folder
-            page = self._report(folder, (folder / "metrics.json").stat().st_mtime_ns)
+            page = self._report(str(name), (folder / "metrics.json").stat().st_mtime_ns)
         except Exception as error:
             return payload.encode("figures", note=_error_text(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
-    def question(self, name: str, task: str, sample_id: str, pool: ModelPool, model: str) -> Question:
+    def question(
+        self, name: str, task: str, sample_id: str, pool: ModelPool, model: str, mention: int | None = None
+    ) -> Question:
         """Build a question from a sample, its stored answer, and its picture as a file of the app's folder.
 
         Args:
@@ -110,6 +114,7 @@ class Runs:
             sample_id: of the sample.
             pool: the models.
             model: chosen on the page; used if the run's own model is not in the pool.
+            mention: first character of the tokens of the mention to look at; None for none in particular.
 
         Raises:
             ArtefactError: there is no such sample, it has no answer, or its picture cannot be read.
@@ -133,7 +138,22 @@ class Runs:
             notes.append("Judged by the run's own detector.")
         file = Path(tempfile.mkdtemp(dir=self._picture_folder)) / "sample.png"
         picture.save(file)
-        return Question(model, file, record.question, Generation(), record.answer, detector, tuple(notes), record.asks)
+        label, objects = record.reference.get("label"), record.reference.get("objects")
+        if isinstance(label, str):
+            notes.append(f"The right answer is {label}.")
+        return Question(
+            model,
+            file,
+            record.question,
+            Generation(),
+            record.answer,
+            detector,
+            tuple(notes),
+            record.asks,
+            tuple(map(str, objects)) if isinstance(objects, list) else None,
+            record.mentions or None,
+            {"run": name, "mention": mention, **_neighbours(source, task, sample_id)},
+        )
 
     def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:
         """Read the sample's picture from its task, or else the run's small copy of it."""
@@ -150,10 +170,37 @@ class Runs:
         notes.append(f"The picture is the run's small copy: {reason}.")
         return media.picture
 
+    def _report_page(self, name: str, changed: int) -> str:
+        """Write the page of ``stethoscope report``; ``changed``, a time, makes the cache key change."""
+        source = self.source(name)
+
+        def picture(record: Record) -> Image | None:
+            try:
+                return self._read_picture(name, source, record, [])
+            except ArtefactError:
+                return None
+
+        with readable(source.folder):
+            return collect_report(source, image_source=picture).html()
+
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
         rebuilt = saved_task(self.source(name).store, task, self._plugins, offline=True)
         rebuilt.setup()
         return {sample.id: sample for sample in rebuilt.samples()}
+
+
+def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:
+    """Describe the position of a sample among those of its task, see ``answer.Question``."""
+    ids = list(source.store.sample_ids(task))
+    index = ids.index(sample_id)
+    return {
+        "task": task,
+        "sample": sample_id,
+        "previous": ids[index - 1] if index else None,
+        "next": ids[index + 1] if index + 1 < len(ids) else None,
+        "index": index + 1,
+        "count": len(ids),
+    }
 
 
 def _finished(folder: Path) -> bool:
@@ -172,12 +219,6 @@ def _error_text(error: Exception) -> str:
     return json.loads(payload.failure(error))["text"]
 
 
-def _report_page(folder: Path, changed: int) -> str:
-    """Write the page of ``stethoscope report``; ``changed``, a time, makes the cache key change."""
-    with readable(folder):
-        return collect_report(RunReader.read(folder), examples=0).html()
-
-
 def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
     """Make the rows of the list: samples with their scored mentions."""
     mentions: dict[str, list[Any]] = defaultdict(list)
@@ -185,7 +226,8 @@ def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
     warnings = source.warnings
     for row in [] if warnings.empty else warnings[warnings["task"] == task].to_dict("records"):
         outcome = mention_outcome(row["label"], row["warned"])
-        mentions[row["sample_id"]].append([row["object"], outcome, round(row["probability"], 4)])
+        shown = [row["object"], outcome, round(row["probability"], 4), int(row["start"])]
+        mentions[row["sample_id"]].append(shown)
         folds[row["sample_id"]] = row["fold"]
     rows: list[dict[str, Any]] = []
     for record in source.store.records(task):
@@ -206,18 +248,22 @@ def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def mention_outcome(label: int, warned: bool) -> str:
-    """Name the outcome of a mention by its label (1 hallucinated, 0 grounded, -1 none) and its warning.
+@dataclass(frozen=True)
+class ExamplePicture:
+    """A rendered scene to choose from.
 
-    >>> [mention_outcome(label, warned) for label, warned in ((1, True), (1, False), (0, True), (0, False), (-1, True))]
-    ['caught', 'missed', 'false alarm', 'right', 'not judged']
+    Attributes:
+        file: its picture, in the app's own folder.
+        name: to be read out where the picture is not seen.
+        objects: names of what it shows.
     """
-    if label < 0:
-        return "not judged"
-    return ("caught" if warned else "missed") if label else ("false alarm" if warned else "right")
+
+    file: Path
+    name: str
+    objects: tuple[str, ...]
 
 
-def write_examples(folder: Path, seed: int, count: int = 6) -> list[Path]:
+def write_examples(folder: Path, seed: int, count: int = 6) -> list[ExamplePicture]:
     """Write rendered scenes of the testbed as image files.
 
     Args:
@@ -226,13 +272,13 @@ def write_examples(folder: Path, seed: int, count: int = 6) -> list[Path]:
         count: number of scenes.
 
     Returns:
-        The paths of the files.
+        One example for every scene.
     """
     from stethoscope import testbed
 
-    files = []
-    for scene in testbed.scenes(int(seed) + count)[-count:]:
+    examples = []
+    for scene in testbed.scenes(int(seed) + count)[int(seed) :]:
         file = folder / f"{scene.id}.png"
         ImageRef(scene.id, scene.image).load().save(file)
-        files.append(file)
-    return files
+        examples.append(ExamplePicture(file, f"rendered scene {scene.id}, {scene.setting}", scene.visible))
+    return examples

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.app.runs import NO_RUN, Runs
+from stethoscope.app.runs import NO_RUN, ExamplePicture, Runs
 from stethoscope.app.sessions import Sessions
-from stethoscope.core.html import asset, escape
+from stethoscope.core.html import asset, data_uri, escape, json_text
 from stethoscope.core.html import render as fill
+from stethoscope.core.images import file_digest
 from stethoscope.diagnosis import render
 from stethoscope.tasks.object_extraction import MentionExtractor
 
@@ -36,7 +38,7 @@ def theme() -> gr.themes.Base:
 
 
 def build_page(
-    pool: ModelPool, runs: Runs, extractor: MentionExtractor, examples: Sequence[Path], sessions: Sessions
+    pool: ModelPool, runs: Runs, extractor: MentionExtractor, examples: Sequence[ExamplePicture], sessions: Sessions
 ) -> gr.Blocks:
     """Build the page, which ``server.start`` serves.
 
@@ -44,7 +46,7 @@ def build_page(
         pool: the models.
         runs: finished runs for the second tab.
         extractor: extracts the objects that a text names.
-        examples: picture files to choose from.
+        examples: pictures to choose from, of which it is known what they show.
         sessions: of the server, which store the answer that each page shows.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
@@ -54,7 +56,7 @@ def build_page(
                 parts = _ask_tab(pool, examples)
             with gr.Tab("Finished run", id="run", elem_id="tab-run"):
                 browser = _run_tab(runs)
-        _wire_ask(pool, extractor, parts, sessions)
+        _wire_ask(pool, extractor, parts, sessions, examples)
         _wire_run(pool, runs, extractor, parts, browser, tabs, sessions)
         page.unload(lambda: None)  # with this event, Gradio keeps a connection open, which keeps the session alive
     return page
@@ -65,7 +67,7 @@ def _component(name: str, value: str, template: str, script: str) -> gr.HTML:
     return gr.HTML(value, html_template=str(template), js_on_load=str(script), elem_id=name, apply_default_css=False)
 
 
-def _ask_tab(pool: ModelPool, examples: Sequence[Path]) -> dict[str, Any]:
+def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300, elem_id="asking"):
@@ -75,8 +77,10 @@ def _ask_tab(pool: ModelPool, examples: Sequence[Path]) -> dict[str, Any]:
             )  # fmt: skip
             # keep Gradio from decoding the file: it is read, and may be refused, where pictures for the model are
             picture.preprocess = lambda upload: None if upload is None else upload.path
-            if examples:
-                gr.Examples([[str(path)] for path in examples], inputs=[picture], label="examples", elem_id="examples")
+            shown = [{"name": example.name, "picture": data_uri(Image.open(example.file))} for example in examples]
+            parts["examples"] = _component(
+                "examples", json_text(shown), fill("app/examples.html"), asset("app/examples.js")
+            )
             parts["picture"] = picture
             parts["question"] = gr.Textbox(QUESTION, label="question", lines=2, max_lines=6, elem_id="question")
             with gr.Row():
@@ -94,12 +98,19 @@ def _ask_tab(pool: ModelPool, examples: Sequence[Path]) -> dict[str, Any]:
                 parts["length"] = gr.Slider(1, answer.MAX_LENGTH, 128, step=1, label="length", info="tokens at most")
                 parts["seed"] = gr.Number(0, label="seed", precision=0, info="of the drawing")
         with gr.Column(scale=3, min_width=320, elem_id="looking"):
-            script = asset("diagnosis/viewer.js")
-            parts["view"] = _component("view", payload.message(HINT), render.viewer(), script)
+            parts["view"] = _component("view", payload.message(HINT), render.viewer(), render.script())
     return parts
 
 
-def _wire_ask(pool: ModelPool, extractor: MentionExtractor, parts: dict[str, Any], sessions: Sessions) -> None:
+def _wire_ask(
+    pool: ModelPool,
+    extractor: MentionExtractor,
+    parts: dict[str, Any],
+    sessions: Sessions,
+    examples: Sequence[ExamplePicture],
+) -> None:
+    truths = {file_digest(example.file): example.objects for example in examples}
+
     def own_file(picture: str | None) -> Path | None:
         return None if picture is None else sessions.own_file(picture)
 
@@ -116,9 +127,11 @@ def _wire_ask(pool: ModelPool, extractor: MentionExtractor, parts: dict[str, Any
     ) -> Iterator[str]:
         try:
             generation = answer.generation(temperature, top_p, beams, length, seed)
-            question = answer.Question(model, own_file(picture), text, generation)
+            file = own_file(picture)
+            truth = None if file is None else truths.get(file_digest(file))
+            question = answer.Question(model, file, text, generation, truth=truth)
         except Exception as error:
-            yield payload.failure(error)
+            yield payload.failure(error, clear=True)
             return
         yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
@@ -133,21 +146,28 @@ def _wire_ask(pool: ModelPool, extractor: MentionExtractor, parts: dict[str, Any
             return
         yield from _stored(answer.explain_again(pool, session, scope, extractor), request, sessions)
 
-    def check_picture(picture: str | None) -> Any:
-        """Read a picture once it is uploaded, so that an error is shown before a question is asked."""
+    def check_picture(picture: str | None) -> tuple[Any, Any]:
+        """Read a picture once it is uploaded: what cannot be read goes, and what browsers cannot show is converted."""
         try:
-            if picture is not None:
-                answer.read_picture(own_file(picture))
+            file = own_file(picture)
+            shown = None if file is None else answer.displayable(file)
         except Exception as error:
-            return payload.failure(error)
-        return gr.skip()
+            return None, payload.failure(error)
+        return gr.skip() if shown == file else str(shown), gr.skip()
+
+    def pick(event: gr.EventData) -> Any:
+        """Put an example into the picture's field."""
+        index = getattr(event, "index", None)
+        return str(examples[index].file) if isinstance(index, int) and 0 <= index < len(examples) else gr.skip()
 
     options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
     names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
     inputs, view = [parts[name] for name in names], parts["view"]
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **options)
     view.gradient(change_scope, None, view, **options)
-    parts["picture"].change(check_picture, parts["picture"], view, **{**options, "concurrency_id": "picture"})
+    quick = {**options, "concurrency_id": "picture"}
+    parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)
+    parts["examples"].pick(pick, None, parts["picture"], **quick)
     parts["stop"].click(
         lambda: payload.message("stopped", clear=True), None, view, cancels=[asking], show_progress="hidden",
         queue=False, api_visibility="private",
@@ -167,7 +187,8 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
     run = gr.Dropdown(names, value=runs.first, label="run", elem_id="run", interactive=bool(names))
     with gr.Tabs():
         with gr.Tab("Samples"):
-            listing = _component("list", runs.listing(runs.first), fill("app/samples.html"), asset("app/samples.js"))
+            script = asset("diagnosis/parts.js") + asset("app/samples.js")
+            listing = _component("list", runs.listing(runs.first), fill("app/samples.html"), script)
         with gr.Tab("Figures") as figures:
             placeholder = payload.encode("figures", note="making the figures …" if names else NO_RUN)
             report = _component("figures", placeholder, fill("app/figures.html"), asset("app/figures.js"))
@@ -185,27 +206,28 @@ def _wire_run(
 ) -> None:
     options = {"show_progress": "minimal", "api_visibility": "private"}
 
-    def open_sample(request: gr.Request, run: str | None, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
-        """Open a sample in the first tab, with its stored answer."""
+    def open_sample(request: gr.Request, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Open a sample in the first tab, with its stored answer: from the list, from its neighbour, or by its link."""
         unchanged = gr.skip()
         try:
-            question = runs.question(str(run), str(event.task), str(event.sample), pool, model)
+            run, start = str(event.run), event.mention
+            mention = start if isinstance(start, int) else None
+            question = runs.question(run, str(event.task), str(event.sample), pool, model, mention)
             if question.picture is not None:
                 sessions.use(str(request.session_hash), [question.picture])
         except Exception as error:
             gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
-            yield (unchanged,) * 5
+            yield (unchanged,) * 6
             return
-        inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model
+        inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, run
         for data in _stored(answer.ask(pool, question, extractor), request, sessions):
             yield *inputs, data
-            inputs = (unchanged,) * 4
+            inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
 
     browser["run"].change(runs.listing, browser["run"], browser["list"], **options)
     empty = payload.encode("figures", note="")
     browser["run"].change(lambda: empty, None, browser["report"], **options)
     browser["figures"].select(runs.figures, browser["run"], browser["report"], **options)
-    outputs = [tabs, parts["picture"], parts["question"], parts["model"], parts["view"]]
-    browser["list"].look(
-        open_sample, [browser["run"], parts["model"]], outputs, concurrency_id=MODEL, concurrency_limit=1, **options
-    )
+    outputs = [tabs, parts["picture"], parts["question"], parts["model"], browser["run"], parts["view"]]
+    for component in (browser["list"], parts["view"]):
+        component.look(open_sample, parts["model"], outputs, concurrency_id=MODEL, concurrency_limit=1, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
-from stethoscope.core.text import console, visible
+from stethoscope.core.text import console, counted, percent, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -27,6 +28,13 @@ TRAIN_ONE = (
     "no detector comes with this model, so no warnings; `stethoscope benchmark model={model}` trains one, "
     "then add detector=runs/benchmark-{model}"
 )
+MEANING = {
+    "calibrated": "probability of hallucination {} or more",
+    "shifted": "score {} or more; no probability, because the detector is not calibrated for this picture",
+    "unknown": "score {} or more; nothing tells whether it is calibrated for this picture",
+}
+"""What a warning says, by ``Diagnosis.calibration``."""
+OUTCOMES = ("caught", "missed", "false alarm", "hallucinated")  # the last without a detector
 MOST = 5  # mentions that are explained in the terminal
 
 
@@ -43,7 +51,7 @@ def run(config: DictConfig) -> None:
     if not str(config.question or "").strip():
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
     extraction = load_extraction(config.extraction, config.plugins)
-    image = _image(config)
+    image, truth = _image(config)
     picture = image.load()
     setting = parse_setting(config.detector.folder)
     adapter = build(config.model, Adapter, "model", config.plugins)
@@ -64,6 +72,7 @@ def run(config: DictConfig) -> None:
         generation=build_generation(config, config.plugins),
         extraction=extraction,
         asks=str(config.asks),
+        truth=truth,
     )
     show(diagnosis, image.name)
     print(f"\n{_origin(setting, folders, str(HydraConfig.get().runtime.choices.model))}")
@@ -71,16 +80,17 @@ def run(config: DictConfig) -> None:
         print(f"wrote {path}")
 
 
-def _image(config: DictConfig) -> ImageRef:
+def _image(config: DictConfig) -> tuple[ImageRef, tuple[str, ...] | None]:
+    """Return the picture to diagnose, and of a rendered scene the objects that it shows."""
     from stethoscope.core.types import ImageRef
 
     if config.image is not None:
         path = Path(str(config.image)).expanduser()
-        return ImageRef(path.name, path)
+        return ImageRef(path.name, path), None
     from stethoscope import testbed
 
     scene = testbed.scenes(int(config.seed) + 1)[-1]
-    return ImageRef(f"{scene.id}.png (rendered)", scene.image)
+    return ImageRef(f"{scene.id}.png (rendered)", scene.image), scene.visible
 
 
 def _origin(setting: str | None, folders: list[Path], model: str) -> str:
@@ -96,21 +106,26 @@ def _origin(setting: str | None, folders: list[Path], model: str) -> str:
 
 def show(diagnosis: Diagnosis, name: str) -> None:
     """Print the answer coloured by its warnings, and the reasons for every doubtful object."""
+    from stethoscope.diagnosis.render import describe_reply
+
     terminal = console()
     title = f"{diagnosis.model} on {name}: {diagnosis.question}"
     lines: list[str | Text] = [title, "", answer_text(diagnosis), ""]
     warned = [mention for mention in diagnosis.mentions if mention.warned]
-    if diagnosis.threshold is not None:
+    if not diagnosis.mentions:
+        lines.append(describe_reply(diagnosis))
+    elif diagnosis.threshold is not None:
         lines.append(
-            f"warned of {len(warned)} of {len(diagnosis.mentions)} mentions "
-            f"(probability of hallucination {diagnosis.threshold:.2f} or more)"
+            f"warned of {len(warned)} of {counted(len(diagnosis.mentions), 'mention')} "
+            f"({MEANING[diagnosis.calibration].format(percent(diagnosis.threshold))})"
         )
+    lines += [*_truth(diagnosis)]
     explained = warned if diagnosis.threshold is not None else diagnosis.mentions
     for mention in explained[:MOST]:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]
     if len(explained) > MOST:
         lines.append(f"  and {len(explained) - MOST} more, all of them in report.html")
-    lines += [diagnosis.shift] if diagnosis.shift else []
+    lines += ["", diagnosis.shift] if diagnosis.shift else []
     lines += _visual_evidence(diagnosis)
     lines += [f"not shown: {note}" for note in diagnosis.notes]
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in diagnosis.seconds.items() if value >= 0.005)
@@ -149,8 +164,23 @@ def _spans(diagnosis: Diagnosis) -> Iterator[tuple[int, int, str, str]]:
         if mention.verdict is not None:
             value = mention.verdict.probability
             shade, weight = round(255 - 200 * value), "bold " if mention.warned else ""
-            note = f" [{value:.0%}]" if mention.warned else ""
+            note = f" [{percent(value)}]" if mention.warned else ""
             yield mention.start, mention.end, f"{weight}black on rgb(255,{shade},{shade})", note
+
+
+def _truth(diagnosis: Diagnosis) -> Iterator[str]:
+    """Yield lines about what the picture shows, and which mentions are hallucinated, where that is known."""
+    if diagnosis.truth is None:
+        return
+    yield f"the truth: the picture shows {', '.join(sorted(diagnosis.truth)) or 'none of the objects'}"
+    outcomes: dict[str, list[str]] = defaultdict(list)
+    for mention in diagnosis.mentions:
+        outcome = mention.outcome or ("hallucinated" if mention.label == 1 else "")
+        if outcome not in ("", "right"):
+            outcomes[outcome].append(mention.object)
+    parts = [f"{name}: {', '.join(dict.fromkeys(outcomes[name]))}" for name in OUTCOMES if outcomes[name]]
+    if diagnosis.mentions:
+        yield f"  {'; '.join(parts) or 'nothing is hallucinated, and nothing is warned of'}"
 
 
 def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
@@ -158,11 +188,15 @@ def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
     first = f"{mention.object}:"
     verdict = mention.verdict
     if verdict is not None:
-        first += f" {verdict.probability:.0%} hallucinated"
+        name = {"calibrated": "hallucinated", "shifted": "(not calibrated)", "unknown": "(score)"}[
+            diagnosis.calibration
+        ]
+        first += f" {percent(verdict.probability)} {name}"
+        first += f" ({mention.outcome})" if mention.outcome else ""
         if verdict.evidence is not None:
             first += f", evidence {verdict.evidence:+.2f} against prior {verdict.prior:+.2f} (log-odds)"
     elif mention.tokens:
-        first += f" token probability {diagnosis.probability[mention.tokens[0]]:.0%}"
+        first += f" token probability {percent(diagnosis.probability[mention.tokens[0]])}"
     yield first
     if verdict is not None and verdict.top:
         yield "  features: " + ", ".join(f"{name} {push:+.2f}" for name, push in verdict.top[:3])
@@ -173,8 +207,8 @@ def _reasons(diagnosis: Diagnosis, mention: DiagnosedMention) -> Iterator[str]:
     except CapabilityError:
         return
     share = diagnosis.shares["image"][mention.tokens[0], -1]
-    boxes = ", ".join(f"{_describe_box(box, diagnosis.image.size)} ({value:.0%} of it)" for box, value in regions)
-    yield f"  picture: {share:.0%} of the relevancy, strongest at {boxes}"
+    boxes = ", ".join(f"{_describe_box(box, diagnosis.image.size)} ({percent(value)} of it)" for box, value in regions)
+    yield f"  picture: {percent(share)} of the relevancy, strongest at {boxes}"
 
 
 def _visual_evidence(diagnosis: Diagnosis) -> list[str]:

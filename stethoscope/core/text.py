@@ -36,6 +36,26 @@ def visible(text: object) -> str:
     return _CONTROL.sub(_escaped, str(text))
 
 
+def percent(share: float) -> str:
+    """Write a share the way every page and the terminal do: two digits below 10 %, whole percents above.
+
+    >>> [percent(share).replace("\xa0", " ") for share in (0.974, 0.0995, 0.048, 0.0001, 0)]
+    ['97 %', '10 %', '4.8 %', '<0.1 %', '0 %']
+    """
+    if 0 < share < 0.0005:
+        return "<0.1\xa0%"
+    return f"{100 * share:.{0 if share >= 0.0995 or share == 0 else 1}f}\xa0%"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun in the singular or plural.
+
+    >>> counted(1, "token"), counted(2, "token")
+    ('1 token', '2 tokens')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(text: object) -> str:
     """Join the lines of a text, for messages that quote a value.
 

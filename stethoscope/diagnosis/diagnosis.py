@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict, rounded
-from stethoscope.relevancy.heatmaps import heat, overlay, relevancy_tiles
+from stethoscope.relevancy.heatmaps import OPACITY, heat, overlay, relevancy_tiles
 from stethoscope.tracing.token_spans import Box, TokenRegions
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Diagnosis:
         scope: of the gradient of ``relevancy``, ``row`` or ``token``.
         shift: one sentence where the picture or the answer is unlike those that the detector was calibrated on, so that
             no probability of it is calibrated; else empty.
+        monitored: whether the detector has a monitor of such shifts, so that an empty ``shift`` means none.
+        truth: names of the objects that the picture shows; None where not known. Mentions have labels.
     """
 
     model: str
@@ -101,6 +104,8 @@ class Diagnosis:
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "row"
     shift: str = ""
+    monitored: bool = False
+    truth: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -115,6 +120,16 @@ class Diagnosis:
         return tuple(mention.object for mention in self.mentions if mention.warned)
 
     @property
+    def calibration(self) -> str:
+        """Say what the probabilities of the detector are here: ``calibrated``, ``shifted`` or ``unknown``."""
+        return "shifted" if self.shift else "calibrated" if self.monitored else "unknown"
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Count the mentions whose truth is known by their outcome, see ``mention_outcome``."""
+        return dict(Counter(mention.outcome for mention in self.mentions if mention.outcome))
+
+    @property
     def probability(self) -> np.ndarray:
         """Compute the (T,) probabilities of the tokens under the model's own distribution, in [0, 1]."""
         return np.exp(np.array(self.answer.logprobs))
@@ -123,7 +138,7 @@ class Diagnosis:
     def warning(self) -> np.ndarray | None:
         """Return (T,) probabilities that the named object is hallucinated; NaN for other tokens.
 
-        They are calibrated unless ``shift`` says otherwise. None without a detector. Detectors learn from object names,
+        ``calibration`` says whether they are calibrated. None without a detector. Detectors learn from object names,
         so ``verdicts`` of other tokens are not calibrated.
         """
         if not self.verdicts:
@@ -241,7 +256,7 @@ class Diagnosis:
                     cells.append((cell, float(value) / total))
         return sorted(cells, key=lambda pair: -pair[1])[:count]
 
-    def picture(self, token: int, layer: int = -1, raw: bool | None = None, opacity: float = 0.6) -> Image:
+    def picture(self, token: int, layer: int = -1, raw: bool | None = None, opacity: float = OPACITY) -> Image:
         """Draw the image under the token's heat map, at least 480 pixels wide.
 
         Args:
@@ -264,6 +279,8 @@ class Diagnosis:
             "scope": self.scope,
             "threshold": self.threshold,
             "shift": self.shift,
+            "calibration": self.calibration,
+            "truth": None if self.truth is None else list(self.truth),
             "warned": list(self.warned),
             "mentions": [mention.to_dict() for mention in self.mentions],
             "tokens": [self._token_to_dict(index, warning) for index in range(len(self))],

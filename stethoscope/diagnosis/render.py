@@ -15,7 +15,9 @@ import numpy as np
 
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
-from stethoscope.relevancy.heatmaps import RAMP, colours, coverage, heat, overlay, raster
+from stethoscope.core.text import counted, percent
+from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, coverage, heat, overlay, raster
+from stethoscope.tasks.yes_no import first_word
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -32,6 +34,12 @@ WIDEST = 1024  # pixels along the longer side of the image
 NOTEBOOK_FIGURES, NOTEBOOK_WIDTH = 6, 200  # heat maps in a notebook, and their pixels
 NOTHING_KNOWN = "nothing known"
 """Label of the probability that the attended image evidence resembles none of the objects."""
+MEANING = {
+    "calibrated": "probability that the object is hallucinated, calibrated",
+    "shifted": "score of the detector, not calibrated for this picture",
+    "unknown": "score of the detector; nothing tells whether it is calibrated for this picture",
+}
+"""What a detector's percentages are, by ``Diagnosis.calibration``."""
 VISUAL_EVIDENCE_NOTE = (
     "'Looks like' is what the detector has learned from right and invented mentions: how the place that a name was "
     "written from looks inside the model. It is no object detector: it knows only what was often named, and can err."
@@ -42,14 +50,19 @@ VISUAL_EVIDENCE_NOTE = (
 def describe_visual_evidence(objects: Sequence[NamedProbability]) -> str:
     """List the objects that the attended image evidence resembles, except those that round to 0 %.
 
-    >>> describe_visual_evidence([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)])
-    'spoon 61%, fork 22%, nothing known 9%'
+    >>> describe_visual_evidence([("spoon", 0.61), ("fork", 0.217), (None, 0.09), ("cup", 0.002)]).replace("\xa0", " ")
+    'spoon 61 %, fork 22 %, nothing known 9.0 %'
     """
     return ", ".join(
-        f"{NOTHING_KNOWN if name is None else name} {probability:.0%}"
+        f"{NOTHING_KNOWN if name is None else name} {percent(probability)}"
         for name, probability in objects
         if probability >= 0.005
     )
+
+
+def script() -> Markup:
+    """Read the viewer's script."""
+    return asset("diagnosis/parts.js") + asset("diagnosis/viewer.js")
 
 
 def viewer(**prefilled: Any) -> Markup:
@@ -59,7 +72,7 @@ def viewer(**prefilled: Any) -> Markup:
         prefilled: parts of a payload that are shown even without JavaScript: ``asked``, ``text``, ``summary``,
             ``notes``, ``scope``.
     """
-    empty = {"asked": "", "text": "", "summary": "", "notes": (), "scope": "row"}
+    empty = {"asked": "", "text": "", "summary": "", "notes": (), "scope": "row", "opacity": round(100 * OPACITY)}
     return render("diagnosis/viewer.html", data={**empty, **prefilled})
 
 
@@ -114,8 +127,12 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
                 "mention": mention_by_token.get(index),
             }
         )
-    mentions = [mention_payload(mention.object, mention.tokens, mention.verdict) for mention in diagnosis.mentions]
-    truncation = [] if diagnosis.answer.finished else [f"The answer was cut off at {len(diagnosis)} tokens."]
+    mentions = [
+        {**mention_payload(mention.object, mention.tokens, mention.verdict, mention.label), "start": start}
+        for mention in diagnosis.mentions
+        for start in [diagnosis.answer.offsets[mention.tokens[0]][0] if mention.tokens else None]
+    ]
+    cut = [] if diagnosis.answer.finished else [f"The answer was cut off at {counted(len(diagnosis), 'token')}."]
     return {
         "asked": diagnosis.question,
         "text": text,
@@ -123,21 +140,42 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
         "mentions": mentions,
         "threshold": diagnosis.threshold,
         "shift": diagnosis.shift,
+        "calibration": diagnosis.calibration,
+        "meaning": MEANING[diagnosis.calibration],
+        "truth": None if diagnosis.truth is None else list(diagnosis.truth),
+        "reply": "" if mentions else describe_reply(diagnosis),
         "visual_evidence_note": VISUAL_EVIDENCE_NOTE if any(row["visual_evidence"] for row in mentions) else "",
-        "summary": f"{diagnosis.model}, {len(diagnosis)} tokens",
-        "notes": [*filter(None, [diagnosis.shift]), *truncation, *(f"Not shown: {note}" for note in diagnosis.notes)],
+        "summary": f"{diagnosis.model}, {counted(len(diagnosis), 'token')}",
+        "notes": [*filter(None, [diagnosis.shift]), *cut, *(f"Not shown: {note}" for note in diagnosis.notes)],
     }
 
 
-def mention_payload(name: str, tokens: Sequence[int], verdict: TokenVerdict | None) -> dict[str, Any]:
+def describe_reply(diagnosis: Diagnosis) -> str:
+    """Explain an answer that names no object: why nothing is warned of, and of a yes or no how sure the model is."""
+    word = first_word(diagnosis.answer.text)
+    if word is None:
+        return "The answer names no object, so there is nothing to warn of."
+    why = f"The answer is {word} and names no object itself, so the detector, which judges named objects, says nothing."
+    index = next(index for index, token in enumerate(diagnosis.answer.tokens) if word in token.lower())
+    shares = {word: float(diagnosis.probability[index])}
+    if diagnosis.evolution is not None:
+        top = zip(diagnosis.evolution.top_tokens[index][-1], diagnosis.evolution.probabilities[index, -1], strict=True)
+        by_word = [(text.strip().lower(), float(probability)) for text, probability in top]
+        shares |= {name: sum(value for text, value in by_word if text == name) for name in ("yes", "no")}
+    sure = ", ".join(f"{name} {percent(share)}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+    return f"{why} How sure the model is: {sure}."
+
+
+def mention_payload(name: str, tokens: Sequence[int], verdict: TokenVerdict | None, label: int = -1) -> dict[str, Any]:
     """Convert a mention for the payload.
 
     Args:
         name: of the object.
         tokens: indices of the tokens that name it.
         verdict: of the detector; None without one.
+        label: the truth: 1 hallucinated, 0 grounded, -1 not known.
     """
-    return {"object": name, "tokens": list(tokens), **_verdict_payload(verdict)}
+    return {"object": name, "tokens": list(tokens), "label": label, **_verdict_payload(verdict)}
 
 
 def _verdict_payload(verdict: TokenVerdict | None) -> dict[str, Any]:
@@ -154,10 +192,11 @@ def _verdict_payload(verdict: TokenVerdict | None) -> dict[str, Any]:
 
 def summarise(diagnosis: Diagnosis) -> str:
     """Summarise in one line: the model, the length of its answer, the number of warnings."""
-    parts = [diagnosis.model, f"{len(diagnosis)} tokens", f"{sum(diagnosis.seconds.values()):.1f} s"]
+    parts = [diagnosis.model, counted(len(diagnosis), "token"), f"{sum(diagnosis.seconds.values()):.1f} s"]
     if diagnosis.threshold is not None:
-        parts.append(f"warned of {len(diagnosis.warned)} of {len(diagnosis.mentions)} mentions")
-        parts.append(f"threshold {diagnosis.threshold:.2f}")
+        parts.append(f"warned of {len(diagnosis.warned)} of {counted(len(diagnosis.mentions), 'mention')}")
+        parts.append(f"threshold {percent(diagnosis.threshold)}")
+    parts += [f"{number} {outcome}" for outcome, number in diagnosis.outcomes.items() if outcome != "right"]
     return ", ".join(parts)
 
 
@@ -166,8 +205,8 @@ def page(diagnosis: Diagnosis) -> str:
     data = {**payload(diagnosis), "answer_id": "page", "summary": summarise(diagnosis)}
     parts = {key: data[key] for key in ("asked", "text", "summary", "notes", "scope")}
     body = render("diagnosis/page.html", viewer=viewer(**parts), data=json_block("data", data))
-    script = render("diagnosis/page.js", viewer=asset("diagnosis/viewer.js"))
-    return document(f"stethoscope: {diagnosis.question}", body, asset("diagnosis/viewer.css"), script)
+    code = render("diagnosis/page.js", viewer=script())
+    return document(f"stethoscope: {diagnosis.question}", body, asset("diagnosis/viewer.css"), code)
 
 
 def notebook(diagnosis: Diagnosis) -> str:
@@ -188,6 +227,8 @@ def notebook(diagnosis: Diagnosis) -> str:
         pieces=_notebook_pieces(data),
         figures=figures,
         width=NOTEBOOK_WIDTH,
+        meaning=MEANING[diagnosis.calibration],
+        percent=percent,
     )
     return str(display)
 
@@ -214,9 +255,16 @@ def _notebook_figure(diagnosis: Diagnosis, mention: DiagnosedMention) -> list[tu
         image = overlay(diagnosis.image, diagnosis.heat_map(mention.tokens[0]), width=NOTEBOOK_WIDTH)
     except CapabilityError:
         return []
+    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + _verdict_text(diagnosis, mention))]
+
+
+def _verdict_text(diagnosis: Diagnosis, mention: DiagnosedMention) -> str:
+    """Write a mention's probability for a caption, with what it is worth here; empty without a detector."""
+    if mention.verdict is None:
+        return ""
+    name = "hallucinated" if diagnosis.calibration == "calibrated" else "score"
     void = " (not calibrated here)" if diagnosis.shift else ""
-    verdict = "" if mention.verdict is None else f", hallucinated {mention.verdict.probability:.0%}{void}"
-    return [(data_uri(image, 2 * NOTEBOOK_WIDTH), mention.object + verdict)]
+    return f", {name} {percent(mention.verdict.probability)}{void}"
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> list[int]:
@@ -321,13 +369,13 @@ def figure(diagnosis: Diagnosis, token: int, layer: int = -1, raw: bool | None =
     image.imshow(diagnosis.image)
     top = heat_map.max()
     strength = heat_map / top if top > 0 else heat_map
-    image.imshow(colours(strength), alpha=0.75 * np.sqrt(strength))
+    image.imshow(colours(strength), alpha=OPACITY * strength)
     image.set_axis_off()
     word = diagnosis.answer.tokens[token].strip()
-    title = f"{word!r}, probability {diagnosis.probability[token]:.0%}"
+    title = f"{word!r}, probability {percent(diagnosis.probability[token])}"
     mention = diagnosis.mention_of(token)
-    if mention is not None and mention.verdict is not None:
-        title += f", hallucinated {mention.verdict.probability:.0%}" + (", not calibrated" if diagnosis.shift else "")
+    if mention is not None:
+        title += _verdict_text(diagnosis, mention)
     image.set_title(title, parse_math=False)
     names = list(diagnosis.shares)
     layers = np.arange(1, len(diagnosis.shares["image"][token]) + 1)

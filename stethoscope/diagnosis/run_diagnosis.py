@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,9 @@ from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
 from stethoscope.storage.tokens import token_table
+from stethoscope.tasks.counts import label_mentions
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
-from stethoscope.tasks.object_extraction import MentionExtractor
+from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def diagnose(
     generation: Generation | None = None,
     extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
+    truth: Collection[str] | None = None,
+    mentions: Sequence[Mention] | None = None,
 ) -> Diagnosis:
     """Diagnose one answer: probability, relevancy, prediction evolution and verdict of every token.
 
@@ -63,6 +65,8 @@ def diagnose(
         extraction: how objects that the answer names are found: a choice of ``stethoscope.tasks.extraction``, or a
             function of the text; COCO's objects by default.
         asks: what the question asks for, ``question`` or ``description``, see ``Adapter.encode_as``.
+        truth: COCO's names of all objects that the picture shows, where they are known: mentions get labels by them.
+        mentions: of ``answer``, with their labels, such as those of a run's record; None to extract them.
 
     Raises:
         DataError: the picture is missing or cannot be read, or the answer is empty.
@@ -85,7 +89,7 @@ def diagnose(
     with _timed(seconds, "generate"):
         answer = _complete_answer(adapter, encoded, answer, generation)
     extractor = as_extraction(extraction)
-    extracted = extract_mentions(answer, extractor)
+    extracted = extract_mentions(answer, extractor, truth) if mentions is None else list(mentions)
     with _timed(seconds, "trace"):
         resampling = read_samples(extractor, generation)
         trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
@@ -119,6 +123,8 @@ def diagnose(
         seconds=seconds,
         scope=scope,
         shift=shift,
+        monitored=detector is not None and detector.monitor is not None,
+        truth=None if truth is None else tuple(truth),
     )
 
 
@@ -244,14 +250,23 @@ def _lens_trajectory(adapter: Adapter, encoded: Encoded, answer: Answer) -> Lens
     return LensTrajectory(tuple(zip(*top_tokens, strict=True)), probabilities, rank, logprob, answer_tokens)
 
 
-def extract_mentions(answer: Answer, extractor: MentionExtractor) -> list[Mention]:
-    """Extract the unlabelled mentions of an answer, in reading order and with indices as tasks give them."""
-    repeats: Counter[str] = Counter()
-    mentions = []
-    for index, mention in enumerate(sorted(extractor(answer.text), key=lambda mention: mention.start)):
-        mentions.append(Mention(mention.start, mention.end, mention.name, -1, index, repeats[mention.name]))
-        repeats[mention.name] += 1
-    return mentions
+def extract_mentions(
+    answer: Answer, extractor: MentionExtractor, truth: Collection[str] | None = None
+) -> list[Mention]:
+    """Extract the mentions of an answer, in reading order and with indices as tasks give them.
+
+    Args:
+        answer: its text is read.
+        extractor: finds the objects that it names.
+        truth: COCO's names of all objects that the picture shows, by which names that COCO knows are labelled; None for
+            mentions without labels.
+    """
+    named = sorted(extractor(answer.text), key=lambda mention: mention.start)
+    if truth is None:
+        return list(label_mentions(named, [-1] * len(named)))
+    extraction = as_extraction(extractor)
+    shown, known = extraction.own_names(truth), extraction.own_names(OBJECTS)
+    return list(label_mentions(named, [int(name not in shown) if name in known else -1 for name, _, _ in named]))
 
 
 def read_samples(extractor: MentionExtractor, generation: Generation | None) -> Resampling:
@@ -280,7 +295,13 @@ def score_mentions(
         The verdict of every token (none without a detector), and the mentions with their verdicts.
     """
     diagnosed = [
-        DiagnosedMention(mention.object, mention.start, mention.end, tuple(answer.covering(mention.start, mention.end)))
+        DiagnosedMention(
+            mention.object,
+            mention.start,
+            mention.end,
+            tuple(answer.covering(mention.start, mention.end)),
+            label=mention.label,
+        )
         for mention in mentions
     ]
     if detector is None:

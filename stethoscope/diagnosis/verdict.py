@@ -55,6 +55,7 @@ class DiagnosedMention:
         tokens: indices of the tokens that name the object.
         verdict: None without a detector.
         warned: whether the probability is at or above the detector's threshold.
+        label: the truth: 1 hallucinated, 0 grounded, -1 not known.
     """
 
     object: str
@@ -63,11 +64,29 @@ class DiagnosedMention:
     tokens: tuple[int, ...]
     verdict: TokenVerdict | None = None
     warned: bool = False
+    label: int = -1
+
+    @property
+    def outcome(self) -> str:
+        """Name the outcome, see ``mention_outcome``; empty without a detector, or where the truth is not known."""
+        return "" if self.verdict is None or self.label < 0 else mention_outcome(self.label, self.warned)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-able dictionary."""
         verdict = {} if self.verdict is None else {**self.verdict.to_dict(), "warned": self.warned}
-        return {"object": self.object, "start": self.start, "end": self.end, "tokens": list(self.tokens), **verdict}
+        span = {"start": self.start, "end": self.end, "tokens": list(self.tokens)}
+        return {"object": self.object, **span, **verdict, "label": self.label}
+
+
+def mention_outcome(label: int, warned: bool) -> str:
+    """Name the outcome of a mention by its label (1 hallucinated, 0 grounded, -1 none) and its warning.
+
+    >>> [mention_outcome(label, warned) for label, warned in ((1, True), (1, False), (0, True), (0, False), (-1, True))]
+    ['caught', 'missed', 'false alarm', 'right', 'not judged']
+    """
+    if label < 0:
+        return "not judged"
+    return ("caught" if warned else "missed") if label else ("false alarm" if warned else "right")
 
 
 def rounded(value: float | None) -> float | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 RAMP = np.array([(49, 54, 149), (116, 173, 209), (254, 224, 144), (244, 109, 67), (165, 0, 38)], dtype=float)
+OPACITY = 0.55
+"""Opacity of a heat map where it is largest; elsewhere in proportion, so that the picture stays visible under it."""
 """RGB colours of heat maps from the smallest to the largest value: blue, yellow, red."""
 
 
@@ -113,7 +115,7 @@ def colours(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(position, steps, RAMP[:, part]) for part in range(3)], -1).round().astype(np.uint8)
 
 
-def overlay(image: Image, map: np.ndarray, opacity: float = 0.6, width: int = 480) -> Image:
+def overlay(image: Image, map: np.ndarray, opacity: float = OPACITY, width: int = 480) -> Image:
     """Draw a heat map over an image; the map is scaled to its own largest value.
 
     Args:
@@ -129,6 +131,6 @@ def overlay(image: Image, map: np.ndarray, opacity: float = 0.6, width: int = 48
     top = float(map.max()) if map.size else 0.0
     strength = map / top if top > 0 else np.zeros_like(map)
     below = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    alpha = np.uint8(255 * opacity * strength**0.5)
+    alpha = np.uint8(255 * opacity * strength)
     above = Image.fromarray(np.dstack([colours(strength), alpha])).resize(size, Image.Resampling.NEAREST)
     return Image.alpha_composite(below.convert("RGBA"), above).convert("RGB")

@@ -18,7 +18,7 @@ def runs(folder, tmp_path):
 
 def test_the_list_says_what_became_of_every_mention(runs, folder):
     found = json.loads(runs.listing("small"))
-    said = Counter(kind for row in found["rows"] for _, kind, _ in row["mentions"])
+    said = Counter(kind for row in found["rows"] for _, kind, *_ in row["mentions"])
     expected = Counter()
     for text in (folder / "small" / "warnings.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -96,6 +96,9 @@ def test_a_run_without_a_detector_lists_its_samples(folder, tmp_path):
 def test_examples_are_pictures(tmp_path):
     from PIL import Image
 
-    files = write_examples(tmp_path, 5, 2)
-    assert [file.name for file in files] == ["counter-000005.png", "counter-000006.png"]
-    assert Image.open(files[0]).size == (96, 96)
+    from stethoscope import testbed
+
+    examples = write_examples(tmp_path, 5, 2)
+    assert [example.file.name for example in examples] == ["counter-000005.png", "counter-000006.png"]
+    assert Image.open(examples[0].file).size == (96, 96)
+    assert examples[1].objects == testbed.scenes(7)[6].visible

@@ -9,11 +9,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from scripts.bench.responsiveness import MOVE, SLIDERS
-from stethoscope import testbed
+from stethoscope import diagnose, testbed
 from stethoscope.core.types import Generation
+from stethoscope.report.examples import read_examples
+from stethoscope.report.run_report import EXAMPLES
+from stethoscope.report.run_source import RunReader
 
 DONE = "#view [data-id=diagnosed]:not([hidden])"
 WIDTHS = {1280: 900, 390: 844}
+SIZE = "[...document.querySelectorAll('#photograph img')].map((one) => [one.naturalWidth, one.naturalHeight].join())[0]"
 DESCRIBE = "Please describe this image in detail."
 
 
@@ -31,13 +35,14 @@ def page(request, browser, served):
     context.close()
 
 
-def open_page(context, served):
+def open_page(context, served, address=None):
     page = context.new_page()
     page.asked, page.failed = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("pageerror", lambda error: page.failed.append(str(error)))
-    page.goto(served.address)
-    page.wait_for_selector("#view .st-status")
+    page.on("console", lambda message: page.failed.append(message.text) if message.type == "error" else None)
+    page.goto(address or served.address)
+    page.wait_for_selector("#view .st-status", state="attached")
     return page
 
 
@@ -96,7 +101,7 @@ def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_pa
     page.evaluate(MOVE, ["layer", 2])
     for name, positions in SLIDERS.items():  # how soon: scripts/bench/responsiveness.py
         assert any([page.evaluate(MOVE, [name, position]) is not None for position in positions]), name
-    assert [text(page, f"{name}-text") for name in SLIDERS] == ["2 of 4", "60 %", "30 %", "× 3.98"]
+    assert [text(page, f"{name}-text") for name in SLIDERS] == ["2 of 4", "60\xa0%", "30\xa0%", "× 3.98"]
     assert "2 of 4" in text(page, "shares-layer")
     assert len(page.asked) == requests  # the browser did it alone
 
@@ -110,6 +115,41 @@ def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_pa
     wait_for_words(page, "question", old)
     assert len(page.asked) == requests
     take(page, "token", tmp_path)
+
+
+def test_the_truth_of_an_example_is_beside_every_mention(page, served, adapter, tmp_path):
+    """The first example shows a catch; a photograph has no truth."""
+    example = page.get_by_role("button", name="rendered scene counter-000001")
+    example.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#photograph img")
+    page.click("#ask")
+    page.wait_for_selector(DONE, timeout=60_000)
+    scene = testbed.scenes(2)[1]
+    with served.pool.use("testbed") as ready:
+        diagnosis = diagnose(adapter, scene.image(), DESCRIBE, detector=ready.detectors.final, truth=scene.visible)
+    kinds = [mention.outcome for mention in diagnosis.mentions]
+    assert "caught" in kinds
+    rows = [row.inner_text() for row in page.locator("#view [data-id=mentions] tr").all()]
+    for row, mention in zip(rows, diagnosis.mentions, strict=True):
+        assert row.startswith(mention.object)
+        assert f"{'hallucinated' if mention.label else 'grounded'}: {mention.outcome}" in row
+    wrong = sum(mention.label for mention in diagnosis.mentions)
+    assert f"{wrong} of {len(kinds)} are hallucinated: {kinds.count('caught')} caught" in text(page, "outcomes")
+    assert "truth: hallucinated" in text(page, "key")
+    assert "clock, knife, surfboard" in text(page, "truth-note")
+    if page.width < 760:  # the answer comes below the question, and is scrolled to
+        assert page.evaluate("document.querySelector('#view [data-id=answer]').getBoundingClientRect().top") < 400
+    page.fill("#question textarea", " ")
+    page.click("#ask")
+    wait_for_words(page, "status", "the question is empty")
+    assert page.locator("#view [data-id=written]").is_hidden()  # the answer to another question
+    page.fill("#question textarea", "Is there a dog in the image?")
+    page.click("#ask")
+    page.wait_for_selector(DONE, timeout=60_000)
+    assert re.search(r"The answer is (yes|no) and names no object.*sure the model is: \1", text(page, "reply"))
+    assert page.locator("#view [data-id=top-card]").is_hidden()
+    take(page, "reply", tmp_path)
 
 
 def test_warnings_follow_their_threshold(page, served, tmp_path):
@@ -128,7 +168,7 @@ def test_warnings_follow_their_threshold(page, served, tmp_path):
     assert boxed.first.get_attribute("data-chance").endswith("%")  # not told by colour alone
     boxed.first.hover()
     tip = page.locator("#view [data-id=tip]")
-    assert re.search(r"\d\s%\shallucinated", tip.inner_text())
+    assert re.search(r"\d\s%\s\(score\)", tip.inner_text())
     assert re.search(r"evidence [+−]\d.*prior [+−]\d", tip.inner_text())
     take(page, "warnings", tmp_path)
 
@@ -148,19 +188,40 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     assert cards.count() > 0
     assert text_of(page, "#list [data-id=count]") != whole
     take(page, "samples", tmp_path)
-    name = cards.first.locator("b").inner_text()
-    cards.first.get_by_role("button").click()
+    names = [card.locator("b").inner_text() for card in cards.all()]
+    chip = cards.first.locator(".st-chip", has_text="caught: ").last
+    wanted = re.match(r"caught: (.*) \d", chip.inner_text())[1]
+    chip.click()
     page.wait_for_selector(DONE, timeout=60_000)
     assert text(page, "answer").startswith(served.evil)
-    assert f"sample {name}" in text(page, "notes")
+    assert f"sample {names[0]}" in text(page, "notes")
     assert page.locator("#question textarea").input_value() == DESCRIBE
+    assert "hallucinated: caught" in text(page, "facts")
+    assert page.locator("#view .st-t.st-chosen").inner_text() == wanted.split()[0]  # the mention that was clicked
     take(page, "opened", tmp_path)
+    link = page.url
+    assert f"run=small&task=chair&sample={names[0]}&mention=" in link
+    page.click("#view [data-id=next]")
+    wait_for_words(page, "case-name", names[1])  # in the order of the list, with its filter
+    page.click("#view [data-id=previous]")
+    wait_for_words(page, "case-name", names[0])
+    shared = open_page(page.context, served, link)
+    shared.wait_for_selector(DONE, timeout=60_000)
+    assert text(shared, "case-name").startswith(f"small, chair: {names[0]}")
+    assert shared.locator("#view .st-t.st-chosen").inner_text() == wanted.split()[0]
+    shared.close()
+    assert shared.failed == []
     page.get_by_role("tab", name="Finished run").click()
     page.get_by_role("tab", name="Figures").click()
     frame = page.frame_locator("#figures iframe")
     frame.locator("svg").first.wait_for(timeout=30_000)
     for words in ("Leader board: AUROC", "ROC", "Reliability"):
         assert frame.get_by_text(re.compile(words, re.I)).count() > 0
+    source = RunReader.read(served.runs / "small")
+    expected = [example.kind.replace(" ", "-") for example in read_examples(source, EXAMPLES)]
+    cards = [frame.locator(f"article.{kind}").count() for kind in ("caught", "missed", "false-alarm")]
+    assert cards == [expected.count(kind) for kind in ("caught", "missed", "false-alarm")]
+    assert sum(cards) > 0
     take(page, "figures", tmp_path)
 
 
@@ -175,10 +236,23 @@ def test_what_is_no_picture_is_said(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     page.set_input_files("#photograph input[type=file]", broken)
-    page.wait_for_selector("#photograph img")
-    page.click("#ask")
-    wait_for_words(page, "status", "cannot be read")
+    wait_for_words(page, "status", "cannot be read")  # before anything is asked
     assert "'broken.png'" in text(page, "status")
+    page.wait_for_selector("#photograph input[type=file]", state="attached")
+    assert page.locator("#photograph img").count() == 0
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "scan.tiff"])
+def test_every_picture_is_shown_upright_before_it_is_asked_about(page, tmp_path, name):
+    from PIL import Image
+
+    picture = Image.new("RGB", (80, 40), "teal")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / name, exif=exif)
+    page.set_input_files("#photograph input[type=file]", tmp_path / name)
+    page.wait_for_selector("#photograph img")
+    page.wait_for_function(SIZE + "=== '40,80'")
 
 
 def test_two_users_at_once_get_their_own_answers(browser, served, adapter):
@@ -186,7 +260,7 @@ def test_two_users_at_once_get_their_own_answers(browser, served, adapter):
     files = sorted(served.own.glob("counter-*.png"))[:2]
     expected = []
     for number, question in enumerate(questions):  # before the others have the model
-        encoded = adapter.encode(testbed.scenes(number + 1)[number].image(), question)
+        encoded = adapter.encode(testbed.scenes(number + 2)[number + 1].image(), question)
         expected.append((adapter.generate([encoded], Generation(max_new_tokens=128))[0].text, question))
     contexts = [browser.new_context() for _ in questions]
     pages = [open_page(context, served) for context in contexts]

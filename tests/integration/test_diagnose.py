@@ -12,6 +12,7 @@ import stethoscope as package
 from stethoscope import testbed
 from stethoscope.commands.diagnose import answer_text
 from stethoscope.core.errors import ConfigError
+from stethoscope.core.text import percent
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
@@ -32,7 +33,9 @@ def trained(tmp_path_factory):
 
 def test_without_anything_it_looks_at_a_rendered_scene(stethoscope, tmp_path):
     out = stethoscope("diagnose", code=0)
-    assert "testbed on counter-000000.png" in out
+    assert "testbed on counter-000001.png" in out
+    assert "the truth: the picture shows clock, knife, surfboard" in out
+    assert "  caught: " in out  # the first that a user sees: something is invented, and warned of
     assert "The image" in out
     assert "detector: the one that comes with the embedded model" in out
     assert "detector=none switches it off" in out
@@ -76,11 +79,12 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
     assert data["question"] == "What's this, a dog?"
     assert [named["object"] for named in data["mentions"]] == ["dog", "cat"]
     assert data["warned"] == ["dog", "cat"]
+    state = {"shifted": "(not calibrated)", "unknown": "(score)"}[data["calibration"]]
     for named in data["mentions"]:
-        assert f"{named['object']} [{named['probability']:.0%}]" in out
-        assert f"{named['object']}: {named['probability']:.0%} hallucinated, evidence {named['evidence']:+.2f}" in out
+        assert f"{named['object']} [{percent(named['probability'])}]" in out
+        assert f"{named['object']}: {percent(named['probability'])} {state}, evidence {named['evidence']:+.2f}" in out
         looks = ", ".join(
-            f"{one['object'] or 'nothing known'} {one['probability']:.0%}"
+            f"{one['object'] or 'nothing known'} {percent(one['probability'])}"
             for one in named["visual_evidence"]
             if one["probability"] >= 0.005
         )
@@ -108,7 +112,7 @@ def test_colours_are_for_terminals(trained):
             shown[terminal] = console.file.getvalue()
         assert "\x1b[" in shown[True]
         assert "\x1b[" not in shown[False]
-        assert re.sub(r" \[\d+%\]", "", shown[False]) == "A dog on a tree.\n"
+        assert re.sub(r" \[[\d.]+\xa0%\]", "", shown[False]) == "A dog on a tree.\n"
 
 
 @pytest.mark.parametrize("off", ["detector=none", "detector=null"])

@@ -1,14 +1,6 @@
 // The samples of a run. Filters run in the browser; opening one asks the server.
-const $ = (id) => element.querySelector(`[data-id="${id}"]`);
 const PAGE = 40;
-let rows = [], limit = PAGE;
-
-function make(name, text, kind) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (kind) made.className = kind;
-  return made;
-}
+let rows = [], limit = PAGE, run = "";
 
 function options(id, values, all) {
   $(id).replaceChildren(...[["", all], ...values.map((value) => [value, value])].map(([value, text]) => Object.assign(make("option", text), { value })));
@@ -24,17 +16,26 @@ function fits(row) {
   return !find || [row.sample, row.question, row.answer, ...row.mentions.map((one) => one[0])].some((text) => text.toLowerCase().includes(find));
 }
 
+// what opens a sample: at the mention that the filter is about, if there is one
+function address(row) {
+  const mention = row.mentions.find((one) => one[1] === $("kind").value);
+  return { run, task: row.task, sample: row.sample, mention: mention ? mention[3] : null };
+}
+
 function card(row) {
   const box = make("article", undefined, "st-card st-sample"), head = make("div", undefined, "st-sample-head");
   const open = make("button", "look at it", "st-open");
   open.type = "button";
   open.setAttribute("aria-label", `look at sample ${row.sample}`);
-  open.addEventListener("click", () => trigger("look", { task: row.task, sample: row.sample }));
+  open.addEventListener("click", () => trigger("look", address(row)));
   head.append(make("b", row.sample), make("span", row.task + (row.fold ? `, ${row.fold}` : "") + (row.status === "ok" ? "" : `, ${row.status}`), "st-soft"), open);
   box.append(head, make("p", row.question, "st-soft"), make("p", row.answer, "st-words"));
   const chips = make("div", undefined, "st-chips");
-  row.mentions.filter((one) => one[1] !== "right").forEach(([name, kind, probability]) => {
-    chips.append(make("span", `${kind}: ${name} ${(100 * probability).toFixed(0)} %`, "st-chip st-" + kind.replace(" ", "-")));
+  row.mentions.filter((one) => one[1] !== "right").forEach(([name, kind, probability, mention]) => {
+    const chip = make("button", `${kind}: ${name} ${percent(probability)}`, "st-chip st-" + kind.replace(" ", "-"));
+    chip.type = "button";
+    chip.addEventListener("click", () => trigger("look", { ...address(row), mention }));
+    chips.append(chip);
   });
   const right = row.mentions.filter((one) => one[1] === "right").length;
   if (right) chips.append(make("span", `${right} right`, "st-chip"));
@@ -43,19 +44,20 @@ function card(row) {
 }
 
 function show() {
-  const found = rows.filter(fits);
-  $("count").textContent = rows.length ? `${found.length} of ${rows.length} samples` : "";
-  $("rows").replaceChildren(...found.slice(0, limit).map(card));
-  $("more").hidden = found.length <= limit;
+  const shown = rows.filter(fits);
+  $("count").textContent = rows.length ? `${shown.length} of ${counted(rows.length, "sample")}` : "";
+  $("rows").replaceChildren(...shown.slice(0, limit).map(card));
+  $("more").hidden = shown.length <= limit;
+  window.stethoscopeOrder = shown.map(address); // in which the viewer goes to the previous and the next
 }
 
 function receive() {
-  let found;
-  try { found = JSON.parse(props.value); } catch (error) { found = { rows: [], note: "what came from the server cannot be read" }; }
-  rows = found.rows;
+  let message;
+  try { message = JSON.parse(props.value); } catch (error) { message = { rows: [], note: "what came from the server cannot be read", run: "" }; }
+  ({ rows, run } = message);
   limit = PAGE;
-  $("note").textContent = found.note;
-  $("note").hidden = !found.note;
+  $("note").textContent = message.note;
+  $("note").hidden = !message.note;
   $("filters").hidden = !rows.length;
   options("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))], "all");
   options("task", [...new Set(rows.map((row) => row.task))], "all");

@@ -1,27 +1,17 @@
 // The viewer of one answer, in the app and on static pages; everything that comes from a model is set as text.
 // It reads element (its root), props.value (the payload), watch (calls back on a new payload) and trigger (asks the
 // server; null on a static page).
-const $ = (id) => element.querySelector(`[data-id="${id}"]`);
 const number = (id) => Number($(id).value);
+const CASE = ["run", "task", "sample", "mention"]; // keys of a link to a sample
 const RANGES = ["layer", "threshold", "opacity", "scale", "warn", "contribution-layer", "contribution-scale"];
 const COLOURS = {
-  warning: "calibrated warning of every object", every: "the detector on every token (calibrated on objects only)",
-  surprise: "how improbable the token is", contribution: "visual contribution (layer and scale below)",
+  warning: "warning of every object", every: "the detector on every token", surprise: "how improbable the token is",
+  contribution: "visual contribution (layer and scale below)",
 };
-const VOID = "warning of every object, not calibrated here";
+const TRUTH = { 1: "hallucinated", 0: "grounded", "-1": "not judged" };
+const STRONGEST = 45; // percent of a colour behind a token, so that its text stays readable
 const photo = new Image();
 let data = null, scopes = {}, chosen = 0, frame = 0;
-
-function make(name, text, kind) {
-  const node = document.createElement(name);
-  if (text !== undefined) node.textContent = text;
-  if (kind) node.className = kind;
-  return node;
-}
-
-function percent(value) {
-  return value >= 0.0995 || value === 0 ? (100 * value).toFixed(0) + "\u00a0%" : (100 * value).toFixed(1) + "\u00a0%";
-}
 
 function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -90,17 +80,57 @@ function strength(token, index, kind) {
 function colour() {
   const kind = $("colour").value || (data.threshold === null ? "surprise" : "warning");
   const tint = { surprise: "var(--st-plain)", contribution: "var(--st-good)" }[kind] || "var(--st-warn)";
+  legend(kind, tint);
   element.querySelectorAll(".st-t").forEach((span) => {
     const index = Number(span.dataset.token), token = data.tokens[index], mention = judged(index);
     const value = strength(token, index, kind), alarm = warned(mention);
-    span.style.background = value === null || value === undefined ? "none" : `rgba(${tint}, ${(0.7 * value).toFixed(3)})`;
+    span.style.background = value === null || value === undefined ? "none" : mixed(tint, value);
     const first = alarm && mention.tokens[0] === index, last = alarm && mention.tokens[mention.tokens.length - 1] === index;
     span.className = ["st-t", alarm ? "st-warned" : "", first ? "st-first" : "", last ? "st-last" : "",
-      data.kind === "done" && index === chosen ? "st-chosen" : ""].filter(Boolean).join(" ");
+      { 1: "st-hallucinated", 0: "st-grounded" }[mention === null ? -1 : mention.label] || "", data.kind === "done" && index === chosen ? "st-chosen" : ""].filter(Boolean).join(" ");
     if (last) span.dataset.chance = percent(mention.probability); else delete span.dataset.chance;
+    if (data.kind !== "done") return; // buttons from then on
     span.setAttribute("aria-pressed", index === chosen);
-    span.setAttribute("aria-label", data.text.slice(...token.span) + (alarm ? `, warned, ${percent(mention.probability)}` : ""));
+    const truth = mention !== null && mention.label >= 0 ? `, ${TRUTH[mention.label]}` : "";
+    span.setAttribute("aria-label", data.text.slice(...token.span) + (alarm ? `, warned, ${percent(mention.probability)}` : "") + truth);
   });
+}
+
+function mixed(tint, value) {
+  return `color-mix(in srgb, ${tint} ${(STRONGEST * value).toFixed(1)}%, transparent)`;
+}
+
+function legend(kind, tint) {
+  const known = data.mentions.some((one) => one.label >= 0), rows = [], ramp = make("i");
+  const entry = (sample, text) => { const row = make("li"); row.append(sample, make("span", text)); rows.push(row); };
+  ramp.style.background = `linear-gradient(90deg, transparent, ${mixed(tint, 1)})`;
+  const meaning = data.meaning || "score of the object so far";
+  entry(ramp, { surprise: "how improbable the token was, 0 to 100\u00a0%", contribution: "how much the image weighs against the text",
+    every: "the detector on every token, which it is not calibrated for" }[kind] || `${meaning}, 0 to 100\u00a0%`);
+  if (data.threshold !== null) {
+    const box = make("span", "word", "st-key-warned");
+    box.append(make("b", "%"));
+    entry(box, "warned of");
+  }
+  if (known) entry(make("span", "word", "st-hallucinated"), "truth: hallucinated");
+  if (known) entry(make("span", "word", "st-grounded"), "truth: grounded");
+  $("key").replaceChildren(...rows);
+}
+
+function outcomes() {
+  const known = data.mentions.filter((one) => one.label >= 0), names = known.map((one) => outcome(one.label, warned(one)));
+  const count = (name) => names.filter((one) => one === name).length, wrong = known.filter((one) => one.label === 1).length;
+  const parts = [];
+  if (data.threshold !== null && data.mentions.length) {
+    parts.push(`Warned of ${data.mentions.filter(warned).length} of ${counted(data.mentions.length, "mention")}.`);
+  }
+  if (known.length) parts.push(`${wrong} of ${known.length} ${known.length === 1 ? "is" : "are"} hallucinated`
+    + (data.threshold === null ? "." : `: ${count("caught")} caught, ${count("missed")} missed; ${counted(count("false alarm"), "false alarm")}.`));
+  $("outcomes").textContent = parts.join(" ");
+  $("outcomes").hidden = !parts.length;
+  $("reply").textContent = data.reply;
+  $("reply").hidden = !data.reply;
+  $("truth-note").textContent = data.truth === null ? "" : `The picture shows: ${[...data.truth].sort().join(", ") || "none of these objects"}.`;
 }
 
 function tip(event) {
@@ -110,7 +140,8 @@ function tip(event) {
   const token = data.tokens[Number(span.dataset.token)], mention = judged(Number(span.dataset.token));
   const lines = [`token probability ${percent(token.probability)}`];
   if (mention !== null && mention.probability !== null) {
-    lines.unshift(`${mention.object}: ${percent(mention.probability)} hallucinated`);
+    lines.unshift(`${mention.object}: ${percent(mention.probability)} ${{ calibrated: "hallucinated", shifted: "(not calibrated)", unknown: "(score)" }[data.calibration]}`);
+    if (mention.label >= 0) lines.push(`truth: ${TRUTH[mention.label]} (${outcome(mention.label, warned(mention))})`);
     if (mention.evidence !== null) lines.push(`evidence ${signed(mention.evidence)}, prior ${signed(mention.prior)} (log-odds)`);
     if (mention.visual_evidence) lines.push(`the place looks like: ${mention.visual_evidence}`);
     mention.top.slice(0, 3).forEach(([name, push]) => lines.push(`${name} ${signed(push)}`));
@@ -148,7 +179,7 @@ function paint() {
   const small = new ImageData(columns, rows), opacity = number("opacity") / 100, least = number("threshold") / 100;
   for (let cell = 0; cell < size; cell++) {
     const value = Math.min(1, map.values[start + cell] / 255 * factor);
-    small.data.set([...ramp(value), value < least || value === 0 ? 0 : 255 * opacity * Math.sqrt(value)], 4 * cell);
+    small.data.set([...ramp(value), value < least || value === 0 ? 0 : 255 * opacity * value], 4 * cell);
   }
   const sheet = make("canvas");
   [sheet.width, sheet.height] = [columns, rows];
@@ -157,10 +188,12 @@ function paint() {
   brush.imageSmoothingEnabled = false;
   brush.drawImage(sheet, left, top, right - left, bottom - top);
   brush.fillStyle = "rgba(128, 128, 128, 0.6)"; // what the model does not see
+  const width = canvas.width - right, height = canvas.height - bottom;
+  $("margin").hidden = Math.max(left, top, width, height) <= 2;
   if (left > 2) brush.fillRect(0, 0, left, canvas.height);
-  if (canvas.width - right > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
+  if (width > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
   if (top > 2) brush.fillRect(0, 0, canvas.width, top);
-  if (canvas.height - bottom > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
+  if (height > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
 }
 
 // --- everything about the chosen token -------------------------------------------------------------------------
@@ -193,15 +226,19 @@ function facts(token, mention) {
     ["position", `${chosen + 1} of ${data.tokens.length}`]];
   if (mention !== null) rows.push(["object", mention.object]);
   if (mention !== null && mention.probability !== null) {
-    rows.push(["hallucinated", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned") + (data.shift ? ", not calibrated here" : "")]);
+    rows.push([data.calibration === "calibrated" ? "hallucinated" : "score", percent(mention.probability) + (warned(mention) ? ", warned" : ", not warned")
+      + (data.shift ? ", not calibrated here" : "")]);
+    if (mention.label >= 0) rows.push(["truth", `${TRUTH[mention.label]}: ${outcome(mention.label, warned(mention))}`]);
     if (mention.evidence !== null) {
       rows.push(["evidence", signed(mention.evidence) + " log-odds, what the model's own computation says"]);
       rows.push(["prior", signed(mention.prior) + " log-odds, before any evidence"]);
     }
     if (mention.visual_evidence) rows.push(["the place looks like", mention.visual_evidence]);
-  } else if (data.threshold !== null) {
-    rows.push(["hallucinated", "no object is named here"]);
-    if (token.verdict.probability !== null) rows.push(["detector", percent(token.verdict.probability) + ", but it is calibrated on objects only"]);
+  } else if (mention === null && data.threshold !== null) {
+    rows.push(["object", "none is named here, so the detector says nothing"]);
+    if ($("colour").value === "every" && token.verdict.probability !== null) {
+      rows.push(["detector", percent(token.verdict.probability) + ", for which it is not calibrated: it learned from objects"]);
+    }
   }
   list("facts", rows);
 }
@@ -254,18 +291,32 @@ function evolution(token) {
     { name: shown(top.word) + (style(top) ? " ✓" : ""), value: top.probability, most: 1, text: percent(top.probability) })));
 }
 
+function truthOf(one) {
+  const name = outcome(one.label, warned(one)), box = make("span");
+  if (one.label < 0) return "not judged";
+  box.append(`${TRUTH[one.label]}: `, make("span", name, "st-outcome st-" + name.replace(" ", "-")));
+  return box;
+}
+
 function mentions() {
-  const odds = data.mentions.some((one) => one.evidence !== null), head = make("tr");
-  const names = data.threshold === null ? ["object", "probability of its token"] : ["object", "hallucinated", ...(odds ? ["evidence", "prior"] : [])];
+  const odds = data.mentions.some((one) => one.evidence !== null), known = data.mentions.some((one) => one.label >= 0), head = make("tr");
+  const priors = [...new Set(data.mentions.filter((one) => one.prior !== null).map((one) => one.prior))], varies = priors.length > 1;
+  const names = ["object", data.threshold === null ? "probability of its token" : data.calibration === "calibrated" ? "probability" : "score",
+    ...(known ? ["truth"] : []), ...(odds ? ["evidence", ...(varies ? ["prior"] : [])] : [])];
+  $("prior-note").textContent = priors.length !== 1 ? "" : `Evidence adds to a prior of ${signed(priors[0])} log-odds, the same for every object.`;
   head.append(...names.map((name) => make("th", name)));
   $("mentions-head").replaceChildren(head);
   $("visual-evidence-note").textContent = data.visual_evidence_note;
   $("mentions").replaceChildren(...data.mentions.flatMap((one) => {
-    const row = make("tr", undefined, warned(one) ? "st-alarm" : ""), cells = [one.object];
+    const row = make("tr", undefined, warned(one) ? "st-alarm" : ""), cells = [""];
     if (data.threshold === null) cells.push(one.tokens.length ? percent(data.tokens[one.tokens[0]].probability) : "");
     else cells.push(one.probability === null ? "" : percent(one.probability) + (warned(one) ? ", warned" : ""));
-    if (odds) cells.push(...[one.evidence, one.prior].map((value) => (value === null ? "" : signed(value))));
-    row.append(...cells.map((cell) => make("td", cell)));
+    if (known) cells.push(data.threshold === null ? TRUTH[one.label] : truthOf(one));
+    if (odds) cells.push(...[one.evidence, ...(varies ? [one.prior] : [])].map((value) => (value === null ? "" : signed(value))));
+    row.append(...cells.map((cell) => { const box = make("td"); box.append(cell); return box; }));
+    const name = make(one.tokens.length ? "button" : "span", one.object, one.tokens.length ? "st-link" : "");
+    if (one.tokens.length) name.type = "button";
+    row.firstChild.append(name);
     const rows = [row];
     if (one.visual_evidence) {
       const cell = make("td", `looks like: ${one.visual_evidence}`);
@@ -278,12 +329,42 @@ function mentions() {
   }));
 }
 
+// --- a sample of a run ------------------------------------------------------------------------------------------
+
+function neighbour(step) {
+  const order = window.stethoscopeOrder || [], own = data.case;
+  const same = (one) => one.run === own.run && one.task === own.task && one.sample === own.sample;
+  const index = order.findIndex(same);
+  if (index >= 0) return order[index + step] || null; // in the order and the filter of the list
+  const sample = step < 0 ? own.previous : own.next;
+  return sample === null ? null : { run: own.run, task: own.task, sample, mention: null };
+}
+
+function showCase() {
+  const own = data.kind === "done" ? data.case : null;
+  $("case").hidden = !own || !trigger;
+  if (!trigger || data.kind !== "done") return;
+  const link = new URL(window.location);
+  for (const key of CASE) {
+    if (own && own[key] !== null) link.searchParams.set(key, own[key]); else link.searchParams.delete(key);
+  }
+  window.history.replaceState(window.history.state, "", link);
+  if (!own) return;
+  $("case-name").textContent = `${own.run}, ${own.task}: ${own.sample} (${own.index} of ${own.count})`;
+  for (const [id, step] of [["previous", -1], ["next", 1]]) $(id).disabled = neighbour(step) === null;
+}
+
+function openLink() {
+  const link = new URL(window.location).searchParams;
+  if (!trigger || !link.get("run") || !link.get("sample")) return;
+  const mention = /^\d+$/.test(link.get("mention")) ? Number(link.get("mention")) : null;
+  trigger("look", { run: link.get("run"), task: link.get("task") || "", sample: link.get("sample"), mention });
+}
+
 // --- drawing, choosing, receiving ------------------------------------------------------------------------------
 
 function texts() {
-  $("warn-text").textContent = $("warn").value + " %";
-  $("threshold-text").textContent = $("threshold").value + " %";
-  $("opacity-text").textContent = $("opacity").value + " %";
+  for (const id of ["warn", "threshold", "opacity"]) $(id + "-text").textContent = percent(number(id) / 100);
   $("scale-text").textContent = "× " + Math.pow(10, number("scale") / 20).toFixed(2);
   if (data.layers.length) $("layer-text").textContent = `${data.layers[number("layer")] + 1} of ${data.depth}`;
 }
@@ -295,10 +376,11 @@ function show() {
   element.querySelectorAll("[data-word]").forEach((one) => { one.textContent = `“${shown(token.text)}”`; });
   texts();
   facts(token, mention);
-  const top = (mention || token.verdict).top;
+  const top = mention === null && $("colour").value !== "every" ? [] : (mention || token.verdict).top;
   $("top-card").hidden = !top.length;
   bars("top", top.map(([name, push]) => ({ name, value: push, text: signed(push) })), true);
   mentions();
+  outcomes();
   evolution(token);
   if (data.layers.length) { relevancy(token); strip(); }
   colour();
@@ -315,6 +397,11 @@ function choose(index) {
   const spans = [...element.querySelectorAll(".st-t")];
   chosen = index;
   spans.forEach((span) => { span.tabIndex = Number(span.dataset.token) === chosen ? 0 : -1; });
+  if (data.case) { // the link leads to what is looked at
+    const mention = judged(chosen);
+    data.case.mention = mention === null ? null : mention.start;
+    showCase();
+  }
   soon();
 }
 
@@ -349,7 +436,7 @@ function finished(message) {
   $("scope-line").hidden = !trigger;
   const kinds = Object.keys(COLOURS).filter((kind) => (data.threshold !== null || !["warning", "every"].includes(kind))
     && (data.layers.length || kind !== "contribution"));
-  options("colour", kinds.map((kind) => [kind, kind === "warning" && data.shift ? VOID : COLOURS[kind]]));
+  options("colour", kinds.map((kind) => [kind, COLOURS[kind]]));
   const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower" };
   options("source", Object.keys(data.maps).map((kind) => [kind, names[kind]]));
   options("statistic", ["sum", "max", "mean"].map((kind) => [kind, kind]));
@@ -363,6 +450,10 @@ function finished(message) {
   if (photo.src !== data.photo) { photo.onload = soon; photo.src = data.photo; }
 }
 
+function reveal() { // on a phone the answer comes below the question
+  if (trigger && window.innerWidth <= 760) element.scrollIntoView({ block: "start" });
+}
+
 function receive() {
   let message;
   try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
@@ -372,11 +463,12 @@ function receive() {
     if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
     if (message.clear) {
       data = null;
-      $("written").hidden = $("diagnosed").hidden = true;
-      if (window.innerWidth <= 760) element.scrollIntoView({ block: "start" }); // the answer comes below the question
+      $("written").hidden = $("diagnosed").hidden = $("case").hidden = true;
     }
+    if (message.kind === "busy" || (message.kind === "error" && message.clear)) reveal();
     return;
   }
+  const fresh = !data;
   if (message.kind === "done") finished(message); else data = message;
   say(message.status || "");
   $("asked").textContent = data.asked;
@@ -384,8 +476,11 @@ function receive() {
   $("notes").replaceChildren(...(data.notes || []).map((note) => make("li", note, data.shift && note === data.shift ? "st-error" : "")));
   $("written").hidden = false;
   $("diagnosed").hidden = $("colouring").hidden = data.kind !== "done";
+  for (const id of ["reply", "outcomes"]) if (data.kind !== "done") $(id).hidden = true;
   $("warn-line").hidden = data.threshold === null;
   write();
+  showCase();
+  if (fresh) reveal();
   if (data.kind === "done") show(); else { $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold); colour(); }
 }
 
@@ -411,5 +506,9 @@ $("scope").addEventListener("change", () => {
   $("scope").disabled = true;
   trigger("gradient", { scope: wanted, answer_id: data.answer_id });
 });
+for (const [id, step] of [["previous", -1], ["next", 1]]) {
+  $(id).addEventListener("click", () => { const sample = neighbour(step); if (sample) trigger("look", sample); });
+}
 watch("value", receive);
 receive();
+openLink();

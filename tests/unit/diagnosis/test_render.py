@@ -96,7 +96,7 @@ def test_hostile_text_without_a_detector_is_shown_letter_by_letter_too(evil):
 
 def test_the_notebook_says_what_is_warned_of_in_words_too(evil, real):
     shown = evil._repr_html_()
-    assert "&lt;u&gt;dog&lt;/u&gt;, hallucinated 90%" in shown
+    assert "&lt;u&gt;dog&lt;/u&gt;, score 90\xa0%" in shown
     assert shown.count("border:2px solid") == len(evil.mentions[0].tokens)
     assert shown.count("<img") == 1  # no relevancy, so no heat map
     images = [attributes for tag, attributes in Seen(real._repr_html_()).tags if tag == "img"]
@@ -120,7 +120,7 @@ def test_what_the_place_looks_like_is_told_with_what_that_means(evil, real):
     assert "It is no object detector" in data["visual_evidence_note"]
     assert payload_of(real.to_html())["visual_evidence_note"] == ""
     mention = data["mentions"][data["tokens"][data["start"]]["mention"]]
-    assert mention["visual_evidence"] == "<u>cat</u> 61%, nothing known 30%"
+    assert mention["visual_evidence"] == "<u>cat</u> 61\xa0%, nothing known 30\xa0%"
     objects = [{"object": "<u>cat</u>", "probability": 0.61}, {"object": None, "probability": 0.3}]
     assert evil.to_dict()["mentions"][0]["visual_evidence"] == objects
 

@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
+from stethoscope.core.text import percent
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import mention_warnings
+from stethoscope.diagnosis.render import describe_reply
 from stethoscope.diagnosis.run_diagnosis import diagnose, feature_names
 from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.extraction import Extraction
+from stethoscope.tasks.noun_extraction import Vocabulary
 from stethoscope.tracing.mention_passes import trace_answers
 
 QUESTION = "Please describe this image in detail."
@@ -275,3 +280,52 @@ def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
 def test_public_names():
     assert stethoscope.diagnose is diagnose
     assert stethoscope.Diagnosis.__name__ == "Diagnosis"
+
+
+def test_mentions_are_labelled_by_what_the_picture_shows(adapter):
+    scene = testbed.scenes(2)[1]
+    answer = "There is a knife, a fork and a clock in the room."
+    mentions = diagnose(adapter, scene.image(), QUESTION, answer=answer, truth=scene.visible).mentions
+    assert [mention.label for mention in mentions] == [
+        int(name not in scene.visible) for name in ("knife", "fork", "clock")
+    ]
+    assert {mention.outcome for mention in mentions} == {""}  # no detector, so none is caught or missed
+    words = Extraction(
+        "words", Vocabulary({"blade": ["knife"], "room": []}).mentions, None, {"knife": "blade", "room": "room"}
+    )
+    named = diagnose(adapter, scene.image(), QUESTION, answer=answer, truth=scene.visible, extraction=words).mentions
+    assert [(mention.object, mention.label) for mention in named] == [("blade", 0), ("room", -1)]  # COCO knows no rooms
+
+
+def test_mentions_of_a_record_keep_their_labels(adapter, run, scene):
+    store, _, detector = run
+    record = store.find("chair", "counter-000001")
+    found = diagnose(adapter, scene, QUESTION, record.answer, detector, mentions=record.mentions)
+    assert [(mention.object, mention.label) for mention in found.mentions] == [
+        (mention.object, mention.label) for mention in record.mentions
+    ]
+    assert sum(found.outcomes.values()) == len([mention for mention in record.mentions if mention.label >= 0])
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "grace_hopper.jpg"])
+def test_no_percentage_of_a_photograph_is_called_calibrated(adapter, name):
+    if name == "china.jpg":
+        picture = load_sample_image(name)
+    else:
+        picture = np.asarray(Image.open(pytest.importorskip("matplotlib.cbook").get_sample_data(name, asfileobj=False)))
+    found = diagnose(adapter, Image.fromarray(picture), QUESTION, detector=testbed.DETECTOR_DIR)
+    assert "no percentage here is calibrated" in found.shift
+    assert found.calibration == "shifted"
+    assert found.to_dict()["calibration"] == "shifted"
+    assert found.shift in found.to_html()
+    scene = diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, detector=testbed.DETECTOR_DIR)
+    assert (scene.shift, scene.calibration) == ("", "calibrated")
+
+
+def test_an_answer_that_names_nothing_is_explained(adapter, scene):
+    found = diagnose(adapter, scene, "Is there a dog in the image?", detector=testbed.DETECTOR_DIR)
+    word = found.answer.text.strip(" .").lower()
+    said = describe_reply(found)
+    assert f"The answer is {word} and names no object itself" in said
+    assert f"{word} {percent(found.probability[0])}" in said
+    assert "names no object, so" in describe_reply(diagnose(adapter, scene, QUESTION, answer="A quiet room."))

@@ -1,0 +1,82 @@
+"""No page violates WCAG 2.2, level A or AA, by axe-core: light and dark, at the width of a desk and of a phone."""
+
+import json
+from importlib.resources import files
+
+import pytest
+
+import stethoscope
+from stethoscope import testbed
+from stethoscope.app.runs import Runs
+
+pytest.importorskip("axe_playwright_python", reason="no axe-core; pip install axe-playwright-python")
+
+LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+SIZES = {1280: 900, 390: 844}
+DONE = "#view [data-id=diagnosed]:not([hidden])"
+VIOLATIONS = """async (levels) => {
+  const result = await axe.run(document, { runOnly: { type: "tag", values: levels }, resultTypes: ["violations"] });
+  return result.violations.flatMap((rule) => rule.nodes.map((node) =>
+    `${rule.id}: ${node.html} ${node.failureSummary}`));
+}"""
+
+
+@pytest.fixture(scope="module")
+def page(browser):
+    page = browser.new_page()
+    yield page
+    page.close()
+
+
+def violations(page, state):
+    """List what violates the rules in a state of the page, in every scheme and at every width."""
+    page.add_script_tag(content=files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8"))
+    listed = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")  # as Gradio does
+        for width, height in SIZES.items():
+            page.set_viewport_size({"width": width, "height": height})
+            page.wait_for_timeout(300)  # colours of buttons change gradually
+            listed += [f"{state} {scheme} {width} {text}" for text in page.evaluate(VIOLATIONS, LEVELS)]
+    return listed
+
+
+def test_the_page_of_a_diagnosis(page, adapter, tmp_path):
+    scene = testbed.scenes(2)[1]
+    diagnosis = stethoscope.diagnose(
+        adapter,
+        scene.image(),
+        "Please describe this image in detail.",
+        detector=testbed.DETECTOR_DIR,
+        truth=scene.visible,
+    )
+    file = tmp_path / "report.html"
+    file.write_text(diagnosis.to_html(), "utf-8")
+    page.goto(file.as_uri())
+    assert violations(page, "diagnosis") == []
+
+
+def test_the_report_that_the_app_shows(page, folder, tmp_path):
+    file = tmp_path / "figures.html"
+    file.write_text(json.loads(Runs(folder, None, tmp_path).figures("small"))["page"], "utf-8")
+    page.goto(file.as_uri())
+    assert violations(page, "figures") == []
+
+
+def test_the_app(page, served):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(served.address)
+    page.wait_for_selector("#view .st-status")
+    assert violations(page, "first") == []
+    page.locator("#examples button").first.click()
+    page.wait_for_selector("#photograph img")
+    page.click("#ask")
+    page.wait_for_selector(DONE, timeout=60_000)
+    assert violations(page, "answer") == []
+    page.get_by_role("tab", name="Finished run").click()
+    page.locator("#list article").first.wait_for()
+    assert violations(page, "run") == []
+    page.locator("#list .st-chip.st-caught").first.click()
+    page.wait_for_selector("#view [data-id=case]:not([hidden])", timeout=60_000)
+    assert violations(page, "sample") == []
