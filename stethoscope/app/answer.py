@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import FORMATS
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention
 from stethoscope.diagnosis import diagnose
+from stethoscope.diagnosis.run_diagnosis import edit_answer
+from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.streaming import Final, MentionCompleted, Token, stream
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class Question:
         asks: what the text asks for, see ``Sample.asks``.
         truth: names of the objects that the picture shows; None where they are not known.
         mentions: labelled mentions of the stored answer; None to extract them.
+        mitigation: one of ``conf/mitigation``.
+        edit: of the stored answer by a mitigation, as a run's record has it.
         case: of a run that is opened: ``run``, ``task``, ``sample``, ``mention`` (first character of its tokens, or
             None), and the samples ``previous`` and ``next``; None for a question of the user.
     """
@@ -61,6 +65,8 @@ class Question:
     truth: tuple[str, ...] | None = None
     mentions: tuple[Mention, ...] | None = None
     case: Mapping[str, Any] | None = None
+    mitigation: str = "none"
+    edit: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,10 +163,16 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
             tokens = len(encoded.spans.question)
             if tokens > MAX_QUESTION:  # it would keep the model from all others
                 raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
-            answer = question.answer
+            answer, edit = question.answer, question.edit
             if answer is None:
+                method = pool.mitigation(question.mitigation, ready.detectors)
+                question = replace(question, generation=replace(question.generation, mitigation=method))
+                ready.adapter.check_mitigation(question.generation)
                 answer = yield from _generate(ready, question, encoded, picture, extractor)
-            answered = replace(question, answer=answer, notes=_notes(ready, question))
+                if isinstance(method, EditingMitigation):
+                    yield payload.message("looking for what is hallucinated …", "busy"), None
+                    answer, edit = edit_answer(ready.adapter, encoded, answer, question.generation, picture, extractor)
+            answered = replace(question, answer=answer, edit=edit, notes=_notes(ready, question))
             session = AnswerSession(uuid.uuid4().hex, answered)
             yield payload.message("looking at every token …", "busy"), None
             explanation = _explain(ready, session, picture, "row", extractor, start)
@@ -239,7 +251,7 @@ def _explain(
     )
     seconds = time.perf_counter() - start
     notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
-    return payload.diagnosed_answer(diagnosis, session.id, notes, question.case)
+    return payload.diagnosed_answer(replace(diagnosis, edit=question.edit), session.id, notes, question.case)
 
 
 def _notes(ready: Ready, question: Question) -> tuple[str, ...]:

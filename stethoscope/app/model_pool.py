@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.mitigation.base import Mitigation
 
 TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
@@ -48,12 +49,14 @@ class Detectors:
         live: scores tokens while the answer is generated; None if no detector can.
         delay: of ``live``, as in ``stethoscope.stream``.
         origin: where the detectors come from, or that they are switched off, to be shown to the user.
+        folder: of ``final``; None without it.
     """
 
     final: Detector | None = None
     live: Detector | None = None
     delay: int = 0
     origin: str = ""
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,28 @@ class ModelPool:
     def names(self) -> list[str]:
         """List the models to choose from; the first model comes first."""
         return list(dict.fromkeys([self.name, *(name for name in choices("model") if name not in ("hf", "none"))]))
+
+    def mitigation(self, name: str, detectors: Detectors) -> Mitigation | None:
+        """Build a mitigation by its name; None for ``none``.
+
+        Args:
+            name: one of ``conf/mitigation``.
+            detectors: whose final one judges, where the mitigation reads a detector.
+
+        Raises:
+            ConfigError: there is no such mitigation, or it needs a detector and there is none.
+        """
+        from stethoscope.mitigation.base import Mitigation
+
+        if name not in choices("mitigation"):
+            raise ConfigError(unknown("mitigation", name, choices("mitigation")))
+        if name == "none":
+            return None
+        overrides = [f"+mitigation={name}"]
+        node = compose(overrides).mitigation
+        if "detector" in node and detectors.folder is not None:
+            node.detector = str(detectors.folder)
+        return build(node, Mitigation, "mitigation", self._plugins)
 
     @property
     def busy(self) -> bool:
@@ -184,10 +209,10 @@ class ModelPool:
                 origin = describe_origin(final)
                 if candidate != final:
                     origin += f", while writing {describe_origin(candidate)}"
-                return Detectors(detector, live_detector, delay, origin)
+                return Detectors(detector, live_detector, delay, origin, final)
         if live is not None:
             raise CapabilityError(f"detector.live={live} reads what is not known while an answer is written")
-        return Detectors(detector, origin=describe_origin(final))
+        return Detectors(detector, origin=describe_origin(final), folder=final)
 
 
 def _check_features(detector: Detector, adapter: Adapter) -> None:

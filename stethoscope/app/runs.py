@@ -153,6 +153,7 @@ class Runs:
             tuple(map(str, objects)) if isinstance(objects, list) else None,
             record.mentions or None,
             {"run": name, "mention": mention, **_neighbours(source, task, sample_id)},
+            edit=record.edit,
         )
 
     def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:

@@ -14,6 +14,7 @@ from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.app.runs import NO_RUN, ExamplePicture, Runs
 from stethoscope.app.sessions import Sessions
+from stethoscope.core.component import choices
 from stethoscope.core.html import asset, data_uri, escape, json_text
 from stethoscope.core.html import render as fill
 from stethoscope.core.images import file_digest
@@ -96,6 +97,10 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                     1, answer.MAX_BEAMS, 1, step=1, label="beams", info="more than 1: not shown while written"
                 )
                 parts["length"] = gr.Slider(1, answer.MAX_LENGTH, 128, step=1, label="length", info="tokens at most")
+                parts["mitigation"] = gr.Dropdown(
+                    ["none", *(name for name in choices("mitigation") if name != "none")],
+                    value="none", label="mitigation", info="against hallucinated objects", elem_id="mitigation",
+                )  # fmt: skip
                 parts["seed"] = gr.Number(0, label="seed", precision=0, info="of the drawing")
         with gr.Column(scale=3, min_width=320, elem_id="looking"):
             parts["view"] = _component("view", payload.message(HINT), render.viewer(), render.script())
@@ -124,12 +129,13 @@ def _wire_ask(
         beams: int,
         length: int,
         seed: int,
+        mitigation: str,
     ) -> Iterator[str]:
         try:
             generation = answer.generation(temperature, top_p, beams, length, seed)
             file = own_file(picture)
             truth = None if file is None else truths.get(file_digest(file))
-            question = answer.Question(model, file, text, generation, truth=truth)
+            question = answer.Question(model, file, text, generation, truth=truth, mitigation=mitigation)
         except Exception as error:
             yield payload.failure(error, clear=True)
             return
@@ -161,7 +167,7 @@ def _wire_ask(
         return str(examples[index].file) if isinstance(index, int) and 0 <= index < len(examples) else gr.skip()
 
     options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-    names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
+    names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed", "mitigation")
     inputs, view = [parts[name] for name in names], parts["view"]
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **options)
     view.gradient(change_scope, None, view, **options)

@@ -62,6 +62,7 @@ def run(config: DictConfig) -> None:
     else:  # checked before the model is loaded
         folders = [] if setting is None else [detector_folder(setting)]
     detector = Detector.load(folders[0]) if folders else None
+    generation = build_generation(config, config.plugins)
     diagnosis = diagnose(
         adapter,
         picture,
@@ -69,12 +70,13 @@ def run(config: DictConfig) -> None:
         None if config.answer is None else str(config.answer),
         detector,
         scope=config.scope,
-        generation=build_generation(config, config.plugins),
+        generation=generation,
         extraction=extraction,
         asks=str(config.asks),
         truth=truth,
     )
-    show(diagnosis, image.name)
+    method = "" if generation.mitigation is None or config.answer is not None else generation.mitigation.name
+    show(diagnosis, image.name, method)
     print(f"\n{_origin(setting, folders, str(HydraConfig.get().runtime.choices.model))}")
     for path in write(diagnosis, Path(config.out)):
         print(f"wrote {path}")
@@ -104,12 +106,19 @@ def _origin(setting: str | None, folders: list[Path], model: str) -> str:
     return f"detector: {describe_origin(folders[0])}" + (" (detector=none switches it off)" if setting == AUTO else "")
 
 
-def show(diagnosis: Diagnosis, name: str) -> None:
-    """Print the answer coloured by its warnings, and the reasons for every doubtful object."""
+def show(diagnosis: Diagnosis, name: str, method: str = "") -> None:
+    """Print the answer coloured by its warnings, and the reasons for every doubtful object.
+
+    Args:
+        diagnosis: of the answer.
+        name: of the picture.
+        method: name of the mitigation that the answer was written with; empty for none.
+    """
+    from stethoscope.diagnosis.edited_answer import describe_edit
     from stethoscope.diagnosis.render import describe_reply
 
     terminal = console()
-    title = f"{diagnosis.model} on {name}: {diagnosis.question}"
+    title = f"{diagnosis.model} on {name}: {diagnosis.question}" + (f" (mitigation={method})" if method else "")
     lines: list[str | Text] = [title, "", answer_text(diagnosis), ""]
     warned = [mention for mention in diagnosis.mentions if mention.warned]
     if not diagnosis.mentions:
@@ -119,7 +128,7 @@ def show(diagnosis: Diagnosis, name: str) -> None:
             f"warned of {len(warned)} of {counted(len(diagnosis.mentions), 'mention')} "
             f"({MEANING[diagnosis.calibration].format(percent(diagnosis.threshold))})"
         )
-    lines += [*_truth(diagnosis)]
+    lines += [*_truth(diagnosis), *describe_edit(diagnosis.edit, diagnosis.answer.text, diagnosis.truth)]
     explained = warned if diagnosis.threshold is not None else diagnosis.mentions
     for mention in explained[:MOST]:
         lines += [f"  {line}" for line in _reasons(diagnosis, mention)]

@@ -85,6 +85,7 @@ class Diagnosis:
         shift: one sentence where the picture or the answer is unlike those that the detector was calibrated on, so that
             no probability of it is calibrated; else empty.
         monitored: whether the detector has a monitor of such shifts, so that an empty ``shift`` means none.
+        edit: what a mitigation did to the answer, as a run's record has it; empty where nothing was done.
         truth: names of the objects that the picture shows; None where not known. Mentions have labels.
     """
 
@@ -106,6 +107,7 @@ class Diagnosis:
     shift: str = ""
     monitored: bool = False
     truth: tuple[str, ...] | None = None
+    edit: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -281,6 +283,7 @@ class Diagnosis:
             "shift": self.shift,
             "calibration": self.calibration,
             "truth": None if self.truth is None else list(self.truth),
+            "edit": dict(self.edit),
             "warned": list(self.warned),
             "mentions": [mention.to_dict() for mention in self.mentions],
             "tokens": [self._token_to_dict(index, warning) for index in range(len(self))],

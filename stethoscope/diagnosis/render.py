@@ -16,6 +16,7 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted, percent
+from stethoscope.diagnosis.edited_answer import edit_payload
 from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, coverage, heat, overlay, raster
 from stethoscope.tasks.yes_no import first_word
 
@@ -143,6 +144,7 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
         "calibration": diagnosis.calibration,
         "meaning": MEANING[diagnosis.calibration],
         "truth": None if diagnosis.truth is None else list(diagnosis.truth),
+        "edit": edit_payload(diagnosis.edit, text, diagnosis.truth),
         "reply": "" if mentions else describe_reply(diagnosis),
         "visual_evidence_note": VISUAL_EVIDENCE_NOTE if any(row["visual_evidence"] for row in mentions) else "",
         "summary": f"{diagnosis.model}, {counted(len(diagnosis), 'token')}",

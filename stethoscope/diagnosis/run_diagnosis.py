@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from stethoscope.detection.lookup import check_model, load_detector
 from stethoscope.diagnosis.diagnosis import Diagnosis, LensTrajectory
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
+from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.storage.tokens import token_table
 from stethoscope.tasks.counts import label_mentions
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
+from stethoscope.tasks.yes_no import first_word
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
+    from stethoscope.evaluation.edit_answers import EditedAnswer
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 
@@ -77,6 +80,7 @@ def diagnose(
     _check_arguments(adapter, question, scope, asks)
     if answer is not None and not isinstance(answer, (str, Answer)):
         raise ConfigError(f"answer should be a text or an Answer of the model, got {type(answer).__name__}")
+    generation = with_limit(generation)
     detector = load_detector(detector)
     seconds: dict[str, float] = {}
     notes: list[str] = []
@@ -87,8 +91,12 @@ def diagnose(
             check_model(detector, adapter)
         encoded = adapter.encode_as(asks, picture, question)
     with _timed(seconds, "generate"):
-        answer = _complete_answer(adapter, encoded, answer, generation)
-    extractor = as_extraction(extraction)
+        complete = _complete_answer(adapter, encoded, answer, generation)
+    extractor, edit = as_extraction(extraction), {}
+    if answer is None and isinstance(generation.mitigation, EditingMitigation):
+        with _timed(seconds, "edit"):
+            complete, edit = edit_answer(adapter, encoded, complete, generation, picture, extractor)
+    answer = complete
     extracted = extract_mentions(answer, extractor, truth) if mentions is None else list(mentions)
     with _timed(seconds, "trace"):
         resampling = read_samples(extractor, generation)
@@ -125,6 +133,7 @@ def diagnose(
         shift=shift,
         monitored=detector is not None and detector.monitor is not None,
         truth=None if truth is None else tuple(truth),
+        edit=edit,
     )
 
 
@@ -143,12 +152,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _complete_answer(
-    adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation | None
-) -> Answer:
+def _complete_answer(adapter: Adapter, encoded: Encoded, answer: Answer | str | None, generation: Generation) -> Answer:
     """Generate the answer if there is none, or tokenise it if it is a text."""
     if answer is None:
-        generation = with_limit(generation)
         adapter.check_mitigation(generation)
         complete: Answer = adapter.generate([encoded], generation)[0]
     else:
@@ -269,14 +275,58 @@ def extract_mentions(
     return list(label_mentions(named, [int(name not in shown) if name in known else -1 for name, _, _ in named]))
 
 
+@dataclass(frozen=True)
+class _OneQuestion:
+    """Names the mentions of a single answer, as a task does for ``evaluation.edit_answers``."""
+
+    extractor: MentionExtractor
+    name: str = "diagnose"
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """See ``Task.mentions``; without labels."""
+        return tuple(extract_mentions(answer, self.extractor))
+
+
+def edit_answer(
+    adapter: Adapter,
+    encoded: Encoded,
+    answer: Answer,
+    generation: Generation,
+    picture: Image,
+    extractor: MentionExtractor,
+) -> EditedAnswer:
+    """Apply a mitigation that edits finished answers; the reply to a yes/no question is left as it is.
+
+    Args:
+        adapter: the model, after ``setup``.
+        encoded: the prompt.
+        answer: of the model.
+        generation: settings that it was written with; its mitigation is an ``EditingMitigation``.
+        picture: that the answer is about.
+        extractor: finds the objects that the answer names.
+
+    Raises:
+        ConfigError, ArtefactError: there is no detector for the model.
+        CapabilityError: the detector reads features that the model does not provide.
+    """
+    # imported here: importing this package imports no torch
+    from stethoscope.evaluation.edit_answers import make_editor
+
+    method = generation.mitigation
+    assert isinstance(method, EditingMitigation)
+    asks = "description" if first_word(answer.text) is None else "question"
+    sample = Sample("answer", ImageRef("image", lambda: picture), encoded.question, "image", asks=asks)
+    [edited] = make_editor(adapter, _OneQuestion(extractor), method, generation)([sample], [encoded], [answer])
+    return edited
+
+
 def read_samples(extractor: MentionExtractor, generation: Generation | None) -> Resampling:
     """Describe how one answer is sampled again and its objects are read, for ``trace_answers``."""
     from stethoscope.tracing.mention_passes import Resampling  # importing this package imports no torch
 
-    generation = generation or Generation()
-    if generation.max_new_tokens is None:
-        generation = replace(generation, max_new_tokens=128)
-    return Resampling(generation, [lambda answer: {mention.object for mention in extract_mentions(answer, extractor)}])
+    return Resampling(
+        with_limit(generation), [lambda answer: {mention.object for mention in extract_mentions(answer, extractor)}]
+    )
 
 
 def score_mentions(

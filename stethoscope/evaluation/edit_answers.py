@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Answer, Generation, Mention, Sample
@@ -39,11 +40,22 @@ class EditedAnswer(NamedTuple):
     Attributes:
         answer: the edited answer with the log-probabilities that the model gives its tokens, the one that was chosen,
             or the one that was given.
-        edit: what was done, as ``samples.jsonl`` has it; empty where nothing was.
+        edit: what was done, as ``samples.jsonl`` has it; empty where nothing was done and the model was asked nothing.
     """
 
     answer: Answer
     edit: Mapping[str, Any]
+
+
+class MentionSource(Protocol):
+    """What names the mentions of an answer: a task, or a single question."""
+
+    @property
+    def name(self) -> str:
+        """Name in token tables."""
+
+    def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
+        """See ``Task.mentions``."""
 
 
 class JudgedAnswer(NamedTuple):
@@ -64,10 +76,15 @@ class JudgedAnswer(NamedTuple):
         """Character spans of the mentions."""
         return [(mention.start, mention.end) for mention in self.mentions]
 
-    def record(self, removals: Sequence[Removal] = ()) -> dict[str, Any]:
+    def record(
+        self,
+        removals: Sequence[Removal] = (),
+        threshold: float | None = None,
+        yes_odds: Sequence[float] | None = None,
+    ) -> dict[str, Any]:
         """Describe the answer and what was removed from it, see ``mitigation.answers.edit_record``."""
         objects = [mention.object for mention in self.mentions]
-        return edit_record(self.answer.text, self.spans, objects, self.probabilities, removals)
+        return edit_record(self.answer.text, self.spans, objects, self.probabilities, removals, threshold, yes_odds)
 
 
 class AnswerEditor(ABC):
@@ -83,7 +100,9 @@ class AnswerEditor(ABC):
         ConfigError, ArtefactError: there is no detector for the model, see ``EditingMitigation.load``.
     """
 
-    def __init__(self, adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> None:
+    def __init__(
+        self, adapter: Adapter, task: MentionSource, method: EditingMitigation, generation: Generation
+    ) -> None:
         self.adapter, self.task, self.generation = adapter, task, generation
         self.detector: Detector = method.load(adapter)
         self._features = read_features(self.detector)
@@ -165,7 +184,7 @@ class MentionRemover(AnswerEditor):
         DataError: the promise cannot be given, see ``removal_guarantee.certify_removal``.
     """
 
-    def __init__(self, adapter: Adapter, task: Task, method: Drop, generation: Generation) -> None:
+    def __init__(self, adapter: Adapter, task: MentionSource, method: Drop, generation: Generation) -> None:
         super().__init__(adapter, task, method, generation)
         self._method, self.certificate = method, None
         if method.max_hallucinated is not None:
@@ -186,17 +205,19 @@ class MentionRemover(AnswerEditor):
 
     def _edit(self, sample: Sample, encoded: Encoded, judged: JudgedAnswer) -> EditedAnswer:
         mentions, probabilities = judged.mentions, judged.probabilities
-        unwanted = self._method.unwanted(probabilities, self._threshold)
+        unwanted, asked = self._method.unwanted(probabilities, self._threshold), None
         if unwanted and self._method.asks:
             names = list(dict.fromkeys(mentions[index].object for index in unwanted))
             [odds] = yes_odds(self.adapter, [sample.image.load()], [names])
             by_mention = [odds.get(mention.object, 0.0) for mention in mentions]
+            asked = [odds.get(mention.object, math.nan) for mention in mentions]
             unwanted = self._method.unwanted(probabilities, self._threshold, by_mention)
         text = remove_mentions(judged.answer.text, judged.spans, unwanted)
-        if not text.removals:
-            return EditedAnswer(judged.answer, {})
+        limit = self._threshold if self._method.threshold is None else self._method.threshold
+        if not text.removals:  # what the model was asked is worth telling all the same
+            return EditedAnswer(judged.answer, {} if asked is None else judged.record((), limit, asked))
         new = replace(self.adapter.answer(encoded, text.text), finished=judged.answer.finished)
-        return EditedAnswer(new, judged.record(text.removals))
+        return EditedAnswer(new, judged.record(text.removals, limit, asked))
 
 
 class AnswerReranker(AnswerEditor):
@@ -207,7 +228,7 @@ class AnswerReranker(AnswerEditor):
         method: the mitigation.
     """
 
-    def __init__(self, adapter: Adapter, task: Task, method: Rerank, generation: Generation) -> None:
+    def __init__(self, adapter: Adapter, task: MentionSource, method: Rerank, generation: Generation) -> None:
         super().__init__(adapter, task, method, generation)
         self._method = method
 
@@ -268,7 +289,9 @@ def check_detector(adapter: Adapter, task: Task, detector: Detector, generation:
     matching_columns(table, detector.schema.names, adapter.name)
 
 
-def make_editor(adapter: Adapter, task: Task, method: EditingMitigation, generation: Generation) -> AnswerEditor:
+def make_editor(
+    adapter: Adapter, task: MentionSource, method: EditingMitigation, generation: Generation
+) -> AnswerEditor:
     """Create the editor for a mitigation.
 
     Raises:

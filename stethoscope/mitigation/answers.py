@@ -208,6 +208,8 @@ def edit_record(
     objects: Sequence[str],
     probabilities: Sequence[float],
     parts: Sequence[Removal] = (),
+    threshold: float | None = None,
+    yes_odds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Describe an edit for the record of a sample, as plain values.
 
@@ -217,10 +219,17 @@ def edit_record(
         objects: their names.
         probabilities: of hallucination, by mention.
         parts: what was removed.
+        threshold: probability from which mentions are removed, or asked about; None for a choice among answers.
+        yes_odds: by mention, log-odds of a yes when the model was asked whether the object is there; NaN where it was
+            not asked. None where it was asked nothing.
     """
     mentions = [
         {"start": start, "end": end, "object": name, "probability": round(float(probability), 6)}
         for (start, end), name, probability in zip(spans, objects, probabilities, strict=True)
     ]
+    for mention, odds in zip(mentions, yes_odds or (), strict=False):
+        if odds == odds:
+            mention["yes_odds"] = round(float(odds), 4)
     removed = [{**part._asdict(), "mentions": list(part.mentions)} for part in parts]
-    return {"text": text, "mentions": mentions, "removed": removed}
+    limit = {} if threshold is None else {"threshold": round(float(threshold), 6)}
+    return {"text": text, "mentions": mentions, "removed": removed, **limit}

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_what_is_shown_is_the_diagnosis(pool, reader, ask):
     assert shares[:, 0] * total == pytest.approx(expected, rel=2e-2, abs=1e-5)  # R_image of every layer
     peaks = np.array(found["maps"]["raw"]["peaks"])
     assert peaks == pytest.approx(whole.relevancy.image.amax(-1).numpy(), rel=1e-3)
+
+
+def test_a_mitigated_answer_is_shown_beside_what_it_was(pool, reader, picture_file, monkeypatch):
+    monkeypatch.setattr(pool, "_loaded", None)
+    monkeypatch.setattr(pool, "_first_folders", (str(testbed.DETECTOR_DIR), None))
+    question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation(), mitigation="drop")
+    shown = [json.loads(step) for step, _ in answer.ask(pool, question, reader)]
+    written = next(one for one in reversed(shown) if one["kind"] == "writing")
+    edit = shown[-1]["edit"]
+    before = "".join(text for _, text in edit["before"])
+    assert before.startswith(written["text"])
+    assert "".join(text for _, text in edit["after"]) == shown[-1]["text"] != before
+    assert {reason["fate"] for reason in edit["reasons"]} == {"removed"}
+    question = replace(question, mitigation="drip")
+    assert "unknown mitigation 'drip'" in json.loads(list(answer.ask(pool, question, reader))[-1][0])["text"]
 
 
 def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):

@@ -5,6 +5,10 @@ import pytest
 
 import stethoscope
 from stethoscope import testbed
+from stethoscope.core.html import asset
+from stethoscope.core.text import percent
+from stethoscope.core.types import Generation
+from stethoscope.mitigation.answers import Drop
 
 # keeps what is painted of heat maps
 WATCH = """window.painted = [];
@@ -82,6 +86,38 @@ def test_the_viewer_shows_the_chosen_token_and_layer(page, diagnosis):
     page.locator(f".st-t[data-token='{fork}']").focus()
     page.keyboard.press("ArrowRight")
     assert look(page)["chosen"] == [fork + 1]
+
+
+def test_before_and_after_a_mitigation(browser, adapter, tmp_path):
+    scene, detector = testbed.scenes(2)[1], testbed.DETECTOR_DIR
+    generation = Generation(max_new_tokens=128, mitigation=Drop())
+    diagnosis = stethoscope.diagnose(
+        adapter,
+        scene.image(),
+        "Please describe this image.",
+        detector=detector,
+        generation=generation,
+        truth=scene.visible,
+    )
+    file = tmp_path / "report.html"
+    file.write_text(diagnosis.to_html(), "utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    removed = " ".join(page.locator("[data-id=before-edit] del").all_inner_texts())
+    rows = page.locator("[data-id=reasons] tr").all_inner_texts()
+    mentions = [mention for mention in diagnosis.edit["mentions"] if mention["probability"] >= diagnosis.threshold]
+    assert len(rows) == len(mentions) > 0
+    for row, mention in zip(rows, mentions, strict=True):
+        assert mention["object"] in removed
+        assert row.split("\t")[:2] == [mention["object"], percent(mention["probability"])]
+        assert row.endswith("hallucinated\tremoved")
+    assert page.locator("[data-id=after-edit]").inner_text() == diagnosis.answer.text
+    shares = [0, 0.0001, 0.0005, 0.048, 0.0994, 0.0995, 0.5, 1]  # one way to write them, in the page and in Python
+    script = asset("diagnosis/parts.js").replace("const $", "var $")
+    assert page.evaluate(f"shares => {{ const element = null; {script}; return shares.map(percent); }}", shares) == [
+        percent(share) for share in shares
+    ]
+    page.close()
 
 
 def test_the_answer_is_there_without_the_script(browser, diagnosis, tmp_path):

@@ -304,7 +304,8 @@ function mentions() {
   const names = ["object", data.threshold === null ? "probability of its token" : data.calibration === "calibrated" ? "probability" : "score",
     ...(known ? ["truth"] : []), ...(odds ? ["evidence", ...(varies ? ["prior"] : [])] : [])];
   $("prior-note").textContent = priors.length !== 1 ? "" : `Evidence adds to a prior of ${signed(priors[0])} log-odds, the same for every object.`;
-  head.append(...names.map((name) => make("th", name)));
+  const odd = (index) => (index >= names.length - (odds ? 1 + varies : 0) ? "st-odds" : ""); // left out on a phone
+  head.append(...names.map((name, index) => make("th", name, odd(index))));
   $("mentions-head").replaceChildren(head);
   $("visual-evidence-note").textContent = data.visual_evidence_note;
   $("mentions").replaceChildren(...data.mentions.flatMap((one) => {
@@ -313,7 +314,7 @@ function mentions() {
     else cells.push(one.probability === null ? "" : percent(one.probability) + (warned(one) ? ", warned" : ""));
     if (known) cells.push(data.threshold === null ? TRUTH[one.label] : truthOf(one));
     if (odds) cells.push(...[one.evidence, ...(varies ? [one.prior] : [])].map((value) => (value === null ? "" : signed(value))));
-    row.append(...cells.map((cell) => { const box = make("td"); box.append(cell); return box; }));
+    row.append(...cells.map((cell, index) => { const box = make("td", undefined, odd(index)); box.append(cell); return box; }));
     const name = make(one.tokens.length ? "button" : "span", one.object, one.tokens.length ? "st-link" : "");
     if (one.tokens.length) name.type = "button";
     row.firstChild.append(name);
@@ -327,6 +328,39 @@ function mentions() {
     if (one.tokens.length) rows.forEach((node) => { node.dataset.token = one.tokens[0]; });
     return rows;
   }));
+}
+
+// --- before and after a mitigation -----------------------------------------------------------------------------
+
+function table(head, body, names, rows) {
+  const first = make("tr");
+  first.append(...names.map((name) => make("th", name)));
+  $(head).replaceChildren(first);
+  $(body).replaceChildren(...rows.map((cells) => {
+    const row = make("tr");
+    row.append(...cells.map((cell) => make("td", cell)));
+    return row;
+  }));
+}
+
+function edit() {
+  const own = data.kind === "done" ? data.edit : null, tags = { same: "span", removed: "del", added: "ins" };
+  $("edit-card").hidden = !own;
+  if (!own) return;
+  for (const [id, pieces] of [["before-edit", own.before], ["after-edit", own.after]]) {
+    $(id).replaceChildren(...pieces.map(([kind, text]) => make(tags[kind], text)));
+  }
+  if (own.candidates.length) {
+    const rows = own.candidates.map((one) => [one.score.toFixed(2) + (one.chosen ? ", chosen" : ""), one.mentions, one.text]);
+    table("reasons-head", "reasons", ["score, lower is better", "mentions", "answer"], rows);
+    return;
+  }
+  const asked = own.reasons.some((one) => one.yes !== null), known = own.reasons.some((one) => one.label >= 0);
+  const names = ["object", data.calibration === "calibrated" ? "probability" : "score", "removed from",
+    ...(asked ? ["yes when asked"] : []), ...(known ? ["truth"] : []), "what became of it"];
+  table("reasons-head", "reasons", names, own.reasons.map((one) => [one.object, percent(one.probability),
+    one.threshold === null ? "" : percent(one.threshold), ...(asked ? [one.yes === null ? "not asked" : percent(one.yes)] : []),
+    ...(known ? [TRUTH[one.label]] : []), one.fate]));
 }
 
 // --- a sample of a run ------------------------------------------------------------------------------------------
@@ -463,7 +497,7 @@ function receive() {
     if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
     if (message.clear) {
       data = null;
-      $("written").hidden = $("diagnosed").hidden = $("case").hidden = true;
+      for (const id of ["written", "diagnosed", "case", "edit-card"]) $(id).hidden = true;
     }
     if (message.kind === "busy" || (message.kind === "error" && message.clear)) reveal();
     return;
@@ -479,6 +513,7 @@ function receive() {
   for (const id of ["reply", "outcomes"]) if (data.kind !== "done") $(id).hidden = true;
   $("warn-line").hidden = data.threshold === null;
   write();
+  edit();
   showCase();
   if (fresh) reveal();
   if (data.kind === "done") show(); else { $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold); colour(); }

@@ -1,0 +1,110 @@
+"""Show what a mitigation did to an answer: before and after, what was removed or chosen, and why."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+from stethoscope.core.text import percent
+
+KINDS = {
+    "item": "taken out of its list",
+    "clause": "went with its clause",
+    "sentence": "went with its sentence",
+    "reference": "went with the sentence about a removed one",
+}
+"""What became of a removed mention, by the kind of ``mitigation.editing.Removal``."""
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+def compare_texts(before: str, after: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Split two texts into pieces that both have and pieces that one has alone.
+
+    Returns:
+        For each text its pieces, as pairs of ``same``, ``removed`` or ``added`` and the piece.
+
+    >>> compare_texts("A cat and a dog.", "A cat.")
+    ([['same', 'A cat'], ['removed', ' and a dog'], ['same', '.']], [['same', 'A cat'], ['same', '.']])
+    """
+    old, new = _WORDS.findall(before), _WORDS.findall(after)
+    left: list[list[str]] = []
+    right: list[list[str]] = []
+    for kind, start, stop, first, last in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if start < stop:
+            left.append(["same" if kind == "equal" else "removed", "".join(old[start:stop])])
+        if first < last:
+            right.append(["same" if kind == "equal" else "added", "".join(new[first:last])])
+    return left, right
+
+
+def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | None = None) -> dict[str, Any] | None:
+    """Convert an edit for the viewer's payload; None where nothing was done.
+
+    Args:
+        edit: as a run's record has it (``Record.edit``).
+        after: the text of the answer.
+        truth: names of the objects that the picture shows; None where they are not known.
+
+    Returns:
+        ``before`` and ``after`` as pieces of ``compare_texts``, ``reasons`` for every mention that was removed or
+        asked about, and ``candidates`` of a choice among several answers.
+    """
+    if not edit:
+        return None
+    candidates = [
+        {"text": item["text"], "score": item["score"], "mentions": item["mentions"], "chosen": index == edit["chosen"]}
+        for index, item in enumerate(edit.get("candidates", ()))
+    ]
+    pieces = ([["same", edit["text"]]], [["same", after]]) if candidates else compare_texts(edit["text"], after)
+    reasons = [] if candidates else list(_reasons(edit, truth))
+    return {"before": pieces[0], "after": pieces[1], "reasons": reasons, "candidates": candidates}
+
+
+def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield every mention that was removed, or that reached the threshold and stayed, with the reason for it."""
+    kinds = {index: part["kind"] for part in edit.get("removed", ()) for index in part["mentions"]}
+    threshold = edit.get("threshold")
+    for index, mention in enumerate(edit["mentions"]):
+        doubted = threshold is None or mention["probability"] >= threshold
+        if index not in kinds and (threshold is None or not doubted):
+            continue
+        odds = mention.get("yes_odds")
+        label = -1 if truth is None else int(mention["object"] not in truth)
+        yield {
+            "object": mention["object"],
+            "probability": mention["probability"],
+            "threshold": threshold,
+            "yes": None if odds is None else 1 / (1 + math.exp(-odds)),
+            "label": label,
+            "fate": _fate(kinds.get(index), doubted),
+        }
+
+
+def _fate(kind: str | None, doubted: bool) -> str:
+    """Say what became of a mention."""
+    if kind is None:
+        return "stays: the model says yes when it is asked"
+    if doubted:
+        return "removed" if kind != "reference" else KINDS[kind]
+    return KINDS[kind]
+
+
+def describe_edit(edit: Mapping[str, Any], after: str, truth: Collection[str] | None = None) -> Iterator[str]:
+    """Write lines about an edit for the terminal: the answer before it, and why it was edited."""
+    data = edit_payload(edit, after, truth)
+    if data is None:
+        return
+    yield f"before: {edit['text']}"
+    for item in data["candidates"]:
+        mark = "*" if item["chosen"] else " "
+        yield f"  {mark} score {item['score']:+.2f}, {item['mentions']} mentions: {item['text']}"
+    for reason in data["reasons"]:
+        line = f"  {reason['object']}: {reason['fate']}, {percent(reason['probability'])}"
+        if reason["threshold"] is not None:
+            line += f" (removed from {percent(reason['threshold'])})"
+        if reason["yes"] is not None:
+            line += f"; asked whether it is there, the model says yes with {percent(reason['yes'])}"
+        yield line + {1: "; truth: hallucinated", 0: "; truth: grounded"}.get(reason["label"], "")
