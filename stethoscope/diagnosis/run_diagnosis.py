@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 from stethoscope.features import FeatureSet
 from stethoscope.mitigation.answers import EditingMitigation
 from stethoscope.storage.tokens import token_table
-from stethoscope.tasks.counts import label_mentions
 from stethoscope.tasks.extraction import Extraction, as_extraction, other_words
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor
 from stethoscope.tasks.yes_no import first_word
@@ -267,12 +267,16 @@ def extract_mentions(
         truth: COCO's names of all objects that the picture shows, by which names that COCO knows are labelled; None for
             mentions without labels.
     """
-    named = sorted(extractor(answer.text), key=lambda mention: mention.start)
-    if truth is None:
-        return list(label_mentions(named, [-1] * len(named)))
     extraction = as_extraction(extractor)
-    shown, known = extraction.own_names(truth), extraction.own_names(OBJECTS)
-    return list(label_mentions(named, [int(name not in shown) if name in known else -1 for name, _, _ in named]))
+    shown = extraction.own_names(truth or ())
+    judged = frozenset[str]() if truth is None else extraction.own_names(OBJECTS)
+    repeats: Counter[str] = Counter()
+    mentions = []
+    for index, mention in enumerate(sorted(extractor(answer.text), key=lambda mention: mention.start)):
+        label = int(mention.name not in shown) if mention.name in judged else -1
+        mentions.append(Mention(mention.start, mention.end, mention.name, label, index, repeats[mention.name]))
+        repeats[mention.name] += 1
+    return mentions
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ORDER = [
 ]  # fmt: skip
 ENTRY = {"__init__", "__main__", "cli"}  # modules of the package itself: the public names and the command
 FAMILIES = {"adapters", "tasks"}  # their modules are named by configuration; the rest may import these:
-SHARED = {"adapters.base", "tasks.base", "tasks.object_extraction", "tasks.extraction"}
+SHARED = {"adapters.base", "tasks.base", "tasks.object_extraction", "tasks.extraction", "tasks.yes_no"}
 SEVERAL = {"__init__", "__main__", "base"}  # names of modules that several packages have
 FILES = [
     *sorted((ROOT / "stethoscope").rglob("*.py")),
