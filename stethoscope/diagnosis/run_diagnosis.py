@@ -92,7 +92,8 @@ def diagnose(
         encoded = adapter.encode_as(asks, picture, question)
     with _timed(seconds, "generate"):
         complete = _complete_answer(adapter, encoded, answer, generation)
-    extractor, edit = as_extraction(extraction), {}
+    extractor = as_extraction(extraction)
+    edit: Mapping[str, Any] = {}
     if answer is None and isinstance(generation.mitigation, EditingMitigation):
         with _timed(seconds, "edit"):
             complete, edit = edit_answer(adapter, encoded, complete, generation, picture, extractor)
