@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from transformers import SuppressTokensLogitsProcessor
 
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
@@ -19,6 +20,7 @@ from stethoscope.adapters.forward import ForwardRunner, Prefix, continues, group
 from stethoscope.adapters.generation import (
     Sampler,
     StopStrings,
+    TokenLogprobs,
     TrimmedIds,
     build_config,
     continuation_ids,
@@ -323,17 +325,13 @@ class HfAdapter(Adapter):
             return [replace(answer, argmax=None) for answer in scored], no_caches
         prefixes = self._prefixes.compute(encoded)
         lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
-        arguments = self._arguments(encoded, generation, prefixes)
+        arguments, logprobs = self._arguments(encoded, generation, prefixes), TokenLogprobs()
         del prefixes  # the copies in the arguments are all that generation needs
+        arguments["logits_processor"].insert(0, logprobs)
         start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
         output = self.model.generate(**arguments)
-        ids = output.sequences[:, start:]
-        steps = zip(output.logits, ids.T, strict=True)
-        logprobs = torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in steps], 1)
-        answers = [
-            self.decode_answer(answer_ids, values, generation)
-            for answer_ids, values in zip(ids.tolist(), logprobs.tolist(), strict=True)
-        ]
+        ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
+        answers = [self.decode_answer(*pair, generation) for pair in zip(ids, values, strict=True)]
         self._prefixes.store(encoded, lengths, output.past_key_values)
         if not return_cache:
             return answers, no_caches
@@ -358,9 +356,14 @@ class HfAdapter(Adapter):
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         method = generation.mitigation
         processors = [] if method is None else method.processors(self, encoded, generation)
+        settings = self._generation_config(generation)
+        if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
+            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, self.model.device)
+            processors = [suppress, *processors]
+            settings.suppress_tokens = None
         return {
             **inputs,
-            "generation_config": self._generation_config(generation),
+            "generation_config": settings,
             "logits_processor": [*processors, *([Sampler(generation, encoded)] if generation.do_sample else [])],
             "stopping_criteria": [StopStrings(stops, self._decode, start)] if stops else [],
         }

@@ -69,10 +69,10 @@ def estimate(model: PreTrainedModel, loading: Loading, context: int, batch_size:
     """Estimate the memory for generation and for relevancy, in bytes.
 
     The weights are exact. Generation stores keys and values of every layer for the whole context, and the logits of
-    every step in float32. Relevancy stores the inputs of all layers and recomputes one layer at a time
-    (``relevancy.checkpointing``): of that layer about six times the hidden and four times the inner width for
-    every position, and attention maps up to its budget; of the head the logits of the answer, in the model's precision,
-    in float32 and their gradient.
+    one step in float32, the model's and the processed ones. Relevancy stores the inputs of all layers and recomputes
+    one layer at a time (``relevancy.checkpointing``): of that layer about six times the hidden and four times the inner
+    width for every position, and attention maps up to its budget; of the head the logits of the answer, in the model's
+    precision, in float32 and their gradient.
 
     Args:
         model: with or without weights.
@@ -81,13 +81,13 @@ def estimate(model: PreTrainedModel, loading: Loading, context: int, batch_size:
         batch_size: number of prompts that generate together.
         new_tokens: the longest answer in tokens; at most ``context`` are counted.
     """
-    rows = min(new_tokens, context)
-    logits = rows * model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    logits = min(new_tokens, context) * vocabulary
     return Memory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         weights=weights(model, loading),
-        cache=batch_size * (context * _cache_bytes_per_token(model) + 4 * logits),
+        cache=batch_size * (context * _cache_bytes_per_token(model) + 8 * vocabulary),
         relevancy=_backward_bytes(model, context) + (4 + 2 * model.dtype.itemsize) * logits,
     )
 

@@ -330,7 +330,7 @@ class Memory:
         parameters: number of weights.
         dtype: of the computation.
         weights: of all weights, as they would be stored.
-        cache: of the KV cache and the logits of all steps during generation.
+        cache: of the KV cache and the logits of a step during generation.
         relevancy: of the backward pass of one answer's relevancy, roughly.
     """
 

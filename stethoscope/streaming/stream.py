@@ -88,7 +88,6 @@ class WarningStreamer(BaseStreamer):
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
         self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, requires)
-        settings.output_logits = False
         if self.scorer is not None and self.scorer.lookahead:
             settings.max_new_tokens += 1
             self.arguments["stopping_criteria"] = [

@@ -13,6 +13,7 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation
+from stethoscope.mitigation.decoding import FirstLogitBoosting
 
 QUESTIONS = ("Is there a dog in the image?", "Please describe this image in detail.", "Yes?")
 WAYS = {
@@ -34,6 +35,23 @@ def adapter():
 def encoded(adapter):
     pixels = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
     return [adapter.encode(Image.fromarray(p), question) for p, question in zip(pixels, QUESTIONS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "settings", [WAYS["greedy"], WAYS["sampled"], Generation(max_new_tokens=24, mitigation=FirstLogitBoosting())]
+)
+def test_log_probabilities_are_those_of_the_model_before_any_processor(adapter, encoded, settings):
+    """Also where sampling or a mitigation chooses from other scores; they are taken as tokens are written."""
+    answers = adapter.generate(encoded, settings)
+    model, arguments = adapter.prepare_generate(encoded, settings)
+    arguments["generation_config"].output_logits = True  # all steps, which ``generate`` of an adapter does not keep
+    output = model.generate(**arguments)
+    for index, answer in enumerate(answers):
+        for token, logits, logprob in zip(answer.token_ids, output.logits, answer.logprobs, strict=False):
+            assert logprob == pytest.approx(float(logits[index].log_softmax(-1)[token]), abs=1e-6)
+        assert (
+            list(answer.token_ids) == output.sequences[index, -len(output.logits) :][: len(answer.token_ids)].tolist()
+        )
 
 
 class Passes:
