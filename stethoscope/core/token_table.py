@@ -210,15 +210,20 @@ def select_features(
     >>> select_features(["nll", "entropy", "svar_l00", "svar_l01"], ["svar_*", "nll"], ["*_l01"])
     ('nll', 'svar_l00')
     """
-    for pattern in [*(include or ()), *exclude]:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
-    selected = tuple(
-        name
-        for name in names
-        if (include is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-    )
+    known = set(names)
+
+    def matching(patterns: Sequence[str]) -> set[str]:
+        matches: set[str] = set()
+        for pattern in patterns:
+            plain = not set(pattern) & set("*?[")  # a name, of which a learner may have hundreds
+            fits = known & {pattern} if plain else {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+            if not fits:
+                raise ConfigError(unknown("feature", pattern, {stem(name) for name in names}))
+            matches |= fits
+        return matches
+
+    included, excluded = known if include is None else matching(include), matching(exclude)
+    selected = tuple(name for name in names if name in included and name not in excluded)
     if not selected:
         raise ConfigError(f"features={include} without exclude={list(exclude)} leaves no feature of {len(names)}")
     return selected

@@ -149,6 +149,11 @@ class Detector:
         return self._inputs.features
 
     @property
+    def inputs(self) -> Inputs:
+        """The columns of its design matrix; none before ``fit``."""
+        return self._inputs
+
+    @property
     def schema(self) -> FeatureSchema:
         """All features of the table it was fitted on; a table to predict must have the same."""
         return self._schema

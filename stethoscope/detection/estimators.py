@@ -41,7 +41,7 @@ ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
-INNER_FOLDS = 5
+INNER_FOLDS, DRAFT_FOLDS = 5, 2
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and the choice of C would be noise
 
 
@@ -124,11 +124,13 @@ def make_estimator(kind: str, seed: int = 0) -> BaseEstimator:
     raise ConfigError(f"estimator={kind!r} should be one of {', '.join(ESTIMATORS)}")
 
 
-def inner_folds(groups: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Return (train, test) indices of inner folds by image; None if a class has too few images for them."""
+def inner_folds(
+    groups: np.ndarray, labels: np.ndarray, draft: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Return (train, test) indices of inner folds by image, fewer for a draft; None if a class has too few images."""
     if min(len(np.unique(groups[labels == label])) for label in (0, 1)) < ENOUGH_IMAGES:
         return None
-    folds = list(GroupKFold(INNER_FOLDS).split(labels, labels, groups))
+    folds = list(GroupKFold(DRAFT_FOLDS if draft else INNER_FOLDS).split(labels, labels, groups))
     return folds if all(len(np.unique(labels[train])) == 2 for train, _ in folds) else None
 
 
@@ -189,16 +191,17 @@ def choose_C(estimator: BaseEstimator, matrix: np.ndarray, labels: np.ndarray, g
     """
     folds, choices = inner_folds(groups, labels), C_choices(estimator)
     if folds is not None and choices:
-        losses = [
-            np.mean(log_loss_of(labels, out_of_fold(set_C(clone(estimator), c), matrix, labels, folds)))
-            for c in choices
-        ]
-        set_C(estimator, choices[int(np.argmin(losses))])
+        prepare, scores = clone(estimator)[:-1], np.zeros((len(choices), len(labels)))
+        for train, test in folds:
+            learned, held_out = prepare.fit_transform(matrix[train], labels[train]), prepare.transform(matrix[test])
+            for row, C in zip(scores, choices, strict=True):
+                row[test] = set_C(clone(estimator), C)[-1].fit(learned, labels[train]).decision_function(held_out)
+        set_C(estimator, choices[int(np.argmin(log_loss_of(labels, scores).mean(1)))])
     return estimator.fit(matrix, labels)
 
 
 def log_loss_of(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Compute the negative log-likelihood, in nats, of labels under log-odds, (rows,).
+    """Compute the negative log-likelihood, in nats, of labels under log-odds, (rows,) or (choices, rows).
 
     >>> log_loss_of(np.array([0, 1]), np.array([0.0, 0.0])).round(4).tolist()
     [0.6931, 0.6931]

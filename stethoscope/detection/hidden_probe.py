@@ -33,7 +33,9 @@ UNITS, MEMBERS = 128, 3
 """Units of the hidden layer, and networks whose scores are averaged."""
 EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 30, 300, 256, 4e-3, 1e-2, (0.1, 0.3)
 """Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units.
-Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer."""
+Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer; a draft takes
+``DRAFT_STEPS``."""
+DRAFT_STEPS = 100
 LARGEST_ODDS = 20.0
 
 
@@ -56,7 +58,13 @@ class HiddenProbe:
 
     @classmethod
     def fit(
-        cls, states: np.ndarray, targets: np.ndarray, seed: int = 0, members: int = MEMBERS, epochs: int = EPOCHS
+        cls,
+        states: np.ndarray,
+        targets: np.ndarray,
+        seed: int = 0,
+        members: int = MEMBERS,
+        epochs: int = EPOCHS,
+        steps: int = STEPS,
     ) -> HiddenProbe:
         """Fit on the states of mentions.
 
@@ -66,10 +74,11 @@ class HiddenProbe:
             seed: of weights, order and dropout.
             members: number of networks.
             epochs: passes over the mentions.
+            steps: batches to learn from at least, in more passes if need be.
         """
         mean, scale = _moments(states)
         inputs = _standardise(states, mean, scale)
-        fitted = [_train(inputs, targets, seed + member, epochs) for member in range(members)]
+        fitted = [_train(inputs, targets, seed + member, epochs, steps) for member in range(members)]
         return cls(mean, scale, *(np.stack(parts).astype(np.float64) for parts in zip(*fitted, strict=True)))
 
     @classmethod
@@ -124,7 +133,7 @@ def _standardise(states: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.
     return np.nan_to_num((states - mean) / scale, nan=0.0)
 
 
-def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int) -> tuple[np.ndarray, ...]:
+def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int, steps: int) -> tuple[np.ndarray, ...]:
     """Train one network; returns its weights and biases, first to last.
 
     Written in numpy: in torch most of a fit was not matrix products but masks of dropout, the graph and the imports of
@@ -144,7 +153,7 @@ def _train(inputs: np.ndarray, targets: np.ndarray, seed: int, epochs: int) -> t
         _Masks(share_of, BATCH * width, random) for share_of, width in zip(DROPOUT, (columns, UNITS), strict=True)
     )
     batches = math.ceil(len(states) / BATCH)
-    epochs = max(epochs, math.ceil(STEPS / batches))
+    epochs = max(epochs, math.ceil(steps / batches))
     optimiser = AdamW(weights, epochs * batches)
     for _ in range(epochs):
         order = random.permutation(len(states))
@@ -262,6 +271,7 @@ class Probed(Stacked):
         seed: of everything random.
         taught: learn the second score alone, from the teacher; the first is 0.
         unlabelled: (rows, columns) of further mentions without labels, for the teacher's score; None for none.
+        draft: cross-fit in fewer folds, with one network and ``DRAFT_STEPS`` steps of training.
     """
 
     def __init__(
@@ -272,28 +282,31 @@ class Probed(Stacked):
         seed: int = 0,
         taught: bool = False,
         unlabelled: np.ndarray | None = None,
+        draft: bool = False,
     ) -> None:
         self.classifier, self.size, self.C, self.seed = classifier, size, C, seed
-        self.taught, self.unlabelled = taught, unlabelled
+        self.taught, self.unlabelled, self.draft = taught, unlabelled, draft
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Probed:
         """Fit on (rows, own columns + states + teacher), labels and image ids."""
         labels = np.full(len(y), np.nan) if self.taught else y
         states, targets = self._states(X), np.column_stack([labels, expit(-X[:, -1])])
         more = np.zeros((0, X.shape[1])) if self.unlabelled is None else self.unlabelled
-        epochs = TAUGHT_EPOCHS if self.taught else EPOCHS
+        members, epochs, steps = MEMBERS, TAUGHT_EPOCHS if self.taught else EPOCHS, STEPS
+        if self.draft:
+            members, epochs, steps = 1, 1, DRAFT_STEPS
         further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(-more[:, -1])])
         self.probe_ = HiddenProbe.fit(
-            np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed, epochs=epochs
+            np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed, members, epochs, steps
         )
-        folds = inner_folds(groups, y)
+        folds = inner_folds(groups, y, self.draft)
         if folds is None:
             scores = self.probe_.transform(states)
         else:
             scores = np.zeros((len(X), len(COLUMNS)))
             for train, test in folds:
                 learned = np.vstack([states[train], further[0]]), np.vstack([targets[train], further[1]])
-                scores[test] = HiddenProbe.fit(*learned, self.seed, 1, epochs).transform(states[test])
+                scores[test] = HiddenProbe.fit(*learned, self.seed, 1, epochs, steps).transform(states[test])
         matrix = np.hstack([scores, X[:, : -self.size - 1]])
         classifier = self._fit_classifier(matrix, y, groups)
         self.held_out_ = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from stethoscope.core.token_table import (
 from stethoscope.detection.baselines import baselines
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Difference, Leaderboard, Row
+from stethoscope.detection.estimators import CalibratedModel, Examples
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, left_out, score_published
 from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
@@ -64,20 +65,34 @@ def _single_features(
     return {name: scores[name] for name in selected}, signs, best, skipped
 
 
-def shuffled_detectors(
-    table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray], seed: int
-) -> Iterator[Detector]:
-    """Yield detectors with the settings of a fitted one, fitted to labels shuffled within each fold.
+def shuffled_predictions(
+    table: pd.DataFrame, detector: Detector, folds: Mapping[str, np.ndarray], seed: int, draft: bool = True
+) -> Iterator[np.ndarray]:
+    """Yield predictions on the ``test`` fold of a fitted detector's classifier, refitted to shuffled labels.
 
-    Both folds are shuffled: a calibration on true labels would orient a meaningless direction to the better side.
+    The labels are shuffled within the training and the calibration fold: a calibration on true labels would orient a
+    meaningless direction to the better side. Rows and columns are those of the detector.
+
+    Args:
+        table: token table, all folds.
+        detector: fitted detector.
+        folds: (rows,) masks ``train``, ``calibration`` and ``test``.
+        seed: seed of the shuffles.
+        draft: fit drafts (``Inputs.classifier``), which are right by chance as often as the classifier itself.
     """
-    settings = {**detector.settings, "C": detector.C, "threshold": "f1"}
-    parts = [detector.select_mentions(table[folds[fold]]) for fold in ("train", "calibration")]
+    parts = [detector.select_mentions(table[folds[fold]]) for fold in ("train", "calibration", "test")]
     if TEACHER not in detector.features:  # a probe would learn the truth from the model's verification
         parts = [part.drop(columns=TEACHER, errors="ignore") for part in parts]
+    train, calibration, test = (
+        Examples(detector.inputs.matrix(part), part["label"].to_numpy(int), part["group"].to_numpy(str))
+        for part in parts
+    )
+    kind, method, own_seed = (detector.settings[key] for key in ("estimator", "calibration", "seed"))
     for index in range(SHUFFLES):
         random = np.random.default_rng([seed, index])
-        yield Detector(**settings).fit(*(part.assign(label=random.permutation(part["label"])) for part in parts))
+        shuffled = [replace(part, labels=random.permutation(part.labels)) for part in (train, calibration)]
+        estimator = detector.inputs.classifier(kind, detector.C, own_seed, draft=draft)
+        yield CalibratedModel.fit(estimator, *shuffled, method, detector.C).predict(test.matrix)
 
 
 def _average_shuffled(figures: dict[tuple[str, str], np.ndarray], names: Sequence[str], seed: int) -> None:
@@ -136,9 +151,9 @@ def build_leaderboard(
             _Entry(method.name, "published", result.values, result.probability, result.sign, method.cost, result.note)
         )
     shuffled = {
-        f"{SHUFFLED} {index}": refitted.predict(test)
+        f"{SHUFFLED} {index}": probabilities
         for detector in list(detectors.values())[:1]
-        for index, refitted in enumerate(shuffled_detectors(table, detector, folds, seed))
+        for index, probabilities in enumerate(shuffled_predictions(table, detector, folds, seed))
     }
     resamples = group_weights(test["group"].to_numpy(dtype=str), replicates, seed)
     probabilities, scores = (

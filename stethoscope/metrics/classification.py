@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, divide, gather
+from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, divide
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -171,8 +171,9 @@ def auroc_within(
         raise ValueError(f"bins {bins.shape} should be {labels.shape} and average={average!r} pairs or bins")
     if not labels.size:
         return as_result(np.full(matrix.shape[1], np.nan), single)
-    right, pairs = _pairs_within(labels, scores, bins, matrix)
-    if average == "bins":
+    right, pairs, starts = _pairs_within(labels, scores, bins, matrix)
+    if average == "bins" and len(starts):
+        right, pairs = (np.add.reduceat(part, starts, axis=0) for part in (right, pairs))
         right, pairs = np.nan_to_num(divide(right, pairs)), (pairs > 0).astype(float)
     return as_result(divide(right.sum(axis=0), pairs.sum(axis=0)), single)
 
@@ -193,21 +194,32 @@ def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
 
 def _pairs_within(
     labels: np.ndarray, scores: np.ndarray, bins: np.ndarray, matrix: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the weights of pairs within bins, (bins, replicates): those in the right order, and all."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum the weights of the pairs that every hallucinated item forms with grounded ones of its bin.
+
+    Returns:
+        (items, replicates) of pairs in the right order, half of those at one score, and of all pairs, sorted by bins;
+        (bins,) index of the first item of every bin with a hallucinated item.
+    """
     order = np.lexsort((-scores, bins))
-    bins, scores = bins[order], scores[order]
+    bins, scores, positive = bins[order], scores[order], labels[order]
     opens = np.diff(bins, prepend=bins[0] - 1) != 0
-    fresh = opens | (np.diff(scores, prepend=np.nan) != 0)
-    positive, negative = gather(labels, matrix, order, fresh)
-    starts = np.flatnonzero(opens[fresh])
-    positives, negatives = (np.add.reduceat(part, starts, axis=0) for part in (positive, negative))
-    # grounded items above each row and half of those at its score; those of earlier bins are subtracted bin by bin
-    above = np.cumsum(negative, axis=0)
-    above -= negative / 2
-    earlier = np.cumsum(negatives, axis=0) - negatives
-    wrong = np.add.reduceat(np.multiply(positive, above, out=above), starts, axis=0) - positives * earlier
-    return positives * negatives - wrong, positives * negatives
+    before = np.append(0, np.cumsum(~positive))  # grounded items before each row
+
+    def span(fresh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return before which and up to which grounded item the run of rows reaches that a hallucinated one is in."""
+        starts, run = np.append(np.flatnonzero(fresh), len(fresh)), (np.cumsum(fresh) - 1)[positive]
+        return before[starts[run]], before[starts[run + 1]]
+
+    grounded = order[~positive]
+    sums = np.zeros((len(grounded) + 1, matrix.shape[1]))
+    np.cumsum(matrix[grounded], axis=0, out=sums[1:])
+    (low, high), (first, last) = span(opens | (np.diff(scores, prepend=np.nan) != 0)), span(opens)
+    weights, up_to = matrix[order[positive]], sums[last]
+    pairs = weights * (up_to - sums[first])
+    right = up_to - (sums[low] + sums[high]) / 2
+    right *= weights
+    return right, pairs, np.flatnonzero(np.diff(bins[positive], prepend=bins[0] - 1) != 0)
 
 
 def _check_probabilities(scores: np.ndarray) -> None:
