@@ -1,5 +1,6 @@
 """The measuring scripts that are kept ready for another machine run here, on small models."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -74,3 +75,36 @@ def test_the_gpu_script_measures_everything_without_an_installation(tmp_path):
             "forward", "generation", "relevancy", "full", "diagnose", "stream", "precision", "compile",
         }  # fmt: skip
         assert f"| {family} 36 x2 full |" in done.stdout
+
+
+def test_growth_fits_exponents_and_marks_what_grows_faster(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    growth = __import__("growth")
+    slope, half, last = growth.exponent([1, 2, 4, 8], [3, 12, 48, 192])
+    assert (slope, last) == pytest.approx((2, 2))
+    assert half == pytest.approx(0, abs=1e-6)
+    costs = {"forward": 1.2, "generation": 1.0, "relevancy": 1.25, "stream": 1.5}
+    lines = [
+        {"axis": "answer", "size": size, "way": way, "seconds": size**power}
+        for way, power in costs.items()
+        for size in (16, 32, 64)
+    ]
+    rows = {row.split(" | ")[1]: row for row in growth.table(lines).splitlines()[2:]}
+    assert {way for way, row in rows.items() if row.endswith("above |")} == {"stream"}
+    assert "| 1.25 [1.25, 1.25] | 1.25 | forward 1.20, generation 1.00 |" in rows["relevancy"]
+    figures = growth.Figures(tmp_path / "growth.jsonl", 100)
+    options = argparse.Namespace(axes=["batch"], folder=tmp_path, rounds=1, largest=2)
+    ways = {"forward": lambda: sum(range(10_000))}
+    monkeypatch.setattr(growth, "model_ways", lambda shape, batch, tokens: ways)
+    growth.measure(options, figures)
+    assert [line["key"] for line in figures.lines] == [
+        "batch 1 forward",
+        "batch 1 all",
+        "batch 2 forward",
+        "batch 2 all",
+    ]
+    resumed = growth.Figures(tmp_path / "growth.jsonl", 100)
+    growth.measure(options, resumed)  # nothing is missing
+    assert resumed.lines == figures.lines
+    for name in ("growth", "shapes"):
+        sys.modules.pop(name)
