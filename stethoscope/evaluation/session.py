@@ -99,6 +99,9 @@ class RunSession:
             self.call("on_run_start")
             run.adapter.check_mitigation(self.generation)
             available = self._load(run.task)
+            method = self.generation.mitigation
+            if isinstance(method, EditingMitigation) and not evaluator.keeps_answers:
+                method.folder(run.adapter)  # without a detector nothing is loaded
             run.adapter.setup()
             if self.generation.max_new_tokens is None:
                 self.generation = replace(self.generation, max_new_tokens=run.task.max_new_tokens)
@@ -106,7 +109,6 @@ class RunSession:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
                 )
-            method = self.generation.mitigation
             if isinstance(method, EditingMitigation) and not evaluator.keeps_answers:
                 from stethoscope.evaluation.edit_answers import make_editor  # a detector, which few runs need
 

@@ -40,7 +40,7 @@ def cut_scores(scores: Tensor, original: Tensor, beta: float) -> Tensor:
     """
     if not beta:
         return scores
-    lowest = original.max(-1, keepdim=True).values + math.log(beta)
+    lowest = original.amax(-1, keepdim=True) + math.log(beta)
     return scores.masked_fill(original < lowest, -torch.inf)
 
 
@@ -62,7 +62,7 @@ def unsure_contrast(scores: Tensor, other: Tensor, step: int, alpha: float, rate
     own, without = scores.log_softmax(-1), other.log_softmax(-1)
     if not alpha:
         return own
-    unsure = own.max(-1, keepdim=True).values < math.log(alpha)
+    unsure = own.amax(-1, keepdim=True) < math.log(alpha)
     return torch.where(unsure, own + math.expm1(rate * step) * (own - without), own)
 
 

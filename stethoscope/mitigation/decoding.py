@@ -60,7 +60,7 @@ class FirstLogitProcessor(LogitsProcessor):
             self._first = scores.masked_fill(scores.isinf(), 0.0)
         weight = self._gamma * (1 - math.exp(-self._rate * self._step))
         self._step += 1
-        return cut_scores(scores + weight * self._first, scores, self._beta)
+        return cut_scores(torch.add(scores, self._first, alpha=weight), scores, self._beta)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------

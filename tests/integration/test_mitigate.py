@@ -1,8 +1,17 @@
 """Methods against hallucinations in one table, on a few scenes of the embedded model."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
+from helpers.token_tables import token_table
+
+from stethoscope.detection.detector import Detector
+from stethoscope.testbed import DETECTOR_DIR
 
 RUN = ["mitigate", "methods=[none,cut,drop]", "chair.scenes=20", "pope.scenes=4", "callbacks=none", "name=all"]
 
@@ -70,3 +79,58 @@ def test_a_detector_of_all_images_is_refused(stethoscope, copy):
     words = ["methods=[none,drop]", "chair.scenes=2", "~task@pope", "callbacks=none", "name=few"]
     message = stethoscope("mitigate", *words, f"detector={copy}")
     assert "the detector was fitted on every image of chair" in message
+
+
+TINY = ["mitigate", "model=hf", "model.random_init=tiny", "chair.scenes=2", "~task@pope", "callbacks=none", "name=tiny"]
+
+
+def test_a_detector_of_another_model_is_refused_before_a_method_begins(stethoscope, tmp_path):
+    message = stethoscope(*TINY, "methods=[none,cut]", f"detector={DETECTOR_DIR}")
+    assert "tiny-llava has other weights than the model that the detector learns from" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_features_that_the_model_does_not_have_are_refused_before_a_method_begins(stethoscope, tmp_path):
+    """Of a model of ten layers; the tiny one has fewer."""
+    table = token_table(images=60)
+    deep = {f"attn_image_l{layer:02d}": np.float32(layer) + table["mass"] for layer in range(10)}
+    Detector(calibration="none").fit(table.drop(columns=["noise", "mass"]).assign(**deep)).save(tmp_path / "deep")
+    message = stethoscope(*TINY, "methods=[none,drop]", f"detector={tmp_path / 'deep'}")
+    assert message.startswith("stethoscope: tiny-llava lacks 7 columns")
+    assert "a column of one layer means the same only in a model of the same depth" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_promise_that_cannot_be_given_is_refused_before_a_method_begins(stethoscope, tmp_path):
+    words = ["methods=[none,promise]", "chair.scenes=2", "~task@pope", "callbacks=none", "name=promised"]
+    assert "belongs to no run that has them" in stethoscope("mitigate", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_within_a_method_ends_with_the_same_table(tmp_path):
+    words = [sys.executable, "-m", "stethoscope", "mitigate", "methods=[none,drop]", "chair.scenes=48", "batch_size=8"]
+    words += ["~task@pope", "brief=null", "temperatures=[]", "stop=[8]", "callbacks=none", "logger=none"]
+
+    def start(name):
+        return subprocess.Popen([*words, f"name={name}"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    def compared(name):
+        rows = json.loads((tmp_path / "runs" / name / "mitigation.json").read_text())["methods"]
+        passes = [row.pop("passes_per_token") for row in rows]
+        return passes, [{**row, "seconds_per_answer": None, "peak_memory": None} for row in rows]
+
+    whole = start("whole")
+    cut, samples = start("cut"), tmp_path / "runs" / "cut" / "drop" / "samples.jsonl"
+    while cut.poll() is None and not (samples.is_file() and samples.read_text().count("\n") >= 16):
+        time.sleep(0.02)
+    cut.send_signal(signal.SIGKILL)
+    assert cut.wait() == -signal.SIGKILL
+    assert 16 <= samples.read_text().count("\n") < 48
+    assert not (tmp_path / "runs" / "cut" / "mitigation.json").exists()
+    assert start("cut").wait() == whole.wait() == 0
+    (whole_passes, whole_rows), (passes, rows) = compared("whole"), compared("cut")
+    assert rows == whole_rows
+    assert passes == pytest.approx(
+        whole_passes, rel=0.05
+    )  # of a batch that was killed between two files none are known

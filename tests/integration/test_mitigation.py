@@ -6,12 +6,12 @@ import pytest
 from helpers.tiny_world import TinyAdapter, TinyTask
 
 import stethoscope as package
-from stethoscope.core.errors import CapabilityError
+from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.line_schemas import violation
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.mitigation.answers import Drop, Rerank
-from stethoscope.mitigation.decoding import FirstLogitBoosting, NoiseContrast
+from stethoscope.mitigation.answers import Ask, Drop, Rerank
+from stethoscope.mitigation.decoding import Cut, FirstLogitBoosting, NoImageContrast, NoiseContrast
 from stethoscope.testbed import DETECTOR_DIR
 
 THRESHOLD = json.loads((DETECTOR_DIR / "manifest.json").read_text())["threshold"]["value"]
@@ -154,10 +154,28 @@ def test_wrong_choices_end_before_the_model_is_loaded(stethoscope, words, messag
     assert message in stethoscope("evaluate", *RUN, "model=hf", "model.model_id=nowhere", *words)
 
 
-def test_an_adapter_without_access_is_refused(tmp_path):
-    adapter = TinyAdapter()
-    with pytest.raises(CapabilityError, match="mitigation=vcd changes how"):
-        Evaluator(generation=Generation(mitigation=NoiseContrast())).run(adapter, TinyTask())
+class NeverLoaded(TinyAdapter):
+    """An adapter that gives no access to its decoding, and that no refused run may load."""
+
+    def setup(self):
+        raise AssertionError("loaded")
+
+
+METHODS = [Cut(), FirstLogitBoosting(), NoImageContrast(), NoiseContrast(), Drop(), Ask(), Rerank()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_what_a_model_cannot_do_is_refused_in_a_line_before_it_is_loaded(method):
+    message = "changes how tiny writes its answers" if method.changes_scores else "needs a detector of tiny"
+    with pytest.raises((CapabilityError, ConfigError), match=f"^mitigation={method.name} {message}") as refusal:
+        Evaluator(generation=Generation(mitigation=method)).run(NeverLoaded(), TinyTask())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", METHODS[:4], ids=lambda method: method.name)
+def test_a_decoder_that_does_not_go_with_beams_is_refused(method):
+    with pytest.raises(ConfigError, match=f"^mitigation={method.name} goes with greedy decoding and sampling"):
+        Generation(num_beams=2, mitigation=method)
 
 
 def test_a_score_weighs_expected_hallucinations_against_right_mentions():
