@@ -182,7 +182,7 @@ class Runs:
                 return None
 
         with readable(source.folder):
-            return collect_report(source, image_source=picture).html()
+            return collect_report(source, image_source=picture).html(sortable=False)
 
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
         rebuilt = saved_task(self.source(name).store, task, self._plugins, offline=True)

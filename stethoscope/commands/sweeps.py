@@ -156,7 +156,7 @@ class Sweep:
         results = compare_jobs(jobs, partial(_task_of, {name for job in jobs for name in job.plugins}))
         results.print(console())
         results.write(self.folder, self.name)
-        print(f"sweep: {self.folder / 'sweep.md'}, sweep.csv, sweep.json")
+        print(f"sweep: {self.folder / 'sweep.md'}, sweep.html, sweep.csv, sweep.json")
         self._log(jobs, results)
         lost = [job for job in jobs if job.status != FINISHED]
         if lost:

@@ -15,7 +15,7 @@ from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.detection.detector_results import read_interval
 from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights
-from stethoscope.report.metrics_tables import RANKING, TITLES, primary, shown_rows
+from stethoscope.report.metrics_tables import RANKING, TASK_TITLES, TITLES, metric_title, primary, shown_rows
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.records import FAILED, Record
@@ -156,12 +156,20 @@ def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str,
         old, new = (figure[metric, subset] for figure in figures)
         if metric == task.primary:
             bold.add(len(cells))
-        cells.append((metric, subset, part.interval(old), part.interval(new), _difference(new - old, part)))
+        cells.append(
+            (metric_title(metric), subset, part.interval(old), part.interval(new), _difference(new - old, part))
+        )
     failed, alone = len(common) - len(both), len({*records[0], *records[1]}) - len(common)
     note = PAIRED + (f" {failed} samples that failed in one of the runs are left out." if failed else "")
     note += f" {alone} samples that only one of the runs has are left out, {len(common)} are common." if alone else ""
     columns = ("metric", "subset", *names, f"{names[1]} − {names[0]}")
-    return Table(f"{task.name}: {names[1]} against {names[0]}", columns, tuple(cells), note, frozenset(bold))
+    return Table(
+        f"{TASK_TITLES.get(task.name, task.name)}: {names[1]} against {names[0]}",
+        columns,
+        tuple(cells),
+        note,
+        frozenset(bold),
+    )
 
 
 def _scored(record: Record) -> tuple[Sample, Mapping[str, float]]:
@@ -286,7 +294,7 @@ def summary_table(sources: Sequence[RunReader], names: Sequence[str]) -> Table:
             metrics = source.detector.detector.metrics if source.detector else {}
             cells += [metrics.get(metric) for metric in SUMMARY]
         rows.append((name, source.model, *cells))
-    columns = ["run", "model", *(f"{task} {metric}" for task, metric in primary_metrics.items())]
+    columns = ["run", "model", *(metric_title(metric, task) for task, metric in primary_metrics.items())]
     columns += [f"detector: {TITLES[metric]}" for metric in SUMMARY] if any_detector else []
     return Table("runs", tuple(columns), tuple(rows), "95 % intervals from resampled images.")
 

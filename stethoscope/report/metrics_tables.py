@@ -60,6 +60,26 @@ BEST_PUBLISHED = "best published of one pass"
 SINGLE_FEATURES = 5  # rows of single features, in addition to those that are best under a control
 
 
+TASK_TITLES = {
+    "amber": "AMBER", "beaf": "BEAF", "chair": "CHAIR", "dash_b": "DASH-B", "h_pope": "H-POPE", "halloc": "HalLoc",
+    "hallusion_bench": "HallusionBench", "humble_bench": "HumbleBench", "mhal_detect": "M-HalDetect", "mme": "MME",
+    "mmvp": "MMVP", "natural_bench": "NaturalBench", "phd": "PhD", "pope": "POPE",
+}  # fmt: skip
+METRIC_TITLES = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "f1": "F1", "tpr": "TPR", "tnr": "TNR"}
+"""Names as the field writes them; others are shown as they are called in files."""
+
+
+def metric_title(metric: str, task: str = "") -> str:
+    """Write the name of a metric as the field does, after that of its task.
+
+    >>> metric_title("chair_i"), metric_title("f1", "pope"), metric_title("length", "mine")
+    ('CHAIR_i', 'POPE F1', 'mine length')
+    """
+    title = METRIC_TITLES.get(metric, metric)
+    own = TASK_TITLES.get(task, task)
+    return title if not task or title.startswith(f"{own}_") else f"{own} {title}"
+
+
 def primary(results: TaskResults) -> Interval | None:
     """Return the interval of a task's primary metric; None if it could not be measured."""
     return results.interval() if any(row.metric == results.primary for row in results.metrics) else None
@@ -70,17 +90,20 @@ def task_table(results: TaskResults) -> Table:
     intervals = {(row.metric, row.subset): row.interval for row in results.metrics}
     names = list(dict.fromkeys(row.metric for row in results.metrics))
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (name, *(intervals.get((name, subset)) for subset in results.subsets)) for name in names
+        (metric_title(name), *(intervals.get((name, subset)) for subset in results.subsets)) for name in names
     )
     bold = frozenset(index for index, name in enumerate(names) if name == results.primary)
     answers = (f"{line[0].upper()}{line[1:]}." for line in describe(results.answers))
     note = " ".join([f"{results.summary()}.", *results.notes, "95 % intervals from resampled images.", *answers])
-    return Table(results.task, ("metric", *results.subsets), rows, note, bold)
+    return Table(TASK_TITLES.get(results.task, results.task), ("metric", *results.subsets), rows, note, bold)
 
 
 def count_table(results: Sequence[TaskResults]) -> Table:
     """Count the samples of every task by status."""
-    rows: list[tuple[Cell, ...]] = [(result.task, *(int(result.counts[name]) for name in COUNTS)) for result in results]
+    rows: list[tuple[Cell, ...]] = [
+        (TASK_TITLES.get(result.task, result.task), *(int(result.counts[name]) for name in COUNTS))
+        for result in results
+    ]
     note = (
         "A failed sample gave an error, an unparsed one an answer that the task cannot read; neither is a wrong answer."
     )

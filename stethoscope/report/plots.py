@@ -10,10 +10,10 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from stethoscope.report.tables import PairedDifference
+
 POINTS = 400  # of a curve at most: more than a screen can show
+HOVERED = 40  # points of a curve that show their values
 BIN_WIDTH, MOST_BINS = 10, 12  # tokens per bin of positions; with longer answers bins are wider
 SIZE = 440, 320  # width and height of a plot, in points
 COLOURS = {
@@ -82,6 +85,14 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     name: str
+
+
+class Hint(NamedTuple):
+    """What a point of a plot says where the pointer rests, in the coordinates of the plot's data."""
+
+    x: float
+    y: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def reliability(rows: pd.DataFrame, count: int = 10) -> list[Bin]:
 def plot_curves(
     title: str, labels: tuple[str, str], curves: Sequence[Curve], reference: Sequence[float], note: str = ""
 ) -> Plot:
-    """Plot at most four curves in the unit square.
+    """Plot at most four curves in the unit square; their points show their values where the pointer rests.
 
     Args:
         title: the heading.
@@ -203,7 +214,13 @@ def plot_curves(
         axes.plot([0, 1], reference, **_DASHED)
         for index in reversed(range(len(curves))):
             _line(axes, curves[index], index)
-        return finish(figure, tuple(curve.name for curve in curves), note)
+        names = [label.partition(":")[0] for label in labels]
+        hints = [
+            Hint(x, y, f"{curve.name.partition(':')[0]}: {names[0]} {x:.3f}, {names[1]} {y:.3f}")
+            for curve in curves
+            for x, y in _spread(curve)
+        ]
+        return finish(figure, tuple(curve.name for curve in curves), note, hints)
 
 
 def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
@@ -215,7 +232,7 @@ def plot_reliability(bins: Sequence[Bin], note: str = "") -> Plot:
         _columns(axes, bins, edges, 0.1)
         axes.plot([0, 1], [0, 1], **_DASHED)
         _intervals(axes, bins)
-        return finish(figure, (), note)
+        return finish(figure, (), note, _hints_of(bins, "share"))
 
 
 def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
@@ -233,7 +250,7 @@ def plot_positions(bins: Sequence[Bin], note: str = "") -> Plot:
         _columns(axes, bins, [part.x - 0.5 for part in bins], 1.0)
         axes.plot([-0.5, len(bins) - 0.5], [0.5, 0.5], **_DASHED)
         _intervals(axes, bins)
-        return finish(figure, (), note)
+        return finish(figure, (), note, _hints_of(bins, "AUROC"))
 
 
 def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note: str = "") -> Plot:
@@ -258,7 +275,63 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
         axes.set(xlabel=label, ylim=(len(bars) - 0.4, -0.6))
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x")
-        return finish(figure, (), note)
+        hints = [Hint(bar.value, index, f"{name}: {bar}") for index, (name, bar) in enumerate(bars)]
+        return finish(figure, (), note, hints)
+
+
+def plot_forest(title: str, label: str, rows: Sequence[tuple[str, PairedDifference]], note: str = "") -> Plot:
+    """Plot paired differences with their intervals around a line at 0, the first on top.
+
+    Args:
+        title: the heading.
+        label: of the axis.
+        rows: names and differences; those that are not defined are left out.
+        note: how to read the plot.
+    """
+    shown = [(name, row.interval) for name, row in rows if np.isfinite(row.interval.value)]
+    with _drawing(title, (SIZE[0] + 60, 70 + 24 * len(shown))) as (figure, axes, finish):
+        axes.axvline(0, **_DASHED)
+        for index, (_, interval) in enumerate(shown):
+            colour = COLOURS["s0"] if interval.low > 0 or interval.high < 0 else COLOURS["soft"]
+            if np.isfinite([interval.low, interval.high]).all():
+                axes.plot([interval.low, interval.high], [index, index], color=colour, linewidth=1.6, gid="interval")
+            axes.plot([interval.value], [index], marker="o", markersize=7, color=colour, gid=f"point-{index}")
+        axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+        axes.set(xlabel=label, ylim=(len(shown) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x")
+        hints = [Hint(interval.value, index, f"{name}: {interval}") for index, (name, interval) in enumerate(shown)]
+        return finish(figure, (), note, hints)
+
+
+def plot_costs(points: Sequence[tuple[str, str, Interval]], costs: Sequence[str], note: str = "") -> Plot:
+    """Plot the AUROC of detectors against what they cost beyond the answer itself.
+
+    Args:
+        points: name, cost and AUROC of each; the first is ours.
+        costs: in their order on the axis, from left to right.
+        note: how to read the plot.
+    """
+    title = "AUROC against cost"
+    shown = [point for point in points if np.isfinite(point[2].value)]
+    used = [cost for cost in costs if any(point[1] == cost for point in shown)]
+    low = min([0.5, *(interval.value for *_, interval in shown)])
+    with _drawing(title, (SIZE[0] + 120, SIZE[1] + 20)) as (figure, axes, finish):
+        axes.set(ylabel="AUROC", xlim=(-0.5, len(used) - 0.5), ylim=(0.5 if low >= 0.5 else 0.0, 1.0))
+        axes.set_xticks(range(len(used)), used)
+        axes.grid(axis="y")
+        hints = []
+        for index, (name, cost, interval) in enumerate(shown):
+            beside = [point for point in shown if point[1] == cost]
+            shift = 0.0 if len(beside) == 1 else 0.6 * beside.index(shown[index]) / (len(beside) - 1) - 0.3
+            x, colour = used.index(cost) + shift, COLOURS["s1" if index else "s0"]
+            if np.isfinite([interval.low, interval.high]).all():
+                axes.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.4)
+            axes.plot(
+                [x], [interval.value], marker="o", markersize=7 if index else 10, color=colour, gid=f"point-{index}"
+            )
+            hints.append(Hint(x, interval.value, f"{name}, {cost}: {interval}"))
+        return finish(figure, (), note, hints)
 
 
 def plot_frontier(
@@ -295,26 +368,47 @@ def plot_frontier(
                 name, (x, y), xytext=(5, -13 if below else 6), textcoords="offset points", color=COLOURS["ink"],
                 fontsize=10,
             )  # fmt: skip
-        return finish(figure, (), note)
+        hints = [Hint(x, y, f"{name}: CHAIR_i {x:.3f}, recall {y:.3f}") for name, x, y in shown]
+        return finish(figure, (), note, hints)
 
 
 _DASHED: dict[str, Any] = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
 
 
+def _spread(curve: Curve) -> list[tuple[float, float]]:
+    """Choose at most ``HOVERED`` points, evenly along a curve of points that are not finite everywhere."""
+    points = np.array([curve.x, curve.y], float).T
+    points = points[np.isfinite(points).all(1)]
+    keep = np.unique(np.linspace(0, len(points) - 1, min(HOVERED, len(points))).round().astype(int))
+    return [(float(x), float(y)) for x, y in points[keep]]
+
+
+def _hints_of(bins: Sequence[Bin], what: str) -> list[Hint]:
+    return [
+        Hint(part.x, part.interval.value, f"{part.name}: {what} {part.interval}, {part.hallucinated}/{part.mentions}")
+        for part in bins
+        if part.interval is not None and np.isfinite(part.interval.value)
+    ]
+
+
+class _Finish(Protocol):
+    """Turn a figure into a ``Plot``."""
+
+    def __call__(self, figure: Figure, legend: tuple[str, ...], note: str, hints: Sequence[Hint] = ()) -> Plot: ...
+
+
 @contextmanager
-def _drawing(
-    title: str, size: tuple[int, int]
-) -> Iterator[tuple[Figure, Axes, Callable[[Figure, tuple[str, ...], str], Plot]]]:
+def _drawing(title: str, size: tuple[int, int]) -> Iterator[tuple[Figure, Axes, _Finish]]:
     """Open a figure in our style; yield it, its axes, and a function that turns it into a ``Plot``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    def finish(figure: Figure, legend: tuple[str, ...], note: str) -> Plot:
-        return Plot(title, _svg(figure, title), legend, note)
+    def finish(figure: Figure, legend: tuple[str, ...], note: str, hints: Sequence[Hint] = ()) -> Plot:
+        return Plot(title, _svg(figure, title, hints), legend, note)
 
     with _lock, rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # matplotlib's own font lacks a character; the page's has it
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=6)
@@ -363,8 +457,11 @@ def _intervals(axes: Axes, bins: Sequence[Bin]) -> None:
     )  # fmt: skip
 
 
-def _svg(figure: Figure, title: str) -> Markup:
-    """Write a figure as an ``<svg>`` element that takes size, font and colours from the page."""
+def _svg(figure: Figure, title: str, hints: Sequence[Hint] = ()) -> Markup:
+    """Write a figure as an ``<svg>`` element that takes size, font and colours from the page.
+
+    A hint is an invisible circle with a ``<title>``, which browsers show where the pointer rests.
+    """
     from markupsafe import Markup
 
     file = io.StringIO()
@@ -381,7 +478,21 @@ def _svg(figure: Figure, title: str) -> Markup:
     view = tag[tag.index("viewBox=") :].split('"')[1]
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     opening = f'<svg {namespaces} viewBox="{view}" role="img"'
-    return Markup(f'{opening} aria-label="{escape(title)}">{body.strip()}')
+    return Markup(f'{opening} aria-label="{escape(title)}">{_with_hints(body.strip(), figure, hints)}')
+
+
+def _with_hints(body: str, figure: Figure, hints: Sequence[Hint]) -> str:
+    """Put the circles of hints on top of a drawing, in its coordinates: points from the upper left corner."""
+    if not hints:
+        return body
+    place = figure.axes[0].transData.transform([(hint.x, hint.y) for hint in hints])  # dots of 1/72 inch, upwards
+    height = figure.bbox.height
+    circles = "".join(
+        f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="9" fill="transparent">'
+        f"<title>{escape(hint.text)}</title></circle>"
+        for (x, y), hint in zip(place, hints, strict=True)
+    )
+    return f"{body.removesuffix('</svg>')}<g>{circles}</g></svg>"
 
 
 def _page_style(style: re.Match[str]) -> str:

@@ -12,13 +12,24 @@ import pandas as pd
 
 from stethoscope.core.files import check_shape, read_json
 from stethoscope.core.html import asset, document, render
+from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import plots, tables
 from stethoscope.report.examples import ImageSource, example_cards, example_table, read_examples
-from stethoscope.report.metrics_tables import TITLES, count_table, detector_tables, primary, task_table
+from stethoscope.report.metrics_tables import (
+    COSTS,
+    TASK_TITLES,
+    TITLES,
+    count_table,
+    detector_tables,
+    metric_title,
+    primary,
+    shown_rows,
+    task_table,
+)
 from stethoscope.report.plots import Bin, Curve, Plot
 from stethoscope.report.run_source import SHOWN_TASK_SHAPE, Importance, RunReader, importances
-from stethoscope.report.tables import Cell, Table
+from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.run_dir import REMEDIES
 
 if TYPE_CHECKING:
@@ -78,19 +89,43 @@ class Report:
         all_tables = [table for section in self.sections for table in (*section.tables, *section.folded)]
         return f"% {tables.escape_latex(self.title)}\n" + tables.render_tables(all_tables, "latex")
 
-    def html(self) -> str:
-        """Write one self-contained HTML page."""
+    def html(self, sortable: bool = True) -> str:
+        """Write one self-contained HTML page.
+
+        Args:
+            sortable: let a script sort the tables; False for a frame that runs none.
+        """
         body = render("report/report.html", report=self, write_table=tables.html)
-        return _page(f"{self.title}: report", body)
+        return _page(f"{self.title}: report", body, sortable)
 
 
 def table_page(title: str, shown: Sequence[Table]) -> str:
-    """Write a page of tables."""
-    return _page(title, render("report/tables.html", title=title, tables=shown, write_table=tables.html))
+    """Write a page of tables; paired differences are also drawn."""
+    drawn = [plot for table in shown if (plot := plot_differences(table)) is not None]
+    return _page(title, render("report/tables.html", title=title, tables=shown, plots=drawn, write_table=tables.html))
 
 
-def _page(title: str, body: Markup) -> str:
-    return document(title, body, asset("diagnosis/viewer.css") + asset("report/report.css"))
+def plot_differences(table: Table) -> Plot | None:
+    """Draw the paired differences in the last column of a table as a forest plot; None where there are none."""
+    rows = [
+        (" ".join(str(cell) for cell in row[:-1] if isinstance(cell, (str, int))), row[-1])
+        for row in table.rows
+        if isinstance(row[-1], PairedDifference)
+    ]
+    differences = [(name, cell) for name, cell in rows if isinstance(cell, PairedDifference)]
+    shares = [(name, cell) for name, cell in differences if not abs(cell.interval.value) > 1]
+    if not differences:
+        return None
+    named = shares or differences  # words and tokens would hide shares on one axis
+    left_out = [name for name, cell in differences if (name, cell) not in named]
+    note = "Lines: 95 % intervals, paired over the same resampled images. Blue: the interval excludes 0."
+    note += f" Not shown, as no share: {', '.join(left_out)}." if left_out else ""
+    return plots.plot_forest(table.title, table.columns[-1], named, note)
+
+
+def _page(title: str, body: Markup, sortable: bool = True) -> str:
+    style, script = asset("diagnosis/viewer.css") + asset("report/report.css"), asset("report/sort.js")
+    return document(title, body, style, script if sortable else "")
 
 
 def collect_report(
@@ -110,7 +145,7 @@ def collect_report(
         Section("tasks", (count_table(source.results), *map(task_table, source.results)), lead=source.off_policy())
     ]
     if source.detector:
-        sections.append(Section("detector", tuple(detector_tables(source.detector))))
+        sections.append(Section("detector", tuple(detector_tables(source.detector)), _cost_plots(source.detector)))
     missing = source.no_detector()
     if missing:
         sections.append(Section("detector", lead=f"{missing}."))
@@ -121,13 +156,23 @@ def collect_report(
     else:
         sections += _warning_sections(source, examples, image_source)
     sections.append(Section("what was run", (_provenance(source),)))
-    tasks = ", ".join(result.task for result in source.results)
+    tasks = ", ".join(TASK_TITLES.get(result.task, result.task) for result in source.results)
     return Report(source.name, f"{source.model} on {tasks}", _tiles(source), tuple(sections))
+
+
+def _cost_plots(results: DetectorResults) -> tuple[Plot, ...]:
+    """Plot AUROC against cost of our detector and the published ones; nothing where only one has a known cost."""
+    ranked = [row for row in shown_rows(results.leaderboard) if row.kind in ("detector", "published") and row.cost]
+    points = [(row.name, COSTS[row.cost], row.metrics["auroc"]) for row in ranked]
+    if len(points) < 2:
+        return ()
+    note = "Large: ours. Cost: what the features need beyond generating the answer. Lines: 95 % intervals over images."
+    return (plots.plot_costs(points, tuple(COSTS.values()), note),)
 
 
 def _tiles(source: RunReader) -> dict[str, Interval]:
     """Choose the primary metric of every task, then the detector's AUROC and calibration error."""
-    tiles = {f"{result.task} {result.primary}": primary(result) for result in source.results}
+    tiles = {metric_title(result.primary, result.task): primary(result) for result in source.results}
     if source.detector:
         for metric in ("auroc", "auroc_controlled", "ece"):
             tiles[f"detector: {TITLES[metric]}"] = source.detector.detector.metrics.get(metric)

@@ -17,7 +17,8 @@ from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.compare import TaskLoader, detector_table, require_same, task_table
 from stethoscope.report.console import print_table
-from stethoscope.report.metrics_tables import TITLES, primary
+from stethoscope.report.metrics_tables import TITLES, metric_title, primary
+from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table, markdown
 from stethoscope.storage.run_dir import RunStore
@@ -91,7 +92,7 @@ class Comparison:
         compared = {name for result in self.results for name in result.differences}
         columns, rows = ["job", *self.keys], []
         for name in names:
-            columns += [name, *(["− first"] if name in compared else [])]
+            columns += [_title(name), *(["− first"] if name in compared else [])]
         for result in self.results:
             cells: list[Cell] = [result.job.index, *(result.job.settings.get(key) for key in self.keys)]
             for name in names:
@@ -123,7 +124,7 @@ class Comparison:
             cells = [_mean_and_deviation([item.figures[name].value for item in results if name in item.figures])
                      for name in names]  # fmt: skip
             rows.append((*settings, len(results), *cells))
-        columns = (*others, "seeds", *names)
+        columns = (*others, "seeds", *map(_title, names))
         return Table("over seeds", columns, tuple(rows), "Mean ± standard deviation over the seeds.")
 
     def _is_shown(self, name: str) -> bool:
@@ -155,8 +156,20 @@ class Comparison:
         over_seeds = self.seed_table
         return [self.table] if over_seeds is None else [self.table, over_seeds]
 
+    def _difference_tables(self) -> list[Table]:
+        """Make a table of every metric's differences to the first job, for the page, which draws them."""
+        names = dict.fromkeys(name for result in self.results for name in result.differences if self._is_shown(name))
+        return [
+            Table(
+                f"{_title(name)}: less the first job",
+                ("job", "difference"),
+                tuple((r.job.title, r.differences[name]) for r in self.results if name in r.differences),
+            )
+            for name in names
+        ]
+
     def write(self, folder: Path, name: str) -> None:
-        """Write ``sweep.md``, ``sweep.csv`` and ``sweep.json``, each atomically.
+        """Write ``sweep.md``, ``sweep.html``, ``sweep.csv`` and ``sweep.json``, each atomically.
 
         Args:
             folder: of the sweep.
@@ -169,6 +182,7 @@ class Comparison:
         parts += [f"## Jobs to look at\n\n{problems}"] if problems else []
         parts += [f"## Runs\n\n{runs}"]
         atomic_write(folder / "sweep.md", "\n".join(part.rstrip() + "\n" for part in parts))
+        atomic_write(folder / "sweep.html", table_page(name, [*self._tables, *self._difference_tables()]))
         write_json(folder / "sweep.json", jsonable([result.to_dict() for result in self.results]))
         columns, rows = self.long_table()
         file = io.StringIO()
@@ -194,6 +208,12 @@ class Comparison:
                     cells += [interval.value, interval.low, interval.high, difference.p]
                 rows.append([*job_cells, *(None if cell != cell else cell for cell in cells)])  # NaN: not known
         return columns, rows
+
+
+def _title(figure: str) -> str:
+    """Write the name of a figure as the field does: ``chair chair_i`` becomes ``CHAIR_i``."""
+    task, _, metric = figure.rpartition(" ")
+    return metric_title(metric, task) if figure not in TITLES.values() else figure
 
 
 def _is_seed(key: str) -> bool:
@@ -273,7 +293,7 @@ def _differences(
                     name = f"{result.task} {result.primary}"
                     task = load_task(first, result.task)
                     table = task_table(first, other, task, ("first", "other"))
-                    rows = [row for row in table.rows if row[0] == task.primary]
+                    rows = [row for row in table.rows if row[0] == metric_title(task.primary)]
                     mean = next((row for row in rows if row[1] == "mean"), rows[0])  # over subsets, or the only subset
                     differences[name] = cast(PairedDifference, mean[-1])  # the last column of the table
         if first.detector and other.detector and first.task == other.task:

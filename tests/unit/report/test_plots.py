@@ -12,6 +12,7 @@ from sklearn import metrics as sklearn
 from stethoscope.core.token_table import mention_rows
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report import plots
+from stethoscope.report.tables import PairedDifference
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,53 @@ def test_bars_are_as_long_as_their_values():
     widths = [max(xs) - min(xs) for xs in ends]
     assert widths[0] == pytest.approx(2 * widths[1], abs=0.01)
     assert max(ends[2]) == pytest.approx(min(ends[0]), abs=0.01)  # it ends where the others begin
+
+
+def hints_of(svg):
+    """Read the hidden circles: their centre, and the text that they show."""
+    return [(float(x), float(y), text) for x, y, text in re.findall(
+        r'<circle cx="([-.\d]+)" cy="([-.\d]+)"[^>]*><title>(.*?)</title>', svg
+    )]  # fmt: skip
+
+
+def test_values_show_at_their_points():
+    curve = plots.Curve([0, 0.5, 1], [0, 0.25, 1], "detector: 0.9")
+    svg = plots.plot_curves("t", ("x", "y: all"), [curve], (0, 1)).svg
+    (left, bottom), (right, top) = points_of(svg, "reference")
+    assert hints_of(svg)[1] == (
+        pytest.approx((left + right) / 2, abs=0.1), pytest.approx(bottom + (top - bottom) / 4, abs=0.1),
+        "detector: x 0.500, y 0.250",
+    )  # fmt: skip
+    many = plots.Curve(np.linspace(0, 1, 300), np.linspace(0, 1, 300), "<b>")
+    shown = hints_of(plots.plot_curves("t", ("x", "y"), [many], (0, 1)).svg)
+    assert len(shown) == plots.HOVERED
+    assert shown[0][2] == "&lt;b&gt;: x 0.000, y 0.000"
+
+
+def test_a_forest_of_differences():
+    rows = [
+        ("a", PairedDifference(Interval(0.2, 0.1, 0.3, 9, 3), 0.01)),
+        ("b", PairedDifference(Interval(-0.1, -0.2, 0.1, 9, 3), 0.4)),
+        ("c", PairedDifference(Interval(float("nan"), float("nan"), float("nan"), 0, 0), None)),
+    ]
+    svg = plots.plot_forest("t", "x", rows).svg
+    (zero, _), *_ = points_of(svg, "reference")
+    first, second = hints_of(svg)
+    assert first[2].startswith("a: 0.200 [0.100, 0.300]")
+    assert (first[0] - zero) == pytest.approx(-2 * (second[0] - zero), abs=0.3)
+    assert first[1] < second[1]  # the first on top
+    (start, _), (end, _) = points_of(svg, "interval")[:2]
+    assert (end - start) == pytest.approx(first[0] - zero, abs=0.3)
+
+
+def test_costs_stand_side_by_side_in_their_order():
+    points = [("ours", "dear", Interval(0.9, 0.8, 1.0, 9, 30)), ("theirs", "free", Interval(0.7, 0.6, 0.8, 9, 30))]
+    svg = plots.plot_costs(points, ("free", "middling", "dear")).svg
+    ours, theirs = hints_of(svg)
+    assert theirs[0] < ours[0]
+    assert ours[1] < theirs[1]
+    assert ours[2] == f"ours, dear: {points[0][2]}"
+    assert ">middling</text>" not in svg  # nothing costs that
 
 
 def test_a_plot_is_the_same_every_time_and_takes_its_colours_from_the_page():

@@ -47,7 +47,7 @@ def test_jobs_of_several_seeds(jobs):
         assert result.remark == ""
         gap = (HALLUCINATED["sample", seed] - HALLUCINATED["greedy", seed]) / MENTIONS
         assert result.differences["chair chair_i"].interval.value == pytest.approx(gap)
-    assert comparison.seed_table.columns == ("generation", "seeds", "chair chair_i")
+    assert comparison.seed_table.columns == ("generation", "seeds", "CHAIR_i")
     rows = [("greedy", 2, [0.2, 0.4]), ("sample", 2, [0.6, 0.9])]
     assert comparison.seed_table.rows == tuple(
         (name, count, f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}") for name, count, values in rows
