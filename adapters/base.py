@@ -79,6 +79,15 @@ class Adapter(ABC):
             generation: settings of decoding; what is left open is as in ``core.types.with_limit``.
         """
 
+    def prefill(self, encoded: Sequence[Encoded]) -> list[Encoded]:
+        """Run prompts before they are answered, and return them with KV caches and the graph for relevancy.
+
+        ``generate`` and ``trace_batch`` go on from there (``Encoded.cache``), so that an answer and its relevancy share
+        the pass over the prompt. By default nothing is run; answers and traces are the same either way. The graph
+        serves one trace with relevancy, of all prompts that shared a pass; other traces run the prompt again.
+        """
+        return list(encoded)
+
     def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,29 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
+from stethoscope.tracing.trace import CAUSAL as CAUSAL
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CAUSAL = frozenset(
-    {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
-)
-"""``model_type`` of models whose prompt is causal text around image tokens, with one position per token, so that a pass
-can continue from the keys and values of the prompt. Excluded are PaliGemma and Gemma 3, which read prompts in both
-directions, Qwen's models, whose positions have three axes, and models that return no cache (BLIP-2) or have an encoder.
-The contract tests compare traces of all of them."""
-
-
-def continues(model: PreTrainedModel) -> bool:
-    """Tell from the configuration whether passes can go on from KV caches of prompts: ``CAUSAL``, and all keys stay.
-
-    Layers that attend to a sliding window drop keys.
-    """
-    causal = model.config.model_type in CAUSAL
-    return causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
 
 Inputs = Mapping[str, Tensor]
 
@@ -127,7 +111,7 @@ class ForwardPass:
     """Hold B answers of one forward pass, padded on the right, where causal rows never attend.
 
     Attributes:
-        inputs: keyword arguments of the forward pass. A cache among them can be used once.
+        inputs: keyword arguments of the forward pass.
         rows: (B, T) int64, query positions that predict the answer tokens, or (B, T + 1) with the one that consumes the
             last token. Shorter answers repeat their last row.
         spans: of the prompts, in key positions.
@@ -248,7 +232,7 @@ class ForwardRunner:
                 "position_ids": torch.tensor(prefix_lengths)[:, None] + torch.arange(longest),
             }
         )
-        inputs["past_key_values"] = _join_caches(caches, prefix_lengths, pad_offsets)
+        inputs["past_key_values"] = PrefixCache(_join_caches(caches, prefix_lengths, pad_offsets))
         rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
         spans = [_shift(prompt.spans, offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
         return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
@@ -292,7 +276,10 @@ class ForwardRunner:
             for part, piece in zip(parts, pieces, strict=True):
                 ids[index, part], mask[index, part] = piece, 1
         offsets = [max(lengths) - length for length in lengths]
-        cache = _join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
+        cache = DynamicCache()
+        layers = _join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
+        for layer, (keys, values) in enumerate(layers):
+            cache.update(keys, values, layer)
         return {**self.to_device({"input_ids": ids, "attention_mask": mask}), "past_key_values": cache}
 
     def last_prefix(self, cache: Any, encoded: Sequence[Encoded], lengths: Sequence[int] | None) -> PromptCache | None:
@@ -425,24 +412,23 @@ def _cut(row: Tensor, ranges: Sequence[slice], copies: bool) -> Tensor:
 
 def _join_caches(
     caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
-) -> DynamicCache:
-    """Join the first tokens of every prompt's cache into one, padded on the left."""
-    joined = DynamicCache()
+) -> Iterator[tuple[Tensor, ...]]:
+    """Join the first tokens of every prompt's cache, padded on the left, layer by layer."""
+    count = prefix_lengths[0]
     if all(cache is caches[0] for cache in caches) and len(set(prefix_lengths)) == 1:
-        for layer, pair in enumerate(caches[0].layers):  # views, which the next token turns into copies
-            joined.update(*(part[:, :, : prefix_lengths[0]].expand(len(caches), -1, -1, -1) for part in pair), layer)
-        return joined
-    for layer, pairs in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        keys_and_values = []
-        for parts in zip(*pairs, strict=True):
+        for layer in caches[0].layers:  # views, which the next token turns into copies
+            yield tuple(part[:, :, :count].expand(len(caches), -1, -1, -1) for part in layer)
+        return
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        joined = []
+        for parts in zip(*layers, strict=True):
             prefixes = [part[:, :, :count] for part, count in zip(parts, prefix_lengths, strict=True)]
             padded = [
                 torch.nn.functional.pad(prefix, (0, 0, offset, 0)) if offset else prefix
                 for prefix, offset in zip(prefixes, pad_offsets, strict=True)
             ]
-            keys_and_values.append(torch.cat(padded))
-        joined.update(*keys_and_values, layer)
-    return joined
+            joined.append(torch.cat(padded))
+        yield tuple(joined)
 
 
 def _shift(spans: Spans, offset: int) -> Spans:

@@ -273,7 +273,8 @@ class HfAdapter(Adapter):
     def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it.
 
-        What several prompts about one picture begin with is read once, see ``prefixes.SharedPrefixes``.
+        What several prompts about one picture begin with is read once, see ``prefixes.SharedPrefixes``; where all have
+        KV caches, only their last tokens are read.
 
         Raises:
             ConfigError: the first argument is no list of prompts.
@@ -286,8 +287,14 @@ class HfAdapter(Adapter):
     def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:
-        """See ``Adapter.generate_with_cache``; the models in ``forward.CAUSAL`` return KV caches."""
+        """See ``Adapter.generate_with_cache``; the models in ``trace.CAUSAL`` return KV caches."""
         return self._answers(encoded, generation, return_cache=True)
+
+    def prefill(self, encoded: Sequence[Encoded]) -> list[Encoded]:
+        """See ``Adapter.prefill``; the models in ``trace.CAUSAL`` go on from such passes."""
+        self.setup()
+        with model_faults(f"{self.name} fails to read the prompt"):
+            return self._tracer.prefill.run(encoded)
 
     @contextmanager
     def sharing_prefixes(self) -> Iterator[None]:
@@ -309,7 +316,7 @@ class HfAdapter(Adapter):
                 generated, caches = self._generate(batch, generation, return_cache)
             for index, answer, cache in zip(group, generated, caches, strict=True):
                 answers[index] = answer
-                if return_cache:
+                if return_cache and encoded[index].cache is None:
                     prompts[index] = replace(encoded[index], cache=cache)
         return [answers[index] for index in range(len(encoded))], list(prompts.values())
 
@@ -323,7 +330,13 @@ class HfAdapter(Adapter):
             beams = model.generate(**arguments).sequences[:, start:].tolist()
             scored = self._score(encoded, [self._trim(beam, generation) for beam in beams])
             return [replace(answer, argmax=None) for answer in scored], no_caches
-        prefixes = self._prefixes.compute(encoded)
+        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
+        prefixes: list[Prefix] | None
+        if len(caches) == len(encoded):
+            pairs = zip(caches, encoded, strict=True)
+            prefixes = [Prefix(cache, prompt.spans.length - 1) for cache, prompt in pairs]
+        else:
+            prefixes = self._prefixes.compute(encoded)
         lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
         arguments, logprobs = self._arguments(encoded, generation, prefixes), TokenLogprobs()
         del prefixes  # the copies in the arguments are all that generation needs
@@ -333,7 +346,7 @@ class HfAdapter(Adapter):
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         answers = [self.decode_answer(*pair, generation) for pair in zip(ids, values, strict=True)]
         self._prefixes.store(encoded, lengths, output.past_key_values)
-        if not return_cache:
+        if not return_cache or len(caches) == len(encoded):
             return answers, no_caches
         return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _NF4_BLOCK = 64  # weights that share a scale in NF4, a float32
+_KEPT_MAP = 2**20  # entries of the largest attention map that a graph keeps
 _NF4_TABLE = 16 * 4  # bytes of the table of NF4's values, of which every matrix has a copy
 
 
@@ -144,8 +145,36 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     return attentions * 2 * layers * heads * width * model.dtype.itemsize
 
 
+def graph_bytes(model: PreTrainedModel, context: int) -> int:
+    """Count the bytes of the graph of a pass over one prompt, and of the attention maps that it keeps.
+
+    Args:
+        model: with or without weights.
+        context: number of positions.
+    """
+    parts = _layers_and_sizes(model, context)
+    kept = sum(layers * (positions * (6 * width + 4 * inner)) for layers, positions, width, inner, _ in parts)
+    maps = sum(layers * min(heads * positions**2, _KEPT_MAP) for layers, positions, *_, heads in parts)
+    return kept * model.dtype.itemsize + 4 * maps
+
+
+def input_bytes(model: PreTrainedModel, context: int) -> int:
+    """Count the bytes of the inputs of all layers in a pass over one prompt, from which these can run again."""
+    return sum(layers * positions * width for layers, positions, width, *_ in _layers_and_sizes(model, context)) * (
+        model.dtype.itemsize
+    )
+
+
 def _backward_bytes(model: PreTrainedModel, context: int) -> int:
     """Count the bytes of the layers' inputs, and of the graph of the largest layer with its attention maps."""
+    parts = _layers_and_sizes(model, context)
+    recomputed = max(positions * (6 * width + 4 * inner) for _, positions, width, inner, _ in parts)
+    maps = max(4 * heads * positions**2 for _, positions, _, _, heads in parts)
+    return input_bytes(model, context) + recomputed * model.dtype.itemsize + min(maps, BUDGET)
+
+
+def _layers_and_sizes(model: PreTrainedModel, context: int) -> list[tuple[int, int, int, int, int]]:
+    """List the number of layers, positions, width, inner width and heads of language model and vision tower."""
     parts = [(model.config.get_text_config(decoder=True), context)]
     vision = getattr(model.config, "vision_config", None)
     if vision is not None and _first_size(vision, ("num_attention_heads", "num_heads", "attention_heads"), 0):
@@ -153,16 +182,14 @@ def _backward_bytes(model: PreTrainedModel, context: int) -> int:
         # published size, else the context, which holds the image
         size, patch = (_first_size(vision, (name,), 0) for name in ("image_size", "patch_size"))
         parts.append((vision, (size // patch) ** 2 + 1 if size and patch else context))
-    inputs = recomputed = maps = 0
+    sizes = []
     for config, positions in parts:
         layers = _first_size(config, ("num_hidden_layers", "num_layers", "depth"), 0)
         layers += _first_size(config, ("num_decoder_layers",), 0) if config.is_encoder_decoder else 0
         inner = _first_size(config, ("intermediate_size", "ffn_dim", "d_ff"), 0) or 4 * _width(config)
-        inputs += layers * positions * _width(config)
-        recomputed = max(recomputed, positions * (6 * _width(config) + 4 * inner))
         heads = _first_size(config, ("num_attention_heads", "num_heads", "attention_heads"), 1)
-        maps = max(maps, 4 * heads * positions**2)
-    return (inputs + recomputed) * model.dtype.itemsize + min(maps, BUDGET)
+        sizes.append((layers, positions, _width(config), inner, heads))
+    return sizes
 
 
 def _width(config: PreTrainedConfig) -> int:

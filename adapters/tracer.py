@@ -1,11 +1,13 @@
 """Trace answers: one recorded teacher-forced pass, then the contrast passes and relevancy.
 
-Where generation returned the KV caches of the prompts, the traced pass begins with their last token.
+Where generation returned the KV caches of the prompts, the traced pass begins with their last token. With relevancy it
+has a graph, and stands behind a pass over the prompts that has one too (``relevancy.shared_passes``); before generation
+``prefill.Prefill`` runs this, so that answers go on from its caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,19 @@ from torch import Tensor
 
 from stethoscope.adapters.fingerprint import state_key
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
+from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError, CaptureError
-from stethoscope.core.types import Answer
+from stethoscope.core.types import Answer, required
 from stethoscope.features import FEATURES
-from stethoscope.relevancy import Relevancy, relevancies_from_inputs, relevancy_from_inputs
+from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
+from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,
     ImageSimilarityRecorder,
     RowAttentionRecorder,
 )
-from stethoscope.tracing.hooks import record, selected
+from stethoscope.tracing.hooks import record
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
 
 _BLANK_BYTES = 64 * 2**20
 """Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
-_SMALL_MAPS = 2**24  # bytes of attention maps up to which they are stored for the backward pass
 _PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Needs that read rows of the prompt, in the same residual stream as those of the answer."""
 _DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
@@ -103,6 +106,9 @@ class Tracer:
         forward: prepares and runs its passes.
         suffix: token ids of ``CONTINUATION``.
         never: ids that no continuation may hold, such as image placeholders.
+
+    Attributes:
+        prefill: runs the passes over prompts whose answers need relevancy.
     """
 
     def __init__(
@@ -113,17 +119,31 @@ class Tracer:
         self._blank_value = _BLANK_VALUES.get(self._model.config.model_type, 0.0)
         self._lens: Lens | None = None
         self._blanks, self._hidden_images = BlankPrefixCache(), HiddenImageStates()
+        self.prefill = Prefill(name, forward)
 
     def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace B answers in as few passes as their prompts allow; see ``Adapter.trace_batch``."""
         self._check_requirements(requires)
-        traces: dict[int, Trace] = {}
-        for group in groups([prompt.inputs for prompt in encoded]):
-            batch = [encoded[index] for index in group], [answers[index] for index in group]
-            traces.update(zip(group, self._trace_group(*batch, requires), strict=True))
+        sharing: list[list[int]] = []  # prompts of one pass with a graph
         if "relevancy" in requires:
-            for index, relevancy in enumerate(self._relevancies(encoded, answers)):
-                traces[index] = replace(traces[index], relevancy=relevancy)
+            encoded, sharing = self.prefill.complete(encoded)
+        traces: dict[int, Trace] = {}
+        reads_prompts = not requires.isdisjoint(_PROMPT_REQUIREMENTS)
+        alone = [
+            index for index in range(len(encoded)) if reads_prompts or not any(index in group for group in sharing)
+        ]
+        for group in groups([encoded[index].inputs for index in alone]):
+            indices = [alone[position] for position in group]
+            batch = [encoded[index] for index in indices], [answers[index] for index in indices]
+            traces.update(zip(indices, self._trace_group(*batch, requires), strict=True))
+        for group in sharing:
+            batch = [encoded[index] for index in group], [answers[index] for index in group]
+            own = requires if not reads_prompts else frozenset({"relevancy"})
+            for index, trace in zip(group, self._trace_group(*batch, own, shares=True), strict=True):
+                traces[index] = replace(traces[index], relevancy=trace.relevancy) if reads_prompts else trace
+        for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True)):
+            if "relevancy" in requires and traces[index].relevancy is None:
+                traces[index] = replace(traces[index], relevancy=self._relevancy(prompt, answer))
         return [traces[index] for index in range(len(encoded))]
 
     def _check_requirements(self, requires: frozenset[str]) -> None:
@@ -137,27 +157,37 @@ class Tracer:
             f"kind; add features.exclude=[{without}], which are {', '.join(item.name for item in lacking)}"
         )
 
-    def _trace_group(self, encoded: list[Encoded], answers: list[Answer], requires: frozenset[str]) -> list[Trace]:
-        """Trace answers whose prompts make one batch."""
+    def _trace_group(
+        self, encoded: list[Encoded], answers: list[Answer], requires: frozenset[str], shares: bool = False
+    ) -> list[Trace]:
+        """Trace answers whose prompts make one batch; ``shares`` where these are all those of a pass with a graph."""
         ids = [answer.token_ids for answer in answers]
         consuming = not requires.isdisjoint({"heads", "states", "hidden"})
-        if requires.isdisjoint(_PROMPT_REQUIREMENTS):
-            forward = self._answer_forward(encoded, ids, consuming)
-        else:
-            forward = self._forward.full_forward(encoded, ids, consuming)
+        reads_prompts = not requires.isdisjoint(_PROMPT_REQUIREMENTS)
+        with torch.inference_mode(not shares):  # gradients need ordinary tensors
+            prepare = self._forward.full_forward if reads_prompts else self._answer_forward
+            forward = prepare(encoded, ids, consuming)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
         attention, states = (
             self._attention_recorder(forward, ids, requires),
             self._state_recorder(forward, ids, requires),
         )
+        answer_pass: AnswerPass | None = None
         with ExitStack() as stack:
-            if attention is not None:
+            if shares:
+                graph = required(required(encoded[0].cache).graph)
+                answer_pass = AnswerPass(graph, attention)
+                forward.inputs["past_key_values"] = PrefixCache(graph.layers)
+                stack.enter_context(answer_pass.recorded())
+            elif attention is not None:
                 stack.enter_context(record(self._model, attention))
             if states is not None:
                 stack.enter_context(states.listen())
             reads = not requires.isdisjoint(_STREAM_REQUIREMENTS)
             stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
             logits = self._forward.logits(forward, rows)
+        relevancies = [] if answer_pass is None else relevancies_from_passes(answer_pass, logits, ids)
+        logits = logits.detach()
         hidden = [layer[:, : rows.shape[1]] for layer in stream]  # without the row that consumes the last token
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
@@ -188,6 +218,9 @@ class Tracer:
         if states is not None:
             whole |= {"states": states.states()} if "states" in requires else {}
             whole |= {"image_lens": states.image_lens()} if "image_lens" in requires else {}
+        if relevancies:
+            pairs = zip(relevancies, encoded, strict=True)
+            whole["relevancy"] = [replace(part, question_positions=prompt.spans.question) for part, prompt in pairs]
         return [
             Trace(
                 answer,
@@ -380,44 +413,12 @@ class Tracer:
 
     # --- relevancy --------------------------------------------------------------------------------------------------
 
-    def _relevancies(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> list[Relevancy]:
-        """Compute the relevancy of every answer; small models take several together, where their prompts are alike."""
-        results: dict[int, Relevancy] = {}
-        with selected(self._model):
-            for group in self._similar_prompts(encoded, answers):
-                ids = [answers[index].token_ids for index in group]
-                if len(group) == 1:
-                    prompt = encoded[group[0]]
-                    recompute = self._attention_bytes([prompt], [answers[group[0]]]) > _SMALL_MAPS
-                    inputs = self._forward.extended(prompt, ids[0])
-                    relevancies = [relevancy_from_inputs(self._model, inputs, ids[0], recompute=recompute)]
-                else:
-                    forward = self._forward.full_forward([encoded[index] for index in group], ids, consuming=True)
-                    relevancies = relevancies_from_inputs(self._model, forward.inputs, ids, recompute=False)
-                for index, relevancy in zip(group, relevancies, strict=True):
-                    results[index] = replace(relevancy, question_positions=encoded[index].spans.question)
-        return [results[index] for index in range(len(encoded))]
-
-    def _similar_prompts(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> Iterator[list[int]]:
-        """Yield the indices of answers whose relevancy is computed together."""
-        similar: dict[Hashable, list[int]] = {}
-        for index, prompt in enumerate(encoded):
-            pixels = prompt.inputs["pixel_values"].shape
-            alone = not self._forward.causal or len(pixels) != 4 or pixels[0] != 1
-            key = index if alone else (prompt.spans.length, prompt.spans.image, pixels)
-            similar.setdefault(key, []).append(index)
-        for group in similar.values():
-            needed = self._attention_bytes([encoded[index] for index in group], [answers[index] for index in group])
-            size = max(1, int(_SMALL_MAPS // (needed / len(group))))
-            yield from (group[start : start + size] for start in range(0, len(group), size))
-
-    def _attention_bytes(self, encoded: Sequence[Encoded], answers: Sequence[Answer]) -> int:
-        """Bytes of the language model's attention maps over prompts and answers, padded to the longest."""
-        text = self._model.config.get_text_config()
-        pairs = zip(encoded, answers, strict=True)
-        length = max(prompt.spans.length + len(answer.token_ids) for prompt, answer in pairs)
-        heads = text.num_hidden_layers * text.num_attention_heads
-        return len(encoded) * heads * length**2 * self._model.dtype.itemsize
+    def _relevancy(self, encoded: Encoded, answer: Answer) -> Relevancy:
+        """Compute the relevancy of an answer by itself."""
+        recompute = attention_bytes(self._model, encoded.spans.length + len(answer.token_ids)) > SMALL_MAPS
+        inputs = self._forward.extended(encoded, answer.token_ids)
+        relevancy = relevancy_from_inputs(self._model, inputs, answer.token_ids, recompute=recompute)
+        return replace(relevancy, question_positions=encoded.spans.question)
 
 
 def _blank_key(encoded: Encoded) -> Hashable:

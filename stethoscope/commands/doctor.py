@@ -237,8 +237,9 @@ def check_model(arguments: Sequence[str]) -> None:
         )
         return
     print(_table(adapter.name, need, config, devices))
-    reads = "once for all questions about it in a row" if adapter.can_share_prefixes() else "again for every question"
-    print(f"reads a picture {reads}")
+    shares = adapter.can_share_prefixes()
+    print(f"reads a picture {'once for all questions about it in a row' if shares else 'again for every question'}")
+    print(f"relevancy {'goes back through generation and trace' if shares else 'runs prompt and answer again'}")
     print(verdict(need, devices, _alternatives(config)))
 
 

@@ -240,6 +240,8 @@ class SamplePipeline:
         traced = self.features is not None or self._editor is not None
         if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self.generation)
+        if "relevancy" in self._requires:
+            prompts = self.run.adapter.prefill(prompts)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
         for state, encoded in zip(states, prompts, strict=True):
             state.encoded = encoded

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stethoscope.relevancy.engine import (
         answer_relevancy,
-        relevancies_from_inputs,
+        relevancies_from_passes,
         relevancy_from_inputs,
         token_relevancy,
     )
     from stethoscope.relevancy.result import Relevancy
 
-__all__ = ["Relevancy", "answer_relevancy", "relevancies_from_inputs", "relevancy_from_inputs", "token_relevancy"]
+__all__ = ["Relevancy", "answer_relevancy", "relevancies_from_passes", "relevancy_from_inputs", "token_relevancy"]
 
 _MODULES = {
     "Relevancy": "result",
     "answer_relevancy": "engine",
-    "relevancies_from_inputs": "engine",
+    "relevancies_from_passes": "engine",
     "relevancy_from_inputs": "engine",
     "token_relevancy": "engine",
 }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope.core.errors import CaptureError
+from stethoscope.core.types import required
 from stethoscope.relevancy.checkpointing import LayerCheckpointer
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, eager_attention, plain_attention
 
@@ -48,6 +49,8 @@ class Block(NamedTuple):
 
 Blocks = Iterator[Block]
 """All blocks of a call; all must be consumed."""
+Grads = tuple[Tensor | None, ...]
+"""Gradients of query, key and value in float32 or better; None where none is needed."""
 
 
 def default_budget(device: torch.device) -> int:
@@ -71,10 +74,11 @@ class TracedCall:
         module: the attention module.
         mask: attention mask in SDPA's form.
         options: further arguments of the model file.
-        receive: called with the call and its blocks in every backward pass.
+        receive: called with the call, its blocks and the gradients that these fill in, in every backward pass.
         ends: for every query, index + 1 of the last visible key (``visible_ends``).
-        live: number of leading queries whose keys and values receive gradients; None for all. Later queries pass
+        live: number of leading queries whose gradients reach all keys and values; None for all. Later queries pass
             gradients to their own key and value only (scope ``row``), or to none (cross-attention).
+        skipped: number of keys before that of the first query.
         salient: first query whose saliency is needed; None for none.
         budget: bytes that maps may take in the backward pass of this call.
         offset: first column of this call when a layer is called once per window.
@@ -84,8 +88,10 @@ class TracedCall:
         narrow: whether only a few of these rows have gradients, so that it pays to search for them.
         kept_blocks: the map by first row, sample and head of what is computed at once, kept for several backward
             passes; None to keep none.
-        keep_map: whether to keep the map of the forward pass, if that computes one in float32 or better.
+        keep_map: whether to keep a small map of the forward pass, if that computes one in float32 or better.
         map: this map, (B, heads, q, k).
+        needs_map: whether the forward pass is to compute the map.
+        weights: the map then, in the model's dtype, for whoever needs it.
         finite: bool scalar, whether all gradients are finite; a tensor, so that no device has to synchronise.
     """
 
@@ -93,9 +99,10 @@ class TracedCall:
     module: nn.Module
     mask: Tensor | None
     options: dict[str, Any]
-    receive: Callable[[TracedCall, Blocks], None]
+    receive: Callable[[TracedCall, Blocks, Grads], None]
     ends: list[int]
     live: int | None = None
+    skipped: int = 0
     salient: int | None = None
     budget: int = BUDGET
     offset: int = 0
@@ -106,15 +113,27 @@ class TracedCall:
     kept_blocks: dict[tuple[int, int, int], Tensor] | None = None
     keep_map: bool = False
     map: Tensor | None = None
+    needs_map: bool = False
+    weights: Tensor | None = None
     finite: Tensor | None = None
 
 
 def forward_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    needs_map: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the output (B, q, heads, d) of a call, and its map where that is small."""
-    small = query.shape[:3].numel() * key.shape[2] <= _SMALL
-    return (eager_attention if small else plain_attention)(module, query, key, value, mask, **options)
+    """Compute the output (B, q, heads, d) of a call, and its map where that is small or needed."""
+    eager = needs_map or _is_small(query, key)
+    return (eager_attention if eager else plain_attention)(module, query, key, value, mask, **options)
+
+
+def _is_small(query: Tensor, key: Tensor) -> bool:
+    return query.shape[:3].numel() * key.shape[2] <= _SMALL
 
 
 def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
@@ -154,21 +173,26 @@ class _TracedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.call = call
-        output, weights = forward_attention(call.module, query, key, value, call.mask, call.options)
-        if call.keep_map and weights is not None and weights.dtype == torch.promote_types(query.dtype, torch.float32):
+        output, weights = forward_attention(call.module, query, key, value, call.mask, call.options, call.needs_map)
+        exact = weights is not None and weights.dtype == _float32_or_better(query)
+        if call.keep_map and exact and _is_small(query, key):
             call.map = weights
+        call.weights = weights if call.needs_map else None
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = tuple(
-            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device) if needed else None
+            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device)
+            if needed or ctx.call.skipped
+            else None
             for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
-        ctx.call.receive(ctx.call, attention_blocks(ctx.call, query, key, value, gradient.transpose(1, 2), grads))
-        pairs = zip(grads, ctx.saved_tensors, strict=True)
-        return *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs), None
+        blocks = attention_blocks(ctx.call, query, key, value, gradient.transpose(1, 2), grads)
+        ctx.call.receive(ctx.call, blocks, grads)
+        triples = zip(grads, ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(None if grad is None or not needed else grad.to(part.dtype) for grad, part, needed in triples), None
 
 
 def _float32_or_better(tensor: Tensor) -> torch.dtype:
@@ -195,12 +219,12 @@ class _Part(NamedTuple):
     key: Tensor
     value: Tensor
     gradient: Tensor
-    grads: tuple[Tensor | None, ...]
+    grads: Grads
     mask: Tensor | None
 
 
 def attention_blocks(
-    call: TracedCall, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, grads: tuple[Tensor | None, ...]
+    call: TracedCall, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, grads: Grads
 ) -> Blocks:
     """Run the backward pass of one call: yield Abar block by block and fill in the gradients.
 
@@ -263,7 +287,7 @@ def _split(
     key: Tensor,
     value: Tensor,
     gradient: Tensor,
-    grads: tuple[Tensor | None, ...],
+    grads: Grads,
     samples: int,
     heads: int,
 ) -> list[_Part]:
@@ -421,18 +445,16 @@ def _add_key_gradient(
     if call.live is None or start < call.live:
         target[:, :, : maps.shape[-1]].add_(maps.transpose(-1, -2) @ vectors, alpha=factor)
     elif call.site.role == "language":
-        split = (maps.shape[0], maps.shape[1], -1, stop - start)
-        own = maps.reshape(*split, maps.shape[-1])[..., start:stop].diagonal(dim1=-2, dim2=-1)
-        target[:, :, start:stop].add_(
-            (own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor
-        )
+        split, keys = (maps.shape[0], maps.shape[1], -1, stop - start), slice(call.skipped + start, call.skipped + stop)
+        own = maps.reshape(*split, maps.shape[-1])[..., keys].diagonal(dim1=-2, dim2=-1)
+        target[:, :, keys].add_((own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor)
 
 
 # --- all calls of one forward pass ------------------------------------------------------------------------------------
 
 Receiver = Callable[[TracedCall, int, bool, Block], None]
 """Called with every block of a call: the call, the index of its layer within its role, whether the block is the call's
-first, and the block."""
+first, and the block, whose first row is counted in the sequence."""
 
 
 class AttentionGradRecorder(AttentionRecorder):
@@ -442,7 +464,9 @@ class AttentionGradRecorder(AttentionRecorder):
         live: number of leading rows of the language model whose keys and values receive gradients; None for all.
         budget: bytes that maps may take at once in a backward pass; None for ``default_budget`` when that begins.
         keep_graphs: whether to keep the graph of every layer instead of running layers again.
-        salient: first row of the language model whose saliency is needed, the first that predicts a token.
+        salient: first row of the language model whose saliency is needed, the first that predicts a token; None for
+            none.
+        observer: another recorder, whose ``on_weights`` gets the whole maps of its roles in the same pass.
 
     Attributes:
         layers: by role, the names of its attention modules in the order of their first calls.
@@ -450,11 +474,19 @@ class AttentionGradRecorder(AttentionRecorder):
         checkpointer: the layer calls of the forward pass.
     """
 
-    def __init__(self, live: int | None, budget: int | None, keep_graphs: bool, salient: int) -> None:
+    def __init__(
+        self,
+        live: int | None,
+        budget: int | None,
+        keep_graphs: bool,
+        salient: int | None,
+        observer: AttentionRecorder | None = None,
+    ) -> None:
         self.layers: dict[str, list[str]] = {}
         self.sizes: dict[str, int] = {}
         self.checkpointer = LayerCheckpointer(keep_graphs, self.sizes)
         self._live, self._budget, self._keep_graphs, self._salient = live, budget, keep_graphs, salient
+        self._observer = observer
         self._finite: list[tuple[str, Tensor]] = []
         self._ends: dict[tuple[Any, ...], tuple[Tensor | None, list[int]]] = {}
         self._receivers: Sequence[Receiver] = ()
@@ -472,19 +504,24 @@ class AttentionGradRecorder(AttentionRecorder):
         sizes = self.sizes if self._offsets is None else self._offsets
         offset = sizes.get(site.name, 0)
         sizes[site.name] = offset + key.shape[0] * key.shape[2]
+        observed = self._observer is not None and site.role in self._observer.roles and not recomputing
         if torch.is_grad_enabled():
             ends = self._visible_ends(module, query, key, mask, options)
             live = self._live if site.role in ("language", "cross") else None
             keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
-            salient = self._salient if site.role == "language" else None
-            call = TracedCall(site, module, mask, options, self._receive, ends, live, salient, offset=offset)
-            call.size, call.keys, call.keep_map = size, keys, self._keep_graphs
+            call = TracedCall(site, module, mask, options, self._receive, ends, live, offset=offset)
+            if site.role == "language":
+                call.salient, call.skipped = self._salient, keys - query.shape[2]
+            call.size, call.keys, call.keep_map, call.needs_map = size, keys, self._keep_graphs, observed
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
                 self.checkpointer.leaves.append(query)
             output = traced_attention(query, key, value, call)
+            weights, call.weights = call.weights, None
         else:
-            output, _ = forward_attention(module, query, key, value, mask, options)
+            output, weights = forward_attention(module, query, key, value, mask, options, observed)
+        if observed:
+            required(self._observer).on_weights(site, required(weights))
         if not recomputing:
             names = self.layers.setdefault(site.role, [])
             if site.name not in names:
@@ -541,17 +578,17 @@ class AttentionGradRecorder(AttentionRecorder):
     def _restore_sizes(self, sizes: dict[str, int]) -> None:
         self._offsets, self._free_bytes = dict(sizes), self._block_budget // 2
 
-    def _receive(self, call: TracedCall, blocks: Blocks) -> None:
+    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
         """Hand the blocks of a call to the receiver of the current root, each as soon as it is computed."""
         names = self.layers[call.site.role]
         if call.site.role in ("language", "cross"):
-            call.rows, call.narrow = (0, self._stop), call.site.name == names[-1]
+            call.rows, call.narrow = (0, self._stop), call.site.name == names[-1] and not call.skipped
         shared = len(self._receivers) > 1 and not (self._keep_graphs or call.narrow)
         if shared and call.kept_blocks is None and call.size <= self._free_bytes:
             call.kept_blocks, self._free_bytes = {}, self._free_bytes - call.size
         call.budget, call.finite = self._block_budget, None
         receive, layer = self._receivers[self.checkpointer.root_index], names.index(call.site.name)
         for index, block in enumerate(blocks):
-            receive(call, layer, index == 0, block)
+            receive(call, layer, index == 0, block._replace(start=call.skipped + block.start))
         if call.finite is not None:
             self._finite.append((call.site.name, call.finite))

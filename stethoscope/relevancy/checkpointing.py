@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stethoscope.tracing.hooks import modules_of
+from stethoscope.tracing.hooks import modules_of, sites
 
 EdgeKey = tuple[Any, int]
 """A node of the graph and the index of its output."""
@@ -231,8 +231,35 @@ class _PendingGradients:
 
 
 @contextmanager
-def checkpoint_layers(model: nn.Module, checkpointer: LayerCheckpointer) -> Iterator[None]:
-    """Route every layer of the model through a checkpointer within the block."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode with frozen parameters within the block, then restore it."""
+    modules = modules_of(model)
+    training = [module for module in modules if module.training]
+    trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpoint_layers(
+    model: nn.Module, checkpointer: LayerCheckpointer, run_last: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Route every layer of the model through a checkpointer within the block.
+
+    Args:
+        model: the model.
+        checkpointer: whose ``run`` calls the layers.
+        run_last: what calls the last layer of the language model instead, by default ``run_last`` of the checkpointer.
+    """
     layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for layer in modules_of(model):
@@ -240,8 +267,10 @@ def checkpoint_layers(model: nn.Module, checkpointer: LayerCheckpointer) -> Iter
             inside.update(layer.modules())
             layers.append(layer)
     previous = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
-    for layer in layers:  # the language model comes last in all families; otherwise only memory would be lost
-        run = checkpointer.run_last if layer is layers[-1] else checkpointer.run
+    sites_by_id = sites(model)
+    last = next((layer for layer in reversed(layers) if sites_by_id[id(layer)].role == "language"), None)
+    for layer in layers:
+        run = (run_last or checkpointer.run_last) if layer is last else checkpointer.run
         vars(layer)["forward"] = partial(run, layer.forward)
     try:
         yield

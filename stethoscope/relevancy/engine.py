@@ -1,29 +1,32 @@
-"""Compute the relevancy of answer tokens by one forward pass and one backward pass per group of tokens."""
+"""Compute the relevancy of answer tokens by one forward pass and one backward pass per group of tokens.
+
+Scope ``row`` of causal models runs prompt and answer one after another (``shared_passes``), all else in a whole pass.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.core.errors import CapabilityError, ConfigError, unknown
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.relevancy.attention_backward import AttentionGradRecorder, default_budget
-from stethoscope.relevancy.checkpointing import checkpoint_layers
-from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout, read_shared_layout
+from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
+from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
 from stethoscope.relevancy.rules import RULES, BackwardPass
+from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_passes
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
     arrange_patches,
     capture_inputs_embeds,
     probe_alignment,
 )
-from stethoscope.tracing.hooks import modules_of, record, selected, sites
+from stethoscope.tracing.hooks import record, selected, sites
 from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
@@ -87,56 +90,70 @@ def relevancy_from_inputs(
     with torch.inference_mode(False), torch.enable_grad(), frozen(model), selected(model):
         inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
         layout, every = read_layout(model, inputs, answer_ids), layers == "all"
+        if scope == "row" and shares_passes(model, inputs) and layout.image[-1] < layout.first:
+            return _relevancy_apart(model, inputs, layout, every, tokens, budget, recompute)
         return _relevancy(model, inputs, layout, scope, rule, every, tokens, budget, recompute)[0]
 
 
-def relevancies_from_inputs(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    answers: Sequence[Sequence[int]],
-    budget: int | None = None,
-    recompute: bool = True,
+def relevancies_from_passes(
+    answer_pass: AnswerPass, logits: Tensor, answers: Sequence[Sequence[int]]
 ) -> list[Relevancy]:
-    """Compute the relevancy of several answers in scope ``row`` by one pass, equal to that of each alone.
-
-    Samples do not interact, so the gradient of the sum of all logits is the gradient of every sample.
+    """Compute the relevancy of B answers in scope ``row`` from the passes over their prompts and over them.
 
     Args:
-        model: a causal decoder-only model without a Q-Former, whose vision tower processes images one by one.
-        inputs: as for ``relevancy_from_inputs``, of B samples with one image of one tile each. The prompts have one
-            length and their image tokens at the same positions; shorter answers are padded on the right.
-        answers: token ids of B answers.
-        budget: see ``relevancy_from_inputs``.
-        recompute: see ``relevancy_from_inputs``.
+        answer_pass: whose forward pass has run.
+        logits: (B, T, V) that it computed, of the rows that predict the answers' tokens.
+        answers: token ids of B answers, at least one each.
 
     Raises:
-        DataError: the inputs do not match the answers.
+        DataError: an answer has no tokens.
         CapabilityError, CaptureError: as ``relevancy_from_inputs``.
     """
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), selected(model):
-        inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
-        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # causal rows do not see the padding
-        layout = read_shared_layout(model, inputs, answers)
-        return _relevancy(model, inputs, layout, "row", RULES[0], True, None, budget, recompute)
+    counts, prompt = tuple(map(len, answers)), answer_pass.prompt
+    if not min(counts):
+        raise DataError("an answer has no tokens; relevancy needs at least one")
+    with torch.inference_mode(False), torch.enable_grad():
+        answer = torch.zeros(len(answers), max(counts), dtype=torch.long)
+        for index, token_ids in enumerate(answers):
+            answer[index, : len(token_ids)] = torch.as_tensor(token_ids)
+        layout = Layout(answer, counts, prompt.length - 1, prompt.length + max(counts), prompt.image, False)
+        chosen = logits.gather(-1, answer[..., None].to(logits.device))[..., 0]
+        return _from_passes(answer_pass, chosen, layout, tuple(range(max(counts))), True)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode with frozen parameters within the block, then restore it."""
-    modules = modules_of(model)
-    training = [module for module in modules if module.training]
-    trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _relevancy_apart(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layout: Layout,
+    every: bool,
+    tokens: Sequence[int] | None,
+    budget: int | None,
+    recompute: bool,
+) -> Relevancy:
+    """Compute the relevancy of one sample by a pass over the prompt and one over the answer."""
+    chosen, end = _chosen(tokens, layout), layout.first + 1
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    prompt = {name: value[:, :end] if value.shape == ids.shape else value for name, value in inputs.items()}
+    answer_pass = AnswerPass(PromptPass(model, prompt, budget, recompute))
+    rows = answer_pass.inputs(ids[:, end - 1 : -1], None if mask is None else mask[:, :-1])
+    with answer_pass.recorded():
+        logits = model(**rows, use_cache=True).logits
+        logits = logits.gather(-1, layout.answer[..., None].to(logits.device))[..., 0]
+    return _from_passes(answer_pass, logits, layout, chosen, every)[0]
+
+
+def _from_passes(
+    answer_pass: AnswerPass, logits: Tensor, layout: Layout, chosen: tuple[int, ...], every: bool
+) -> list[Relevancy]:
+    """Compute the relevancy of every sample from the (B, A) logits of the answers' tokens."""
+    prompt, model = answer_pass.prompt, answer_pass.prompt.model
+    with selected(model):
+        kind = _kind(model, prompt.recorder, layout)
+        sample, alignment = _sample_and_alignment(model, prompt.inputs, layout, kind)
+        backward_pass = BackwardPass(prompt.recorder, layout, kind, alignment, chosen, RULES[0], every)
+        end = max(chosen) + 1
+        answer_pass.backward(_sum_logits(logits, layout, end), end, backward_pass.receive)
+        return _results(model, sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
 
 
 def _relevancy(
@@ -150,11 +167,8 @@ def _relevancy(
     budget: int | None,
     recompute: bool,
 ) -> list[Relevancy]:
-    """Compute the relevancy of every sample; options have been checked and gradients are enabled."""
-    count = layout.answer.shape[1]
-    chosen = tuple(range(count)) if tokens is None else tuple(int(token) for token in tokens)
-    if not all(0 <= token < count for token in chosen) or not chosen:
-        raise ConfigError(f"tokens={list(chosen)} should be indices of answer tokens, 0 to {count - 1}")
+    """Compute the relevancy of every sample by a whole pass; options have been checked and gradients are enabled."""
+    chosen = _chosen(tokens, layout)
     keep_graphs = scope == "row" and not recompute
     live = layout.first + 1 if scope == "row" else None
     recorder = AttentionGradRecorder(live, budget, keep_graphs, layout.first)
@@ -165,8 +179,7 @@ def _relevancy(
     ):
         logits = answer_logits(model, inputs, layout)
     kind = _kind(model, recorder, layout)
-    sample = inputs if len(layout.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
-    alignment = probe_alignment(model, sample, layout.image) if kind == "merged" else None
+    sample, alignment = _sample_and_alignment(model, inputs, layout, kind)
     if scope == "row":
         groups = [chosen]
     else:
@@ -183,9 +196,40 @@ def _relevancy(
             receivers = [backward_pass.receive for backward_pass in passes]
             recorder.backward(roots, receivers, layout.first + end, last=index + 1 == len(groups))
             results += [backward_pass.result() for backward_pass in passes]
+    embeds = captured[0][:, layout.image.to(captured[0].device)]
+    return _results(model, sample, layout, kind, chosen, alignment, results, embeds)
+
+
+def _chosen(tokens: Sequence[int] | None, layout: Layout) -> tuple[int, ...]:
+    """Return the indices of the answer tokens to compute, all by default."""
+    count = layout.answer.shape[1]
+    chosen = tuple(range(count)) if tokens is None else tuple(int(token) for token in tokens)
+    if not all(0 <= token < count for token in chosen) or not chosen:
+        raise ConfigError(f"tokens={list(chosen)} should be indices of answer tokens, 0 to {count - 1}")
+    return chosen
+
+
+def _sample_and_alignment(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layout: Layout, kind: str
+) -> tuple[Mapping[str, Tensor], TokenAlignment | None]:
+    """Return the inputs of the first sample, and the alignment of its vision tokens where these are merged."""
+    sample = inputs if len(layout.counts) == 1 else {name: value[:1] for name, value in inputs.items()}
+    return sample, probe_alignment(model, sample, layout.image) if kind == "merged" else None
+
+
+def _results(
+    model: PreTrainedModel,
+    sample: Mapping[str, Tensor],
+    layout: Layout,
+    kind: str,
+    chosen: tuple[int, ...],
+    alignment: TokenAlignment | None,
+    results: Sequence[Mapping[str, Tensor]],
+    embeds: Tensor,
+) -> list[Relevancy]:
+    """Build the results of all samples from those of backward passes, which have (B, L or 1, T, positions) each."""
     parts = {name: torch.cat([rows[name] for rows in results], 2).transpose(1, 2).cpu() for name in results[0]}
-    states = captured[0]
-    embeds = states[:, layout.image.to(states.device)].to("cpu", torch.promote_types(states.dtype, torch.float32))
+    embeds = embeds.to("cpu", torch.promote_types(embeds.dtype, torch.float32))
     return [
         _result(
             model, sample, layout, kind, chosen[:count], alignment, _sample_parts(parts, index, layout), image_embeds

@@ -184,28 +184,6 @@ def read_layout(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer_ids
     return Layout(answer[None], (len(answer),), first, length, image, bool(encodes))
 
 
-def read_shared_layout(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]]
-) -> Layout:
-    """Read the common positions of several samples of a decoder-only model, padded on the right.
-
-    Raises:
-        DataError: the prompts have different positions, or the inputs do not hold the answers.
-    """
-    ids, counts = inputs["input_ids"].cpu(), tuple(map(len, answers))
-    first = ids.shape[1] - max(counts) - 1
-    answer = torch.zeros(len(answers), max(counts), dtype=torch.long)
-    for index, token_ids in enumerate(answers):
-        answer[index, : len(token_ids)] = torch.as_tensor(token_ids)
-    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-    image = ids[:, : first + 1] == model.config.image_token_id
-    if min(counts) < 1 or not torch.equal(ids[:, first + 1 :][valid], answer[valid]):
-        raise DataError(f"the inputs do not hold answers of {counts} tokens after prompts of {first + 1}")
-    if not image[0].any() or not (image == image[0]).all():
-        raise DataError("the image tokens of the prompts are not at the same positions")
-    return Layout(answer, counts, first, ids.shape[1], image[0].nonzero()[:, 0], False)
-
-
 def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Compute the logits (B, A) of the answers' tokens at their predicting rows; undefined for padding."""
     rows = range(layout.first, layout.first + layout.answer.shape[1])

@@ -198,9 +198,25 @@ class LayerRelevancy:
         self._start = torch.nn.functional.one_hot(rows, length).float()
         self._values = self._start.repeat(samples, layers if every else 1, 1, 1)
         self._every = every
+        self._stored: dict[int, tuple[int, Tensor]] = {}  # by layer, first row and last rows of Abar
+
+    def store(self, layer: int, first: int, like: Tensor) -> AddBlock:
+        """Store the rows of a layer's Abar from ``first`` on until the layer begins; return what adds its blocks."""
+        rows = like.new_zeros(len(like), self._start.shape[-1] - first, self._start.shape[-1])
+        self._stored[layer] = first, rows
+
+        def add(start: int, block: Tensor) -> None:
+            rows[:, start - first : start - first + block.shape[1], : block.shape[2]] = block
+
+        return add
 
     def begin(self, layer: int, like: Tensor) -> AddBlock:
-        """Begin a layer, which changes the rows after it and after later layers; return what adds its blocks."""
+        """Begin a layer, which changes the rows after it and after later layers; return what adds its blocks.
+
+        Layers begin from the last to the first. Those of which no block comes but stored rows may be left out.
+        """
+        for later in sorted((other for other in self._stored if other > layer), reverse=True):
+            self.begin(later, self._stored[later][1])
         self._values = self._values.to(like)
         touched = self._values[:, layer:] if self._every else self._values
         before = touched.flatten(1, 2).clone()
@@ -209,10 +225,15 @@ class LayerRelevancy:
             _, rows, end = block.shape
             touched[..., :end] += (before[..., start : start + rows] @ block).view(*touched.shape[:3], end)
 
+        if layer in self._stored:
+            add(*self._stored.pop(layer))
         return add
 
     def mass(self) -> Tensor:
         """Return the rows of R_l - I, (B, L or 1, T, N)."""
+        if self._stored:
+            first = min(self._stored)
+            self.begin(first, self._stored[first][1])
         return self._values - self._start.to(self._values)
 
 
@@ -327,6 +348,8 @@ class BackwardPass:
     def _begin(self, call: TracedCall, layer: int, like: Tensor) -> AddBlock:
         """Begin an attention call whose first block of Abar is ``like``; return what adds its blocks."""
         role = call.site.role
+        if role == "language" and call.skipped:  # the rows of the answer come before all of the prompt
+            return self._language.store(layer, call.skipped, like)
         if role == "language" and not self.layout.encoder_decoder:
             return self._language.begin(layer, like)
         if role in ("vision", "encoder"):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.relevancy import Relevancy
+    from stethoscope.relevancy.shared_passes import PromptPass
 
 TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
@@ -31,6 +32,14 @@ the first token of the sequence (the usual attention sink; unless it is an image
 They are disjoint and cover the row, so the masses of one row add up to 1. In an encoder-decoder model ``first`` is the
 decoder's start token, and the row is half cross-attention to the prompt, half self-attention to the answer
 (``stethoscope.tracing.attention_recorder`` has the details)."""
+
+CAUSAL = frozenset(
+    {"llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "convllava", "mplug_owl2"}
+)
+"""``model_type`` of models whose prompt is causal text around image tokens, with one position per token, so that a pass
+can continue from the keys and values of the prompt. Excluded are PaliGemma and Gemma 3, which read prompts in both
+directions, Qwen's models, whose positions have three axes, and models that return no cache (BLIP-2) or have an encoder.
+The contract tests compare traces of all of them."""
 
 FORWARD_REQUIREMENTS = ("attention", "lens", "hidden", "blank")
 """Parts of a trace beyond the logits that cost forward passes at most: attention rows, the logit lens and hidden states
@@ -128,15 +137,20 @@ class PromptCache:
     """KV cache of a prompt, so that later tokens need no second pass over it.
 
     Attributes:
-        layers: by layer of the language model keys and values of the P prompt tokens, each (1, key-value heads, P, d),
-            in the model's dtype and on its devices. They are parts of larger tensors, which live as long as they do.
+        layers: by layer of the language model keys and values of the P prompt tokens, or of all but the last, each
+            (1, key-value heads, P or P - 1, d), in the model's dtype and on its devices. They are parts of larger
+            tensors, which live as long as they do.
+        graph: the pass that computed them, with its graph, for the relevancy of an answer; None where it kept none.
+        index: of the prompt in this pass.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
+    graph: PromptPass | None = None
+    index: int = 0
 
     @property
     def length(self) -> int:
-        """Number of tokens P."""
+        """Number of tokens."""
         return self.layers[0][0].shape[2]
 
     def clone(self) -> PromptCache:
@@ -153,7 +167,8 @@ class Encoded:
         spans: token positions.
         text: the prompt as text, before image placeholders are expanded.
         question: the user's question.
-        cache: KV cache of this prompt, as ``Adapter.generate_with_cache`` returns it for a trace; None without one.
+        cache: KV cache of this prompt, as ``Adapter.prefill`` or ``generate_with_cache`` returns it, from which
+            generation and traces go on; None without one.
         asks: what the question asks for, see ``Sample.asks``.
     """
 

@@ -56,7 +56,7 @@ def test_blocks_of_any_shape_give_the_gradients_of_autograd(monkeypatch, module,
     abar, saliency = torch.zeros(2, SAMPLES, QUERIES, QUERIES, dtype=torch.float64)
     shapes = set()
 
-    def receive(call, blocks):
+    def receive(call, blocks, grads):
         for block in blocks:
             shapes.add(block.abar.shape[1])
             stop, end = block.start + block.abar.shape[1], block.abar.shape[2]
@@ -107,7 +107,8 @@ def test_half_precision_adds_up_blocks_in_float32(monkeypatch, module):
         half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
         options = {"scaling": WIDTH**-0.5}
         call = TracedCall(
-            Site("", "language", 0), module, mask.clamp(min=-1e38).bfloat16(), options, lambda _, blocks: list(blocks),
+            Site("", "language", 0), module, mask.clamp(min=-1e38).bfloat16(), options,
+            lambda _, blocks, grads: list(blocks),
             [QUERIES] * QUERIES,
         )  # fmt: skip
         grads = torch.autograd.grad(traced_attention(*half, call), half, gradient.transpose(1, 2).bfloat16())

@@ -1,0 +1,287 @@
+"""Compute scope ``row`` from two passes that generation and tracing need anyway.
+
+Row r_k = P - 1 + k of the language model predicts answer token k. The gradient of token k's logit at the attention of
+row r_k passes through the residual stream of that row and its own key and value alone, so it is exact when the row
+stands behind detached keys and values of all rows before it. Only token 0, whose gradient the prompt's rows use, must
+reach them:
+
+1. ``PromptPass`` runs rows 0 .. P - 2 with a graph. Its keys and values are those that ``generate`` goes on from.
+   In the last layer no other row reads more of them than keys and values, so it ends there.
+2. ``AnswerPass`` runs the T rows behind detached keys and values, with a graph: the trace of the answer.
+3. Backwards, the sum of the logits goes through the T rows. Row r_0 leaves the gradient of logit 0 at the keys and
+   values of the prompt, from which one ordinary backward pass runs through the prompt's rows and the vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from stethoscope.core.errors import DataError
+from stethoscope.core.types import required
+from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Blocks, Grads, Receiver, TracedCall
+from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
+from stethoscope.relevancy.token_alignment import capture_inputs_embeds
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
+from stethoscope.tracing.trace import CAUSAL
+
+KeysAndValues = tuple[Tensor, Tensor]
+
+_WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
+
+
+class PrefixCache(DynamicCache):
+    """KV cache of the tokens before a pass. It does not grow, so layers may run again.
+
+    Args:
+        layers: by layer, keys and values (B, key-value heads, prefix, d).
+    """
+
+    def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        for index, (keys, values) in enumerate(layers):
+            super().update(keys, values, index)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysAndValues:
+        """Return keys and values of the prefix followed by those given, and store nothing."""
+        layer = self.layers[layer_idx]
+        keys, values = required(layer.keys), required(layer.values)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+
+class _KeysReached(Exception):
+    """Ends the last layer of a prompt's pass at its keys and values."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys_and_values = keys, values
+
+
+class _PromptRead(Exception):
+    """Ends a prompt's pass after the last layer."""
+
+
+class _PromptRecorder(AttentionGradRecorder):
+    """Records the pass over the prompt, whose backward pass begins at keys and values.
+
+    Attributes:
+        keys_and_values: by name of the attention module, detached.
+        seeds: gradients of keys and values by name.
+        ends: whether the pass ends at the next attention call of the language model.
+    """
+
+    def __init__(self, budget: int | None, keep_graphs: bool) -> None:
+        super().__init__(None, budget, keep_graphs, salient=None)
+        self.keys_and_values: dict[str, KeysAndValues] = {}
+        self.seeds: Mapping[str, KeysAndValues] = {}
+        self.ends = False
+
+    def _attend(self, attention_call: AttentionCall) -> Tensor:
+        site, key, value = attention_call.site, attention_call.key, attention_call.value
+        if site.role == "language" and site.name not in self.keys_and_values:
+            self.keys_and_values[site.name] = key.detach(), value.detach()
+            if self.ends:
+                self.layers.setdefault(site.role, []).append(site.name)
+                raise _KeysReached(key, value)
+        return super()._attend(attention_call)
+
+    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
+        super()._receive(call, blocks, grads)
+        for grad, seed in zip(grads[1:], self.seeds.get(call.site.name, ()), strict=False):
+            if grad is not None:
+                grad += seed
+
+
+class _AnswerRecorder(AttentionGradRecorder):
+    """Records the pass over the answer, whose first row alone has gradients at the keys and values of the prompt.
+
+    Attributes:
+        seeds: these gradients by name of the attention module.
+    """
+
+    def __init__(self, budget: int | None, keep_graphs: bool, observer: AttentionRecorder | None) -> None:
+        super().__init__(1, budget, keep_graphs, 0, observer)
+        self.seeds: dict[str, KeysAndValues] = {}
+
+    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
+        super()._receive(call, blocks, grads)
+        if call.skipped:
+            keys, values = (required(grad)[:, :, : call.skipped] for grad in grads[1:])
+            self.seeds[call.site.name] = keys, values
+
+
+class PromptPass:
+    """Pass over all tokens of prompts but the last, with a graph from the image to the keys and values of every layer.
+
+    Args:
+        model: a causal model of ``CAUSAL``.
+        inputs: of B prompts, with one length P and their image tokens at the same positions; B is 1 unless the vision
+            tower processes one tile per prompt.
+        budget: see ``relevancy_from_inputs``.
+        recompute: see ``relevancy_from_inputs``.
+
+    Attributes:
+        model: the model.
+        inputs: as given.
+        length: P.
+        image: (N,) positions of the image tokens.
+        layers: by layer keys and values of the P - 1 tokens, (B, key-value heads, P - 1, d), detached.
+        embeds: (B, N, D) image tokens at the input of the language model.
+        recorder: of the pass.
+        spent: a backward pass has used the graph.
+
+    Raises:
+        DataError: the prompts have no image tokens, or these are at different positions.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], budget: int | None = None, recompute: bool = True
+    ) -> None:
+        self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
+        with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+            self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
+            ids = self.inputs["input_ids"]
+            self.length, self.image = ids.shape[1], _image_positions(model, ids)
+            self.recorder = _PromptRecorder(budget, not recompute)
+            self._last: KeysAndValues
+            with (
+                record(model, self.recorder),
+                capture_inputs_embeds(model, False) as captured,
+                checkpoint_layers(model, self.recorder.checkpointer, self._run_last),
+                suppress(_PromptRead),
+            ):
+                model(**_all_but_last(self.inputs), use_cache=False)
+        self.layers = tuple(self.recorder.keys_and_values.values())
+        self.embeds = captured[0][:, self.image.to(captured[0].device)]
+
+    def _run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
+        """Run the last layer up to its keys and values, and end the pass."""
+        self.recorder.ends = True
+        run = partial(_keys_and_values, function)
+        self._last = self.recorder.checkpointer.run_last(run, *arguments, **options)
+        raise _PromptRead
+
+    def backward(self, seeds: Mapping[str, KeysAndValues], receive: Receiver) -> None:
+        """Back-propagate gradients of the keys and values, handing every block of attention to ``receive``.
+
+        Args:
+            seeds: the gradients by name of the attention module.
+            receive: see ``attention_backward.Receiver``.
+        """
+        self.recorder.seeds = seeds
+        gradients = seeds[list(self.recorder.keys_and_values)[-1]]
+        root = torch.stack([(part * grad).sum() for part, grad in zip(self._last, gradients, strict=True)]).sum()
+        self.recorder.backward([root], [receive], self.length - 1, last=True)
+
+    def release(self) -> None:
+        """Drop the graph. Keys and values stay."""
+        del self.recorder, self._last
+
+
+class AnswerPass:
+    """Pass over the rows that predict answers, behind the keys and values of their prompts.
+
+    Args:
+        prompt: the pass over the prompts.
+        observer: a recorder of the whole maps of the same pass.
+    """
+
+    def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None = None) -> None:
+        self.prompt, self._observer = prompt, observer
+        self._recorder = _AnswerRecorder(prompt.budget, not prompt.recompute, observer)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the forward pass that runs in this block, whose logits have gradients."""
+        model, recorder = self.prompt.model, self._recorder
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            frozen(model),
+            record(model, recorder),
+            checkpoint_layers(model, recorder.checkpointer),
+        ):
+            yield
+        if self._observer is not None:
+            self._observer.finish()
+
+    def inputs(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """Build the inputs of a pass over the prompts' last tokens and answers.
+
+        Args:
+            ids: (B, T) the last token of every prompt, then its answer without the last token.
+            mask: (B, P - 1 + T) attention mask; all ones by default.
+        """
+        past = self.prompt.length - 1
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
+        cache = PrefixCache(self.prompt.layers)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+
+    def backward(self, root: Tensor, rows: int, receive: Receiver) -> None:
+        """Back-propagate a sum of logits through answer and prompt, handing every block of attention to ``receive``.
+
+        Args:
+            root: the sum, of one logit per row at most.
+            rows: number of rows from the first that it depends on.
+            receive: see ``attention_backward.Receiver``.
+        """
+        model, self.prompt.spent = self.prompt.model, True
+        with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self._recorder):
+            self._recorder.backward([root], [receive], rows, last=True)
+        with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self.prompt.recorder):
+            self.prompt.backward(self._recorder.seeds, receive)
+        self.prompt.release()
+
+
+def continues(model: PreTrainedModel) -> bool:
+    """Tell from the configuration whether passes can go on from KV caches of prompts: ``CAUSAL``, and all keys stay.
+
+    Layers that attend to a sliding window drop keys.
+    """
+    causal = model.config.model_type in CAUSAL
+    return causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def shares_passes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Decide whether relevancy can be computed from a prompt's and an answer's pass.
+
+    Args:
+        model: the model.
+        inputs: of a forward pass, which may hold what only a whole pass understands.
+    """
+    mask = inputs.get("attention_mask")
+    return continues(model) and (mask is None or mask.dim() == 2) and not any(name in inputs for name in _WHOLE)
+
+
+def _keys_and_values(function: Callable[..., Any], *arguments: Any, **options: Any) -> KeysAndValues:
+    """Run a layer up to its keys and values."""
+    try:
+        function(*arguments, **options)
+    except _KeysReached as reached:
+        return reached.keys_and_values
+    raise DataError("the last layer of the language model has no attention")
+
+
+def _all_but_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the last token of every input with one entry per token."""
+    shape = inputs["input_ids"].shape
+    return {name: value[:, :-1] if value.shape == shape else value for name, value in inputs.items()}
+
+
+def _image_positions(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the (N,) common positions of the image tokens of B prompts."""
+    image = ids.cpu() == model.config.image_token_id
+    if not image[0].any():
+        raise DataError(f"the inputs hold no image token (id {model.config.image_token_id})")
+    if not (image == image[0]).all():
+        raise DataError("the image tokens of the prompts are not at the same positions")
+    return image[0].nonzero()[:, 0]

@@ -1,0 +1,92 @@
+"""Generation, traces and relevancy that go on from one pass over the prompts are those of passes of their own."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from stethoscope.adapters import prefill
+from stethoscope.core.types import Generation
+from stethoscope.relevancy import attention_backward, relevancy_from_inputs
+from stethoscope.relevancy.engine import _relevancy
+from stethoscope.relevancy.result import read_layout
+from stethoscope.tracing.hooks import selected
+from stethoscope.tracing.trace import CAUSAL
+
+GREEDY = Generation(max_new_tokens=7)
+PARTS = ("llm", "vision", "saliency", "image_embeds")
+
+
+def shares(adapter):
+    return adapter.model.config.model_type in CAUSAL
+
+
+def whole_pass(adapter, prompt, answer):
+    """Relevancy from one ordinary pass over prompt and answer."""
+    model, inputs = adapter.forward_inputs(prompt, answer.token_ids)
+    with torch.enable_grad(), selected(model):
+        layout = read_layout(model, inputs, answer.token_ids)
+        return _relevancy(model, inputs, layout, "row", "eq10", True, None, attention_backward.BUDGET, False)[0]
+
+
+def near(relevancy, expected):
+    for name in PARTS:
+        part, other = getattr(relevancy, name), getattr(expected, name)
+        assert (part is None) == (other is None)
+        if part is not None:
+            assert part.shape == other.shape
+            assert (part - other).abs().max() <= 2e-5 * other.abs().max(), name
+
+
+@pytest.mark.parametrize("room", [2**28, 2**18], ids=["graphs kept", "layers run again"])
+def test_answers_and_relevancy_behind_a_prefill(adapter, encoded, room, monkeypatch):
+    if not shares(adapter):
+        assert [prompt.cache for prompt in adapter.prefill(encoded)] == [None] * len(encoded)
+        pytest.skip("runs no prompt before it is answered")
+    monkeypatch.setattr(prefill, "_GRAPH_BYTES", room)
+    monkeypatch.setattr(prefill.memory, "input_bytes", lambda model, length: 0)
+    prompts = adapter.prefill(encoded)
+    assert all(prompt.cache.graph is not None for prompt in prompts)
+    answers, kept = adapter.generate_with_cache(prompts, GREEDY)
+    assert [prompt.cache for prompt in kept] == [prompt.cache for prompt in prompts]
+    alone = adapter.generate(encoded, GREEDY)
+    for answer, other in zip(answers, alone, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=5e-5)
+    answers[1] = answers[1].until(min(2, len(answers[1].token_ids)))
+    requires = ("attention", "lens", "relevancy", "no_image")
+    traces = adapter.trace_batch(kept, answers, requires)
+    others = adapter.trace_batch(encoded, answers, requires[:2])
+    for trace, other, prompt, answer in zip(traces, others, encoded, answers, strict=True):
+        for name in ("logits", "mass", "image_attention", "lens_logprob"):
+            assert (getattr(trace, name) - getattr(other, name)).abs().max() <= 5e-5, name
+        near(trace.relevancy, whole_pass(adapter, prompt, answer))
+        assert trace.relevancy.question_positions == prompt.spans.question
+    assert all(prompt.cache.graph.spent for prompt in kept)
+    for trace, other in zip(adapter.trace_batch(kept[:2], answers[:2], ["relevancy"]), traces, strict=False):
+        near(trace.relevancy, other.relevancy)  # whose graphs are spent
+
+
+def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, encoded):
+    if not shares(adapter):
+        pytest.skip("runs no prompt before it is answered")
+    pair = adapter.prefill([encoded[0], encoded[0]])
+    answers = adapter.generate(pair, GREEDY)
+    (one,) = adapter.trace_batch(pair[1:], answers[1:], ["relevancy", "states"])
+    shared = len(pair[0].cache.graph.inputs["input_ids"]) == 2
+    assert pair[1].cache.graph.spent is not shared
+    both = adapter.trace_batch(pair[::-1], answers, ["relevancy"])
+    for trace in (one, *both):
+        near(trace.relevancy, whole_pass(adapter, encoded[0], answers[0]))
+    graph = weakref.ref(pair[0].cache.graph)
+    del pair
+    gc.collect()
+    assert graph() is None
+
+
+def test_relevancy_from_inputs_is_that_of_a_whole_pass(adapter, encoded, answers):
+    if not shares(adapter):
+        pytest.skip("has whole passes alone")
+    model, inputs = adapter.forward_inputs(encoded[0], answers[0].token_ids)
+    near(relevancy_from_inputs(model, inputs, answers[0].token_ids), whole_pass(adapter, encoded[0], answers[0]))
