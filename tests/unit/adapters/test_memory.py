@@ -201,7 +201,10 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
     printed = doctor(*words)
     assert f"{sum(p.numel() for p in model.parameters()):,} in float32" in printed
     assert "4 x 100 tokens" in printed
-    assert printed.splitlines()[-2] == "reads a picture once for all questions about it in a row"
+    assert printed.splitlines()[-3:-1] == [
+        "reads a picture once for all questions about it in a row",
+        "relevancy goes back through generation and trace",
+    ]
     assert "fits on" in printed.splitlines()[-1]
     assert "100,800 in bfloat16, 8bit" in doctor(*words, "model.dtype=bfloat16", "model.quantize=8bit")
     needs = [HfAdapter(str(tmp_path), dtype=dtype).memory(500, 4).total for dtype in ("float32", "bfloat16")]
@@ -218,7 +221,8 @@ def test_the_command_without_files_or_network(doctor, monkeypatch):
     assert printed.startswith("note  llava-1.5-7b: nothing to count")
     assert "hf download llava-hf/llava-1.5-7b-hf config.json" in printed
     assert "fits on" in doctor("model=llava-1.5-7b", "model.random_init=tiny")
-    assert "reads a picture again for every question" in doctor("model=qwen2-vl-2b", "model.random_init=tiny")
+    printed = doctor("model=qwen2-vl-2b", "model.random_init=tiny")
+    assert "reads a picture again for every question\nrelevancy runs prompt and answer again" in printed
 
 
 @pytest.mark.parametrize(
