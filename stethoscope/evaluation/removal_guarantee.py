@@ -170,8 +170,8 @@ def certify_removal(
         DataError: no threshold meets it; the message says how many images it would take.
     """
     thresholds = removal_thresholds(training)
-    counts = (counts_after_removal(texts, thresholds) for texts in (calibration, training))
-    return certify_counts(*counts, thresholds, most, confidence)
+    held_out, learned = (counts_after_removal(texts, thresholds) for texts in (calibration, training))
+    return certify_counts(held_out, learned, thresholds, most, confidence)
 
 
 def certify_counts(
