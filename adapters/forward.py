@@ -245,7 +245,7 @@ class ForwardRunner:
             lengths: B numbers of tokens, all image tokens among them.
 
         Returns:
-            B caches, each of tensors of its own; None where the cache drops or changes keys.
+            B caches, parts of the same tensors; None where the cache drops or changes keys.
         """
         parts = [
             {name: value[:, :length] if name in SEQUENCE else value for name, value in prompt.inputs.items()}

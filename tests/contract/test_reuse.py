@@ -5,39 +5,9 @@ import weakref
 
 import pytest
 import torch
-from helpers.contract_helpers import picture
+from helpers.contract_helpers import REQUIREMENTS, WAYS, picture, reuses, same
 
-from stethoscope.adapters.forward import CAUSAL
 from stethoscope.core.types import Answer, Generation
-
-WAYS = {
-    "greedy": Generation(max_new_tokens=7),
-    "sampled": Generation(max_new_tokens=9, do_sample=True, temperature=1.5, seed=3),
-    "stopped": Generation(max_new_tokens=9, stop=("e", " ")),
-}
-REQUIREMENTS = (("attention", "lens", "blank"), ("heads", "trajectory"), ("no_image", "core", "noise"))
-PARTS = (
-    "logits", "mass", "image_attention", "lens_logprob", "blank_logits", "trajectory", "noise_logits",
-    "no_image_logits", "core_logits", "image", "top", "peak", "response",
-)  # fmt: skip
-NEAR = 5e-5  # of tiny models with wide weights, whose logits are around 10
-
-
-def tensors(trace):
-    held = {**vars(trace), **(vars(trace.heads) if trace.heads else {})}
-    return {name: held[name] for name in PARTS if held.get(name) is not None}
-
-
-def same(trace, other):
-    trace, other = tensors(trace), tensors(other)
-    assert trace.keys() == other.keys()
-    for name, part in trace.items():
-        assert part.shape == other[name].shape
-        assert not part.numel() or (part - other[name]).abs().max() <= NEAR, name
-
-
-def reuses(adapter):
-    return adapter.model.config.model_type in CAUSAL
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import T5Tokenizer
 
 import stethoscope.conf
+from stethoscope.adapters.forward import CAUSAL
+from stethoscope.core.types import Generation
 
 FILES = (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml")
 CONFIGS = sorted(path.stem for path in FILES if path.stem != "none")
@@ -27,6 +29,17 @@ ONE_OF_A_KIND = {
     "mplug-owl2-7b": "the authors' own code, an abstractor",
 }
 """Families that `make test` takes through the contract; the others are of these kinds and marked as slow."""
+WAYS = {
+    "greedy": Generation(max_new_tokens=7),
+    "sampled": Generation(max_new_tokens=9, do_sample=True, temperature=1.5, seed=3),
+    "stopped": Generation(max_new_tokens=9, stop=("e", " ")),
+}
+REQUIREMENTS = (("attention", "lens", "blank"), ("heads", "trajectory"), ("no_image", "core", "noise"))
+PARTS = (
+    "logits", "mass", "image_attention", "lens_logprob", "blank_logits", "trajectory", "noise_logits",
+    "no_image_logits", "core_logits", "image", "top", "peak", "response",
+)  # fmt: skip
+NEAR = 5e-5  # of tiny models with wide weights, whose logits are around 10
 LANGUAGE = ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
 
 
@@ -69,6 +82,23 @@ def reads_by_queries(adapter):
 
 def picture(seed, width=72, height=56):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def tensors(trace):
+    held = {**vars(trace), **(vars(trace.heads) if trace.heads else {})}
+    return {name: held[name] for name in PARTS if held.get(name) is not None}
+
+
+def same(trace, other):
+    trace, other = tensors(trace), tensors(other)
+    assert trace.keys() == other.keys()
+    for name, part in trace.items():
+        assert part.shape == other[name].shape
+        assert not part.numel() or (part - other[name]).abs().max() <= NEAR, name
+
+
+def reuses(adapter):
+    return adapter.model.config.model_type in CAUSAL
 
 
 def has_encoder(adapter):

@@ -4,8 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.contract_helpers import picture
-from test_reuse import NEAR, REQUIREMENTS, WAYS, reuses, same
+from helpers.contract_helpers import NEAR, REQUIREMENTS, WAYS, picture, reuses, same
 
 from stethoscope.adapters.prefixes import common_length
 from stethoscope.core.types import Generation
