@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicLayer
 
 from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
-from stethoscope.tracing.trace import CAUSAL as CAUSAL
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
 
 if TYPE_CHECKING:

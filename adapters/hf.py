@@ -198,7 +198,7 @@ class HfAdapter(Adapter):
         return memory.estimate(self._skeleton(), self.loading, context, batch_size, new_tokens)
 
     def can_share_prefixes(self) -> bool:
-        """See ``Adapter.can_share_prefixes``; the models of ``forward.CAUSAL`` can."""
+        """See ``Adapter.can_share_prefixes``; the models of ``trace.CAUSAL`` can."""
         return continues(self._skeleton() if self._model is None else self._model)
 
     def _skeleton(self) -> PreTrainedModel:
@@ -330,13 +330,7 @@ class HfAdapter(Adapter):
             beams = model.generate(**arguments).sequences[:, start:].tolist()
             scored = self._score(encoded, [self._trim(beam, generation) for beam in beams])
             return [replace(answer, argmax=None) for answer in scored], no_caches
-        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
-        prefixes: list[Prefix] | None
-        if len(caches) == len(encoded):
-            pairs = zip(caches, encoded, strict=True)
-            prefixes = [Prefix(cache, prompt.spans.length - 1) for cache, prompt in pairs]
-        else:
-            prefixes = self._prefixes.compute(encoded)
+        prefixes = self._prefixes.compute(encoded)
         lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
         arguments, logprobs = self._arguments(encoded, generation, prefixes), TokenLogprobs()
         del prefixes  # the copies in the arguments are all that generation needs
@@ -346,7 +340,7 @@ class HfAdapter(Adapter):
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         answers = [self.decode_answer(*pair, generation) for pair in zip(ids, values, strict=True)]
         self._prefixes.store(encoded, lengths, output.past_key_values)
-        if not return_cache or len(caches) == len(encoded):
+        if not return_cache or all(prompt.cache is not None for prompt in encoded):
             return answers, no_caches
         return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
 

@@ -82,12 +82,15 @@ class SharedPrefixes:
         """Return the prefix of every prompt; None where sharing gains nothing, or the model cannot do it.
 
         Args:
-            encoded: B prompts of one batch.
+            encoded: B prompts of one batch. Where all have KV caches, their prefixes are all but their last tokens.
         """
-        last, self._last = self._last, None
-        self._model_state = state_key(self._forward.model) if self._stores and self._forward.causal else None
+        last, self._last, self._model_state = self._last, None, None
         if not self._forward.causal or not all(map(_is_unmasked, encoded)):
             return None
+        own = [Prefix(prompt.cache, prompt.spans.length - 1) for prompt in encoded if prompt.cache is not None]
+        if len(own) == len(encoded):
+            return own
+        self._model_state = state_key(self._forward.model) if self._stores else None
         by_picture: dict[Hashable, list[int]] = {}
         for index, key in enumerate(_picture_keys(encoded)):
             by_picture.setdefault(key, []).append(index)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.contract_helpers import reuses
 
 from stethoscope.adapters import prefill
 from stethoscope.core.types import Generation
@@ -12,14 +13,9 @@ from stethoscope.relevancy import attention_backward, relevancy_from_inputs
 from stethoscope.relevancy.engine import _relevancy
 from stethoscope.relevancy.result import read_layout
 from stethoscope.tracing.hooks import selected
-from stethoscope.tracing.trace import CAUSAL
 
 GREEDY = Generation(max_new_tokens=7)
 PARTS = ("llm", "vision", "saliency", "image_embeds")
-
-
-def shares(adapter):
-    return adapter.model.config.model_type in CAUSAL
 
 
 def whole_pass(adapter, prompt, answer):
@@ -41,7 +37,7 @@ def near(relevancy, expected):
 
 @pytest.mark.parametrize("room", [2**28, 2**18], ids=["graphs kept", "layers run again"])
 def test_answers_and_relevancy_behind_a_prefill(adapter, encoded, room, monkeypatch):
-    if not shares(adapter):
+    if not reuses(adapter):
         assert [prompt.cache for prompt in adapter.prefill(encoded)] == [None] * len(encoded)
         pytest.skip("runs no prompt before it is answered")
     monkeypatch.setattr(prefill, "_GRAPH_BYTES", room)
@@ -69,7 +65,7 @@ def test_answers_and_relevancy_behind_a_prefill(adapter, encoded, room, monkeypa
 
 
 def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, encoded):
-    if not shares(adapter):
+    if not reuses(adapter):
         pytest.skip("runs no prompt before it is answered")
     pair = adapter.prefill([encoded[0], encoded[0]])
     answers = adapter.generate(pair, GREEDY)
@@ -86,7 +82,7 @@ def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, e
 
 
 def test_relevancy_from_inputs_is_that_of_a_whole_pass(adapter, encoded, answers):
-    if not shares(adapter):
+    if not reuses(adapter):
         pytest.skip("has whole passes alone")
     model, inputs = adapter.forward_inputs(encoded[0], answers[0].token_ids)
     near(relevancy_from_inputs(model, inputs, answers[0].token_ids), whole_pass(adapter, encoded[0], answers[0]))

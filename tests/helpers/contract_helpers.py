@@ -14,8 +14,8 @@ from torch import nn
 from transformers import T5Tokenizer
 
 import stethoscope.conf
-from stethoscope.adapters.forward import CAUSAL
 from stethoscope.core.types import Generation
+from stethoscope.tracing.trace import CAUSAL
 
 FILES = (Path(stethoscope.conf.__file__).parent / "model").glob("*.yaml")
 CONFIGS = sorted(path.stem for path in FILES if path.stem != "none")
