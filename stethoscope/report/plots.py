@@ -361,15 +361,29 @@ def plot_frontier(
         if band is not None:
             axes.fill_between(*band, color=COLOURS["count"], linewidth=0, zorder=0.8, gid="band")
         axes.plot([x for x, _ in front], [y for _, y in front], **_DASHED)
-        for index, (name, x, y) in enumerate(shown):
-            below = index % 2  # neighbours are often close: their names take turns above and below
+        for index, (_, x, y) in enumerate(shown):
             axes.plot([x], [y], marker="o", markersize=7, color=COLOURS["s0"], clip_on=False, gid=f"point-{index}")
+        for index, (names, x, y) in enumerate(_joined(shown, limits["xlim"][1], limits["ylim"][1])):
+            below = index % 2  # neighbours are often close: their names take turns above and below
             axes.annotate(
-                name, (x, y), xytext=(5, -13 if below else 6), textcoords="offset points", color=COLOURS["ink"],
+                names, (x, y), xytext=(5, -13 if below else 6), textcoords="offset points", color=COLOURS["ink"],
                 fontsize=10,
             )  # fmt: skip
         hints = [Hint(x, y, f"{name}: CHAIR_i {x:.3f}, recall {y:.3f}") for name, x, y in shown]
         return finish(figure, (), note, hints)
+
+
+def _joined(points: Sequence[tuple[str, float, float]], width: float, height: float) -> list[tuple[str, float, float]]:
+    """Join the names of points that lie within 2 % of the plot's size of an earlier one."""
+    labels: list[tuple[str, float, float]] = []
+    for name, x, y in points:
+        near = (i for i, (_, a, b) in enumerate(labels) if abs(x - a) < 0.02 * width and abs(y - b) < 0.02 * height)
+        index = next(near, None)
+        if index is None:
+            labels.append((name, x, y))
+        else:
+            labels[index] = (f"{labels[index][0]}, {name}", *labels[index][1:])
+    return labels
 
 
 _DASHED: dict[str, Any] = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}

@@ -158,3 +158,10 @@ def test_a_plot_is_the_same_every_time_and_takes_its_colours_from_the_page():
 def test_importing_plots_imports_no_matplotlib():
     script = "import sys, stethoscope.report.run_report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_points_that_lie_on_each_other_share_their_names():
+    plot = plots.plot_frontier([("greedy", 0.2, 0.8), ("drop", 0.1, 0.8), ("cut", 0.2, 0.801)], [(0, 0), (0.2, 0.8)])
+    assert ">greedy, cut</text>" in plot.svg
+    assert ">drop</text>" in plot.svg
+    assert plot.svg.count('class="point-') == 3
