@@ -41,7 +41,7 @@ class Adapter(ABC):
 
     Attributes:
         name: how the model is called in tables and run directories.
-        mitigates: whether ``generate`` applies mitigations that change the scores of tokens, see ``check_mitigation``.
+        mitigates: whether ``generate`` applies mitigations that change how an answer is written.
         has_model: whether there is a model that reads pictures and answers; without one, given texts are only scored.
     """
 
@@ -120,8 +120,8 @@ class Adapter(ABC):
         Raises:
             CapabilityError: it cannot.
         """
-        method = generation.mitigation  # those that do not change scores need no access to decoding
-        if method is not None and method.changes_scores and not self.mitigates:
+        method = generation.mitigation  # the others need no access to decoding
+        if method is not None and (method.changes_scores or method.writes) and not self.mitigates:
             raise CapabilityError(
                 f"mitigation={method.name} changes how {self.name} writes its answers, to which its "
                 "adapter gives no access; set mitigation=none"

@@ -11,16 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from stethoscope.core.errors import ConfigError, DataError
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
+from stethoscope.tracing.step_inputs import RewindableProcessor
 from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import Encoded
 
@@ -162,7 +166,32 @@ class TokenLogprobs(LogitsProcessor):
             self._steps.append(self._scores.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0])
 
 
-class Sampler(LogitsProcessor):
+def check_rewinds(config: PreTrainedConfig, mitigation: str, model: str, length: int) -> None:
+    """Check that text can be taken back: the cache must keep a state of its own for every token.
+
+    Args:
+        config: of the model.
+        mitigation: its name, for messages.
+        model: its name, for messages.
+        length: of prompt and answer at most, in tokens.
+
+    Raises:
+        CapabilityError: layers keep a running state, or a window that is shorter.
+    """
+    for layer in DynamicCache(config=config).layers:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window <= length:
+            raise CapabilityError(
+                f"mitigation={mitigation} takes text back, but layers of {model} keep the last {layer.sliding_window} "
+                f"tokens only, and prompt and answer may have {length}; lower generation.max_new_tokens"
+            )
+        if not layer.is_croppable:
+            raise CapabilityError(
+                f"mitigation={mitigation} takes text back, but layers of {model} keep a running state "
+                f"({type(layer).__name__}) from which no token can be taken"
+            )
+
+
+class Sampler(RewindableProcessor):
     """Sample by the Gumbel-max trick: the highest of log-probabilities plus Gumbel noise is a sample.
 
     Every prompt has its own random generator, seeded by the seed and the prompt, so an answer does not depend on the
@@ -183,6 +212,15 @@ class Sampler(LogitsProcessor):
             [torch.rand(vocab_size, generator=generator, dtype=torch.float64) for generator in self._generators]
         )
         return scores - (-uniform.clamp_min(1e-300).log()).log().to(scores)
+
+    def state(self) -> list[Tensor]:
+        """Return the states of the random generators."""
+        return [generator.get_state() for generator in self._generators]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Go back to states of the random generators."""
+        for generator, own in zip(self._generators, state, strict=True):
+            generator.set_state(own)
 
 
 class StopStrings(StoppingCriteria):

@@ -23,6 +23,7 @@ from stethoscope.adapters.generation import (
     TokenLogprobs,
     TrimmedIds,
     build_config,
+    check_rewinds,
     continuation_ids,
     decoder_start_id,
     drop_defaults,
@@ -270,6 +271,19 @@ class HfAdapter(Adapter):
             )
         return encoded
 
+    def check_mitigation(self, generation: Generation) -> None:
+        """See ``Adapter.check_mitigation``; text can be taken back where a model keeps every token's state.
+
+        Raises:
+            ConfigError, CapabilityError: see there; or there is no configuration to read, as in ``loading.load``.
+        """
+        super().check_mitigation(generation)
+        method = generation.mitigation
+        if method is None or not method.writes or self.random_init or type(self)._load is not HfAdapter._load:
+            return
+        config = memory.read_config(self._source, self.loading) if self._model is None else self._model.config
+        check_rewinds(config, method.name, self.name, generation.max_new_tokens or 1)
+
     def generate(self, encoded: Sequence[Encoded], generation: Generation | None = None) -> list[Answer]:
         """See ``Adapter.generate``. All prompts run as one batch where their inputs allow it.
 
@@ -308,6 +322,8 @@ class HfAdapter(Adapter):
         self, encoded: Sequence[Encoded], generation: Generation, return_cache: bool
     ) -> tuple[list[Answer], list[Encoded]]:
         self.setup()
+        if (method := generation.mitigation) is not None and method.writes:
+            return [written.answer for written in method.write(self, encoded, generation)], list(encoded)
         answers: dict[int, Answer] = {}
         prompts = dict(enumerate(encoded))
         for group in groups([prompt.inputs for prompt in encoded]):
@@ -362,6 +378,8 @@ class HfAdapter(Adapter):
             inputs = self._forward.generate_from_prefixes(encoded, prefixes)
         stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
         method = generation.mitigation
+        if method is not None and method.writes:
+            check_rewinds(self.model.config, method.name, self.name, start + (generation.max_new_tokens or 0))
         processors = [] if method is None else method.processors(self, encoded, generation)
         settings = self._generation_config(generation)
         if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores

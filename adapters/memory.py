@@ -39,20 +39,30 @@ def skeleton(model_id: str, loading: Loading) -> PreTrainedModel:
     Raises:
         ConfigError, CapabilityError: as ``loading.load``.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    folder = files.is_folder(model_id)
-    with files.translate_loading_errors(model_id):
-        hub_kwargs = loading.hub_kwargs(folder)
-        config = AutoConfig.from_pretrained(str(Path(model_id).expanduser()), **hub_kwargs)
-        with on_meta_device():
-            code = {"trust_remote_code": loading.trust_remote_code}
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype_of(config, loading), **code)
+    config = read_config(model_id, loading)
+    with files.translate_loading_errors(model_id), on_meta_device():
+        code = {"trust_remote_code": loading.trust_remote_code}
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype_of(config, loading), **code)
     head = model.get_output_embeddings()
     if getattr(config.get_text_config(), "scale_decoder_outputs", None) is False and head is not None:
         # Flan-T5's head has its own weights; transformers ties them to the embeddings unless a checkpoint has them
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     return model
+
+
+def read_config(model_id: str, loading: Loading) -> PreTrainedConfig:
+    """Read the configuration of a folder or hub id.
+
+    Raises:
+        ConfigError, CapabilityError: as ``loading.load``.
+    """
+    from transformers import AutoConfig
+
+    with files.translate_loading_errors(model_id):
+        hub_kwargs = loading.hub_kwargs(files.is_folder(model_id))
+        return AutoConfig.from_pretrained(str(Path(model_id).expanduser()), **hub_kwargs)
 
 
 def dtype_of(config: PreTrainedConfig, loading: Loading) -> torch.dtype:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.diagnosis import Diagnosis, diagnose
     from stethoscope.evaluation.evaluator import Evaluator
-    from stethoscope.streaming.stream import WarningStreamer, stream
+    from stethoscope.streaming.stream import stream
+    from stethoscope.streaming.warning_streamer import WarningStreamer
 
 __version__ = "0.2.0"
 __all__ = [

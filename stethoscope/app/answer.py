@@ -18,7 +18,8 @@ from stethoscope.core.types import Answer, Generation, ImageRef, Mention
 from stethoscope.diagnosis import diagnose
 from stethoscope.diagnosis.run_diagnosis import edit_answer
 from stethoscope.mitigation.answers import EditingMitigation
-from stethoscope.streaming import Final, MentionCompleted, Token, stream
+from stethoscope.streaming import Final, MentionCompleted, TakenBack, Token, stream
+from stethoscope.streaming.backtrack import Backtrack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,7 +169,10 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
                 method = pool.mitigation(question.mitigation, ready.detectors)
                 question = replace(question, generation=replace(question.generation, mitigation=method))
                 ready.adapter.check_mitigation(question.generation)
-                answer = yield from _generate(ready, question, encoded, picture, extractor)
+                taken: list[TakenBack] = []
+                answer = yield from _generate(ready, question, encoded, picture, extractor, taken)
+                if isinstance(method, Backtrack):
+                    edit = method.record(taken, ready.detectors.live or method.load(ready.adapter))
                 if isinstance(method, EditingMitigation):
                     yield payload.message("looking for what is hallucinated …", "busy"), None
                     answer, edit = edit_answer(ready.adapter, encoded, answer, question.generation, picture, extractor)
@@ -197,9 +201,14 @@ def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor
 
 
 def _generate(
-    ready: Ready, question: Question, encoded: Encoded, picture: Image, extractor: MentionExtractor
+    ready: Ready,
+    question: Question,
+    encoded: Encoded,
+    picture: Image,
+    extractor: MentionExtractor,
+    taken: list[TakenBack],
 ) -> Generator[Step, None, Answer]:
-    """Generate the answer, yield its parts for the page, and return it."""
+    """Generate the answer, yield its parts for the page, and return it; add to ``taken`` what is taken back of it."""
     detectors, settings = ready.detectors, question.generation
     if settings.num_beams > 1:
         yield payload.message(f"writing {settings.num_beams} answers side by side …", "busy"), None
@@ -223,6 +232,10 @@ def _generate(
                 tokens.append(event)
             case MentionCompleted():
                 mentions.append(event)
+            case TakenBack(tokens=(first, *_)):
+                taken.append(event)
+                del tokens[first:]
+                mentions = [mention for mention in mentions if mention.end <= event.start]
             case Final(answer=answer):  # its mentions are diagnosed with everything else
                 return answer
         if time.perf_counter() - last_update > PAUSE:

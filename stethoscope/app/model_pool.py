@@ -180,6 +180,7 @@ class ModelPool:
             live: folder of the latter; None to search for one.
         """
         from stethoscope.detection.detector import Detector
+        from stethoscope.streaming.scorer import smallest_delay
 
         if folder is None and live is None:
             return Detectors(origin=SWITCHED_OFF)
@@ -201,7 +202,7 @@ class ModelPool:
         candidates = [final, *folders] if live is None else [detector_folder(live)]
         for candidate in candidates:
             live_detector = detector if candidate == final else Detector.load(candidate)
-            delay = streaming_delay(live_detector)
+            delay = smallest_delay(live_detector)
             if delay is not None:
                 check_model(live_detector, adapter)
                 if candidate not in (final, *folders):
@@ -224,19 +225,6 @@ def _check_features(detector: Detector, adapter: Adapter) -> None:
     from PIL import Image
 
     diagnose(adapter, Image.new("RGB", (64, 64)), "What is this?", answer="a thing", detector=detector)
-
-
-def streaming_delay(detector: Detector) -> int | None:
-    """Find the smallest ``delay``, in tokens, at which a detector can score during generation, if any."""
-    from stethoscope.streaming.scorer import Scorer
-
-    for delay in (0, 1):
-        try:
-            Scorer(detector, delay)
-        except CapabilityError:
-            continue
-        return delay
-    return None
 
 
 class ImageFeatureCache:

@@ -27,7 +27,8 @@ PATHS = {
     "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",
     "tower_revision", "push", "uri", "extraction", "warn", "base_url", "api_key_env", "engine.model", "repope",
     "mitigation.detector", "mitigation.drop.detector", "mitigation.promise.detector", "mitigation.ask.detector",
-    "mitigation.rerank.detector", "id", "label", "object", "letters", "positive", "negative", "variant",
+    "mitigation.backtrack.detector", "mitigation.rerank.detector",
+    "id", "label", "object", "letters", "positive", "negative", "variant",
     "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name", "hydra.launcher.submitit_folder",
 }  # fmt: skip
 """Settings of a file, folder or name: used as typed, but for interpolations such as ``${oc.env:USER}``."""

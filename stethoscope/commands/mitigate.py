@@ -204,11 +204,11 @@ def detector_folders(config: DictConfig, adapter: Adapter, runs: Sequence[Method
         ConfigError: a method has no detector for this model.
         ArtefactError: there is no such detector.
     """
-    from stethoscope.mitigation.answers import EditingMitigation
+    from stethoscope.mitigation.base import DetectorMitigation
 
     methods = [item.generation.mitigation for item in runs]
     judge = judge_folder(config, adapter)
-    folders = [method.folder(adapter) for method in methods if isinstance(method, EditingMitigation)]
+    folders = [method.folder(adapter) for method in methods if isinstance(method, DetectorMitigation)]
     return list(dict.fromkeys([*([] if judge is None else [judge]), *folders]))
 
 

@@ -152,12 +152,16 @@ class MitigationMethod(Protocol):
     name: ClassVar[str]
     changes_scores: ClassVar[bool]
     samples: ClassVar[bool]
+    writes: ClassVar[bool]
 
     def check(self, generation: Generation) -> None:
         """Check that the method goes with other settings of generation."""
 
     def processors(self, adapter: Any, encoded: Any, generation: Generation) -> list[Any]:
         """Create the processors for one call of ``generate``."""
+
+    def write(self, adapter: Any, encoded: Any, generation: Generation, extractors: Any = None) -> list[Any]:
+        """Write answers instead of ``generate``, where the method does so."""
 
     def identity(self, adapter: Any) -> dict[str, Any]:
         """Return settings that identify the method otherwise than by their values."""

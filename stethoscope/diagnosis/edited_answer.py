@@ -49,8 +49,8 @@ def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | N
         truth: names of the objects that the picture shows; None where they are not known.
 
     Returns:
-        ``before`` and ``after`` as pieces of ``compare_texts``, ``reasons`` for every mention that was removed or
-        asked about, and ``candidates`` of a choice among several answers.
+        ``before`` and ``after`` as pieces of ``compare_texts``, ``reasons`` for every mention that was removed, asked
+        about or taken back, and ``candidates`` of a choice among several answers.
     """
     if not edit:
         return None
@@ -67,6 +67,10 @@ def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator
     """Yield every mention that was removed, or that reached the threshold and stayed, with the reason for it."""
     kinds = {index: part["kind"] for part in edit.get("removed", ()) for index in part["mentions"]}
     threshold = edit.get("threshold")
+    for event in edit.get("taken_back", ()):
+        label = -1 if truth is None else int(event["object"] not in truth)
+        reason = {"object": event["object"], "probability": event["probability"], "threshold": threshold}
+        yield {**reason, "yes": None, "label": label, "fate": f"taken back with {event['text'].strip()!r}"}
     for index, mention in enumerate(edit["mentions"]):
         doubted = threshold is None or mention["probability"] >= threshold
         if index not in kinds and (threshold is None or not doubted):

@@ -90,10 +90,16 @@ def diagnose(
         if detector is not None:
             check_model(detector, adapter)
         encoded = adapter.encode_as(asks, picture, question)
-    with _timed(seconds, "generate"):
-        complete = _complete_answer(adapter, encoded, answer, generation)
     extractor = as_extraction(extraction)
+    complete: Answer
     edit: Mapping[str, Any] = {}
+    method = generation.mitigation
+    with _timed(seconds, "generate"):
+        if answer is None and method is not None and method.writes:
+            adapter.check_mitigation(generation)
+            complete, edit = method.write(adapter, [encoded], generation, [extractor])[0]
+        else:
+            complete = _complete_answer(adapter, encoded, answer, generation)
     if answer is None and isinstance(generation.mitigation, EditingMitigation):
         with _timed(seconds, "edit"):
             complete, edit = edit_answer(adapter, encoded, complete, generation, picture, extractor)
@@ -394,13 +400,22 @@ def shift_sentence(
         return words
     if detector.monitor is None:
         return ""
-    table = _token_rows(encoded, answer, mentions, columns, profile_text(picture))
+    table = token_rows(encoded, answer, mentions, columns, profile_text(picture))
     return detector.monitor.sentence(detector.monitored_mentions(table))
 
 
-def _token_rows(
+def token_rows(
     encoded: Encoded, answer: Answer, mentions: Sequence[Mention], columns: Mapping[str, Any], picture: str = ""
 ) -> pd.DataFrame:
+    """Build the token table of one answer.
+
+    Args:
+        encoded: the prompt.
+        answer: of the model.
+        mentions: of ``extract_mentions``.
+        columns: (T,) features by the detector's columns.
+        picture: profile of the picture, see ``core.picture_profile``; empty where it does not matter.
+    """
     sample = Sample("answer", ImageRef("image", Path("image")), encoded.question, "image")  # the image is not read
     return token_table("diagnose", sample, answer, mentions, columns, encoded.text, picture=picture).to_pandas()
 
@@ -453,7 +468,7 @@ def _score(
     columns: Mapping[str, np.ndarray],
 ) -> tuple[tuple[TokenVerdict, ...], dict[int, TokenVerdict]]:
     """Compute the verdict on every token, and on every mention by its index."""
-    table = _token_rows(encoded, answer, mentions, columns)
+    table = token_rows(encoded, answer, mentions, columns)
     rows = detector.select_mentions(table, judged=False)
     rows = rows[rows["is_first_subtoken"]].reset_index(drop=True)
     row_verdicts = _verdicts(detector, rows)

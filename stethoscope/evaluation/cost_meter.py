@@ -38,8 +38,9 @@ class CostMeter(Callback):
     """Counts the forward passes of every batch and writes them into the run directory, with the memory so far.
 
     A pass over B rows counts as B, and a batch of B answers has B times as many tokens as its longest answer, so that
-    plain decoding has exactly 1. All that happens before an answer is final counts: second passes, further candidates,
-    a detector's passes. Nothing is counted of a model that transformers does not know.
+    plain decoding has exactly 1; answers that were written one by one have their own tokens. All that happens before an
+    answer is final counts: second passes, further candidates, a detector's passes. Nothing is counted of a model that
+    transformers does not know.
     """
 
     first_only = True
@@ -48,6 +49,7 @@ class CostMeter(Callback):
         """Attach nothing yet."""
         self._hook: Any = None
         self._rows: int | None = None
+        self._largest = 0  # rows of a pass
 
     def on_task_start(self, run: RunState) -> None:
         """Attach the counter to the language model, and start to watch the memory."""
@@ -59,7 +61,7 @@ class CostMeter(Callback):
 
     def on_batch_start(self, run: RunState, samples: Sequence[Sample]) -> None:
         """Count from nothing."""
-        self._rows = None if self._rows is None else 0
+        self._rows, self._largest = None if self._rows is None else 0, 0
 
     def on_batch_end(self, run: RunState, records: Sequence[Record]) -> None:
         """Write the batch's line."""
@@ -72,7 +74,7 @@ class CostMeter(Callback):
             "task": run.task.name,
             "sample": records[0].sample_id,
             "passes": self._rows,
-            "tokens": len(records) * max(lengths),
+            "tokens": sum(lengths) if self._largest == 1 else len(records) * max(lengths),
             "peak_memory": peak_memory(),
         }
         append(run.store.run_dir / COSTS, (json.dumps(line) + "\n").encode())
@@ -94,7 +96,8 @@ class CostMeter(Callback):
         """Add the rows of a forward pass."""
         inputs = [*arguments, named.get("input_ids"), named.get("inputs_embeds")]
         if self._rows is not None:
-            self._rows += next((len(values) for values in inputs if values is not None), 1)
+            rows = next((len(values) for values in inputs if values is not None), 1)
+            self._rows, self._largest = self._rows + rows, max(self._largest, rows)
 
 
 def _decoder(adapter: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from stethoscope.evaluation.removal_guarantee import promise_removal
 from stethoscope.features.columns import feature_of, matching_columns
 from stethoscope.features.registry import FeatureSet, without_vectors
 from stethoscope.mitigation.answers import Drop, EditingMitigation, Rerank, edit_record
+from stethoscope.mitigation.base import EditedAnswer
 from stethoscope.mitigation.editing import remove_mentions
 from stethoscope.storage.tokens import token_table
 from stethoscope.tracing.mention_passes import Resampling, trace_answers, yes_odds
@@ -32,19 +33,6 @@ if TYPE_CHECKING:
 
 TRIAL = Mention(2, 5, "dog", -1)
 """Mention of the answer ``A dog.``, by which ``check_detector`` tries a detector."""
-
-
-class EditedAnswer(NamedTuple):
-    """An answer after a mitigation.
-
-    Attributes:
-        answer: the edited answer with the log-probabilities that the model gives its tokens, the one that was chosen,
-            or the one that was given.
-        edit: what was done, as ``samples.jsonl`` has it; empty where nothing was done and the model was asked nothing.
-    """
-
-    answer: Answer
-    edit: Mapping[str, Any]
 
 
 class MentionSource(Protocol):

@@ -24,13 +24,14 @@ from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.features.registry import without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
+from stethoscope.tasks.object_extraction import TextMention
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from stethoscope.evaluation.edit_answers import EditedAnswer
     from stethoscope.evaluation.session import RunSession
+    from stethoscope.mitigation.base import EditedAnswer
     from stethoscope.storage.logged_answers import LoggedAnswer
     from stethoscope.tracing.trace import Encoded, Trace
 
@@ -142,6 +143,9 @@ class SamplePipeline:
         self._max_batch: dict[str, int] = {}  # by stage, how many samples fit into memory together
         self._batch: Sequence[SampleState] = ()
         self._editor = session.editor
+        method = self.generation.mitigation
+        self._writer = method if method is not None and method.writes else None
+        self._plain = self.generation if self._writer is None else replace(self.generation, mitigation=None)
         self._has_read_ids = False  # of a log, so that they are of this model's tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> list[Record]:
@@ -213,6 +217,13 @@ class SamplePipeline:
             with self._stage(state, "generate"):
                 self._read_given(state, logged)
         states = to_generate
+        if self._writer is not None:
+            states = [state for state in to_generate if state.sample.asks != "description"]
+            described = [state for state in to_generate if state.sample.asks == "description"]
+            for state, item in zip(described, self._in_batches(described, "generate", self._write_batch), strict=True):
+                if item is not None:
+                    with self._stage(state, "generate"):
+                        state.answer, state.edit = _finite(item.answer), item.edit
         for state, answer in zip(states, self._in_batches(states, "generate", self._generate_batch), strict=True):
             if answer is not None:
                 with self._stage(state, "generate"):
@@ -239,13 +250,24 @@ class SamplePipeline:
         prompts = [state.inputs for state in states]
         traced = self.features is not None or self._editor is not None
         if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
-            return self.run.adapter.generate(prompts, self.generation)
+            return self.run.adapter.generate(prompts, self._plain)
         if "relevancy" in self._requires:
             prompts = self.run.adapter.prefill(prompts)
-        answers, prompts = self.run.adapter.generate_with_cache(prompts, self.generation)
+        answers, prompts = self.run.adapter.generate_with_cache(prompts, self._plain)
         for state, encoded in zip(states, prompts, strict=True):
             state.encoded = encoded
         return answers
+
+    def _write_batch(self, states: Sequence[SampleState]) -> Sequence[EditedAnswer]:
+        """Let the mitigation write the descriptions of one batch."""
+        extractors = [partial(self._text_mentions, state.sample) for state in states]
+        prompts = [state.inputs for state in states]
+        return required(self._writer).write(self.run.adapter, prompts, self.generation, extractors)
+
+    def _text_mentions(self, sample: Sample, text: str) -> list[TextMention]:
+        """List the objects that an unfinished answer names, as the task reads it."""
+        mentions = self.run.task.mentions(sample, Answer(text, (), (), ()))
+        return [TextMention(mention.object, mention.start, mention.end) for mention in mentions]
 
     def _edit(self, states: Sequence[SampleState]) -> None:
         """Edit generated answers, where the mitigation does so."""

@@ -24,6 +24,7 @@ from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import RunState
 from stethoscope.loggers.base import Loggers
 from stethoscope.mitigation.answers import EditingMitigation
+from stethoscope.mitigation.base import DetectorMitigation
 from stethoscope.storage.lock import RunLock
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.storage.records import FAILED, OK, UNPARSED, load_samples, recorded_samples
@@ -100,7 +101,7 @@ class RunSession:
             run.adapter.check_mitigation(self.generation)
             available = self._load(run.task)
             method = self.generation.mitigation
-            if isinstance(method, EditingMitigation) and not evaluator.keeps_answers:
+            if isinstance(method, DetectorMitigation) and not evaluator.keeps_answers:
                 method.folder(run.adapter)  # without a detector nothing is loaded
             run.adapter.setup()
             if self.generation.max_new_tokens is None:
@@ -109,6 +110,8 @@ class RunSession:
                 self._selected = recorded_samples(
                     RunStore(required(evaluator.run_dir)), run.task, available, self._selected
                 )
+            if isinstance(method, DetectorMitigation) and method.writes and not evaluator.keeps_answers:
+                method.load(run.adapter)  # so that one that does not fit ends the run before its first sample
             if isinstance(method, EditingMitigation) and not evaluator.keeps_answers:
                 from stethoscope.evaluation.edit_answers import make_editor  # a detector, which few runs need
 

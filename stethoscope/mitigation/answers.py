@@ -13,70 +13,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.images import file_digest
-from stethoscope.detection.artifact import MANIFEST
-from stethoscope.detection.lookup import AUTO, bundled_detectors, check_model, detector_folder
-from stethoscope.mitigation.base import Mitigation, check_range
+from stethoscope.mitigation.base import DetectorMitigation, check_range
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from stethoscope.adapters.base import Adapter
     from stethoscope.core.types import Generation
-    from stethoscope.detection.detector import Detector
     from stethoscope.mitigation.editing import Removal
 
 
-@dataclass(frozen=True)
-class EditingMitigation(Mitigation):
-    """A method that edits finished descriptions by what a detector says of their mentions.
-
-    Attributes:
-        detector: its folder, or that of a run that has one; ``auto`` for the one that comes with the embedded model.
-    """
-
-    detector: str = AUTO
-
-    def __post_init__(self) -> None:
-        if self.detector != AUTO:
-            detector_folder(self.detector)  # told before a model is loaded
-
-    def folder(self, adapter: Adapter) -> Path:
-        """Find the detector's folder.
-
-        Args:
-            adapter: the model, after ``setup``.
-
-        Raises:
-            ConfigError: ``auto``, and no detector comes with this model.
-            ArtefactError: there is no such folder, or no detector in it.
-        """
-        if self.detector != AUTO:
-            return detector_folder(self.detector)
-        folders = bundled_detectors(adapter)
-        if not folders:
-            raise ConfigError(
-                f"mitigation={self.name} needs a detector of {adapter.name}: mitigation.detector=runs/<name>, a run to "
-                "which `stethoscope train` or `benchmark` has given one"
-            )
-        return folders[0]
-
-    def load(self, adapter: Adapter) -> Detector:
-        """Load the detector and check that it belongs to the model.
-
-        Raises:
-            ConfigError: see ``folder``; or the detector reads states of another model.
-            ArtefactError: see ``folder``; or it is damaged.
-        """
-        from stethoscope.detection.detector import Detector
-
-        detector = Detector.load(self.folder(adapter))
-        check_model(detector, adapter)
-        return detector
-
-    def identity(self, adapter: Adapter) -> dict[str, Any]:
-        """See ``Mitigation.identity``: the detector counts by its contents, not by its folder."""
-        return {"detector": file_digest(self.folder(adapter) / MANIFEST)[:16]}
+class EditingMitigation(DetectorMitigation):
+    """A method that edits finished descriptions by what a detector says of their mentions."""
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from stethoscope.core.errors import ConfigError
-from stethoscope.core.types import Generation
+from stethoscope.core.images import file_digest
+from stethoscope.core.types import Answer, Generation
+from stethoscope.detection.artifact import MANIFEST
+from stethoscope.detection.lookup import AUTO, bundled_detectors, check_model, detector_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import LogitsProcessor
 
     from stethoscope.adapters.base import Adapter
     from stethoscope.adapters.hf import HfAdapter
+    from stethoscope.detection.detector import Detector
+    from stethoscope.tasks.object_extraction import MentionExtractor
     from stethoscope.tracing.trace import Encoded
+
+
+class EditedAnswer(NamedTuple):
+    """An answer after a mitigation.
+
+    Attributes:
+        answer: the edited answer with the log-probabilities that the model gives its tokens, the one that was chosen,
+            or the one that was given.
+        edit: what was done, as ``samples.jsonl`` has it; empty where nothing was done and the model was asked nothing.
+    """
+
+    answer: Answer
+    edit: Mapping[str, Any]
 
 
 class Mitigation(ABC):
@@ -29,6 +50,7 @@ class Mitigation(ABC):
             settings; see ``passes_per_token``.
         changes_scores: whether the method changes the scores of the next token at every step, by ``processors``.
         samples: whether it samples by ``generation.seed`` even where the answer itself is greedy.
+        writes: whether it writes descriptions itself, by ``write``, instead of ``generate``.
     """
 
     name: ClassVar[str]
@@ -36,6 +58,7 @@ class Mitigation(ABC):
     passes: ClassVar[float] = 1.0
     changes_scores: ClassVar[bool] = False
     samples: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
 
     @property
     def passes_per_token(self) -> float:
@@ -62,6 +85,75 @@ class Mitigation(ABC):
     ) -> list[LogitsProcessor]:
         """Create the processors for one call of ``generate``; none by default, see ``DecodingMitigation``."""
         return []
+
+    def write(
+        self,
+        adapter: HfAdapter,
+        encoded: Sequence[Encoded],
+        generation: Generation,
+        extractors: Sequence[MentionExtractor] | None = None,
+    ) -> list[EditedAnswer]:
+        """Write the answers to a few prompts, where the method ``writes``.
+
+        Args:
+            adapter: the model.
+            encoded: the prompts.
+            generation: settings of decoding.
+            extractors: for every prompt, lists the objects that a text names; None for COCO's objects.
+        """
+        raise NotImplementedError(f"mitigation={self.name} does not write answers itself")
+
+
+@dataclass(frozen=True)
+class DetectorMitigation(Mitigation):
+    """A method that a detector guides.
+
+    Attributes:
+        detector: its folder, or that of a run that has one; ``auto`` for the one that comes with the embedded model.
+    """
+
+    detector: str = AUTO
+
+    def __post_init__(self) -> None:
+        if self.detector != AUTO:
+            detector_folder(self.detector)  # told before a model is loaded
+
+    def folder(self, adapter: Adapter) -> Path:
+        """Find the detector's folder.
+
+        Args:
+            adapter: the model, after ``setup``.
+
+        Raises:
+            ConfigError: ``auto``, and no detector comes with this model.
+            ArtefactError: there is no such folder, or no detector in it.
+        """
+        if self.detector != AUTO:
+            return detector_folder(self.detector)
+        folders = bundled_detectors(adapter)
+        if not folders:
+            raise ConfigError(
+                f"mitigation={self.name} needs a detector of {adapter.name}: mitigation.detector=runs/<name>, a run to "
+                "which `stethoscope train` or `benchmark` has given one"
+            )
+        return folders[0]
+
+    def load(self, adapter: Adapter) -> Detector:
+        """Load the detector and check that it belongs to the model.
+
+        Raises:
+            ConfigError: see ``folder``; or the detector reads states of another model.
+            ArtefactError: see ``folder``; or it is damaged.
+        """
+        from stethoscope.detection.detector import Detector
+
+        detector = Detector.load(self.folder(adapter))
+        check_model(detector, adapter)
+        return detector
+
+    def identity(self, adapter: Adapter) -> dict[str, Any]:
+        """See ``Mitigation.identity``: the detector counts by its contents, not by its folder."""
+        return {"detector": file_digest(self.folder(adapter) / MANIFEST)[:16]}
 
 
 class DecodingMitigation(Mitigation):

@@ -57,7 +57,7 @@ class Record:
         asks: as in the sample; the line of a question leaves it out.
         edit: how a mitigation has edited the answer (``mitigation.answers.edit_record``): the text as it was, its
             mentions with their probabilities, and what was removed; where it was chosen among candidates, all of them
-            with their scores. Empty, and left out, where nothing was done.
+            with their scores; or what was taken back while it was written. Empty, and left out, where nothing was done.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Events of a stream: a token, an object whose name is complete, the finished answer."""
+"""Events of a stream: a token, an object whose name is complete, text that is taken back, the finished answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stethoscope.diagnosis.verdict import DiagnosedMention
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
-    from stethoscope.tasks.object_extraction import MentionExtractor
+    from stethoscope.tasks.object_extraction import MentionExtractor, TextMention
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,45 @@ class Final:
         return self._diagnosed[1]
 
 
-StreamEvent = Token | MentionCompleted | Final
+@dataclass(frozen=True)
+class TakenBack:
+    """Text that is taken back, since an object that it names is probably hallucinated (``mitigation=backtrack``).
+
+    The answer goes on from ``start`` in other words. Tokens and mentions from there on no longer count; those that were
+    still waiting for their probability have never been yielded.
+
+    Attributes:
+        text: that is taken back.
+        start: its first character in the answer.
+        end: last character + 1.
+        tokens: indices of its tokens, up to the last of the answer so far.
+        object: canonical name of the object in doubt.
+        probability: that it is hallucinated, in [0, 1].
+        draft: the whole answer as it was.
+    """
+
+    text: str
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+    object: str
+    probability: float
+    draft: str
+
+
+StreamEvent = Token | MentionCompleted | TakenBack | Final
 """All that ``stream`` yields."""
 
-_WORD_FOLLOWS = re.compile(r"\s*\S+\s")  # after a mention: whatever else its word has, or a word, is complete
+_WORD_FOLLOWS = re.compile(r"\s*\S+\s")  # after a name: whatever else its word has, or a word, is complete
+
+
+def is_complete(text: str, end: int) -> bool:
+    """Whether a name that ends at a character is complete: a further word is, or the rest of its own.
+
+    >>> is_complete("A dog and", 5), is_complete("A dog and a", 5), is_complete("A dog. It", 5)
+    (False, True, True)
+    """
+    return _WORD_FOLLOWS.match(text, end) is not None
 
 
 class MentionTracker:
@@ -113,6 +148,9 @@ class MentionTracker:
     Args:
         extractor: lists the objects that a text names.
         detector: whose probabilities the tokens have; None without one.
+
+    Attributes:
+        completed: mentions so far, in reading order.
     """
 
     def __init__(self, extractor: MentionExtractor, detector: Detector | None) -> None:
@@ -120,33 +158,45 @@ class MentionTracker:
         self._once = detector is not None and detector.settings["repeats"] == "first"
         self.completed: list[MentionCompleted] = []
 
-    def update(self, text: str, tokens: Sequence[Token], finished: bool = False) -> list[MentionCompleted]:
-        """Return the mentions that have become complete, in reading order.
+    def new(self, text: str, finished: bool = False) -> list[TextMention]:
+        """List the mentions whose names are complete and that have not been added, in reading order.
 
         Args:
             text: of the answer so far.
-            tokens: that it consists of.
             finished: whether the answer has ended.
         """
         position = self.completed[-1].end if self.completed else 0
-        if not finished and not _WORD_FOLLOWS.match(text, position):
+        if not finished and not is_complete(text, position):
             return []
-        known = len(self.completed)
-        for mention in sorted(self._extractor(text), key=lambda mention: mention.start):
-            if mention.start < position:
-                continue
-            if not finished and not _WORD_FOLLOWS.match(text, mention.end):
-                break
-            self.completed.append(self._complete(mention.name, mention.start, mention.end, tokens))
-        return self.completed[known:]
+        later = [mention for mention in self._extractor(text) if mention.start >= position]
+        complete = [mention for mention in later if finished or is_complete(text, mention.end)]
+        return sorted(complete, key=lambda mention: mention.start)
 
-    def _complete(self, name: str, start: int, end: int, tokens: Sequence[Token]) -> MentionCompleted:
-        covered = tuple(token.index for token in tokens if token.start < end and token.end > start)
-        owned = {index for mention in self.completed for index in mention.tokens}
+    def add(
+        self, mention: TextMention, spans: Sequence[tuple[int, int]], probabilities: Sequence[float]
+    ) -> MentionCompleted:
+        """Add a mention with its probability.
+
+        Args:
+            mention: the next one of ``new``.
+            spans: of the tokens so far.
+            probabilities: of the tokens, as far as they are known.
+        """
+        name, start, end = mention
+        covered = tuple(index for index, span in enumerate(spans) if span[0] < end and span[1] > start)
+        owned = {index for earlier in self.completed for index in earlier.tokens}
         first = next((index for index in covered if index not in owned), None)
-        probability = None if first is None else tokens[first].probability
-        if self._once:
-            earlier = next((mention for mention in self.completed if mention.object == name), None)
-            probability = probability if earlier is None else earlier.probability
+        probability = probabilities[first] if first is not None and first < len(probabilities) else None
+        if self.knows(name):
+            probability = next(earlier.probability for earlier in self.completed if earlier.object == name)
         warned = self._detector is not None and probability is not None and probability >= self._detector.threshold
-        return MentionCompleted(name, start, end, covered, probability, warned)
+        self.completed.append(MentionCompleted(name, start, end, covered, probability, warned))
+        return self.completed[-1]
+
+    def knows(self, name: str) -> bool:
+        """Whether an earlier mention decides about an object, since the detector judges it once per answer."""
+        return self._once and any(earlier.object == name for earlier in self.completed)
+
+    def rewind(self, end: int) -> None:
+        """Forget the mentions beyond the first ``end`` characters."""
+        self.completed = [mention for mention in self.completed if mention.end <= end]

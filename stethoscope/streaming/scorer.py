@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -130,6 +131,11 @@ class Scorer:
         requires: frozenset[str] = frozenset().union(*(item.requires for item in features))
         return steps.trace(start, _unread(ids[start:]), requires, bool(self.lookahead))
 
+    def rewind(self, ids: Sequence[int]) -> None:
+        """Go back to the tokens of ``ids``, or fewer if fewer have been scored."""
+        rows = np.concatenate(self._rows)[: len(ids)] if self._rows else np.zeros((0, len(self._features)))
+        self._rows, self._seen = [rows], dict(Counter(ids[: len(rows)]))
+
     def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
         """Compute ``COUNTED`` for the tokens from ``start`` on, once per token."""
         rows, seen = [], self._seen
@@ -144,6 +150,17 @@ class Scorer:
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(self._features)))
         read = dict(zip(self._features, rows.T, strict=True))
         return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._table}
+
+
+def smallest_delay(detector: Detector) -> int | None:
+    """Find the smallest ``delay``, in steps, at which a detector can score an answer as it is written, if any."""
+    for delay in (0, 1):
+        try:
+            Scorer(detector, delay)
+        except CapabilityError:
+            continue
+        return delay
+    return None
 
 
 def _unread(ids: Sequence[int]) -> Answer:

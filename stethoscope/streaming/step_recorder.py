@@ -103,6 +103,10 @@ class _Block:
     first: int
     parts: dict[str, Any]
 
+    def until(self, stop: int) -> _Block:
+        """Return the block without its steps from ``stop`` on."""
+        return _Block(self.first, {name: rows[: stop - self.first] for name, rows in self.parts.items()})
+
 
 class StepRecorder(AttentionRecorder):
     """Records a ``generate`` call of one prompt, from ``start`` to ``stop``.
@@ -113,14 +117,22 @@ class StepRecorder(AttentionRecorder):
         spans: of the prompt.
         encoder: whether the language model has an encoder, which reads the prompt.
         requires: parts of ``STEP_REQUIREMENTS``.
+        rewinds: whether ``rewind`` will be called, for which all steps are kept.
 
     Attributes:
         logits: (V,) of every step so far, unprocessed.
         image: index of the image tokens in a row of attention.
+        passes: forward passes so far, those of steps that were taken back included.
     """
 
     def __init__(
-        self, model: PreTrainedModel, lens: Lens | None, spans: Spans, encoder: bool, requires: frozenset[str]
+        self,
+        model: PreTrainedModel,
+        lens: Lens | None,
+        spans: Spans,
+        encoder: bool,
+        requires: frozenset[str],
+        rewinds: bool = False,
     ) -> None:
         self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
         self._decodes = not requires.isdisjoint(RESIDUAL_REQUIREMENTS)
@@ -140,7 +152,9 @@ class StepRecorder(AttentionRecorder):
         self._open = ExitStack()
         self._waiting: list[Step] = []
         self._blocks: list[_Block] = []
+        self._steps: list[Step] | None = [] if rewinds else None
         self.logits: list[Tensor] = []
+        self.passes = 0
 
     def start(self, always: bool = True) -> None:
         """Install the hooks on the model; call it in the thread that generates.
@@ -244,7 +258,7 @@ class StepRecorder(AttentionRecorder):
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._hidden.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:])
+            self._hidden.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone())
 
     def _after_head(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self._fresh = True
@@ -261,8 +275,12 @@ class StepRecorder(AttentionRecorder):
         if self._attends and not all(self._rows.values()):
             role = next(role for role, rows in self._rows.items() if not rows)
             raise CaptureError(f"no {role} attention was recorded; open the stream in the thread that generates")
-        self._waiting.append(Step(self._hidden, self._rows, self._deferred))
+        step = Step(self._hidden, self._rows, self._deferred)
+        self._waiting.append(step)
+        if self._steps is not None:
+            self._steps.append(step)
         self.logits.append(row)
+        self.passes += 1
         self._deferred = True
         self._hidden, self._rows = [], {role: [] for role in self.roles}
 
@@ -317,6 +335,16 @@ class StepRecorder(AttentionRecorder):
     def discard(self, stop: int) -> None:
         """Release the unread steps before ``stop``."""
         del self._waiting[: stop - (len(self.logits) - len(self._waiting))]
+
+    def rewind(self, read: int) -> None:
+        """Go back to the steps of the first ``read`` tokens and the one that predicts the token after them, unread.
+
+        Needs ``rewinds``.
+        """
+        steps = self._steps or []
+        del steps[read + 1 :], self.logits[read + 1 :]
+        self._waiting = steps[read:]
+        self._blocks = [block.until(read) for block in self._blocks if block.first < read]
 
     def _reduce(self, stop: int) -> None:
         """Reduce the unread steps before ``stop`` to blocks; consecutive deferred steps share one."""

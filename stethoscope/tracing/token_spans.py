@@ -284,10 +284,12 @@ class GrowingText:
         self._ids: list[int] = []  # the newest tokens
         self._returned = 0  # characters of their text that have been returned
         self._end = 0  # length of the answer so far
+        self._before: list[tuple[list[int], int, int]] = []  # all three before every token
 
     def add(self, token: int) -> tuple[str, int, int]:
         """Decode one more token; return the characters that it completes, and their start and end in the answer."""
-        self._ids.append(token)
+        self._before.append((self._ids, self._returned, self._end))
+        self._ids = [*self._ids, token]
         text = self._decode(self._ids)
         whole = text.rstrip("\ufffd")  # U+FFFD stands for an incomplete character
         if not self._end:
@@ -299,3 +301,9 @@ class GrowingText:
             if "\ufffd" not in recent and text.endswith(recent.lstrip()):  # it does not begin within a character
                 self._ids, self._returned = self._ids[-CONTEXT:], len(recent)
         return more, start, self._end
+
+    def rewind(self, count: int) -> None:
+        """Go back to the first ``count`` tokens."""
+        if count < len(self._before):
+            self._ids, self._returned, self._end = self._before[count]
+            del self._before[count:]

@@ -125,7 +125,7 @@ def test_the_best_of_several_samples_is_taken(stethoscope, tmp_path):
         assert "other settings" in stethoscope("evaluate", *words, changed, "name=best")
 
 
-@pytest.mark.parametrize("method", ["drop", "rerank"])
+@pytest.mark.parametrize("method", ["drop", "rerank", "backtrack"])
 def test_a_yes_or_no_is_not_edited(stethoscope, tmp_path, method):
     words = ["task=pope", "task.scenes=4", "callbacks=none", "logger=none", "limit=24"]
     stethoscope("evaluate", *words, f"mitigation={method}", "name=edited", code=0)

@@ -188,13 +188,16 @@ def test_an_object_is_told_when_its_name_is_complete_and_with_its_final_warning(
     ],
 )
 def test_names_are_complete_when_nothing_can_change_them(pieces, expected):
-    tracker, tokens, told = MentionTracker(object_mentions, None), [], {}
-    for index, piece in enumerate(pieces):
-        start = sum(map(len, pieces[:index]))
-        tokens.append(Token(index, index, piece, start, start + len(piece), 0.0))
-        names = [mention.object for mention in tracker.update("".join(pieces[: index + 1]), tokens)]
+    tracker, spans, told = MentionTracker(object_mentions, None), [], {}
+
+    def completed(text, finished=False):
+        return [tracker.add(mention, spans, ()).object for mention in tracker.new(text, finished)]
+
+    for index in range(len(pieces)):
+        spans.append((sum(map(len, pieces[:index])), sum(map(len, pieces[: index + 1]))))
+        names = completed("".join(pieces[: index + 1]))
         told |= {index + 1: names} if names else {}
-    names = [mention.object for mention in tracker.update("".join(pieces), tokens, finished=True)]
+    names = completed("".join(pieces), finished=True)
     assert told | ({"end": names} if names else {}) == expected
     for mention in tracker.completed:
         assert "".join(pieces)[mention.start : mention.end].lower().rstrip("s").endswith(mention.object)

@@ -1,0 +1,316 @@
+"""Follow one answer token by token: its text, its scores, the objects that it names, and what is taken back of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from stethoscope.core.errors import CaptureError
+from stethoscope.core.types import Answer, Generation, with_limit
+from stethoscope.detection.lookup import load_detector
+from stethoscope.streaming.decode_loop import NextStep, Rewind
+from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack, Token, is_complete
+from stethoscope.streaming.scorer import Scorer
+from stethoscope.streaming.step_recorder import RESIDUAL_REQUIREMENTS, StepRecorder
+from stethoscope.tasks.extraction import as_extraction
+from stethoscope.tracing.logit_lens import lens_of
+from stethoscope.tracing.token_spans import GrowingText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stethoscope.adapters.base import Adapter
+    from stethoscope.detection.detector import Detector
+    from stethoscope.streaming.backtrack import Backtracker
+    from stethoscope.tasks.extraction import Extraction
+    from stethoscope.tasks.object_extraction import MentionExtractor
+    from stethoscope.tracing.trace import Encoded
+
+AnswerEvent = Token | MentionCompleted | TakenBack
+"""All events but ``Final``."""
+
+
+class WarningStreamer(BaseStreamer):
+    """Warning streamer for your own ``generate(streamer=...)`` call, for one prompt and without beams.
+
+    Use it in a ``with`` block, so that the model is left as it was even if ``generate`` fails.
+
+    Args:
+        adapter: of the model.
+        encoded: the prompt; call ``generate`` with its ``inputs`` or with ``arguments``.
+        detector: computes the probabilities.
+        delay: number of steps that a token may wait for its probability, see ``stream``. A detector with features of
+            the consuming row gives none to the last token of an answer that was cut off, since nothing has read it.
+        on_event: called with every event but ``Final``, in order.
+        generation: settings, for ``arguments`` and for the stop strings.
+        extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
+        backtracker: decides what is taken back, of which only ``decode`` is capable; None for nothing.
+
+    Attributes:
+        events: events so far: tokens, the objects that they name, and what was taken back.
+        tokens: tokens so far, without those taken back.
+        steps: recorder of the decoding steps.
+        rewinds: whether there is a backtracker.
+        answer: the finished answer, None before ``end``.
+        model: the transformers model.
+        arguments: arguments of its ``generate`` that give the adapter's answer, with one step more where the last token
+            must be read to be scored.
+
+    Raises:
+        CapabilityError: the detector reads features that are unknown during generation, or the adapter has no model.
+        ConfigError: the delay is negative.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        encoded: Encoded,
+        detector: Detector | Path | str | None = None,
+        delay: int = 0,
+        on_event: Callable[[AnswerEvent], None] | None = None,
+        generation: Generation | None = None,
+        extraction: Extraction | MentionExtractor | str | None = None,
+        backtracker: Backtracker | None = None,
+    ) -> None:
+        self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
+        self._adapter, self._generation = adapter, with_limit(generation)
+        self.detector = load_detector(detector)
+        self.scorer = None if self.detector is None else Scorer(self.detector, delay)
+        self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
+        requires: frozenset[str] = frozenset() if self.scorer is None else self.scorer.requires
+        lens = lens_of(self.model) if requires & RESIDUAL_REQUIREMENTS else None
+        settings = self.arguments["generation_config"]
+        encoder = settings.decoder_start_token_id is not None
+        self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, requires, backtracker is not None)
+        if self.scorer is not None and self.scorer.lookahead:
+            settings.max_new_tokens += 1
+            self.arguments["stopping_criteria"] = [
+                NextStep(criterion) for criterion in self.arguments["stopping_criteria"]
+            ]
+        self._end_ids = frozenset(settings.eos_token_id or ())
+        self._stop_strings = (*getattr(adapter, "stop", ()), *self._generation.stop)
+        tokenizer = adapter.processor.tokenizer  # type: ignore[attr-defined]  # an adapter that generates has one
+        self._decode_ids, self._on_event = _decoder(tokenizer), on_event
+        self._growing = GrowingText(self._decode)
+        own = MentionTracker(as_extraction(extraction), self.detector)
+        self._mentions, self._backtracker = own if backtracker is None else backtracker.mentions, backtracker
+        self.rewinds = backtracker is not None
+        self._announced = 0  # number of mentions that are events
+        self._text = ""  # of all tokens so far, also of those that wait for their probability
+        self._spans: list[tuple[int, int]] = []  # of these tokens in it
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._probabilities: list[float] = []
+        self._started = self._finished = False
+        self.events: list[AnswerEvent] = []
+        self.tokens: list[Token] = []
+        self.answer: Answer | None = None
+
+    def __enter__(self) -> WarningStreamer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def finished_answer(self) -> Answer:
+        """Return the finished answer.
+
+        Raises:
+            CaptureError: the answer is not finished.
+        """
+        if self.answer is None:
+            raise CaptureError("the answer is not finished; call end() first")
+        return self.answer
+
+    def close(self) -> None:
+        """Remove all hooks from the model; does nothing the second time."""
+        self.steps.stop()
+
+    def put(self, value: Tensor) -> None:
+        """Receive the prompt and then every token from ``generate``.
+
+        Raises:
+            CaptureError: there is more than one prompt, or more than one token comes at once.
+        """
+        if self.answer is not None:
+            raise CaptureError("this streamer has its answer; give each generate call a new streamer")
+        if not self._started:
+            self._started = True
+            self.steps.start()
+            return
+        if value.numel() != 1:
+            raise CaptureError(f"{value.numel()} tokens came at once; warnings are for one prompt, token by token")
+        with torch.inference_mode():
+            self.add_token(int(value))
+
+    def add_token(self, token: int) -> Rewind | None:
+        """Add the next token, whose step has been recorded; say what is taken back, if anything.
+
+        Raises:
+            CaptureError: the step has not been recorded.
+        """
+        self._finished = self._finished or token in self._end_ids
+        if not self._finished:
+            if len(self.steps.logits) <= len(self._ids):
+                raise CaptureError(
+                    "a token came before its step was recorded; use the streamer in the thread that generates"
+                )
+            self._ids.append(token)
+            text, start, end = self._growing.add(token)
+            self._text += text
+            self._spans.append((start, end))
+            if _has_blank(text) and (rewind := self._judge()) is not None:
+                return rewind
+        self._score_pending(1 if self.scorer is None else self.scorer.batch_size)
+        if not self._stop_strings or not self._in_stop_string():
+            known = len(self._ids if self.scorer is None else self._probabilities)
+            for start, end in self._spans[len(self.tokens) : known]:
+                self._emit(self._text[start:end], start, end)
+        return None
+
+    @torch.inference_mode()
+    def end(self) -> Rewind | None:
+        """Finish the answer and release its remaining tokens; ``generate`` calls this when it is done.
+
+        Returns:
+            What is taken back instead, if anything; the answer then goes on.
+        """
+        self._score_pending(1)
+        self._logprobs += self._missing_logprobs()
+        ids = self._ids[: self._limit]
+        if self._finished and len(ids) == len(self._ids) and len(ids) != self._limit:
+            ids = [*ids, min(self._end_ids)]
+        answer = self._adapter.decode_answer(ids, self._logprobs, self._generation)
+        if (rewind := self._judge(answer)) is not None:
+            return rewind
+        self.close()
+        self.answer = answer
+        for start, end in answer.offsets[len(self.tokens) :]:
+            self._emit(answer.text[start:end], start, end)
+        self._complete(answer.text, finished=True)
+        return None
+
+    def _judge(self, answer: Answer | None = None) -> Rewind | None:
+        """Let the backtracker judge the mentions that are complete; take back what it says.
+
+        Args:
+            answer: when it is finished.
+        """
+        if self._backtracker is None:
+            return None
+        text, spans = (self._text, self._spans) if answer is None else (answer.text, answer.offsets)
+        new = self._mentions.new(text, answer is not None)
+        if not new:
+            return None
+        self._score_pending(1)
+        traced = self._backtracker.trace is not None
+        for mention in new:
+            decided = traced and self._backtracker.has_decided(mention.name)
+            completed = self._mentions.add(mention, spans, () if decided else self._mention_probabilities(answer))
+            rewind = self._backtracker.judge(completed, text, spans, self._ids, self.steps.logits)
+            if rewind is not None:
+                self._take_back(rewind.kept, completed, self._backtracker.doubted[mention.name])
+                return rewind
+            if completed.probability is None and decided:  # it stays, and its event has a probability
+                self._mentions.completed.pop()
+                self._mentions.add(mention, spans, self._mention_probabilities(answer))
+        return None
+
+    def _mention_probabilities(self, answer: Answer | None) -> Sequence[float]:
+        """Return the probabilities of the tokens, by a traced pass where the steps do not give them."""
+        if self._backtracker is None or self._backtracker.trace is None:
+            return self._probabilities
+        if answer is None:
+            answer = self._adapter.decode_answer(self._ids, self._logprobs, self._generation)
+        return self._backtracker.trace(answer)
+
+    def _take_back(self, kept: int, mention: MentionCompleted, probability: float) -> None:
+        """Go back to the first ``kept`` tokens because of a mention and its probability."""
+        start, end, tokens = self._spans[kept][0], len(self._text), tuple(range(kept, len(self._ids)))
+        event = TakenBack(self._text[start:], start, end, tokens, mention.object, probability, self._text)
+        del self._ids[kept:], self._spans[kept:], self._logprobs[kept:], self._probabilities[kept:], self.tokens[kept:]
+        self._text, self._finished = self._text[:start], False
+        self.steps.rewind(kept)
+        if self.scorer is not None:
+            self.scorer.rewind(self._ids)
+        self._growing.rewind(kept)
+        self._mentions.rewind(start)
+        self._announced = min(self._announced, len(self._mentions.completed))
+        self._add_event(event)
+
+    def _score_pending(self, least: int) -> None:
+        """Score the newest tokens whose steps are known, if there are at least ``least`` of them."""
+        if self.scorer is None:
+            self._logprobs += self._missing_logprobs()
+            return
+        done, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.lookahead)
+        if known - done >= least:
+            self._probabilities += self.scorer.score(self.steps, self._ids[:known], done).tolist()
+            self._logprobs += self.scorer.logprobs
+
+    def _missing_logprobs(self) -> list[float]:
+        """Compute the natural log-probabilities of the tokens that have none yet."""
+        done = len(self._logprobs)
+        rows = zip(self.steps.logits[done:], self._ids[done:], strict=False)  # the last step may have ended the answer
+        return [row.float().log_softmax(-1)[token].item() for row, token in rows]
+
+    def _in_stop_string(self) -> bool:
+        """Decide whether the text may end within a stop string."""
+        text = self._decode(self._ids, special=True)
+        return any(
+            stop in text or any(text.endswith(stop[:size]) for size in range(1, len(stop)))
+            for stop in self._stop_strings
+        )
+
+    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+        return self._decode_ids(ids, skip_special_tokens=not special)
+
+    def _emit(self, text: str, start: int, end: int) -> None:
+        index, known = len(self.tokens), self._probabilities
+        probability = known[index] if index < len(known) else None
+        token = Token(index, self._ids[index], text, start, end, self._logprobs[index], probability)
+        self.tokens.append(token)
+        self._add_event(token)
+        if _has_blank(text):
+            self._complete(self._text[:end])
+
+    def _complete(self, text: str, finished: bool = False) -> None:
+        """Add events of the mentions whose names are complete in the text of the tokens that are events."""
+        if self._backtracker is None:  # who otherwise adds them when they are judged
+            for new in self._mentions.new(text, finished):
+                spans = [(token.start, token.end) for token in self.tokens]
+                self._mentions.add(new, spans, self._probabilities)
+        for mention in self._mentions.completed[self._announced :]:
+            if not finished and not is_complete(text, mention.end):
+                break
+            self._announced += 1
+            self._add_event(mention)
+
+    def _add_event(self, event: AnswerEvent) -> None:
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+def _has_blank(text: str) -> bool:
+    """Whether a text has white space, which completes a word."""
+    return text != "".join(text.split())
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """Return ``decode`` of the tokenizer without cleaning up spaces; fast tokenizers skip their wrapper.
+
+    The wrapper doubles the time of a call.
+    """
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    if own == [PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode]:
+        return tokenizer.backend_tokenizer.decode
+    decode_ids = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    return cast("Callable[..., str]", decode_ids)  # one sequence gives a string; only batches give lists
