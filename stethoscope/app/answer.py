@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping
@@ -15,6 +16,7 @@ from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import FORMATS
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention
+from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
 from stethoscope.diagnosis.run_diagnosis import edit_answer
 from stethoscope.mitigation.answers import EditingMitigation
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.detection.detector import Detector
+    from stethoscope.diagnosis import Diagnosis
     from stethoscope.tasks.object_extraction import MentionExtractor
     from stethoscope.tracing.trace import Encoded
 
 MAX_QUESTION = 512  # tokens of a question
 MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and beams of a beam search
+EXPORTS = {"json": "application/json", "html": "text/html"}
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
 
@@ -44,7 +48,8 @@ class Question:
         text: the question.
         generation: settings for generating the answer.
         answer: a stored answer to diagnose; None to let the model answer.
-        detector: used instead of the model's own detector; None to use that one.
+        detector: used instead of the chosen one; None to use that one.
+        detector_name: of the pool's detectors, the chosen one.
         notes: lines to be shown with the answer.
         asks: what the text asks for, see ``Sample.asks``.
         truth: names of the objects that the picture shows; None where they are not known.
@@ -67,6 +72,7 @@ class Question:
     mentions: tuple[Mention, ...] | None = None
     case: Mapping[str, Any] | None = None
     mitigation: str = "none"
+    detector_name: str = AUTO
     edit: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -158,6 +164,7 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
             raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
         yield payload.message("waiting for the model …" if pool.busy else "reading …", "busy", clear=True), None
         with pool.use(question.model) as ready:
+            ready = replace(ready, detectors=pool.detectors(ready, question.detector_name))
             start = time.perf_counter()
             picture = read_picture(question.picture)
             encoded = ready.adapter.encode_as(question.asks, picture, question.text)
@@ -192,6 +199,7 @@ def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor
             raise ConfigError(f"scope={scope!r} should be row or token")
         yield payload.message("looking at every token again …", "busy"), session
         with pool.use(session.question.model) as ready:
+            ready = replace(ready, detectors=pool.detectors(ready, session.question.detector_name))
             start = time.perf_counter()
             picture = read_picture(session.question.picture)
             explanation = _explain(ready, session, picture, scope, extractor, start)
@@ -244,10 +252,36 @@ def _generate(
     raise AssertionError("a stream ends with its answer")
 
 
+def export(pool: ModelPool, session: AnswerSession, kind: str, scope: str, extractor: MentionExtractor) -> str:
+    """Encode the diagnosis of a session as a file: ``json`` (all numbers) or ``html`` (a page that fetches nothing).
+
+    Raises:
+        ConfigError: there is no such kind or scope.
+        StethoscopeError: the answer cannot be diagnosed again.
+    """
+    if kind not in EXPORTS:
+        raise ConfigError(f"an export is one of {', '.join(EXPORTS)}, not {kind!r}")
+    with pool.use(session.question.model) as ready:
+        ready = replace(ready, detectors=pool.detectors(ready, session.question.detector_name))
+        diagnosis = _diagnose(ready, session, read_picture(session.question.picture), scope, extractor)
+    content = diagnosis.to_html() if kind == "html" else json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=1)
+    return payload.encode("file", name=f"diagnosis.{kind}", type=EXPORTS[kind], content=content)
+
+
 def _explain(
     ready: Ready, session: AnswerSession, picture: Image, scope: str, extractor: MentionExtractor, start: float
 ) -> str:
     """Diagnose the answer of a session, and encode the diagnosis for the page."""
+    question, diagnosis = session.question, _diagnose(ready, session, picture, scope, extractor)
+    seconds = time.perf_counter() - start
+    notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
+    return payload.diagnosed_answer(diagnosis, session.id, notes, question.case)
+
+
+def _diagnose(
+    ready: Ready, session: AnswerSession, picture: Image, scope: str, extractor: MentionExtractor
+) -> Diagnosis:
+    """Diagnose the answer of a session."""
     question = session.question
     detector = question.detector or ready.detectors.final
     diagnosis = diagnose(
@@ -262,9 +296,7 @@ def _explain(
         truth=question.truth,
         mentions=question.mentions,
     )
-    seconds = time.perf_counter() - start
-    notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
-    return payload.diagnosed_answer(replace(diagnosis, edit=question.edit), session.id, notes, question.case)
+    return replace(diagnosis, edit=question.edit)
 
 
 def _notes(ready: Ready, question: Question) -> tuple[str, ...]:

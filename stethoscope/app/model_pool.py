@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.component import build, choices, compose
 from stethoscope.core.errors import CapabilityError, ConfigError, unknown
+from stethoscope.detection.artifact import MANIFEST
 from stethoscope.detection.lookup import (
     AUTO,
     SWITCHED_OFF,
@@ -26,6 +27,7 @@ from stethoscope.detection.lookup import (
     parse_setting,
 )
 from stethoscope.diagnosis import diagnose
+from stethoscope.testbed import DETECTOR_DIR
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.mitigation.base import Mitigation
 
+BUNDLED = "the embedded model's"
+"""Name of the detector that comes with the embedded model, among those to choose from."""
 TRAIN_ONE = (
     "No detector of this model was found, so there are no warnings: tokens are coloured by how improbable they are. "
     "`stethoscope benchmark model={model}` trains one; then start the app again."
@@ -67,11 +71,13 @@ class Ready:
         adapter: the model, set up.
         detectors: for its answers.
         image_features: cache of the features of earlier pictures.
+        chosen: other detectors that users have chosen for it, by name.
     """
 
     adapter: Adapter
     detectors: Detectors
     image_features: ImageFeatureCache
+    chosen: dict[str, Detectors] = field(default_factory=dict)
 
 
 class ModelPool:
@@ -109,6 +115,33 @@ class ModelPool:
     def names(self) -> list[str]:
         """List the models to choose from; the first model comes first."""
         return list(dict.fromkeys([self.name, *(name for name in choices("model") if name not in ("hf", "none"))]))
+
+    @property
+    def detector_names(self) -> list[str]:
+        """List the detectors to choose from: the automatic one, none, the bundled one, and those of runs."""
+        files = self._runs.glob(f"*/detector/{MANIFEST}")
+        return [AUTO, "none", BUNDLED, *sorted(file.parent.parent.name for file in files)]
+
+    def detectors(self, ready: Ready, name: str) -> Detectors:
+        """Load the detectors that a user has chosen for a model.
+
+        Args:
+            ready: the model.
+            name: one of ``detector_names``.
+
+        Raises:
+            ConfigError: there is no such detector, or it reads states of another model.
+            CapabilityError: it reads features that the model does not provide.
+            ArtefactError: it is damaged.
+        """
+        if name == AUTO:
+            return ready.detectors
+        if name not in self.detector_names:  # a name, never a path
+            raise ConfigError(unknown("detector", name, self.detector_names))
+        if name not in ready.chosen:
+            folder = str(DETECTOR_DIR) if name == BUNDLED else str(self._runs / name)
+            ready.chosen[name] = self._load_detectors(ready.adapter, None if name == "none" else folder, None)
+        return ready.chosen[name]
 
     def mitigation(self, name: str, detectors: Detectors) -> Mitigation | None:
         """Build a mitigation by its name; None for ``none``.

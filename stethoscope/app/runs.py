@@ -16,6 +16,7 @@ from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
+from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
 from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.run_report import collect_report
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 3000  # of a task in the list
+THUMBNAIL = 96  # pixels along the longer side
 ANSWER_LENGTH = 320  # characters of an answer in the list
 NO_RUN = "There is no finished run yet: `stethoscope benchmark` makes one, then start the app again."
 
@@ -91,6 +93,25 @@ class Runs:
             return payload.encode("list", rows=[], note=_error_text(error), run=str(name))
         notes = filter(None, (source.no_detector(), source.off_policy()))
         return payload.encode("list", rows=rows, note=" ".join(notes), run=str(name))
+
+    def thumbnails(self, name: str, keys: Sequence[str]) -> str:
+        """Encode small pictures of samples for the list; what cannot be had is left out.
+
+        Args:
+            name: of the run.
+            keys: task and id of every sample, with a tab between them.
+        """
+        pictures: dict[str, str] = {}
+        try:
+            source = self.source(name)
+            for key in keys:
+                task, _, sample_id = key.partition("\t")
+                record = source.store.find(task, sample_id)
+                if record is not None:
+                    pictures[key] = data_uri(self._read_picture(name, source, record, []), THUMBNAIL)
+        except StethoscopeError as error:  # the list is of use without pictures
+            logger.info("no more thumbnails of %s: %s", name, error)
+        return payload.encode("thumbnails", run=name, pictures=pictures)
 
     def figures(self, name: str | None) -> str:
         """Encode the page of the run's report for the frame that shows it; an error is shown as a note in it."""

@@ -15,15 +15,18 @@ from stethoscope.app.model_pool import ModelPool
 from stethoscope.app.runs import NO_RUN, ExamplePicture, Runs
 from stethoscope.app.sessions import Sessions
 from stethoscope.core.component import choices
+from stethoscope.core.errors import DataError
 from stethoscope.core.html import asset, data_uri, escape, json_text
 from stethoscope.core.html import render as fill
 from stethoscope.core.images import file_digest
+from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import render
 from stethoscope.tasks.object_extraction import MentionExtractor
 
 TITLE = "LVLM-Stethoscope"
 QUESTION = "Please describe this image in detail."
 HINT = "Choose a picture, ask, and then click any word of the answer, or go through them with ← and →."
+MOST_THUMBNAILS = 40  # in one request
 MODEL = "model"  # concurrency id of the events that need the model, of which one runs at a time
 
 
@@ -88,6 +91,10 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 parts["ask"] = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
                 parts["stop"] = gr.Button("Stop", elem_id="stop", min_width=80)
             parts["model"] = gr.Dropdown(pool.names, value=pool.name, label="model", elem_id="model")
+            parts["detector"] = gr.Dropdown(
+                pool.detector_names, value=AUTO, label="detector", elem_id="detector",
+                info="auto: the newest of this model's runs, or the one that comes with it",
+            )  # fmt: skip
             with gr.Accordion("generation", open=False):
                 parts["temperature"] = gr.Slider(
                     0, 2, 0, step=0.05, label="temperature", info="0: always the most probable token"
@@ -104,6 +111,7 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 parts["seed"] = gr.Number(0, label="seed", precision=0, info="of the drawing")
         with gr.Column(scale=3, min_width=320, elem_id="looking"):
             parts["view"] = _component("view", payload.message(HINT), render.viewer(), render.script())
+            parts["download"] = _component("download", "{}", fill("app/nothing.html"), asset("app/download.js"))
     return parts
 
 
@@ -130,27 +138,42 @@ def _wire_ask(
         length: int,
         seed: int,
         mitigation: str,
+        detector: str,
     ) -> Iterator[str]:
         try:
             generation = answer.generation(temperature, top_p, beams, length, seed)
             file = own_file(picture)
             truth = None if file is None else truths.get(file_digest(file))
-            question = answer.Question(model, file, text, generation, truth=truth, mitigation=mitigation)
+            chosen = {"mitigation": mitigation, "detector_name": detector}
+            question = answer.Question(model, file, text, generation, truth=truth, **chosen)
         except Exception as error:
             yield payload.failure(error, clear=True)
             return
         yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
-    def change_scope(request: gr.Request, event: gr.EventData) -> Iterator[str]:
+    def shown_session(request: gr.Request, event: gr.EventData) -> answer.AnswerSession:
+        """Return the session of the answer that an event of the viewer is about."""
         session = sessions.answer(str(request.session_hash))
+        if session is None or session.id != getattr(event, "answer_id", None):
+            raise DataError("this answer is no longer there: ask again")
+        return session
+
+    def change_scope(request: gr.Request, event: gr.EventData) -> Iterator[str]:
         try:
-            answer_id, scope = event.answer_id, str(event.scope)
-        except AttributeError:  # the event does not come from our viewer
-            answer_id, scope = None, ""
-        if session is None or session.id != answer_id:
-            yield payload.message("this answer is no longer there: ask again", "error")
+            session, scope = shown_session(request, event), str(getattr(event, "scope", ""))
+        except DataError as error:
+            yield payload.failure(error)
             return
         yield from _stored(answer.explain_again(pool, session, scope, extractor), request, sessions)
+
+    def export(request: gr.Request, event: gr.EventData) -> Any:
+        """Send the diagnosis as a file."""
+        try:
+            kind, scope = str(getattr(event, "kind", "")), str(getattr(event, "scope", ""))
+            return answer.export(pool, shown_session(request, event), kind, scope, extractor)
+        except Exception as error:
+            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            return gr.skip()
 
     def check_picture(picture: str | None) -> tuple[Any, Any]:
         """Read a picture once it is uploaded: what cannot be read goes, and what browsers cannot show is converted."""
@@ -167,10 +190,11 @@ def _wire_ask(
         return str(examples[index].file) if isinstance(index, int) and 0 <= index < len(examples) else gr.skip()
 
     options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-    names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed", "mitigation")
-    inputs, view = [parts[name] for name in names], parts["view"]
+    names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
+    inputs, view = [parts[name] for name in (*names, "mitigation", "detector")], parts["view"]
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **options)
     view.gradient(change_scope, None, view, **options)
+    view.export(export, None, parts["download"], **options)
     quick = {**options, "concurrency_id": "picture"}
     parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)
     parts["examples"].pick(pick, None, parts["picture"], **quick)
@@ -195,10 +219,11 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
         with gr.Tab("Samples"):
             script = asset("diagnosis/parts.js") + asset("app/samples.js")
             listing = _component("list", runs.listing(runs.first), fill("app/samples.html"), script)
+            pictures = _component("thumbnails", "{}", fill("app/nothing.html"), asset("app/thumbnails.js"))
         with gr.Tab("Figures") as figures:
             placeholder = payload.encode("figures", note="making the figures …" if names else NO_RUN)
             report = _component("figures", placeholder, fill("app/figures.html"), asset("app/figures.js"))
-    return {"run": run, "list": listing, "figures": figures, "report": report}
+    return {"run": run, "list": listing, "thumbnails": pictures, "figures": figures, "report": report}
 
 
 def _wire_run(
@@ -230,6 +255,15 @@ def _wire_run(
             yield *inputs, data
             inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
 
+    def thumbnails(event: gr.EventData) -> str:
+        """Send small pictures of the samples that the list shows."""
+        samples = event.samples if isinstance(event.samples, list) else []
+        return runs.thumbnails(str(event.run), [str(sample) for sample in samples[:MOST_THUMBNAILS]])
+
+    browser["list"].thumbnails(
+        thumbnails, None, browser["thumbnails"], concurrency_id="thumbnails", concurrency_limit=1,
+        **{**options, "show_progress": "hidden"},
+    )  # fmt: skip
     browser["run"].change(runs.listing, browser["run"], browser["list"], **options)
     empty = payload.encode("figures", note="")
     browser["run"].change(lambda: empty, None, browser["report"], **options)

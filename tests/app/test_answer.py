@@ -14,7 +14,7 @@ from helpers.token_tables import token_table
 import stethoscope
 from stethoscope import Detector, testbed
 from stethoscope.app import answer, payload
-from stethoscope.app.model_pool import ImageFeatureCache, ModelPool
+from stethoscope.app.model_pool import BUNDLED, ImageFeatureCache, ModelPool
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import detectors_for_model
@@ -100,6 +100,35 @@ def test_a_mitigated_answer_is_shown_beside_what_it_was(pool, reader, picture_fi
     assert {reason["fate"] for reason in edit["reasons"]} == {"removed"}
     question = replace(question, mitigation="drip")
     assert "unknown mitigation 'drip'" in json.loads(list(answer.ask(pool, question, reader))[-1][0])["text"]
+
+
+def test_the_detector_that_judges_is_chosen_by_name(pool, reader, picture_file):
+    assert pool.detector_names == ["auto", "none", BUNDLED, "small"]
+    question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation())
+
+    def last(name):
+        return json.loads(list(answer.ask(pool, replace(question, detector_name=name), reader))[-1][0])
+
+    shown = {name: last(name) for name in pool.detector_names}
+    assert shown["auto"]["mentions"] == shown["small"]["mentions"] != shown[BUNDLED]["mentions"]
+    assert shown[BUNDLED]["threshold"] == Detector.load(testbed.DETECTOR_DIR).threshold
+    assert any("comes with the embedded model" in note for note in shown[BUNDLED]["notes"])
+    assert shown["none"]["threshold"] is None
+    assert "switched off" in shown["none"]["notes"][-2]
+    for name in ("../small", str(testbed.DETECTOR_DIR)):  # names, never paths
+        assert "unknown detector" in last(name)["text"]
+
+
+def test_a_diagnosis_is_saved_as_a_file(pool, reader, ask):
+    shown, session = ask(pool, reader)
+    data = json.loads(answer.export(pool, session, "json", "row", reader))
+    assert data["name"] == "diagnosis.json"
+    assert json.loads(data["content"])["answer"] == shown[-1]["text"]
+    page = json.loads(answer.export(pool, session, "html", "token", reader))["content"]
+    assert page.startswith("<!DOCTYPE html>")
+    assert "gradient of scope token" in page
+    with pytest.raises(ConfigError, match="one of json, html"):
+        answer.export(pool, session, "pdf", "row", reader)
 
 
 def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):

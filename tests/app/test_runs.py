@@ -52,6 +52,14 @@ def test_a_sample_is_opened_with_its_stored_answer_and_its_own_picture(runs, fol
     assert Image.open(question.picture).tobytes() == testbed.scenes(8)[7].image().tobytes()
 
 
+def test_thumbnails_of_samples(runs):
+    keys = ["chair\tcounter-000007", "chair\tcounter-000008", "chair\tnone", "../x"]
+    message = json.loads(runs.thumbnails("small", keys))
+    assert list(message["pictures"]) == keys[:2]
+    assert all(address.startswith("data:image/png;base64,") for address in message["pictures"].values())
+    assert json.loads(runs.thumbnails("../small", keys))["pictures"] == {}
+
+
 def test_runs_are_chosen_by_name_alone(runs, folder, pool):
     for name in ("../small", str(folder / "small"), "", "smal"):
         with pytest.raises(ArtefactError, match="unknown run"):

@@ -1,5 +1,6 @@
 """The page in a real browser, at the width of a desk and of a phone. Screenshots go into $STETHOSCOPE_SCREENSHOTS."""
 
+import json
 import os
 import re
 import time
@@ -11,6 +12,7 @@ import pytest
 from scripts.bench.responsiveness import MOVE, SLIDERS
 from stethoscope import diagnose, testbed
 from stethoscope.core.types import Generation
+from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.examples import read_examples
 from stethoscope.report.run_report import EXAMPLES
 from stethoscope.report.run_source import RunReader
@@ -188,6 +190,11 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     assert cards.count() > 0
     assert text_of(page, "#list [data-id=count]") != whole
     take(page, "samples", tmp_path)
+    page.select_option("#list [data-id=order]", "high")
+    chips = [cards.nth(index).locator(".st-chip.st-caught").all_inner_texts() for index in range(cards.count())]
+    shares = [max(float(text.split()[-1].rstrip("%").split("\xa0")[0]) for text in texts) for texts in chips]
+    assert shares == sorted(shares, reverse=True)
+    page.wait_for_function("document.querySelectorAll('#list .st-thumbnail:not([hidden])').length > 0")
     names = [card.locator("b").inner_text() for card in cards.all()]
     chip = cards.first.locator(".st-chip", has_text="caught: ").last
     wanted = re.match(r"caught: (.*) \d", chip.inner_text())[1]
@@ -199,11 +206,17 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     assert "hallucinated: caught" in text(page, "facts")
     assert page.locator("#view .st-t.st-chosen").inner_text() == wanted.split()[0]  # the mention that was clicked
     take(page, "opened", tmp_path)
+    with page.expect_download() as download:
+        page.click("#view [data-save=json]")
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved["answer"] == page.locator("#view [data-id=answer]").text_content()
+    assert "caught" in [mention_outcome(mention["label"], mention["warned"]) for mention in saved["mentions"]]
     link = page.url
     assert f"run=small&task=chair&sample={names[0]}&mention=" in link
     page.click("#view [data-id=next]")
     wait_for_words(page, "case-name", names[1])  # in the order of the list, with its filter
-    page.click("#view [data-id=previous]")
+    page.locator("#view .st-t").first.focus()
+    page.keyboard.press("p")
     wait_for_words(page, "case-name", names[0])
     shared = open_page(page.context, served, link)
     shared.wait_for_selector(DONE, timeout=60_000)

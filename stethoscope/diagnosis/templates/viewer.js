@@ -395,6 +395,16 @@ function openLink() {
   trigger("look", { run: link.get("run"), task: link.get("task") || "", sample: link.get("sample"), mention });
 }
 
+// --- saving ----------------------------------------------------------------------------------------------------
+
+function save(kind) {
+  if (kind !== "png") { trigger("export", { kind, scope: data.scope, answer_id: data.answer_id }); return; }
+  const link = make("a");
+  link.href = $("picture").toDataURL("image/png");
+  link.download = `${shown(data.tokens[chosen].text).replace(/\W+/g, "-") || "token"}.png`;
+  link.click();
+}
+
 // --- drawing, choosing, receiving ------------------------------------------------------------------------------
 
 function texts() {
@@ -510,6 +520,8 @@ function receive() {
   $("notes").replaceChildren(...(data.notes || []).map((note) => make("li", note, data.shift && note === data.shift ? "st-error" : "")));
   $("written").hidden = false;
   $("diagnosed").hidden = $("colouring").hidden = data.kind !== "done";
+  $("saving").hidden = data.kind !== "done";
+  for (const button of element.querySelectorAll("[data-save]")) button.hidden = button.dataset.save !== "png" && !trigger;
   for (const id of ["reply", "outcomes"]) if (data.kind !== "done") $(id).hidden = true;
   $("warn-line").hidden = data.threshold === null;
   write();
@@ -520,12 +532,17 @@ function receive() {
 }
 
 element.addEventListener("click", (event) => {
+  const saved = event.target.closest("[data-save]");
+  if (saved && data && data.kind === "done") { save(saved.dataset.save); return; }
   const owner = event.target.closest("[data-token]");
   if (owner && data && data.kind === "done") choose(Number(owner.dataset.token));
 });
 element.addEventListener("keydown", (event) => {
   const span = event.target.closest(".st-t");
   if (!span || !data || data.kind !== "done") return;
+  const step = { n: 1, p: -1 }[event.key]; // only here, where a word has the focus
+  const sample = step && trigger && data.case ? neighbour(step) : null;
+  if (sample) { trigger("look", sample); return; }
   const spans = [...element.querySelectorAll(".st-t")], at = spans.indexOf(span);
   const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1, Enter: at, " ": at }[event.key];
   if (next === undefined || !spans[next]) return;
