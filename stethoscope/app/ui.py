@@ -93,7 +93,7 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
             parts["model"] = gr.Dropdown(pool.names, value=pool.name, label="model", elem_id="model")
             parts["detector"] = gr.Dropdown(
                 pool.detector_names, value=AUTO, label="detector", elem_id="detector",
-                info="auto: the newest of this model's runs, or the one that comes with it",
+                info="auto: the one that the app was started with, or found",
             )  # fmt: skip
             with gr.Accordion("generation", open=False):
                 parts["temperature"] = gr.Slider(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -40,6 +40,27 @@ def compare_texts(before: str, after: str) -> tuple[list[list[str]], list[list[s
     return left, right
 
 
+def strike_out(text: str, taken_back: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Put what was taken back where it stood in a text.
+
+    Args:
+        text: of the answer.
+        taken_back: in the order of time, ``text`` and ``start``, its first character in the answer of then.
+
+    Returns:
+        Pieces of the text, as pairs of ``same`` or ``removed`` and the piece.
+
+    >>> strike_out("A cat sits.", [{"text": " dog", "start": 1}, {"text": " bird", "start": 1}])
+    [['same', 'A'], ['removed', ' dog'], ['removed', ' bird'], ['same', ' cat sits.']]
+    """
+    pieces, position = [], 0
+    for part in sorted(taken_back, key=lambda part: min(part["start"], len(text))):
+        start = min(part["start"], len(text))
+        pieces += [["same", text[position:start]], ["removed", part["text"]]]
+        position = start
+    return [piece for piece in [*pieces, ["same", text[position:]]] if piece[1]]
+
+
 def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | None = None) -> dict[str, Any] | None:
     """Convert an edit for the viewer's payload; None where nothing was done.
 
@@ -54,6 +75,9 @@ def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | N
     """
     if not edit:
         return None
+    if "taken_back" in edit:  # while the answer was written
+        pieces = strike_out(after, edit["taken_back"])
+        return {"before": pieces, "after": [["same", after]], "reasons": list(_reasons(edit, truth)), "candidates": []}
     candidates = [
         {"text": item["text"], "score": item["score"], "mentions": item["mentions"], "chosen": index == edit["chosen"]}
         for index, item in enumerate(edit.get("candidates", ()))
@@ -65,6 +89,10 @@ def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | N
 
 def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """Yield every mention that was removed, or that reached the threshold and stayed, with the reason for it."""
+    for mention in edit.get("taken_back", ()):
+        yield {**_reason(mention, truth), "threshold": None, "fate": "taken back while it was written"}
+    if "taken_back" in edit:
+        return
     kinds = {index: part["kind"] for part in edit.get("removed", ()) for index in part["mentions"]}
     threshold = edit.get("threshold")
     for event in edit.get("taken_back", ()):
@@ -75,16 +103,18 @@ def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator
         doubted = threshold is None or mention["probability"] >= threshold
         if index not in kinds and (threshold is None or not doubted):
             continue
-        odds = mention.get("yes_odds")
-        label = -1 if truth is None else int(mention["object"] not in truth)
-        yield {
-            "object": mention["object"],
-            "probability": mention["probability"],
-            "threshold": threshold,
-            "yes": None if odds is None else 1 / (1 + math.exp(-odds)),
-            "label": label,
-            "fate": _fate(kinds.get(index), doubted),
-        }
+        yield {**_reason(mention, truth), "threshold": threshold, "fate": _fate(kinds.get(index), doubted)}
+
+
+def _reason(mention: Mapping[str, Any], truth: Collection[str] | None) -> dict[str, Any]:
+    """Return what the detector, the model (if it was asked) and the truth say of a mention."""
+    odds = mention.get("yes_odds")
+    return {
+        "object": mention["object"],
+        "probability": mention["probability"],
+        "yes": None if odds is None else 1 / (1 + math.exp(-odds)),
+        "label": -1 if truth is None else int(mention["object"] not in truth),
+    }
 
 
 def _fate(kind: str | None, doubted: bool) -> str:
@@ -101,7 +131,8 @@ def describe_edit(edit: Mapping[str, Any], after: str, truth: Collection[str] | 
     data = edit_payload(edit, after, truth)
     if data is None:
         return
-    yield f"before: {edit['text']}"
+    if "text" in edit:
+        yield f"before: {edit['text']}"
     for item in data["candidates"]:
         mark = "*" if item["chosen"] else " "
         yield f"  {mark} score {item['score']:+.2f}, {item['mentions']} mentions: {item['text']}"

@@ -13,6 +13,7 @@ import pandas as pd
 from stethoscope.core.errors import StethoscopeError
 from stethoscope.core.files import read_json
 from stethoscope.core.html import data_uri, render
+from stethoscope.core.text import percent
 from stethoscope.loggers.base import Marked, Picture
 from stethoscope.report import plots
 from stethoscope.report.run_source import RunReader
@@ -212,6 +213,7 @@ def _card(example: Example) -> dict[str, Any]:
     return {
         "example": example,
         "images": [(data_uri(image, SIDE), caption) for image, caption in example.images],
+        "probability": percent(example.probability),
         "log_odds": [("evidence", example.evidence), ("prior", example.prior)] if has_log_odds else [],
     }
 

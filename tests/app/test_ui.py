@@ -310,6 +310,7 @@ def test_closing_the_page_in_the_middle_of_an_answer_frees_the_model(browser, se
         page.wait_for_selector("#photograph img")
         page.click("#ask")
         page.wait_for_selector("#view .st-caret")
+        assert "score of the object so far" in text(page, "key")  # what the colours mean, while they appear
         assert served.pool.busy
         context.close()
         left = time.perf_counter()

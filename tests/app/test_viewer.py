@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 import stethoscope
 from stethoscope import testbed
@@ -86,6 +88,26 @@ def test_the_viewer_shows_the_chosen_token_and_layer(page, diagnosis):
     page.locator(f".st-t[data-token='{fork}']").focus()
     page.keyboard.press("ArrowRight")
     assert look(page)["chosen"] == [fork + 1]
+
+
+def test_a_photograph_outside_of_what_the_detector_knows(browser, adapter, tmp_path):
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    diagnosis = stethoscope.diagnose(
+        adapter, photograph, "Please describe this image in detail.", detector=testbed.DETECTOR_DIR
+    )
+    file = tmp_path / "report.html"
+    file.write_text(diagnosis.to_html(), "utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    assert diagnosis.shift in page.locator("[data-id=notes] .st-error").inner_text()
+    assert "score of the detector, not calibrated for this picture" in page.locator("[data-id=key]").inner_text()
+    assert page.locator("[data-id=mentions-head] th").all_inner_texts()[1] == "score"
+    body = page.locator("main").inner_text()
+    assert body.count("calibrated") == body.count("not calibrated") + body.count("calibrated on") + body.count(
+        "no percentage here is calibrated"
+    )
+    assert page.locator("[data-id=margin]").is_visible()  # the model sees the middle of it
+    page.close()
 
 
 def test_before_and_after_a_mitigation(browser, adapter, tmp_path):

@@ -75,6 +75,19 @@ def test_the_candidates_of_a_choice_are_shown_with_their_scores(adapter):
     assert chosen[0]["score"] == pytest.approx(method.score(own), abs=1e-3)
 
 
+def test_what_was_taken_back_while_it_was_written():
+    taken = {"text": " and a dog", "start": 5, "token": 2, "object": "dog", "probability": 0.9}
+    edit = {"taken_back": [taken], "passes": 9}
+    data = edit_payload(edit, "A cat and a couch.", ("cat", "couch"))
+    assert data["before"] == [["same", "A cat"], ["removed", " and a dog"], ["same", " and a couch."]]
+    assert data["after"] == [["same", "A cat and a couch."]]
+    assert data["reasons"] == [
+        {"object": "dog", "probability": 0.9, "yes": None, "label": 1, "threshold": None,
+         "fate": "taken back while it was written"}
+    ]  # fmt: skip
+    assert list(describe_edit(edit, "A cat and a couch.")) == ["  dog: taken back while it was written, 90\xa0%"]
+
+
 def test_a_yes_or_no_is_not_edited(adapter):
     after, before = mitigated(adapter, Drop(threshold=0.0), 1, "Is there a knife in the image?")
     assert (after.answer.text, after.edit) == (before.answer.text, {})
