@@ -192,7 +192,7 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     take(page, "samples", tmp_path)
     page.select_option("#list [data-id=order]", "high")
     chips = [cards.nth(index).locator(".st-chip.st-caught").all_inner_texts() for index in range(cards.count())]
-    shares = [max(float(text.split()[-1].rstrip("%").split("\xa0")[0]) for text in texts) for texts in chips]
+    shares = [max(float(re.search(r"([\d.]+)\s%$", text)[1]) for text in texts) for texts in chips]
     assert shares == sorted(shares, reverse=True)
     page.wait_for_function("document.querySelectorAll('#list .st-thumbnail:not([hidden])').length > 0")
     names = [card.locator("b").inner_text() for card in cards.all()]

@@ -28,10 +28,10 @@ class Client:
 
     def join(self, picture, question=DESCRIBE, length=16, **body):
         """Puts a question into the queue."""
-        values = ["testbed", picture, question, 0, 1, 1, length, 0]
+        values = ["testbed", picture, question, 0, 1, 1, length, 0, "none", "auto"]
         sent = {
             "data": values,
-            "fn_index": self.event(8),
+            "fn_index": self.event(len(values)),
             "session_hash": self.session_hash,
             "trigger_id": None,
             **body,
