@@ -499,12 +499,12 @@ def _with_hints(body: str, figure: Figure, hints: Sequence[Hint]) -> str:
     """Put the circles of hints on top of a drawing, in its coordinates: points from the upper left corner."""
     if not hints:
         return body
-    place = figure.axes[0].transData.transform([(hint.x, hint.y) for hint in hints])  # dots of 1/72 inch, upwards
+    centres = figure.axes[0].transData.transform([(hint.x, hint.y) for hint in hints])  # dots of 1/72 inch, upwards
     height = figure.bbox.height
     circles = "".join(
         f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="9" fill="transparent">'
         f"<title>{escape(hint.text)}</title></circle>"
-        for (x, y), hint in zip(place, hints, strict=True)
+        for (x, y), hint in zip(centres, hints, strict=True)
     )
     return f"{body.removesuffix('</svg>')}<g>{circles}</g></svg>"
 
