@@ -218,12 +218,12 @@ class LayerRelevancy:
         for later in sorted((other for other in self._stored if other > layer), reverse=True):
             self.begin(later, self._stored[later][1])
         self._values = self._values.to(like)
-        touched = self._values[:, layer:] if self._every else self._values
-        before = touched.flatten(1, 2).clone()
+        touched = (self._values[:, layer:] if self._every else self._values).flatten(1, 2)
+        before = touched.clone()
 
         def add(start: int, block: Tensor) -> None:
             _, rows, end = block.shape
-            touched[..., :end] += (before[..., start : start + rows] @ block).view(*touched.shape[:3], end)
+            touched[..., :end].baddbmm_(before[..., start : start + rows], block)
 
         if layer in self._stored:
             add(*self._stored.pop(layer))
@@ -241,13 +241,18 @@ class BlockRelevancy:
     """Rows times the R of a part of the model whose Abar is block-diagonal: one block per crop or window.
 
     Args:
-        rows: (..., M) relevancy that flows into the part's tokens, block by block. The identity gives R itself.
+        rows: (..., M) relevancy that flows into the part's tokens, block by block. The identity gives R itself. Where a
+            sample has more than M rows, R is computed and they are multiplied by it at the end, which costs less.
         samples: number of samples, for rows of shape (samples, ..., M); blocks come one sample after another.
     """
 
     def __init__(self, rows: Tensor, samples: int = 1) -> None:
-        self._shape = rows.shape
-        self._values = rows.clone().view(samples, -1, rows.shape[-1])
+        self._shape, width = rows.shape, rows.shape[-1]
+        self._values = rows.reshape(samples, -1, width)
+        self._rows = self._values if self._values.shape[1] > width else None
+        if self._rows is not None:
+            self._values = torch.eye(width, dtype=rows.dtype, device=rows.device).expand(samples, -1, -1)
+        self._values = self._values.clone()
 
     def begin(self, offset: int, size: int, like: Tensor) -> AddBlock:
         """Begin a layer on the diagonal blocks from column ``offset``, ``size`` columns each; return what adds to them.
@@ -270,7 +275,8 @@ class BlockRelevancy:
     @property
     def values(self) -> Tensor:
         """Rows after the layers applied so far, in the shape of the initial ones."""
-        return self._values.view(self._shape)
+        values = self._values if self._rows is None else self._rows.to(self._values) @ self._values
+        return values.view(self._shape)
 
 
 class Saliency:

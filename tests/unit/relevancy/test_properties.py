@@ -8,6 +8,7 @@ from helpers import zoo
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
 from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment
+from stethoscope.relevancy.rules import BlockRelevancy
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
@@ -325,3 +326,18 @@ def test_merging_is_the_same_in_half_precision(family):
     found = token_alignment.probe_alignment(one.model.to(torch.bfloat16), half, one.image)
     for name in ("vision", "image", "weight"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 40])  # rows of a sample that has 6 tokens in blocks of 3
+def test_many_rows_through_a_tower_are_the_same_as_few(count):
+    generator = torch.Generator().manual_seed(0)
+    rows, layers = torch.rand(2, count, 6, generator=generator), torch.rand(3, 4, 3, 3, generator=generator)
+    relevancy = BlockRelevancy(rows, samples=2)
+    expected = rows.clone()
+    for abar in layers:
+        add = relevancy.begin(0, 3, abar)
+        add(0, abar[:, :2])
+        add(2, abar[:, 2:])
+        both = torch.stack([torch.block_diag(*abar[:2]), torch.block_diag(*abar[2:])])
+        expected = expected + expected @ both
+    torch.testing.assert_close(relevancy.values, expected, rtol=1e-6, atol=1e-6)
