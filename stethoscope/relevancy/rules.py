@@ -18,6 +18,8 @@ from stethoscope.relevancy.token_alignment import TokenAlignment
 RULES = ("eq10", "eq10_no_transpose", "plain")
 """Readings of equation 10 in published code; the first is the equation as printed."""
 
+_STORED_BYTES = 2**27  # of the Abar of all layers, where they are stored
+
 Layers = Mapping[int, Tensor]
 """Abar by layer."""
 
@@ -237,6 +239,67 @@ class LayerRelevancy:
         return self._values - self._start.to(self._values)
 
 
+class StoredRelevancy:
+    """Rows of R_l after every layer as ``LayerRelevancy``, from the Abar of all layers once they are there.
+
+    The whole R_l takes about N^3 / 3 products a layer, where T rows after each of L layers take T N^2 (L + 1) / 4, so
+    that the cost does not grow with the length of the answer beyond that of attention.
+
+    Args:
+        rows: (T,) positions of the rows, the same in all samples.
+        length: length N of the sequence.
+        layers: number of layers.
+        samples: B.
+    """
+
+    def __init__(self, rows: Tensor, length: int, layers: int, samples: int) -> None:
+        self._rows, self._length, self._layers, self._samples = rows, length, layers, samples
+        self._maps: dict[int, Tensor] = {}
+        self._blocks: dict[int, list[tuple[int, int, int]]] = {}  # by layer first row, last row + 1, last column + 1
+        self._mass: Tensor | None = None
+
+    @staticmethod
+    def pays(rows: int, length: int, layers: int, samples: int) -> bool:
+        """Decide whether this takes less time than ``LayerRelevancy`` and not too much memory."""
+        return 4 * length < 3 * rows * (layers + 1) and 4 * samples * layers * length**2 <= _STORED_BYTES
+
+    def store(self, layer: int, first: int, like: Tensor) -> AddBlock:
+        """Return what stores the blocks of a layer's rows from ``first`` on."""
+        return self.begin(layer, like)
+
+    def begin(self, layer: int, like: Tensor) -> AddBlock:
+        """Return what stores the blocks of a layer."""
+        if layer not in self._maps:
+            self._maps[layer], self._blocks[layer] = like.new_zeros(len(like), self._length, self._length), []
+        abar, blocks = self._maps[layer], self._blocks[layer]
+
+        def add(start: int, block: Tensor) -> None:
+            stop, end = start + block.shape[1], block.shape[2]
+            abar[:, start:stop, :end] = block
+            blocks.append((start, stop, end))
+
+        return add
+
+    def mass(self) -> Tensor:
+        """Return the rows of R_l - I, (B, L, T, N), and release the maps."""
+        if self._mass is None:
+            like = next(iter(self._maps.values()))
+            relevancy = identity_like(like).repeat(self._samples, 1, 1)
+            causal = all(end <= stop for blocks in self._blocks.values() for _, stop, end in blocks)
+            after = []
+            for layer in range(self._layers):
+                before = relevancy.clone()
+                for start, stop, end in self._blocks.get(layer, ()):
+                    columns = end if causal else self._length  # R has no columns after its rows
+                    rows = self._maps[layer][:, start:stop, :end]
+                    relevancy[:, start:stop, :columns].baddbmm_(rows, before[:, :end, :columns])
+                after.append(relevancy[:, self._rows.to(like.device)])
+            identity = torch.nn.functional.one_hot(self._rows, self._length).to(like)
+            self._mass = torch.stack(after, 1) - identity
+            self._maps.clear()
+        return self._mass
+
+
 class BlockRelevancy:
     """Rows times the R of a part of the model whose Abar is block-diagonal: one block per crop or window.
 
@@ -337,7 +400,12 @@ class BackwardPass:
         rows = [self.layout.first + token for token in self.tokens]
         count = len(self.recorder.layers["language"])
         self._samples = len(self.layout.counts)
-        self._language = LayerRelevancy(torch.tensor(rows), self.layout.length, count, self.every, self._samples)
+        sizes = self.layout.length, count
+        self._language: LayerRelevancy | StoredRelevancy
+        if self.every and StoredRelevancy.pays(len(rows), *sizes, self._samples):
+            self._language = StoredRelevancy(torch.tensor(rows), *sizes, self._samples)
+        else:
+            self._language = LayerRelevancy(torch.tensor(rows), *sizes, self.every, self._samples)
         self._saliency = Saliency(rows, self.layout.length, count, self._samples)
         self._joint: QueryRelevancy | None = None
         self._add: AddBlock  # for the blocks of the present call

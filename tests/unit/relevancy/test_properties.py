@@ -8,7 +8,7 @@ from helpers import zoo
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
 from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment
-from stethoscope.relevancy.rules import BlockRelevancy
+from stethoscope.relevancy.rules import BlockRelevancy, StoredRelevancy
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
@@ -341,3 +341,16 @@ def test_many_rows_through_a_tower_are_the_same_as_few(count):
         both = torch.stack([torch.block_diag(*abar[:2]), torch.block_diag(*abar[2:])])
         expected = expected + expected @ both
     torch.testing.assert_close(relevancy.values, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_5_vl"])  # causal, in both directions, grouped heads
+def test_stored_layers_give_the_rows_that_are_propagated(monkeypatch, family):
+    found = {}
+    for stored in (True, False):
+        monkeypatch.setattr(StoredRelevancy, "pays", lambda *sizes, stored=stored: stored)
+        found[stored] = relevancy(family)
+    same(found[True], found[False], tolerance=1e-6)
+    monkeypatch.undo()
+    assert StoredRelevancy.pays(rows=512, length=682, layers=4, samples=1)
+    assert not StoredRelevancy.pays(rows=64, length=704, layers=8, samples=1)  # rows take less time
+    assert not StoredRelevancy.pays(rows=512, length=1500, layers=32, samples=1)  # 288 MB
