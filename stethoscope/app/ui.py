@@ -144,8 +144,9 @@ def _wire_ask(
             generation = answer.generation(temperature, top_p, beams, length, seed)
             file = own_file(picture)
             truth = None if file is None else truths.get(file_digest(file))
-            chosen = {"mitigation": mitigation, "detector_name": detector}
-            question = answer.Question(model, file, text, generation, truth=truth, **chosen)
+            question = answer.Question(
+                model, file, text, generation, truth=truth, mitigation=mitigation, detector_name=detector
+            )
         except Exception as error:
             yield payload.failure(error, clear=True)
             return

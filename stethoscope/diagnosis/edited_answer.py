@@ -53,7 +53,8 @@ def strike_out(text: str, taken_back: Sequence[Mapping[str, Any]]) -> list[list[
     >>> strike_out("A cat sits.", [{"text": " dog", "start": 1}, {"text": " bird", "start": 1}])
     [['same', 'A'], ['removed', ' dog'], ['removed', ' bird'], ['same', ' cat sits.']]
     """
-    pieces, position = [], 0
+    pieces: list[list[str]] = []
+    position = 0
     for part in sorted(taken_back, key=lambda part: min(part["start"], len(text))):
         start = min(part["start"], len(text))
         pieces += [["same", text[position:start]], ["removed", part["text"]]]
@@ -76,8 +77,8 @@ def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | N
     if not edit:
         return None
     if "taken_back" in edit:  # while the answer was written
-        pieces = strike_out(after, edit["taken_back"])
-        return {"before": pieces, "after": [["same", after]], "reasons": list(_reasons(edit, truth)), "candidates": []}
+        struck = strike_out(after, edit["taken_back"])
+        return {"before": struck, "after": [["same", after]], "reasons": list(_reasons(edit, truth)), "candidates": []}
     candidates = [
         {"text": item["text"], "score": item["score"], "mentions": item["mentions"], "chosen": index == edit["chosen"]}
         for index, item in enumerate(edit.get("candidates", ()))
