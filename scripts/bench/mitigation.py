@@ -5,7 +5,7 @@
 CPU time of one thread, as a ratio to greedy decoding. Decoding methods write answers of the same number of tokens as
 greedy decoding does, as their own would be longer or shorter. All ways alternate batch by batch, forwards and backwards
 in turn, so that other work on the machine falls on all of them; the table has the ratio of medians over all batches.
-Exits with 1 where a limit is missed.
+Exits with 1 where a limit is missed. Going back while the model talks is measured by ``scripts/bench/backtrack.py``.
 """
 
 from __future__ import annotations
