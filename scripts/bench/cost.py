@@ -2,31 +2,38 @@
 
     python scripts/bench/cost.py                      # answers one at a time, in batches of 8 and of 16; one thread
 
-CPU time of one thread, per answer: plain generation, which keeps nothing, then tracing and computing the features of
-the finished answers as runs do it (at most ``pipeline.TRACE_BATCH`` in a pass). Runs with features let generation keep
-what a trace can use again; what that takes more than plain generation is part of every cost. All ways alternate batch
-by batch, so that other work on the machine falls on all of them.
+CPU time of one thread, per answer: plain generation, which keeps nothing, then all that a run does with features, less
+plain generation: a prefill with a graph where relevancy is read, generation that keeps what a trace can use again, the
+trace (at most ``pipeline.TRACE_BATCH`` answers in a pass), the features, and on disk token rows, heat maps and
+thumbnails of all answers with mentions. All ways alternate batch by batch, so that other work on the machine falls on
+all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 import stethoscope
-from stethoscope import testbed
 from stethoscope.adapters.base import Adapter
-from stethoscope.core.types import Answer, Generation
-from stethoscope.evaluation.pipeline import TRACE_BATCH
+from stethoscope.core.types import Generation, Sample
+from stethoscope.evaluation.callbacks import SaveHeatmaps
+from stethoscope.evaluation.pipeline import TRACE_BATCH, without_vectors
+from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
+from stethoscope.loggers.base import Loggers
+from stethoscope.storage.run_dir import RunStore
+from stethoscope.storage.tokens import TokenFiles, token_table
+from stethoscope.tasks.chair import Chair
 from stethoscope.tracing.trace import Encoded
 
-QUESTION = "Please describe this image in detail."
-PLAIN, KEEPING = "generation", "generation that keeps"
-LIMITS = {"fast": 0.15, "forward": None, "default": 0.60, "full": 2.0}
+PLAIN = "generation"
+LIMITS = {"fast": 0.10, "forward": None, "default": 0.60, "full": 1.40}
 
 
 def main() -> None:
@@ -38,19 +45,25 @@ def main() -> None:
     parser.add_argument("--features", nargs="+", default=list(LIMITS), help="names of feature sets")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    adapter, generation = stethoscope.load("testbed"), Generation(max_new_tokens=128)
-    pictures = [scene.image() for scene in testbed.scenes(options.pictures)]
-    encoded = [adapter.encode(picture, QUESTION) for picture in pictures]
+    adapter, task, generation = (
+        stethoscope.load("testbed"),
+        Chair(scenes=options.pictures),
+        Generation(max_new_tokens=128),
+    )
+    task.setup()
+    samples = list(task.samples())
+    encoded = [adapter.encode(sample.image.load(), sample.question) for sample in samples]
     sets = {name: named_set(name) for name in options.features}
-    busy = {size: measure(adapter, encoded, generation, sets, size, options.rounds) for size in options.batches}
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunState(adapter, task, Loggers(), RunStore(Path(folder)))
+        parts = adapter, samples, encoded, generation, sets
+        busy = {size: measure(*parts, size, options.rounds, run) for size in options.batches}
     print("| CPU ms per answer | " + " | ".join(_head(size) for size in options.batches) + " | limit | cost |")
     print("|---|" + "---|" * (len(options.batches) + 2))
     plain = {size: spent.pop(PLAIN) for size, spent in busy.items()}
-    more = {size: max(spent.pop(KEEPING) - plain[size], 0.0) for size, spent in busy.items()}
     print("| generation | " + " | ".join(f"{plain[size] * 1e3:.1f}" for size in options.batches) + " | | |")
-    print("| what it keeps | " + " | ".join(f"{more[size] * 1e3:.1f}" for size in options.batches) + " | | |")
     for name, features in sets.items():
-        costs = {size: busy[size][name] + more[size] for size in options.batches}
+        costs = {size: busy[size][name] - plain[size] for size in options.batches}
         cells = [f"{cost * 1e3:.1f} (+{cost / plain[size]:.0%})" for size, cost in costs.items()]
         limit = LIMITS.get(name)
         print(f"| `{name}` | {' | '.join(cells)} | {'' if limit is None else f'+{limit:.0%}'} | {features.cost} |")
@@ -58,39 +71,49 @@ def main() -> None:
 
 def measure(
     adapter: Adapter,
+    samples: Sequence[Sample],
     encoded: Sequence[Encoded],
     generation: Generation,
     sets: dict[str, FeatureSet],
     size: int,
     rounds: int,
+    run: RunState,
 ) -> dict[str, float]:
-    """CPU seconds per answer of generation in batches of ``size``, and of every feature set on top of it."""
-    answers: list[Answer] = []
-    kept: list[Encoded] = []
+    """CPU seconds per answer of generation in batches of ``size``, and of a run with every feature set."""
+    maps, tables = SaveHeatmaps(), TokenFiles(run.store.run_dir)
 
-    def generate(encoded: Sequence[Encoded]) -> None:
-        adapter.generate(encoded, generation)
+    def generate(prompts: Sequence[Encoded], _: Sequence[Sample]) -> None:
+        adapter.generate(prompts, generation)
 
-    def keep(encoded: Sequence[Encoded]) -> None:
-        answers[:], kept[:] = adapter.generate_with_cache(encoded, generation)
-
-    def trace(features: FeatureSet) -> Callable[[Sequence[Encoded]], None]:
-        def run(encoded: Sequence[Encoded]) -> None:
-            for start in range(0, len(encoded), TRACE_BATCH):
+    def with_features(features: FeatureSet) -> Callable[[Sequence[Encoded], Sequence[Sample]], None]:
+        def answer(prompts: Sequence[Encoded], asked: Sequence[Sample]) -> None:
+            if "relevancy" in features.requires:
+                prompts = adapter.prefill(prompts)
+            answers, kept = adapter.generate_with_cache(prompts, generation)
+            rows = []
+            for start in range(0, len(kept), TRACE_BATCH):
                 few = slice(start, start + TRACE_BATCH)
-                for traced in adapter.trace_batch(kept[few], answers[few], features.requires):
-                    features.compute(traced)
+                traces = adapter.trace_batch(kept[few], answers[few], features.requires)
+                for sample, trace in zip(asked[few], traces, strict=True):
+                    mentions = run.task.label_mentions(sample, trace.answer)
+                    named = [mention is not None for mention in trace.answer.owners(mentions)]
+                    columns = without_vectors(features.compute(trace), named)
+                    rows.append(token_table(run.task.name, sample, trace.answer, mentions, columns))
+                    maps.on_trace(run, sample, trace)
+            tables.append(rows)
 
-        return run
+        return answer
 
-    ways = {PLAIN: generate, KEEPING: keep} | {name: trace(features) for name, features in sets.items()}
+    ways = {PLAIN: generate} | {name: with_features(features) for name, features in sets.items()}
     spent = dict.fromkeys(ways, 0.0)
     for number in range(-1, rounds):  # the first round warms up
         for start in range(0, len(encoded) if number >= 0 else size, size):
+            batch = slice(start, start + size)
             for name, way in ways.items():
                 before = time.process_time()
-                way(encoded[start : start + size])
+                way(encoded[batch], samples[batch])
                 spent[name] += (time.process_time() - before) * (number >= 0)
+    tables.close()
     return {name: seconds / len(encoded) / rounds for name, seconds in spent.items()}
 
 

@@ -65,8 +65,8 @@ def stethoscope(tmp_path, monkeypatch, capsys):
         if code == 0:
             return printed.out
         lines = printed.err.strip().splitlines()
-        said = [line for line in lines if not (line.startswith(HYDRA_PREFACE) or line.endswith(" ..."))]
-        assert not alone or len(said) == 1, printed.err
+        others = [line for line in lines if not (line.startswith(HYDRA_PREFACE) or line.endswith(" ..."))]
+        assert not alone or len(others) == 1, printed.err
         return lines[-1]
 
     return call
