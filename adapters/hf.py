@@ -386,7 +386,7 @@ class HfAdapter(Adapter):
         processors = [] if method is None else method.processors(self, encoded, generation)
         settings = self._generation_config(generation)
         if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
-            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, self.model.device)
+            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
             processors = [suppress, *processors]
             settings.suppress_tokens = None
         return {

@@ -96,10 +96,6 @@ def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator
         return
     kinds = {index: part["kind"] for part in edit.get("removed", ()) for index in part["mentions"]}
     threshold = edit.get("threshold")
-    for event in edit.get("taken_back", ()):
-        label = -1 if truth is None else int(event["object"] not in truth)
-        reason = {"object": event["object"], "probability": event["probability"], "threshold": threshold}
-        yield {**reason, "yes": None, "label": label, "fate": f"taken back with {event['text'].strip()!r}"}
     for index, mention in enumerate(edit["mentions"]):
         doubted = threshold is None or mention["probability"] >= threshold
         if index not in kinds and (threshold is None or not doubted):
