@@ -79,9 +79,11 @@ class Adapter(ABC):
             generation: settings of decoding; what is left open is as in ``core.types.with_limit``.
         """
 
-    def prefill(self, encoded: Sequence[Encoded]) -> list[Encoded]:
+    def prefill(self, encoded: Sequence[Encoded], requires: Collection[str] = ("relevancy",)) -> list[Encoded]:
         """Run prompts before they are answered, and return them with KV caches and the graph for relevancy.
 
+        With ``states`` or ``image_lens`` the pass leaves what these read of the prompt, too; without relevancy nothing
+        is run.
         ``generate`` and ``trace_batch`` go on from there (``Encoded.cache``), so that an answer and its relevancy share
         the pass over the prompt. By default nothing is run; answers and traces are the same either way. The graph
         serves one trace with relevancy, of all prompts that shared a pass; other traces run the prompt again.

@@ -147,13 +147,7 @@ class HfAdapter(Adapter):
             torch.set_num_threads(self.threads)
         self.loading.check_machine()
         device = self.loading.default_device() if self.device == "auto" else self.device
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
-        from_files = not self.random_init and type(self)._load is HfAdapter._load
-        if self.loading.device_map is None and (self.loading.quantize or (from_files and device != "cpu")):
-            # quantised weights cannot be moved afterwards; others would first take their size of host memory
+        if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
             self.loading = replace(self.loading, device_map={"": device})
         model, processor = self._seeded_tiny() if self.random_init else self._load()
         if self.random_init and self.loading.dtype != "auto":
@@ -161,7 +155,10 @@ class HfAdapter(Adapter):
         if self.random_init and self.loading.device_map is not None:
             model = loading.dispatch_model(model, self.loading)
         if self.loading.device_map is None:
-            model = model.to(device)
+            try:
+                model = model.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             if self.max_pixels is not None:
                 limit_pixels(model, processor, self.max_pixels, self.name)
@@ -307,11 +304,11 @@ class HfAdapter(Adapter):
         """See ``Adapter.generate_with_cache``; the models in ``trace.CAUSAL`` return KV caches."""
         return self._answers(encoded, generation, return_cache=True)
 
-    def prefill(self, encoded: Sequence[Encoded]) -> list[Encoded]:
+    def prefill(self, encoded: Sequence[Encoded], requires: Collection[str] = ("relevancy",)) -> list[Encoded]:
         """See ``Adapter.prefill``; the models in ``trace.CAUSAL`` go on from such passes."""
         self.setup()
         with model_faults(f"{self.name} fails to read the prompt"):
-            return self._tracer.prefill.run(encoded)
+            return self._tracer.prefill.run(encoded, requires)
 
     @contextmanager
     def sharing_prefixes(self) -> Iterator[None]:
@@ -386,7 +383,7 @@ class HfAdapter(Adapter):
         processors = [] if method is None else method.processors(self, encoded, generation)
         settings = self._generation_config(generation)
         if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
-            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
+            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, self.model.device)
             processors = [suppress, *processors]
             settings.suppress_tokens = None
         return {

@@ -7,7 +7,7 @@ Generation goes on from the keys and values of this pass, and traces with releva
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.relevancy.shared_passes import PromptPass
 from stethoscope.tracing.hooks import selected
-from stethoscope.tracing.trace import Encoded, PromptCache
+from stethoscope.tracing.trace import PROMPT_REQUIREMENTS, Encoded, PromptCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,13 +41,13 @@ class Prefill:
         self._has_warned = False  # that graphs do not fit
 
     @torch.inference_mode()
-    def run(self, encoded: Sequence[Encoded]) -> list[Encoded]:
-        """Return the prompts with KV caches and graphs, where their model and the memory allow it.
+    def run(self, encoded: Sequence[Encoded], requires: Collection[str]) -> list[Encoded]:
+        """Return the prompts with KV caches and graphs, where relevancy is required and model and memory allow it.
 
         Graphs that do not fit make room for the inputs of layers, which then run again in the backward pass.
         """
         prompts = list(encoded)
-        if not self._forward.causal or not prompts:
+        if "relevancy" not in requires or not self._forward.causal or not prompts:
             return prompts
         longest, room = max(prompt.spans.length for prompt in prompts), _room(self._model)
         if len(prompts) * memory.input_bytes(self._model, longest) > room:
@@ -60,28 +60,30 @@ class Prefill:
                 f"{room / 2**20:,.0f} MiB; for relevancy, layers run again in the backward pass",
                 stacklevel=2,
             )
+        states = not PROMPT_REQUIREMENTS.isdisjoint(requires)
         with selected(self._model):
             for group in self._similar_prompts(prompts):
                 inputs = self._forward.collate([prompts[index] for index in group], "right")
-                graph = PromptPass(self._model, inputs, recompute=recompute)
+                graph = PromptPass(self._model, inputs, recompute=recompute, states=states)
                 for position, index in enumerate(group):
                     own = slice(position, position + 1)
                     layers = tuple((keys[own], values[own]) for keys, values in graph.layers)
                     prompts[index] = replace(prompts[index], cache=PromptCache(layers, graph, position))
         return prompts
 
-    def complete(self, encoded: Sequence[Encoded]) -> tuple[list[Encoded], list[list[int]]]:
+    def complete(self, encoded: Sequence[Encoded], requires: Collection[str]) -> tuple[list[Encoded], list[list[int]]]:
         """Run the prompts that share a graph with none, or with prompts that are not among these.
 
         Returns:
             The prompts, and the indices of those that share a graph, in its order.
         """
         prompts = list(encoded)
-        usable = {index for group in sharing(prompts) for index in group}
+        states = not PROMPT_REQUIREMENTS.isdisjoint(requires)
+        usable = {index for group in sharing(prompts, states) for index in group}
         missing = [index for index in range(len(prompts)) if index not in usable]
-        for index, prompt in zip(missing, self.run([prompts[index] for index in missing]), strict=True):
+        for index, prompt in zip(missing, self.run([prompts[index] for index in missing], requires), strict=True):
             prompts[index] = prompt
-        return prompts, sharing(prompts)
+        return prompts, sharing(prompts, states)
 
     def _similar_prompts(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
         """Yield the indices of prompts that share a pass; those that end in the image are left out."""
@@ -99,8 +101,13 @@ class Prefill:
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def sharing(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """List the indices of prompts that are all those of a graph which is not spent, in the order of the graph."""
+def sharing(encoded: Sequence[Encoded], states: bool) -> list[list[int]]:
+    """List the indices of prompts that are all those of a graph which is not spent, in the order of the graph.
+
+    Args:
+        encoded: the prompts.
+        states: whether only graphs with hidden states count.
+    """
     graphs: dict[int, tuple[PromptPass, dict[int, int]]] = {}
     for index, prompt in enumerate(encoded):
         if prompt.cache is not None and prompt.cache.graph is not None and not prompt.cache.graph.spent:
@@ -108,7 +115,7 @@ def sharing(encoded: Sequence[Encoded]) -> list[list[int]]:
     return [
         [indices[position] for position in sorted(indices)]
         for graph, indices in graphs.values()
-        if len(indices) == len(graph.inputs["input_ids"])
+        if len(indices) == len(graph.inputs["input_ids"]) and (graph.hidden or not states)
     ]
 
 

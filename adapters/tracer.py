@@ -23,7 +23,7 @@ from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer, required
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
-from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache
+from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,
     ImageSimilarityRecorder,
@@ -33,15 +33,13 @@ from stethoscope.tracing.hooks import record
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
-from stethoscope.tracing.trace import CONTINUED_TOKENS, Encoded, PromptCache, Trace, probe_layers
+from stethoscope.tracing.trace import CONTINUED_TOKENS, PROMPT_REQUIREMENTS, Encoded, PromptCache, Trace, probe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLANK_BYTES = 64 * 2**20
 """Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
-_PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
-"""Needs that read rows of the prompt, in the same residual stream as those of the answer."""
 _DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
 _STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
 """Needs that read the residual stream of the rows."""
@@ -126,28 +124,21 @@ class Tracer:
         self._check_requirements(requires)
         sharing: list[list[int]] = []  # prompts of one pass with a graph
         if "relevancy" in requires:
-            encoded, sharing = self.prefill.complete(encoded)
+            encoded, sharing = self.prefill.complete(encoded, requires)
         traces: dict[int, Trace] = {}
-        reads_prompts = not requires.isdisjoint(_PROMPT_REQUIREMENTS)
-        alone = [
-            index for index in range(len(encoded)) if reads_prompts or not any(index in group for group in sharing)
-        ]
-        for group in groups([encoded[index].inputs for index in alone]):
-            indices = [alone[position] for position in group]
-            batch = [encoded[index] for index in indices], [answers[index] for index in indices]
-            traces.update(zip(indices, self._trace_group(*batch, requires), strict=True))
-        for group in sharing:
+        alone = [index for index in range(len(encoded)) if not any(index in group for group in sharing)]
+        batches = groups([encoded[index].inputs for index in alone])
+        whole = [[alone[position] for position in batch] for batch in batches]
+        for group in [*whole, *sharing]:
             batch = [encoded[index] for index in group], [answers[index] for index in group]
-            own = requires if not reads_prompts else frozenset({"relevancy"})
-            for index, trace in zip(group, self._trace_group(*batch, own, shares=True), strict=True):
-                traces[index] = replace(traces[index], relevancy=trace.relevancy) if reads_prompts else trace
+            traces.update(zip(group, self._trace_group(*batch, requires, group in sharing), strict=True))
         for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True)):
             if "relevancy" in requires and traces[index].relevancy is None:
                 traces[index] = replace(traces[index], relevancy=self._relevancy(prompt, answer))
         return [traces[index] for index in range(len(encoded))]
 
     def _check_requirements(self, requires: frozenset[str]) -> None:
-        missing = requires & _PROMPT_REQUIREMENTS
+        missing = requires & PROMPT_REQUIREMENTS
         if self._forward.decoder_start is None or not missing:
             return
         lacking = [item for item in FEATURES.values() if item.requires & missing]
@@ -163,19 +154,19 @@ class Tracer:
         """Trace answers whose prompts make one batch; ``shares`` where these are all those of a pass with a graph."""
         ids = [answer.token_ids for answer in answers]
         consuming = not requires.isdisjoint({"heads", "states", "hidden"})
-        reads_prompts = not requires.isdisjoint(_PROMPT_REQUIREMENTS)
-        with torch.inference_mode(not shares):  # gradients need ordinary tensors
+        graph = required(encoded[0].cache).graph if shares else None
+        reads_prompts = graph is None and not requires.isdisjoint(PROMPT_REQUIREMENTS)
+        with torch.inference_mode(graph is None):  # gradients need ordinary tensors
             prepare = self._forward.full_forward if reads_prompts else self._answer_forward
             forward = prepare(encoded, ids, consuming)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
         attention, states = (
             self._attention_recorder(forward, ids, requires),
-            self._state_recorder(forward, ids, requires),
+            self._state_recorder(forward, ids, requires, graph),
         )
         answer_pass: AnswerPass | None = None
         with ExitStack() as stack:
-            if shares:
-                graph = required(required(encoded[0].cache).graph)
+            if graph is not None:
                 answer_pass = AnswerPass(graph, attention)
                 forward.inputs["past_key_values"] = PrefixCache(graph.layers)
                 stack.enter_context(answer_pass.recorded())
@@ -248,12 +239,20 @@ class Tracer:
         return RowAttentionRecorder(forward.rows, *layout)
 
     def _state_recorder(
-        self, forward: ForwardPass, ids: Sequence[Sequence[int]], requires: frozenset[str]
+        self,
+        forward: ForwardPass,
+        ids: Sequence[Sequence[int]],
+        requires: frozenset[str],
+        graph: PromptPass | None,
     ) -> HiddenStateRecorder | None:
-        if requires.isdisjoint(_PROMPT_REQUIREMENTS):
+        if requires.isdisjoint(PROMPT_REQUIREMENTS):
             return None
-        parts = "states" in requires, "image_lens" in requires
-        return HiddenStateRecorder(self._find_lens(), forward.rows, ids, forward.spans, *parts)
+        parts, lens = ("states" in requires, "image_lens" in requires), self._find_lens()
+        if graph is None:
+            return HiddenStateRecorder(lens, forward.rows, ids, forward.spans, *parts)
+        prompt = [*graph.hidden[:-1], lens.norm(graph.hidden[-1])]
+        rows = forward.rows + graph.length - 1
+        return HiddenStateRecorder(lens, rows, ids, forward.spans, *parts, prompt)
 
     def _find_lens(self) -> Lens:
         if self._lens is None:

@@ -251,8 +251,7 @@ class SamplePipeline:
         traced = self.features is not None or self._editor is not None
         if not traced or "trace" in self._max_batch:  # nothing will be traced, or there is no room to spare
             return self.run.adapter.generate(prompts, self._plain)
-        if "relevancy" in self._requires:
-            prompts = self.run.adapter.prefill(prompts)
+        prompts = self.run.adapter.prefill(prompts, self._requires)
         answers, prompts = self.run.adapter.generate_with_cache(prompts, self._plain)
         for state, encoded in zip(states, prompts, strict=True):
             state.encoded = encoded

@@ -20,16 +20,17 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.core.types import required
 from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Blocks, Grads, Receiver, TracedCall
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
 from stethoscope.relevancy.token_alignment import capture_inputs_embeds
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
 from stethoscope.tracing.trace import CAUSAL
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -127,6 +128,7 @@ class PromptPass:
             tower processes one tile per prompt.
         budget: see ``relevancy_from_inputs``.
         recompute: see ``relevancy_from_inputs``.
+        states: whether to keep hidden states, for which the last layer runs to its end.
 
     Attributes:
         model: the model.
@@ -135,6 +137,7 @@ class PromptPass:
         image: (N,) positions of the image tokens.
         layers: by layer keys and values of the P - 1 tokens, (B, key-value heads, P - 1, d), detached.
         embeds: (B, N, D) image tokens at the input of the language model.
+        hidden: residual stream of the P - 1 tokens before each layer and after the last, (B, P - 1, D) each, if kept.
         recorder: of the pass.
         spent: a backward pass has used the graph.
 
@@ -143,9 +146,16 @@ class PromptPass:
     """
 
     def __init__(
-        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], budget: int | None = None, recompute: bool = True
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        budget: int | None = None,
+        recompute: bool = True,
+        states: bool = False,
     ) -> None:
         self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
+        self.hidden: list[Tensor] = []
+        self._states = states
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
@@ -156,6 +166,7 @@ class PromptPass:
                 record(model, self.recorder),
                 capture_inputs_embeds(model, False) as captured,
                 checkpoint_layers(model, self.recorder.checkpointer, self._run_last),
+                self._recorded_states(),
                 suppress(_PromptRead),
             ):
                 model(**_all_but_last(self.inputs), use_cache=False)
@@ -167,7 +178,28 @@ class PromptPass:
         self.recorder.ends = True
         run = partial(_keys_and_values, function)
         self._last = self.recorder.checkpointer.run_last(run, *arguments, **options)
+        if self._states:
+            with torch.no_grad():
+                output = function(*arguments, **options)
+            self.hidden.append(output[0] if isinstance(output, tuple) else output)
         raise _PromptRead
+
+    @contextmanager
+    def _recorded_states(self) -> Iterator[None]:
+        """Record what enters the layers of the language model within the block, if states are to be kept."""
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            self.hidden.append((arguments[0] if arguments else options["hidden_states"]).detach())
+
+        roles = sites(self.model)
+        layers = [part for part in modules_of(self.model) if isinstance(part, GradientCheckpointingLayer)]
+        own = [layer for layer in layers if roles[id(layer)].role == "language"] if self._states else []
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in own]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def backward(self, seeds: Mapping[str, KeysAndValues], receive: Receiver) -> None:
         """Back-propagate gradients of the keys and values, handing every block of attention to ``receive``.

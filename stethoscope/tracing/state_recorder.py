@@ -47,11 +47,14 @@ class HiddenStateRecorder:
 
     Args:
         lens: holds layers, norm and head.
-        rows: (B, T + 1) positions that predict the T answer tokens, and the position that consumes the last.
+        rows: (B, T + 1) positions in the sequence that predict the T answer tokens, and the position that consumes the
+            last.
         answers: token ids of every answer.
         spans: spans of every prompt.
         states: whether to record ``Trace.states``.
         image_lens: whether to record ``Trace.image_lens``.
+        prompt: hidden states h_0 to h_L of the tokens before the first query of the pass, (B, prefix, D) each; empty
+            where the pass holds the whole prompts.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class HiddenStateRecorder:
         spans: Sequence[Spans],
         states: bool = True,
         image_lens: bool = False,
+        prompt: Sequence[Tensor] = (),
     ) -> None:
+        self._prompt = prompt
         self._lens, self._states, self._image_lens = lens, states, image_lens
         self._rows = [row[: len(ids) + 1] for row, ids in zip(rows, answers, strict=True)]
         self._ids = [torch.tensor(list(ids), dtype=torch.long) for ids in answers]
@@ -100,6 +105,8 @@ class HiddenStateRecorder:
     def _take(self, hidden: Tensor) -> None:
         layer, self._next = self._next, self._next + 1
         hidden = hidden.detach()
+        if self._prompt:
+            hidden = torch.cat([self._prompt[layer], hidden], 1)
         for index, reduced in enumerate(self._reduced):
             positions = [part[index].to(hidden.device) for part in (self._image, self._question, self._rows)]
             image, question, token = (hidden[index, chosen] for chosen in positions)

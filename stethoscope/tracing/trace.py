@@ -55,6 +55,8 @@ more forward pass each (the last one only once for all pictures of a size), ``co
 others come from the traced pass. Models that read the image in an encoder of the language model have no ``states`` and
 no ``image_lens``."""
 
+PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
+"""Parts that read rows of the prompt, in the same residual stream as those of the answer."""
 MENTION_REQUIREMENTS = ("questions", "question_states", "masked", "samples")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
 ``questions`` asks the model whether each object is there, ``question_states`` keeps its states while it is asked, and

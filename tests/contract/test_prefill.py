@@ -69,7 +69,7 @@ def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, e
         pytest.skip("runs no prompt before it is answered")
     pair = adapter.prefill([encoded[0], encoded[0]])
     answers = adapter.generate(pair, GREEDY)
-    (one,) = adapter.trace_batch(pair[1:], answers[1:], ["relevancy", "states"])
+    (one,) = adapter.trace_batch(pair[1:], answers[1:], ["relevancy"])
     shared = len(pair[0].cache.graph.inputs["input_ids"]) == 2
     assert pair[1].cache.graph.spent is not shared
     both = adapter.trace_batch(pair[::-1], answers, ["relevancy"])
@@ -79,6 +79,34 @@ def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, e
     del pair
     gc.collect()
     assert graph() is None
+
+
+def test_states_of_the_prompt_come_from_the_prefill(adapter, encoded, answers):
+    if not reuses(adapter):
+        pytest.skip("runs no prompt before it is answered")
+    requires = ("heads", "states", "image_lens")
+    prompts = adapter.prefill(encoded, (*requires, "relevancy"))
+    assert all(prompt.cache.graph.hidden for prompt in prompts)
+    assert not any(prompt.cache for prompt in adapter.prefill(encoded, requires))
+    calls = []
+    count = adapter.model.register_forward_pre_hook(
+        lambda module, given, options: calls.append("pixel_values" in options), with_kwargs=True
+    )
+    traces = adapter.trace_batch(prompts, answers, (*requires, "relevancy"))
+    count.remove()
+    assert not any(calls)  # no picture is read again
+    for trace, other in zip(traces, adapter.trace_batch(encoded, answers, requires), strict=True):
+        for name in ("patch_top", "patch_peak", "prefix", "image_probability", "instruction_probability"):
+            part, expected = getattr(trace.states, name), getattr(other.states, name)
+            assert part.shape == expected.shape
+            assert (part - expected).abs().max() <= 5e-5 * max(1, expected.abs().max()), name
+        for name in ("token", "image", "instruction", "prompt_end"):
+            for layer, expected in getattr(other.states, name).items():
+                part = getattr(trace.states, name)[layer]
+                assert (part - expected).abs().max() <= 5e-5 * max(1, expected.abs().max()), name
+        assert torch.equal(trace.states.sinks, other.states.sinks)
+        assert (trace.image_lens - other.image_lens).abs().max() <= 5e-5
+        assert (trace.heads.mass - other.heads.mass).abs().max() <= 5e-5
 
 
 def test_relevancy_from_inputs_is_that_of_a_whole_pass(adapter, encoded, answers):
