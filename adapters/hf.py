@@ -147,7 +147,13 @@ class HfAdapter(Adapter):
             torch.set_num_threads(self.threads)
         self.loading.check_machine()
         device = self.loading.default_device() if self.device == "auto" else self.device
-        if self.loading.quantize and self.loading.device_map is None:  # quantised weights cannot be moved afterwards
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
+        from_files = not self.random_init and type(self)._load is HfAdapter._load
+        if self.loading.device_map is None and (self.loading.quantize or (from_files and device != "cpu")):
+            # quantised weights cannot be moved afterwards; others would first take their size of host memory
             self.loading = replace(self.loading, device_map={"": device})
         model, processor = self._seeded_tiny() if self.random_init else self._load()
         if self.random_init and self.loading.dtype != "auto":
@@ -155,10 +161,7 @@ class HfAdapter(Adapter):
         if self.random_init and self.loading.device_map is not None:
             model = loading.dispatch_model(model, self.loading)
         if self.loading.device_map is None:
-            try:
-                model = model.to(device)
-            except (RuntimeError, AssertionError) as error:
-                raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
+            model = model.to(device)
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             if self.max_pixels is not None:
                 limit_pixels(model, processor, self.max_pixels, self.name)
@@ -383,7 +386,7 @@ class HfAdapter(Adapter):
         processors = [] if method is None else method.processors(self, encoded, generation)
         settings = self._generation_config(generation)
         if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
-            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, self.model.device)
+            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
             processors = [suppress, *processors]
             settings.suppress_tokens = None
         return {

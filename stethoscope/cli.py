@@ -15,6 +15,11 @@ from stethoscope.core.errors import ConfigError, StethoscopeError, unknown
 from stethoscope.core.system import Terminated, disk_faults, ended_by_signal, rank, tolerate_closed_output, world_size
 from stethoscope.core.text import logged_to_stderr, one_line, visible_output
 
+HELP = ("-h", "--help", "help")
+SILENT = ("list",)
+"""Commands that answer at once."""
+SHOWS_ONLY = ("-c", "--cfg", "-i", "--info", "-p", "--package", "--resolve", "-sc", "--shell-completion")
+"""Hydra's options that only show something."""
 INTERRUPTED, TERMINATED, USER_ERROR = 130, 143, 2
 TOGETHER = ("benchmark", "evaluate", "extract", "mitigate")
 """Commands that several processes do together, under ``torchrun`` or ``accelerate launch``; others the first does."""
@@ -81,7 +86,11 @@ def _dispatch(arguments: list[str]) -> None:
     command, rest = (words[0], [*words[1:], *flags]) if words else ("--help", [])
     if rank() and command not in TOGETHER:
         return
-    if command in ("-h", "--help", "help"):
+    known = command in HYDRA_COMMANDS or command in PLAIN_COMMANDS
+    if known and command not in SILENT and not rank() and not {*HELP, *SHOWS_ONLY} & set(rest):
+        # the libraries of most commands take seconds to load
+        print(f"{command}: loading libraries ...", file=sys.stderr, flush=True)
+    if command in HELP:
         print(_help())
     elif command in ("-V", "--version"):
         print(f"stethoscope {__version__}")

@@ -247,7 +247,7 @@ def _generate(
             case Final(answer=answer):  # its mentions are diagnosed with everything else
                 return answer
         if time.perf_counter() - last_update > PAUSE:
-            yield payload.partial_answer(question.text, tokens, mentions, threshold), None
+            yield payload.partial_answer(question.text, tokens, mentions, threshold, taken), None
             last_update = time.perf_counter()
     raise AssertionError("a stream ends with its answer")
 

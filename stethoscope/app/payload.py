@@ -18,7 +18,7 @@ from stethoscope.diagnosis.render import mention_payload, payload
 
 if TYPE_CHECKING:
     from stethoscope.diagnosis import Diagnosis
-    from stethoscope.streaming import MentionCompleted, Token
+    from stethoscope.streaming import MentionCompleted, TakenBack, Token
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,11 @@ def without_folders(text: str) -> str:
 
 
 def partial_answer(
-    question: str, tokens: Sequence[Token], mentions: Sequence[MentionCompleted], threshold: float | None
+    question: str,
+    tokens: Sequence[Token],
+    mentions: Sequence[MentionCompleted],
+    threshold: float | None,
+    taken: Sequence[TakenBack] = (),
 ) -> str:
     """Encode the part of an answer that has been generated so far.
 
@@ -92,6 +96,7 @@ def partial_answer(
         tokens: of the answer so far.
         mentions: objects that they name, so far.
         threshold: of the detector that scores while the answer is generated; None without one.
+        taken: what was taken back, which is struck out where it stood.
     """
     text = "".join(token.text for token in tokens)
     rows: list[dict[str, Any]] = [
@@ -106,9 +111,9 @@ def partial_answer(
         {**mention_payload(mention.object, mention.tokens, None), "probability": round(probability, 4)}
         for mention, probability in scored
     ]
-    return encode(
-        "writing", asked=question, text=text, tokens=rows, mentions=shown, threshold=threshold, status="writing …"
-    )
+    struck = [[event.start, event.text] for event in sorted(taken, key=lambda event: event.start)]
+    parts = {"tokens": rows, "mentions": shown, "threshold": threshold, "struck": struck}
+    return encode("writing", asked=question, text=text, status="writing …", **parts)
 
 
 def diagnosed_answer(

@@ -237,6 +237,8 @@ def check_model(arguments: Sequence[str]) -> None:
         )
         return
     print(_table(adapter.name, need, config, devices))
+    if need.shipped:
+        print("from the sizes that come with this package: the model's own config.json is not in the cache")
     shares = adapter.can_share_prefixes()
     print(f"reads a picture {'once for all questions about it in a row' if shares else 'again for every question'}")
     print(f"relevancy {'goes back through generation and trace' if shares else 'runs prompt and answer again'}")
@@ -248,12 +250,13 @@ def _compose(arguments: Sequence[str]) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     from stethoscope.commands.command_line import spell
+    from stethoscope.commands.overrides import complete_choices
     from stethoscope.core.component import compose
 
     wrong = next((argument for argument in arguments if "=" not in argument or argument.startswith("-")), None)
     if wrong is not None:
         raise ConfigError(f"doctor takes settings as model=llava-1.5-7b, got {wrong!r}")
-    overrides = list(filter(None, (spell(argument, "doctor") for argument in arguments)))
+    overrides = list(filter(None, (spell(argument, "doctor") for argument in complete_choices(arguments))))
     try:
         config = compose(overrides, "doctor")
     except (HydraException, OmegaConfBaseException) as error:

@@ -336,6 +336,7 @@ class Memory:
         weights: of all weights, as they would be stored.
         cache: of the KV cache and the logits of a step during generation.
         relevancy: of the backward pass of one answer's relevancy, roughly.
+        shipped: counted from sizes that come with this package, not from the model's own configuration.
     """
 
     parameters: int
@@ -343,6 +344,7 @@ class Memory:
     weights: int
     cache: int
     relevancy: int
+    shipped: bool = False
 
     @property
     def total(self) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Resamples
 from stethoscope.metrics.ranking import FloatOrArray, Ranking
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONTROL_WIDTH = 10  # token positions per bin, as in the published position-controlled re-evaluation
 AREAS = ("auroc", "auroc_controlled", "auroc_same_position", "auroc_within_word", "auroc_matched")
@@ -40,7 +43,7 @@ METRICS = {
 def control_bins(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return (rows,) integer bins by controlled AUROC; only mentions of equal bins are compared."""
     positions = rows["token"].to_numpy(dtype=int)
-    objects = pd.factorize(rows["object"])[0]
+    objects = np.unique(rows["object"].to_numpy(dtype=str), return_inverse=True)[1]
     wide = positions // CONTROL_WIDTH
     return {
         "auroc_controlled": wide,

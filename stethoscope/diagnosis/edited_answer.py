@@ -91,15 +91,12 @@ def edit_payload(edit: Mapping[str, Any], after: str, truth: Collection[str] | N
 def _reasons(edit: Mapping[str, Any], truth: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """Yield every mention that was removed, or that reached the threshold and stayed, with the reason for it."""
     for mention in edit.get("taken_back", ()):
-        yield {**_reason(mention, truth), "threshold": None, "fate": "taken back while it was written"}
+        taken = {"threshold": edit.get("threshold"), "fate": "taken back while it was written"}
+        yield {**_reason(mention, truth), **taken}
     if "taken_back" in edit:
         return
     kinds = {index: part["kind"] for part in edit.get("removed", ()) for index in part["mentions"]}
     threshold = edit.get("threshold")
-    for event in edit.get("taken_back", ()):
-        label = -1 if truth is None else int(event["object"] not in truth)
-        reason = {"object": event["object"], "probability": event["probability"], "threshold": threshold}
-        yield {**reason, "yes": None, "label": label, "fate": f"taken back with {event['text'].strip()!r}"}
     for index, mention in enumerate(edit["mentions"]):
         doubted = threshold is None or mention["probability"] >= threshold
         if index not in kinds and (threshold is None or not doubted):

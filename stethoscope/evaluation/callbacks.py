@@ -79,9 +79,13 @@ class Progress(Callback):
         self.every = every
         self._bar: Any = None
 
+    def on_run_start(self, run: RunState) -> None:
+        """Say what is done before the first sample."""
+        self._console = console(stderr=True)
+        self._say(f"{run.task.name}: reading the questions, loading {run.adapter.name} ...")
+
     def on_task_start(self, run: RunState) -> None:
         """Start the bar."""
-        self._console = console(stderr=True)
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
             self._start_bar(run)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.text import console
-from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.given_answers import describe
 from stethoscope.report.metrics_tables import detector_tables, task_table
 from stethoscope.report.run_source import read_warnings
@@ -15,6 +14,7 @@ from stethoscope.report.tables import Table, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from stethoscope.detection.detector_results import DetectorResults
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.storage.run_dir import RunStore
 

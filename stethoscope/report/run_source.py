@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from stethoscope.core.errors import ArtefactError, unknown
 from stethoscope.core.files import check_shape, read_jsonl, read_yaml
@@ -27,6 +26,8 @@ from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from stethoscope.storage.records import Record
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
@@ -148,6 +149,8 @@ class RunReader:
         Raises:
             ArtefactError: a line of it is damaged, or there is none, though the run has a detector.
         """
+        import pandas as pd  # which only reports need, and `evaluate` prints a table of this module
+
         rows = read_warnings(self.folder)
         if self.detector and not rows:
             raise ArtefactError(
@@ -296,6 +299,8 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     """
     if not (source.folder / "detector" / "manifest.json").is_file() or source.held_out["label"].nunique() < 2:
         return []
+    import pandas as pd
+
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.evidence_prior import EXTERNAL
     from stethoscope.features.columns import keep_columns

@@ -74,7 +74,9 @@ def pope_questions(scenes: Sequence[Scene], split: str, *, seed: int = 0, per_sc
     """
     if split not in POPE_SPLITS:
         raise ValueError(f"split must be one of {', '.join(POPE_SPLITS)}, got {split!r}")
-    popularity = collections.Counter(name for scene in scenes for name in scene.visible)
+    popularity: collections.Counter[str] = collections.Counter()
+    if split == "popular":
+        popularity.update(name for scene in scenes for name in scene.visible)
     records: list[dict[str, Any]] = []
     for scene in scenes:
         rng = random.Random(f"pope/{seed}/{scene.id}")

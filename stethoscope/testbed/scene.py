@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -88,7 +88,7 @@ class Scene:
     noise: float
     mode: str
 
-    @property
+    @cached_property
     def visible(self) -> tuple[str, ...]:
         """Categories that are in the picture."""
         return tuple(o.category for o in self.objects if o.visible)

@@ -251,6 +251,11 @@ def decode_with_offsets(
     """
     ids = list(ids)
     text = decode(ids)
+    if len(ids) > 2 * CONTEXT and "\ufffd" not in text:  # in linear time, unless characters are incomplete
+        growing = GrowingText(decode)
+        tokens = [growing.add(token) for token in ids]
+        if "".join(part for part, _, _ in tokens) == text.lstrip():
+            return text.lstrip(), tuple((start, end) for _, start, end in tokens)
     ends, end = [], 0
     for count in range(1, len(ids)):
         prefix = decode(ids[:count])

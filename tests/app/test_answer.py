@@ -102,6 +102,24 @@ def test_a_mitigated_answer_is_shown_beside_what_it_was(pool, reader, picture_fi
     assert "unknown mitigation 'drip'" in json.loads(list(answer.ask(pool, question, reader))[-1][0])["text"]
 
 
+def test_what_is_taken_back_is_struck_out_while_the_answer_is_written(pool, reader, picture_file, monkeypatch):
+    monkeypatch.setattr(answer, "PAUSE", 0)
+    question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation(), mitigation="backtrack")
+    shown = [json.loads(step) for step, _ in answer.ask(pool, question, reader)]
+    written = [one for one in shown if one["kind"] == "writing"]
+    struck = written[-1]["struck"]
+    assert struck
+    assert written[0]["struck"] == []
+    for start, text in struck:  # it went on from there in other words
+        assert 0 < start <= len(shown[-1]["text"])
+        assert not shown[-1]["text"][start:].startswith(text)
+    removed = [text for kind, text in shown[-1]["edit"]["before"] if kind == "removed"]
+    assert sorted(removed) == sorted(text for _, text in struck)
+    assert [reason["fate"] for reason in shown[-1]["edit"]["reasons"]] == ["taken back while it was written"] * len(
+        struck
+    )
+
+
 def test_the_detector_that_judges_is_chosen_by_name(pool, reader, picture_file):
     assert pool.detector_names == ["auto", "none", BUNDLED, "small"]
     question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation())

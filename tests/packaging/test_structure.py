@@ -72,6 +72,31 @@ def test_no_two_modules_have_one_name():
     assert {name for name, count in counts.items() if count > 1} <= SEVERAL
 
 
+FIRST_LINE = """
+import sys
+
+class Watch:
+    def write(self, text):
+        if text.strip():
+            heavy = [name for name in ("torch", "pandas", "sklearn", "transformers", "hydra") if name in sys.modules]
+            sys.__stdout__.write(f"{text.strip()} {heavy}\\n")
+            sys.__stdout__.flush()
+            sys.__stdout__ = open("/dev/null", "w")
+    def flush(self): pass
+    def isatty(self): return False
+
+sys.stderr = Watch()
+from stethoscope.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("arguments", [["train", "run=nowhere"], ["compare", "nowhere"]])
+def test_the_first_line_comes_before_any_library_is_loaded(arguments):
+    done = subprocess.run([sys.executable, "-c", FIRST_LINE, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[0] == f"{arguments[0]}: loading libraries ... []"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "features"]], ids=" ".join)
 def test_light_commands_import_no_torch_and_answer_at_once(arguments):
     script = (

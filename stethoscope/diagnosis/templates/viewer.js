@@ -47,10 +47,12 @@ function warned(mention) {
 
 function write() {
   let done = 0;
-  const parts = [];
+  const parts = [], struck = [...(data.struck || [])];
+  const strike = (end) => { while (struck.length && struck[0][0] <= end) parts.push(make("del", struck.shift()[1], "st-struck")); };
   data.tokens.forEach((token, index) => {
     const [start, end] = token.span;
     if (start >= end || start < done) return;
+    strike(done);
     if (start > done) parts.push(document.createTextNode(data.text.slice(done, start)));
     const span = make("span", data.text.slice(start, end), "st-t");
     span.dataset.token = index;
@@ -62,6 +64,7 @@ function write() {
     done = end;
   });
   parts.push(document.createTextNode(data.text.slice(done)));
+  strike(Infinity);
   if (data.kind === "writing") parts.push(make("span", "", "st-caret"));
   $("answer").replaceChildren(...parts);
 }

@@ -217,9 +217,12 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
 
 def test_the_command_without_files_or_network(doctor, monkeypatch):
     monkeypatch.setattr("stethoscope.adapters.loading._hub_reachable", lambda: False)
+    printed = doctor("model=owner/unknown-7b")
+    assert printed.startswith("note  unknown-7b: nothing to count")
+    assert "hf download owner/unknown-7b config.json" in printed
     printed = doctor("model=llava-1.5-7b")
-    assert printed.startswith("note  llava-1.5-7b: nothing to count")
-    assert "hf download llava-hf/llava-1.5-7b-hf config.json" in printed
+    assert "7,063,427,072 in float16" in printed
+    assert "from the sizes that come with this package" in printed
     assert "fits on" in doctor("model=llava-1.5-7b", "model.random_init=tiny")
     printed = doctor("model=qwen2-vl-2b", "model.random_init=tiny")
     assert "reads a picture again for every question\nrelevancy runs prompt and answer again" in printed

@@ -38,12 +38,12 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, tmp_path
     adapter.fails = {3}
     Evaluator([Progress(every=0)], batch_size=4, run_dir=tmp_path).run(adapter, TinyTask())
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "tiny: 10 samples"
-    assert lines[1].startswith("tiny: 4/10, ")
-    assert lines[1].endswith(" left, 1 failed")
+    assert lines[:2] == ["tiny: reading the questions, loading tiny ...", "tiny: 10 samples"]
+    assert lines[2].startswith("tiny: 4/10, ")
+    assert lines[2].endswith(" left, 1 failed")
     assert lines[-1].startswith("tiny: 10/10 in 0 s, ")
     Evaluator([Progress()], run_dir=tmp_path).run(TinyAdapter(), TinyTask())
-    assert capsys.readouterr().err.splitlines()[0] == "tiny: 10 samples, 9 of them need nothing more"
+    assert capsys.readouterr().err.splitlines()[1] == "tiny: 10 samples, 9 of them need nothing more"
 
 
 @pytest.mark.parametrize("interrupt", [None, 5])
