@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stethoscope.core.component import import_name
 from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
 from stethoscope.core.json_rows import read_json, read_text, shown
 from stethoscope.tasks import object_extraction
+from stethoscope.tasks.name_prefixes import NamePrefixes
 from stethoscope.tasks.noun_extraction import CommonNouns, NounExtractor, Vocabulary
 from stethoscope.tasks.object_extraction import OBJECTS, MentionExtractor, TextMention
 
@@ -67,6 +69,14 @@ class Extraction:
             else frozenset(names)
         )
 
+    @cached_property
+    def name_prefixes(self) -> NamePrefixes | None:
+        """Prefixes of all names, by which tokens are known that can begin one; None where any word can."""
+        return None if self.name_forms is None else NamePrefixes(self.name_forms())
+
+
+_COCO = Extraction(COCO, object_extraction.mentions, OBJECTS, name_forms=object_extraction.name_forms)
+
 
 def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str = "extraction") -> Extraction:
     """Make the extraction that a setting names; the choices are those of this module.
@@ -83,7 +93,7 @@ def load_extraction(choice: str, plugins: Iterable[str] | None = None, key: str 
     text = str(choice or "").strip()
     kind, _, rest = text.partition(":")
     if text == COCO:
-        return Extraction(COCO, object_extraction.mentions, OBJECTS, name_forms=object_extraction.name_forms)
+        return _COCO
     if kind == AMBER:
         return _amber(rest, key)
     if kind == NOUNS:

@@ -27,9 +27,9 @@ class Token:
         start: first character of ``text`` in the answer.
         end: last character + 1.
         logprob: natural log of its probability under the model's own distribution.
-        probability: score of the detector, in [0, 1], higher means hallucinated; None without a detector. Detectors
-            learn from objects that answers name, so it is a probability only where an object's name begins, and no
-            warning by itself: ``MentionCompleted`` is.
+        probability: score of the detector, in [0, 1], higher means hallucinated, where the name of an object can begin,
+            which is what detectors learn from. None elsewhere, and without a detector. Where only the next token tells
+            whether a name begins (" a" of " airplane"), ``MentionCompleted`` alone has it; that is the warning, too.
     """
 
     index: int
@@ -173,7 +173,7 @@ class MentionTracker:
         return sorted(complete, key=lambda mention: mention.start)
 
     def add(
-        self, mention: TextMention, spans: Sequence[tuple[int, int]], probabilities: Sequence[float]
+        self, mention: TextMention, spans: Sequence[tuple[int, int]], probabilities: Sequence[float | None]
     ) -> MentionCompleted:
         """Add a mention with its probability.
 

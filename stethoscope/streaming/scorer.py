@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,6 @@ from stethoscope.core.types import Answer
 from stethoscope.diagnosis.run_diagnosis import feature_set
 from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
-from stethoscope.features.common import token_logprob
 from stethoscope.features.registry import as_columns
 from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.tracing.trace import SEGMENTS
@@ -37,7 +37,10 @@ HISTORY = frozenset(
 
 
 class Scorer:
-    """Features and warning probability of the tokens of one answer.
+    """Features and warning probability of tokens of one answer.
+
+    Only the tokens that are asked for cost anything. What their features need of all others is counted here or kept by
+    the recorder: occurrences, and for ``HISTORY`` every step.
 
     Args:
         detector: fitted; only the features that it reads are computed, not the whole table that it was fitted on.
@@ -45,7 +48,6 @@ class Scorer:
 
     Attributes:
         requires: parts that the steps must record.
-        logprobs: natural log-probabilities of the tokens that were scored last.
         lookahead: 1 if a token can be scored only after the next step has read it, else 0.
         batch_size: number of tokens that are scored at a time.
 
@@ -66,51 +68,64 @@ class Scorer:
         self._fast: FastFeatures | None = None
         self._simple = FAST_FEATURES.issuperset(features.names)
         self._indices: list[int] = []  # of the detector's columns among those that are computed
-        self.logprobs: list[float] = []
+        self._counted: list[tuple[int, float, int]] = []  # ``COUNTED`` of every token so far
         self._seen: dict[int, int] = {}  # occurrences by token
-        self._rows: list[np.ndarray] = []
+        self._rows: dict[int, np.ndarray] = {}  # by token, of those that were scored
 
-    def score(self, steps: StepRecorder, ids: Sequence[int], start: int) -> np.ndarray:
-        """Compute the probabilities of the newest tokens, in [0, 1]; higher means hallucinated.
+    def score(self, steps: StepRecorder, ids: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+        """Compute the probabilities of some tokens, in [0, 1]; higher means hallucinated.
 
         Args:
             steps: recorder of all tokens, and of ``lookahead`` more.
             ids: all tokens up to the last that is scored.
-            start: index of the first that is scored.
+            indices: of the tokens to score, ascending, all later than those of the last call.
 
         Raises:
             CapabilityError: the model does not give what the detector reads.
             CaptureError: a value is not finite.
         """
-        if self._fast is None and self._simple:
-            self._fast = FastFeatures(steps, self._features)
-        fast = self._fast
-        first, counted = start, self._count(ids, start)
+        self._count(ids)
         parts: list[np.ndarray] = []
-        self.logprobs = []
-        while start < len(ids):
-            steps_batch = steps.next_batch(start, len(ids)) if fast is not None else []
-            stop = start + len(steps_batch) if steps_batch else len(ids)
-            given = counted[start - first : stop - first]
-            if fast is not None and steps_batch and fast.supports(steps_batch, start):
-                parts.append(fast.rows(steps_batch, ids[start:stop], start, given))
-                self.logprobs += fast.logprobs.tolist()
-                steps.discard(stop)
-            else:
-                parts.append(self._traced(steps, ids[:stop], start, given))
-            start = stop
+        for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+            run = [index for _, index in group]
+            self.skip(steps, run[0])
+            parts += self._score_run(steps, ids[: run[-1] + 1], run[0])
+        if not parts:
+            return np.zeros(0)
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # a finite sum is a cheap sufficient check; fall back to the full scan
         if not math.isfinite(np.add.reduce(rows, None)) and not np.isfinite(rows).all():
             name = self._features[int(np.isfinite(rows).all(0).argmin())]
             raise CaptureError(f"feature {name!r} gave a value that is not finite")
-        self._rows.append(rows)
+        self._rows.update(zip(indices, rows, strict=True))
         return self._predict(rows)
+
+    def skip(self, steps: StepRecorder, stop: int) -> None:
+        """Let the recorder release the steps before ``stop`` that are never scored, unless others need them."""
+        if not self._history:
+            steps.discard(stop)
+
+    def _score_run(self, steps: StepRecorder, ids: Sequence[int], start: int) -> list[np.ndarray]:
+        """Compute the detector's columns (T, features) of all tokens from ``start`` on, in parts."""
+        if self._fast is None and self._simple:
+            self._fast = FastFeatures(steps, self._features)
+        fast = self._fast
+        parts: list[np.ndarray] = []
+        while start < len(ids):
+            steps_batch = steps.next_batch(start, len(ids)) if fast is not None else []
+            stop = start + len(steps_batch) if steps_batch else len(ids)
+            counted = self._counted[start:stop]
+            if fast is not None and steps_batch and fast.supports(steps_batch, start):
+                parts.append(fast.rows(steps_batch, ids[start:stop], start, counted))
+                steps.discard(stop)
+            else:
+                parts.append(self._traced(steps, ids[:stop], start, counted))
+            start = stop
+        return parts
 
     def _traced(self, steps: StepRecorder, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
         """Compute the detector's columns (T, features) from a trace of the tokens from ``start`` on."""
         trace = self._trace(self._own, steps, ids, start)
-        self.logprobs += token_logprob(trace).tolist()
         computed = [(item, item.function(trace)) for item in self._own]
         if self._history:
             full_trace = self._trace(self._history, steps, ids, 0)
@@ -132,24 +147,28 @@ class Scorer:
         return steps.trace(start, _unread(ids[start:]), requires, bool(self.lookahead))
 
     def rewind(self, ids: Sequence[int]) -> None:
-        """Go back to the tokens of ``ids``, or fewer if fewer have been scored."""
-        rows = np.concatenate(self._rows)[: len(ids)] if self._rows else np.zeros((0, len(self._features)))
-        self._rows, self._seen = [rows], dict(Counter(ids[: len(rows)]))
+        """Go back to the tokens of ``ids``."""
+        del self._counted[len(ids) :]
+        self._seen = dict(Counter(ids[: len(self._counted)]))
+        self._rows = {index: row for index, row in self._rows.items() if index < len(ids)}
 
-    def _count(self, ids: Sequence[int], start: int) -> list[tuple[int, float, int]]:
-        """Compute ``COUNTED`` for the tokens from ``start`` on, once per token."""
-        rows, seen = [], self._seen
-        for index, token in enumerate(ids[start:], start):
-            before = seen.get(token, 0)
-            rows.append((index, math.log1p(index), before))
-            seen[token] = before + 1
-        return rows
+    def _count(self, ids: Sequence[int]) -> None:
+        """Compute ``COUNTED`` of the tokens that have not been counted."""
+        seen = self._seen
+        for index in range(len(self._counted), len(ids)):
+            before = seen.get(ids[index], 0)
+            self._counted.append((index, math.log1p(index), before))
+            seen[ids[index]] = before + 1
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """Return (T,) columns as in the detector's table; those that it does not read are missing values."""
-        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, len(self._features)))
-        read = dict(zip(self._features, rows.T, strict=True))
-        return {name: read.get(name, np.full(len(rows), np.nan)) for name in self._table}
+    def columns(self, count: int) -> dict[str, np.ndarray]:
+        """Return (count,) columns as in the detector's table, with missing values where nothing was computed."""
+        columns = {name: np.full(count, np.nan) for name in self._table}
+        indices = [index for index in self._rows if index < count]
+        if indices:
+            rows = np.stack([self._rows[index] for index in indices])
+            for name, values in zip(self._features, rows.T, strict=True):
+                columns[name][indices] = values
+        return columns
 
 
 def smallest_delay(detector: Detector) -> int | None:
@@ -219,16 +238,13 @@ _GROW = 512
 class FastFeatures:
     """Fast path that computes features of decoding steps with numpy, on the CPU and in float32.
 
-    It skips the trace and gives the values of the feature functions within 1e-4. With it warnings add 14 to 24 % of CPU
-    time per token on the embedded test-bed model (``scripts/bench/stream.py``); it was not measured on a GPU. All other
-    cases compute the features from a trace.
+    It skips the trace and gives the values of the feature functions within 1e-4. With it a token that is scored takes
+    about a quarter more CPU time on the embedded test-bed model (``scripts/bench/stream.py``); it was not measured on a
+    GPU. All other cases compute the features from a trace.
 
     Args:
         steps: recorder of the answer.
         columns: of the detector, all of ``FAST_FEATURES``.
-
-    Attributes:
-        logprobs: (T,) natural log-probabilities of the tokens that were read last.
     """
 
     def __init__(self, steps: StepRecorder, columns: Sequence[str]) -> None:
@@ -237,11 +253,10 @@ class FastFeatures:
         self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)
         self._members = np.zeros((0, len(SEGMENTS)), np.float32)
         self._fits: bool | None = None  # whether the model is supported; unknown before the first step
-        self.logprobs = np.zeros(0, np.float32)
 
     def supports(self, steps_batch: Sequence[Step], start: int) -> bool:
         """Decide whether these steps, of the tokens from ``start`` on, can be read here and are few enough."""
-        if not steps_batch[0].deferred:
+        if not steps_batch[0].deferred or (self._decodes and not self._steps.lens.checked):  # a trace checks it
             return False
         if self._fits is None:
             self._fits = self._set_up(steps_batch[0], self._steps.logits[start])
@@ -262,8 +277,8 @@ class FastFeatures:
             self._slices[name] = slice(len(names), len(names) + width)
             single = name in (*_UNCERTAINTY, *COUNTED, "svar")
             names += [name] if single else [f"{name}_l{layer:02d}" for layer in range(width)]
-        if not set(self._columns) <= set(names) or (self._decodes and not self._steps.lens.checked):
-            return False  # computing a trace reports the reason, and checks the lens
+        if not set(self._columns) <= set(names):
+            return False  # computing a trace reports the reason
         self._width, self._indices = len(names), np.array([names.index(column) for column in self._columns])
         if len({(*row.query.shape, row.keys.scaling) for row in rows}) > 1:  # layers of different kinds
             return False
@@ -286,7 +301,6 @@ class FastFeatures:
         self._read_predictions(steps_batch, ids, start, counted, out)
         if self._attends:
             self._read_attention(steps_batch, start, out)
-        self.logprobs = -out[:, 0]
         return out.take(self._indices, 1)
 
     def _read_predictions(

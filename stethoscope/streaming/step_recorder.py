@@ -3,11 +3,12 @@
 The forward pass of step k reads token k - 1 and predicts token k, so its last query is row k of a trace of the finished
 answer. It is recorded while the model generates with its cache, without another pass. While a step runs only references
 are kept (its query, logits, residual stream). Maps are computed on request, for all steps since the last request in one
-batch, from the keys of the newest step. Where this is impossible they are computed at once: the row of the prompt,
-calls with a mask or a position bias, and keys that a sliding window has dropped.
+batch, from the keys of the newest step. Where this is impossible they are computed at once: calls with a mask or a
+position bias, and keys that a sliding window has dropped.
 
-Deferring maps is a fast path: with it warnings add 14 to 24 % of CPU time per token on the embedded test-bed model
-(``scripts/bench/stream.py``). It was not measured on a GPU.
+Deferring maps is a fast path, and steps of tokens that are not scored cost little more than their references: warnings
+add 8 to 10 % of CPU time per token on the embedded test-bed model (``scripts/bench/stream.py``). It was not measured on
+a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,8 @@ _PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first
 _GROW = 512
 _NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
 _NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # tolerance against the model file's attention, in float32 and other dtypes
+_checked: WeakKeyDictionary[nn.Module, tuple[tuple[float, torch.dtype], bool]] = WeakKeyDictionary()
+"""Scaling and dtype of attention modules, and whether softmax(scaling q k) is their map."""
 
 
 @dataclass
@@ -218,37 +222,37 @@ class StepRecorder(AttentionRecorder):
         batch, heads, queries, _ = query.shape
         if batch > 1:
             raise CaptureError(f"{batch} prompts are generated at once; warnings support one prompt at a time")
-        plain = queries == 1 and mask is None
+        plain = mask is None  # the last query, the only one that is read, attends to all keys
         if plain:
             keys = self._keys.get(site.name) or self._check_formula(call)
             plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # otherwise a window has dropped some
         if plain:
             keys.newest = key
-            self._rows[site.role].append(DeferredAttention(query, keys))
-            if heads == key.shape[1] and not options.get("dropout"):  # all that transformers' function does here
+            own = query if queries == 1 else query[:, :, -1:].clone()
+            self._rows[site.role].append(DeferredAttention(own, keys))
+            if (
+                queries == 1 and heads == key.shape[1] and not options.get("dropout")
+            ):  # all that transformers' function does here
                 output = scaled_dot_product_attention(query, key, value, scale=options.get("scaling"))
                 return output.transpose(1, 2).contiguous(), None
             return call.sdpa()
         output, _ = call.sdpa()  # the same tokens as without a recorder
         self._deferred = False
-        if queries > 1:
-            last = torch.tensor([[queries - 1]])
-            row = call.eager_rows(last)[0, :, 0]
-        else:
-            row = call.eager()[1][0, :, 0]
-        self._rows[site.role].append(row)
+        self._rows[site.role].append(_last_row(call))
         return output, None
 
     def _check_formula(self, call: AttentionCall) -> Keys:
-        """Check once per module and answer whether softmax(scaling q k) is the map."""
+        """Decide whether softmax(scaling q k) is the map, checked at the first call of a module."""
         query, key, options = call.query, call.key, call.options
         keys = self._keys[call.site.name] = Keys()
         if not self._encoder and all(options.get(name) is None for name in _NOT_PLAIN):
             keys.scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-            expected = call.eager()[1][0, :, 0].float()
-            keys.newest = key
-            tolerance = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
-            keys.plain = bool((DeferredAttention(query, keys).row(key.shape[2]) - expected).abs().max() < tolerance)
+            keys.newest, formula = key, (keys.scaling, query.dtype)
+            if _checked.get(call.module, (None, False))[0] != formula:
+                row = DeferredAttention(query[:, :, -1:], keys).row(key.shape[2])
+                tolerance = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+                _checked[call.module] = formula, bool((row - _last_row(call).float()).abs().max() < tolerance)
+            keys.plain = _checked[call.module][1]
         return keys
 
     def key_count(self, step: int) -> int:
@@ -334,16 +338,16 @@ class StepRecorder(AttentionRecorder):
 
     def discard(self, stop: int) -> None:
         """Release the unread steps before ``stop``."""
-        del self._waiting[: stop - (len(self.logits) - len(self._waiting))]
+        del self._waiting[: max(stop - (len(self.logits) - len(self._waiting)), 0)]
 
     def rewind(self, read: int) -> None:
         """Go back to the steps of the first ``read`` tokens and the one that predicts the token after them, unread.
 
         Needs ``rewinds``.
         """
-        steps = self._steps or []
+        steps, first = self._steps or [], len(self.logits) - len(self._waiting)
         del steps[read + 1 :], self.logits[read + 1 :]
-        self._waiting = steps[read:]
+        self._waiting = steps[min(first, read) :]  # with those before that were not needed yet
         self._blocks = [block.until(read) for block in self._blocks if block.first < read]
 
     def _reduce(self, stop: int) -> None:
@@ -420,6 +424,13 @@ class StepRecorder(AttentionRecorder):
             kinds = torch.full((length,), _PREVIOUS)
             kinds[0] = _FIRST
         return nn.functional.one_hot(kinds, len(SEGMENTS)).float()
+
+
+def _last_row(call: AttentionCall) -> Tensor:
+    """Compute the row (H, k) of the last query as the model file does."""
+    if call.query.shape[2] == 1:
+        return call.eager()[1][0, :, 0]
+    return call.eager_rows(torch.tensor([[call.query.shape[2] - 1]]))[0, :, 0]
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:

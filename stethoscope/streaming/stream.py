@@ -57,9 +57,9 @@ def stream(
         generation: settings; greedy, at most 128 tokens by default. No beams. With ``mitigation=Backtrack()`` doubtful
             objects are taken back while the answer is written; ``detector``, where there is one, judges instead of the
             mitigation's own.
-        delay: number of steps that a token may wait for its probability. With 0 every token is scored as it is
-            generated. Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait
-            together are scored together, which costs less.
+        delay: number of steps that a token may wait for its probability. With 0 it is scored as it is generated.
+            Detectors with features of the row that consumes the token (``_c``) need 1. Tokens that wait together are
+            scored together, which costs less. Tokens that can begin no name are not scored, and do not wait.
         final: scores the mentions of the finished answer instead of ``detector``, with any features.
         extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
         asks: what the question asks for, as in ``stethoscope.diagnose``.
@@ -119,7 +119,7 @@ def _diagnose_mentions(
     if not named or detector is None:
         return score_mentions(encoded, answer, named, {}, None)[1], ""
     if final is None and streamer.scorer is not None:
-        columns = {name: values[: len(answer.token_ids)] for name, values in streamer.scorer.columns().items()}
+        columns = streamer.scorer.columns(len(answer.token_ids))
     elif final is not None:
         from stethoscope.diagnosis.run_diagnosis import (  # only for detectors of any features
             compute_columns,

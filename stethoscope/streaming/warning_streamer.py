@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Answer, Generation, with_limit
 from stethoscope.detection.lookup import load_detector
+from stethoscope.streaming.candidates import Candidates
 from stethoscope.streaming.decode_loop import NextStep, Rewind
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack, Token, is_complete
 from stethoscope.streaming.scorer import Scorer
@@ -99,15 +100,20 @@ class WarningStreamer(BaseStreamer):
         tokenizer = adapter.processor.tokenizer  # type: ignore[attr-defined]  # an adapter that generates has one
         self._decode_ids, self._on_event = _decoder(tokenizer), on_event
         self._growing = GrowingText(self._decode)
-        own = MentionTracker(as_extraction(extraction), self.detector)
+        extractor = as_extraction(extraction)
+        every = self.detector is not None and self.detector.settings["subtokens"] != "first"
+        cut = any(stop[:1].isalpha() for stop in self._stop_strings)  # they can end an answer, and a name, within words
+        self._candidates = Candidates(None if cut else extractor.name_prefixes, tokenizer, every)
+        own = MentionTracker(extractor, self.detector)
         self._mentions, self._backtracker = own if backtracker is None else backtracker.mentions, backtracker
         self.rewinds = backtracker is not None
         self._announced = 0  # number of mentions that are events
         self._text = ""  # of all tokens so far, also of those that wait for their probability
         self._spans: list[tuple[int, int]] = []  # of these tokens in it
+        self._pieces: list[str] = []  # the text of each, up to the limit
         self._ids: list[int] = []
         self._logprobs: list[float] = []
-        self._probabilities: list[float] = []
+        self._probabilities: list[float | None] = []  # None for tokens that can begin no name
         self._started = self._finished = False
         self.events: list[AnswerEvent] = []
         self.tokens: list[Token] = []
@@ -166,11 +172,16 @@ class WarningStreamer(BaseStreamer):
             text, start, end = self._growing.add(token)
             self._text += text
             self._spans.append((start, end))
+            if self._limit is None or len(self._pieces) < self._limit:
+                self._pieces.append(text)
+            self._logprobs += self._missing_logprobs()
             if _has_blank(text) and (rewind := self._judge()) is not None:
                 return rewind
-        self._score_pending(1 if self.scorer is None else self.scorer.batch_size)
+        if self.scorer is not None:
+            self._score_pending(self.scorer.batch_size)
         if not self._stop_strings or not self._in_stop_string():
-            known = len(self._ids if self.scorer is None else self._probabilities)
+            immediately = self.scorer is None or (self.scorer.batch_size == 1 and not self.scorer.lookahead)
+            known = len(self._ids if immediately else self._probabilities)
             for start, end in self._spans[len(self.tokens) : known]:
                 self._emit(self._text[start:end], start, end)
         return None
@@ -182,8 +193,7 @@ class WarningStreamer(BaseStreamer):
         Returns:
             What is taken back instead, if anything; the answer then goes on.
         """
-        self._score_pending(1)
-        self._logprobs += self._missing_logprobs()
+        self._score_pending(1, finished=True)
         ids = self._ids[: self._limit]
         if self._finished and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._end_ids)]
@@ -223,7 +233,7 @@ class WarningStreamer(BaseStreamer):
                 self._mentions.add(mention, spans, self._mention_probabilities(answer))
         return None
 
-    def _mention_probabilities(self, answer: Answer | None) -> Sequence[float]:
+    def _mention_probabilities(self, answer: Answer | None) -> Sequence[float | None]:
         """Return the probabilities of the tokens, by a traced pass where the steps do not give them."""
         if self._backtracker is None or self._backtracker.trace is None:
             return self._probabilities
@@ -235,7 +245,8 @@ class WarningStreamer(BaseStreamer):
         """Go back to the first ``kept`` tokens because of a mention and its probability."""
         start, end, tokens = self._spans[kept][0], len(self._text), tuple(range(kept, len(self._ids)))
         event = TakenBack(self._text[start:], start, end, tokens, mention.object, probability, self._text)
-        del self._ids[kept:], self._spans[kept:], self._logprobs[kept:], self._probabilities[kept:], self.tokens[kept:]
+        for values in (self._ids, self._spans, self._pieces, self._logprobs, self._probabilities, self.tokens):
+            del values[kept:]
         self._text, self._finished = self._text[:start], False
         self.steps.rewind(kept)
         if self.scorer is not None:
@@ -245,15 +256,24 @@ class WarningStreamer(BaseStreamer):
         self._announced = min(self._announced, len(self._mentions.completed))
         self._add_event(event)
 
-    def _score_pending(self, least: int) -> None:
-        """Score the newest tokens whose steps are known, if there are at least ``least`` of them."""
-        if self.scorer is None:
-            self._logprobs += self._missing_logprobs()
+    def _score_pending(self, least: int, finished: bool = False) -> None:
+        """Score the newest tokens that can begin a name, once ``least`` steps from the first of them on are known."""
+        scorer = self.scorer
+        if scorer is None:
             return
-        done, known = len(self._probabilities), min(len(self._ids), len(self.steps.logits) - self.scorer.lookahead)
-        if known - done >= least:
-            self._probabilities += self.scorer.score(self.steps, self._ids[:known], done).tolist()
-            self._logprobs += self.scorer.logprobs
+        known = min(len(self._pieces), len(self.steps.logits) - scorer.lookahead)
+        chosen: list[int] = []
+        for index in range(len(self._probabilities), len(self._pieces)):
+            decision = self._candidates.decide(self._pieces, self._ids, index, finished)
+            if decision is None or (decision and known - index < (1 if chosen else least)):
+                break
+            chosen += [index] * decision
+            self._probabilities.append(None)
+        if chosen:
+            scores = scorer.score(self.steps, self._ids[: chosen[-1] + 1], chosen)
+            for index, probability in zip(chosen, scores.tolist(), strict=True):
+                self._probabilities[index] = probability
+        scorer.skip(self.steps, len(self._probabilities))
 
     def _missing_logprobs(self) -> list[float]:
         """Compute the natural log-probabilities of the tokens that have none yet."""

@@ -150,7 +150,7 @@ def check(adapter, names, generation, delay=1):
     columns = features.compute(adapter.trace(encoded, answer, features.requires))
     for name, values in columns.items():
         size = max(1.0, float(np.abs(values).max()))
-        assert np.allclose(streamer.scorer.columns()[name][: len(values)], values, rtol=0, atol=1e-5 * size), name
+        assert np.allclose(streamer.scorer.columns(len(values))[name], values, rtol=0, atol=1e-5 * size), name
     return streamer
 
 

@@ -1,19 +1,28 @@
 """The files of ``examples/``: each runs as its docstring says, and adding a part is one file and one YAML."""
 
 import csv
+import importlib
+import io
 import json
 import re
 import runpy
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from helpers.chat_server import serving
 
+from stethoscope import diagnose, testbed
 from stethoscope.detection.detector import Detector
 from stethoscope.features import FEATURES
 
@@ -72,6 +81,44 @@ def test_stream(examples, tmp_path, monkeypatch, capsys):
     output = run_example("stream", capsys)
     assert output.startswith("The ")
     assert re.search(r"^ *\d+% \w+", output, re.MULTILINE)
+
+
+def test_serve(examples, finished, monkeypatch):
+    """Two clients at once, while a third hangs up in the middle."""
+    monkeypatch.setenv("DETECTOR", str(finished / "sampled"))
+    serve = importlib.import_module("serve")
+    files, question = [], {"question": "Please describe this image in detail."}
+    for scene in testbed.scenes(9):
+        file = io.BytesIO()
+        scene.image().save(file, "PNG")
+        files.append(file.getvalue())
+
+    def ask(address, file, lines=None):
+        """Events of one answer, as (kind, data); after some lines the client hangs up."""
+        with (
+            httpx.Client(trust_env=False, timeout=120) as client,
+            client.stream("POST", address, params=question, content=file) as response,
+        ):
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            received = "\n".join(islice(response.iter_lines(), lines))
+        pairs = [event.split("\ndata: ") for event in received.split("\n\n") if "\ndata: " in event]
+        return [(kind.removeprefix("event: "), json.loads(data)) for kind, data in pairs]
+
+    with serving(SimpleNamespace(app=lambda: serve.app)) as address, ThreadPoolExecutor(3) as clients:
+        address = address.removesuffix("v1")
+        assert [kind for kind, _ in ask(address, files[0], lines=9)] == ["token"] * 3
+        answers = list(clients.map(partial(ask, address), files))
+    warned = 0
+    for scene, events in zip(testbed.scenes(9), answers, strict=True):
+        tokens = "".join(data for kind, data in events if kind == "token")
+        assert events[-1] == ("end", tokens)
+        expected = diagnose(serve.adapter, scene.image(), **question, detector=finished / "sampled")
+        assert expected.answer.text == tokens
+        warnings = [(data["object"], data["start"]) for kind, data in events if kind == "warning"]
+        assert warnings == [(mention.object, mention.start) for mention in expected.mentions if mention.warned]
+        warned += len(warnings)
+    assert warned
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 import stethoscope
 from stethoscope import testbed
@@ -18,7 +19,9 @@ from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreame
 from stethoscope.streaming.events import MentionTracker
 from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
 from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
+from stethoscope.streaming.stream import _diagnose_mentions
 from stethoscope.tasks.chair import Chair
+from stethoscope.tasks.extraction import as_extraction
 from stethoscope.tasks.object_extraction import mentions as object_mentions
 
 QUESTION = "Please describe this image in detail."
@@ -53,9 +56,14 @@ def every(adapter, tmp_path_factory):
     return trained(adapter, tmp_path_factory.mktemp("every"), FeatureSet(groups=(), names=STEPWISE))
 
 
-def streamed(*arguments, **settings):
+def any_word(text):
+    """An extraction of which nothing is known beforehand: every token can begin a name."""
+    return object_mentions(text)
+
+
+def streamed(*arguments, extraction=any_word, **settings):
     """Tokens, completed mentions and the last event of a stream, which are all that it yields."""
-    *events, last = stream(*arguments, **settings)
+    *events, last = stream(*arguments, extraction=extraction, **settings)
     tokens, mentions = ([event for event in events if type(event) is kind] for kind in (Token, MentionCompleted))
     assert len(tokens) + len(mentions) == len(events)
     assert type(last) is Final
@@ -105,11 +113,12 @@ def test_the_delayed_mode_reads_consuming_rows_too(adapter, images, every, lengt
 
 def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):
     encoded = adapter.encode(images[0], QUESTION)
-    with WarningStreamer(adapter, encoded, every, delay=1, generation=Generation(max_new_tokens=40)) as warner:
+    settings = {"generation": Generation(max_new_tokens=40), "extraction": any_word}
+    with WarningStreamer(adapter, encoded, every, delay=1, **settings) as warner:
         warner.model.generate(**warner.arguments, streamer=warner)
     features = FeatureSet(groups=(), names=STEPWISE)
     columns = features.compute(adapter.trace(encoded, warner.answer, features.requires))
-    found = warner.scorer.columns()
+    found = warner.scorer.columns(len(warner.tokens))
     assert set(found) == set(columns)
     for name, values in columns.items():
         assert np.allclose(found[name], values, rtol=1e-3, atol=1e-3), name
@@ -153,6 +162,95 @@ def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, ev
             [one.verdict.probability for one in whole.mentions],
             atol=1e-4,
         )
+
+
+@pytest.mark.parametrize("delay", [0, 1, 6])
+def test_only_tokens_that_can_begin_a_name_are_scored(adapter, images, fast, every, delay, monkeypatch):
+    """With the values of a stream that scores every token, also of features that read the tokens between them."""
+    computed = counted(monkeypatch)
+    for detector in (fast, every)[: 1 + bool(delay)]:
+        shares = []
+        for image in images:
+            expected, warnings, _ = streamed(adapter, image, QUESTION, detector=detector, delay=delay)
+            computed.clear()
+            tokens, mentions, last = streamed(
+                adapter, image, QUESTION, detector=detector, delay=delay, extraction="coco"
+            )
+            scored = [token.index for token in tokens if token.probability is not None]
+            assert [token.id for token in tokens] == [token.id for token in expected]
+            for index in scored:
+                assert tokens[index].probability == pytest.approx(expected[index].probability, abs=1e-5)
+            assert {mention.tokens[0] for mention in mentions} <= set(scored)
+            assert len(computed) == (len(scored) if detector is fast else 0)
+            assert [(one.object, one.start, one.warned) for one in mentions] == [
+                (one.object, one.start, one.warned) for one in warnings
+            ]
+            for mention, one, final in zip(mentions, warnings, last.mentions, strict=True):
+                assert mention.probability == pytest.approx(one.probability, abs=1e-5)
+                assert mention.probability == pytest.approx(final.verdict.probability, abs=1e-5)
+            shares.append(len(scored) / len(tokens))
+        assert 0.02 < np.mean(shares) < 0.25
+
+
+class Spelled(LogitsProcessor):
+    """Makes a model write given tokens."""
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.ids.pop(0)] = 0
+        return forced
+
+
+STRANGE = "A bicycle, an airplane (2 sheep)\nand a hot  dog's keyboard; at to a toaster. A TV"
+
+
+@pytest.mark.parametrize("subtokens", ["first", "max"])
+@pytest.mark.parametrize("delay", [0, 1, 4])
+def test_names_in_tokens_that_no_tokenizer_would_choose(adapter, images, fast, every, delay, subtokens, monkeypatch):
+    """Letter by letter, so that it is known late, or not before the name is complete, which letters begin names."""
+    tokenizer, encoded = adapter.processor.tokenizer, adapter.encode(images[0], QUESTION)
+    ids = [token for letter in STRANGE for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    for detector in (fast, every)[: 1 + bool(delay)]:
+        monkeypatch.setitem(detector.settings, "subtokens", subtokens)
+        finals = []
+        for extraction in ("coco", any_word):
+            with WarningStreamer(adapter, encoded, detector, delay, extraction=extraction) as warner:
+                spelled = Spelled(ids if detector is fast else [*ids, 0])  # consuming rows need a step more
+                settings = {"max_new_tokens": len(spelled.ids), "logits_processor": [spelled], "do_sample": False}
+                adapter.model.generate(**encoded.inputs, streamer=warner, **settings)
+            assert warner.answer.text.startswith(STRANGE)
+            finals.append(_diagnose_mentions(adapter, images[0], encoded, warner, None, as_extraction(extraction))[0])
+            mentions = [event for event in warner.events if type(event) is MentionCompleted]
+            assert [mention.object for mention in mentions] == [
+                "bicycle", "airplane", "sheep", "hot dog", "keyboard", "toaster", "tv"
+            ]  # fmt: skip
+            for mention, final in zip(mentions, finals[-1], strict=True):
+                assert (mention.object, mention.start) == (final.object, final.start)
+                if subtokens == "first":
+                    assert mention.probability == pytest.approx(final.verdict.probability, abs=1e-5)
+        for final, expected in zip(*finals, strict=True):
+            assert final.verdict.probability == pytest.approx(expected.verdict.probability, abs=1e-5)
+
+
+def test_stop_strings_that_cut_words_and_answers_that_end_within_them(adapter, images, every, fast):
+    """What is cut off leaves names that nobody could have foreseen."""
+    text, tokenizer = "A man with dogmas", adapter.processor.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for detector, delay in ((fast, 0), (fast, 3), (every, 1)):
+        for limit in range(1, len(ids)):
+            for stop in ((), ("mas",), ("ith",)):
+                generation, encoded = Generation(max_new_tokens=limit, stop=stop), adapter.encode(images[0], QUESTION)
+                with WarningStreamer(adapter, encoded, detector, delay, generation=generation) as warner:
+                    arguments = {**warner.arguments, "logits_processor": [Spelled(ids)]}
+                    warner.model.generate(**arguments, streamer=warner)
+                mentions = [event for event in warner.events if type(event) is MentionCompleted]
+                assert [mention.object for mention in mentions] == [
+                    mention.name for mention in object_mentions(warner.answer.text)
+                ]
+                assert all(mention.probability is not None for mention in mentions)
 
 
 @pytest.mark.parametrize("repeats", ["first", "all"])
@@ -221,7 +319,7 @@ def test_a_generate_call_of_ones_own(adapter, images, fast):
 
 def test_tokens_wait_as_long_as_was_said_and_no_longer(adapter, images, fast):
     for delay in (0, 3):
-        steps, tokens = [], stream(adapter, images[0], QUESTION, detector=fast, delay=delay)
+        steps, tokens = [], stream(adapter, images[0], QUESTION, detector=fast, delay=delay, extraction=any_word)
         hook = adapter.model.register_forward_hook(lambda *_, steps=steps: steps.append(1))
         try:
             for token in range(12):
@@ -232,6 +330,20 @@ def test_tokens_wait_as_long_as_was_said_and_no_longer(adapter, images, fast):
         finally:
             hook.remove()
             tokens.close()
+
+
+def test_tokens_that_begin_no_name_do_not_wait(adapter, images, fast):
+    steps, tokens, waits = [], stream(adapter, images[0], QUESTION, detector=fast, delay=3), {True: [], False: []}
+    hook = adapter.model.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        for event in tokens:
+            if type(event) is Token:
+                waits[event.probability is not None].append(len(steps) - 1 - event.index)
+    finally:
+        hook.remove()
+    assert waits[True][0] == max(waits[True]) == 3  # others are scored with a first one, before their time
+    assert waits[False].count(0) > len(waits[False]) / 2
+    assert max(waits[False]) <= 3
 
 
 def test_the_model_is_free_between_tokens(adapter, images, every):
@@ -260,7 +372,7 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
         return sum(len(module._forward_hooks) for module in adapter.model.modules())
 
     before, hooked, implementation = threading.active_count(), hooks(), adapter.model.config._attn_implementation
-    tokens = stream(adapter, images[0], QUESTION, detector=fast)
+    tokens = stream(adapter, images[0], QUESTION, detector=fast, extraction=any_word)
     first = next(tokens)
     assert 0 <= first.probability <= 1
     tokens.close()
@@ -293,10 +405,11 @@ def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, mon
         if supports is not None:
             monkeypatch.setattr(FastFeatures, "supports", supports)
         encoded = adapter.encode(images[0], QUESTION)
-        with WarningStreamer(adapter, encoded, fast, delay, generation=Generation(max_new_tokens=60)) as warner:
+        settings = {"generation": Generation(max_new_tokens=60), "extraction": any_word}
+        with WarningStreamer(adapter, encoded, fast, delay, **settings) as warner:
             warner.model.generate(**warner.arguments, streamer=warner)
-        assert len(tokens) == len(warner.tokens) - 1  # all but the prompt's own, and none the second time
-        found.append((warner.scorer.columns(), warner.answer.logprobs))
+        assert len(tokens) == len(warner.tokens)  # all, and none the second time
+        found.append((warner.scorer.columns(len(warner.tokens)), warner.answer.logprobs))
     assert set(FeatureSet(groups=FAST).names) == FAST_FEATURES
     for name, values in found[1][0].items():
         assert np.allclose(found[0][0][name], values, rtol=1e-4, atol=1e-4), name
@@ -327,7 +440,7 @@ def test_the_loop_writes_what_generate_writes(model, images):
 
 @pytest.mark.parametrize(
     ("model", "straight"),
-    [("blip2-flan-t5-xl", 0), ("blip2-opt-2.7b", 4), ("qwen2-vl-2b", 4), ("smolvlm-2.2b", 4)],
+    [("blip2-flan-t5-xl", 0), ("blip2-opt-2.7b", 3), ("qwen2-vl-2b", 3), ("smolvlm-2.2b", 3)],
 )
 @pytest.mark.parametrize("names", [STEPWISE, FeatureSet(groups=FAST).names], ids=["every", "fast"])
 def test_rows_of_other_families(model, straight, names, images, every, monkeypatch):
@@ -341,13 +454,13 @@ def test_rows_of_other_families(model, straight, names, images, every, monkeypat
     answer = other.generate([encoded], generation)[0]
     columns = features.compute(other.trace(encoded, answer, features.requires))
     fake._schema, fake._inputs, fake._model = FeatureSchema(tuple(columns)), Inputs(tuple(columns)), every.model
-    streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation)
+    streamer = WarningStreamer(other, encoded, fake, delay=1, generation=generation, extraction=any_word)
     streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)
     with streamer:
         streamer.model.generate(**streamer.arguments, streamer=streamer)
     assert streamer.answer.token_ids == answer.token_ids
     for name, values in columns.items():
-        assert np.allclose(streamer.scorer.columns()[name], values, rtol=1e-3, atol=1e-3), name
+        assert np.allclose(streamer.scorer.columns(len(values))[name], values, rtol=1e-3, atol=1e-3), name
     assert len(tokens) == straight
 
 

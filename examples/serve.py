@@ -1,0 +1,44 @@
+"""Serve answers as server-sent events: every token, and a warning as soon as a doubtful object is named.
+
+pip install "lvlm-stethoscope[app]"  # brings FastAPI and uvicorn
+DETECTOR=runs/my-run uvicorn --app-dir examples serve:app  # a run whose detector was trained with features=fast
+curl -N --data-binary @photo.jpg "http://127.0.0.1:8000/?question=Please+describe+this+image+in+detail."
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from io import BytesIO
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from PIL import Image
+
+import stethoscope
+from stethoscope.streaming import Final, MentionCompleted, Token
+
+app, turn = FastAPI(), asyncio.Lock()  # one answer at a time
+adapter = stethoscope.load(os.environ.get("MODEL", "testbed"))
+
+
+async def picture(request: Request) -> Image.Image:
+    return Image.open(BytesIO(await request.body()))
+
+
+@app.post("/", response_class=EventSourceResponse)
+async def answer(image: Annotated[Image.Image, Depends(picture)], question: str) -> AsyncIterator[ServerSentEvent]:
+    async with turn:
+        events = stethoscope.stream(adapter, image, question, detector=os.environ.get("DETECTOR"))
+        try:  # the model takes a step when the next event is asked for
+            while event := await run_in_threadpool(next, events, None):
+                match event:
+                    case Token(text=text):
+                        yield ServerSentEvent(event="token", data=text)
+                    case MentionCompleted(warned=True):
+                        yield ServerSentEvent(event="warning", data=vars(event))
+                    case Final(answer=whole):
+                        yield ServerSentEvent(event="end", data=whole.text)
+        finally:  # also when the client has hung up
+            events.close()
