@@ -18,6 +18,7 @@ from stethoscope.app.model_pool import ModelPool
 from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
+from stethoscope.diagnosis.edited_answer import edit_payload
 from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.run_report import collect_report
 from stethoscope.report.run_source import RunReader, readable
@@ -145,6 +146,8 @@ class Runs:
         source = self.source(name)
         with readable(source.folder):
             record = source.store.find(task, sample_id)
+            if record is not None and record.answer is not None:
+                edit_payload(record.edit, record.answer.text)  # a damaged edit is told here
         if record is None or record.answer is None or not record.answer.token_ids:
             raise ArtefactError(f"{name} has no answer to {task} sample {sample_id}")
         notes = [f"Stored answer of the run {name}, sample {sample_id} of {task}."]

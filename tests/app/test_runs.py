@@ -52,6 +52,15 @@ def test_a_sample_is_opened_with_its_stored_answer_and_its_own_picture(runs, fol
     assert Image.open(question.picture).tobytes() == testbed.scenes(8)[7].image().tobytes()
 
 
+def test_a_damaged_edit_is_said(folder, pool, tmp_path):
+    copied = shutil.copytree(folder / "small", tmp_path / "runs" / "small")
+    kept = copied / "samples.jsonl"
+    lines = [{**json.loads(line), "edit": {"removed": 3}} for line in kept.read_text().splitlines()]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ArtefactError, match="small"):
+        Runs(tmp_path / "runs", None, tmp_path).question("small", "chair", "counter-000007", pool, "testbed")
+
+
 def test_thumbnails_of_samples(runs):
     keys = ["chair\tcounter-000007", "chair\tcounter-000008", "chair\tnone", "../x"]
     message = json.loads(runs.thumbnails("small", keys))

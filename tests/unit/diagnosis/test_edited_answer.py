@@ -51,7 +51,7 @@ def test_dropped_mentions_have_the_detectors_probability_as_their_reason(adapter
     assert edit_payload(before.edit, before.answer.text) is None
 
 
-@pytest.mark.parametrize(("index", "removed"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("index", "removed"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)])
 def test_what_the_model_answered_when_it_was_asked(adapter, index, removed):
     after, before = mitigated(adapter, Ask(), index)
     data = edit_payload(after.edit, after.answer.text, after.truth)
@@ -64,6 +64,7 @@ def test_what_the_model_answered_when_it_was_asked(adapter, index, removed):
         assert (own < 0) == (reason["fate"] == "removed") == removed
 
 
+@pytest.mark.slow
 def test_the_candidates_of_a_choice_are_shown_with_their_scores(adapter):
     method = Rerank(candidates=2)
     after, _ = mitigated(adapter, method, 2)

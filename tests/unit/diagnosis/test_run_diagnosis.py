@@ -307,7 +307,7 @@ def test_mentions_of_a_record_keep_their_labels(adapter, run, scene):
     assert sum(found.outcomes.values()) == len([mention for mention in record.mentions if mention.label >= 0])
 
 
-@pytest.mark.parametrize("name", ["china.jpg", "grace_hopper.jpg"])
+@pytest.mark.parametrize("name", ["china.jpg", pytest.param("grace_hopper.jpg", marks=pytest.mark.slow)])
 def test_no_percentage_of_a_photograph_is_called_calibrated(adapter, name):
     if name == "china.jpg":
         picture = load_sample_image(name)
