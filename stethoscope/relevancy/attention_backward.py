@@ -59,7 +59,7 @@ def default_budget(device: torch.device) -> int:
     Larger blocks are fewer: at the sizes of LLaVA-1.5-7B and 3,040 tokens a pass starts 86,600 kernels with 64 MiB and
     8,800 with 2 GiB. A processor does nothing faster with more.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # a layout of devices can be tried without them
         return BUDGET
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(max((torch.cuda.mem_get_info(device)[0] + unused) // _GPU_SHARE, BUDGET), _GPU_BUDGET)
