@@ -87,8 +87,7 @@ def measure(
 
     def with_features(features: FeatureSet) -> Callable[[Sequence[Encoded], Sequence[Sample]], None]:
         def answer(prompts: Sequence[Encoded], asked: Sequence[Sample]) -> None:
-            if "relevancy" in features.requires:
-                prompts = adapter.prefill(prompts)
+            prompts = adapter.prefill(prompts, features.requires)
             answers, kept = adapter.generate_with_cache(prompts, generation)
             rows = []
             for start in range(0, len(kept), TRACE_BATCH):
