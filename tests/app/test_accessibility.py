@@ -32,12 +32,14 @@ def page(browser):
 def violations(page, state, count):
     """List what violates the rules in a state of the page, in the first combinations of scheme and width."""
     page.add_script_tag(content=files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8"))
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
+    page.mouse.move(0, 0)
     listed = []
     for scheme, width in COMBINATIONS[:count]:
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")  # as Gradio does
         page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(300)  # colours of buttons change gradually
+        page.wait_for_timeout(200)
         listed += [f"{state} {scheme} {width} {text}" for text in page.evaluate(VIOLATIONS, LEVELS)]
     return listed
 
