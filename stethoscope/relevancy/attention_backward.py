@@ -1,4 +1,4 @@
-"""Record the attention of a forward pass, and yield Abar of every call in blocks of rows when it runs backward.
+"""Compute attention whose backward pass yields Abar in blocks of rows.
 
 With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T, and Abar is
 the mean over heads of relu(A * dz/dA). The map is recomputed in the backward pass from queries and keys, one block of
@@ -10,112 +10,20 @@ costs nothing: the two differ by rounding, which badly conditioned small models 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stethoscope.core.errors import CaptureError
-from stethoscope.core.types import required
-from stethoscope.relevancy.checkpointing import LayerCheckpointer
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, eager_attention, plain_attention
+from stethoscope.relevancy.traced_calls import Block, Blocks, Grads, TracedCall, is_causal
+from stethoscope.tracing.hooks import eager_attention, plain_attention
 
-BUDGET = 2**26
-"""Default limit, in bytes, of attention maps and gradients of tokens at once; on a GPU the smallest default."""
-_GPU_BUDGET, _GPU_SHARE = 2**31, 8  # the largest default on a GPU, and the part of its free memory that it may be
 _SMALL = 2**20  # entries of a map
 _CACHE = 2**20  # bytes of maps that fit a processor's cache
 _ROWS = 64  # of a block at least, even where one head of them does not fit the cache
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
 _EAGER_ONLY = ("softcap", "s_aux", "position_bias")  # options that only the eager attention of a model file supports
-
-
-class Block(NamedTuple):
-    """Rows of Abar of one call, in float32 or better. Rows in no block and columns after its last are zero.
-
-    Attributes:
-        start: first row.
-        abar: (B, rows, columns) mean over heads of relu(A * dz/dA).
-        saliency: (B, last rows, columns) sum over heads of |A * dz/dA| of those rows that come from
-            ``TracedCall.salient`` on; None where the block has none.
-    """
-
-    start: int
-    abar: Tensor
-    saliency: Tensor | None
-
-
-Blocks = Iterator[Block]
-"""All blocks of a call; all must be consumed."""
-Grads = tuple[Tensor | None, ...]
-"""Gradients of query, key and value in float32 or better; None where none is needed."""
-
-
-def default_budget(device: torch.device) -> int:
-    """Return the default budget in bytes: on a GPU an eighth of the memory that is free now, from 64 MiB to 2 GiB.
-
-    Larger blocks are fewer: at the sizes of LLaVA-1.5-7B and 3,040 tokens a pass starts 86,600 kernels with 64 MiB and
-    8,800 with 2 GiB. A processor does nothing faster with more.
-    """
-    if device.type != "cuda" or not torch.cuda.is_available():  # a layout of devices can be tried without them
-        return BUDGET
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(max((torch.cuda.mem_get_info(device)[0] + unused) // _GPU_SHARE, BUDGET), _GPU_BUDGET)
-
-
-@dataclass(eq=False)
-class TracedCall:
-    """One call of an attention module.
-
-    Attributes:
-        site: name, role and layer of the module.
-        module: the attention module.
-        mask: attention mask in SDPA's form.
-        options: further arguments of the model file.
-        receive: called with the call, its blocks and the gradients that these fill in, in every backward pass.
-        ends: for every query, index + 1 of the last visible key (``visible_ends``).
-        live: number of leading queries whose gradients reach all keys and values; None for all. Later queries pass
-            gradients to their own key and value only (scope ``row``), or to none (cross-attention).
-        skipped: number of keys before that of the first query.
-        salient: first query whose saliency is needed; None for none.
-        budget: bytes that maps may take in the backward pass of this call.
-        offset: first column of this call when a layer is called once per window.
-        size: bytes of the visible part of the call's maps.
-        keys: number of keys.
-        rows: first and last + 1 of the queries that receive gradients; all by default.
-        narrow: whether only a few of these rows have gradients, so that it pays to search for them.
-        kept_blocks: the map by first row, sample and head of what is computed at once, kept for several backward
-            passes; None to keep none.
-        keep_map: whether to keep a small map of the forward pass, if that computes one in float32 or better.
-        map: this map, (B, heads, q, k).
-        needs_map: whether the forward pass is to compute the map.
-        weights: the map then, in the model's dtype, for whoever needs it.
-        finite: bool scalar, whether all gradients are finite; a tensor, so that no device has to synchronise.
-    """
-
-    site: Site
-    module: nn.Module
-    mask: Tensor | None
-    options: dict[str, Any]
-    receive: Callable[[TracedCall, Blocks, Grads], None]
-    ends: list[int]
-    live: int | None = None
-    skipped: int = 0
-    salient: int | None = None
-    budget: int = BUDGET
-    offset: int = 0
-    size: int = 0
-    keys: int = 0
-    rows: tuple[int, int] | None = None
-    narrow: bool = False
-    kept_blocks: dict[tuple[int, int, int], Tensor] | None = None
-    keep_map: bool = False
-    map: Tensor | None = None
-    needs_map: bool = False
-    weights: Tensor | None = None
-    finite: Tensor | None = None
 
 
 def forward_attention(
@@ -146,26 +54,6 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall
         call: the call and the receiver of its blocks.
     """
     return _TracedAttention.apply(query, key, value, call)
-
-
-def is_causal(module: nn.Module, queries: int, options: dict[str, Any]) -> bool:
-    """Decide whether a call without a mask is causal, by the rule of transformers."""
-    flag = options.get("is_causal")
-    return queries > 1 and bool(getattr(module, "is_causal", True) if flag is None else flag)
-
-
-def visible_ends(module: nn.Module, queries: int, keys: int, mask: Tensor | None, options: dict[str, Any]) -> list[int]:
-    """Return, for every query, index + 1 of the last key that it sees in any sample and head.
-
-    A query that sees no key attends to all keys equally in eager attention, so all are counted.
-    """
-    if mask is None:
-        causal = is_causal(module, queries, options)
-        return [min(row + 1, keys) if causal else keys for row in range(queries)]
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    seen = seen[..., :keys].flip(-1)
-    ends = torch.where(seen.any(-1), keys - seen.to(torch.uint8).argmax(-1), keys)
-    return ends.amax((0, 1)).expand(queries).tolist()
 
 
 class _TracedAttention(torch.autograd.Function):
@@ -448,147 +336,3 @@ def _add_key_gradient(
         split, keys = (maps.shape[0], maps.shape[1], -1, stop - start), slice(call.skipped + start, call.skipped + stop)
         own = maps.reshape(*split, maps.shape[-1])[..., keys].diagonal(dim1=-2, dim2=-1)
         target[:, :, keys].add_((own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor)
-
-
-# --- all calls of one forward pass ------------------------------------------------------------------------------------
-
-Receiver = Callable[[TracedCall, int, bool, Block], None]
-"""Called with every block of a call: the call, the index of its layer within its role, whether the block is the call's
-first, and the block, whose first row is counted in the sequence."""
-
-
-class AttentionGradRecorder(AttentionRecorder):
-    """Records the attention of one forward pass for any number of backward passes.
-
-    Args:
-        live: number of leading rows of the language model whose keys and values receive gradients; None for all.
-        budget: bytes that maps may take at once in a backward pass; None for ``default_budget`` when that begins.
-        keep_graphs: whether to keep the graph of every layer instead of running layers again.
-        salient: first row of the language model whose saliency is needed, the first that predicts a token; None for
-            none.
-        observer: another recorder, whose ``on_weights`` gets the whole maps of its roles in the same pass.
-
-    Attributes:
-        layers: by role, the names of its attention modules in the order of their first calls.
-        sizes: by name, the number of columns of all calls of a module (crops and windows one after another).
-        checkpointer: the layer calls of the forward pass.
-    """
-
-    def __init__(
-        self,
-        live: int | None,
-        budget: int | None,
-        keep_graphs: bool,
-        salient: int | None,
-        observer: AttentionRecorder | None = None,
-    ) -> None:
-        self.layers: dict[str, list[str]] = {}
-        self.sizes: dict[str, int] = {}
-        self.checkpointer = LayerCheckpointer(keep_graphs, self.sizes)
-        self._live, self._budget, self._keep_graphs, self._salient = live, budget, keep_graphs, salient
-        self._observer = observer
-        self._finite: list[tuple[str, Tensor]] = []
-        self._ends: dict[tuple[Any, ...], tuple[Tensor | None, list[int]]] = {}
-        self._receivers: Sequence[Receiver] = ()
-        self._stop = self._free_bytes = self._block_budget = 0
-        self._offsets: dict[str, int] | None = None  # sizes so far in a layer that runs again
-
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        if self.checkpointer.inside:
-            return self._attend(call), None
-        return self.checkpointer.run(self._attend, call), None  # an attention module outside all layers is a layer
-
-    def _attend(self, attention_call: AttentionCall) -> Tensor:
-        site, module, query, key, value, mask, options = attention_call
-        recomputing = self._offsets is not None
-        sizes = self.sizes if self._offsets is None else self._offsets
-        offset = sizes.get(site.name, 0)
-        sizes[site.name] = offset + key.shape[0] * key.shape[2]
-        observed = self._observer is not None and site.role in self._observer.roles and not recomputing
-        if torch.is_grad_enabled():
-            ends = self._visible_ends(module, query, key, mask, options)
-            live = self._live if site.role in ("language", "cross") else None
-            keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
-            call = TracedCall(site, module, mask, options, self._receive, ends, live, offset=offset)
-            if site.role == "language":
-                call.salient, call.skipped = self._salient, keys - query.shape[2]
-            call.size, call.keys, call.keep_map, call.needs_map = size, keys, self._keep_graphs, observed
-            if not (query.requires_grad or key.requires_grad or value.requires_grad):
-                query = query.detach().requires_grad_()
-                self.checkpointer.leaves.append(query)
-            output = traced_attention(query, key, value, call)
-            weights, call.weights = call.weights, None
-        else:
-            output, weights = forward_attention(module, query, key, value, mask, options, observed)
-        if observed:
-            required(self._observer).on_weights(site, required(weights))
-        if not recomputing:
-            names = self.layers.setdefault(site.role, [])
-            if site.name not in names:
-                names.append(site.name)
-            dtype = torch.promote_types(output.dtype, torch.float32)
-            self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=dtype))))
-        return output
-
-    def _visible_ends(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> list[int]:
-        """Compute ``visible_ends`` once for every mask, because layers share masks."""
-        queries, keys = query.shape[2], key.shape[2]
-        mask_key = id(mask) if mask is not None else is_causal(module, queries, options)
-        if (mask_key, queries, keys) not in self._ends:
-            self._ends[mask_key, queries, keys] = mask, visible_ends(module, queries, keys, mask, options)
-        return self._ends[mask_key, queries, keys][1]
-
-    def finish(self) -> None:
-        if not self.layers.get("language"):
-            raise CaptureError(
-                "no attention call of the language model was recorded: the model does not use transformers' "
-                "attention interface"
-            )
-        self._check_finite("attention of {} gives values that are not finite")
-
-    def backward(self, logits: Sequence[Tensor], receivers: Sequence[Receiver], stop: int, last: bool) -> None:
-        """Back-propagate logits through the graph, handing every block of attention to the logit's receiver.
-
-        Args:
-            logits: scalars.
-            receivers: one for each logit.
-            stop: first row of the language model that no logit depends on.
-            last: whether the graph is no longer needed afterwards.
-
-        Raises:
-            CaptureError: a gradient is not finite.
-        """
-        self._receivers, self._stop = receivers, stop
-        self._block_budget = default_budget(logits[0].device) if self._budget is None else self._budget
-        self._finite.clear()
-        try:
-            self.checkpointer.backward(logits, self._restore_sizes, last)
-        finally:
-            self._receivers, self._offsets = (), None
-        self._check_finite("the gradient of the attention of {} holds values that are not finite")
-
-    def _check_finite(self, message: str) -> None:
-        for name, finite in self._finite:
-            if not finite:
-                raise CaptureError(message.format(name))
-        self._finite.clear()
-
-    def _restore_sizes(self, sizes: dict[str, int]) -> None:
-        self._offsets, self._free_bytes = dict(sizes), self._block_budget // 2
-
-    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
-        """Hand the blocks of a call to the receiver of the current root, each as soon as it is computed."""
-        names = self.layers[call.site.role]
-        if call.site.role in ("language", "cross"):
-            call.rows, call.narrow = (0, self._stop), call.site.name == names[-1] and not call.skipped
-        shared = len(self._receivers) > 1 and not (self._keep_graphs or call.narrow)
-        if shared and call.kept_blocks is None and call.size <= self._free_bytes:
-            call.kept_blocks, self._free_bytes = {}, self._free_bytes - call.size
-        call.budget, call.finite = self._block_budget, None
-        receive, layer = self._receivers[self.checkpointer.root_index], names.index(call.site.name)
-        for index, block in enumerate(blocks):
-            receive(call, layer, index == 0, block._replace(start=call.skipped + block.start))
-        if call.finite is not None:
-            self._finite.append((call.site.name, call.finite))

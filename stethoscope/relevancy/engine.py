@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
-from stethoscope.relevancy.attention_backward import AttentionGradRecorder, default_budget
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
 from stethoscope.relevancy.rules import RULES, BackwardPass
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_passes
@@ -26,6 +26,7 @@ from stethoscope.relevancy.token_alignment import (
     capture_inputs_embeds,
     probe_alignment,
 )
+from stethoscope.relevancy.traced_calls import default_budget
 from stethoscope.tracing.hooks import record, selected, sites
 from stethoscope.tracing.token_spans import tile_grids
 

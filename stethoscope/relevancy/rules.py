@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Block, TracedCall
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.result import Layout
 from stethoscope.relevancy.token_alignment import TokenAlignment
+from stethoscope.relevancy.traced_calls import Block, TracedCall
 
 RULES = ("eq10", "eq10_no_transpose", "plain")
 """Readings of equation 10 in published code; the first is the equation as printed."""
@@ -411,7 +412,7 @@ class BackwardPass:
         self._add: AddBlock  # for the blocks of the present call
 
     def receive(self, call: TracedCall, layer: int, is_first: bool, block: Block) -> None:
-        """Process a block of Abar (equation 5), see ``attention_backward.Receiver``."""
+        """Process a block of Abar (equation 5), see ``traced_calls.Receiver``."""
         start, abar, saliency = block
         if saliency is not None:
             self._saliency.receive(layer, start + abar.shape[1] - saliency.shape[1], saliency)

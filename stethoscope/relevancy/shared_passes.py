@@ -27,9 +27,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.core.types import required
-from stethoscope.relevancy.attention_backward import AttentionGradRecorder, Blocks, Grads, Receiver, TracedCall
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.token_alignment import capture_inputs_embeds
+from stethoscope.relevancy.traced_calls import Blocks, Grads, Receiver, TracedCall
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
 from stethoscope.tracing.trace import CAUSAL
 
@@ -206,7 +207,7 @@ class PromptPass:
 
         Args:
             seeds: the gradients by name of the attention module.
-            receive: see ``attention_backward.Receiver``.
+            receive: see ``traced_calls.Receiver``.
         """
         self.recorder.seeds = seeds
         gradients = seeds[list(self.recorder.keys_and_values)[-1]]
@@ -264,7 +265,7 @@ class AnswerPass:
         Args:
             root: the sum, of one logit per row at most.
             rows: number of rows from the first that it depends on.
-            receive: see ``attention_backward.Receiver``.
+            receive: see ``traced_calls.Receiver``.
         """
         model, self.prompt.spent = self.prompt.model, True
         with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self._recorder):

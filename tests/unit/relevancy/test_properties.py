@@ -7,7 +7,7 @@ import torch
 from helpers import zoo
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
-from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment
+from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment, traced_calls
 from stethoscope.relevancy.rules import BlockRelevancy, StoredRelevancy
 
 SCOPES = ("row", "token")
@@ -199,7 +199,7 @@ def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
 
 def test_the_last_key_that_a_query_sees():
     def ends(mask, queries=3, keys=4):
-        return attention_backward.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
+        return traced_calls.visible_ends(torch.nn.Identity(), queries, keys, mask, {"is_causal": True})
 
     seen = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, False, False]])
     assert ends(None) == [1, 2, 3]
