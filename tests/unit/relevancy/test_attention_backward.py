@@ -120,6 +120,7 @@ def test_half_precision_adds_up_blocks_in_float32(monkeypatch, module):
 def test_the_default_budget_follows_free_memory_on_a_gpu(monkeypatch):
     assert traced_calls.default_budget(torch.device("cpu")) == traced_calls.BUDGET == 2**26
     # stands in for a device that the machine of the tests lacks
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
     for free, budget in ((2**20, 2**26), (2**30 - 2**22, 2**27), (2**40, 2**31)):
