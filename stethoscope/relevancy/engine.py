@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
+from stethoscope.relevancy.backward_pass import BackwardPass
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
-from stethoscope.relevancy.rules import RULES, BackwardPass
+from stethoscope.relevancy.rules import RULES
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_passes
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
