@@ -7,18 +7,17 @@ has a graph, and stands behind a pass over the prompts that has one too (``relev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.fingerprint import state_key
 from stethoscope.adapters.forward import ForwardPass, ForwardRunner, groups
 from stethoscope.adapters.prefill import SMALL_MAPS, Prefill, attention_bytes
-from stethoscope.core.cache import LRUCache
+from stethoscope.adapters.prompt_store import BlankPrefixCache, HiddenImageStates, blank_key
 from stethoscope.core.errors import CapabilityError, CaptureError
 from stethoscope.core.types import Answer, required
 from stethoscope.features import FEATURES
@@ -35,65 +34,11 @@ from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
 from stethoscope.tracing.trace import CONTINUED_TOKENS, PROMPT_REQUIREMENTS, Encoded, PromptCache, Trace, probe_layers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_BLANK_BYTES = 64 * 2**20
-"""Enough for the questions of a benchmark and a small model; prompts of a large model exceed it and are not cached."""
 _DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
 _STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
 """Needs that read the residual stream of the rows."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
-
-
-class PromptStore:
-    """Store what a model makes of prompts apart from the pixels, shared by all images of one size with one question.
-
-    All is dropped when the model's weights or hooks are replaced, or weights change in place (except through ``.data``,
-    which tensors do not count).
-
-    Args:
-        size: returns the bytes of a value.
-    """
-
-    def __init__(self, size: Callable[[Any], int]) -> None:
-        self._size = size
-        self._caches = LRUCache(_BLANK_BYTES, size)
-        self._model: tuple[Any, ...] | None = None
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Drop all values if weights or hooks have changed, or where changes of weights cannot be counted."""
-        state = state_key(model)
-        if state is None or state != self._model:
-            self._caches, self._model = LRUCache(_BLANK_BYTES, self._size), state
-
-    def get(self, key: Hashable) -> Any:
-        """Return the value of a prompt, by its ``_blank_key``; None if there is none."""
-        return self._caches.get(key)
-
-
-class HiddenImageStates(PromptStore):
-    """Store states of prompts whose image is hidden."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda states: states.nbytes)
-
-    def put(self, key: Hashable, states: Tensor) -> None:
-        """Store a copy of states (T, K, D)."""
-        self._caches.put(key, states.clone())
-
-
-class BlankPrefixCache(PromptStore):
-    """Store KV caches of prompts with a blank image."""
-
-    def __init__(self) -> None:
-        super().__init__(_bytes)
-
-    def put(self, key: Hashable, cache: PromptCache) -> None:
-        """Store a copy of a cache, without the batch that it was computed in."""
-        if _bytes(cache) <= _BLANK_BYTES:
-            self._caches.put(key, cache.clone())
 
 
 class Tracer:
@@ -349,7 +294,7 @@ class Tracer:
     def _no_image_states(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return by prompt (T, K, D) states while the image is hidden, which no pixel changes."""
         self._hidden_images.check(self._model)
-        keys = [(_blank_key(prompt), tuple(answer)) for prompt, answer in zip(encoded, ids, strict=True)]
+        keys = [(blank_key(prompt), tuple(answer)) for prompt, answer in zip(encoded, ids, strict=True)]
         states = {key: stored for key in keys if (stored := self._hidden_images.get(key)) is not None}
         missing = {
             key: (replace(prompt, cache=None), answer)
@@ -391,7 +336,7 @@ class Tracer:
     def _blank_caches(self, encoded: Sequence[Encoded]) -> list[PromptCache] | None:
         """Return the KV cache of every prompt with a blank image; None where they cannot be used again."""
         self._blanks.check(self._model)
-        keys = [_blank_key(prompt) for prompt in encoded]
+        keys = [blank_key(prompt) for prompt in encoded]
         caches = {key: cache for key in keys if (cache := self._blanks.get(key)) is not None}
         missing = {key: prompt for key, prompt in zip(keys, encoded, strict=True) if key not in caches}
         if missing:
@@ -418,15 +363,3 @@ class Tracer:
         inputs = self._forward.extended(encoded, answer.token_ids)
         relevancy = relevancy_from_inputs(self._model, inputs, answer.token_ids, recompute=recompute)
         return replace(relevancy, question_positions=encoded.spans.question)
-
-
-def _blank_key(encoded: Encoded) -> Hashable:
-    """Build the key of a prompt with a blank image from everything that it depends on."""
-    return tuple(
-        (name, tuple(value.shape), b"" if name == "pixel_values" else value.contiguous().cpu().numpy().tobytes())
-        for name, value in sorted(encoded.inputs.items())
-    )
-
-
-def _bytes(cache: PromptCache) -> int:
-    return sum(part.nbytes for layer in cache.layers for part in layer)
