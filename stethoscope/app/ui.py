@@ -110,7 +110,8 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 )  # fmt: skip
                 parts["seed"] = gr.Number(0, label="seed", precision=0, info="of the drawing")
         with gr.Column(scale=3, min_width=320, elem_id="looking"):
-            parts["view"] = _component("view", payload.message(HINT), render.viewer(), render.script())
+            script = render.script() + asset("app/waiting.js")
+            parts["view"] = _component("view", payload.message(HINT), render.viewer(), script)
             parts["download"] = _component("download", "{}", fill("app/nothing.html"), asset("app/download.js"))
     return parts
 
@@ -193,8 +194,9 @@ def _wire_ask(
     options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
     names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
     inputs, view = [parts[name] for name in (*names, "mitigation", "detector")], parts["view"]
-    asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **options)
-    view.gradient(change_scope, None, view, **options)
+    tracked = {**options, "show_progress": "minimal"}  # waiting.js reads how many wait
+    asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **tracked)
+    view.gradient(change_scope, None, view, **tracked)
     view.export(export, None, parts["download"], **options)
     quick = {**options, "concurrency_id": "picture"}
     parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)

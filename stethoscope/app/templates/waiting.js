@@ -1,0 +1,24 @@
+// Says in the viewer how many questions are before one that waits; the numbers are those of Gradio's own, hidden tracker.
+{
+const tracker = element.closest(".block") || element.parentElement, status = element.querySelector('[data-id="status"]');
+let line = "", soon = 0;
+
+function before() { // waiting ones up to this, less this, and the one that has the model
+  const text = tracker.querySelector(".progress-text"), numbers = text && text.textContent.match(/(\d+)\/\d+/);
+  return numbers ? Number(numbers[1]) : 0;
+}
+
+function tell() {
+  soon = 0;
+  const number = before(), next = number ? `waiting: ${counted(number, "question")} before yours …` : "";
+  if (next === line) return;
+  if (next && !line && window.innerWidth <= 760) element.scrollIntoView({ block: "start" });
+  if (next || status.textContent === line) status.textContent = next;
+  status.classList.remove("st-error");
+  status.hidden = !status.textContent;
+  line = next;
+}
+
+// not at once: a question that need not wait is in the queue for a moment, too
+new MutationObserver(() => { soon = soon || setTimeout(tell, 300); }).observe(tracker, { childList: true, subtree: true, characterData: true });
+}
