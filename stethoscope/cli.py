@@ -148,7 +148,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             sweep.run(config, job_config.job.num, list(job_config.overrides.task))
             return
         try:
-            check_settings(config, command)
+            check_settings(config, command, list(job_config.overrides.task))
             check_values(config)
             import_plugins(config.get("plugins"))
             importlib.import_module(f"stethoscope.commands.{command}").run(config)

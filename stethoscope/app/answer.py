@@ -14,7 +14,7 @@ from stethoscope.app import payload
 from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
 from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.images import FORMATS
+from stethoscope.core.images import file_format
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
@@ -117,12 +117,9 @@ def displayable(file: Path) -> Path:
     Raises:
         DataError: the file is no picture, is too large, or has been deleted.
     """
-    from PIL import Image
-
     picture = read_picture(file)
-    with Image.open(file, formats=FORMATS) as original:
-        if original.format in BROWSER_FORMATS:
-            return file
+    if file_format(file) in BROWSER_FORMATS:
+        return file
     copy = file.with_suffix(".png") if file.suffix.lower() != ".png" else file.with_name(f"{file.stem}-shown.png")
     picture.save(copy)
     return copy

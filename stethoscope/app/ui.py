@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import ModelPool
@@ -18,7 +17,7 @@ from stethoscope.core.component import choices
 from stethoscope.core.errors import DataError
 from stethoscope.core.html import asset, data_uri, escape, json_text
 from stethoscope.core.html import render as fill
-from stethoscope.core.images import file_digest
+from stethoscope.core.images import file_digest, read_image
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import render
 from stethoscope.tasks.object_extraction import MentionExtractor
@@ -81,7 +80,10 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
             )  # fmt: skip
             # keep Gradio from decoding the file: it is read, and may be refused, where pictures for the model are
             picture.preprocess = lambda upload: None if upload is None else upload.path
-            shown = [{"name": example.name, "picture": data_uri(Image.open(example.file))} for example in examples]
+            shown = [
+                {"name": example.name, "picture": data_uri(read_image(example.file, example.name))}
+                for example in examples
+            ]
             parts["examples"] = _component(
                 "examples", json_text(shown), fill("app/examples.html"), asset("app/examples.js")
             )

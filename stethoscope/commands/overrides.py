@@ -187,19 +187,25 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     return unknown("setting", key, [name for name in known if "." not in name])
 
 
-def check_settings(config: Mapping[str, Any], command: str) -> None:
+def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]) -> None:
     """Check that a composed configuration has no setting which the command cannot use, as of another's experiment.
 
+    Args:
+        config: the composed configuration.
+        command: its root.
+        words: overrides; a setting that they add with + is one on purpose.
+
     Raises:
-        ConfigError: it has; the message names the commands that can use them.
+        ConfigError: it has; the message names a command that can use them.
     """
-    unused = sorted({str(name) for name in config} - _settings_of(command))
+    added = {word.lstrip("+").partition("=")[0].partition(".")[0] for word in words if word.startswith("+")}
+    unused = sorted({str(name) for name in config} - _settings_of(command) - added)
     if not unused:
         return
     able = [other for other in HYDRA_COMMANDS if set(unused) <= _settings_of(other)]
     used_by = f"`stethoscope {able[0]}` does; " if able else ""
     raise ConfigError(
-        f"{command} does not use {', '.join(unused)}; {used_by}an experiment or a setting that begins with + brought "
+        f"{command} does not use {', '.join(unused)}; {used_by}an experiment brought "
         f"{'it' if len(unused) == 1 else 'them'}"
     )
 

@@ -111,7 +111,7 @@ class Sweep:
         print(f"[job {number}] {job.title}", flush=True)
         start = time.monotonic()
         try:
-            check_settings(config, self.command)
+            check_settings(config, self.command, words)
             check_values(config)
             import_plugins(plugins)
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)

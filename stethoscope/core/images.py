@@ -73,6 +73,16 @@ def read_image(
         return rgb(image, name)
 
 
+def file_format(path: Path) -> str:
+    """Return the format of an image file, as ``JPEG``, by its first bytes.
+
+    Raises:
+        DataError: the file is missing or of no allowed format.
+    """
+    with _opened(path, f"image {path.name}", FORMATS) as image:
+        return image.format or ""
+
+
 def portable_bytes(image: Image, source: Path | None = None) -> tuple[bytes, str]:
     """Encode an image so that any decoder shows the same pixels.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from stethoscope.storage.saved_heatmaps import MAX_SIDE, HeatmapFile
 from stethoscope.tracing.token_spans import token_regions
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from stethoscope.core.types import Sample
     from stethoscope.evaluation.results import TaskResults
     from stethoscope.evaluation.state import RunState
@@ -79,9 +82,13 @@ class Progress(Callback):
         self.every = every
         self._bar: Any = None
 
+    @cached_property
+    def _console(self) -> Console:
+        """The terminal as it is when the first line is written."""
+        return console(stderr=True)
+
     def on_run_start(self, run: RunState) -> None:
         """Say what is done before the first sample."""
-        self._console = console(stderr=True)
         self._say(f"{run.task.name}: reading the questions, loading {run.adapter.name} ...")
 
     def on_task_start(self, run: RunState) -> None:

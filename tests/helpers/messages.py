@@ -67,3 +67,8 @@ class MessageSnapshot:
         }
         text = yaml.safe_dump(dict(sorted(sections.items())), sort_keys=False, allow_unicode=True, width=10_000)
         SNAPSHOT.write_text(HEADER + text)
+
+
+def error_lines(text):
+    """Return the lines of stderr but for those that say what is being done, which end in three dots."""
+    return [line for line in text.splitlines() if not line.endswith(" ...")]

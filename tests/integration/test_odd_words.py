@@ -86,11 +86,11 @@ def test_folders_of_our_own_sweep(call, tmp_path):
     ]
     call(*words, f"task.question={json.dumps('What, please, is there?')}")
     folders = sorted((tmp_path / "runs" / "study").glob("*max_new_tokens*"))
-    assert [folder.name for folder in folders] == ["max_new_tokens=3", "max_new_tokens=null"]
+    assert [folder.name for folder in folders] == ["max_new_tokens-3", "max_new_tokens-null"]
     call("extract", f"run={folders[0].relative_to(tmp_path)}", "features=fast", "trace=all", "callbacks=none")
     assert "What, please, is there?" in (folders[0] / "samples.jsonl").read_text()
     assert "report.html" in call("report", folders[0], "pictures=False", "plugins=None")
-    assert "chair" in call("compare", *folders)
+    assert "CHAIR" in call("compare", *folders)
     (tmp_path / "limit=4").symlink_to(folders[0])
     assert "chair" in call("compare", "limit=4", folders[1])
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers.messages import error_lines
 from helpers.tiny_run import SlowAdapter
 from helpers.tiny_world import TinyFeatures, TinyTask
 
@@ -247,7 +248,7 @@ def test_junk_of_a_launcher_is_one_line(monkeypatch, capsys, tmp_path, variables
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert message in said
-    assert len(said.splitlines()) == 1
+    assert len(error_lines(said)) == 1
 
 
 def test_pictures_fall_to_processes_by_their_ids_alone():

@@ -134,7 +134,7 @@ def test_a_sweep_believes_the_plugins_of_its_jobs_command_lines(finished, copy, 
     monkeypatch.setattr("stethoscope.storage.run_dir.saved_task", made)
     sweep = Sweep("benchmark", tmp_path / "sweep", (), "key")
     for number, folder in enumerate((finished / "sampled", copy)):
-        job = Job("key", number, (f"seed={number}",), str(folder), FINISHED, plugins=("mine",) if number else ())
+        job = Job("key", number, (f"generation={number}",), str(folder), FINISHED, plugins=("mine",) if number else ())
         job.write(sweep.folder)
     sweep.end()
     assert believed

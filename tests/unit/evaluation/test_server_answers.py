@@ -183,7 +183,7 @@ def test_settings_are_checked_before_anything_else(tmp_path, monkeypatch, capsys
     for words in (["limit=0", nobody], ["limit=2"], ["generation=beam", nobody], ["limit=2", nobody]):
         assert command(*words) == 2
     told = capsys.readouterr().err
-    assert "limit=0 should be a whole number, at least 1" in told
+    assert "limit=0 should be a whole number, 1 or more" in told
     assert "engine.base_url must be given" in told
     assert "have no beam search" in told
     assert f"{nobody} cannot be reached" in told

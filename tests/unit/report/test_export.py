@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.hub_server import local_hub
+from helpers.messages import error_lines
 from helpers.other_tools import run_with
 from huggingface_hub import DatasetCard, parse_eval_result_entries
 
@@ -367,7 +368,7 @@ def test_wrong_settings_are_one_line(testbed_run, tmp_path, capsys, words, messa
     status, _, errors = call(capsys, f"run={testbed_run}", f"out={tmp_path}", *words)
     assert status == 2
     assert message in errors
-    assert errors.count("\n") == 1
+    assert len(error_lines(errors)) == 1
     assert not any(tmp_path.iterdir())
 
 
