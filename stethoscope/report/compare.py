@@ -14,7 +14,7 @@ from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.detection.detector_results import read_interval
-from stethoscope.metrics.bootstrap import Resamples, count_replicates, group_weights
+from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights
 from stethoscope.report.metrics_tables import RANKING, TASK_TITLES, TITLES, metric_title, primary, shown_rows
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
@@ -90,7 +90,7 @@ def require_same(first: RunReader, other: RunReader, swept: bool = False, common
     reasons = []
     fields = [key for key in COMPARED_FIELDS if not (swept and key == "question")]
     for task in common_tasks(first, other):
-        tasks = (source.store.fingerprints()[task]["task"] for source in (first, other))
+        tasks = (_fingerprints(source)[task]["task"] for source in (first, other))
         for key, old, new in differences(*tasks):
             # two paths may be one folder that was moved; the samples are compared below
             if not (_is_path(old) and _is_path(new)) and not ((swept or common) and key.startswith("settings")):
@@ -108,8 +108,17 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 
+def _fingerprints(source: RunReader) -> dict[str, Any]:
+    return source.cached("fingerprints", source.store.fingerprints)
+
+
+def first_task(first: RunReader, name: str, load_task: TaskLoader) -> Task:
+    """Build a task of the run that others are compared with, once for all of them."""
+    return first.cached(("task", name), lambda: load_task(first, name))
+
+
 def _unmatched(first: RunReader, other: RunReader, task: str) -> Iterator[str]:
-    old, new = (dict.fromkeys(source.store.sample_ids(task)) for source in (first, other))
+    old, new = (source.records(task) for source in (first, other))
     for source, own, others in ((first, old, new), (other, new, old)):
         unmatched = [name for name in own if name not in others]
         if unmatched:
@@ -117,8 +126,7 @@ def _unmatched(first: RunReader, other: RunReader, task: str) -> Iterator[str]:
 
 
 def _sample_differences(first: RunReader, other: RunReader, task: str, fields: Sequence[str]) -> Iterator[str]:
-    runs = first, other
-    old, new = ({record.sample_id: record for record in source.store.records(task)} for source in runs)
+    old, new = (source.records(task) for source in (first, other))
     for key in fields:
         unequal = [name for name in old if name in new and getattr(old[name], key) != getattr(new[name], key)]
         if unequal:
@@ -137,28 +145,32 @@ def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str,
     Raises:
         DataError: they have no sample in common, or each of those failed in one of the runs.
     """
-    records = [{record.sample_id: record for record in source.store.records(task.name)} for source in (first, other)]
+    records = [source.records(task.name) for source in (first, other)]
     common = [name for name in records[0] if name in records[1]]
     both = [name for name in common if all(run[name].status != FAILED for run in records)]
     if not both:
         raise DataError(f"{task.name} has no sample that failed neither in {first.folder} nor in {other.folder}")
-    tallies = [task.tally([_scored(run[name]) for name in both]) for run in records]
-    resamples = group_weights([tally.group for run in tallies for tally in run])
-    parts = _split(resamples, len(tallies[0]))
-    subsets = {records[0][name].subset for name in common} if task.macro else set()
-    figures = [_replicates(task, run, part, subsets) for run, part in zip(tallies, parts, strict=True)]
+    subsets = frozenset(records[0][name].subset for name in common) if task.macro else frozenset()
+    old_tallies = first.cached(
+        ("tallies", task, tuple(both)), lambda: task.tally([_scored(records[0][name]) for name in both])
+    )
+    new_tallies = task.tally([_scored(records[1][name]) for name in both])
+    resamples = group_weights([tally.group for tally in (*old_tallies, *new_tallies)])
+    parts = _split(resamples, len(old_tallies))
+    old_figures = first.cached(
+        ("replicates", task, tuple(both), subsets, tuple(resamples.names)),
+        lambda: _first_figures(task, old_tallies, parts[0], subsets),
+    )
+    new_figures = _replicates(task, new_tallies, parts[1], subsets)
     cells: list[tuple[Cell, ...]] = []
     bold = set()
-    for metric, subset in figures[0]:
-        if (metric, subset) not in figures[1]:
+    for (metric, subset), (old, interval, part) in old_figures.items():
+        if (metric, subset) not in new_figures:
             continue
-        part = parts[0].select(np.array([subset in (tally.subset, "mean") for tally in tallies[0]]))
-        old, new = (figure[metric, subset] for figure in figures)
+        new = new_figures[metric, subset]
         if metric == task.primary:
             bold.add(len(cells))
-        cells.append(
-            (metric_title(metric), subset, part.interval(old), part.interval(new), _difference(new - old, part))
-        )
+        cells.append((metric_title(metric), subset, interval, part.interval(new), _difference(new - old, part)))
     failed, alone = len(common) - len(both), len({*records[0], *records[1]}) - len(common)
     note = PAIRED + (f" {failed} samples that failed in one of the runs are left out." if failed else "")
     note += f" {alone} samples that only one of the runs has are left out, {len(common)} are common." if alone else ""
@@ -185,6 +197,17 @@ def _replicates(
     counts = pd.DataFrame([dict(tally.counts) for tally in tallies]).fillna(0.0)
     tally_subsets = [tally.subset for tally in tallies]
     return count_replicates(task.metrics(), counts, tally_subsets, resamples, task.macro, subsets)
+
+
+def _first_figures(
+    task: Task, tallies: Sequence[Tally], resamples: Resamples, subsets: Collection[str]
+) -> dict[tuple[str, str], tuple[np.ndarray, Interval, Resamples]]:
+    """Compute replicates, intervals and resampled images of the first run's metrics, by (metric, subset)."""
+    figures = {}
+    for (metric, subset), replicates in _replicates(task, tallies, resamples, subsets).items():
+        part = resamples.select(np.array([subset in (tally.subset, "mean") for tally in tallies]))
+        figures[metric, subset] = replicates, part.interval(replicates), part
+    return figures
 
 
 def _split(resamples: Resamples, size: int) -> tuple[Resamples, Resamples]:
@@ -227,15 +250,19 @@ def detector_table(first: RunReader, other: RunReader, names: tuple[str, str]) -
         )
     resamples = group_weights(pd.concat(part["group"] for part in rows))
     parts = _split(resamples, len(rows[0]))
-    figures = [
-        evaluate_scores(mentions, {"detector": mentions["probability"].to_numpy()}, part)
-        for mentions, part in zip(rows, parts, strict=True)
-    ]
+
+    def evaluate(index: int) -> dict[str, tuple[np.ndarray, Interval]]:
+        scores = {"detector": rows[index]["probability"].to_numpy()}
+        figures = evaluate_scores(rows[index], scores, parts[index])
+        return {metric: (replicates, parts[index].interval(replicates)) for (_, metric), replicates in figures.items()}
+
+    old_figures = first.cached(("detector", frozenset(common), first_only, tuple(resamples.names)), lambda: evaluate(0))
+    new_figures = evaluate(1)
     cells = []
     for metric, title in TITLES.items():
-        if all(("detector", metric) in figure for figure in figures):
-            old, new = (figure["detector", metric] for figure in figures)
-            cells.append((title, parts[0].interval(old), parts[1].interval(new), _difference(new - old, parts[0])))
+        if metric in old_figures and metric in new_figures:
+            (old, old_interval), (new, new_interval) = old_figures[metric], new_figures[metric]
+            cells.append((title, old_interval, new_interval, _difference(new - old, parts[0])))
     counted = "first mentions" if first_only else "mentions"
     sizes = f"{len(rows[0])} and {len(rows[1])} {counted} in {resamples.groups} images"
     note = f"{sizes} that neither detector has learned from. {PAIRED}"
@@ -364,20 +391,22 @@ def compare(sources: Sequence[RunReader], load_task: TaskLoader, common: bool = 
     if len(sources) < 2:
         raise ConfigError("stethoscope compare takes two runs or more")
     first, names = sources[0], run_names(sources)
-    for other in sources[1:]:
-        require_same(first, other, common=common)
     tables: list[Table | None] = [summary_table(sources, names), setting_table(sources, names)]
     remarks = [source.no_detector() for source in sources if source.no_detector()]
     for name, other in zip(names[1:], sources[1:], strict=True):
+        require_same(first, other, common=common)
         pair = names[0], name
-        tables += [task_table(first, other, load_task(first, task), pair) for task in common_tasks(first, other)]
+        for task in common_tasks(first, other):
+            tables.append(task_table(first, other, first_task(first, task, load_task), pair))
         if not (first.no_detector() or other.no_detector()):
             if first.task != other.task:
                 remarks.append(f"the detectors judge mentions of {first.task} and of {other.task}")
-                continue
-            try:
-                tables.append(detector_table(first, other, pair))
-            except DataError as error:
-                remarks.append(str(error))
+            else:
+                try:
+                    tables.append(detector_table(first, other, pair))
+                except DataError as error:
+                    remarks.append(str(error))
+        if other is not first:
+            other.release()  # the first is read once for all, every other one once
     tables.append(leaderboard_table(sources, names))
     return [table for table in tables if table is not None], remarks

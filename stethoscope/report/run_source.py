@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stethoscope.storage.records import Record
+
+Value = TypeVar("Value")
 
 CONFIG_REMEDY = "delete it; the command that made the run writes it again"
 _WARNINGS_REMEDY = "delete it; `stethoscope train` makes it again"
@@ -85,6 +87,7 @@ class RunReader:
     store: RunStore
     results: tuple[TaskResults, ...]
     detector: DetectorResults | None
+    _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> RunReader:
@@ -196,6 +199,27 @@ class RunReader:
         if self.detector is None or self.detector.first_mentions_only:
             rows = rows[rows["repeat_index"] == 0]
         return rows.reset_index(drop=True)
+
+    def cached(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """Return what was computed for ``key`` before, else compute and keep it until ``release``.
+
+        Args:
+            key: names the value with everything that it depends on besides the run.
+            compute: returns the value, which nobody may change.
+        """
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def records(self, task: str) -> dict[str, Record]:
+        """Read the records of a task by sample id, in the order of the file, and keep them until ``release``."""
+        return self.cached(("records", task), lambda: {record.sample_id: record for record in self.store.records(task)})
+
+    def release(self) -> None:
+        """Drop the values of ``cached`` and the token table to free memory; they are read again where needed."""
+        self._cache.clear()
+        for name in ("table", "rows", "held_out"):
+            self.__dict__.pop(name, None)
 
     def record(self, sample_id: str) -> Record | None:
         """Read the record of one sample of the warnings' task."""

@@ -15,7 +15,7 @@ from stethoscope.core.files import atomic_write, write_json
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.metrics.bootstrap import Interval
-from stethoscope.report.compare import TaskLoader, detector_table, require_same, task_table
+from stethoscope.report.compare import TaskLoader, detector_table, first_task, require_same, task_table
 from stethoscope.report.console import print_table
 from stethoscope.report.metrics_tables import TITLES, metric_title, primary
 from stethoscope.report.run_report import table_page
@@ -291,7 +291,7 @@ def _differences(
             for result in other.results:
                 if any(result.task == first_result.task for first_result in first.results):
                     name = f"{result.task} {result.primary}"
-                    task = load_task(first, result.task)
+                    task = first_task(first, result.task, load_task)
                     table = task_table(first, other, task, ("first", "other"))
                     rows = [row for row in table.rows if row[0] == metric_title(task.primary)]
                     mean = next((row for row in rows if row[1] == "mean"), rows[0])  # over subsets, or the only subset

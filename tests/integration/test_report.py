@@ -198,6 +198,33 @@ def test_a_run_against_itself_differs_in_nothing(finished):
     assert all(cell.p == 1 for cell in differences)
 
 
+def test_many_runs_give_the_tables_of_pairs_and_each_is_read_once(finished, copy, monkeypatch):
+    """What is kept of the first run changes no bit, also where the second and the third run have other samples."""
+    lines = (copy / "samples.jsonl").read_text().splitlines()
+    lines[0] = lines[0].replace('"status": "ok"', '"status": "failed"', 1)
+    (copy / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    paths = [finished / "greedy", finished / "sampled", copy, finished / "sampled"]
+
+    def load(source, name):
+        return _tasks()[name]
+
+    def paired(paths):
+        tables, _ = compare.compare([RunReader.read(path) for path in paths], load)
+        return [
+            (table.columns[0], table.rows, table.note)
+            for table in tables
+            if any(hasattr(cell, "p") for row in table.rows for cell in row)
+        ]
+
+    pairs = [table for path in paths[1:] for table in paired([paths[0], path])]
+    reads, records = [], RunStore.records
+    monkeypatch.setattr(RunStore, "records", lambda store, task: reads.append(task) or records(store, task))
+    together = paired(paths)
+    assert repr(together) == repr(pairs)  # repr gives every bit, and NaN equals NaN
+    assert sorted(reads) == ["chair"] * 4 + ["pope"] * 4
+    assert any("1 samples that failed" in note for _, _, note in together)
+
+
 def _tasks():
     from stethoscope.tasks.pope import Pope
 
