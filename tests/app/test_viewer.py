@@ -90,6 +90,25 @@ def test_the_viewer_shows_the_chosen_token_and_layer(page, diagnosis):
     assert look(page)["chosen"] == [fork + 1]
 
 
+def test_a_patch_leads_to_the_words_that_were_written_from_it(page, diagnosis):
+    look(page)
+    page.locator("[data-id=picture]").focus()  # and scroll to it
+    box = page.locator("[data-id=picture]").bounding_box()
+    side = min(box["width"], box["height"])
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    patches = {2 * 8 + 5: lambda: page.mouse.click(left + 5.5 / 8 * side, top + 2.5 / 8 * side)}
+    patches[3 * 8 + 5] = lambda: page.keyboard.press("ArrowDown")
+    for patch, act in patches.items():
+        act()
+        look(page)
+        rows = [row.split("\n") for row in page.locator("[data-id=patch-tokens] .st-bar").all_inner_texts()]
+        values = diagnosis.relevancy.image[:, 3, patch].numpy()
+        shown = [float(row[-1]) for row in rows]
+        step = float(diagnosis.relevancy.image[:, 3].max()) / 255  # of the values on the page
+        assert np.allclose(shown, np.sort(values)[::-1][:5], rtol=0.06, atol=step)
+        assert rows[0][0] == diagnosis.answer.tokens[int(values.argmax())].strip()
+
+
 def test_a_photograph_outside_of_what_the_detector_knows(browser, adapter, tmp_path):
     photograph = Image.fromarray(load_sample_image("china.jpg"))
     diagnosis = stethoscope.diagnose(

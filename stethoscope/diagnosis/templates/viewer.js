@@ -11,7 +11,8 @@ const COLOURS = {
 const TRUTH = { 1: "hallucinated", 0: "grounded", "-1": "not judged" };
 const STRONGEST = 45; // percent of a colour behind a token, so that its text stays readable
 const photo = new Image();
-let data = null, scopes = {}, chosen = 0, frame = 0;
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+let data = null, scopes = {}, chosen = 0, frame = 0, patch = null;
 
 function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -197,6 +198,42 @@ function paint() {
   if (width > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
   if (top > 2) brush.fillRect(0, 0, canvas.width, top);
   if (height > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
+  if (patch === null) return;
+  const wide = (right - left) / columns, high = (bottom - top) / rows;
+  const outline = [left + (patch % columns) * wide, top + Math.floor(patch / columns) * high, wide, high];
+  for (const [colour, thickness] of [["#000", 5], ["#fff", 2]]) {
+    [brush.strokeStyle, brush.lineWidth] = [colour, thickness];
+    brush.strokeRect(...outline);
+  }
+}
+
+function patchAt(event) {
+  const map = data.maps[$("source").value], area = $("picture").getBoundingClientRect();
+  const [left, top, right, bottom] = map.box, [rows, columns] = map.shape;
+  const [width, height] = data.size, scale = Math.min(area.width / width, area.height / height); // object-fit: contain
+  const x = (event.clientX - area.left - area.width / 2) / scale + width / 2;
+  const y = (event.clientY - area.top - area.height / 2) / scale + height / 2;
+  const column = Math.floor((x - left) / (right - left) * columns), row = Math.floor((y - top) / (bottom - top) * rows);
+  return column >= 0 && column < columns && row >= 0 && row < rows ? row * columns + column : null;
+}
+
+function movePatch(key) {
+  const [rows, columns] = data.maps[$("source").value].shape, [down, right] = STEPS[key];
+  if (patch === null) return Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  const row = Math.min(rows - 1, Math.max(0, Math.floor(patch / columns) + down));
+  return row * columns + Math.min(columns - 1, Math.max(0, patch % columns + right));
+}
+
+function fromPatch() { // the tokens to which the chosen patch was most relevant
+  const map = data.maps[$("source").value];
+  $("patch").hidden = !map || patch === null;
+  if ($("patch").hidden) return;
+  const size = map.shape[0] * map.shape[1], layer = number("layer");
+  const rows = data.tokens.map((token, index) => {
+    const value = map.values[(index * data.layers.length + layer) * size + patch] / 255 * map.peaks[index][layer];
+    return { name: shown(token.text), value, text: value.toExponential(1) };
+  });
+  bars("patch-tokens", rows.sort((a, b) => b.value - a.value).slice(0, 5));
 }
 
 // --- everything about the chosen token -------------------------------------------------------------------------
@@ -432,6 +469,7 @@ function show() {
   if (data.layers.length) { relevancy(token); strip(); }
   colour();
   paint();
+  fromPatch();
   $("picture").setAttribute("aria-label", `the picture under the relevancy of ${shown(token.text)}`);
   element.querySelector(".st").dataset.redraw = (performance.now() - began).toFixed(1); // milliseconds
 }
@@ -472,6 +510,7 @@ function finished(message) {
   }
   if (!same) {
     scopes = {};
+    patch = null;
     chosen = data.start;
     $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold);
     fit("layer", Math.max(0, data.layers.length - 1));
@@ -555,6 +594,16 @@ element.addEventListener("keydown", (event) => {
 });
 for (const kind of ["mouseover", "focusin", "mouseout", "focusout"]) element.addEventListener(kind, tip);
 for (const id of [...RANGES, "common", "source", "statistic", "colour"]) $(id).addEventListener("input", soon);
+$("source").addEventListener("input", () => { patch = null; });
+$("picture").addEventListener("click", (event) => {
+  if (data && data.maps[$("source").value]) { patch = patchAt(event); soon(); }
+});
+$("picture").addEventListener("keydown", (event) => {
+  if (!STEPS[event.key] || !data || !data.maps[$("source").value]) return;
+  event.preventDefault();
+  patch = movePatch(event.key);
+  soon();
+});
 $("scope").addEventListener("change", () => {
   const wanted = $("scope").value;
   if (scopes[wanted]) { data = scopes[wanted]; soon(); return; }
