@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_text(question: Any) -> None:
+    """Check that a question is a text.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(question, str):
+        raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+
+
 def check_asked(adapter: Any, question: Any) -> None:
     """Check the first arguments of the functions that ask one question.
 
@@ -26,8 +36,7 @@ def check_asked(adapter: Any, question: Any) -> None:
         raise ConfigError(
             f"adapter should be a model as stethoscope.load('testbed') returns it, got {type(adapter).__name__}"
         )
-    if not isinstance(question, str):
-        raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+    check_text(question)
     if not question.strip():
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
 

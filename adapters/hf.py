@@ -15,7 +15,7 @@ from transformers import SuppressTokensLogitsProcessor
 
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
-from stethoscope.adapters.base import Adapter, ForeignTokens
+from stethoscope.adapters.base import Adapter, ForeignTokens, check_text
 from stethoscope.adapters.forward import ForwardRunner, Prefix, continues, groups, prompt_columns
 from stethoscope.adapters.generation import (
     Sampler,
@@ -259,8 +259,7 @@ class HfAdapter(Adapter):
 
     def _encode_phrase(self, asks: str, image: Picture, question: str) -> Encoded:
         """Encode the phrase for what is asked for, with the picture padded where ``pad`` is set."""
-        if not isinstance(question, str):
-            raise ConfigError(f"the question should be a text, got {type(question).__name__}")
+        check_text(question)
         image = load_picture(image)
         text = self.phrases.get(asks, "{question}").replace("{question}", question)
         with model_faults(f"the processor of {self.name} fails on this picture and question"):

@@ -167,11 +167,7 @@ class DecodingMitigation(Mitigation):
         Raises:
             ConfigError: the answer is searched by beams, whose order changes at every step.
         """
-        if generation.num_beams > 1:
-            raise ConfigError(
-                f"mitigation={self.name} goes with greedy decoding and sampling, not with "
-                f"generation.num_beams={generation.num_beams}; set it to 1"
-            )
+        check_no_beams(self.name, generation)
 
     @abstractmethod
     def processors(
@@ -187,6 +183,19 @@ class DecodingMitigation(Mitigation):
         Raises:
             CapabilityError: the model cannot do what the method needs.
         """
+
+
+def check_no_beams(name: str, generation: Generation) -> None:
+    """Check that the answer is written token by token, for the mitigation of a name.
+
+    Raises:
+        ConfigError: it is searched by beams.
+    """
+    if generation.num_beams > 1:
+        raise ConfigError(
+            f"mitigation={name} goes with greedy decoding and sampling, not with "
+            f"generation.num_beams={generation.num_beams}; set it to 1"
+        )
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -15,7 +15,7 @@ from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.types import ImageRef, Sample
 from stethoscope.detection.detector_results import read_interval
 from stethoscope.metrics.bootstrap import Interval, Resamples, count_replicates, group_weights
-from stethoscope.report.metrics_tables import RANKING, TASK_TITLES, TITLES, metric_title, primary, shown_rows
+from stethoscope.report.metrics_tables import RANKING, TITLES, metric_title, primary, shown_rows, task_title
 from stethoscope.report.run_source import CONFIG_REMEDY, RunReader
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.records import FAILED, Record
@@ -176,7 +176,7 @@ def task_table(first: RunReader, other: RunReader, task: Task, names: tuple[str,
     note += f" {alone} samples that only one of the runs has are left out, {len(common)} are common." if alone else ""
     columns = ("metric", "subset", *names, f"{names[1]} − {names[0]}")
     return Table(
-        f"{TASK_TITLES.get(task.name, task.name)}: {names[1]} against {names[0]}",
+        f"{task_title(task.name)}: {names[1]} against {names[0]}",
         columns,
         tuple(cells),
         note,

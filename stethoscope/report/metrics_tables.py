@@ -69,6 +69,15 @@ METRIC_TITLES = {"chair_i": "CHAIR_i", "chair_s": "CHAIR_s", "f1": "F1", "tpr": 
 """Names as the field writes them; others are shown as they are called in files."""
 
 
+def task_title(task: str) -> str:
+    """Write the name of a task as the field does.
+
+    >>> task_title("pope"), task_title("mine")
+    ('POPE', 'mine')
+    """
+    return TASK_TITLES.get(task, task)
+
+
 def metric_title(metric: str, task: str = "") -> str:
     """Write the name of a metric as the field does, after that of its task.
 
@@ -76,7 +85,7 @@ def metric_title(metric: str, task: str = "") -> str:
     ('CHAIR_i', 'POPE F1', 'mine length')
     """
     title = METRIC_TITLES.get(metric, metric)
-    own = TASK_TITLES.get(task, task)
+    own = task_title(task)
     return title if not task or title.startswith(f"{own}_") else f"{own} {title}"
 
 
@@ -95,14 +104,13 @@ def task_table(results: TaskResults) -> Table:
     bold = frozenset(index for index, name in enumerate(names) if name == results.primary)
     answers = (f"{line[0].upper()}{line[1:]}." for line in describe(results.answers))
     note = " ".join([f"{results.summary()}.", *results.notes, "95 % intervals from resampled images.", *answers])
-    return Table(TASK_TITLES.get(results.task, results.task), ("metric", *results.subsets), rows, note, bold)
+    return Table(task_title(results.task), ("metric", *results.subsets), rows, note, bold)
 
 
 def count_table(results: Sequence[TaskResults]) -> Table:
     """Count the samples of every task by status."""
     rows: list[tuple[Cell, ...]] = [
-        (TASK_TITLES.get(result.task, result.task), *(int(result.counts[name]) for name in COUNTS))
-        for result in results
+        (task_title(result.task), *(int(result.counts[name]) for name in COUNTS)) for result in results
     ]
     note = (
         "A failed sample gave an error, an unparsed one an answer that the task cannot read; neither is a wrong answer."

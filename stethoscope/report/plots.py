@@ -271,12 +271,7 @@ def plot_bars(title: str, label: str, bars: Sequence[tuple[str, Interval]], note
                 axes.plot(
                     [bar.low, bar.high], [index, index], color=COLOURS["ink"], linewidth=1.2, marker="|", zorder=3
                 )
-        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-        axes.set(xlabel=label, ylim=(len(bars) - 0.4, -0.6))
-        axes.locator_params(axis="x", nbins=6)
-        axes.grid(axis="x")
-        hints = [Hint(bar.value, index, f"{name}: {bar}") for index, (name, bar) in enumerate(bars)]
-        return finish(figure, (), note, hints)
+        return finish(figure, (), note, _named_rows(axes, label, bars))
 
 
 def plot_forest(title: str, label: str, rows: Sequence[tuple[str, PairedDifference]], note: str = "") -> Plot:
@@ -296,12 +291,7 @@ def plot_forest(title: str, label: str, rows: Sequence[tuple[str, PairedDifferen
             if np.isfinite([interval.low, interval.high]).all():
                 axes.plot([interval.low, interval.high], [index, index], color=colour, linewidth=1.6, gid="interval")
             axes.plot([interval.value], [index], marker="o", markersize=7, color=colour, gid=f"point-{index}")
-        axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-        axes.set(xlabel=label, ylim=(len(shown) - 0.4, -0.6))
-        axes.locator_params(axis="x", nbins=6)
-        axes.grid(axis="x")
-        hints = [Hint(interval.value, index, f"{name}: {interval}") for index, (name, interval) in enumerate(shown)]
-        return finish(figure, (), note, hints)
+        return finish(figure, (), note, _named_rows(axes, label, shown))
 
 
 def plot_costs(points: Sequence[tuple[str, str, Interval]], costs: Sequence[str], note: str = "") -> Plot:
@@ -387,6 +377,15 @@ def _joined(points: Sequence[tuple[str, float, float]], width: float, height: fl
 
 
 _DASHED: dict[str, Any] = {"color": COLOURS["soft"], "linewidth": 1.2, "dashes": (5, 4), "gid": "reference"}
+
+
+def _named_rows(axes: Axes, label: str, rows: Sequence[tuple[str, Interval]]) -> list[Hint]:
+    """Name the rows of a plot, the first on top, above a labelled axis; return what their points say."""
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(axis="x")
+    return [Hint(interval.value, index, f"{name}: {interval}") for index, (name, interval) in enumerate(rows)]
 
 
 def _spread(curve: Curve) -> list[tuple[float, float]]:

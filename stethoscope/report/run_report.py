@@ -18,7 +18,6 @@ from stethoscope.report import plots, tables
 from stethoscope.report.examples import ImageSource, example_cards, example_table, read_examples
 from stethoscope.report.metrics_tables import (
     COSTS,
-    TASK_TITLES,
     TITLES,
     count_table,
     detector_tables,
@@ -26,6 +25,7 @@ from stethoscope.report.metrics_tables import (
     primary,
     shown_rows,
     task_table,
+    task_title,
 )
 from stethoscope.report.plots import Bin, Curve, Plot
 from stethoscope.report.run_source import SHOWN_TASK_SHAPE, Importance, RunReader, importances
@@ -156,7 +156,7 @@ def collect_report(
     else:
         sections += _warning_sections(source, examples, image_source)
     sections.append(Section("what was run", (_provenance(source),)))
-    tasks = ", ".join(TASK_TITLES.get(result.task, result.task) for result in source.results)
+    tasks = ", ".join(task_title(result.task) for result in source.results)
     return Report(source.name, f"{source.model} on {tasks}", _tiles(source), tuple(sections))
 
 

@@ -19,7 +19,7 @@ from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.run_diagnosis import compute_columns, extract_mentions, feature_set, token_rows
-from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_range
+from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range
 from stethoscope.streaming.decode_loop import Rewind, decode
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack
 from stethoscope.streaming.scorer import smallest_delay
@@ -83,11 +83,7 @@ class Backtrack(DetectorMitigation):
         Raises:
             ConfigError: the answer is searched by beams, which are not known until they end.
         """
-        if generation.num_beams > 1:
-            raise ConfigError(
-                f"mitigation={self.name} goes with greedy decoding and sampling, not with "
-                f"generation.num_beams={generation.num_beams}; set it to 1"
-            )
+        check_no_beams(self.name, generation)
 
     def load(self, adapter: Adapter) -> Detector:
         """See ``DetectorMitigation.load``.
