@@ -6,8 +6,9 @@ filled in, into folders whose ``generate`` transformers itself loads and calls.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -133,19 +134,41 @@ def read_tokens(
         input_ids = torch.cat([input_ids, tokens[:, None]], -1)
 
 
-def hide_image(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Mask the image tokens of a batch of prompts.
+def image_tokens(model: Any, ids: Tensor) -> Tensor:
+    """Find the image tokens of (B, n) prompts, (B, n) bool, by the id in the model's configuration.
 
     Raises:
         ValueError: a prompt has none.
     """
-    config, ids = model.config, arguments["input_ids"]
-    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
     image = ids == (-1 if token is None else token)
     if not image.any(-1).all():
         raise ValueError("this decoder hides the image tokens of every prompt, and a prompt has none")
-    mask = arguments.get("attention_mask")
-    return {**arguments, "attention_mask": (torch.ones_like(ids) if mask is None else mask).masked_fill(image, 0)}
+    return image
+
+
+def hide_image(model: Any, arguments: Mapping[str, Any], image: Tensor) -> dict[str, Any]:
+    """Leave the pictures and their tokens out of a batch of prompts, which then read as the text alone.
+
+    Where the model demands a picture or reads the prompt in an encoder, the tokens are masked instead.
+
+    Args:
+        model: the model.
+        arguments: of ``generate``, of which pictures, prompts and everything by token are tensors.
+        image: (B, n) bool, whether a token of ``input_ids`` is one of the image.
+    """
+    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    kept = ~image if mask is None else mask.bool() & ~image
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    if model.config.is_encoder_decoder or pixels is None or pixels.default is not None:
+        return {**arguments, "attention_mask": kept.to(ids)}
+    order = kept.int().argsort(dim=-1, stable=True)[:, -int(kept.sum(-1).max()) :]  # padding on the left, then the text
+    by_token = {**arguments, "input_ids": ids.masked_fill(~kept, 0), "attention_mask": kept.to(ids)}
+    return {
+        name: value.gather(1, order) if isinstance(value, Tensor) else value
+        for name, value in by_token.items()
+        if not isinstance(value, Tensor) or value.shape == ids.shape
+    }
 
 
 def noise_image(arguments: dict[str, Any], step: int, seed: int) -> dict[str, Any]:
@@ -179,7 +202,7 @@ def generate(model: Any, **arguments: Any) -> Any:
         def combine(scores: Tensor, other: Tensor, step: int) -> Tensor:
             return weighted_contrast(scores, other, settings["alpha"])
     else:
-        changed = hide_image(model, changed)
+        changed = hide_image(model, changed, image_tokens(model, changed["input_ids"]))
 
         def combine(scores: Tensor, other: Tensor, step: int) -> Tensor:
             if settings["weight"] is not None:

@@ -25,6 +25,7 @@ from stethoscope.mitigation.base import DecodingMitigation, check_range
 from stethoscope.mitigation.contrastive import (
     ContrastProcessor,
     cut_scores,
+    hide_image,
     read_tokens,
     unsure_contrast,
     weighted_contrast,
@@ -34,6 +35,8 @@ from stethoscope.tracing.step_inputs import StepInputs
 from stethoscope.tracing.trace import Encoded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stethoscope.adapters.hf import HfAdapter
 
 
@@ -127,8 +130,8 @@ class ContrastMitigation(DecodingMitigation):
     beta: float
 
     @abstractmethod
-    def change(self, prompt: Encoded) -> Encoded:
-        """Return the prompt of the second pass.
+    def change(self, prompt: Encoded, model: PreTrainedModel) -> Encoded:
+        """Return the prompt of the second pass of a model.
 
         Raises:
             CapabilityError: the prompt cannot be changed so.
@@ -142,7 +145,7 @@ class ContrastMitigation(DecodingMitigation):
         self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation
     ) -> list[LogitsProcessor]:
         """See ``DecodingMitigation.processors``."""
-        changed = [self.change(prompt) for prompt in encoded]
+        changed = [self.change(prompt, adapter.model) for prompt in encoded]
         model, arguments = adapter.prepare_generate(changed, replace(generation, do_sample=False, mitigation=None))
         read = partial(read_tokens, make_steps=StepInputs)
         second = partial(model.generate, **arguments, custom_generate=read)
@@ -183,9 +186,9 @@ class NoImageContrast(ContrastMitigation):
             return weighted_contrast(scores, other, self.weight)
         return unsure_contrast(scores, other, step, self.alpha, self.rate)
 
-    def change(self, prompt: Encoded) -> Encoded:
+    def change(self, prompt: Encoded, model: PreTrainedModel) -> Encoded:
         """See ``ContrastMitigation.change``."""
-        return without_image(prompt)
+        return without_image(prompt, model)
 
 
 @dataclass(frozen=True)
@@ -215,23 +218,22 @@ class NoiseContrast(ContrastMitigation):
         """Combine (B, V) logits z and z'."""
         return weighted_contrast(scores, other, self.alpha)
 
-    def change(self, prompt: Encoded) -> Encoded:
+    def change(self, prompt: Encoded, model: PreTrainedModel) -> Encoded:
         """Noise the image of one prompt, by itself, so that it does not depend on the batch."""
         pixels = noised(prompt.inputs["pixel_values"], self.step, self.seed)
         return replace(prompt, inputs={**prompt.inputs, "pixel_values": pixels}, cache=None)
 
 
-def without_image(prompt: Encoded) -> Encoded:
-    """Mask the image tokens of a prompt, which then reads as the text alone, positions included.
+def without_image(prompt: Encoded, model: PreTrainedModel) -> Encoded:
+    """Hide the image of a prompt, which a model then reads as the text alone, positions included; see ``hide_image``.
 
     Raises:
-        CapabilityError: the prompt has no image tokens that could be masked.
+        CapabilityError: the prompt has no image tokens that could be hidden.
     """
     if not prompt.spans.image:
         raise CapabilityError(
             "mitigation=no_image hides the image tokens of a prompt, and this model's prompt has none"
         )
-    ids = prompt.inputs["input_ids"]
-    mask = prompt.inputs.get("attention_mask", torch.ones_like(ids)).clone()
-    mask[:, list(prompt.spans.image)] = 0
-    return replace(prompt, inputs={**prompt.inputs, "attention_mask": mask}, cache=None)
+    image = torch.zeros_like(prompt.inputs["input_ids"], dtype=torch.bool)
+    image[:, list(prompt.spans.image)] = True
+    return replace(prompt, inputs=hide_image(model, prompt.inputs, image), cache=None)

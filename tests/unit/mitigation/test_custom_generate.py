@@ -59,7 +59,7 @@ def test_the_code_needs_torch_and_transformers_alone(tmp_path):
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert {name.split(".")[0] for name in names} <= {
-        "__future__", "collections", "math", "torch", "transformers", "typing",
+        "__future__", "collections", "inspect", "math", "torch", "transformers", "typing",
     }  # fmt: skip
     assert "alpha 1.0, beta 0.1, step 500, seed 0" in readme.read_text()
 

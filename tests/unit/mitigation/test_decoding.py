@@ -27,7 +27,7 @@ METHODS = [
     NoImageContrast(weight=0.5, beta=0.1),
     NoiseContrast(),
 ]
-FAMILIES = ["llava-1.5-7b", "qwen2.5-vl-3b", "blip2-opt-2.7b", "instructblip-flan-t5-xl"]
+FAMILIES = ["llava-1.5-7b", "qwen2.5-vl-3b", "gemma-3-4b", "blip2-opt-2.7b", "instructblip-flan-t5-xl"]
 
 
 class Recorder(LogitsProcessor):
@@ -193,4 +193,4 @@ def test_a_prompt_without_image_tokens_is_refused():
     adapter = stethoscope.load("testbed")
     prompt = adapter.encode(picture(0, 64, 64), "What is this?")
     with pytest.raises(CapabilityError, match="hides the image tokens"):
-        without_image(replace(prompt, spans=replace(prompt.spans, image=())))
+        without_image(replace(prompt, spans=replace(prompt.spans, image=())), adapter.model)
