@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis import render
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict, rounded
-from stethoscope.relevancy.heatmaps import OPACITY, heat, overlay, relevancy_tiles
+from stethoscope.relevancy.heatmaps import OPACITY, heat, image_token_tiles, overlay, relevancy_tiles
 from stethoscope.tracing.token_spans import Box, TokenRegions
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from stethoscope.relevancy import Relevancy
+    from stethoscope.tracing.attention_maps import AttentionMaps
 
 CONTRIBUTIONS = ("sum", "max", "mean")
 SHARES = ("image", "question", "answer", "rest")
@@ -79,6 +80,7 @@ class Diagnosis:
         relevancy: of every token after every layer; None if the model cannot compute it.
         token_regions: boxes of image tokens and patches in the picture; None if they are not known.
         evolution: predictions of every layer (logit lens); None if the model cannot compute them.
+        attention: raw attention by layer and head; None if the model's attention cannot be recorded.
         notes: explanations of what is missing.
         seconds: time spent by stage.
         scope: of the gradient of ``relevancy``, ``row`` or ``token``.
@@ -101,6 +103,7 @@ class Diagnosis:
     relevancy: Relevancy | None = None
     token_regions: TokenRegions | None = None
     evolution: LensTrajectory | None = None
+    attention: AttentionMaps | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     scope: str = "row"
@@ -225,6 +228,36 @@ class Diagnosis:
         """Compute the (T, layers, *shape) heat maps of all tokens after the given layers."""
         tiles, boxes = self.relevancy_tiles((slice(None), layers), raw)
         return heat(tiles, boxes, self.image.size, shape)
+
+    def attention_map(
+        self,
+        token: int,
+        layer: int | None = None,
+        head: int | Literal["mean", "largest"] = "mean",
+        shape: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Spread the raw attention of one token to the image tokens over the image, as ``heat_map`` does relevancy.
+
+        Args:
+            token: index in the answer.
+            layer: of the language model; None for the mean over layers.
+            head: index; ``mean`` over the heads of a layer, or the ``largest`` of them for every image token.
+            shape: rows and columns of the map; those of the picture by default.
+
+        Returns:
+            (height, width) float64. It sums to the attention to all image tokens except those on padding.
+
+        Raises:
+            ConfigError: there is no such token, layer or head.
+            CapabilityError: there is no raw attention, or the image tokens are no grid.
+        """
+        if self.attention is None:
+            raise CapabilityError("; ".join(self.notes) or f"{self.model} gives no raw attention")
+        if self.token_regions is None or not self.token_regions.grids:
+            raise CapabilityError(f"{self.model}: its image tokens are no grid over the picture; read `attention`")
+        values = self.attention.to_image(token, layer, head).numpy()
+        tiles, boxes = image_token_tiles(values, self.token_regions)
+        return heat(tiles, boxes, self.image.size, shape or (self.image.height, self.image.width))
 
     def regions(self, token: int, count: int = 3, layer: int = -1) -> list[tuple[Box, float]]:
         """List the image regions that are most relevant to a token, best first.

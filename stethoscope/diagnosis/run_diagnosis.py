@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from stethoscope.adapters.base import Adapter
     from stethoscope.detection.detector import Detector
     from stethoscope.evaluation.edit_answers import EditedAnswer
+    from stethoscope.tracing.attention_maps import AttentionMaps
     from stethoscope.tracing.mention_passes import Resampling
     from stethoscope.tracing.trace import Encoded, Trace
 
-TOP_TOKENS = 5  # most probable tokens in every layer's prediction
 TOP_FEATURES = 5  # features with the largest contributions to a token's verdict
 
 
@@ -108,12 +108,8 @@ def diagnose(
     with _timed(seconds, "trace"):
         resampling = read_samples(extractor, generation)
         trace, columns = _trace(adapter, encoded, answer, detector, scope, notes, picture, extracted, resampling)
-    with _timed(seconds, "evolution"):
-        try:
-            evolution = _lens_trajectory(adapter, encoded, answer)
-        except CapabilityError as error:
-            evolution = None
-            notes.append(str(error))
+    with _timed(seconds, "layers"):
+        evolution, attention = _read_layers(adapter, encoded, answer, extracted, notes)
     with _timed(seconds, "places"):
         tiles = 0 if trace.relevancy is None or trace.relevancy.tiles is None else trace.relevancy.tiles.shape[2]
         regions = token_regions(adapter, picture.size, encoded.spans, tiles)
@@ -134,6 +130,7 @@ def diagnose(
         relevancy=trace.relevancy,
         token_regions=regions,
         evolution=evolution,
+        attention=attention,
         notes=tuple(notes),
         seconds=seconds,
         scope=scope,
@@ -205,62 +202,26 @@ def _trace(
     return trace, columns
 
 
-def _decoder(adapter: Adapter) -> Callable[[Sequence[int]], str]:
-    """Return a function that decodes token ids.
+def _read_layers(
+    adapter: Adapter, encoded: Encoded, answer: Answer, mentions: Sequence[Mention], notes: list[str]
+) -> tuple[LensTrajectory | None, AttentionMaps | None]:
+    """Read predictions and raw attention of all layers; single heads first of the tokens that name objects."""
+    from stethoscope.diagnosis.layers_pass import read_layers  # importing this package imports no torch
 
-    Raises:
-        CapabilityError: the adapter has no tokenizer.
-    """
-    tokenizer = getattr(getattr(adapter, "processor", None), "tokenizer", None)
-    if tokenizer is None:
-        raise CapabilityError(f"{adapter.name} has no tokenizer that would decode tokens")
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    named = [token for mention in mentions for token in answer.covering(mention.start, mention.end)]
+    return read_layers(adapter, encoded, answer, named, notes)
 
 
 def _question_tokens(adapter: Adapter, encoded: Encoded) -> tuple[str, ...]:
     """Decode the question's tokens, in the order of ``Relevancy.question``."""
+    from stethoscope.diagnosis.layers_pass import token_decoder  # importing this package imports no torch
+
     try:
-        decode = _decoder(adapter)
+        decode = token_decoder(adapter)
     except CapabilityError:
         return tuple(f"token {index}" for index in range(len(encoded.spans.question)))
     ids = encoded.inputs["input_ids"][0].tolist()
     return tuple(decode([ids[position]]).strip() for position in encoded.spans.question)
-
-
-def _lens_trajectory(adapter: Adapter, encoded: Encoded, answer: Answer) -> LensTrajectory:
-    """Run the logit lens in one forward pass, decoding one layer at a time.
-
-    Raises:
-        CapabilityError: the adapter has no tokenizer, or the model's final norm or head cannot be found.
-    """
-    # imported here: importing this package imports no torch
-    import torch
-
-    from stethoscope.relevancy.result import read_layout
-    from stethoscope.tracing.attention_recorder import logits_to_keep
-    from stethoscope.tracing.logit_lens import Lens
-
-    decode = _decoder(adapter)
-    model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
-    first = read_layout(model, inputs, answer.token_ids).first
-    rows = torch.arange(first, first + len(answer.token_ids))
-    options = logits_to_keep(model, rows.tolist())
-    lens, tokens = Lens(model), torch.tensor([answer.token_ids])
-    top_tokens, parts = [], []
-    with torch.inference_mode():
-        with lens.listen(rows[None]) as captured:
-            logits = model(**inputs, **options, use_cache=False).logits
-        logits = (logits if options else logits[:, rows.to(logits.device)]).float()
-        lens.read(captured[-1:], logits, tokens)  # raises unless the final norm and the head are the right ones
-        for hidden in [*captured[:-1], None]:
-            decoded = (logits if hidden is None else lens.decode(hidden))[0].log_softmax(-1)
-            own = decoded.gather(-1, tokens[0][:, None].to(decoded.device))
-            top = decoded.topk(TOP_TOKENS)
-            parts.append([top.values.exp().cpu(), (decoded > own).sum(-1).cpu(), own[:, 0].cpu()])
-            top_tokens.append([tuple(decode([token]) for token in row) for row in top.indices.tolist()])
-    probabilities, rank, logprob = (torch.stack(part, 1).numpy() for part in zip(*parts, strict=True))
-    answer_tokens = tuple(decode([token]) for token in answer.token_ids)
-    return LensTrajectory(tuple(zip(*top_tokens, strict=True)), probabilities, rank, logprob, answer_tokens)
 
 
 def extract_mentions(

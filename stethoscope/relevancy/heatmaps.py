@@ -96,16 +96,28 @@ def relevancy_tiles(
     if raw:
         if not regions.grids:
             raise CapabilityError("the image tokens of this model form no grid over the image; use raw=False")
-        image = relevancy.image[chosen].numpy()[..., list(regions.cells)]
-        tiles, start = [], 0
-        for (rows, columns), _ in regions.grids:
-            tiles.append(image[..., start : start + rows * columns].reshape(*image.shape[:-1], rows, columns))
-            start += rows * columns
-        return tiles, [box for _, box in regions.grids]
+        return image_token_tiles(relevancy.image[chosen].numpy(), regions)
     if relevancy.tiles is None:
         raise CapabilityError("the patches of this model's vision tower form no grid; use raw=True")
     values = relevancy.tiles[chosen].numpy()
     return [values[..., tile, :, :] for tile in range(values.shape[-3])], list(regions.tiles)
+
+
+def image_token_tiles(values: np.ndarray, regions: TokenRegions) -> tuple[list[np.ndarray], list[Box | None]]:
+    """Arrange values of image tokens as tiles.
+
+    Args:
+        values: (..., N) of the image tokens.
+        regions: of the image tokens; without grids there are no tiles.
+
+    Returns:
+        (..., rows, columns) of every tile, and the boxes in pixels.
+    """
+    values, tiles, start = values[..., list(regions.cells)], [], 0
+    for (rows, columns), _ in regions.grids:
+        tiles.append(values[..., start : start + rows * columns].reshape(*values.shape[:-1], rows, columns))
+        start += rows * columns
+    return tiles, [box for _, box in regions.grids]
 
 
 def colours(values: np.ndarray) -> np.ndarray:

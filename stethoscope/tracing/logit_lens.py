@@ -35,8 +35,7 @@ class Lens:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        text = model.config.get_text_config()
-        count = getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
+        text, count = model.config.get_text_config(), layer_count(model)
         roles = sites(model)
         for module in model.modules():
             layers = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == count]
@@ -196,6 +195,12 @@ class Lens:
         if (decoded - logits).abs().max() > near * (1 + logits.abs().max()):
             raise CapabilityError("logit lens: final norm and head do not reproduce the model's logits")
         self.checked = True
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """Return the number of layers of the language model, of its decoder where it has an encoder too."""
+    text = model.config.get_text_config()
+    return getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
 
 
 def _one_call(norm: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stethoscope.adapters import loading
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis import diagnose
-from stethoscope.diagnosis.run_diagnosis import _lens_trajectory
+from stethoscope.diagnosis.layers_pass import read_layers
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
@@ -230,7 +230,7 @@ def test_streams_tokens(both):
 
 
 def test_reads_layers_for_a_diagnosis(both, encoded, answers):
-    both(lambda adapter: _lens_trajectory(adapter, encoded[0], answers[0]))
+    both(lambda adapter: read_layers(adapter, encoded[0], answers[0], (), []))
 
 
 @pytest.mark.slow

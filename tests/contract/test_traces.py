@@ -6,6 +6,7 @@ import torch
 from helpers.contract_helpers import attention, extended, has_encoder, language, predicting, reads_by_queries
 
 from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.diagnosis.layers_pass import attention_recorder, read_layers
 from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
 from stethoscope.tracing.hooks import AttentionRecorder, record
 from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS
@@ -94,6 +95,42 @@ def test_attention_equals_eager_output_attentions(adapter, encoded, traces):
             expected = torch.stack([row[..., columns[name]].sum(-1) for name in SEGMENTS], -1)
             close(trace.mass[k], expected, 5e-6)  # SDPA and eager round differently
             close(trace.image_attention[k], row[..., list(prompt.spans.image)].mean(1), 5e-6)
+
+
+def test_raw_attention_by_layer_and_head_equals_eager_output_attentions(adapter, encoded, answers):
+    prompt, answer = encoded[1], answers[1]
+    notes = []
+    maps = read_layers(adapter, prompt, answer, [3, 1], notes)[1]
+    assert notes == []
+    own, _, crossing = eager(adapter, prompt, answer)
+    rows, image = predicting(adapter, prompt, answer.token_ids), list(prompt.spans.image)
+    own = torch.stack(own)[:, 0, :, rows].permute(2, 0, 1, 3)  # (T, L, H, S)
+    whole = torch.stack(crossing)[:, 0, :, rows].permute(2, 0, 1, 3) if crossing else own  # over the prompt
+    expected = whole[..., image]
+    assert maps.tokens == tuple(range(len(answer.token_ids)))
+    close(maps.heads, expected, 5e-6)  # SDPA and eager round differently
+    close(maps.mean, expected.mean(2), 5e-6)
+    close(maps.largest, expected.amax(2), 5e-6)
+    close(maps.image_mass, expected.sum(-1), 5e-6)
+    close(maps.to_image(2), expected[2].mean((0, 1)), 5e-6)
+    close(maps.to_image(2, -1, 1), expected[2, -1, 1], 5e-6)
+    means, own = whole.mean((1, 2)), own.mean((1, 2))
+    question = means[:, list(prompt.spans.question)]
+    start, count = 1 if crossing else prompt.spans.length, len(answer.token_ids)
+    before = torch.nn.functional.pad(own[:, start : start + count], (0, max(0, start + count - own.shape[1])))
+    columns = [means[:, image].sum(-1, keepdim=True), question, before]
+    rest = torch.tensor(1.0 + bool(crossing)) - torch.cat(columns, -1).sum(-1, keepdim=True)
+    close(maps.matrix, torch.cat([*columns, rest], -1), 2e-5)
+    assert not before.triu().any()
+    few = attention_recorder(
+        *adapter.forward_inputs(prompt, answer.token_ids), prompt, answer, [3, 1], 2 * maps.heads[0].nbytes
+    )
+    with record(adapter.model, few), torch.no_grad():
+        adapter.model(**extended(adapter, prompt, answer.token_ids))
+    assert few.maps().tokens == (1, 3)
+    close(few.maps().heads, expected[[1, 3]], 5e-6)
+    with pytest.raises(CapabilityError, match="not held"):
+        few.maps().to_image(0, 0, 0)
 
 
 def test_recorded_maps_are_eager_output_attentions_bit_by_bit(adapter, encoded, answers):

@@ -329,3 +329,23 @@ def test_an_answer_that_names_nothing_is_explained(adapter, scene):
     assert f"The answer is {word} and names no object itself" in said
     assert f"{word} {percent(found.probability[0])}" in said
     assert "names no object, so" in describe_reply(diagnose(adapter, scene, QUESTION, answer="A quiet room."))
+
+
+def test_raw_attention_over_the_picture(adapter, scene, plain):
+    encoded = adapter.encode(scene, QUESTION)
+    trace = adapter.trace(encoded, plain.answer, {"attention"})
+    assert np.allclose(plain.attention.mean, trace.image_attention, atol=5e-6)
+    assert np.allclose(plain.attention.image_mass, trace.mass[..., 0], atol=5e-6)
+    token, last = plain.mentions[0].tokens[0], plain.attention.image_mass.shape[1] - 1
+    side = (8, 8)  # the image tokens of the embedded model
+    for layer, head, values in (
+        (None, "mean", trace.image_attention[token].mean(0)),
+        (last, "largest", plain.attention.heads[token, last].amax(0)),
+        (1, 2, plain.attention.heads[token, 1, 2]),
+    ):
+        assert np.allclose(plain.attention_map(token, layer, head, side), values.reshape(side), rtol=0.02, atol=1e-3)
+    assert np.allclose(plain.attention_map(token).sum(), trace.image_attention[token].mean(0).sum(), rtol=1e-2)
+    assert np.allclose(plain.attention.matrix.sum(-1), 1, atol=1e-5)
+    for arguments, name in (((999,), "token"), ((0, 4), "layer"), ((0, 0, 99), "head"), ((0, 0, "most"), "head")):
+        with pytest.raises(ConfigError, match=f"{name}=.*should be"):
+            plain.attention_map(*arguments)
