@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stethoscope.core.files import damaged, open_regular, replacing
-from stethoscope.core.types import Answer, Mention, Sample
+from stethoscope.core.types import Answer, Mention, Sample, required
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ Key = tuple[str, str]
 """Task name and sample id."""
 
 ROWS_AT_ONCE = 50_000
+_BUFFER = 2**20  # bytes of rows on their way to a part
 _REMEDY = "delete it and run `stethoscope extract` again"
 _NUMBERS = {"float", "double", "int32", "int64", "bool"}
 _SEAL = b"CRC\0"  # before the checksum of a footer
@@ -96,7 +97,11 @@ def token_table(
         "picture": [picture] * count,
     }
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-    values = [pa.array(np.asarray(column, dtype=np.float32)) for column in features.values()]
+    matrix = np.empty((len(features), count), dtype=np.float32)  # there may be a thousand columns of few rows
+    for row, column in zip(matrix, features.values(), strict=True):
+        row[:] = column
+    flat = pa.array(matrix.reshape(-1))
+    values = [flat.slice(start, count) for start in range(0, len(flat), count)] if count else [flat] * len(features)
     return pa.Table.from_arrays([*arrays, *values], names=[*SCHEMA.names, *features])
 
 
@@ -115,7 +120,7 @@ class TokenFiles:
         self.part_prefix = ""  # in the names of parts, unique to each of several writing processes
         self._part = ""
         self._writer: pa.RecordBatchStreamWriter | None = None
-        self._sink: pa.OSFile | None = None
+        self._sink: pa.BufferedOutputStream | None = None
         self._schema: pa.Schema | None = None
 
     def append(self, tables: Sequence[pa.Table]) -> str:
@@ -127,15 +132,16 @@ class TokenFiles:
             numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("part-*.arrow")]
             self._part = f"part-{self.part_prefix}{max(numbers, default=-1) + 1:06d}.arrow"
             self._schema = table.schema
-            self._sink = pa.OSFile(os.fsencode(self.folder / self._part), "wb")  # unbuffered, like a record's line
+            file = pa.OSFile(os.fsencode(self.folder / self._part), "wb")
+            self._sink = pa.BufferedOutputStream(file, _BUFFER)  # else every column is written by itself
             self._writer = pa.ipc.new_stream(self._sink, self._schema)
         self._writer.write_table(table)
+        required(self._sink).flush()
         return self._part
 
     def sync(self) -> None:
         """Wait until the rows of this session would survive a power cut."""
         if self._sink is not None:
-            self._sink.flush()
             with (self.folder / self._part).open("rb") as file:
                 os.fsync(file.fileno())
 
