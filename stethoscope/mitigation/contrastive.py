@@ -6,6 +6,7 @@ filled in, into folders whose ``generate`` transformers itself loads and calls.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
@@ -171,8 +172,8 @@ def hide_image(model: Any, arguments: Mapping[str, Any], image: Tensor) -> dict[
     }
 
 
-def noise_image(arguments: dict[str, Any], step: int, seed: int) -> dict[str, Any]:
-    """Noise the picture of every prompt by itself, so that it does not depend on the batch."""
+def noise_image(arguments: Mapping[str, Any], step: int, seed: int) -> dict[str, Any]:
+    """Noise every picture or tile by itself, so that the noise does not depend on the batch."""
     pixels, grid = arguments["pixel_values"], arguments.get("image_grid_thw")
     pictures = pixels.split(1) if grid is None else pixels.split(grid.prod(-1).tolist())
     return {**arguments, "pixel_values": torch.cat([noised(picture, step, seed) for picture in pictures])}
@@ -209,7 +210,11 @@ def generate(model: Any, **arguments: Any) -> Any:
                 return weighted_contrast(scores, other, settings["weight"])
             return unsure_contrast(scores, other, step, settings["alpha"], settings["rate"])
 
-    changed |= {"generation_config": arguments.get("generation_config"), "do_sample": False}
+    if (given := arguments.get("generation_config")) is None:
+        changed["do_sample"] = False
+    else:
+        changed["generation_config"] = copy.deepcopy(given)
+        changed["generation_config"].do_sample = False
 
     def second() -> Generator[Tensor, Tensor, None]:
         reader: Generator[Tensor, Tensor, None] = model.generate(**changed, custom_generate=read_tokens)

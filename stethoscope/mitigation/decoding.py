@@ -26,11 +26,12 @@ from stethoscope.mitigation.contrastive import (
     ContrastProcessor,
     cut_scores,
     hide_image,
+    noise_image,
     read_tokens,
     unsure_contrast,
     weighted_contrast,
 )
-from stethoscope.tracing.interventions import STEP, STEPS, noised
+from stethoscope.tracing.interventions import STEP, STEPS
 from stethoscope.tracing.step_inputs import StepInputs
 from stethoscope.tracing.trace import Encoded
 
@@ -219,9 +220,8 @@ class NoiseContrast(ContrastMitigation):
         return weighted_contrast(scores, other, self.alpha)
 
     def change(self, prompt: Encoded, model: PreTrainedModel) -> Encoded:
-        """Noise the image of one prompt, by itself, so that it does not depend on the batch."""
-        pixels = noised(prompt.inputs["pixel_values"], self.step, self.seed)
-        return replace(prompt, inputs={**prompt.inputs, "pixel_values": pixels}, cache=None)
+        """See ``ContrastMitigation.change``."""
+        return replace(prompt, inputs=noise_image(prompt.inputs, self.step, self.seed), cache=None)
 
 
 def without_image(prompt: Encoded, model: PreTrainedModel) -> Encoded:

@@ -11,11 +11,21 @@ from stethoscope.core.types import Generation
 from stethoscope.mitigation.custom_generate import write_generate_folder
 from stethoscope.mitigation.decoding import Cut, NoImageContrast, NoiseContrast
 
-METHODS = [NoImageContrast(alpha=0.9, rate=0.2), NoImageContrast(weight=0.5, beta=0.1), NoiseContrast(step=700, seed=3)]
+METHODS = [
+    NoImageContrast(alpha=0.9, rate=0.2),
+    NoImageContrast(weight=0.5, beta=0.1),
+    NoiseContrast(alpha=9, step=700, seed=3),
+]
 TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=["llava-1.5-7b", pytest.param("qwen2.5-vl-3b", marks=pytest.mark.slow)])
+FAMILIES = ["qwen2.5-vl-3b", "gemma-3-4b", "internvl3-1b"]
+"""With grids of patches, with sliding windows, with tiles as rows."""
+
+
+@pytest.fixture(
+    scope="module", params=["llava-1.5-7b", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
+)
 def adapter(request):
     torch.set_num_threads(1)
     return load(request.param, "model.random_init=tiny")
@@ -24,7 +34,7 @@ def adapter(request):
 @pytest.fixture(scope="module")
 def prompts(adapter):
     questions = ["Please describe this image in detail.", "Is there a dog in the image?", "What is this?"]
-    return [adapter.encode(picture(seed, 200, 160), question) for seed, question in enumerate(questions)]
+    return [adapter.encode(picture(seed, 300, 100), question) for seed, question in enumerate(questions)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +69,7 @@ def test_the_code_needs_torch_and_transformers_alone(tmp_path):
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert {name.split(".")[0] for name in names} <= {
-        "__future__", "collections", "inspect", "math", "torch", "transformers", "typing",
+        "__future__", "collections", "copy", "inspect", "math", "torch", "transformers", "typing",
     }  # fmt: skip
     assert "alpha 1.0, beta 0.1, step 500, seed 0" in readme.read_text()
 
