@@ -41,6 +41,41 @@ def check_asked(adapter: Any, question: Any) -> None:
         raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
 
 
+def check_history(history: Any) -> tuple[tuple[str, str], ...]:
+    """Return earlier questions and their answers as pairs of texts, the oldest first.
+
+    Args:
+        history: pairs (question, answer), in any sequence.
+
+    Raises:
+        ConfigError: it is something else, or a text is empty.
+
+    >>> check_history([("Is there a dog?", "Yes.")])
+    (('Is there a dog?', 'Yes.'),)
+    """
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise ConfigError(
+            f"history should be a list of earlier turns, [(question, answer), ...], got {type(history).__name__}"
+        )
+    turns = []
+    for number, turn in enumerate(history, 1):
+        if isinstance(turn, str) or not isinstance(turn, Sequence) or len(turn) != 2:
+            raise ConfigError(f"turn {number} of the history should be a pair (question, answer), got {turn!r:.80}")
+        for part, text in zip(("question", "answer"), turn, strict=True):
+            if not isinstance(text, str):
+                raise ConfigError(
+                    f"the {part} of turn {number} of the history should be a text, got {type(text).__name__}"
+                )
+            if not text.strip():
+                raise ConfigError(f"the {part} of turn {number} of the history is empty; leave the turn out")
+        turns.append((turn[0], turn[1]))
+    return tuple(turns)
+
+
+History = Sequence[tuple[str, str]]
+"""Earlier questions about a picture with their answers, the oldest first."""
+
+
 class ForeignTokens(DataError):
     """The token ids of a given answer are not those of its text by the model's tokenizer."""
 
@@ -63,18 +98,40 @@ class Adapter(ABC):
         """Load weights and processor; do nothing the second time."""
 
     @abstractmethod
-    def encode(self, image: Picture, question: str) -> Encoded:
-        """Build the model's own prompt around image and question, with measured token positions."""
+    def encode(self, image: Picture, question: str, history: History = ()) -> Encoded:
+        """Build the model's own prompt around image and question, with measured token positions.
 
-    def encode_as(self, asks: str, image: Picture, question: str) -> Encoded:
+        Args:
+            image: that is asked about.
+            question: the text.
+            history: earlier questions about the image and their answers, the oldest first. Adapters whose
+                ``check_conversation`` raises are never given any, and need not take the argument.
+        """
+
+    def encode_as(self, asks: str, image: Picture, question: str, history: History = ()) -> Encoded:
         """Build the prompt for what a task asks for; by default that of ``encode``, whatever it is.
 
         Args:
             asks: ``question`` or ``description``, see ``Sample.asks``.
             image: that is asked about.
             question: the task's own words, in place of which a model may have others (PaliGemma's "caption en").
+            history: see ``encode``.
+
+        Raises:
+            CapabilityError: there is a history, and ``check_conversation`` raises.
         """
-        return self.encode(image, question)
+        if not history:
+            return self.encode(image, question)
+        self.check_conversation()
+        return self.encode(image, question, history)
+
+    def check_conversation(self) -> None:
+        """Check that the model's prompt has room for earlier questions and answers; loads the model if need be.
+
+        Raises:
+            CapabilityError: it asks one question at a time, as by default.
+        """
+        raise CapabilityError(f"{self.name} is asked one question at a time: its adapter writes no earlier turns")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

@@ -15,7 +15,7 @@ from transformers import SuppressTokensLogitsProcessor
 
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
-from stethoscope.adapters.base import Adapter, ForeignTokens, check_text
+from stethoscope.adapters.base import Adapter, ForeignTokens, History, check_history, check_text
 from stethoscope.adapters.forward import ForwardRunner, Prefix, continues, groups, prompt_columns
 from stethoscope.adapters.generation import (
     Sampler,
@@ -34,10 +34,18 @@ from stethoscope.adapters.generation import (
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.adapters.processors import limit_pixels, mean_colour, pad_to_square
-from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_phrases, check_prompt
+from stethoscope.adapters.prompts import (
+    SYSTEMS,
+    PromptEncoder,
+    check_chat_template,
+    check_follow_up,
+    check_phrases,
+    check_prompt,
+)
 from stethoscope.adapters.tracer import Tracer
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
 from stethoscope.core.system import model_faults
+from stethoscope.core.text import counted
 from stethoscope.core.types import Answer, Generation, Memory, Picture, load_picture, with_limit
 from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import (
@@ -51,7 +59,6 @@ from stethoscope.tracing.trace import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 
@@ -66,6 +73,8 @@ class HfAdapter(Adapter):
             processor's chat template.
         system: system text before the prompt, or the system turn of the chat template: a name in ``prompts.SYSTEMS``
             or a text; None for none.
+        follow_up: with a ``prompt``, what comes behind its answer, with the next ``{question}``, as
+            ``</s>USER: {question} ASSISTANT:``; None for one question at a time. A chat template writes its own turns.
         phrases: by what a task asks for (``prompts.ASKS``), the text that stands in place of ``{question}``, which may
             be a part of it: ``{"question": "answer en {question}", "description": "caption en"}``; None for the
             question as it is.
@@ -98,6 +107,7 @@ class HfAdapter(Adapter):
         name: str | None = None,
         prompt: str | None = None,
         system: str | None = None,
+        follow_up: str | None = None,
         phrases: Mapping[str, str] | None = None,
         pad: bool = False,
         max_pixels: int | None = None,
@@ -127,6 +137,8 @@ class HfAdapter(Adapter):
         if prompt is not None and self.system:
             prompt = f"{self.system} {prompt}"
         check_prompt(prompt)
+        check_follow_up(prompt, follow_up)
+        self.follow_up = follow_up
         self.phrases, self.pad, self.max_pixels = check_phrases(phrases), pad, max_pixels
         self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
         self.model_id, self.prompt, self.device = model_id, prompt, device
@@ -224,9 +236,9 @@ class HfAdapter(Adapter):
         """Build a tiny random model of the same classes, and its processor."""
         return tiny.build(self.family)
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[Image, str], Encoded]:
-        """Build the encoder that ``encode`` calls."""
-        return PromptEncoder(model, processor, self.prompt, self.system)
+    def _make_encoder(self, model: PreTrainedModel, processor: ProcessorMixin) -> Callable[..., Encoded]:
+        """Build the encoder that ``encode`` calls with image, question and, where there is one, a history."""
+        return PromptEncoder(model, processor, self.prompt, self.system, self.follow_up)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -240,36 +252,55 @@ class HfAdapter(Adapter):
         self.setup()
         return self._processor
 
-    def encode(self, image: Picture, question: str) -> Encoded:
+    def encode(self, image: Picture, question: str, history: History = ()) -> Encoded:
         """See ``Adapter.encode``.
 
         Raises:
-            ConfigError: the question is no text.
-            DataError: the picture cannot be read, the processor refuses it or fails, the question holds the image
+            ConfigError: the question is no text, or the history is no list of pairs of texts.
+            CapabilityError: there is a history, and the prompt is for one question alone.
+            DataError: the picture cannot be read, the processor refuses it or fails, a text holds the image
                 placeholder, or the prompt fills the model's context, so that generating would take minutes or fail.
                 Models with relative positions (T5) have no such limit.
         """
         self.setup()
-        return self._encode_phrase("question", image, question)
+        return self._encode_phrase("question", image, question, history)
 
-    def encode_as(self, asks: str, image: Picture, question: str) -> Encoded:
+    def encode_as(self, asks: str, image: Picture, question: str, history: History = ()) -> Encoded:
         """See ``Adapter.encode_as``; errors are those of ``encode``."""
         self.setup()
-        return self.encode(image, question) if asks == "question" else self._encode_phrase(asks, image, question)
+        if asks == "question":
+            return super().encode_as(asks, image, question, history)
+        return self._encode_phrase(asks, image, question, history)
 
-    def _encode_phrase(self, asks: str, image: Picture, question: str) -> Encoded:
+    def check_conversation(self) -> None:
+        """See ``Adapter.check_conversation``; chat templates write earlier turns, and so does ``follow_up``."""
+        self.setup()
+        if getattr(self._encoder, "turns", None) is None:
+            why = "its chat template writes no earlier turns"
+            if self.prompt is not None:
+                why = f"its prompt {self.prompt!r} has no second turn, which model.follow_up would write"
+            raise CapabilityError(f"{self.name} is asked one question at a time: {why}")
+
+    def _encode_phrase(self, asks: str, image: Picture, question: str, history: History) -> Encoded:
         """Encode the phrase for what is asked for, with the picture padded where ``pad`` is set."""
         check_text(question)
+        turns = check_history(history)
+        if turns:
+            self.check_conversation()
         image = load_picture(image)
-        text = self.phrases.get(asks, "{question}").replace("{question}", question)
+        phrase = self.phrases.get(asks, "{question}")
+        earlier_phrase = self.phrases.get("question", "{question}")
+        earlier = tuple((earlier_phrase.replace("{question}", old), answer) for old, answer in turns)
         with model_faults(f"the processor of {self.name} fails on this picture and question"):
             picture = image if self._padding is None else pad_to_square(image, self._padding)
-            encoded = replace(self._encoder(picture, text), question=question, asks=asks)
+            encoded = self._encoder(picture, phrase.replace("{question}", question), *([earlier] if turns else []))
+            encoded = replace(encoded, question=question, asks=asks, history=turns)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and encoded.spans.length >= context:
+            begin = f", with {counted(len(turns), 'earlier turn')}" if turns else ""
             raise DataError(
-                f"the prompt has {encoded.spans.length:,} tokens, image tokens included; {self.name} reads fewer than "
-                f"{context:,}"
+                f"the prompt has {encoded.spans.length:,} tokens, image tokens included{begin}; {self.name} reads "
+                f"fewer than {context:,}"
             )
         return encoded
 
@@ -546,7 +577,7 @@ class HfAdapter(Adapter):
         }
 
 
-def _check_encoder(encoder: Callable[[Image, str], Encoded], name: str) -> None:
+def _check_encoder(encoder: Callable[..., Encoded], name: str) -> None:
     """Encode a grey image and a question, so that a broken processor is detected before the first sample.
 
     Raises:

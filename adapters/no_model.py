@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NoReturn
 
-from stethoscope.adapters.base import Adapter
+from stethoscope.adapters.base import Adapter, History
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer, Generation, Picture
 from stethoscope.tracing.trace import FORWARD_REQUIREMENTS, Encoded, Trace
@@ -34,7 +34,7 @@ class NoModel(Adapter):
             "has_model": False,
         }
 
-    def encode(self, image: Picture, question: str) -> Encoded:
+    def encode(self, image: Picture, question: str, history: History = ()) -> Encoded:
         """See ``_refuse``."""
         self._refuse("reads no picture")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +33,7 @@ SYSTEMS = {
 ASKS = ("question", "description")
 """What a task can ask for."""
 
-_QUESTION, _IMAGE = "{question}", "{image}"
+_QUESTION, _ANSWER, _IMAGE = "{question}", "{answer}", "{image}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
 _IMAGE_BYTES = 32 * 2**20
 """Enough for consecutive questions about the same image; more would only make long runs grow."""
@@ -52,6 +54,50 @@ class _TextInputs:
         return sum(part.nbytes for part in self.inputs.values()) + 40 * positions + 2000
 
 
+@dataclass(frozen=True)
+class Turns:
+    """The texts between the turns of a conversation.
+
+    Attributes:
+        joint: between the first question and its answer.
+        middle: between an answer and the next question.
+        later_joint: between a later question and its answer.
+        end: behind the last question, which is a later one.
+    """
+
+    joint: str
+    middle: str
+    later_joint: str
+    end: str
+
+    @classmethod
+    def from_follow_up(cls, template: str, follow_up: str) -> Turns:
+        """Read them from a prompt and from what follows an answer, both with ``{question}``.
+
+        >>> Turns.from_follow_up("USER: {question} ASSISTANT:", "</s>USER: {question} ASSISTANT:")
+        Turns(joint=' ASSISTANT: ', middle='</s>USER: ', later_joint=' ASSISTANT: ', end=' ASSISTANT:')
+        """
+        joint, (middle, end) = template.split(_QUESTION)[1], follow_up.split(_QUESTION)
+        spaced = (part if not part or part[-1].isspace() else part + " " for part in (joint, end))
+        return cls(next(spaced), middle, next(spaced), end)
+
+    def before_question(self, before: str, history: Sequence[tuple[str, str]]) -> str:
+        """Write a prompt up to its last question.
+
+        Args:
+            before: the prompt up to its first question.
+            history: at least one question with its answer.
+
+        >>> Turns(" A: ", " Q: ", " A: ", " A:").before_question("Q: ", [("a?", "Yes."), ("b?", "No.")])
+        'Q: a? A: Yes. Q: b? A: No. Q: '
+        """
+        text, joint = before, self.joint
+        for question, answer in history:
+            text += question + joint + answer.strip() + self.middle
+            joint = self.later_joint
+        return text
+
+
 class PromptEncoder:
     """Encode prompts for one model and processor.
 
@@ -60,6 +106,8 @@ class PromptEncoder:
         processor: of the model.
         prompt: template with ``{question}`` and the image placeholder (or ``{image}``); None for the chat template.
         system: text of the system turn, written by the chat template; empty for none. A ``prompt`` holds its own.
+        follow_up: what comes behind an answer to ``prompt``, with the next ``{question}`` in it; None for one question
+            alone. A chat template writes its own.
 
     Attributes:
         template: the prompt as rendered, with the image placeholder and ``{question}``.
@@ -68,7 +116,15 @@ class PromptEncoder:
         ConfigError: no chat template can be used, or the processor inserts the image itself and so does the prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, prompt: str | None, system: str = "") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        prompt: str | None,
+        system: str = "",
+        follow_up: str | None = None,
+    ) -> None:
+        self._prompt, self._system, self._follow_up = prompt, system, follow_up
         self._config, self._processor, self._tokenizer = model.config, processor, processor.tokenizer
         self.image_token_id: int = model.config.image_token_id
         self._image_token = self._tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -98,29 +154,38 @@ class PromptEncoder:
         start, end = ("" if token is None else self._tokenizer.convert_ids_to_tokens(token) for token in names)
         return f"{start}{self._placeholder}{end}"
 
-    def __call__(self, image: Image, question: str) -> Encoded:
+    @cached_property
+    def turns(self) -> Turns | None:
+        """The texts between the turns of a conversation; None where the prompt is for one question alone."""
+        if self._prompt is None:
+            return _chat_turns(self._processor, self._image_text(), self._before, self._system)
+        return None if self._follow_up is None else Turns.from_follow_up(self.template, self._follow_up)
+
+    def __call__(self, image: Image, question: str, history: tuple[tuple[str, str], ...] = ()) -> Encoded:
         """See ``Adapter.encode``. The prompt's text depends on the image through its size alone."""
         image = rgb(image)
-        image_key = (image.size, hashlib.sha256(image.tobytes()).digest())
-        text, pixels = self._texts.get((question, image.size)), self._images.get(image_key)
+        image_key, text_key = (image.size, hashlib.sha256(image.tobytes()).digest()), (question, history, image.size)
+        text, pixels = self._texts.get(text_key), self._images.get(image_key)
         if text is None or (pixels is None and not self._is_separable.get(image.size)):
-            text, pixels = self._encode_prompt(image, question, learn=text is not None)
-            self._texts.put((question, image.size), text)
+            text, pixels = self._encode_prompt(image, question, history, learn=text is not None)
+            self._texts.put(text_key, text)
             self._images.put(image_key, pixels)
         elif pixels is None:
             pixels = self._images.put(image_key, self._encode_image(image))
-        return Encoded({**text.inputs, **pixels}, text.spans, text.prompt, question)
+        return Encoded({**text.inputs, **pixels}, text.spans, text.prompt, question, history=history)
 
     def _encode_image(self, image: Image) -> dict[str, Tensor]:
         processed = self._process(self._processor.image_processor, image, images=image)
         names = set(processed) if self._image_inputs is None else self._image_inputs
         return {name: value for name, value in processed.items() if name in names}
 
-    def _encode_prompt(self, image: Image, question: str, learn: bool) -> tuple[_TextInputs, dict[str, Tensor]]:
+    def _encode_prompt(
+        self, image: Image, question: str, history: tuple[tuple[str, str], ...], learn: bool
+    ) -> tuple[_TextInputs, dict[str, Tensor]]:
         """Run the whole processor; return the inputs of the text and those of the image."""
-        if any(token and token in question for token in (self._image_token, self._placeholder)):
-            raise DataError(f"the question holds the image placeholder: {question!r}")
-        prompt = self._before + question + self._after
+        check_placeholders((self._image_token, self._placeholder), question, history)
+        before, after = around_question(self._before, self._after, self.turns if history else None, history)
+        prompt = before + question + after
         options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, **self._options}
         processed = dict(self._process(self._processor, image, images=image, text=prompt, **options))
         offsets = processed["offset_mapping"][0].tolist()
@@ -130,7 +195,7 @@ class PromptEncoder:
         if names is None or (learn and image.size not in self._is_separable):
             names = self._learn_image_inputs(image, inputs)
         ids = inputs["input_ids"][0].tolist()
-        start, decode = len(self._before), self._tokenizer.decode
+        start, decode = len(before), self._tokenizer.decode
         in_question = question_positions(
             ids, offsets, replacements, (start, start + len(question)), self.image_token_id,
             lambda tokens: decode(tokens, clean_up_tokenization_spaces=False).strip() == question.strip(),
@@ -165,6 +230,54 @@ class PromptEncoder:
             width, height = image.size
             reason = first_line(error)
             raise DataError(f"the processor refuses an image of {width} x {height} pixels: {reason}") from error
+
+
+def check_placeholders(tokens: Sequence[str], question: str, history: Sequence[tuple[str, str]]) -> None:
+    """Check that no text of a conversation stands for an image.
+
+    Raises:
+        DataError: the question, or an earlier one or its answer, holds one of the tokens.
+    """
+    names = [(f"the {part} of turn {number}", text) for number, turn in enumerate(history, 1)
+             for part, text in zip(("question", "answer"), turn, strict=True)]  # fmt: skip
+    for name, text in [*names, ("the question", question)]:
+        if any(token and token in text for token in tokens):
+            raise DataError(f"{name} holds the image placeholder: {text!r}")
+
+
+def around_question(
+    before: str, after: str, turns: Turns | None, history: Sequence[tuple[str, str]]
+) -> tuple[str, str]:
+    """Write what stands before the last question of a conversation, and behind it.
+
+    Args:
+        before: the prompt up to its first question.
+        after: what stands behind it where it is the last one.
+        turns: texts between turns; unused without a history.
+        history: earlier questions with their answers.
+    """
+    if turns is None or not history:
+        return before, after
+    return turns.before_question(before, history), turns.end
+
+
+def check_follow_up(prompt: str | None, follow_up: str | None) -> None:
+    """Check that what follows an answer holds ``{question}`` once, and belongs to a prompt of one's own.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if follow_up is None:
+        return
+    if not isinstance(follow_up, str) or follow_up.count(_QUESTION) != 1:
+        raise ConfigError(
+            f"model.follow_up={follow_up!r} must hold {_QUESTION} once, as in '</s>USER: {_QUESTION} ASSISTANT:'"
+        )
+    if prompt is None:
+        raise ConfigError(
+            f"model.follow_up={follow_up!r} follows an answer to model.prompt, which is not set: the chat template "
+            "writes its own turns; leave model.follow_up at null"
+        )
 
 
 def check_prompt(prompt: str | None) -> None:
@@ -230,20 +343,49 @@ def _chat_prompt(processor: ProcessorMixin, image: str, placeholder: str, system
     return next((text for text in usable if placeholder in text), usable[0])
 
 
-def _renderings(processor: ProcessorMixin, text: str, system: str = "") -> list[str]:
+def _chat_turns(processor: ProcessorMixin, image: str, before: str, system: str) -> Turns | None:
+    """Read the texts between turns from a chat template that is asked for three turns.
+
+    Args:
+        processor: with the chat template.
+        image: text that stands for the image, for templates that take no lists.
+        before: the prompt of one question, up to it.
+        system: text of the system turn, empty for none.
+
+    Returns:
+        None where the template drops turns, moves the image, or writes turns differently by their number.
+    """
+    fields = [_QUESTION, _ANSWER, _QUESTION, _ANSWER, _QUESTION]
+    for text in _renderings(processor, f"{image}\n{_QUESTION}", system, earlier=2):
+        if re.findall(r"\{question\}|\{answer\}", text) != fields:
+            continue
+        first, joint, middle, later_joint, later_middle, end = re.split(r"\{question\}|\{answer\}", text)
+        if first == before and middle == later_middle:
+            return Turns(joint, middle, later_joint, end)
+    return None
+
+
+def _renderings(processor: ProcessorMixin, text: str, system: str = "", earlier: int = 0) -> list[str]:
     """Render an image and a question as a list of parts and, for templates that join strings, as ``text``.
 
-    A system text that is not empty comes first, as a turn of its own in the same form.
+    A system text that is not empty comes first, as a turn of its own in the same form. With ``earlier`` turns, the
+    image and a question are the first of them, and every question but the last has an answer.
     """
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{type(processor).__name__} has no chat template; set prompt, with {_QUESTION} in it")
     renderings, errors = [], []
-    parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}], [{"type": "text", "text": system}]
-    for content, system_content in (parts, (text, system)):
-        turns = [{"role": "system", "content": system_content}] if system else []
+    forms: list[tuple[Any, Callable[[str], Any]]] = [
+        ([{"type": "image"}, {"type": "text", "text": _QUESTION}], lambda words: [{"type": "text", "text": words}]),
+        (text, lambda words: words),
+    ]
+    for content, form in forms:
+        turns = [{"role": "system", "content": form(system)}] if system else []
+        turns.append({"role": "user", "content": content})
+        for _ in range(earlier):
+            turns.append({"role": "assistant", "content": form(_ANSWER)})
+            turns.append({"role": "user", "content": form(_QUESTION)})
         try:
             with default_signals():  # a template may loop in a C function, which no handler interrupts
-                turns.append({"role": "user", "content": content})
                 renderings.append(str(processor.apply_chat_template(turns, add_generation_prompt=True)))
         except Exception as error:  # a template may raise anything
             errors.append(error)

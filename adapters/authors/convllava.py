@@ -34,7 +34,6 @@ from stethoscope.adapters.prompts import SYSTEMS
 from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import ConvNextConfig, LlamaConfig, LlamaTokenizer, PreTrainedModel
 
     from stethoscope.adapters.loading import Loading
@@ -146,9 +145,9 @@ class ConvLlavaAdapter(HfAdapter):
                 make_config(text, vision, text.vocab_size), dtype=dtype
             )
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         side = round(processor.image_tokens**0.5)
-        return ImageTokenEncoder(processor, self.prompt, ((side, side),))
+        return ImageTokenEncoder(processor, self.prompt, ((side, side),), self.follow_up)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""

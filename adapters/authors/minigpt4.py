@@ -26,7 +26,6 @@ from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.tracing.trace import Encoded
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import (
         Blip2Config,
         Blip2QFormerConfig,
@@ -183,12 +182,12 @@ class MiniGpt4Adapter(HfAdapter):
     def _tiny(self) -> tuple[PreTrainedModel, ImageTokenProcessor]:
         return tiny.build(f"minigpt4-{self.version}")
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         vision, merged = model.config.vision_config, modelling.MERGED_PATCHES
         side = vision.image_size // vision.patch_size
         # queries have no grid, and merged patches only if no token spans two rows
         grids = ((side, side // merged),) if self.version == "llama2" and side % merged == 0 else ()
-        return ImageTokenEncoder(processor, self.prompt, grids)
+        return ImageTokenEncoder(processor, self.prompt, grids, self.follow_up)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""

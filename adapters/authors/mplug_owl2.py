@@ -23,7 +23,6 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import LlamaTokenizer, PreTrainedModel
 
     from stethoscope.adapters.authors.mplug_owl2_model import MplugOwl2AbstractorConfig, MplugOwl2Config
@@ -120,8 +119,8 @@ class MplugOwl2Adapter(HfAdapter):
         with memory.on_meta_device():
             return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
 
-    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[[Image, str], Encoded]:
-        return ImageTokenEncoder(processor, self.prompt)
+    def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
+        return ImageTokenEncoder(processor, self.prompt, follow_up=self.follow_up)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Adapter.fingerprint``; the digest is that of all files together."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stethoscope.adapters.authors.checkpoints import find_file, read_config
 from stethoscope.adapters.loading import Loading, is_folder, silenced, translate_loading_errors
 from stethoscope.adapters.processors import CLIP_MEAN
+from stethoscope.adapters.prompts import Turns, around_question, check_placeholders
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.tracing.token_spans import Grids
@@ -133,15 +134,19 @@ class ImageTokenEncoder:
         processor: of the model.
         prompt: template with ``{question}`` and the placeholder (or ``{image}``), each once.
         grids: (rows, columns) of the image tokens, as in ``Spans``; empty where they are no grid.
+        follow_up: what comes behind an answer, with the next ``{question}``; None for one question alone.
 
     Attributes:
         template: the prompt with the placeholder and ``{question}``.
+        turns: texts between the turns of a conversation; None where the prompt is for one question alone.
 
     Raises:
         ConfigError: the template does not hold image and question once each.
     """
 
-    def __init__(self, processor: ImageTokenProcessor, prompt: str | None, grids: Grids = ()) -> None:
+    def __init__(
+        self, processor: ImageTokenProcessor, prompt: str | None, grids: Grids = (), follow_up: str | None = None
+    ) -> None:
         if prompt is None:
             raise ConfigError("model.prompt is missing; for example 'USER: <image>\\n{question} ASSISTANT:'")
         template = prompt.replace(_IMAGE, processor.placeholder)
@@ -152,22 +157,23 @@ class ImageTokenEncoder:
                 )
         self.template = template
         self._before, self._after = template.split(_QUESTION)
+        self.turns = None if follow_up is None else Turns.from_follow_up(template, follow_up)
         self._processor, self._grids = processor, grids
         self.image_token_id = processor.image_token_id
 
-    def __call__(self, image: Image, question: str) -> Encoded:
+    def __call__(self, image: Image, question: str, history: tuple[tuple[str, str], ...] = ()) -> Encoded:
         """See ``Adapter.encode``.
 
         Raises:
-            DataError: the question holds the placeholder, or the image cannot be preprocessed.
+            DataError: a text holds the placeholder, or the image cannot be preprocessed.
         """
         processor = self._processor
-        if processor.placeholder in question:
-            raise DataError(f"the question holds the image placeholder {processor.placeholder}: {question!r}")
-        text = self._before + question + self._after
+        check_placeholders([processor.placeholder], question, history)
+        before, after = around_question(self._before, self._after, self.turns, history)
+        text = before + question + after
         tokens = processor.tokens(text)
         in_image = tuple(index for index, token in enumerate(tokens.ids) if token == processor.image_token_id)
-        start, end = len(self._before), len(self._before) + len(question)
+        start, end = len(before), len(before) + len(question)
         in_question = tuple(
             index for index, (left, right) in enumerate(tokens.offsets) if left < end and right > start and right > left
         )
@@ -179,7 +185,8 @@ class ImageTokenEncoder:
             raise DataError(f"an image of {width} x {height} pixels cannot be preprocessed: {reason}") from error
         ids = torch.tensor([tokens.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-        return Encoded(inputs, Spans(len(tokens.ids), in_image, in_question, self._grids), text, question)
+        spans = Spans(len(tokens.ids), in_image, in_question, self._grids)
+        return Encoded(inputs, spans, text, question, history=history)
 
 
 def add_placeholder(tokenizer: Any, placeholder: str, vocab_size: int) -> int:

@@ -22,8 +22,9 @@ _LLAVA_CHAT = (
     "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 _MISTRAL_CHAT = (
-    "{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'][0]['text'] }}</s>{% else %}[INST] "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "[/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -252,7 +253,8 @@ def _idefics(cls: type[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 _GEMMA_CHAT = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )

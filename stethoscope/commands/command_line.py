@@ -17,8 +17,8 @@ from stethoscope.core.component import choices, groups
 from stethoscope.core.errors import ConfigError, unknown
 from stethoscope.core.text import redact_override, visible
 
-TEXTS = {"question", "answer", "suffix", "prompt", "system", "description", "subset", "auth", "organization",
-         "url", "brief"}  # fmt: skip
+TEXTS = {"question", "answer", "suffix", "prompt", "system", "follow_up", "description", "subset", "auth",
+         "organization", "url", "brief"}  # fmt: skip
 """Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
     "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",

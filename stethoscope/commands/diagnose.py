@@ -30,7 +30,7 @@ TRAIN_ONE = (
 )
 MEANING = {
     "calibrated": "probability of hallucination {} or more",
-    "shifted": "score {} or more; no probability, because the detector is not calibrated for this picture",
+    "shifted": "score {} or more; no probability, because the detector is not calibrated for this picture or question",
     "unknown": "score {} or more; nothing tells whether it is calibrated for this picture",
 }
 """What a warning says, by ``Diagnosis.calibration``."""

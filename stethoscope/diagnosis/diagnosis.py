@@ -89,6 +89,7 @@ class Diagnosis:
         monitored: whether the detector has a monitor of such shifts, so that an empty ``shift`` means none.
         edit: what a mitigation did to the answer, as a run's record has it; empty where nothing was done.
         truth: names of the objects that the picture shows; None where not known. Mentions have labels.
+        history: earlier questions about the picture with their answers, which the prompt holds; the oldest first.
     """
 
     model: str
@@ -111,6 +112,7 @@ class Diagnosis:
     monitored: bool = False
     truth: tuple[str, ...] | None = None
     edit: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         return f"Diagnosis({self.model!r}, {self.question!r}, {self.answer.text!r}, warned={[*map(str, self.warned)]})"
@@ -307,6 +309,7 @@ class Diagnosis:
         warning = self.warning
         return {
             "model": self.model,
+            "history": [list(turn) for turn in self.history],
             "question": self.question,
             "answer": self.answer.text,
             "finished": self.answer.finished,

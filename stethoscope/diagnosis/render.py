@@ -37,7 +37,7 @@ NOTHING_KNOWN = "nothing known"
 """Label of the probability that the attended image evidence resembles none of the objects."""
 MEANING = {
     "calibrated": "probability that the object is hallucinated, calibrated",
-    "shifted": "score of the detector, not calibrated for this picture",
+    "shifted": "score of the detector, not calibrated for this picture or question",
     "unknown": "score of the detector; nothing tells whether it is calibrated for this picture",
 }
 """What a detector's percentages are, by ``Diagnosis.calibration``."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters.base import check_asked
+from stethoscope.adapters.base import check_asked, check_history
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.picture_profile import profile_text
 from stethoscope.core.token_table import FeatureSchema, stem
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Encoded, Trace
 
 TOP_FEATURES = 5  # features with the largest contributions to a token's verdict
+FOLLOW_UP = (
+    "This answers a follow-up question. The detector was calibrated on first questions, so no probability here is "
+    "calibrated, and no guarantee of its threshold holds."
+)
 
 
 def diagnose(
@@ -54,6 +58,7 @@ def diagnose(
     asks: str = "question",
     truth: Collection[str] | None = None,
     mentions: Sequence[Mention] | None = None,
+    history: Sequence[tuple[str, str]] = (),
 ) -> Diagnosis:
     """Diagnose one answer: probability, relevancy, prediction evolution and verdict of every token.
 
@@ -70,11 +75,15 @@ def diagnose(
         asks: what the question asks for, ``question`` or ``description``, see ``Adapter.encode_as``.
         truth: COCO's names of all objects that the picture shows, where they are known: mentions get labels by them.
         mentions: of ``answer``, with their labels, such as those of a run's record; None to extract them.
+        history: earlier questions about the picture with their answers, the oldest first, see ``Adapter.encode``.
+            Detectors are calibrated on first questions, so behind a history no probability counts as calibrated.
 
     Raises:
         DataError: the picture is missing or cannot be read, or the answer is empty.
-        ConfigError: the question is empty, the scope is unknown, or the detector reads states of another model.
-        CapabilityError: the detector reads features that the model does not provide.
+        ConfigError: the question is empty, the scope is unknown, the history is no list of pairs of texts, or the
+            detector reads states of another model.
+        CapabilityError: the detector reads features that the model does not provide, or there is a history and the
+            model is asked one question at a time.
         ArtefactError: the folder holds no detector.
     """
     _check_arguments(adapter, question, scope, asks)
@@ -89,7 +98,7 @@ def diagnose(
         adapter.setup()
         if detector is not None:
             check_model(detector, adapter)
-        encoded = adapter.encode_as(asks, picture, question)
+        encoded = adapter.encode_as(asks, picture, question, check_history(history))
     extractor = as_extraction(extraction)
     complete: Answer
     edit: Mapping[str, Any] = {}
@@ -138,6 +147,7 @@ def diagnose(
         monitored=detector is not None and detector.monitor is not None,
         truth=None if truth is None else tuple(truth),
         edit=edit,
+        history=encoded.history,
     )
 
 
@@ -357,6 +367,8 @@ def shift_sentence(
     """
     if detector is None or not mentions:
         return ""
+    if encoded.history:
+        return FOLLOW_UP
     if words := other_words(extraction.identity, detector.notes.get("task")):
         return words
     if detector.monitor is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters.base import check_asked
+from stethoscope.adapters.base import check_asked, check_history
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
@@ -42,6 +42,7 @@ def stream(
     final: Detector | Path | str | None = None,
     extraction: Extraction | MentionExtractor | str | None = None,
     asks: str = "question",
+    history: Sequence[tuple[str, str]] = (),
 ) -> Iterator[StreamEvent]:
     """Stream an answer as typed events: its tokens, warnings of the objects that it names, the finished answer.
 
@@ -63,13 +64,15 @@ def stream(
         final: scores the mentions of the finished answer instead of ``detector``, with any features.
         extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
         asks: what the question asks for, as in ``stethoscope.diagnose``.
+        history: earlier questions about the picture with their answers, as in ``stethoscope.diagnose``.
 
     Yields:
         ``Token``; ``MentionCompleted`` when an object is named, which is where warnings are; ``TakenBack`` with a
         mitigation that takes text back; ``Final`` at last.
 
     Raises:
-        CapabilityError: the detector reads features that are unknown during generation, or the adapter has no model.
+        CapabilityError: the detector reads features that are unknown during generation, the adapter has no model, or
+            there is a history and the model is asked one question at a time.
         ConfigError: the question is empty, a setting is out of range, or a detector reads states of another model.
         DataError: the image is missing or cannot be read.
     """
@@ -82,7 +85,7 @@ def stream(
     for loaded in filter(None, (detector, final)):
         check_model(loaded, adapter)
     picture = load_picture(image)
-    encoded = adapter.encode_as(asks, picture, question)
+    encoded = adapter.encode_as(asks, picture, question, check_history(history))
     extractor, method = as_extraction(extraction), generation.mitigation
     if isinstance(method, Backtrack):
         judge = detector or method.load(adapter)

@@ -238,7 +238,8 @@ def _masked_logprobs(adapter: Adapter, encoded: Encoded, trace: Trace, picture: 
     for start in range(0, len(tokens), BATCH):
         batch = tokens[start : start + BATCH]
         prompts = [
-            adapter.encode_as(encoded.asks, masked, encoded.question) for masked in changed[start : start + BATCH]
+            adapter.encode_as(encoded.asks, masked, encoded.question, encoded.history)
+            for masked in changed[start : start + BATCH]
         ]
         heads = [trace.answer.until(token + 1) for token in batch]
         for token, other in zip(batch, adapter.trace_batch(prompts, heads, ()), strict=True):

@@ -172,6 +172,7 @@ class Encoded:
         cache: KV cache of this prompt, as ``Adapter.prefill`` or ``generate_with_cache`` returns it, from which
             generation and traces go on; None without one.
         asks: what the question asks for, see ``Sample.asks``.
+        history: earlier questions about the picture and their answers, which the prompt holds before the question.
     """
 
     inputs: Mapping[str, Tensor]
@@ -180,9 +181,11 @@ class Encoded:
     question: str
     cache: PromptCache | None = field(default=None, compare=False, repr=False)
     asks: str = "question"
+    history: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
-        return f"Encoded({self.question!r}, {self.spans.length} tokens, {len(self.spans.image)} of them image)"
+        turn = f"turn {len(self.history) + 1}, " if self.history else ""
+        return f"Encoded({self.question!r}, {turn}{self.spans.length} tokens, {len(self.spans.image)} of them image)"
 
     @property
     def sha256(self) -> str:
