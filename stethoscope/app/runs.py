@@ -1,11 +1,10 @@
-"""Read finished runs for the second tab: samples with their scored mentions, and the report."""
+"""Read runs for the second tab, finished ones and those in progress: samples, figures, two runs side by side."""
 
 from __future__ import annotations
 
 import json
 import logging
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +18,11 @@ from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
 from stethoscope.diagnosis.edited_answer import edit_payload
-from stethoscope.diagnosis.verdict import mention_outcome
-from stethoscope.report.run_report import collect_report
+from stethoscope.report.compare import compare
+from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable
-from stethoscope.storage.run_dir import saved_task
+from stethoscope.report.sample_list import paired_rows, read_state, sample_rows
+from stethoscope.storage.run_dir import DETECTOR, saved_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,44 +32,58 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_SAMPLES = 3000  # of a task in the list
 THUMBNAIL = 96  # pixels along the longer side
-ANSWER_LENGTH = 320  # characters of an answer in the list
-NO_RUN = "There is no finished run yet: `stethoscope benchmark` makes one, then start the app again."
+NO_RUN = "There is no run yet: `stethoscope benchmark` makes one."
 
 
 class Runs:
-    """The finished runs of a folder.
+    """The runs of a folder, finished or in progress.
 
     Args:
-        folder: of run directories.
+        folder: of run directories; those that are made later are seen, too.
         run: the run directory to show first, inside or outside ``folder``; None for the newest of the folder.
         picture_folder: for opened pictures; the only folder of this machine whose files the server sends.
         plugins: packages from which tasks may be built.
+        other: the run directory to show beside the first; None for none.
 
     Raises:
-        ArtefactError: ``run`` is no finished run.
+        ArtefactError: ``run`` or ``other`` is no run.
     """
 
-    def __init__(self, folder: Path, run: Path | None, picture_folder: Path, plugins: Sequence[str] = ()) -> None:
-        files = sorted(folder.glob("*/metrics.json"), key=lambda path: -path.stat().st_mtime)
-        self._folders = {path.parent.name: path.parent for path in files if _finished(path.parent)}
-        if run is not None:
-            RunReader.read(run)
-            self._folders = {run.resolve().name: run, **self._folders}
+    def __init__(
+        self,
+        folder: Path,
+        run: Path | None,
+        picture_folder: Path,
+        plugins: Sequence[str] = (),
+        other: Path | None = None,
+    ) -> None:
+        self._folder, self._named = folder, [path for path in (run, other) if path is not None]
+        self._known: dict[Path, tuple[str, bool]] = {}
+        for path in self._named:
+            RunReader.read(path, in_progress=True)
+        self.other = None if other is None else other.resolve().name
         self._picture_folder, self._plugins = picture_folder, plugins
         self._report = lru_cache(4)(self._report_page)
+        self._comparison = lru_cache(4)(self._comparison_page)
         self._samples = lru_cache(4)(self._read_samples)
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """Return the readable run directories by name: those that the app was started with first, then the newest."""
+        files = sorted(self._folder.glob("*/samples.jsonl"), key=lambda path: -path.stat().st_mtime)
+        inside = {file.parent.name: file.parent for file in files if self._is_readable(file.parent)}
+        return {**{path.resolve().name: path for path in self._named}, **inside}
+
+    @property
     def names(self) -> list[str]:
-        """List the names of the runs: that of ``run`` first, then the newest."""
-        return list(self._folders)
+        """List the names of the runs."""
+        return list(self.folders)
 
     @property
     def first(self) -> str | None:
         """Return the name of the run to show first; None if there is no run."""
-        return next(iter(self._folders), None)
+        return next(iter(self.folders), None)
 
     def source(self, name: str | None) -> RunReader:
         """Read a run by its name.
@@ -77,23 +91,43 @@ class Runs:
         Raises:
             ArtefactError: there is no run of that name, or it is damaged.
         """
-        if name not in self._folders:  # a name, never a path: users of the page may open only these runs
-            raise ArtefactError(unknown("run", str(name), self._folders))
-        return RunReader.read(self._folders[name])
+        folders = self.folders
+        if name not in folders:  # a name, never a path: users of the page may open only these runs
+            raise ArtefactError(unknown("run", str(name), folders))
+        return RunReader.read(folders[name], in_progress=True)
 
-    def listing(self, name: str | None) -> str:
-        """Encode all samples of a run for the list; an error is shown as a note in it."""
-        if not self._folders:
-            return payload.encode("list", rows=[], note=NO_RUN, run="")
+    def listing(self, name: str | None, other: str | None = None) -> str:
+        """Encode all samples of a run for the list, or those that two runs share; an error is a note in it.
+
+        Args:
+            name: of the run; None if there is none.
+            other: name of the run that is shown beside it; None or empty for none.
+        """
+        message: dict[str, Any] = {"rows": [], "note": "", "run": str(name or ""), "other": other or ""}
+        if name is None:
+            return payload.encode("list", **{**message, "note": NO_RUN})
         try:
-            source = self.source(name)
-            with readable(source.folder):
-                tasks = sorted((result.task for result in source.results), key=lambda task: task != source.task)
-                rows = [row for task in tasks for row in _rows(source, task)]
+            sources = [self.source(chosen) for chosen in (name, other) if chosen]
+            message["state"] = read_state([source.folder for source in sources])
+            message["progress"] = _describe_progress(sources)
+            message |= _list_samples(sources)
         except Exception as error:  # a damaged run must not stop the app
-            return payload.encode("list", rows=[], note=_error_text(error), run=str(name))
-        notes = filter(None, (source.no_detector(), source.off_policy()))
-        return payload.encode("list", rows=rows, note=" ".join(notes), run=str(name))
+            message["note"] = _error_text(error)
+        return payload.encode("list", **message)
+
+    def refreshed(self, name: str, other: str, state: str) -> str | None:
+        """Encode the list again if files of its runs have changed.
+
+        Args:
+            name: of the run.
+            other: name of the run beside it; empty for none.
+            state: of the list that is shown.
+        """
+        try:
+            folders = [self.source(chosen).folder for chosen in (name, other) if chosen]
+        except StethoscopeError:
+            return self.listing(name, other)
+        return None if read_state(folders) == state else self.listing(name, other)
 
     def thumbnails(self, name: str, keys: Sequence[str]) -> str:
         """Encode small pictures of samples for the list; what cannot be had is left out.
@@ -114,13 +148,25 @@ class Runs:
             logger.info("no more thumbnails of %s: %s", name, error)
         return payload.encode("thumbnails", run=name, pictures=pictures)
 
-    def figures(self, name: str | None) -> str:
-        """Encode the page of the run's report for the frame that shows it; an error is shown as a note in it."""
-        if not self._folders:
+    def figures(self, name: str | None, other: str | None = None) -> str:
+        """Encode the page of a run's report, or of the comparison of two runs; an error is shown as a note in it.
+
+        Args:
+            name: of the run; None if there is none.
+            other: name of the run that is compared with it; None or empty for none.
+        """
+        if name is None:
             return payload.encode("figures", note=NO_RUN)
         try:
-            folder = self.source(name).folder
-            page = self._report(str(name), (folder / "metrics.json").stat().st_mtime_ns)
+            sources = [self.source(chosen) for chosen in (name, other) if chosen]
+            waiting = _describe_progress(sources)
+            if waiting:
+                return payload.encode("figures", note=f"There are figures once the run is finished. {waiting}")
+            state = read_state([source.folder for source in sources])
+            if other:
+                page, note = self._comparison(name, other, state)
+                return payload.encode("figures", page=page, note=note, title=f"{other} against {name}")
+            page = self._report(name, state)
         except Exception as error:
             return payload.encode("figures", note=_error_text(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
@@ -132,7 +178,7 @@ class Runs:
 
         Args:
             name: of the run.
-            task: of the sample.
+            task: of the sample; empty for the first that has a sample of this id.
             sample_id: of the sample.
             pool: the models.
             model: chosen on the page; used if the run's own model is not in the pool.
@@ -145,6 +191,8 @@ class Runs:
 
         source = self.source(name)
         with readable(source.folder):
+            holders = (known for known in source.store.fingerprints() if source.store.find(known, sample_id))
+            task = task or next(holders, "")
             record = source.store.find(task, sample_id)
             if record is not None and record.answer is not None:
                 edit_payload(record.edit, record.answer.text)  # a damaged edit is told here
@@ -157,7 +205,7 @@ class Runs:
         else:
             notes.append(f"The run was made with {source.model}, which is not loaded; this is how {model} reads it.")
         detector = None
-        if (source.folder / "detector").is_dir():
+        if (source.folder / "detector").is_dir() and DETECTOR not in source.unfinished:
             detector = Detector.load(source.folder / "detector")
             notes.append("Judged by the run's own detector.")
         file = Path(tempfile.mkdtemp(dir=self._picture_folder)) / "sample.png"
@@ -180,6 +228,13 @@ class Runs:
             edit=record.edit,
         )
 
+    def _is_readable(self, folder: Path) -> bool:
+        """Return whether a folder is a run, finished or in progress; it is read again when it has changed."""
+        state = read_state([folder])
+        if self._known.get(folder, ("", False))[0] != state:
+            self._known[folder] = state, _is_run(folder)
+        return self._known[folder][1]
+
     def _read_picture(self, name: str, source: RunReader, record: Record, notes: list[str]) -> Image:
         """Read the sample's picture from its task, or else the run's small copy of it."""
         reason = "its task no longer has the sample"
@@ -195,8 +250,8 @@ class Runs:
         notes.append(f"The picture is the run's small copy: {reason}.")
         return media.picture
 
-    def _report_page(self, name: str, changed: int) -> str:
-        """Write the page of ``stethoscope report``; ``changed``, a time, makes the cache key change."""
+    def _report_page(self, name: str, state: str) -> str:
+        """Write the page of ``stethoscope report``; ``state``, of its files, makes the cache key change."""
         source = self.source(name)
 
         def picture(record: Record) -> Image | None:
@@ -207,6 +262,15 @@ class Runs:
 
         with readable(source.folder):
             return collect_report(source, image_source=picture).html(sortable=False)
+
+    def _comparison_page(self, name: str, other: str, state: str) -> tuple[str, str]:
+        """Write the page of ``stethoscope compare``, and its remarks; ``state`` makes the cache key change."""
+        sources = [self.source(name), self.source(other)]
+        with readable(f"{name} or {other}"):
+            tables, remarks = compare(
+                sources, lambda source, task: saved_task(source.store, task, self._plugins, offline=True), common=True
+            )
+            return table_page(f"{other} against {name}", tables, sortable=False), " ".join(map(str, remarks))
 
     def _read_samples(self, name: str, task: str) -> dict[str, Sample]:
         rebuilt = saved_task(self.source(name).store, task, self._plugins, offline=True)
@@ -228,10 +292,10 @@ def _neighbours(source: RunReader, task: str, sample_id: str) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path) -> bool:
+def _is_run(folder: Path) -> bool:
     try:
-        RunReader.read(folder)
-    except StethoscopeError:  # an unfinished run, or another kind of folder
+        RunReader.read(folder, in_progress=True)
+    except StethoscopeError:  # another kind of folder
         return False
     except Exception as error:  # damaged in an unforeseen way, which must not hide the other runs
         logger.error("%s is left out, it cannot be read: %s", folder, type(error).__name__, exc_info=error)
@@ -239,38 +303,26 @@ def _finished(folder: Path) -> bool:
     return True
 
 
+def _describe_progress(sources: Sequence[RunReader]) -> str:
+    return " ".join(f"{source.name}: {source.progress()}." for source in sources if source.unfinished)
+
+
+def _list_samples(sources: Sequence[RunReader]) -> dict[str, Any]:
+    """Make the rows of one run, or of two side by side, and a note on them."""
+    if len(sources) == 2:
+        if sources[0].folder == sources[1].folder:
+            raise ArtefactError(f"{sources[0].name} is shown already; choose another run to set beside it")
+        rows, note = paired_rows(*sources)
+        return {"rows": rows, "note": note}
+    [source] = sources
+    with readable(source.folder):
+        notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy()]
+        return {"rows": sample_rows(source), "note": " ".join(filter(None, notes))}
+
+
 def _error_text(error: Exception) -> str:
     """Describe an error as ``payload.failure`` does, as plain text."""
     return json.loads(payload.failure(error))["text"]
-
-
-def _rows(source: RunReader, task: str) -> list[dict[str, Any]]:
-    """Make the rows of the list: samples with their scored mentions."""
-    mentions: dict[str, list[Any]] = defaultdict(list)
-    folds: dict[str, str] = {}
-    warnings = source.warnings
-    for row in [] if warnings.empty else warnings[warnings["task"] == task].to_dict("records"):
-        outcome = mention_outcome(row["label"], row["warned"])
-        shown = [row["object"], outcome, round(row["probability"], 4), int(row["start"])]
-        mentions[row["sample_id"]].append(shown)
-        folds[row["sample_id"]] = row["fold"]
-    rows: list[dict[str, Any]] = []
-    for record in source.store.records(task):
-        if len(rows) == MOST_SAMPLES:
-            break
-        text = record.error if record.answer is None else record.answer.text
-        rows.append(
-            {
-                "task": task,
-                "sample": record.sample_id,
-                "question": record.question,
-                "answer": text if len(text) <= ANSWER_LENGTH else text[:ANSWER_LENGTH] + " …",
-                "status": record.status,
-                "fold": folds.get(record.sample_id, ""),
-                "mentions": mentions.get(record.sample_id, []),
-            }
-        )
-    return rows
 
 
 @dataclass(frozen=True)

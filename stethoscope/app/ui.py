@@ -1,4 +1,4 @@
-"""Build the page of ``stethoscope app``: a tab to ask and look, and a tab over finished runs."""
+"""Build the page of ``stethoscope app``: a tab to ask and look, and a tab over runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODEL = "model"  # concurrency id of the events that need the model, of which on
 
 def style() -> str:
     """Read the CSS of the whole page."""
-    return "\n".join([asset("diagnosis/viewer.css"), asset("app/app.css")])
+    return "\n".join(map(asset, ("diagnosis/viewer.css", "report/samples.css", "app/app.css")))
 
 
 def theme() -> gr.themes.Base:
@@ -47,7 +47,7 @@ def build_page(
 
     Args:
         pool: the models.
-        runs: finished runs for the second tab.
+        runs: for the second tab.
         extractor: extracts the objects that a text names.
         examples: pictures to choose from, of which it is known what they show.
         sessions: of the server, which store the answer that each page shows.
@@ -57,7 +57,7 @@ def build_page(
         with gr.Tabs(selected="ask") as tabs:
             with gr.Tab("Ask", id="ask", elem_id="tab-ask"):
                 parts = _ask_tab(pool, examples)
-            with gr.Tab("Finished run", id="run", elem_id="tab-run"):
+            with gr.Tab("Runs", id="run", elem_id="tab-run"):
                 browser = _run_tab(runs)
         _wire_ask(pool, extractor, parts, sessions, examples)
         _wire_run(pool, runs, extractor, parts, browser, tabs, sessions)
@@ -218,17 +218,26 @@ def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Session
 
 
 def _run_tab(runs: Runs) -> dict[str, Any]:
-    names = runs.names
-    run = gr.Dropdown(names, value=runs.first, label="run", elem_id="run", interactive=bool(names))
+    with gr.Row():
+        run = gr.Dropdown(runs.names, value=runs.first, label="run", elem_id="run")
+        other = gr.Dropdown(_others(runs), value=runs.other or "", label="beside it", elem_id="other")
     with gr.Tabs():
         with gr.Tab("Samples"):
-            script = asset("diagnosis/parts.js") + asset("app/samples.js")
-            listing = _component("list", runs.listing(runs.first), fill("app/samples.html"), script)
+            script = asset("diagnosis/parts.js") + asset("report/samples.js")
+            shown = runs.listing(runs.first, runs.other)
+            listing = _component("list", shown, fill("report/samples.html"), script)
             pictures = _component("thumbnails", "{}", fill("app/nothing.html"), asset("app/thumbnails.js"))
         with gr.Tab("Figures") as figures:
-            placeholder = payload.encode("figures", note="making the figures …" if names else NO_RUN)
+            placeholder = payload.encode("figures", note="making the figures …" if runs.first else NO_RUN)
             report = _component("figures", placeholder, fill("app/figures.html"), asset("app/figures.js"))
-    return {"run": run, "list": listing, "thumbnails": pictures, "figures": figures, "report": report}
+    return {
+        "run": run, "other": other, "list": listing, "thumbnails": pictures, "figures": figures, "report": report,
+    }  # fmt: skip
+
+
+def _others(runs: Runs) -> list[tuple[str, str]]:
+    """List the choices of a second run, with their values."""
+    return [("none", ""), *((name, name) for name in runs.names)]
 
 
 def _wire_run(
@@ -241,8 +250,11 @@ def _wire_run(
     sessions: Sessions,
 ) -> None:
     options = {"show_progress": "minimal", "api_visibility": "private"}
+    chosen = [browser["run"], browser["other"]]
 
-    def open_sample(request: gr.Request, model: str, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+    def open_sample(
+        request: gr.Request, model: str, shown: str | None, other: str | None, event: gr.EventData
+    ) -> Iterator[tuple[Any, ...]]:
         """Open a sample in the first tab, with its stored answer: from the list, from its neighbour, or by its link."""
         unchanged = gr.skip()
         try:
@@ -255,7 +267,8 @@ def _wire_run(
             gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
             yield (unchanged,) * 6
             return
-        inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, run
+        listed = shown if run == other else run  # the list stays as it is
+        inputs = gr.Tabs(selected="ask"), str(question.picture), question.text, question.model, listed
         for data in _stored(answer.ask(pool, question, extractor), request, sessions):
             yield *inputs, data
             inputs = unchanged, *inputs[1:]  # Gradio mixes up a value and a skip in the steps of one event
@@ -265,14 +278,22 @@ def _wire_run(
         samples = event.samples if isinstance(event.samples, list) else []
         return runs.thumbnails(str(event.run), [str(sample) for sample in samples[:MOST_THUMBNAILS]])
 
-    browser["list"].thumbnails(
-        thumbnails, None, browser["thumbnails"], concurrency_id="thumbnails", concurrency_limit=1,
-        **{**options, "show_progress": "hidden"},
-    )  # fmt: skip
-    browser["run"].change(runs.listing, browser["run"], browser["list"], **options)
+    def refresh(event: gr.EventData) -> tuple[Any, ...]:
+        """Send the list again if its runs have changed; whoever asks for it also sees runs that are new."""
+        listing = runs.refreshed(str(event.run), str(event.other), str(event.state))
+        asked = event.asked is True
+        menus = (gr.update(choices=runs.names), gr.update(choices=_others(runs))) if asked else (gr.skip(), gr.skip())
+        return gr.skip() if listing is None else listing, *menus
+
+    quiet = {**options, "show_progress": "hidden", "concurrency_id": "list", "concurrency_limit": 1}
+    browser["list"].thumbnails(thumbnails, None, browser["thumbnails"], **{**quiet, "concurrency_id": "thumbnails"})
+    browser["list"].refresh(refresh, None, [browser["list"], *chosen], **quiet)
     empty = payload.encode("figures", note="")
-    browser["run"].change(lambda: empty, None, browser["report"], **options)
-    browser["figures"].select(runs.figures, browser["run"], browser["report"], **options)
+    for menu in chosen:
+        menu.change(runs.listing, chosen, browser["list"], **options)
+        menu.change(lambda: empty, None, browser["report"], **options)
+    browser["figures"].select(runs.figures, chosen, browser["report"], **options)
+    inputs = [parts["model"], *chosen]
     outputs = [tabs, parts["picture"], parts["question"], parts["model"], browser["run"], parts["view"]]
     for component in (browser["list"], parts["view"]):
-        component.look(open_sample, parts["model"], outputs, concurrency_id=MODEL, concurrency_limit=1, **options)
+        component.look(open_sample, inputs, outputs, concurrency_id=MODEL, concurrency_limit=1, **options)

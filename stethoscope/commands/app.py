@@ -39,13 +39,13 @@ def run(config: DictConfig) -> None:
     runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
-    run = None if config.run is None else Path(str(config.run)).expanduser()
+    run, other = (None if name is None else Path(str(name)).expanduser() for name in (config.run, config.beside))
     pool = ModelPool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:
         from stethoscope.app.ui import build_page
 
-        past = Runs(runs, run, folder, config.plugins)
+        past = Runs(runs, run, folder, config.plugins, other)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             names = ready.detectors.origin

@@ -21,7 +21,7 @@ TEXTS = {"question", "answer", "suffix", "prompt", "system", "follow_up", "descr
          "organization", "url", "brief"}  # fmt: skip
 """Settings of free text, by the last part of their key: used exactly as typed."""
 PATHS = {
-    "answers", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
+    "answers", "beside", "captions", "dataset", "entity", "file", "filename", "folder", "group", "host", "image",
     "images",
     "instances", "job_type", "live", "llm", "model_id", "name", "offload_folder", "out", "project", "projector",
     "qformer", "questions", "recalibrate", "revision", "run", "run_dir", "runs", "space", "spacy", "split", "tower",

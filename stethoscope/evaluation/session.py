@@ -251,7 +251,10 @@ class RunSession:
                 store.remove_tasks([self.run.task.name])  # a trial leaves nothing worth keeping
             mark = {"fast_dev_run": True} if self.evaluator.fast_dev_run else {}
             moved = self._movable_keys(store, self.run.task, available, fingerprint)
-            store.open_task(self.run.task.name, {**fingerprint, **mark}, features, self.evaluator.overwrite, moved)
+            planned = len(self._selected)
+            store.open_task(
+                self.run.task.name, {**fingerprint, **mark}, features, self.evaluator.overwrite, moved, planned
+            )
             self.run.store = store
         self.evaluator.loggers.setup(self.evaluator.run_dir)
         settings = {

@@ -99,10 +99,17 @@ class Report:
         return _page(f"{self.title}: report", body, sortable)
 
 
-def table_page(title: str, shown: Sequence[Table]) -> str:
-    """Write a page of tables; paired differences are also drawn."""
+def table_page(title: str, shown: Sequence[Table], sortable: bool = True) -> str:
+    """Write a page of tables; paired differences are also drawn.
+
+    Args:
+        title: of the page.
+        shown: the tables.
+        sortable: let a script sort the tables; False for a frame that runs none.
+    """
     drawn = [plot for table in shown if (plot := plot_differences(table)) is not None]
-    return _page(title, render("report/tables.html", title=title, tables=shown, plots=drawn, write_table=tables.html))
+    body = render("report/tables.html", title=title, tables=shown, plots=drawn, write_table=tables.html)
+    return _page(title, body, sortable)
 
 
 def plot_differences(table: Table) -> Plot | None:

@@ -1,4 +1,4 @@
-"""Read a finished run: metrics, answers, scored mentions, and the importance of features."""
+"""Read a run, finished or in progress: metrics, answers, scored mentions, and the importance of features."""
 
 from __future__ import annotations
 
@@ -74,24 +74,31 @@ def readable(folder: Path | str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RunReader:
-    """A finished run.
+    """A finished run, or what there is of one in progress.
 
     Attributes:
         folder: its directory.
         store: of the directory.
-        results: metrics of its tasks.
+        results: metrics of its finished tasks.
         detector: results of the detector that was trained on this run; None without one.
+        unfinished: status by task of those that have no figures yet, ``DETECTOR`` while one is being fitted; empty for
+            a finished run.
     """
 
     folder: Path
     store: RunStore
     results: tuple[TaskResults, ...]
     detector: DetectorResults | None
+    unfinished: Mapping[str, str] = field(default_factory=dict)
     _cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def read(cls, folder: Path) -> RunReader:
+    def read(cls, folder: Path, in_progress: bool = False) -> RunReader:
         """Read the metrics of a run directory.
+
+        Args:
+            folder: the run directory.
+            in_progress: whether it may be unfinished.
 
         Raises:
             ArtefactError: it is no run directory, one of its tasks is not finished, or a file is damaged.
@@ -99,31 +106,32 @@ class RunReader:
         if not (folder / "samples.jsonl").is_file():
             raise ArtefactError(_describe_missing_run(folder))
         with readable(folder):
-            return cls._read(folder)
+            return cls._read(folder, in_progress)
 
     @classmethod
-    def _read(cls, folder: Path) -> RunReader:
+    def _read(cls, folder: Path, in_progress: bool) -> RunReader:
         store = RunStore(folder)
         statuses, figures, fingerprints = store.status(), store.metrics(), store.fingerprints()
         unfinished = {task: status for task, status in statuses.items() if status != "finished"}
         unfinished |= {task: "without figures" for task in fingerprints if task not in {**figures, **unfinished}}
-        if set(unfinished) == {DETECTOR}:
+        if set(unfinished) == {DETECTOR} and not in_progress:
             raise ArtefactError(
                 f"the run in {folder} has parts of two detectors: fitting one was cut short. The command that did "
                 f"(`stethoscope train run={folder}`, or `benchmark`) makes it whole"
             )
-        if unfinished or not statuses:
+        if (unfinished and not in_progress) or not statuses:
             reason = ", ".join(f"{task}: {status}" for task, status in unfinished.items()) or "it has no status.json"
             raise ArtefactError(
                 f"the run in {folder} is not finished ({reason}); the command that began it goes on with it"
             )
         for task, section in fingerprints.items():
             check_shape(folder / "fingerprint.json", section, FINGERPRINT_SHAPE, REMEDIES["fingerprint.json"], task)
-        known = {name: figures[name] for name in (*fingerprints, *([DETECTOR] if figures.get(DETECTOR) else ()))}
+        sections = (*fingerprints, *([DETECTOR] if figures.get(DETECTOR) else ()))
+        known = {name: figures[name] for name in sections if name not in unfinished}
         check_content("metrics", known, folder / "metrics.json", REMEDIES["metrics.json"])
-        tasks = tuple(TaskResults.from_dict(task, figures[task]) for task in fingerprints)
-        detector = DetectorResults.from_dict(figures["detector"]) if figures.get("detector") else None
-        return cls(folder, store, tasks, detector)
+        tasks = tuple(TaskResults.from_dict(task, known[task]) for task in fingerprints if task in known)
+        detector = DetectorResults.from_dict(known[DETECTOR]) if DETECTOR in known else None
+        return cls(folder, store, tasks, detector, unfinished)
 
     @property
     def name(self) -> str:
@@ -149,13 +157,17 @@ class RunReader:
     def warnings(self) -> pd.DataFrame:
         """Read ``warnings.jsonl``, a row per object mention; empty if no detector was applied to the run.
 
+        While tasks are unfinished their rows, and all rows of a detector that is being fitted, are of earlier answers
+        or of an earlier detector, and are left out.
+
         Raises:
             ArtefactError: a line of it is damaged, or there is none, though the run has a detector.
         """
         import pandas as pd  # which only reports need, and `evaluate` prints a table of this module
 
-        rows = read_warnings(self.folder)
-        if self.detector and not rows:
+        rows = [] if DETECTOR in self.unfinished else read_warnings(self.folder)
+        rows = [row for row in rows if row["task"] not in self.unfinished]
+        if self.detector and not rows and not self.unfinished:
             raise ArtefactError(
                 f"{self.folder / 'warnings.jsonl'} has no lines or is missing, but metrics.json has a detector; "
                 f"`stethoscope train run={self.folder}` makes both again"
@@ -246,6 +258,17 @@ class RunReader:
         if not (self.folder / "tokens.parquet").is_file():
             return f"{self.folder} has no detector: `stethoscope extract run={self.folder}` and then `train` make one"
         return f"{self.folder} has no detector: `stethoscope train run={self.folder}` makes one"
+
+    def progress(self) -> str:
+        """Say in one line how far an unfinished run is; empty for a finished one."""
+        planned = self.store.planned()
+        parts = [
+            f"{task}: {self.store.count(task)}{f' of {planned[task]}' if task in planned else ''} answered, {status}"
+            for task, status in self.unfinished.items()
+            if task != DETECTOR
+        ]
+        parts += ["its detector is being fitted"] if DETECTOR in self.unfinished else []
+        return "; ".join(parts)
 
     def off_policy(self) -> str:
         """Name the tasks whose answers the run's model did not write; empty if there are none."""

@@ -44,6 +44,7 @@ REMEDIES = {
     "metrics.json": "delete it and run the commands that made the run again: answers are kept",
     "status.json": "delete it and run the command that made the run again: answers are kept",
     "fingerprint.json": "bring it back, or delete the run and make it again",
+    "planned.json": "delete it: only how many samples are still to come is not known then",
 }
 """Advice to the user about a damaged file, by its name."""
 
@@ -142,6 +143,10 @@ class RunStore:
         """Read ``status.json``: by task ``running`` (or killed), ``finished``, ``interrupted`` or ``failed``."""
         return self._read_json("status.json")
 
+    def planned(self) -> dict[str, int]:
+        """Read ``planned.json``: by task the number of samples that are to be answered, where it is known."""
+        return self._read_json("planned.json")
+
     # --- writing: one session, in the order of its calls ------------------------------------------------------------
 
     def write_config(self, config: Any, overrides: Sequence[str] = ()) -> None:
@@ -160,6 +165,7 @@ class RunStore:
         features: Mapping[str, Any] | None = None,
         overwrite: Overwrite = False,
         moved: Collection[str] = (),
+        planned: int | None = None,
     ) -> None:
         """Prepare the directory for a task: keep what matches its settings, repair what a kill has left.
 
@@ -170,6 +176,7 @@ class RunStore:
             overwrite: True to delete this task's answers and those of any other model, ``features`` to delete only
                 the token rows; answers and metrics then stay as they are.
             moved: dotted keys of the fingerprint that may differ: locations of model and data.
+            planned: number of samples that are to be answered, for whoever looks on; None if it is not known.
 
         Raises:
             ConfigError: the directory holds answers or token rows that were made with other settings.
@@ -211,6 +218,7 @@ class RunStore:
         self._write_json("environment.json", environment())
         if overwrite != "features":
             self._write_section("metrics.json", task, None)
+        self._write_section("planned.json", task, planned)
         self.set_status(task, "running")
 
     def use_shard(self, rank: int) -> None:
@@ -276,7 +284,7 @@ class RunStore:
         entries = self.record_files.entries()
         self.record_files.rewrite({key: entry for key, entry in entries.items() if key[0] not in tasks})
         for name in tasks:
-            for file in ("fingerprint.json", "metrics.json", "status.json"):
+            for file in ("fingerprint.json", "metrics.json", "status.json", "planned.json"):
                 self._write_section(file, name, None)
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -318,9 +326,11 @@ class RunStore:
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.run_dir / name
         sections = read_json(path, REMEDIES[name], default={})
-        kind = str if name == "status.json" else dict
+        kind, words = {"status.json": (str, "a text"), "planned.json": (int, "a whole number")}.get(
+            name, (dict, "an object")
+        )
         if not all(isinstance(section, kind) for section in sections.values()):
-            raise damaged(path, f"every section should be {'a text' if kind is str else 'an object'}", REMEDIES[name])
+            raise damaged(path, f"every section should be {words}", REMEDIES[name])
         return sections
 
     def _write_section(self, name: str, section: str, values: Any) -> None:

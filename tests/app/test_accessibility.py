@@ -78,7 +78,7 @@ def test_the_app(page, served, count):
     page.click("#ask")
     page.wait_for_selector(DONE, timeout=60_000)
     assert violations(page, "answer", count) == []
-    page.get_by_role("tab", name="Finished run").click()
+    page.get_by_role("tab", name="Runs").click()
     page.locator("#list article").first.wait_for()
     assert count == QUICK or violations(page, "run", count) == []
     page.locator("#list .st-chip.st-caught").first.click()

@@ -1,4 +1,4 @@
-"""Finished runs behind the second tab."""
+"""Runs behind the second tab."""
 
 import json
 import shutil
@@ -8,7 +8,10 @@ import pytest
 
 from stethoscope.app.runs import NO_RUN, Runs, write_examples
 from stethoscope.core.errors import ArtefactError
-from stethoscope.storage.run_dir import RunStore
+from stethoscope.report.compare import compare
+from stethoscope.report.run_report import table_page
+from stethoscope.report.run_source import RunReader
+from stethoscope.storage.run_dir import RunStore, saved_task
 
 
 @pytest.fixture
@@ -88,14 +91,42 @@ def test_a_picture_that_is_gone_is_said(runs, folder, pool, tmp_path):
         Runs(tmp_path / "runs", None, tmp_path).question("small", "chair", "counter-000007", pool, "testbed")
 
 
-def test_a_run_from_elsewhere_comes_first_and_half_runs_are_left_out(folder, tmp_path):
-    half = shutil.copytree(folder / "small", tmp_path / "half")
-    (half / "status.json").write_text('{"chair": "running"}')
+def test_a_run_from_elsewhere_comes_first_and_one_in_progress_is_shown(folder, tmp_path):
     runs = Runs(tmp_path, folder / "small", tmp_path)
     assert runs.names == ["small"]
     assert json.loads(Runs(tmp_path, None, tmp_path).listing(None))["note"] == NO_RUN
+    half = shutil.copytree(folder / "small", tmp_path / "half")  # after the app was started
+    (half / "status.json").write_text('{"chair": "running", "pope": "finished"}')
+    assert runs.names == ["small", "half"]
+    message = json.loads(runs.listing("half"))
+    assert message["progress"] == "half: chair: 60 of 60 answered, running."
+    assert len(message["rows"]) == 120
+    assert "once the run is finished" in json.loads(runs.figures("half"))["note"]
+    assert runs.refreshed("half", "", message["state"]) is None
+    (half / "status.json").write_text('{"chair": "finished", "pope": "finished"}')
+    assert json.loads(runs.refreshed("half", "", message["state"]))["progress"] == ""
     with pytest.raises(ArtefactError, match="is no directory"):
         Runs(tmp_path, tmp_path / "none", tmp_path)
+
+
+def test_two_runs_side_by_side(folder, tmp_path):
+    copied = shutil.copytree(folder / "small", tmp_path / "other")
+    runs = Runs(tmp_path, folder / "small", tmp_path, other=copied)
+    assert (runs.names, runs.other) == (["small", "other"], "other")
+    message = json.loads(runs.listing("small", "other"))
+    assert len(message["rows"]) == 120
+    assert all(row["same"] and row["other"]["mentions"] == row["mentions"] for row in message["rows"])
+    page = json.loads(runs.figures("small", "other"))["page"]
+    sources = [RunReader.read(path) for path in (folder / "small", copied)]
+    tables, _ = compare(sources, lambda source, task: saved_task(source.store, task), common=True)
+    assert page == table_page("other against small", tables, sortable=False)
+    assert "shown already" in json.loads(runs.listing("small", "small"))["note"]
+    assert "unknown run" in json.loads(runs.listing("small", "../other"))["note"]
+
+
+def test_a_link_without_a_task_opens_the_sample(runs, pool):
+    question = runs.question("small", "", "counter-000007", pool, "testbed")
+    assert question.case["task"] == "chair"
 
 
 def test_a_run_without_a_detector_lists_its_samples(folder, tmp_path):

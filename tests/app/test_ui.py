@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -176,7 +177,7 @@ def test_warnings_follow_their_threshold(page, served, tmp_path):
 
 
 def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp_path):
-    page.get_by_role("tab", name="Finished run").click()
+    page.get_by_role("tab", name="Runs").click()
     cards = page.locator("#list article")
     cards.first.wait_for()
     assert served.evil in cards.first.inner_text()
@@ -224,7 +225,7 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     assert shared.locator("#view .st-t.st-chosen").inner_text() == wanted.split()[0]
     shared.close()
     assert shared.failed == []
-    page.get_by_role("tab", name="Finished run").click()
+    page.get_by_role("tab", name="Runs").click()
     page.get_by_role("tab", name="Figures").click()
     frame = page.frame_locator("#figures iframe")
     frame.locator("svg").first.wait_for(timeout=30_000)
@@ -236,6 +237,66 @@ def test_a_finished_run_is_gone_through_and_a_sample_is_opened(page, served, tmp
     assert cards == [expected.count(kind) for kind in ("caught", "missed", "false-alarm")]
     assert sum(cards) > 0
     take(page, "figures", tmp_path)
+
+
+CHANGED = "There is nothing to be seen. "
+
+
+@pytest.fixture
+def beside(served):
+    """Put a second run beside the first: its first answer differs, and its detector warns of nothing."""
+    copied = shutil.copytree(served.runs / "small", served.runs / "beside")
+    for name, change in (("samples", {}), ("warnings", {"warned": False, "probability": 0.1})):
+        file = copied / f"{name}.jsonl"
+        lines = [{**json.loads(line), **change} for line in file.read_text().splitlines()]
+        if name == "samples":
+            chair = next(line for line in lines if line["task"] == "chair")
+            chair["answer"]["text"] = CHANGED + chair["answer"]["text"][len(CHANGED) :]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    yield copied
+    shutil.rmtree(copied)
+
+
+def test_two_runs_are_set_side_by_side_and_one_in_progress_is_followed(page, served, beside, tmp_path):
+    page.get_by_role("tab", name="Runs").click()
+    cards, count = page.locator("#list article"), page.locator("#list [data-id=count]")
+    cards.first.wait_for()
+    status = (beside / "status.json").read_text()
+    (beside / "status.json").write_text(status.replace('"chair": "finished"', '"chair": "running"'))
+    page.click("#list [data-id=refresh]")  # the run was made after the page was opened
+    page.wait_for_timeout(500)
+    page.locator("#other input").click()
+    page.get_by_role("option", name="beside").click()
+    page.wait_for_function("document.querySelector('#list [data-id=progress]').textContent.includes('60 of 60')")
+    page.select_option("#list [data-id=fold]", "")
+    page.select_option("#list [data-id=kind]", "differ")
+    assert cards.first.locator("section").count() == 2
+    cards.first.locator("button").first.focus()
+    held = page.evaluate("document.activeElement.ariaLabel")
+    (beside / "status.json").write_text(status)
+    page.wait_for_function("document.querySelector('#list [data-id=progress]').hidden")  # it looks again by itself
+    assert page.evaluate("document.activeElement.ariaLabel") == held
+    assert page.locator("#list [data-id=kind]").input_value() == "differ"
+    warnings = RunReader.read(served.runs / "small").warnings
+    for kind, label in (("caught", 1), ("false alarm", 0)):
+        page.select_option("#list [data-id=kind]", kind)
+        warned = warnings[(warnings["label"] == label) & warnings["warned"]]  # the other run warns of nothing
+        assert count.inner_text() == f"{warned['sample_id'].nunique()} of 120 samples"
+    page.select_option("#list [data-id=kind]", "hallucinated")
+    assert count.inner_text() == "0 of 120 samples"  # the same objects are named
+    page.select_option("#list [data-id=kind]", "caught")
+    page.select_option("#list [data-id=order]", "apart")
+    take(page, "pair", tmp_path)
+    page.locator("#list article section").nth(1).get_by_role("button", name="look at sample").click()
+    page.wait_for_selector(DONE, timeout=60_000)
+    assert text(page, "case-name").startswith("beside, chair")
+    assert "hallucinated: " in text(page, "facts")  # the mention that the filter is about
+    page.get_by_role("tab", name="Runs").click()
+    assert page.locator("#run input").input_value() == "small"  # the list stays as it was
+    page.get_by_role("tab", name="Figures").click()
+    frame = page.frame_locator("#figures iframe")
+    frame.get_by_text("Detectors: beside against small").first.wait_for(timeout=30_000)
+    take(page, "comparison", tmp_path)
 
 
 def text_of(page, where):

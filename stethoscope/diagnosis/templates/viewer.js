@@ -406,7 +406,7 @@ function edit() {
 // --- a sample of a run ------------------------------------------------------------------------------------------
 
 function neighbour(step) {
-  const order = window.stethoscopeOrder || [], own = data.case;
+  const own = data.case, order = (window.stethoscopeOrder || []).filter((one) => one.run === own.run);
   const same = (one) => one.run === own.run && one.task === own.task && one.sample === own.sample;
   const index = order.findIndex(same);
   if (index >= 0) return order[index + step] || null; // in the order and the filter of the list

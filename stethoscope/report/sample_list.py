@@ -1,0 +1,142 @@
+"""List the samples of a run, or of two runs side by side, as plain values for the app and for static pages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.core.text import counted
+from stethoscope.diagnosis.verdict import mention_outcome
+from stethoscope.report.export import judge
+from stethoscope.report.run_source import RunReader, readable
+from stethoscope.storage.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MOST_SAMPLES = 3000  # of a task in the list
+ANSWER_LENGTH = 320  # characters of an answer in the list
+UNJUDGED = {1: "hallucinated", 0: "grounded", -1: "not judged"}
+"""Outcome of a mention by its label where no detector has judged it."""
+STATE_FILES = ("samples.jsonl", "status.json", "metrics.json", "warnings.jsonl", "shards/*.jsonl")
+
+Entry = tuple[Record, dict[str, Any]]
+"""A record, and its row of the list."""
+
+
+def read_state(folders: Sequence[Path]) -> str:
+    """Describe the files of runs that the list shows, so that two descriptions are equal while nothing has changed."""
+    files = [path for folder in folders for name in STATE_FILES for path in sorted(folder.glob(name))]
+    stats = [path.stat() for path in files if path.exists()]
+    return " ".join(f"{stat.st_mtime_ns:x}-{stat.st_size:x}" for stat in stats)
+
+
+def sample_rows(source: RunReader, answer_length: int | None = ANSWER_LENGTH) -> list[dict[str, Any]]:
+    """Make the rows of all samples of a run, the task that a detector has judged first.
+
+    Args:
+        source: the run.
+        answer_length: characters of an answer, of which longer ones are cut; None for whole answers.
+
+    Returns:
+        Rows with ``task``, ``sample``, ``question``, ``answer``, ``status``, ``fold`` (of the detector), ``right``
+        (whether a question that has one right answer got it; None for others), ``truth`` (that answer; empty for
+        others) and ``mentions``: object, outcome, probability (None without a detector), and the first character of
+        its tokens.
+    """
+    return [row for task in _tasks(source) for _, row in _entries(source, task, answer_length)]
+
+
+def paired_rows(first: RunReader, other: RunReader) -> tuple[list[dict[str, Any]], str]:
+    """Join the samples of two runs by task and id, if picture and question are the same.
+
+    Args:
+        first: a run.
+        other: the run to be shown beside it.
+
+    Returns:
+        Rows of the first run as of ``sample_rows``, each with ``other``, the row of the other run, and ``same``,
+        whether the answers are equal; and a line about the samples that are left out.
+    """
+    tasks = [task for task in _tasks(first) if task in set(_tasks(other))]
+    if not tasks:
+        names = " and ".join(f"{source.name} ({', '.join(_tasks(source))})" for source in (first, other))
+        return [], f"{names} have no task in common, so that nothing can be set side by side."
+    rows: list[dict[str, Any]] = []
+    unequal, sizes = 0, [0, 0]
+    for task in tasks:
+        with readable(other.folder):
+            others = {record.sample_id: (record, row) for record, row in _entries(other, task)}
+        with readable(first.folder):
+            entries = list(_entries(first, task))
+        sizes = [sizes[0] + len(entries), sizes[1] + len(others)]
+        for record, row in entries:
+            beside = others.get(record.sample_id)
+            if beside is not None and _same_sample(record, beside[0]):
+                rows.append({**row, "other": beside[1], "same": _text(record) == _text(beside[0])})
+            unequal += beside is not None and not _same_sample(record, beside[0])
+    common = len(rows) + unequal
+    left_out = [
+        f"{counted(number, 'sample')} only in {source.name}"
+        for number, source in zip((sizes[0] - common, sizes[1] - common), (first, other), strict=True)
+        if number
+    ]
+    left_out += [f"{counted(unequal, 'sample')} with another picture or question"] if unequal else []
+    remark = f"Left out: {', '.join(left_out)}." if left_out else ""
+    return rows, remark if rows else f"{first.name} and {other.name} share no sample. {remark}".strip()
+
+
+def _tasks(source: RunReader) -> list[str]:
+    return sorted(source.store.fingerprints(), key=lambda task: task != source.task)
+
+
+def _same_sample(first: Record, other: Record) -> bool:
+    digests = {record.image_sha256 for record in (first, other) if record.image_sha256}
+    return (first.image, first.question) == (other.image, other.question) and len(digests) < 2
+
+
+def _entries(source: RunReader, task: str, answer_length: int | None = ANSWER_LENGTH) -> Iterator[Entry]:
+    """Yield the records of a task with their rows."""
+    judged: dict[str, list[Mapping[Any, Any]]] = defaultdict(list)
+    warnings = source.warnings
+    for line in [] if warnings.empty else warnings[warnings["task"] == task].to_dict("records"):
+        judged[line["sample_id"]].append(line)
+    for index, record in enumerate(source.store.records(task)):
+        if index == MOST_SAMPLES:
+            break
+        yield record, _row(record, judged.get(record.sample_id, ()), answer_length)
+
+
+def _text(record: Record) -> str:
+    return record.error if record.answer is None else record.answer.text
+
+
+def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int | None) -> dict[str, Any]:
+    text = _text(record)
+    if answer_length is not None and len(text) > answer_length:
+        text = text[:answer_length] + " …"
+    mentions: list[list[Any]] = [
+        [line["object"], mention_outcome(line["label"], line["warned"]), round(line["probability"], 4), line["start"]]
+        for line in judged
+    ]
+    label = record.reference.get("label")
+    counts = {} if record.score is None else record.score.counts
+    outcome = None if "captions" in counts else judge(record, ())
+    if not judged and outcome is None:  # where an answer is right or wrong, its mentions would only repeat that
+        mentions = [
+            [mention.object, UNJUDGED.get(mention.label, "not judged"), None, mention.start]
+            for mention in record.mentions
+        ]
+    return {
+        "task": record.task,
+        "sample": record.sample_id,
+        "question": record.question,
+        "answer": text,
+        "status": record.status,
+        "fold": str(judged[0]["fold"]) if judged else "",
+        "right": None if outcome is None else outcome.correct,
+        "truth": label if isinstance(label, str) else "",
+        "mentions": mentions,
+    }

@@ -1,0 +1,270 @@
+// The samples of a run, or of two runs side by side. Filters run in the browser; opening one asks the server.
+// It reads element, props.value, watch and trigger, as viewer.js does; trigger is null on a static page.
+const PAGE = 40, POLL = 5000; // samples shown at once; milliseconds between two looks at a run in progress
+const KINDS = [["", "all samples"], ["false alarm", "with a false alarm"], ["missed", "with a missed hallucination"],
+  ["caught", "with a caught hallucination"], ["hallucinated", "with a hallucination, not judged by a detector"],
+  ["wrong", "with a wrong answer"], ["right", "without a hallucination or an alarm"]];
+const ORDERS = [["", "as in the run"], ["high", "highest probability first"], ["low", "lowest probability first"]];
+const APART = ["apart", "probabilities furthest apart first"];
+const WRONG = ["caught", "missed", "hallucinated"]; // outcomes of a hallucinated object
+const pictures = new Map(); // by key, once they have come
+let wanted = new Set(); // keys that the server was asked for
+let split = new Set(); // tasks whose images a detector has learned from
+let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0;
+
+function options(id, pairs) {
+  const before = $(id).value;
+  $(id).replaceChildren(...pairs.map(([value, text]) => Object.assign(make("option", text), { value })));
+  if (pairs.some(([value]) => value === before)) $(id).value = before;
+}
+
+function choices(id, values) {
+  options(id, [["", "all"], ...values.map((value) => [value, value])]);
+  $(id + "-line").hidden = values.length < 2;
+}
+
+// --- what is alike and what differs --------------------------------------------------------------------------------
+
+function wrong(mention) {
+  return WRONG.includes(mention[1]);
+}
+
+function sameObject(side, mention, test) { // the mention of an object, if the other run has it and it passes a test
+  return side.mentions.find((one) => one[0] === mention[0] && test(one));
+}
+
+function changed(mention, side) { // whether the other run has no mention of this object with this outcome
+  return !sameObject(side, mention, (one) => one[1] === mention[1]);
+}
+
+function differs(row) {
+  return !row.same || row.right !== row.other.right || row.mentions.some((one) => changed(one, row.other)) || row.other.mentions.some((one) => changed(one, row));
+}
+
+function alike(first, second) { // mentions with outcomes of two runs: of the first, those whose object became the second's
+  return (a, b) => a.mentions.filter((one) => one[1] === first && sameObject(b, one, (two) => two[1] === second));
+}
+
+const only = (test) => (a, b) => a.mentions.filter((one) => test(one) && !sameObject(b, one, test));
+const PAIRS = { // mentions of the first side that a filter is about
+  caught: alike("caught", "missed"),
+  hallucinated: only(wrong),
+  "false alarm": only((one) => one[1] === "false alarm"),
+};
+
+function pairKinds() {
+  const [a, b] = sides(run, other);
+  return [["", "all samples"], ["differ", "only where they differ"],
+    ["caught", `caught in ${a}, missed in ${b}`], ["caught-", `caught in ${b}, missed in ${a}`],
+    ["hallucinated", `hallucinated in ${a}, not in ${b}`], ["hallucinated-", `hallucinated in ${b}, not in ${a}`],
+    ["false alarm", `false alarm in ${a}, not in ${b}`], ["false alarm-", `false alarm in ${b}, not in ${a}`],
+    ["answer", `right answer in ${a}, wrong in ${b}`], ["answer-", `right answer in ${b}, wrong in ${a}`]];
+}
+
+function sides(first, second) { // long names would fill the line
+  return Math.max(first.length, second.length) > 24 ? ["A", "B"] : [first, second];
+}
+
+function matching(row) { // the mentions that the filter is about, of the side that it begins with
+  const kind = $("kind").value;
+  if (!row.other) return row.mentions.filter((one) => one[1] === kind);
+  const turned = kind.endsWith("-"), [a, b] = turned ? [row.other, row] : [row, row.other];
+  const choose = PAIRS[kind.replace(/-$/, "")];
+  return choose ? choose(a, b) : [];
+}
+
+function fitsKind(row) {
+  const kind = $("kind").value;
+  if (!kind) return true;
+  if (row.other) {
+    if (kind === "differ") return differs(row);
+    if (kind === "answer") return row.right === true && row.other.right === false;
+    if (kind === "answer-") return row.right === false && row.other.right === true;
+  } else {
+    if (kind === "wrong") return row.right === false;
+    if (kind === "right") return row.mentions.length > 0 && row.mentions.every((one) => one[1] === "right" || one[1] === "grounded");
+  }
+  return matching(row).length > 0;
+}
+
+function fits(row) {
+  const find = $("find").value.trim().toLowerCase();
+  if ($("task").value && row.task !== $("task").value) return false;
+  if ($("fold").value && split.has(row.task) && row.fold !== $("fold").value) return false;
+  if (!fitsKind(row)) return false;
+  const both = row.other ? [row, row.other] : [row];
+  return !find || [row.sample, row.question, ...both.flatMap((one) => [one.answer, ...one.mentions.map((mention) => mention[0])])].some((text) => text.toLowerCase().includes(find));
+}
+
+function known(mentions) {
+  return mentions.map((one) => one[2]).filter((value) => value !== null);
+}
+
+function probability(row) { // of the mentions that the filter is about, the one that counts in the order
+  if ($("order").value === "apart") {
+    const pairs = row.mentions.map((one) => [one, sameObject(row.other, one, (two) => two[2] !== null)]).filter(([one, two]) => two && one[2] !== null);
+    return pairs.length ? Math.max(...pairs.map(([one, two]) => Math.abs(one[2] - two[2]))) : null;
+  }
+  const about = matching(row), values = known(about.length ? about : [...row.mentions, ...(row.other ? row.other.mentions : [])]);
+  if (!values.length) return null;
+  return $("order").value === "low" ? Math.min(...values) : Math.max(...values);
+}
+
+function ordered(shown) {
+  const sign = { high: -1, apart: -1, low: 1 }[$("order").value];
+  if (!sign) return shown;
+  const values = new Map(shown.map((row) => [row, probability(row)]));
+  const some = shown.filter((row) => values.get(row) !== null), others = shown.filter((row) => values.get(row) === null);
+  return [...some.sort((a, b) => sign * (values.get(a) - values.get(b))), ...others];
+}
+
+// --- what opens a sample, and its picture --------------------------------------------------------------------------
+
+function address(row, name) { // of a run's sample, at the mention that the filter is about, if there is one
+  const side = row.other && name === other ? row.other : row, about = matching(row);
+  const mention = side.mentions.find((one) => about.some((two) => two[0] === one[0]));
+  return { run: name, task: row.task, sample: row.sample, mention: $("kind").value && mention ? mention[3] : null };
+}
+
+function keyOf(row) {
+  return `${row.task}\t${row.sample}`;
+}
+
+function thumbnail(row) {
+  const image = make("img", undefined, "st-thumbnail");
+  image.alt = "";
+  image.dataset.key = keyOf(row);
+  if (pictures.has(keyOf(row))) image.src = pictures.get(keyOf(row)); else image.hidden = true;
+  return image;
+}
+
+function fetchThumbnails() {
+  if (!trigger || !element.offsetParent) return; // nothing is fetched for a list that nobody sees
+  const keys = [...element.querySelectorAll(".st-thumbnail[hidden]")].map((image) => image.dataset.key);
+  const missing = [...new Set(keys)].filter((key) => !wanted.has(key)).slice(0, PAGE);
+  if (!missing.length) return;
+  missing.forEach((key) => wanted.add(key));
+  trigger("thumbnails", { run, samples: missing });
+}
+
+// --- cards ---------------------------------------------------------------------------------------------------------
+
+function opener(row, name) {
+  const open = make("button", "look at it", "st-open");
+  open.type = "button";
+  open.setAttribute("aria-label", `look at sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
+  open.addEventListener("click", () => trigger("look", address(row, name)));
+  return open;
+}
+
+function chips(row, side, beside, name) { // right mentions are only counted, but for those that the other run has otherwise
+  const box = make("div", undefined, "st-chips"), plain = (one) => ["right", "grounded"].includes(one[1]) && !(beside && changed(one, beside));
+  if (side.right !== null) box.append(make("span", side.right ? "right answer" : `wrong answer, right is ${side.truth}`, "st-chip" + (side.right ? "" : " st-missed")));
+  side.mentions.filter((one) => !plain(one)).forEach(([object, kind, chance, mention]) => {
+    const chip = make(trigger ? "button" : "span", `${kind}: ${object}${chance === null ? "" : ` ${percent(chance)}`}`, "st-chip st-" + kind.replace(" ", "-"));
+    if (trigger) {
+      chip.type = "button";
+      chip.addEventListener("click", () => trigger("look", { ...address(row, name), mention }));
+    }
+    box.append(chip);
+  });
+  const right = side.mentions.filter(plain).length;
+  if (right) box.append(make("span", `${right} ${side.mentions.find(plain)[1]}`, "st-chip"));
+  return box;
+}
+
+function remark(side) {
+  return (side.fold ? `, ${side.fold}` : "") + (side.status === "ok" ? "" : `, ${side.status}`);
+}
+
+function card(row) {
+  const box = make("article", undefined, "st-card st-sample"), head = make("div", undefined, "st-sample-head");
+  box.dataset.key = keyOf(row);
+  head.append(make("b", row.sample), make("span", row.task + (row.other ? "" : remark(row)), "st-soft"));
+  box.append(thumbnail(row), head, make("p", row.question, "st-soft"));
+  if (!row.other) {
+    if (trigger) head.append(opener(row, run));
+    box.append(make("p", row.answer, "st-words"), chips(row, row, null, run));
+    return box;
+  }
+  const both = make("div", undefined, "st-columns st-both");
+  [[row, row.other, run], [row.other, row, other]].forEach(([side, beside, name], index) => {
+    const half = make("section"), title = make("div", undefined, "st-sample-head");
+    half.setAttribute("aria-label", name);
+    title.append(make("b", `${"AB"[index]}: ${name}`), make("span", remark(side).slice(2), "st-soft"));
+    if (trigger) title.append(opener(row, name));
+    half.append(title, make("p", side.answer, "st-words"), chips(row, side, beside, name));
+    both.append(half);
+  });
+  box.append(both);
+  return box;
+}
+
+function show() {
+  const shown = ordered(rows.filter(fits)), held = document.activeElement, kept = held && element.contains(held) ? held.closest("article") : null;
+  const index = kept ? [...kept.querySelectorAll("button")].indexOf(held) : -1;
+  $("count").textContent = rows.length ? `${shown.length} of ${counted(rows.length, "sample")}` : "";
+  $("rows").replaceChildren(...shown.slice(0, limit).map(card));
+  $("more").hidden = shown.length <= limit;
+  const again = kept && [...$("rows").children].find((box) => box.dataset.key === kept.dataset.key);
+  if (again && index >= 0) (again.querySelectorAll("button")[index] || again.querySelector("button")).focus();
+  fetchThumbnails();
+  window.stethoscopeOrder = [run, ...(other ? [other] : [])].flatMap((name) => shown.map((row) => address(row, name))); // in which the viewer goes to the previous and the next
+}
+
+function look() { // again at a run in progress, while somebody sees it
+  timer = 0;
+  if (element.offsetParent && !document.hidden) trigger("refresh", { run, other, state, asked: false });
+  later();
+}
+
+function later() {
+  if (!timer && trigger && $("progress").textContent) timer = setTimeout(look, POLL);
+}
+
+function receive() {
+  let message;
+  try { message = JSON.parse(props.value); } catch (error) { message = { rows: [], note: "what came from the server cannot be read", run: "", other: "" }; }
+  const same = message.run === run && message.other === other; // of a run that is going on: nothing that was chosen is lost
+  ({ rows, run, other } = message);
+  state = message.state || "";
+  if (!same) {
+    pictures.clear();
+    limit = PAGE;
+  }
+  wanted = new Set(pictures.keys());
+  split = new Set(rows.filter((row) => row.fold).map((row) => row.task));
+  $("note").textContent = message.note;
+  $("note").hidden = !message.note;
+  $("progress").textContent = message.progress || "";
+  $("progress").hidden = !message.progress;
+  $("refresh").hidden = !trigger;
+  for (const label of $("filters").querySelectorAll("label")) label.hidden = !rows.length;
+  options("kind", other ? pairKinds() : KINDS);
+  options("order", other ? [...ORDERS, APART] : ORDERS);
+  choices("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))]);
+  choices("task", [...new Set(rows.map((row) => row.task))]);
+  if (!same && rows.some((row) => row.fold === "test")) $("fold").value = "test"; // those that the detector has not learned from
+  show();
+  later();
+}
+
+document.addEventListener("stethoscope-thumbnails", ({ detail }) => {
+  if (detail.run !== run) return;
+  for (const [key, address] of Object.entries(detail.pictures)) pictures.set(key, address);
+  for (const image of element.querySelectorAll(".st-thumbnail[hidden]")) {
+    if (pictures.has(image.dataset.key)) { image.src = pictures.get(image.dataset.key); image.hidden = false; }
+  }
+  fetchThumbnails();
+});
+element.addEventListener("keydown", (event) => { // n and p go through the samples, as in the viewer
+  const box = event.target.closest("article"), step = { n: "nextElementSibling", p: "previousElementSibling" }[event.key];
+  const next = box && step && !event.target.closest("input, select, textarea") ? box[step] : null;
+  if (next && next.querySelector("button")) next.querySelector("button").focus();
+});
+new ResizeObserver(fetchThumbnails).observe(element); // once the tab is seen
+for (const id of ["kind", "fold", "task", "order", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
+$("more").addEventListener("click", () => { limit += PAGE; show(); });
+$("refresh").addEventListener("click", () => trigger("refresh", { run, other, state, asked: true }));
+watch("value", receive);
+receive();
