@@ -16,8 +16,9 @@ import numpy as np
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.html import asset, data_uri, document, json_block, render
 from stethoscope.core.text import counted, percent
+from stethoscope.diagnosis.attention_payload import RASTER, attention_payload, in_bytes
 from stethoscope.diagnosis.edited_answer import edit_payload
-from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, coverage, heat, overlay, raster
+from stethoscope.relevancy.heatmaps import OPACITY, RAMP, colours, one_grid, overlay
 from stethoscope.tasks.yes_no import first_word
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from stethoscope.detection.visual_consistency import NamedProbability
     from stethoscope.diagnosis.diagnosis import Diagnosis
     from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
-    from stethoscope.tracing.token_spans import Box
 
 MOST_LAYERS = 16  # of the language model on a page; more are thinned out evenly
-RASTER = 32  # cells along the longer side of a map that is assembled from several tiles
+ATTENTION_BYTES = 16 * 2**20  # of the maps of raw attention on a page
 WIDEST = 1024  # pixels along the longer side of the image
 NOTEBOOK_FIGURES, NOTEBOOK_WIDTH = 6, 200  # heat maps in a notebook, and their pixels
 NOTHING_KNOWN = "nothing known"
@@ -63,7 +63,7 @@ def describe_visual_evidence(objects: Sequence[NamedProbability]) -> str:
 
 def script() -> Markup:
     """Read the viewer's script."""
-    return asset("diagnosis/parts.js") + asset("diagnosis/viewer.js")
+    return asset("diagnosis/parts.js") + asset("diagnosis/attention.js") + asset("diagnosis/viewer.js")
 
 
 def viewer(**prefilled: Any) -> Markup:
@@ -77,12 +77,15 @@ def viewer(**prefilled: Any) -> Markup:
     return render("diagnosis/viewer.html", data={**empty, **prefilled})
 
 
-def payload(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, Any]:
+def payload(
+    diagnosis: Diagnosis, most_layers: int = MOST_LAYERS, attention_bytes: int = ATTENTION_BYTES
+) -> dict[str, Any]:
     """Convert a diagnosis to the JSON-able payload of the viewer.
 
     Args:
         diagnosis: of an answer of T tokens.
         most_layers: of the language model; with more, layers are dropped evenly, but never the last one.
+        attention_bytes: of the maps of raw attention, see ``attention_payload``.
 
     Returns:
         Shares are in ten-thousandths and log-odds rounded, to keep the JSON short. ``maps`` has for ``raw`` and
@@ -106,6 +109,7 @@ def payload(diagnosis: Diagnosis, most_layers: int = MOST_LAYERS) -> dict[str, A
         "ramp": RAMP.tolist(),
         "question": list(diagnosis.question_tokens),
         "maps": dict(_maps(diagnosis, layers)) if layers else {},
+        "attention": attention_payload(diagnosis, attention_bytes),
         "tokens": tokens,
     }
 
@@ -313,33 +317,17 @@ def _maps(diagnosis: Diagnosis, layers: list[int]) -> Iterator[tuple[str, dict[s
             tiles, boxes = diagnosis.relevancy_tiles((slice(None), layers), raw=kind == "raw")
         except CapabilityError:
             continue
-        width, height = diagnosis.image.size
-        if len(tiles) == 1 and boxes[0] is not None:
-            box = boxes[0]
-            values = tiles[0] * _within(box, (width, height), tiles[0].shape[-2:])
-        else:
-            shape = raster(diagnosis.image.size, RASTER)
-            values, box = heat(tiles, boxes, (width, height), shape), (0.0, 0.0, float(width), float(height))
-        peaks = values.max((-2, -1), keepdims=True)
-        scaled = np.rint(255 * values / np.where(peaks > 0, peaks, 1)).astype(np.uint8)
+        values, box = one_grid(tiles, boxes, diagnosis.image.size, RASTER)
+        scaled, peaks = in_bytes(values)
         yield (
             kind,
             {
                 "shape": list(scaled.shape[-2:]),
                 "box": [round(edge, 2) for edge in box],
-                "peaks": [[float(f"{value:.4g}") for value in row] for row in peaks[..., 0, 0]],
+                "peaks": [[float(f"{value:.4g}") for value in row] for row in peaks],
                 "data": base64.b64encode(scaled.tobytes()).decode("ascii"),
             },
         )
-
-
-def _within(box: Box, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Return (rows, columns) bool: the cells of a box that show some of an image, not only its padding."""
-    shown = [
-        coverage(start, stop, cells, side).sum(1) > 0.01  # boxes are measured, to a fraction of a pixel
-        for start, stop, cells, side in zip(box[1::-1], box[3:1:-1], shape, size[::-1], strict=True)
-    ]
-    return np.outer(*shown)
 
 
 @cache

@@ -103,6 +103,31 @@ def relevancy_tiles(
     return [values[..., tile, :, :] for tile in range(values.shape[-3])], list(regions.tiles)
 
 
+def one_grid(
+    tiles: Sequence[np.ndarray], boxes: Sequence[Box | None], size: tuple[int, int], cells: int
+) -> tuple[np.ndarray, Box]:
+    """Put tiles together as one grid over the image: a single tile as it is, several resampled to a raster.
+
+    Args:
+        tiles: (..., rows, columns) of every tile.
+        boxes: region of every tile in the image, in pixels; None for a tile that shows nothing of it.
+        size: width and height of the image.
+        cells: of the raster along the longer side of the image.
+
+    Returns:
+        (..., rows, columns), 0 in cells that show nothing of the image but padding, and the box of the grid.
+    """
+    if len(tiles) == 1 and boxes[0] is not None:
+        shown = [
+            coverage(start, stop, count, side).sum(1) > 0.01  # boxes are measured, to a fraction of a pixel
+            for start, stop, count, side in zip(
+                boxes[0][1::-1], boxes[0][3:1:-1], tiles[0].shape[-2:], size[::-1], strict=True
+            )
+        ]
+        return tiles[0] * np.outer(*shown), boxes[0]
+    return heat(tiles, boxes, size, raster(size, cells)), (0.0, 0.0, float(size[0]), float(size[1]))
+
+
 def image_token_tiles(values: np.ndarray, regions: TokenRegions) -> tuple[list[np.ndarray], list[Box | None]]:
     """Arrange values of image tokens as tiles.
 

@@ -36,6 +36,7 @@ class AttentionMaps:
         image_mass: (T, L, H) sum over the image tokens.
         matrix: (T, 1 + Q + T + 1) mean over all layers and heads: to the image tokens together, to every token of the
             question, to every answer token (zero for the token itself and later ones), to everything else together.
+        crosses: whether the attention to image and question is cross-attention.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +45,7 @@ class AttentionMaps:
     largest: Tensor
     image_mass: Tensor
     matrix: Tensor
+    crosses: bool = False
 
     def __repr__(self) -> str:
         count, layers, heads = self.image_mass.shape
@@ -146,6 +148,7 @@ class AttentionMapRecorder(AttentionRecorder):
             largest.transpose(0, 1),
             mass.permute(2, 0, 1),
             self._matrix(),
+            self._prompt_role == "cross",
         )
 
     def _matrix(self) -> Tensor:

@@ -90,6 +90,60 @@ def test_the_viewer_shows_the_chosen_token_and_layer(page, diagnosis):
     assert look(page)["chosen"] == [fork + 1]
 
 
+def test_raw_attention_by_layer_and_head(page, diagnosis):
+    look(page)
+    knife, attention = diagnosis.mentions[0].tokens[0], diagnosis.attention
+    for layer, head, values in (
+        ("mean", "mean", attention.mean[knife].mean(0)),
+        ("1", "largest", attention.largest[knife, 1]),
+        ("3", "2", attention.heads[knife, 3, 2]),
+    ):
+        page.locator("[data-id=attention-layer]").select_option(layer)
+        page.locator("[data-id=attention-head]").select_option(head)
+        look(page)
+        painted = np.array(page.evaluate("window.painted.at(-2)")).reshape(64, 4)[:, 3]  # relevancy is the last
+        assert np.abs(painted - 0.55 * 255 * (values / values.max()).numpy()).max() < 2
+        assert (
+            f"{percent(float(values.sum()))} of the attention" in page.locator("[data-id=attention-note]").inner_text()
+        )
+        assert page.locator("[data-id=attention-most]").inner_text().startswith(percent(float(values.max())))
+    page.locator("[data-id=heads]").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    look(page)
+    chosen = [page.locator(f"[data-id=attention-{name}]").input_value() for name in ("layer", "head")]
+    assert chosen == ["2", "1"]
+    share = percent(float(attention.image_mass[knife, 2, 1]))
+    assert page.locator("[data-id=heads-value]").inner_text() == (
+        f"layer 3, head 2: {share} of its attention falls on the picture"
+    )
+    page.locator("[data-id=heads-show]").select_option("map")
+    look(page)
+    cell = np.array(page.evaluate("window.painted.at(-3)")).reshape(64, 4)[:, 3]
+    assert (cell == 255).all()  # small maps cover their cell
+
+
+def test_mean_attention_as_a_matrix(page, diagnosis):
+    look(page)
+    page.locator("[data-id=matrix-details] summary").click()
+    page.locator("[data-id=matrix]").focus()
+    tokens = [token.strip() for token in diagnosis.answer.tokens]
+    names = ["picture", *(f"“{token}”" for token in [*diagnosis.question_tokens, *tokens])]
+    page.keyboard.press("ArrowRight")  # the first cell of the chosen token's row
+    row, column = diagnosis.mentions[0].tokens[0], 0
+    for key, count in (("ArrowDown", 2), ("ArrowRight", len(diagnosis.question_tokens) + 3), ("ArrowLeft", 1)):
+        for _ in range(count):
+            page.keyboard.press(key)
+        row += count if key == "ArrowDown" else 0
+        column += {"ArrowRight": count, "ArrowLeft": -count}.get(key, 0)
+        look(page)
+        share = percent(float(diagnosis.attention.matrix[row, column]))
+        shown = page.locator("[data-id=matrix-value]").inner_text()
+        assert shown == f"“{tokens[row]}” to {names[column]}: {share}"
+    page.keyboard.press("Enter")
+    assert look(page)["chosen"] == [row]
+
+
 def test_a_patch_leads_to_the_words_that_were_written_from_it(page, diagnosis):
     look(page)
     page.locator("[data-id=picture]").focus()  # and scroll to it

@@ -171,24 +171,21 @@ function gain(map) {
   return own * map.peaks[chosen][number("layer")] / map.highest;
 }
 
-function paint() {
-  const canvas = $("picture"), brush = canvas.getContext("2d");
+function drawMap(canvas, map, value) { // the photograph under a map of shape and box; value(cell) in [0, 1] and above
+  const brush = canvas.getContext("2d");
   brush.clearRect(0, 0, canvas.width, canvas.height);
   brush.imageSmoothingEnabled = true;
   if (photo.complete && photo.naturalWidth) brush.drawImage(photo, 0, 0, canvas.width, canvas.height);
-  const map = data.maps[$("source").value];
-  if (!map) return;
-  const [rows, columns] = map.shape, size = rows * columns, factor = gain(map);
-  const start = (chosen * data.layers.length + number("layer")) * size;
+  if (!map || !value) return;
+  const [rows, columns] = map.shape, scale = canvas.width / data.size[0];
   const small = new ImageData(columns, rows), opacity = number("opacity") / 100, least = number("threshold") / 100;
-  for (let cell = 0; cell < size; cell++) {
-    const value = Math.min(1, map.values[start + cell] / 255 * factor);
-    small.data.set([...ramp(value), value < least || value === 0 ? 0 : 255 * opacity * value], 4 * cell);
+  for (let cell = 0; cell < rows * columns; cell++) {
+    const share = Math.min(1, value(cell));
+    small.data.set([...ramp(share), share < least || share === 0 ? 0 : 255 * opacity * share], 4 * cell);
   }
-  const sheet = make("canvas");
+  const sheet = make("canvas"), [left, top, right, bottom] = map.box.map((edge) => edge * scale);
   [sheet.width, sheet.height] = [columns, rows];
   sheet.getContext("2d").putImageData(small, 0, 0);
-  const scale = canvas.width / data.size[0], [left, top, right, bottom] = map.box.map((edge) => edge * scale);
   brush.imageSmoothingEnabled = false;
   brush.drawImage(sheet, left, top, right - left, bottom - top);
   brush.fillStyle = "rgba(128, 128, 128, 0.6)"; // what the model does not see
@@ -198,8 +195,17 @@ function paint() {
   if (width > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
   if (top > 2) brush.fillRect(0, 0, canvas.width, top);
   if (height > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
+}
+
+function paint() {
+  const canvas = $("picture"), map = data.maps[$("source").value];
+  if (!map) { drawMap(canvas, null, null); return; }
+  const [rows, columns] = map.shape, size = rows * columns, factor = gain(map) / 255;
+  const start = (chosen * data.layers.length + number("layer")) * size;
+  drawMap(canvas, map, (cell) => map.values[start + cell] * factor);
   if (patch === null) return;
-  const wide = (right - left) / columns, high = (bottom - top) / rows;
+  const brush = canvas.getContext("2d"), scale = canvas.width / data.size[0];
+  const [left, top, right, bottom] = map.box.map((edge) => edge * scale), wide = (right - left) / columns, high = (bottom - top) / rows;
   const outline = [left + (patch % columns) * wide, top + Math.floor(patch / columns) * high, wide, high];
   for (const [colour, thickness] of [["#000", 5], ["#fff", 2]]) {
     [brush.strokeStyle, brush.lineWidth] = [colour, thickness];
@@ -437,12 +443,16 @@ function openLink() {
 
 // --- saving ----------------------------------------------------------------------------------------------------
 
-function save(kind) {
-  if (kind !== "png") { trigger("export", { kind, scope: data.scope, answer_id: data.answer_id }); return; }
+function savePicture(id, name) {
   const link = make("a");
-  link.href = $("picture").toDataURL("image/png");
-  link.download = `${shown(data.tokens[chosen].text).replace(/\W+/g, "-") || "token"}.png`;
+  link.href = $(id).toDataURL("image/png");
+  link.download = `${name.replace(/\W+/g, "-") || "token"}.png`;
   link.click();
+}
+
+function save(kind) {
+  if (kind === "png") savePicture("picture", shown(data.tokens[chosen].text));
+  else trigger("export", { kind, scope: data.scope, answer_id: data.answer_id });
 }
 
 // --- drawing, choosing, receiving ------------------------------------------------------------------------------
@@ -468,6 +478,7 @@ function show() {
   evolution(token);
   if (data.layers.length) { relevancy(token); strip(); }
   colour();
+  attention();
   paint();
   fromPatch();
   $("picture").setAttribute("aria-label", `the picture under the relevancy of ${shown(token.text)}`);
@@ -508,6 +519,7 @@ function finished(message) {
     map.values = bytes(map.data);
     map.highest = Math.max(...map.peaks.map((row) => Math.max(...row)), 1e-12);
   }
+  readAttention(data.attention);
   if (!same) {
     scopes = {};
     patch = null;
@@ -530,9 +542,10 @@ function finished(message) {
   for (const id of ["words-card", "evolution-card"]) $(id).hidden = !data.tokens[0].evolution.length;
   $("no-map").hidden = data.layers.length > 0;
   $("mentions-card").hidden = !data.mentions.length;
-  const canvas = $("picture"), [width, height] = data.size;
+  fitAttention();
+  const [width, height] = data.size;
   const scale = width < 640 && height < 640 ? Math.ceil(640 / Math.max(width, height)) : Math.min(1, 1024 / Math.max(width, height));
-  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
+  for (const id of ["picture", "attention-picture"]) [$(id).width, $(id).height] = [Math.round(width * scale), Math.round(height * scale)];
   if (photo.src !== data.photo) { photo.onload = soon; photo.src = data.photo; }
 }
 
@@ -594,6 +607,10 @@ element.addEventListener("keydown", (event) => {
 });
 for (const kind of ["mouseover", "focusin", "mouseout", "focusout"]) element.addEventListener(kind, tip);
 for (const id of [...RANGES, "common", "source", "statistic", "colour"]) $(id).addEventListener("input", soon);
+for (const id of ["attention-layer", "attention-head", "heads-show"]) $(id).addEventListener("input", soon);
+for (const id of ["heads", "matrix", "queries"]) wireGrid(id);
+$("matrix-details").addEventListener("toggle", soon);
+$("matrix-save").addEventListener("click", () => savePicture("matrix", "attention-matrix"));
 $("source").addEventListener("input", () => { patch = null; });
 $("picture").addEventListener("click", (event) => {
   if (data && data.maps[$("source").value]) { patch = patchAt(event); soon(); }

@@ -13,6 +13,7 @@ from PIL import Image
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Answer
+from stethoscope.diagnosis.attention_payload import attention_payload
 from stethoscope.diagnosis.diagnosis import Diagnosis
 from stethoscope.diagnosis.verdict import DiagnosedMention, TokenVerdict
 
@@ -81,7 +82,7 @@ def test_hostile_text_is_shown_letter_by_letter(evil, show):
     assert seen.answer == EVIL
     assert len(seen.scripts) == (2 if show is Diagnosis.to_html else 0)
     assert {tag for tag, _ in seen.tags}.isdisjoint({"u", "b", "a", "relevancy"})
-    assert [tag for tag, _ in seen.tags].count("i") == (1 if show is Diagnosis.to_html else 0)  # the legend's own
+    assert [tag for tag, _ in seen.tags].count("i") == (4 if show is Diagnosis.to_html else 0)  # the legends' own
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
 
 
@@ -138,6 +139,40 @@ def test_the_pages_data_arrives_as_it_was(evil):
     mention = data["mentions"][data["tokens"][data["start"]]["mention"]]
     assert mention["object"] == "<u>dog</u>"
     assert mention["top"][0] == ["<b>nll</b>", 2.0]
+
+
+def decoded(text, kind="<u2"):
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_raw_attention_that_fits_the_page(real):
+    attention, (count, layers, heads) = real.attention, real.attention.image_mass.shape
+    whole = payload_of(real.to_html())["attention"]
+    assert whole["kept"] == list(range(count))
+    single = decoded(whole["single"]["data"], "u1").reshape(count, layers, heads, 64) / 255
+    single = single * decoded(whole["single"]["peaks"], "<f4").reshape(count, layers, heads, 1)
+    assert np.abs(single - attention.heads.numpy()).max() <= float(attention.heads.max()) / 510 + 1e-6
+    assert np.allclose(decoded(whole["mass"]) / 32767, attention.image_mass.flatten(), atol=2e-5)
+    assert np.allclose(decoded(whole["matrix"]) / 32767, attention.matrix.flatten(), atol=2e-5)
+    means, token = 2 * count * 3 * 64, layers * heads * 64
+    few = attention_payload(real, 2 * means + token)  # half of it are two of the four layers and their mean
+    assert few["chosen"] == [0, layers - 1]
+    named = sorted(token for mention in real.mentions for token in mention.tokens)
+    kept = (means + token) // token
+    assert len(named) < kept < count
+    assert few["kept"] == sorted(
+        [*named, *[token for token in range(count) if token not in named][: kept - len(named)]]
+    )
+    mean = decoded(few["maps"]["mean"]["peaks"], "<f4").reshape(count, 3)
+    expected = np.stack([*attention.mean[:, [0, layers - 1]].unbind(1), attention.mean.mean(1)], 1).max(-1)
+    assert np.allclose(mean, expected)
+    assert attention_payload(real, 0)["kept"] == []
+
+
+def test_attention_to_queries_is_a_row(real):
+    row = attention_payload(replace(real, token_regions=None), 2**20)
+    assert row["box"] is None
+    assert row["shape"] == [1, 64]
 
 
 @pytest.mark.parametrize("show", [Diagnosis.to_html, Diagnosis._repr_html_], ids=["page", "notebook"])
