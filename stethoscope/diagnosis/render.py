@@ -63,7 +63,9 @@ def describe_visual_evidence(objects: Sequence[NamedProbability]) -> str:
 
 def script() -> Markup:
     """Read the viewer's script."""
-    return asset("diagnosis/parts.js") + asset("diagnosis/attention.js") + asset("diagnosis/viewer.js")
+    from markupsafe import Markup
+
+    return Markup("").join(asset(f"diagnosis/{name}.js") for name in ("parts", "attention", "patches", "viewer"))
 
 
 def viewer(**prefilled: Any) -> Markup:

@@ -1,5 +1,7 @@
 """The viewer on the static page of a diagnosis, in a real browser: what a click and a slider show."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -144,23 +146,63 @@ def test_mean_attention_as_a_matrix(page, diagnosis):
     assert look(page)["chosen"] == [row]
 
 
-def test_a_patch_leads_to_the_words_that_were_written_from_it(page, diagnosis):
+def patch_rows(page, kind):
+    return [row.split("\n") for row in page.locator(f"[data-id=patch{kind}-tokens] .st-bar").all_inner_texts()]
+
+
+def test_patches_lead_to_the_words_that_were_written_from_them(page, diagnosis):
     look(page)
     page.locator("[data-id=picture]").focus()  # and scroll to it
     box = page.locator("[data-id=picture]").bounding_box()
     side = min(box["width"], box["height"])
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    patches = {2 * 8 + 5: lambda: page.mouse.click(left + 5.5 / 8 * side, top + 2.5 / 8 * side)}
-    patches[3 * 8 + 5] = lambda: page.keyboard.press("ArrowDown")
-    for patch, act in patches.items():
+
+    def middle(row, column):
+        return left + (column + 0.5) / 8 * side, top + (row + 0.5) / 8 * side
+
+    def drag(start, end):
+        page.mouse.move(*middle(*start))
+        page.mouse.down()
+        page.mouse.move(*middle(*end), steps=3)
+        page.mouse.up()
+
+    def with_shift(act):
+        page.keyboard.down("Shift")
+        act()
+        page.keyboard.up("Shift")
+
+    block = [row * 8 + column for row in (4, 5, 6) for column in (0, 1)]
+    for act, patches in (
+        (lambda: page.mouse.click(*middle(2, 5)), [21]),
+        (lambda: page.keyboard.press("ArrowDown"), [29]),
+        (lambda: page.keyboard.press("Shift+ArrowRight"), [29, 30]),
+        (lambda: drag((6, 1), (4, 0)), block),
+        (lambda: with_shift(lambda: page.mouse.click(*middle(2, 5))), [*block, 21]),
+        (lambda: with_shift(lambda: page.mouse.click(*middle(5, 0))), [*(set(block) - {40}), 21]),
+    ):
         act()
         look(page)
-        rows = [row.split("\n") for row in page.locator("[data-id=patch-tokens] .st-bar").all_inner_texts()]
-        values = diagnosis.relevancy.image[:, 3, patch].numpy()
-        shown = [float(row[-1]) for row in rows]
-        step = float(diagnosis.relevancy.image[:, 3].max()) / 255  # of the values on the page
-        assert np.allclose(shown, np.sort(values)[::-1][:5], rtol=0.06, atol=step)
-        assert rows[0][0] == diagnosis.answer.tokens[int(values.argmax())].strip()
+        relevant, attended = (patch_rows(page, kind) for kind in ("", "-attention"))
+        values = diagnosis.relevancy.image[:, 3, patches].sum(-1).numpy()
+        step = float(diagnosis.relevancy.image[:, 3].max()) / 255 * len(patches)  # of the values on the page
+        assert np.allclose([float(row[-1]) for row in relevant], np.sort(values)[::-1][:5], rtol=0.06, atol=step)
+        assert relevant[0][0] == diagnosis.answer.tokens[int(values.argmax())].strip()
+        values = diagnosis.attention.mean.mean(1)[:, patches].sum(-1).numpy()
+        shown = [float(row[-1].rstrip("\xa0%<")) / 100 for row in attended]
+        assert np.allclose(shown, np.sort(values)[::-1][:5], rtol=0.06, atol=1e-3)
+        assert f"{len(patches)} patches" in page.locator("[data-id=patch-title]").inner_text() or len(patches) == 1
+    page.locator("[data-id=colour]").select_option("attention")
+    look(page)
+    colours = [
+        float(re.search(r"([\d.]+)%", colour)[1]) / 45
+        for colour in page.locator(".st-t").evaluate_all("all => all.map((one) => one.style.background)")
+    ]
+    assert np.allclose(colours, values / values.max(), atol=0.03)
+    page.locator("[data-id=picture]").focus()
+    page.keyboard.press("Escape")
+    look(page)
+    assert page.locator("[data-id=patch]").is_hidden()
+    assert page.locator("[data-id=patch-attention]").is_hidden()
 
 
 def test_a_photograph_outside_of_what_the_detector_knows(browser, adapter, tmp_path):

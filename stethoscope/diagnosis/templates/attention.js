@@ -215,7 +215,7 @@ function attention() {
   $("attention-most").textContent = `${percent(most)} on one image token`;
   $("attention-legend").hidden = values === null;
   if (own.box) {
-    drawMap($("attention-picture"), own, values === null ? null : (cell) => values[cell] / Math.max(most, 1e-12));
+    drawMap($("attention-picture"), own, values === null ? () => 0 : (cell) => values[cell] / Math.max(most, 1e-12));
     $("attention-picture").setAttribute("aria-label", `the picture under the attention of ${shown(data.tokens[chosen].text)}, ${name}`);
   } else if (values) {
     drawGrid("queries", {

@@ -6,13 +6,14 @@ const CASE = ["run", "task", "sample", "mention"]; // keys of a link to a sample
 const RANGES = ["layer", "threshold", "opacity", "scale", "warn", "contribution-layer", "contribution-scale"];
 const COLOURS = {
   warning: "warning of every object", every: "the detector on every token", surprise: "how improbable the token is",
-  contribution: "visual contribution (layer and scale below)",
+  contribution: "visual contribution (layer and scale below)", relevancy: "relevancy of the chosen patches", attention: "attention to the chosen patches",
 };
 const TRUTH = { 1: "hallucinated", 0: "grounded", "-1": "not judged" };
+const WRITTEN = ["relevancy", "attention"]; // colours by the chosen patches
 const STRONGEST = 45; // percent of a colour behind a token, so that its text stays readable
 const photo = new Image();
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-let data = null, scopes = {}, chosen = 0, frame = 0, patch = null;
+let data = null, scopes = {}, chosen = 0, frame = 0, written = null; // what the chosen patches are to every token
 
 function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -77,13 +78,17 @@ function strength(token, index, kind) {
     const value = contribution(token, number("contribution-layer"));
     return value === null ? null : Math.min(1, value * number("contribution-scale") / 10);
   }
+  if (WRITTEN.includes(kind)) {
+    const value = data.kind === "done" ? written[kind][index] : null;
+    return value === null ? null : value / Math.max(...written[kind], 1e-12);
+  }
   const mention = judged(index);
   return mention === null ? null : mention.probability;
 }
 
 function colour() {
   const kind = $("colour").value || (data.threshold === null ? "surprise" : "warning");
-  const tint = { surprise: "var(--st-plain)", contribution: "var(--st-good)" }[kind] || "var(--st-warn)";
+  const tint = { surprise: "var(--st-plain)", contribution: "var(--st-good)", relevancy: "var(--st-plain)", attention: "var(--st-plain)" }[kind] || "var(--st-warn)";
   legend(kind, tint);
   element.querySelectorAll(".st-t").forEach((span) => {
     const index = Number(span.dataset.token), token = data.tokens[index], mention = judged(index);
@@ -110,7 +115,8 @@ function legend(kind, tint) {
   ramp.style.background = `linear-gradient(90deg, transparent, ${mixed(tint, 1)})`;
   const meaning = data.meaning || "score of the object so far";
   entry(ramp, { surprise: "how improbable the token was, 0 to 100\u00a0%", contribution: "how much the image weighs against the text",
-    every: "the detector on every token, which it is not calibrated for" }[kind] || `${meaning}, 0 to 100\u00a0%`);
+    every: "the detector on every token, which it is not calibrated for",
+    relevancy: patches ? "relevancy of the chosen patches, 0 to its largest" : "choose patches of the picture", attention: patches ? "attention to the chosen patches, 0 to its largest" : "choose patches of the picture" }[kind] || `${meaning}, 0 to 100\u00a0%`);
   if (data.threshold !== null) {
     const box = make("span", "word", "st-key-warned");
     box.append(make("b", "%"));
@@ -172,74 +178,39 @@ function gain(map) {
 }
 
 function drawMap(canvas, map, value) { // the photograph under a map of shape and box; value(cell) in [0, 1] and above
-  const brush = canvas.getContext("2d");
+  const brush = canvas.getContext("2d"), scale = canvas.width / data.size[0];
   brush.clearRect(0, 0, canvas.width, canvas.height);
   brush.imageSmoothingEnabled = true;
   if (photo.complete && photo.naturalWidth) brush.drawImage(photo, 0, 0, canvas.width, canvas.height);
-  if (!map || !value) return;
-  const [rows, columns] = map.shape, scale = canvas.width / data.size[0];
-  const small = new ImageData(columns, rows), opacity = number("opacity") / 100, least = number("threshold") / 100;
+  if (map) cover(brush, map, value, map.box.map((edge) => edge * scale));
+  outlinePatches(brush, scale);
+}
+
+function cover(brush, map, value, [left, top, right, bottom]) {
+  const [rows, columns] = map.shape, opacity = number("opacity") / 100, least = number("threshold") / 100;
+  const small = new ImageData(columns, rows), sheet = make("canvas");
   for (let cell = 0; cell < rows * columns; cell++) {
     const share = Math.min(1, value(cell));
     small.data.set([...ramp(share), share < least || share === 0 ? 0 : 255 * opacity * share], 4 * cell);
   }
-  const sheet = make("canvas"), [left, top, right, bottom] = map.box.map((edge) => edge * scale);
   [sheet.width, sheet.height] = [columns, rows];
   sheet.getContext("2d").putImageData(small, 0, 0);
   brush.imageSmoothingEnabled = false;
   brush.drawImage(sheet, left, top, right - left, bottom - top);
   brush.fillStyle = "rgba(128, 128, 128, 0.6)"; // what the model does not see
-  const width = canvas.width - right, height = canvas.height - bottom;
-  $("margin").hidden = Math.max(left, top, width, height) <= 2;
-  if (left > 2) brush.fillRect(0, 0, left, canvas.height);
-  if (width > 2) brush.fillRect(right, 0, canvas.width, canvas.height);
-  if (top > 2) brush.fillRect(0, 0, canvas.width, top);
-  if (height > 2) brush.fillRect(0, bottom, canvas.width, canvas.height);
+  const { width, height } = brush.canvas, after = width - right, below = height - bottom;
+  $("margin").hidden = Math.max(left, top, after, below) <= 2;
+  if (left > 2) brush.fillRect(0, 0, left, height);
+  if (after > 2) brush.fillRect(right, 0, width, height);
+  if (top > 2) brush.fillRect(0, 0, width, top);
+  if (below > 2) brush.fillRect(0, bottom, width, height);
 }
 
 function paint() {
-  const canvas = $("picture"), map = data.maps[$("source").value];
-  if (!map) { drawMap(canvas, null, null); return; }
-  const [rows, columns] = map.shape, size = rows * columns, factor = gain(map) / 255;
-  const start = (chosen * data.layers.length + number("layer")) * size;
-  drawMap(canvas, map, (cell) => map.values[start + cell] * factor);
-  if (patch === null) return;
-  const brush = canvas.getContext("2d"), scale = canvas.width / data.size[0];
-  const [left, top, right, bottom] = map.box.map((edge) => edge * scale), wide = (right - left) / columns, high = (bottom - top) / rows;
-  const outline = [left + (patch % columns) * wide, top + Math.floor(patch / columns) * high, wide, high];
-  for (const [colour, thickness] of [["#000", 5], ["#fff", 2]]) {
-    [brush.strokeStyle, brush.lineWidth] = [colour, thickness];
-    brush.strokeRect(...outline);
-  }
-}
-
-function patchAt(event) {
-  const map = data.maps[$("source").value], area = $("picture").getBoundingClientRect();
-  const [left, top, right, bottom] = map.box, [rows, columns] = map.shape;
-  const [width, height] = data.size, scale = Math.min(area.width / width, area.height / height); // object-fit: contain
-  const x = (event.clientX - area.left - area.width / 2) / scale + width / 2;
-  const y = (event.clientY - area.top - area.height / 2) / scale + height / 2;
-  const column = Math.floor((x - left) / (right - left) * columns), row = Math.floor((y - top) / (bottom - top) * rows);
-  return column >= 0 && column < columns && row >= 0 && row < rows ? row * columns + column : null;
-}
-
-function movePatch(key) {
-  const [rows, columns] = data.maps[$("source").value].shape, [down, right] = STEPS[key];
-  if (patch === null) return Math.floor(rows / 2) * columns + Math.floor(columns / 2);
-  const row = Math.min(rows - 1, Math.max(0, Math.floor(patch / columns) + down));
-  return row * columns + Math.min(columns - 1, Math.max(0, patch % columns + right));
-}
-
-function fromPatch() { // the tokens to which the chosen patch was most relevant
   const map = data.maps[$("source").value];
-  $("patch").hidden = !map || patch === null;
-  if ($("patch").hidden) return;
-  const size = map.shape[0] * map.shape[1], layer = number("layer");
-  const rows = data.tokens.map((token, index) => {
-    const value = map.values[(index * data.layers.length + layer) * size + patch] / 255 * map.peaks[index][layer];
-    return { name: shown(token.text), value, text: value.toExponential(1) };
-  });
-  bars("patch-tokens", rows.sort((a, b) => b.value - a.value).slice(0, 5));
+  if (!map) { drawMap($("picture"), null, null); return; }
+  const size = map.shape[0] * map.shape[1], factor = gain(map) / 255, start = (chosen * data.layers.length + number("layer")) * size;
+  drawMap($("picture"), map, (cell) => map.values[start + cell] * factor);
 }
 
 // --- everything about the chosen token -------------------------------------------------------------------------
@@ -250,6 +221,7 @@ function bars(id, rows, signs) {
     const line = make("div", undefined, signs ? "st-bar st-signed" : "st-bar"), name = make("span", row.name);
     const holder = make("span", undefined, "st-track"), bar = make("i", undefined, row.value < 0 ? "st-against" : "");
     name.title = row.name;
+    if (row.token !== undefined) line.dataset.token = row.token; // a click chooses it
     bar.style.width = (signs ? 50 : 100) * Math.abs(row.value) / (row.most || most) + "%";
     holder.append(bar);
     line.append(name, holder, make("span", row.text));
@@ -477,10 +449,11 @@ function show() {
   outcomes();
   evolution(token);
   if (data.layers.length) { relevancy(token); strip(); }
+  written = patchValues();
   colour();
   attention();
   paint();
-  fromPatch();
+  fromPatches(written);
   $("picture").setAttribute("aria-label", `the picture under the relevancy of ${shown(token.text)}`);
   element.querySelector(".st").dataset.redraw = (performance.now() - began).toFixed(1); // milliseconds
 }
@@ -522,7 +495,7 @@ function finished(message) {
   readAttention(data.attention);
   if (!same) {
     scopes = {};
-    patch = null;
+    patches = null;
     chosen = data.start;
     $("warn").value = data.threshold === null ? 50 : Math.round(100 * data.threshold);
     fit("layer", Math.max(0, data.layers.length - 1));
@@ -533,7 +506,7 @@ function finished(message) {
   $("scope").disabled = false;
   $("scope-line").hidden = !trigger;
   const kinds = Object.keys(COLOURS).filter((kind) => (data.threshold !== null || !["warning", "every"].includes(kind))
-    && (data.layers.length || kind !== "contribution"));
+    && (data.layers.length || !["contribution", "relevancy"].includes(kind)) && (data.attention && data.attention.box || kind !== "attention"));
   options("colour", kinds.map((kind) => [kind, COLOURS[kind]]));
   const names = { raw: "image tokens, as the language model reads them", tower: "patches, through the vision tower" };
   options("source", Object.keys(data.maps).map((kind) => [kind, names[kind]]));
@@ -611,16 +584,7 @@ for (const id of ["attention-layer", "attention-head", "heads-show"]) $(id).addE
 for (const id of ["heads", "matrix", "queries"]) wireGrid(id);
 $("matrix-details").addEventListener("toggle", soon);
 $("matrix-save").addEventListener("click", () => savePicture("matrix", "attention-matrix"));
-$("source").addEventListener("input", () => { patch = null; });
-$("picture").addEventListener("click", (event) => {
-  if (data && data.maps[$("source").value]) { patch = patchAt(event); soon(); }
-});
-$("picture").addEventListener("keydown", (event) => {
-  if (!STEPS[event.key] || !data || !data.maps[$("source").value]) return;
-  event.preventDefault();
-  patch = movePatch(event.key);
-  soon();
-});
+for (const id of Object.keys(PICTURES)) wirePicture(id);
 $("scope").addEventListener("change", () => {
   const wanted = $("scope").value;
   if (scopes[wanted]) { data = scopes[wanted]; soon(); return; }
