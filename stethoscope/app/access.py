@@ -148,14 +148,24 @@ class AccessMiddleware:
 
     def _is_authorized(self, header: str | None) -> bool:
         """Tell whether an ``Authorization`` header holds the name and password of an account."""
-        kind, _, encoded = (header or "").partition(" ")
-        try:
-            user, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
-        except ValueError:
-            return False
+        user, password = credentials(header)
         accounts = self._accounts or {}
         equal = hmac.compare_digest(password.encode(), accounts.get(user, "").encode())
-        return kind.lower() == "basic" and user in accounts and equal
+        return user in accounts and equal
+
+
+def credentials(header: str | None) -> tuple[str, str]:
+    """Read user and password from an ``Authorization`` header of HTTP Basic authentication; both empty without one.
+
+    >>> credentials("Basic bWU6c2VjcmV0"), credentials("Digest bWU6c2VjcmV0"), credentials(None)
+    (('me', 'secret'), ('', ''), ('', ''))
+    """
+    kind, _, encoded = (header or "").partition(" ")
+    try:
+        user, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
+    except ValueError:
+        return "", ""
+    return (user, password) if kind.lower() == "basic" else ("", "")
 
 
 def _same_origin(origin: str, host: str, further: set[str]) -> bool:

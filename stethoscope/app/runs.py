@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.app import payload
 from stethoscope.app.answer import Question
 from stethoscope.app.model_pool import ModelPool
-from stethoscope.core.errors import ArtefactError, StethoscopeError, unknown
+from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, unknown
 from stethoscope.core.html import data_uri
 from stethoscope.core.types import Generation, ImageRef
 from stethoscope.diagnosis.edited_answer import edit_payload
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable
-from stethoscope.report.sample_list import paired_rows, read_state, sample_rows
+from stethoscope.report.sample_list import describe_note, find_row, paired_rows, read_state, sample_rows
 from stethoscope.storage.run_dir import DETECTOR, saved_task
+from stethoscope.storage.sample_notes import Note, append_note, notes_csv, read_notes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +46,7 @@ class Runs:
         picture_folder: for opened pictures; the only folder of this machine whose files the server sends.
         plugins: packages from which tasks may be built.
         other: the run directory to show beside the first; None for none.
+        writable: whether users may write notes on samples into the run directories.
 
     Raises:
         ArtefactError: ``run`` or ``other`` is no run.
@@ -57,11 +59,13 @@ class Runs:
         picture_folder: Path,
         plugins: Sequence[str] = (),
         other: Path | None = None,
+        writable: bool = False,
     ) -> None:
         self._folder, self._named = folder, [path for path in (run, other) if path is not None]
         self._known: dict[Path, tuple[str, bool]] = {}
         for path in self._named:
             RunReader.read(path, in_progress=True)
+        self._writable = writable
         self.other = None if other is None else other.resolve().name
         self._picture_folder, self._plugins = picture_folder, plugins
         self._report = lru_cache(4)(self._report_page)
@@ -103,7 +107,8 @@ class Runs:
             name: of the run; None if there is none.
             other: name of the run that is shown beside it; None or empty for none.
         """
-        message: dict[str, Any] = {"rows": [], "note": "", "run": str(name or ""), "other": other or ""}
+        shown = {"run": str(name or ""), "other": other or "", "writable": self._writable}
+        message: dict[str, Any] = {"rows": [], "note": "", **shown}
         if name is None:
             return payload.encode("list", **{**message, "note": NO_RUN})
         try:
@@ -128,6 +133,52 @@ class Runs:
         except StethoscopeError:
             return self.listing(name, other)
         return None if read_state(folders) == state else self.listing(name, other)
+
+    def annotate(self, name: str, values: Mapping[str, Any], author: str) -> None:
+        """Write a note on a sample, or on one of its mentions, into a run.
+
+        Args:
+            name: of the run.
+            values: ``task``, ``sample``, ``start`` (of the mention, or None), ``label``, ``tags`` and ``text``, as the
+                page sends them.
+            author: of the note.
+
+        Raises:
+            ConfigError: the app was started without notes.
+            ArtefactError: there is no such sample or mention, or the file cannot be written to.
+            DataError: a value is too long or of another kind.
+        """
+        if not self._writable:
+            raise ConfigError("notes are not written here: the app was started with notes=false")
+        source = self.source(name)
+        task, sample_id, start = (values.get(key) for key in ("task", "sample", "start"))
+        with readable(source.folder):
+            row = find_row(source, str(task), str(sample_id))
+        names = {mention[3]: mention[0] for mention in row["mentions"]} if row else {}
+        if row is None or (start is not None and (not isinstance(start, int) or start not in names)):
+            raise ArtefactError(f"{name} has no mention at {start!r:.20} of {task!s:.80} sample {sample_id!s:.80}")
+        tags = values.get("tags")
+        append_note(
+            source.folder,
+            Note(
+                task=row["task"],
+                sample_id=row["sample"],
+                start=start,
+                object=names.get(start, ""),
+                label=None if start is None else values.get("label"),
+                tags=tuple(tags) if isinstance(tags, list) else (),
+                text=values.get("text", ""),
+                author=author[:100],
+            ),
+        )
+
+    def notes(self, name: str, kind: str) -> str:
+        """Encode all notes of a run as a file to be saved: ``csv``, or else JSON."""
+        notes = read_notes(self.source(name).folder)
+        if kind == "csv":
+            return payload.encode("file", name="notes.csv", type="text/csv", content=notes_csv(notes))
+        content = json.dumps([note.to_dict() for note in notes], indent=1, ensure_ascii=False)
+        return payload.encode("file", name="notes.json", type="application/json", content=content)
 
     def thumbnails(self, name: str, keys: Sequence[str]) -> str:
         """Encode small pictures of samples for the list; what cannot be had is left out.
@@ -213,6 +264,8 @@ class Runs:
         label, objects = record.reference.get("label"), record.reference.get("objects")
         if isinstance(label, str):
             notes.append(f"The right answer is {label}.")
+        kept = (note for note in read_notes(source.folder) if (note.task, note.sample_id) == (task, sample_id))
+        notes += map(describe_note, kept)
         return Question(
             model,
             file,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from stethoscope.app import answer, payload
+from stethoscope.app.access import credentials
 from stethoscope.app.model_pool import ModelPool
 from stethoscope.app.runs import NO_RUN, ExamplePicture, Runs
 from stethoscope.app.sessions import Sessions
@@ -227,17 +229,27 @@ def _run_tab(runs: Runs) -> dict[str, Any]:
             shown = runs.listing(runs.first, runs.other)
             listing = _component("list", shown, fill("report/samples.html"), script)
             pictures = _component("thumbnails", "{}", fill("app/nothing.html"), asset("app/thumbnails.js"))
+            saved = _component("saved-notes", "{}", fill("app/nothing.html"), asset("app/download.js"))
         with gr.Tab("Figures") as figures:
             placeholder = payload.encode("figures", note="making the figures …" if runs.first else NO_RUN)
             report = _component("figures", placeholder, fill("app/figures.html"), asset("app/figures.js"))
     return {
         "run": run, "other": other, "list": listing, "thumbnails": pictures, "figures": figures, "report": report,
+        "saved": saved,
     }  # fmt: skip
 
 
 def _others(runs: Runs) -> list[tuple[str, str]]:
     """List the choices of a second run, with their values."""
     return [("none", ""), *((name, name) for name in runs.names)]
+
+
+def _user_name() -> str:
+    """Name the user of this machine, who writes notes where there are no accounts."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # of an id without a name
+        return "anonymous"
 
 
 def _wire_run(
@@ -249,7 +261,7 @@ def _wire_run(
     tabs: gr.Tabs,
     sessions: Sessions,
 ) -> None:
-    options = {"show_progress": "minimal", "api_visibility": "private"}
+    options, author = {"show_progress": "minimal", "api_visibility": "private"}, _user_name()
     chosen = [browser["run"], browser["other"]]
 
     def open_sample(
@@ -285,9 +297,30 @@ def _wire_run(
         menus = (gr.update(choices=runs.names), gr.update(choices=_others(runs))) if asked else (gr.skip(), gr.skip())
         return gr.skip() if listing is None else listing, *menus
 
+    def write_note(request: gr.Request, event: gr.EventData) -> Any:
+        """Write a note on a sample, and send the list with it."""
+        try:
+            values = {key: getattr(event, key, None) for key in ("task", "sample", "start", "label", "tags", "text")}
+            account, _ = credentials(request.headers.get("authorization"))
+            runs.annotate(str(event.run), values, account or author)
+        except Exception as error:
+            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            return gr.skip()
+        return runs.listing(str(event.shown), str(event.other))
+
+    def save_notes(event: gr.EventData) -> Any:
+        """Send the notes of a run as a file."""
+        try:
+            return runs.notes(str(event.run), str(event.kind))
+        except Exception as error:
+            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            return gr.skip()
+
     quiet = {**options, "show_progress": "hidden", "concurrency_id": "list", "concurrency_limit": 1}
     browser["list"].thumbnails(thumbnails, None, browser["thumbnails"], **{**quiet, "concurrency_id": "thumbnails"})
     browser["list"].refresh(refresh, None, [browser["list"], *chosen], **quiet)
+    browser["list"].note(write_note, None, browser["list"], **quiet)
+    browser["list"].notes(save_notes, None, browser["saved"], **quiet)
     empty = payload.encode("figures", note="")
     for menu in chosen:
         menu.change(runs.listing, chosen, browser["list"], **options)

@@ -24,6 +24,9 @@ def run(config: DictConfig) -> None:
     from stethoscope.app.server import check_address, own_folder, start
 
     public = bool(config.share) or not loopback(str(config.host))
+    if config.notes not in (None, True, False):
+        raise ConfigError(f"notes={config.notes} should be true, false or null")
+    notes = not public if config.notes is None else bool(config.notes)
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
@@ -45,7 +48,7 @@ def run(config: DictConfig) -> None:
     with own_folder() as folder:
         from stethoscope.app.ui import build_page
 
-        past = Runs(runs, run, folder, config.plugins, other)
+        past = Runs(runs, run, folder, config.plugins, other, notes)
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             names = ready.detectors.origin

@@ -12,6 +12,7 @@ from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.export import judge
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
+from stethoscope.storage.sample_notes import NOTES, Note, read_notes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ MOST_SAMPLES = 3000  # of a task in the list
 ANSWER_LENGTH = 320  # characters of an answer in the list
 UNJUDGED = {1: "hallucinated", 0: "grounded", -1: "not judged"}
 """Outcome of a mention by its label where no detector has judged it."""
-STATE_FILES = ("samples.jsonl", "status.json", "metrics.json", "warnings.jsonl", "shards/*.jsonl")
+STATE_FILES = ("samples.jsonl", "status.json", "metrics.json", "warnings.jsonl", NOTES, "shards/*.jsonl")
 
 Entry = tuple[Record, dict[str, Any]]
 """A record, and its row of the list."""
@@ -43,8 +44,8 @@ def sample_rows(source: RunReader, answer_length: int | None = ANSWER_LENGTH) ->
     Returns:
         Rows with ``task``, ``sample``, ``question``, ``answer``, ``status``, ``fold`` (of the detector), ``right``
         (whether a question that has one right answer got it; None for others), ``truth`` (that answer; empty for
-        others) and ``mentions``: object, outcome, probability (None without a detector), and the first character of
-        its tokens.
+        others), ``mentions`` (object, outcome, probability, None without a detector, and the first character of its
+        tokens) and ``notes``, what people have noted of the sample and its mentions.
     """
     return [row for task in _tasks(source) for _, row in _entries(source, task, answer_length)]
 
@@ -88,6 +89,23 @@ def paired_rows(first: RunReader, other: RunReader) -> tuple[list[dict[str, Any]
     return rows, remark if rows else f"{first.name} and {other.name} share no sample. {remark}".strip()
 
 
+def find_row(source: RunReader, task: str, sample_id: str) -> dict[str, Any] | None:
+    """Make the row of one sample, without notes; None if there is no such sample."""
+    record = source.store.find(task, sample_id)
+    return None if record is None else _row(record, _judged_mentions(source, task).get(sample_id, ()), None)
+
+
+def describe_note(note: Note) -> str:
+    """Write a note in one line.
+
+    >>> describe_note(Note("chair", "7", 3, "dog", 0, ("small",), "It is there.", "me", "2026-11-29T20:15:00Z"))
+    'Note by me, 2026-11-29: dog: label corrected to grounded; #small; It is there.'
+    """
+    parts = [f"label corrected to {UNJUDGED[note.label]}"] if note.label is not None else []
+    parts += [*(f"#{tag}" for tag in note.tags), *([note.text] if note.text else [])]
+    return f"Note by {note.author}, {note.time[:10]}: {f'{note.object}: ' if note.object else ''}{'; '.join(parts)}"
+
+
 def _tasks(source: RunReader) -> list[str]:
     return sorted(source.store.fingerprints(), key=lambda task: task != source.task)
 
@@ -99,14 +117,25 @@ def _same_sample(first: Record, other: Record) -> bool:
 
 def _entries(source: RunReader, task: str, answer_length: int | None = ANSWER_LENGTH) -> Iterator[Entry]:
     """Yield the records of a task with their rows."""
+    judged = _judged_mentions(source, task)
+    noted: dict[str, list[Note]] = defaultdict(list)
+    for note in read_notes(source.folder):
+        if note.task == task:
+            noted[note.sample_id].append(note)
+    for index, record in enumerate(source.store.records(task)):
+        if index == MOST_SAMPLES:
+            break
+        row = _row(record, judged.get(record.sample_id, ()), answer_length)
+        yield record, {**row, "notes": [note.to_dict() for note in noted.get(record.sample_id, ())]}
+
+
+def _judged_mentions(source: RunReader, task: str) -> dict[str, list[Mapping[Any, Any]]]:
+    """Group the lines of ``warnings.jsonl`` about a task by sample."""
     judged: dict[str, list[Mapping[Any, Any]]] = defaultdict(list)
     warnings = source.warnings
     for line in [] if warnings.empty else warnings[warnings["task"] == task].to_dict("records"):
         judged[line["sample_id"]].append(line)
-    for index, record in enumerate(source.store.records(task)):
-        if index == MOST_SAMPLES:
-            break
-        yield record, _row(record, judged.get(record.sample_id, ()), answer_length)
+    return judged
 
 
 def _text(record: Record) -> str:

@@ -81,7 +81,8 @@ def served(adapter, folder, reader, tmp_path_factory):
     with own_folder() as own:
         with pool.use("testbed"):
             sessions = Sessions(own)
-            screen = build_page(pool, Runs(runs, None, own), reader, write_examples(own, 1, 3), sessions)
+            shown = Runs(runs, None, own, writable=True)
+            screen = build_page(pool, shown, reader, write_examples(own, 1, 3), sessions)
         address = start(screen, "127.0.0.1", free_port(), sessions).rstrip("/")
         yield SimpleNamespace(
             address=address, pool=pool, secret=secret, own=own, evil=EVIL, sessions=sessions, runs=runs

@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 
 from stethoscope.app.runs import NO_RUN, Runs, write_examples
-from stethoscope.core.errors import ArtefactError
+from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import table_page
 from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore, saved_task
+
+EVIL = "<script>window.pwned = 1</script>"
 
 
 @pytest.fixture
@@ -122,6 +124,44 @@ def test_two_runs_side_by_side(folder, tmp_path):
     assert page == table_page("other against small", tables, sortable=False)
     assert "shown already" in json.loads(runs.listing("small", "small"))["note"]
     assert "unknown run" in json.loads(runs.listing("small", "../other"))["note"]
+
+
+def test_a_note_is_written_into_the_run_and_changes_no_result(folder, pool, tmp_path):
+    copied = shutil.copytree(folder / "small", tmp_path / "runs" / "small")
+    before = {file.name: file.read_bytes() for file in copied.iterdir() if file.is_file()}
+    runs = Runs(tmp_path / "runs", None, tmp_path, writable=True)
+    rows = json.loads(runs.listing("small"))["rows"]
+    row = next(row for row in rows if row["mentions"])
+    name, _, _, start = row["mentions"][0]
+    values = {"task": row["task"], "sample": row["sample"], "start": start, "label": 0, "tags": ["odd"], "text": EVIL}
+    runs.annotate("small", values, "me")
+    message = json.loads(runs.listing("small"))
+    [note] = next(other for other in message["rows"] if other["sample"] == row["sample"])["notes"]
+    assert (note["object"], note["label"], note["tags"], note["text"], note["author"]) == (name, 0, ["odd"], EVIL, "me")
+    assert "<script" not in runs.listing("small")
+    assert message["writable"]
+    opened = runs.question("small", row["task"], row["sample"], pool, "testbed")
+    assert any(f"{name}: label corrected to grounded; #odd" in line for line in opened.notes)
+    assert json.loads(json.loads(runs.notes("small", "json"))["content"]) == [note]
+    assert EVIL in json.loads(runs.notes("small", "csv"))["content"]
+    assert {
+        file.name: file.read_bytes() for file in copied.iterdir() if file.name != "notes.jsonl" and file.is_file()
+    } == before
+    for wrong in (
+        {"start": 9999},
+        {"start": [1]},
+        {"sample": "../x"},
+        {"task": "none"},
+        {"text": "x" * 3000},
+        {"label": 7},
+    ):
+        with pytest.raises(StethoscopeError):
+            runs.annotate("small", {**values, **wrong}, "me")
+    with pytest.raises(ArtefactError, match="unknown run"):
+        runs.annotate("../small", values, "me")
+    with pytest.raises(ConfigError, match="notes=false"):
+        Runs(tmp_path / "runs", None, tmp_path).annotate("small", values, "me")
+    assert len((copied / "notes.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_link_without_a_task_opens_the_sample(runs, pool):

@@ -103,6 +103,8 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
         (["run=nothing"], "nothing is no run directory"),
         (["detector=nothing"], "detector=nothing is no directory"),
         (["prot=1"], "did you mean 'port'"),
+        (["notes=maybe"], "notes=maybe should be true, false or null"),
+        (["beside=nothing"], "nothing is no run directory"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):

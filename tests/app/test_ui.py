@@ -299,6 +299,39 @@ def test_two_runs_are_set_side_by_side_and_one_in_progress_is_followed(page, ser
     take(page, "comparison", tmp_path)
 
 
+def test_a_note_is_written_and_filtered_by(page, served, tmp_path):
+    page.get_by_role("tab", name="Runs").click()
+    cards = page.locator("#list article")
+    cards.first.wait_for()
+    page.select_option("#list [data-id=kind]", "caught")
+    page.get_by_role("button", name="note on sample").first.focus()
+    page.keyboard.press("Enter")
+    form = page.locator("#list form")
+    assert page.evaluate("document.activeElement.tagName") == "SELECT"
+    form.locator("select").first.select_option(index=1)
+    form.locator("select").nth(1).select_option("0")
+    form.locator("input").fill("hidden, small")
+    form.locator("textarea").fill(served.evil)
+    take(page, "note", tmp_path)
+    form.get_by_role("button", name="save").click()
+    try:
+        page.locator("#list .st-notes").wait_for()
+        assert f"label corrected to grounded; #hidden; #small; {served.evil}".strip() in text_of(
+            page, "#list .st-notes"
+        )
+        assert page.locator("#list [data-id=kind]").input_value() == "caught"
+        page.select_option("#list [data-id=kind]", "")
+        page.select_option("#list [data-id=noted]", "#small")
+        assert cards.count() == 1
+        with page.expect_download() as download:
+            page.get_by_role("button", name="save notes as JSON").click()
+        [note] = json.loads(Path(download.value.path()).read_text())
+        assert (note["label"], note["tags"]) == (0, ["hidden", "small"])
+        assert note["author"]
+    finally:
+        (served.runs / "small" / "notes.jsonl").unlink(missing_ok=True)
+
+
 def text_of(page, where):
     return page.locator(where).inner_text()
 

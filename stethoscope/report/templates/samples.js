@@ -10,7 +10,8 @@ const WRONG = ["caught", "missed", "hallucinated"]; // outcomes of a hallucinate
 const pictures = new Map(); // by key, once they have come
 let wanted = new Set(); // keys that the server was asked for
 let split = new Set(); // tasks whose images a detector has learned from
-let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0;
+let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0, writable = false;
+let editing = null; // the note that is being written: key, name of the run, and the form, which survives a new list
 
 function options(id, pairs) {
   const before = $(id).value;
@@ -91,9 +92,21 @@ function fits(row) {
   const find = $("find").value.trim().toLowerCase();
   if ($("task").value && row.task !== $("task").value) return false;
   if ($("fold").value && split.has(row.task) && row.fold !== $("fold").value) return false;
-  if (!fitsKind(row)) return false;
+  if (!fitsKind(row) || !fitsNotes(row)) return false;
   const both = row.other ? [row, row.other] : [row];
-  return !find || [row.sample, row.question, ...both.flatMap((one) => [one.answer, ...one.mentions.map((mention) => mention[0])])].some((text) => text.toLowerCase().includes(find));
+  const texts = both.flatMap((one) => [one.answer, ...one.mentions.map((mention) => mention[0]), ...one.notes.flatMap((note) => [note.text, note.author, ...note.tags])]);
+  return !find || [row.sample, row.question, ...texts].some((text) => text.toLowerCase().includes(find));
+}
+
+function notesOf(row) {
+  return row.other ? [...row.notes, ...row.other.notes] : row.notes;
+}
+
+function fitsNotes(row) {
+  const noted = $("noted").value, notes = notesOf(row);
+  if (noted === "any") return notes.length > 0;
+  if (noted === "label") return notes.some((note) => note.label !== null);
+  return !noted || notes.some((note) => note.tags.includes(noted.slice(1)));
 }
 
 function known(mentions) {
@@ -173,8 +186,75 @@ function chips(row, side, beside, name) { // right mentions are only counted, bu
   return box;
 }
 
+const LABELS = { "": "as it is", 1: "hallucinated", 0: "grounded", "-1": "not to be judged" };
+
+function notes(side) {
+  const list = make("ul", undefined, "st-notes");
+  list.append(...side.notes.map((note) => {
+    const parts = [...(note.label === null ? [] : [`label corrected to ${LABELS[note.label]}`]), ...note.tags.map((tag) => `#${tag}`), ...(note.text ? [note.text] : [])];
+    return make("li", `${note.object ? note.object + ": " : ""}${parts.join("; ")} (${note.author}, ${note.time.slice(0, 10)})`);
+  }));
+  return list;
+}
+
+function field(text, control) {
+  const label = make("label", `${text} `);
+  label.append(control);
+  return label;
+}
+
+function noteForm(row, side, name) { // of the sample or of one of its mentions; an empty one takes an earlier note back
+  const form = make("form", undefined, "st-note st-controls"), about = make("select"), label = make("select"), tags = make("input"), words = make("textarea");
+  about.append(...[["", "the sample"], ...side.mentions.map((one) => [one[3], `${one[0]} (${one[1]})`])].map(([value, text]) => Object.assign(make("option", text), { value })));
+  label.append(...["", 1, 0, -1].map((value) => Object.assign(make("option", LABELS[value]), { value })));
+  [tags.maxLength, words.maxLength, words.rows] = [300, 2000, 2];
+  tags.placeholder = "with commas between";
+  const labelled = field("right label", label), fill = () => {
+    const start = about.value === "" ? null : Number(about.value), note = side.notes.find((one) => one.start === start);
+    labelled.hidden = start === null;
+    label.value = note && note.label !== null ? note.label : "";
+    [tags.value, words.value] = note ? [note.tags.join(", "), note.text] : ["", ""];
+  };
+  const save = make("button", "save", "st-open"), cancel = make("button", "cancel", "st-open");
+  cancel.type = "button";
+  cancel.addEventListener("click", () => { editing = null; show(); });
+  form.setAttribute("aria-label", `note on sample ${row.sample}`);
+  form.append(field("about", about), labelled, field("tags", tags), field("note", words), save, cancel);
+  about.addEventListener("input", fill);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const start = about.value === "" ? null : Number(about.value), names = tags.value.split(",").map((tag) => tag.trim()).filter(Boolean);
+    trigger("note", { run: name, shown: run, other, task: row.task, sample: row.sample, start, label: start === null || label.value === "" ? null : Number(label.value), tags: names, text: words.value.trim() });
+  });
+  fill();
+  return form;
+}
+
+function noteButton(row, side, name) {
+  const button = make("button", "note", "st-open");
+  button.type = "button";
+  button.setAttribute("aria-label", `note on sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
+  button.addEventListener("click", () => {
+    editing = { key: keyOf(row), name, form: noteForm(row, side, name) };
+    show();
+    editing.form.querySelector("select").focus();
+  });
+  return button;
+}
+
+function noted(row, side, name) { // what is noted of a side, and the form if it is open
+  const open = editing && editing.key === keyOf(row) && editing.name === name;
+  return [...(side.notes.length ? [notes(side)] : []), ...(open ? [editing.form] : [])];
+}
+
 function remark(side) {
   return (side.fold ? `, ${side.fold}` : "") + (side.status === "ok" ? "" : `, ${side.status}`);
+}
+
+function buttons(row, side, name) {
+  const box = make("span", undefined, "st-buttons");
+  if (trigger) box.append(...(writable ? [noteButton(row, side, name)] : []), opener(row, name));
+  return box;
 }
 
 function card(row) {
@@ -183,8 +263,8 @@ function card(row) {
   head.append(make("b", row.sample), make("span", row.task + (row.other ? "" : remark(row)), "st-soft"));
   box.append(thumbnail(row), head, make("p", row.question, "st-soft"));
   if (!row.other) {
-    if (trigger) head.append(opener(row, run));
-    box.append(make("p", row.answer, "st-words"), chips(row, row, null, run));
+    head.append(buttons(row, row, run));
+    box.append(make("p", row.answer, "st-words"), chips(row, row, null, run), ...noted(row, row, run));
     return box;
   }
   const both = make("div", undefined, "st-columns st-both");
@@ -192,8 +272,8 @@ function card(row) {
     const half = make("section"), title = make("div", undefined, "st-sample-head");
     half.setAttribute("aria-label", name);
     title.append(make("b", `${"AB"[index]}: ${name}`), make("span", remark(side).slice(2), "st-soft"));
-    if (trigger) title.append(opener(row, name));
-    half.append(title, make("p", side.answer, "st-words"), chips(row, side, beside, name));
+    title.append(buttons(row, side, name));
+    half.append(title, make("p", side.answer, "st-words"), chips(row, side, beside, name), ...noted(row, side, name));
     both.append(half);
   });
   box.append(both);
@@ -214,7 +294,7 @@ function show() {
 
 function look() { // again at a run in progress, while somebody sees it
   timer = 0;
-  if (element.offsetParent && !document.hidden) trigger("refresh", { run, other, state, asked: false });
+  if (element.offsetParent && !document.hidden && !editing) trigger("refresh", { run, other, state, asked: false });
   later();
 }
 
@@ -226,7 +306,8 @@ function receive() {
   let message;
   try { message = JSON.parse(props.value); } catch (error) { message = { rows: [], note: "what came from the server cannot be read", run: "", other: "" }; }
   const same = message.run === run && message.other === other; // of a run that is going on: nothing that was chosen is lost
-  ({ rows, run, other } = message);
+  ({ rows, run, other, writable } = message);
+  editing = null;
   state = message.state || "";
   if (!same) {
     pictures.clear();
@@ -242,6 +323,10 @@ function receive() {
   for (const label of $("filters").querySelectorAll("label")) label.hidden = !rows.length;
   options("kind", other ? pairKinds() : KINDS);
   options("order", other ? [...ORDERS, APART] : ORDERS);
+  const tags = [...new Set(rows.flatMap(notesOf).flatMap((note) => note.tags))].sort();
+  options("noted", [["", "all samples"], ["any", "with a note"], ["label", "with a corrected label"], ...tags.map((tag) => [`#${tag}`, `#${tag}`])]);
+  $("noted-line").hidden = $("saving").hidden = !rows.some((row) => notesOf(row).length);
+  if ($("noted-line").hidden) $("noted").value = "";
   choices("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))]);
   choices("task", [...new Set(rows.map((row) => row.task))]);
   if (!same && rows.some((row) => row.fold === "test")) $("fold").value = "test"; // those that the detector has not learned from
@@ -263,8 +348,9 @@ element.addEventListener("keydown", (event) => { // n and p go through the sampl
   if (next && next.querySelector("button")) next.querySelector("button").focus();
 });
 new ResizeObserver(fetchThumbnails).observe(element); // once the tab is seen
-for (const id of ["kind", "fold", "task", "order", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
+for (const id of ["kind", "fold", "task", "order", "noted", "find"]) $(id).addEventListener("input", () => { limit = PAGE; show(); });
 $("more").addEventListener("click", () => { limit += PAGE; show(); });
 $("refresh").addEventListener("click", () => trigger("refresh", { run, other, state, asked: true }));
+for (const button of $("saving").children) button.addEventListener("click", () => trigger("notes", { run, kind: button.dataset.kind }));
 watch("value", receive);
 receive();

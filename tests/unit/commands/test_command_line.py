@@ -16,8 +16,8 @@ PLAIN = {
     "hosts", "hidden", "external", "weight", "max_hallucinated", "image_count", "options", "methods", "modes",
     "origins",
     "C", "abstractor", "categories", "compare_with", "exclude", "features", "groups", "limit", "max_memory",
-    "max_new_tokens", "max_pixels", "names", "parts", "phrases", "plugins", "scene_seed", "seed", "sets", "stop",
-    "subsets", "tags", "tasks", "temperatures", "text", "threads", "threshold",
+    "max_new_tokens", "max_pixels", "names", "notes", "parts", "phrases", "plugins", "scene_seed", "seed", "sets",
+    "stop", "subsets", "tags", "tasks", "temperatures", "text", "threads", "threshold",
 }  # fmt: skip
 
 
