@@ -128,7 +128,7 @@ class Inputs:
             C: inverse regularisation strength of nested fits; None chooses it by inner folds.
             seed: seed of everything random.
             unlabelled: (rows, columns) of ``matrix`` of mentions without labels, for the probe; None for none.
-            draft: with fewer inner folds and shorter training of what has any, a fifth of the time.
+            draft: with fewer inner folds and shorter training of what has any, a tenth of the time.
         """
         count, evidence = len(self.objects), self.evidence_columns
         model = Factored(kind, count, C, seed) if self.factored else make_estimator(kind, seed)

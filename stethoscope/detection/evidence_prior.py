@@ -173,9 +173,10 @@ class Factored(GroupedEstimator):
             parts = np.column_stack([out_of_fold(choice, matrix, y, folds, weights), prior])
             blend = LogisticRegression(C=1e6).fit(parts, y)
             loss = log_loss_of(y, blend.decision_function(parts)).mean()
-            if loss < best:
-                best, evidence = loss, choice
-                self.scales_, self.offset_ = blend.coef_[0], float(blend.intercept_[0])
+            if loss >= best:
+                break  # as in ``choose_C``
+            best, evidence = loss, choice
+            self.scales_, self.offset_ = blend.coef_[0], float(blend.intercept_[0])
         return evidence
 
     def join_inputs(self, X: np.ndarray) -> np.ndarray:

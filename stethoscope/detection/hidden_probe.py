@@ -31,11 +31,12 @@ TEACHER = "verify_odds"
 """Column that the second score learns from: log-odds of a yes; NaN where the model was not asked."""
 UNITS, MEMBERS = 128, 3
 """Units of the hidden layer, and networks whose scores are averaged."""
-EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 30, 300, 256, 4e-3, 1e-2, (0.1, 0.3)
+EPOCHS, TAUGHT_EPOCHS, STEPS, BATCH, RATE, DECAY, DROPOUT = 12, 30, 100, 256, 4e-3, 1e-2, (0.1, 0.3)
 """Training by AdamW with one cycle of the learning rate, of ``STEPS`` at least; dropout of inputs and hidden units.
-Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer; a draft takes
-``DRAFT_STEPS``."""
-DRAFT_STEPS = 100
+Where the teacher alone teaches, the probe is fitted only once for all labels, and may learn for longer. Of 1,000
+captions 100 steps learn as much as 300: AUROC on held-out mentions .0009 higher (8 splits, standard error .0002)."""
+DRAFT_STEPS = 50
+"""Of a draft."""
 LARGEST_ODDS = 20.0
 
 
@@ -271,7 +272,7 @@ class Probed(Stacked):
         seed: of everything random.
         taught: learn the second score alone, from the teacher; the first is 0.
         unlabelled: (rows, columns) of further mentions without labels, for the teacher's score; None for none.
-        draft: cross-fit in fewer folds, with one network and ``DRAFT_STEPS`` steps of training.
+        draft: cross-fit in fewer folds with ``DRAFT_STEPS`` steps, and judge others by the probe of the last fold.
     """
 
     def __init__(
@@ -296,17 +297,19 @@ class Probed(Stacked):
         if self.draft:
             members, epochs, steps = 1, 1, DRAFT_STEPS
         further = self._states(more), np.column_stack([np.full(len(more), np.nan), expit(-more[:, -1])])
-        self.probe_ = HiddenProbe.fit(
-            np.vstack([states, further[0]]), np.vstack([targets, further[1]]), self.seed, members, epochs, steps
-        )
-        folds = inner_folds(groups, y, self.draft)
+
+        def fitted_on(rows: np.ndarray | slice, members: int) -> HiddenProbe:
+            learned = np.vstack([states[rows], further[0]]), np.vstack([targets[rows], further[1]])
+            return HiddenProbe.fit(*learned, self.seed, members, epochs, steps)
+
+        folds, scores = inner_folds(groups, y, self.draft), np.zeros((len(X), len(COLUMNS)))
+        for train, test in folds or ():
+            self.probe_ = fitted_on(train, 1)
+            scores[test] = self.probe_.transform(states[test])
+        if folds is None or not self.draft:  # a draft judges by the probe of its last fold
+            self.probe_ = fitted_on(slice(None), members)
         if folds is None:
             scores = self.probe_.transform(states)
-        else:
-            scores = np.zeros((len(X), len(COLUMNS)))
-            for train, test in folds:
-                learned = np.vstack([states[train], further[0]]), np.vstack([targets[train], further[1]])
-                scores[test] = HiddenProbe.fit(*learned, self.seed, 1, epochs, steps).transform(states[test])
         matrix = np.hstack([scores, X[:, : -self.size - 1]])
         classifier = self._fit_classifier(matrix, y, groups)
         self.held_out_ = None

@@ -10,7 +10,7 @@ import numpy as np
 
 from stethoscope.metrics import classification
 from stethoscope.metrics.bootstrap import Resamples
-from stethoscope.metrics.ranking import FloatOrArray, Ranking
+from stethoscope.metrics.ranking import FloatOrArray, Order, Ranking, checked, divide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,15 +78,48 @@ class LabelledMentions:
             name: classification.auroc_within(self.labels, scores, bins, weights) for name, bins in self.bins.items()
         }
 
-    def figures(self, scores: np.ndarray, weights: np.ndarray, probability: bool) -> dict[str, np.ndarray]:
-        """Compute all metrics of one score for a chunk of replicates, sorting the mentions as seldom as possible."""
-        ranking = Ranking.of(self.labels, scores, weights)
-        figures: dict[str, FloatOrArray] = {"auroc": ranking.auroc(), **self.areas(scores, weights)}
-        if not self.first.all():
-            figures["auroc_first"] = classification.auroc(self.labels, scores, weights * self.first)
+    def sort(self, scores: np.ndarray, probability: bool) -> SortedScores:
+        """Sort the mentions by (rows,) scores, once for all replicates."""
+        labels, scores, _, _ = checked(self.labels, scores, None)
+        bins = {name: classification.BinOrder.of(labels, scores, bins) for name, bins in self.bins.items()}
+        return SortedScores(self, scores, probability, Order.of(labels, scores), bins)
+
+
+@dataclass(frozen=True)
+class SortedScores:
+    """Scores of labelled mentions, in order.
+
+    Attributes:
+        mentions: that are scored.
+        scores: (rows,) of the mentions.
+        probability: whether they are probabilities, with calibration error and Brier score.
+        order: of all mentions.
+        bins: the order within bins, by controlled AUROC.
+    """
+
+    mentions: LabelledMentions
+    scores: np.ndarray
+    probability: bool
+    order: Order
+    bins: Mapping[str, classification.BinOrder]
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute all metrics for a chunk of replicates, (replicates,) each.
+
+        Args:
+            weights: (replicates, rows) of ``Resamples``.
+        """
+        matrix, mentions = np.ascontiguousarray(weights.T), self.mentions
+        ranking = Ranking(self.order, matrix)
+        figures: dict[str, FloatOrArray] = {"auroc": ranking.auroc()}
+        for name, bins in self.bins.items():
+            right, pairs = bins.pairs(matrix)
+            figures[name] = divide(right.sum(axis=0), pairs.sum(axis=0))
+        if not mentions.first.all():
+            figures["auroc_first"] = Ranking(self.order, matrix * mentions.first[:, None]).auroc()
         figures |= {
             "auprc_hallucinated": ranking.auprc(),
-            "auprc_grounded": ranking.swapped().auprc(),
+            "auprc_grounded": ranking.auprc_grounded(),
             "fpr_at_95tpr": ranking.fpr_at_tpr(0.95),
             "tpr_at_1fpr": ranking.tpr_at_fpr(0.01),
             "tpr_at_5fpr": ranking.tpr_at_fpr(0.05),
@@ -94,12 +127,12 @@ class LabelledMentions:
             "aurc": ranking.aurc(),
             "recall_at_90precision": ranking.recall_at_precision(0.9),
         }
-        if probability:
+        if self.probability:
             figures |= {
-                "ece": classification.ece(self.labels, scores, weights),
-                "brier": classification.brier(self.labels, scores, weights),
+                "ece": classification.ece(mentions.labels, self.scores, weights),
+                "brier": classification.brier(mentions.labels, self.scores, weights),
             }
-        figures["base_rate"] = classification.base_rate(self.labels, weights)
+        figures["base_rate"] = divide(ranking.totals[0], matrix.sum(axis=0))
         return {name: np.asarray(figure) for name, figure in figures.items()}
 
 
@@ -118,14 +151,15 @@ def evaluate_scores(
         scores: (rows,) other scores by name, without calibration error and Brier score.
     """
     mentions = LabelledMentions.of(test)
+    ordered = {name: mentions.sort(values, True) for name, values in probabilities.items()}
+    ordered |= {name: mentions.sort(values, False) for name, values in (scores or {}).items()}
 
     # chunks of replicates are the outer loop, so that their weights are computed once
     def evaluate_chunk(weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         return {
             (name, metric): figure
-            for group, probability in ((probabilities, True), (scores or {}, False))
-            for name, values in group.items()
-            for metric, figure in mentions.figures(values, weights, probability).items()
+            for name, values in ordered.items()
+            for metric, figure in values.figures(weights).items()
         }
 
     return resamples.apply(evaluate_chunk)

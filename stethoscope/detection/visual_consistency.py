@@ -136,7 +136,7 @@ class VisualConsistency(Stacked):
         taught: take the labels of the evidence from the last own column, the model's log-odds of a yes when it is asked
             whether the object is there.
         unlabelled: (rows, columns) of further mentions for the evidence, with ``taught``; None for none.
-        draft: cross-fit in fewer folds, with ``DRAFT_TOLERANCE``.
+        draft: cross-fit in fewer folds, with ``DRAFT_TOLERANCE``, and judge others by the classifier of the last fold.
     """
 
     def __init__(
@@ -162,14 +162,14 @@ class VisualConsistency(Stacked):
             parts = np.vstack([evidence[rows], more[:, -self.size :]]), np.concatenate([labels[rows], further])
             return GroundingClassifier(self.objects, DRAFT_TOLERANCE if self.draft else TOLERANCE).fit(*parts)
 
-        self.grounding_ = fitted_on(slice(None))
-        folds = inner_folds(groups, y, self.draft)
+        folds, grounding = inner_folds(groups, y, self.draft), np.zeros((len(X), len(COLUMNS)))
+        for train, test in folds or ():
+            self.grounding_ = fitted_on(train)
+            grounding[test] = self.grounding_.transform(evidence[test])
+        if folds is None or not self.draft:  # a draft judges by the classifier of its last fold
+            self.grounding_ = fitted_on(slice(None))
         if folds is None:
             grounding = self.grounding_.transform(evidence)
-        else:
-            grounding = np.zeros((len(X), len(COLUMNS)))
-            for train, test in folds:
-                grounding[test] = fitted_on(train).transform(evidence[test])
         self._fit_classifier(np.hstack([grounding, own]), y, groups)
         self.held_out_ = getattr(self.classifier_, "held_out_", None)
         return self

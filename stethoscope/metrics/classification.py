@@ -6,11 +6,12 @@ evaluates all replicates at once. A weight of 2 is the same as having the item t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, divide
+from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, cumulate, divide
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -44,7 +45,7 @@ def auprc(
     """
     single = weights is None or np.ndim(weights) == 1
     ranking = Ranking.of(labels, scores, weights)
-    return as_result((ranking if positive else ranking.swapped()).auprc(), single)
+    return as_result(ranking.auprc() if positive else ranking.auprc_grounded(), single)
 
 
 def fpr_at_tpr(
@@ -169,11 +170,10 @@ def auroc_within(
     bins = np.asarray(bins)
     if bins.shape != labels.shape or average not in ("pairs", "bins"):
         raise ValueError(f"bins {bins.shape} should be {labels.shape} and average={average!r} pairs or bins")
-    if not labels.size:
-        return as_result(np.full(matrix.shape[1], np.nan), single)
-    right, pairs, starts = _pairs_within(labels, scores, bins, matrix)
-    if average == "bins" and len(starts):
-        right, pairs = (np.add.reduceat(part, starts, axis=0) for part in (right, pairs))
+    order = BinOrder.of(labels, scores, bins)
+    right, pairs = order.pairs(matrix)
+    if average == "bins" and len(order.starts):
+        right, pairs = (np.add.reduceat(part, order.starts, axis=0) for part in (right, pairs))
         right, pairs = np.nan_to_num(divide(right, pairs)), (pairs > 0).astype(float)
     return as_result(divide(right.sum(axis=0), pairs.sum(axis=0)), single)
 
@@ -192,34 +192,67 @@ def comparable(labels: np.ndarray, bins: np.ndarray) -> dict[str, float]:
     return {"pairs": int((positives * negatives).sum()), "items": items, "share": share}
 
 
-def _pairs_within(
-    labels: np.ndarray, scores: np.ndarray, bins: np.ndarray, matrix: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum the weights of the pairs that every hallucinated item forms with grounded ones of its bin.
+@dataclass(frozen=True)
+class BinOrder:
+    """The order by falling score within bins, of the bins that have items of both classes, for any weights.
 
-    Returns:
-        (items, replicates) of pairs in the right order, half of those at one score, and of all pairs, sorted by bins;
-        (bins,) index of the first item of every bin with a hallucinated item.
+    Attributes:
+        positive: (hallucinated,) index of every hallucinated item.
+        grounded: (grounded,) index of every grounded item.
+        spans: (4, hallucinated) how many grounded items come before the hallucinated one's bin, before its score, up to
+            its score, and up to the end of its bin.
+        starts: (bins,) first hallucinated item of every bin.
     """
-    order = np.lexsort((-scores, bins))
-    bins, scores, positive = bins[order], scores[order], labels[order]
-    opens = np.diff(bins, prepend=bins[0] - 1) != 0
-    before = np.append(0, np.cumsum(~positive))  # grounded items before each row
 
-    def span(fresh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return before which and up to which grounded item the run of rows reaches that a hallucinated one is in."""
-        starts, run = np.append(np.flatnonzero(fresh), len(fresh)), (np.cumsum(fresh) - 1)[positive]
-        return before[starts[run]], before[starts[run + 1]]
+    positive: np.ndarray
+    grounded: np.ndarray
+    spans: np.ndarray
+    starts: np.ndarray
 
-    grounded = order[~positive]
-    sums = np.zeros((len(grounded) + 1, matrix.shape[1]))
-    np.cumsum(matrix[grounded], axis=0, out=sums[1:])
-    (low, high), (first, last) = span(opens | (np.diff(scores, prepend=np.nan) != 0)), span(opens)
-    weights, up_to = matrix[order[positive]], sums[last]
-    pairs = weights * (up_to - sums[first])
-    right = up_to - (sums[low] + sums[high]) / 2
-    right *= weights
-    return right, pairs, np.flatnonzero(np.diff(bins[positive], prepend=bins[0] - 1) != 0)
+    @classmethod
+    def of(cls, labels: np.ndarray, scores: np.ndarray, bins: np.ndarray) -> BinOrder:
+        """Sort items.
+
+        Args:
+            labels: (n,) bool.
+            scores: (n,) finite.
+            bins: (n,) integers.
+        """
+        index = np.unique(bins, return_inverse=True)[1].ravel()
+        both = np.bincount(index[labels], minlength=len(index)) * np.bincount(index[~labels], minlength=len(index)) > 0
+        order = np.lexsort((-scores, index))
+        order = order[both[index[order]]]
+        index, scores, positive = index[order], scores[order], labels[order]
+        before = np.append(0, np.cumsum(~positive))  # grounded items before each row
+        opens = np.diff(index, prepend=-1) != 0
+
+        def span(fresh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """Return before and up to which grounded item the run of rows reaches that a hallucinated one is in."""
+            starts, run = np.append(np.flatnonzero(fresh), len(fresh)), (np.cumsum(fresh) - 1)[positive]
+            return before[starts[run]], before[starts[run + 1]]
+
+        (low, high), (first, last) = span(opens | (np.diff(scores, prepend=np.nan) != 0)), span(opens)
+        starts = np.flatnonzero(np.diff(index[positive], prepend=-1) != 0)
+        return cls(order[positive], order[~positive], np.stack([first, low, high, last]), starts)
+
+    def pairs(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum the weights of the pairs that every hallucinated item forms with grounded ones of its bin.
+
+        Args:
+            matrix: (n, replicates) weights.
+
+        Returns:
+            (hallucinated, replicates) of pairs in the right order, half of those at one score, and of all pairs.
+        """
+        sums, weights = cumulate(matrix, self.grounded), matrix.take(self.positive, axis=0)
+        first, low, high, last = (sums.take(rows, axis=0) for rows in self.spans)
+        low += high
+        low /= 2
+        np.subtract(last, low, out=low)
+        low *= weights
+        last -= first
+        last *= weights
+        return low, last
 
 
 def _check_probabilities(scores: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from stethoscope.evaluation.given_answers import NOT_OWN
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.features import FEATURES
 from stethoscope.metrics.bootstrap import Interval, group_weights
-from stethoscope.metrics.ranking import Ranking
+from stethoscope.metrics.ranking import Order, Ranking
 from stethoscope.storage.run_dir import DETECTOR, REMEDIES, RunStore
 from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
@@ -364,11 +364,12 @@ def importances(source: RunReader, seed: int = 0) -> list[Importance]:
     mentions = pd.MultiIndex.from_frame(source.held_out[_MENTION])
     table = source.table[pd.MultiIndex.from_frame(source.table[_MENTION]).isin(mentions)]
     rows = detector.select_mentions(keep_columns(table, detector.schema.names))
-    labels, resamples = rows["label"].to_numpy(dtype=int), group_weights(rows["group"].to_numpy(), REPLICATES, seed)
+    labels, resamples = rows["label"].to_numpy() == 1, group_weights(rows["group"].to_numpy(), REPLICATES, seed)
     generator = np.random.default_rng(seed)
 
     def area(scores: np.ndarray) -> np.ndarray:
-        return resamples.apply(lambda weights: {"area": Ranking.of(labels, scores, weights).auroc()})["area"]
+        order = Order.of(labels, scores)
+        return resamples.apply(lambda weights: {"area": Ranking(order, weights.T).auroc()})["area"]
 
     full_area = area(detector.predict(rows))
     parts = by_feature(detector.features)

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, mention_rows
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.estimators import best_threshold, inner_folds
+from stethoscope.detection.estimators import C_VALUES, best_threshold, inner_folds, make_estimator, set_C
 from stethoscope.detection.lookup import mention_warnings
 from stethoscope.metrics import classification
 
@@ -149,6 +149,23 @@ def test_inner_folds_that_lack_a_class_are_no_choice():
     table = table.assign(group=groups, label=labels)
     assert inner_folds(table["group"].to_numpy(), table["label"].to_numpy()) is None
     assert 0 < Detector(calibration="none").fit(table).predict(table).mean() < 1
+
+
+@pytest.mark.parametrize("flipped", [0.0, 0.3, 0.45])
+def test_C_is_the_best_of_all(flipped):
+    """Larger values than the first that is worse are not tried: the loss has one minimum."""
+    rows = mention_rows(TRAIN)
+    flips = np.random.default_rng(1).random(len(rows)) < flipped
+    rows = rows.assign(label=np.where(flips, 1 - rows["label"], rows["label"]))
+    matrix, labels = rows[["nll", "mass", "noise", "position"]].to_numpy(float), rows["label"].to_numpy()
+    losses = []
+    for C in C_VALUES:
+        odds = np.zeros(len(rows))
+        for train, test in inner_folds(rows["group"].to_numpy(), labels):
+            fitted = set_C(make_estimator("logistic"), C).fit(matrix[train], labels[train])
+            odds[test] = fitted.decision_function(matrix[test])
+        losses.append(np.logaddexp(0, np.where(labels == 1, -odds, odds)).mean())
+    assert C_VALUES[np.argmin(losses)] == Detector(features=["nll", "mass", "noise", "position"]).fit(rows).C
 
 
 def test_a_fit_that_fails_leaves_nothing_to_predict_with():

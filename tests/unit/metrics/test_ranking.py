@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from stethoscope.detection.score_metrics import LabelledMentions, control_bins
 from stethoscope.metrics import classification
-from stethoscope.metrics.ranking import Ranking, harmonic
+from stethoscope.metrics.ranking import Ranking, cumulate, harmonic
 
 
 def data(seed, n=60, distinct=True):
@@ -122,3 +122,14 @@ def test_within_word_auroc_compares_mentions_of_one_word():
     figures = LabelledMentions.of(rows).areas(scores, weights.astype(float))
     assert figures["auroc_within_word"] == pytest.approx(np.average(areas, weights=pairs))
     assert len(np.unique(control_bins(rows)["auroc_within_word"])) == 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 48, 300])
+def test_sums_of_blocks_are_those_of_numpy(count):
+    rng = np.random.default_rng(count)
+    whole, parts = rng.integers(0, 5, (320, 3)).astype(float), rng.random((320, 3))
+    rows = rng.permutation(320)[:count]
+    expected = [np.vstack([np.zeros((1, 3)), np.cumsum(matrix[rows], axis=0)]) for matrix in (whole, parts)]
+    assert np.array_equal(cumulate(whole, rows), expected[0])
+    np.testing.assert_allclose(cumulate(parts, rows), expected[1], atol=1e-12)
+    assert (np.diff(cumulate(parts, rows), axis=0) >= 0).all()
