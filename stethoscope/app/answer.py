@@ -15,7 +15,7 @@ from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
 from stethoscope.app.sessions import NO_PICTURE
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.images import file_format
-from stethoscope.core.types import Answer, Generation, ImageRef, Mention
+from stethoscope.core.types import Answer, Generation, ImageRef, Mention, required
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
 from stethoscope.diagnosis.run_diagnosis import edit_answer
@@ -263,6 +263,35 @@ def export(pool: ModelPool, session: AnswerSession, kind: str, scope: str, extra
         diagnosis = _diagnose(ready, session, read_picture(session.question.picture), scope, extractor)
     content = diagnosis.to_html() if kind == "html" else json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=1)
     return payload.encode("file", name=f"diagnosis.{kind}", type=EXPORTS[kind], content=content)
+
+
+def single_heads(pool: ModelPool, session: AnswerSession, token: object) -> str:
+    """Encode the raw attention of the single heads of one token, which the page has no maps of yet.
+
+    Args:
+        pool: the models.
+        session: of the answer.
+        token: index in the answer, as the page sends it.
+
+    Raises:
+        DataError: there is no such token, or the picture is gone.
+        CapabilityError: the model's attention cannot be recorded.
+    """
+    # imported here: they import torch, which the page's other parts load with the model
+    from stethoscope.diagnosis.attention_payload import heads_payload
+    from stethoscope.diagnosis.layers_pass import read_attention
+    from stethoscope.tracing.token_spans import token_regions
+
+    question, answer = session.question, required(session.question.answer)
+    if not isinstance(token, int) or not 0 <= token < len(answer.token_ids):
+        raise DataError(f"the answer has no token {token!r:.20}, but {len(answer.token_ids)} of them")
+    with pool.use(question.model) as ready:
+        picture = read_picture(question.picture)
+        encoded = ready.adapter.encode_as(question.asks, picture, question.text)
+        attention = read_attention(ready.adapter, encoded, answer, [token])
+        regions = token_regions(ready.adapter, picture.size, encoded.spans)
+    heads = heads_payload(attention, regions, picture.size, [token])
+    return payload.encode("heads", answer_id=session.id, **heads)
 
 
 def _explain(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAP_BYTES = 8 * 2**20  # of heat maps in a payload; for longer answers, layers are dropped
+ATTENTION_BYTES = 4 * 2**20  # of maps of raw attention; the page asks for those that do not fit
 
 _ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\":;,]+(?: [^\s/\\'\":;,]+)*[/\\]+)*")
 """Root and folders of an absolute path, whose names may have blanks; not the path of a URL (``://``)."""
@@ -127,7 +128,7 @@ def diagnosed_answer(
         notes: lines below the answer, in addition to those of the diagnosis.
         case: of a run, see ``answer.Question``; its ``mention`` is chosen at first.
     """
-    data = payload(diagnosis, _most_layers(diagnosis))
+    data = payload(diagnosis, _most_layers(diagnosis), ATTENTION_BYTES)
     wanted = None if case is None else case["mention"]
     chosen = [index for index, (start, _) in enumerate(diagnosis.answer.offsets) if start == wanted]
     own = {"answer_id": answer_id, "notes": [*data["notes"], *notes], "case": case}

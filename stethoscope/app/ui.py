@@ -172,6 +172,13 @@ def _wire_ask(
             return
         yield from _stored(answer.explain_again(pool, session, scope, extractor), request, sessions)
 
+    def heads(request: gr.Request, event: gr.EventData) -> str:
+        """Send the raw attention of one token's single heads, which did not fit into the answer's payload."""
+        try:
+            return answer.single_heads(pool, shown_session(request, event), getattr(event, "token", None))
+        except Exception as error:
+            return payload.failure(error)
+
     def export(request: gr.Request, event: gr.EventData) -> Any:
         """Send the diagnosis as a file."""
         try:
@@ -201,6 +208,7 @@ def _wire_ask(
     tracked = {**options, "show_progress": "minimal"}  # waiting.js reads how many wait
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **tracked)
     view.gradient(change_scope, None, view, **tracked)
+    view.heads(heads, None, view, **options)
     view.export(export, None, parts["download"], **options)
     quick = {**options, "concurrency_id": "picture"}
     parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
         return None
     count, layers, heads = attention.image_mass.shape
     means = np.stack([part.numpy() for part in (attention.mean, attention.largest)])  # (2, T, L, N)
-    cells = gridded(means[0, :1, :1], diagnosis.token_regions, diagnosis.image.size)[0].size
+    regions, size = diagnosis.token_regions, diagnosis.image.size
+    cells = gridded(means[0, 0, 0], regions, size)[0].size
     fit = max(limit // 2 // (2 * count * cells) - 1, 1)
     chosen = sorted({round(value) for value in np.linspace(0, layers - 1, min(layers, fit))})
     means = np.concatenate([means[:, :, chosen], means.mean(2, keepdims=True)], 2)
@@ -47,7 +49,7 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
     left = limit - 2 * count * (len(chosen) + 1) * cells
     maps: dict[str, Any] = {}
     for name, values in zip(("mean", "largest"), means, strict=True):
-        grid, box = gridded(values, diagnosis.token_regions, diagnosis.image.size)
+        grid, box = gridded(values, regions, size)
         maps[name] = _encoded_maps(grid)
     return {
         "shape": list(grid.shape[-2:]),
@@ -57,18 +59,29 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
         "crosses": attention.crosses,
         "chosen": chosen,
         "maps": maps,
-        **heads_payload(attention, diagnosis, order[: max(left, 0) // (layers * heads * cells)]),
+        **heads_payload(attention, regions, size, order[: max(left, 0) // (layers * heads * cells)]),
         "mass": _shares(attention.image_mass.numpy()),
         "matrix": _shares(attention.matrix.numpy()),
     }
 
 
-def heads_payload(attention: AttentionMaps, diagnosis: Diagnosis, tokens: list[int]) -> dict[str, Any]:
-    """Convert the single heads of some tokens, ascending: ``kept`` and the maps ``single``."""
+def heads_payload(
+    attention: AttentionMaps, regions: TokenRegions | None, size: tuple[int, int], tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Convert the single heads of some tokens for the payload.
+
+    Args:
+        attention: of the answer.
+        regions: of the image tokens; None where they are not known.
+        size: width and height of the picture.
+        tokens: indices in the answer, of those whose single heads are held.
+
+    Returns:
+        ``kept``, the tokens in ascending order, and their maps ``single``.
+    """
     kept = sorted(tokens)
     values = attention.heads[[attention.tokens.index(token) for token in kept]].numpy()
-    grid, _ = gridded(values, diagnosis.token_regions, diagnosis.image.size)
-    return {"kept": kept, "single": _encoded_maps(grid)}
+    return {"kept": kept, "single": _encoded_maps(gridded(values, regions, size)[0])}
 
 
 def gridded(values: np.ndarray, regions: TokenRegions | None, size: tuple[int, int]) -> tuple[np.ndarray, Box | None]:

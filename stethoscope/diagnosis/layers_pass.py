@@ -41,7 +41,7 @@ def token_decoder(adapter: Adapter) -> Decoder:
 
 
 def read_layers(
-    adapter: Adapter, encoded: Encoded, answer: Answer, preferred: Sequence[int], notes: list[str]
+    adapter: Adapter, encoded: Encoded, answer: Answer, named: Sequence[int], notes: list[str]
 ) -> tuple[LensTrajectory | None, AttentionMaps | None]:
     """Read predictions and raw attention of all layers in one forward pass.
 
@@ -49,13 +49,14 @@ def read_layers(
         adapter: the model.
         encoded: the prompt.
         answer: of at least one token.
-        preferred: indices of answer tokens whose single heads are held first, see ``AttentionMapRecorder``.
+        named: indices of answer tokens whose single heads are held first; the others follow in reading order.
         notes: receives the reason why the model cannot give one of the two, which is None then.
     """
     try:
         decode = token_decoder(adapter)
         model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
-        recorder = attention_recorder(model, inputs, encoded, answer, preferred)
+        order = [*named, *range(len(answer.token_ids))]
+        recorder = attention_recorder(model, inputs, encoded, answer, order)
     except CapabilityError as error:
         notes.append(str(error))
         return None, None
@@ -82,12 +83,32 @@ def read_layers(
             return None, attention
 
 
+def read_attention(adapter: Adapter, encoded: Encoded, answer: Answer, order: Sequence[int]) -> AttentionMaps:
+    """Read raw attention in one forward pass, without predictions.
+
+    Args:
+        adapter: the model.
+        encoded: the prompt.
+        answer: of at least one token.
+        order: indices of answer tokens whose single heads are held, as many of the first as fit.
+
+    Raises:
+        CapabilityError: there is no transformers model behind the adapter.
+        CaptureError: its attention cannot be recorded.
+    """
+    model, inputs = adapter.forward_inputs(encoded, answer.token_ids)
+    recorder = attention_recorder(model, inputs, encoded, answer, order)
+    with torch.inference_mode():
+        _forward(model, inputs, required(recorder.rows), None, recorder)
+    return recorder.maps()
+
+
 def attention_recorder(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     encoded: Encoded,
     answer: Answer,
-    preferred: Sequence[int] = (),
+    order: Sequence[int],
     limit: int = HEAD_BYTES,
 ) -> AttentionMapRecorder:
     """Make the recorder of raw attention for a pass over prompt and whole answer.
@@ -102,7 +123,7 @@ def attention_recorder(
         layer_count(model),
         encoded.spans,
         layout.encoder_decoder,
-        preferred,
+        order,
         limit,
     )
 

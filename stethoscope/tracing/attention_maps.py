@@ -93,7 +93,7 @@ class AttentionMapRecorder(AttentionRecorder):
         layers: number of layers L of the language model (of its decoder).
         spans: of the prompt.
         encodes: whether the language model is an encoder-decoder one.
-        preferred: indices of answer tokens whose single heads are held first; the others follow in reading order.
+        order: indices of answer tokens whose single heads are held, as many of the first as fit.
         limit: bytes that single heads may take.
     """
 
@@ -104,7 +104,7 @@ class AttentionMapRecorder(AttentionRecorder):
         layers: int,
         spans: Spans,
         encodes: bool = False,
-        preferred: Sequence[int] = (),
+        order: Sequence[int] = (),
         limit: int = HEAD_BYTES,
     ) -> None:
         self.rows = torch.arange(first, first + count)[None]
@@ -113,7 +113,7 @@ class AttentionMapRecorder(AttentionRecorder):
         self._limit, self._layers = limit, layers
         start = 1 if encodes else spans.length
         self._answer = slice(start, start + count)
-        self._order = list(dict.fromkeys([*preferred, *range(count)]))
+        self._order = list(dict.fromkeys(order))
         self._tokens: list[int] = []
         self._by_layer: list[tuple[Tensor, ...]] = []
         self._sequences: dict[str, list[Tensor]] = {role: [] for role in self.roles}

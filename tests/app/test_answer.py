@@ -1,5 +1,6 @@
 """Questions and answers behind the page, without a browser."""
 
+import base64
 import json
 import re
 import threading
@@ -147,6 +148,23 @@ def test_a_diagnosis_is_saved_as_a_file(pool, reader, ask):
     assert "gradient of scope token" in page
     with pytest.raises(ConfigError, match="one of json, html"):
         answer.export(pool, session, "pdf", "row", reader)
+
+
+def test_single_heads_that_did_not_fit_are_sent_when_asked_for(pool, reader, adapter, monkeypatch, ask):
+    monkeypatch.setattr(payload, "ATTENTION_BYTES", 0)
+    shown, session = ask(pool, reader)
+    assert shown[-1]["attention"]["kept"] == []
+    sent = json.loads(answer.single_heads(pool, session, 5))
+    assert (sent["kind"], sent["answer_id"], sent["kept"]) == ("heads", session.id, [5])
+    values, peaks = (
+        np.frombuffer(base64.b64decode(sent["single"][name]), kind) for name, kind in (("data", "u1"), ("peaks", "<f4"))
+    )
+    expected = stethoscope.diagnose(adapter, picture(2), DESCRIBE, session.question.answer).attention.heads[5]
+    heads = values.reshape(expected.shape) / 255 * peaks.reshape(*expected.shape[:2], 1)
+    assert np.abs(heads - expected.numpy()).max() <= float(expected.max()) / 500
+    for token in (10_000, -1, "5", None):
+        with pytest.raises(DataError, match="no token"):
+            answer.single_heads(pool, session, token)
 
 
 def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):

@@ -12,6 +12,8 @@ import pytest
 
 from scripts.bench.responsiveness import MOVE, SLIDERS
 from stethoscope import diagnose, testbed
+from stethoscope.app import payload
+from stethoscope.core.text import percent as text_percent
 from stethoscope.core.types import Generation
 from stethoscope.diagnosis.verdict import mention_outcome
 from stethoscope.report.examples import read_examples
@@ -153,6 +155,20 @@ def test_the_truth_of_an_example_is_beside_every_mention(page, served, adapter, 
     assert re.search(r"The answer is (yes|no) and names no object.*sure the model is: \1", text(page, "reply"))
     assert page.locator("#view [data-id=top-card]").is_hidden()
     take(page, "reply", tmp_path)
+
+
+def test_single_heads_are_loaded_when_they_are_looked_at(page, served, adapter, monkeypatch, tmp_path):
+    monkeypatch.setattr(payload, "ATTENTION_BYTES", 0)
+    ask(page, photograph())
+    diagnosis = diagnose(adapter, photograph(), DESCRIBE)
+    wait_for_words(page, "attention-note", "mean over layers, mean over heads: ")
+    page.select_option("#view [data-id=attention-layer]", "2")
+    page.select_option("#view [data-id=attention-head]", "1")
+    for token in (6, 8):
+        page.locator("#view .st-t").nth(token).click()
+        share = text_percent(float(diagnosis.attention.heads[token, 2, 1].sum()))
+        wait_for_words(page, "attention-note", f"layer 3, head 2: {share} of the attention")
+    take(page, "heads", tmp_path)
 
 
 def test_warnings_follow_their_threshold(page, served, tmp_path):

@@ -1,5 +1,6 @@
 // Raw attention in the viewer: by layer and head over the picture, and its mean as a matrix of tokens.
 const grids = {}; // by the id of their canvas: what they show, and the cell that is pointed at
+let fetching = null, patience = 0; // the token whose single heads the server is asked for, and the timer of the next
 
 function numbers(text, kind) {
   return new kind(bytes(text).buffer);
@@ -209,8 +210,9 @@ function attention() {
   if (!own) return;
   const [layer, head] = [picked("attention-layer"), picked("attention-head")], values = attentionOf(chosen, layer, head);
   const most = values === null ? 0 : Math.max(...values), name = `${layerName(layer)}, ${headName(head)}`;
-  const missing = data.tokens.length - Object.keys(own.heads_of).length;
-  $("attention-note").textContent = values === null ? `This map is not on the page: it has the single heads of ${data.tokens.length - missing} of ${counted(data.tokens.length, "token")}.`
+  if (!own.heads_of[chosen] && (values === null || $("heads-show").value === "map")) fetchHeads();
+  const held = Object.keys(own.heads_of).length;
+  $("attention-note").textContent = values === null ? (trigger ? "This map is on its way …" : `This map is not on the page: it has the single heads of ${held} of ${counted(data.tokens.length, "token")}.`)
     : `${name}: ${percent(values.reduce((sum, value) => sum + value, 0))} of the attention falls on the picture.`;
   $("attention-most").textContent = `${percent(most)} on one image token`;
   $("attention-legend").hidden = values === null;
@@ -226,6 +228,24 @@ function attention() {
   }
   showHeads();
   showMatrix();
+}
+
+function fetchHeads() { // of the chosen token, unless another is chosen soon
+  clearTimeout(patience);
+  if (!trigger || fetching !== null) return;
+  patience = setTimeout(() => {
+    if (!data || data.kind !== "done" || data.attention.heads_of[chosen]) return;
+    fetching = chosen;
+    trigger("heads", { token: chosen, answer_id: data.answer_id });
+  }, 250);
+}
+
+function receiveHeads(message) {
+  fetching = null;
+  if (!data || data.kind !== "done" || message.answer_id !== data.answer_id) return;
+  addHeads(data.attention, message);
+  for (const other of Object.values(scopes)) if (other.attention !== data.attention) addHeads(other.attention, message);
+  soon();
 }
 
 function fitAttention() { // the choices of a new answer

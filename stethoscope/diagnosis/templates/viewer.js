@@ -529,8 +529,10 @@ function reveal() { // on a phone the answer comes below the question
 function receive() {
   let message;
   try { message = JSON.parse(props.value || "{}"); } catch (error) { say("what came from the server cannot be read", true); return; }
+  if (message.kind === "heads") { receiveHeads(message); return; }
   if (!message.kind || message.kind === "hint" || message.kind === "error" || message.kind === "busy") {
     say(message.text || "", message.kind === "error");
+    if (message.kind === "error") fetching = null;
     if (message.kind === "busy") $("scope").disabled = true;
     if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
     if (message.clear) {
