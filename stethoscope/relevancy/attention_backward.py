@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stethoscope.relevancy.traced_calls import Block, Blocks, Grads, TracedCall, is_causal
+from stethoscope.relevancy.traced_calls import Block, Blocks, Grads, PrefixGradient, TracedCall, is_causal
 from stethoscope.tracing.hooks import eager_attention, plain_attention
 
 _SMALL = 2**20  # entries of a map
@@ -59,7 +59,8 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall
 class _TracedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+        own = [part[:, :, call.skipped :].clone() if call.skipped else part for part in (key, value)]
+        ctx.save_for_backward(query, *own)  # the prefix is stored once, not with every pass behind it
         ctx.call = call
         output, weights = forward_attention(call.module, query, key, value, call.mask, call.options, call.needs_map)
         exact = weights is not None and weights.dtype == _float32_or_better(query)
@@ -70,17 +71,33 @@ class _TracedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        call, (query, key, value) = ctx.call, ctx.saved_tensors
         grads = tuple(
-            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device)
-            if needed or ctx.call.skipped
-            else None
+            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device) if needed else None
             for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
-        blocks = attention_blocks(ctx.call, query, key, value, gradient.transpose(1, 2), grads)
-        ctx.call.receive(ctx.call, blocks, grads)
-        triples = zip(grads, ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *(None if grad is None or not needed else grad.to(part.dtype) for grad, part, needed in triples), None
+        if call.prefix is not None:
+            call.prefix_gradients = _empty_factors(query, call), _empty_factors(query, call)
+            key, value = (torch.cat(parts, 2) for parts in zip(call.prefix, (key, value), strict=True))
+        blocks = attention_blocks(call, query, key, value, gradient.transpose(1, 2), grads)
+        call.receive(call, blocks, grads)
+        call.prefix_gradients = None
+        returned = [None if grad is None else grad.to(query.dtype) for grad in grads]
+        for index in (1, 2) if call.skipped else ():
+            own = returned[index]
+            returned[index] = None if own is None else torch.nn.functional.pad(own, (0, 0, call.skipped, 0))
+        return *returned, None
+
+
+def _empty_factors(query: Tensor, call: TracedCall) -> PrefixGradient:
+    """Return zeros for the gradient that the live queries of a call leave at its prefix."""
+    live = query.shape[2] if call.live is None else call.live
+    return PrefixGradient(
+        *(
+            torch.zeros(*query.shape[:2], live, size, dtype=_float32_or_better(query), device=query.device)
+            for size in (call.skipped, query.shape[3])
+        )
+    )
 
 
 def _float32_or_better(tensor: Tensor) -> torch.dtype:
@@ -97,7 +114,7 @@ class _Part(NamedTuple):
         key: (b, key-value heads, k, d).
         value: (b, key-value heads, k, d).
         gradient: (b, h, q, d) of the output.
-        grads: gradients of query, key and value; None where none is needed.
+        grads: gradients of query, key and value, without those of the prefix; None where none is needed.
         mask: of the call, for these samples and heads.
     """
 
@@ -126,8 +143,8 @@ def attention_blocks(
         key: (B, key-value heads, k, d).
         value: (B, key-value heads, k, d).
         gradient: (B, heads, q, d) of the output.
-        grads: zeros of the shapes of query, key and value, to be filled in; None where no gradient is needed. In
-            float32 or better, because blocks add up in those of key and value.
+        grads: zeros of the shapes of query, key and value without the prefix, to be filled in; None where no gradient
+            is needed. In float32 or better, because blocks add up in those of key and value.
     """
     scaling = call.options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -294,7 +311,7 @@ def _add_gradients(
         start: first row.
         stop: last row + 1.
     """
-    to_query, to_key, to_value = part.grads
+    to_query = part.grads[0]
     queries, keys = _group_heads(part.query[:, :, start:stop], part.key.shape[1]), part.key[:, :, : product.shape[-1]]
     # the gradient of the softmax is A * (dA - sum(A * dA)); a finite sum shows that all values are finite
     total = product.sum(-1, keepdim=True)
@@ -308,14 +325,12 @@ def _add_gradients(
     scores, weights = scores.to(queries.dtype), weights.to(queries.dtype)
     if to_query is not None:
         to_query[:, :, start:stop] = (scores @ keys).mul_(scaling).view(*part.query.shape[:2], stop - start, -1)
-    if to_key is not None:
-        _add_key_gradient(call, to_key, scores, queries, start, stop, scaling)
-    if to_value is not None:
-        _add_key_gradient(call, to_value, weights, gradients, start, stop, 1.0)
+    _add_key_gradient(call, part, 0, scores, queries, start, stop, scaling)
+    _add_key_gradient(call, part, 1, weights, gradients, start, stop, 1.0)
 
 
 def _add_key_gradient(
-    call: TracedCall, target: Tensor, maps: Tensor, vectors: Tensor, start: int, stop: int, factor: float
+    call: TracedCall, part: _Part, index: int, maps: Tensor, vectors: Tensor, start: int, stop: int, factor: float
 ) -> None:
     """Add the gradient of a block of queries to keys or values: maps^T vectors.
 
@@ -323,16 +338,27 @@ def _add_key_gradient(
 
     Args:
         call: the call.
-        target: (b, groups, k, d), added to in place.
+        part: whose ``grads`` are added to.
+        index: 0 for keys, 1 for values.
         maps: (b, groups, h / groups * rows, end).
         vectors: (b, groups, h / groups * rows, d).
         start: first row.
         stop: last row + 1.
         factor: multiplies the gradient.
     """
-    if call.live is None or start < call.live:
+    target, live = part.grads[1 + index], call.live is None or start < call.live
+    by_head = *part.query.shape[:2], stop - start
+    if live and call.prefix_gradients is not None:
+        factors, rows = call.prefix_gradients[index], (part.samples, part.heads, slice(start, stop))
+        factors.weights[rows] = maps.view(*by_head, -1)[..., : call.skipped].to(factors.weights.dtype)
+        factors.vectors[rows] = vectors.reshape(*by_head, -1).to(factors.vectors.dtype).mul(factor)
+    if target is None:
+        return
+    if live:
+        maps = maps[..., call.skipped :]
         target[:, :, : maps.shape[-1]].add_(maps.transpose(-1, -2) @ vectors, alpha=factor)
     elif call.site.role == "language":
         split, keys = (maps.shape[0], maps.shape[1], -1, stop - start), slice(call.skipped + start, call.skipped + stop)
         own = maps.reshape(*split, maps.shape[-1])[..., keys].diagonal(dim1=-2, dim2=-1)
-        target[:, :, keys].add_((own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2), alpha=factor)
+        gradient = (own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2)
+        target[:, :, start:stop].add_(gradient, alpha=factor)

@@ -160,7 +160,9 @@ class LayerCheckpointer:
         pending = _PendingGradients(self._calls)
         for root_index, root in enumerate(roots):
             pending.send(root, None, root_index)
-        for call in reversed(self._calls):
+        calls = self._calls if last else list(self._calls)  # inputs that no later layer needs are released
+        while calls:
+            call = calls.pop()
             arrived = [pending.take(edge) for edge in call.edges]
             if not any(arrived):
                 continue
@@ -260,17 +262,29 @@ def checkpoint_layers(
         checkpointer: whose ``run`` calls the layers.
         run_last: what calls the last layer of the language model instead, by default ``run_last`` of the checkpointer.
     """
+    layers, sites_by_id = outer_layers(model), sites(model)
+    last = next((layer for layer in reversed(layers) if sites_by_id[id(layer)].role == "language"), None)
+    others, own = [layer for layer in layers if layer is not last], [] if last is None else [last]
+    with route_layers(others, checkpointer.run), route_layers(own, run_last or checkpointer.run_last):
+        yield
+
+
+def outer_layers(model: nn.Module) -> list[nn.Module]:
+    """List the layers of all parts of the model, without layers within layers."""
     layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for layer in modules_of(model):
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             inside.update(layer.modules())
             layers.append(layer)
+    return layers
+
+
+@contextmanager
+def route_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+    """Let ``run`` call the layers within the block: it gets a layer's forward function, then its arguments."""
     previous = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
-    sites_by_id = sites(model)
-    last = next((layer for layer in reversed(layers) if sites_by_id[id(layer)].role == "language"), None)
     for layer in layers:
-        run = (run_last or checkpointer.run_last) if layer is last else checkpointer.run
         vars(layer)["forward"] = partial(run, layer.forward)
     try:
         yield

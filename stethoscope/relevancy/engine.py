@@ -141,6 +141,7 @@ def _relevancy_apart(
     with answer_pass.recorded():
         logits = model(**rows, use_cache=True).logits
         logits = logits.gather(-1, layout.answer[..., None].to(logits.device))[..., 0]
+    del rows  # and the cache in them, which the prompt's backward pass does not need
     return _from_passes(answer_pass, logits, layout, chosen, every)[0]
 
 

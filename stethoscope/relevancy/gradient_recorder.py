@@ -21,7 +21,7 @@ from stethoscope.relevancy.traced_calls import (
     is_causal,
     visible_ends,
 )
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site
 
 
 class AttentionGradRecorder(AttentionRecorder):
@@ -78,7 +78,7 @@ class AttentionGradRecorder(AttentionRecorder):
             keys, size = key.shape[2], query.shape[:2].numel() * sum(ends) * 4
             call = TracedCall(site, module, mask, options, self._receive, ends, live, offset=offset)
             if site.role == "language":
-                call.salient, call.skipped = self._salient, keys - query.shape[2]
+                call.salient, call.prefix = self._salient, self._prefix(site)
             call.size, call.keys, call.keep_map, call.needs_map = size, keys, self._keep_graphs, observed
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()
@@ -96,6 +96,10 @@ class AttentionGradRecorder(AttentionRecorder):
             dtype = torch.promote_types(output.dtype, torch.float32)
             self._finite.append((site.name, torch.isfinite(output.detach().sum(dtype=dtype))))
         return output
+
+    def _prefix(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values of the language model that come before those of a pass."""
+        return None
 
     def _visible_ends(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]

@@ -30,11 +30,13 @@ from stethoscope.core.types import required
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.token_alignment import capture_inputs_embeds
-from stethoscope.relevancy.traced_calls import Blocks, Grads, Receiver, TracedCall
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
+from stethoscope.relevancy.traced_calls import Blocks, Grads, PrefixGradient, Receiver, TracedCall
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of, record, sites
 from stethoscope.tracing.trace import CAUSAL
 
 KeysAndValues = tuple[Tensor, Tensor]
+Seeds = tuple[PrefixGradient, PrefixGradient]
+"""Gradients of the keys and values of a prompt."""
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
 
@@ -49,7 +51,8 @@ class PrefixCache(DynamicCache):
     def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
         super().__init__()
         for index, (keys, values) in enumerate(layers):
-            super().update(keys, values, index)
+            super().update(keys[:, :, :0], values[:, :, :0], index)
+            self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -75,7 +78,7 @@ class _PromptRecorder(AttentionGradRecorder):
     """Records the pass over the prompt, whose backward pass begins at keys and values.
 
     Attributes:
-        keys_and_values: by name of the attention module, detached.
+        keys_and_values: by name of the attention module, detached; empty when no pass needs them any more.
         seeds: gradients of keys and values by name.
         ends: whether the pass ends at the next attention call of the language model.
     """
@@ -83,12 +86,12 @@ class _PromptRecorder(AttentionGradRecorder):
     def __init__(self, budget: int | None, keep_graphs: bool) -> None:
         super().__init__(None, budget, keep_graphs, salient=None)
         self.keys_and_values: dict[str, KeysAndValues] = {}
-        self.seeds: Mapping[str, KeysAndValues] = {}
+        self.seeds: Mapping[str, Seeds] = {}
         self.ends = False
 
     def _attend(self, attention_call: AttentionCall) -> Tensor:
         site, key, value = attention_call.site, attention_call.key, attention_call.value
-        if site.role == "language" and site.name not in self.keys_and_values:
+        if site.role == "language" and site.name not in self.keys_and_values and self._offsets is None:
             self.keys_and_values[site.name] = key.detach(), value.detach()
             if self.ends:
                 self.layers.setdefault(site.role, []).append(site.name)
@@ -99,7 +102,7 @@ class _PromptRecorder(AttentionGradRecorder):
         super()._receive(call, blocks, grads)
         for grad, seed in zip(grads[1:], self.seeds.get(call.site.name, ()), strict=False):
             if grad is not None:
-                grad += seed
+                seed.add_to(grad)
 
 
 class _AnswerRecorder(AttentionGradRecorder):
@@ -109,15 +112,18 @@ class _AnswerRecorder(AttentionGradRecorder):
         seeds: these gradients by name of the attention module.
     """
 
-    def __init__(self, budget: int | None, keep_graphs: bool, observer: AttentionRecorder | None) -> None:
-        super().__init__(1, budget, keep_graphs, 0, observer)
-        self.seeds: dict[str, KeysAndValues] = {}
+    def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None) -> None:
+        super().__init__(1, prompt.budget, not prompt.recompute, 0, observer)
+        self.seeds: dict[str, Seeds] = {}
+        self._prefixes = prompt.recorder.keys_and_values
+
+    def _prefix(self, site: Site) -> KeysAndValues | None:
+        return self._prefixes[site.name]
 
     def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
         super()._receive(call, blocks, grads)
-        if call.skipped:
-            keys, values = (required(grad)[:, :, : call.skipped] for grad in grads[1:])
-            self.seeds[call.site.name] = keys, values
+        if call.prefix_gradients is not None:
+            self.seeds[call.site.name] = call.prefix_gradients
 
 
 class PromptPass:
@@ -136,7 +142,8 @@ class PromptPass:
         inputs: as given.
         length: P.
         image: (N,) positions of the image tokens.
-        layers: by layer keys and values of the P - 1 tokens, (B, key-value heads, P - 1, d), detached.
+        layers: by layer keys and values of the P - 1 tokens, (B, key-value heads, P - 1, d), detached; none after a
+            backward pass.
         embeds: (B, N, D) image tokens at the input of the language model.
         hidden: residual stream of the P - 1 tokens before each layer and after the last, (B, P - 1, D) each, if kept.
         recorder: of the pass.
@@ -202,7 +209,7 @@ class PromptPass:
             for handle in handles:
                 handle.remove()
 
-    def backward(self, seeds: Mapping[str, KeysAndValues], receive: Receiver) -> None:
+    def backward(self, seeds: Mapping[str, Seeds], receive: Receiver) -> None:
         """Back-propagate gradients of the keys and values, handing every block of attention to ``receive``.
 
         Args:
@@ -210,12 +217,17 @@ class PromptPass:
             receive: see ``traced_calls.Receiver``.
         """
         self.recorder.seeds = seeds
-        gradients = seeds[list(self.recorder.keys_and_values)[-1]]
-        root = torch.stack([(part * grad).sum() for part, grad in zip(self._last, gradients, strict=True)]).sum()
+        gradients = seeds[self.recorder.layers["language"][-1]]
+        root = torch.stack([seed.product(part) for part, seed in zip(self._last, gradients, strict=True)]).sum()
         self.recorder.backward([root], [receive], self.length - 1, last=True)
 
+    def release_cache(self) -> None:
+        """Drop keys and values, which only passes behind the prompt need."""
+        self.layers = ()
+        self.recorder.keys_and_values.clear()
+
     def release(self) -> None:
-        """Drop the graph. Keys and values stay."""
+        """Drop the graph."""
         del self.recorder, self._last
 
 
@@ -229,7 +241,7 @@ class AnswerPass:
 
     def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None = None) -> None:
         self.prompt, self._observer = prompt, observer
-        self._recorder = _AnswerRecorder(prompt.budget, not prompt.recompute, observer)
+        self._recorder = _AnswerRecorder(prompt, observer)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -270,8 +282,11 @@ class AnswerPass:
         model, self.prompt.spent = self.prompt.model, True
         with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self._recorder):
             self._recorder.backward([root], [receive], rows, last=True)
+        seeds = self._recorder.seeds
+        del self._recorder
+        self.prompt.release_cache()
         with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self.prompt.recorder):
-            self.prompt.backward(self._recorder.seeds, receive)
+            self.prompt.backward(seeds, receive)
         self.prompt.release()
 
 

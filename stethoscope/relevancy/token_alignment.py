@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
+from stethoscope.relevancy.checkpointing import outer_layers, route_layers
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
 from stethoscope.tracing.token_spans import image_layout
 
@@ -100,8 +102,25 @@ class _AlignmentProbe(AttentionRecorder):
         output = value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         self._first = self._first or site.name
         if site.name == self._first:
-            self.tags.append(output.requires_grad_())
+            self.tags.append(output.requires_grad_() if torch.is_grad_enabled() else output)
         return output, None
+
+    def pass_gradients(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a vision layer behind the tags so that gradients pass it unchanged, without a graph of it.
+
+        That loses nothing: the layer works on every token by itself, as attention does not mix them.
+        """
+        tags = len(self.tags)
+        states = [part for part in tree_leaves((arguments, options)) if isinstance(part, Tensor) and part.requires_grad]
+        if len(states) == 1:
+            with torch.no_grad():
+                result = function(*arguments, **options)
+            floats = [part for part in tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
+            if len(self.tags) == tags and all(part.shape == states[0].shape for part in floats):
+                passed = states[0] - states[0].detach()
+                return tree_map(lambda part: part + passed if any(part is value for value in floats) else part, result)
+            del self.tags[tags:]
+        return function(*arguments, **options)
 
 
 def probe_alignment(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> TokenAlignment:
@@ -144,9 +163,10 @@ def _config_items(config: PreTrainedConfig) -> Iterator[str]:
 
 def _probe(model: PreTrainedModel, inputs: Mapping[str, Tensor], image: Tensor) -> TokenAlignment:
     """Find the alignment by a forward pass, without the cache."""
-    probe = _AlignmentProbe(image)
+    probe, roles = _AlignmentProbe(image), sites(model)
+    vision = [layer for layer in outer_layers(model) if roles[id(layer)].role == "vision"]
     try:
-        with record(model, probe):
+        with record(model, probe), route_layers(vision, probe.pass_gradients):
             model(**inputs, use_cache=False)
     except _LanguageModelReached:
         pass

@@ -31,6 +31,34 @@ class Block(NamedTuple):
     saliency: Tensor | None
 
 
+class PrefixGradient(NamedTuple):
+    """Gradient of keys or values before a call's own, as the factors that its live queries leave.
+
+    The gradient of a key is the sum over queries and heads of weight times vector; it takes d times the memory.
+
+    Attributes:
+        weights: (B, heads, live queries, prefix), float32 or better.
+        vectors: (B, heads, live queries, d), float32 or better.
+    """
+
+    weights: Tensor
+    vectors: Tensor
+
+    def add_to(self, gradient: Tensor) -> None:
+        """Add the gradient to that of the same keys or values, (B, key-value heads, prefix, d), in place."""
+        weights, vectors = self._grouped(gradient.shape[1])
+        gradient.flatten(0, 1).baddbmm_(weights.flatten(0, 1).transpose(1, 2), vectors.flatten(0, 1))
+
+    def product(self, prefix: Tensor) -> Tensor:
+        """Multiply keys or values (B, key-value heads, prefix, d) by their gradient and sum up: a scalar."""
+        weights, vectors = self._grouped(prefix.shape[1])
+        return (vectors @ prefix.to(vectors.dtype).transpose(-1, -2)).mul(weights).sum()
+
+    def _grouped(self, groups: int) -> list[Tensor]:
+        """Return the factors with the queries of all heads that share a key in one dimension."""
+        return [part.unflatten(1, (groups, -1)).flatten(2, 3) for part in self]
+
+
 Blocks = Iterator[Block]
 """All blocks of a call; all must be consumed."""
 Grads = tuple[Tensor | None, ...]
@@ -50,7 +78,8 @@ class TracedCall:
         ends: for every query, index + 1 of the last visible key (``visible_ends``).
         live: number of leading queries whose gradients reach all keys and values; None for all. Later queries pass
             gradients to their own key and value only (scope ``row``), or to none (cross-attention).
-        skipped: number of keys before that of the first query.
+        prefix: keys and values before those of the first query, (B, key-value heads, prefix, d) each; None without any.
+        prefix_gradients: of the prefix, filled in by a backward pass.
         salient: first query whose saliency is needed; None for none.
         budget: bytes that maps may take in the backward pass of this call.
         offset: first column of this call when a layer is called once per window.
@@ -74,7 +103,8 @@ class TracedCall:
     receive: Callable[[TracedCall, Blocks, Grads], None]
     ends: list[int]
     live: int | None = None
-    skipped: int = 0
+    prefix: tuple[Tensor, Tensor] | None = None
+    prefix_gradients: tuple[PrefixGradient, PrefixGradient] | None = None
     salient: int | None = None
     budget: int = BUDGET
     offset: int = 0
@@ -88,6 +118,11 @@ class TracedCall:
     needs_map: bool = False
     weights: Tensor | None = None
     finite: Tensor | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Number of keys before that of the first query."""
+        return 0 if self.prefix is None else self.prefix[0].shape[2]
 
 
 Receiver = Callable[[TracedCall, int, bool, Block], None]
