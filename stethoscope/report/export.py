@@ -20,7 +20,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.files import read_json, read_yaml
 from stethoscope.core.text import hide_paths, redact, redact_text
 from stethoscope.core.types import Answer
-from stethoscope.storage.saved_heatmaps import HeatmapFile
+from stethoscope.storage.saved_heatmaps import HeatmapFile, SavedMedia
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,12 +34,13 @@ EXPORTERS = {
     "every_eval_ever": "the community's schema 0.3.0: a JSON file for each task, a JSON line for each sample",
     "hub_results": ".eval_results/*.yaml for the model's repository on the hub",
     "inspect": "a .eval log for each task, for inspect's viewer",
+    "html": "a page of all samples with filters and pictures, which needs no server",
     "dataset": "a data set of samples and mentions, for `datasets.load_dataset` and the hub",
     "custom_generate": "the run's decoding method (no_image, vcd) as a folder that transformers' `generate` loads",
 }
 """Targets of ``stethoscope export``; each has a function in one of ``_MODULES`` that writes it."""
 _MODULES = {"every_eval_ever": "every_eval_ever", "hub_results": "hub_export", "inspect": "inspect_log",
-            "dataset": "hub_export", "custom_generate": "hub_export"}  # fmt: skip
+            "dataset": "hub_export", "html": "html_export", "custom_generate": "hub_export"}  # fmt: skip
 RELATIONS = ("first_party", "third_party", "collaborative", "other")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RIGHT = ("right", "correct")
@@ -236,8 +237,12 @@ class RunExport:
         return by_sample
 
     @cached_property
-    def _media(self) -> HeatmapFile:
+    def _heatmap_file(self) -> HeatmapFile:
         return HeatmapFile(self.source.folder)
+
+    def media(self, record: Record) -> SavedMedia | None:
+        """Read the picture and heat maps that the run has stored of a sample; None if it stored nothing."""
+        return self._heatmap_file.find(record)
 
     def data_uri(self, record: Record) -> str:
         """Return the picture of a record as a data URI; empty where there is none, or none that is small enough."""
@@ -246,7 +251,7 @@ class RunExport:
             return ""
         image = self.picture(record)
         if image is None:
-            media = self._media.find(record)
+            media = self.media(record)
             if media is None or media.picture is None:
                 return ""
             image = media.picture

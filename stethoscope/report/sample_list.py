@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stethoscope.core.text import counted
 from stethoscope.diagnosis.verdict import mention_outcome
@@ -13,9 +14,6 @@ from stethoscope.report.export import judge
 from stethoscope.report.run_source import RunReader, readable
 from stethoscope.storage.records import Record
 from stethoscope.storage.sample_notes import NOTES, Note, read_notes
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 MOST_SAMPLES = 3000  # of a task in the list
 ANSWER_LENGTH = 320  # characters of an answer in the list
@@ -44,8 +42,9 @@ def sample_rows(source: RunReader, answer_length: int | None = ANSWER_LENGTH) ->
     Returns:
         Rows with ``task``, ``sample``, ``question``, ``answer``, ``status``, ``fold`` (of the detector), ``right``
         (whether a question that has one right answer got it; None for others), ``truth`` (that answer; empty for
-        others), ``mentions`` (object, outcome, probability, None without a detector, and the first character of its
-        tokens) and ``notes``, what people have noted of the sample and its mentions.
+        others), ``objects`` (that the picture shows; None where they are not known), ``mentions`` (object, outcome,
+        probability, None without a detector, and the characters of its tokens) and ``notes``, what people have noted
+        of the sample and its mentions.
     """
     return [row for task in _tasks(source) for _, row in _entries(source, task, answer_length)]
 
@@ -116,16 +115,33 @@ def _same_sample(first: Record, other: Record) -> bool:
 
 
 def _entries(source: RunReader, task: str, answer_length: int | None = ANSWER_LENGTH) -> Iterator[Entry]:
-    """Yield the records of a task with their rows."""
-    judged = _judged_mentions(source, task)
+    """Yield the records of a task, ``MOST_SAMPLES`` at most, with their rows."""
+    records = islice(source.store.records(task), MOST_SAMPLES)
+    return noted_rows(source, task, records, _judged_mentions(source, task), answer_length)
+
+
+def noted_rows(
+    source: RunReader,
+    task: str,
+    records: Iterable[Record],
+    judged: Mapping[str, Sequence[Mapping[Any, Any]]],
+    answer_length: int | None,
+) -> Iterator[Entry]:
+    """Yield records with their rows and the notes on them.
+
+    Args:
+        source: the run.
+        task: of the records.
+        records: of the run.
+        judged: by sample the lines of ``warnings.jsonl``; they do not count for an answer without mentions.
+        answer_length: as of ``sample_rows``.
+    """
     noted: dict[str, list[Note]] = defaultdict(list)
     for note in read_notes(source.folder):
         if note.task == task:
             noted[note.sample_id].append(note)
-    for index, record in enumerate(source.store.records(task)):
-        if index == MOST_SAMPLES:
-            break
-        row = _row(record, judged.get(record.sample_id, ()), answer_length)
+    for record in records:
+        row = _row(record, judged.get(record.sample_id, ()) if record.mentions else (), answer_length)
         yield record, {**row, "notes": [note.to_dict() for note in noted.get(record.sample_id, ())]}
 
 
@@ -147,15 +163,21 @@ def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int
     if answer_length is not None and len(text) > answer_length:
         text = text[:answer_length] + " …"
     mentions: list[list[Any]] = [
-        [line["object"], mention_outcome(line["label"], line["warned"]), round(line["probability"], 4), line["start"]]
+        [
+            line["object"],
+            mention_outcome(line["label"], line["warned"]),
+            round(line["probability"], 4),
+            line["start"],
+            line["end"],
+        ]
         for line in judged
     ]
-    label = record.reference.get("label")
+    label, objects = record.reference.get("label"), record.reference.get("objects")
     counts = {} if record.score is None else record.score.counts
     outcome = None if "captions" in counts else judge(record, ())
     if not judged and outcome is None:  # where an answer is right or wrong, its mentions would only repeat that
         mentions = [
-            [mention.object, UNJUDGED.get(mention.label, "not judged"), None, mention.start]
+            [mention.object, UNJUDGED.get(mention.label, "not judged"), None, mention.start, mention.end]
             for mention in record.mentions
         ]
     return {
@@ -167,5 +189,6 @@ def _row(record: Record, judged: Sequence[Mapping[Any, Any]], answer_length: int
         "fold": str(judged[0]["fold"]) if judged else "",
         "right": None if outcome is None else outcome.correct,
         "truth": label if isinstance(label, str) else "",
+        "objects": list(map(str, objects)) if isinstance(objects, list) else None,
         "mentions": mentions,
     }

@@ -132,7 +132,7 @@ def test_a_note_is_written_into_the_run_and_changes_no_result(folder, pool, tmp_
     runs = Runs(tmp_path / "runs", None, tmp_path, writable=True)
     rows = json.loads(runs.listing("small"))["rows"]
     row = next(row for row in rows if row["mentions"])
-    name, _, _, start = row["mentions"][0]
+    name, _, _, start, _ = row["mentions"][0]
     values = {"task": row["task"], "sample": row["sample"], "start": start, "label": 0, "tags": ["odd"], "text": EVIL}
     runs.annotate("small", values, "me")
     message = json.loads(runs.listing("small"))

@@ -11,6 +11,8 @@ const pictures = new Map(); // by key, once they have come
 let wanted = new Set(); // keys that the server was asked for
 let split = new Set(); // tasks whose images a detector has learned from
 let rows = [], limit = PAGE, run = "", other = "", state = "", timer = 0, writable = false;
+let opened = null; // on a static page: key of the sample that is looked at, and the first character of a mention
+let page = null; // what a static page brings along: pictures, and the colours of heat maps
 let editing = null; // the note that is being written: key, name of the run, and the form, which survives a new list
 
 function options(id, pairs) {
@@ -147,7 +149,8 @@ function thumbnail(row) {
   const image = make("img", undefined, "st-thumbnail");
   image.alt = "";
   image.dataset.key = keyOf(row);
-  if (pictures.has(keyOf(row))) image.src = pictures.get(keyOf(row)); else image.hidden = true;
+  const own = page ? page.pictures[row.picture] : pictures.get(keyOf(row));
+  if (own) image.src = own; else image.hidden = true;
   return image;
 }
 
@@ -162,23 +165,85 @@ function fetchThumbnails() {
 
 // --- cards ---------------------------------------------------------------------------------------------------------
 
+function open(row, name, mention) { // in the first tab, or on a static page in its own card
+  if (trigger) { trigger("look", mention === undefined ? address(row, name) : { ...address(row, name), mention }); return; }
+  const key = keyOf(row), start = mention === undefined ? null : mention, again = opened && opened.key === key && opened.start === start;
+  opened = again ? null : { key, start };
+  window.location.replace(`#${again ? "" : encodeURIComponent(key)}`);
+  show();
+}
+
+function isOpen(row) {
+  return opened !== null && opened.key === keyOf(row);
+}
+
+function answerText(row, side) { // with the mention marked that is looked at
+  const words = make("p", undefined, "st-words"), mention = isOpen(row) ? side.mentions.find((one) => one[3] === opened.start) : null;
+  if (!mention) { words.textContent = side.answer; return words; }
+  const [start, end] = mention.slice(3), letters = [...side.answer]; // as Python counts characters
+  const [before, name, after] = [letters.slice(0, start), letters.slice(start, end), letters.slice(end)].map((part) => part.join(""));
+  words.append(before + name.slice(0, name.length - name.trimStart().length), make("mark", name.trim()), name.slice(name.trimEnd().length) + after);
+  return words;
+}
+
+function heatmap(row, text, width, height, source) { // the picture under a mention's relevancy, drawn as the report does
+  const [high, wide] = row.maps.shape, sheet = make("canvas"), canvas = make("canvas"), small = new ImageData(wide, high);
+  const values = Uint8Array.from(atob(row.maps.values[opened.start]), (letter) => letter.charCodeAt(0)), top = Math.max(...values) || 1;
+  values.forEach((value, cell) => {
+    const strength = value / top, position = strength * (page.ramp.length - 1), low = Math.min(Math.floor(position), page.ramp.length - 2);
+    small.data.set([...page.ramp[low].map((part, index) => part + (position - low) * (page.ramp[low + 1][index] - part)), 255 * page.opacity * strength], 4 * cell);
+  });
+  [sheet.width, sheet.height, canvas.width, canvas.height] = [wide, high, width, height];
+  sheet.getContext("2d").putImageData(small, 0, 0);
+  const brush = canvas.getContext("2d");
+  brush.drawImage(source, 0, 0, width, height);
+  brush.imageSmoothingEnabled = false;
+  brush.drawImage(sheet, 0, 0, width, height);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", text);
+  return canvas;
+}
+
+function figure(content, caption) {
+  const box = make("figure");
+  box.append(content, make("figcaption", caption, "st-soft"));
+  return box;
+}
+
+function detail(row) { // on a static page: the picture, the heat map of a mention, and the truth
+  const box = make("div", undefined, "st-detail"), image = make("img"), mention = row.mentions.find((one) => one[3] === opened.start);
+  if (page.pictures[row.picture]) {
+    image.alt = `picture of ${row.sample}`;
+    image.src = page.pictures[row.picture];
+    box.append(figure(image, row.sample));
+    if (mention && row.maps.values && row.maps.values[mention[3]]) {
+      const text = `what ${mention[0]} was written from`, place = figure("", text);
+      image.decode().then(() => place.prepend(heatmap(row, text, image.naturalWidth, image.naturalHeight, image)));
+      box.append(place);
+    }
+  }
+  if (row.objects) box.append(make("p", `The picture shows: ${[...row.objects].sort().join(", ") || "none of these objects"}.`, "st-soft"));
+  return box;
+}
+
 function opener(row, name) {
-  const open = make("button", "look at it", "st-open");
-  open.type = "button";
-  open.setAttribute("aria-label", `look at sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
-  open.addEventListener("click", () => trigger("look", address(row, name)));
-  return open;
+  const button = make("button", !trigger && isOpen(row) ? "close" : "look at it", "st-open");
+  if (!trigger) button.setAttribute("aria-expanded", isOpen(row));
+  button.type = "button";
+  button.setAttribute("aria-label", `look at sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
+  button.dataset.use = `look ${name}`;
+  button.addEventListener("click", () => open(row, name));
+  return button;
 }
 
 function chips(row, side, beside, name) { // right mentions are only counted, but for those that the other run has otherwise
-  const box = make("div", undefined, "st-chips"), plain = (one) => ["right", "grounded"].includes(one[1]) && !(beside && changed(one, beside));
+  const box = make("div", undefined, "st-chips"), plain = (one) => ["right", "grounded"].includes(one[1]) && !(beside && changed(one, beside)) && !isOpen(row);
   if (side.right !== null) box.append(make("span", side.right ? "right answer" : `wrong answer, right is ${side.truth}`, "st-chip" + (side.right ? "" : " st-missed")));
   side.mentions.filter((one) => !plain(one)).forEach(([object, kind, chance, mention]) => {
-    const chip = make(trigger ? "button" : "span", `${kind}: ${object}${chance === null ? "" : ` ${percent(chance)}`}`, "st-chip st-" + kind.replace(" ", "-"));
-    if (trigger) {
-      chip.type = "button";
-      chip.addEventListener("click", () => trigger("look", { ...address(row, name), mention }));
-    }
+    const chip = make("button", `${kind}: ${object}${chance === null ? "" : ` ${percent(chance)}`}`, "st-chip st-" + kind.replace(" ", "-"));
+    chip.type = "button";
+    chip.dataset.use = `${mention} ${name}`;
+    chip.addEventListener("click", () => open(row, name, mention));
     box.append(chip);
   });
   const right = side.mentions.filter(plain).length;
@@ -192,7 +257,7 @@ function notes(side) {
   const list = make("ul", undefined, "st-notes");
   list.append(...side.notes.map((note) => {
     const parts = [...(note.label === null ? [] : [`label corrected to ${LABELS[note.label]}`]), ...note.tags.map((tag) => `#${tag}`), ...(note.text ? [note.text] : [])];
-    return make("li", `${note.object ? note.object + ": " : ""}${parts.join("; ")} (${note.author}, ${note.time.slice(0, 10)})`);
+    return make("li", `${note.object ? note.object + ": " : ""}${parts.join("; ")} (${note.author ? note.author + ", " : ""}${note.time.slice(0, 10)})`);
   }));
   return list;
 }
@@ -233,6 +298,7 @@ function noteForm(row, side, name) { // of the sample or of one of its mentions;
 function noteButton(row, side, name) {
   const button = make("button", "note", "st-open");
   button.type = "button";
+  button.dataset.use = `note ${name}`;
   button.setAttribute("aria-label", `note on sample ${row.sample}${row.other ? ` of ${name}` : ""}`);
   button.addEventListener("click", () => {
     editing = { key: keyOf(row), name, form: noteForm(row, side, name) };
@@ -253,7 +319,7 @@ function remark(side) {
 
 function buttons(row, side, name) {
   const box = make("span", undefined, "st-buttons");
-  if (trigger) box.append(...(writable ? [noteButton(row, side, name)] : []), opener(row, name));
+  box.append(...(writable ? [noteButton(row, side, name)] : []), opener(row, name));
   return box;
 }
 
@@ -264,7 +330,8 @@ function card(row) {
   box.append(thumbnail(row), head, make("p", row.question, "st-soft"));
   if (!row.other) {
     head.append(buttons(row, row, run));
-    box.append(make("p", row.answer, "st-words"), chips(row, row, null, run), ...noted(row, row, run));
+    box.append(answerText(row, row), chips(row, row, null, run), ...noted(row, row, run));
+    if (isOpen(row)) box.append(detail(row));
     return box;
   }
   const both = make("div", undefined, "st-columns st-both");
@@ -282,14 +349,28 @@ function card(row) {
 
 function show() {
   const shown = ordered(rows.filter(fits)), held = document.activeElement, kept = held && element.contains(held) ? held.closest("article") : null;
-  const index = kept ? [...kept.querySelectorAll("button")].indexOf(held) : -1;
   $("count").textContent = rows.length ? `${shown.length} of ${counted(rows.length, "sample")}` : "";
   $("rows").replaceChildren(...shown.slice(0, limit).map(card));
   $("more").hidden = shown.length <= limit;
   const again = kept && [...$("rows").children].find((box) => box.dataset.key === kept.dataset.key);
-  if (again && index >= 0) (again.querySelectorAll("button")[index] || again.querySelector("button")).focus();
+  if (again && !again.contains(document.activeElement)) {
+    const buttons = [...again.querySelectorAll("button")];
+    const heir = again.contains(held) ? held : buttons.find((button) => button.dataset.use && button.dataset.use === held.dataset.use);
+    (heir || buttons[0]).focus(); // in its new card
+  }
   fetchThumbnails();
   window.stethoscopeOrder = [run, ...(other ? [other] : [])].flatMap((name) => shown.map((row) => address(row, name))); // in which the viewer goes to the previous and the next
+}
+
+function openLink() { // of a static page, to a sample
+  let key = "";
+  try { key = decodeURIComponent(window.location.hash.slice(1)); } catch (error) { return; }
+  const row = rows.find((one) => keyOf(one) === key);
+  if (trigger || !row) return;
+  opened = { key, start: null };
+  $("fold").value = "";
+  $("find").value = row.sample;
+  show();
 }
 
 function look() { // again at a run in progress, while somebody sees it
@@ -307,6 +388,7 @@ function receive() {
   try { message = JSON.parse(props.value); } catch (error) { message = { rows: [], note: "what came from the server cannot be read", run: "", other: "" }; }
   const same = message.run === run && message.other === other; // of a run that is going on: nothing that was chosen is lost
   ({ rows, run, other, writable } = message);
+  page = trigger ? null : message;
   editing = null;
   state = message.state || "";
   if (!same) {
@@ -325,7 +407,8 @@ function receive() {
   options("order", other ? [...ORDERS, APART] : ORDERS);
   const tags = [...new Set(rows.flatMap(notesOf).flatMap((note) => note.tags))].sort();
   options("noted", [["", "all samples"], ["any", "with a note"], ["label", "with a corrected label"], ...tags.map((tag) => [`#${tag}`, `#${tag}`])]);
-  $("noted-line").hidden = $("saving").hidden = !rows.some((row) => notesOf(row).length);
+  $("noted-line").hidden = !rows.some((row) => notesOf(row).length);
+  $("saving").hidden = !trigger || $("noted-line").hidden;
   if ($("noted-line").hidden) $("noted").value = "";
   choices("fold", [...new Set(rows.map((row) => row.fold).filter(Boolean))]);
   choices("task", [...new Set(rows.map((row) => row.task))]);
@@ -354,3 +437,4 @@ $("refresh").addEventListener("click", () => trigger("refresh", { run, other, st
 for (const button of $("saving").children) button.addEventListener("click", () => trigger("notes", { run, kind: button.dataset.kind }));
 watch("value", receive);
 receive();
+openLink();

@@ -56,9 +56,9 @@ def test_a_row_says_what_became_of_every_mention(run_of):
     warned = [warning("a", "dog", 1, True, 0.91234), warning("a", "cat", 0, True), warning("b", "dog", 1, False)]
     rows = sample_rows(run_of("one", [record("a"), record("b", "x" * 400), record("c")], warned))
     assert [row["mentions"] for row in rows] == [
-        [["dog", "caught", 0.9123, 1], ["cat", "false alarm", 0.5, 1]],
-        [["dog", "missed", 0.5, 1]],
-        [["dog", "hallucinated", None, 2]],  # labelled, and judged by no detector
+        [["dog", "caught", 0.9123, 1, 9], ["cat", "false alarm", 0.5, 1, 9]],
+        [["dog", "missed", 0.5, 1, 9]],
+        [["dog", "hallucinated", None, 2, 5]],  # labelled, and judged by no detector
     ]
     assert [row["fold"] for row in rows] == ["test", "test", ""]
     assert len(rows[1]["answer"]) == ANSWER_LENGTH + 2
