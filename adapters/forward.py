@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from stethoscope.core.types import required
 from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
 from stethoscope.tracing.trace import Encoded, PromptCache, Spans
 
 if TYPE_CHECKING:
@@ -200,6 +203,7 @@ class ForwardRunner:
         caches: Sequence[PromptCache],
         tail_lengths: Sequence[int] | None = None,
         consuming: bool = False,
+        hidden: Sequence[Sequence[int]] | None = None,
     ) -> ForwardPass:
         """Prepare a pass over the answers and the prompts' last tokens, continuing from the KV cache of the others.
 
@@ -210,6 +214,7 @@ class ForwardRunner:
             tail_lengths: number of prompt tokens to run again, at least the last, which predicts the first answer
                 token; 1 each by default.
             consuming: as for ``full_forward``.
+            hidden: by prompt, positions that nothing in the pass attends to.
         """
         read = [ids if consuming else ids[:-1] for ids in answers]
         tails = list(tail_lengths or [1] * len(encoded))
@@ -224,6 +229,8 @@ class ForwardRunner:
         mask = torch.ones(len(queries), longest_prefix + longest, dtype=torch.long)
         for index, offset in enumerate(pad_offsets):
             mask[index, :offset] = 0
+            if hidden is not None:
+                mask[index, [offset + position for position in hidden[index]]] = 0
         inputs: dict[str, Any] = self.to_device(
             {
                 "input_ids": torch.tensor([[*ids, *[self.pad_id] * (longest - len(ids))] for ids in queries]),
@@ -254,6 +261,21 @@ class ForwardRunner:
         head = self.positions_to_keep([inputs["input_ids"].shape[1] - 1])
         cache = self.model(**inputs, **head, use_cache=True).past_key_values
         return _split_cache(cache, [[slice(0, length)] for length in lengths])
+
+    def read_prompts(self, encoded: Sequence[Encoded]) -> list[PromptCache]:
+        """Run one pass over B prompts of a causal model, which ends at the keys and values of the last layer.
+
+        Args:
+            encoded: B prompts; what follows in a later pass begins with their last tokens.
+
+        Returns:
+            B caches, parts of the same tensors.
+        """
+        cache, last = DynamicCache(), self.model.config.get_text_config().num_hidden_layers
+        with suppress(_PromptRead), record(self.model, _StopAtKeys(last)):
+            self.model(**self.collate(encoded, "right"), past_key_values=cache, use_cache=True)
+        caches = _split_cache(cache, [[slice(0, prompt.spans.length)] for prompt in encoded])
+        return required(caches)
 
     def generate_from_prefixes(self, encoded: Sequence[Encoded], prefixes: Sequence[Prefix]) -> dict[str, Any]:
         """Prepare arguments of ``generate`` for B prompts of a causal model whose first tokens are in KV caches.
@@ -336,6 +358,25 @@ class ForwardRunner:
     def positions_to_keep(self, positions: Sequence[int]) -> dict[str, list[int]]:
         """Return the argument that makes the head run on some positions alone, see ``logits_to_keep``."""
         return {"logits_to_keep": list(positions)} if self._takes_positions else {}
+
+
+class _PromptRead(Exception):
+    """Ends a pass of which only keys and values are needed."""
+
+
+class _StopAtKeys(AttentionRecorder):
+    """Ends a pass at the attention of the last layer, whose keys and values are in the cache by then."""
+
+    roles = ("language",)
+
+    def __init__(self, layers: int) -> None:
+        self._remaining = layers
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        self._remaining -= 1
+        if not self._remaining:
+            raise _PromptRead
+        return call.sdpa()
 
 
 def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:

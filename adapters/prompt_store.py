@@ -59,11 +59,11 @@ class BlankPrefixCache(PromptStore):
     """Store KV caches of prompts with a blank image."""
 
     def __init__(self) -> None:
-        super().__init__(_bytes)
+        super().__init__(lambda cache: cache.nbytes)
 
     def put(self, key: Hashable, cache: PromptCache) -> None:
         """Store a copy of a cache, without the batch that it was computed in."""
-        if _bytes(cache) <= _BLANK_BYTES:
+        if cache.nbytes <= _BLANK_BYTES:
             self._caches.put(key, cache.clone())
 
 
@@ -73,7 +73,3 @@ def blank_key(encoded: Encoded) -> Hashable:
         (name, tuple(value.shape), b"" if name == "pixel_values" else value.contiguous().cpu().numpy().tobytes())
         for name, value in sorted(encoded.inputs.items())
     )
-
-
-def _bytes(cache: PromptCache) -> int:
-    return sum(part.nbytes for layer in cache.layers for part in layer)

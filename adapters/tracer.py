@@ -7,10 +7,11 @@ has a graph, and stands behind a pass over the prompts that has one too (``relev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +36,27 @@ from stethoscope.tracing.state_recorder import HiddenStateRecorder
 from stethoscope.tracing.trace import CONTINUED_TOKENS, PROMPT_REQUIREMENTS, Encoded, PromptCache, Trace, probe_layers
 
 _DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
+_TOGETHER_BYTES, _TOGETHER_ROWS = 2**25, 64  # of KV caches of one pass, and of rows that are only padding
 _STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
 """Needs that read the residual stream of the rows."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
+
+
+class _Continuation(NamedTuple):
+    """A contrast whose pass goes on from KV caches.
+
+    Attributes:
+        name: of its logits.
+        caches: of B prompts.
+        tails: number of prompt tokens that run again, of each.
+        hidden: by prompt, positions that nothing in the pass attends to.
+    """
+
+    name: str
+    caches: Sequence[PromptCache]
+    tails: Sequence[int]
+    hidden: Sequence[Sequence[int]]
 
 
 class Tracer:
@@ -230,34 +248,70 @@ class Tracer:
         requires: frozenset[str],
         core_tokens: Sequence[Sequence[int]] | None,
     ) -> dict[str, Tensor]:
-        """Return (B, T, V) logits by name, one pass each; ``core_tokens`` are those that answers attend to most."""
-        contrasts = {}
-        if "noise" in requires:  # noise is drawn for one prompt at a time, so that it does not depend on the batch
-            changed = [
-                Encoded({**prompt.inputs, "pixel_values": noised(prompt.inputs["pixel_values"])}, prompt.spans, "", "")
-                for prompt in encoded
-            ]
-            contrasts["noise_logits"] = self._forward.logits(self._forward.full_forward(changed, ids)).cpu()
+        """Return (B, T, V) logits by name; ``core_tokens`` are those that answers attend to most."""
+        hidden: dict[str, Sequence[Sequence[int]]] = {}
         if "no_image" in requires:
-            hidden = [prompt.spans.image for prompt in encoded]
-            contrasts["no_image_logits"] = self._without(encoded, ids, hidden).cpu()
+            hidden["no_image_logits"] = [prompt.spans.image for prompt in encoded]
         if core_tokens is not None:
-            contrasts["core_logits"] = self._without(encoded, ids, core_tokens).cpu()
-        if "blank" in requires:
+            hidden["core_logits"] = core_tokens
+        # noise is drawn for one prompt at a time, so that it does not depend on the batch
+        changed = [
+            Encoded({**prompt.inputs, "pixel_values": noised(prompt.inputs["pixel_values"])}, prompt.spans, "", "")
+            for prompt in (encoded if "noise" in requires else ())
+        ]
+        continued = self._continuations(encoded, changed, hidden, "blank" in requires)
+        contrasts: dict[str, Tensor] = {}
+        for group in _together(continued):
+            prompts, answers = list(encoded) * len(group), list(ids) * len(group)
+            parts = (list(chain.from_iterable(part)) for part in zip(*(item[1:] for item in group), strict=True))
+            caches, tails, positions = parts
+            forward = self._forward.continue_from_cache(prompts, answers, caches, tails, hidden=positions)
+            logits = self._forward.logits(forward).cpu().split(len(encoded))
+            contrasts.update(zip((item.name for item in group), logits, strict=True))
+        if changed and "noise_logits" not in contrasts:
+            contrasts["noise_logits"] = self._forward.logits(self._forward.full_forward(changed, ids)).cpu()
+        for name in hidden.keys() - contrasts.keys():
+            contrasts[name] = self._without(encoded, ids, hidden[name]).cpu()
+        if "blank" in requires and "blank_logits" not in contrasts:
             contrasts["blank_logits"] = self._forward.logits(self._blank_forward(encoded, ids)).cpu()
         return contrasts
+
+    def _continuations(
+        self,
+        encoded: Sequence[Encoded],
+        noise: Sequence[Encoded],
+        hidden: Mapping[str, Sequence[Sequence[int]]],
+        blank: bool,
+    ) -> list[_Continuation]:
+        """List the contrasts that go on from KV caches of all prompts.
+
+        Args:
+            encoded: the prompts.
+            noise: the same prompts with noised images, if these are asked for.
+            hidden: by name of the logits and by prompt, image tokens that nothing behind the image attends to.
+            blank: whether a blank image is asked for.
+        """
+        if not self._forward.causal or not all(map(_has_text_last, encoded)):
+            return []
+        continued, last, nothing = [], [1] * len(encoded), [()] * len(encoded)
+        if noise:
+            continued.append(_Continuation("noise_logits", self._forward.read_prompts(noise), last, nothing))
+        caches = self._blank_caches(encoded) if blank else None
+        if caches is not None:
+            continued.append(_Continuation("blank_logits", caches, last, nothing))
+        own = [prompt.cache for prompt in encoded if prompt.cache is not None]
+        if len(own) == len(encoded) and all(map(_has_whole_image, encoded)):
+            tails = [prompt.spans.length - 1 - prompt.spans.image[-1] for prompt in encoded]
+            continued += [_Continuation(name, own, tails, positions) for name, positions in hidden.items()]
+        return continued
 
     def _without(
         self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], hidden: Sequence[Sequence[int]]
     ) -> Tensor:
         """Return (B, T, V) logits when nothing behind the image may attend to the ``hidden`` positions."""
-        forward = self._behind_images(encoded, ids) or self._forward.full_forward(encoded, ids)
-        hidden = [
-            [position + offset for position in positions]
-            for positions, offset in zip(hidden, forward.pad_offsets, strict=True)
-        ]
+        forward = self._forward.full_forward(encoded, ids)
         encodes = self._forward.decoder_start is not None
-        with record(self._model, Knockout(hidden, forward.spans, forward.length, encodes, forward.queries)):
+        with record(self._model, Knockout(hidden, forward.spans, forward.length, encodes)):
             return self._forward.logits(forward)
 
     def _imagining(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> Tensor:
@@ -311,24 +365,8 @@ class Tracer:
                 self._hidden_images.put(key, part)
         return [states[key] for key in keys]
 
-    def _behind_images(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass | None:
-        """Prepare a pass that begins behind the images, whose own rows no contrast of attention changes.
-
-        None where a prompt has no cache, or other tokens between those of the image.
-        """
-        spans = [prompt.spans for prompt in encoded]
-        contiguous = all(span.image[-1] - span.image[0] + 1 == len(span.image) for span in spans)
-        caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
-        if not contiguous or len(caches) < len(encoded):
-            return None
-        tails = [span.length - 1 - span.image[-1] for span in spans]
-        return self._forward.continue_from_cache(encoded, ids, caches, tails)
-
     def _blank_forward(self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]]) -> ForwardPass:
-        """Prepare a pass over answers to blank images."""
-        caches = self._blank_caches(encoded) if self._forward.causal else None
-        if caches is not None:
-            return self._forward.continue_from_cache(encoded, ids, caches)
+        """Prepare a pass over whole prompts with blank images, and answers."""
         forward = self._forward.full_forward(encoded, ids)
         forward.inputs["pixel_values"] = torch.full_like(forward.inputs["pixel_values"], self._blank_value)
         return forward
@@ -363,3 +401,27 @@ class Tracer:
         inputs = self._forward.extended(encoded, answer.token_ids)
         relevancy = relevancy_from_inputs(self._model, inputs, answer.token_ids, recompute=recompute)
         return replace(relevancy, question_positions=encoded.spans.question)
+
+
+def _together(continued: Sequence[_Continuation]) -> Iterator[list[_Continuation]]:
+    """Yield the contrasts of every pass: of small caches, of prompts that go on from about the same position."""
+    group: list[_Continuation] = []
+    for item in sorted(continued, key=lambda item: max(item.tails)):
+        total = sum(cache.nbytes for other in (*group, item) for cache in other.caches)
+        padding = sum(max(item.tails) - tail for other in group for tail in other.tails)
+        if group and (total > _TOGETHER_BYTES or padding > _TOGETHER_ROWS):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _has_text_last(prompt: Encoded) -> bool:
+    """Whether the last token is none of the image's, so that it can run again without pixels."""
+    return prompt.spans.image[-1] < prompt.spans.length - 1
+
+
+def _has_whole_image(prompt: Encoded) -> bool:
+    """Whether no other tokens are between those of the image."""
+    return prompt.spans.image[-1] - prompt.spans.image[0] + 1 == len(prompt.spans.image)

@@ -23,9 +23,10 @@ import stethoscope
 from stethoscope.adapters.base import Adapter
 from stethoscope.core.types import Generation, Sample
 from stethoscope.evaluation.callbacks import SaveHeatmaps
-from stethoscope.evaluation.pipeline import TRACE_BATCH, without_vectors
+from stethoscope.evaluation.pipeline import TRACE_BATCH
 from stethoscope.evaluation.state import RunState
 from stethoscope.features import FeatureSet, named_set
+from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.storage.tokens import TokenFiles, token_table
@@ -93,11 +94,12 @@ def measure(
             for start in range(0, len(kept), TRACE_BATCH):
                 few = slice(start, start + TRACE_BATCH)
                 traces = adapter.trace_batch(kept[few], answers[few], features.requires)
-                for sample, trace in zip(asked[few], traces, strict=True):
+                computed = compute_columns(features, traces)
+                for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
                     mentions = run.task.label_mentions(sample, trace.answer)
                     named = [mention is not None for mention in trace.answer.owners(mentions)]
-                    columns = without_vectors(features.compute(trace), named)
-                    rows.append(token_table(run.task.name, sample, trace.answer, mentions, columns))
+                    values = without_vectors(columns, named)
+                    rows.append(token_table(run.task.name, sample, trace.answer, mentions, values))
                     maps.on_trace(run, sample, trace)
             tables.append(rows)
 

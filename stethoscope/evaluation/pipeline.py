@@ -21,7 +21,7 @@ from stethoscope.core.system import free_memory, out_of_memory
 from stethoscope.core.text import redact_text
 from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
-from stethoscope.features.registry import without_vectors
+from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
 from stethoscope.storage.tokens import token_table
 from stethoscope.tasks.object_extraction import TextMention
@@ -162,8 +162,7 @@ class SamplePipeline:
                     self._score(state)
                 to_trace = [state for state in chunk if state.error is None and self.wants_rows(state)]
                 _release_cache([state for state in chunk if state not in to_trace])
-                for state, trace in zip(to_trace, self._trace(to_trace), strict=True):
-                    self._featurize(state, trace)
+                self._featurize(to_trace, self._trace(to_trace))
                 for state in chunk:
                     state.encoded = None
                 finished += chunk
@@ -367,16 +366,24 @@ class SamplePipeline:
         """Return the objects that an answer to a sample's question names, as the task reads it."""
         return {mention.object for mention in self.run.task.label_mentions(sample, answer)}
 
-    def _featurize(self, state: SampleState, trace: Trace | None) -> None:
-        """Compute the token rows of a traced answer."""
-        if trace is None or self.features is None:
-            return
-        self._session.call("on_trace", state.sample, trace)
-        with self._stage(state, "trace"):
-            named = [mention is not None for mention in state.given_answer.owners(state.mentions)]
-            columns, task = without_vectors(self.features.compute(trace), named), self.run.task
-            texts = (state.prompt, task.version, state.picture)
-            state.rows = token_table(task.name, state.sample, state.given_answer, state.mentions, columns, *texts)
+    def _featurize(self, states: Sequence[SampleState], traces: Sequence[Trace | None]) -> None:
+        """Compute the token rows of traced answers."""
+        traced = {id(state): trace for state, trace in zip(states, traces, strict=True) if trace is not None}
+        states, task = [state for state in states if id(state) in traced], self.run.task
+        for state in states:
+            self._session.call("on_trace", state.sample, traced[id(state)])
+
+        def compute(batch: Sequence[SampleState]) -> Sequence[Mapping[str, np.ndarray]]:
+            return compute_columns(self.features, [traced[id(state)] for state in batch])
+
+        for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):
+            if columns is not None:
+                with self._stage(state, "trace"):
+                    named = [mention is not None for mention in state.given_answer.owners(state.mentions)]
+                    texts, values = (state.prompt, task.version, state.picture), without_vectors(columns, named)
+                    state.rows = token_table(
+                        task.name, state.sample, state.given_answer, state.mentions, values, *texts
+                    )
 
     def wants_rows(self, item: SampleState | Record) -> bool:
         """Whether the answer of a state or record is to be traced."""

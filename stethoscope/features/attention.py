@@ -23,7 +23,7 @@ def _mass(trace: Trace, segment: str) -> Tensor:
     return trace.mean_mass[..., SEGMENTS.index(segment)]
 
 
-@feature("attention", higher_means="grounded", requires=["attention"])
+@feature("attention", higher_means="grounded", requires=["attention"], by_row=True)
 def attn_image(trace: Trace) -> Tensor:
     """Attention mass on the image tokens in [0, 1], mean over heads, by layer (VAR, Jiang et al. 2025).
 
@@ -32,7 +32,7 @@ def attn_image(trace: Trace) -> Tensor:
     return _mass(trace, "image")
 
 
-@feature("attention", higher_means="depends", requires=["attention"])
+@feature("attention", higher_means="depends", requires=["attention"], by_row=True)
 def attn_question(trace: Trace) -> Tensor:
     """Attention mass on the question in [0, 1], mean over heads, by layer.
 
@@ -41,7 +41,7 @@ def attn_question(trace: Trace) -> Tensor:
     return _mass(trace, "question")
 
 
-@feature("attention", higher_means="hallucinated", requires=["attention"])
+@feature("attention", higher_means="hallucinated", requires=["attention"], by_row=True)
 def attn_previous(trace: Trace) -> Tensor:
     """Attention mass on the earlier answer tokens in [0, 1], mean over heads, by layer.
 
@@ -52,7 +52,7 @@ def attn_previous(trace: Trace) -> Tensor:
     return _mass(trace, "previous")
 
 
-@feature("attention", higher_means="depends", requires=["attention"])
+@feature("attention", higher_means="depends", requires=["attention"], by_row=True)
 def attn_first(trace: Trace) -> Tensor:
     """Attention mass on the first token of the sequence in [0, 1], mean over heads, by layer.
 
@@ -70,7 +70,7 @@ def middle(layers: int) -> slice:
     return slice(round(0.15 * layers), round(0.55 * layers) + 1)
 
 
-@feature("attention", higher_means="grounded", requires=["attention"])
+@feature("attention", higher_means="grounded", requires=["attention"], by_row=True)
 def svar(trace: Trace) -> Tensor:
     """Visual attention ratio ``attn_image`` summed over the middle layers (SVAR, Jiang et al. 2025).
 
@@ -81,7 +81,7 @@ def svar(trace: Trace) -> Tensor:
     return _mass(trace, "image")[:, middle(trace.require("mass").shape[1])].sum(-1)
 
 
-@feature("attention", higher_means="depends", requires=["attention"])
+@feature("attention", higher_means="depends", requires=["attention"], by_row=True)
 def attn_entropy(trace: Trace) -> Tensor:
     """Entropy of the head-mean attention over image tokens divided by log N, in [0, 1], by layer.
 
@@ -92,10 +92,12 @@ def attn_entropy(trace: Trace) -> Tensor:
 
 def select_rows(part: Rows, trace: Trace, offset: int) -> Rows:
     """Select the predicting (``offset`` 0) or the consuming rows (1) of (T + 1, ...) rows: (T, ...)."""
-    return part[offset : offset + len(trace.answer.token_ids)]
+    if not trace.counts:
+        return part[offset : offset + len(trace.answer.token_ids)]
+    return part[trace.positions + trace.starts + offset]
 
 
-@feature("heads", higher_means="grounded", requires=["heads"], rows="both")
+@feature("heads", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def head_image(trace: Trace, offset: int) -> Tensor:
     """Attention mass on the image tokens in [0, 1], by head: input of VAR's classifier.
 
@@ -106,7 +108,7 @@ def head_image(trace: Trace, offset: int) -> Tensor:
     return select_rows(trace.require("heads").mass, trace, offset)[..., SEGMENTS.index("image")]
 
 
-@feature("heads", higher_means="depends", requires=["heads"], rows="both")
+@feature("heads", higher_means="depends", requires=["heads"], rows="both", by_row=True)
 def top20_mean(trace: Trace, offset: int) -> Tensor:
     """Mean of the 20 largest attentions to image tokens, in [0, 1], by head (HaloProbe).
 
@@ -117,7 +119,7 @@ def top20_mean(trace: Trace, offset: int) -> Tensor:
     return select_rows(trace.require("heads").top, trace, offset)[..., 0]
 
 
-@feature("heads", higher_means="depends", requires=["heads"], rows="both")
+@feature("heads", higher_means="depends", requires=["heads"], rows="both", by_row=True)
 def top20_entropy(trace: Trace, offset: int) -> Tensor:
     """Entropy in nats of the 20 largest attentions to image tokens, by head (HaloProbe).
 
@@ -134,14 +136,12 @@ def _lookback(trace: Trace, offset: int, context: tuple[str, ...]) -> Tensor:
     size = sum(len(spans[name]) for name in context)
     mass = select_rows(trace.require("heads").mass, trace, offset)
     to_context = mass[..., [SEGMENTS.index(name) for name in context]].sum(-1) / max(size, 1)
-    earlier = mass.new_tensor([max(index + offset, 1) for index in range(len(mass))])
-    to_answer = mass[..., SEGMENTS.index("previous")] / earlier[:, None, None]
-    if offset == 0:
-        to_answer[:1] = 0
+    earlier = mass.new_tensor(trace.positions + offset)[:, None, None]
+    to_answer = mass[..., SEGMENTS.index("previous")] / earlier.clamp(min=1) * (earlier > 0)
     return to_context / (to_context + to_answer).clamp(min=1e-12)
 
 
-@feature("lookback", higher_means="grounded", requires=["heads"], rows="both")
+@feature("lookback", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def lookback_image(trace: Trace, offset: int) -> Tensor:
     """Lookback ratio to the image tokens, in [0, 1], by head (Lookback Lens, Chuang et al., EMNLP 2024).
 
@@ -153,7 +153,7 @@ def lookback_image(trace: Trace, offset: int) -> Tensor:
     return _lookback(trace, offset, ("image",))
 
 
-@feature("lookback", higher_means="grounded", requires=["heads"], rows="both")
+@feature("lookback", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def lookback_question(trace: Trace, offset: int) -> Tensor:
     """Lookback ratio to the question tokens, in [0, 1], by head (Lookback Lens).
 
@@ -162,7 +162,7 @@ def lookback_question(trace: Trace, offset: int) -> Tensor:
     return _lookback(trace, offset, ("question",))
 
 
-@feature("lookback", higher_means="grounded", requires=["heads"], rows="both")
+@feature("lookback", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def lookback_context(trace: Trace, offset: int) -> Tensor:
     """Lookback ratio to image and question tokens together, in [0, 1], by head (Lookback Lens).
 
@@ -178,7 +178,7 @@ FOREGROUND, SMALLEST = 0.10, 3
 """Constants of ADS: share of the patches that are foreground, fewest patches of a component."""
 
 
-@feature("maps", higher_means="grounded", requires=["heads"])
+@feature("maps", higher_means="grounded", requires=["heads"], by_row=True)
 def svar_c(trace: Trace) -> Tensor:
     """Sum over the middle layers of the consuming row's image attention (SVAR, arXiv 2411.16724).
 
@@ -188,7 +188,7 @@ def svar_c(trace: Trace) -> Tensor:
     return image[:, middle(image.shape[1])].sum(-1)
 
 
-@feature("maps", higher_means="hallucinated", requires=["heads"], rows="both")
+@feature("maps", higher_means="hallucinated", requires=["heads"], rows="both", by_row=True)
 def pas(trace: Trace, offset: int) -> Tensor:
     """Attention mass on earlier answer tokens in the first layer, in [0, 1], mean over heads (PAS).
 
@@ -199,7 +199,7 @@ def pas(trace: Trace, offset: int) -> Tensor:
     return select_rows(trace.require("heads").mass, trace, offset)[:, 0, :, SEGMENTS.index("previous")].mean(-1)
 
 
-@feature("maps", higher_means="depends", requires=["heads"], rows="both")
+@feature("maps", higher_means="depends", requires=["heads"], rows="both", by_row=True)
 def attention_drift(trace: Trace, offset: int) -> Tensor:
     """KL divergence in nats of a layer's image attention from that of the layer before (CADMP, 2026).
 
@@ -212,7 +212,7 @@ def attention_drift(trace: Trace, offset: int) -> Tensor:
     return (share[:, 1:] * (share[:, 1:] / share[:, :-1]).log()).sum(-1)
 
 
-@feature("maps", higher_means="depends", requires=["heads"], rows="both")
+@feature("maps", higher_means="depends", requires=["heads"], rows="both", by_row=True)
 def attention_peak(trace: Trace, offset: int) -> Tensor:
     """Largest attention to an image token in [0, 1], mean over heads, by layer.
 
@@ -330,9 +330,8 @@ def dispersion(tiles: list[np.ndarray]) -> np.ndarray:
     flat = flat - flat.min(1, keepdims=True)
     flat = np.where(flat.sum(1, keepdims=True) > 0, flat, 1.0)
     flat = flat / flat.sum(1, keepdims=True)
-    top, kept, spots = np.zeros((count, size), bool), np.zeros((count, size), bool), np.zeros(count)
-    order = np.argsort(-flat, axis=1, kind="stable")[:, : max(1, int(FOREGROUND * size))]
-    np.put_along_axis(top, order, True, axis=1)
+    kept, spots = np.zeros((count, size), bool), np.zeros(count)
+    top = _foreground(flat, max(1, int(FOREGROUND * size)))
     within = np.zeros((3, 3, 3))
     within[1] = 1  # neighbours are of the same map
     start = 0
@@ -342,15 +341,26 @@ def dispersion(tiles: list[np.ndarray]) -> np.ndarray:
         large = np.bincount(labels.ravel(), minlength=count_labels + 1) >= SMALLEST
         large[0] = False
         kept[:, part] = large[labels].reshape(count, -1)
-        _, first = np.unique(labels, return_index=True)  # every component is counted in the map of its first patch
-        owners = first[large[np.unique(labels)]] // tile[0].size
-        spots += np.bincount(owners, minlength=count)
+        owners = np.zeros(count_labels + 1, int)  # of every component, the map that it lies in
+        owners[labels] = np.arange(count)[:, None, None]
+        spots += np.bincount(owners[large], minlength=count)
         start = part.stop
     mass = (flat * kept).sum(1)
     rest = np.where(kept, 0.0, flat)
     share = rest / np.maximum(rest.sum(1, keepdims=True), 1e-30)
     entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(1) / math.log(max(size, 2))
     return np.stack([np.abs((1 - mass) * entropy), spots, mass], 1)
+
+
+def _foreground(maps: np.ndarray, count: int) -> np.ndarray:
+    """Mark the largest ``count`` values of every row (K, N); of equal ones the first.
+
+    >>> _foreground(np.array([[1.0, 3.0, 2.0, 2.0]]), 2).tolist()
+    [[False, True, True, False]]
+    """
+    least = np.partition(maps, maps.shape[1] - count, axis=1)[:, maps.shape[1] - count, None]
+    above, equal = maps > least, maps == least
+    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdims=True)))
 
 
 @cached_on_trace
@@ -366,7 +376,7 @@ def _dispersion(trace: Trace) -> np.ndarray:
     return dispersion(tiles).reshape(*image.shape[:2], 3)
 
 
-@feature("grid", higher_means="hallucinated", requires=["heads"], rows="both")
+@feature("grid", higher_means="hallucinated", requires=["heads"], rows="both", by_row=True)
 def dispersion_score(trace: Trace, offset: int) -> np.ndarray:
     """Attention dispersion score, in [0, 1], by layer (ADS, arXiv 2604.04863).
 
@@ -375,7 +385,7 @@ def dispersion_score(trace: Trace, offset: int) -> np.ndarray:
     return select_rows(_dispersion(trace), trace, offset)[..., 0]
 
 
-@feature("grid", higher_means="depends", requires=["heads"], rows="both")
+@feature("grid", higher_means="depends", requires=["heads"], rows="both", by_row=True)
 def components(trace: Trace, offset: int) -> np.ndarray:
     """Count of connected components of high attention on the image, by layer (arXiv 2604.04863).
 
@@ -384,7 +394,7 @@ def components(trace: Trace, offset: int) -> np.ndarray:
     return select_rows(_dispersion(trace), trace, offset)[..., 1]
 
 
-@feature("grid", higher_means="grounded", requires=["heads"], rows="both")
+@feature("grid", higher_means="grounded", requires=["heads"], rows="both", by_row=True)
 def component_mass(trace: Trace, offset: int) -> np.ndarray:
     """Share, in [0, 1], of the image attention less its minimum that lies in ``components``, by layer.
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from stethoscope.core.types import required
-from stethoscope.features.common import cached_on_trace, logprobs, probabilities, token_logprob
+from stethoscope.features.common import cached_on_trace, largest, logprobs, probabilities, token_logprob
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ RAUQ_ALPHA = 0.5
 """Weight of the token's own probability in RAUQ's recursion, of the released code for instruction-tuned models."""
 
 
-@feature("confidence", higher_means="grounded")
+@feature("confidence", higher_means="grounded", by_row=True)
 def self_certainty(trace: Trace) -> Tensor:
     """Divergence KL(uniform || q) of the predicted distribution q, in nats, >= 0 (SelfCertainty).
 
@@ -32,7 +32,7 @@ def self_certainty(trace: Trace) -> Tensor:
     return -values.mean(-1) - math.log(values.shape[-1])
 
 
-@feature("confidence", higher_means="grounded")
+@feature("confidence", higher_means="grounded", by_row=True)
 def boosted_prob(trace: Trace) -> Tensor:
     """Probability in [0, 1] of all dominant words if the token is one, else its own (BoostedProb, 2025).
 
@@ -40,8 +40,7 @@ def boosted_prob(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    values = probabilities(trace)
-    top = values.topk(min(BOOSTED_TOP, values.shape[-1]), dim=-1).values
+    top = largest(probabilities(trace), min(BOOSTED_TOP, math.ceil(1 / BOOSTED_LEAST) + 1))  # no more are dominant
     drops = top[:, :-1] - top[:, 1:]
     cuts = (drops > BOOSTED_JUMP * top[:, :-1]) & (drops > BOOSTED_LEAST)
     dominant = cuts.flip(-1).cummax(-1).values.flip(-1)  # up to the last cut
@@ -60,11 +59,12 @@ def _confidences(trace: Trace) -> Tensor:
     heads = chosen[1:].mean(0).argmax(-1) if len(own) > 1 else chosen[0].argmax(-1)
     attention = chosen.gather(-1, heads[None, :, None].expand(len(own), -1, 1))[..., 0]
     probability = token_logprob(trace).exp()
-    confidences = probability.expand(attention.shape[1], -1).clone()
-    for index in range(1, len(own)):
-        handed_on = (1 - RAUQ_ALPHA) * attention[index] * confidences[:, index - 1]
-        confidences[:, index] = RAUQ_ALPHA * probability[index] + handed_on
-    return confidences.clamp(min=1e-30)
+    confidences = probability[:, None].repeat(1, attention.shape[1])
+    weights, steps = ((1 - RAUQ_ALPHA) * attention).numpy(), confidences.numpy()  # steps shares its memory
+    steps[1:] *= RAUQ_ALPHA
+    for index in range(1, len(steps)):
+        steps[index] += weights[index] * steps[index - 1]
+    return confidences.T.clamp(min=1e-30)
 
 
 @feature("confidence", higher_means="hallucinated", requires=["own"])
@@ -94,7 +94,7 @@ def rauq_answer(trace: Trace) -> Tensor:
     return (1 - _confidences(trace).log().mean(-1).amin(0)).expand(len(trace.answer.token_ids))
 
 
-@feature("confidence", higher_means="depends", requires=["evidence"])
+@feature("confidence", higher_means="depends", requires=["evidence"], by_row=True)
 def logit_pos_mean(trace: Trace) -> Tensor:
     """Mean positive evidence of the head over the vocabulary, >= 0, in logits (w+ of EUQ's code, 2026).
 
@@ -105,7 +105,7 @@ def logit_pos_mean(trace: Trace) -> Tensor:
     return trace.require("evidence")[:, 0]
 
 
-@feature("confidence", higher_means="depends", requires=["evidence"])
+@feature("confidence", higher_means="depends", requires=["evidence"], by_row=True)
 def logit_neg_mean(trace: Trace) -> Tensor:
     """Mean negative evidence of the head over the vocabulary, >= 0, in logits (w- of EUQ's code, 2026).
 
@@ -126,7 +126,7 @@ def _fused(trace: Trace) -> tuple[Tensor, Tensor]:
     return conflict, sources * absent * plus * minus / (1 - conflict)
 
 
-@feature("confidence", higher_means="hallucinated", requires=["evidence"])
+@feature("confidence", higher_means="hallucinated", requires=["evidence"], by_row=True)
 def euq_conflict(trace: Trace) -> Tensor:
     """Conflict CF in [0, 1] of the head's evidence by Dempster's rule (EUQ, 2026, as its code has it).
 
@@ -139,7 +139,7 @@ def euq_conflict(trace: Trace) -> Tensor:
     return _fused(trace)[0]
 
 
-@feature("confidence", higher_means="hallucinated", requires=["evidence"])
+@feature("confidence", higher_means="hallucinated", requires=["evidence"], by_row=True)
 def euq_ignorance(trace: Trace) -> Tensor:
     """Ignorance IG >= 0 of the head's evidence by Dempster's rule (EUQ, 2026, as its code has it).
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("continuation", higher_means="hallucinated", requires=["continuation"])
+@feature("continuation", higher_means="hallucinated", requires=["continuation"], by_row=True)
 def ig_score(trace: Trace) -> Tensor:
     """Likeness in [0, 1] of the token's look at the image to that of an added word (IG score, HalTrapper).
 

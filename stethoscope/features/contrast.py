@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import TensorPart, Trace
 
 
-@feature("blank", higher_means="grounded", requires=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"], by_row=True)
 def pmi(trace: Trace) -> Tensor:
     """log p(token | image) - log p(token | blank image), in nats: information that the image adds.
 
@@ -30,7 +30,7 @@ def pmi(trace: Trace) -> Tensor:
     return token_logprob(trace) - token_logprob(trace, "blank_logits")
 
 
-@feature("blank", higher_means="grounded", requires=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"], by_row=True)
 def blank_entropy_difference(trace: Trace) -> Tensor:
     """Entropy with a blank image minus entropy with the image, in nats (IS_blank of VAUQ, 2026).
 
@@ -39,7 +39,7 @@ def blank_entropy_difference(trace: Trace) -> Tensor:
     return entropy_of(trace, "blank_logits") - entropy_of(trace)
 
 
-@feature("blank", higher_means="grounded", requires=["blank"])
+@feature("blank", higher_means="grounded", requires=["blank"], by_row=True)
 def blank_divergence(trace: Trace) -> Tensor:
     """Kullback-Leibler divergence of the prediction from that with a blank image, in nats, >= 0.
 
@@ -55,7 +55,7 @@ VCD_ALPHA = 1.0
 """Contrast strength alpha of VCD's published script."""
 
 
-@feature("noise", higher_means="grounded", requires=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"], by_row=True)
 def vcd_gap(trace: Trace) -> Tensor:
     """log p(token | image) - log p(token | noised image), in nats (VCD, arXiv 2311.16922).
 
@@ -66,7 +66,7 @@ def vcd_gap(trace: Trace) -> Tensor:
     return token_logprob(trace) - token_logprob(trace, "noise_logits")
 
 
-@feature("noise", higher_means="grounded", requires=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"], by_row=True)
 def vcd_logprob(trace: Trace) -> Tensor:
     """Log-probability in nats of the token under VCD's logits 2 z(image) - z(noised image).
 
@@ -79,7 +79,7 @@ def vcd_logprob(trace: Trace) -> Tensor:
     return select_tokens(contrasted.log_softmax(-1), trace)
 
 
-@feature("noise", higher_means="grounded", requires=["noise"])
+@feature("noise", higher_means="grounded", requires=["noise"], by_row=True)
 def noise_divergence(trace: Trace) -> Tensor:
     """Jensen-Shannon divergence between predictions with image and noised image, in nats, [0, log 2].
 
@@ -91,7 +91,7 @@ def noise_divergence(trace: Trace) -> Tensor:
 # --- contrast with no image at all ----------------------------------------------------------------------------------
 
 
-@feature("no_image", higher_means="grounded", requires=["no_image"])
+@feature("no_image", higher_means="grounded", requires=["no_image"], by_row=True)
 def pmi_no_image(trace: Trace) -> Tensor:
     """log p(token | image) - log p(token | no image), in nats; the mask hides the image tokens.
 
@@ -100,7 +100,7 @@ def pmi_no_image(trace: Trace) -> Tensor:
     return token_logprob(trace) - token_logprob(trace, "no_image_logits")
 
 
-@feature("no_image", higher_means="grounded", requires=["no_image"])
+@feature("no_image", higher_means="grounded", requires=["no_image"], by_row=True)
 def no_image_divergence(trace: Trace) -> Tensor:
     """Jensen-Shannon divergence between predictions with and without image tokens, in nats, [0, log 2].
 
@@ -115,7 +115,7 @@ VAUQ_ALPHA = 0.6
 """Weight of VAUQ for LLaVA on MM-Vet, which goes with a core of 40 % of the image tokens."""
 
 
-@feature("core", higher_means="grounded", requires=["core"])
+@feature("core", higher_means="grounded", requires=["core"], by_row=True)
 @cached_on_trace
 def core_information(trace: Trace) -> Tensor:
     """Entropy without the 40 % most attended image tokens minus entropy, in bits (IS_core of VAUQ).
@@ -127,7 +127,7 @@ def core_information(trace: Trace) -> Tensor:
     return (entropy_of(trace, "core_logits") - entropy_of(trace)) / math.log(2)
 
 
-@feature("core", higher_means="hallucinated", requires=["core"])
+@feature("core", higher_means="hallucinated", requires=["core"], by_row=True)
 def vauq(trace: Trace) -> Tensor:
     """Entropy in bits minus 0.6 times ``core_information`` (VAUQ, arXiv 2602.21054).
 
@@ -136,7 +136,7 @@ def vauq(trace: Trace) -> Tensor:
     return entropy_of(trace) / math.log(2) - VAUQ_ALPHA * core_information(trace)
 
 
-@feature("core", higher_means="grounded", requires=["core"])
+@feature("core", higher_means="grounded", requires=["core"], by_row=True)
 def core_gap(trace: Trace) -> Tensor:
     """log p(token | image) - log p(token | image without its most attended tokens), in nats.
 

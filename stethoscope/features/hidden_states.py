@@ -27,20 +27,30 @@ VISER_TOP, VISER_WEIGHT, VISER_TEMPERATURE, EPSILON = 10, 0.4, 1.0, 1e-8
 """VisER: prefix tokens K, alpha, tau of the gate, epsilon. The text at hand does not state tau; 1 is assumed."""
 
 
-def cosine(states: Tensor, others: Tensor) -> Tensor:
-    """Compute the (T, N) cosines between (T, D) and (N, D) states, in [-1, 1]."""
-    states, others = (part / part.norm(dim=-1, keepdim=True).clamp(min=1e-12) for part in (states, others))
-    return states @ others.transpose(0, 1)
+@cached_on_trace
+def _directions(trace: Trace, part: str, layer: int) -> Tensor:
+    """Return the (N, D) states of tokens divided by their norms.
+
+    Args:
+        trace: of T tokens.
+        part: ``token`` (T + 1 rows), ``image``, ``prompt_end`` (one row) or ``prefix``.
+        layer: of 32; of ``prefix`` always 0.
+    """
+    states = trace.require("states")
+    values = states.prefix if part == "prefix" else getattr(states, part)[of_depth(layer, _depth(trace))]
+    values = values.reshape(-1, values.shape[-1])
+    return values / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+@cached_on_trace
+def _cosines(trace: Trace, layer: int, part: str, other_layer: int) -> Tensor:
+    """Compute the (T + 1, N) cosines, in [-1, 1], of the rows' states to those of other tokens, at layers of 32."""
+    return _directions(trace, "token", layer) @ _directions(trace, part, other_layer).T
 
 
 def _token(trace: Trace, offset: int, layer: int) -> Tensor:
     """Return the (T, D) states of the tokens' rows, at the depth of a layer of 32."""
     return select_rows(trace.require("states").token[of_depth(layer, _depth(trace))], trace, offset)
-
-
-def _image(trace: Trace, layer: int) -> Tensor:
-    """Return the (N, D) states of the image tokens, at the depth of a layer of 32."""
-    return trace.require("states").image[of_depth(layer, _depth(trace))]
 
 
 def _depth(trace: Trace) -> int:
@@ -83,8 +93,7 @@ def glsim_global(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    end = trace.require("states").prompt_end[_depth(trace)]
-    return cosine(_token(trace, offset, 31), end[None])[:, 0]
+    return select_rows(_cosines(trace, 31, "prompt_end", 32), trace, offset)[:, 0]
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -99,7 +108,7 @@ def glsim_local(trace: Trace, offset: int) -> Tensor:
     """
     probability = trace.require("states").image_probability
     top = probability.topk(_count(GLSIM_TOP, probability.shape[-1], GLSIM_FEWEST), dim=-1).indices
-    return cosine(_token(trace, offset, 31), _image(trace, 32)).gather(-1, top).mean(-1)
+    return select_rows(_cosines(trace, 31, "image", 32), trace, offset).gather(-1, top).mean(-1)
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -138,7 +147,7 @@ def inslen_local(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    cosines = cosine(_token(trace, offset, 32), _image(trace, 24))
+    cosines = select_rows(_cosines(trace, 32, "image", 24), trace, offset)
     return cafe(trace) * cosines.topk(_count(INSLEN_TOP, cosines.shape[-1]), dim=-1).values.mean(-1)
 
 
@@ -182,8 +191,7 @@ def visual_evidence(trace: Trace, offset: int) -> Tensor:
     Lower means hallucinated.
     """
     gate = (trace.require("states").image_probability.sum(-1) / (VISER_TEMPERATURE + EPSILON)).sigmoid()
-    end = trace.require("states").prompt_end[_depth(trace)]
-    return cosine(_token(trace, offset, 32), end[None])[:, 0] * gate
+    return select_rows(_cosines(trace, 32, "prompt_end", 32), trace, offset)[:, 0] * gate
 
 
 @feature("states", higher_means="grounded", requires=["states"], rows="both")
@@ -196,14 +204,14 @@ def visual_ratio(trace: Trace, offset: int) -> Tensor:
 
     Lower means hallucinated.
     """
-    states, token = trace.require("states"), _token(trace, offset, 32)
+    states = trace.require("states")
     weights = states.image_probability / states.image_probability.sum(-1, keepdim=True).clamp(min=1e-30)
-    image = (weights * cosine(token, _image(trace, 32)).clamp(min=0)).sum(-1)
-    near = cosine(token, states.prefix).clamp(min=0)
-    question = states.prefix.shape[0] - len(token)
+    image = (weights * select_rows(_cosines(trace, 32, "image", 32), trace, offset).clamp(min=0)).sum(-1)
+    near = select_rows(_cosines(trace, 32, "prefix", 0), trace, offset).clamp(min=0)
+    question = states.prefix.shape[0] - len(near)
     near = near.tril(question - 1)  # only text before the token; the zeros add nothing to the sum
     top = near.topk(min(VISER_TOP, near.shape[-1]), dim=-1).values.sum(-1)
-    text = top / top.new_tensor([min(VISER_TOP, question + index) for index in range(len(token))])
+    text = top / top.new_tensor([min(VISER_TOP, question + index) for index in range(len(near))])
     return image / (image + text + EPSILON)
 
 
@@ -219,7 +227,7 @@ def viser(trace: Trace, offset: int) -> Tensor:
 # --- Internal Confidence: lens probability at the image tokens, in any layer ----------------------------------------
 
 
-@feature("image_lens", higher_means="grounded", requires=["image_lens"])
+@feature("image_lens", higher_means="grounded", requires=["image_lens"], by_row=True)
 def internal_confidence(trace: Trace) -> Tensor:
     """Largest lens probability of the token over image tokens and layers, in [0, 1] (Internal Confidence).
 
@@ -231,7 +239,7 @@ def internal_confidence(trace: Trace) -> Tensor:
     return trace.require("image_lens")[..., 0].amax(-1)
 
 
-@feature("image_lens", higher_means="depends", requires=["image_lens"])
+@feature("image_lens", higher_means="depends", requires=["image_lens"], by_row=True)
 def internal_confidence_layer(trace: Trace) -> Tensor:
     """Depth of the layer that reaches ``internal_confidence``, as a share in [0, 1].
 
@@ -241,7 +249,7 @@ def internal_confidence_layer(trace: Trace) -> Tensor:
     return image_lens[..., 0].argmax(-1) / (image_lens.shape[1] - 1)
 
 
-@feature("image_lens", higher_means="grounded", requires=["image_lens"])
+@feature("image_lens", higher_means="grounded", requires=["image_lens"], by_row=True)
 def internal_confidence_sum(trace: Trace) -> Tensor:
     """Lens probability of the token in the last layer, summed over image tokens, >= 0 (M of VisER, 2026).
 
@@ -250,7 +258,7 @@ def internal_confidence_sum(trace: Trace) -> Tensor:
     return trace.require("image_lens")[:, -1, 1]
 
 
-@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both")
+@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both", by_row=True)
 def hidden_middle(trace: Trace, offset: int) -> Tensor:
     """Hidden state after the middle layer (16 of 32), without unit, a column per dimension, for a probe.
 
@@ -259,7 +267,7 @@ def hidden_middle(trace: Trace, offset: int) -> Tensor:
     return select_rows(trace.require("hidden"), trace, offset)[:, 0]
 
 
-@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both")
+@feature("hidden", higher_means="depends", requires=["hidden"], vector=True, rows="both", by_row=True)
 def hidden_last(trace: Trace, offset: int) -> Tensor:
     """Hidden state after the final norm, without unit, a column per dimension, for a probe.
 
@@ -268,7 +276,7 @@ def hidden_last(trace: Trace, offset: int) -> Tensor:
     return select_rows(trace.require("hidden"), trace, offset)[:, 1]
 
 
-@feature("lens", higher_means="depends", requires=["lens"])
+@feature("lens", higher_means="depends", requires=["lens"], by_row=True)
 def lens_rank(trace: Trace) -> Tensor:
     """Natural log of 1 + rank of the token in the logit lens, >= 0, for all layers but the last.
 
@@ -277,7 +285,7 @@ def lens_rank(trace: Trace) -> Tensor:
     return trace.require("lens_rank")[:, :-1].float().log1p()
 
 
-@feature("lens", higher_means="depends", requires=["lens"])
+@feature("lens", higher_means="depends", requires=["lens"], by_row=True)
 def lens_logprob(trace: Trace) -> Tensor:
     """Log-probability in nats of the token in the logit lens, for all layers but the last.
 
@@ -286,7 +294,7 @@ def lens_logprob(trace: Trace) -> Tensor:
     return trace.require("lens_logprob")[:, :-1]
 
 
-@feature("trajectory", higher_means="depends", requires=["trajectory"])
+@feature("trajectory", higher_means="depends", requires=["trajectory"], by_row=True)
 def lens_divergence(trace: Trace) -> Tensor:
     """Jensen-Shannon divergence in nats of the logit lens from the output, for all layers but the last.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("overthinking", higher_means="hallucinated", requires=["layer_entropy"])
+@feature("overthinking", higher_means="hallucinated", requires=["layer_entropy"], by_row=True)
 def overthinking(trace: Trace) -> Tensor:
     """Mean entropy of the logit lens in nats, times the number of top words over that of layers, >= 0.
 
@@ -29,7 +29,7 @@ def overthinking(trace: Trace) -> Tensor:
     return trace.require("lens_entropy").mean(-1) * different / top.shape[-1]
 
 
-@feature("overthinking", higher_means="depends", requires=["layer_entropy"])
+@feature("overthinking", higher_means="depends", requires=["layer_entropy"], by_row=True)
 def lens_entropy(trace: Trace) -> Tensor:
     """Entropy in nats of the logit lens, >= 0, for every layer (H_l of Overthinking, arXiv 2603.07619).
 
@@ -38,7 +38,7 @@ def lens_entropy(trace: Trace) -> Tensor:
     return trace.require("lens_entropy")
 
 
-@feature("overthinking", higher_means="depends", requires=["peaks"])
+@feature("overthinking", higher_means="depends", requires=["peaks"], by_row=True)
 def image_peaks(trace: Trace) -> Tensor:
     """Largest attention of any head to an image token, mean over these, in [0, 1], by layer.
 
@@ -49,7 +49,7 @@ def image_peaks(trace: Trace) -> Tensor:
     return trace.require("peaks")[..., 0]
 
 
-@feature("overthinking", higher_means="depends", requires=["peaks"])
+@feature("overthinking", higher_means="depends", requires=["peaks"], by_row=True)
 def text_peaks(trace: Trace) -> Tensor:
     """Largest attention of any head to a position without image, mean over these, in [0, 1], by layer.
 

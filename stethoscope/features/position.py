@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,16 +13,16 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("position", higher_means="hallucinated")
+@feature("position", higher_means="hallucinated", by_row=True)
 def position(trace: Trace) -> np.ndarray:
     """Index of the token in the answer, from 0.
 
     Higher means hallucinated.
     """
-    return np.arange(len(trace.answer.token_ids))
+    return trace.positions
 
 
-@feature("position", higher_means="hallucinated")
+@feature("position", higher_means="hallucinated", by_row=True)
 def log_position(trace: Trace) -> np.ndarray:
     """Natural log of 1 + index of the token in the answer, from 0.
 
@@ -36,5 +37,9 @@ def repetition(trace: Trace) -> np.ndarray:
 
     Lower means hallucinated.
     """
-    ids = trace.answer.token_ids
-    return np.array([ids[:index].count(token) for index, token in enumerate(ids)])
+    counts: Counter[int] = Counter()
+    earlier = []
+    for token in trace.answer.token_ids:
+        earlier.append(counts[token])
+        counts[token] += 1
+    return np.array(earlier)

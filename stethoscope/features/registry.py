@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 import numpy as np
 
 from stethoscope.core.errors import CaptureError, ConfigError, unknown
+from stethoscope.features.joining import join, joinable, share_cache
 from stethoscope.tracing.trace import MENTION_REQUIREMENTS, SAMPLES
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class Feature:
             values.
         document: the function's docstring, which says unit, range and direction.
         vector: the columns are dimensions of a state and mean nothing one by one.
+        by_row: the values of a token depend on its own rows alone, so answers are computed together.
     """
 
     name: str
@@ -85,8 +88,9 @@ class Feature:
     function: FeatureFunction
     document: str = ""
     vector: bool = False
+    by_row: bool = False
 
-    @property
+    @cached_property
     def mentions_only(self) -> bool:
         """Whether only tokens that name an object have a value; all others are NaN."""
         return not self.requires.isdisjoint(MENTION_REQUIREMENTS)
@@ -110,7 +114,12 @@ def _call_with_offset(function: Callable[..., Values], offset: int, trace: Trace
 
 
 def feature(
-    group: str, higher_means: str, requires: Iterable[str] = (), vector: bool = False, rows: str = "predicting"
+    group: str,
+    higher_means: str,
+    requires: Iterable[str] = (),
+    vector: bool = False,
+    rows: str = "predicting",
+    by_row: bool = False,
 ) -> Callable[[Decorated], Decorated]:
     """Register the decorated function as a feature under its own name.
 
@@ -122,6 +131,8 @@ def feature(
         rows: ``predicting``: a function of a trace. ``both``: a function of a trace and an offset, registered twice:
             ``<name>_q`` reads the row that predicts the token (offset 0), which is known before the token is shown;
             ``<name>_c`` reads the next row (offset 1), which consumes the token.
+        by_row: the values of a token depend on its own rows of the parts of the trace alone, and on
+            ``Trace.positions``, so that a trace may hold several answers that follow one another.
 
     Raises:
         ValueError: ``rows`` is neither.
@@ -150,7 +161,7 @@ def feature(
                 for offset, (suffix, row) in enumerate((("q", "predicting row"), ("c", "consuming row")))
             ]
         for column, variant, text in variants:
-            FEATURES[column] = Feature(column, group, higher_means, frozenset(requires), variant, text, vector)
+            FEATURES[column] = Feature(column, group, higher_means, frozenset(requires), variant, text, vector, by_row)
         return function
 
     return register
@@ -257,55 +268,127 @@ class FeatureSet:
             CaptureError: a value is not finite; the message names the feature.
             CapabilityError: a feature is not defined for this model, or the trace lacks a part that it requires.
         """
-        columns: dict[str, np.ndarray] = {}
+        return self.compute_batch([trace])[0]
+
+    def compute_batch(self, traces: Sequence[Trace]) -> list[TokenColumns]:
+        """Compute the columns of several traces as ``compute``, features with ``by_row`` over all answers at once."""
+        columns: dict[int, TokenColumns] = {}
+        for indices in joinable(traces):
+            columns.update(zip(indices, self._compute_together([traces[index] for index in indices]), strict=True))
+        return [columns[index] for index in range(len(traces))]
+
+    def _compute_together(self, traces: Sequence[Trace]) -> list[TokenColumns]:
+        joined = join(traces)
+        by_name = {item.name: np.asarray(item.function(joined), np.float32) for item in self.features if item.by_row}
+        share_cache(joined, traces)
         for item in self.features:
-            values = np.asarray(item.function(trace), dtype=np.float32)
-            if not (np.isfinite(values) | (np.isnan(values) & item.mentions_only)).all():
+            if not item.by_row:
+                parts = [np.asarray(item.function(trace), np.float32) for trace in traces]
+                by_name[item.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        for trace in traces:
+            trace.cache.clear()
+        values = [by_name[name] for name in self.names]
+        names = tuple(
+            name
+            for item, part in zip(self.features, values, strict=True)
+            for name in column_names(item.name, item.vector, part.shape[1:])
+        )
+        rows = [part.reshape(len(part), math.prod(part.shape[1:])).T for part in values]
+        matrix = np.concatenate(rows)
+        if not np.isfinite(matrix).all():
+            self._check_finite(values)
+        ends = np.cumsum([len(trace.answer.token_ids) for trace in traces])
+        return [TokenColumns(names, part) for part in np.split(matrix, ends[:-1], 1)]
+
+    def _check_finite(self, values: Sequence[np.ndarray]) -> None:
+        for item, part in zip(self.features, values, strict=True):
+            if not (np.isfinite(part) | (np.isnan(part) & item.mentions_only)).all():
                 raise CaptureError(f"feature {item.name!r} gave a value that is not finite")
-            columns.update(as_columns(item, values))
-        trace.cache.clear()
-        return columns
 
 
-def as_columns(item: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
+class TokenColumns(Mapping[str, np.ndarray]):
+    """Columns (T,) by name, rows of one matrix.
+
+    Attributes:
+        names: C names.
+        matrix: (C, T) float32.
+    """
+
+    def __init__(self, names: tuple[str, ...], matrix: np.ndarray) -> None:
+        self.names, self.matrix = names, matrix
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray]) -> TokenColumns:
+        """Return the columns of any mapping, stored as float32."""
+        if isinstance(columns, TokenColumns):
+            return columns
+        return cls(tuple(columns), np.array(list(columns.values()), dtype=np.float32))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.matrix[_index_by_name(self.names)[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@lru_cache(maxsize=16)
+def _index_by_name(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names)}
+
+
+@lru_cache(maxsize=1024)
+def column_names(name: str, vector: bool, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Name the columns of one feature.
 
     Args:
-        item: the feature.
-        values: (T,), (T, layers), (T, layers, heads), (T, dimensions) or (T, layers, dimensions).
+        name: of the feature.
+        vector: the columns are dimensions of a state.
+        shape: of the values of a token: (), (layers,), (layers, heads), (dimensions,) or (layers, dimensions).
 
-    Returns:
-        Values (T,) by column name.
-
-    >>> list(as_columns(FEATURES["head_image_q"], np.zeros((3, 1, 2))))
-    ['head_image_q_l00h00', 'head_image_q_l00h01']
-    >>> list(as_columns(FEATURES["hidden_last_q"], np.zeros((3, 2))))
-    ['hidden_last_q_d0000', 'hidden_last_q_d0001']
+    >>> column_names("head_image_q", False, (1, 2))
+    ('head_image_q_l00h00', 'head_image_q_l00h01')
+    >>> column_names("hidden_last_q", True, (2,))
+    ('hidden_last_q_d0000', 'hidden_last_q_d0001')
     """
-    name = item.name
-    if values.ndim == 1:
-        return {name: values}
-    if item.vector and values.ndim == 3:
-        _, layers, width = values.shape
-        return {f"{name}_l{i:02d}_d{j:04d}": values[:, i, j] for i in range(layers) for j in range(width)}
-    if item.vector:
-        return {f"{name}_d{index:04d}": values[:, index] for index in range(values.shape[1])}
-    if values.ndim == 2:
-        return {f"{name}_l{layer:02d}": values[:, layer] for layer in range(values.shape[1])}
-    _, layers, heads = values.shape
-    return {f"{name}_l{i:02d}h{j:02d}": values[:, i, j] for i in range(layers) for j in range(heads)}
+    if not shape:
+        return (name,)
+    if vector and len(shape) == 2:
+        return tuple(f"{name}_l{i:02d}_d{j:04d}" for i in range(shape[0]) for j in range(shape[1]))
+    if vector:
+        return tuple(f"{name}_d{index:04d}" for index in range(shape[0]))
+    if len(shape) == 1:
+        return tuple(f"{name}_l{layer:02d}" for layer in range(shape[0]))
+    return tuple(f"{name}_l{i:02d}h{j:02d}" for i in range(shape[0]) for j in range(shape[1]))
 
 
-def without_vectors(columns: Mapping[str, np.ndarray], named: Sequence[bool]) -> dict[str, np.ndarray]:
+def compute_columns(features: Any, traces: Sequence[Trace]) -> Sequence[Mapping[str, np.ndarray]]:
+    """Compute the columns of several traces, together where ``features`` is a ``FeatureSet``."""
+    if isinstance(features, FeatureSet):
+        return features.compute_batch(traces)
+    return [features.compute(trace) for trace in traces]
+
+
+def without_vectors(columns: Mapping[str, np.ndarray], named: Sequence[bool]) -> TokenColumns:
     """Set vectors of tokens that name nothing to NaN: they are wide, and only those of mentions are read from a table.
 
     Args:
         columns: (T,) values by column name.
         named: (T,) whether the token names an object.
     """
+    stored = TokenColumns.of(columns)
+    matrix = stored.matrix.copy()
+    matrix[np.ix_(_is_vector(stored.names), ~np.asarray(named, dtype=bool))] = np.nan
+    return TokenColumns(stored.names, matrix)
+
+
+@lru_cache(maxsize=16)
+def _is_vector(names: tuple[str, ...]) -> np.ndarray:
+    """Mark the (C,) columns that are dimensions of a state."""
     vectors = tuple(f"{name}_d" for name, item in FEATURES.items() if item.vector)
-    gaps = np.where(np.asarray(named, dtype=bool), np.float32(0), np.float32(np.nan))
-    return {name: values + gaps if name.startswith(vectors) else values for name, values in columns.items()}
+    return np.array([name.startswith(vectors) for name in names], dtype=bool)
 
 
 def sets_folder() -> Path:

@@ -49,7 +49,7 @@ def _log_ratio(image: Tensor, text: Tensor) -> Tensor:
     return (image.clamp(min=floor) / text.clamp(min=floor)).log()
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def relevancy_image(trace: Trace) -> Tensor:
     """Share of the token's relevancy on the image tokens, in [0, 1], by layer (Chefer et al. 2021).
 
@@ -59,7 +59,7 @@ def relevancy_image(trace: Trace) -> Tensor:
     return parts.image.sum(-1) / parts.total
 
 
-@feature("relevancy", higher_means="depends", requires=["relevancy"])
+@feature("relevancy", higher_means="depends", requires=["relevancy"], by_row=True)
 def relevancy_question(trace: Trace) -> Tensor:
     """Share of the token's relevancy on the question, in [0, 1], by layer.
 
@@ -69,7 +69,7 @@ def relevancy_question(trace: Trace) -> Tensor:
     return parts.question.sum(-1) / parts.total
 
 
-@feature("relevancy", higher_means="hallucinated", requires=["relevancy"])
+@feature("relevancy", higher_means="hallucinated", requires=["relevancy"], by_row=True)
 def relevancy_previous(trace: Trace) -> Tensor:
     """Share of the token's relevancy on the earlier answer tokens, in [0, 1], by layer.
 
@@ -79,7 +79,7 @@ def relevancy_previous(trace: Trace) -> Tensor:
     return parts.answer.sum(-1) / parts.total
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def visual_contribution_sum(trace: Trace) -> Tensor:
     """Natural log of summed relevancy to the image over that to question and earlier answer, last layer.
 
@@ -89,7 +89,7 @@ def visual_contribution_sum(trace: Trace) -> Tensor:
     return _log_ratio(parts.last_image.sum(-1), parts.last_text.sum(-1))
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def visual_contribution_max(trace: Trace) -> Tensor:
     """Natural log of largest relevancy to the image over that to question and earlier answer, last layer.
 
@@ -99,19 +99,19 @@ def visual_contribution_max(trace: Trace) -> Tensor:
     return _log_ratio(parts.last_image.amax(-1), parts.last_text.amax(-1))
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def visual_contribution_mean(trace: Trace) -> Tensor:
     """Natural log of mean relevancy to image tokens over that to question and earlier answer, last layer.
 
     Lower means hallucinated.
     """
     parts = _parts(trace)
-    before = parts.question.shape[-1] + np.arange(len(trace.answer.token_ids))
+    before = parts.question.shape[-1] + trace.positions
     text = parts.last_text.sum(-1) / parts.last_text.new_tensor(np.maximum(before, 1))
     return _log_ratio(parts.last_image.mean(-1), text)
 
 
-@feature("relevancy", higher_means="depends", requires=["relevancy"])
+@feature("relevancy", higher_means="depends", requires=["relevancy"], by_row=True)
 def relevancy_entropy(trace: Trace) -> Tensor:
     """Entropy of the relevancy over image tokens, divided by log N, in [0, 1], last layer.
 
@@ -120,7 +120,7 @@ def relevancy_entropy(trace: Trace) -> Tensor:
     return normalised_entropy(_parts(trace).last_image)
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def relevancy_peak(trace: Trace) -> Tensor:
     """Share, in [0, 1], of the image relevancy on the most relevant tenth of the image tokens, last layer.
 
@@ -155,7 +155,7 @@ def _saliency(trace: Trace) -> SaliencyParts:
     return SaliencyParts(rows, rows[..., relevancy.first + 1 :], rows[..., image])
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def saliency_previous(trace: Trace) -> Tensor:
     """Mean gradient saliency on earlier answer tokens in the later half of the layers, in [0, 1].
 
@@ -163,12 +163,12 @@ def saliency_previous(trace: Trace) -> Tensor:
 
     Lower means hallucinated.
     """
-    before = np.maximum(np.arange(len(trace.answer.token_ids)), 1)
+    before = np.maximum(trace.positions, 1)
     values = _saliency(trace).previous
     return values.sum(-1).mean(-1) / values.new_tensor(before)
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def saliency_previous_max(trace: Trace) -> Tensor:
     """Largest gradient saliency on an earlier answer token in the later half of the layers, in [0, 1].
 
@@ -180,7 +180,7 @@ def saliency_previous_max(trace: Trace) -> Tensor:
     return values.amax(-1).mean(-1) if values.shape[-1] else values.sum(-1).mean(-1)
 
 
-@feature("relevancy", higher_means="depends", requires=["relevancy"])
+@feature("relevancy", higher_means="depends", requires=["relevancy"], by_row=True)
 def saliency_previous_share(trace: Trace) -> Tensor:
     """Share, in [0, 1], of the saliency on earlier answer tokens, mean over the later half of the layers.
 
@@ -190,7 +190,7 @@ def saliency_previous_share(trace: Trace) -> Tensor:
     return (saliency.previous.sum(-1) / saliency.rows.sum(-1).clamp(min=1e-12)).mean(-1)
 
 
-@feature("relevancy", higher_means="grounded", requires=["relevancy"])
+@feature("relevancy", higher_means="grounded", requires=["relevancy"], by_row=True)
 def saliency_image_share(trace: Trace) -> Tensor:
     """Share, in [0, 1], of the saliency on image tokens, mean over the later half of the layers.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("sampling", higher_means="grounded", requires=["samples"])
+@feature("sampling", higher_means="grounded", requires=["samples"], by_row=True)
 def sample_agreement(trace: Trace) -> Tensor:
     """Share in [0, 1] of five answers sampled at temperature 1 that name the object too.
 
@@ -27,7 +27,7 @@ def sample_agreement(trace: Trace) -> Tensor:
     return trace.require("named_share")
 
 
-@feature("sampling", higher_means="hallucinated", requires=["samples"])
+@feature("sampling", higher_means="hallucinated", requires=["samples"], by_row=True)
 def sample_entropy(trace: Trace) -> Tensor:
     """Entropy in nats, in [0, log 2], of what five sampled answers mean: the object named, or not named.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import entropy_of, logprobs, probabilities, token_logprob
+from stethoscope.features.common import entropy_of, largest, logprobs, probabilities, token_logprob
 from stethoscope.features.registry import feature
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("uncertainty", higher_means="hallucinated")
+@feature("uncertainty", higher_means="hallucinated", by_row=True)
 def nll(trace: Trace) -> Tensor:
     """Negative log-probability of the token, in nats, >= 0 (LURE, Zhou et al. 2024).
 
@@ -22,7 +22,7 @@ def nll(trace: Trace) -> Tensor:
     return -token_logprob(trace)
 
 
-@feature("uncertainty", higher_means="hallucinated")
+@feature("uncertainty", higher_means="hallucinated", by_row=True)
 def entropy(trace: Trace) -> Tensor:
     """Entropy of the predicted distribution, in nats, >= 0 (Malinin & Gales 2021).
 
@@ -31,7 +31,7 @@ def entropy(trace: Trace) -> Tensor:
     return entropy_of(trace)
 
 
-@feature("uncertainty", higher_means="grounded")
+@feature("uncertainty", higher_means="grounded", by_row=True)
 def max_prob(trace: Trace) -> Tensor:
     """Largest predicted probability, in [0, 1]; that of the token itself under greedy decoding.
 
@@ -40,7 +40,7 @@ def max_prob(trace: Trace) -> Tensor:
     return probabilities(trace).amax(-1)
 
 
-@feature("uncertainty", higher_means="grounded")
+@feature("uncertainty", higher_means="grounded", by_row=True)
 def margin(trace: Trace) -> Tensor:
     """Largest minus second largest predicted probability, in [0, 1].
 
@@ -56,17 +56,17 @@ TOP = 100
 """Number of logits that HaloProbe reads."""
 
 
-@feature("logits", higher_means="hallucinated")
+@feature("logits", higher_means="hallucinated", by_row=True)
 def top100_entropy(trace: Trace) -> Tensor:
     """Entropy of the softmax over the 100 largest logits, in nats, >= 0 (HaloProbe, arXiv 2604.06165).
 
     Higher means hallucinated.
     """
-    top = trace.logits.topk(min(TOP, trace.logits.shape[-1]), dim=-1).values.log_softmax(-1)
+    top = largest(trace.logits, TOP).log_softmax(-1)
     return -(top.exp() * top).sum(-1)
 
 
-@feature("logits", higher_means="grounded")
+@feature("logits", higher_means="grounded", by_row=True)
 def max_logit(trace: Trace) -> Tensor:
     """Largest logit, unnormalised (HaloProbe, arXiv 2604.06165).
 
@@ -75,7 +75,7 @@ def max_logit(trace: Trace) -> Tensor:
     return trace.logits.amax(-1)
 
 
-@feature("logits", higher_means="grounded")
+@feature("logits", higher_means="grounded", by_row=True)
 def token_prob(trace: Trace) -> Tensor:
     """Probability of the token, in [0, 1] (P_orig of CADMP, 2026).
 
@@ -84,7 +84,7 @@ def token_prob(trace: Trace) -> Tensor:
     return token_logprob(trace).exp()
 
 
-@feature("logits", higher_means="hallucinated")
+@feature("logits", higher_means="hallucinated", by_row=True)
 def logprob_gap(trace: Trace) -> Tensor:
     """Largest log-probability minus that of the token, in nats; 0 under greedy decoding (MetaToken).
 

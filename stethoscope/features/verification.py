@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stethoscope.tracing.trace import Trace
 
 
-@feature("verification", higher_means="grounded", requires=["questions"])
+@feature("verification", higher_means="grounded", requires=["questions"], by_row=True)
 def verify_yes(trace: Trace) -> Tensor:
     """Probability in [0, 1] of yes, against no, when asked "Is there a ...?" about the object.
 
@@ -28,7 +28,7 @@ def verify_yes(trace: Trace) -> Tensor:
     return trace.require("yes_odds").sigmoid()
 
 
-@feature("verification", higher_means="grounded", requires=["questions"])
+@feature("verification", higher_means="grounded", requires=["questions"], by_row=True)
 def verify_odds(trace: Trace) -> Tensor:
     """Log-odds in nats of ``verify_yes``, which do not saturate.
 
@@ -40,7 +40,7 @@ def verify_odds(trace: Trace) -> Tensor:
 # --- states of the model while it is asked ---------------------------------------------------------------------
 
 
-@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True, by_row=True)
 def verify_state(trace: Trace) -> Tensor:
     """State that predicts the reply to "Is there a ...?" about the object, by layer and dimension.
 
@@ -52,7 +52,7 @@ def verify_state(trace: Trace) -> Tensor:
     return trace.require("verify_states")
 
 
-@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True, by_row=True)
 def verify_state_without(trace: Trace) -> Tensor:
     """``verify_state`` when nothing after the image may attend to it, by layer and dimension.
 
@@ -63,7 +63,7 @@ def verify_state_without(trace: Trace) -> Tensor:
     return trace.require("verify_states_without")
 
 
-@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True)
+@feature("verify_states", higher_means="depends", requires=["question_states"], vector=True, by_row=True)
 def verify_state_change(trace: Trace) -> Tensor:
     """``verify_state`` less ``verify_state_without``, without unit, by layer and dimension.
 
@@ -74,7 +74,7 @@ def verify_state_change(trace: Trace) -> Tensor:
     return trace.require("verify_states") - trace.require("verify_states_without")
 
 
-@feature("masked", higher_means="depends", requires=["attention", "masked"])
+@feature("masked", higher_means="depends", requires=["attention", "masked"], by_row=True)
 def masked_prob(trace: Trace) -> Tensor:
     """Probability in [0, 1] of the token when the most attended 30 % of the image are grey (CADMP, 2026).
 
@@ -85,7 +85,7 @@ def masked_prob(trace: Trace) -> Tensor:
     return trace.require("masked_logprob").exp()
 
 
-@feature("masked", higher_means="grounded", requires=["attention", "masked"])
+@feature("masked", higher_means="grounded", requires=["attention", "masked"], by_row=True)
 def masked_drop(trace: Trace) -> Tensor:
     """Probability of the token minus ``masked_prob``, in [-1, 1] (Delta P of CADMP, 2026).
 

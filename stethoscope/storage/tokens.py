@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from stethoscope.core.files import damaged, open_regular, replacing
 from stethoscope.core.types import Answer, Mention, Sample, required
+from stethoscope.features.registry import TokenColumns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,12 +98,10 @@ def token_table(
         "picture": [picture] * count,
     }
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-    matrix = np.empty((len(features), count), dtype=np.float32)  # there may be a thousand columns of few rows
-    for row, column in zip(matrix, features.values(), strict=True):
-        row[:] = column
-    flat = pa.array(matrix.reshape(-1))
-    values = [flat.slice(start, count) for start in range(0, len(flat), count)] if count else [flat] * len(features)
-    return pa.Table.from_arrays([*arrays, *values], names=[*SCHEMA.names, *features])
+    table = TokenColumns.of(features)  # there may be a thousand columns of few rows
+    flat = pa.array(table.matrix.reshape(-1))
+    values = [flat.slice(start, count) for start in range(0, len(flat), count)] if count else [flat] * len(table)
+    return pa.Table.from_arrays([*arrays, *values], names=[*SCHEMA.names, *table.names])
 
 
 class TokenFiles:

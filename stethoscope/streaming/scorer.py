@@ -18,7 +18,7 @@ from stethoscope.core.types import Answer
 from stethoscope.diagnosis.run_diagnosis import feature_set
 from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
-from stethoscope.features.registry import as_columns
+from stethoscope.features.registry import column_names
 from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.tracing.trace import SEGMENTS
 
@@ -132,7 +132,9 @@ class Scorer:
             computed += [(item, item.function(full_trace)[start:]) for item in self._history]
         arrays = [(item, np.asarray(values, dtype=np.float32)) for item, values in computed]
         if not self._indices:
-            names = [name for item, values in arrays for name in as_columns(item, values)] + list(COUNTED)
+            names = [
+                name for item, values in arrays for name in column_names(item.name, item.vector, values.shape[1:])
+            ] + list(COUNTED)
             missing = [name for name in self._features if name not in names]
             if missing:
                 raise CapabilityError(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.types import Answer
 
@@ -155,6 +157,11 @@ class PromptCache:
         """Number of tokens."""
         return self.layers[0][0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(part.nbytes for pair in self.layers for part in pair)
+
     def clone(self) -> PromptCache:
         """Copy keys and values out of the larger tensors."""
         return PromptCache(tuple(tuple(part.clone() for part in pair) for pair in self.layers))
@@ -294,6 +301,8 @@ class Trace:
             tokens that name nothing. Of ``samples``.
         masked_logprob: (T,) log-probability of the token when what its row attended to in the picture is grey; NaN for
             tokens that name nothing. Of ``masked``.
+        counts: numbers of tokens of several answers that follow one another, in all parts (``features.common.join``);
+            empty for one answer.
         cache: intermediate results that features share (``stethoscope.features.common.cached_on_trace``).
     """
 
@@ -328,10 +337,11 @@ class Trace:
     core_logits: Tensor | None = None
     yes_odds: Tensor | None = None
     masked_logprob: Tensor | None = None
+    counts: tuple[int, ...] = ()
     cache: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        parts = [item.name for item in fields(self) if item.name not in ("answer", "spans", "cache")]
+        parts = [item.name for item in fields(self) if item.name not in ("answer", "spans", "counts", "cache")]
         return f"Trace({self.answer.text!r}, {', '.join(name for name in parts if getattr(self, name) is not None)})"
 
     @overload
@@ -361,6 +371,18 @@ class Trace:
                 f"the trace has no {name!r}; trace the answer with the parts that its features require"
             )
         return value
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """(T,) int64 index of every token in its answer."""
+        counts = self.counts or (len(self.answer.token_ids),)
+        return np.concatenate([np.arange(count) for count in counts])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(T,) int64 index of the first row of the token's answer, in parts with a row more than tokens."""
+        counts = np.array(self.counts or (len(self.answer.token_ids),))
+        return np.repeat(np.cumsum(counts + 1) - counts - 1, counts)
 
     @cached_property
     def mean_mass(self) -> Tensor:

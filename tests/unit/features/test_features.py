@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import stethoscope
 from stethoscope.core.errors import CaptureError, ConfigError
 from stethoscope.core.types import Answer
-from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet
+from stethoscope.features import DEFAULT_GROUPS, FEATURES, GROUPS, FeatureSet, named_set
+from stethoscope.features.joining import joinable
 from stethoscope.relevancy import Relevancy
 from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS, Spans, Trace
 
@@ -145,6 +148,24 @@ def test_refuses_values_that_are_not_finite(trace):
     trace.logits[1, 3] = float("nan")
     with pytest.raises(CaptureError, match="'nll'"):
         FeatureSet().compute(trace)
+
+
+def test_answers_together_have_the_columns_of_each_alone():
+    """Answers of different lengths, one of them to another question; features that join rows and those that do not."""
+    adapter, features = stethoscope.load("testbed"), named_set("full")
+    picture = Image.linear_gradient("L").convert("RGB")
+    texts = ("There is a dog next to a red car.", "A cat.", "The image shows a tree, a house and a bird.")
+    asked = ("Describe the image.", "Describe the image.", "What is in the image? Describe it.")
+    encoded = [adapter.encode(picture, question) for question in asked]
+    answers = [adapter.answer(prompt, text) for prompt, text in zip(encoded, texts, strict=True)]
+    traces = [adapter.trace(*pair, features.requires) for pair in zip(encoded, answers, strict=True)]
+    assert joinable(traces) == [[0, 1], [2]]
+    for trace, together in zip(traces, features.compute_batch(traces), strict=True):
+        alone = features.compute(trace)
+        assert list(together) == list(alone)
+        assert len(together["nll"]) == len(trace.answer.token_ids)
+        for name, values in alone.items():
+            np.testing.assert_allclose(together[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("item", FEATURES.values(), ids=list(FEATURES))
