@@ -24,7 +24,7 @@ LOGIN_DELAY = 1.0
 
 _ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?)|/(assets|static|svelte)/.+"
-    rf"|{API}/(queue/(join|data)|cancel|upload|upload_progress|startup-events|app_id|theme\.css|heartbeat/[^/]+|file=.+)"
+    rf"|{API}/(queue/(join|data)|cancel|reset|upload|upload_progress|startup-events|app_id|theme\.css|heartbeat/[^/]+|file=.+)"
 )
 """Routes that the page uses. All other routes of Gradio (``/run``, ``/call``, ``/proxy=``, ``/stream``, deep links,
 monitoring, servers of components) are closed."""

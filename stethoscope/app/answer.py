@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.app import payload
 from stethoscope.app.model_pool import TRAIN_ONE, ModelPool, Ready
 from stethoscope.app.sessions import NO_PICTURE
-from stethoscope.core.errors import ConfigError, DataError
-from stethoscope.core.images import file_format
+from stethoscope.core.errors import CapabilityError, ConfigError, DataError
+from stethoscope.core.images import file_digest, file_format
+from stethoscope.core.text import counted
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, required
 from stethoscope.detection.lookup import AUTO
 from stethoscope.diagnosis import diagnose
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_QUESTION = 512  # tokens of a question
 MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and beams of a beam search
+MAX_TURNS, MAX_CONVERSATION = 32, 2048  # questions of a conversation, and tokens of its prompt besides the image's
+BEGIN_ANEW = "begin a new conversation"
 EXPORTS = {"json": "application/json", "html": "text/html"}
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
@@ -56,6 +59,8 @@ class Question:
         mentions: labelled mentions of the stored answer; None to extract them.
         mitigation: one of ``conf/mitigation``.
         edit: of the stored answer by a mitigation, as a run's record has it.
+        earlier: answers to earlier questions about the picture, the oldest first.
+        history: those that the prompt holds, once the question is answered; none for a model of one turn.
         case: of a run that is opened: ``run``, ``task``, ``sample``, ``mention`` (first character of its tokens, or
             None), and the samples ``previous`` and ``next``; None for a question of the user.
     """
@@ -74,19 +79,28 @@ class Question:
     mitigation: str = "none"
     detector_name: str = AUTO
     edit: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[AnswerSession, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class AnswerSession:
-    """An answer that was explained, stored so that its user can see it in another scope.
+    """An answer that was explained, stored so that its user can see it again, also in another scope.
 
     Attributes:
         id: unique for every answer.
         question: with the answer in it.
+        turn: the answer in a few words for the list of a conversation, see ``payload.turn``.
     """
 
     id: str
     question: Question
+    turn: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversation(self) -> tuple[AnswerSession, ...]:
+        """The answers up to this one."""
+        return (*self.question.earlier, self)
 
 
 Step = tuple[str, AnswerSession | None]
@@ -150,24 +164,79 @@ def generation(
     return replace(greedy, do_sample=True, temperature=temperature, top_p=top_p, seed=int(seed))
 
 
+def earlier_turns(conversation: Sequence[AnswerSession], question: Question) -> tuple[AnswerSession, ...]:
+    """Return the answers that a question goes on from: those about the same picture by the same model.
+
+    A question that is asked again has its new answer in place of the last one, so that settings can be compared.
+    """
+    if not conversation:
+        return ()
+    last = conversation[-1].question
+    if last.model != question.model or not _same_picture(last.picture, question.picture):
+        return ()
+    return tuple(conversation[:-1] if last.text.strip() == question.text.strip() else conversation)
+
+
+def _same_picture(picture: Path | None, other: Path | None) -> bool:
+    if picture is None or other is None or not (picture.is_file() and other.is_file()):
+        return False
+    return picture == other or file_digest(picture) == file_digest(other)
+
+
+def _history(ready: Ready, question: Question) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Return the earlier turns that the prompt can hold, and why it holds none of them where it is so.
+
+    Raises:
+        DataError: there are too many.
+    """
+    if len(question.earlier) >= MAX_TURNS:
+        raise DataError(f"a conversation has at most {counted(MAX_TURNS, 'question')} here: {BEGIN_ANEW}")
+    answered = [(turn.question.text, turn.question.answer) for turn in question.earlier]
+    history = tuple((text, answer.text) for text, answer in answered if answer is not None and answer.text.strip())
+    if not history:
+        return (), ""
+    try:
+        ready.adapter.check_conversation()
+    except CapabilityError:
+        return (), f"{ready.adapter.name} is asked one question at a time, so it has not read the earlier ones."
+    return history, ""
+
+
+def _encode(ready: Ready, question: Question, picture: Image) -> Encoded:
+    """Encode a question with its history.
+
+    Raises:
+        DataError: the question or the conversation is too long.
+    """
+    encoded = ready.adapter.encode_as(question.asks, picture, question.text, question.history)
+    tokens = len(encoded.spans.question)
+    if tokens > MAX_QUESTION:  # it would keep the model from all others
+        raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
+    tokens = encoded.spans.length - len(encoded.spans.image)
+    if question.history and tokens > MAX_CONVERSATION:
+        raise DataError(f"the conversation has {tokens:,} tokens; at most {MAX_CONVERSATION:,} are read: {BEGIN_ANEW}")
+    return encoded
+
+
 def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Iterator[Step]:
     """Let the model answer, and explain the answer.
 
     Closing the iterator stops the generation and releases the model. Errors are sent to the page
     (``payload.failure``) instead of raised, so that the page does not wait forever.
     """
+    conversation = payload.conversation(question.earlier)
     try:
         if not question.text.strip():
             raise ConfigError("the question is empty; the usual one is 'Please describe this image in detail.'")
-        yield payload.message("waiting for the model …" if pool.busy else "reading …", "busy", clear=True), None
+        first = "waiting for the model …" if pool.busy else "reading …"
+        yield payload.message(first, "busy", clear=True, conversation=conversation), None
         with pool.use(question.model) as ready:
             ready = replace(ready, detectors=pool.detectors(ready, question.detector_name))
             start = time.perf_counter()
             picture = read_picture(question.picture)
-            encoded = ready.adapter.encode_as(question.asks, picture, question.text)
-            tokens = len(encoded.spans.question)
-            if tokens > MAX_QUESTION:  # it would keep the model from all others
-                raise DataError(f"the question has {tokens:,} tokens; at most {MAX_QUESTION} are answered here")
+            history, alone = _history(ready, question)
+            question = replace(question, history=history)
+            encoded = _encode(ready, question, picture)
             answer, edit = question.answer, question.edit
             if answer is None:
                 method = pool.mitigation(question.mitigation, ready.detectors)
@@ -180,17 +249,33 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
                 if isinstance(method, EditingMitigation):
                     yield payload.message("looking for what is hallucinated …", "busy"), None
                     answer, edit = edit_answer(ready.adapter, encoded, answer, question.generation, picture, extractor)
-            answered = replace(question, answer=answer, edit=edit, notes=_notes(ready, question))
-            session = AnswerSession(uuid.uuid4().hex, answered)
+            notes = (*([alone] if alone else []), *_notes(ready, question))
+            session = AnswerSession(uuid.uuid4().hex, replace(question, answer=answer, edit=edit, notes=notes))
             yield payload.message("looking at every token …", "busy"), None
-            explanation = _explain(ready, session, picture, "row", extractor, start)
+            diagnosis = _diagnose(ready, session, picture, "row", extractor)
+            session = replace(session, turn=payload.turn(diagnosis, session.id))
+            explanation = _explanation(session, diagnosis, start, session.conversation)
         yield explanation, session
     except Exception as error:
-        yield payload.failure(error, clear=True), None
+        yield payload.failure(error, True, conversation), None
 
 
-def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor: MentionExtractor) -> Iterator[Step]:
-    """Explain the answer of a session in another scope of the gradient, ``row`` or ``token``."""
+def explain_again(
+    pool: ModelPool,
+    session: AnswerSession,
+    scope: str,
+    extractor: MentionExtractor,
+    conversation: Sequence[AnswerSession] = (),
+) -> Iterator[Step]:
+    """Explain the answer of a session again, in the scope ``row`` or ``token`` of the gradient.
+
+    Args:
+        pool: the models.
+        session: one of the conversation.
+        scope: of the gradient.
+        extractor: extracts the objects that a text names.
+        conversation: all answers about the picture; by default those up to this one.
+    """
     try:
         if scope not in ("row", "token"):
             raise ConfigError(f"scope={scope!r} should be row or token")
@@ -199,7 +284,8 @@ def explain_again(pool: ModelPool, session: AnswerSession, scope: str, extractor
             ready = replace(ready, detectors=pool.detectors(ready, session.question.detector_name))
             start = time.perf_counter()
             picture = read_picture(session.question.picture)
-            explanation = _explain(ready, session, picture, scope, extractor, start)
+            diagnosis = _diagnose(ready, session, picture, scope, extractor)
+            explanation = _explanation(session, diagnosis, start, conversation or session.conversation)
         yield explanation, session
     except Exception as error:
         yield payload.failure(error), session
@@ -231,6 +317,7 @@ def _generate(
         generation=settings,
         asks=question.asks,
         extraction=extractor,
+        history=question.history,
     ):
         match event:
             case Token():
@@ -287,21 +374,21 @@ def single_heads(pool: ModelPool, session: AnswerSession, token: object) -> str:
         raise DataError(f"the answer has no token {token!r:.20}, but {len(answer.token_ids)} of them")
     with pool.use(question.model) as ready:
         picture = read_picture(question.picture)
-        encoded = ready.adapter.encode_as(question.asks, picture, question.text)
+        encoded = ready.adapter.encode_as(question.asks, picture, question.text, question.history)
         attention = read_attention(ready.adapter, encoded, answer, [token])
         regions = token_regions(ready.adapter, picture.size, encoded.spans)
     heads = heads_payload(attention, regions, picture.size, [token])
     return payload.encode("heads", answer_id=session.id, **heads)
 
 
-def _explain(
-    ready: Ready, session: AnswerSession, picture: Image, scope: str, extractor: MentionExtractor, start: float
+def _explanation(
+    session: AnswerSession, diagnosis: Diagnosis, start: float, conversation: Sequence[AnswerSession]
 ) -> str:
-    """Diagnose the answer of a session, and encode the diagnosis for the page."""
-    question, diagnosis = session.question, _diagnose(ready, session, picture, scope, extractor)
-    seconds = time.perf_counter() - start
+    """Encode the diagnosis of a session's answer for the page."""
+    question, seconds = session.question, time.perf_counter() - start
     notes = [*question.notes, f"Answered and explained in {seconds:.1f} s."]
-    return payload.diagnosed_answer(diagnosis, session.id, notes, question.case)
+    turns = payload.conversation(conversation, session.id)
+    return payload.diagnosed_answer(diagnosis, session.id, notes, question.case, turns)
 
 
 def _diagnose(
@@ -321,6 +408,7 @@ def _diagnose(
         asks=question.asks,
         truth=question.truth,
         mentions=question.mentions,
+        history=question.history,
     )
     return replace(diagnosis, edit=question.edit)
 

@@ -17,6 +17,7 @@ from stethoscope.core.html import json_text
 from stethoscope.diagnosis.render import mention_payload, payload
 
 if TYPE_CHECKING:
+    from stethoscope.app.answer import AnswerSession
     from stethoscope.diagnosis import Diagnosis
     from stethoscope.streaming import MentionCompleted, TakenBack, Token
 
@@ -42,18 +43,53 @@ def encode(kind: str, **parts: Any) -> str:
     return json_text({"kind": kind, **parts})
 
 
-def message(text: str, kind: str = "hint", clear: bool = False) -> str:
+def message(text: str, kind: str = "hint", clear: bool = False, conversation: Mapping[str, Any] | None = None) -> str:
     """Encode a line of text that is shown above the answer.
 
     Args:
         text: of the line.
         kind: ``hint``, ``busy`` (the model is at work) or ``error``.
         clear: whether to remove the last answer from the page.
+        conversation: with ``clear``, what stays of the conversation, see ``conversation``; None for nothing.
     """
-    return encode(kind, text=text, clear=clear)
+    return encode(kind, text=text, clear=clear, conversation=conversation)
 
 
-def failure(error: Exception, clear: bool = False) -> str:
+def turn(diagnosis: Diagnosis, answer_id: str) -> dict[str, Any]:
+    """Summarise an answer for the list of its conversation: question, text, and the objects that are warned of.
+
+    Args:
+        diagnosis: of the answer.
+        answer_id: unique for every answer.
+    """
+    warned = [
+        [mention.object, round(mention.verdict.probability, 4), mention.label]
+        for mention in diagnosis.mentions
+        if mention.warned and mention.verdict is not None
+    ]
+    known = len(diagnosis.mentions) if diagnosis.threshold is not None else None
+    return {
+        "answer_id": answer_id,
+        "asked": diagnosis.question,
+        "text": diagnosis.answer.text,
+        "warned": warned,
+        "mentions": known,
+    }
+
+
+def conversation(turns: Sequence[AnswerSession], shown: str = "") -> dict[str, Any] | None:
+    """Encode a conversation for the page; None for an empty one.
+
+    Args:
+        turns: its answers, the oldest first.
+        shown: the id of the one that is shown; empty for none.
+    """
+    if not turns:
+        return None
+    return {"turns": [session.turn for session in turns], "shown": shown}
+
+
+def failure(error: Exception, clear: bool = False, conversation: Mapping[str, Any] | None = None) -> str:
     """Encode an error as a line above the answer, or instead of it.
 
     Errors that a user can correct are shown without the folders of this machine. Of all others only the type is shown,
@@ -62,11 +98,12 @@ def failure(error: Exception, clear: bool = False) -> str:
     Args:
         error: that a request has raised.
         clear: whether to remove the last answer from the page, which belongs to another question.
+        conversation: what stays of it, see ``message``.
     """
     if isinstance(error, StethoscopeError):
-        return message(without_folders(str(error)), "error", clear)
+        return message(without_folders(str(error)), "error", clear, conversation)
     logger.error("a question failed", exc_info=error)
-    return message(f"the server failed: {type(error).__name__}; its log says more", "error", clear)
+    return message(f"the server failed: {type(error).__name__}; its log says more", "error", clear, conversation)
 
 
 def without_folders(text: str) -> str:
@@ -118,7 +155,11 @@ def partial_answer(
 
 
 def diagnosed_answer(
-    diagnosis: Diagnosis, answer_id: str, notes: Sequence[str] = (), case: Mapping[str, Any] | None = None
+    diagnosis: Diagnosis,
+    answer_id: str,
+    notes: Sequence[str] = (),
+    case: Mapping[str, Any] | None = None,
+    turns: Mapping[str, Any] | None = None,
 ) -> str:
     """Encode a complete answer with its diagnosis.
 
@@ -127,11 +168,12 @@ def diagnosed_answer(
         answer_id: unique for every answer; the same for both scopes of one answer.
         notes: lines below the answer, in addition to those of the diagnosis.
         case: of a run, see ``answer.Question``; its ``mention`` is chosen at first.
+        turns: the conversation that the answer is part of, see ``conversation``.
     """
     data = payload(diagnosis, _most_layers(diagnosis), ATTENTION_BYTES)
     wanted = None if case is None else case["mention"]
     chosen = [index for index, (start, _) in enumerate(diagnosis.answer.offsets) if start == wanted]
-    own = {"answer_id": answer_id, "notes": [*data["notes"], *notes], "case": case}
+    own = {"answer_id": answer_id, "notes": [*data["notes"], *notes], "case": case, "conversation": turns}
     return json_text({**data, **own, "start": (chosen or [data["start"]])[0]})
 
 

@@ -58,13 +58,13 @@ class Session:
     Attributes:
         last_used: time of its last question or connection, in seconds of the clock of the sessions.
         connections: number of open event streams.
-        answer: shown on the page.
+        conversation: answers about the picture that is shown, the oldest first.
         files: its pictures, the oldest first.
     """
 
     last_used: float
     connections: int = 0
-    answer: AnswerSession | None = None
+    conversation: tuple[AnswerSession, ...] = ()
     files: list[Path] = field(default_factory=list)
 
 
@@ -124,15 +124,15 @@ class Sessions:
             ):
                 session.files.pop(0)
 
-    def set_answer(self, session_hash: str, answer: AnswerSession) -> None:
-        """Store the answer that a session shows, in place of an earlier one."""
+    def set_conversation(self, session_hash: str, conversation: Sequence[AnswerSession]) -> None:
+        """Store the answers of a session, in place of earlier ones."""
         with self._lock:
-            self._get(session_hash).answer = answer
+            self._get(session_hash).conversation = tuple(conversation)
 
-    def answer(self, session_hash: str) -> AnswerSession | None:
-        """Return the answer that a session shows; None if it has none, or has ended."""
+    def conversation(self, session_hash: str) -> tuple[AnswerSession, ...]:
+        """Return the answers of a session, the oldest first; none if it has ended."""
         session = self._sessions.get(session_hash)
-        return None if session is None else session.answer
+        return () if session is None else session.conversation
 
     @contextmanager
     def connection(self, session_hash: str) -> Iterator[None]:

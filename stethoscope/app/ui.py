@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stethoscope.tasks.object_extraction import MentionExtractor
 
 TITLE = "LVLM-Stethoscope"
 QUESTION = "Please describe this image in detail."
+NEW_CONVERSATION = "A new conversation: the next question begins it."
 HINT = "Choose a picture, ask, and then click any word of the answer, or go through them with ← and →."
 MOST_THUMBNAILS = 40  # in one request
 MODEL = "model"  # concurrency id of the events that need the model, of which one runs at a time
@@ -94,6 +96,7 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
             with gr.Row():
                 parts["ask"] = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
                 parts["stop"] = gr.Button("Stop", elem_id="stop", min_width=80)
+            parts["anew"] = gr.Button("New conversation", elem_id="anew", size="sm")
             parts["model"] = gr.Dropdown(pool.names, value=pool.name, label="model", elem_id="model")
             parts["detector"] = gr.Dropdown(
                 pool.detector_names, value=AUTO, label="detector", elem_id="detector",
@@ -152,25 +155,42 @@ def _wire_ask(
             question = answer.Question(
                 model, file, text, generation, truth=truth, mitigation=mitigation, detector_name=detector
             )
+            earlier = answer.earlier_turns(sessions.conversation(str(request.session_hash)), question)
+            question = replace(question, earlier=earlier)
         except Exception as error:
-            yield payload.failure(error, clear=True)
+            turns = sessions.conversation(str(request.session_hash))
+            yield payload.failure(error, True, payload.conversation(turns))
             return
         yield from _stored(answer.ask(pool, question, extractor), request, sessions)
 
     def shown_session(request: gr.Request, event: gr.EventData) -> answer.AnswerSession:
         """Return the session of the answer that an event of the viewer is about."""
-        session = sessions.answer(str(request.session_hash))
-        if session is None or session.id != getattr(event, "answer_id", None):
+        wanted = getattr(event, "answer_id", None)
+        session = next((turn for turn in sessions.conversation(str(request.session_hash)) if turn.id == wanted), None)
+        if session is None:
             raise DataError("this answer is no longer there: ask again")
         return session
 
-    def change_scope(request: gr.Request, event: gr.EventData) -> Iterator[str]:
+    def look_again(request: gr.Request, event: gr.EventData) -> Iterator[str]:
+        """Show an answer of the conversation, in the scope that the event asks for."""
         try:
             session, scope = shown_session(request, event), str(getattr(event, "scope", ""))
         except DataError as error:
             yield payload.failure(error)
             return
-        yield from _stored(answer.explain_again(pool, session, scope, extractor), request, sessions)
+        conversation = sessions.conversation(str(request.session_hash))
+        for data, _ in answer.explain_again(pool, session, scope, extractor, conversation):
+            yield data
+
+    def stop(request: gr.Request) -> str:
+        """Show what is left of the conversation."""
+        turns = sessions.conversation(str(request.session_hash))
+        return payload.message("stopped", clear=True, conversation=payload.conversation(turns))
+
+    def begin_anew(request: gr.Request) -> str:
+        """Forget the conversation."""
+        sessions.set_conversation(str(request.session_hash), ())
+        return payload.message(NEW_CONVERSATION, clear=True)
 
     def heads(request: gr.Request, event: gr.EventData) -> str:
         """Send the raw attention of one token's single heads, which did not fit into the answer's payload."""
@@ -207,23 +227,21 @@ def _wire_ask(
     inputs, view = [parts[name] for name in (*names, "mitigation", "detector")], parts["view"]
     tracked = {**options, "show_progress": "minimal"}  # waiting.js reads how many wait
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **tracked)
-    view.gradient(change_scope, None, view, **tracked)
+    view.gradient(look_again, None, view, **tracked)
     view.heads(heads, None, view, **options)
     view.export(export, None, parts["download"], **options)
     quick = {**options, "concurrency_id": "picture"}
     parts["picture"].change(check_picture, parts["picture"], [parts["picture"], view], **quick)
     parts["examples"].pick(pick, None, parts["picture"], **quick)
-    parts["stop"].click(
-        lambda: payload.message("stopped", clear=True), None, view, cancels=[asking], show_progress="hidden",
-        queue=False, api_visibility="private",
-    )  # fmt: skip
+    for name, then in (("stop", stop), ("anew", begin_anew)):  # once nothing more of the answer can come
+        parts[name].click(None, cancels=[asking]).then(then, None, view, **{**options, "concurrency_id": "stop"})
 
 
 def _stored(steps: Iterator[answer.Step], request: gr.Request, sessions: Sessions) -> Iterator[str]:
-    """Yield the JSON of every step, and store the answer in the request's session."""
+    """Yield the JSON of every step, and store the conversation up to the answer in the request's session."""
     for data, session in steps:
         if session is not None:
-            sessions.set_answer(str(request.session_hash), session)
+            sessions.set_conversation(str(request.session_hash), session.conversation)
         yield data
 
 

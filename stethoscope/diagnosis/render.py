@@ -141,6 +141,7 @@ def text_payload(diagnosis: Diagnosis) -> dict[str, Any]:
     ]
     cut = [] if diagnosis.answer.finished else [f"The answer was cut off at {counted(len(diagnosis), 'token')}."]
     return {
+        "history": [list(turn) for turn in diagnosis.history],
         "asked": diagnosis.question,
         "text": text,
         "tokens": tokens,

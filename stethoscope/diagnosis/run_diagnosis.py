@@ -365,10 +365,10 @@ def shift_sentence(
         picture: that the answer is about.
         extraction: that found the mentions.
     """
+    if detector is not None and encoded.history:
+        return FOLLOW_UP
     if detector is None or not mentions:
         return ""
-    if encoded.history:
-        return FOLLOW_UP
     if words := other_words(extraction.identity, detector.notes.get("task")):
         return words
     if detector.monitor is None:

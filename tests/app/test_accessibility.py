@@ -75,7 +75,12 @@ def test_the_app(page, served, count):
     assert count == QUICK or violations(page, "first", count) == []
     page.locator("#examples button").first.click()
     page.wait_for_selector("#photograph img")
+    page.fill("#question textarea", "Is there a dog in the image?")
     page.click("#ask")
+    page.wait_for_selector(DONE, timeout=60_000)
+    page.fill("#question textarea", "Please describe this image in detail.")
+    page.click("#ask")
+    page.wait_for_function("document.querySelectorAll('#view .st-turn').length === 2")
     page.wait_for_selector(DONE, timeout=60_000)
     assert violations(page, "answer", count) == []
     page.get_by_role("tab", name="Runs").click()

@@ -14,6 +14,7 @@ from helpers.token_tables import token_table
 
 import stethoscope
 from stethoscope import Detector, testbed
+from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.app import answer, payload
 from stethoscope.app.model_pool import BUNDLED, ImageFeatureCache, ModelPool
 from stethoscope.core.errors import ArtefactError, CapabilityError, ConfigError, DataError
@@ -339,3 +340,94 @@ def test_without_a_detector_the_page_says_how_to_get_one(adapter, reader, tmp_pa
 def test_no_text_can_end_the_data(pool, reader):
     assert "<" not in payload.message("</script><b>")
     assert json.loads(payload.message("</script><b>"))["text"] == "</script><b>"
+
+
+FOLLOW_UP = "</s>USER: {question} ASSISTANT:"
+BOAT = "Is there a boat in the image?"
+
+
+@pytest.fixture(scope="module")
+def talking(reader):
+    """A pool whose model takes several turns, and a function that asks a question of a conversation in it."""
+    pool = ModelPool(TestbedAdapter(follow_up=FOLLOW_UP, device="cpu", threads=1), "testbed")
+
+    def talk(file, text, conversation=(), **settings):
+        question = answer.Question("testbed", file, text, answer.generation(length=24), **settings)
+        question = replace(question, earlier=answer.earlier_turns(conversation, question))
+        steps = list(answer.ask(pool, question, reader))
+        return [json.loads(shown) for shown, _ in steps], steps[-1][1]
+
+    pool.talk = talk
+    return pool
+
+
+def test_a_question_goes_on_from_those_before_it(talking, reader, picture_file):
+    file = picture_file(2)
+    shown, first = talking.talk(file, DESCRIBE)
+    assert shown[-1]["conversation"]["shown"] == first.id
+    earlier = [(DESCRIBE, shown[-1]["text"])]
+    shown, second = talking.talk(file, BOAT, first.conversation)
+    whole = talking._first
+    expected = whole.generate([whole.encode(picture(2), BOAT, earlier)], Generation(max_new_tokens=24))[0]
+    assert shown[-1]["text"] == expected.text
+    assert second.question.history == tuple(earlier)
+    assert shown[-1]["history"] == [list(earlier[0])]
+    assert "follow-up question" in shown[-1]["notes"][0]
+    first_shown = shown[0]["conversation"]  # while the answer is awaited, those before it are listed
+    assert (first_shown["shown"], [turn["asked"] for turn in first_shown["turns"]]) == ("", [DESCRIBE])
+    turns = shown[-1]["conversation"]
+    assert turns["shown"] == second.id == turns["turns"][1]["answer_id"]
+    assert [turn["text"] for turn in turns["turns"]] == [earlier[0][1], expected.text]
+    with talking.use("testbed") as ready:
+        alone = stethoscope.diagnose(ready.adapter, picture(2), DESCRIBE, earlier[0][1], ready.detectors.final)
+    warned = [[one.object, round(one.verdict.probability, 4), -1] for one in alone.mentions if one.warned]
+    assert [turn["warned"] for turn in turns["turns"]] == [warned, []]
+
+    steps = list(answer.explain_again(talking, first, "row", reader, second.conversation))
+    again = json.loads(steps[-1][0])
+    assert (again["text"], again["answer_id"], again["history"]) == (earlier[0][1], first.id, [])
+    assert again["conversation"] == {**turns, "shown": first.id}
+
+    repeated = answer.earlier_turns(second.conversation, second.question)  # asked again: in place of the last answer
+    assert repeated == (first,)
+    page = json.loads(answer.export(talking, second, "html", "row", reader))["content"]
+    assert json.dumps(earlier[0][1])[1:-1] in page  # a saved page has the conversation, too
+
+
+def test_another_picture_or_model_begins_a_conversation(talking, picture_file):
+    file = picture_file(2)
+    _, first = talking.talk(file, DESCRIBE)
+    same = file.with_name("copy.png")
+    same.write_bytes(file.read_bytes())
+    question = replace(first.question, text=BOAT)
+    assert answer.earlier_turns([first], question) == (first,)
+    assert answer.earlier_turns([first], replace(question, picture=same)) == (first,)
+    assert answer.earlier_turns([first], replace(question, picture=picture_file(1))) == ()
+    assert answer.earlier_turns([first], replace(question, model="other")) == ()
+    same.unlink()
+    assert answer.earlier_turns([first], replace(question, picture=same)) == ()
+
+
+def test_a_conversation_has_an_end(talking, picture_file, monkeypatch):
+    file = picture_file(2)
+    _, first = talking.talk(file, BOAT)
+    monkeypatch.setattr(answer, "MAX_CONVERSATION", 20)
+    shown, session = talking.talk(file, DESCRIBE, [first])
+    assert session is None
+    assert re.fullmatch(
+        r"the conversation has \d+ tokens; at most 20 are read: begin a new conversation", shown[-1]["text"]
+    )
+    monkeypatch.setattr(answer, "MAX_TURNS", 1)
+    shown, _ = talking.talk(file, DESCRIBE, [first])
+    assert shown[-1]["text"] == "a conversation has at most 1 question here: begin a new conversation"
+
+
+def test_a_model_of_one_turn_says_that_it_has_not_read_the_earlier_ones(pool, reader, picture_file, ask):
+    _, first = ask(pool, reader)
+    question = answer.Question("testbed", picture_file(2), BOAT, answer.generation(), earlier=(first,))
+    shown = [json.loads(step) for step, _ in answer.ask(pool, question, reader)]
+    alone = [json.loads(step) for step, _ in answer.ask(pool, replace(question, earlier=()), reader)]
+    assert shown[-1]["text"] == alone[-1]["text"]
+    assert "testbed is asked one question at a time, so it has not read the earlier ones." in shown[-1]["notes"]
+    assert len(shown[-1]["conversation"]["turns"]) == 2
+    assert shown[-1]["history"] == []

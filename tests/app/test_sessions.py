@@ -84,13 +84,13 @@ def test_pictures_live_as_long_as_their_session(tmp_path, clock):
 def test_an_open_page_that_asks_nothing_is_forgotten_too(tmp_path, clock):
     store = Sessions(tmp_path, idle=3600, clock=clock)
     with store.connection("a"):
-        store.set_answer("a", "answer")
+        store.set_conversation("a", ["answer"])
         clock.now += 3599
         assert store.expire() == []
-        assert store.answer("a") == "answer"
+        assert store.conversation("a") == ("answer",)
         clock.now += 2
         assert store.expire() == ["a"]
-        assert store.answer("a") is None
+        assert store.conversation("a") == ()
 
 
 def test_the_oldest_sessions_and_pictures_go_when_there_are_too_many(tmp_path, clock, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_picture_of_many_pixels_is_refused_when_it_arrives(client):
 
 def test_a_session_holds_no_pixels(client, served):
     shown = client.ask(file(client.upload(png()).json()[0]), length=4)
-    kept = served.sessions.answer(client.session_hash)
+    [kept] = served.sessions.conversation(client.session_hash)
     assert kept.id == shown["answer_id"]
     assert isinstance(kept.question.picture, Path)
 
@@ -155,7 +155,7 @@ def test_after_its_session_a_picture_and_what_gradio_kept_are_gone(client, serve
     while path.is_file() and time.monotonic() < until:
         time.sleep(0.1)
     assert not path.is_file()
-    assert served.sessions.answer(client.session_hash) is None
+    assert served.sessions.conversation(client.session_hash) == ()
     answer = client.join(file(path))
     assert (answer.status_code, answer.json()["detail"]) == (403, NO_PICTURE)
 
@@ -193,7 +193,7 @@ def test_an_unexpected_error_ends_on_the_page_and_its_traceback_in_the_log(clien
     def fail(*_, **__):
         raise AttributeError("'SimpleImputer' object has no attribute '_fill_dtype' in /secret/folder")
 
-    monkeypatch.setattr(answer, "_explain", fail)
+    monkeypatch.setattr(answer, "_diagnose", fail)
     shown = client.ask(file(client.upload(png()).json()[0]), length=4)
     assert (shown["kind"], shown["text"]) == ("error", "the server failed: AttributeError; its log says more")
     assert "_fill_dtype" in caplog.text
@@ -205,7 +205,7 @@ def test_messages_name_no_folder(picture_file, pool, reader, monkeypatch, tmp_pa
     def fail(*_, **__):
         raise DataError(f"{tmp_path}/some run/metrics.json is no JSON; run={tmp_path}/b, '{Path.home()}/c'")
 
-    monkeypatch.setattr(answer, "_explain", fail)
+    monkeypatch.setattr(answer, "_diagnose", fail)
     question = answer.Question("testbed", picture_file(0), DESCRIBE, answer.generation(length=2))
     shown = json.loads(list(answer.ask(pool, question, reader))[-1][0])
     assert shown["text"] == "metrics.json is no JSON; run=b, 'c'"

@@ -348,6 +348,73 @@ def test_a_note_is_written_and_filtered_by(page, served, tmp_path):
         (served.runs / "small" / "notes.jsonl").unlink(missing_ok=True)
 
 
+def test_questions_about_a_picture_are_a_conversation(page, served, adapter, tmp_path):
+    """Earlier answers stay in reach with their warnings; a new conversation or another picture begins afresh."""
+    ask(page, next(served.own.glob("counter-000001*.png")))
+    described = text(page, "answer")
+    assert page.locator("#view [data-id=turns-card]").is_hidden()
+    asked = "Is there a clock in the image?"
+    page.click("#view [data-id=ask-on]")
+    page.keyboard.type(asked)  # in place of the first question
+    assert page.locator("#question textarea").input_value() == asked
+    page.click("#ask")
+    turns = page.locator("#view .st-turn")
+    page.wait_for_function("document.querySelectorAll('#view .st-turn').length === 2")
+    page.wait_for_selector(DONE)
+    first, second = [turn.inner_text() for turn in turns.all()]
+    assert first.startswith(f"1. {DESCRIBE}")
+    assert re.search(r"warned of .* \d+\s%.*\(caught\)", first)
+    assert second.startswith(f"2. {asked}")
+    assert "shown below" in second
+    assert "testbed is asked one question at a time" in text(page, "notes")
+    take(page, "conversation", tmp_path)
+    turns.first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "words => document.querySelector('#view [data-id=answer]').innerText === words", arg=described
+    )
+    assert turns.first.get_attribute("aria-current") == "true"
+    assert page.locator("#view tr.st-alarm").count() > 0
+    page.fill("#question textarea", " ")
+    page.click("#ask")
+    wait_for_words(page, "status", "the question is empty")
+    assert turns.count() == 2  # still in reach
+    turns.last.click()
+    page.wait_for_selector(DONE)
+    assert text(page, "asked") == asked
+    page.click("#anew")
+    wait_for_words(page, "status", "A new conversation")
+    assert turns.count() == 0
+    assert page.locator("#view [data-id=written]").is_hidden()
+    page.fill("#question textarea", asked)
+    page.click("#ask")
+    page.wait_for_selector(DONE)
+    page.get_by_role("button", name="rendered scene counter-000002").click()
+    page.wait_for_function("document.querySelector('#photograph img').src.includes('000002')")
+    page.fill("#question textarea", "Is there a car in the image?")
+    page.click("#ask")
+    wait_for_words(page, "asked", "car")
+    page.wait_for_selector(DONE)
+    assert turns.count() <= 1  # of the other picture nothing is listed
+    assert page.locator("#view [data-id=turns-card]").is_hidden()
+
+
+def test_an_answer_is_stopped(page, served, adapter, tmp_path):
+    hook = adapter.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    try:
+        page.set_input_files("#photograph input[type=file]", next(served.own.glob("counter-000001*.png")))
+        page.wait_for_selector("#photograph img")
+        page.click("#ask")
+        page.wait_for_selector("#view .st-caret")
+        page.click("#stop")
+        wait_for_words(page, "status", "stopped")
+        page.wait_for_timeout(500)
+        assert text(page, "status") == "stopped"
+        assert page.locator("#view [data-id=written]").is_hidden()
+    finally:
+        hook.remove()
+
+
 def text_of(page, where):
     return page.locator(where).inner_text()
 

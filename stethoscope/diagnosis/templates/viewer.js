@@ -13,7 +13,7 @@ const WRITTEN = ["relevancy", "attention"]; // colours by the chosen patches
 const STRONGEST = 45; // percent of a colour behind a token, so that its text stays readable
 const photo = new Image();
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-let data = null, scopes = {}, chosen = 0, frame = 0, written = null; // what the chosen patches are to every token
+let data = null, conversation = null, scopes = {}, chosen = 0, frame = 0, written = null; // what the chosen patches are to every token
 
 function signed(value) {
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -413,6 +413,39 @@ function openLink() {
   trigger("look", { run: link.get("run"), task: link.get("task") || "", sample: link.get("sample"), mention });
 }
 
+// --- a conversation -----------------------------------------------------------------------------------------------
+
+function turns(idle) { // a static page has the earlier ones only, and no server to show them again
+  const done = Boolean(data) && data.kind === "done", shown = done ? data.answer_id : "";
+  const earlier = done && !conversation ? (data.history || []).map(([asked, text]) => ({ asked, text, warned: [], mentions: null })) : [];
+  const listed = conversation ? conversation.turns : earlier;
+  $("turns-card").hidden = !listed.some((turn) => turn.answer_id !== shown);
+  $("turns").replaceChildren(...listed.map((turn, index) => {
+    const row = make("li"), box = make(conversation ? "button" : "div", undefined, "st-turn"), current = done && turn.answer_id === shown;
+    if (conversation) {
+      box.type = "button";
+      box.disabled = !done && !idle;
+      box.setAttribute("aria-current", current);
+      box.addEventListener("click", () => { if (!current) trigger("gradient", { scope: "row", answer_id: turn.answer_id }); });
+    }
+    const names = turn.warned.map(([name, probability, label]) => `${name} ${percent(probability)}` + (label < 0 ? "" : ` (${outcome(label, true)})`));
+    const warnings = names.length ? `warned of ${names.join(", ")}` : turn.mentions ? "no warning" : "";
+    box.append(make("b", `${index + 1}. ${turn.asked}`), make("span", turn.text, "st-turn-text"));
+    if (warnings) box.append(make("span", warnings, names.length ? "st-error" : "st-soft"));
+    if (current) box.append(make("span", "shown below", "st-soft"));
+    row.append(box);
+    return row;
+  }));
+  if (!listed.length || !shown || listed[listed.length - 1].answer_id === shown) $("past").scrollTop = $("past").scrollHeight;
+}
+
+function askOn() {
+  const field = document.querySelector("#question textarea");
+  field.scrollIntoView({ block: "center" });
+  field.focus({ preventScroll: true });
+  field.select();
+}
+
 // --- saving ----------------------------------------------------------------------------------------------------
 
 function savePicture(id, name) {
@@ -523,7 +556,8 @@ function finished(message) {
 }
 
 function reveal() { // on a phone the answer comes below the question
-  if (trigger && window.innerWidth <= 760) element.scrollIntoView({ block: "start" });
+  const after = $("turns-card").hidden ? element : [$("status"), $("written")].find((part) => !part.hidden) || element;
+  if (trigger && window.innerWidth <= 760) after.scrollIntoView({ block: "start" });
 }
 
 function receive() {
@@ -537,13 +571,17 @@ function receive() {
     if (message.kind === "error" && data) { $("scope").disabled = false; $("scope").value = data.scope || "row"; }
     if (message.clear) {
       data = null;
+      conversation = message.conversation || null;
+      turns(message.kind !== "busy");
       for (const id of ["written", "diagnosed", "case", "edit-card"]) $(id).hidden = true;
     }
     if (message.kind === "busy" || (message.kind === "error" && message.clear)) reveal();
     return;
   }
   const fresh = !data;
-  if (message.kind === "done") finished(message); else data = message;
+  if (message.kind === "done") { finished(message); conversation = data.conversation || null; } else data = message;
+  turns();
+  $("ask-on").hidden = !conversation;
   say(message.status || "");
   $("asked").textContent = data.asked;
   $("summary").textContent = data.summary || "";
@@ -587,6 +625,7 @@ for (const id of ["heads", "matrix", "queries"]) wireGrid(id);
 $("matrix-details").addEventListener("toggle", soon);
 $("matrix-save").addEventListener("click", () => savePicture("matrix", "attention-matrix"));
 for (const id of Object.keys(PICTURES)) wirePicture(id);
+$("ask-on").addEventListener("click", askOn);
 $("scope").addEventListener("change", () => {
   const wanted = $("scope").value;
   if (scopes[wanted]) { data = scopes[wanted]; soon(); return; }
