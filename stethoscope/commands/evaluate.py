@@ -19,7 +19,6 @@ from stethoscope.core.system import rank
 def run(config: DictConfig) -> None:
     """Evaluate the model, store the run and print the task's table."""
     from stethoscope.adapters.base import Adapter
-    from stethoscope.report.console import print_results
     from stethoscope.tasks.base import Task
 
     folder = run_dir(config)
@@ -31,6 +30,8 @@ def run(config: DictConfig) -> None:
         results = answer(config, folder, loggers, adapter, task)
     if rank():  # of several processes the first one tells of the results
         return
+    from stethoscope.report.console import print_results  # its libraries can wait until there are results
+
     print_results(results)
     print(f"run directory: {folder}")
     report_failures([results], folder)

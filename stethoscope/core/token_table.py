@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
-import pandas as pd
 
 from stethoscope.core.errors import ConfigError, DataError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KEY_COLUMNS: dict[str, str] = {
     "task": "name of the task",
@@ -55,6 +57,7 @@ class MentionSelection(TypedDict, total=False):
 def feature_names(table: pd.DataFrame) -> tuple[str, ...]:
     """List the feature columns, in the table's order.
 
+    >>> import pandas as pd
     >>> feature_names(pd.DataFrame({"token": [0], "entropy": [0.1], "label": [1]}))
     ('entropy',)
     """
@@ -144,6 +147,8 @@ def mention_rows(
     first = table["is_first_subtoken"].to_numpy(dtype=bool)
     if subtokens in ("first", "all"):
         return table[keep & first if subtokens == "first" else keep].reset_index(drop=True)
+    import pandas as pd  # not for those who need the names of columns only
+
     require(table, ("task", "sample_id", "mention_index"))
     names = list(feature_names(table))
     rows = table[keep & first].reset_index(drop=True)

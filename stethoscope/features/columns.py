@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.token_table import KEY_COLUMNS, feature_names
 from stethoscope.features import FEATURES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_NAMES = 6  # in a message
 

@@ -16,12 +16,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from stethoscope.testbed.drawing import SIZE, background
-from stethoscope.testbed.sprites import palette, silhouette, sprite
+from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprite
 from stethoscope.testbed.vocabulary import ALIKE, BIG, CATEGORIES, INDEX, SETTINGS, SMALL, boost, partners
 
 MODES = ("prior", "counter", "collage")
 MIN_PIXELS = 45
 MAX_OVERLAP = 0.22
+COVERED, COVERED_BY_SLENDER = 0.28, 0.15
+"""Share of its square that an object covers at least, with a margin."""
 SOLID = 110
 """Alpha above which a pixel belongs to its object in the mask."""
 _COUNTS = {
@@ -250,12 +252,30 @@ def _hide_predictable(rng: random.Random, setting: str, items: list[SceneObject]
 
 def _hide_slivers(scene: Scene) -> Scene:
     """Make objects invisible of which less than MIN_PIXELS are seen (others can only become more visible)."""
+    drawn = scene._drawn()
+    if all(_pixels_left(item, drawn[i + 1 :]) >= MIN_PIXELS for i, item in enumerate(drawn)):
+        return scene
     counts = np.bincount(scene.mask().ravel(), minlength=len(CATEGORIES) + 1)
     objects = tuple(
         dataclasses.replace(o, visible=o.visible and bool(counts[1 + INDEX[o.category]] >= MIN_PIXELS))
         for o in scene.objects
     )
     return dataclasses.replace(scene, objects=objects)
+
+
+def _pixels_left(item: SceneObject, in_front: list[SceneObject]) -> float:
+    """Compute how many pixels of an object are seen at least: drawing the masks takes most of a scene's time."""
+    side = int(item.size)
+    seen = max(min(int(item.x) + side, SIZE) - max(int(item.x), 0), 0)
+    seen *= max(min(int(item.y) + side, SIZE) - max(int(item.y), 0), 0)
+    pixels = (COVERED_BY_SLENDER if item.category in SLENDER else COVERED) * side**2 - (side**2 - seen)
+    for other in in_front:
+        width, height = (
+            min(int(low) + side, int(start) + int(other.size)) - max(int(low), int(start))
+            for low, start in ((item.x, other.x), (item.y, other.y))
+        )
+        pixels -= max(width, 0) * max(height, 0)
+    return pixels
 
 
 def _paint(canvas: Image.Image, item: SceneObject, category: str, opacity: float) -> None:

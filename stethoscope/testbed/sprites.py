@@ -15,6 +15,8 @@ ANY = ("red", "green", "blue", "yellow", "white", "black", "purple", "pink", "am
 INK, GLASS, METAL = (28, 28, 30), (175, 215, 235), (60, 60, 62)
 LONG = frozenset({"fork", "knife", "spoon", "remote", "surfboard"})
 """Categories that are drawn at any angle; all others are nearly upright."""
+SLENDER = frozenset({"knife", "fork", "spoon", "bicycle"})
+"""Categories that cover least of their square: 0.19 of it or more; all others 0.31 or more."""
 
 _DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[[Pen], None]]] = {}
 

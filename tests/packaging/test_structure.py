@@ -97,6 +97,16 @@ def test_the_first_line_comes_before_any_library_is_loaded(arguments):
     assert done.stdout.splitlines()[0] == f"{arguments[0]}: loading libraries ... []"
 
 
+def test_what_evaluate_loads_before_the_model_is_light():
+    """Neither tables nor statistics are needed for an answer."""
+    script = (
+        "import sys, stethoscope.commands.evaluate, stethoscope.mitigation.base, stethoscope.evaluation.session\n"
+        "sys.exit(' '.join({'pandas', 'scipy', 'sklearn', 'matplotlib', 'wandb'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "features"]], ids=" ".join)
 def test_light_commands_import_no_torch_and_answer_at_once(arguments):
     script = (

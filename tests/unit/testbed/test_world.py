@@ -9,10 +9,20 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stethoscope import testbed
-from stethoscope.testbed.scene import DOUBTFUL, MIN_PIXELS, SOLID, sample_scene, scene_at
-from stethoscope.testbed.sprites import palette, silhouette, sprite
+from stethoscope.testbed.scene import (
+    COVERED,
+    COVERED_BY_SLENDER,
+    DOUBTFUL,
+    MIN_PIXELS,
+    SOLID,
+    _pixels_left,
+    sample_scene,
+    scene_at,
+)
+from stethoscope.testbed.sprites import SLENDER, palette, silhouette, sprite
 from stethoscope.testbed.vocabulary import ALIKE, CATEGORIES, COCO_IDS, INDEX, NEVER_DRAWN, SETTINGS, partners
 
 
@@ -53,6 +63,25 @@ def test_mask_agrees_with_visibility(mode: str) -> None:
         owners = {name for name in CATEGORIES if counts[1 + INDEX[name]]}
         assert owners == set(scene.visible), scene.id
         assert all(counts[1 + INDEX[name]] >= MIN_PIXELS for name in scene.visible)
+
+
+@pytest.mark.parametrize("mode", ["prior", "counter", "collage"])
+def test_what_is_seen_without_drawing_is_seen(mode: str) -> None:
+    """Masks are drawn only where an object might be a sliver; the bound never says more than there is."""
+    for scene in testbed.scenes(60, mode, seed=5):
+        counts, drawn = np.bincount(scene.mask().ravel(), minlength=len(CATEGORIES) + 1), scene._drawn()
+        for i, item in enumerate(drawn):
+            assert _pixels_left(item, drawn[i + 1 :]) <= counts[1 + INDEX[item.category]]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_an_object_covers_its_share_of_the_square(category: str) -> None:
+    rng = random.Random(category)
+    for side in (21, 26, 31, 40):
+        for _ in range(8):
+            drawing = silhouette(category, palette(category)[0], rng.getrandbits(30))
+            solid = np.asarray(drawing.resize((side, side), Image.Resampling.BILINEAR)) > SOLID
+            assert solid.mean() > (COVERED_BY_SLENDER if category in SLENDER else COVERED)
 
 
 def test_undrawn_annotations_leave_no_trace() -> None:
