@@ -57,6 +57,7 @@ def attention_payload(diagnosis: Diagnosis, limit: int) -> dict[str, Any] | None
         "layers": layers,
         "heads": heads,
         "crosses": attention.crosses,
+        "tiles": 0 if regions is None else len(regions.grids),
         "chosen": chosen,
         "maps": maps,
         **heads_payload(attention, regions, size, order[: max(left, 0) // (layers * heads * cells)]),
@@ -104,7 +105,7 @@ def _encoded_maps(values: np.ndarray) -> dict[str, str]:
 
 
 def _shares(values: np.ndarray) -> str:
-    return _base64(np.rint(32767 * values.clip(0, 2)).astype("<u2"))
+    return _base64(np.rint(32767 * values.clip(0, 1)).astype("<u2"))
 
 
 def _base64(values: np.ndarray) -> str:

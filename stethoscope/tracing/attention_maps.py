@@ -35,7 +35,8 @@ class AttentionMaps:
         largest: (T, L, N) largest of all heads.
         image_mass: (T, L, H) sum over the image tokens.
         matrix: (T, 1 + Q + T + 1) mean over all layers and heads: to the image tokens together, to every token of the
-            question, to every answer token (zero for the token itself and later ones), to everything else together.
+            question, to every answer token (zero for the token itself and later ones), to everything else together; of
+            an encoder-decoder model this is everything else in the prompt, and one more column has the start token.
         crosses: whether the attention to image and question is cross-attention.
     """
 
@@ -156,10 +157,11 @@ class AttentionMapRecorder(AttentionRecorder):
         prompt, own = means[self._prompt_role], means["language"]
         image = prompt[:, list(self._spans.image)].sum(-1, keepdim=True)
         question = prompt[:, list(self._spans.question)]
-        count = len(own)
-        answer = torch.zeros(count, count)
+        answer = torch.zeros(len(own), len(own))
         seen = own[:, self._answer]  # a decoder may not have read the last token
         answer[:, : seen.shape[1]] = seen
-        total = sum(mean.sum(-1, keepdim=True) for mean in means.values())
-        rest = total - image - question.sum(-1, keepdim=True) - answer.sum(-1, keepdim=True)
-        return torch.cat([image, question, answer, rest.clamp(min=0)], -1)
+        rest = prompt.sum(-1, keepdim=True) - image - question.sum(-1, keepdim=True)
+        if own is prompt:
+            rest = rest - answer.sum(-1, keepdim=True)
+        start = [] if own is prompt else [own[:, :1]]
+        return torch.cat([image, question, answer, rest.clamp(min=0), *start], -1)

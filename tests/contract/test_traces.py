@@ -119,8 +119,9 @@ def test_raw_attention_by_layer_and_head_equals_eager_output_attentions(adapter,
     start, count = 1 if crossing else prompt.spans.length, len(answer.token_ids)
     before = torch.nn.functional.pad(own[:, start : start + count], (0, max(0, start + count - own.shape[1])))
     columns = [means[:, image].sum(-1, keepdim=True), question, before]
-    rest = torch.tensor(1.0 + bool(crossing)) - torch.cat(columns, -1).sum(-1, keepdim=True)
-    close(maps.matrix, torch.cat([*columns, rest], -1), 2e-5)
+    parts = columns[:2] if crossing else columns
+    rest = 1 - torch.cat(parts, -1).sum(-1, keepdim=True)
+    close(maps.matrix, torch.cat([*columns, rest, *([own[:, :1]] if crossing else [])], -1), 2e-5)
     assert not before.triu().any()
     few = attention_recorder(
         *adapter.forward_inputs(prompt, answer.token_ids), prompt, answer, [3, 1], 2 * maps.heads[0].nbytes

@@ -56,6 +56,13 @@ function attentionOf(token, layer, head) {
   return combined([...Array(own.heads).keys()].map((index) => scaled(single, layer * own.heads + index, own.cells)), head);
 }
 
+let shades = null;
+
+function shade(value) { // of the ramp, in 256 steps
+  shades = shades || [...Array(256).keys()].map((step) => ramp(step / 255).map(Math.round));
+  return shades[Math.round(255 * Math.min(1, value))];
+}
+
 function picked(id) {
   const value = $(id).value;
   return /^\d+$/.test(value) ? Number(value) : value;
@@ -73,10 +80,13 @@ function headName(head) {
 
 // grid: rows and columns (names), value(row, column) in [0, 1] for the colour, text(row, column), pick(row, column),
 // own (row and column that are chosen, the column null for a whole row, or null), picture(row, column) for a small map in the cell, or null.
+// key is what the values are of: while it is the same, nothing is drawn again.
 function drawGrid(id, grid) {
-  const canvas = $(id), former = grids[id], brush = canvas.getContext("2d");
+  const canvas = $(id), former = grids[id] || {}, brush = canvas.getContext("2d");
   grids[id] = grid;
-  grid.cursor = former && former.cursor && former.cursor[0] < grid.rows.length && former.cursor[1] < grid.columns.length ? former.cursor : null;
+  grid.cursor = former.cursor && former.cursor[0] < grid.rows.length && former.cursor[1] < grid.columns.length ? former.cursor : null;
+  grid.drawn = [data.answer_id, grid.key, grid.own, grid.cursor, document.activeElement === canvas, canvas.parentElement.clientWidth, getComputedStyle(canvas).color].join(";");
+  if (grid.drawn === former.drawn) { Object.assign(grid, { left: former.left, top: former.top, side: former.side }); return; }
   brush.font = "12px system-ui, sans-serif";
   const widest = (names) => Math.min(130, Math.max(...names.map((name) => brush.measureText(name).width)) + 8);
   const upright = grid.columns.every((name) => name.length <= 3);
@@ -111,7 +121,7 @@ function drawGrid(id, grid) {
       if (small) { brush.imageSmoothingEnabled = false; brush.drawImage(small, x, y, side - gap, side - gap); continue; }
       const value = grid.value(row, column);
       if (value === null) continue;
-      brush.fillStyle = `rgb(${ramp(Math.min(1, value)).map(Math.round).join(",")})`;
+      brush.fillStyle = `rgb(${shade(value).join(",")})`;
       brush.fillRect(x, y, side - gap, side - gap);
     }
   }
@@ -155,6 +165,7 @@ function wireGrid(id) {
     else return;
     event.preventDefault();
   });
+  new ResizeObserver(soon).observe(canvas.parentElement);
   for (const kind of ["focus", "blur"]) canvas.addEventListener(kind, soon);
 }
 
@@ -162,10 +173,19 @@ function wireGrid(id) {
 
 function smallMap(values, [rows, columns], most) {
   const sheet = make("canvas"), image = new ImageData(columns, rows);
-  values.forEach((value, cell) => image.data.set([...ramp(Math.min(1, value / most)), 255], 4 * cell));
+  values.forEach((value, cell) => {
+    [image.data[4 * cell], image.data[4 * cell + 1], image.data[4 * cell + 2]] = shade(value / most);
+    image.data[4 * cell + 3] = 255;
+  });
   [sheet.width, sheet.height] = [columns, rows];
   sheet.getContext("2d").putImageData(image, 0, 0);
   return sheet;
+}
+
+function massOf(layer, head) { // share of the chosen token's attention that falls on all image tokens; numbers, or "mean"
+  const own = data.attention, range = (index, count) => (index === "mean" ? [...Array(count).keys()] : [index]);
+  const sums = range(layer, own.layers).flatMap((row) => range(head, own.heads).map((column) => own.sums[(chosen * own.layers + row) * own.heads + column]));
+  return sums.reduce((sum, value) => sum + value, 0) / sums.length / 32767;
 }
 
 function showHeads() {
@@ -183,7 +203,7 @@ function showHeads() {
     text: (row, column) => `${layerName(row)}, ${headName(column)}: ${percent(sums[row * own.heads + column])} of its attention falls on the picture`,
     own: typeof layer === "number" && typeof head === "number" ? [layer, head] : null,
     pick: (row, column) => { [$("attention-layer").value, $("attention-head").value] = [row, column]; soon(); },
-    follows: true, largest: maps ? 72 : 44, least: maps ? 24 : 9,
+    follows: true, key: [chosen, maps ? "map" : "mass"], largest: maps ? 72 : 44, least: maps ? 24 : 9,
     label: `attention of ${word} to the picture by layer and head, ${percent(most)} at most`,
   });
   $("heads-most").textContent = maps ? "largest of each map" : percent(most);
@@ -192,17 +212,17 @@ function showHeads() {
 function showMatrix() {
   if (!$("matrix-details").open) return;
   const own = data.attention, names = data.tokens.map((token) => shown(token.text)), count = names.length;
-  const columns = ["picture", ...data.question.map(shown), ...names, "everything else"], width = own.means.length / count;
+  const columns = ["picture", ...data.question.map(shown), ...names, "everything else", ...(own.crosses ? ["start token"] : [])], width = own.means.length / count;
   const value = (row, column) => own.means[row * width + column] / 32767, most = Math.max(...own.means) / 32767 || 1;
   const first = 1 + data.question.length; // column of the answer's first token
   drawGrid("matrix", {
-    rows: names, columns, value: (row, column) => (column >= first + row && column < width - 1 ? null : Math.sqrt(value(row, column) / most)),
-    text: (row, column) => `“${names[row]}” to ${column === 0 || column === width - 1 ? columns[column] : `“${columns[column]}”`}: ${percent(value(row, column))}`,
-    own: [chosen, null], pick: choose, largest: 18, least: 13, label: `mean attention of ${count} answer tokens to the picture, the question and each other`,
+    rows: names, columns, value: (row, column) => (column >= first + row && column < first + count ? null : Math.sqrt(value(row, column) / most)),
+    text: (row, column) => `“${names[row]}” to ${column === 0 || column >= first + count ? columns[column] : `“${columns[column]}”`}: ${percent(value(row, column))}`,
+    own: [chosen, null], key: "", pick: choose, largest: 18, least: 13, label: `mean attention of ${count} answer tokens to the picture, the question and each other`,
   });
   $("matrix-most").textContent = `${percent(most)}, square-root scale`;
   $("matrix-note").textContent = "Rows are the answer's tokens, columns what they attend to: the picture as a whole, the question's tokens, earlier tokens of the answer, "
-    + "and everything else (template, first token). " + (own.crosses ? "Answer tokens by the decoder's self-attention, all else by its cross-attention; each sums to 100\u00a0%." : "A row sums to 100\u00a0%.");
+    + "and everything else (template, first token). " + (own.crosses ? "Answer tokens and the start token by the decoder's self-attention, all else by its cross-attention; each sums to 100\u00a0%." : "A row sums to 100\u00a0%.");
 }
 
 function attention() {
@@ -213,8 +233,8 @@ function attention() {
   if (!own.heads_of[chosen] && (values === null || $("heads-show").value === "map")) fetchHeads();
   const held = Object.keys(own.heads_of).length;
   $("attention-note").textContent = values === null ? (trigger ? "This map is on its way …" : `This map is not on the page: it has the single heads of ${held} of ${counted(data.tokens.length, "token")}.`)
-    : `${name}: ${percent(values.reduce((sum, value) => sum + value, 0))} of the attention falls on the picture.`;
-  $("attention-most").textContent = `${percent(most)} on one image token`;
+    : head === "largest" ? `${name}, for every image token by itself.` : `${name}: ${percent(massOf(layer, head))} of the attention falls on the picture.`;
+  $("attention-most").textContent = `${percent(most)} on one ${own.tiles > 1 ? "cell" : "image token"}`;
   $("attention-legend").hidden = values === null;
   if (own.box) {
     drawMap($("attention-picture"), own, values === null ? () => 0 : (cell) => values[cell] / Math.max(most, 1e-12));
@@ -222,7 +242,7 @@ function attention() {
   } else if (values) {
     drawGrid("queries", {
       rows: [""], columns: [...values.keys()].map((index) => `${index + 1}`), value: (row, column) => values[column] / Math.max(most, 1e-12),
-      text: (row, column) => `image token ${column + 1}: ${percent(values[column])}`, own: null, pick: () => {}, largest: 32, least: 12,
+      text: (row, column) => `image token ${column + 1}: ${percent(values[column])}`, own: null, key: [chosen, layer, head, Boolean(own.heads_of[chosen])], pick: () => {}, largest: 32, least: 12,
       label: `attention to every image token, which are no grid over the picture`,
     });
   }
@@ -257,4 +277,6 @@ function fitAttention() { // the choices of a new answer
   options("attention-head", [["mean", headName("mean")], ["largest", headName("largest")], ...range(own.heads, headName)]);
   $("attention-picture").hidden = !own.box;
   $("queries-line").hidden = Boolean(own.box);
+  $("attention-kind").textContent = own.box ? "Patches are chosen here as in the picture above."
+    : "The image tokens of this model are no grid over the picture (queries of a Q-Former see all of it), so they are a row of cells.";
 }

@@ -635,6 +635,7 @@ $("scope").addEventListener("change", () => {
 for (const [id, step] of [["previous", -1], ["next", 1]]) {
   $(id).addEventListener("click", () => { const sample = neighbour(step); if (sample) trigger("look", sample); });
 }
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", soon);
 watch("value", receive);
 receive();
 openLink();
