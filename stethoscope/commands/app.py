@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from stethoscope.commands.common import require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import ConfigError
+from stethoscope.storage.remote_run import is_address, local_run
 
 
 def run(config: DictConfig) -> None:
@@ -26,7 +27,11 @@ def run(config: DictConfig) -> None:
     public = bool(config.share) or not loopback(str(config.host))
     if config.notes not in (None, True, False):
         raise ConfigError(f"notes={config.notes} should be true, false or null")
-    notes = not public if config.notes is None else bool(config.notes)
+    named = [None if name is None else str(name) for name in (config.run, config.beside)]
+    copied = [name for name in named if name is not None and is_address(name)]
+    if copied and config.notes:
+        raise ConfigError(f"notes=true: notes on {copied[0]} would be lost with its copy, which goes when the app ends")
+    notes = not (public or copied) if config.notes is None else bool(config.notes)
     accounts = read_accounts(None if config.auth is None else str(config.auth), public)
     check_address(str(config.host), int(config.port))
     # after what needs no torch: it takes seconds to load
@@ -42,7 +47,7 @@ def run(config: DictConfig) -> None:
     runs, detector = Path(str(config.runs)), config.detector
     chosen = str(HydraConfig.get().runtime.choices.model)
     name = adapter.name if chosen == "hf" else chosen
-    run, other = (None if name is None else Path(str(name)).expanduser() for name in (config.run, config.beside))
+    run, other = (None if name is None else local_run(name) for name in named)
     pool = ModelPool(adapter, name, detector.folder, detector.live, runs, run, config.plugins)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes with the server
     with own_folder() as folder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.storage.remote_run import local_run
 from stethoscope.storage.run_dir import saved_task
 
 USAGE = """usage: stethoscope compare RUN RUN [RUN ...] [format=text] [out=FILE] [common=true] [plugins=PACKAGE,...]
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     common = settings["common"].lower()
     if common not in ("true", "false"):
         raise ConfigError(f"common={settings['common']} should be true or false")
-    folders = list(dict.fromkeys(folder for word in words for folder in _run_folders(Path(word))))
+    folders = list(dict.fromkeys(folder for word in words for folder in _run_folders(local_run(word))))
     if len(folders) < 2:
         given = f"; {folders[0]} is one" if folders else ""
         raise ConfigError(f"stethoscope compare takes two runs or more, or a folder of runs{given}")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from stethoscope.commands.common import as_list, picture_loader
 from stethoscope.core.errors import ConfigError, unknown
+from stethoscope.storage.remote_run import is_address, local_run
 
 
 def run(config: DictConfig) -> None:
@@ -28,7 +29,9 @@ def run(config: DictConfig) -> None:
         pictures=config.pictures,
         time=time.time(),
     )
-    source = RunReader.read(Path(config.run))
+    if is_address(str(config.out)):
+        raise ConfigError(f"the export of {config.run} needs a folder of this machine: out=FOLDER")
+    source = RunReader.read(local_run(str(config.run)))
     names = [results.task for results in source.results] if config.tasks is None else as_list(config.tasks)
     by_name = {results.task: results for results in source.results}
     for name in names:

@@ -9,6 +9,7 @@ from pathlib import Path
 from stethoscope.commands.common import parse, picture_loader
 from stethoscope.core.component import package_names
 from stethoscope.core.errors import ConfigError
+from stethoscope.storage.remote_run import is_address, local_run
 
 USAGE = """usage: stethoscope report RUN [out=FOLDER] [cases=6] [pictures=true] [plugins=PACKAGE,...]
 
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
     settings["pictures"] = settings["pictures"].lower()
     if settings["pictures"] not in ("true", "false"):
         raise ConfigError(f"pictures={settings['pictures']} should be true or false")
-    source = RunReader.read(Path(runs[0]))
+    if is_address(runs[0]) and not settings["out"]:
+        raise ConfigError(f"the report of {runs[0]} needs a folder of this machine: out=FOLDER")
+    source = RunReader.read(local_run(runs[0]))
     plugins = package_names(settings["plugins"])
     missing = "the gallery has no pictures"
     picture = picture_loader(source.store, plugins, missing) if settings["pictures"] == "true" else None

@@ -105,6 +105,8 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
         (["prot=1"], "did you mean 'port'"),
         (["notes=maybe"], "notes=maybe should be true, false or null"),
         (["beside=nothing"], "nothing is no run directory"),
+        (["beside=memory://no/run"], "memory://no/run is no run: it has no samples.jsonl"),
+        (["run=s3://a/b", "notes=true"], "notes on s3://a/b would be lost with its copy"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):

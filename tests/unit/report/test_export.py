@@ -350,6 +350,22 @@ def test_the_command_prints_its_files(testbed_run, tmp_path, capsys):
     assert call(capsys, f"run={testbed_run}", "to=dataset", "tasks=pope", f"out={tmp_path / 'd'}")[0] == 0
 
 
+def test_a_run_at_an_address_is_exported_as_from_its_folder(testbed_run, tmp_path, capsys):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.put(f"{testbed_run}/", f"/bucket/{testbed_run.name}", recursive=True)
+    try:
+        for run, out in ((testbed_run, "here"), (f"memory://bucket/{testbed_run.name}", "there")):
+            assert call(capsys, f"run={run}", "to=html", f"out={tmp_path / out}")[0] == 0
+        status, _, errors = call(capsys, f"run=memory://bucket/{testbed_run.name}", "to=html")
+    finally:
+        files.rm("/bucket", recursive=True)
+    assert (tmp_path / "here" / "index.html").read_bytes() == (tmp_path / "there" / "index.html").read_bytes()
+    assert status == 2
+    assert "needs a folder of this machine: out=FOLDER" in errors
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
