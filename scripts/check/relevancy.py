@@ -4,7 +4,8 @@
     python scripts/check/relevancy.py --scenes 100
 
 For the first mention of every object in a caption, the relevancy of the token that begins its name is read on the
-patches, after the last layer. Printed for both scopes, with 95 % intervals over images:
+patches, after the last layer; "mean" and "best" are raw attention to the image tokens: the mean of all layers and
+heads, and the single head that points best at the object itself. Printed with 95 % intervals over images:
 
     pointing   share of mentions whose most relevant patch has its centre inside the box
     mass       share of the relevancy inside the box, divided by the box's share of the picture (1 is chance)
@@ -28,6 +29,7 @@ import torch
 import stethoscope
 from stethoscope import testbed
 from stethoscope.core.types import Generation
+from stethoscope.diagnosis.layers_pass import read_attention
 from stethoscope.metrics.bootstrap import bootstrap
 from stethoscope.relevancy import answer_relevancy
 from stethoscope.tasks.chair import mentions
@@ -89,6 +91,12 @@ def judged(scene: Scene, adapter: Any, rng: np.random.Generator) -> Iterator[dic
     for scope in ("row", "token"):
         relevancy = answer_relevancy(adapter, encoded, answer, scope=scope, layers="final", tokens=tokens)
         heats[scope] = relevancy.patches[:, 0].double().numpy()
+    attention = read_attention(adapter, encoded, answer, tokens)
+    side = heats["row"].shape[1:]
+    single = attention.heads.double().numpy()
+    heats["mean"] = attention.mean[tokens].mean(1).double().numpy().reshape(-1, *side)
+    for layer, head in np.ndindex(*attention.heads.shape[1:3]):
+        heats[f"l{layer:02d}h{head:02d}"] = single[:, layer, head].reshape(-1, *side)
     for index, name in enumerate(first):
         others = [other for other in visible if other != name]
         kind = "right" if name in visible else "hallucinated"
@@ -116,6 +124,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     adapter, rng = stethoscope.load("testbed"), np.random.default_rng(0)
     table = pd.DataFrame([row for scene in testbed.scenes(options.scenes) for row in judged(scene, adapter, rng)])
+    own = table[table["scope"].str.match("l\\d") & (table["box"] == "its own")]
+    best = str(own.groupby("scope")["pointing"].mean().idxmax())
+    table = table[table["scope"].isin(["row", "token", "mean", best])].replace({"scope": {best: "best"}})
+    print(f"the best head is {best}")
     mean = lambda labels, scores, weights: (weights * scores).sum(-1) / weights.sum(-1)  # noqa: E731
     print(f"{'mention':<13} {'box':<8} {'scope':<6} {'n':>5}  {'pointing':<22} mass")
     for (mention, box, scope), rows in table.groupby(["mention", "box", "scope"]):
