@@ -179,8 +179,8 @@ def graph_bytes(model: PreTrainedModel, context: int) -> int:
     """
     parts = _layers_and_sizes(model, context)
     kept = sum(layers * (positions * (6 * width + 4 * inner)) for layers, positions, width, inner, _ in parts)
-    maps = sum(layers * min(heads * positions**2, _KEPT_MAP) for layers, positions, *_, heads in parts)
-    return kept * model.dtype.itemsize + 4 * maps
+    maps = [(layers, heads * positions**2) for layers, positions, *_, heads in parts]
+    return kept * model.dtype.itemsize + 4 * sum(layers * size for layers, size in maps if size <= _KEPT_MAP)
 
 
 def input_bytes(model: PreTrainedModel, context: int) -> int:

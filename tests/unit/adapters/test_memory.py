@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from PIL import Image
 
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.hf import HfAdapter
@@ -14,6 +15,8 @@ from stethoscope.cli import main
 from stethoscope.commands.doctor import DeviceMemory, verdict
 from stethoscope.core.errors import CapabilityError, StethoscopeError
 from stethoscope.core.types import Memory
+from stethoscope.relevancy.shared_passes import PromptPass
+from stethoscope.tracing.hooks import selected
 
 GIB = 2**30
 OF_TRANSFORMERS = [
@@ -254,3 +257,20 @@ def test_an_adapter_with_files_of_its_own_says_that_it_cannot_tell():
 def test_a_folder_without_a_configuration(tmp_path):
     with pytest.raises(StethoscopeError, match=str(tmp_path)):
         memory.skeleton(str(tmp_path), Loading())
+
+
+def test_graphs_take_what_was_estimated_and_keep_no_large_map():
+    adapter = HfAdapter(random_init="tiny")
+    prompt = adapter.encode(Image.new("RGB", (56, 56), "grey"), "What is here?")
+    parameters, saved = {part.data_ptr() for part in adapter.model.parameters()}, {}
+
+    def pack(part):
+        saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return part
+
+    with selected(adapter.model), torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
+        graph = PromptPass(adapter.model, dict(prompt.inputs), recompute=False)
+    actual = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert 0.3 < actual / memory.graph_bytes(adapter.model, graph.length) < 1
+    sizes = [memory.graph_bytes(adapter.model, length) for length in (2000, 4000, 6000)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
