@@ -305,7 +305,10 @@ class Diagnosis:
         return overlay(self.image, self.heat_map(token, layer, raw), opacity)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-able dictionary without pixels; floats are rounded, relevancy is the last layer's."""
+        """Convert to a JSON-able dictionary without pixels; floats are rounded.
+
+        Relevancy is the last layer's; ``attention`` is the mean over heads, and of ``image`` also over layers.
+        """
         warning = self.warning
         return {
             "model": self.model,
@@ -353,10 +356,15 @@ class Diagnosis:
                 "question": _as_list(self.relevancy.question[index, -1].numpy()),
                 "answer": _as_list(self.relevancy.answer[index, -1, :index].numpy()),
             }
+        if self.attention is not None:
+            section["attention"] = {
+                "image": _as_list(self.attention.to_image(index).numpy()),
+                "image_by_layer": _as_list(self.attention.image_mass[index].mean(-1).numpy()),
+            }
         return section
 
     def to_frame(self) -> pd.DataFrame:
-        """Make a table with a row per token; shares and contributions are those of the last layer."""
+        """Make a table with a row per token; shares and contributions are of the last layer, attention of all."""
         import pandas as pd
 
         mentions = [self.mention_of(index) for index in range(len(self))]
@@ -377,6 +385,8 @@ class Diagnosis:
         if self.relevancy is not None:
             columns |= {f"share_{name}": values[:, -1] for name, values in self.shares.items()}
             columns |= {f"contribution_{name}": values[:, -1] for name, values in self.contributions.items()}
+        if self.attention is not None:
+            columns["attention_image"] = self.attention.matrix[:, 0].numpy()
         return pd.DataFrame(columns)
 
     def plot(self, token: int, layer: int = -1, raw: bool | None = None) -> Figure:

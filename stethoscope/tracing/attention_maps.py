@@ -117,12 +117,15 @@ class AttentionMapRecorder(AttentionRecorder):
         self._order = list(dict.fromkeys(order))
         self._tokens: list[int] = []
         self._by_layer: list[tuple[Tensor, ...]] = []
-        self._sequences: dict[str, list[Tensor]] = {role: [] for role in self.roles}
+        self._sums: dict[str, Tensor] = {}  # by role, of the means over heads
+        self._seen = dict.fromkeys(self.roles, 0)  # layers
 
     def on_weights(self, site: Site, weights: Tensor) -> None:
         """Reduce the rows (1, heads, T, S) of one layer."""
         rows = weights[0].detach().float()
-        self._sequences[site.role].append(rows.mean(0).cpu())
+        mean = rows.mean(0).cpu()
+        self._sums[site.role] = self._sums[site.role] + mean if site.role in self._sums else mean
+        self._seen[site.role] += 1
         if site.role != self._prompt_role:
             return
         image = rows[..., list(self._spans.image)]
@@ -133,10 +136,9 @@ class AttentionMapRecorder(AttentionRecorder):
         self._by_layer.append(tuple(part.cpu() for part in parts))
 
     def finish(self) -> None:
-        counts = {role: len(layers) for role, layers in self._sequences.items()}
-        if set(counts.values()) != {self._layers}:
-            raise CaptureError(f"raw attention of {self._layers} layers was expected, and seen in {counts}")
-        if not all(layer.isfinite().all() for layers in self._sequences.values() for layer in layers):
+        if set(self._seen.values()) != {self._layers}:
+            raise CaptureError(f"raw attention of {self._layers} layers was expected, and seen in {self._seen}")
+        if not all(total.isfinite().all() for total in self._sums.values()):
             raise CaptureError("raw attention holds values that are not finite")
 
     def maps(self) -> AttentionMaps:
@@ -153,7 +155,7 @@ class AttentionMapRecorder(AttentionRecorder):
         )
 
     def _matrix(self) -> Tensor:
-        means = {role: torch.stack(layers).mean(0) for role, layers in self._sequences.items()}
+        means = {role: total / self._layers for role, total in self._sums.items()}
         prompt, own = means[self._prompt_role], means["language"]
         image = prompt[:, list(self._spans.image)].sum(-1, keepdim=True)
         question = prompt[:, list(self._spans.question)]

@@ -56,6 +56,9 @@ def test_the_page_of_a_diagnosis(page, adapter, tmp_path):
     file = tmp_path / "report.html"
     file.write_text(diagnosis.to_html(), "utf-8")
     page.goto(file.as_uri())
+    page.locator("[data-id=matrix-details] summary").click()
+    page.locator("[data-id=picture]").press("Shift+ArrowDown")
+    page.locator("[data-id=patch-attention-title]").wait_for()
     assert violations(page, "diagnosis", QUICK) == []
 
 

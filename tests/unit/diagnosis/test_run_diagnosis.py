@@ -346,6 +346,10 @@ def test_raw_attention_over_the_picture(adapter, scene, plain):
         assert np.allclose(plain.attention_map(token, layer, head, side), values.reshape(side), rtol=0.02, atol=1e-3)
     assert np.allclose(plain.attention_map(token).sum(), trace.image_attention[token].mean(0).sum(), rtol=1e-2)
     assert np.allclose(plain.attention.matrix.sum(-1), 1, atol=1e-5)
+    assert np.allclose(plain.to_frame()["attention_image"], trace.mass[..., 0].mean((1, 2)), atol=1e-5)
+    assert np.allclose(
+        plain.to_dict()["tokens"][token]["attention"]["image"], trace.image_attention[token].mean(0), atol=1e-4
+    )
     for arguments, name in (((999,), "token"), ((0, 4), "layer"), ((0, 0, 99), "head"), ((0, 0, "most"), "head")):
         with pytest.raises(ConfigError, match=f"{name}=.*should be"):
             plain.attention_map(*arguments)
