@@ -29,7 +29,7 @@ from stethoscope.features import FeatureSet, named_set
 from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.loggers.base import Loggers
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.tokens import TokenFiles, token_table
+from stethoscope.storage.tokens import TokenFiles, TokenRows, token_tables
 from stethoscope.tasks.chair import Chair
 from stethoscope.tracing.trace import Encoded
 
@@ -90,7 +90,7 @@ def measure(
         def answer(prompts: Sequence[Encoded], asked: Sequence[Sample]) -> None:
             prompts = adapter.prefill(prompts, features.requires)
             answers, kept = adapter.generate_with_cache(prompts, generation)
-            rows = []
+            rows: list[TokenRows] = []
             for start in range(0, len(kept), TRACE_BATCH):
                 few = slice(start, start + TRACE_BATCH)
                 traces = adapter.trace_batch(kept[few], answers[few], features.requires)
@@ -98,10 +98,9 @@ def measure(
                 for sample, trace, columns in zip(asked[few], traces, computed, strict=True):
                     mentions = run.task.label_mentions(sample, trace.answer)
                     named = [mention is not None for mention in trace.answer.owners(mentions)]
-                    values = without_vectors(columns, named)
-                    rows.append(token_table(run.task.name, sample, trace.answer, mentions, values))
+                    rows.append(TokenRows(sample, trace.answer, mentions, without_vectors(columns, named)))
                     maps.on_trace(run, sample, trace)
-            tables.append(rows)
+            tables.append(token_tables(run.task.name, rows))
 
         return answer
 

@@ -23,7 +23,7 @@ from stethoscope.core.types import Answer, Mention, Sample, Score, required
 from stethoscope.evaluation.given_answers import read_answer
 from stethoscope.features.registry import compute_columns, without_vectors
 from stethoscope.storage.records import FAILED, OK, UNPARSED, Record
-from stethoscope.storage.tokens import token_table
+from stethoscope.storage.tokens import TokenRows, token_tables
 from stethoscope.tasks.object_extraction import TextMention
 
 if TYPE_CHECKING:
@@ -376,14 +376,16 @@ class SamplePipeline:
         def compute(batch: Sequence[SampleState]) -> Sequence[Mapping[str, np.ndarray]]:
             return compute_columns(self.features, [traced[id(state)] for state in batch])
 
+        rows: list[tuple[SampleState, TokenRows]] = []
         for state, columns in zip(states, self._in_batches(states, "trace", compute), strict=True):
             if columns is not None:
-                with self._stage(state, "trace"):
-                    named = [mention is not None for mention in state.given_answer.owners(state.mentions)]
-                    texts, values = (state.prompt, task.version, state.picture), without_vectors(columns, named)
-                    state.rows = token_table(
-                        task.name, state.sample, state.given_answer, state.mentions, values, *texts
-                    )
+                answer, mentions = state.given_answer, state.mentions
+                values = without_vectors(columns, [mention is not None for mention in answer.owners(mentions)])
+                rows.append((state, TokenRows(state.sample, answer, mentions, values, state.prompt, state.picture)))
+        if rows:
+            tables = token_tables(task.name, [item for _, item in rows], task.version)
+            for (state, _), table in zip(rows, tables, strict=True):
+                state.rows = table
 
     def wants_rows(self, item: SampleState | Record) -> bool:
         """Whether the answer of a state or record is to be traced."""

@@ -7,16 +7,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope.tracing.trace import TensorPart, Trace
 
 Result = TypeVar("Result")
-
-_SHORT = 6  # times the values that are looked for
 
 
 def cached_on_trace(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -66,19 +62,6 @@ def select_tokens(values: Tensor, trace: Trace) -> Tensor:
     """Select from (T, V) values those of the answer's own tokens, (T,)."""
     ids = values.new_tensor(trace.answer.token_ids).long()
     return values.gather(-1, ids[:, None])[:, 0]
-
-
-def largest(values: Tensor, count: int) -> Tensor:
-    """Return the largest ``count`` of (..., N) values, or all of them, in descending order.
-
-    NumPy sorts short rows whole in a quarter of the time that ``topk`` takes.
-    """
-    import torch  # listing features needs none
-
-    count = min(count, values.shape[-1])
-    if values.shape[-1] > _SHORT * count:
-        return values.topk(count, dim=-1).values
-    return torch.from_numpy(np.ascontiguousarray(np.sort(values.numpy(), -1)[..., : -count - 1 : -1]))
 
 
 def normalised_entropy(values: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from stethoscope.core.types import required
-from stethoscope.features.common import cached_on_trace, largest, logprobs, probabilities, token_logprob
+from stethoscope.features.common import cached_on_trace, logprobs, probabilities, token_logprob
 from stethoscope.features.registry import feature
+from stethoscope.tracing.trace import largest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stethoscope.features.common import entropy_of, largest, logprobs, probabilities, token_logprob
+from stethoscope.features.common import entropy_of, logprobs, probabilities, token_logprob
 from stethoscope.features.registry import feature
+from stethoscope.tracing.trace import largest
 
 if TYPE_CHECKING:
     from torch import Tensor

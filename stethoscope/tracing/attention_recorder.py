@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.tracing.hooks import AttentionRecorder, Site
-from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans
+from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, largest
 
 TOP = 20
 """Number of image attentions per head that HaloProbe reads (Zohrabi et al., arXiv 2604.06165, appendix B)."""
@@ -200,17 +200,20 @@ class HeadAttentionRecorder(RowAttentionRecorder):
         self._tokens = list(counts)
         starts = [span.length if decoder is None else 1 for span in spans]
         self._answers = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        self._columns = [list(span.image) for span in spans]
-        self._by_head: list[list[tuple[Tensor, Tensor]]] = [[] for _ in spans]
+        alike = len({len(span.image) for span in spans}) == 1  # then all samples are reduced at once
+        self._parts = [slice(None)] if alike else [slice(index, index + 1) for index in range(len(spans))]
+        self._by_head: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._parts]
         self._response: list[Tensor] = []
 
     def on_weights(self, site: Site, weights: Tensor) -> None:
         super().on_weights(site, weights)
         weights = weights.detach().float()
         if site.role == self._prompt_role:
-            for index, columns in enumerate(self._columns):
-                image = weights[index][:, : self._tokens[index] + 1][..., columns] / len(self._mass)
-                self._by_head[index].append(strongest(image.transpose(0, 1)))
+            for part, reduced in zip(self._parts, self._by_head, strict=True):
+                columns = self._image[part, : self._counts[part][0]].to(weights.device)
+                index = columns[:, None, None].expand(-1, *weights.shape[1:3], -1)
+                image = weights[part].gather(-1, index) / len(self._mass)
+                reduced.append(strongest(image.transpose(1, 2)))
         if site.role == "language":
             most = weights.amax(1)
             most = most / most.sum(-1, keepdim=True)
@@ -221,12 +224,13 @@ class HeadAttentionRecorder(RowAttentionRecorder):
 
     def heads(self) -> list[HeadAttention]:
         """Return the recorded attention per sample."""
-        attentions = []
-        for index, (mass, image) in enumerate(zip(self.mass(), self.image(), strict=True)):
-            count = self._tokens[index] + 1
-            top, peak = (torch.stack(part, 1) for part in zip(*self._by_head[index], strict=True))
-            attentions.append(HeadAttention(mass[:count], image[:count], top, peak, self._response[index]))
-        return attentions
+        reduced = [[torch.stack(layers, 2) for layers in zip(*part, strict=True)] for part in self._by_head]
+        top, peak = (torch.cat(parts) for parts in zip(*reduced, strict=True))
+        rows = zip(self.mass(), self.image(), top, peak, self._tokens, self._response, strict=True)
+        return [
+            HeadAttention(*(part[: count + 1] for part in (mass, image, strong, highest)), response)
+            for mass, image, strong, highest, count, response in rows
+        ]
 
 
 class ImageSimilarityRecorder(AttentionRecorder):
@@ -266,7 +270,7 @@ class ImageSimilarityRecorder(AttentionRecorder):
 
 def strongest(image: Tensor) -> tuple[Tensor, Tensor]:
     """Reduce (..., N) attentions to (..., 2) mean and entropy of the ``TOP`` largest, and (...) the maximum; CPU."""
-    top = image.topk(min(TOP, image.shape[-1]), dim=-1).values
+    top = largest(image, TOP)
     share = top / top.sum(-1, keepdim=True).clamp(min=1e-12)
     entropy = -(share * share.clamp(min=1e-12).log()).sum(-1)
     return torch.stack([top.mean(-1), entropy], -1).cpu(), top[..., 0].cpu()

@@ -140,8 +140,9 @@ class HiddenStateRecorder:
         """Return the (T, N) probability of the tokens at states (N, D), decoded by the head alone."""
         parts = []
         for chunk in hidden.split(CHUNK):
-            logits = self._lens.head(chunk).float() / temperature
-            parts.append((logits[:, ids.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).exp())
+            logits = self._lens.head(chunk).float()
+            logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)  # faster than logsumexp
+            parts.append(logprobs[:, ids.to(logprobs.device)].exp())
         return torch.cat(parts).T
 
     def states(self) -> list[HiddenStates]:
