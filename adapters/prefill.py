@@ -16,7 +16,7 @@ import torch
 from stethoscope.adapters import memory
 from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.relevancy.shared_passes import PromptPass
-from stethoscope.tracing.hooks import selected
+from stethoscope.tracing.hooks import listed_modules, selected
 from stethoscope.tracing.trace import PROMPT_REQUIREMENTS, Encoded, PromptCache
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Prefill:
                 stacklevel=2,
             )
         states = not PROMPT_REQUIREMENTS.isdisjoint(requires)
-        with selected(self._model):
+        with listed_modules(self._model), selected(self._model):
             for group in self._similar_prompts(prompts):
                 inputs = self._forward.collate([prompts[index] for index in group], "right")
                 graph = PromptPass(self._model, inputs, recompute=recompute, states=states)

@@ -29,7 +29,7 @@ from stethoscope.tracing.attention_recorder import (
     ImageSimilarityRecorder,
     RowAttentionRecorder,
 )
-from stethoscope.tracing.hooks import record
+from stethoscope.tracing.hooks import listed_modules, record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
@@ -85,6 +85,13 @@ class Tracer:
     def trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: frozenset[str]) -> list[Trace]:
         """Trace B answers in as few passes as their prompts allow; see ``Adapter.trace_batch``."""
         self._check_requirements(requires)
+        with listed_modules(self._model):
+            if "relevancy" not in requires:
+                return self._trace(encoded, answers, requires)
+            with selected(self._model):  # for all passes, most of which are recorded anyway
+                return self._trace(encoded, answers, requires)
+
+    def _trace(self, encoded: Sequence[Encoded], answers: Sequence[Answer], requires: frozenset[str]) -> list[Trace]:
         sharing: list[list[int]] = []  # prompts of one pass with a graph
         if "relevancy" in requires:
             encoded, sharing = self.prefill.complete(encoded, requires)

@@ -228,7 +228,7 @@ class HeadAttentionRecorder(RowAttentionRecorder):
         top, peak = (torch.cat(parts) for parts in zip(*reduced, strict=True))
         rows = zip(self.mass(), self.image(), top, peak, self._tokens, self._response, strict=True)
         return [
-            HeadAttention(*(part[: count + 1] for part in (mass, image, strong, highest)), response)
+            HeadAttention(mass[: count + 1], image[: count + 1], strong[: count + 1], highest[: count + 1], response)
             for mass, image, strong, highest, count, response in rows
         ]
 

@@ -137,6 +137,7 @@ class _Selection:
 
 
 _active: ContextVar[Recording | None] = ContextVar("stethoscope_recording", default=None)
+_listed: ContextVar[tuple[nn.Module, list[nn.Module]] | None] = ContextVar("stethoscope_modules", default=None)
 _sites_by_model: WeakKeyDictionary[nn.Module, dict[int, Site]] = WeakKeyDictionary()
 _selections: WeakKeyDictionary[nn.Module, _Selection] = WeakKeyDictionary()
 
@@ -288,6 +289,9 @@ def sites(model: nn.Module) -> dict[int, Site]:
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """List ``model.modules()`` in the same order, five times as fast because no names are built."""
+    listed = _listed.get()
+    if listed is not None and listed[0] is model:
+        return listed[1]
     modules: dict[int, nn.Module] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:
@@ -296,6 +300,19 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
             modules[id(module)] = module
             waiting += reversed(module._modules.values())
     return list(modules.values())
+
+
+@contextmanager
+def listed_modules(model: nn.Module) -> Iterator[None]:
+    """List the modules of a model once for the whole block, in which none is added or replaced.
+
+    A pass with its backward pass asks for them about ten times: 5 % of its time in a small model.
+    """
+    token = _listed.set((model, modules_of(model)))
+    try:
+        yield
+    finally:
+        _listed.reset(token)
 
 
 def _find_sites(model: nn.Module) -> dict[int, Site]:
