@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import getpass
 import hmac
 import ipaddress
 import json
@@ -74,6 +75,14 @@ def read_accounts(auth: str | None, public: bool) -> dict[str, str] | None:
     if not accounts or not all(user and password for user, password in accounts.items()):
         raise ConfigError(f"{source} should be user:password, the path of a file with such lines, or none")
     return accounts
+
+
+def local_user() -> str:
+    """Name the user of this machine, who writes notes where nobody else reaches the page."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # an id without a name
+        return "anonymous"
 
 
 def add_to_no_proxy(host: str) -> None:

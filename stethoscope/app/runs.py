@@ -21,7 +21,7 @@ from stethoscope.diagnosis.edited_answer import edit_payload
 from stethoscope.report.compare import compare
 from stethoscope.report.run_report import collect_report, table_page
 from stethoscope.report.run_source import RunReader, readable
-from stethoscope.report.sample_list import describe_note, find_row, paired_rows, read_state, sample_rows
+from stethoscope.report.sample_list import describe_limit, describe_note, find_row, paired_rows, read_state, sample_rows
 from stethoscope.storage.run_dir import DETECTOR, saved_task
 from stethoscope.storage.sample_notes import Note, append_note, notes_csv, read_notes
 
@@ -47,6 +47,7 @@ class Runs:
         plugins: packages from which tasks may be built.
         other: the run directory to show beside the first; None for none.
         writable: whether users may write notes on samples into the run directories.
+        author: of notes where there are no accounts.
 
     Raises:
         ArtefactError: ``run`` or ``other`` is no run.
@@ -60,12 +61,13 @@ class Runs:
         plugins: Sequence[str] = (),
         other: Path | None = None,
         writable: bool = False,
+        author: str = "anonymous",
     ) -> None:
         self._folder, self._named = folder, [path for path in (run, other) if path is not None]
         self._known: dict[Path, tuple[str, bool]] = {}
         for path in self._named:
             RunReader.read(path, in_progress=True)
-        self._writable = writable
+        self._writable, self._author = writable, author
         self.other = None if other is None else other.resolve().name
         self._picture_folder, self._plugins = picture_folder, plugins
         self._report = lru_cache(4)(self._report_page)
@@ -134,14 +136,14 @@ class Runs:
             return self.listing(name, other)
         return None if read_state(folders) == state else self.listing(name, other)
 
-    def annotate(self, name: str, values: Mapping[str, Any], author: str) -> None:
+    def annotate(self, name: str, values: Mapping[str, Any], account: str = "") -> None:
         """Write a note on a sample, or on one of its mentions, into a run.
 
         Args:
             name: of the run.
             values: ``task``, ``sample``, ``start`` (of the mention, or None), ``label``, ``tags`` and ``text``, as the
                 page sends them.
-            author: of the note.
+            account: of the author; empty where there are no accounts.
 
         Raises:
             ConfigError: the app was started without notes.
@@ -168,7 +170,7 @@ class Runs:
                 label=None if start is None else values.get("label"),
                 tags=tuple(tags) if isinstance(tags, list) else (),
                 text=values.get("text", ""),
-                author=author[:100],
+                author=(account or self._author)[:100],
             ),
         )
 
@@ -366,10 +368,10 @@ def _list_samples(sources: Sequence[RunReader]) -> dict[str, Any]:
         if sources[0].folder == sources[1].folder:
             raise ArtefactError(f"{sources[0].name} is shown already; choose another run to set beside it")
         rows, note = paired_rows(*sources)
-        return {"rows": rows, "note": note}
+        return {"rows": rows, "note": f"{note} {describe_limit(sources[0])}".strip()}
     [source] = sources
     with readable(source.folder):
-        notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy()]
+        notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy(), describe_limit(source)]
         return {"rows": sample_rows(source), "note": " ".join(filter(None, notes))}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -270,14 +269,6 @@ def _others(runs: Runs) -> list[tuple[str, str]]:
     return [("none", ""), *((name, name) for name in runs.names)]
 
 
-def _user_name() -> str:
-    """Name the user of this machine, who writes notes where there are no accounts."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # of an id without a name
-        return "anonymous"
-
-
 def _wire_run(
     pool: ModelPool,
     runs: Runs,
@@ -287,7 +278,7 @@ def _wire_run(
     tabs: gr.Tabs,
     sessions: Sessions,
 ) -> None:
-    options, author = {"show_progress": "minimal", "api_visibility": "private"}, _user_name()
+    options = {"show_progress": "minimal", "api_visibility": "private"}
     chosen = [browser["run"], browser["other"]]
 
     def open_sample(
@@ -328,7 +319,7 @@ def _wire_run(
         try:
             values = {key: getattr(event, key, None) for key in ("task", "sample", "start", "label", "tags", "text")}
             account, _ = credentials(request.headers.get("authorization"))
-            runs.annotate(str(event.run), values, account or author)
+            runs.annotate(str(event.run), values, account)
         except Exception as error:
             gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
             return gr.skip()

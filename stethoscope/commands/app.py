@@ -21,7 +21,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError('gradio is not installed; pip install "lvlm-stethoscope[app]"')
     from hydra.core.hydra_config import HydraConfig
 
-    from stethoscope.app.access import loopback, read_accounts
+    from stethoscope.app.access import local_user, loopback, read_accounts
     from stethoscope.app.server import check_address, own_folder, start
 
     public = bool(config.share) or not loopback(str(config.host))
@@ -53,7 +53,7 @@ def run(config: DictConfig) -> None:
     with own_folder() as folder:
         from stethoscope.app.ui import build_page
 
-        past = Runs(runs, run, folder, config.plugins, other, notes)
+        past = Runs(runs, run, folder, config.plugins, other, notes, "anonymous" if public else local_user())
         print(f"loading {name} ...", file=sys.stderr)
         with pool.use(name) as ready:  # so that what is wrong with it is said here, and the first question is quick
             names = ready.detectors.origin

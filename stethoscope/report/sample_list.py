@@ -46,7 +46,7 @@ def sample_rows(source: RunReader, answer_length: int | None = ANSWER_LENGTH) ->
         probability, None without a detector, and the characters of its tokens) and ``notes``, what people have noted
         of the sample and its mentions.
     """
-    return [row for task in _tasks(source) for _, row in _entries(source, task, answer_length)]
+    return [row for task in _tasks(source) for _, row in _entries(source, task, answer_length, MOST_SAMPLES)]
 
 
 def paired_rows(first: RunReader, other: RunReader) -> tuple[list[dict[str, Any]], str]:
@@ -65,23 +65,34 @@ def paired_rows(first: RunReader, other: RunReader) -> tuple[list[dict[str, Any]
         names = " and ".join(f"{source.name} ({', '.join(_tasks(source))})" for source in (first, other))
         return [], f"{names} have no task in common, so that nothing can be set side by side."
     rows: list[dict[str, Any]] = []
-    unequal, sizes = 0, [0, 0]
+    common, unequal, sizes = 0, 0, [0, 0]
     for task in tasks:
         with readable(other.folder):
             others = {record.sample_id: (record, row) for record, row in _entries(other, task)}
         with readable(first.folder):
             entries = list(_entries(first, task))
         sizes = [sizes[0] + len(entries), sizes[1] + len(others)]
+        listed = 0
         for record, row in entries:
             beside = others.get(record.sample_id)
-            if beside is not None and _same_sample(record, beside[0]):
+            if beside is None:
+                continue
+            common += 1
+            if not _same_sample(record, beside[0]):
+                unequal += 1
+            elif listed < MOST_SAMPLES:
+                listed += 1
                 rows.append({**row, "other": beside[1], "same": _text(record) == _text(beside[0])})
-            unequal += beside is not None and not _same_sample(record, beside[0])
-    common = len(rows) + unequal
     left_out = [
         f"{counted(number, 'sample')} only in {source.name}"
         for number, source in zip((sizes[0] - common, sizes[1] - common), (first, other), strict=True)
         if number
+    ]
+    left_out += [
+        f"task {task} only in {source.name}"
+        for source in (first, other)
+        for task in _tasks(source)
+        if task not in tasks
     ]
     left_out += [f"{counted(unequal, 'sample')} with another picture or question"] if unequal else []
     remark = f"Left out: {', '.join(left_out)}." if left_out else ""
@@ -114,9 +125,17 @@ def _same_sample(first: Record, other: Record) -> bool:
     return (first.image, first.question) == (other.image, other.question) and len(digests) < 2
 
 
-def _entries(source: RunReader, task: str, answer_length: int | None = ANSWER_LENGTH) -> Iterator[Entry]:
-    """Yield the records of a task, ``MOST_SAMPLES`` at most, with their rows."""
-    records = islice(source.store.records(task), MOST_SAMPLES)
+def describe_limit(source: RunReader) -> str:
+    """Say that a task has more samples than the list shows; empty if none has."""
+    larger = [task for task in _tasks(source) if source.store.count(task) > MOST_SAMPLES]
+    return f"{', '.join(larger)}: only the first {MOST_SAMPLES} samples are listed." if larger else ""
+
+
+def _entries(
+    source: RunReader, task: str, answer_length: int | None = ANSWER_LENGTH, most: int | None = None
+) -> Iterator[Entry]:
+    """Yield the records of a task, ``most`` of them or all, with their rows."""
+    records = islice(source.store.records(task), most)
     return noted_rows(source, task, records, _judged_mentions(source, task), answer_length)
 
 

@@ -36,7 +36,7 @@ class Note:
         label: corrected label of the mention: 1 hallucinated, 0 grounded, -1 not to be judged; None for no correction.
         tags: of any words.
         text: of the remark.
-        author: name of the account, or of the user of the machine.
+        author: name of the account; without accounts of the user of the machine, or ``anonymous``.
         time: in UTC, as ``2026-11-29T20:15:00Z``.
     """
 
