@@ -125,6 +125,18 @@ class Adapter(ABC):
         self.check_conversation()
         return self.encode(image, question, history)
 
+    def with_square(self, square: str) -> Adapter:
+        """Return the same model with another way to bring pictures to a square before it sees them.
+
+        Args:
+            square: ``none`` (as they are), ``pad``, ``crop`` or ``stretch``.
+
+        Raises:
+            ConfigError: there is no such way.
+            CapabilityError: the adapter offers no choice, as by default.
+        """
+        raise CapabilityError(f"{self.name} takes pictures in one way: its adapter offers no other")
+
     def check_conversation(self) -> None:
         """Check that the model's prompt has room for earlier questions and answers; loads the model if need be.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,14 @@ from stethoscope.adapters.generation import (
 )
 from stethoscope.adapters.loading import Loading
 from stethoscope.adapters.prefixes import SharedPrefixes
-from stethoscope.adapters.processors import limit_pixels, mean_colour, pad_to_square
+from stethoscope.adapters.processors import (
+    SQUARES,
+    crop_to_square,
+    limit_pixels,
+    mean_colour,
+    pad_to_square,
+    stretch_to_square,
+)
 from stethoscope.adapters.prompts import (
     SYSTEMS,
     PromptEncoder,
@@ -59,6 +67,7 @@ from stethoscope.tracing.trace import (
 )
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 
@@ -140,6 +149,7 @@ class HfAdapter(Adapter):
         check_follow_up(prompt, follow_up)
         self.follow_up = follow_up
         self.phrases, self.pad, self.max_pixels = check_phrases(phrases), pad, max_pixels
+        self.square = "pad" if pad else "none"
         self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
         self.model_id, self.prompt, self.device = model_id, prompt, device
         self.threads, self.random_init, self.family = threads, random_init, family
@@ -177,7 +187,8 @@ class HfAdapter(Adapter):
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             if self.max_pixels is not None:
                 limit_pixels(model, processor, self.max_pixels, self.name)
-            self._padding = mean_colour(processor, self.name) if self.pad else None
+            if self.pad:
+                mean_colour(processor, self.name)  # checked before the first picture
             encoder = self._make_encoder(model, processor)
             _check_encoder(encoder, self.name)
             self._end_ids, self._pad_id = special_ids(model, processor.tokenizer)
@@ -292,7 +303,7 @@ class HfAdapter(Adapter):
         earlier_phrase = self.phrases.get("question", "{question}")
         earlier = tuple((earlier_phrase.replace("{question}", old), answer) for old, answer in turns)
         with model_faults(f"the processor of {self.name} fails on this picture and question"):
-            picture = image if self._padding is None else pad_to_square(image, self._padding)
+            picture = self._squared(image)
             encoded = self._encoder(picture, phrase.replace("{question}", question), *([earlier] if turns else []))
             encoded = replace(encoded, question=question, asks=asks, history=turns)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -303,6 +314,27 @@ class HfAdapter(Adapter):
                 f"fewer than {context:,}"
             )
         return encoded
+
+    def with_square(self, square: str) -> HfAdapter:
+        """See ``Adapter.with_square``; weights and processor are shared."""
+        if square not in SQUARES:
+            raise ConfigError(unknown("way to make a picture square", square, SQUARES))
+        self.setup()
+        if square == "pad":
+            mean_colour(self.processor, self.name)
+        other = copy(self)
+        other.square, other.pad = square, square == "pad"
+        return other
+
+    def _squared(self, image: Image) -> Image:
+        match self.square:
+            case "pad":
+                return pad_to_square(image, mean_colour(self.processor, self.name))
+            case "crop":
+                return crop_to_square(image)
+            case "stretch":
+                return stretch_to_square(image)
+        return image
 
     def check_mitigation(self, generation: Generation) -> None:
         """See ``Adapter.check_mitigation``; text can be taken back where a model keeps every token's state.
@@ -571,6 +603,7 @@ class HfAdapter(Adapter):
             "quantize": self.loading.quantize,
             "prompt": getattr(self._encoder, "template", self.prompt),
             **{name: getattr(self, name) for name in ("phrases", "pad", "max_pixels") if getattr(self, name)},
+            **({"square": self.square} if self.square in ("crop", "stretch") else {}),
             "ends": list(self._end_ids),
             "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,

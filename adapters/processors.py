@@ -225,6 +225,35 @@ def pad_to_square(image: Image, mean: Sequence[float] = CLIP_MEAN) -> Image:
     return square
 
 
+def crop_to_square(image: Image) -> Image:
+    """Crop to the largest square in the middle.
+
+    >>> from PIL import Image
+    >>> crop_to_square(Image.new("RGB", (41, 20))).size
+    (20, 20)
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def stretch_to_square(image: Image) -> Image:
+    """Resize to a square as wide as the image's longer side, bicubic, without keeping the aspect ratio.
+
+    >>> from PIL import Image
+    >>> stretch_to_square(Image.new("RGB", (41, 20))).size
+    (41, 41)
+    """
+    from PIL.Image import Resampling
+
+    side = max(image.size)
+    return image.resize((side, side), Resampling.BICUBIC)
+
+
+SQUARES = ("none", "pad", "crop", "stretch")
+"""Ways to bring a picture to a square before the image processor sees it."""
+
+
 def limit_pixels(model: PreTrainedModel, processor: ProcessorMixin, most: int, name: str) -> None:
     """Let the image processor scale pictures down to at most so many pixels, by the setting of its family.
 

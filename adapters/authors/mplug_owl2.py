@@ -17,9 +17,9 @@ from stethoscope.adapters.authors.processor import (
     load_llama_tokenizer,
     read_mean_and_std,
     squash,
-    squash_to_longest,
 )
 from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.processors import stretch_to_square
 from stethoscope.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def make_processor(
 
     Gives the placeholder its id, also in ``config``.
     """
-    images = PixelProcessor((squash_to_longest, partial(squash, size=config.vision_config.image_size)), mean, std)
+    images = PixelProcessor((stretch_to_square, partial(squash, size=config.vision_config.image_size)), mean, std)
     config.image_token_index = add_placeholder(tokenizer, PLACEHOLDER, config.text_config.vocab_size)
     tokens = _abstractor_config(config).num_learnable_queries + 1
     return ImageTokenProcessor(tokenizer, images, PLACEHOLDER, config.image_token_index, tokens)

@@ -222,15 +222,6 @@ def squash(image: Image, size: int) -> Image:
     return image.resize((size, size), PIL.Resampling.BICUBIC)
 
 
-def squash_to_longest(image: Image) -> Image:
-    """Resize to a square as wide as the image's longer side.
-
-    >>> squash_to_longest(PIL.new("RGB", (40, 20))).size
-    (40, 40)
-    """
-    return squash(image, max(image.size))
-
-
 def shortest_edge(image: Image, size: int) -> Image:
     """Resize the shorter side to ``size`` pixels, bicubic; the longer side is rounded down.
 

@@ -36,6 +36,19 @@ MAX_QUESTION = 512  # tokens of a question
 MAX_LENGTH, MAX_BEAMS = 512, 10  # tokens of an answer, and beams of a beam search
 MAX_TURNS, MAX_CONVERSATION = 32, 2048  # questions of a conversation, and tokens of its prompt besides the image's
 BEGIN_ANEW = "begin a new conversation"
+OWN_SQUARE = "own"
+SQUARED = {
+    OWN_SQUARE: "as the model takes it",
+    "none": "as it is, for the model's processor to crop or scale",
+    "pad": "padded to a square",
+    "crop": "cropped to a square",
+    "stretch": "stretched to a square",
+}
+"""What becomes of a picture that is no square, by ``Question.square``."""
+OTHER_SHAPE = (
+    "The picture was given to the model {how}, otherwise than those that the detector was calibrated on, so no "
+    "probability here is calibrated, and no guarantee of its threshold holds."
+)
 EXPORTS = {"json": "application/json", "html": "text/html"}
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PAUSE = 0.05  # seconds between two updates of a partial answer; more would be too fast to see or to send
@@ -58,6 +71,7 @@ class Question:
         truth: names of the objects that the picture shows; None where they are not known.
         mentions: labelled mentions of the stored answer; None to extract them.
         mitigation: one of ``conf/mitigation``.
+        square: how the picture is brought to a square, one of ``SQUARED``.
         edit: of the stored answer by a mitigation, as a run's record has it.
         earlier: answers to earlier questions about the picture, the oldest first.
         history: those that the prompt holds, once the question is answered; none for a model of one turn.
@@ -79,6 +93,7 @@ class Question:
     mitigation: str = "none"
     detector_name: str = AUTO
     edit: Mapping[str, Any] = field(default_factory=dict)
+    square: str = OWN_SQUARE
     earlier: tuple[AnswerSession, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
 
@@ -183,6 +198,11 @@ def _same_picture(picture: Path | None, other: Path | None) -> bool:
     return picture == other or file_digest(picture) == file_digest(other)
 
 
+def _prepared(pool: ModelPool, ready: Ready, question: Question) -> Ready:
+    """Return the model with the detectors and the way of taking pictures that a question asks for."""
+    return replace(ready.with_square(question.square), detectors=pool.detectors(ready, question.detector_name))
+
+
 def _history(ready: Ready, question: Question) -> tuple[tuple[tuple[str, str], ...], str]:
     """Return the earlier turns that the prompt can hold, and why it holds none of them where it is so.
 
@@ -231,7 +251,7 @@ def ask(pool: ModelPool, question: Question, extractor: MentionExtractor) -> Ite
         first = "waiting for the model …" if pool.busy else "reading …"
         yield payload.message(first, "busy", clear=True, conversation=conversation), None
         with pool.use(question.model) as ready:
-            ready = replace(ready, detectors=pool.detectors(ready, question.detector_name))
+            ready = _prepared(pool, ready, question)
             start = time.perf_counter()
             picture = read_picture(question.picture)
             history, alone = _history(ready, question)
@@ -281,7 +301,7 @@ def explain_again(
             raise ConfigError(f"scope={scope!r} should be row or token")
         yield payload.message("looking at every token again …", "busy"), session
         with pool.use(session.question.model) as ready:
-            ready = replace(ready, detectors=pool.detectors(ready, session.question.detector_name))
+            ready = _prepared(pool, ready, session.question)
             start = time.perf_counter()
             picture = read_picture(session.question.picture)
             diagnosis = _diagnose(ready, session, picture, scope, extractor)
@@ -346,7 +366,7 @@ def export(pool: ModelPool, session: AnswerSession, kind: str, scope: str, extra
     if kind not in EXPORTS:
         raise ConfigError(f"an export is one of {', '.join(EXPORTS)}, not {kind!r}")
     with pool.use(session.question.model) as ready:
-        ready = replace(ready, detectors=pool.detectors(ready, session.question.detector_name))
+        ready = _prepared(pool, ready, session.question)
         diagnosis = _diagnose(ready, session, read_picture(session.question.picture), scope, extractor)
     content = diagnosis.to_html() if kind == "html" else json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=1)
     return payload.encode("file", name=f"diagnosis.{kind}", type=EXPORTS[kind], content=content)
@@ -373,10 +393,10 @@ def single_heads(pool: ModelPool, session: AnswerSession, token: object) -> str:
     if not isinstance(token, int) or not 0 <= token < len(answer.token_ids):
         raise DataError(f"the answer has no token {token!r:.20}, but {len(answer.token_ids)} of them")
     with pool.use(question.model) as ready:
-        picture = read_picture(question.picture)
-        encoded = ready.adapter.encode_as(question.asks, picture, question.text, question.history)
-        attention = read_attention(ready.adapter, encoded, answer, [token])
-        regions = token_regions(ready.adapter, picture.size, encoded.spans)
+        adapter, picture = ready.with_square(question.square).adapter, read_picture(question.picture)
+        encoded = adapter.encode_as(question.asks, picture, question.text, question.history)
+        attention = read_attention(adapter, encoded, answer, [token])
+        regions = token_regions(adapter, picture.size, encoded.spans)
     heads = heads_payload(attention, regions, picture.size, [token])
     return payload.encode("heads", answer_id=session.id, **heads)
 
@@ -410,6 +430,9 @@ def _diagnose(
         mentions=question.mentions,
         history=question.history,
     )
+    other = picture.width != picture.height and ready.adapter is ready.squared.get(question.square)
+    if other and detector is not None and not diagnosis.shift:
+        diagnosis = replace(diagnosis, shift=OTHER_SHAPE.format(how=SQUARED[question.square]))
     return replace(diagnosis, edit=question.edit)
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,26 @@ class Ready:
         detectors: for its answers.
         image_features: cache of the features of earlier pictures.
         chosen: other detectors that users have chosen for it, by name.
+        squared: the model with other ways to bring pictures to a square, by the names of ``Adapter.with_square``.
     """
 
     adapter: Adapter
     detectors: Detectors
     image_features: ImageFeatureCache
     chosen: dict[str, Detectors] = field(default_factory=dict)
+    squared: dict[str, Adapter] = field(default_factory=dict)
+
+    def with_square(self, square: str) -> Ready:
+        """Return the model with another way to bring pictures to a square; ``own`` for its own.
+
+        Raises:
+            ConfigError, CapabilityError: see ``Adapter.with_square``.
+        """
+        if square in ("own", getattr(self.adapter, "square", "own")):
+            return self
+        if square not in self.squared:
+            self.squared[square] = self.adapter.with_square(square)
+        return replace(self, adapter=self.squared[square])
 
 
 class ModelPool:

@@ -101,6 +101,10 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 pool.detector_names, value=AUTO, label="detector", elem_id="detector",
                 info="auto: the one that the app was started with, or found",
             )  # fmt: skip
+            parts["square"] = gr.Dropdown(
+                [(label, name) for name, label in answer.SQUARED.items()], value=answer.OWN_SQUARE,
+                label="shape of the picture", info="of one that is no square", elem_id="square",
+            )  # fmt: skip
             with gr.Accordion("generation", open=False):
                 parts["temperature"] = gr.Slider(
                     0, 2, 0, step=0.05, label="temperature", info="0: always the most probable token"
@@ -146,13 +150,14 @@ def _wire_ask(
         seed: int,
         mitigation: str,
         detector: str,
+        square: str,
     ) -> Iterator[str]:
         try:
             generation = answer.generation(temperature, top_p, beams, length, seed)
             file = own_file(picture)
             truth = None if file is None else truths.get(file_digest(file))
             question = answer.Question(
-                model, file, text, generation, truth=truth, mitigation=mitigation, detector_name=detector
+                model, file, text, generation, truth=truth, mitigation=mitigation, detector_name=detector, square=square
             )
             earlier = answer.earlier_turns(sessions.conversation(str(request.session_hash)), question)
             question = replace(question, earlier=earlier)
@@ -223,7 +228,7 @@ def _wire_ask(
 
     options = {"concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
     names = ("model", "picture", "question", "temperature", "top_p", "beams", "length", "seed")
-    inputs, view = [parts[name] for name in (*names, "mitigation", "detector")], parts["view"]
+    inputs, view = [parts[name] for name in (*names, "mitigation", "detector", "square")], parts["view"]
     tracked = {**options, "show_progress": "minimal"}  # waiting.js reads how many wait
     asking = gr.on([parts["ask"].click, parts["question"].submit], ask, inputs, view, trigger_mode="once", **tracked)
     view.gradient(look_again, None, view, **tracked)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from helpers.token_tables import token_table
+from PIL import Image
 
 import stethoscope
 from stethoscope import Detector, testbed
@@ -431,3 +432,33 @@ def test_a_model_of_one_turn_says_that_it_has_not_read_the_earlier_ones(pool, re
     assert "testbed is asked one question at a time, so it has not read the earlier ones." in shown[-1]["notes"]
     assert len(shown[-1]["conversation"]["turns"]) == 2
     assert shown[-1]["history"] == []
+
+
+def test_a_picture_is_padded_cropped_or_stretched_as_asked(pool, reader, tmp_path):
+    """The heat map lies where the model has looked, and no percentage is called calibrated."""
+    wide = Image.new("RGB", (90, 60), "grey")
+    wide.paste(picture(2).resize((60, 60)), (15, 0))
+    file = tmp_path / "wide.png"
+    wide.save(file)
+    boxes = {}
+    for square in ("own", "pad", "crop", "stretch"):
+        question = answer.Question("testbed", file, DESCRIBE, answer.generation(length=16), square=square)
+        steps = list(answer.ask(pool, question, reader))
+        shown = json.loads(steps[-1][0])
+        boxes[square] = shown["maps"]["raw"]["box"]
+        assert any("otherwise than" in note for note in shown["notes"]) == (square != "own")
+        assert square == "own" or shown["calibration"] == "shifted"
+        whole = json.loads(list(answer.explain_again(pool, steps[-1][1], "row", reader))[-1][0])
+        assert whole["maps"]["raw"] == shown["maps"]["raw"]
+    expected = {"own": [15, 0, 75, 60], "pad": [0, -15, 90, 75], "crop": [15, 0, 75, 60], "stretch": [0, 0, 90, 60]}
+    for square, box in expected.items():
+        assert boxes[square] == pytest.approx(box, abs=1.5), square
+    wrong = replace(question, square="round")
+    assert (
+        "unknown way to make a picture square 'round'"
+        in json.loads(list(answer.ask(pool, wrong, reader))[-1][0])["text"]
+    )
+    square_file = tmp_path / "square.png"
+    picture(2).save(square_file)
+    steps = list(answer.ask(pool, replace(question, picture=square_file, square="crop"), reader))
+    assert "otherwise than" not in " ".join(json.loads(steps[-1][0])["notes"])  # it is one already

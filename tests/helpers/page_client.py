@@ -28,7 +28,7 @@ class Client:
 
     def join(self, picture, question=DESCRIBE, length=16, **body):
         """Puts a question into the queue."""
-        values = ["testbed", picture, question, 0, 1, 1, length, 0, "none", "auto"]
+        values = ["testbed", picture, question, 0, 1, 1, length, 0, "none", "auto", "own"]
         sent = {
             "data": values,
             "fn_index": self.event(len(values)),

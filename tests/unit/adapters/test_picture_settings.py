@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.Image import Resampling
 
 import stethoscope
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
+from stethoscope.adapters.processors import pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Generation
@@ -204,3 +206,27 @@ def test_settings_are_part_of_the_fingerprint():
         )
     ]
     assert all(first != second for index, first in enumerate(prints) for second in prints[:index])
+
+
+def test_the_same_model_takes_pictures_in_another_way():
+    """Of tiny LLaVA, with the pixels of a picture that was changed by hand."""
+    own, wide = adapter("llava"), photograph(90, 60)
+    ways = {name: own.with_square(name) for name in ("none", "pad", "crop", "stretch")}
+    by_hand = {
+        "none": wide,
+        "pad": pad_to_square(wide),
+        "crop": wide.crop((15, 0, 75, 60)),
+        "stretch": wide.resize((90, 90), Resampling.BICUBIC),
+    }
+    for name, other in ways.items():
+        assert other.model is own.model
+        pixels = other.encode(wide, QUESTION).inputs["pixel_values"]
+        assert torch.equal(pixels, own.encode(by_hand[name], QUESTION).inputs["pixel_values"]), name
+    assert own.fingerprint() == ways["none"].fingerprint()
+    prints = [{name: other.fingerprint().get(name) for name in ("pad", "square")} for other in ways.values()]
+    assert prints == [
+        {"pad": None, "square": None}, {"pad": True, "square": None},
+        {"pad": None, "square": "crop"}, {"pad": None, "square": "stretch"},
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="unknown way to make a picture square 'round'"):
+        own.with_square("round")

@@ -17,9 +17,8 @@ from stethoscope.adapters.authors.processor import (
     normalise,
     shortest_edge,
     squash,
-    squash_to_longest,
 )
-from stethoscope.adapters.processors import CLIP_MEAN, pad_to_square
+from stethoscope.adapters.processors import CLIP_MEAN, pad_to_square, stretch_to_square
 
 PHOTOGRAPHS = [Image.fromarray(image) for image in load_sample_images().images]
 PHOTOGRAPHS += [PHOTOGRAPHS[0].rotate(90, expand=True), PHOTOGRAPHS[1].crop((3, 5, 340, 81))]
@@ -76,10 +75,10 @@ def test_padding_is_the_mean_colour_around_the_middle(photograph):
     assert np.array_equal(padded, expected)
 
 
-def test_squash_to_longest(photograph):
+def test_stretch_to_square(photograph):
     side = max(photograph.size)
     expected = photograph.resize((side, side), Image.Resampling.BICUBIC)
-    assert np.array_equal(levels(squash_to_longest(photograph)), levels(expected))
+    assert np.array_equal(levels(stretch_to_square(photograph)), levels(expected))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8000, 100), (1, 300)])
