@@ -91,7 +91,9 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
                 "examples", json_text(shown), fill("app/examples.html"), asset("app/examples.js")
             )
             parts["picture"] = picture
-            parts["question"] = gr.Textbox(QUESTION, label="question", lines=2, max_lines=6, elem_id="question")
+            parts["question"] = gr.Textbox(
+                QUESTION, label="question", info="Shift + Enter asks", lines=2, max_lines=6, elem_id="question"
+            )
             with gr.Row():
                 parts["ask"] = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
                 parts["stop"] = gr.Button("Stop", elem_id="stop", min_width=80)

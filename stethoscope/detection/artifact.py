@@ -166,7 +166,9 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         if isinstance(manifest.get("task"), Mapping)
         else "not known"
     )
-    kind = f"{settings['estimator']}{', evidence x prior' if settings['factored'] else ''}, {settings['calibration']}"
+    estimator = settings["estimator"]
+    name = estimator["class"] if isinstance(estimator, Mapping) else estimator
+    kind = f"{name}{', evidence x prior' if settings['factored'] else ''}, {settings['calibration']}"
     lines = [
         "---",
         card_header(manifest),

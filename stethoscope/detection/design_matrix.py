@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,12 +121,17 @@ class Inputs:
         return [index[name] for name in self.plain], [index[name] for name in self.hidden]
 
     def classifier(
-        self, kind: str, C: float | None, seed: int, unlabelled: np.ndarray | None = None, draft: bool = False
+        self,
+        kind: str | Mapping[str, Any],
+        C: float | None,
+        seed: int,
+        unlabelled: np.ndarray | None = None,
+        draft: bool = False,
     ) -> BaseEstimator:
         """Create an unfitted classifier of ``matrix``.
 
         Args:
-            kind: one of ``ESTIMATORS``.
+            kind: see ``make_estimator``.
             C: inverse regularisation strength of nested fits; None chooses it by inner folds.
             seed: seed of everything random.
             unlabelled: (rows, columns) of ``matrix`` of mentions without labels, for the probe; None for none.

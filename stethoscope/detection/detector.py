@@ -47,8 +47,9 @@ class Detector:
     Detector(estimator='boosting', calibration='platt', features=['entropy', 'attention_*'])
 
     Args:
-        estimator: ``logistic`` (L2 logistic regression), ``boosting`` (histogram gradient boosting) or ``per_head`` (a
-            small network, for tables with a column for every attention head).
+        estimator: ``logistic`` (L2 logistic regression), ``boosting`` (histogram gradient boosting), ``per_head`` (a
+            small network, for tables with a column for every attention head), or a class of ``estimators.SKLEARN``:
+            its path, or ``{"class": path, "n_estimators": 300}`` with its settings.
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.
@@ -86,7 +87,7 @@ class Detector:
 
     def __init__(
         self,
-        estimator: Literal["logistic", "boosting", "per_head"] = "logistic",
+        estimator: str | Mapping[str, Any] = "logistic",
         calibration: Literal["platt", "isotonic", "none"] = "platt",
         features: Sequence[str] | None = None,
         exclude: Sequence[str] = (),

@@ -13,6 +13,9 @@ With this balance, logit f is the logarithm of p(features | e, hallucinated) / p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin, clone
@@ -96,13 +99,15 @@ class Factored(GroupedEstimator):
     the training images alone.
 
     Args:
-        kind: one of ``ESTIMATORS``, for the evidence.
+        kind: for the evidence, see ``make_estimator``.
         objects: number of objects with a code of their own in the last column.
         C: inverse regularisation strength of the evidence; None chooses it in inner folds.
         seed: seed of everything random.
     """
 
-    def __init__(self, kind: str = "logistic", objects: int = 0, C: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, kind: str | Mapping[str, Any] = "logistic", objects: int = 0, C: float | None = None, seed: int = 0
+    ) -> None:
         self.kind, self.objects, self.C, self.seed = kind, objects, C, seed
 
     def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> Factored:

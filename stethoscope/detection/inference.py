@@ -2,7 +2,7 @@
 
 A fitted estimator of scikit-learn is compiled once, right after its fit. From then on nothing depends on the library's
 private state, so a saved detector reads back under every version, and hostile numbers in a file cannot lead a compiled
-walk through trees out of its memory: there are no pointers in these arrays, and every one is checked when it is read.
+walk through trees out of its memory, or round in circles: every array is checked when it is read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what is compiled needs numpy alone, so that `stethoscope ju
 NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 MAX_TREES, MAX_LEAVES = 250, 8
 MAX_LOG_ODDS = math.log((1 - 1e-12) / (1 - (1 - 1e-12)))  # log-odds beyond which a network's are cut off
+SUREST = 0.999  # share of a forest's trees, beyond which its log-odds do not rise
 CHUNK = 1024  # rows whose tree nodes are compared at once: 14 MB
 _FIRST_LEAF = np.array([(byte & -byte).bit_length() - 1 if byte else 0 for byte in range(256)])
 
@@ -267,11 +268,99 @@ class TreeEnsemble:
         return self.value[np.arange(len(self.value)), _FIRST_LEAF[leaves]].sum(1) + self.baseline
 
 
-Classifier = LinearClassifier | NetworkClassifier | TreeEnsemble
+@dataclass(frozen=True)
+class ForestClassifier:
+    """The mean of the probabilities of trees of any size, behind ``Preprocessing``, as log-odds.
+
+    The nodes of all trees stand one after another, a child behind its parent, so that every walk ends.
+
+    Attributes:
+        inputs: preprocessing of the columns.
+        roots: (trees,) first node of every tree.
+        left, right: (nodes,) children of a node; of a leaf, the leaf itself.
+        feature, threshold: (nodes,) column and largest value that goes to the left.
+        value: (nodes,) probability of the second class, which counts at leaves.
+    """
+
+    C: ClassVar[None] = None
+
+    inputs: Preprocessing
+    roots: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    feature: np.ndarray
+    threshold: np.ndarray
+    value: np.ndarray
+
+    @classmethod
+    def compile(cls, pipeline: Pipeline) -> ForestClassifier:
+        """Compile a fitted pipeline that ends in a tree or a forest of scikit-learn."""
+        trees = [tree.tree_ for tree in getattr(pipeline[-1], "estimators_", [pipeline[-1]])]
+        roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])]).astype(np.int64)
+        parts: list[tuple[np.ndarray, ...]] = []
+        for root, tree in zip(roots, trees, strict=True):
+            own, leaf = np.arange(tree.node_count), tree.children_left < 0
+            children = (np.where(leaf, own, side) + root for side in (tree.children_left, tree.children_right))
+            shares = tree.value[:, 0, 1] / tree.value[:, 0].sum(1)
+            parts.append((*children, np.where(leaf, 0, tree.feature), np.where(leaf, 0.0, tree.threshold), shares))
+        left, right, feature, threshold, value = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        left, right, feature = (column.astype(np.int64) for column in (left, right, feature))
+        inputs = Preprocessing.compile(pipeline)
+        return cls(inputs, roots, left, right, feature, threshold.astype(np.float64), value)
+
+    @classmethod
+    def restore(cls, arrays: Arrays, columns: int) -> ForestClassifier:
+        """Restore and check what ``arrays`` returned."""
+        inputs, value = Preprocessing.restore(arrays, columns), arrays.numbers("value", None)
+        count = len(value)
+        arrays.require(count and ((value >= 0) & (value <= 1)).all(), "value", "should be there and lie from 0 to 1")
+        left, right = (arrays.counts(side, count, below=count) for side in ("left", "right"))
+        own = np.arange(count)
+        for name, child in (("left", left), ("right", right)):
+            arrays.require((child >= own).all(), name, "should lead to no earlier node")
+        arrays.require(((left == own) == (right == own)).all(), "right", "should be a leaf where 'left' is")
+        roots = arrays.counts("roots", None, below=count)
+        arrays.require(len(roots), "roots", "should be there")
+        feature = arrays.counts("feature", count, below=len(inputs.scale))
+        return cls(inputs, roots, left, right, feature, arrays.numbers("threshold", count), value)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name."""
+        names = ("roots", "left", "right", "feature", "threshold", "value")
+        return vars(self.inputs) | {name: getattr(self, name) for name in names}
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Compute the log-odds of the second class, (rows,)."""
+        parts = [self._probability(X[start : start + CHUNK]) for start in range(0, len(X), CHUNK)]
+        return share_log_odds(np.concatenate(parts) if parts else np.zeros(0))
+
+    def _probability(self, X: np.ndarray) -> np.ndarray:
+        values = self.inputs.transform(X).astype(np.float32)  # as scikit-learn's trees read them
+        rows, nodes = np.arange(len(values))[:, None], np.repeat(self.roots[None], len(values), 0)
+        while True:
+            goes_left = values[rows, self.feature[nodes]] <= self.threshold[nodes]
+            following = np.where(goes_left, self.left[nodes], self.right[nodes])
+            if (following == nodes).all():
+                return self.value[nodes].mean(1)
+            nodes = following
+
+
+def share_log_odds(shares: np.ndarray) -> np.ndarray:
+    """Convert shares of trees to log-odds; none is surer than ``SUREST``.
+
+    >>> share_log_odds(np.array([0.5, 1.0])).round(2)
+    array([0.  , 6.91])
+    """
+    limited = np.clip(shares, 1 - SUREST, SUREST)
+    return np.log(limited / (1 - limited))
+
+
+Classifier = LinearClassifier | NetworkClassifier | TreeEnsemble | ForestClassifier
 _COMPILED: dict[str, type[Classifier]] = {  # by the class of scikit-learn, which is not imported for it
     "LogisticRegression": LinearClassifier,
     "MLPClassifier": NetworkClassifier,
     "HistGradientBoostingClassifier": TreeEnsemble,
+    **dict.fromkeys(("RandomForestClassifier", "ExtraTreesClassifier", "DecisionTreeClassifier"), ForestClassifier),
 }
 
 

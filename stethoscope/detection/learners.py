@@ -299,7 +299,7 @@ def make_learner(
         return LayerNetworks(columns, network, seed, selection)
     if settings:
         raise ConfigError(f"learner.kind={kind} has no settings, but {', '.join(map(str, settings))} is given")
-    return Detector(kind, features=columns, hidden_probe=False, seed=seed, **selection)  # type: ignore[arg-type]
+    return Detector(kind, features=columns, hidden_probe=False, seed=seed, **selection)
 
 
 def describe_learner(learner: Mapping[str, Any] | None, columns: int) -> str:

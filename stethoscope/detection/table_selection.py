@@ -19,7 +19,7 @@ from stethoscope.core.token_table import (
     select_features,
 )
 from stethoscope.detection.design_matrix import Inputs, is_hidden
-from stethoscope.detection.estimators import CALIBRATIONS, ESTIMATORS
+from stethoscope.detection.estimators import CALIBRATIONS, check_estimator
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.visual_consistency import FEATURE
 from stethoscope.features import FEATURES
@@ -27,7 +27,6 @@ from stethoscope.features.columns import feature_of
 
 LABELS = ("all", "few", "none")
 CHOICES = {
-    "estimator": ESTIMATORS,
     "calibration": CALIBRATIONS,
     "repeats": ("first", "all"),
     "subtokens": SUBTOKENS,
@@ -44,6 +43,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
     for key, known in CHOICES.items():
         if settings[key] not in known:
             raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
+    check_estimator(settings["estimator"])
     C, threshold = settings["C"], settings["threshold"]
     if C is not None and not C > 0:
         raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
@@ -65,7 +65,9 @@ def check_settings(**settings: Any) -> dict[str, Any]:
         raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
     if settings["labels"] == "none" and isinstance(threshold, Mapping):
         raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
+    kind = settings["estimator"]
     return settings | {
+        "estimator": dict(kind) if isinstance(kind, Mapping) else kind,
         "features": None if settings["features"] is None else list(settings["features"]),
         "exclude": list(settings["exclude"]),
         "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
