@@ -429,7 +429,7 @@ function turns(idle) { // a static page has the earlier ones only, and no server
       box.addEventListener("click", () => { if (!current) trigger("gradient", { scope: "row", answer_id: turn.answer_id }); });
     }
     const names = turn.warned.map(([name, probability, label]) => `${name} ${percent(probability)}` + (label < 0 ? "" : ` (${outcome(label, true)})`));
-    const warnings = names.length ? `warned of ${names.join(", ")}` : turn.mentions ? "no warning" : "";
+    const warnings = names.length ? `warned of ${[...new Set(names)].join(", ")}` : turn.mentions ? "no warning" : "";
     box.append(make("b", `${index + 1}. ${turn.asked}`), make("span", turn.text, "st-turn-text"));
     if (warnings) box.append(make("span", warnings, names.length ? "st-error" : "st-soft"));
     if (current) box.append(make("span", "shown below", "st-soft"));
