@@ -133,7 +133,7 @@ function fromPatches(values) {
     const rows = values[kind].map((value, token) => ({ token, value })).filter((row) => row.value !== null);
     $(id).hidden = !rows.length;
     if (!rows.length) continue;
-    const text = kind === "relevancy" ? (value) => value.toExponential(1) : percent;
+    const text = kind === "relevancy" ? (value) => value.toPrecision(2) : percent;
     bars(`${id}-tokens`, rows.sort((a, b) => b.value - a.value).slice(0, 5).map(({ token, value }) => (
       { name: shown(data.tokens[token].text), value, text: text(value), token })));
     const these = patches.cells.size === 1 ? "this patch" : `these ${patches.cells.size} patches`, left = values[kind].length - rows.length;
