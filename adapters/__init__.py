@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.core.component import build, choices, compose
+from stethoscope.core.component import build, choices, compose, is_located
 from stethoscope.core.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def load(model: str | Path, **settings: Any) -> Adapter:
     from stethoscope.adapters.base import Adapter  # torch-free import of the package
 
     known, model = choices("model"), str(model)
-    if model not in known and not ("/" in model or Path(model).is_dir()):
+    if model not in known and not is_located(model):
         raise ConfigError(unknown("model", model, known))
     name = model if model in known else "hf"
     config = compose([f"+model={name}"]).model

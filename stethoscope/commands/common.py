@@ -16,7 +16,7 @@ from stethoscope.commands.command_line import unquoted
 from stethoscope.core.component import TARGET, build
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, unknown
-from stethoscope.core.files import check_shape, read_json
+from stethoscope.core.files import check_shape
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.storage.run_dir import DETECTOR, RunStore, saved_task
 
@@ -349,14 +349,15 @@ def keep_detector(
     Raises:
         ConfigError: the one that is there was made with other settings.
     """
+    from stethoscope.detection.artifact import MANIFEST, read_manifest
     from stethoscope.detection.training import FOLDS
     from stethoscope.storage.run_fingerprint import describe, differences
 
-    file = folder / "detector" / "manifest.json"
+    file, remedy = folder / "detector" / MANIFEST, "delete the folder and train again"
     if not file.is_file() or RunStore(folder).status().get(DETECTOR):  # one that is not all written is no loss
         return
-    manifest = read_json(file, "delete the folder and train again")
-    check_shape(file, manifest, {"settings": dict}, "delete the folder and train again")
+    manifest = read_manifest(file.parent, remedy)
+    check_shape(file, manifest, {"settings": dict}, remedy)
     split, learned_from = manifest.get("split"), manifest.get("task")
     before, now = {"detector": manifest["settings"]}, {"detector": jsonable(detector.settings)}
     if isinstance(split, Mapping):  # without labels there is none

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stethoscope.commands import HYDRA_COMMANDS
-from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups
+from stethoscope.core.component import TARGET, choices, compose, conf_folder, groups, is_located
 from stethoscope.core.errors import ConfigError, first_line, unknown
 from stethoscope.core.text import one_line
 
@@ -86,8 +86,7 @@ def complete_choices(words: Sequence[str], folder: str | None = None) -> list[st
     completed: list[str] = []
     for word in words:
         key, _, value = word.partition("=")
-        located = "/" in value or "\\" in value or Path(value).is_dir()
-        if key == "model" and located and not any(value in choices("model", path) for path in folders):
+        if key == "model" and is_located(value) and not any(value in choices("model", path) for path in folders):
             completed += ["model=hf", f"model.model_id={value}"]
         elif key == "features" and value[:1] == "[" and value[-1:] == "]" and "," in value:
             completed += ["features=union", f"features.sets={value}"]

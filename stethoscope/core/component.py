@@ -182,6 +182,15 @@ def choices(group: str, conf: Path | None = None) -> dict[str, str]:
     return {str(path.relative_to(folder).with_suffix("")): _title(path) for path in sorted(folder.rglob("*.yaml"))}
 
 
+def is_located(model: str) -> bool:
+    """Tell whether a model is given by its hub id or its folder, and not by a name of ``conf/model``.
+
+    >>> is_located("owner/name"), is_located("testbed")
+    (True, False)
+    """
+    return "/" in model or "\\" in model or Path(model).is_dir()
+
+
 def _title(path: Path) -> str:
     """Return the first comment line of a configuration file that is not a directive to Hydra."""
     lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))

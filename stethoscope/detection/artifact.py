@@ -129,15 +129,19 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, remedy: str = "") -> dict[str, Any]:
     """Read the manifest of a detector; its entries are not checked.
+
+    Args:
+        folder: of the detector.
+        remedy: advice to the user, at the end of error messages.
 
     Raises:
         ArtefactError: it is missing or damaged.
     """
     if not (folder / MANIFEST).exists():
         raise ArtefactError(f"{folder} holds no detector: it has no {MANIFEST}")
-    return read_json(folder / MANIFEST)
+    return read_json(folder / MANIFEST, remedy)
 
 
 # --- the Hugging Face hub ---------------------------------------------------------------------------------------------

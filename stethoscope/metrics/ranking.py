@@ -195,7 +195,9 @@ class Ranking:
     @cached_property
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """(replicates,) weight of all hallucinated and of all grounded items."""
-        return self.positive.sum(axis=0), self.negative.sum(axis=0)
+        if not len(self.order.starts):
+            return np.zeros(self.matrix.shape[1]), np.zeros(self.matrix.shape[1])
+        return self.true[-1], self.false[-1]
 
     def auroc(self) -> np.ndarray:
         """Compute the area under the ROC curve, (replicates,) in [0, 1]."""
