@@ -56,6 +56,8 @@ OLDER_FULL = (
     "grid", "states", "image_lens", "blank", "noise", "no_image", "core", "relevancy",
 )  # fmt: skip
 """Groups of the older full features, but one that has another name today."""
+REDEFINED = "glsim"
+"""Beginning of the names of features that have another definition since 2984e12 (CHANGELOG.md); not compared."""
 EVIDENCE = {True: "sight", False: "visual_evidence"}
 QUESTION = "Please describe this image in detail."
 HOMES = {
@@ -523,7 +525,7 @@ def equality(before: Path, after: Path) -> list[str]:
     text = ["", f"The same token ids in {same} of {len(ids[0])} answers."]
     tables = [pd.read_parquet(folder / "table.parquet") for folder in (before, after)]
     numbers = [set(table.select_dtypes("floating").columns) for table in tables]
-    shared = sorted(numbers[0] & numbers[1])
+    shared = sorted(name for name in numbers[0] & numbers[1] if not name.startswith(REDEFINED))
     keys = ["sample_id", "token"]
     if not tables[0][keys].reset_index(drop=True).equals(tables[1][keys].reset_index(drop=True)):
         return [*text, "The rows of the two tables differ."]
@@ -536,8 +538,9 @@ def equality(before: Path, after: Path) -> list[str]:
     above = [f"{name} {value:.1e}" for value, name in worst if value > 1e-5]
     text.append(f"{len(shared)} features in both; largest difference {worst[0][0]:.1e} of the value or its deviation "
                 f"({worst[0][1]}); above 1e-5: {', '.join(above) or 'none'}.")  # fmt: skip
-    text.append(f"Only before: {', '.join(sorted(numbers[0] - numbers[1])) or 'none'}; "
-                f"only after: {', '.join(sorted(numbers[1] - numbers[0])) or 'none'}.")  # fmt: skip
+    apart = [sorted({name.rstrip("0123456789") for name in numbers[side] - numbers[1 - side]}) for side in (0, 1)]
+    text.append(f"Defined anew: {REDEFINED}. Only before: {', '.join(apart[0]) or 'none'}; "
+                f"only after: {', '.join(apart[1]) or 'none'}.")  # fmt: skip
     maps = [np.load(folder / "maps.npz") for folder in (before, after)]
     errors = [np.linalg.norm(maps[1][key] - maps[0][key]) / np.linalg.norm(maps[0][key]) for key in maps[0].files]
     text.append(f"Relevancy of {len(errors)} answers: relative difference {max(errors):.1e} at most, "
