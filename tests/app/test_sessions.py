@@ -220,16 +220,16 @@ def test_a_damaged_run_never_stops_the_app(folder, tmp_path, monkeypatch, caplog
     (tmp_path / "runs" / "bad" / "metrics.json").write_text("[[")
     read = runs.RunReader.read
 
-    def fail(folder):
+    def fail(folder, **options):
         if folder.name == "worse":
             raise RecursionError("in a reader")
-        return read(folder)
+        return read(folder, **options)
 
     monkeypatch.setattr(runs.RunReader, "read", fail)
     shown = Runs(tmp_path / "runs", None, tmp_path)
     assert shown.names == ["good"]
     assert "worse" in caplog.text
-    shown._folders["worse"] = tmp_path / "runs" / "worse"
+    shown._named.append(tmp_path / "runs" / "worse")
     for text in (shown.listing("worse"), shown.figures("worse")):
         assert json.loads(text)["note"] == "the server failed: RecursionError; its log says more"
 

@@ -128,7 +128,7 @@ def test_raw_attention_by_layer_and_head(page, diagnosis):
 def test_mean_attention_as_a_matrix(page, diagnosis):
     look(page)
     page.locator("[data-id=matrix-details] summary").click()
-    page.locator("[data-id=matrix]").focus()
+    page.locator("[data-id=matrix][aria-label]").focus()  # it is drawn
     tokens = [token.strip() for token in diagnosis.answer.tokens]
     names = ["picture", *(f"“{token}”" for token in [*diagnosis.question_tokens, *tokens])]
     page.keyboard.press("ArrowRight")  # the first cell of the chosen token's row
