@@ -202,6 +202,7 @@ class Worker:
         """Time runs over descriptions without features and with every set."""
         named_set = importlib.import_module("stethoscope.features").named_set
         ways = {"none": None, **{name: named_set(name) for name in SETS}}
+        self.run(self.captions(batch), features=ways["full"], batch_size=batch)  # warms up
         return {
             name: timed(lambda chosen=chosen: self.run(self.captions(scenes), features=chosen, batch_size=batch))
             for name, chosen in ways.items()
@@ -235,6 +236,7 @@ class Worker:
     def pope(self, scenes: int = 40) -> Times:
         """Time questions of POPE."""
         pope = importlib.import_module("stethoscope.tasks.pope").Pope(scenes=scenes)
+        self.run(self.captions(2))  # warms up
         folder = self.folder / "pope"
         shutil.rmtree(folder, ignore_errors=True)
         seconds = timed(lambda: self.api.Evaluator(batch_size=32, run_dir=folder).run(self.testbed, pope))
