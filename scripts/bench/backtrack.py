@@ -41,7 +41,7 @@ def main() -> None:
     adapter, task = stethoscope.load("testbed"), Chair(scenes=options.scenes, scene_seed=options.seed)
     task.setup()
     with tempfile.TemporaryDirectory() as folder:
-        detector = options.detector or _train(adapter, options.train, Path(folder))
+        detector = options.detector or train(adapter, options.train, Path(folder))
         ways: dict[str, Backtrack | None] = {"greedy": None}
         ways |= {f"from {value:g}": Backtrack(detector=detector, threshold=value) for value in options.thresholds}
         rows = _measure(adapter, ways, task.samples())
@@ -57,7 +57,7 @@ def main() -> None:
         )
 
 
-def _train(adapter: object, scenes: int, folder: Path) -> str:
+def train(adapter: object, scenes: int, folder: Path) -> str:
     """Fit a detector on other scenes and save it; return its folder."""
     features = FeatureSet(groups=("uncertainty", "position", "attention", "lens", "hidden"))
     stethoscope.Evaluator(features=features, run_dir=folder / "run", batch_size=24).run(adapter, Chair(scenes=scenes))

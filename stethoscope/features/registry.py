@@ -261,14 +261,14 @@ class FeatureSet:
             parts += [f"{label} ({', '.join(requires)})"] if requires else []
         return f"features: {len(self.features)} of {', '.join(groups)}; cost: {', '.join(parts) or FORWARD}"
 
-    def compute(self, trace: Trace) -> Mapping[str, np.ndarray]:
+    def compute(self, trace: Trace) -> dict[str, np.ndarray]:
         """Compute the columns of all features for one trace: name to (T,) float32.
 
         Raises:
             CaptureError: a value is not finite; the message names the feature.
             CapabilityError: a feature is not defined for this model, or the trace lacks a part that it requires.
         """
-        return self.compute_batch([trace])[0]
+        return dict(self.compute_batch([trace])[0])
 
     def compute_batch(self, traces: Sequence[Trace]) -> list[TokenColumns]:
         """Compute the columns of several traces as ``compute``, features with ``by_row`` over all answers at once."""

@@ -118,7 +118,11 @@ class _AlignmentProbe(AttentionRecorder):
             floats = [part for part in tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
             if len(self.tags) == tags and all(part.shape == states[0].shape for part in floats):
                 passed = states[0] - states[0].detach()
-                return tree_map(lambda part: part + passed if any(part is value for value in floats) else part, result)
+
+                def with_gradient(part: Any) -> Any:
+                    return part + passed.to(part) if any(part is value for value in floats) else part
+
+                return tree_map(with_gradient, result)
             del self.tags[tags:]
         return function(*arguments, **options)
 

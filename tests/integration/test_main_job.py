@@ -50,8 +50,8 @@ def copy(finished, tmp_path):
 def test_the_run_directory_is_complete(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".lock")}
     assert names == {
-        "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "samples.jsonl",
-        "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
+        "config.yaml", "overrides.yaml", "environment.json", "fingerprint.json", "status.json", "planned.json",
+        "samples.jsonl", "tokens.parquet", "metrics.json", "warnings.jsonl", "events.jsonl", "detector", "wandb",
     }  # fmt: skip
     assert {path.name for path in (finished / "detector").iterdir()} == {
         "README.md",
