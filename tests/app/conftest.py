@@ -105,9 +105,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Start the installed Chromium."""
+    """Start the installed Chromium, for one file of tests: its event loop would be in the way of other files."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = os.environ.get("STETHOSCOPE_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
