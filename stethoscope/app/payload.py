@@ -90,20 +90,26 @@ def conversation(turns: Sequence[AnswerSession], shown: str = "") -> dict[str, A
 
 
 def failure(error: Exception, clear: bool = False, conversation: Mapping[str, Any] | None = None) -> str:
-    """Encode an error as a line above the answer, or instead of it.
-
-    Errors that a user can correct are shown without the folders of this machine. Of all others only the type is shown,
-    and the traceback goes to the server's log.
+    """Encode an error as a line above the answer, or instead of it; see ``error_text``.
 
     Args:
         error: that a request has raised.
         clear: whether to remove the last answer from the page, which belongs to another question.
         conversation: what stays of it, see ``message``.
     """
+    return message(error_text(error), "error", clear, conversation)
+
+
+def error_text(error: Exception) -> str:
+    """Describe an error to the user.
+
+    Errors that a user can correct are shown without the folders of this machine. Of all others only the type is shown,
+    and the traceback goes to the server's log.
+    """
     if isinstance(error, StethoscopeError):
-        return message(without_folders(str(error)), "error", clear, conversation)
+        return without_folders(str(error))
     logger.error("a question failed", exc_info=error)
-    return message(f"the server failed: {type(error).__name__}; its log says more", "error", clear, conversation)
+    return f"the server failed: {type(error).__name__}; its log says more"
 
 
 def without_folders(text: str) -> str:

@@ -119,7 +119,7 @@ class Runs:
             message["progress"] = _describe_progress(sources)
             message |= _list_samples(sources)
         except Exception as error:  # a damaged run must not stop the app
-            message["note"] = _error_text(error)
+            message["note"] = payload.error_text(error)
         return payload.encode("list", **message)
 
     def refreshed(self, name: str, other: str, state: str) -> str | None:
@@ -221,7 +221,7 @@ class Runs:
                 return payload.encode("figures", page=page, note=note, title=f"{other} against {name}")
             page = self._report(name, state)
         except Exception as error:
-            return payload.encode("figures", note=_error_text(error))
+            return payload.encode("figures", note=payload.error_text(error))
         return payload.encode("figures", page=page, title=f"figures of {name}")
 
     def question(
@@ -373,11 +373,6 @@ def _list_samples(sources: Sequence[RunReader]) -> dict[str, Any]:
     with readable(source.folder):
         notes = [*([] if source.unfinished else [source.no_detector()]), source.off_policy(), describe_limit(source)]
         return {"rows": sample_rows(source), "note": " ".join(filter(None, notes))}
-
-
-def _error_text(error: Exception) -> str:
-    """Describe an error as ``payload.failure`` does, as plain text."""
-    return json.loads(payload.failure(error))["text"]
 
 
 @dataclass(frozen=True)

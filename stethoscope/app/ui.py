@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,11 @@ MODEL = "model"  # concurrency id of the events that need the model, of which on
 def style() -> str:
     """Read the CSS of the whole page."""
     return "\n".join(map(asset, ("diagnosis/viewer.css", "report/samples.css", "app/app.css")))
+
+
+def _warn(error: Exception) -> None:
+    """Show an error in a corner of the page."""
+    gr.Warning(escape(payload.error_text(error)), duration=8)
 
 
 def theme() -> gr.themes.Base:
@@ -211,7 +215,7 @@ def _wire_ask(
             kind, scope = str(getattr(event, "kind", "")), str(getattr(event, "scope", ""))
             return answer.export(pool, shown_session(request, event), kind, scope, extractor)
         except Exception as error:
-            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            _warn(error)
             return gr.skip()
 
     def check_picture(picture: str | None) -> tuple[Any, Any]:
@@ -300,7 +304,7 @@ def _wire_run(
             if question.picture is not None:
                 sessions.use(str(request.session_hash), [question.picture])
         except Exception as error:
-            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            _warn(error)
             yield (unchanged,) * 6
             return
         listed = shown if run == other else run  # the list stays as it is
@@ -328,7 +332,7 @@ def _wire_run(
             account, _ = credentials(request.headers.get("authorization"))
             runs.annotate(str(event.run), values, account)
         except Exception as error:
-            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            _warn(error)
             return gr.skip()
         return runs.listing(str(event.shown), str(event.other))
 
@@ -337,7 +341,7 @@ def _wire_run(
         try:
             return runs.notes(str(event.run), str(event.kind))
         except Exception as error:
-            gr.Warning(escape(json.loads(payload.failure(error))["text"]), duration=8)
+            _warn(error)
             return gr.skip()
 
     quiet = {**options, "show_progress": "hidden", "concurrency_id": "list", "concurrency_limit": 1}
