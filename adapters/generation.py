@@ -1,12 +1,12 @@
-"""Build settings for ``generate``, sample independently of the batch, and trim generated ids to the answer."""
+"""Generate answers: build the settings, sample independently of the batch, and score what is written."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import reprlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,22 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from stethoscope.core.errors import CapabilityError, ConfigError, DataError
-from stethoscope.core.types import Generation
+from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
+from stethoscope.adapters.forward import ForwardRunner, Prefix, prompt_columns
+from stethoscope.adapters.prefixes import SharedPrefixes
+from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.types import Answer, Generation
 from stethoscope.tracing.step_inputs import RewindableProcessor
-from stethoscope.tracing.token_spans import decode_with_offsets
-from stethoscope.tracing.trace import Encoded
+from stethoscope.tracing.trace import Encoded, PromptCache
+
+if TYPE_CHECKING:
+    from stethoscope.adapters.hf import HfAdapter
 
 _SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 _OUTPUTS = ("return_dict_in_generate", "transformers_version")
@@ -68,38 +74,6 @@ def _modules_that_generate(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     return (
         module for module in model.modules() if isinstance(getattr(module, "generation_config", None), GenerationConfig)
     )
-
-
-def special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
-    """Collect the ids that end an answer, from model and tokenizer, and the id to pad with.
-
-    Raises:
-        DataError: the model's ``generation_config.json`` names an end that is no token id.
-    """
-    end_ids: set[int] = set()
-    for part in (model, getattr(model, "language_model", None)):  # in BLIP-2 the language model generates by itself
-        setting = getattr(getattr(part, "generation_config", None), "eos_token_id", None)
-        ids = setting if isinstance(setting, (list, tuple)) else [] if setting is None else [setting]
-        if not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise DataError(
-                f"eos_token_id={reprlib.repr(setting)} in the model's generation_config.json should be a token's id "
-                "or a list of them"
-            )
-        end_ids.update(ids)
-    if tokenizer.eos_token_id is not None:
-        end_ids.add(tokenizer.eos_token_id)
-    pad_id = tokenizer.pad_token_id
-    return tuple(sorted(end_ids)), pad_id if pad_id is not None else min(end_ids, default=0)
-
-
-def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a text that begins with a blank as the continuation of an answer.
-
-    Tokenizers that add a blank of their own to the start of every text would double it, so it follows a sentence.
-    """
-    before = "A cat."
-    start, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, before + text))
-    return list(whole[len(start) :]) if whole[: len(start)] == start else list(tokenizer(text.strip())["input_ids"])
 
 
 def decoder_start_id(model: PreTrainedModel) -> int | None:
@@ -240,54 +214,120 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
 
 
-class TrimmedIds(NamedTuple):
-    """Hold the part of the generated ids that is the answer.
-
-    Attributes:
-        ids: the leading generated ids, unchanged.
-        finished: the answer ended by itself, before ``max_new_tokens``.
-        surplus: number of characters at the end of the last token that belong to a stop string, not to the answer.
-    """
-
-    ids: list[int]
-    finished: bool
-    surplus: int = 0
-
-
-def trim_ids(
-    ids: Sequence[int],
-    end_ids: Collection[int],
-    stops: Sequence[str] = (),
-    decode: Callable[[Sequence[int]], str] = lambda ids: "",
-) -> TrimmedIds:
-    """Trim generated ids to those before the first end token and before the first stop string.
-
-    Args:
-        ids: generated token ids.
-        end_ids: ids that end an answer.
-        stops: strings that end an answer.
-        decode: decodes a list of ids as a whole, special tokens too.
-
-    >>> trim_ids([5, 6, 2, 0], end_ids=(2,))
-    TrimmedIds(ids=[5, 6], finished=True, surplus=0)
-    >>> tokens = {1: "yes", 2: ".#", 3: "##", 4: " Human"}
-    >>> trim_ids([1, 2, 3, 4], (), ("###",), lambda ids: "".join(tokens[i] for i in ids))
-    TrimmedIds(ids=[1, 2], finished=True, surplus=1)
-    """
-    ids = list(ids)
-    end = next((position for position, token in enumerate(ids) if token in end_ids), None)
-    ids = ids[:end]
-    if stops:
-        text, offsets = decode_with_offsets(ids, decode)
-        stop_start = min((text.index(stop) for stop in stops if stop in text), default=None)
-        if stop_start is not None:
-            count = sum(start < stop_start for start, _ in offsets)
-            return TrimmedIds(ids[:count], True, max(offsets[count - 1][1] - stop_start, 0) if count else 0)
-    return TrimmedIds(ids, end is not None)
-
-
 def _seed(seed: int, encoded: Encoded) -> int:
     digest = hashlib.sha256(str(seed).encode())
     for name in sorted(encoded.inputs):
         digest.update(encoded.inputs[name].contiguous().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+
+class AnswerGenerator:
+    """Generate and score the answers of one loaded model.
+
+    Args:
+        forward: prepares inputs and runs passes of the model.
+        tokens: reads and writes ids.
+        decoder_start: first id of an encoder-decoder model's decoder; None for a decoder-only model.
+        name: of the model, for messages.
+
+    Attributes:
+        prefixes: what prompts about one picture share.
+    """
+
+    def __init__(self, forward: ForwardRunner, tokens: AnswerTokens, decoder_start: int | None, name: str) -> None:
+        self._model, self._forward, self._tokens = forward.model, forward, tokens
+        self._decoder_start, self._name = decoder_start, name
+        self.prefixes = SharedPrefixes(forward)
+
+    def generate(
+        self, adapter: HfAdapter, encoded: list[Encoded], generation: Generation, return_cache: bool
+    ) -> tuple[list[Answer], list[PromptCache | None]]:
+        """Answer prompts of one of ``forward.groups`` in one batch.
+
+        Args:
+            adapter: of the model, to which mitigations speak.
+            encoded: B prompts.
+            generation: settings of decoding.
+            return_cache: also return the KV caches of the prompts.
+
+        Returns:
+            B answers, and B caches; None where there is none, or the prompt has one already for all of them.
+        """
+        no_caches: list[PromptCache | None] = [None] * len(encoded)
+        if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
+            arguments = self.arguments(adapter, encoded, generation)
+            start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
+            beams = self._model.generate(**arguments).sequences[:, start:].tolist()
+            scored = self.score(encoded, [self._tokens.trim(beam, generation.stop) for beam in beams])
+            return [replace(answer, argmax=None) for answer in scored], no_caches
+        prefixes = self.prefixes.compute(encoded)
+        lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
+        arguments, logprobs = self.arguments(adapter, encoded, generation, prefixes), TokenLogprobs()
+        del prefixes  # the copies in the arguments are all that generation needs
+        arguments["logits_processor"].insert(0, logprobs)
+        start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
+        output = self._model.generate(**arguments)
+        ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
+        trimmed = [self._tokens.trim(part, generation.stop) for part in ids]
+        answers = [self._tokens.answer(*pair) for pair in zip(trimmed, values, strict=True)]
+        self.prefixes.store(encoded, lengths, output.past_key_values)
+        if not return_cache or all(prompt.cache is not None for prompt in encoded):
+            return answers, no_caches
+        return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
+
+    def arguments(
+        self,
+        adapter: HfAdapter,
+        encoded: Sequence[Encoded],
+        generation: Generation,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> dict[str, Any]:
+        """Prepare the arguments of the model's ``generate``.
+
+        Args:
+            adapter: of the model, to which mitigations speak.
+            encoded: B prompts.
+            generation: settings of decoding.
+            prefixes: of the prompts, from which ``generate`` goes on; None to read whole prompts.
+        """
+        decoder_only = self._decoder_start is None
+        if prefixes is None:
+            inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
+        else:
+            inputs = self._forward.generate_from_prefixes(encoded, prefixes)
+        stops, start = self._tokens.all_stops(generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
+        method = generation.mitigation
+        if method is not None and method.writes:
+            check_rewinds(self._model.config, method.name, self._name, start + (generation.max_new_tokens or 0))
+        processors = [] if method is None else method.processors(adapter, encoded, generation)
+        settings = self.config(generation)
+        if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
+            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
+            processors = [suppress, *processors]
+            settings.suppress_tokens = None
+        return {
+            **inputs,
+            "generation_config": settings,
+            "logits_processor": [*processors, *([Sampler(generation, encoded)] if generation.do_sample else [])],
+            "stopping_criteria": [StopStrings(stops, self._tokens.decode, start)] if stops else [],
+        }
+
+    def config(self, generation: Generation) -> GenerationConfig:
+        """Build the settings of ``generate``, see ``build_config``; no placeholder is written."""
+        settings = build_config(generation, self._tokens.end_ids, self._tokens.pad_id)
+        settings.decoder_start_token_id = self._decoder_start
+        settings.suppress_tokens = self._tokens.placeholder_ids or None
+        return settings
+
+    def score(self, encoded: Sequence[Encoded], trimmed: Sequence[TrimmedIds]) -> list[Answer]:
+        """Compute log-probabilities and first choices of given answers in teacher-forced passes, one per answer."""
+        answers = []
+        for prompt, part in zip(encoded, trimmed, strict=True):
+            logits = self._forward.logits(self._forward.full_forward([prompt], [part.ids]))[0, : len(part.ids)]
+            ids = torch.tensor(part.ids, device=logits.device).long()[:, None]
+            logprobs = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()
+            never_written = [token for token in self._tokens.placeholder_ids if token < logits.shape[-1]]
+            logits[:, never_written] = -torch.inf
+            is_top = logits.gather(-1, ids) >= logits.amax(-1, keepdim=True)  # of several equal ones, each
+            answers.append(replace(self._tokens.answer(part, logprobs), argmax=tuple(is_top[:, 0].tolist())))
+        return answers

@@ -6,34 +6,25 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from transformers import SuppressTokensLogitsProcessor
 
 from stethoscope.adapters import fingerprint as digests
 from stethoscope.adapters import loading, memory, tiny
-from stethoscope.adapters.base import Adapter, ForeignTokens, History, check_history, check_text
-from stethoscope.adapters.forward import ForwardRunner, Prefix, continues, groups, prompt_columns
+from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds, continuation_ids
+from stethoscope.adapters.base import Adapter, History, check_history, check_text
+from stethoscope.adapters.forward import ForwardRunner, continues, groups
 from stethoscope.adapters.generation import (
-    Sampler,
-    StopStrings,
-    TokenLogprobs,
-    TrimmedIds,
-    build_config,
+    AnswerGenerator,
     check_rewinds,
-    continuation_ids,
     decoder_start_id,
     drop_defaults,
     effective_settings,
-    special_ids,
-    trim_ids,
 )
 from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.adapters.processors import (
     SQUARES,
     crop_to_square,
@@ -55,20 +46,18 @@ from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, 
 from stethoscope.core.system import model_faults
 from stethoscope.core.text import counted
 from stethoscope.core.types import Answer, Generation, Memory, Picture, load_picture, with_limit
-from stethoscope.tracing.token_spans import decode_with_offsets
 from stethoscope.tracing.trace import (
     CONTINUATION,
     EXTRA_REQUIREMENTS,
     FORWARD_REQUIREMENTS,
     REQUIREMENTS,
     Encoded,
-    PromptCache,
     Trace,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 
 class HfAdapter(Adapter):
@@ -191,20 +180,16 @@ class HfAdapter(Adapter):
                 mean_colour(processor, self.name)  # checked before the first picture
             encoder = self._make_encoder(model, processor)
             _check_encoder(encoder, self.name)
-            self._end_ids, self._pad_id = special_ids(model, processor.tokenizer)
-            self._decoder_start = decoder_start_id(model)
-            self._decode = partial(processor.tokenizer.decode, clean_up_tokenization_spaces=False)
-            self._decode_text = partial(self._decode, skip_special_tokens=True)
+            start = decoder_start_id(model)
+            self._tokens = AnswerTokens(self.name, model, processor.tokenizer, self.stop, start is None)
         self._encoder, self._processor = encoder, processor
         self._model = model.eval().requires_grad_(False)
         self._loaded_versions = digests.versions(model)
         drop_defaults(model)
-        placeholder_ids = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-        self._placeholder_ids = [token for token in placeholder_ids if token is not None]
-        self._forward = ForwardRunner(model, self._pad_id, self._decoder_start)
-        self._prefixes = SharedPrefixes(self._forward)
+        self._forward = ForwardRunner(model, self._tokens.pad_id, start)
+        self._generator = AnswerGenerator(self._forward, self._tokens, start, self.name)
         suffix = continuation_ids(processor.tokenizer, CONTINUATION)
-        self._tracer = Tracer(self.name, self._forward, suffix, self._placeholder_ids)
+        self._tracer = Tracer(self.name, self._forward, suffix, self._tokens.placeholder_ids)
 
     @property
     def _source(self) -> str:
@@ -379,7 +364,7 @@ class HfAdapter(Adapter):
     def sharing_prefixes(self) -> Iterator[None]:
         """See ``Adapter.sharing_prefixes``; the memory of one prompt's KV cache stays taken between calls."""
         self.setup()
-        with self._prefixes.stored():
+        with self._generator.prefixes.stored():
             yield
 
     @torch.inference_mode()
@@ -394,87 +379,28 @@ class HfAdapter(Adapter):
         for group in groups([prompt.inputs for prompt in encoded]):
             batch = [encoded[index] for index in group]
             with model_faults(f"{self.name} fails to answer"):
-                generated, caches = self._generate(batch, generation, return_cache)
+                generated, caches = self._generator.generate(self, batch, generation, return_cache)
             for index, answer, cache in zip(group, generated, caches, strict=True):
                 answers[index] = answer
                 if return_cache and encoded[index].cache is None:
                     prompts[index] = replace(encoded[index], cache=cache)
         return [answers[index] for index in range(len(encoded))], list(prompts.values())
 
-    def _generate(
-        self, encoded: list[Encoded], generation: Generation, return_cache: bool
-    ) -> tuple[list[Answer], list[PromptCache | None]]:
-        no_caches: list[PromptCache | None] = [None] * len(encoded)
-        if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
-            model, arguments = self.prepare_generate(encoded, generation)
-            start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
-            beams = model.generate(**arguments).sequences[:, start:].tolist()
-            scored = self._score(encoded, [self._trim(beam, generation) for beam in beams])
-            return [replace(answer, argmax=None) for answer in scored], no_caches
-        prefixes = self._prefixes.compute(encoded)
-        lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
-        arguments, logprobs = self._arguments(encoded, generation, prefixes), TokenLogprobs()
-        del prefixes  # the copies in the arguments are all that generation needs
-        arguments["logits_processor"].insert(0, logprobs)
-        start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
-        output = self.model.generate(**arguments)
-        ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
-        answers = [self.decode_answer(*pair, generation) for pair in zip(ids, values, strict=True)]
-        self._prefixes.store(encoded, lengths, output.past_key_values)
-        if not return_cache or all(prompt.cache is not None for prompt in encoded):
-            return answers, no_caches
-        return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
-
     def prepare_generate(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """See ``Adapter.prepare_generate``."""
         self.setup()
-        return self._model, self._arguments(encoded, generation)
-
-    def _arguments(
-        self, encoded: Sequence[Encoded], generation: Generation, prefixes: Sequence[Prefix] | None = None
-    ) -> dict[str, Any]:
-        """Prepare the arguments of ``generate``, which goes on from the prefixes of the prompts, if any."""
-        decoder_only = self._decoder_start is None
-        if prefixes is None:
-            inputs = self._forward.collate(encoded, "left" if decoder_only else "right")
-        else:
-            inputs = self._forward.generate_from_prefixes(encoded, prefixes)
-        stops, start = (*self.stop, *generation.stop), inputs["input_ids"].shape[1] if decoder_only else 1
-        method = generation.mitigation
-        if method is not None and method.writes:
-            check_rewinds(self.model.config, method.name, self.name, start + (generation.max_new_tokens or 0))
-        processors = [] if method is None else method.processors(self, encoded, generation)
-        settings = self._generation_config(generation)
-        if settings.suppress_tokens:  # by a processor of ours, so that one before it sees the model's own scores
-            suppress = SuppressTokensLogitsProcessor(settings.suppress_tokens, inputs["input_ids"].device)
-            processors = [suppress, *processors]
-            settings.suppress_tokens = None
-        return {
-            **inputs,
-            "generation_config": settings,
-            "logits_processor": [*processors, *([Sampler(generation, encoded)] if generation.do_sample else [])],
-            "stopping_criteria": [StopStrings(stops, self._decode, start)] if stops else [],
-        }
-
-    def _generation_config(self, generation: Generation) -> GenerationConfig:
-        settings = build_config(generation, self._end_ids, self._pad_id)
-        settings.decoder_start_token_id = self._decoder_start
-        settings.suppress_tokens = self._placeholder_ids or None  # in an answer they would stand for a second image
-        return settings
+        return self._model, self._generator.arguments(self, encoded, generation)
 
     def generation_settings(self, generation: Generation) -> dict[str, Any]:
         """See ``Adapter.generation_settings``."""
         self.setup()
-        return effective_settings(self._model, self._generation_config(generation))
+        return effective_settings(self._model, self._generator.config(generation))
 
     def decode_answer(self, ids: Sequence[int], logprobs: Sequence[float], generation: Generation) -> Answer:
         """See ``Adapter.decode_answer``."""
-        return self._decode_trimmed(self._trim(ids, generation), logprobs)
-
-    def _trim(self, ids: Sequence[int], generation: Generation) -> TrimmedIds:
-        return trim_ids(ids, self._end_ids, (*self.stop, *generation.stop), self._decode)
+        return self._tokens.answer(self._tokens.trim(ids, generation.stop), logprobs)
 
     @torch.inference_mode()
     def answer(self, encoded: Encoded, text: str, token_ids: Sequence[int] | None = None) -> Answer:
@@ -487,72 +413,13 @@ class HfAdapter(Adapter):
         self.setup()
         with model_faults(f"{self.name} fails to read the answer"):
             trimmed = (
-                TrimmedIds(self._tokenise(encoded, text.strip()), True)
+                TrimmedIds(self._tokens.tokenise(encoded, text.strip()), True)
                 if token_ids is None
-                else self._check_ids(text, token_ids)
+                else self._tokens.check(text, token_ids)
             )
-            if not set(self._placeholder_ids).isdisjoint(trimmed.ids):
+            if not set(self._tokens.placeholder_ids).isdisjoint(trimmed.ids):
                 raise DataError(f"the answer holds the image placeholder: {text!r}")
-            return self._score([encoded], [trimmed])[0]
-
-    def _check_ids(self, text: str, token_ids: Sequence[int]) -> TrimmedIds:
-        """Trim given ids to the tokens of a text, which may end within the last of them, as at a stop string.
-
-        White space is not compared, as engines strip and join it in their own ways, nor are halves of characters.
-        """
-        known = self.model.get_input_embeddings().num_embeddings
-        unknown_id = next((token for token in token_ids if not 0 <= token < known), None)
-        if unknown_id is not None:
-            raise ForeignTokens(f"token id {unknown_id} is none of the {known:,} of {self.name}: another tokenizer's")
-        trimmed = self._trim(token_ids, Generation())
-        decoded, offsets = decode_with_offsets(trimmed.ids, self._decode_text)
-        letters = [index for index, letter in enumerate(decoded) if not (letter.isspace() or letter == "\ufffd")]
-        wanted = [letter for letter in text if not (letter.isspace() or letter == "\ufffd")]
-        if [decoded[index] for index in letters[: len(wanted)]] != wanted:
-            raise ForeignTokens(
-                f"the token ids decode to {decoded[:60]!r} with {self.name}, not to {text.strip()[:60]!r}: they are "
-                "another tokenizer's"
-            )
-        if len(letters) == len(wanted):
-            return trimmed._replace(finished=True)
-        end = letters[len(wanted) - 1] + 1 if wanted else 0
-        count = sum(start < end for start, _ in offsets)
-        return TrimmedIds(trimmed.ids[:count], True, max(offsets[count - 1][1] - end, 0) if count else 0)
-
-    def _tokenise(self, encoded: Encoded, text: str) -> list[int]:
-        """Tokenise a text as the continuation of the prompt, after a space where the prompt ends in a word."""
-        if not text:
-            return []
-        tokenizer, prompt = self._processor.tokenizer, encoded.text if self._decoder_start is None else ""
-        last_id = int(encoded.inputs["input_ids"][0, -1])
-        space = "" if not prompt or prompt[-1].isspace() or last_id in tokenizer.all_special_ids else " "
-        tokens = tokenizer(prompt + space + text, return_offsets_mapping=True, add_special_tokens=False)
-        pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-        ids = [token for token, (_, end) in pairs if end > len(prompt)]
-        if tokenizer.decode(ids).strip() == text:
-            return ids
-        return tokenizer(space + text, add_special_tokens=False)["input_ids"]  # a token straddles the border
-
-    def _score(self, encoded: Sequence[Encoded], trimmed: Sequence[TrimmedIds]) -> list[Answer]:
-        """Compute log-probabilities in teacher-forced passes, one per answer."""
-        answers = []
-        for prompt, part in zip(encoded, trimmed, strict=True):
-            logits = self._forward.logits(self._forward.full_forward([prompt], [part.ids]))[0, : len(part.ids)]
-            ids = torch.tensor(part.ids, device=logits.device).long()[:, None]
-            logprobs = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()
-            logits[
-                :, [token for token in self._placeholder_ids if token < logits.shape[-1]]
-            ] = -torch.inf  # never written
-            is_top = logits.gather(-1, ids) >= logits.amax(-1, keepdim=True)  # of several equal ones, each
-            answers.append(replace(self._decode_trimmed(part, logprobs), argmax=tuple(is_top[:, 0].tolist())))
-        return answers
-
-    def _decode_trimmed(self, trimmed: TrimmedIds, logprobs: Sequence[float]) -> Answer:
-        ids = tuple(trimmed.ids)
-        text, offsets = decode_with_offsets(ids, self._decode_text)
-        text = text[: len(text) - trimmed.surplus]
-        offsets = tuple((min(start, len(text)), min(end, len(text))) for start, end in offsets)
-        return Answer(text, ids, offsets, tuple(logprobs[: len(ids)]), trimmed.finished)
+            return self._generator.score([encoded], [trimmed])[0]
 
     def trace(self, encoded: Encoded, answer: Answer, requires: Collection[str] = FORWARD_REQUIREMENTS) -> Trace:
         """See ``Adapter.trace``."""
@@ -604,7 +471,7 @@ class HfAdapter(Adapter):
             "prompt": getattr(self._encoder, "template", self.prompt),
             **{name: getattr(self, name) for name in ("phrases", "pad", "max_pixels") if getattr(self, name)},
             **({"square": self.square} if self.square in ("crop", "stretch") else {}),
-            "ends": list(self._end_ids),
+            "ends": list(self._tokens.end_ids),
             "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }

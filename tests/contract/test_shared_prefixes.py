@@ -66,7 +66,7 @@ def alone(adapter, prompts, generation):
 
 def test_only_causal_models_share(adapter):
     prompts = [adapter.encode(picture(50), question) for _, question in ABOUT[:2]]
-    assert (adapter._prefixes.compute(prompts) is not None) == reuses(adapter)
+    assert (adapter._generator.prefixes.compute(prompts) is not None) == reuses(adapter)
 
 
 @pytest.mark.parametrize("way", ["sampled", "stopped"])
@@ -90,7 +90,7 @@ def test_later_batches_go_on_from_the_last_picture(adapter, prompts, expected, s
             answers.update(zip(batch, generated, strict=True))
     equal([answers[index] for index in range(len(prompts))], expected)
     assert sum(rows) == 3
-    assert adapter._prefixes._last is None  # nothing stays behind the block
+    assert adapter._generator.prefixes._last is None  # nothing stays behind the block
     assert adapter.generate(prompts[:1], WAYS["greedy"]) == expected[:1]
 
 

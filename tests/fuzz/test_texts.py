@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from stethoscope.adapters.generation import trim_ids
+from stethoscope.adapters.answer_tokens import trim_ids
 from stethoscope.commands.overrides import explain
 from stethoscope.core.component import compose
 from stethoscope.core.digests import jsonable

@@ -99,7 +99,7 @@ def brute_force(adapter, encoded, generation):
     """Token ids of the same method, by a whole pass for every token."""
     ids, forbidden, tries, settled, taken = [], {}, 0, 0, 0
     _, arguments = adapter.prepare_generate([encoded], generation)
-    ends, suppressed = arguments["generation_config"].eos_token_id or [], adapter._placeholder_ids
+    ends, suppressed = arguments["generation_config"].eos_token_id or [], adapter._tokens.placeholder_ids
 
     def choose():
         logits = adapter._forward.logits(adapter._forward.full_forward([encoded], [[*ids, 0]]))[0, len(ids)].float()
@@ -117,7 +117,7 @@ def brute_force(adapter, encoded, generation):
         finished = token in ends
         ids += [] if finished else [token]
         finished = finished or len(ids) == generation.max_new_tokens
-        text, spans = decode_with_offsets(ids, adapter._decode_text)
+        text, spans = decode_with_offsets(ids, adapter._tokens.decode_text)
         known = words(text)
         for number, mention in enumerate(known):
             if number < settled or not (finished or re.match(r"\s*\S+\s", text[mention.end :])):

@@ -140,7 +140,7 @@ def test_the_processor_of_the_video_model_is_not_believed(images, tmp_path):
 def test_an_answer_ends_where_the_language_model_or_the_tokenizer_says(family, ends):
     adapter = HfAdapter(random_init="tiny", family=family, prompt="{question}", device="cpu")
     tokenizer = adapter.processor.tokenizer
-    assert {tokenizer.decode([token]) for token in adapter._end_ids} == ends
+    assert {tokenizer.decode([token]) for token in adapter._tokens.end_ids} == ends
 
 
 def random(family, **settings):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from stethoscope.adapters.generation import build_config, drop_defaults, trim_ids
+from stethoscope.adapters.answer_tokens import trim_ids
+from stethoscope.adapters.generation import build_config, drop_defaults
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ConfigError
@@ -130,9 +131,13 @@ def test_beams_that_reach_a_stop_string_are_done(adapter, encoded):
     assert answer.finished
 
 
-def test_a_family_may_have_stop_strings_of_its_own(adapter, encoded, monkeypatch):
+def test_a_family_may_have_stop_strings_of_its_own(adapter, encoded):
     whole = adapter.generate(encoded[:1], WAYS["greedy"])[0]
-    monkeypatch.setattr(adapter, "stop", (whole.text[10:13],))
+
+    class Family(HfAdapter):
+        stop = (whole.text[10:13],)
+
+    adapter = Family(random_init="tiny", device="cpu")
     assert adapter.generate(encoded[:1], WAYS["greedy"])[0].text == whole.text[: whole.text.index(whole.text[10:13])]
     earlier = replace(WAYS["greedy"], stop=(whole.text[3:5],))
     assert adapter.generate(encoded[:1], earlier)[0].text == whole.text[: whole.text.index(whole.text[3:5])]

@@ -46,7 +46,7 @@ def test_a_run_has_the_answers_of_each_question_by_itself_in_the_order_of_the_ta
 def test_prefixes_end_before_the_questions_differ(testbed):
     prompts = [testbed.encode(picture(1), question) for question in QUESTIONS]
     ids = [prompt.inputs["input_ids"][0].tolist() for prompt in prompts]
-    first, second = testbed._prefixes.compute(prompts)
+    first, second = testbed._generator.prefixes.compute(prompts)
     assert first.cache is second.cache
     assert ids[0][: first.length] == ids[1][: first.length]
     assert ids[0][first.length] != ids[1][first.length]
@@ -56,7 +56,7 @@ def test_prefixes_end_before_the_questions_differ(testbed):
 def test_text_before_the_picture_that_differs_leaves_nothing_to_share():
     adapter = HfAdapter(random_init="tiny", prompt="{question} {image} Answer:", device="cpu")
     prompts = [adapter.encode(picture(1), question) for question in QUESTIONS]
-    assert adapter._prefixes.compute(prompts) is None
+    assert adapter._generator.prefixes.compute(prompts) is None
     answers = adapter.generate(prompts, Generation(max_new_tokens=3))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert adapter.generate([prompt], Generation(max_new_tokens=3))[0].token_ids == answer.token_ids
@@ -72,7 +72,7 @@ def test_models_that_drop_keys_go_the_ordinary_way():
     adapter = Sliding(random_init="tiny", family="llava_next", device="cpu")
     assert not adapter.can_share_prefixes()
     prompts = [adapter.encode(picture(1), question) for question in QUESTIONS]
-    assert adapter._prefixes.compute(prompts) is None
+    assert adapter._generator.prefixes.compute(prompts) is None
     answers, kept = adapter.generate_with_cache(prompts, Generation(max_new_tokens=3))
     assert [prompt.cache for prompt in kept] == [None, None]
     assert len(answers) == 2

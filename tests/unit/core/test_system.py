@@ -65,7 +65,7 @@ def test_a_processor_that_cannot_work_is_one_line_at_the_set_up(monkeypatch):
 
 
 def test_our_own_faults_stay_visible(adapter, monkeypatch):
-    monkeypatch.setattr("stethoscope.adapters.hf.build_config", None)  # called by our code: an error in its frame
+    monkeypatch.setattr("stethoscope.adapters.generation.build_config", None)  # called in our frame
     encoded = adapter.encode(IMAGE, QUESTION)
     with pytest.raises(TypeError) as raised:
         adapter.generate([encoded], Generation(max_new_tokens=2))

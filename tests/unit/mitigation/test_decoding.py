@@ -134,10 +134,10 @@ def centred(scores):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_ten_steps_equal_whole_passes(adapter, prompts, method, batch):
     scores, ids = recorded(adapter, prompts[:batch], method)
-    forbidden = adapter._placeholder_ids
+    forbidden = adapter._tokens.placeholder_ids
     for row, prompt in enumerate(prompts[:batch]):
         answer = ids[row].tolist()
-        end = next((index for index, token in enumerate(answer) if token in adapter._end_ids), len(answer) - 1)
+        end = next((index for index, token in enumerate(answer) if token in adapter._tokens.end_ids), len(answer) - 1)
         for step in range(end + 1):
             raw = expected(adapter, prompt, answer[:step], method, forbidden)
             wanted = centred(raw)

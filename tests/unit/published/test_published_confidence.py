@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.plain_pass import PICTURE, check, check_layers, cos, entropy, load, mean, predicted
 
-from stethoscope.adapters.generation import continuation_ids
+from stethoscope.adapters.answer_tokens import continuation_ids
 from stethoscope.core.types import Answer, Generation
 from stethoscope.features import FeatureSet
 from stethoscope.tracing.trace import Spans, Trace
