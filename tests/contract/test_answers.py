@@ -124,7 +124,7 @@ def test_an_answer_cut_off_is_not_finished(adapter, encoded):
 
 def test_an_answer_that_ends_is_finished_and_does_not_hold_the_end(adapter, encoded, monkeypatch):
     first = adapter.generate(encoded[1:2], GREEDY)[0]
-    monkeypatch.setattr(adapter, "_end_ids", (first.token_ids[3],))
+    monkeypatch.setattr(adapter._tokens, "end_ids", (first.token_ids[3],))
     position = first.token_ids.index(first.token_ids[3])
     for answer in (adapter.generate(encoded[1:2], GREEDY)[0], adapter.generate(encoded, GREEDY)[1]):
         assert answer.finished
