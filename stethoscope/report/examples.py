@@ -15,7 +15,7 @@ from stethoscope.core.files import read_json
 from stethoscope.core.html import data_uri, render
 from stethoscope.core.text import percent
 from stethoscope.loggers.base import Marked, Picture
-from stethoscope.report import plots
+from stethoscope.report import curves
 from stethoscope.report.run_source import RunReader
 from stethoscope.report.tables import Table
 
@@ -272,20 +272,20 @@ def _curves(source: RunReader) -> Iterator[tuple[str, tuple[str, str, str], list
     rows = source.held_out
     if rows["label"].nunique() == 2:
         pairs = {
-            "roc": (plots.roc, ("false alarms", "found", "curve")),
-            "precision_recall": (plots.precision_recall, ("recall", "precision", "curve")),
+            "roc": (curves.roc, ("false alarms", "found", "curve")),
+            "precision_recall": (curves.precision_recall, ("recall", "precision", "curve")),
         }
         for name, (points, columns) in pairs.items():
             x, y = points(rows["label"].to_numpy(), rows["probability"].to_numpy())
             yield name, columns, [[*pair, "detector"] for pair in zip(x.tolist(), y.tolist(), strict=True)]
     calibrated = [[end, end, "calibrated"] for end in (0.0, 1.0)]
     shares = [
-        [part.x, part.interval.value, "detector"] for part in plots.reliability(rows) if part.interval is not None
+        [part.x, part.interval.value, "detector"] for part in curves.reliability(rows) if part.interval is not None
     ]
     yield "reliability", ("probability", "share hallucinated", "curve"), shares + calibrated
     areas = [
         [int(part.name.partition("–")[0]), part.interval.value, "detector"]
-        for part in plots.by_position(rows)
+        for part in curves.by_position(rows)
         if part.interval is not None
     ]
     yield "auroc_by_position", ("token position", "AUROC", "curve"), areas

@@ -14,7 +14,8 @@ from stethoscope.core.files import check_shape, read_json
 from stethoscope.core.html import asset, document, render
 from stethoscope.detection.detector_results import DetectorResults
 from stethoscope.metrics.bootstrap import Interval
-from stethoscope.report import plots, tables
+from stethoscope.report import curves, plots, tables
+from stethoscope.report.curves import Bin
 from stethoscope.report.examples import ImageSource, example_cards, example_table, read_examples
 from stethoscope.report.metrics_tables import (
     COSTS,
@@ -27,7 +28,7 @@ from stethoscope.report.metrics_tables import (
     task_table,
     task_title,
 )
-from stethoscope.report.plots import Bin, Curve, Plot
+from stethoscope.report.plots import Curve, Plot
 from stethoscope.report.run_source import SHOWN_TASK_SHAPE, Importance, RunReader, importances
 from stethoscope.report.tables import Cell, PairedDifference, Table
 from stethoscope.storage.run_dir import REMEDIES
@@ -189,7 +190,7 @@ def _tiles(source: RunReader) -> dict[str, Interval]:
 def _warning_sections(source: RunReader, examples: int, image_source: ImageSource | None) -> list[Section]:
     """Make the sections about the detector's warnings: plots, feature importance, examples."""
     rows = source.held_out
-    positions, bins, features = plots.by_position(rows), plots.reliability(rows), importances(source)
+    positions, bins, features = curves.by_position(rows), curves.reliability(rows), importances(source)
     shown = tuple(_warning_plots(source, positions, bins))
     mentions = read_examples(source, examples, image_source)
     origin = "the test images" if (source.warnings["fold"] != "").any() else "this run, which it was not fitted on"
@@ -242,12 +243,12 @@ def _warning_plots(source: RunReader, positions: Sequence[Bin], bins: Sequence[B
     if labels.nunique() == 2:
         axes = "false alarms among grounded mentions", "hallucinated mentions found"
         note = "In the legend: area under the curve. Dashed: chance."
-        yield plots.plot_curves("ROC", axes, _curves(source, plots.roc, "auroc"), (0, 1), note)
+        yield plots.plot_curves("ROC", axes, _curves(source, curves.roc, "auroc"), (0, 1), note)
         axes = "recall: hallucinated mentions found", "precision: warnings that are right"
         rate = float(labels.mean())
         note = f"In the legend: average precision. Dashed: the share of hallucinated mentions, {rate:.3f}."
-        curves = _curves(source, plots.precision_recall, "auprc_hallucinated")
-        yield plots.plot_curves("precision and recall", axes, curves, (rate, rate), note)
+        lines = _curves(source, curves.precision_recall, "auprc_hallucinated")
+        yield plots.plot_curves("precision and recall", axes, lines, (rate, rate), note)
     error = source.detector.detector.metrics.get("ece") if source.detector else None
     calibration = "" if error is None else f"Expected calibration error {error}. "
     most = max(part.mentions for part in bins)

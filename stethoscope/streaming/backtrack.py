@@ -18,7 +18,7 @@ from torch import Tensor
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.run_diagnosis import compute_columns, extract_mentions, feature_set, token_rows
+from stethoscope.diagnosis.answer_verdicts import compute_columns, extract_mentions, feature_set, token_rows
 from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range
 from stethoscope.streaming.decode_loop import Rewind, decode
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack

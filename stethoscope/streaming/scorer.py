@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
 from stethoscope.core.types import Answer
-from stethoscope.diagnosis.run_diagnosis import feature_set
+from stethoscope.diagnosis.answer_verdicts import feature_set
 from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
 from stethoscope.features.registry import column_names

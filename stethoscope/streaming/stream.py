@@ -10,8 +10,11 @@ from stethoscope.adapters.base import check_asked, check_history
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
-from stethoscope.diagnosis.run_diagnosis import (
+from stethoscope.diagnosis.answer_verdicts import (
+    compute_columns,
     extract_mentions,
+    feature_set,
+    read_samples,
     score_mentions,
     shift_sentence,
 )
@@ -124,11 +127,6 @@ def _diagnose_mentions(
     if final is None and streamer.scorer is not None:
         columns = streamer.scorer.columns(len(answer.token_ids))
     elif final is not None:
-        from stethoscope.diagnosis.run_diagnosis import (  # only for detectors of any features
-            compute_columns,
-            feature_set,
-            read_samples,
-        )
         from stethoscope.tracing.mention_passes import trace_answers
 
         features = feature_set(final.schema.names)

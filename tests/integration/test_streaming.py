@@ -143,7 +143,7 @@ def test_sampling_and_stop_strings(adapter, images, every, fast):
 
 
 def detector_names(detector):
-    from stethoscope.diagnosis.run_diagnosis import feature_names
+    from stethoscope.diagnosis.answer_verdicts import feature_names
 
     return feature_names(detector.schema.names)
 

@@ -19,7 +19,7 @@ from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.loggers.base import Logger, Loggers, Marked, Picture
 from stethoscope.loggers.jsonl import JsonLogger
 from stethoscope.loggers.wandb import WandbLogger
-from stethoscope.report import plots
+from stethoscope.report import curves
 from stethoscope.report.examples import KINDS, LOGGED_COLUMNS, log_detector_files, read_examples
 from stethoscope.report.run_source import RunReader
 from stethoscope.storage.run_dir import RunStore
@@ -68,7 +68,7 @@ def test_mentions_with_their_pictures_heat_maps_and_marked_answers(greedy, logge
 def test_curves_are_those_of_the_report(greedy, logged):
     source = RunReader.read(greedy)
     tables = {name: table for name, table in logged.tables.items() if name.startswith("detector/")}
-    x, y = plots.roc(source.held_out["label"], source.held_out["probability"])
+    x, y = curves.roc(source.held_out["label"], source.held_out["probability"])
     assert np.allclose([row[:2] for row in tables["detector/roc_table"]["data"]], np.stack([x, y], 1))
     wanted = {f"detector/{name}_table" for name in ("roc", "precision_recall", "reliability", "auroc_by_position")}
     assert tables.keys() == {*wanted, "detector/leaderboard", "detector/mentions"}

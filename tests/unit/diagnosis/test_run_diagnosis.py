@@ -15,8 +15,9 @@ from stethoscope.core.text import percent
 from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
 from stethoscope.detection.lookup import mention_warnings
+from stethoscope.diagnosis.answer_verdicts import feature_names
 from stethoscope.diagnosis.render import describe_reply
-from stethoscope.diagnosis.run_diagnosis import diagnose, feature_names
+from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.features import GROUPS, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.tasks.chair import Chair

@@ -10,7 +10,8 @@ from stethoscope.core.errors import CapabilityError
 from stethoscope.core.token_table import KEY_COLUMNS
 from stethoscope.core.types import UNKNOWN, Generation, Mention
 from stethoscope.detection.detector import Detector
-from stethoscope.diagnosis.run_diagnosis import diagnose, extract_mentions
+from stethoscope.diagnosis.answer_verdicts import extract_mentions
+from stethoscope.diagnosis.run_diagnosis import diagnose
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.features import FeatureSet
 from stethoscope.storage.run_dir import RunStore
