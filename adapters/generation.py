@@ -178,6 +178,12 @@ class Sampler(RewindableProcessor):
             self._warpers.append(TopPLogitsWarper(float(generation.top_p)))
         self._generators = [torch.Generator().manual_seed(_seed(generation.seed, prompt)) for prompt in encoded]
 
+    def row(self, index: int) -> Sampler:
+        """Return the sampler of one prompt."""
+        own = copy.copy(self)
+        own._generators = [self._generators[index]]
+        return own
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warper in self._warpers:
             scores = warper(input_ids, scores)

@@ -348,6 +348,10 @@ class HfAdapter(Adapter):
         generation = with_limit(generation)
         return self._answers(encoded, generation, return_cache=False)[0]
 
+    def batches(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+        """List the indices of prompts that can share a batch: with the same inputs, and pictures of as many tiles."""
+        return groups([prompt.inputs for prompt in encoded])
+
     def generate_with_cache(
         self, encoded: Sequence[Encoded], generation: Generation
     ) -> tuple[list[Answer], list[Encoded]]:
@@ -376,7 +380,7 @@ class HfAdapter(Adapter):
             return [written.answer for written in method.write(self, encoded, generation)], list(encoded)
         answers: dict[int, Answer] = {}
         prompts = dict(enumerate(encoded))
-        for group in groups([prompt.inputs for prompt in encoded]):
+        for group in self.batches(encoded):
             batch = [encoded[index] for index in group]
             with model_faults(f"{self.name} fails to answer"):
                 generated, caches = self._generator.generate(self, batch, generation, return_cache)

@@ -5,8 +5,8 @@
 CPU time of one thread, as a ratio to greedy decoding. Decoding methods write answers of the same number of tokens as
 greedy decoding does, as their own would be longer or shorter. All ways alternate batch by batch, forwards and backwards
 in turn, so that other work on the machine falls on all of them; the table has the ratio of medians over all batches.
-Going back while the model talks (``backtrack``) writes answers one by one, of their own lengths, and stands beside
-greedy answers of their own lengths; its detector is that of ``scripts/bench/backtrack.py``, which also measures what it
+Going back while the model talks (``backtrack``) writes answers of their own lengths, and stands beside greedy answers
+of their own lengths; its detector is that of ``scripts/bench/backtrack.py``, which also measures what it
 gains. Exits with 1 where a limit is missed.
 """
 

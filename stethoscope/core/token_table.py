@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
@@ -177,6 +177,7 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
     return matrix
 
 
+@lru_cache(2**14)
 def stem(column: str) -> str:
     """Return the feature of a column: its name without layer, head or dimension.
 

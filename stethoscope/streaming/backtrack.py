@@ -20,11 +20,12 @@ from stethoscope.core.system import model_faults
 from stethoscope.core.types import Answer
 from stethoscope.diagnosis.answer_verdicts import compute_columns, extract_mentions, feature_set, token_rows
 from stethoscope.mitigation.base import DetectorMitigation, EditedAnswer, check_no_beams, check_range
-from stethoscope.streaming.decode_loop import Rewind, decode
+from stethoscope.streaming.decode_loop import Rewind
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack
 from stethoscope.streaming.scorer import smallest_delay
-from stethoscope.streaming.warning_streamer import WarningStreamer
+from stethoscope.streaming.warning_streamer import WarningStreamer, decode_answers
 from stethoscope.tasks.extraction import as_extraction
+from stethoscope.tracing.step_inputs import takes_rows_back
 from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, REQUIREMENTS
 
 if TYPE_CHECKING:
@@ -109,20 +110,23 @@ class Backtrack(DetectorMitigation):
         generation: Generation,
         extractors: Sequence[MentionExtractor] | None = None,
     ) -> list[EditedAnswer]:
-        """See ``Mitigation.write``; one prompt after another."""
-        detector, written = self.load(adapter), []
-        for index, prompt in enumerate(encoded):
-            extraction = as_extraction(None if extractors is None else extractors[index])
-            streamer = make_streamer(adapter, prompt, self, detector, generation, extraction, WHEN_NEEDED)
-            with streamer, model_faults(f"{adapter.name} fails to answer"):
-                for _ in decode(streamer.model, streamer.arguments, streamer.steps, streamer, streamer.rewinds):
+        """See ``Mitigation.write``; as one batch where the model and the inputs allow it, else one after another."""
+        detector, written = self.load(adapter), dict[int, EditedAnswer]()
+        for group in _batches(adapter, encoded):
+            streamers = []
+            for index in group:
+                extraction = as_extraction(None if extractors is None else extractors[index])
+                prompt = encoded[index]
+                streamers.append(make_streamer(adapter, prompt, self, detector, generation, extraction, WHEN_NEEDED))
+            with model_faults(f"{adapter.name} fails to answer"):
+                for _ in decode_answers(streamers):
                     pass
-            taken = [event for event in streamer.events if isinstance(event, TakenBack)]
-            edit = self.record(taken, detector)
-            if edit:
-                edit["passes"] = streamer.steps.passes
-            written.append(EditedAnswer(streamer.finished_answer(), edit))
-        return written
+            for index, streamer in zip(group, streamers, strict=True):
+                edit = self.record([event for event in streamer.events if isinstance(event, TakenBack)], detector)
+                if edit:
+                    edit["passes"] = streamer.steps.passes
+                written[index] = EditedAnswer(streamer.finished_answer(), edit)
+        return [written[index] for index in range(len(encoded))]
 
     def record(self, taken: Sequence[TakenBack], detector: Detector) -> dict[str, Any]:
         """Describe what was taken back for the record of a sample, as plain values; empty for nothing.
@@ -152,6 +156,13 @@ class Backtrack(DetectorMitigation):
         }
 
 
+def _batches(adapter: HfAdapter, encoded: Sequence[Encoded]) -> list[list[int]]:
+    """List the indices of prompts whose answers are written as one batch."""
+    if takes_rows_back(adapter.model):
+        return adapter.batches(encoded)
+    return [[index] for index in range(len(encoded))]
+
+
 def make_streamer(
     adapter: Adapter,
     encoded: Encoded,
@@ -161,7 +172,7 @@ def make_streamer(
     extraction: Extraction,
     delay: int = 0,
 ) -> WarningStreamer:
-    """Make the streamer of one answer, to be used with ``decode``.
+    """Make the streamer of one answer, to be used with ``decode_answers``.
 
     Args:
         adapter: the model.

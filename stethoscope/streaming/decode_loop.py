@@ -1,8 +1,10 @@
-"""Run a ``generate`` call one token at a time, in the caller's thread, and go back where the listener says so."""
+"""Run a ``generate`` call one token at a time, in the caller's thread, and go back where a listener says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
@@ -14,6 +16,7 @@ from stethoscope.tracing.step_inputs import RewindableProcessor, StepInputs
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+    from stethoscope.streaming.recorded_steps import RecordedSteps
     from stethoscope.streaming.step_recorder import StepRecorder
 
 
@@ -30,7 +33,9 @@ class Rewind(NamedTuple):
 
 
 class TokenListener(Protocol):
-    """What hears of every token; with a ``Rewind`` it has taken the tokens back itself, its recorder's steps too."""
+    """What hears of every token; with a ``Rewind`` it has taken the tokens back itself, its recorded steps too."""
+
+    steps: RecordedSteps
 
     def add_token(self, token: int) -> Rewind | None:
         """Add the next token, or the end."""
@@ -43,28 +48,28 @@ def decode(
     model: PreTrainedModel,
     arguments: dict[str, Any],
     recorder: StepRecorder,
-    listener: TokenListener,
+    listeners: Sequence[TokenListener],
     rewinds: bool = False,
 ) -> Iterator[None]:
-    """Decode one prompt, without beams, from token to token.
+    """Decode a batch of prompts, without beams, from token to token.
 
-    ``generate`` prepares everything and is then given a decoding loop that pauses after every token. A thread could do
-    the same, but passing a token between threads takes longer than scoring it. The model is free between tokens;
-    closing the iterator ends the answer.
+    ``generate`` prepares everything and is then given a decoding loop that pauses after every pass. A thread could do
+    the same, but passing a token between threads takes longer than scoring it. The model is free between passes;
+    closing the iterator ends the answers.
 
     After a ``Rewind`` everything is as in an answer that has reached the kept tokens for the first time (cache, inputs,
     noise of sampling), but for the forbidden tokens. The step that predicts the token after them is not run again: its
-    logits are in the recorder.
+    logits have been recorded. The other answers of the batch go on; one that ends leaves the batch.
 
     Args:
-        model: the model.
+        model: the model; for several prompts one of ``takes_rows_back``.
         arguments: keyword arguments of ``generate``.
         recorder: records every step, and nothing in between.
-        listener: hears of every token, and of the end.
-        rewinds: whether the listener may order a ``Rewind``.
+        listeners: for every prompt, hears of its tokens and of the end.
+        rewinds: whether the listeners may order a ``Rewind``.
 
     Yields:
-        None after every token.
+        None after every pass.
 
     Raises:
         CapabilityError: with ``rewinds``, the model's cache cannot be cropped.
@@ -73,13 +78,15 @@ def decode(
     recorder.start(always=False)
     try:
         with torch.inference_mode():
-            pauses = generate(**arguments, custom_generate=_decoding_loop(recorder, listener, rewinds))
+            pauses = generate(**arguments, custom_generate=_decoding_loop(recorder, listeners, rewinds))
         yield from pauses
     finally:
         recorder.stop()
 
 
-def _decoding_loop(recorder: StepRecorder, listener: TokenListener, rewinds: bool) -> Callable[..., Iterator[None]]:
+def _decoding_loop(
+    recorder: StepRecorder, listeners: Sequence[TokenListener], rewinds: bool
+) -> Callable[..., Iterator[None]]:
     """Build a decoding loop in the form of the ``custom_generate`` argument of ``generate``."""
 
     def loop(
@@ -91,49 +98,101 @@ def _decoding_loop(recorder: StepRecorder, listener: TokenListener, rewinds: boo
         **inputs: Any,
     ) -> Iterator[None]:
         inputs.pop("synced_gpus", None)
-        start, step_inputs = input_ids.shape[1], StepInputs(model, inputs, rewinds)
-        criteria, processors = _StoppingCriteria(stopping_criteria), _Processors(logits_processor, rewinds)
-        rewind: Rewind | None = None
-        finished = False
-        while rewind is not None or not finished:
+        step_inputs = StepInputs(model, inputs, rewinds)
+        rows = [
+            _Row(ids, listener, _Processors(logits_processor, index, rewinds), _StoppingCriteria(stopping_criteria))
+            for index, (ids, listener) in enumerate(zip(input_ids.split(1), listeners, strict=True))
+        ]
+        while rows:
             with torch.inference_mode():
-                if rewind is None:
-                    prepared = step_inputs.prepare(input_ids)
-                    with recorder.recording():
-                        output = model(**prepared, return_dict=True)
-                    step_inputs.update(output)
-                    scores = output.logits[:, -1].to(input_ids.device, torch.float32)
-                else:
-                    input_ids = input_ids[:, : start + rewind.kept]
-                    for part in (step_inputs, processors):
-                        part.rewind(rewind.kept + 1)
-                    criteria.reset()
-                    scores = recorder.logits[-1][None].to(input_ids.device, torch.float32)
-                scores = processors(input_ids, scores)
-                if rewind is not None:
-                    forbidden = torch.tensor(list(rewind.forbidden), device=scores.device)
-                    scores = scores.index_fill(-1, forbidden, -torch.inf)  # not in place: the recorder has the row too
-                best = scores.argmax(-1)
-                input_ids, token = torch.cat([input_ids, best[:, None]], -1), int(best)
-                finished = criteria(input_ids, token)
-                rewind = listener.add_token(token)
-                if rewind is None and finished:
-                    rewind = listener.end()
+                prepared = step_inputs.prepare(_align([row.input_ids for row in rows]))
+                with recorder.recording():
+                    output = model(**prepared, return_dict=True)
+                step_inputs.update(output)
+                scores = output.logits[:, -1].to(input_ids.device, torch.float32)
+                unfinished = []
+                for index, (row, own) in enumerate(zip(rows, scores.split(1), strict=True)):
+                    if not row.advance(own, partial(step_inputs.rewind, index)):
+                        unfinished.append(index)
+                if 0 < len(unfinished) < len(rows):
+                    for part in (step_inputs, recorder):
+                        part.select(unfinished)
+                rows = [rows[index] for index in unfinished]
             yield
 
     return loop
+
+
+def _align(input_ids: list[Tensor]) -> Tensor:
+    """Stack (1, n) ids of several rows by their last tokens, as many as the shortest has."""
+    if len(input_ids) == 1:
+        return input_ids[0]
+    length = min(ids.shape[1] for ids in input_ids)
+    return torch.cat([ids[:, -length:] for ids in input_ids])
+
+
+class _Row:
+    """One answer of a batch as it is decoded.
+
+    Args:
+        input_ids: (1, n) prompt, with its padding.
+        listener: hears of the tokens.
+        processors: of the answer.
+        criteria: by which the answer ends.
+
+    Attributes:
+        input_ids: (1, n + tokens) prompt and answer.
+    """
+
+    def __init__(
+        self, input_ids: Tensor, listener: TokenListener, processors: _Processors, criteria: _StoppingCriteria
+    ) -> None:
+        self.input_ids, self._start = input_ids, input_ids.shape[1]
+        self._listener, self._processors, self._criteria = listener, processors, criteria
+
+    def advance(self, scores: Tensor, take_back: Callable[[int], None]) -> bool:
+        """Choose the next token, again where it is taken back; return whether the answer is finished.
+
+        Args:
+            scores: (1, V) logits of the newest step.
+            take_back: takes so many steps of the answer back.
+        """
+        finished, rewind = self._add(self._processors(self.input_ids, scores))
+        while rewind is not None:
+            take_back(self.input_ids.shape[1] - 1 - self._start - rewind.kept)
+            self.input_ids = self.input_ids[:, : self._start + rewind.kept]
+            self._processors.rewind(rewind.kept + 1)
+            self._criteria.reset()
+            scores = self._listener.steps.logits[-1][None].to(scores.device, torch.float32)
+            scores = self._processors(self.input_ids, scores)
+            forbidden = torch.tensor(list(rewind.forbidden), device=scores.device)
+            # not in place: the recorded steps have the row too
+            finished, rewind = self._add(scores.index_fill(-1, forbidden, -torch.inf))
+        return finished
+
+    def _add(self, scores: Tensor) -> tuple[bool, Rewind | None]:
+        """Add the best token; return whether the answer is finished, and what is taken back instead."""
+        best = scores.argmax(-1)
+        self.input_ids, token = torch.cat([self.input_ids, best[:, None]], -1), int(best)
+        finished = self._criteria(self.input_ids, token)
+        rewind = self._listener.add_token(token)
+        if rewind is None and finished:
+            rewind = self._listener.end()
+        return finished, rewind
 
 
 class _Processors:
     """Logits processors of one answer, which can be taken back to an earlier step.
 
     Args:
-        processors: those of ``generate``.
+        processors: those of ``generate``, for the whole batch.
+        row: of the answer in the batch.
         rewinds: whether ``rewind`` will be called.
     """
 
-    def __init__(self, processors: LogitsProcessorList, rewinds: bool) -> None:
-        self._processors = list(processors)  # the list itself inspects their signatures every time
+    def __init__(self, processors: LogitsProcessorList, row: int, rewinds: bool) -> None:
+        # a list of our own: theirs inspects the signatures every time
+        self._processors = [item.row(row) if isinstance(item, RewindableProcessor) else item for item in processors]
         self._stateful = [item for item in self._processors if rewinds and isinstance(item, RewindableProcessor)]
         self._states: list[list[Any]] = []  # before every step
 
@@ -168,11 +227,17 @@ class NextStep(StoppingCriteria):
         self._before = False
 
 
+def look_ahead(arguments: dict[str, Any]) -> None:
+    """Let ``generate`` take a step more than with these arguments, in which the last token is read too."""
+    arguments["generation_config"].max_new_tokens += 1
+    arguments["stopping_criteria"] = [NextStep(criterion) for criterion in arguments["stopping_criteria"]]
+
+
 class _StoppingCriteria:
     """Stopping criteria of one answer; the two that every answer has are evaluated without a tensor.
 
     Args:
-        criteria: those of ``generate``.
+        criteria: those of ``generate``; each answer has its own copy.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
@@ -186,7 +251,7 @@ class _StoppingCriteria:
                 length = criterion.max_length
                 self._length = length if self._length is None else min(self._length, length)
             else:
-                self._others.append(criterion)
+                self._others.append(copy.copy(criterion))
 
     def __call__(self, input_ids: Tensor, token: int) -> bool:
         finished = token in self._end_ids or (self._length is not None and input_ids.shape[1] >= self._length)

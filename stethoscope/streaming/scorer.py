@@ -19,13 +19,13 @@ from stethoscope.diagnosis.answer_verdicts import feature_set
 from stethoscope.features import FEATURES
 from stethoscope.features.attention import middle
 from stethoscope.features.registry import column_names
-from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
+from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
 from stethoscope.tracing.trace import SEGMENTS
 
 if TYPE_CHECKING:
     from stethoscope.detection.detector import Detector
     from stethoscope.features import Feature
-    from stethoscope.streaming.step_recorder import Step, StepRecorder
+    from stethoscope.streaming.recorded_steps import RecordedSteps, Step
     from stethoscope.tracing.trace import Trace
 
 HISTORY = frozenset(
@@ -72,11 +72,11 @@ class Scorer:
         self._seen: dict[int, int] = {}  # occurrences by token
         self._rows: dict[int, np.ndarray] = {}  # by token, of those that were scored
 
-    def score(self, steps: StepRecorder, ids: Sequence[int], indices: Sequence[int]) -> np.ndarray:
+    def score(self, steps: RecordedSteps, ids: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """Compute the probabilities of some tokens, in [0, 1]; higher means hallucinated.
 
         Args:
-            steps: recorder of all tokens, and of ``lookahead`` more.
+            steps: steps of all tokens, and of ``lookahead`` more.
             ids: all tokens up to the last that is scored.
             indices: of the tokens to score, ascending, all later than those of the last call.
 
@@ -100,12 +100,12 @@ class Scorer:
         self._rows.update(zip(indices, rows, strict=True))
         return self._predict(rows)
 
-    def skip(self, steps: StepRecorder, stop: int) -> None:
+    def skip(self, steps: RecordedSteps, stop: int) -> None:
         """Let the recorder release the steps before ``stop`` that are never scored, unless others need them."""
         if not self._history:
             steps.discard(stop)
 
-    def _score_run(self, steps: StepRecorder, ids: Sequence[int], start: int) -> list[np.ndarray]:
+    def _score_run(self, steps: RecordedSteps, ids: Sequence[int], start: int) -> list[np.ndarray]:
         """Compute the detector's columns (T, features) of all tokens from ``start`` on, in parts."""
         if self._fast is None and self._simple:
             self._fast = FastFeatures(steps, self._features)
@@ -123,7 +123,7 @@ class Scorer:
             start = stop
         return parts
 
-    def _traced(self, steps: StepRecorder, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
+    def _traced(self, steps: RecordedSteps, ids: Sequence[int], start: int, counted: list[tuple]) -> np.ndarray:
         """Compute the detector's columns (T, features) from a trace of the tokens from ``start`` on."""
         trace = self._trace(self._own, steps, ids, start)
         computed = [(item, item.function(trace)) for item in self._own]
@@ -140,11 +140,12 @@ class Scorer:
                 raise CapabilityError(
                     f"the detector reads {missing[0]}, which this model does not give; it was trained on another model"
                 )
-            self._indices = [names.index(name) for name in self._features]
+            indices = {name: index for index, name in enumerate(names)}
+            self._indices = [indices[name] for name in self._features]
         parts = [*(values.reshape(len(values), -1) for _, values in arrays), np.array(counted, np.float32)]
         return np.concatenate(parts, 1)[:, self._indices]
 
-    def _trace(self, features: Sequence[Feature], steps: StepRecorder, ids: Sequence[int], start: int) -> Trace:
+    def _trace(self, features: Sequence[Feature], steps: RecordedSteps, ids: Sequence[int], start: int) -> Trace:
         requires: frozenset[str] = frozenset().union(*(item.requires for item in features))
         return steps.trace(start, _unread(ids[start:]), requires, bool(self.lookahead))
 
@@ -245,11 +246,11 @@ class FastFeatures:
     GPU. All other cases compute the features from a trace.
 
     Args:
-        steps: recorder of the answer.
+        steps: steps of the answer.
         columns: of the detector, all of ``FAST_FEATURES``.
     """
 
-    def __init__(self, steps: StepRecorder, columns: Sequence[str]) -> None:
+    def __init__(self, steps: RecordedSteps, columns: Sequence[str]) -> None:
         self._steps, self._columns = steps, columns
         self._decodes = any(column.startswith(_LENS) for column in columns)
         self._attends = any(column.startswith((*_MASS, "svar", "attn_entropy")) for column in columns)

@@ -1,10 +1,8 @@
 """Record one row per decoding step of a ``generate`` call: the parts of a trace for the token of that step.
 
-The forward pass of step k reads token k - 1 and predicts token k, so its last query is row k of a trace of the finished
-answer. It is recorded while the model generates with its cache, without another pass. While a step runs only references
-are kept (its query, logits, residual stream). Maps are computed on request, for all steps since the last request in one
-batch, from the keys of the newest step. Where this is impossible they are computed at once: calls with a mask or a
-position bias, and keys that a sliding window has dropped.
+Rows are recorded while the model generates with its cache, without another pass, and kept as ``RecordedSteps``. Maps
+are computed at once only where they cannot be computed later: calls with a position bias or with a mask that hides more
+than padding, and keys that a sliding window has dropped.
 
 Deferring maps is a fast path, and steps of tokens that are not scored cost little more than their references: warnings
 add 8 to 10 % of CPU time per token on the embedded test-bed model (``scripts/bench/stream.py``). It was not measured on
@@ -13,11 +11,9 @@ a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,8 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.core.types import Answer
-from stethoscope.tracing.attention_recorder import segments, strongest
+from stethoscope.streaming.recorded_steps import DeferredAttention, Keys, RecordedSteps, Step
 from stethoscope.tracing.hooks import (
     AttentionCall,
     AttentionRecorder,
@@ -37,128 +32,32 @@ from stethoscope.tracing.hooks import (
     selected,
     sites,
 )
-from stethoscope.tracing.logit_lens import Lens
-from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, Trace
 
-RESIDUAL_REQUIREMENTS = frozenset({"lens", "trajectory", "hidden"})
-"""Parts of a trace that are read off the residual stream."""
-STEP_REQUIREMENTS = RESIDUAL_REQUIREMENTS | {"attention", "heads"}
-"""Parts of a trace that the rows of single steps can fill; every other one needs a pass or a prompt of its own."""
-
-_PREVIOUS, _FIRST, _REST = (SEGMENTS.index(name) for name in ("previous", "first", "rest"))
-_GROW = 512
 _NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
 _NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # tolerance against the model file's attention, in float32 and other dtypes
 _checked: WeakKeyDictionary[nn.Module, tuple[tuple[float, torch.dtype], bool]] = WeakKeyDictionary()
 """Scaling and dtype of attention modules, and whether softmax(scaling q k) is their map."""
 
 
-@dataclass
-class Keys:
-    """Keys of an attention module.
-
-    Attributes:
-        plain: whether softmax(scaling q k) is the module's map.
-        scaling: of the scores.
-        newest: (1, key heads, k, d) keys of its newest call; empty before the first.
-    """
-
-    plain: bool = False
-    scaling: float = 1.0
-    newest: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-@dataclass
-class DeferredAttention:
-    """A row of attention that is computed on request, from its query (1, H, 1, d)."""
-
-    query: Tensor
-    keys: Keys
-
-    def row(self, seen: int) -> Tensor:
-        """Compute the row over the first ``seen`` keys, (H, seen) float32."""
-        scores = _scores(self.query, self.keys.newest[:, :, :seen]) * self.keys.scaling
-        return scores.softmax(-1)[0, :, 0]
-
-
-@dataclass
-class Step:
-    """What one decoding step leaves behind.
-
-    Attributes:
-        hidden: residual stream (1, 1, D) by layer.
-        rows: attention rows (H, k) by role and layer.
-        deferred: whether all rows are ``DeferredAttention``.
-    """
-
-    hidden: list[Tensor]
-    rows: dict[str, list[Tensor | DeferredAttention]]
-    deferred: bool
-
-    def deferred_rows(self, role: str) -> list[DeferredAttention]:
-        """Return the rows of a role of a step whose rows are all deferred."""
-        return cast("list[DeferredAttention]", self.rows[role])  # ``deferred`` holds; a check costs time per token
-
-
-@dataclass
-class _Block:
-    """Parts of a trace for a few consecutive steps, by name, (steps, ...) on the CPU."""
-
-    first: int
-    parts: dict[str, Any]
-
-    def until(self, stop: int) -> _Block:
-        """Return the block without its steps from ``stop`` on."""
-        return _Block(self.first, {name: rows[: stop - self.first] for name, rows in self.parts.items()})
-
-
 class StepRecorder(AttentionRecorder):
-    """Records a ``generate`` call of one prompt, from ``start`` to ``stop``.
+    """Records a ``generate`` call, from ``start`` to ``stop``.
 
     Args:
         model: the model.
-        lens: logit lens of the model; None where no part of ``requires`` reads the residual stream.
-        spans: of the prompt.
-        encoder: whether the language model has an encoder, which reads the prompt.
-        requires: parts of ``STEP_REQUIREMENTS``.
-        rewinds: whether ``rewind`` will be called, for which all steps are kept.
-
-    Attributes:
-        logits: (V,) of every step so far, unprocessed.
-        image: index of the image tokens in a row of attention.
-        passes: forward passes so far, those of steps that were taken back included.
+        steps: of every prompt, in the order of the batch, with the same requirements. The masks of several prompts must
+            hide nothing but later tokens and padding on the left.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        lens: Lens | None,
-        spans: Spans,
-        encoder: bool,
-        requires: frozenset[str],
-        rewinds: bool = False,
-    ) -> None:
-        self._model, self._lens, self.spans, self._encoder = model, lens, spans, encoder
-        self._decodes = not requires.isdisjoint(RESIDUAL_REQUIREMENTS)
-        self._attends, self._by_head = not requires.isdisjoint({"attention", "heads"}), "heads" in requires
-        self.roles = ("language", "cross") if encoder else ("language",)
-        self._reads = self.roles[-1]
-        self._begin = 1 if encoder else spans.length  # first position of the answer among the keys
-        first, last = spans.image[0], spans.image[-1] + 1
-        contiguous = last - first == len(spans.image)
-        self.image = slice(first, last) if contiguous else torch.tensor(spans.image, dtype=torch.long)
-        self._members: dict[tuple[str, torch.device], Tensor] = {}
-        self._keys: dict[str, Keys] = {}
-        self._rows: dict[str, list[Tensor | DeferredAttention]] = {role: [] for role in self.roles}
-        self._hidden: list[Tensor] = []
+    def __init__(self, model: PreTrainedModel, steps: Sequence[RecordedSteps]) -> None:
+        first = steps[0]
+        self._model, self._steps, self._padded = model, list(steps), len(steps) > 1
+        self.roles, self._attends = first.roles, first.attends
+        self._lens = first.lens if first.decodes else None
+        self._rows: dict[str, list[list[Tensor | DeferredAttention]]] = {role: [] for role in self.roles}  # by layer
+        self._hidden: list[Tensor] = []  # (B, 1, D) by layer
         self._fresh = self._on = False
         self._deferred = True  # all rows of the current step so far
         self._open = ExitStack()
-        self._waiting: list[Step] = []
-        self._blocks: list[_Block] = []
-        self._steps: list[Step] | None = [] if rewinds else None
-        self.logits: list[Tensor] = []
-        self.passes = 0
 
     def start(self, always: bool = True) -> None:
         """Install the hooks on the model; call it in the thread that generates.
@@ -173,8 +72,8 @@ class StepRecorder(AttentionRecorder):
                 self._recording = Recording(self, sites(self._model))
                 if always:
                     self._open.enter_context(capturing(self._recording))
-            if self._decodes:
-                for layer in self.lens.layers:
+            if self._lens is not None:
+                for layer in self._lens.layers:
                     self._hook(layer, self._after_layer)
             generative = [m for m in modules_of(self._model) if isinstance(m, PreTrainedModel) and m.can_generate()]
             self._nested = len(generative) > 1
@@ -203,61 +102,83 @@ class StepRecorder(AttentionRecorder):
         """Remove the hooks; does nothing where there are none."""
         self._open.close()
 
-    @property
-    def lens(self) -> Lens:
-        """Logit lens of the model.
-
-        Raises:
-            CaptureError: the recorder was made without one.
-        """
-        if self._lens is None:
-            raise CaptureError("this recorder has no logit lens, which reading the residual stream requires")
-        return self._lens
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with some prompts of the batch only, in this order."""
+        self._steps = [self._steps[row] for row in rows]
 
     def _hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self._open.callback(module.register_forward_hook(hook).remove)
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        site, query, key, value, mask, options = call.site, call.query, call.key, call.value, call.mask, call.options
-        batch, heads, queries, _ = query.shape
-        if batch > 1:
-            raise CaptureError(f"{batch} prompts are generated at once; warnings support one prompt at a time")
-        plain = mask is None  # the last query, the only one that is read, attends to all keys
-        if plain:
-            keys = self._keys.get(site.name) or self._check_formula(call)
-            plain = keys.plain and key.shape[2] == self._begin + len(self.logits)  # otherwise a window has dropped some
-        if plain:
-            keys.newest = key
-            own = query if queries == 1 else query[:, :, -1:].clone()
-            self._rows[site.role].append(DeferredAttention(own, keys))
-            if (
-                queries == 1 and heads == key.shape[1] and not options.get("dropout")
-            ):  # all that transformers' function does here
-                output = scaled_dot_product_attention(query, key, value, scale=options.get("scaling"))
-                return output.transpose(1, 2).contiguous(), None
-            return call.sdpa()
-        output, _ = call.sdpa()  # the same tokens as without a recorder
-        self._deferred = False
-        self._rows[site.role].append(_last_row(call))
-        return output, None
+        """Record the last query of one call and compute its output (B, q, heads, d), as a model without a recorder.
+
+        Raises:
+            CaptureError: there are more prompts in the batch than are recorded.
+        """
+        if len(call.query) != len(self._steps):
+            raise CaptureError(
+                f"{len(call.query)} prompts are generated at once; warnings support one prompt at a time"
+            )
+        query, key, mask, options = call.query, call.key, call.mask, call.options
+        last = query if query.shape[2] == 1 else query[:, :, -1:].clone()
+        rows: list[Tensor | DeferredAttention] | None = None
+        if mask is None or self._padded:  # the last query, the only one that is read, attends to all keys of its answer
+            rows = self._defer(call, last)
+        if rows is None:
+            self._deferred = False
+            output, _ = call.sdpa()  # the same tokens as without a recorder
+            weights = _last_rows(call)
+            padding = [self._padding(steps, key) for steps in self._steps]
+            self._rows[call.site.role].append([row[:, count:] for row, count in zip(weights, padding, strict=True)])
+            return output, None
+        self._rows[call.site.role].append(rows)
+        if mask is None and query.shape[2] == 1 and query.shape[1] == key.shape[1] and not options.get("dropout"):
+            # all that transformers' function does here
+            output = scaled_dot_product_attention(query, key, call.value, scale=options.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
+        return call.sdpa()
+
+    def _defer(self, call: AttentionCall, last: Tensor) -> list[Tensor | DeferredAttention] | None:
+        """Return the row of every answer, to be computed on request; None where it must be computed at once.
+
+        Args:
+            call: of the attention module.
+            last: (B, H, 1, d) queries.
+        """
+        name, length = call.site.name, call.key.shape[2]
+        rows: list[Tensor | DeferredAttention] = []
+        for index, (steps, query) in enumerate(zip(self._steps, last.split(1), strict=True)):
+            seen = steps.key_count(len(steps.logits))
+            if not self._padded and length != seen:  # a window has dropped some
+                return None
+            keys = steps.keys.get(name)
+            if keys is None:
+                keys = steps.keys[name] = self._check_formula(call)
+            if not keys.plain:
+                return None
+            keys.batch, keys.row, keys.padding = call.key, index, length - seen
+            rows.append(DeferredAttention(query, keys))
+        return rows
+
+    def _padding(self, steps: RecordedSteps, key: Tensor) -> int:
+        """Count the keys on the left that are padding; 0 for a single prompt, some of which a window may drop."""
+        return key.shape[2] - steps.key_count(len(steps.logits)) if self._padded else 0
 
     def _check_formula(self, call: AttentionCall) -> Keys:
         """Decide whether softmax(scaling q k) is the map, checked at the first call of a module."""
-        query, key, options = call.query, call.key, call.options
-        keys = self._keys[call.site.name] = Keys()
-        if not self._encoder and all(options.get(name) is None for name in _NOT_PLAIN):
-            keys.scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-            keys.newest, formula = key, (keys.scaling, query.dtype)
-            if _checked.get(call.module, (None, False))[0] != formula:
-                row = DeferredAttention(query[:, :, -1:], keys).row(key.shape[2])
-                tolerance = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
-                _checked[call.module] = formula, bool((row - _last_row(call).float()).abs().max() < tolerance)
-            keys.plain = _checked[call.module][1]
+        query, key, options, keys = call.query, call.key, call.options, Keys()
+        if "cross" in self.roles or any(options.get(name) is not None for name in _NOT_PLAIN):
+            return keys
+        keys.scaling = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
+        formula = keys.scaling, query.dtype
+        if _checked.get(call.module, (None, False))[0] != formula:
+            keys.batch, keys.padding = key, self._padding(self._steps[0], key)
+            row = DeferredAttention(query[:1, :, -1:], keys).row(key.shape[2] - keys.padding)
+            tolerance = _NEAR if query.dtype == torch.float32 else _NEAR_ROUNDED
+            difference = row - _last_rows(call)[0, :, keys.padding :].float()
+            _checked[call.module] = formula, bool(difference.abs().max() < tolerance)
+        keys.plain = _checked[call.module][1]
         return keys
-
-    def key_count(self, step: int) -> int:
-        """Return the number of keys that a step sees."""
-        return self._begin + step
 
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:
@@ -271,191 +192,25 @@ class StepRecorder(AttentionRecorder):
         logits = getattr(output, "logits", None)
         if logits is None or not self._on:
             return
-        row = logits[0, -1]
         if self._nested and not self._fresh:  # a wrapper of the model that was just recorded
-            self.logits[-1] = row
+            for steps, row in zip(self._steps, logits[:, -1], strict=True):
+                steps.logits[-1] = row
             return
         self._fresh = False
         if self._attends and not all(self._rows.values()):
             role = next(role for role, rows in self._rows.items() if not rows)
             raise CaptureError(f"no {role} attention was recorded; open the stream in the thread that generates")
-        step = Step(self._hidden, self._rows, self._deferred)
-        self._waiting.append(step)
-        if self._steps is not None:
-            self._steps.append(step)
-        self.logits.append(row)
-        self.passes += 1
+        hidden = list(zip(*(layer.split(1) for layer in self._hidden), strict=True)) or [()] * len(self._steps)
+        for index, (steps, streams, row) in enumerate(zip(self._steps, hidden, logits[:, -1], strict=True)):
+            rows = {role: [layer[index] for layer in layers] for role, layers in self._rows.items()}
+            steps.add(Step(list(streams), rows, self._deferred), row)
         self._deferred = True
         self._hidden, self._rows = [], {role: [] for role in self.roles}
 
-    def trace(self, start: int, answer: Answer, requires: frozenset[str], consuming: bool = False) -> Trace:
-        """Build the trace of consecutive tokens of the answer.
 
-        Args:
-            start: index of the first token; the steps of all must have been recorded.
-            answer: these tokens.
-            requires: parts to fill.
-            consuming: whether the step that reads the last token is known too, for ``heads`` and ``hidden``.
-        """
-        stop = start + len(answer.token_ids)
-        end = stop + consuming
-        self._reduce(end)
-        rows = self.logits[start:stop]
-        parts: dict[str, Any] = {"logits": (rows[0][None] if len(rows) == 1 else torch.stack(rows)).float().cpu()}
-        if "attention" in requires:
-            parts |= {"mass": self._part("mass", start, stop), "image_attention": self._part("image", start, stop)}
-        if not requires.isdisjoint({"lens", "trajectory"}):
-            hidden = self._part("hidden", start, stop)
-            ids = torch.tensor(answer.token_ids, device=hidden.device)
-            parts |= self.lens.read_together(hidden, parts["logits"], ids, requires)
-        if "hidden" in requires:
-            parts["hidden"] = self.lens.probed(list(self._part("hidden", start, end).unbind(1)))
-        if "heads" in requires:
-            rows = self._part("response", start, end)
-            response = torch.zeros(len(rows), max(stop - start, *map(len, rows)))
-            for padded, row in zip(response, rows, strict=True):
-                padded[: len(row)] = row
-            stacked = {name: self._part(name, start, end) for name in ("mass", "image", "top", "peak")}
-            parts["heads"] = HeadAttention(**stacked, response=response)
-        return Trace(answer, self.spans, **parts)
-
-    def _part(self, name: str, start: int, stop: int) -> Any:
-        """Return one part, (stop - start, ...); a list of rows where they have different lengths."""
-        pieces: list[Any] = []
-        for block in reversed(self._blocks):
-            if block.first < stop:
-                pieces.append(block.parts[name][max(start - block.first, 0) : stop - block.first])
-            if block.first <= start:
-                break
-        if isinstance(pieces[0], list):
-            return [row for piece in reversed(pieces) for row in piece]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1])
-
-    def next_batch(self, start: int, stop: int) -> list[Step]:
-        """Return the unread steps from ``start`` on, before ``stop``, that are deferred like the first."""
-        first = start - (len(self.logits) - len(self._waiting))
-        return list(next(groupby(self._waiting[first : stop - start + first], _is_deferred))[1])
-
-    def discard(self, stop: int) -> None:
-        """Release the unread steps before ``stop``."""
-        del self._waiting[: max(stop - (len(self.logits) - len(self._waiting)), 0)]
-
-    def rewind(self, read: int) -> None:
-        """Go back to the steps of the first ``read`` tokens and the one that predicts the token after them, unread.
-
-        Needs ``rewinds``.
-        """
-        steps, first = self._steps or [], len(self.logits) - len(self._waiting)
-        del steps[read + 1 :], self.logits[read + 1 :]
-        self._waiting = steps[min(first, read) :]  # with those before that were not needed yet
-        self._blocks = [block.until(read) for block in self._blocks if block.first < read]
-
-    def _reduce(self, stop: int) -> None:
-        """Reduce the unread steps before ``stop`` to blocks; consecutive deferred steps share one."""
-        first = len(self.logits) - len(self._waiting)
-        for _, group in groupby(self._waiting[: max(stop - first, 0)], _is_deferred):
-            steps: list[Step] = list(group)
-            parts: dict[str, Any] = {}
-            if self._decodes:
-                device = steps[0].hidden[-1].device  # layers may be on several; norm and head are with the last
-                hidden = torch.cat([layer.to(device) for step in steps for layer in step.hidden], 1)
-                parts["hidden"] = hidden.view(len(steps), -1, hidden.shape[-1])
-            if self._attends:
-                parts |= self._attention_parts(steps, first)
-            self._blocks.append(_Block(first, parts))
-            first += len(steps)
-        self.discard(first)
-
-    def _attention_parts(self, steps: list[Step], first: int) -> dict[str, Any]:
-        """Reduce the attention of steps as ``stethoscope.tracing.attention_recorder`` does."""
-        masses: list[Tensor] = []
-        parts: dict[str, Any] = {}
-        for role in self.roles:
-            weights = self._weights([step.rows[role] for step in steps], role, first)  # (L, H, T, k)
-            masses.append(weights @ self.membership(role, weights.shape[-1], weights.device))
-            if role == self._reads:
-                image = weights[..., self.image]
-                parts["image"] = image.mean(1).transpose(0, 1)
-                if self._by_head:
-                    parts["top"], parts["peak"] = strongest(image.permute(2, 0, 1, 3) / len(self.roles))
-            if role == "language" and self._by_head:
-                largest = weights[-1].amax(0)
-                largest = (largest / largest.sum(-1, keepdim=True))[:, self._begin :].cpu()
-                parts["response"] = [row[: first + index] for index, row in enumerate(largest)]
-        parts["image"] = parts["image"].cpu() if len(masses) == 1 else parts["image"].cpu() / 2
-        mass = masses[0] if len(masses) == 1 else (masses[0] + masses[1]) / 2
-        parts["mass"] = mass.permute(2, 0, 1, 3).cpu()
-        return parts
-
-    def _weights(self, rows: list[list[Tensor | DeferredAttention]], role: str, first: int) -> Tensor:
-        """Compute float32 (L, H, T, k) weights; keys that a sliding window has dropped have weight 0.
-
-        Args:
-            rows: by step and layer, as in ``Step``.
-            role: of the attention modules.
-            first: index of the first step.
-        """
-        length = self.spans.length if role == "cross" else self._begin + first + len(rows) - 1
-        if all(isinstance(row, DeferredAttention) for row in rows[0]):  # so are those of the other steps
-            return _batched_scores(cast("list[list[DeferredAttention]]", rows), length).softmax(-1)
-        steps = []
-        for index, step in enumerate(rows, first):
-            seen = self.spans.length if role == "cross" else self._begin + index
-            computed = [row.row(seen) if isinstance(row, DeferredAttention) else row[:, :seen] for row in step]
-            pads = [(seen - row.shape[1], length - seen) for row in computed]
-            padded = [nn.functional.pad(row, pad).float().cpu() for row, pad in zip(computed, pads, strict=True)]
-            steps.append(torch.stack(padded))
-        return torch.stack(steps, 2)
-
-    def membership(self, role: str, length: int, device: torch.device) -> Tensor:
-        """Return the membership of every key in ``SEGMENTS`` as 0 and 1, (length, 5) float32."""
-        key = role, device
-        if key not in self._members or len(self._members[key]) < length:
-            self._members[key] = self._kinds(role, length + _GROW).to(device)
-        return self._members[key][:length]
-
-    def _kinds(self, role: str, length: int) -> Tensor:
-        if not self._encoder:
-            kinds = segments(self.spans, length)
-        elif role == "cross":
-            kinds = segments(self.spans, length)
-            kinds[(kinds == _FIRST) | (kinds == _PREVIOUS)] = _REST
-        else:
-            kinds = torch.full((length,), _PREVIOUS)
-            kinds[0] = _FIRST
-        return nn.functional.one_hot(kinds, len(SEGMENTS)).float()
-
-
-def _last_row(call: AttentionCall) -> Tensor:
-    """Compute the row (H, k) of the last query as the model file does."""
-    if call.query.shape[2] == 1:
-        return call.eager()[1][0, :, 0]
-    return call.eager_rows(torch.tensor([[call.query.shape[2] - 1]]))[0, :, 0]
-
-
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """Multiply queries (1, H, T, d) by keys (1, key heads, k, d) of their groups: (1, H, T, k) float32."""
-    if query.shape[1] == key.shape[1]:
-        return (query @ key.transpose(2, 3)).float()
-    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
-    return (grouped @ key.transpose(2, 3)).float().view(*query.shape[:3], -1)
-
-
-def _is_deferred(step: Step) -> bool:
-    return step.deferred
-
-
-def _batched_scores(rows: list[list[DeferredAttention]], length: int) -> Tensor:
-    """Compute the (L, H, T, length) scores of T consecutive steps, -inf where a key comes after its step."""
-    count, layers = len(rows), []
-    for deferred in zip(*rows, strict=True):
-        query, key = deferred[0].query, deferred[0].keys.newest
-        if count > 1:
-            query = torch.cat([row.query for row in deferred], 2)
-        scores = _scores(query, key if key.shape[2] == length else key[:, :, :length])
-        layers.append(scores.mul_(deferred[0].keys.scaling))
-    scores = torch.cat([layer.to(layers[0].device) for layer in layers])
-    if count > 1:
-        after = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
-        scores[..., -count:].masked_fill_(after, -torch.inf)
-    return scores
+def _last_rows(call: AttentionCall) -> Tensor:
+    """Compute the rows (B, H, k) of the last query as the model file does."""
+    batch, _, queries, _ = call.query.shape
+    if queries == 1:
+        return call.eager()[1][:, :, 0]
+    return call.eager_rows(torch.full((batch, 1), queries - 1))[:, :, 0]

@@ -20,9 +20,8 @@ from stethoscope.diagnosis.answer_verdicts import (
 )
 from stethoscope.diagnosis.verdict import DiagnosedMention
 from stethoscope.streaming.backtrack import Backtrack, make_streamer
-from stethoscope.streaming.decode_loop import decode
 from stethoscope.streaming.events import Final, StreamEvent
-from stethoscope.streaming.warning_streamer import WarningStreamer
+from stethoscope.streaming.warning_streamer import WarningStreamer, decode_answers
 from stethoscope.tasks.extraction import Extraction, as_extraction
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _stream_tokens(
 ) -> Iterator[StreamEvent]:
     with streamer:
         count = 0
-        for _ in decode(streamer.model, streamer.arguments, streamer.steps, streamer, streamer.rewinds):
+        for _ in decode_answers([streamer]):
             yield from streamer.events[count:]
             count = len(streamer.events)
     yield Final(streamer.finished_answer(), diagnosed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,10 +16,11 @@ from stethoscope.core.errors import CaptureError
 from stethoscope.core.types import Answer, Generation, with_limit
 from stethoscope.detection.lookup import load_detector
 from stethoscope.streaming.candidates import Candidates
-from stethoscope.streaming.decode_loop import NextStep, Rewind
+from stethoscope.streaming.decode_loop import Rewind, decode, look_ahead
 from stethoscope.streaming.events import MentionCompleted, MentionTracker, TakenBack, Token, is_complete
+from stethoscope.streaming.recorded_steps import RESIDUAL_REQUIREMENTS, RecordedSteps
 from stethoscope.streaming.scorer import Scorer
-from stethoscope.streaming.step_recorder import RESIDUAL_REQUIREMENTS, StepRecorder
+from stethoscope.streaming.step_recorder import StepRecorder
 from stethoscope.tasks.extraction import as_extraction
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.token_spans import GrowingText
@@ -52,13 +53,17 @@ class WarningStreamer(BaseStreamer):
         on_event: called with every event but ``Final``, in order.
         generation: settings, for ``arguments`` and for the stop strings.
         extraction: how objects that the answer names are found, as in ``stethoscope.diagnose``.
-        backtracker: decides what is taken back, of which only ``decode`` is capable; None for nothing.
+        backtracker: decides what is taken back, of which only ``decode_answers`` is capable; None for nothing.
 
     Attributes:
+        encoded: the prompt.
         events: events so far: tokens, the objects that they name, and what was taken back.
         tokens: tokens so far, without those taken back.
-        steps: recorder of the decoding steps.
+        steps: the decoding steps so far.
+        recorder: records them.
         rewinds: whether there is a backtracker.
+        adapter: of the model.
+        generation: settings.
         answer: the finished answer, None before ``end``.
         model: the transformers model.
         arguments: arguments of its ``generate`` that give the adapter's answer, with one step more where the last token
@@ -81,22 +86,20 @@ class WarningStreamer(BaseStreamer):
         backtracker: Backtracker | None = None,
     ) -> None:
         self._limit = None if generation is None else generation.max_new_tokens  # else that of the caller
-        self._adapter, self._generation = adapter, with_limit(generation)
+        self.adapter, self.encoded, self.generation = adapter, encoded, with_limit(generation)
         self.detector = load_detector(detector)
         self.scorer = None if self.detector is None else Scorer(self.detector, delay)
-        self.model, self.arguments = adapter.prepare_generate([encoded], self._generation)
+        self.model, self.arguments = adapter.prepare_generate([encoded], self.generation)
         requires: frozenset[str] = frozenset() if self.scorer is None else self.scorer.requires
         lens = lens_of(self.model) if requires & RESIDUAL_REQUIREMENTS else None
         settings = self.arguments["generation_config"]
         encoder = settings.decoder_start_token_id is not None
-        self.steps = StepRecorder(self.model, lens, encoded.spans, encoder, requires, backtracker is not None)
+        self.steps = RecordedSteps(lens, encoded.spans, encoder, requires, backtracker is not None)
+        self.recorder = StepRecorder(self.model, [self.steps])
         if self.scorer is not None and self.scorer.lookahead:
-            settings.max_new_tokens += 1
-            self.arguments["stopping_criteria"] = [
-                NextStep(criterion) for criterion in self.arguments["stopping_criteria"]
-            ]
+            look_ahead(self.arguments)
         self._end_ids = frozenset(settings.eos_token_id or ())
-        self._stop_strings = (*getattr(adapter, "stop", ()), *self._generation.stop)
+        self._stop_strings = (*getattr(adapter, "stop", ()), *self.generation.stop)
         tokenizer = adapter.processor.tokenizer  # type: ignore[attr-defined]  # an adapter that generates has one
         self._decode_ids, self._on_event = _decoder(tokenizer), on_event
         self._growing = GrowingText(self._decode)
@@ -137,7 +140,7 @@ class WarningStreamer(BaseStreamer):
 
     def close(self) -> None:
         """Remove all hooks from the model; does nothing the second time."""
-        self.steps.stop()
+        self.recorder.stop()
 
     def put(self, value: Tensor) -> None:
         """Receive the prompt and then every token from ``generate``.
@@ -149,7 +152,7 @@ class WarningStreamer(BaseStreamer):
             raise CaptureError("this streamer has its answer; give each generate call a new streamer")
         if not self._started:
             self._started = True
-            self.steps.start()
+            self.recorder.start()
             return
         if value.numel() != 1:
             raise CaptureError(f"{value.numel()} tokens came at once; warnings are for one prompt, token by token")
@@ -197,7 +200,7 @@ class WarningStreamer(BaseStreamer):
         ids = self._ids[: self._limit]
         if self._finished and len(ids) == len(self._ids) and len(ids) != self._limit:
             ids = [*ids, min(self._end_ids)]
-        answer = self._adapter.decode_answer(ids, self._logprobs, self._generation)
+        answer = self.adapter.decode_answer(ids, self._logprobs, self.generation)
         if (rewind := self._judge(answer)) is not None:
             return rewind
         self.close()
@@ -238,7 +241,7 @@ class WarningStreamer(BaseStreamer):
         if self._backtracker is None or self._backtracker.trace is None:
             return self._probabilities
         if answer is None:
-            answer = self._adapter.decode_answer(self._ids, self._logprobs, self._generation)
+            answer = self.adapter.decode_answer(self._ids, self._logprobs, self.generation)
         return self._backtracker.trace(answer)
 
     def _take_back(self, kept: int, mention: MentionCompleted, probability: float) -> None:
@@ -317,6 +320,29 @@ class WarningStreamer(BaseStreamer):
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
+
+
+def decode_answers(streamers: Sequence[WarningStreamer]) -> Iterator[None]:
+    """Decode the answers of streamers, several of them as one batch, see ``decode``.
+
+    Args:
+        streamers: of one adapter, of the same settings and of the same detector, for prompts that can share a batch.
+
+    Yields:
+        None after every pass of the model.
+
+    Raises:
+        CapabilityError: something is to be taken back, and the model's cache cannot be cropped.
+    """
+    first = streamers[0]
+    model, arguments, recorder = first.model, first.arguments, first.recorder
+    if len(streamers) > 1:
+        prompts = [streamer.encoded for streamer in streamers]
+        model, arguments = first.adapter.prepare_generate(prompts, first.generation)
+        recorder = StepRecorder(model, [streamer.steps for streamer in streamers])
+        if first.scorer is not None and first.scorer.lookahead:
+            look_ahead(arguments)
+    yield from decode(model, arguments, recorder, streamers, first.rewinds)
 
 
 def _has_blank(text: str) -> bool:

@@ -26,7 +26,8 @@ from stethoscope.diagnosis.layers_pass import read_layers
 from stethoscope.relevancy import token_relevancy
 from stethoscope.relevancy.rules import RULES
 from stethoscope.streaming import stream
-from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS, StepRecorder
+from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS, RecordedSteps
+from stethoscope.streaming.step_recorder import StepRecorder
 from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.trace import EXTRA_REQUIREMENTS, FORWARD_REQUIREMENTS, REQUIREMENTS
 
@@ -166,12 +167,13 @@ def possible(adapter, requires):
 def steps_trace(adapter, encoded, answer):
     """A trace that is put together from the decoding steps themselves."""
     model, arguments = adapter.prepare_generate([encoded], GENERATION)
-    steps = StepRecorder(model, lens_of(model), encoded.spans, has_encoder(adapter), STEP_REQUIREMENTS)
-    steps.start()
+    steps = RecordedSteps(lens_of(model), encoded.spans, has_encoder(adapter), STEP_REQUIREMENTS)
+    recorder = StepRecorder(model, [steps])
+    recorder.start()
     try:
         model.generate(**arguments)
     finally:
-        steps.stop()
+        recorder.stop()
     return steps.trace(0, answer, STEP_REQUIREMENTS)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.rewinds import FAST, STEPWISE, doubt, fake_detector, streamed, streamer_of, words
 from helpers.tiny_world import TinyAdapter
 
 import stethoscope as package
@@ -16,17 +16,11 @@ from stethoscope.adapters.generation import Sampler
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.line_schemas import violation
-from stethoscope.core.token_table import FeatureSchema
 from stethoscope.core.types import Generation
-from stethoscope.detection.design_matrix import Inputs
-from stethoscope.features import FEATURES, FeatureSet
+from stethoscope.features import FeatureSet
 from stethoscope.streaming import MentionCompleted, TakenBack, Token
 from stethoscope.streaming.backtrack import WHEN_NEEDED, Backtrack, Backtracker
-from stethoscope.streaming.decode_loop import decode
-from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
-from stethoscope.streaming.warning_streamer import WarningStreamer
 from stethoscope.tasks.extraction import as_extraction
-from stethoscope.tasks.object_extraction import TextMention
 from stethoscope.tasks.object_extraction import mentions as object_mentions
 from stethoscope.tracing.token_spans import decode_with_offsets
 
@@ -41,58 +35,6 @@ def adapter():
 @pytest.fixture(scope="module")
 def image():
     return testbed.scenes(7)[6].image()
-
-
-STEPWISE = [name for name, item in FEATURES.items() if item.requires <= STEP_REQUIREMENTS and item.group != "grid"]
-FAST = FeatureSet(groups=("uncertainty", "position", "attention", "lens")).names
-
-
-def words(text):
-    """Name every run of letters, so that random models name objects too."""
-    return [TextMention(match[0], *match.span()) for match in re.finditer(r"[A-Za-z]{2,}", text)]
-
-
-def doubt(name):
-    """Doubt two words in three, by their letters."""
-    return sum(map(ord, name)) % 3 > 0
-
-
-def fake_detector(columns):
-    """A detector of the columns of another model, whose probabilities the test sets."""
-    detector = package.Detector(repeats="all")
-    detector._schema, detector._inputs = FeatureSchema(tuple(columns)), Inputs(tuple(columns))
-    detector._model = package.Detector.load(testbed.DETECTOR_DIR).model
-    return detector
-
-
-class ByName(Backtracker):
-    """Judges mentions by their names instead of a detector's probability, and goes back to the name itself."""
-
-    least = 0.0
-
-    def judge(self, mention, *more):
-        return super().judge(replace(mention, probability=float(doubt(mention.object))), *more)
-
-    def starts(self, mention, text, spans):
-        return [mention.tokens[0]]
-
-
-def streamed(adapter, encoded, generation, names=(), delay=1):
-    columns = ["nll"]
-    if names:
-        short = adapter.generate([encoded], Generation(max_new_tokens=3))[0]
-        features = FeatureSet(groups=(), names=names)
-        columns = features.compute(adapter.trace(encoded, short, features.requires))
-    detector = fake_detector(columns)
-    backtracker = ByName(
-        Backtrack(threshold=0.5, tries_per_place=3, tries_per_answer=12), detector, as_extraction(words)
-    )
-    streamer = WarningStreamer(adapter, encoded, detector, delay, None, generation, words, backtracker)
-    streamer.scorer._predict = lambda rows: np.full(len(rows), 0.5)
-    with streamer:
-        for _ in decode(streamer.model, streamer.arguments, streamer.steps, streamer, rewinds=True):
-            pass
-    return streamer
 
 
 def brute_force(adapter, encoded, generation):
@@ -138,7 +80,7 @@ def brute_force(adapter, encoded, generation):
 @torch.inference_mode()
 def check(adapter, names, generation, delay=1):
     encoded = adapter.encode(testbed.scenes(1)[0].image(), QUESTION)
-    streamer = streamed(adapter, encoded, generation, names, delay)
+    (streamer,) = streamed(streamer_of(adapter, encoded, generation, names, delay))
     answer = streamer.answer
     expected, taken = brute_force(adapter, encoded, generation)
     assert list(answer.token_ids) == expected

@@ -17,8 +17,8 @@ from stethoscope.features import FEATURES, FeatureSet
 from stethoscope.storage.run_dir import RunStore
 from stethoscope.streaming import Final, MentionCompleted, Token, WarningStreamer, stream
 from stethoscope.streaming.events import MentionTracker
+from stethoscope.streaming.recorded_steps import STEP_REQUIREMENTS
 from stethoscope.streaming.scorer import FAST_FEATURES, FastFeatures
-from stethoscope.streaming.step_recorder import STEP_REQUIREMENTS
 from stethoscope.streaming.stream import _diagnose_mentions
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import as_extraction
