@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from stethoscope.adapters.cache_columns import join_caches, prompt_columns, split_cache
 from stethoscope.core.types import required
 from stethoscope.relevancy.shared_passes import PrefixCache, continues
 from stethoscope.tracing.attention_recorder import logits_to_keep
@@ -238,7 +238,7 @@ class ForwardRunner:
                 "position_ids": torch.tensor(prefix_lengths)[:, None] + torch.arange(longest),
             }
         )
-        inputs["past_key_values"] = PrefixCache(_join_caches(caches, prefix_lengths, pad_offsets))
+        inputs["past_key_values"] = PrefixCache(join_caches(caches, prefix_lengths, pad_offsets))
         rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
         spans = [_shift(prompt.spans, offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
         return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
@@ -260,7 +260,7 @@ class ForwardRunner:
         inputs = self.to_device(collate(parts, self.pad_id, "right"))
         head = self.positions_to_keep([inputs["input_ids"].shape[1] - 1])
         cache = self.model(**inputs, **head, use_cache=True).past_key_values
-        return _split_cache(cache, [[slice(0, length)] for length in lengths])
+        return split_cache(cache, [[slice(0, length)] for length in lengths])
 
     def read_prompts(self, encoded: Sequence[Encoded]) -> list[PromptCache]:
         """Run one pass over B prompts of a causal model, which ends at the keys and values of the last layer.
@@ -274,7 +274,7 @@ class ForwardRunner:
         cache, last = DynamicCache(), self.model.config.get_text_config().num_hidden_layers
         with suppress(_PromptRead), record(self.model, _StopAtKeys(last)):
             self.model(**self.collate(encoded, "right"), past_key_values=cache, use_cache=True)
-        caches = _split_cache(cache, [[slice(0, prompt.spans.length)] for prompt in encoded])
+        caches = split_cache(cache, [[slice(0, prompt.spans.length)] for prompt in encoded])
         return required(caches)
 
     def generate_from_prefixes(self, encoded: Sequence[Encoded], prefixes: Sequence[Prefix]) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class ForwardRunner:
                 ids[index, part], mask[index, part] = piece, 1
         offsets = [max(lengths) - length for length in lengths]
         cache = DynamicCache()
-        layers = _join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
+        layers = join_caches([prefix.cache for prefix in prefixes], lengths, offsets)
         for layer, (keys, values) in enumerate(layers):
             cache.update(keys, values, layer)
         return {**self.to_device({"input_ids": ids, "attention_mask": mask}), "past_key_values": cache}
@@ -318,7 +318,7 @@ class ForwardRunner:
         if lengths is None:
             rest = prompt_columns(encoded)[-1][1]
             columns = slice(rest.start, rest.stop - 1)
-        caches = _split_cache(cache, [[columns]], len(encoded) - 1)
+        caches = split_cache(cache, [[columns]], len(encoded) - 1)
         return None if caches is None else caches[0].clone() if len(encoded) > 1 else caches[0]
 
     def prompt_caches(
@@ -334,7 +334,7 @@ class ForwardRunner:
         Returns:
             B caches; None where the cache drops or changes keys, or cannot be used again.
         """
-        caches = _split_cache(cache, columns) if self.causal else None
+        caches = split_cache(cache, columns) if self.causal else None
         if caches is None:
             return [None] * len(encoded)
         # a prompt's last token runs again, and an image token would be embedded as text without the pixels
@@ -387,88 +387,6 @@ def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
     """
     steps = torch.arange(max([0, *read]) + 1)
     return torch.tensor(starts)[:, None] + steps.minimum(torch.tensor(read)[:, None])
-
-
-def prompt_columns(encoded: Sequence[Encoded], prefix_lengths: Sequence[int] | None = None) -> list[list[slice]]:
-    """Return by prompt the columns of its prefix and of its rest in a batch that ``generate`` reads.
-
-    Both are padded on the left, to the longest of each; without prefixes the first range is empty.
-    """
-    prefix_lengths = prefix_lengths or [0] * len(encoded)
-    longest = max(prefix_lengths)
-    rests = [prompt.spans.length - length for prompt, length in zip(encoded, prefix_lengths, strict=True)]
-    width = longest + max(rests)
-    return [
-        [slice(longest - length, longest), slice(width - rest, width)]
-        for length, rest in zip(prefix_lengths, rests, strict=True)
-    ]
-
-
-def _split_cache(cache: Any, columns: Sequence[Sequence[slice]], first: int = 0) -> list[PromptCache] | None:
-    """Cut ranges of columns out of the rows of a cache, from the ``first`` row on.
-
-    The parts are views, unless ranges of a row have columns between them: then all rows are copied, layer by layer, and
-    the cache is emptied meanwhile.
-
-    Returns:
-        A cache by row; None where the cache drops or changes keys.
-    """
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    ranges = [_merged(parts) for parts in columns]
-    copies = any(len(parts) > 1 for parts in ranges)
-    layers = []
-    for layer in cache.layers:
-        pairs = [
-            tuple(_cut(tensor[row : row + 1], parts, copies) for tensor in (layer.keys, layer.values))
-            for row, parts in enumerate(ranges, first)
-        ]
-        layers.append(pairs)
-        if copies:
-            layer.reset()
-    return [PromptCache(parts) for parts in zip(*layers, strict=True)]
-
-
-def _merged(ranges: Sequence[slice]) -> list[slice]:
-    """Join neighbouring ranges, and drop empty ones.
-
-    >>> _merged([slice(0, 0), slice(2, 4), slice(4, 7), slice(9, 10)])
-    [slice(2, 7, None), slice(9, 10, None)]
-    """
-    merged: list[slice] = []
-    for part in ranges:
-        if merged and merged[-1].stop == part.start:
-            merged[-1] = slice(merged[-1].start, part.stop)
-        elif part.start < part.stop:
-            merged.append(part)
-    return merged
-
-
-def _cut(row: Tensor, ranges: Sequence[slice], copies: bool) -> Tensor:
-    """Return the (1, heads, n, d) columns of some ranges."""
-    parts = [row[:, :, part] for part in ranges]
-    return torch.cat(parts, 2) if copies else parts[0]
-
-
-def _join_caches(
-    caches: Sequence[PromptCache], prefix_lengths: Sequence[int], pad_offsets: Sequence[int]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Join the first tokens of every prompt's cache, padded on the left, layer by layer."""
-    count = prefix_lengths[0]
-    if all(cache is caches[0] for cache in caches) and len(set(prefix_lengths)) == 1:
-        for layer in caches[0].layers:  # views, which the next token turns into copies
-            yield tuple(part[:, :, :count].expand(len(caches), -1, -1, -1) for part in layer)
-        return
-    for layers in zip(*(cache.layers for cache in caches), strict=True):
-        joined = []
-        for parts in zip(*layers, strict=True):
-            prefixes = [part[:, :, :count] for part, count in zip(parts, prefix_lengths, strict=True)]
-            padded = [
-                torch.nn.functional.pad(prefix, (0, 0, offset, 0)) if offset else prefix
-                for prefix, offset in zip(prefixes, pad_offsets, strict=True)
-            ]
-            joined.append(torch.cat(padded))
-        yield tuple(joined)
 
 
 def _shift(spans: Spans, offset: int) -> Spans:

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
-from stethoscope.adapters.forward import ForwardRunner, Prefix, prompt_columns
+from stethoscope.adapters.cache_columns import prompt_columns
+from stethoscope.adapters.forward import ForwardRunner, Prefix
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
