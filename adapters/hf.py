@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -207,11 +208,16 @@ class HfAdapter(Adapter):
         Raises:
             ConfigError, CapabilityError: there is no configuration to read, as in ``loading.load``.
         """
-        return memory.estimate(self._skeleton(), self.loading, context, batch_size, new_tokens)
+        return memory.estimate(self._meta_model, self.loading, context, batch_size, new_tokens)
 
     def can_share_prefixes(self) -> bool:
         """See ``Adapter.can_share_prefixes``; the models of ``trace.CAUSAL`` can."""
-        return continues(self._skeleton() if self._model is None else self._model)
+        return continues(self._meta_model if self._model is None else self._model)
+
+    @cached_property
+    def _meta_model(self) -> PreTrainedModel:
+        """Build the model without weights once for all that is asked of its configuration."""
+        return self._skeleton()
 
     def _skeleton(self) -> PreTrainedModel:
         """Build the model on the meta device, to count parameters; families that transformers lacks override this."""

@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     start = time.monotonic()
     folder, shares = run_dir(config), fractions(config)
     features = build(config.features, FeatureSet, "features", config.plugins)
-    build_generation(config, config.plugins)  # checked here; the evaluator builds it again
+    generation = build_generation(config, config.plugins)
 
     # after what needs neither torch nor scikit-learn: they take seconds to load
     from stethoscope.adapters.base import Adapter
@@ -60,10 +60,10 @@ def run(config: DictConfig) -> None:
         task.setup()
     store = RunStore(folder)
     with loggers_of(config) as loggers:
-        answers = [] if pope is None else [answer(config, folder, loggers, adapter, pope)]
+        answers = [] if pope is None else [answer(config, folder, loggers, adapter, pope, generation)]
         if not rank() and DETECTOR in store.metrics():
             store.set_status(DETECTOR, "running")  # until it is fitted again, it may be one of fewer answers
-        captions = answer(config, folder, loggers, adapter, chair, features=features)
+        captions = answer(config, folder, loggers, adapter, chair, generation, features=features)
         if rank():  # of several processes the first one does the rest
             return
         for results in (*answers, captions):

@@ -159,7 +159,12 @@ def build_generation(config: Mapping[str, Any], plugins: Sequence[str]) -> Gener
 
 
 def make_evaluator(
-    config: DictConfig, folder: Path, loggers: Loggers, callbacks: Sequence[Callback] = (), **settings: Any
+    config: DictConfig,
+    folder: Path,
+    loggers: Loggers,
+    generation: Generation,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
 ) -> Evaluator:
     """Build the evaluator of a command that generates answers, with callbacks besides those of the configuration."""
     from stethoscope.evaluation.evaluator import Evaluator
@@ -170,7 +175,7 @@ def make_evaluator(
         limit=config.limit,
         fast_dev_run=config.fast_dev_run,
         batch_size=config.batch_size,
-        generation=build_generation(config, config.plugins),
+        generation=generation,
         run_dir=folder,
         on_error=config.on_error,
         overwrite=config.overwrite,
@@ -181,7 +186,13 @@ def make_evaluator(
 
 
 def answer(
-    config: DictConfig, folder: Path, loggers: Loggers, adapter: Adapter, task: Task, **more: Any
+    config: DictConfig,
+    folder: Path,
+    loggers: Loggers,
+    adapter: Adapter,
+    task: Task,
+    generation: Generation,
+    **more: Any,
 ) -> TaskResults:
     """Evaluate a task with the answers of a log, of other runs in a folder, or the model's own.
 
@@ -191,12 +202,14 @@ def answer(
         loggers: of the run.
         adapter: the model.
         task: the benchmark.
+        generation: of ``build_generation``, so that its settings are checked before the model is built.
         more: settings of the evaluator that are not in the configuration.
     """
     from stethoscope.storage.reuse import reuse_answers
 
     log = given_answers(config, task.name)
-    evaluator = make_evaluator(config, folder, loggers, answers=log, answer_ids=config.answers.token_ids, **more)
+    answers = {"answers": log, "answer_ids": config.answers.token_ids}
+    evaluator = make_evaluator(config, folder, loggers, generation, **answers, **more)
     if log is not None or config.answers.runs is None or config.overwrite or config.fast_dev_run:
         return evaluator.run(adapter, task)
     with reuse_answers(Path(config.answers.runs), folder, adapter, task, evaluator.generation):

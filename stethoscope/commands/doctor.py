@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -242,7 +242,7 @@ def check_model(arguments: Sequence[str]) -> None:
     shares = adapter.can_share_prefixes()
     print(f"reads a picture {'once for all questions about it in a row' if shares else 'again for every question'}")
     print(f"relevancy {'goes back through generation and trace' if shares else 'runs prompt and answer again'}")
-    print(verdict(need, devices, _alternatives(config)))
+    print(verdict(need, devices, _alternatives(config, adapter)))
 
 
 def _compose(arguments: Sequence[str]) -> DictConfig:
@@ -281,20 +281,18 @@ def _adapter(config: DictConfig, **settings: str) -> Adapter:
     return build(node, Adapter, "model", config.plugins)
 
 
-def _alternatives(config: DictConfig) -> dict[str, Memory]:
-    """Estimate the memory in smaller batches or precision, by the settings to add."""
-    alternatives = {}
+def _alternatives(config: DictConfig, adapter: Adapter) -> Iterator[tuple[str, Memory]]:
+    """Estimate the memory in smaller batches or precision, one after another, with the settings to add."""
     for size in _FEWER:
         if size < config.batch_size:
-            alternatives[f"batch_size={size}"] = _adapter(config).memory(config.context, size, config.new_tokens)
+            yield f"batch_size={size}", adapter.memory(config.context, size, config.new_tokens)
     for settings in _SMALLER:
         if all(config.model.get(name) != value for name, value in settings.items()):
             try:
                 need = _adapter(config, **settings).memory(config.context, config.batch_size, config.new_tokens)
             except (ConfigError, CapabilityError):  # an adapter without this setting
                 continue
-            alternatives[" ".join(f"model.{name}={value}" for name, value in settings.items())] = need
-    return alternatives
+            yield " ".join(f"model.{name}={value}" for name, value in settings.items()), need
 
 
 def free_memory_by_device() -> list[DeviceMemory]:
@@ -307,15 +305,20 @@ def free_memory_by_device() -> list[DeviceMemory]:
     return [*devices, DeviceMemory("cpu", psutil.virtual_memory().available)]
 
 
-def verdict(need: Memory, devices: Sequence[DeviceMemory], smaller: Mapping[str, Memory]) -> str:
+def verdict(need: Memory, devices: Sequence[DeviceMemory], smaller: Iterable[tuple[str, Memory]]) -> str:
     """Say on which device the model fits, or which settings would make it fit.
+
+    Args:
+        need: of the model as it is.
+        devices: the CPU last.
+        smaller: settings to add, and the need with them; only read where the model does not fit.
 
     >>> from stethoscope.core.types import Memory
     >>> need = Memory(7 * 10**9, "bfloat16", weights=14 * 2**30, cache=2**30, relevancy=5 * 2**30)
-    >>> verdict(need, [DeviceMemory("cuda:0", 24 * 2**30), DeviceMemory("cpu", 60 * 2**30)], {})
+    >>> verdict(need, [DeviceMemory("cuda:0", 24 * 2**30), DeviceMemory("cpu", 60 * 2**30)], [])
     'fits on cuda:0'
     >>> gpus = [DeviceMemory(f"cuda:{index}", 16 * 2**30) for index in range(2)]
-    >>> verdict(need, [*gpus, DeviceMemory("cpu", 2**30)], {})
+    >>> verdict(need, [*gpus, DeviceMemory("cpu", 2**30)], [])
     'needs model.device_map=auto: spreads over cuda:0, cuda:1'
     """
     gpus, cpu = [device for device in devices if device.name != "cpu"], devices[-1]
@@ -324,7 +327,7 @@ def verdict(need: Memory, devices: Sequence[DeviceMemory], smaller: Mapping[str,
         return f"fits on {main.name}"
     options = [
         f"{settings} (about {_size(other.total)}, fits on {main.name})"
-        for settings, other in smaller.items()
+        for settings, other in smaller
         if _fits(other, main.free)
     ]
     spread = sum(device.free for device in gpus)

@@ -22,12 +22,12 @@ def run(config: DictConfig) -> None:
     from stethoscope.tasks.base import Task
 
     folder = run_dir(config)
-    build_generation(config, config.plugins)  # checked before the model: the evaluator builds it again
+    generation = build_generation(config, config.plugins)
     adapter = build(config.model, Adapter, "model", config.plugins)
     task = build(config.task, Task, "task", config.plugins)
     check_answer_files(config, [task])
     with loggers_of(config) as loggers:
-        results = answer(config, folder, loggers, adapter, task)
+        results = answer(config, folder, loggers, adapter, task, generation)
     if rank():  # of several processes the first one tells of the results
         return
     from stethoscope.report.console import print_results  # its libraries can wait until there are results

@@ -298,7 +298,10 @@ def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: 
 
     config = item.config
     with loggers_of(config) as loggers:
-        results = [answer(config, item.folder, loggers, adapter, task, callbacks=[CostMeter()]) for task in tasks]
+        results = [
+            answer(config, item.folder, loggers, adapter, task, item.generation, callbacks=[CostMeter()])
+            for task in tasks
+        ]
     if judge is not None:  # apart from the answers, so that their cost is their own
         Evaluator(
             callbacks=make_callbacks(config.callbacks, config.plugins),

@@ -180,7 +180,7 @@ def test_shared_weights_count_once_and_published_sizes_are_right(tmp_path):
 def test_verdicts(rooms, words):
     need = Memory(7 * 10**9, "bfloat16", weights=14 * GIB, cache=GIB, relevancy=5 * GIB)
     small = Memory(7 * 10**9, "bfloat16", weights=4 * GIB, cache=GIB, relevancy=5 * GIB)
-    text = verdict(need, [DeviceMemory(device, size * GIB) for device, size in rooms], {"model.quantize=4bit": small})
+    text = verdict(need, [DeviceMemory(device, size * GIB) for device, size in rooms], [("model.quantize=4bit", small)])
     assert words in text
 
 
