@@ -44,9 +44,9 @@ def ask(picture_file):
 def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_it(pool, reader, monkeypatch, ask):
     monkeypatch.setattr(answer, "PAUSE", 0)
     shown, session = ask(pool, reader)
-    kinds = [one["kind"] for one in shown]
+    kinds = [message["kind"] for message in shown]
     assert re.fullmatch("busy( writing){8,} busy done", " ".join(kinds))
-    texts = [one["text"] for one in shown if one["kind"] == "writing"]
+    texts = [message["text"] for message in shown if message["kind"] == "writing"]
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert texts[-1] == shown[-1]["text"] == session.question.answer.text
     assert shown[-1]["text"] == stethoscope.load("testbed").generate(
@@ -57,9 +57,9 @@ def test_an_answer_is_shown_while_it_is_written_and_then_with_everything_about_i
 def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, reader, monkeypatch, ask):
     monkeypatch.setattr(answer, "PAUSE", 0)
     shown, _ = ask(pool, reader)
-    final = {(one["object"], one["tokens"][0]): one["probability"] for one in shown[-1]["mentions"]}
-    last = next(one for one in reversed(shown) if one["kind"] == "writing")
-    early = {(one["object"], one["tokens"][0]): one["probability"] for one in last["mentions"]}
+    final = {(part["object"], part["tokens"][0]): part["probability"] for part in shown[-1]["mentions"]}
+    last = next(part for part in reversed(shown) if part["kind"] == "writing")
+    early = {(part["object"], part["tokens"][0]): part["probability"] for part in last["mentions"]}
     names = [name for name, _ in early]
     assert len(early) > 1
     assert early.keys() <= final.keys()
@@ -70,23 +70,23 @@ def test_warnings_of_objects_that_are_being_written_are_the_final_ones(pool, rea
 
 def test_what_is_shown_is_the_diagnosis(pool, reader, ask):
     shown, session = ask(pool, reader)
-    found = shown[-1]
+    view = shown[-1]
     with pool.use("testbed") as ready:
         whole = stethoscope.diagnose(
             ready.adapter, picture(2), DESCRIBE, session.question.answer, ready.detectors.final
         )
-    assert [one["object"] for one in found["mentions"]] == [one.object for one in whole.mentions]
-    assert found["threshold"] == whole.threshold
-    for one, mention in zip(found["mentions"], whole.mentions, strict=True):
-        assert one["probability"] == pytest.approx(mention.verdict.probability, abs=1e-4)
-        assert one["evidence"] + one["prior"] == pytest.approx(
+    assert [named["object"] for named in view["mentions"]] == [named.object for named in whole.mentions]
+    assert view["threshold"] == whole.threshold
+    for named, mention in zip(view["mentions"], whole.mentions, strict=True):
+        assert named["probability"] == pytest.approx(mention.verdict.probability, abs=1e-4)
+        assert named["evidence"] + named["prior"] == pytest.approx(
             mention.verdict.evidence + mention.verdict.prior, abs=2e-3
         )
-    token = found["tokens"][5]
+    token = view["tokens"][5]
     shares, total = np.array(token["shares"]) / 10_000, np.array(token["total"])
     expected = whole.relevancy.image[5].sum(-1).numpy()
     assert shares[:, 0] * total == pytest.approx(expected, rel=2e-2, abs=1e-5)  # R_image of every layer
-    peaks = np.array(found["maps"]["raw"]["peaks"])
+    peaks = np.array(view["maps"]["raw"]["peaks"])
     assert peaks == pytest.approx(whole.relevancy.image.amax(-1).numpy(), rel=1e-3)
 
 
@@ -95,7 +95,7 @@ def test_a_mitigated_answer_is_shown_beside_what_it_was(pool, reader, picture_fi
     monkeypatch.setattr(pool, "_first_folders", (str(testbed.DETECTOR_DIR), None))
     question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation(), mitigation="drop")
     shown = [json.loads(step) for step, _ in answer.ask(pool, question, reader)]
-    written = next(one for one in reversed(shown) if one["kind"] == "writing")
+    written = next(message for message in reversed(shown) if message["kind"] == "writing")
     edit = shown[-1]["edit"]
     before = "".join(text for _, text in edit["before"])
     assert before.startswith(written["text"])
@@ -109,7 +109,7 @@ def test_what_is_taken_back_is_struck_out_while_the_answer_is_written(pool, read
     monkeypatch.setattr(answer, "PAUSE", 0)
     question = answer.Question("testbed", picture_file(1), DESCRIBE, answer.generation(), mitigation="backtrack")
     shown = [json.loads(step) for step, _ in answer.ask(pool, question, reader)]
-    written = [one for one in shown if one["kind"] == "writing"]
+    written = [message for message in shown if message["kind"] == "writing"]
     struck = written[-1]["struck"]
     assert struck
     assert written[0]["struck"] == []
@@ -171,7 +171,7 @@ def test_single_heads_that_did_not_fit_are_sent_when_asked_for(pool, reader, ada
 
 def test_the_other_scope_is_the_same_answer_with_other_maps(pool, reader, ask):
     shown, session = ask(pool, reader)
-    again = [json.loads(one) for one, _ in answer.explain_again(pool, session, "token", reader)]
+    again = [json.loads(text) for text, _ in answer.explain_again(pool, session, "token", reader)]
     row, token = shown[-1], again[-1]
     assert (token["answer_id"], token["text"], token["scope"]) == (row["answer_id"], row["text"], "token")
     assert token["mentions"] == row["mentions"]
@@ -189,9 +189,9 @@ def test_a_second_question_does_not_look_at_the_picture_again(pool, reader, adap
     with pool.use("testbed") as ready:
         assert ready.image_features.misses == looked
         assert ready.image_features.hits > 2
-    for found, question, width in ((shown, "Is there a car in the image?", 1), (beams, DESCRIBE, 3)):
+    for messages, question, width in ((shown, "Is there a car in the image?", 1), (beams, DESCRIBE, 3)):
         generation = Generation(max_new_tokens=128, num_beams=width)
-        assert found[-1]["text"] == adapter.generate([adapter.encode(picture(2), question)], generation)[0].text
+        assert messages[-1]["text"] == adapter.generate([adapter.encode(picture(2), question)], generation)[0].text
     ask(pool, reader, "Is there a dog in the image?", number=3)
     with pool.use("testbed") as ready:
         assert ready.image_features.misses == looked + 1
@@ -210,7 +210,7 @@ def test_image_features_of_the_oldest_image_go_first(adapter):
     with torch.inference_mode(), cache.attached_to(model):
         seen = [model.get_image_features(pixel_values=pixels[number]) for number in (0, 1, 2, 2, 0)]
     assert (cache.misses, cache.hits) == (4, 1)
-    first, _, _, _, again = (torch.cat(list(one.pooler_output)) for one in seen)
+    first, _, _, _, again = (torch.cat(list(output.pooler_output)) for output in seen)
     assert torch.equal(first, again)
 
 
@@ -234,7 +234,7 @@ def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader
         assert pool.busy
         steps.close()
         assert not pool.busy
-        assert not [one for one in threading.enumerate() if one.name == "stethoscope-stream"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "stethoscope-stream"]
         done = len(passes)
         time.sleep(0.15)
         assert len(passes) == done < 20
@@ -244,12 +244,12 @@ def test_closing_in_the_middle_ends_the_writing_and_frees_the_model(pool, reader
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(" ", "the question is empty"), ("What is <image>?", "holds the image placeholder")]
+    ("text", "notice"), [(" ", "the question is empty"), ("What is <image>?", "holds the image placeholder")]
 )
-def test_what_the_user_can_mend_is_shown(pool, reader, text, said, ask):
+def test_what_the_user_can_mend_is_shown(pool, reader, text, notice, ask):
     shown, session = ask(pool, reader, text)
     assert shown[-1]["kind"] == "error"
-    assert said in shown[-1]["text"]
+    assert notice in shown[-1]["text"]
     assert session is None
     assert not pool.busy
 
@@ -381,7 +381,9 @@ def test_a_question_goes_on_from_those_before_it(talking, reader, picture_file):
     assert [turn["text"] for turn in turns["turns"]] == [earlier[0][1], expected.text]
     with talking.use("testbed") as ready:
         alone = stethoscope.diagnose(ready.adapter, picture(2), DESCRIBE, earlier[0][1], ready.detectors.final)
-    warned = [[one.object, round(one.verdict.probability, 4), -1] for one in alone.mentions if one.warned]
+    warned = [
+        [mention.object, round(mention.verdict.probability, 4), -1] for mention in alone.mentions if mention.warned
+    ]
     assert [turn["warned"] for turn in turns["turns"]] == [warned, []]
 
     steps = list(answer.explain_again(talking, first, "row", reader, second.conversation))

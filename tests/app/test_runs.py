@@ -22,19 +22,21 @@ def runs(folder, tmp_path):
 
 
 def test_the_list_says_what_became_of_every_mention(runs, folder):
-    found = json.loads(runs.listing("small"))
-    said = Counter(kind for row in found["rows"] for _, kind, *_ in row["mentions"])
+    listing = json.loads(runs.listing("small"))
+    kinds = Counter(kind for row in listing["rows"] for _, kind, *_ in row["mentions"])
     expected = Counter()
     for text in (folder / "small" / "warnings.jsonl").read_text().splitlines():
         line = json.loads(text)
         names = {(1, True): "caught", (1, False): "missed", (0, True): "false alarm", (0, False): "right"}
         expected[names.get((line["label"], line["warned"]), "not judged")] += 1
-    assert said == expected
-    assert said["caught"] > 0
+    assert kinds == expected
+    assert kinds["caught"] > 0
     records = RunStore(folder / "small").records("chair")
-    assert [row["sample"] for row in found["rows"] if row["task"] == "chair"] == [one.sample_id for one in records]
-    assert {row["task"] for row in found["rows"]} == {"chair", "pope"}
-    assert found["note"] == ""
+    assert [row["sample"] for row in listing["rows"] if row["task"] == "chair"] == [
+        record.sample_id for record in records
+    ]
+    assert {row["task"] for row in listing["rows"]} == {"chair", "pope"}
+    assert listing["note"] == ""
 
 
 def test_figures_are_the_report(runs):
@@ -176,9 +178,9 @@ def test_a_run_without_a_detector_lists_its_samples(folder, tmp_path):
     metrics = json.loads((alone / "metrics.json").read_text())
     del metrics["detector"]
     (alone / "metrics.json").write_text(json.dumps(metrics))
-    found = json.loads(Runs(tmp_path / "runs", None, tmp_path).listing("alone"))
-    assert "stethoscope train" in found["note"]
-    assert len(found["rows"]) > 100
+    listing = json.loads(Runs(tmp_path / "runs", None, tmp_path).listing("alone"))
+    assert "stethoscope train" in listing["note"]
+    assert len(listing["rows"]) > 100
 
 
 def test_examples_are_pictures(tmp_path):

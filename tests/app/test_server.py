@@ -81,9 +81,9 @@ def test_a_port_that_is_taken_is_one_line(served):
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def _without_gradio(find):
@@ -97,7 +97,7 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["model=testbad"], "did you mean 'testbed'"),
         (["run=nothing"], "nothing is no run directory"),
@@ -109,8 +109,8 @@ def test_without_gradio_the_command_says_what_to_install(stethoscope, monkeypatc
         (["run=s3://a/b", "notes=true"], "notes on s3://a/b would be lost with its copy"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, said):
-    assert said in stethoscope("app", *words)
+def test_what_is_wrong_is_said_before_the_page_is_served(stethoscope, words, message):
+    assert message in stethoscope("app", *words)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -69,8 +69,8 @@ def text(page, part):
 
 
 def wait_for_words(page, part, words):
-    where = f"document.querySelector('#view [data-id={part}]')"
-    page.wait_for_function(f"words => {where}.innerText.includes(words)", arg=words)
+    element = f"document.querySelector('#view [data-id={part}]')"
+    page.wait_for_function(f"words => {element}.innerText.includes(words)", arg=words)
 
 
 def take(page, name, folder):
@@ -415,8 +415,8 @@ def test_an_answer_is_stopped(page, served, adapter, tmp_path):
         hook.remove()
 
 
-def text_of(page, where):
-    return page.locator(where).inner_text()
+def text_of(page, selector):
+    return page.locator(selector).inner_text()
 
 
 def test_what_is_no_picture_is_said(page, tmp_path):
@@ -460,9 +460,9 @@ def test_two_users_at_once_get_their_own_answers(browser, served, adapter):
         page.fill("#question textarea", question)
     for page in pages:
         page.click("#ask")
-    for page, told in zip(pages, expected, strict=True):
+    for page, answers in zip(pages, expected, strict=True):
         page.wait_for_selector(DONE, timeout=60_000)
-        assert (text(page, "answer").strip(), text(page, "asked")) == told
+        assert (text(page, "answer").strip(), text(page, "asked")) == answers
     for page in pages:  # each looks again at its own
         before = text(page, "answer")
         page.select_option("#view [data-id=scope]", "token")

@@ -60,7 +60,7 @@ def look(page):
         for name in ("facts", "question", "before", "layer-text", "shares-scope")
     }
     shown["evolution"] = page.locator("[data-id=evolution] tr").count()
-    shown["chosen"] = [int(one.get_attribute("data-token")) for one in page.locator(".st-t.st-chosen").all()]
+    shown["chosen"] = [int(token.get_attribute("data-token")) for token in page.locator(".st-t.st-chosen").all()]
     shown["map"] = np.array(page.evaluate("window.painted.at(-1)")).reshape(64, 4)
     return shown
 

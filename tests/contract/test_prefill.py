@@ -69,11 +69,11 @@ def test_a_graph_serves_all_of_its_prompts_or_none_and_goes_with_them(adapter, e
         pytest.skip("runs no prompt before it is answered")
     pair = adapter.prefill([encoded[0], encoded[0]])
     answers = adapter.generate(pair, GREEDY)
-    (one,) = adapter.trace_batch(pair[1:], answers[1:], ["relevancy"])
+    (single,) = adapter.trace_batch(pair[1:], answers[1:], ["relevancy"])
     shared = len(pair[0].cache.graph.inputs["input_ids"]) == 2
     assert pair[1].cache.graph.spent is not shared
     both = adapter.trace_batch(pair[::-1], answers, ["relevancy"])
-    for trace in (one, *both):
+    for trace in (single, *both):
         near(trace.relevancy, whole_pass(adapter, encoded[0], answers[0]))
     graph = weakref.ref(pair[0].cache.graph)
     del pair

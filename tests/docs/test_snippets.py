@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 def blocks(path):
-    return [Block(found["language"], found["code"], found["mark"] or "") for found in FENCE.finditer(path.read_text())]
+    return [Block(match["language"], match["code"], match["mark"] or "") for match in FENCE.finditer(path.read_text())]
 
 
 def page(path):
@@ -204,7 +204,7 @@ def shape(line):
 def near(line, other):
     slack = 3 if "%" in line else 0.05
     pairs = zip(NUMBER.findall(line), NUMBER.findall(other), strict=True)
-    return all(float(one) == pytest.approx(float(two), rel=0.05, abs=slack) for one, two in pairs)
+    return all(float(first) == pytest.approx(float(two), rel=0.05, abs=slack) for first, two in pairs)
 
 
 def test_the_readme_is_short_and_begins_with_two_commands():

@@ -76,7 +76,7 @@ class Audit:
         places += [
             str(Path(module.__file__).parent) for module in map(sys.modules.get, ("transformers", "torch")) if module
         ]
-        self._readable = tuple(os.path.realpath(place) for place in places if place and CANARY not in place)
+        self._readable = tuple(os.path.realpath(folder) for folder in places if folder and CANARY not in folder)
         self._modules = {*sys.stdlib_module_names, *dependencies(), "stethoscope", "hydra_plugins", *COMPILED} - STRANGE
         self._before: set[str] = set()
         sys.addaudithook(self._hook)
@@ -142,7 +142,7 @@ class Audit:
         )
         if writes:
             return None if path == "/dev/null" or "__pycache__" in path else f"write {path}"
-        if path in self.named or any(path == place or path.startswith(place + os.sep) for place in self._readable):
+        if path in self.named or any(path == folder or path.startswith(folder + os.sep) for folder in self._readable):
             return None
         return f"read {path}"
 

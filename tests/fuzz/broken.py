@@ -24,12 +24,12 @@ VALUES = st.recursive(
 """Any value of JSON, NaN and numbers beyond all ranges among them."""
 
 
-def places(data: Any, at: tuple = ()) -> Iterator[tuple]:
+def places(data: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path of every value inside nested lists and objects."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
-        yield (*at, key)
-        yield from places(value, (*at, key))
+        yield (*path, key)
+        yield from places(value, (*path, key))
 
 
 @st.composite
@@ -39,10 +39,10 @@ def changed(draw: Callable, data: Any) -> Any:
         return draw(VALUES)
     data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(data))
-        if not found:
+        paths = list(places(data))
+        if not paths:
             break
-        *path, last = draw(st.sampled_from(found))
+        *path, last = draw(st.sampled_from(paths))
         inside = data
         for key in path:
             inside = inside[key]
@@ -66,8 +66,8 @@ def line_bytes(rows: list[Any]) -> st.SearchStrategy[bytes]:
     """Changed rows as JSON lines."""
 
     def lines(value: Any) -> bytes:
-        found = value if isinstance(value, list) else [value]
-        return "\n".join(map(json.dumps, found)).encode("utf-8", "surrogatepass")
+        records = value if isinstance(value, list) else [value]
+        return "\n".join(map(json.dumps, records)).encode("utf-8", "surrogatepass")
 
     return damaged(changed(rows).map(lines))
 
@@ -80,8 +80,8 @@ def damaged(draw: Callable, whole: st.SearchStrategy[bytes]) -> bytes:
         case "cut":
             return data[: draw(st.integers(0, len(data)))]
         case "put in":
-            at = draw(st.integers(0, len(data)))
-            return data[:at] + draw(st.binary(max_size=8)) + data[at:]
+            position = draw(st.integers(0, len(data)))
+            return data[:position] + draw(st.binary(max_size=8)) + data[position:]
         case "any":
             return draw(
                 st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda t: t.encode("utf-8", "replace")))

@@ -134,12 +134,12 @@ def hostile_strings(work: Path, outside: Path) -> list[str]:
 VALUES = (None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 1e308, -1e308, 0.5, [], {}, [[]], [None], {"a": {"b": []}})
 
 
-def places(data: Any, at: tuple = ()) -> Iterator[tuple]:
+def places(data: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path of every value inside nested lists and objects; of long lists only of the first eight items."""
     items = data.items() if isinstance(data, dict) else enumerate(data[:8]) if isinstance(data, list) else ()
     for key, value in items:
-        yield (*at, key)
-        yield from places(value, (*at, key))
+        yield (*path, key)
+        yield from places(value, (*path, key))
 
 
 def change(data: Any, rng: random.Random, strings: list[str]) -> tuple[Any, str]:
@@ -151,7 +151,7 @@ def change(data: Any, rng: random.Random, strings: list[str]) -> tuple[Any, str]
     inside = data
     for key in path:
         inside = inside[key]
-    where = ".".join(map(str, (*path, last)))
+    dotted = ".".join(map(str, (*path, last)))
     kind = rng.choices(["string", "value", "key", "class", "remove"], [60, 15, 12, 6, 7])[0]
     if kind == "string":
         inside[last] = rng.choice(strings)
@@ -163,7 +163,7 @@ def change(data: Any, rng: random.Random, strings: list[str]) -> tuple[Any, str]
         inside[rng.choice([*KEYS, *strings])] = inside.pop(last) if rng.random() < 0.5 else rng.choice(strings)
     else:
         del inside[last]
-    return data, f"{kind} at {where}"
+    return data, f"{kind} at {dotted}"
 
 
 def mutate(path: Path, rng: random.Random, strings: list[str]) -> str:

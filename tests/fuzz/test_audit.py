@@ -98,14 +98,14 @@ def run_cases(work, seed, count):
 
 def problems(reports):
     """Lines about all cases that did what they may not."""
-    found = []
+    lines = []
     for report in reports:
         wrong = [*report.get("events", ()), *report.get("faults", ())]
         if report.get("cpu", 0) > SLOWEST:
             wrong.append(f"took {report['cpu']} s")
         if wrong:
-            found.append(f"case {report['case']}, {report['kind']}, {report['changed']}:\n  " + "\n  ".join(wrong))
-    return found
+            lines.append(f"case {report['case']}, {report['kind']}, {report['changed']}:\n  " + "\n  ".join(wrong))
+    return lines
 
 
 def summary(reports, seconds):
@@ -122,12 +122,12 @@ def summary(reports, seconds):
 def check(world, seed, count):
     start = time.monotonic()
     reports = run_cases(world, seed, count)
-    found = problems(reports)
+    lines = problems(reports)
     print(summary(reports, time.monotonic() - start))
     folder = os.environ.get("STETHOSCOPE_FUZZ_REPORT")
     if folder:
         Path(folder).write_text("\n".join(map(json.dumps, reports)) + "\n")
-    assert not found, f"{len(found)} of {count}:\n" + "\n".join(found[:20])
+    assert not lines, f"{len(lines)} of {count}:\n" + "\n".join(lines[:20])
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def test_samples(run):
     @given(data=line_bytes(rows))
     def check(data):
         (folder / "samples.jsonl").write_bytes(data)
-        found = answers(lambda: list(RunStore(folder).records()))
-        assert found is None or all(isinstance(record, Record) for record in found)
+        result = answers(lambda: list(RunStore(folder).records()))
+        assert result is None or all(isinstance(record, Record) for record in result)
 
     check()
 
@@ -58,8 +58,8 @@ def test_json_files_of_a_run(run, name):
         (folder / name).write_bytes(data)
         store = RunStore(folder)
         for read in (store.metrics, store.status, store.fingerprints):
-            found = answers(read)
-            assert found is None or isinstance(found, dict)
+            result = answers(read)
+            assert result is None or isinstance(result, dict)
         answers(lambda: Evaluator(run_dir=folder).run(TinyAdapter(), TinyTask(3)))
 
     check()
@@ -84,13 +84,13 @@ def test_detector_objects(detector):
 
     @given(
         data=damaged(st.just(objects)),
-        at=st.integers(0, len(objects) - 1),
+        position=st.integers(0, len(objects) - 1),
         byte=st.integers(0, 255),
         sealed=st.booleans(),
     )
-    def check(data, at, byte, sealed):
+    def check(data, position, byte, sealed):
         if data == objects:
-            data = objects[:at] + bytes([byte]) + objects[at + 1 :]
+            data = objects[:position] + bytes([byte]) + objects[position + 1 :]
         (folder / artifact.OBJECTS).write_bytes(data)
         if sealed:  # even with a digest that fits
             new = {**manifest, "sha256": {artifact.OBJECTS: hashlib.sha256(data).hexdigest()}}
@@ -101,6 +101,6 @@ def test_detector_objects(detector):
     check()
 
 
-@given(found=VALUES)
-def test_any_line_as_a_record(found):
-    answers(lambda: artifact.load_arrays(json.dumps(found).encode()))
+@given(line=VALUES)
+def test_any_line_as_a_record(line):
+    answers(lambda: artifact.load_arrays(json.dumps(line).encode()))

@@ -136,8 +136,8 @@ def read(task):
         judged(task)
         return task
 
-    found = answers(call)
-    for sample in found.samples() if found else ():
+    result = answers(call)
+    for sample in result.samples() if result else ():
         assert "images" in sample.image.source.resolve().parts or "mme" in sample.image.source.resolve().parts
 
 

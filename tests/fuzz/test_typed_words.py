@@ -28,7 +28,7 @@ def read(word):
 
 def in_quotes(text):
     """Text in quotes of its own; backslashes before a quote count double."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + (found[2] and "\\'"), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (match[2] and "\\'"), text) + "'"
 
 
 @given(text=TYPED)

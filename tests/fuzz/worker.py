@@ -35,7 +35,7 @@ RUN_FILES = {
 
 def main(work: Path, seed: int, first: int, last: int) -> None:
     """Runs the cases from ``first`` to before ``last``."""
-    said, sys.stdout = sys.stdout, StringIO()
+    stdout, sys.stdout = sys.stdout, StringIO()
     prepare(work)
     from fuzz.audit import Audit
     from fuzz.broken import StethoscopeError
@@ -53,21 +53,21 @@ def main(work: Path, seed: int, first: int, last: int) -> None:
         folder, files = world.case(kind, rng)
         done = world.change(kind, folder, files, rng, strings)
         report: dict[str, Any] = {"case": number, "kind": kind, "changed": done}
-        print(json.dumps({"case": number, "kind": kind, "changed": done}), file=said, flush=True)
+        print(json.dumps({"case": number, "kind": kind, "changed": done}), file=stdout, flush=True)
         start, cpu = time.monotonic(), time.process_time()
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        with audit.watching() as found, warnings.catch_warnings():
+        with audit.watching() as events, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             errors = world.read(kind, folder, rng)
         faulthandler.cancel_dump_traceback_later()
         report |= {"seconds": round(time.monotonic() - start, 2), "cpu": round(time.process_time() - cpu, 2)}
-        report["events"] = sorted(set(found))
+        report["events"] = sorted(set(events))
         if (work / MARK).exists():
             report["events"].append("hostile code has run")
             (work / MARK).unlink()
         report["refused"] = [str(error)[:200] for error in errors if isinstance(error, StethoscopeError)]
         report["faults"] = [_fault(error) for error in errors if _fault(error)]
-        print(json.dumps(report), file=said, flush=True)
+        print(json.dumps(report), file=stdout, flush=True)
         shutil.rmtree(folder)
 
 

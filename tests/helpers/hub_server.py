@@ -34,8 +34,8 @@ class Hub(BaseHTTPRequestHandler):
             self.send({"url": f"{self.server.address}/me/detector"})
         elif "/preupload/" in path:
             files = json.loads(body)["files"]
-            made = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-            self.send({"files": made})
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            self.send({"files": modes})
         elif "/commit/" in path:
             lines = [json.loads(line) for line in body.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
@@ -74,8 +74,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def commit(self, revision):
         """The commit of a branch, or of itself."""
-        found = self.server.branches.get(revision, revision)
-        return found if found in self.server.commits else None
+        branch = self.server.branches.get(revision, revision)
+        return branch if branch in self.server.commits else None
 
 
 @contextmanager

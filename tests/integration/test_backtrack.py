@@ -65,12 +65,12 @@ def brute_force(adapter, encoded, generation):
             if number < settled or not (finished or re.match(r"\s*\S+\s", text[mention.end :])):
                 continue
             settled = number + 1
-            place = next(k for k, (start, end) in enumerate(spans) if start < mention.end and end > mention.start)
-            if doubt(mention.name) and tries < 12 and len(forbidden.get(place, ())) < 3:
-                forbidden = {k: v for k, v in forbidden.items() if k <= place}
-                forbidden.setdefault(place, []).append(ids[place])
+            first_token = next(k for k, (start, end) in enumerate(spans) if start < mention.end and end > mention.start)
+            if doubt(mention.name) and tries < 12 and len(forbidden.get(first_token, ())) < 3:
+                forbidden = {k: v for k, v in forbidden.items() if k <= first_token}
+                forbidden.setdefault(first_token, []).append(ids[first_token])
                 tries, settled, taken = tries + 1, number, taken + 1
-                del ids[place:]
+                del ids[first_token:]
                 finished = False
                 break
         if finished:

@@ -82,26 +82,26 @@ def test_a_run_over_every_kind_of_file(stethoscope, tmp_path):
     assert f"{len(BAD)} of {len(asked)} samples failed, the first is pope sample" in line
     lines = (tmp_path / "runs" / "one" / "samples.jsonl").read_text().splitlines()
     assert len(lines) == len(asked)
-    found = {}
+    digests = {}
     for record in map(json.loads, lines):
         name = next(name for name in GOOD | BAD if name in json.dumps(record))
-        found[name] = record
-    for name, record in found.items():
+        digests[name] = record
+    for name, record in digests.items():
         assert (record["status"] == "failed") == (name in BAD), record
         if name in BAD:
             assert f"{name} cannot be read" in record["error"]
-    for one, other in SAME:
-        assert found[one]["answer"] == found[other]["answer"]
-    assert len({json.dumps(found[name]["answer"]) for name in GOOD}) >= len(GOOD) - len(SAME) - 1
+    for first, other in SAME:
+        assert digests[first]["answer"] == digests[other]["answer"]
+    assert len({json.dumps(digests[name]["answer"]) for name in GOOD}) >= len(GOOD) - len(SAME) - 1
 
 
 def families():
     """A configuration for each family of models."""
-    found = {}
+    classes = {}
     for name in (name for name in choices("model") if name != "none"):
         config = OmegaConf.load(conf_folder() / "model" / f"{name}.yaml")
-        found.setdefault((config.get("_target_"), config.get("family")), name)
-    return sorted(found.values())
+        classes.setdefault((config.get("_target_"), config.get("family")), name)
+    return sorted(classes.values())
 
 
 @pytest.fixture(scope="module", params=others_slow(families()))

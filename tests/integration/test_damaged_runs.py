@@ -92,8 +92,8 @@ def damage_of(path, kind):
         path.write_bytes(DAMAGE[kind](data))
 
 
-def compare_runs(one, other):
-    sources, heads = [RunReader.read(one), RunReader.read(other)], ("one", "other")
+def compare_runs(run, other):
+    sources, heads = [RunReader.read(run), RunReader.read(other)], ("one", "other")
     for table in (compare.summary_table, compare.leaderboard_table, compare.setting_table):
         table(sources, heads)
     compare.run_names(sources)

@@ -84,9 +84,9 @@ def test_a_picture_with_a_detector_and_hostile_words(stethoscope, tmp_path, trai
         assert f"{named['object']} [{percent(named['probability'])}]" in out
         assert f"{named['object']}: {percent(named['probability'])} {state}, evidence {named['evidence']:+.2f}" in out
         looks = ", ".join(
-            f"{one['object'] or 'nothing known'} {percent(one['probability'])}"
-            for one in named["visual_evidence"]
-            if one["probability"] >= 0.005
+            f"{evidence['object'] or 'nothing known'} {percent(evidence['probability'])}"
+            for evidence in named["visual_evidence"]
+            if evidence["probability"] >= 0.005
         )
         assert f"{named['object']}: looks like {looks}" in out
     assert "no object detector" in out

@@ -12,19 +12,19 @@ from stethoscope.commands import doctor
 
 
 def findings(check):
-    return {found.what: (found.state, found.text) for found in check()}
+    return {finding.what: (finding.state, finding.text) for finding in check()}
 
 
 def test_the_whole_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["doctor"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0, said
-    found = {line[6:22].strip(): line[:5].strip() for line in said.splitlines()}
-    assert found["python"] == found["torch"] == found["embedded model"] == found["run directory"] == "ok"
-    assert {"hub", "wandb", "memory", "disk", "extra app", "extra sweeps"} <= found.keys()
-    assert "extra dev" not in found
+    report = capsys.readouterr().out
+    assert end.value.code == 0, report
+    checks = {line[6:22].strip(): line[:5].strip() for line in report.splitlines()}
+    assert checks["python"] == checks["torch"] == checks["embedded model"] == checks["run directory"] == "ok"
+    assert {"hub", "wandb", "memory", "disk", "extra app", "extra sweeps"} <= checks.keys()
+    assert "extra dev" not in checks
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,21 +35,21 @@ def installed(monkeypatch):
         "torch<1", "nowhere-to-be-found>=2", 'numpy; extra == "good"', 'nowhere-either>=3; extra == "bad"',
         'numpy; python_version < "3"',
     ]  # fmt: skip
-    told = {"Provides-Extra": ["good", "bad", "dev"]}
+    metadata = {"Provides-Extra": ["good", "bad", "dev"]}
 
     class Metadata:
-        get_all = staticmethod(told.get)
+        get_all = staticmethod(metadata.get)
 
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
     monkeypatch.setattr("importlib.metadata.metadata", lambda name: Metadata)
 
 
 def test_packages_and_extras_that_are_missing(installed):
-    found = findings(doctor._packages)
-    assert found["torch"][0] == found["nowhere-to-be-found"][0] == "FAIL"
-    assert found["torch"][1].endswith('does not fit; pip install "torch<1"')
-    assert found["nowhere-to-be-found"][1] == 'missing; pip install "nowhere-to-be-found>=2"'
-    assert "numpy" not in found
+    checks = findings(doctor._packages)
+    assert checks["torch"][0] == checks["nowhere-to-be-found"][0] == "FAIL"
+    assert checks["torch"][1].endswith('does not fit; pip install "torch<1"')
+    assert checks["nowhere-to-be-found"][1] == 'missing; pip install "nowhere-to-be-found>=2"'
+    assert "numpy" not in checks
     extras = findings(doctor._extras)
     assert extras == {
         "extra good": ("ok", "installed"),
@@ -81,10 +81,10 @@ def test_a_run_that_is_under_way_is_named(tmp_path, monkeypatch):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        found = findings(doctor._locks)
+        checks = findings(doctor._locks)
         process.stdin.close()
-    assert found["run directory"][0] == "ok"
-    state, text = found["mine"]
+    assert checks["run directory"][0] == "ok"
+    state, text = checks["mine"]
     assert state == "note"
     assert str(process.pid) in text
     assert set(findings(doctor._locks)) == {"run directory"}  # the lock went with its process

@@ -25,11 +25,11 @@ def scenes_drawn_once():
 
 @pytest.mark.parametrize("name", [path.stem for path in FILES])
 def test_a_tiny_model_of_the_same_kind_is_evaluated(name, stethoscope, tmp_path):
-    said = stethoscope(
+    printed = stethoscope(
         "evaluate", f"model={name}", "model.random_init=tiny", "task=pope", "task.source=testbed", "limit=4",
         "generation.max_new_tokens=4", "callbacks=none", "logger=none", "name=run", code=0,
     )  # fmt: skip
-    assert "4 samples" in said
+    assert "4 samples" in printed
     store = RunStore(tmp_path / "runs" / "run")
     records = list(store.records("pope"))
     assert len(records) == 4

@@ -51,9 +51,9 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_said_once():
     adapter = Narrow(writes=3)
     with pytest.warns(
         UserWarning, match=r"generate: 16 samples together do not fit into memory; .* 2 at a time"
-    ) as said:
+    ) as warned:
         results = Evaluator(batch_size=16).run(adapter, TinyTask(40))
-    assert len([warning for warning in said if "do not fit" in str(warning.message)]) == 1
+    assert len([warning for warning in warned if "do not fit" in str(warning.message)]) == 1
     assert [len(numbers) for numbers in adapter.generated] == [2] * 20  # what did not fit was never written
     assert results.counts == {"samples": 40, "ok": 40, "unparsed": 0, "failed": 0, "truncated": 0}
     assert results.flat() == {
@@ -64,9 +64,9 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_said_once():
 
 def test_generating_and_tracing_have_each_their_own_size(tmp_path):
     adapter = Narrow(writes=4, traces=2)
-    with pytest.warns(UserWarning, match="do not fit") as said:
+    with pytest.warns(UserWarning, match="do not fit") as warned:
         Evaluator(batch_size=8, features=TinyFeatures(), run_dir=tmp_path).run(adapter, TinyTask(16))
-    assert [str(one.message).partition(":")[0] for one in said] == ["generate", "trace"]
+    assert [str(warning.message).partition(":")[0] for warning in warned] == ["generate", "trace"]
     assert [len(numbers) for numbers in adapter.generated] == [4] * 4
     assert adapter.together == [2] * 8
     assert sum(record.tokens > 0 for record in RunStore(tmp_path).records("tiny")) == 16
@@ -122,10 +122,10 @@ def test_weights_that_are_none_fail_every_sample(stethoscope, monkeypatch):
     """Real NaN weights: the run stops and says so, instead of scoring what argmax makes of NaN."""
     from stethoscope.adapters.testbed import TestbedAdapter
 
-    made = TestbedAdapter._tiny
+    tiny = TestbedAdapter._tiny
 
     def broken(self):
-        model, processor = made(self)
+        model, processor = tiny(self)
         next(model.parameters()).data.fill_(math.nan)
         model.lm_head.weight.data.fill_(math.nan)
         return model, processor
@@ -168,9 +168,9 @@ def test_a_signal_flushes_marks_and_says_how_to_go_on(stethoscope, tmp_path, mon
     with pytest.raises(SystemExit) as end:
         cli.main([*words, f"+callbacks.ends.signal={name}"])
     assert end.value.code == code
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1] == "stethoscope: interrupted; the same command goes on from here"
-    assert not any("Traceback" in line for line in said)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1] == "stethoscope: interrupted; the same command goes on from here"
+    assert not any("Traceback" in line for line in lines)
     assert signal.getsignal(signal.SIGTERM) is before
     store = RunStore(tmp_path / "runs" / "one")
     assert store.status() == {"pope": "interrupted"}
@@ -218,9 +218,9 @@ def test_a_full_disk_costs_one_line_and_nothing_that_was_done(stethoscope, tmp_p
     stethoscope(*RUN, code=0)
 
     def records(name):
-        found = map(json.loads, (tmp_path / "runs" / name / "samples.jsonl").read_text().splitlines())
+        stored = map(json.loads, (tmp_path / "runs" / name / "samples.jsonl").read_text().splitlines())
         changing = {"seconds": 0, "answer": 0}  # log-probabilities of other batches differ in their last digits
-        return [{**record, **changing, "ids": record["answer"]["token_ids"]} for record in found]
+        return [{**record, **changing, "ids": record["answer"]["token_ids"]} for record in stored]
 
     assert records("one") == records("whole")
 
@@ -228,9 +228,9 @@ def test_a_full_disk_costs_one_line_and_nothing_that_was_done(stethoscope, tmp_p
 @pytest.mark.parametrize("number", [28, 122, 30, 13])
 def test_disk_errors_name_the_file_and_what_to_do(number, tmp_path):
     words = r"samples\.jsonl cannot be written or read: "
-    with pytest.raises(CapabilityError, match=words) as found, disk_faults(tmp_path):
+    with pytest.raises(CapabilityError, match=words) as raised, disk_faults(tmp_path):
         raise OSError(number, "whatever", "samples.jsonl")
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError), disk_faults():
         raise FileNotFoundError(2, "a bug of ours")
 

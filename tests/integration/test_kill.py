@@ -41,17 +41,17 @@ def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(kill_runs, tmp
 
 def test_the_comparison_finds_what_it_should(kill_runs, tmp_path):
     """A driver that finds nothing would prove nothing."""
-    one, other = tmp_path / "one", tmp_path / "other"
-    for run in (one, other):
+    undisturbed, other = tmp_path / "one", tmp_path / "other"
+    for run in (undisturbed, other):
         Evaluator(run_dir=run, features=TinyFeatures()).run(TinyAdapter(), TinyTask(count=4))
-    assert kill_runs.differences(one, other) == []
+    assert kill_runs.differences(undisturbed, other) == []
     file, table = other / "samples.jsonl", other / "tokens.parquet"
     lines, rows = file.read_text().splitlines(keepends=True), pd.read_parquet(table)
 
     def found(text, frame=rows):
         file.write_text(text)
         frame.to_parquet(table)
-        return kill_runs.differences(one, other)
+        return kill_runs.differences(undisturbed, other)
 
     assert found("".join(lines[1:])) == ["1 samples are lost, such as ('tiny', 's00')"]
     assert found("".join([*lines, lines[0]])) == ["1 records of other are double"]

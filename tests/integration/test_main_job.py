@@ -65,8 +65,8 @@ def test_every_figure_has_its_interval(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) == {"pope", "chair", "detector"}
     names = {(row["metric"], row["subset"]) for row in metrics["pope"]["metrics"]}
-    one = {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "tpr", "tnr", "yes_rate"}
-    assert names == {(name, subset) for name in one for subset in SUBSETS} | {("accuracy", "mean"), ("f1", "mean")}
+    rates = {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "tpr", "tnr", "yes_rate"}
+    assert names == {(name, subset) for name in rates for subset in SUBSETS} | {("accuracy", "mean"), ("f1", "mean")}
     assert {row["metric"] for row in metrics["chair"]["metrics"]} == {"chair_i", "chair_s", "recall", "length"}
     rows = [*metrics["pope"]["metrics"], *metrics["chair"]["metrics"]]
     rows += [interval for row in metrics["detector"]["leaderboard"]["rows"] for interval in row["metrics"].values()]
@@ -148,8 +148,8 @@ def test_warnings_are_the_saved_detectors_own(finished):
     assert warnings.groupby(["sample_id", "object"])["probability"].nunique().max() == 1
     assert warnings.groupby("group")["fold"].nunique().max() == 1
     texts = {record.sample_id: record.answer.text for record in RunStore(finished).records("chair")}
-    told = [texts[row.sample_id][row.start : row.end].strip() == row.object for row in warnings.itertuples()]
-    assert np.mean(told) > 0.9  # the rest are synonyms
+    agreements = [texts[row.sample_id][row.start : row.end].strip() == row.object for row in warnings.itertuples()]
+    assert np.mean(agreements) > 0.9  # the rest are synonyms
 
 
 @pytest.mark.slow
@@ -193,9 +193,9 @@ def test_exported_files_give_the_same_metrics(tmp_path, stethoscope):
     for task, words in files.items():
         stethoscope("evaluate", f"task={task}", "task.scenes=8", "name=made", *common, code=0)
         stethoscope("evaluate", f"task={task}", "task.source=files", *words, "name=read", *common, code=0)
-    made, read = (json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("made", "read"))
-    assert made == read
-    assert made["chair"]["counts"]["ok"] == 8
+    written, read = (json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("made", "read"))
+    assert written == read
+    assert written["chair"]["counts"]["ok"] == 8
 
 
 @pytest.mark.slow
@@ -214,5 +214,5 @@ def test_all_published_detectors_on_one_leader_board(tmp_path, stethoscope):
     named = (table["mention_index"] >= 0).to_numpy()
     np.testing.assert_array_equal(table["verify_yes"].notna(), named)
     np.testing.assert_array_equal(table["masked_prob"].notna(), named)
-    one = table[named].groupby(["sample_id", "object"])["verify_yes"].nunique()
-    assert (one == 1).all()  # later mentions and all sub-tokens share the question
+    distinct = table[named].groupby(["sample_id", "object"])["verify_yes"].nunique()
+    assert (distinct == 1).all()  # later mentions and all sub-tokens share the question

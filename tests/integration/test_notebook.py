@@ -33,18 +33,18 @@ def cells(folder):
 
 def outputs(cells, words):
     """Outputs of the cells whose source has these words."""
-    return [one for cell in cells if words in cell.source for one in cell.outputs]
+    return [output for cell in cells if words in cell.source for output in cell.outputs]
 
 
 def printed(cells, words):
-    return "".join(one.text for one in outputs(cells, words) if one.output_type == "stream")
+    return "".join(output.text for output in outputs(cells, words) if output.output_type == "stream")
 
 
 def test_every_cell_shows_something(cells):
     assert len(cells) > 10
     for cell in cells:
         assert cell.outputs, cell.source
-        assert not [one for one in cell.outputs if one.get("name") == "stderr"]
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"]
 
 
 def test_pictures_are_shown(cells):
@@ -74,10 +74,10 @@ def test_streamed_warnings_are_those_of_the_diagnosis(cells):
     answer = printed(cells, "adapter.generate").splitlines()[0]
     streamed, _, named = printed(cells, "stethoscope.stream").partition("\n\n")
     assert streamed.strip() == answer.strip()
-    said = re.search(r"(.*): (\d+%) hallucinated", printed(cells, "doubtful ="))
+    match = re.search(r"(.*): (\d+%) hallucinated", printed(cells, "doubtful ="))
     most = max(int(share) for share in re.findall(r"^ *(\d+)% ", named, re.MULTILINE))
-    assert abs(most - int(said[2][:-1])) <= 1
-    assert said[1] in named
+    assert abs(most - int(match[2][:-1])) <= 1
+    assert match[1] in named
 
 
 def test_the_notebook_in_the_repository_was_run(cells):
@@ -85,4 +85,4 @@ def test_the_notebook_in_the_repository_was_run(cells):
     stored = [cell for cell in nbformat.read(TOUR, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in stored] == list(range(1, len(stored) + 1))
     assert [len(cell.outputs) for cell in stored] == [len(cell.outputs) for cell in cells]
-    assert not [one for cell in stored for one in cell.outputs if one.output_type == "error"]
+    assert not [output for cell in stored for output in cell.outputs if output.output_type == "error"]

@@ -60,12 +60,12 @@ def records(folder):
 
 @pytest.mark.parametrize("way", ["--config-dir", "hydra.searchpath"])
 def test_a_task_runs_on_it(mine, stethoscope, way):
-    where = ("--config-dir", mine / "conf") if way == "--config-dir" else (f"hydra.searchpath=[file://{mine}/conf]",)
-    said = stethoscope("evaluate", *where, "model=pooled", "plugins=[my_models]", *TASK, "name=one", code=0)
-    assert "0 failed" in said
-    found = records("one")
-    assert len(found) == 2
-    assert all("USER: <image>" in record["prompt"] and record["answer"]["token_ids"] for record in found)
+    options = ("--config-dir", mine / "conf") if way == "--config-dir" else (f"hydra.searchpath=[file://{mine}/conf]",)
+    printed = stethoscope("evaluate", *options, "model=pooled", "plugins=[my_models]", *TASK, "name=one", code=0)
+    assert "0 failed" in printed
+    lines = records("one")
+    assert len(lines) == 2
+    assert all("USER: <image>" in record["prompt"] and record["answer"]["token_ids"] for record in lines)
     config = (Path("runs") / "one" / "config.yaml").read_text()
     assert "my_models.pooled.PooledAdapter" in config
     assert "my_models.pooled.PooledAdapter" in (Path("runs") / "one" / "fingerprint.json").read_text()
@@ -94,12 +94,12 @@ def test_without_the_users_word_nothing_of_it_runs(mine, stethoscope):
 
 
 def test_what_is_wrong_with_it_is_said_in_a_line(mine, stethoscope):
-    where = ("--config-dir", mine / "conf", "plugins=[my_models]", *TASK)
-    assert "did you mean 'pooled'" in stethoscope("evaluate", *where, "model=pooledd")
-    line = stethoscope("evaluate", *where, "model=pooled", "model._target_=my_models.nothing.Adapter")
+    options = ("--config-dir", mine / "conf", "plugins=[my_models]", *TASK)
+    assert "did you mean 'pooled'" in stethoscope("evaluate", *options, "model=pooledd")
+    line = stethoscope("evaluate", *options, "model=pooled", "model._target_=my_models.nothing.Adapter")
     assert "No module named 'my_models.nothing'" in line
     (mine / "pooled.py").write_text("import a_package_that_is_not_here\n")
-    assert "No module named 'a_package_that_is_not_here'" in stethoscope("evaluate", *where, "model=pooled")
+    assert "No module named 'a_package_that_is_not_here'" in stethoscope("evaluate", *options, "model=pooled")
 
 
 def test_only_a_yaml_for_a_class_of_transformers(mine, stethoscope, tmp_path):
@@ -108,22 +108,22 @@ def test_only_a_yaml_for_a_class_of_transformers(mine, stethoscope, tmp_path):
     processor.save_pretrained(tmp_path / "llava")
     lines = ["defaults: [hf, _self_]", f"model_id: {tmp_path / 'llava'}", f'prompt: "{PROMPT}"']
     (mine / "conf" / "model" / "finetuned.yaml").write_text("\n".join(lines) + "\n")
-    said = stethoscope("evaluate", "--config-dir", mine / "conf", "model=finetuned", *TASK, code=0)
-    assert "2 samples" in said
-    assert "0 failed" in said
+    printed = stethoscope("evaluate", "--config-dir", mine / "conf", "model=finetuned", *TASK, code=0)
+    assert "2 samples" in printed
+    assert "0 failed" in printed
 
 
 def test_it_gets_maps_and_all_loading_options(mine):
     """A token's map says where the picture matters to it: its patches are those that the token was pooled from."""
-    found = []
+    calls = []
     for settings in ([], ["model.device_map={model: disk, lm_head: cpu}"]):
         words = [f"hydra.searchpath=[file://{mine}/conf]", "+model=pooled", *settings]
         adapter = build(compose(words).model, object, "model", plugins=["my_models"])
         encoded = adapter.encode(IMAGE, "Is there a dog?")
         assert encoded.spans.grids == ((2, 2),)
         answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
-        found.append((answer, token_relevancy(adapter, IMAGE, "Is there a dog?", answer)))
-    (answer, maps), (same, away) = found
+        calls.append((answer, token_relevancy(adapter, IMAGE, "Is there a dog?", answer)))
+    (answer, maps), (same, away) = calls
     assert answer == same
     assert maps.image.shape == (len(answer.token_ids), 3, 4)
     assert (maps.image[:, -1].sum(-1) > 0).any()

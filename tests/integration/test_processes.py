@@ -43,8 +43,8 @@ class Launch:
 
     def end(self):
         """Exit codes, and what every process has said on stderr."""
-        said = [worker.communicate(timeout=120)[1].decode() for worker in self.workers]
-        return [worker.returncode for worker in self.workers], said
+        errors = [worker.communicate(timeout=120)[1].decode() for worker in self.workers]
+        return [worker.returncode for worker in self.workers], errors
 
 
 def alone_in(folder, count, **settings):
@@ -58,19 +58,19 @@ def told(folder, processes):
 
 
 def test_two_processes_do_what_one_does_and_each_its_share(kill_runs, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = alone_in(one, 23, fails=[7])
-    codes, said = Launch(kill_runs, two, 2, count=23, fails=[7]).end()
+    single, two = tmp_path / "one", tmp_path / "two"
+    alone = alone_in(single, 23, fails=[7])
+    codes, errors = Launch(kill_runs, two, 2, count=23, fails=[7]).end()
     assert codes == [0, 0]
-    assert kill_runs.differences(one, two) == []
+    assert kill_runs.differences(single, two) == []
     shares = told(tmp_path, 2)
     assert shares[0]["results"]["metrics"] == alone.to_dict()["metrics"]
     assert shares[0]["results"] == shares[1]["results"]
     answered = [set(share["answered"]) for share in shares]
     assert all(answered)
     assert sum(map(len, answered)) == len(set.union(*answered)) == 23
-    assert "tiny: 23/23" in said[0]
-    assert said[1] == ""
+    assert "tiny: 23/23" in errors[0]
+    assert errors[1] == ""
 
 
 @pytest.mark.slow
@@ -95,21 +95,21 @@ def test_an_error_of_one_process_ends_all_with_its_own_line(kill_runs, tmp_path)
     number = next(number for number in range(200) if DistributedState(1, 2).owns(f"image{number // 2}"))
     run = Launch(kill_runs, tmp_path / "run", 2, count=200, pause=0.05, fails=[number], on_error="raise")
     begun = time.monotonic()
-    codes, said = run.end()
+    codes, errors = run.end()
     assert codes == [2, 2]
-    assert said[1].splitlines()[-1] == "tiny: the model broke"
-    assert "broke" not in said[0]
-    assert "Traceback" not in said[0] + said[1]
+    assert errors[1].splitlines()[-1] == "tiny: the model broke"
+    assert "broke" not in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]
     assert time.monotonic() - begun < 60
     assert RunStore(tmp_path / "run").status() == {"tiny": "failed"}
 
 
 @pytest.mark.slow
 def test_samples_that_all_fail_are_an_error_however_few_each_process_has(kill_runs, tmp_path):
-    codes, said = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=list(range(10))).end()
+    codes, errors = Launch(kill_runs, tmp_path / "run", 2, count=10, fails=list(range(10))).end()
     assert codes == [2, 2]
-    assert said[0].splitlines()[-1] == "tiny: all 10 samples failed; sample s00: RuntimeError: the model broke"
-    assert said[1] == ""
+    assert errors[0].splitlines()[-1] == "tiny: all 10 samples failed; sample s00: RuntimeError: the model broke"
+    assert errors[1] == ""
 
 
 @pytest.mark.slow
@@ -127,18 +127,18 @@ def test_a_process_that_is_killed_ends_the_others(kill_runs, tmp_path):
     while len(kill_runs._records(tmp_path / "run")) < 4:
         time.sleep(0.02)
     run.workers[1].kill()
-    codes, said = run.end()
+    codes, errors = run.end()
     assert codes == [2, -signal.SIGKILL]
-    assert said[0].splitlines()[-1].startswith("tiny: a process of the run has gone")
+    assert errors[0].splitlines()[-1].startswith("tiny: a process of the run has gone")
     assert RunStore(tmp_path / "run").status() == {"tiny": "failed"}
 
 
 @pytest.mark.slow
 def test_processes_with_different_models_are_refused(kill_runs, tmp_path):
-    codes, said = Launch(kill_runs, tmp_path / "run", 2, count=4, revisions={"1": "2"}).end()
+    codes, errors = Launch(kill_runs, tmp_path / "run", 2, count=4, revisions={"1": "2"}).end()
     assert codes == [2, 2]
-    assert "process 1 has another fingerprint than the first" in said[0]
-    assert said[1] == ""
+    assert "process 1 has another fingerprint than the first" in errors[0]
+    assert errors[1] == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -191,11 +191,11 @@ def test_a_process_without_a_partner_says_so_and_hears_signals(alone, rank, numb
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_partner_that_does_not_come_is_one_line(alone, rank, tmp_path):
     worker = alone(rank, meeting_minutes=0.01)
-    said = worker.communicate(timeout=60)[1].splitlines()
+    lines = worker.communicate(timeout=60)[1].splitlines()
     assert worker.returncode == 2
-    assert f"process {1 - rank} of 2 (numbered from 0) has not " in said[-1]
-    assert said[-1].endswith("or wait longer with meeting_minutes=")
-    assert len(said) == 1
+    assert f"process {1 - rank} of 2 (numbered from 0) has not " in lines[-1]
+    assert lines[-1].endswith("or wait longer with meeting_minutes=")
+    assert len(lines) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -246,17 +246,17 @@ def test_junk_of_a_launcher_is_one_line(monkeypatch, capsys, tmp_path, variables
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "model.random_init=tiny", "logger=none", f"runs={tmp_path}"])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(error_lines(said)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error_lines(error)) == 1
 
 
 def test_pictures_fall_to_processes_by_their_ids_alone():
     ids = [f"image {number}" for number in range(3000)]
     for count in (1, 2, 3, 7):
         takers = [[rank for rank in range(count) if DistributedState(rank, count).owns(name)] for name in ids]
-        assert all(len(found) == 1 for found in takers)
-        shares = Counter(found[0] for found in takers)
+        assert all(len(ranks) == 1 for ranks in takers)
+        shares = Counter(ranks[0] for ranks in takers)
         assert max(shares.values()) - min(shares.values()) < 0.1 * len(ids)
     # the last bits of the first 8 bytes of `printf a | sha256sum`: ca978112ca1bbdca, and so on
     assert [DistributedState(0, 2).owns(name) for name in "abcd"] == [True, True, True, False]

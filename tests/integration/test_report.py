@@ -87,7 +87,7 @@ def test_pictures_are_those_that_the_run_has_kept(copy, stethoscope):
     stethoscope("report", copy, code=0)
     page = Page((copy / "report.html").read_text())
     images = [address for address in page.addresses if address.startswith("data:")]
-    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2]))), int) for one in images]
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))), int) for image in images]
     for picture, heat in zip(shown[::2], shown[1::2], strict=True):
         assert np.abs(picture - (0, 128, 0)).max() < 6
         side = len(heat)
@@ -247,7 +247,7 @@ def test_task_differences_are_paired_over_images(finished):
     draws = np.random.default_rng(0).integers(LIMIT, size=(1000, LIMIT))
     gaps = []
     for draw in draws:
-        rates = [one[draw].sum(axis=0)[0] / one[draw].sum(axis=0)[1] for one in counts]
+        rates = [pair[draw].sum(axis=0)[0] / pair[draw].sum(axis=0)[1] for pair in counts]
         gaps.append(rates[1] - rates[0])
     assert difference.interval.value == pytest.approx(stored[1].value - stored[0].value)
     assert [difference.interval.low, difference.interval.high] == pytest.approx(
@@ -359,12 +359,12 @@ DAMAGE = {
 def test_a_value_of_another_kind_is_one_line_about_the_run(copy, finished, tmp_path, stethoscope, kind):
     name, keys, value = DAMAGE[kind]
     _set(copy / name, keys, value)
-    said = []
+    lines = []
     for words in (("report", copy), ("compare", copy, finished / "sampled")):
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
             main(list(map(str, words)))
-        said += err.getvalue().splitlines()[-1:]
+        lines += err.getvalue().splitlines()[-1:]
     runs = Runs(copy.parent, None, tmp_path)  # one of several; a damaged one that the user names is refused at once
-    said += [json.loads(text).get("note", "") for text in (runs.listing("copy"), runs.figures("copy"))]
-    assert any(f"{copy}" in line and "damaged" in line for line in said)
-    assert not any("Traceback" in line or len(line) > 1000 for line in said)
+    lines += [json.loads(text).get("note", "") for text in (runs.listing("copy"), runs.figures("copy"))]
+    assert any(f"{copy}" in line and "damaged" in line for line in lines)
+    assert not any("Traceback" in line or len(line) > 1000 for line in lines)

@@ -118,10 +118,10 @@ def test_every_feature_of_a_step_is_that_of_the_trace(adapter, images, every):
         warner.model.generate(**warner.arguments, streamer=warner)
     features = FeatureSet(groups=(), names=STEPWISE)
     columns = features.compute(adapter.trace(encoded, warner.answer, features.requires))
-    found = warner.scorer.columns(len(warner.tokens))
-    assert set(found) == set(columns)
+    streamed = warner.scorer.columns(len(warner.tokens))
+    assert set(streamed) == set(columns)
     for name, values in columns.items():
-        assert np.allclose(found[name], values, rtol=1e-3, atol=1e-3), name
+        assert np.allclose(streamed[name], values, rtol=1e-3, atol=1e-3), name
 
 
 def test_sampling_and_stop_strings(adapter, images, every, fast):
@@ -135,7 +135,9 @@ def test_sampling_and_stop_strings(adapter, images, every, fast):
             tokens, mentions, last = streamed(
                 adapter, images[0], QUESTION, detector=detector, delay=delay, generation=generation
             )
-            assert [(one.object, one.start) for one in mentions] == [(one.object, one.start) for one in last.mentions]
+            assert [(mention.object, mention.start) for mention in mentions] == [
+                (mention.object, mention.start) for mention in last.mentions
+            ]
             assert last.answer.text == answer.text == "".join(token.text for token in tokens)
             assert tuple(token.id for token in tokens) == answer.token_ids == last.answer.token_ids
             assert last.answer.finished == answer.finished
@@ -153,13 +155,13 @@ def test_the_last_item_has_the_mentions_of_a_diagnosis(adapter, images, fast, ev
     for given, judge in (({}, fast), ({"final": every}, every)):
         *_, last = stream(adapter, images[0], QUESTION, detector=fast, generation=generation, **given)
         whole = stethoscope.diagnose(adapter, images[0], QUESTION, last.answer, judge)
-        assert [(one.object, one.start, one.warned) for one in last.mentions] == [
-            (one.object, one.start, one.warned) for one in whole.mentions
+        assert [(mention.object, mention.start, mention.warned) for mention in last.mentions] == [
+            (mention.object, mention.start, mention.warned) for mention in whole.mentions
         ]
         assert len(last.mentions) > 1
         assert np.allclose(
-            [one.verdict.probability for one in last.mentions],
-            [one.verdict.probability for one in whole.mentions],
+            [mention.verdict.probability for mention in last.mentions],
+            [mention.verdict.probability for mention in whole.mentions],
             atol=1e-4,
         )
 
@@ -182,11 +184,11 @@ def test_only_tokens_that_can_begin_a_name_are_scored(adapter, images, fast, eve
                 assert tokens[index].probability == pytest.approx(expected[index].probability, abs=1e-5)
             assert {mention.tokens[0] for mention in mentions} <= set(scored)
             assert len(computed) == (len(scored) if detector is fast else 0)
-            assert [(one.object, one.start, one.warned) for one in mentions] == [
-                (one.object, one.start, one.warned) for one in warnings
+            assert [(named.object, named.start, named.warned) for named in mentions] == [
+                (named.object, named.start, named.warned) for named in warnings
             ]
-            for mention, one, final in zip(mentions, warnings, last.mentions, strict=True):
-                assert mention.probability == pytest.approx(one.probability, abs=1e-5)
+            for mention, named, final in zip(mentions, warnings, last.mentions, strict=True):
+                assert mention.probability == pytest.approx(named.probability, abs=1e-5)
                 assert mention.probability == pytest.approx(final.verdict.probability, abs=1e-5)
             shares.append(len(scored) / len(tokens))
         assert 0.02 < np.mean(shares) < 0.25
@@ -286,7 +288,7 @@ def test_an_object_is_told_when_its_name_is_complete_and_with_its_final_warning(
     ],
 )
 def test_names_are_complete_when_nothing_can_change_them(pieces, expected):
-    tracker, spans, told = MentionTracker(object_mentions, None), [], {}
+    tracker, spans, names_by_step = MentionTracker(object_mentions, None), [], {}
 
     def completed(text, finished=False):
         return [tracker.add(mention, spans, ()).object for mention in tracker.new(text, finished)]
@@ -294,9 +296,9 @@ def test_names_are_complete_when_nothing_can_change_them(pieces, expected):
     for index in range(len(pieces)):
         spans.append((sum(map(len, pieces[:index])), sum(map(len, pieces[: index + 1]))))
         names = completed("".join(pieces[: index + 1]))
-        told |= {index + 1: names} if names else {}
+        names_by_step |= {index + 1: names} if names else {}
     names = completed("".join(pieces), finished=True)
-    assert told | ({"end": names} if names else {}) == expected
+    assert names_by_step | ({"end": names} if names else {}) == expected
     for mention in tracker.completed:
         assert "".join(pieces)[mention.start : mention.end].lower().rstrip("s").endswith(mention.object)
 
@@ -352,17 +354,17 @@ def test_the_model_is_free_between_tokens(adapter, images, every):
     alone = [list(stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation)) for image in images]
     encoded = adapter.encode(images[2], QUESTION)
     both = [stream(adapter, image, QUESTION, detector=every, delay=1, generation=generation) for image in images[:2]]
-    found = [[], []]
+    recorded = [[], []]
     for step in range(10):
-        for items, events in zip(found, both, strict=True):
+        for items, events in zip(recorded, both, strict=True):
             items.append(next(events))
         if step == 4:
             answer = adapter.generate([encoded], generation)[0]
             adapter.trace(encoded, answer, ("attention", "lens"))
-    found[0] += both[0]
-    found[1] += both[1]
+    recorded[0] += both[0]
+    recorded[1] += both[1]
     assert adapter.model.config._attn_implementation != "stethoscope"
-    for items, expected in zip(found, alone, strict=False):
+    for items, expected in zip(recorded, alone, strict=False):
         assert items[:-1] == expected[:-1]
         assert items[-1].answer == expected[-1].answer
 
@@ -383,16 +385,16 @@ def test_when_nobody_listens_and_without_a_detector(adapter, images, fast):
     assert {event.probability for event in (*tokens, *mentions)} == {None}
     assert {mention.warned for mention in mentions} == {False}
     assert [mention.object for mention in mentions] == [mention.object for mention in last.mentions] != []
-    assert {one.verdict for one in last.mentions} == {None}
+    assert {named.verdict for named in last.mentions} == {None}
 
 
 def counted(monkeypatch):
     """How many tokens have been read without a trace."""
     tokens, rows = [], FastFeatures.rows
 
-    def count(self, some, *more):
-        tokens.extend(some)
-        return rows(self, some, *more)
+    def count(self, ids, *more):
+        tokens.extend(ids)
+        return rows(self, ids, *more)
 
     monkeypatch.setattr(FastFeatures, "rows", count)
     return tokens
@@ -400,7 +402,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("delay", [0, 1, 6])
 def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, monkeypatch):
-    found, tokens = [], counted(monkeypatch)
+    rows, tokens = [], counted(monkeypatch)
     for supports in (None, lambda *_: False):
         if supports is not None:
             monkeypatch.setattr(FastFeatures, "supports", supports)
@@ -409,11 +411,11 @@ def test_rows_without_a_trace_are_those_of_one(adapter, images, fast, delay, mon
         with WarningStreamer(adapter, encoded, fast, delay, **settings) as warner:
             warner.model.generate(**warner.arguments, streamer=warner)
         assert len(tokens) == len(warner.tokens)  # all, and none the second time
-        found.append((warner.scorer.columns(len(warner.tokens)), warner.answer.logprobs))
+        rows.append((warner.scorer.columns(len(warner.tokens)), warner.answer.logprobs))
     assert set(FeatureSet(groups=FAST).names) == FAST_FEATURES
-    for name, values in found[1][0].items():
-        assert np.allclose(found[0][0][name], values, rtol=1e-4, atol=1e-4), name
-    assert np.allclose(found[0][1], found[1][1], atol=1e-5)
+    for name, values in rows[1][0].items():
+        assert np.allclose(rows[0][0][name], values, rtol=1e-4, atol=1e-4), name
+    assert np.allclose(rows[0][1], rows[1][1], atol=1e-5)
 
 
 def test_only_a_few_numbers_are_read_without_a_trace(adapter, images, fast, monkeypatch):
@@ -484,10 +486,10 @@ def test_rows_are_judged_as_a_table_is(settings):
     whole = table[~table["b"].isna()].copy()
     whole.loc[:5, "a"] = 50.0  # is clipped
     judge, rows = detector.model.predict, whole[["a", "b", "c"]].to_numpy()
-    found = [judge(row[None])[0] for row in rows]
-    assert np.ptp(found) > 0.3
-    assert np.allclose(found, detector.predict(whole), rtol=0, atol=1e-12)
-    assert np.allclose(judge(rows), found, rtol=0, atol=1e-12)
+    probabilities = [judge(row[None])[0] for row in rows]
+    assert np.ptp(probabilities) > 0.3
+    assert np.allclose(probabilities, detector.predict(whole), rtol=0, atol=1e-12)
+    assert np.allclose(judge(rows), probabilities, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

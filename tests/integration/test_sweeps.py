@@ -41,8 +41,8 @@ def call(tmp_path, monkeypatch, capfd):
     def run(*words):
         with pytest.raises(SystemExit) as end:
             main([str(word) for word in words])
-        said = capfd.readouterr()
-        return end.value.code, said.out, said.err
+        captured = capfd.readouterr()
+        return end.value.code, captured.out, captured.err
 
     return run
 
@@ -60,20 +60,20 @@ def test_detectors_and_feature_sets_in_one_table(call, tmp_path):
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("sweep-train-detector-features-run=")
-    found = _jobs(folder)
-    assert [job["settings"] for job in found] == [
+    jobs = _jobs(folder)
+    assert [job["settings"] for job in jobs] == [
         {"detector": kind, "detector.features": names}
         for kind in ("logistic", "boosting") for names in ("[nll]", "[nll,attn_image_l00]")
     ]  # fmt: skip
-    runs = [tmp_path / job["run"] for job in found]
-    for job, run in zip(found, runs, strict=True):
+    runs = [tmp_path / job["run"] for job in jobs]
+    for job, run in zip(jobs, runs, strict=True):
         row = RunStore(run).metrics()["detector"]["leaderboard"]["rows"][0]
         assert job["figures"]["AUROC"] == row["metrics"]["auroc"]
         assert job["status"] == "finished"
         assert Detector.load(run / "detector").settings["estimator"] == job["settings"]["detector"]
-    assert found[0]["above_first"] == {}
-    gap = found[1]["above_first"]["AUROC"]
-    assert gap["value"] == pytest.approx(found[1]["figures"]["AUROC"]["value"] - found[0]["figures"]["AUROC"]["value"])
+    assert jobs[0]["above_first"] == {}
+    gap = jobs[1]["above_first"]["AUROC"]
+    assert gap["value"] == pytest.approx(jobs[1]["figures"]["AUROC"]["value"] - jobs[0]["figures"]["AUROC"]["value"])
     assert gap["low"] <= gap["value"] <= gap["high"]
     page = (folder / "sweep.md").read_text()
     for word in ("| job | detector | detector.features | AUROC | − first |", "[nll,attn\\_image\\_l00]", "finished"):
@@ -125,12 +125,12 @@ def test_a_failed_job_is_told_and_does_not_stop_the_others(call, tmp_path):
     )
     assert "did you mean 'nll'" in err
     (folder,) = (tmp_path / "there").iterdir()
-    found = _jobs(folder)
-    assert [job["status"] for job in found] == ["finished", "failed", "finished"]
-    assert "unknown feature 'nil'" in found[1]["error"]
+    jobs = _jobs(folder)
+    assert [job["status"] for job in jobs] == ["finished", "failed", "finished"]
+    assert "unknown feature 'nil'" in jobs[1]["error"]
     assert "unknown feature 'nil'" in (folder / "sweep.md").read_text()
     assert "job 1 (detector.features=[nil]) failed" in out
-    assert found[2]["above_first"]["AUROC"]["p"] > 0
+    assert jobs[2]["above_first"]["AUROC"]["p"] > 0
 
 
 def test_a_wrong_choice_is_refused_before_any_job(call, tmp_path):
@@ -173,13 +173,13 @@ def test_jobs_in_other_processes(name, call, tmp_path, monkeypatch):
     words = [f"run={source}", "hydra.sweep.dir=runs/study", "detector.features=[nll],[nil]", "logger=none", *QUICK]
     code, out, err = call("train", "--multirun", *LAUNCHERS[name], *words)
     assert code == 2
-    found = _jobs(tmp_path / "runs" / "study")
-    assert [job["status"] for job in found] == ["finished", "failed"]
-    assert "unknown feature 'nil'; did you mean 'nll'" in found[1]["error"]
+    jobs = _jobs(tmp_path / "runs" / "study")
+    assert [job["status"] for job in jobs] == ["finished", "failed"]
+    assert "unknown feature 'nil'; did you mean 'nll'" in jobs[1]["error"]
     assert "1 of 2 jobs of the sweep did not finish, the first is job 1" in err
     assert "unknown feature 'nil'" in out
-    section = RunStore(tmp_path / found[0]["run"]).metrics()["detector"]
-    assert found[0]["figures"]["AUROC"] == section["leaderboard"]["rows"][0]["metrics"]["auroc"]
+    section = RunStore(tmp_path / jobs[0]["run"]).metrics()["detector"]
+    assert jobs[0]["figures"]["AUROC"] == section["leaderboard"]["rows"][0]["metrics"]["auroc"]
 
 
 def test_a_launcher_that_cannot_start_is_one_line(call, tmp_path):
@@ -313,7 +313,8 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path):
     fingerprint = {"adapter": {"model_id": "m"}, "task": {"name": "chair"}}
     answer = Answer("a dog", (1, 2), ((0, 1), (2, 5)), (-0.1, -0.2), True)
     records = [
-        Record("chair", f"{at}", "g", "all", "x.png", "What?", answer=answer, score=Score("ok", {})) for at in range(4)
+        Record("chair", f"{index}", "g", "all", "x.png", "What?", answer=answer, score=Score("ok", {}))
+        for index in range(4)
     ]
     source.open_task("chair", fingerprint, {"names": ["nll"]})
     source.append([*records[:2], replace(records[2], status=FAILED, score=None, error="no")])

@@ -55,7 +55,7 @@ def test_amber(tmp_path, scenes, evaluated, stethoscope):
     def nouns_of(text):
         return [known[word] for word in re.findall(r"\w+", text) if word in known]
 
-    theirs = amber_published.describe(described, annotations, association, (), nouns_of, lambda one, other: False)
+    theirs = amber_published.describe(described, annotations, association, (), nouns_of, lambda noun, other: False)
     for name, value in theirs.items():
         assert figures[name, "generative"] == pytest.approx(value), name
     assert theirs["chair"] > 0.05  # the embedded model invents
@@ -81,12 +81,12 @@ def test_mme(tmp_path, scenes, evaluated):
     assert section["counts"]["samples"] == 4 * 2 * SCENES
     right = defaultdict(list)
     for record in records.values():
-        said = record["answer"]["text"].lower()[:4]
-        reply = "yes" if "yes" in said else "no" if "no" in said else "other"
+        reply_start = record["answer"]["text"].lower()[:4]
+        reply = "yes" if "yes" in reply_start else "no" if "no" in reply_start else "other"
         right[record["subset"], record["image"]].append(reply == record["reference"]["label"])
     total = 0
     for category in ("existence", "count", "position", "color"):
-        pairs = [pair for (where, _), pair in right.items() if where == category]
+        pairs = [pair for (group, _), pair in right.items() if group == category]
         assert {len(pair) for pair in pairs} == {2}
         score = 100 * np.mean(pairs) + 100 * np.mean([all(pair) for pair in pairs])
         assert figures["score", category] == figures["score_published", category] == pytest.approx(score)
@@ -110,10 +110,10 @@ def test_hallusion_bench(tmp_path, scenes, evaluated):
         groups["qAcc"][(*ids[:3], ids[4])].append(right)
     for name, sets in groups.items():
         for subset in ("all", "VD", "VS"):
-            some = [all(answers) for key, answers in sets.items() if subset in ("all", key[0])]
-            assert figures[name, subset] == pytest.approx(np.mean(some))
+            answers_right = [all(answers) for key, answers in sets.items() if subset in ("all", key[0])]
+            assert figures[name, subset] == pytest.approx(np.mean(answers_right))
     assert figures["aAcc", "all"] == pytest.approx(
-        np.mean([right for some in groups["fAcc"].values() for right in some])
+        np.mean([right for answers_right in groups["fAcc"].values() for right in answers_right])
     )
     assert figures["qAcc", "all"] < 1
 

@@ -56,11 +56,11 @@ def test_figures_are_those_of_the_saved_detector_on_images_it_has_not_seen(home,
     detector, table = Detector.load(home / "detector"), RunStore(away).tokens("chair")
     folds = split_groups(table["group"], {"train": 0.5, "calibration": 0.2, "test": 0.3}, seed=2)
     test = mention_rows(table[folds["test"]])
-    said, label = detector.predict(test), test["label"].to_numpy()
+    probabilities, label = detector.predict(test), test["label"].to_numpy()
     row = _rows(home)[1]
     assert (row["mentions"], row["images"]) == (len(test), test["group"].nunique())
-    assert row["transferred"]["auroc"]["value"] == pytest.approx(auroc(label, said))
-    assert row["transferred"]["ece"]["value"] == pytest.approx(ece(label, said))
+    assert row["transferred"]["auroc"]["value"] == pytest.approx(auroc(label, probabilities))
+    assert row["transferred"]["ece"]["value"] == pytest.approx(ece(label, probabilities))
     warnings = pd.DataFrame(map(json.loads, (home / "warnings.jsonl").read_text().splitlines()))
     learned = set(warnings.loc[warnings["fold"] != "test", "group"])
     assert not learned & set(test["group"])  # both runs name their images alike

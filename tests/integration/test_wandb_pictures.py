@@ -46,11 +46,11 @@ def test_mentions_with_their_pictures_heat_maps_and_marked_answers(greedy, logge
     table = logged.tables["detector/mentions"]
     assert table["columns"] == list(LOGGED_COLUMNS)
     source = RunReader.read(greedy)
-    found = read_examples(source, 3)
-    assert 4 < len(table["data"]) == len(found) <= 9
+    examples = read_examples(source, 3)
+    assert 4 < len(table["data"]) == len(examples) <= 9
     assert {row[0] for row in table["data"]} <= set(KINDS)
     file = HeatmapFile(greedy)
-    for row, case in zip(table["data"], found, strict=True):
+    for row, case in zip(table["data"], examples, strict=True):
         cells = dict(zip(LOGGED_COLUMNS, row, strict=True))
         assert (cells["kind"], cells["sample"], cells["object"]) == (case.kind, case.sample_id, case.object)
         assert cells["probability"] == pytest.approx(case.probability)
@@ -142,8 +142,8 @@ def test_a_service_that_breaks_on_pictures_stops_nothing(tmp_path, monkeypatch):
     loggers = Loggers([WandbLogger(), JsonLogger()])
     monkeypatch.setattr(sys.modules["wandb"], "Image", broken)
     evaluator = Evaluator([SampleTable(3)], loggers, run_dir=tmp_path)
-    told = r"WandbLogger\.log_table failed, the run goes on without it: no pictures"
-    with pytest.warns(UserWarning, match=told):  # noqa: PT031 (W&B works in a thread: its warnings come until the end)
+    message = r"WandbLogger\.log_table failed, the run goes on without it: no pictures"
+    with pytest.warns(UserWarning, match=message):  # noqa: PT031 (W&B works in a thread: its warnings come until the end)
         results = evaluator.run(TinyAdapter(), TinyTask())
         loggers.log_metrics({"after": 1.0})
         loggers.finalize("finished")

@@ -88,12 +88,12 @@ def test_every_source_folder_is_a_listed_package():
     import tomllib
 
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {
+    packages = {
         str(path.parent.relative_to(ROOT)).replace(folder, inside, 1).replace("/", ".")
         for folder, inside in MAPPED.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert found == set(listed)
+    assert packages == set(listed)
 
 
 def test_editable_install_exposes_one_top_level_name():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("stethoscope", "adapters", "tasks", "scripts", "examples")
+FOLDERS = ("stethoscope", "adapters", "tasks", "scripts", "examples", "tests")
 EMPTY_NAMES = {"found", "one", "some", "told", "said", "made", "place", "where", "at"}
 
 

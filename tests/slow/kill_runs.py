@@ -136,13 +136,13 @@ def chains_of(commands: Sequence[str]) -> dict[str, list[str]]:
 
 def steps_of(folder: Path, scenes: int, commands: Sequence[str] = ("evaluate", "extract")) -> list[Step]:
     """The commands of the run that is disturbed."""
-    place = ["batch_size=16", f"runs={folder.parent}", f"name={folder.name}", "logger=none", "callbacks=none"]
+    settings = ["batch_size=16", f"runs={folder.parent}", f"name={folder.name}", "logger=none", "callbacks=none"]
     fit = ["published=false", "detector.visual_consistency=false"]
     words = {
-        "evaluate": ["task=chair", f"task.scenes={scenes}", *place],
+        "evaluate": ["task=chair", f"task.scenes={scenes}", *settings],
         "extract": [f"run={folder}", "features=fast", "callbacks=none"],
         "train": [f"run={folder}", "logger=none", *fit],
-        "benchmark": [f"pope.scenes={scenes // 4}", f"chair.scenes={scenes}", "features=fast", *place, *fit],
+        "benchmark": [f"pope.scenes={scenes // 4}", f"chair.scenes={scenes}", "features=fast", *settings, *fit],
     }
     done = {
         "evaluate": lambda run: _finished(run) or _has_features(run),
@@ -337,64 +337,68 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def differences(disturbed: Path, other: Path) -> list[str]:
     """In what two run directories differ that should not."""
-    found = []
-    found += [
-        f"{name} differs" for name in ("metrics.json", "warnings.jsonl") if not _same_text(one / name, other / name)
+    differing = []
+    differing += [
+        f"{name} differs"
+        for name in ("metrics.json", "warnings.jsonl")
+        if not _same_text(disturbed / name, other / name)
     ]
-    found += [
-        f"{run.name} is not finished" for run in (one, other) if set(_json(run / "status.json").values()) - {"finished"}
+    differing += [
+        f"{run.name} is not finished"
+        for run in (disturbed, other)
+        if set(_json(run / "status.json").values()) - {"finished"}
     ]
-    for run in (one, other):
+    for run in (disturbed, other):
         ids = [(line["task"], line["sample_id"]) for line in _records(run)]
         if len(set(ids)) < len(ids):
-            found.append(f"{len(ids) - len(set(ids))} records of {run.name} are double")
+            differing.append(f"{len(ids) - len(set(ids))} records of {run.name} are double")
         if left := [path.name for name in ("shards", "tokens") for path in [run / name] if path.exists()]:
-            found.append(f"{run.name} still has {', '.join(left)}")
-    mine, theirs = ({(line["task"], line["sample_id"]): line for line in _records(run)} for run in (one, other))
+            differing.append(f"{run.name} still has {', '.join(left)}")
+    mine, theirs = ({(line["task"], line["sample_id"]): line for line in _records(run)} for run in (disturbed, other))
     if lost := mine.keys() - theirs.keys():
-        found.append(f"{len(lost)} samples are lost, such as {min(lost)}")
+        differing.append(f"{len(lost)} samples are lost, such as {min(lost)}")
     if more := theirs.keys() - mine.keys():
-        found.append(f"{len(more)} samples are new, such as {min(more)}")
+        differing.append(f"{len(more)} samples are new, such as {min(more)}")
     unequal = [key for key in mine.keys() & theirs.keys() if not _same_record(mine[key], theirs[key])]
     if unequal:
-        found.append(f"{len(unequal)} records differ, such as {min(unequal)}")
-    return [*found, *_row_differences(one / "tokens.parquet", other / "tokens.parquet")]
+        differing.append(f"{len(unequal)} records differ, such as {min(unequal)}")
+    return [*differing, *_row_differences(disturbed / "tokens.parquet", other / "tokens.parquet")]
 
 
-def _same_text(one: Path, other: Path) -> bool:
+def _same_text(run: Path, other: Path) -> bool:
     """Whether two files hold the same but for the last digits of numbers, or neither is there."""
-    if not (one.exists() and other.exists()):
-        return one.exists() == other.exists()
+    if not (run.exists() and other.exists()):
+        return run.exists() == other.exists()
     numbers = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
-    mine, theirs = one.read_text(), other.read_text()
+    mine, theirs = run.read_text(), other.read_text()
     if numbers.sub("#", mine) != numbers.sub("#", theirs):
         return False
     values = [np.array(numbers.findall(text), dtype=float) for text in (mine, theirs)]
     return np.allclose(*values, rtol=0, atol=2e-4)
 
 
-def _same_record(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    one, other = ({key: value for key, value in line.items() if key != "seconds"} for line in (one, other))
+def _same_record(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    record, other = ({key: value for key, value in line.items() if key != "seconds"} for line in (record, other))
     probabilities = []
-    for line in (one, other):
+    for line in (record, other):
         if line["answer"]:
             line["answer"] = dict(line["answer"])
             probabilities.append(line["answer"].pop("logprobs"))
-    if one != other:
+    if record != other:
         return False
     return not probabilities or np.allclose(*probabilities, rtol=0, atol=1e-5)
 
 
-def _row_differences(one: Path, other: Path) -> Iterator[str]:
+def _row_differences(run: Path, other: Path) -> Iterator[str]:
     """In what two token tables differ, whatever the order of their samples."""
-    if not (one.exists() and other.exists()):
-        if one.exists() != other.exists():
-            yield f"only one run has {one.name}"
+    if not (run.exists() and other.exists()):
+        if run.exists() != other.exists():
+            yield f"only one run has {run.name}"
         return
     keys = ["task", "sample_id", "token"]
-    mine, theirs = (pd.read_parquet(path).sort_values(keys, ignore_index=True) for path in (one, other))
+    mine, theirs = (pd.read_parquet(path).sort_values(keys, ignore_index=True) for path in (run, other))
     if list(mine.columns) != list(theirs.columns) or len(mine) != len(theirs):
         yield f"token tables of {mine.shape} and {theirs.shape}"
         return

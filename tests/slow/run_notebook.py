@@ -47,17 +47,17 @@ def run(path: Path, folder: Path, timeout: int = 300):
 def _tidy(outputs: list) -> Iterator:
     """Outputs without what was written to stderr, texts that follow each other as one, pictures in one format."""
     last = None
-    for one in outputs:
-        if one.get("name") == "stderr":
+    for output in outputs:
+        if output.get("name") == "stderr":
             continue
-        if one.output_type == "stream" and last is not None and last.output_type == "stream":
-            last.text += one.text
+        if output.output_type == "stream" and last is not None and last.output_type == "stream":
+            last.text += output.text
             continue
-        if "image/jpeg" in one.get("data", {}):
-            one.data.pop("image/png", None)
+        if "image/jpeg" in output.get("data", {}):
+            output.data.pop("image/png", None)
         if last is not None:
             yield last
-        last = one
+        last = output
     if last is not None:
         yield last
 

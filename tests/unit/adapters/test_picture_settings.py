@@ -27,9 +27,9 @@ def photograph(width, height, seed=0):
 
 
 def adapter(family, **settings):
-    made = HfAdapter(random_init="tiny", family=family, device="cpu", **settings)
-    made.setup()
-    return made
+    built = HfAdapter(random_init="tiny", family=family, device="cpu", **settings)
+    built.setup()
+    return built
 
 
 def pixels(encoded):

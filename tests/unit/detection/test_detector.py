@@ -63,9 +63,9 @@ def test_it_is_the_logistic_regression_of_scikit_learn():
 
 @pytest.mark.parametrize("estimator", ["logistic", "boosting"])
 def test_the_fit_is_deterministic(estimator):
-    one, other = (Detector(estimator=estimator, seed=3).fit(TRAIN, CALIBRATION) for _ in range(2))
-    assert (one.predict(TEST) == other.predict(TEST)).all()
-    assert one.threshold == other.threshold
+    first, other = (Detector(estimator=estimator, seed=3).fit(TRAIN, CALIBRATION) for _ in range(2))
+    assert (first.predict(TEST) == other.predict(TEST)).all()
+    assert first.threshold == other.threshold
 
 
 def test_it_calibrates_on_out_of_fold_scores_without_a_calibration_fold():

@@ -55,9 +55,9 @@ def test_the_prior_knows_place_and_name_alone(factored):
 def test_the_evidence_is_fair_to_place_and_name(factored, plain):
     """The hidden evidence depends on neither in this table, nor does the learned one; a plain detector's score does."""
     evidence = factored.explain(TEST).evidence
-    place = TEST["token"].to_numpy()
-    assert abs(np.corrcoef(evidence, place)[0, 1]) < 0.12
-    assert np.corrcoef(logit(plain.predict(TEST)), place)[0, 1] > 0.3
+    position = TEST["token"].to_numpy()
+    assert abs(np.corrcoef(evidence, position)[0, 1]) < 0.12
+    assert np.corrcoef(logit(plain.predict(TEST)), position)[0, 1] > 0.3
     assert classification.auroc(LABELS, evidence) > 0.7
 
 
@@ -149,19 +149,19 @@ def test_subtokens_are_put_together_before_a_mention_is_judged():
     def doubled(table):
         hum = 3 * noise[: len(table)]
         named = (table["mention_index"] >= 0).to_numpy()
-        one = table.assign(nll=table["nll"] + hum, mass=np.float32(0), at=np.arange(len(table)))
-        two = one[named].assign(nll=(table["nll"] - hum)[named], is_first_subtoken=False, start=99, end=107)
-        return pd.concat([one, two]).sort_values("at", kind="stable").drop(columns="at").reset_index(drop=True)
+        noisy = table.assign(nll=table["nll"] + hum, mass=np.float32(0), at=np.arange(len(table)))
+        two = noisy[named].assign(nll=(table["nll"] - hum)[named], is_first_subtoken=False, start=99, end=107)
+        return pd.concat([noisy, two]).sort_values("at", kind="stable").drop(columns="at").reset_index(drop=True)
 
     train, calibration, test = doubled(TRAIN), doubled(CALIBRATION), doubled(TEST)
-    found = {}
+    probabilities = {}
     for subtokens in ("first", "mean", "all"):
         detector = Detector(exclude=["mass"], subtokens=subtokens).fit(train, calibration)
         rows = mention_warnings(test, detector)
         assert len(rows) == len(TEST)
         assert (rows["end"] == 107).all()
-        found[subtokens] = classification.auroc(rows["label"].to_numpy(), rows["probability"].to_numpy(float))
-    assert found["mean"] > found["first"] + 0.05
+        probabilities[subtokens] = classification.auroc(rows["label"].to_numpy(), rows["probability"].to_numpy(float))
+    assert probabilities["mean"] > probabilities["first"] + 0.05
 
 
 def test_an_object_is_judged_once_by_a_detector_of_first_mentions():

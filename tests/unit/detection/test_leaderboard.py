@@ -126,10 +126,10 @@ def test_a_second_run_gives_the_same_figures(trained):
     again = train_detector(TABLE, Detector(), seed=1, replicates=200).results.to_dict()
     first = {**trained.results.to_dict()}
     boards = [results.pop("leaderboard") for results in (again, first)]
-    for one, other in zip(
+    for before, other in zip(
         *([row for row in leaderboard["rows"] if row["name"] != board.SHUFFLED] for leaderboard in boards), strict=True
     ):
-        assert one == other  # the number of shuffles may differ, nothing else
+        assert before == other  # the number of shuffles may differ, nothing else
     assert [leaderboard["differences"] for leaderboard in boards[:1]] == [
         leaderboard["differences"] for leaderboard in boards[1:]
     ]
@@ -194,13 +194,13 @@ def test_matched_pairs_are_counted_by_hand():
     judged = mention_rows(TABLE[split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)["test"]])
     scores = judged["nll"].to_numpy(float)
     pairs, right, members = 0, 0.0, set()
-    for one in np.flatnonzero(judged["label"] == 1):
+    for index in np.flatnonzero(judged["label"] == 1):
         for other in np.flatnonzero(judged["label"] == 0):
-            same_word = judged["object"][one] == judged["object"][other]
-            if same_word and judged["token"][one] // 10 == judged["token"][other] // 10:
+            same_word = judged["object"][index] == judged["object"][other]
+            if same_word and judged["token"][index] // 10 == judged["token"][other] // 10:
                 pairs += 1
-                members |= {one, other}
-                right += (scores[one] > scores[other]) + (scores[one] == scores[other]) / 2
+                members |= {index, other}
+                right += (scores[index] > scores[other]) + (scores[index] == scores[other]) / 2
     results = train_detector(TABLE, Detector(), seed=1, replicates=5).results.to_dict()
     matched = results["leaderboard"]["controls"]["auroc_matched"]
     assert matched == {"pairs": pairs, "items": len(members), "share": len(members) / len(judged)}
@@ -249,19 +249,19 @@ def test_ablation_says_what_a_group_is_worth():
     assert feature_groups(["nll", "attn_image_l00", "lens_rank_l00", "position"]) == {
         "uncertainty": ("nll",), "attention": ("attn_image_l00",), "lens": ("lens_rank_l00",), "position": ("position",)
     }  # fmt: skip
-    told = []
+    lines = []
     results = train_detector(
-        table, Detector(), seed=1, replicates=200, ablation=True, progress=told.append
+        table, Detector(), seed=1, replicates=200, ablation=True, progress=lines.append
     ).results.to_dict()
     gains = {row["other"]: row for row in results["ablation"] if row["metric"] == "auroc"}
     assert set(gains) == {"without uncertainty", "without attention", "without lens", "without position"}
     assert gains["without uncertainty"]["low"] > 0
     assert gains["without uncertainty"]["p"] < 0.05
     assert abs(gains["without lens"]["value"]) < 0.01
-    assert sum(line.startswith("fitting without") for line in told) == 4
-    one = Detector(features=["nll"]).fit(*halves(table))
+    assert sum(line.startswith("fitting without") for line in lines) == 4
+    alone = Detector(features=["nll"]).fit(*halves(table))
     assert (
-        ablate(table, one, {"train": table.index < 0, "calibration": table.index < 0, "test": table.index >= 0}) == ()
+        ablate(table, alone, {"train": table.index < 0, "calibration": table.index < 0, "test": table.index >= 0}) == ()
     )
 
 

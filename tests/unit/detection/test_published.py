@@ -65,16 +65,16 @@ def trained():
 
 
 def method(name):
-    return next(one for one in available_methods(TABLE) if one.name == f"paper/{name}")
+    return next(score for score in available_methods(TABLE) if score.name == f"paper/{name}")
 
 
 def test_those_are_there_of_which_all_features_are():
-    assert [one.name for one in available_methods(TABLE)] == [f"paper/{name}" for name in NAMES]
-    assert [one.name for one in available_methods(TABLE.drop(columns="vcd_logprob"))] == [
+    assert [score.name for score in available_methods(TABLE)] == [f"paper/{name}" for name in NAMES]
+    assert [score.name for score in available_methods(TABLE.drop(columns="vcd_logprob"))] == [
         f"paper/{name}" for name in NAMES if name != "vcd"
     ]
     empty = TABLE.assign(nll=np.float32(np.nan))
-    assert "paper/nll" not in [one.name for one in available_methods(empty)]
+    assert "paper/nll" not in [score.name for score in available_methods(empty)]
 
 
 def test_pas_is_the_mass_on_the_earlier_answer_in_layer_0():
@@ -200,12 +200,12 @@ def test_a_method_without_values_in_training_is_left_out():
     folds = split_groups(TABLE["group"].to_numpy(str), FRACTIONS, seed=1)
     table = TABLE.assign(verify_yes=TABLE["verify_yes"].where(folds["test"]))
     train = mention_rows(table[folds["train"]])
-    assert "paper/self_verification" in [one.name for one in available_methods(table)]
-    assert "paper/self_verification" not in [one.name for one in available_methods(train)]
+    assert "paper/self_verification" in [score.name for score in available_methods(table)]
+    assert "paper/self_verification" not in [score.name for score in available_methods(train)]
 
 
 def test_baselines_learn_from_the_rows_that_they_are_measured_on():
     rows = TABLE.assign(is_first_subtoken=TABLE["is_first_subtoken"] & (TABLE["token"] > 5))
     every = mention_rows(rows, "all", "all")
-    made = baselines("all", "all")["constant"].fit(every)
-    assert made.predict(every)[0] == pytest.approx(every["label"].mean())
+    baseline = baselines("all", "all")["constant"].fit(every)
+    assert baseline.predict(every)[0] == pytest.approx(every["label"].mean())

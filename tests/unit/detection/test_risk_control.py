@@ -69,17 +69,17 @@ def population():
 )
 def test_promises_are_kept_and_not_wasteful(promise, count, least, population):
     """200 times new calibration images: the true risk is above the promise in at most 5 % of them, and near it."""
-    found, naive = [], 0
+    shares, naive = [], 0
     known = reference(promise, images(500, seed=10**7))
     side = 1 if promise.risk == "max_false_alarms" else -1
     for seed in range(REPETITIONS):
         drawn = images(count, seed)
-        found.append(risk(promise, certify(*map(np.asarray, drawn), promise, known).threshold, population))
+        shares.append(risk(promise, certify(*map(np.asarray, drawn), promise, known).threshold, population))
         at_risk = side * drawn[0][drawn[1] == (0 if side > 0 else 1)]
         naive += risk(promise, side * np.quantile(at_risk, 1 - promise.most), population) > promise.most
     allowed = MOST_BROKEN if promise.confidence == 0.95 else 58  # of 200 at 20 %, the same once in 500
-    assert (np.array(found) > promise.most).sum() <= allowed
-    assert np.mean(found) >= least
+    assert (np.array(shares) > promise.most).sum() <= allowed
+    assert np.mean(shares) >= least
     assert naive > 60, "a threshold that only fits the calibration images breaks the promise half of the time"
 
 
@@ -152,9 +152,9 @@ def test_a_bolder_promise_gives_a_bolder_threshold():
     drawn = images(600, seed=1)
     known = reference(RiskGuarantee("max_false_alarms", 0.1), drawn)
     given = [certify(*drawn, RiskGuarantee("max_false_alarms", most), known) for most in (0.05, 0.1, 0.2, 0.4)]
-    assert [one.threshold for one in given] == sorted((one.threshold for one in given), reverse=True)
-    assert [one.observed for one in given] == sorted(one.observed for one in given)
-    assert all(one.observed < one.most for one in given)
+    assert [bound.threshold for bound in given] == sorted((bound.threshold for bound in given), reverse=True)
+    assert [bound.observed for bound in given] == sorted(bound.observed for bound in given)
+    assert all(bound.observed < bound.most for bound in given)
     surer = certify(*drawn, RiskGuarantee("max_false_alarms", 0.1, confidence=0.999), known)
     assert surer.threshold > given[1].threshold
 
@@ -174,11 +174,11 @@ def test_the_found_threshold_is_the_boldest_that_passes(count):
         if wealth[0] < np.log(20):
             break
         passed = threshold
-    found = certify(*drawn, promise, known)
-    assert ((scores >= found.threshold) == (scores >= passed)).all()
-    assert found.observed == (scores[labels == 0] >= passed).mean()
-    assert (found.images, found.mentions, found.most_per_image) == (count, (labels == 0).sum(), limit)
-    assert found.counted == np.minimum(chances, limit).sum() / chances.sum()
+    certificate = certify(*drawn, promise, known)
+    assert ((scores >= certificate.threshold) == (scores >= passed)).all()
+    assert certificate.observed == (scores[labels == 0] >= passed).mean()
+    assert (certificate.images, certificate.mentions, certificate.most_per_image) == (count, (labels == 0).sum(), limit)
+    assert certificate.counted == np.minimum(chances, limit).sum() / chances.sum()
 
 
 def test_a_miss_is_a_false_alarm_turned_round():
@@ -192,8 +192,8 @@ def test_a_miss_is_a_false_alarm_turned_round():
 def test_equal_scores_are_flagged_together():
     scores, labels, groups = images(400, seed=4)
     coarse = np.round(scores)
-    found = certify(coarse, labels, groups, RiskGuarantee("max_false_alarms", 0.2), np.array([8]))
-    assert found.threshold % 1 == 0.5, "between two values"
+    certificate = certify(coarse, labels, groups, RiskGuarantee("max_false_alarms", 0.2), np.array([8]))
+    assert certificate.threshold % 1 == 0.5, "between two values"
 
 
 def test_images_with_more_mentions_than_known_count_no_more_than_those():
@@ -201,9 +201,9 @@ def test_images_with_more_mentions_than_known_count_no_more_than_those():
     scores, labels, groups = images(400, seed=5)
     promise = RiskGuarantee("max_false_alarms", 0.1)
     many = np.r_[scores, np.full(100, 9.0)], np.r_[labels, np.zeros(100, int)], np.r_[groups, np.full(100, 999)]
-    found = certify(*many, promise, reference(promise, images(400, seed=6)))
-    assert found.most_per_image <= 8
-    assert found.observed < 0.2
+    certificate = certify(*many, promise, reference(promise, images(400, seed=6)))
+    assert certificate.most_per_image <= 8
+    assert certificate.observed < 0.2
 
 
 @pytest.mark.parametrize(("count", "enough"), [(25, False), (50, False), (120, True), (400, True)])
@@ -332,7 +332,7 @@ def test_training_reports_the_promise_and_what_came_of_it():
     results = train_detector(
         token_table(900, seed=3), Detector(threshold={"max_missed": 0.2}), replicates=50
     ).results.to_dict()
-    found = results["threshold"]
-    assert found["certificate"]["risk"] == "max_missed"
-    assert found["missed"]["value"] < 0.2
-    assert found["missed"]["value"] == pytest.approx(1 - found["recall"]["value"])
+    certificate = results["threshold"]
+    assert certificate["certificate"]["risk"] == "max_missed"
+    assert certificate["missed"]["value"] < 0.2
+    assert certificate["missed"]["value"] == pytest.approx(1 - certificate["recall"]["value"])

@@ -90,11 +90,11 @@ def test_probabilities_of_looks_add_up_and_unseen_looks_have_none():
     looks = fitted.log_probabilities(places)
     assert np.exp(looks).sum(1) == pytest.approx(np.ones(60))
     assert np.isneginf(looks[:, 3]).all()
-    made = fitted.transform(np.hstack([places, named[:, None]]))
+    transformed = fitted.transform(np.hstack([places, named[:, None]]))
     nothing, each = labels.sum(), np.bincount(named[labels == 0], minlength=3)
     ratio = looks[:, :3] - np.log(each) - (looks[:, 4:] - np.log(nothing))
     others = [ratio[row, [k for k in range(3) if k != named[row]]].max() for row in range(60)]
-    assert made == pytest.approx(np.column_stack([ratio[np.arange(60), named], others]))
+    assert transformed == pytest.approx(np.column_stack([ratio[np.arange(60), named], others]))
     assert (fitted.transform(np.array([[0.0, 0.0, 0.0, -1.0]])) == 0).all()
 
 
@@ -104,11 +104,11 @@ def test_few_and_strange_places_are_no_reason_to_fail(kind):
     def fitted(table):
         return Detector(kind, C=0.1).fit(table)
 
-    one = TRAIN.assign(object=np.where(TRAIN["object"] == "", "", "dog"))
+    dogs = TRAIN.assign(object=np.where(TRAIN["object"] == "", "", "dog"))
     rare = TRAIN.assign(object=[name and f"{name} {row}" for row, name in enumerate(TRAIN["object"])])
     nothing = TRAIN[(TRAIN["label"] == 1) | (TRAIN["object"] != "dog")]  # a dog was never there
     gaps = TRAIN.assign(**{PLACES[0]: TRAIN[PLACES[0]].where(TRAIN["token"] % 5 > 0)})
-    for table in (one, rare, nothing, gaps):
+    for table in (dogs, rare, nothing, gaps):
         detector = fitted(table)
         assert np.isfinite(detector.predict(TEST)).all()
         assert area(detector) > 0.6
@@ -139,11 +139,11 @@ def test_objects_are_counted_by_their_mentions():
 def test_it_tells_what_every_place_looks_like():
     detector = Detector(C=0.1).fit(TRAIN, CALIBRATION)
     named = TEST["object"].to_numpy()
-    found = detector.visual_evidence(TEST, count=2)
-    right = [looks[0][0] == name for looks, name in zip(found, named, strict=True)]
+    evidence = detector.visual_evidence(TEST, count=2)
+    right = [looks[0][0] == name for looks, name in zip(evidence, named, strict=True)]
     assert np.mean(np.array(right)[LABELS == 0]) > 0.6
     assert np.mean(np.array(right)[LABELS == 1]) < 0.2
-    assert all(len(looks) == 2 and looks[0][1] >= looks[1][1] > 0 for looks in found)
+    assert all(len(looks) == 2 and looks[0][1] >= looks[1][1] > 0 for looks in evidence)
     every = detector.visual_evidence(TEST, count=len(OBJECTS) + 1)
     assert [sum(chance for _, chance in looks) for looks in every] == pytest.approx([1] * len(TEST))
     assert all(None in dict(looks) for looks in every)

@@ -49,7 +49,7 @@ class Seen(HTMLParser):
 
 def tokens(text, size=3):
     """Split a text into tokens of a few characters, with gaps between them."""
-    spans = [(at, min(at + size, len(text))) for at in range(0, len(text), size + 1)]
+    spans = [(start, min(start + size, len(text))) for start in range(0, len(text), size + 1)]
     return Answer(text, tuple(range(len(spans))), tuple(spans), (-0.5,) * len(spans))
 
 
@@ -71,9 +71,9 @@ def evil():
 @pytest.fixture(scope="module")
 def real():
     adapter = stethoscope.load("testbed")
-    told = "The image shows a kitchen with a knife and a fork. The knife is on the left side."
+    text = "The image shows a kitchen with a knife and a fork. The knife is on the left side."
     picture = testbed.scenes(2)[1].image()
-    return stethoscope.diagnose(adapter, picture, "Please describe this image in detail.", answer=told)
+    return stethoscope.diagnose(adapter, picture, "Please describe this image in detail.", answer=text)
 
 
 @pytest.mark.parametrize("show", [Diagnosis.to_html, Diagnosis._repr_html_], ids=["page", "notebook"])
@@ -102,7 +102,7 @@ def test_the_notebook_says_what_is_warned_of_in_words_too(evil, real):
     assert shown.count("<img") == 1  # no relevancy, so no heat map
     images = [attributes for tag, attributes in Seen(real._repr_html_()).tags if tag == "img"]
     assert images[0]["alt"] == "the picture"
-    assert len(images) == 1 + min(len([one for one in real.mentions if one.tokens]), 6)
+    assert len(images) == 1 + min(len([mention for mention in real.mentions if mention.tokens]), 6)
 
 
 def payload_of(page):

@@ -73,24 +73,24 @@ def test_the_answer_is_the_models_own_and_every_token_is_told(adapter, scene, pl
 
 
 def test_mentions_are_those_of_the_task_in_its_order(adapter, scene):
-    told = "The image shows a kitchen with a knife and a fork. The knife is on the left side. There is also a clock."
-    found = diagnose(adapter, scene, QUESTION, answer=told)
-    assert [(named.object, told[named.start : named.end]) for named in found.mentions] == [
+    text = "The image shows a kitchen with a knife and a fork. The knife is on the left side. There is also a clock."
+    diagnosis = diagnose(adapter, scene, QUESTION, answer=text)
+    assert [(named.object, text[named.start : named.end]) for named in diagnosis.mentions] == [
         ("knife", "knife"), ("fork", "fork"), ("knife", "knife"), ("clock", "clock"),
     ]  # fmt: skip
-    for named in found.mentions:
-        assert "".join(found.answer.tokens[token] for token in named.tokens).strip() == named.object
+    for named in diagnosis.mentions:
+        assert "".join(diagnosis.answer.tokens[token] for token in named.tokens).strip() == named.object
 
 
 def test_evolution_agrees_with_the_trace_and_ends_in_the_answer(adapter, scene, plain):
     trace = adapter.trace(adapter.encode(scene, QUESTION), plain.answer, {"lens"})
-    found = plain.evolution
-    assert np.allclose(found.logprob, trace.lens_logprob, atol=1e-4)
-    assert (found.rank == trace.lens_rank.numpy()).all()
-    assert (found.rank[:, -1] == 0).all()  # greedy
-    assert np.allclose(found.probabilities[:, -1, 0], plain.probability, atol=1e-4)
-    assert tuple(texts[-1][0] for texts in found.top_tokens) == found.answer_tokens
-    assert (np.diff(found.probabilities, axis=-1) <= 0).all()
+    evolution = plain.evolution
+    assert np.allclose(evolution.logprob, trace.lens_logprob, atol=1e-4)
+    assert (evolution.rank == trace.lens_rank.numpy()).all()
+    assert (evolution.rank[:, -1] == 0).all()  # greedy
+    assert np.allclose(evolution.probabilities[:, -1, 0], plain.probability, atol=1e-4)
+    assert tuple(texts[-1][0] for texts in evolution.top_tokens) == evolution.answer_tokens
+    assert (np.diff(evolution.probabilities, axis=-1) <= 0).all()
 
 
 def test_contributions_end_in_the_features_of_the_same_name(adapter, scene, plain):
@@ -105,9 +105,9 @@ def test_contributions_end_in_the_features_of_the_same_name(adapter, scene, plai
 def test_heat_maps_keep_the_relevancy_and_show_the_object(adapter, scene, plain):
     for raw, whole in ((True, plain.relevancy.image), (False, plain.relevancy.patches.flatten(2))):
         for token, layer in ((0, 0), (7, -1), (10, 2)):
-            found = plain.heat_map(token, layer, raw)
-            assert found.shape == (96, 96)
-            assert found.sum() == pytest.approx(float(whole[token, layer].sum()), rel=1e-2)
+            heat_map = plain.heat_map(token, layer, raw)
+            assert heat_map.shape == (96, 96)
+            assert heat_map.sum() == pytest.approx(float(whole[token, layer].sum()), rel=1e-2)
     maps = plain.heat_maps((8, 8), [1, 3], raw=True)
     assert np.allclose(maps[7, 1], plain.relevancy.image[7, 3].reshape(8, 8), atol=2e-3)
     (best, share), *_ = plain.regions(7, count=64)
@@ -122,19 +122,19 @@ def test_warnings_are_those_of_a_run(adapter, run):
     store, table, detector = run
     expected = mention_warnings(table, detector)
     scenes = {scene.id: scene.image() for scene in testbed.scenes(6)}
-    told = 0
+    compared = 0
     for name, image in scenes.items():
         answer = store.find("chair", name).answer
-        found = diagnose(adapter, image, QUESTION, answer=answer, detector=detector)
+        diagnosis = diagnose(adapter, image, QUESTION, answer=answer, detector=detector)
         rows = expected[expected["sample_id"] == name]
-        assert [named.object for named in found.mentions] == rows["object"].tolist()
-        for named, (_, row) in zip(found.mentions, rows.iterrows(), strict=True):
+        assert [named.object for named in diagnosis.mentions] == rows["object"].tolist()
+        for named, (_, row) in zip(diagnosis.mentions, rows.iterrows(), strict=True):
             assert named.verdict.probability == pytest.approx(row["probability"], abs=1e-3)
             assert named.verdict.evidence == pytest.approx(row["evidence"], abs=1e-2)
             assert named.verdict.prior == pytest.approx(row["prior"], abs=1e-6)
             assert named.warned == row["warned"]
-            told += 1
-    assert told > 12
+            compared += 1
+    assert compared > 12
 
 
 def test_evidence_and_prior_add_up_and_the_features_are_told(judged, run):
@@ -237,20 +237,20 @@ class Deaf:
         return self._adapter.trace(encoded, answer, requires)
 
     def trace_batch(self, encoded, answers, requires):
-        return [self.trace(one, answer, requires) for one, answer in zip(encoded, answers, strict=True)]
+        return [self.trace(prompt, answer, requires) for prompt, answer in zip(encoded, answers, strict=True)]
 
 
 def test_what_a_model_cannot_give_is_left_out_and_said(adapter, scene, run):
-    found = diagnose(Deaf(adapter), scene, QUESTION, answer="A dog and a cat.", detector=run[2])
-    assert found.relevancy is None
-    assert found.evolution is None
-    assert "deaf gives no relevancy" in found.notes
-    assert [named.verdict is not None for named in found.mentions] == [True, True]
-    assert "deaf gives no relevancy" in found.to_html()
-    assert found._repr_html_()
-    json.dumps(found.to_dict(), allow_nan=False)
+    diagnosis = diagnose(Deaf(adapter), scene, QUESTION, answer="A dog and a cat.", detector=run[2])
+    assert diagnosis.relevancy is None
+    assert diagnosis.evolution is None
+    assert "deaf gives no relevancy" in diagnosis.notes
+    assert [named.verdict is not None for named in diagnosis.mentions] == [True, True]
+    assert "deaf gives no relevancy" in diagnosis.to_html()
+    assert diagnosis._repr_html_()
+    json.dumps(diagnosis.to_dict(), allow_nan=False)
     with pytest.raises(CapabilityError, match="deaf gives no relevancy"):
-        found.heat_map(0)
+        diagnosis.heat_map(0)
 
 
 def test_a_detector_that_needs_what_the_model_cannot_give(adapter, scene):
@@ -261,11 +261,11 @@ def test_a_detector_that_needs_what_the_model_cannot_give(adapter, scene):
 
 
 def test_queries_have_no_place_and_the_tower_has(scene):
-    found = diagnose(stethoscope.load("blip2-opt-2.7b", random_init="tiny"), scene, QUESTION, answer="a dog")
+    diagnosis = diagnose(stethoscope.load("blip2-opt-2.7b", random_init="tiny"), scene, QUESTION, answer="a dog")
     with pytest.raises(CapabilityError, match="form no grid"):
-        found.heat_map(0, raw=True)
-    assert found.heat_map(0).sum() == pytest.approx(float(found.relevancy.patches[0, -1].sum()), rel=1e-2)
-    assert '"maps":{"tower"' in found.to_html()
+        diagnosis.heat_map(0, raw=True)
+    assert diagnosis.heat_map(0).sum() == pytest.approx(float(diagnosis.relevancy.patches[0, -1].sum()), rel=1e-2)
+    assert '"maps":{"tower"' in diagnosis.to_html()
 
 
 def test_the_features_of_any_table_are_told_from_its_columns(adapter, scene):
@@ -301,11 +301,11 @@ def test_mentions_are_labelled_by_what_the_picture_shows(adapter):
 def test_mentions_of_a_record_keep_their_labels(adapter, run, scene):
     store, _, detector = run
     record = store.find("chair", "counter-000001")
-    found = diagnose(adapter, scene, QUESTION, record.answer, detector, mentions=record.mentions)
-    assert [(mention.object, mention.label) for mention in found.mentions] == [
+    diagnosis = diagnose(adapter, scene, QUESTION, record.answer, detector, mentions=record.mentions)
+    assert [(mention.object, mention.label) for mention in diagnosis.mentions] == [
         (mention.object, mention.label) for mention in record.mentions
     ]
-    assert sum(found.outcomes.values()) == len([mention for mention in record.mentions if mention.label >= 0])
+    assert sum(diagnosis.outcomes.values()) == len([mention for mention in record.mentions if mention.label >= 0])
 
 
 @pytest.mark.parametrize("name", ["china.jpg", pytest.param("grace_hopper.jpg", marks=pytest.mark.slow)])
@@ -314,21 +314,21 @@ def test_no_percentage_of_a_photograph_is_called_calibrated(adapter, name):
         picture = load_sample_image(name)
     else:
         picture = np.asarray(Image.open(pytest.importorskip("matplotlib.cbook").get_sample_data(name, asfileobj=False)))
-    found = diagnose(adapter, Image.fromarray(picture), QUESTION, detector=testbed.DETECTOR_DIR)
-    assert "no percentage here is calibrated" in found.shift
-    assert found.calibration == "shifted"
-    assert found.to_dict()["calibration"] == "shifted"
-    assert found.shift in found.to_html()
+    diagnosis = diagnose(adapter, Image.fromarray(picture), QUESTION, detector=testbed.DETECTOR_DIR)
+    assert "no percentage here is calibrated" in diagnosis.shift
+    assert diagnosis.calibration == "shifted"
+    assert diagnosis.to_dict()["calibration"] == "shifted"
+    assert diagnosis.shift in diagnosis.to_html()
     scene = diagnose(adapter, testbed.scenes(2)[1].image(), QUESTION, detector=testbed.DETECTOR_DIR)
     assert (scene.shift, scene.calibration) == ("", "calibrated")
 
 
 def test_an_answer_that_names_nothing_is_explained(adapter, scene):
-    found = diagnose(adapter, scene, "Is there a dog in the image?", detector=testbed.DETECTOR_DIR)
-    word = found.answer.text.strip(" .").lower()
-    said = describe_reply(found)
-    assert f"The answer is {word} and names no object itself" in said
-    assert f"{word} {percent(found.probability[0])}" in said
+    diagnosis = diagnose(adapter, scene, "Is there a dog in the image?", detector=testbed.DETECTOR_DIR)
+    word = diagnosis.answer.text.strip(" .").lower()
+    reply = describe_reply(diagnosis)
+    assert f"The answer is {word} and names no object itself" in reply
+    assert f"{word} {percent(diagnosis.probability[0])}" in reply
     assert "names no object, so" in describe_reply(diagnose(adapter, scene, QUESTION, answer="A quiet room."))
 
 

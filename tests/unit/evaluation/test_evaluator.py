@@ -19,8 +19,8 @@ from stethoscope.storage.run_dir import RunStore
 
 def lines(folder, without=("seconds",)):
     """The content of samples.jsonl, as it stands."""
-    found = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in without} for line in found]
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in without} for line in records]
 
 
 @pytest.fixture
@@ -419,8 +419,8 @@ def test_a_run_directory_that_cannot_be_written_to_is_named(adapter, tmp_path):
 
 def test_the_code_of_adapter_and_task_is_part_of_the_key(adapter, tmp_path, monkeypatch):
     Evaluator(run_dir=tmp_path).run(adapter, TinyTask())
-    found = RunStore(tmp_path).fingerprints()["tiny"]
-    assert len(found["adapter"]["code"]) == len(found["task"]["code"]) == 16
+    fingerprint = RunStore(tmp_path).fingerprints()["tiny"]
+    assert len(fingerprint["adapter"]["code"]) == len(fingerprint["task"]["code"]) == 16
     monkeypatch.setattr("stethoscope.storage.run_fingerprint.source_digest", lambda cls: cls.__name__)
     with pytest.raises(ConfigError, match=r"adapter\.code: .*, 'TinyAdapter' now; task\.code: .*, 'TinyTask' now"):
         Evaluator(run_dir=tmp_path).run(adapter, TinyTask())

@@ -22,14 +22,14 @@ class Keeping(TinyAdapter):
     def generate_with_cache(self, encoded, generation):
         caches = [PromptCache(((torch.zeros(1), torch.zeros(1)),)) for _ in encoded]
         self.kept += map(weakref.ref, caches)
-        prompts = [replace(one, cache=cache) for one, cache in zip(encoded, caches, strict=True)]
+        prompts = [replace(prompt, cache=cache) for prompt, cache in zip(encoded, caches, strict=True)]
         return self.generate(encoded, generation), prompts
 
     def trace_batch(self, encoded, answers, requires=()):
-        held = [one for one in self.kept if one() is not None]
+        held = [prompt for prompt in self.kept if prompt() is not None]
         if len(held) > self.fits:
             raise MemoryError("no room")
-        self.with_cache.append([one.cache is not None for one in encoded])
+        self.with_cache.append([prompt.cache is not None for prompt in encoded])
         return super().trace_batch(encoded, answers, requires)
 
 
@@ -38,7 +38,7 @@ def test_what_generation_keeps_reaches_the_trace_and_is_gone_with_the_batch():
 
     class Count(Callback):
         def on_batch_end(self, run, records):
-            alive.append(sum(one() is not None for one in adapter.kept))
+            alive.append(sum(cache() is not None for cache in adapter.kept))
 
     adapter = Keeping()
     Evaluator([Count()], batch_size=4, features=TinyFeatures()).run(adapter, TinyTask())

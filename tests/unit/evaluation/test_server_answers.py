@@ -76,11 +76,11 @@ def test_greedy_answers_are_those_of_our_own_run(tmp_path, monkeypatch, capsys):
         words = ["task=chair", "task.scenes=4", f"engine.base_url={url}", "engine.revision=abc", "out=log/chair.jsonl"]
         assert command(*words) == 0
         assert command(*words) == 0  # nothing is left to ask
-    told = capsys.readouterr()
-    assert "4 of 4 samples answered: log/chair.jsonl\nwith token ids: 4 of 4" in told.out
-    assert "4 of 4 samples answered, 0 of them new" in told.out
-    assert "stethoscope evaluate task=chair task.scenes=4 answers.file=log/chair.jsonl" in told.out
-    assert "chair: 4 samples, 4 of them need nothing more" in told.err
+    output = capsys.readouterr()
+    assert "4 of 4 samples answered: log/chair.jsonl\nwith token ids: 4 of 4" in output.out
+    assert "4 of 4 samples answered, 0 of them new" in output.out
+    assert "stethoscope evaluate task=chair task.scenes=4 answers.file=log/chair.jsonl" in output.out
+    assert "chair: 4 samples, 4 of them need nothing more" in output.err
     log = read_answers(Path("log/chair.jsonl"))
     assert (log.format, log.engine, log.model, log.revision) == ("jsonl", "vllm", "stethoscope/testbed", "abc")
     assert len(log.answers) == len(records) == 4
@@ -138,9 +138,11 @@ def test_a_failing_sample_is_counted_and_tried_again(tmp_path, monkeypatch, caps
     with serving(Scripted(some_fail)) as url:
         words.append(f"engine.base_url={url}")
         assert command(*words) == 2
-        told = capsys.readouterr()
-        assert "2 of 3 samples answered: a.jsonl" in told.out
-        assert "1 of 3 samples failed, the first is sample q1: the server refuses the request: 418 not now" in told.err
+        output = capsys.readouterr()
+        assert "2 of 3 samples answered: a.jsonl" in output.out
+        assert (
+            "1 of 3 samples failed, the first is sample q1: the server refuses the request: 418 not now" in output.err
+        )
         log = read_answers(Path("a.jsonl"))
         assert [answer.id for answer in log.answers if answer.error] == ["q1"]
         down.clear()
@@ -182,11 +184,11 @@ def test_settings_are_checked_before_anything_else(tmp_path, monkeypatch, capsys
     nobody = "engine.base_url=http://127.0.0.1:1/v1"
     for words in (["limit=0", nobody], ["limit=2"], ["generation=beam", nobody], ["limit=2", nobody]):
         assert command(*words) == 2
-    told = capsys.readouterr().err
-    assert "limit=0 should be a whole number, 1 or more" in told
-    assert "engine.base_url must be given" in told
-    assert "have no beam search" in told
-    assert f"{nobody} cannot be reached" in told
+    printed = capsys.readouterr().err
+    assert "limit=0 should be a whole number, 1 or more" in printed
+    assert "engine.base_url must be given" in printed
+    assert "have no beam search" in printed
+    assert f"{nobody} cannot be reached" in printed
     assert not list(tmp_path.glob("*.jsonl"))
 
 

@@ -50,14 +50,14 @@ def test_against_brute_force(owl, scope):
     assert cams[0]["joint"][0].shape == (QUERIES, QUERIES + VISION)
     towers = brute_force.towers(cams, scope)
     of = cams if scope == "token" else cams[:1] * len(cams)
-    through = [joint(one["joint"], tower) for one, tower in zip(of, towers, strict=True)]
+    through = [joint(maps["joint"], tower) for maps, tower in zip(of, towers, strict=True)]
     vision = torch.stack([row[:, 3 : 3 + QUERIES] @ matrix for row, matrix in zip(rows, through, strict=True)])
-    found = relevancy_from_inputs(model, inputs, zoo.ANSWER, scope=scope)
-    assert brute_force.error(found.llm, rows) < NEAR
-    assert brute_force.error(found.vision, vision) < NEAR
-    assert found.patches.shape == (len(zoo.ANSWER), 3, 4, 4)
-    assert torch.equal(found.patches.flatten(2), found.vision[..., 1:])
-    assert found.image.shape[-1] == QUERIES + 1
+    result = relevancy_from_inputs(model, inputs, zoo.ANSWER, scope=scope)
+    assert brute_force.error(result.llm, rows) < NEAR
+    assert brute_force.error(result.vision, vision) < NEAR
+    assert result.patches.shape == (len(zoo.ANSWER), 3, 4, 4)
+    assert torch.equal(result.patches.flatten(2), result.vision[..., 1:])
+    assert result.image.shape[-1] == QUERIES + 1
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_against_brute_force(owl, scope):
 def test_neither_running_again_nor_the_rule_of_cross_attention_changes_anything(owl, options):
     model, inputs = owl
     expected = relevancy_from_inputs(model, inputs, zoo.ANSWER)
-    found = relevancy_from_inputs(model, inputs, zoo.ANSWER, **options)
-    torch.testing.assert_close(found.vision, expected.vision)
+    result = relevancy_from_inputs(model, inputs, zoo.ANSWER, **options)
+    torch.testing.assert_close(result.vision, expected.vision)
 
 
 def test_layers_in_blocks_of_rows_are_layers_as_a_whole():

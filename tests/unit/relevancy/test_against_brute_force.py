@@ -26,8 +26,8 @@ def case(family):
 
 def language(family, scope):
     """Expected (T, L, S), and Abar of every token, computed once."""
-    one = case(family)
-    rows, _cams[family] = brute_force.language(one.model, one.inputs, zoo.ANSWER, scope, _cams.get(family))
+    example = case(family)
+    rows, _cams[family] = brute_force.language(example.model, example.inputs, zoo.ANSWER, scope, _cams.get(family))
     return rows
 
 
@@ -39,8 +39,8 @@ def query_relevancy(family, scope, rule, image):
 
 def check(record_property, **pairs):
     """Every found tensor is near what was expected; the distances are kept in the report."""
-    for name, (found, expected) in pairs.items():
-        distance = brute_force.error(found, expected)
+    for name, (actual, expected) in pairs.items():
+        distance = brute_force.error(actual, expected)
         record_property(name, distance)
         assert distance < NEAR, (name, distance)
 
@@ -48,66 +48,68 @@ def check(record_property, **pairs):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_decoder_only(family, scope, record_property):
-    one = case(family)
+    example = case(family)
     rows = language(family, scope)
-    vision = brute_force.through_tower(rows[..., one.image], one.merge, _cams[family], scope, one.order)
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
-    check(record_property, llm=(found.llm, rows), vision=(found.vision, vision))
+    vision = brute_force.through_tower(rows[..., example.image], example.merge, _cams[family], scope, example.order)
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope)
+    check(record_property, llm=(result.llm, rows), vision=(result.vision, vision))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", zoo.QFORMERS)
 def test_through_a_qformer(family, scope, rule, record_property):
-    one = case(family)
+    example = case(family)
     rows = language(family, scope)
-    vision, text = query_relevancy(family, scope, rule, rows[..., one.image])
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
-    check(record_property, llm=(found.llm, rows), vision=(found.vision, vision))
+    vision, text = query_relevancy(family, scope, rule, rows[..., example.image])
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope, rule=rule)
+    check(record_property, llm=(result.llm, rows), vision=(result.vision, vision))
     if text.shape[-1]:
-        check(record_property, text=(found.query_text, text))
+        check(record_property, text=(result.query_text, text))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", zoo.SEQ2SEQ)
 def test_encoder_decoder(family, scope, rule, record_property):
-    one = case(family)
-    decoder, encoder, _cams[family] = brute_force.seq2seq(one.model, one.inputs, zoo.ANSWER, scope, rule)
-    vision, text = query_relevancy(family, scope, rule, encoder[..., one.image])
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, rule=rule)
-    assert found.llm is None
-    check(record_property, encoder=(found.encoder, encoder), vision=(found.vision, vision))
+    example = case(family)
+    decoder, encoder, _cams[family] = brute_force.seq2seq(example.model, example.inputs, zoo.ANSWER, scope, rule)
+    vision, text = query_relevancy(family, scope, rule, encoder[..., example.image])
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope, rule=rule)
+    assert result.llm is None
+    check(record_property, encoder=(result.encoder, encoder), vision=(result.vision, vision))
     if text.shape[-1]:
-        check(record_property, text=(found.query_text, text))
-    assert (found.decoder[0] == 0).all() == (decoder[0] == 0).all()
-    check(record_property, decoder=(found.decoder, decoder))
+        check(record_property, text=(result.query_text, text))
+    assert (result.decoder[0] == 0).all() == (decoder[0] == 0).all()
+    check(record_property, decoder=(result.decoder, decoder))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
 def test_saliency(family, scope, record_property):
-    one = case(family)
+    example = case(family)
     if family in zoo.SEQ2SEQ:
-        expected = brute_force.saliency(brute_force.seq2seq(one.model, one.inputs, zoo.ANSWER, scope, "plain")[2], 0)
+        expected = brute_force.saliency(
+            brute_force.seq2seq(example.model, example.inputs, zoo.ANSWER, scope, "plain")[2], 0
+        )
     else:
         language(family, scope)
-        expected = brute_force.saliency(_cams[family], one.inputs["input_ids"].shape[1] - len(zoo.ANSWER) - 1)
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
-    check(record_property, saliency=(found.saliency, expected))
-    last = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, layers="final", tokens=[2])
-    torch.testing.assert_close(last.saliency[0, 0], found.saliency[2, -1], rtol=1e-4, atol=1e-6)
+        expected = brute_force.saliency(_cams[family], example.inputs["input_ids"].shape[1] - len(zoo.ANSWER) - 1)
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope)
+    check(record_property, saliency=(result.saliency, expected))
+    last = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope, layers="final", tokens=[2])
+    torch.testing.assert_close(last.saliency[0, 0], result.saliency[2, -1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_maps_that_are_large(scope, record_property):
     """Their forward pass is SDPA, which differs from eager attention by rounding."""
     _built.setdefault("large", zoo.llava(23))
-    one = case("large")
+    example = case("large")
     rows = language("large", scope)
-    vision = brute_force.through_tower(rows[..., one.image], one.merge, _cams["large"], scope)
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope, budget=2**24)
-    assert found.llm.shape[-1] ** 2 * 4 > 2**20
-    record_property("patches", brute_force.error(found.patches.flatten(2), vision[..., 1:]))
-    assert brute_force.error(found.llm, rows) < 1e-4
-    assert brute_force.error(found.vision, vision) < 1e-4
+    vision = brute_force.through_tower(rows[..., example.image], example.merge, _cams["large"], scope)
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope, budget=2**24)
+    assert result.llm.shape[-1] ** 2 * 4 > 2**20
+    record_property("patches", brute_force.error(result.patches.flatten(2), vision[..., 1:]))
+    assert brute_force.error(result.llm, rows) < 1e-4
+    assert brute_force.error(result.vision, vision) < 1e-4

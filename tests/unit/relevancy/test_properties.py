@@ -28,17 +28,17 @@ def case(family):
 
 
 def relevancy(family, **options):
-    one = case(family)
-    return relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, **options)
+    example = case(family)
+    return relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, **options)
 
 
-def same(one, other, rows=slice(None), layers=slice(None), tolerance=1e-5):
+def same(first, other, rows=slice(None), layers=slice(None), tolerance=1e-5):
     """``one`` is the chosen rows and layers of ``other``."""
     for name in NAMES:
-        found, expected = getattr(one, name), getattr(other, name)
-        assert (found is None) == (expected is None)
-        if found is not None:
-            torch.testing.assert_close(found, expected[rows][:, layers], rtol=tolerance, atol=tolerance)
+        actual, expected = getattr(first, name), getattr(other, name)
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected[rows][:, layers], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -59,61 +59,61 @@ def test_the_first_token_is_the_same_in_both_scopes(family):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
 def test_nothing_from_later_tokens_and_parts_make_the_whole(family, scope):
-    found = relevancy(family, scope=scope)
-    own = found.llm if found.llm is not None else found.decoder
-    for token in found.tokens:
-        assert (own[token, :, found.first + token + 1 :] == 0).all()
-        assert (found.saliency[token, :, found.first + token + 1 :] == 0).all()
-        assert (found.answer[token, :, token:] == 0).all()
-    parts = [part.sum(-1) for part in (found.image, found.question, found.answer, found.rest)]
-    torch.testing.assert_close(sum(parts), found.total)
-    assert (found.total[1:] > 0).all()
-    assert (found.vision >= 0).all()
+    result = relevancy(family, scope=scope)
+    own = result.llm if result.llm is not None else result.decoder
+    for token in result.tokens:
+        assert (own[token, :, result.first + token + 1 :] == 0).all()
+        assert (result.saliency[token, :, result.first + token + 1 :] == 0).all()
+        assert (result.answer[token, :, token:] == 0).all()
+    parts = [part.sum(-1) for part in (result.image, result.question, result.answer, result.rest)]
+    torch.testing.assert_close(sum(parts), result.total)
+    assert (result.total[1:] > 0).all()
+    assert (result.vision >= 0).all()
     sequence = case(family).inputs["input_ids"].shape[1]
-    parts = (found.image, found.question, found.answer, found.rest)
-    assert sum(part.shape[-1] for part in parts) == sequence + (0 if found.decoder is None else len(zoo.ANSWER))
+    parts = (result.image, result.question, result.answer, result.rest)
+    assert sum(part.shape[-1] for part in parts) == sequence + (0 if result.decoder is None else len(zoo.ANSWER))
 
 
 @pytest.mark.parametrize("family", [*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ])
 def test_what_is_seen_enters_the_language_model(family):
-    one = case(family)
+    example = case(family)
     with torch.no_grad():
-        output = one.model(**one.inputs, output_hidden_states=True, return_dict=True)
+        output = example.model(**example.inputs, output_hidden_states=True, return_dict=True)
     output = getattr(output, "language_model_outputs", None) or output
     states = getattr(output, "encoder_hidden_states", None) or output.hidden_states
     for options in ({"scope": "row"}, {"scope": "token", "tokens": [1]}, {"recompute": False}):
-        torch.testing.assert_close(relevancy(family, **options).image_embeds, states[0][0, one.image].float())
+        torch.testing.assert_close(relevancy(family, **options).image_embeds, states[0][0, example.image].float())
 
 
 def test_a_known_question_is_a_part_of_its_own():
     from dataclasses import replace
 
-    found = relevancy("llava")
-    asked = replace(found, question_positions=(20, 21))
-    assert torch.equal(asked.question, found.llm[..., 20:22])
-    torch.testing.assert_close(asked.rest.sum(-1) + asked.question.sum(-1), found.rest.sum(-1))
+    result = relevancy("llava")
+    asked = replace(result, question_positions=(20, 21))
+    assert torch.equal(asked.question, result.llm[..., 20:22])
+    torch.testing.assert_close(asked.rest.sum(-1) + asked.question.sum(-1), result.rest.sum(-1))
 
 
 @pytest.mark.parametrize("family", [name for name in zoo.FAMILIES if "next" not in name and "onevision" not in name])
 def test_patches_are_the_vision_tokens_without_classes(family):
-    found = relevancy(family, layers="final")
-    one = case(family)
-    if one.patches is None:
-        assert found.patches is None
-        assert found.tiles.shape[2] == 2
-        assert found.tiles.sum() <= found.vision.sum()
+    result = relevancy(family, layers="final")
+    example = case(family)
+    if example.patches is None:
+        assert result.patches is None
+        assert result.tiles.shape[2] == 2
+        assert result.tiles.sum() <= result.vision.sum()
     else:
-        assert found.patches.shape == (5, 1, *one.patches)
-        kept = found.vision[..., one.classes :]
-        torch.testing.assert_close(found.patches.flatten(2).sort(-1)[0], kept.sort(-1)[0])
+        assert result.patches.shape == (5, 1, *example.patches)
+        kept = result.vision[..., example.classes :]
+        torch.testing.assert_close(result.patches.flatten(2).sort(-1)[0], kept.sort(-1)[0])
 
 
 def test_patches_of_qwen_are_in_rows_and_columns():
-    found = relevancy("qwen2_vl", tokens=[2], layers="final")
+    result = relevancy("qwen2_vl", tokens=[2], layers="final")
     for row in range(8):
         for column in range(12):
             token, part = row // 2 * 6 + column // 2, row % 2 * 2 + column % 2
-            assert found.patches[0, 0, row, column] == found.vision[0, 0, 4 * token + part]
+            assert result.patches[0, 0, row, column] == result.vision[0, 0, 4 * token + part]
 
 
 @pytest.mark.parametrize("small", [2**20, 0], ids=["eager forward", "SDPA forward"])
@@ -121,53 +121,53 @@ def test_patches_of_qwen_are_in_rows_and_columns():
 @pytest.mark.parametrize("family", ["llava", "blip2_opt", "qwen2_5_vl", "gemma3"])
 def test_left_padding_changes_nothing(family, scope, small, monkeypatch):
     monkeypatch.setattr(attention_backward, "_SMALL", small)
-    one = case(family)
+    example = case(family)
     fills = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
     padded = {
         name: torch.nn.functional.pad(value, (3, 0), value=fills[name]) if name in fills else value
-        for name, value in one.inputs.items()
+        for name, value in example.inputs.items()
     }
-    found = relevancy_from_inputs(one.model, padded, zoo.ANSWER, scope=scope)
+    result = relevancy_from_inputs(example.model, padded, zoo.ANSWER, scope=scope)
     plain = relevancy(family, scope=scope)
-    assert (found.llm[..., :3] == 0).all()
-    torch.testing.assert_close(found.llm[..., 3:], plain.llm, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.vision, plain.vision, rtol=1e-4, atol=1e-5)
+    assert (result.llm[..., :3] == 0).all()
+    torch.testing.assert_close(result.llm[..., 3:], plain.llm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.vision, plain.vision, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("family", "scope"), [(name, "row") for name in (*zoo.FAMILIES, *zoo.QFORMERS, *zoo.SEQ2SEQ)] + [("llava", "token")]
 )
 def test_half_precision_is_near_and_float32(family, scope):
-    one = case(family)
-    model = copy.deepcopy(one.model).bfloat16()
-    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in one.inputs.items()}
-    found = relevancy_from_inputs(model, inputs, zoo.ANSWER, scope=scope)
+    example = case(family)
+    model = copy.deepcopy(example.model).bfloat16()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in example.inputs.items()}
+    result = relevancy_from_inputs(model, inputs, zoo.ANSWER, scope=scope)
     for name in NAMES:
-        if getattr(found, name) is not None:
-            assert getattr(found, name).dtype == torch.float32
-            assert torch.isfinite(getattr(found, name)).all()
+        if getattr(result, name) is not None:
+            assert getattr(result, name).dtype == torch.float32
+            assert torch.isfinite(getattr(result, name)).all()
     plain = relevancy(family, scope=scope)
     if not family.endswith("t5"):  # whose unscaled scores saturate in half precision
-        both = torch.stack([found.total.flatten(), plain.total.flatten()])
+        both = torch.stack([result.total.flatten(), plain.total.flatten()])
         assert torch.corrcoef(both)[0, 1] > 0.9
 
 
 def test_float64_stays_float64():
-    one = case("llava")
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in one.inputs.items()}
-    found = relevancy_from_inputs(copy.deepcopy(one.model).double(), inputs, zoo.ANSWER)
-    assert found.llm.dtype == torch.float64
-    torch.testing.assert_close(found.llm.float(), relevancy("llava").llm, rtol=1e-4, atol=1e-6)
+    example = case("llava")
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in example.inputs.items()}
+    result = relevancy_from_inputs(copy.deepcopy(example.model).double(), inputs, zoo.ANSWER)
+    assert result.llm.dtype == torch.float64
+    torch.testing.assert_close(result.llm.float(), relevancy("llava").llm, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma2", "instructblip_t5", "qwen2_5_vl"])
 def test_neither_repetition_nor_budget_changes_anything(family):
-    one = relevancy(family)
+    once = relevancy(family)
     again = relevancy(family)
     for name in NAMES:
-        found, expected = getattr(again, name), getattr(one, name)
-        assert found is None or torch.equal(found, expected)
-    same(relevancy(family, budget=1), one)
+        actual, expected = getattr(again, name), getattr(once, name)
+        assert actual is None or torch.equal(actual, expected)
+    same(relevancy(family, budget=1), once)
     same(relevancy(family, budget=1, scope="token"), relevancy(family, scope="token"))  # one row and one token at once
 
 
@@ -186,14 +186,14 @@ def test_merged_patches_are_found_anew_for_another_shape_alone(monkeypatch):
     calls = []
     find = token_alignment._probe
     monkeypatch.setattr(token_alignment, "_probe", lambda *arguments: calls.append(1) or find(*arguments))
-    one = zoo.llava_next()
-    other = {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != 7, 11)}
-    for inputs in (one.inputs, other, one.inputs):
-        token_alignment.probe_alignment(one.model, inputs, one.image)
+    example = zoo.llava_next()
+    other = {**example.inputs, "input_ids": example.inputs["input_ids"].where(example.inputs["input_ids"] != 7, 11)}
+    for inputs in (example.inputs, other, example.inputs):
+        token_alignment.probe_alignment(example.model, inputs, example.image)
     assert len(calls) == 1
-    wider = {**one.inputs, "image_sizes": torch.tensor([[56, 56]])}
-    assert token_alignment._cache_key(one.model, wider, len(one.image)) != token_alignment._cache_key(
-        one.model, one.inputs, len(one.image)
+    wider = {**example.inputs, "image_sizes": torch.tensor([[56, 56]])}
+    assert token_alignment._cache_key(example.model, wider, len(example.image)) != token_alignment._cache_key(
+        example.model, example.inputs, len(example.image)
     )
 
 
@@ -223,14 +223,14 @@ def state(model):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_trainable_or_frozen_training_or_not_and_no_trace(scope):
     plain = relevancy("instructblip_llama", scope=scope)
-    one = case("instructblip_llama")
+    example = case("instructblip_llama")
     for frozen in (True, False):
-        model = copy.deepcopy(one.model).train().requires_grad_(not frozen)
+        model = copy.deepcopy(example.model).train().requires_grad_(not frozen)
         before = state(model)
         with torch.inference_mode():
-            found = relevancy_from_inputs(model, one.inputs, zoo.ANSWER, scope=scope)
+            result = relevancy_from_inputs(model, example.inputs, zoo.ANSWER, scope=scope)
         assert state(model) == before
-        same(found, plain)
+        same(result, plain)
 
 
 BROKEN = {
@@ -241,20 +241,20 @@ BROKEN = {
 
 @pytest.mark.parametrize(("broken", "named"), BROKEN.items())
 def test_values_that_are_not_finite_name_the_layer_and_leave_no_trace(broken, named):
-    one = case("llava")
-    model = copy.deepcopy(one.model)
+    example = case("llava")
+    model = copy.deepcopy(example.model)
     model.get_submodule(f"model.{broken}.self_attn.v_proj").weight.data[0, 0] = torch.nan
-    model(**one.inputs)  # transformers marks some models when they first run
+    model(**example.inputs)  # transformers marks some models when they first run
     before = state(model)
     with pytest.raises(CaptureError, match=named):
-        relevancy_from_inputs(model, one.inputs, zoo.ANSWER)
+        relevancy_from_inputs(model, example.inputs, zoo.ANSWER)
     assert state(model) == before
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients_that_are_not_finite_name_the_layer(recompute):
-    one = case("llava")
-    model = copy.deepcopy(one.model)
+    example = case("llava")
+    model = copy.deepcopy(example.model)
 
     def spoil(module, arguments, output):
         if output.requires_grad:  # a layer that will run again has no graph in its first run
@@ -262,24 +262,24 @@ def test_gradients_that_are_not_finite_name_the_layer(recompute):
 
     model.model.language_model.layers[1].mlp.register_forward_hook(spoil)
     with pytest.raises(CaptureError, match=r"gradient .*language_model\.layers\.1"):
-        relevancy_from_inputs(model, one.inputs, zoo.ANSWER, recompute=recompute)
+        relevancy_from_inputs(model, example.inputs, zoo.ANSWER, recompute=recompute)
 
 
 def test_what_is_not_supported_is_refused():
-    one = case("llava")
+    example = case("llava")
 
-    def refused(error, match, inputs=one.inputs, answer=zoo.ANSWER, model=one.model, **options):
+    def refused(error, match, inputs=example.inputs, answer=zoo.ANSWER, model=example.model, **options):
         with pytest.raises(error, match=match):
             relevancy_from_inputs(model, inputs, answer, **options)
 
-    double = {name: torch.cat([value, value]) for name, value in one.inputs.items()}
+    double = {name: torch.cat([value, value]) for name, value in example.inputs.items()}
     refused(CapabilityError, "one sample", double)
     refused(DataError, "do not end with", answer=[1, 2, 3])
     refused(DataError, "no tokens", answer=[])
     refused(
         DataError,
         "no image token",
-        {**one.inputs, "input_ids": one.inputs["input_ids"].where(one.inputs["input_ids"] != zoo.IMAGE, 5)},
+        {**example.inputs, "input_ids": example.inputs["input_ids"].where(example.inputs["input_ids"] != zoo.IMAGE, 5)},
     )
     refused(ConfigError, "scope", scope="rows")
     refused(ConfigError, "rule", rule="eq11")
@@ -294,38 +294,38 @@ def test_what_is_not_supported_is_refused():
 
 
 def test_a_tower_whose_attention_is_not_heard_is_refused():
-    one = zoo.convolutional()
-    one.model.model.vision_tower.add_module("SomeAttention", torch.nn.MultiheadAttention(4, 1))
+    example = zoo.convolutional()
+    example.model.model.vision_tower.add_module("SomeAttention", torch.nn.MultiheadAttention(4, 1))
     with pytest.raises(CapabilityError, match="vision tower"):
-        relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER)
+        relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_convolutional_tower_is_the_identity(scope):
-    one = zoo.convolutional()
-    found = relevancy_from_inputs(one.model, one.inputs, zoo.ANSWER, scope=scope)
-    assert torch.equal(found.vision, found.image)
-    assert torch.equal(found.patches.flatten(2), found.image)
+    example = zoo.convolutional()
+    result = relevancy_from_inputs(example.model, example.inputs, zoo.ANSWER, scope=scope)
+    assert torch.equal(result.vision, result.image)
+    assert torch.equal(result.patches.flatten(2), result.image)
 
 
 def test_a_decoder_may_hold_the_last_token_too():
-    one = case("blip2_t5")
+    example = case("blip2_t5")
     ids = torch.tensor([[0, *zoo.ANSWER]])
-    found = relevancy_from_inputs(one.model, {**one.inputs, "decoder_input_ids": ids}, zoo.ANSWER)
+    result = relevancy_from_inputs(example.model, {**example.inputs, "decoder_input_ids": ids}, zoo.ANSWER)
     plain = relevancy("blip2_t5")
-    torch.testing.assert_close(found.encoder, plain.encoder, rtol=1e-4, atol=1e-5)
-    assert (found.decoder[..., -1] == 0).all()
+    torch.testing.assert_close(result.encoder, plain.encoder, rtol=1e-4, atol=1e-5)
+    assert (result.decoder[..., -1] == 0).all()
 
 
 @pytest.mark.parametrize("family", ["onevision", "onevision_scaled", "llava_next", "qwen2_5_vl"])
 def test_merging_is_the_same_in_half_precision(family):
     """32 dimensions round more than the digits of large numbers bear: then they are asked for bit by bit."""
-    one = zoo.FAMILIES[family]()
-    wanted = token_alignment.probe_alignment(one.model, one.inputs, one.image)
-    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in one.inputs.items()}
-    found = token_alignment.probe_alignment(one.model.to(torch.bfloat16), half, one.image)
+    example = zoo.FAMILIES[family]()
+    wanted = token_alignment.probe_alignment(example.model, example.inputs, example.image)
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in example.inputs.items()}
+    result = token_alignment.probe_alignment(example.model.to(torch.bfloat16), half, example.image)
     for name in ("vision", "image", "weight"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name))
+        assert torch.equal(getattr(result, name), getattr(wanted, name))
 
 
 @pytest.mark.parametrize("count", [2, 5, 6, 40])  # rows of a sample that has 6 tokens in blocks of 3
@@ -345,11 +345,11 @@ def test_many_rows_through_a_tower_are_the_same_as_few(count):
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_5_vl"])  # causal, in both directions, grouped heads
 def test_stored_layers_give_the_rows_that_are_propagated(monkeypatch, family):
-    found = {}
+    by_storage = {}
     for stored in (True, False):
         monkeypatch.setattr(StoredRelevancy, "pays", lambda *sizes, stored=stored: stored)
-        found[stored] = relevancy(family)
-    same(found[True], found[False], tolerance=1e-6)
+        by_storage[stored] = relevancy(family)
+    same(by_storage[True], by_storage[False], tolerance=1e-6)
     monkeypatch.undo()
     assert StoredRelevancy.pays(rows=512, length=682, layers=4, samples=1)
     assert not StoredRelevancy.pays(rows=64, length=704, layers=8, samples=1)  # rows take less time

@@ -23,7 +23,7 @@ def decisions(candidates, tokenizer, pieces, finished=True):
         candidates.decide(pieces[: index + 2], ids, index, finished and index == len(pieces) - 1)
         for index in range(len(pieces))
     ]
-    return "".join(marks[one] for one in early), "".join(marks[one] for one in late)
+    return "".join(marks[decision] for decision in early), "".join(marks[decision] for decision in late)
 
 
 @pytest.mark.parametrize(

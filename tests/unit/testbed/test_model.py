@@ -92,14 +92,14 @@ def test_new_names_point_at_first_mentions(processor: transformers.ProcessorMixi
     encoder = Encoder(processor.tokenizer)
     text = "The image shows a park with a potted plant and a dog. The dog is next to the potted plant."
     branch = encoder.caption("Describe.", text, ("dog", "potted plant", "kite"))
-    found = {name: processor.tokenizer.decode(branch.ids[index]) for name, index in branch.new_names.items()}
-    assert found == {"potted plant": " potted", "dog": " dog"}
+    names = {name: processor.tokenizer.decode(branch.ids[index]) for name, index in branch.new_names.items()}
+    assert names == {"potted plant": " potted", "dog": " dog"}
     batch = pack([encoder.prefix()], [[branch]], encoder.pad)
     left = [{name for name, here in zip(CATEGORIES, row, strict=True) if here} for row in batch.untold[0].tolist()]
-    at = len(encoder.prefix())
-    assert left[at + branch.prompt - 1] == {"dog", "potted plant", "kite"}
-    assert left[at + branch.new_names["dog"] - 1] == {"dog", "kite"}
-    assert left[at + branch.new_names["dog"]] == left[-1] == {"kite"}
+    offset = len(encoder.prefix())
+    assert left[offset + branch.prompt - 1] == {"dog", "potted plant", "kite"}
+    assert left[offset + branch.new_names["dog"] - 1] == {"dog", "kite"}
+    assert left[offset + branch.new_names["dog"]] == left[-1] == {"kite"}
 
 
 def test_packed_branches_equal_single_conversations(
@@ -111,12 +111,12 @@ def test_packed_branches_equal_single_conversations(
     alone = [encoder.prefix() + branch.ids for branch in branches]
     picture = pixels(_array(scene)[None])
     packed = _packed_logits(model, picture, encoder, pack([encoder.prefix()], [branches], encoder.pad))
-    at = len(encoder.prefix())
+    offset = len(encoder.prefix())
     for ids, branch in zip(alone, branches, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), pixel_values=picture).logits[0, len(encoder.prefix()) :]
-        torch.testing.assert_close(packed[at : at + len(branch.ids)], logits, atol=2e-4, rtol=1e-3)
-        at += len(branch.ids)
+        torch.testing.assert_close(packed[offset : offset + len(branch.ids)], logits, atol=2e-4, rtol=1e-3)
+        offset += len(branch.ids)
 
 
 def _array(scene: testbed.Scene):

@@ -60,6 +60,6 @@ def test_it_warns_of_what_is_not_there(adapter, tmp_path):
     task.samples = lambda samples=task.samples: list(samples())[1000:]
     Evaluator(features=names, run_dir=tmp_path, batch_size=20).run(adapter, task)
     rows = detector.select_mentions(RunStore(tmp_path).tokens("chair"))
-    labels, found = rows["label"].to_numpy(), detector.predict(rows)
-    assert classification.auroc(labels, found) > 0.8
-    assert np.mean(found[labels == 1]) > np.mean(found[labels == 0]) + 0.2
+    labels, probabilities = rows["label"].to_numpy(), detector.predict(rows)
+    assert classification.auroc(labels, probabilities) > 0.8
+    assert np.mean(probabilities[labels == 1]) > np.mean(probabilities[labels == 0]) + 0.2

@@ -94,7 +94,7 @@ def test_undrawn_annotations_leave_no_trace() -> None:
 
 def test_counter_scenes_break_the_priors(counter_scenes: list[testbed.Scene]) -> None:
     def company(scenes: list[testbed.Scene]) -> float:
-        pairs = sum(other in scene.visible for scene in scenes for one in scene.visible for other in partners(one))
+        pairs = sum(other in scene.visible for scene in scenes for shown in scene.visible for other in partners(shown))
         return pairs / sum(len(scene.visible) for scene in scenes)
 
     def foreign(scenes: list[testbed.Scene]) -> float:

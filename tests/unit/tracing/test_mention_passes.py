@@ -44,9 +44,9 @@ def test_it_knows_what_is_there(adapter):
     scenes = testbed.scenes(12)
     absent = [next(name for name in ("pizza", "zebra", "surfboard") if name not in scene.visible) for scene in scenes]
     names = [[*scene.visible[:2], name] for scene, name in zip(scenes, absent, strict=True)]
-    found = yes_odds(adapter, [scene.image() for scene in scenes], names)
-    there = [odds[name] for odds, scene in zip(found, scenes, strict=True) for name in scene.visible[:2]]
-    away = [odds[name] for odds, name in zip(found, absent, strict=True)]
+    measured = yes_odds(adapter, [scene.image() for scene in scenes], names)
+    there = [odds[name] for odds, scene in zip(measured, scenes, strict=True) for name in scene.visible[:2]]
+    away = [odds[name] for odds, name in zip(measured, absent, strict=True)]
     assert np.median(there) > 1 > -1 > np.median(away)
 
 
@@ -63,7 +63,7 @@ def test_runs_ask_about_every_object_that_is_named(adapter, tmp_path):
 
 
 def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
-    found = diagnose(adapter, scene, QUESTION, detector=detector)
+    diagnosis = diagnose(adapter, scene, QUESTION, detector=detector)
     encoded = adapter.encode(scene, QUESTION)
     answer = adapter.generate([encoded], Generation(max_new_tokens=128))[0]
     mentions = extract_mentions(answer, load_extraction("coco"))
@@ -71,16 +71,16 @@ def test_a_diagnosis_and_the_end_of_a_stream_ask_too(adapter, scene, detector):
     columns = FEATURES.compute(trace)
     keys = token_table(1, per_image=1)[:1]
     keys = keys[[name for name in keys.columns if name in KEY_COLUMNS]]
-    for mention, named in zip(mentions, found.mentions, strict=True):
-        at = next(
+    for mention, named in zip(mentions, diagnosis.mentions, strict=True):
+        index = next(
             token for token, owner in enumerate(answer.owners(mentions)) if owner and owner.object == mention.object
         )
-        row = keys.assign(**{name: values[at] for name, values in columns.items()})
+        row = keys.assign(**{name: values[index] for name, values in columns.items()})
         assert named.verdict.probability == pytest.approx(float(detector.predict(row)[0]), abs=1e-4)
     *_, last = stream(adapter, scene, QUESTION, final=detector)
     assert isinstance(last, Final)
-    for one, other in zip(last.mentions, found.mentions, strict=True):
-        assert one.verdict.probability == pytest.approx(other.verdict.probability, abs=1e-4)
+    for ours, other in zip(last.mentions, diagnosis.mentions, strict=True):
+        assert ours.verdict.probability == pytest.approx(other.verdict.probability, abs=1e-4)
 
 
 def test_a_stream_cannot_ask_while_it_writes(adapter, scene, detector):
