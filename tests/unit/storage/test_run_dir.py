@@ -18,7 +18,7 @@ from stethoscope.storage import tokens as tokens_module
 from stethoscope.storage.records import Record
 from stethoscope.storage.reuse import copy_task
 from stethoscope.storage.run_dir import RunStore
-from stethoscope.storage.tokens import SCHEMA, token_table
+from stethoscope.storage.tokens import SCHEMA, TokenRows, token_table, token_tables, unpacked
 
 SAMPLES = TinyTask(count=6).samples()
 ANSWER = Answer("a hot dog", (7, 8, 9), ((0, 1), (1, 5), (5, 9)), (-0.5, -1.25, -2.0))
@@ -38,7 +38,8 @@ def record(number, **other):
 
 
 def rows(number, value=0.0, **other):
-    return token_table("tiny", SAMPLES[number], ANSWER, MENTIONS, {"level": np.full(3, value), **other})
+    features = {"level": np.full(3, value), **other}
+    return token_tables("tiny", [TokenRows(SAMPLES[number], ANSWER, MENTIONS, features)])[0]
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_records_come_back_as_they_went_in(store):
 
 
 def test_the_token_table_has_the_key_columns_in_order_and_labels_of_the_covering_mention():
-    table = rows(0, 0.5)
+    table = unpacked(rows(0, 0.5))
     assert table.column_names == [*KEY_COLUMNS, "level"]
     assert SCHEMA.names == list(KEY_COLUMNS)
     frame = table.to_pandas()
@@ -100,6 +101,18 @@ def test_rows_are_merged_in_the_order_of_the_samples_whatever_the_parts(store, m
     assert frame["level"].tolist() == [number for number in (0, 1, 3, 4, 5) for _ in range(3)]
     assert frame["other"].isna().sum() == 12
     assert store.find("tiny", "s02").tokens == 0
+
+
+def test_packed_rows_of_one_width_keep_their_names(store):
+    """Rows of as many features, but others, come back under their own names, beside rows with a column each."""
+    named = [rows(0, 1, a=np.ones(3)), rows(1, 2, b=np.arange(3)), unpacked(rows(2, 3, a=np.zeros(3)))]
+    store.append([record(number) for number in range(3)], {f"s0{number}": table for number, table in enumerate(named)})
+    store.append([record(3)], {"s03": rows(3, 4, a=np.full(3, 7))})
+    store.append([record(4)], {"s04": rows(4, 5, b=np.full(3, 8))})
+    for table in (store.tokens(), (store.finish("tiny", [sample.id for sample in SAMPLES]), store.tokens())[1]):
+        assert table["level"].tolist() == [number for number in range(1, 6) for _ in range(3)]
+        np.testing.assert_array_equal(table["a"], [1, 1, 1, *[np.nan] * 3, 0, 0, 0, 7, 7, 7, *[np.nan] * 3])
+        np.testing.assert_array_equal(table["b"], [*[np.nan] * 3, 0, 1, 2, *[np.nan] * 6, 8, 8, 8])
 
 
 @pytest.mark.parametrize("rest", ['{"task": "tiny", "sam', '{"task": "tiny"}\n', "\x00\x00\n{", '["tiny"]'])
@@ -225,7 +238,7 @@ def test_rows_say_what_the_model_was_asked_and_who_labelled():
 
 def test_token_rows_of_a_run_from_before_are_read_and_added_to(store):
     """Older token tables lack the last two key columns: they stay empty, and are no features."""
-    store.append([record(0)], {SAMPLES[0].id: rows(0, 0.5).drop_columns(["prompt_hash", "labeller"])})
+    store.append([record(0)], {SAMPLES[0].id: unpacked(rows(0, 0.5)).drop_columns(["prompt_hash", "labeller"])})
     store.finish("tiny", [SAMPLES[0].id])
     assert "labeller" in store.tokens().columns
     store.append([record(1)], {SAMPLES[1].id: rows(1, 0.7)})
