@@ -17,7 +17,6 @@ from stethoscope.features import (  # the order of the registry  # isort: skip
     hidden_states as _hidden_states,  # noqa: F401
     contrast as _contrast,  # noqa: F401
     relevancy as _relevancy,  # noqa: F401
-    visual_evidence as _visual_evidence,  # noqa: F401
     verification as _verification,  # noqa: F401
 )
 from stethoscope.features.registry import (

@@ -1,6 +1,8 @@
-"""Features of sampled answers: does the model name the object again? Nothing but the answers is read.
+"""Features of what the model writes beyond its answer: sampled answers, and a short continuation.
 
-Tokens that name no object have no value (NaN); all tokens and mentions of an object share one.
+Of sampled answers nothing but the text is read: does the model name the object again? Tokens that name no object have
+no value (NaN); all tokens and mentions of an object share one. Of a continuation the look at the image is read: is it
+that of a token when the model goes on to invent?
 """
 
 from __future__ import annotations
@@ -38,3 +40,16 @@ def sample_entropy(trace: Trace) -> Tensor:
     """
     share = trace.require("named_share")
     return -(share.xlogy(share) + (1 - share).xlogy(1 - share))
+
+
+@feature("continuation", higher_means="hallucinated", requires=["continuation"], by_row=True)
+def ig_score(trace: Trace) -> Tensor:
+    """Likeness in [0, 1] of the token's look at the image to that of an added word (IG score, HalTrapper).
+
+    The model goes on from the finished answer and " There is also". The cosine is between two rows of attention to the
+    image tokens, all layers and heads side by side: of the row that consumes the token, and of the row that consumes
+    the second word that the model adds. Late tokens are nearer to it by their position. Source: arXiv 2510.20229.
+
+    Higher means hallucinated.
+    """
+    return trace.require("imagining")

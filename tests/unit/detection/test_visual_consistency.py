@@ -14,7 +14,7 @@ from stethoscope.detection.design_matrix import frequent_objects
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.lookup import mention_warnings, write_warnings
 from stethoscope.detection.visual_consistency import COLUMNS, GroundingClassifier
-from stethoscope.features import visual_evidence
+from stethoscope.features import relevancy
 from stethoscope.metrics import classification
 
 SIZE = 6
@@ -188,9 +188,9 @@ def test_places_alone_are_enough_and_their_absence_is_no_error():
 def test_wide_states_are_projected_and_keep_their_angles():
     drawn = np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
     drawn[1] += drawn[0]
-    small = drawn @ visual_evidence._directions(3000)
-    assert small.shape == (2, visual_evidence.DIMENSIONS)
-    assert (small == drawn @ visual_evidence._directions(3000)).all()
+    small = drawn @ relevancy._directions(3000)
+    assert small.shape == (2, relevancy.DIMENSIONS)
+    assert (small == drawn @ relevancy._directions(3000)).all()
 
     def cosine(rows):
         return rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])
