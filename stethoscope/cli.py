@@ -117,7 +117,14 @@ def run_hydra(command: str, arguments: list[str]) -> None:
 
     from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
-    from stethoscope.commands.overrides import check_settings, check_values, complete_choices, explain, name_loggers
+    from stethoscope.commands.overrides import (
+        check_settings,
+        check_values,
+        complete_choices,
+        explain,
+        name_estimator,
+        name_loggers,
+    )
     from stethoscope.commands.sweeps import Sweep, masked_multirun
     from stethoscope.core.component import import_plugins
 
@@ -132,7 +139,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     if not {"-sc", "--shell-completion"} & set(options):
         words = complete_choices(words, option(options, "--config-dir", "-cd"))
         words = list(filter(None, (spell(word, command, sweeping) for word in words)))
-        words = name_loggers(words, command, option(options, "--config-dir", "-cd"))
+        words = name_loggers(name_estimator(words), command, option(options, "--config-dir", "-cd"))
     if {"-h", "--help"} & set(options):
         try:
             print(help_text(command, words, option(options, "--config-dir", "-cd")))

@@ -95,6 +95,29 @@ def complete_choices(words: Sequence[str], folder: str | None = None) -> list[st
     return completed
 
 
+ESTIMATOR = "detector.estimator"
+
+
+def name_estimator(words: Sequence[str]) -> list[str]:
+    """Let parts of a detector's estimator replace the name that stands there by default.
+
+    Args:
+        words: overrides in Hydra's grammar.
+
+    >>> name_estimator(["detector.estimator.k=5", "detector.estimator._target_=mine.Near", "seed=1"])
+    ['detector.estimator={_target_:mine.Near}', '++detector.estimator.k=5', 'seed=1']
+    """
+    target = f"{ESTIMATOR}.{TARGET}="
+    classes = [word for word in words if word.lstrip("+").startswith(target)]
+    if not classes:
+        return list(words)
+    values = classes[-1].partition("=")[2].split(",")
+    named = f"{ESTIMATOR}={','.join(f'{{{TARGET}:{value}}}' for value in values)}"
+    others = [word for word in words if word not in classes]
+    own = [word for word in others if word.lstrip("+").startswith(f"{ESTIMATOR}.")]
+    return [named, *(f"++{word.lstrip('+')}" for word in own), *(word for word in others if word not in own)]
+
+
 def _yaml(folders: Sequence[Path], name: str) -> dict[str, Any]:
     """Read the first configuration file of a name; empty without one, or where it is no mapping."""
     import yaml

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stethoscope.commands.common import parse, picture_loader
-from stethoscope.core.component import package_names
+from stethoscope.core.component import import_plugins, package_names
 from stethoscope.core.errors import ConfigError
 from stethoscope.storage.remote_run import is_address, local_run
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"the report of {runs[0]} needs a folder of this machine: out=FOLDER")
     source = RunReader.read(local_run(runs[0]))
     plugins = package_names(settings["plugins"])
+    import_plugins(plugins)
     missing = "the gallery has no pictures"
     picture = picture_loader(source.store, plugins, missing) if settings["pictures"] == "true" else None
     with readable(source.folder):

@@ -77,7 +77,7 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     package = module.split(".")[0]
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ConfigError(f"{key}={shown} should be a dotted name such as package.module.Name")
-    if package not in allowed:  # the check before any import
+    if not _inside(module, allowed):  # the check before any import
         raise ConfigError(
             f"{key}={shown} is outside the packages that may be used ({', '.join(allowed)}); "
             f"add plugins=[{package[:80]}] if you trust it"
@@ -87,9 +87,18 @@ def import_name(path: Any, key: str, plugins: Sequence[str] = ()) -> Any:
     except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
         raise ConfigError(f"{key}={shown} cannot be imported: {_reason(error)}") from error
     defined_in = getattr(value, "__module__", None)
-    if not callable(value) or str(defined_in).split(".")[0] not in allowed:
+    if not callable(value) or not _inside(str(defined_in), allowed):
         raise ConfigError(f"{key}={shown} is no class or function that {' or '.join(allowed)} defines")
     return value
+
+
+def _inside(module: str, packages: Sequence[str]) -> bool:
+    """Return whether a module is one of some packages, or inside one.
+
+    >>> _inside("mine.models", ["mine"]), _inside("mine.models", ["mine.data"]), _inside("mine_too", ["mine"])
+    (True, False, False)
+    """
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def import_class(path: Any, base: type[T], key: str, plugins: Sequence[str] = ()) -> type[T]:
@@ -114,7 +123,8 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
     """Create the object that a configuration node describes.
 
     The node's other keys are the constructor's arguments, plain values at every depth: a class named inside them is
-    rejected, as no contract says which base it must have.
+    rejected, as no contract says which base it must have. Only arguments among ``base.CLASS_SETTINGS`` may name one,
+    which the constructor checks; that of a plug-in is imported for it.
 
     Args:
         config: node with a ``_target_``, composed from the command line or as plain data from a file.
@@ -131,7 +141,17 @@ def build(config: DictConfig | Mapping[str, Any], base: type[T], key: str, plugi
     if not isinstance(plain, Mapping) or TARGET not in plain:
         raise ConfigError(f"{key} has no {TARGET}; it should name a class, for example by choosing {key}=<name>")
     settings = {str(name): value for name, value in plain.items() if name != TARGET}
-    for path in _special_keys(settings, key):
+    own = {name: settings[name] for name in getattr(base, "CLASS_SETTINGS", ()) if name in settings}
+    for name, node in own.items():
+        path = node.get(TARGET) if isinstance(node, Mapping) else node
+        if isinstance(path, str) and _inside(
+            path.rpartition(".")[0], [plugins] if isinstance(plugins, str) else plugins
+        ):
+            import_name(path, f"{key}.{name}", plugins)
+    inner = {
+        name: {k: v for k, v in node.items() if k != TARGET} for name, node in own.items() if isinstance(node, Mapping)
+    }
+    for path in _special_keys(settings | inner, key):
         raise ConfigError(f"{path}: only {key} itself names a class, its settings are plain values given by name")
     cls = import_class(plain[TARGET], base, f"{key}.{TARGET}", plugins)
     try:

@@ -30,6 +30,25 @@ class Arrays:
         """Return a view of the arrays whose names begin with ``name.``."""
         return Arrays(self._values, f"{self._prefix}{name}.", self._requested)
 
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._values
+
+    def everything(self) -> dict[str, np.ndarray]:
+        """Return all arrays of this view by name, of any shape and type; floats are checked to be finite.
+
+        Raises:
+            ArtefactError: a number is not finite.
+        """
+        own = {
+            name[len(self._prefix) :]: array for name, array in self._values.items() if name.startswith(self._prefix)
+        }
+        self._requested.update(self._prefix + name for name in own)
+        for name, array in own.items():
+            self.require(
+                array.dtype.kind in "iub" or np.isfinite(array).all(), name, "holds numbers that are not finite"
+            )
+        return own
+
     def _get(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
         name = self._prefix + name
         self._requested.add(name)

@@ -171,7 +171,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         else "not known"
     )
     estimator = settings["estimator"]
-    name = estimator["class"] if isinstance(estimator, Mapping) else estimator
+    name = estimator["_target_"] if isinstance(estimator, Mapping) else estimator
     kind = f"{name}{', evidence x prior' if settings['factored'] else ''}, {settings['calibration']}"
     lines = [
         "---",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import (
@@ -22,6 +23,7 @@ from stethoscope.core.token_table import (
 )
 from stethoscope.detection import artifact
 from stethoscope.detection.design_matrix import Inputs, frequent_objects
+from stethoscope.detection.estimator_classes import restored_classifier
 from stethoscope.detection.estimators import (
     CalibratedModel,
     Examples,
@@ -48,8 +50,9 @@ class Detector:
 
     Args:
         estimator: ``logistic`` (L2 logistic regression), ``boosting`` (histogram gradient boosting), ``per_head`` (a
-            small network, for tables with a column for every attention head), or a class of ``estimators.SKLEARN``:
-            its path, or ``{"class": path, "n_estimators": 300}`` with its settings.
+            small network, for tables with a column for every attention head), or a class: one of
+            ``estimator_classes.SKLEARN``, or a subclass of ``stethoscope.detection.base.Estimator``. It is given by its
+            path, as ``{"_target_": path, "n_estimators": 300}`` with its settings, or as an object.
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.
@@ -85,9 +88,12 @@ class Detector:
         ConfigError: a setting is not one of the above.
     """
 
+    CLASS_SETTINGS = ("estimator",)
+    """Settings that may name a class; the constructor finds it, and imports nothing of one's own for it."""
+
     def __init__(
         self,
-        estimator: str | Mapping[str, Any] = "logistic",
+        estimator: str | Mapping[str, Any] | BaseEstimator = "logistic",
         calibration: Literal["platt", "isotonic", "none"] = "platt",
         features: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
@@ -515,15 +521,16 @@ class Detector:
             folder: that ``save`` wrote, or that of a run that has one.
 
         Raises:
-            ArtefactError: the folder holds no detector, or one that is damaged, was changed, or holds arrays that do
-                not fit its manifest.
+            ArtefactError: the folder holds no detector, or one that is damaged, was changed, holds arrays that do
+                not fit its manifest, or has an estimator of a class that is not imported.
         """
         folder = Path(folder)
         if not (folder / artifact.MANIFEST).is_file() and (folder / "detector" / artifact.MANIFEST).is_file():
             folder /= "detector"
         arrays, manifest = artifact.read(folder)
         try:
-            detector = cls(**manifest["settings"])
+            with restored_classifier(manifest["settings"]["estimator"], str(folder / artifact.MANIFEST)):
+                detector = cls(**manifest["settings"])
             threshold = manifest["threshold"]
             detector.threshold, detector._chosen = _read_share(threshold["value"]), str(threshold["chosen"])
             certificate = threshold["certificate"]

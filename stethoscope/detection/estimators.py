@@ -10,62 +10,41 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy.special import expit
-from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.base import BaseEstimator, clone
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.impute import SimpleImputer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.tree import DecisionTreeClassifier
 from threadpoolctl import threadpool_limits
 
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier, restore_classifier
+from stethoscope.detection.estimator_classes import (
+    BUILT_IN,
+    GivenPipeline,
+    given_pipeline,
+    make_classifier,
+    preparation,
+)
 from stethoscope.detection.inference import (
     MAX_LEAVES,
     MAX_LOG_ODDS,
     MAX_TREES,
     NEURONS,
-    Classifier,
     IsotonicSteps,
     PlattScaling,
-    compile_classifier,
-    restore_classifier,
-    share_log_odds,
 )
 from stethoscope.metrics.ranking import Ranking
 
-ESTIMATORS = ("logistic", "boosting", "per_head")
 CALIBRATIONS = ("platt", "isotonic", "none")
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
 INNER_FOLDS, DRAFT_FOLDS = 5, 2
 ENOUGH_IMAGES = 10  # of each class; with fewer, inner folds may lack a class and the choice of C would be noise
-
-
-class Clip(TransformerMixin, BaseEstimator):
-    """Limit every column to the range between two quantiles of the training data.
-
-    Otherwise a value far outside the training range (a logit-lens rank of 30,000) would decide alone. On 4,005 real
-    mentions clipping at 0.1 % costs nothing (AUROC 0.871 with and without), clipping at 1 % or a quantile transform
-    costs 0.2-0.4 points.
-    """
-
-    def __init__(self, quantile: float = 0.001) -> None:
-        self.quantile = quantile
-
-    def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> Clip:
-        """Compute the limits from (rows, columns) without NaN."""
-        self.low_, self.high_ = np.quantile(X, [self.quantile, 1 - self.quantile], axis=0)
-        return self
-
-    def transform(self, X: np.ndarray) -> np.ndarray:
-        """Clip (rows, columns) to the limits."""
-        return np.clip(X, self.low_, self.high_)
 
 
 class Network(MLPClassifier):
@@ -87,77 +66,6 @@ class Network(MLPClassifier):
         return np.clip((hidden @ self.coefs_[1] + self.intercepts_[1])[:, 0], -MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
-class TreeShares:
-    """Give a forest of scikit-learn log-odds, as the other classifiers have them."""
-
-    def decision_function(self: Any, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of the second class, (rows,)."""
-        return share_log_odds(self.predict_proba(X)[:, 1])
-
-
-class RandomForest(TreeShares, RandomForestClassifier):
-    """A random forest with log-odds."""
-
-
-class ExtraTrees(TreeShares, ExtraTreesClassifier):
-    """Extremely randomised trees with log-odds."""
-
-
-class DecisionTree(TreeShares, DecisionTreeClassifier):
-    """A single tree with log-odds."""
-
-
-SKLEARN: dict[str, type[BaseEstimator]] = {
-    "sklearn.ensemble.RandomForestClassifier": RandomForest,
-    "sklearn.ensemble.ExtraTreesClassifier": ExtraTrees,
-    "sklearn.tree.DecisionTreeClassifier": DecisionTree,
-}
-"""Classifiers of scikit-learn that are chosen by their class. What they have learned can be written as numbers, and
-nothing is imported because a file names it."""
-
-
-def check_estimator(kind: Any) -> None:
-    """Check the setting ``estimator``, and the settings of a class of scikit-learn by a fit to four rows.
-
-    Args:
-        kind: one of ``ESTIMATORS``, a key of ``SKLEARN``, or a mapping with such a ``class`` and its settings.
-
-    Raises:
-        ConfigError: it is none of these, or the class refuses a setting.
-    """
-    if isinstance(kind, str) and kind in ESTIMATORS:
-        return
-    name = kind.get("class") if isinstance(kind, Mapping) else kind
-    if not isinstance(name, str) or name not in SKLEARN:
-        if isinstance(name, str) and "." not in name:
-            raise ConfigError(unknown("detector.estimator", name, [*ESTIMATORS, *SKLEARN]))
-        raise ConfigError(
-            f"detector.estimator={kind!r}: a detector's file holds numbers alone, never a class of one's own, so it "
-            f"should be one of {', '.join([*ESTIMATORS, *SKLEARN])}, or {{class: <one of these>, n_estimators: 300}}"
-        )
-    try:
-        classifier = own_classifier(kind, 0)
-        few = classifier.set_params(n_estimators=1) if "n_estimators" in classifier.get_params() else classifier
-        few.fit(np.array([[0.0], [1.0], [0.0], [1.0]]), [0, 1, 0, 1])
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"detector.estimator: {name} refuses its settings: {first_line(error)}") from error
-
-
-def own_classifier(kind: str | Mapping[str, Any], seed: int) -> BaseEstimator:
-    """Create an unfitted classifier of ``SKLEARN`` with its settings.
-
-    Raises:
-        ConfigError: the class has no such setting.
-    """
-    settings = dict(kind) if isinstance(kind, Mapping) else {"class": kind}
-    cls = SKLEARN[str(settings.pop("class"))]
-    known = list(cls().get_params())
-    for key in settings:
-        if key not in known:
-            raise ConfigError(unknown("setting of detector.estimator", str(key), known))
-    return cls(**{"random_state": seed, **settings})
-
-
 def make_estimator(kind: str | Mapping[str, Any], seed: int = 0) -> BaseEstimator:
     """Create an unfitted classifier.
 
@@ -167,11 +75,11 @@ def make_estimator(kind: str | Mapping[str, Any], seed: int = 0) -> BaseEstimato
     ``per_head``: the inputs of ``logistic`` into a network of one hidden layer, fitted by L-BFGS with an L2 penalty,
     for tables with many columns that matter together, such as one for every attention head. On 7,211 first mentions of
     the embedded model with 118 columns, 64 of them heads, its AUROC was 0.969, against 0.965 of ``logistic``, 0.967 of
-    ``boosting`` and 0.953 or less of a logistic regression on principal components. A class of ``SKLEARN``, or a
-    mapping with it and its settings: the inputs of ``logistic`` into that classifier.
+    ``boosting`` and 0.953 or less of a logistic regression on principal components. A class
+    (``stethoscope.detection.estimator_classes``): the inputs of ``logistic`` into that classifier, with its settings.
 
     Raises:
-        ConfigError: a class has no such setting.
+        ConfigError: there is no such class, or it has no such setting.
     """
     if kind == "boosting":
         return HistGradientBoostingClassifier(
@@ -184,18 +92,10 @@ def make_estimator(kind: str | Mapping[str, Any], seed: int = 0) -> BaseEstimato
             early_stopping=False,
             random_state=seed,
         )
-    if kind == "logistic":
-        classifier: BaseEstimator = LogisticRegression(max_iter=2000, random_state=seed)
-    else:
-        classifier = Network(random_state=seed) if kind == "per_head" else own_classifier(kind, seed)
-    return Pipeline(
-        [
-            ("impute", SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)),
-            ("clip", Clip()),
-            ("scale", StandardScaler()),
-            ("classify", classifier),
-        ]
-    )
+    if kind not in BUILT_IN:
+        return given_pipeline(make_classifier(kind, seed))
+    logistic = LogisticRegression(max_iter=2000, random_state=seed)
+    return Pipeline([*preparation(), ("classify", logistic if kind == "logistic" else Network(random_state=seed))])
 
 
 def inner_folds(
@@ -214,7 +114,7 @@ def set_C(estimator: BaseEstimator, C: float) -> BaseEstimator:
     >>> set_C(make_estimator("per_head"), 0.1)["classify"].alpha
     10.0
     """
-    if not isinstance(estimator, Pipeline) or isinstance(estimator[-1], TreeShares):
+    if not isinstance(estimator, Pipeline) or isinstance(estimator, GivenPipeline):
         return estimator
     if isinstance(estimator[-1], Network):
         return estimator.set_params(classify__alpha=1 / C)
@@ -227,7 +127,7 @@ def C_choices(estimator: BaseEstimator) -> tuple[float, ...]:
     >>> C_choices(make_estimator("boosting")), C_choices(make_estimator("logistic"))
     ((), (0.01, 0.1, 1.0, 10.0))
     """
-    if not isinstance(estimator, Pipeline) or isinstance(estimator[-1], TreeShares):
+    if not isinstance(estimator, Pipeline) or isinstance(estimator, GivenPipeline):
         return ()
     return PER_HEAD_C_VALUES if isinstance(estimator[-1], Network) else C_VALUES
 

@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.estimators import (
     C_choices,
     GroupedEstimator,
@@ -38,7 +39,7 @@ from stethoscope.detection.estimators import (
     restore_estimator,
     set_C,
 )
-from stethoscope.detection.inference import LinearClassifier, compile_classifier
+from stethoscope.detection.inference import LinearClassifier
 
 EXTERNAL = ("token", "mention_index", "repeat_index", "object")
 """Key columns that the prior reads: position, mention number, earlier mentions of the object, the object."""

@@ -8,22 +8,22 @@ walk through trees out of its memory, or round in circles: every array is checke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from stethoscope.detection.arrays import LARGEST_NUMBER, Arrays
 
 if TYPE_CHECKING:  # what is compiled needs numpy alone, so that `stethoscope judge` starts at once
-    from sklearn.base import BaseEstimator
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.pipeline import Pipeline
 
 NEURONS = 32  # of the small network; 8 and 16 do nearly as well
 MAX_TREES, MAX_LEAVES = 250, 8
 MAX_LOG_ODDS = math.log((1 - 1e-12) / (1 - (1 - 1e-12)))  # log-odds beyond which a network's are cut off
-SUREST = 0.999  # share of a forest's trees, beyond which its log-odds do not rise
+_LARGEST_ACTIVATION = 1e100  # so that no product of a deep network overflows
 CHUNK = 1024  # rows whose tree nodes are compared at once: 14 MB
 _FIRST_LEAF = np.array([(byte & -byte).bit_length() - 1 if byte else 0 for byte in range(256)])
 
@@ -88,32 +88,32 @@ class LinearClassifier:
     Attributes:
         inputs: preprocessing of the columns.
         weights, intercept: (columns + k, outputs) and (outputs,); one output for two classes.
-        C: inverse regularisation strength of the fit.
+        C: inverse regularisation strength of the fit; None for classifiers that have none.
     """
 
     inputs: Preprocessing
     weights: np.ndarray
     intercept: np.ndarray
-    C: float
+    C: float | None
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> LinearClassifier:
-        """Compile a fitted pipeline that ends in a ``LogisticRegression``."""
+        """Compile a fitted pipeline that ends in a ``LogisticRegression`` or another linear classifier."""
         last = pipeline[-1]
-        weights, intercept = np.array(last.coef_.T, np.float64, order="C"), np.array(last.intercept_, np.float64)
-        return cls(Preprocessing.compile(pipeline), weights, intercept, float(last.C))
+        weights = np.array(np.atleast_2d(last.coef_).T, np.float64, order="C")
+        intercept = np.zeros(weights.shape[1]) + last.intercept_  # a single 0.0 without an intercept
+        return cls(Preprocessing.compile(pipeline), weights, intercept, read_C(last))
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int, outputs: int = 1) -> LinearClassifier:
         """Restore and check what ``arrays`` returned."""
-        inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
+        inputs, C = Preprocessing.restore(arrays, columns), restore_C(arrays)
         width = len(inputs.scale)
         return cls(inputs, arrays.numbers("weights", width, outputs), arrays.numbers("intercept", outputs), C)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by name."""
-        own = {"weights": self.weights, "intercept": self.intercept, "C": np.array(self.C)}
-        return vars(self.inputs) | own
+        return vars(self.inputs) | {"weights": self.weights, "intercept": self.intercept} | C_array(self.C)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Compute the log-odds of the second class, (rows,), or scores of more classes, (rows, outputs)."""
@@ -128,55 +128,94 @@ class LinearClassifier:
         return own
 
 
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda X: np.maximum(X, 0),
+    "identity": lambda X: X,
+    "tanh": np.tanh,
+    "logistic": lambda X: np.tanh(X / 2) / 2 + 0.5,  # without overflow
+}
+
+
 @dataclass(frozen=True)
 class NetworkClassifier:
-    """One hidden layer of ``NEURONS`` rectified units behind ``Preprocessing``.
+    """A multi-layer perceptron behind ``Preprocessing``.
 
     Attributes:
         inputs: preprocessing of the columns.
-        hidden, hidden_bias: (columns + k, NEURONS) and (NEURONS,). ``output``, ``bias``: (NEURONS,) and a number.
-        C: inverse regularisation strength of the fit.
+        layers: weights, (inputs, outputs), and bias, (outputs,), of every layer; the last one has one output.
+        C: inverse regularisation strength of the fit; None where it was not regularised.
+        activation: key of ``ACTIVATIONS``, of all layers but the last.
     """
 
     inputs: Preprocessing
-    hidden: np.ndarray
-    hidden_bias: np.ndarray
-    output: np.ndarray
-    bias: np.ndarray
-    C: float
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+    C: float | None
+    activation: str = "relu"
 
     @classmethod
     def compile(cls, pipeline: Pipeline) -> NetworkClassifier:
-        """Compile a fitted pipeline that ends in a ``Network``."""
-        (hidden, output), (hidden_bias, bias) = pipeline[-1].coefs_, pipeline[-1].intercepts_
-        return cls(
-            inputs=Preprocessing.compile(pipeline),
-            hidden=np.array(hidden, np.float64, order="C"),
-            hidden_bias=np.array(hidden_bias, np.float64, order="C"),
-            output=np.array(output[:, 0], np.float64, order="C"),
-            bias=np.array(bias[0], np.float64, order="C"),
-            C=1 / pipeline[-1].alpha,
+        """Compile a fitted pipeline that ends in an ``MLPClassifier``."""
+        last = pipeline[-1]
+        layers = tuple(
+            (np.array(weights, np.float64, order="C"), np.array(bias, np.float64))
+            for weights, bias in zip(last.coefs_, last.intercepts_, strict=True)
         )
+        return cls(Preprocessing.compile(pipeline), layers, 1 / last.alpha if last.alpha else None, last.activation)
 
     @classmethod
     def restore(cls, arrays: Arrays, columns: int) -> NetworkClassifier:
         """Restore and check what ``arrays`` returned."""
-        inputs, C = Preprocessing.restore(arrays, columns), float(arrays.positive("C"))
-        hidden, hidden_bias = (
-            arrays.numbers("hidden", len(inputs.scale), NEURONS),
-            arrays.numbers("hidden_bias", NEURONS),
-        )
-        return cls(inputs, hidden, hidden_bias, arrays.numbers("output", NEURONS), arrays.numbers("bias"), C)
+        inputs, C = Preprocessing.restore(arrays, columns), restore_C(arrays)
+        layers: list[tuple[np.ndarray, np.ndarray]] = []
+        width: int = len(inputs.scale)
+        while (name := _layer_name(len(layers))) in arrays or not layers:
+            weights = arrays.numbers(name, width, None)
+            width = weights.shape[1]
+            layers.append((weights, arrays.numbers(f"{name}_bias", width)))
+        layers.append((arrays.numbers("output", width)[:, None], arrays.numbers("bias")[None]))
+        names = list(ACTIVATIONS)
+        activation = names[arrays.counts("activation", below=len(names))] if "activation" in arrays else names[0]
+        return cls(inputs, tuple(layers), C, activation)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by name."""
-        own = {name: getattr(self, name) for name in ("hidden", "hidden_bias", "output", "bias")}
-        return vars(self.inputs) | own | {"C": np.array(self.C)}
+        """Return the arrays by name: ``hidden``, ``hidden_bias``, ``hidden_1``, ..., ``output`` and ``bias``."""
+        *hidden, (output, bias) = self.layers
+        own = {"output": output[:, 0], "bias": bias[0]}
+        for index, (weights, hidden_bias) in enumerate(hidden):
+            own |= {_layer_name(index): weights, f"{_layer_name(index)}_bias": hidden_bias}
+        if self.activation != next(iter(ACTIVATIONS)):
+            own["activation"] = np.array(list(ACTIVATIONS).index(self.activation))
+        return vars(self.inputs) | own | C_array(self.C)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Compute the log-odds of the second class, (rows,)."""
-        activations = np.maximum(self.inputs.transform(X) @ self.hidden + self.hidden_bias, 0)
-        return np.clip(activations @ self.output + self.bias, -MAX_LOG_ODDS, MAX_LOG_ODDS)
+        *hidden, (output, output_bias) = self.layers
+        values, activate = self.inputs.transform(X), ACTIVATIONS[self.activation]
+        for weights, bias in hidden:
+            values = np.minimum(activate(values @ weights + bias), _LARGEST_ACTIVATION)
+        return np.clip((values @ output)[:, 0] + output_bias[0], -MAX_LOG_ODDS, MAX_LOG_ODDS)
+
+
+def _layer_name(index: int) -> str:
+    return f"hidden_{index}" if index else "hidden"
+
+
+def read_C(classifier: Any) -> float | None:
+    """Return the inverse regularisation strength of a classifier of scikit-learn; None where it has no such number."""
+    C = getattr(classifier, "C", None)
+    return float(C) if isinstance(C, (int, float)) and 0 < C < math.inf else None
+
+
+def C_array(C: float | None) -> dict[str, np.ndarray]:
+    """Return the array that holds C; 0 stands for None."""
+    return {"C": np.array(float(C or 0))}
+
+
+def restore_C(arrays: Arrays) -> float | None:
+    """Restore what ``C_array`` returned."""
+    C = float(arrays.numbers("C"))
+    arrays.require(C == 0 or C >= 1 / LARGEST_NUMBER, "C", "should be above 0, or 0 for none")
+    return C or None
 
 
 @dataclass(frozen=True)
@@ -266,126 +305,6 @@ class TreeEnsemble:
             right &= ~(gaps & self.missing_left)
         leaves = np.bitwise_and.reduce(np.where(right, self.remaining, np.uint8(255)), axis=2)
         return self.value[np.arange(len(self.value)), _FIRST_LEAF[leaves]].sum(1) + self.baseline
-
-
-@dataclass(frozen=True)
-class ForestClassifier:
-    """The mean of the probabilities of trees of any size, behind ``Preprocessing``, as log-odds.
-
-    The nodes of all trees stand one after another, a child behind its parent, so that every walk ends.
-
-    Attributes:
-        inputs: preprocessing of the columns.
-        roots: (trees,) first node of every tree.
-        left, right: (nodes,) children of a node; of a leaf, the leaf itself.
-        feature, threshold: (nodes,) column and largest value that goes to the left.
-        value: (nodes,) probability of the second class, which counts at leaves.
-    """
-
-    C: ClassVar[None] = None
-
-    inputs: Preprocessing
-    roots: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-    feature: np.ndarray
-    threshold: np.ndarray
-    value: np.ndarray
-
-    @classmethod
-    def compile(cls, pipeline: Pipeline) -> ForestClassifier:
-        """Compile a fitted pipeline that ends in a tree or a forest of scikit-learn."""
-        trees = [tree.tree_ for tree in getattr(pipeline[-1], "estimators_", [pipeline[-1]])]
-        roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])]).astype(np.int64)
-        parts: list[tuple[np.ndarray, ...]] = []
-        for root, tree in zip(roots, trees, strict=True):
-            own, leaf = np.arange(tree.node_count), tree.children_left < 0
-            children = (np.where(leaf, own, side) + root for side in (tree.children_left, tree.children_right))
-            shares = tree.value[:, 0, 1] / tree.value[:, 0].sum(1)
-            parts.append((*children, np.where(leaf, 0, tree.feature), np.where(leaf, 0.0, tree.threshold), shares))
-        left, right, feature, threshold, value = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        left, right, feature = (column.astype(np.int64) for column in (left, right, feature))
-        inputs = Preprocessing.compile(pipeline)
-        return cls(inputs, roots, left, right, feature, threshold.astype(np.float64), value)
-
-    @classmethod
-    def restore(cls, arrays: Arrays, columns: int) -> ForestClassifier:
-        """Restore and check what ``arrays`` returned."""
-        inputs, value = Preprocessing.restore(arrays, columns), arrays.numbers("value", None)
-        count = len(value)
-        arrays.require(count and ((value >= 0) & (value <= 1)).all(), "value", "should be there and lie from 0 to 1")
-        left, right = (arrays.counts(side, count, below=count) for side in ("left", "right"))
-        own = np.arange(count)
-        for name, child in (("left", left), ("right", right)):
-            arrays.require((child >= own).all(), name, "should lead to no earlier node")
-        arrays.require(((left == own) == (right == own)).all(), "right", "should be a leaf where 'left' is")
-        roots = arrays.counts("roots", None, below=count)
-        arrays.require(len(roots), "roots", "should be there")
-        feature = arrays.counts("feature", count, below=len(inputs.scale))
-        return cls(inputs, roots, left, right, feature, arrays.numbers("threshold", count), value)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by name."""
-        names = ("roots", "left", "right", "feature", "threshold", "value")
-        return vars(self.inputs) | {name: getattr(self, name) for name in names}
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Compute the log-odds of the second class, (rows,)."""
-        parts = [self._probability(X[start : start + CHUNK]) for start in range(0, len(X), CHUNK)]
-        return share_log_odds(np.concatenate(parts) if parts else np.zeros(0))
-
-    def _probability(self, X: np.ndarray) -> np.ndarray:
-        values = self.inputs.transform(X).astype(np.float32)  # as scikit-learn's trees read them
-        rows, nodes = np.arange(len(values))[:, None], np.repeat(self.roots[None], len(values), 0)
-        while True:
-            goes_left = values[rows, self.feature[nodes]] <= self.threshold[nodes]
-            following = np.where(goes_left, self.left[nodes], self.right[nodes])
-            if (following == nodes).all():
-                return self.value[nodes].mean(1)
-            nodes = following
-
-
-def share_log_odds(shares: np.ndarray) -> np.ndarray:
-    """Convert shares of trees to log-odds; none is surer than ``SUREST``.
-
-    >>> share_log_odds(np.array([0.5, 1.0])).round(2)
-    array([0.  , 6.91])
-    """
-    limited = np.clip(shares, 1 - SUREST, SUREST)
-    return np.log(limited / (1 - limited))
-
-
-Classifier = LinearClassifier | NetworkClassifier | TreeEnsemble | ForestClassifier
-_COMPILED: dict[str, type[Classifier]] = {  # by the class of scikit-learn, which is not imported for it
-    "LogisticRegression": LinearClassifier,
-    "MLPClassifier": NetworkClassifier,
-    "HistGradientBoostingClassifier": TreeEnsemble,
-    **dict.fromkeys(("RandomForestClassifier", "ExtraTreesClassifier", "DecisionTreeClassifier"), ForestClassifier),
-}
-
-
-def _compiled_class(estimator: BaseEstimator) -> type[Classifier]:
-    last = estimator[-1] if hasattr(estimator, "named_steps") else estimator
-    return next(_COMPILED[kind.__name__] for kind in type(last).__mro__ if kind.__name__ in _COMPILED)
-
-
-def compile_classifier(estimator: BaseEstimator) -> Classifier:
-    """Compile a fitted estimator of ``make_estimator``, or a pipeline of ``scale`` and a logistic regression."""
-    return _compiled_class(estimator).compile(estimator)
-
-
-def restore_classifier(estimator: BaseEstimator, arrays: Arrays, columns: int) -> Classifier:
-    """Restore the compiled form of an estimator from a file.
-
-    Args:
-        estimator: unfitted estimator of the same kind.
-        arrays: arrays of its compiled form.
-        columns: number of columns of the design matrix.
-
-    Raises:
-        ArtefactError: an array is missing, has another shape or type, or holds invalid numbers.
-    """
-    return _compiled_class(estimator).restore(arrays, columns)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.token_table import MentionSelection, feature_matrix, mention_rows
 from stethoscope.detection.baselines import Predictor
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.estimators import Clip, Examples
+from stethoscope.detection.estimator_classes import Clip
+from stethoscope.detection.estimators import Examples
 from stethoscope.features.columns import feature_of
 
 KINDS = ("logistic", "boosting", "network", "layer_networks", "balanced_network")

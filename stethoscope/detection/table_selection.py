@@ -19,7 +19,8 @@ from stethoscope.core.token_table import (
     select_features,
 )
 from stethoscope.detection.design_matrix import Inputs, is_hidden
-from stethoscope.detection.estimators import CALIBRATIONS, check_estimator
+from stethoscope.detection.estimator_classes import check_estimator
+from stethoscope.detection.estimators import CALIBRATIONS
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.visual_consistency import FEATURE
 from stethoscope.features import FEATURES
@@ -43,7 +44,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
     for key, known in CHOICES.items():
         if settings[key] not in known:
             raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
-    check_estimator(settings["estimator"])
+    estimator = check_estimator(settings["estimator"], settings["factored"])
     C, threshold = settings["C"], settings["threshold"]
     if C is not None and not C > 0:
         raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
@@ -65,9 +66,8 @@ def check_settings(**settings: Any) -> dict[str, Any]:
         raise ConfigError(f"detector.labels={settings['labels']} learns through detector.hidden_probe=true")
     if settings["labels"] == "none" and isinstance(threshold, Mapping):
         raise ConfigError("detector.labels=none: a guarantee needs labels; use detector.labels=few, or threshold=f1")
-    kind = settings["estimator"]
     return settings | {
-        "estimator": dict(kind) if isinstance(kind, Mapping) else kind,
+        "estimator": estimator,
         "features": None if settings["features"] is None else list(settings["features"]),
         "exclude": list(settings["exclude"]),
         "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,

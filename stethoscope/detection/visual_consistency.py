@@ -18,13 +18,14 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from stethoscope.detection.arrays import Arrays
+from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.estimators import (
     Stacked,
     add_prefix,
     inner_folds,
     restore_estimator,
 )
-from stethoscope.detection.inference import LinearClassifier, compile_classifier
+from stethoscope.detection.inference import LinearClassifier
 
 FEATURE = "attended_embedding"
 """The feature whose columns are read here and nowhere else."""

@@ -25,6 +25,7 @@ from helpers.chat_server import serving
 from stethoscope import diagnose, testbed
 from stethoscope.detection.detector import Detector
 from stethoscope.features import FEATURES
+from stethoscope.storage.run_dir import RunStore
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -166,6 +167,27 @@ def test_custom_detector(examples, finished, stethoscope, tmp_path):
     detector = Detector.load(tmp_path / "trained")  # without the example's module
     assert type(detector) is Detector
     assert len(detector.features) == 3
+
+
+def test_custom_estimator(examples, finished, stethoscope, tmp_path):
+    """Trained, used and reported on by the command line; without its plug-in every command says what to add."""
+    plugins, run = "plugins=[custom_estimator]", finished / "greedy"
+    own = ("detector.estimator._target_=custom_estimator.NearestMentions", "detector.estimator.neighbours=30")
+    words = (f"run={run}", f"run_dir={tmp_path / 'trained'}", "logger=none", "published=false", *own)
+    stethoscope("train", plugins, *words, code=0)
+    detector = Detector.load(tmp_path / "trained")
+    assert detector.settings["estimator"] == {"_target_": "custom_estimator.NearestMentions", "neighbours": 30}
+    probabilities = detector.predict(RunStore(run).tokens("chair")).round(9)
+    assert 1 < len(np.unique(probabilities)) <= 31  # shares of 30 neighbours, calibrated
+    for command in (
+        ("diagnose", f"detector={tmp_path / 'trained'}", f"out={tmp_path / 'page.html'}"),
+        ("extract", f"run={shutil.copytree(run, tmp_path / 'copy')}", f"warn={tmp_path / 'trained'}"),
+        ("report", str(tmp_path / "trained"), "pictures=false"),
+    ):
+        stethoscope(*command, plugins, code=0)
+        sys.modules.pop("custom_estimator")
+        line = stethoscope(*command, code=2)
+        assert "needs the estimator custom_estimator.NearestMentions, which is not imported; add plugins=[cust" in line
 
 
 def test_custom_callback(examples, stethoscope):

@@ -12,10 +12,8 @@ from sklearn.preprocessing import StandardScaler
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, mention_rows
-from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimators import C_VALUES, best_threshold, inner_folds, make_estimator, set_C
-from stethoscope.detection.inference import ForestClassifier, compile_classifier
 from stethoscope.detection.lookup import mention_warnings
 from stethoscope.metrics import classification
 
@@ -111,11 +109,10 @@ def test_features_are_chosen_by_name_and_pattern():
     ("settings", "message"),
     [
         ({"estimator": "boost"}, "did you mean 'boosting'"),
-        ({"estimator": "xgboost.XGBClassifier"}, "a detector's file holds numbers alone, never a class of one's own"),
-        ({"estimator": {"n_estimators": 5}}, "so it should be one of logistic"),
-        ({"estimator": ["logistic"]}, "so it should be one of logistic"),
-        ({"estimator": {"class": FOREST, "n_trees": 5}}, "unknown setting of detector.estimator 'n_trees'"),
-        ({"estimator": {"class": FOREST, "max_depth": "deep"}}, f"{FOREST} refuses its settings.*max_depth"),
+        ({"estimator": {"n_estimators": 5}}, "should be one of logistic"),
+        ({"estimator": ["logistic"]}, "should be one of logistic"),
+        ({"estimator": {"_target_": FOREST, "n_trees": 5}}, "unknown setting of detector.estimator 'n_trees'"),
+        ({"estimator": {"_target_": FOREST, "max_depth": "deep"}}, f"{FOREST} refuses its settings.*max_depth"),
         ({"calibration": "plat"}, "did you mean 'platt'"),
         ({"repeats": "last"}, "There are: all, first"),
         ({"C": 0}, "above 0"),
@@ -212,8 +209,8 @@ def test_a_table_with_other_features_is_refused(fitted):
         ("boosting", "isotonic", {"objects": True}),
         ("per_head", "platt", {"factored": True, "C": 0.1}),
         ("boosting", "none", {"factored": True}),
-        ({"class": FOREST, "n_estimators": 20}, "platt", {"objects": True}),
-        ({"class": "sklearn.ensemble.ExtraTreesClassifier", "n_estimators": 5}, "none", {"factored": True}),
+        ({"_target_": FOREST, "n_estimators": 20}, "platt", {"objects": True}),
+        ({"_target_": "sklearn.ensemble.ExtraTreesClassifier", "n_estimators": 5}, "none", {"factored": True}),
         ("sklearn.tree.DecisionTreeClassifier", "isotonic", {}),
     ],
 )
@@ -233,43 +230,6 @@ def test_it_comes_back_from_disk_as_it_was(tmp_path, estimator, calibration, set
     ]
     again.save(tmp_path / "detector")  # replaces the old one
     assert Detector.load(tmp_path / "detector").notes == detector.notes
-
-
-@pytest.mark.parametrize(
-    "name", ["ensemble.RandomForestClassifier", "ensemble.ExtraTreesClassifier", "tree.DecisionTreeClassifier"]
-)
-def test_a_compiled_forest_is_scikit_learns_own(name):
-    """Its shares are those of predict_proba, of rows with gaps too."""
-    rng = np.random.default_rng(0)
-    matrix = rng.normal(size=(400, 5))
-    labels = (matrix[:, 0] + matrix[:, 1] ** 2 + rng.normal(size=400) > 0.5).astype(int)
-    matrix[rng.random(matrix.shape) < 0.1] = np.nan
-    estimator = make_estimator({"class": f"sklearn.{name}", "max_depth": 6}, seed=3).fit(matrix, labels)
-    compiled = compile_classifier(estimator)
-    shares = np.clip(estimator.predict_proba(matrix)[:, 1], 0.001, 0.999)
-    assert compiled.decision_function(matrix) == pytest.approx(np.log(shares / (1 - shares)), abs=1e-9)
-    assert estimator.decision_function(matrix) == pytest.approx(compiled.decision_function(matrix), abs=1e-9)
-    again = type(compiled).restore(Arrays(compiled.arrays()), 5)
-    assert (again.decision_function(matrix) == compiled.decision_function(matrix)).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("left", lambda array: array * 0),  # round in circles
-        ("right", lambda array: array + 1),
-        ("feature", lambda array: array + 99),
-        ("roots", lambda array: array[:0]),
-        ("value", lambda array: array + 2),
-    ],
-)
-def test_a_forest_whose_numbers_lead_astray_is_refused(name, change):
-    rng = np.random.default_rng(0)
-    matrix = rng.normal(size=(60, 2))
-    estimator = make_estimator({"class": FOREST, "n_estimators": 3}).fit(matrix, (matrix[:, 0] > 0).astype(int))
-    arrays = compile_classifier(estimator).arrays()
-    with pytest.raises(ArtefactError, match=f"array '{name}'|array 'right'"):
-        ForestClassifier.restore(Arrays({**arrays, name: change(arrays[name])}), 2)
 
 
 def test_the_manifest_says_what_it_is(tmp_path, fitted):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.isotonic import IsotonicRegression
 
+from stethoscope.detection.compiled_classifiers import compile_classifier
 from stethoscope.detection.estimators import CalibratedModel, Examples, make_estimator, set_C
-from stethoscope.detection.inference import compile_classifier
 
 
 def drawn(seed, rows=600, columns=5, gaps=0.2):
