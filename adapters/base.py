@@ -118,12 +118,14 @@ class Adapter(ABC):
             history: see ``encode``.
 
         Raises:
+            ConfigError: the history is no list of pairs of texts.
             CapabilityError: there is a history, and ``check_conversation`` raises.
         """
-        if not history:
+        turns = check_history(history)
+        if not turns:
             return self.encode(image, question)
         self.check_conversation()
-        return self.encode(image, question, history)
+        return self.encode(image, question, turns)
 
     def with_square(self, square: str) -> Adapter:
         """Return the same model with another way to bring pictures to a square before it sees them.

@@ -7,13 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from stethoscope.commands.common import build_generation, require_model
 from stethoscope.core.component import build
 from stethoscope.core.errors import CapabilityError, ConfigError
+from stethoscope.core.files import read_json
 from stethoscope.core.text import console, counted, percent, visible
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def run(config: DictConfig) -> None:
     if not str(config.question or "").strip():
         raise ConfigError("question is empty; the usual one is 'Please describe this image in detail.'")
     extraction = load_extraction(config.extraction, config.plugins)
+    history = [] if config.history is None else read_history(Path(str(config.history)).expanduser())
     image, truth = _image(config)
     picture = image.load()
     setting = parse_setting(config.detector.folder)
@@ -74,6 +76,7 @@ def run(config: DictConfig) -> None:
         extraction=extraction,
         asks=str(config.asks),
         truth=truth,
+        history=history,
     )
     method = "" if generation.mitigation is None or config.answer is not None else generation.mitigation.name
     show(diagnosis, image.name, method)
@@ -93,6 +96,29 @@ def _image(config: DictConfig) -> tuple[ImageRef, tuple[str, ...] | None]:
 
     scene = testbed.scenes(int(config.seed) + 1)[-1]
     return ImageRef(f"{scene.id}.png (rendered)", scene.image), scene.visible
+
+
+def read_history(path: Path) -> list[Any]:
+    """Read earlier turns of a conversation, the oldest first.
+
+    Args:
+        path: of a JSON file: a list of pairs, or of objects with ``question`` and ``answer``, or the ``diagnosis.json``
+            of the last turn, with those before it.
+
+    Raises:
+        ArtefactError: the file is missing, or no JSON.
+        ConfigError: it holds something else.
+    """
+    from stethoscope.adapters.base import check_history
+
+    content = read_json(path, kind=object)
+    turns = [*content.get("history", []), content] if isinstance(content, dict) else content
+    if isinstance(turns, list):
+        turns = [[turn.get("question"), turn.get("answer")] if isinstance(turn, dict) else turn for turn in turns]
+    try:
+        return [*check_history(turns)]
+    except ConfigError as error:
+        raise ConfigError(f"history={path}: {error}") from None
 
 
 def _origin(setting: str | None, folders: list[Path], model: str) -> str:
@@ -118,7 +144,8 @@ def show(diagnosis: Diagnosis, name: str, method: str = "") -> None:
     from stethoscope.diagnosis.render import describe_reply
 
     terminal = console()
-    title = f"{diagnosis.model} on {name}: {diagnosis.question}" + (f" (mitigation={method})" if method else "")
+    turn = f" (turn {len(diagnosis.history) + 1})" if diagnosis.history else ""
+    title = f"{diagnosis.model} on {name}: {diagnosis.question}{turn}" + (f" (mitigation={method})" if method else "")
     lines: list[str | Text] = [title, "", answer_text(diagnosis), ""]
     warned = [mention for mention in diagnosis.mentions if mention.warned]
     if not diagnosis.mentions:

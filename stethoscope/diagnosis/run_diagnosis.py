@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters.base import check_asked, check_history
+from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Answer, Generation, ImageRef, Mention, Picture, Sample, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
@@ -92,7 +92,7 @@ def diagnose(
         adapter.setup()
         if detector is not None:
             check_model(detector, adapter)
-        encoded = adapter.encode_as(asks, picture, question, check_history(history))
+        encoded = adapter.encode_as(asks, picture, question, history)
     extractor = as_extraction(extraction)
     complete: Answer
     edit: Mapping[str, Any] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from stethoscope.core.errors import DataError, StethoscopeError
 from stethoscope.core.images import portable_bytes
@@ -22,6 +23,7 @@ from stethoscope.storage.run_fingerprint import constructor_settings
 from stethoscope.storage.selection import select_samples
 from stethoscope.tasks.base import Task
 
+Result = TypeVar("Result")
 MAX_FAILURES = 16
 """A session in which this many samples have failed and none has succeeded stops, because no sample is to blame."""
 
@@ -105,7 +107,34 @@ def ask_task(
     """
     if generation.max_new_tokens is None:
         generation = replace(generation, max_new_tokens=task.max_new_tokens)
-    return asyncio.run(_ask_all(ChatClient(engine, generation), task, file, limit, overwrite))
+    return run_coroutine(_ask_all(ChatClient(engine, generation), task, file, limit, overwrite))
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end.
+
+    Where an event loop runs already, as in notebooks, it runs on a thread with a loop of its own.
+    An interrupt of the waiting thread cancels the coroutine and waits until it has ended.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
+
+    async def watched() -> Result:
+        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+
+    with ThreadPoolExecutor(1) as executor:
+        result = executor.submit(asyncio.run, watched())
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            if task is not None and not result.done():
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 async def _ask_all(client: ChatClient, task: Task, file: AnswerFile, limit: int | None, overwrite: bool) -> AskingState:

@@ -346,7 +346,14 @@ def _square(count: int) -> tuple[tuple[int, int], ...]:
 
 
 def token_relevancy(
-    adapter: Adapter, image: Image, question: str, answer: Answer | str, *, scope: str = "row", **options: Any
+    adapter: Adapter,
+    image: Image,
+    question: str,
+    answer: Answer | str,
+    *,
+    scope: str = "row",
+    history: Sequence[tuple[str, str]] = (),
+    **options: Any,
 ) -> Relevancy:
     """Compute the relevancy of an answer's tokens to image, question, earlier answer and all other tokens.
 
@@ -356,6 +363,7 @@ def token_relevancy(
         question: the question about it.
         answer: the model's answer with its token ids, or a text, which the adapter tokenises.
         scope: ``row`` or ``token``, as for ``relevancy_from_inputs``.
+        history: earlier questions about the image with their answers, the oldest first, see ``Adapter.encode``.
         **options: ``rule``, ``layers``, ``tokens``, ``budget``, ``recompute`` of ``relevancy_from_inputs``.
 
     Returns:
@@ -363,10 +371,11 @@ def token_relevancy(
         the whole row.
 
     Raises:
-        CapabilityError: the adapter has no transformers model, or its kind is not supported.
+        CapabilityError: the adapter has no transformers model, or its kind is not supported, or there is a history and
+            the model is asked one question at a time.
         ConfigError, DataError, CaptureError: as ``relevancy_from_inputs``.
     """
-    encoded = adapter.encode(image, question)
+    encoded = adapter.encode_as("question", image, question, history)
     if isinstance(answer, str):
         answer = adapter.answer(encoded, answer)
     return answer_relevancy(adapter, encoded, answer, scope=scope, **options)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.adapters.base import check_asked, check_history
+from stethoscope.adapters.base import check_asked
 from stethoscope.core.errors import ConfigError
 from stethoscope.core.types import Generation, Picture, load_picture, with_limit
 from stethoscope.detection.lookup import check_model, load_detector
@@ -87,7 +87,7 @@ def stream(
     for loaded in filter(None, (detector, final)):
         check_model(loaded, adapter)
     picture = load_picture(image)
-    encoded = adapter.encode_as(asks, picture, question, check_history(history))
+    encoded = adapter.encode_as(asks, picture, question, history)
     extractor, method = as_extraction(extraction), generation.mitigation
     if isinstance(method, Backtrack):
         judge = detector or method.load(adapter)

@@ -25,6 +25,7 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError
 from stethoscope.core.types import Generation
+from stethoscope.relevancy import token_relevancy
 
 HISTORY = [("What is on the table?", "A cup and a plate."), ("Is the cup red?", " No, it is blue.\n")]
 QUESTION = "Is there a dog in the image?"
@@ -135,6 +136,9 @@ def test_relevancy_is_that_of_the_definitions(adapter, second, answer):
     expected, _ = brute_force.language(model, dict(inputs), list(answer.token_ids), "row")
     image = expected[..., list(second.spans.image)]
     assert brute_force.error(diagnosis.relevancy.image, image) < 1e-3
+    alone = token_relevancy(adapter, picture(0), QUESTION, answer, history=HISTORY)
+    assert torch.equal(torch.as_tensor(alone.question_positions), torch.as_tensor(second.spans.question))
+    assert brute_force.error(alone.image, image) < 1e-3
     assert diagnosis.heat_map(0).shape == (56, 72)
     assert diagnosis.to_dict()["history"] == [list(turn) for turn in HISTORY]
 
@@ -159,6 +163,8 @@ def test_a_model_of_one_turn_says_so(name):
         adapter.encode(picture(0), QUESTION, HISTORY)
     with pytest.raises(CapabilityError, match="one question at a time"):
         stethoscope.diagnose(adapter, picture(0), QUESTION, history=HISTORY)
+    with pytest.raises(CapabilityError, match="one question at a time"):
+        token_relevancy(adapter, picture(0), QUESTION, "A dog.", history=HISTORY)
 
 
 def test_a_chat_template_that_drops_turns_is_one_for_single_questions():

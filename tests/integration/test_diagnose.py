@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -157,6 +158,29 @@ def test_another_model_and_the_other_scope(stethoscope, tmp_path):
 def test_wrong_input_is_one_line(stethoscope, tmp_path, words, message):
     (tmp_path / "file").write_text("")
     assert message in stethoscope("diagnose", *words)
+
+
+def test_a_further_turn_goes_on_from_the_last(stethoscope, tmp_path):
+    """By the file of the last turn or by a list of pairs; a model of one turn says so."""
+    several = ("+model.follow_up='</s>USER: {question} ASSISTANT:'", "model.device=cpu", "detector=none")
+    question = "Is there a dog in the image?"
+    stethoscope("diagnose", *several, f"question={question}", "out=one", code=0)
+    output = stethoscope("diagnose", *several, "history=one/diagnosis.json", "out=two", code=0)
+    assert "Please describe this image in detail. (turn 2)" in output
+    first, second = (json.loads(Path(f"{name}/diagnosis.json").read_text()) for name in ("one", "two"))
+    assert second["history"] == [[question, first["answer"]]]
+    Path("turns.json").write_text(json.dumps([*second["history"], {"question": "Where?", "answer": "Here."}]))
+    stethoscope("diagnose", *several, "history=turns.json", "out=three", code=0)
+    assert json.loads(Path("three/diagnosis.json").read_text())["history"][1] == ["Where?", "Here."]
+    assert "testbed is asked one question at a time" in stethoscope("diagnose", "history=turns.json")
+    for content, message in {
+        "[": "is damaged",
+        '"no"': "history should be a list of earlier turns",
+        '[["a"]]': "turn 1 of the history should be a pair",
+        '{"question": "a"}': "the answer of turn 1 of the history should be a text, got NoneType",
+    }.items():
+        Path("turns.json").write_text(content)
+        assert message in stethoscope("diagnose", "history=turns.json")
 
 
 def test_a_picture_that_is_none(stethoscope, tmp_path):

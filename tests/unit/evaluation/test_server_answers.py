@@ -1,5 +1,6 @@
 """A server's answers to a task: those of our own run, whatever happens to the server or to us on the way."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from stethoscope.core.images import portable_bytes
 from stethoscope.core.types import Generation
 from stethoscope.evaluation.chat_client import Engine
 from stethoscope.evaluation.evaluator import Evaluator
-from stethoscope.evaluation.server_answers import ask_task
+from stethoscope.evaluation.server_answers import ask_task, run_coroutine
 from stethoscope.storage.answer_file import AnswerFile
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.storage.run_dir import RunStore
@@ -50,6 +51,40 @@ def command(*words):
     with pytest.raises(SystemExit) as end:
         main(["answer", *words])
     return end.value.code
+
+
+def test_it_runs_where_an_event_loop_runs_already(tmp_path):
+    """As in notebooks: on a thread of its own, whose errors come back; an interrupt ends it."""
+    task = TinyTask(4)
+
+    async def cell(url, path):
+        return ask(url, path, task)
+
+    with serving(Scripted()) as url:
+        assert asyncio.run(cell(url, tmp_path / "answers.jsonl")).answered == 4
+    check_made_up(tmp_path / "answers.jsonl", task)
+    with pytest.raises(CapabilityError):
+        asyncio.run(cell(f"http://127.0.0.1:{free_port()}", tmp_path / "other.jsonl"))
+
+    ended = threading.Event()
+
+    async def waiting():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            run_coroutine(waiting())
+
+    runner = asyncio.new_event_loop()  # asyncio.run would take the signal for itself
+    try:
+        runner.run_until_complete(interrupted())
+    finally:
+        runner.close()
+    assert ended.is_set()
 
 
 def lines(path):
