@@ -33,7 +33,12 @@ from stethoscope.detection.estimators import (
 from stethoscope.detection.evidence_prior import EXTERNAL
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
-from stethoscope.detection.recalibration import intercept_of_share, share_of_hallucinated, shrunk_line
+from stethoscope.detection.recalibration import (
+    intercept_of_share,
+    mixture_line,
+    share_of_hallucinated,
+    shrunk_line,
+)
 from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.table_selection import Selection, check_settings
@@ -72,7 +77,8 @@ class Detector:
             ``verify_odds``, one of them learns from the model's own verification; prediction does not need it. False
             reads every dimension as a feature.
         labels: ``all`` learns from judged mentions; ``few`` also from those without a label, by ``verify_odds``;
-            ``none`` ignores labels and takes the model's verification for the truth, so that nothing is calibrated.
+            ``none`` ignores labels and takes the model's verification for the truth; how many mentions are wrong is
+            then estimated from the scores (``recalibration.mixture_line``).
         threshold: where to warn: ``f1`` for the highest F1 on the calibration fold, or a guarantee
             (``stethoscope.detection.risk_control``): ``{"max_false_alarms": 0.05}`` or ``{"max_missed": 0.1}``, with
             ``"confidence": 0.95`` and ``"per_image"``, the most mentions that an image counts with, beside it or not.
@@ -223,7 +229,8 @@ class Detector:
         model = self._inputs.classifier(kind, C, seed, more)
         self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
         self._base_rate = float(examples.labels.mean())
-        self._choose_threshold(train, calibration)
+        estimated = self.settings["labels"] == "none" and self._calibrate_without_labels()
+        self._choose_threshold(train, calibration, estimated)
         if not self._inputs.plain:  # states alone: nothing that a monitor could compare
             self.monitor = None
             return self
@@ -232,6 +239,16 @@ class Detector:
         scores = None if compared is None else self.model.scores(self._matrix(compared))
         self.monitor = ShiftMonitor.fit(self._inputs.plain, learned, compared, scores)
         return self
+
+    def _calibrate_without_labels(self) -> bool:
+        """Calibrate by the two parts of the scores, if they have two: the model itself says no far too rarely."""
+        scores = self.model.held_out_scores
+        line = None if scores is None or self.settings["calibration"] != "platt" else mixture_line(scores)
+        if scores is None or line is None:
+            return False
+        self._model = replace(self.model, calibrator=PlattScaling(*line))
+        self._base_rate = float(np.clip(self.model.calibrate(scores).mean(), 1e-4, 1 - 1e-4))
+        return True
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
         """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
@@ -300,10 +317,15 @@ class Detector:
             new.monitor = self.monitor.with_reference(rows, scores)
         return new
 
-    def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None) -> None:
+    def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None, estimated: bool) -> None:
         """Choose the threshold with the best F1, or the lowest that meets the guarantee.
 
         Each mention gives one warning, so with ``subtokens="all"`` only its first sub-token counts.
+
+        Args:
+            train: mentions that were learned from.
+            calibration: mentions of other images; None without them.
+            estimated: take the F1 that the probabilities expect, since there are no labels.
         """
         self.certificate = None
         first = train["is_first_subtoken"].to_numpy(dtype=bool)
@@ -326,8 +348,9 @@ class Detector:
             rows, probabilities = train, self.model.calibrate(self.model.held_out_scores[first])
             fold = "training fold, out of fold"
         if len(rows):
-            self.threshold = best_threshold(rows["label"].to_numpy(dtype=int), probabilities)
-        self._chosen = f"highest F1 on the {fold}{only}"
+            labels = probabilities if estimated else rows["label"].to_numpy(dtype=int)
+            self.threshold = best_threshold(labels, probabilities)
+        self._chosen = f"highest {'expected ' if estimated else ''}F1 on the {fold}{only}"
 
     def select_mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
         """Select the mentions of a token table that this detector is trained and measured on.

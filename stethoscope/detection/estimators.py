@@ -38,7 +38,6 @@ from stethoscope.detection.inference import (
     IsotonicSteps,
     PlattScaling,
 )
-from stethoscope.metrics.ranking import Ranking
 
 CALIBRATIONS = ("platt", "isotonic", "none")
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
@@ -447,11 +446,14 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
     It lies halfway to the next lower probability, so that rounding cannot decide about a mention.
 
+    Args:
+        labels: (mentions,) of 0 and 1, or probabilities in their place, for the F1 that these expect.
+        probabilities: (mentions,) of the detector.
+
     >>> round(best_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8])), 3)
     0.225
     """
-    ranking = Ranking.of(labels, probabilities)
-    flagged = ranking.true[:, 0] + ranking.false[:, 0]
-    f1 = 2 * ranking.true[:, 0] / (flagged + labels.sum())
-    values, best = np.unique(probabilities)[::-1], int(np.argmax(f1))
-    return float(values[best : best + 2].mean())
+    values, index = np.unique(probabilities, return_inverse=True)
+    flagged, wrong = np.bincount(index)[::-1].cumsum(), np.bincount(index, labels)[::-1].cumsum()
+    best = int(np.argmax(2 * wrong / (flagged + labels.sum())))
+    return float(values[::-1][best : best + 2].mean())

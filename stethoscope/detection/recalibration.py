@@ -5,6 +5,9 @@ labels, the more of the old calibration is kept. Without labels only the share o
 the expectation-maximisation of Saerens, Latinne and Decaestecker (Neural Computation 14, 2002), and b is its log-odds
 less those of before. That is right where hallucinated mentions look as before and only their number has changed; where
 features themselves have shifted (noise) it is not, and labels are needed.
+
+Where there never was a label, scores alone are left: they are taken for a mixture of two distributions, of grounded and
+hallucinated mentions, as speaker verification is calibrated without labels (Brummer and Garcia-Romero, Odyssey 2014).
 """
 
 from __future__ import annotations
@@ -12,12 +15,18 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from scipy.stats import t as student
+from sklearn.linear_model import LogisticRegression
 
 from stethoscope.detection.estimators import log_loss_of
 
 SLOPE_SPREAD, INTERCEPT_SPREAD = 0.5, 1.5
 """Standard deviations of the normal priors of a (around 1) and b (around 0)."""
 LOWEST_SHARE = 1e-4
+FREEDOM = 4
+"""Degrees of freedom of the mixture's distributions: scores have longer tails than a normal distribution."""
+ENOUGH_SCORES, SHARES = 100, (0.02, 0.5)
+"""Mentions that a mixture needs, and between which shares its upper part can be the hallucinated mentions."""
 
 
 def shrunk_line(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -79,3 +88,43 @@ def intercept_of_share(share: float, base_rate: float) -> float:
     """
     share = min(max(share, LOWEST_SHARE), 1 - LOWEST_SHARE)
     return float(logit(share) - logit(base_rate))
+
+
+def mixture_line(scores: np.ndarray, steps: int = 500) -> tuple[float, float] | None:
+    """Fit slope and intercept from scores to log-odds of hallucination without a label.
+
+    The scores are a mixture of two t distributions with ``FREEDOM`` degrees of freedom, fitted by
+    expectation-maximisation (Peel and McLachlan, Statistics and Computing 10, 2000); the line is fitted to the
+    probabilities of the upper part. It is right as far as that is what hallucinated mentions are: the fewer ones, with
+    scores of a distribution of their own.
+
+    Args:
+        scores: (mentions,) of a detector, before calibration.
+        steps: at most so many steps of expectation-maximisation.
+
+    Returns:
+        Slope and intercept; None where there are too few scores, or no two such parts in them.
+    """
+    if len(scores) < ENOUGH_SCORES or not np.std(scores) > 0:
+        return None
+    centres, spreads, share = np.quantile(scores, [0.25, 0.95]), np.full(2, np.std(scores) / 2), 0.2
+    high = np.zeros(len(scores))
+    for _ in range(steps):
+        before = share
+        low, up = (student.logpdf(scores, FREEDOM, *part) for part in zip(centres, spreads, strict=True))
+        high = expit(logit(share) + up - low)
+        share = float(high.mean())
+        if not SHARES[0] < share < SHARES[1]:
+            return None
+        for part, weights in enumerate((1 - high, high)):
+            near = weights * (FREEDOM + 1) / (FREEDOM + ((scores - centres[part]) / spreads[part]) ** 2)
+            centres[part] = near @ scores / near.sum()
+            spreads[part] = np.sqrt(near @ (scores - centres[part]) ** 2 / weights.sum())
+        if not spreads.min() > 0:
+            return None
+        if abs(share - before) < 1e-7:
+            break
+    rows, parts = np.concatenate([scores, scores])[:, None], np.repeat([0, 1], len(scores))
+    line = LogisticRegression(C=1e6).fit(rows, parts, sample_weight=np.concatenate([1 - high, high]))
+    slope, intercept = float(line.coef_[0, 0]), float(line.intercept_[0])
+    return (slope, intercept) if slope > 0 else None

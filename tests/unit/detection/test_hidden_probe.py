@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.token_tables import halves, token_table
+from scipy.special import expit
 from torch import nn
 
 from stethoscope.core.errors import ArtefactError, ConfigError
@@ -11,6 +12,7 @@ from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.design_matrix import is_hidden
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.hidden_probe import COLUMNS, DECAY, RATE, AdamW, HiddenProbe, backward
+from stethoscope.detection.recalibration import FREEDOM, mixture_line
 from stethoscope.metrics import classification
 
 SIZE = 12
@@ -141,6 +143,38 @@ def test_without_labels_no_label_is_read():
     assert set(detectors[0].features) == set(STATES)
     with pytest.raises(ConfigError, match="needs labels"):
         Detector(labels="none", threshold={"max_false_alarms": 0.1})
+
+
+def test_without_labels_the_parts_of_the_scores_calibrate():
+    """The model says no far too rarely; where scores have no two parts, its replies are all there is."""
+    random = np.random.default_rng(5)
+
+    def parted(table):
+        latent = random.normal(size=(len(table), SIZE))
+        latent[:, 0] += np.where(table["label"] == 1, 3, -1)
+        states = {name: latent[:, i].astype(np.float32) for i, name in enumerate(STATES)}
+        return table.assign(**states, verify_odds=12 - 4 * latent[:, 0] + random.normal(size=len(table)))
+
+    train, calibration, test = map(parted, (TRAIN, CALIBRATION, TEST))
+    detector, by_replies = (
+        Detector(labels="none", calibration=kind).fit(unjudged(train), unjudged(calibration))
+        for kind in ("platt", "none")
+    )
+    errors = [classification.ece(LABELS, each.predict(test)) for each in (detector, by_replies)]
+    assert errors[0] < 0.05 < errors[1]
+    assert "highest expected F1" in detector.manifest["threshold"]["chosen"]
+    whole = Detector(labels="none").fit(unjudged(TRAIN), unjudged(CALIBRATION))
+    assert "highest F1" in whole.manifest["threshold"]["chosen"]
+
+
+def test_a_mixture_gives_the_line_of_its_upper_part():
+    random = np.random.default_rng(0)
+    labels = (random.random(4000) < 0.3).astype(int)
+    scores = random.standard_t(FREEDOM, 4000) * np.where(labels, 1, 2) + np.where(labels, 3, -5)
+    slope, intercept = mixture_line(scores)
+    assert classification.ece(labels, expit(slope * scores + intercept)) < 0.02
+    assert mixture_line(scores[:50]) is None
+    assert mixture_line(np.zeros(500)) is None
 
 
 def unjudged(table):
