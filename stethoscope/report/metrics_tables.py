@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from stethoscope.core.token_table import stem
 from stethoscope.detection.detector_results import (
     Ablation,
     DetectorResults,
@@ -17,6 +18,8 @@ from stethoscope.detection.detector_results import (
 )
 from stethoscope.evaluation.given_answers import describe
 from stethoscope.evaluation.results import COUNTS, TaskResults
+from stethoscope.features import FEATURES
+from stethoscope.features.columns import feature_of
 from stethoscope.metrics.bootstrap import Interval
 from stethoscope.report.tables import Cell, PairedDifference, Table
 
@@ -119,12 +122,26 @@ def count_table(results: Sequence[TaskResults]) -> Table:
 
 
 def shown_rows(leaderboard: Leaderboard) -> list[Row]:
-    """Select detectors, published ones, the best single features and baselines, each by falling AUROC."""
+    """Select detectors, published ones, the best single features and baselines, each by falling AUROC.
+
+    Features of plugins are shown too, with their best column; of many such features only the best.
+    """
     features = [row.name for row in leaderboard.rows if row.kind == "feature"]  # by falling AUROC in training
-    shown_features = {*features[:SINGLE_FEATURES], *leaderboard.best_features.values()}
+    best = {*features[:SINGLE_FEATURES], *leaderboard.best_features.values()}
+    shown_features = {*best, *_of_plugins(features)[:SINGLE_FEATURES]}
     kinds = ("detector", "published", "feature", "baseline")
     rows = [row for row in leaderboard.rows if row.kind != "feature" or row.name in shown_features]
     return sorted(rows, key=lambda row: (kinds.index(row.kind), -np.nan_to_num(row.metrics["auroc"].value)))
+
+
+def _of_plugins(columns: Sequence[str]) -> list[str]:
+    """Return the first column of every feature that does not come with the package."""
+    firsts: dict[str, str] = {}
+    for column in columns:
+        known = FEATURES.get(feature_of(column))
+        if known is None or not known.function.__module__.startswith("stethoscope."):
+            firsts.setdefault(stem(column) if known is None else known.name, column)
+    return list(firsts.values())
 
 
 def leaderboard_tables(results: DetectorResults, compact: bool = False) -> Iterator[Table]:
@@ -165,7 +182,10 @@ def _describe_selection(leaderboard: Leaderboard, rows: Sequence[Row]) -> str:
     measured, shown = (sum(row.kind == "feature" for row in part) for part in (leaderboard.rows, rows))
     if shown == measured:
         return ""
-    return f" {shown} of the {measured} single features in metrics.json are shown, the best on the training images."
+    mine = " and those of plugins" if _of_plugins([row.name for row in rows if row.kind == "feature"]) else ""
+    return (
+        f" {shown} of the {measured} single features in metrics.json are shown, the best on the training images{mine}."
+    )
 
 
 def _left_out(leaderboard: Leaderboard) -> str:
