@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import sklearn.datasets
 import torch
+from helpers.contract_helpers import phrased, squared
 from PIL import Image
 
 PHOTOGRAPHS = (
@@ -34,7 +35,7 @@ def test_inputs_are_those_of_the_processor_also_when_they_are_repeated(adapter):
     pairs = [(photograph, question) for photograph in photographs for question in QUESTIONS]
     first, again = ([adapter.encode(*pair) for pair in pairs] for _ in range(2))
     for (photograph, question), encoded, other in zip(pairs, first, again, strict=True):
-        wanted = direct(adapter, photograph, question, adapter.prompt)
+        wanted = direct(adapter, squared(adapter, photograph), phrased(adapter, question), adapter.prompt)
         wanted.pop("labels", None)  # PaliGemma's, for training
         assert wanted.keys() == encoded.inputs.keys() == other.inputs.keys()
         for name, value in wanted.items():

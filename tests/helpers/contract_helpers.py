@@ -146,6 +146,22 @@ def predicting(adapter, encoded, ids):
     return slice(first, first + len(ids))
 
 
+def phrased(adapter, question):
+    """The text that stands in the prompt for a question: PaliGemma is asked in the words of its training."""
+    return adapter.phrases.get("question", "{question}").replace("{question}", question)
+
+
+def squared(adapter, image):
+    """The picture as the processor gets it: LLaVA-1.5's is padded to a square with the mean colour."""
+    if not adapter.pad:
+        return image
+    colour = tuple(int(255 * part) for part in adapter.processor.image_processor.image_mean)
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
 def said(adapter, text):
     """The text as far as the tokenizer can say it: T5's knows no line breaks, nor characters beyond its own."""
     tokenizer = adapter.processor.tokenizer

@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_flatten
 
 CPU = torch.device("cpu")
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+FREE = 2**34  # bytes on each
 _aten = torch.ops.aten
 _INDEXING = {
     op.overloadpacket
@@ -271,6 +272,7 @@ def pretend_devices() -> Iterator[Devices]:
     # torch.autograd.grad would be called with the function mode off, and so would hooks and layers that run again in it
     with (
         mock.patch.object(torch.autograd, "has_torch_function", return_value=False),
+        mock.patch.object(torch.cuda, "mem_get_info", return_value=(FREE, FREE)),
         _Questions(devices),
         _Operations(devices),
     ):
