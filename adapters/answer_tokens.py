@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.adapters.base import ForeignTokens
@@ -105,6 +106,8 @@ class AnswerTokens:
         follows_prompt: answers stand behind their prompts in one sequence, as in decoder-only models.
 
     Attributes:
+        decode: decodes ids as a whole, special tokens too.
+        decode_text: decodes ids as a whole, without special tokens.
         end_ids: ids that end an answer.
         pad_id: id to pad with.
         placeholder_ids: ids of images and videos, which an answer must not hold: they would stand for a second one.
@@ -118,17 +121,11 @@ class AnswerTokens:
     ) -> None:
         self._name, self._model, self._tokenizer = name, model, tokenizer
         self._stops, self._follows_prompt = tuple(stops), follows_prompt
+        self.decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        self.decode_text = partial(self.decode, skip_special_tokens=True)
         self.end_ids, self.pad_id = special_ids(model, tokenizer)
         placeholders = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self.placeholder_ids = [token for token in placeholders if token is not None]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids as a whole, special tokens too."""
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-    def decode_text(self, ids: Sequence[int]) -> str:
-        """Decode ids as a whole, without special tokens."""
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False, skip_special_tokens=True)
 
     def all_stops(self, stops: Sequence[str]) -> tuple[str, ...]:
         """Return the strings that end an answer: the family's, then those of ``Generation.stop``."""

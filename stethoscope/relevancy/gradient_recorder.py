@@ -79,6 +79,7 @@ class AttentionGradRecorder(AttentionRecorder):
             call = TracedCall(site, module, mask, options, self._receive, ends, live, offset=offset)
             if site.role == "language":
                 call.salient, call.prefix = self._salient, self._prefix(site)
+                call.skipped = 0 if call.prefix is None else call.prefix[0].shape[2]
             call.size, call.keys, call.keep_map, call.needs_map = size, keys, self._keep_graphs, observed
             if not (query.requires_grad or key.requires_grad or value.requires_grad):
                 query = query.detach().requires_grad_()

@@ -79,6 +79,7 @@ class TracedCall:
         live: number of leading queries whose gradients reach all keys and values; None for all. Later queries pass
             gradients to their own key and value only (scope ``row``), or to none (cross-attention).
         prefix: keys and values before those of the first query, (B, key-value heads, prefix, d) each; None without any.
+        skipped: number of keys of the prefix.
         prefix_gradients: of the prefix, filled in by a backward pass.
         salient: first query whose saliency is needed; None for none.
         budget: bytes that maps may take in the backward pass of this call.
@@ -104,6 +105,7 @@ class TracedCall:
     ends: list[int]
     live: int | None = None
     prefix: tuple[Tensor, Tensor] | None = None
+    skipped: int = 0
     prefix_gradients: tuple[PrefixGradient, PrefixGradient] | None = None
     salient: int | None = None
     budget: int = BUDGET
@@ -118,11 +120,6 @@ class TracedCall:
     needs_map: bool = False
     weights: Tensor | None = None
     finite: Tensor | None = None
-
-    @property
-    def skipped(self) -> int:
-        """Number of keys before that of the first query."""
-        return 0 if self.prefix is None else self.prefix[0].shape[2]
 
 
 Receiver = Callable[[TracedCall, int, bool, Block], None]
