@@ -18,7 +18,8 @@ from stethoscope.core.system import disk_faults
 from stethoscope.core.types import Sample, required
 from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.distributed import PeerFailed, current_state
-from stethoscope.evaluation.given_answers import JoinedAnswers, summarise
+from stethoscope.evaluation.given_answers import summarise
+from stethoscope.evaluation.joined_answers import JoinedAnswers
 from stethoscope.evaluation.pipeline import SamplePipeline, message
 from stethoscope.evaluation.results import COUNTS, TaskResults
 from stethoscope.evaluation.state import RunState

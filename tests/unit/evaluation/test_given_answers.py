@@ -16,12 +16,12 @@ from stethoscope.evaluation.callbacks import Callback
 from stethoscope.evaluation.evaluator import Evaluator
 from stethoscope.evaluation.given_answers import (
     NOT_OWN,
-    JoinedAnswers,
     describe,
     find_reasoning,
     read_answer,
     summarise,
 )
+from stethoscope.evaluation.joined_answers import JoinedAnswers
 from stethoscope.evaluation.results import TaskResults
 from stethoscope.mitigation.decoding import NoiseContrast
 from stethoscope.storage.logged_answers import AnswerLog, LoggedAnswer
