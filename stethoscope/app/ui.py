@@ -44,7 +44,7 @@ def _warn(error: Exception) -> None:
 def theme() -> gr.themes.Base:
     """Build a theme with system fonts, so that no font is fetched."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    return gr.themes.Base(font=sans, font_mono=mono, primary_hue="blue", neutral_hue="slate", radius_size="md")
+    return gr.themes.Base(font=sans, font_mono=mono, primary_hue="blue", neutral_hue="zinc", radius_size="md")
 
 
 def build_page(
@@ -101,6 +101,7 @@ def _ask_tab(pool: ModelPool, examples: Sequence[ExamplePicture]) -> dict[str, A
             with gr.Row():
                 parts["ask"] = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
                 parts["stop"] = gr.Button("Stop", elem_id="stop", min_width=80)
+            _component("busy", "", fill("app/busy.html"), "")
             parts["anew"] = gr.Button("New conversation", elem_id="anew", size="sm")
             parts["model"] = gr.Dropdown(pool.names, value=pool.name, label="model", elem_id="model")
             parts["detector"] = gr.Dropdown(

@@ -406,11 +406,21 @@ def test_an_answer_is_stopped(page, served, adapter, tmp_path):
         page.wait_for_selector("#photograph img")
         page.click("#ask")
         page.wait_for_selector("#view .st-caret")
+        assert page.locator("#busy").is_hidden()
+        page.click("#ask")  # which Gradio drops
+        page.wait_for_selector("#busy:visible")
+        assert text_of(page, "#busy") == "An answer is being written. Stop ends it, then ask again."
         page.click("#stop")
         wait_for_words(page, "status", "stopped")
         page.wait_for_timeout(500)
         assert text(page, "status") == "stopped"
         assert page.locator("#view [data-id=written]").is_hidden()
+        assert page.locator("#busy").is_hidden()
+        page.click("#ask")
+        page.wait_for_selector("#view .st-caret")
+        assert page.locator("#busy").is_hidden()  # asked anew
+        page.click("#stop")
+        wait_for_words(page, "status", "stopped")
     finally:
         hook.remove()
 

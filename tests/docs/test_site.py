@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 WIDTHS = {1280: 900, 390: 844}
 SHOWN = ("index", "concepts", "features", "reproduction", "own/model", "api/features")
+
+
+VIOLATIONS = """async () => {
+  const levels = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"];
+  const result = await axe.run(document, { runOnly: { type: "tag", values: levels }, resultTypes: ["violations"] });
+  return result.violations.flatMap((rule) => rule.nodes.map((node) =>
+    `${rule.id}: ${node.html} ${node.failureSummary}`));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,21 @@ def test_in_a_browser(site, address, browser, width, tmp_path):
     assert errors == []
     assert {url for url in requests if not url.startswith((address, "data:", "blob:"))} == set()
     page.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_page_violates_wcag(address, browser, scheme, width):
+    """Level A and AA, by axe-core."""
+    axe = pytest.importorskip("axe_playwright_python", reason="no axe-core; pip install axe-playwright-python")
+    script = files(axe).joinpath("axe.min.js").read_text("utf-8")
+    context = browser.new_context(viewport={"width": width, "height": WIDTHS[width]}, color_scheme=scheme)
+    page = context.new_page()
+    for name in (*SHOWN, "detectors", "looking", "own/estimator"):
+        page.goto(f"{address}/{name}.html", wait_until="load")
+        page.add_script_tag(content=script)
+        page.wait_for_timeout(300)
+        assert page.evaluate(VIOLATIONS) == [], name
+    context.close()
 
 
 def test_search_finds_a_page(address, browser):

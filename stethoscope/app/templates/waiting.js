@@ -1,4 +1,4 @@
-// Says in the viewer how many questions are before one that waits; the numbers are those of Gradio's own, hidden tracker.
+// Says in the viewer how many questions are before one that waits, and that Ask waits; the numbers are those of Gradio's own, hidden tracker.
 {
 const tracker = element.closest(".block") || element.parentElement, status = element.querySelector('[data-id="status"]');
 let line = "", soon = 0;
@@ -21,4 +21,31 @@ function tell() {
 
 // not at once: a question that need not wait is in the queue for a moment, too
 new MutationObserver(() => { soon = soon || setTimeout(tell, 300); }).observe(tracker, { childList: true, subtree: true, characterData: true });
+
+// Says that Ask waits for the answer that is being written: Gradio drops a second request of one event in silence.
+const BUSY = "An answer is being written. Stop ends it, then ask again.";
+let asked = false;
+
+function writing() {
+  const wrap = tracker.querySelector(":scope > .wrap"), shown = (id) => !element.querySelector(`[data-id="${id}"]`).hidden;
+  return Boolean(wrap && !wrap.classList.contains("hide")) || (shown("written") && !shown("diagnosed"));
+}
+
+function busy(text) {
+  const label = document.querySelector('#busy [data-id="busy"]');
+  if (label && label.textContent !== text) label.textContent = text;
+}
+
+function ask() {
+  if (asked && writing()) busy(BUSY);
+  asked = true;
+}
+
+document.addEventListener("click", (event) => { if (event.target.closest("#ask")) ask(); }, true);
+document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.shiftKey && event.target.closest("#question")) ask(); }, true);
+new MutationObserver(() => {
+  if (writing()) return;
+  asked = false;
+  busy("");
+}).observe(tracker, { attributes: true, attributeFilter: ["class", "hidden"], childList: true, subtree: true });
 }
