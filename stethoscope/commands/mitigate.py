@@ -296,11 +296,13 @@ def answer_all(item: MethodRun, adapter: Adapter, tasks: Sequence[Task], judge: 
     from stethoscope.evaluation.edit_answers import read_features
     from stethoscope.evaluation.evaluator import Evaluator
 
-    config = item.config
+    config, method = item.config, item.generation.mitigation
+    writes = method is not None and method.writes
+    meters = [CostMeter(leaving=writes and task is tasks[-1]) for task in tasks]
     with loggers_of(config) as loggers:
         results = [
-            answer(config, item.folder, loggers, adapter, task, item.generation, callbacks=[CostMeter()])
-            for task in tasks
+            answer(config, item.folder, loggers, adapter, task, item.generation, callbacks=[meter])
+            for task, meter in zip(tasks, meters, strict=True)
         ]
     if judge is not None:  # apart from the answers, so that their cost is their own
         Evaluator(

@@ -38,15 +38,19 @@ class CostMeter(Callback):
     """Counts the forward passes of every batch and writes them into the run directory, with the memory so far.
 
     A pass over B rows counts as B, and a batch of B answers has B times as many tokens as its longest answer, so that
-    plain decoding has exactly 1; answers that were written one by one have their own tokens. All that happens before an
-    answer is final counts: second passes, further candidates, a detector's passes. Nothing is counted of a model that
-    transformers does not know.
+    plain decoding has exactly 1; answers that leave their batch when they end have their own tokens, as have answers
+    that were written one by one. All that happens before an answer is final counts: second passes, further candidates,
+    a detector's passes. Nothing is counted of a model that transformers does not know.
+
+    Args:
+        leaving: whether an answer leaves its batch when it ends, see ``Mitigation.writes``.
     """
 
     first_only = True
 
-    def __init__(self) -> None:
+    def __init__(self, leaving: bool = False) -> None:
         """Attach nothing yet."""
+        self._leaving = leaving
         self._hook: Any = None
         self._rows: int | None = None
         self._largest = 0  # rows of a pass
@@ -74,7 +78,7 @@ class CostMeter(Callback):
             "task": run.task.name,
             "sample": records[0].sample_id,
             "passes": self._rows,
-            "tokens": sum(lengths) if self._largest == 1 else len(records) * max(lengths),
+            "tokens": sum(lengths) if self._leaving or self._largest == 1 else len(records) * max(lengths),
             "peak_memory": peak_memory(),
         }
         append(run.store.run_dir / COSTS, (json.dumps(line) + "\n").encode())

@@ -17,9 +17,11 @@ from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError
 from stethoscope.core.line_schemas import violation
 from stethoscope.core.types import Generation
+from stethoscope.evaluation.cost_meter import CostMeter, read_costs
 from stethoscope.features import FeatureSet
 from stethoscope.streaming import MentionCompleted, TakenBack, Token
 from stethoscope.streaming.backtrack import WHEN_NEEDED, Backtrack, Backtracker
+from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.extraction import as_extraction
 from stethoscope.tasks.object_extraction import mentions as object_mentions
 from stethoscope.tracing.token_spans import decode_with_offsets
@@ -212,6 +214,20 @@ def test_a_run_takes_objects_back(stethoscope, tmp_path, adapter):
     for other in ("mitigation.tries_per_place=3", "mitigation=drop"):
         assert "other settings" in stethoscope("evaluate", *RUN, other, "name=back")
     stethoscope("extract", "run=runs/back", "features=fast", code=0)
+
+
+def test_passes_are_counted_alike_in_batches_and_one_by_one(tmp_path, adapter):
+    passes = []
+    for size in (1, 1, 4):  # the first time a pass more checks the logit lens
+        evaluator = package.Evaluator(
+            callbacks=[CostMeter(leaving=True)],
+            run_dir=tmp_path / str(len(passes)),
+            batch_size=size,
+            generation=Generation(max_new_tokens=40, mitigation=Backtrack(threshold=0.3)),
+        )
+        evaluator.run(adapter, Chair(scenes=3, scene_seed=5))
+        passes.append(read_costs(tmp_path / str(len(passes)), "chair").passes)
+    assert passes[1] == passes[2] > 1.2
 
 
 @pytest.mark.parametrize(
