@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -240,7 +240,7 @@ class ForwardRunner:
         )
         inputs["past_key_values"] = PrefixCache(join_caches(caches, prefix_lengths, pad_offsets))
         rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
-        spans = [_shift(prompt.spans, offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
+        spans = [prompt.spans.shifted(offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
         return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)
 
     def read_prefixes(self, encoded: Sequence[Encoded], lengths: Sequence[int]) -> list[PromptCache] | None:
@@ -387,12 +387,3 @@ def answer_rows(starts: Sequence[int], read: Sequence[int]) -> Tensor:
     """
     steps = torch.arange(max([0, *read]) + 1)
     return torch.tensor(starts)[:, None] + steps.minimum(torch.tensor(read)[:, None])
-
-
-def _shift(spans: Spans, offset: int) -> Spans:
-    """Shift all positions by ``offset``."""
-    if not offset:
-        return spans
-    names = ("image", "question", "separators")
-    shifted = {name: tuple(position + offset for position in getattr(spans, name)) for name in names}
-    return replace(spans, length=spans.length + offset, **shifted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +24,24 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from stethoscope.adapters import memory
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
 from stethoscope.adapters.cache_columns import prompt_columns
 from stethoscope.adapters.forward import ForwardRunner, Prefix
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
+from stethoscope.tracing.answer_recorder import AnswerRecorder, RecordedAnswers
+from stethoscope.tracing.hooks import uses_sdpa
+from stethoscope.tracing.logit_lens import lens_of
 from stethoscope.tracing.step_inputs import RewindableProcessor
-from stethoscope.tracing.trace import Encoded, PromptCache
+from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded, PromptCache
 
 if TYPE_CHECKING:
     from stethoscope.adapters.hf import HfAdapter
 
 _SPECIAL_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+_RECORD_BYTES = 2**27  # of a record of the answers of a batch; a pass over them needs as much for its logits
 _OUTPUTS = ("return_dict_in_generate", "transformers_version")
 
 
@@ -118,15 +124,21 @@ class TokenLogprobs(LogitsProcessor):
     """Take the log-probability of every token as it is written: the first processor, which sees the model's own scores.
 
     ``generate`` would keep the scores of all steps: 17 GB for 32 answers of 512 tokens and a vocabulary of 262,144.
+
+    Args:
+        kept: where the scores of all steps are kept, (batch, vocabulary) each, if they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: list[Tensor] | None = None) -> None:
+        self._kept = kept
         self._scores: Tensor | None = None
         self._steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids)
         self._scores = scores
+        if self._kept is not None:
+            self._kept.append(scores)
         return scores
 
     def finish(self, sequences: Tensor) -> Tensor:
@@ -248,7 +260,7 @@ class AnswerGenerator:
 
     def generate(
         self, adapter: HfAdapter, encoded: list[Encoded], generation: Generation, return_cache: bool
-    ) -> tuple[list[Answer], list[PromptCache | None]]:
+    ) -> tuple[list[Answer], list[PromptCache | None], RecordedAnswers | None]:
         """Answer prompts of one of ``forward.groups`` in one batch.
 
         Args:
@@ -258,7 +270,8 @@ class AnswerGenerator:
             return_cache: also return the KV caches of the prompts.
 
         Returns:
-            B answers, and B caches; None where there is none, or the prompt has one already for all of them.
+            B answers; B caches, None where there is none, or the prompt has one already for all of them; and with the
+            caches a record of the answers, where the prompts plan one and it fits.
         """
         no_caches: list[PromptCache | None] = [None] * len(encoded)
         if generation.num_beams > 1:  # the cache then belongs to beams, not to prompts
@@ -266,21 +279,41 @@ class AnswerGenerator:
             start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
             beams = self._model.generate(**arguments).sequences[:, start:].tolist()
             scored = self.score(encoded, [self._tokens.trim(beam, generation.stop) for beam in beams])
-            return [replace(answer, argmax=None) for answer in scored], no_caches
+            return [replace(answer, argmax=None) for answer in scored], no_caches, None
         prefixes = self.prefixes.compute(encoded)
         lengths = None if prefixes is None else [prefix.length for prefix in prefixes]
-        arguments, logprobs = self.arguments(adapter, encoded, generation, prefixes), TokenLogprobs()
+        recorder = self._recorder(encoded, generation) if return_cache else None
+        arguments = self.arguments(adapter, encoded, generation, prefixes)
+        logprobs = TokenLogprobs(None if recorder is None else recorder.scores)
         del prefixes  # the copies in the arguments are all that generation needs
         arguments["logits_processor"].insert(0, logprobs)
         start = arguments["input_ids"].shape[1] if self._decoder_start is None else 1
-        output = self._model.generate(**arguments)
+        with nullcontext() if recorder is None else recorder.recorded(self._model):
+            output = self._model.generate(**arguments)
         ids, values = output.sequences[:, start:].tolist(), logprobs.finish(output.sequences).tolist()
         trimmed = [self._tokens.trim(part, generation.stop) for part in ids]
         answers = [self._tokens.answer(*pair) for pair in zip(trimmed, values, strict=True)]
         self.prefixes.store(encoded, lengths, output.past_key_values)
+        columns = prompt_columns(encoded, lengths)
+        record = None if recorder is None else RecordedAnswers([part.token_ids for part in answers], columns, recorder)
         if not return_cache or all(prompt.cache is not None for prompt in encoded):
-            return answers, no_caches
-        return answers, self._forward.prompt_caches(output.past_key_values, encoded, prompt_columns(encoded, lengths))
+            return answers, no_caches, record
+        return answers, self._forward.prompt_caches(output.past_key_values, encoded, columns), record
+
+    def _recorder(self, encoded: Sequence[Encoded], generation: Generation) -> AnswerRecorder | None:
+        """Return a recorder of what the prompts plan, where it changes no answer and its record fits into memory.
+
+        For one prompt the hooks of every step take longer than a pass over the answer; for eight, nothing measurable.
+        """
+        [planned, *others] = {prompt.planned for prompt in encoded}
+        if planned is None or others or len(encoded) == 1:
+            return None
+        if generation.mitigation is not None or not uses_sdpa(self._model):
+            return None
+        tokens = len(encoded) * (generation.max_new_tokens or 0)
+        if tokens * memory.step_bytes(self._model) > _RECORD_BYTES:
+            return None
+        return AnswerRecorder(planned, lens_of(self._model) if planned & STREAM_REQUIREMENTS else None)
 
     def arguments(
         self,

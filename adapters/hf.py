@@ -389,11 +389,13 @@ class HfAdapter(Adapter):
         for group in self.batches(encoded):
             batch = [encoded[index] for index in group]
             with model_faults(f"{self.name} fails to answer"):
-                generated, caches = self._generator.generate(self, batch, generation, return_cache)
-            for index, answer, cache in zip(group, generated, caches, strict=True):
+                generated, caches, record = self._generator.generate(self, batch, generation, return_cache)
+            for position, (index, answer, cache) in enumerate(zip(group, generated, caches, strict=True)):
                 answers[index] = answer
+                if record is not None:
+                    prompts[index] = replace(encoded[index], recorded=(record, position))
                 if return_cache and encoded[index].cache is None:
-                    prompts[index] = replace(encoded[index], cache=cache)
+                    prompts[index] = replace(prompts[index], cache=cache)
         return [answers[index] for index in range(len(encoded))], list(prompts.values())
 
     def prepare_generate(

@@ -190,6 +190,12 @@ def input_bytes(model: PreTrainedModel, context: int) -> int:
     )
 
 
+def step_bytes(model: PreTrainedModel) -> int:
+    """Count the bytes that a record of one answer token takes: scores, and residual stream and query of every layer."""
+    text = model.config.get_text_config()
+    return 4 * text.vocab_size + 2 * text.num_hidden_layers * text.hidden_size * model.dtype.itemsize
+
+
 def _backward_bytes(model: PreTrainedModel, context: int) -> int:
     """Count the bytes of the layers' inputs, and of the graph of the largest layer with its attention maps."""
     parts = _layers_and_sizes(model, context)

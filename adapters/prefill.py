@@ -16,6 +16,7 @@ import torch
 from stethoscope.adapters import memory
 from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.relevancy.shared_passes import PromptPass
+from stethoscope.tracing.answer_recorder import RECORDED_REQUIREMENTS
 from stethoscope.tracing.hooks import listed_modules, selected
 from stethoscope.tracing.trace import PROMPT_REQUIREMENTS, Encoded, PromptCache
 
@@ -44,9 +45,12 @@ class Prefill:
     def run(self, encoded: Sequence[Encoded], requires: Collection[str]) -> list[Encoded]:
         """Return the prompts with KV caches and graphs, where relevancy is required and model and memory allow it.
 
-        Graphs that do not fit make room for the inputs of layers, which then run again in the backward pass.
+        Graphs that do not fit make room for the inputs of layers, which then run again in the backward pass. Where
+        generation can record all that is required, the prompts say so.
         """
-        prompts = list(encoded)
+        prompts, planned = list(encoded), frozenset(requires)
+        if planned <= RECORDED_REQUIREMENTS and self._forward.causal:
+            return [replace(prompt, planned=planned) for prompt in prompts]
         if "relevancy" not in requires or not self._forward.causal or not prompts:
             return prompts
         longest, room = max(prompt.spans.length for prompt in prompts), _room(self._model)

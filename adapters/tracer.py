@@ -1,6 +1,7 @@
 """Trace answers: one recorded teacher-forced pass, then the contrast passes and relevancy.
 
-Where generation returned the KV caches of the prompts, the traced pass begins with their last token. With relevancy it
+Where generation recorded all that a trace needs (``tracing.answer_recorder``), there is no pass; where it returned the
+KV caches of the prompts, the traced pass begins with their last token. With relevancy it
 has a graph, and stands behind a pass over the prompts that has one too (``relevancy.shared_passes``); before generation
 ``prefill.Prefill`` runs this, so that answers go on from its caches.
 """
@@ -24,6 +25,7 @@ from stethoscope.core.types import Answer, required
 from stethoscope.features import FEATURES
 from stethoscope.relevancy import Relevancy, relevancies_from_passes, relevancy_from_inputs
 from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
+from stethoscope.tracing.answer_recorder import RecordedRows
 from stethoscope.tracing.attention_recorder import (
     HeadAttentionRecorder,
     ImageSimilarityRecorder,
@@ -33,12 +35,18 @@ from stethoscope.tracing.hooks import listed_modules, record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
-from stethoscope.tracing.trace import CONTINUED_TOKENS, PROMPT_REQUIREMENTS, Encoded, PromptCache, Trace, probe_layers
+from stethoscope.tracing.trace import (
+    CONTINUED_TOKENS,
+    DECODED_REQUIREMENTS,
+    PROMPT_REQUIREMENTS,
+    STREAM_REQUIREMENTS,
+    Encoded,
+    PromptCache,
+    Trace,
+    probe_layers,
+)
 
-_DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
 _TOGETHER_BYTES, _TOGETHER_ROWS = 2**25, 64  # of KV caches of one pass, and of rows that are only padding
-_STREAM_REQUIREMENTS = _DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
-"""Needs that read the residual stream of the rows."""
 # Idefics3 and SmolVLM treat tiles of exact zeros as padding and drop them
 _BLANK_VALUES = dict.fromkeys(("idefics2", "idefics3", "smolvlm"), 1e-6)
 
@@ -57,6 +65,24 @@ class _Continuation(NamedTuple):
     caches: Sequence[PromptCache]
     tails: Sequence[int]
     hidden: Sequence[Sequence[int]]
+
+
+class _Rows(NamedTuple):
+    """The rows of B answers, from a pass over them.
+
+    Attributes:
+        attention: recorder of their maps, if required.
+        states: recorder of hidden states, if required.
+        stream: residual stream (B, T or T + 1, D) after each layer, if required.
+        logits: (B, T, V).
+        relevancies: of the answers, if they share a pass with a graph.
+    """
+
+    attention: RowAttentionRecorder | None
+    states: HiddenStateRecorder | None
+    stream: list[Tensor]
+    logits: Tensor
+    relevancies: list[Relevancy]
 
 
 class Tracer:
@@ -123,33 +149,12 @@ class Tracer:
     ) -> list[Trace]:
         """Trace answers whose prompts make one batch; ``shares`` where these are all those of a pass with a graph."""
         ids = [answer.token_ids for answer in answers]
-        consuming = not requires.isdisjoint({"heads", "states", "hidden"})
-        graph = required(encoded[0].cache).graph if shares else None
-        reads_prompts = graph is None and not requires.isdisjoint(PROMPT_REQUIREMENTS)
-        with torch.inference_mode(graph is None):  # gradients need ordinary tensors
-            prepare = self._forward.full_forward if reads_prompts else self._answer_forward
-            forward = prepare(encoded, ids, consuming)
-        rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
-        attention, states = (
-            self._attention_recorder(forward, ids, requires),
-            self._state_recorder(forward, ids, requires, graph),
-        )
-        answer_pass: AnswerPass | None = None
-        with ExitStack() as stack:
-            if graph is not None:
-                answer_pass = AnswerPass(graph, attention)
-                forward.inputs["past_key_values"] = PrefixCache(graph.layers)
-                stack.enter_context(answer_pass.recorded())
-            elif attention is not None:
-                stack.enter_context(record(self._model, attention))
-            if states is not None:
-                stack.enter_context(states.listen())
-            reads = not requires.isdisjoint(_STREAM_REQUIREMENTS)
-            stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
-            logits = self._forward.logits(forward, rows)
-        relevancies = [] if answer_pass is None else relevancies_from_passes(answer_pass, logits, ids)
-        logits = logits.detach()
-        hidden = [layer[:, : rows.shape[1]] for layer in stream]  # without the row that consumes the last token
+        recorded = None if shares else _recorded_rows(encoded, ids, requires)
+        if recorded is None:
+            attention, states, stream, logits, relevancies = self._run(encoded, ids, requires, shares)
+        else:
+            (attention, stream, logits), states, relevancies = recorded, None, []
+        hidden = [layer[:, : logits.shape[1]] for layer in stream]  # without the row that consumes the last token
         if logits.isnan().any():
             raise CaptureError(f"{self._name}: the logits hold values that are not numbers")
         by_token: dict[str, Any] = {"logits": logits.cpu(), **self._decoded(hidden, logits, ids, requires)}
@@ -193,6 +198,37 @@ class Tracer:
             for index, (prompt, answer) in enumerate(zip(encoded, answers, strict=True))
         ]
 
+    def _run(
+        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str], shares: bool
+    ) -> _Rows:
+        """Run the pass over answers whose prompts make one batch, see ``_trace_group``."""
+        consuming = not requires.isdisjoint({"heads", "states", "hidden"})
+        graph = required(encoded[0].cache).graph if shares else None
+        reads_prompts = graph is None and not requires.isdisjoint(PROMPT_REQUIREMENTS)
+        with torch.inference_mode(graph is None):  # gradients need ordinary tensors
+            prepare = self._forward.full_forward if reads_prompts else self._answer_forward
+            forward = prepare(encoded, ids, consuming)
+        rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
+        attention, states = (
+            self._attention_recorder(forward, ids, requires),
+            self._state_recorder(forward, ids, requires, graph),
+        )
+        answer_pass: AnswerPass | None = None
+        with ExitStack() as stack:
+            if graph is not None:
+                answer_pass = AnswerPass(graph, attention)
+                forward.inputs["past_key_values"] = PrefixCache(graph.layers)
+                stack.enter_context(answer_pass.recorded())
+            elif attention is not None:
+                stack.enter_context(record(self._model, attention))
+            if states is not None:
+                stack.enter_context(states.listen())
+            reads = not requires.isdisjoint(STREAM_REQUIREMENTS)
+            stream = stack.enter_context(self._find_lens().listen(forward.rows)) if reads else []
+            logits = self._forward.logits(forward, rows)
+        relevancies = [] if answer_pass is None else relevancies_from_passes(answer_pass, logits, ids)
+        return _Rows(attention, states, stream, logits.detach(), relevancies)
+
     # --- recorders --------------------------------------------------------------------------------------------------
 
     def _attention_recorder(
@@ -233,14 +269,14 @@ class Tracer:
         self, hidden: list[Tensor], logits: Tensor, ids: Sequence[Sequence[int]], requires: frozenset[str]
     ) -> dict[str, Sequence[Tensor]]:
         """Decode the residual stream by the logit lens, by sample; rows of padding are left out."""
-        if requires.isdisjoint(_DECODED_REQUIREMENTS | {"evidence"}):
+        if requires.isdisjoint(DECODED_REQUIREMENTS | {"evidence"}):
             return {}
         counts = [len(answer) for answer in ids]
         tokens = torch.tensor([token for answer in ids for token in answer], dtype=torch.long)
         valid = (torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]).to(logits.device)
         hidden, logits = [layer[valid.to(layer.device)] for layer in hidden], logits[valid]
         lens, decoded = self._find_lens(), dict[str, Tensor]()
-        if not requires.isdisjoint(_DECODED_REQUIREMENTS):
+        if not requires.isdisjoint(DECODED_REQUIREMENTS):
             decoded |= lens.read(hidden, logits, tokens, requires)
         if "evidence" in requires:
             decoded["evidence"] = lens.evidence(hidden[-1])
@@ -408,6 +444,17 @@ class Tracer:
         inputs = self._forward.extended(encoded, answer.token_ids)
         relevancy = relevancy_from_inputs(self._model, inputs, answer.token_ids, recompute=recompute)
         return replace(relevancy, question_positions=encoded.spans.question)
+
+
+def _recorded_rows(
+    encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], requires: frozenset[str]
+) -> RecordedRows | None:
+    """Return the rows that were recorded while the answers were generated; None where a pass is needed."""
+    parts = [prompt.recorded for prompt in encoded if prompt.recorded is not None]
+    if len(parts) < len(encoded) or any(record is not parts[0][0] for record, _ in parts):
+        return None
+    record, indices = parts[0][0], [index for _, index in parts]
+    return record.rows(indices, encoded, requires) if record.covers(indices, ids, requires) else None
 
 
 def _together(continued: Sequence[_Continuation]) -> Iterator[list[_Continuation]]:

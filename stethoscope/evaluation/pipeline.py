@@ -441,8 +441,8 @@ class SamplePipeline:
 def _release_cache(states: Sequence[SampleState]) -> None:
     """Drop the prompts' KV caches to free memory; later traces compute the full prompt."""
     for state in states:
-        if state.encoded is not None and state.encoded.cache is not None:
-            state.encoded = replace(state.encoded, cache=None)
+        if state.encoded is not None and (state.encoded.cache is not None or state.encoded.recorded is not None):
+            state.encoded = replace(state.encoded, cache=None, recorded=None)
 
 
 def message(error: BaseException) -> str:

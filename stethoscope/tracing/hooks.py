@@ -353,6 +353,11 @@ def selected(model: PreTrainedModel) -> Iterator[None]:
                 config._attn_implementation_internal = implementation
 
 
+def uses_sdpa(model: PreTrainedModel) -> bool:
+    """Tell whether all parts of a model call SDPA, so that a recorder changes no result."""
+    return all(config._attn_implementation_internal in ("sdpa", NAME) for config in _configs(model))
+
+
 @contextmanager
 def capturing(recording: Recording) -> Iterator[None]:
     """Pass the attention calls of a model that is ``selected`` to a recorder.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from stethoscope.relevancy import Relevancy
     from stethoscope.relevancy.shared_passes import PromptPass
+    from stethoscope.tracing.answer_recorder import RecordedAnswers
 
 TensorPart = Literal[
     "logits", "mass", "image_attention", "lens_logprob", "lens_rank", "blank_logits", "trajectory", "image_lens",
@@ -59,6 +60,10 @@ no ``image_lens``."""
 
 PROMPT_REQUIREMENTS = frozenset({"states", "image_lens"})
 """Parts that read rows of the prompt, in the same residual stream as those of the answer."""
+DECODED_REQUIREMENTS = frozenset({"lens", "trajectory", "layer_entropy"})
+"""Parts that decode the residual stream of the rows after every layer."""
+STREAM_REQUIREMENTS = DECODED_REQUIREMENTS | {"evidence", "layer_states", "hidden"}
+"""Parts that read the residual stream of the rows."""
 MENTION_REQUIREMENTS = ("questions", "question_states", "masked", "samples")
 """Parts that cost passes for every object that an answer names, made by ``mention_passes`` and not by the adapter:
 ``questions`` asks the model whether each object is there, ``question_states`` keeps its states while it is asked, and
@@ -149,6 +154,14 @@ class Spans:
     grids: tuple[tuple[int, int], ...] = ()
     separators: tuple[int, ...] = ()
 
+    def shifted(self, offset: int) -> Spans:
+        """Return the spans of the same prompt behind ``offset`` more tokens."""
+        if not offset:
+            return self
+        names = ("image", "question", "separators")
+        moved = {name: tuple(position + offset for position in getattr(self, name)) for name in names}
+        return replace(self, length=self.length + offset, **moved)
+
 
 @dataclass(frozen=True, eq=False)
 class PromptCache:
@@ -194,6 +207,8 @@ class Encoded:
             generation and traces go on; None without one.
         asks: what the question asks for, see ``Sample.asks``.
         history: earlier questions about the picture and their answers, which the prompt holds before the question.
+        planned: parts that the trace of the answer will need, where generation can record them; None where it cannot.
+        recorded: the recorded answers of the prompts of a batch, and the index of this one's; None without a record.
     """
 
     inputs: Mapping[str, Tensor]
@@ -203,6 +218,8 @@ class Encoded:
     cache: PromptCache | None = field(default=None, compare=False, repr=False)
     asks: str = "question"
     history: tuple[tuple[str, str], ...] = ()
+    planned: frozenset[str] | None = field(default=None, compare=False, repr=False)
+    recorded: tuple[RecordedAnswers, int] | None = field(default=None, compare=False, repr=False)
 
     def __repr__(self) -> str:
         turn = f"turn {len(self.history) + 1}, " if self.history else ""

@@ -1,0 +1,159 @@
+"""Record what traces read while answers are generated, so that no pass over the finished answers is needed.
+
+The pass that reads answer token k - 1 predicts token k: its last query is row k of a trace. The recorder keeps these
+queries, the residual stream and the scores of every pass. The maps follow at the end, all rows of a layer at once, from
+the keys that generation has collected by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stethoscope.tracing.attention_recorder import RowAttentionRecorder
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, record
+from stethoscope.tracing.logit_lens import Lens
+from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded
+
+ATTENTION_REQUIREMENTS = frozenset({"attention", "peaks", "own"})
+RECORDED_REQUIREMENTS = ATTENTION_REQUIREMENTS | (STREAM_REQUIREMENTS - {"hidden"})
+"""Parts of a trace that read no other rows than those that predict the answer's tokens."""
+
+
+class AnswerRecorder(AttentionRecorder):
+    """Records the passes of one ``generate`` call of a causal model without sliding windows.
+
+    Args:
+        requires: parts of ``RECORDED_REQUIREMENTS``.
+        lens: logit lens of the model; None where no part reads the residual stream.
+
+    Attributes:
+        scores: (B, V) float32 of every pass, which the caller adds: those that ``generate`` gives to processors.
+        hidden: by layer, (B, 1, D) of every pass; nothing without a lens.
+        queries: by name of the attention module, (B, H, 1, d) of every pass.
+        calls: by name, the last call.
+    """
+
+    roles = ("language",)
+
+    def __init__(self, requires: frozenset[str], lens: Lens | None) -> None:
+        self.requires, self._lens = requires, lens
+        self.scores: list[Tensor] = []
+        self.hidden: list[list[Tensor]] = []
+        self.queries: dict[str, list[Tensor]] = {}
+        self.calls: dict[str, AttentionCall] = {}
+
+    @contextmanager
+    def recorded(self, model: PreTrainedModel) -> Iterator[None]:
+        """Record the passes of a model within the block."""
+        with ExitStack() as stack:
+            if not self.requires.isdisjoint(ATTENTION_REQUIREMENTS):
+                stack.enter_context(record(model, self))
+            for layer in [] if self._lens is None else self._lens.layers:
+                self.hidden.append([])
+                stack.callback(layer.register_forward_hook(self._keep_last(self.hidden[-1])).remove)
+            yield
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        query = call.query
+        last = query if query.shape[2] == 1 else query[:, :, -1:].clone()
+        self.queries.setdefault(call.site.name, []).append(last)
+        self.calls[call.site.name] = call
+        return call.sdpa()
+
+    @staticmethod
+    def _keep_last(states: list[Tensor]) -> Callable[..., None]:
+        """Build a hook that adds a layer's output at the last position of every pass."""
+
+        def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            states.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone())
+
+        return hook
+
+
+class RecordedRows(NamedTuple):
+    """Rows of B answers, in the form of a pass over them.
+
+    Attributes:
+        attention: recorder of their maps, which has seen all layers; None where none is required.
+        hidden: residual stream (B, T, D) after each layer, if recorded.
+        logits: (B, T, V) float32.
+    """
+
+    attention: RowAttentionRecorder | None
+    hidden: list[Tensor]
+    logits: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedAnswers:
+    """The answers of one ``generate`` call and what was recorded of them.
+
+    Attributes:
+        token_ids: of every answer.
+        columns: of every prompt, the ranges of its tokens in the sequence that ``generate`` read.
+        recorder: of the call.
+    """
+
+    token_ids: Sequence[tuple[int, ...]]
+    columns: Sequence[Sequence[slice]]
+    recorder: AnswerRecorder
+
+    def covers(self, indices: Sequence[int], token_ids: Sequence[Sequence[int]], requires: frozenset[str]) -> bool:
+        """Tell whether a trace of some answers can be read from the record: they are as generated, and not empty."""
+        same = all(tuple(ids) == self.token_ids[index] for index, ids in zip(indices, token_ids, strict=True))
+        return same and requires <= self.recorder.requires and any(map(len, token_ids))
+
+    def rows(self, indices: Sequence[int], prompts: Sequence[Encoded], requires: frozenset[str]) -> RecordedRows:
+        """Return the rows of some answers.
+
+        Args:
+            indices: of the answers.
+            prompts: of these answers.
+            requires: parts of the trace, of those recorded.
+        """
+        count, chosen = max(len(self.token_ids[index]) for index in indices), list(indices)
+        hidden = [torch.cat(layer[:count], 1)[chosen] for layer in self.recorder.hidden]
+        logits = torch.stack(self.recorder.scores[:count], 1)[chosen]
+        attention = None
+        if not requires.isdisjoint(ATTENTION_REQUIREMENTS):
+            attention = self._attention(chosen, prompts, count, requires)
+        return RecordedRows(attention, hidden, logits)
+
+    def _attention(
+        self, chosen: list[int], prompts: Sequence[Encoded], count: int, requires: frozenset[str]
+    ) -> RowAttentionRecorder:
+        """Compute the maps of rows, whose keys are the prompt, padded on the left, and the earlier answer tokens."""
+        lengths = [prompt.spans.length for prompt in prompts]
+        longest, width = max(lengths), max(part.stop for parts in self.columns for part in parts)
+        total = longest + count - 1
+        offsets = [longest - length for length in lengths]
+        columns = torch.zeros(len(chosen), total, dtype=torch.long)
+        columns[:, longest:] = torch.arange(width, width + count - 1)
+        for row, answer in enumerate(chosen):
+            own = [column for part in self.columns[answer] for column in range(part.start, part.stop)]
+            columns[row, offsets[row] : longest] = torch.tensor(own)
+        seen = torch.arange(total) >= torch.tensor(offsets)[:, None]
+        mask = seen[:, None, None] & torch.ones(count, total, dtype=torch.bool).tril_(longest - 1)
+        spans = [prompt.spans.shifted(offset) for prompt, offset in zip(prompts, offsets, strict=True)]
+        steps = torch.arange(count).expand(len(chosen), -1)
+        attention = RowAttentionRecorder(steps, spans, total, None, offsets, longest - 1, requires)
+        for name, call in self.recorder.calls.items():
+            query = torch.cat(self.recorder.queries[name][:count], 2)[chosen]
+            key = torch.stack(
+                [
+                    call.key[answer].index_select(1, own.to(call.key.device))
+                    for answer, own in zip(chosen, columns, strict=True)
+                ]
+            )
+            _, weights = eager_attention(call.module, query, key, key[..., :1], mask.to(query.device), **call.options)
+            attention.on_weights(call.site, weights)
+        attention.finish()
+        return attention
