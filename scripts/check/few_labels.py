@@ -3,10 +3,12 @@
     stethoscope evaluate task=chair task.scenes=5000 name=many logger=none
     stethoscope extract run=runs/many features=everything
     python scripts/check/few_labels.py runs/many
+    python scripts/check/few_labels.py runs/detectors --split 0 --counts 0 200 --draws 2   # the leader board's pictures
 
-2,000 pictures are held out. The others have no label but for the number at the head of a line; ours learns from the
-rest by the model's own verification (``labels=few``, and ``none`` at 0), the published ones from the labelled alone.
-The figures are means over draws of the labelled pictures. Self-verification asks the model about every mention.
+2,000 pictures are held out, or the test images of a split seed. The others have no label but for the number at the
+head of a line; ours learns from the rest by the model's own verification (``labels=few``, and ``none`` at 0), the
+published ones from the labelled alone. The figures are means over draws of the labelled pictures. Self-verification
+asks the model about every mention.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from stethoscope.metrics.bootstrap import split_groups
 from stethoscope.storage.run_dir import RunStore
 
 HELD_OUT = 2000  # pictures
+FOLDS = {"train": 0.5, "calibration": 0.2, "test": 0.3}
 COUNTS = (0, 25, 50, 100, 200, 500, 1000)
 RIVALS = ("paper/hidden", "paper/haloprobe")
 SELECTION = {"subtokens": "first", "repeats": "first"}
@@ -37,19 +40,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run with hidden states and verification, of more than 2,000 pictures")
     parser.add_argument("--draws", type=int, default=3, help="of the labelled pictures")
+    parser.add_argument("--split", type=int, help="judge on the test images of this split seed, as `train` does")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of labelled pictures")
     options = parser.parse_args()
     table = Detector().select_mentions(RunStore(options.run).tokens("chair"))
-    pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
-    test = table[table["group"].isin(pictures[:HELD_OUT])].reset_index(drop=True)
-    learn = table[table["group"].isin(pictures[HELD_OUT:])].reset_index(drop=True)
+    if options.split is None:
+        pictures = np.random.default_rng(0).permutation(sorted(set(table["group"])))
+        test_rows, pictures = table["group"].isin(pictures[:HELD_OUT]).to_numpy(), pictures[HELD_OUT:]
+    else:
+        test_rows = split_groups(table["group"].to_numpy(dtype=str), FOLDS, options.split)["test"]
+        pictures = np.array(sorted(set(table["group"][~test_rows])))
+    test, learn = (table[rows].reset_index(drop=True) for rows in (test_rows, ~test_rows))
     methods = {method.name: method for method in available_methods(learn)}
     folds = {"train": learn, "calibration": learn, "test": test}
     verification = score_published(methods[SELF_VERIFICATION], folds, SELECTION)
     print(describe("self-verification", [figures(test, verification.values)]))
-    for count in COUNTS:
+    for count in options.counts:
         measured: dict[str, list[tuple[float, ...]]] = {}
         for draw in range(options.draws if count else 1):
-            known = np.random.default_rng(draw).permutation(pictures[HELD_OUT:])[:count]
+            known = np.random.default_rng(draw).permutation(pictures)[:count]
             labelled = learn["group"].isin(known).to_numpy()
             for name, scores in fitted(learn, labelled, test, methods).items():
                 measured.setdefault(name, []).append(figures(test, scores))
