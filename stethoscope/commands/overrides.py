@@ -166,6 +166,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
             )
         if (command, key) == ("benchmark", "task"):
             return "benchmark runs POPE and CHAIR, and trains on CHAIR; `stethoscope evaluate task=...` runs others"
+        if key.startswith(f"{ESTIMATOR}."):
+            return f"{key} is a setting of a class, which {ESTIMATOR}.{TARGET}=sklearn.svm.SVC, for example, chooses"
         return _unknown_setting(key, _known_keys(command, overrides, key))
     return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
 

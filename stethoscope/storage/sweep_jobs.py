@@ -43,7 +43,7 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Overrides by key."""
-        return {key: value for key, _, value in (override.partition("=") for override in self.overrides)}
+        return {key: value for key, _, value in (override.lstrip("+").partition("=") for override in self.overrides)}
 
     @property
     def title(self) -> str:

@@ -1,5 +1,6 @@
 import pytest
 
+from stethoscope.cli import main
 from stethoscope.commands.overrides import name_loggers
 from stethoscope.core.errors import ConfigError
 
@@ -40,6 +41,13 @@ def test_a_logger_of_ones_own(tmp_path):
     for name, full in (("bare", "logger.file=y"), ("named", "logger.named.file=y")):
         words = [f"logger={name}", "logger.file=y"]
         assert name_loggers(words, "evaluate", str(tmp_path)) == [words[0], full]
+
+
+def test_parts_of_an_estimator_need_its_class(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "run=nowhere", "detector.estimator.n_estimators=5"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "detector.estimator.n_estimators is a setting of a class, which detector.estimator._target_=" in line
 
 
 def test_other_words_stay_as_they_are():
