@@ -63,7 +63,7 @@ def take(address: str, scene: Path, file: Path) -> None:
         page.wait_for_timeout(800)
         page.screenshot(path=file)
         browser.close()
-    Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(file, optimize=True)
+    Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import warnings
 from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,21 +120,24 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Result:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="stethoscope", daemon=True)
+    thread.start()
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
-    async def watched() -> Result:
-        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
-        return await coroutine
 
-    with ThreadPoolExecutor(1) as executor:
-        result = executor.submit(asyncio.run, watched())
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            loop, task = started.result()
-            if task is not None and not result.done():
-                loop.call_soon_threadsafe(task.cancel)
-            raise
+async def _cancel_others() -> None:
+    """Cancel all other tasks of the event loop and wait until they have ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _ask_all(client: ChatClient, task: Task, file: AnswerFile, limit: int | None, overwrite: bool) -> AskingState:
