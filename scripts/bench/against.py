@@ -127,7 +127,7 @@ def asked(part: str) -> list[tuple[str, dict[str, Any]]]:
 
 def measure(options: argparse.Namespace, figures: Figures) -> None:
     """Measure what is missing, checkouts in turn."""
-    folder = options.out.parent / f"against-{options.commit}"
+    folder = options.out.resolve().parent / f"against-{options.commit}"
     other = folder / "checkout"
     if not other.exists():
         other.mkdir(parents=True)

@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -164,15 +165,17 @@ class Worker:
         """Build the task of describing so many scenes."""
         return importlib.import_module("stethoscope.tasks.chair").Chair(scenes=scenes)
 
-    def features(self, batch: int, scenes: int = 24) -> Times:
-        """Time runs over descriptions without features and with every set."""
+    def features(self, batch: int, scenes: int = 24, repeats: int = 3) -> Times:
+        """Time runs over descriptions without features and with every set, in turn forwards and backwards."""
         named_set = importlib.import_module("stethoscope.features").named_set
         ways = {"none": None, **{name: named_set(name) for name in SETS}}
-        self.run(self.captions(batch), features=ways["full"], batch_size=batch)  # warms up
-        return {
-            name: timed(lambda chosen=chosen: self.run(self.captions(scenes), features=chosen, batch_size=batch))
-            for name, chosen in ways.items()
-        }
+        spent: dict[str, list[list[float]]] = {name: [] for name in ways}
+        for number in range(repeats + 1):
+            for name in list(ways)[:: 1 if number % 2 else -1]:
+                run = lambda name=name: self.run(self.captions(scenes), features=ways[name], batch_size=batch)  # noqa: E731
+                seconds = timed(run)
+                spent[name] += [seconds] * (number > 0)  # the first time warms up
+        return {name: [statistics.median(times) for times in zip(*rows, strict=True)] for name, rows in spent.items()}
 
     def stream(self, pictures: int = 16) -> Times:
         """Time answers that are generated, and streamed with probabilities."""
