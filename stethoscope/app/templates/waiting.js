@@ -1,7 +1,7 @@
 // Says in the viewer how many questions are before one that waits, and that Ask waits; the numbers are those of Gradio's own, hidden tracker.
 {
 const tracker = element.closest(".block") || element.parentElement, status = element.querySelector('[data-id="status"]');
-let line = "", soon = 0;
+let line = "", soon = 0, least = Infinity;
 
 function before() { // waiting ones up to this, less this, and the one that has the model
   const text = tracker.querySelector(".progress-text"), numbers = text && text.textContent.match(/(\d+)\/\d+/);
@@ -10,7 +10,9 @@ function before() { // waiting ones up to this, less this, and the one that has 
 
 function tell() {
   soon = 0;
-  const number = before(), next = number ? `waiting: ${counted(number, "question")} before yours …` : "";
+  const shown = before();
+  least = shown ? Math.min(shown, least) : Infinity; // nobody goes ahead of another: a larger number is an older one that came late
+  const number = shown && least, next = number ? `waiting: ${counted(number, "question")} before yours …` : "";
   if (next === line) return;
   if (next && !line && window.innerWidth <= 760) element.scrollIntoView({ block: "start" });
   if (next || status.textContent === line) status.textContent = next;
