@@ -59,7 +59,8 @@ def decode(
 
     After a ``Rewind`` everything is as in an answer that has reached the kept tokens for the first time (cache, inputs,
     noise of sampling), but for the forbidden tokens. The step that predicts the token after them is not run again: its
-    logits have been recorded. The other answers of the batch go on; one that ends leaves the batch.
+    logits have been recorded. The other answers of the batch go on; one that ends leaves the batch, after
+    the second pass at the earliest.
 
     Args:
         model: the model; for several prompts one of ``takes_rows_back``.
@@ -110,14 +111,16 @@ def _decoding_loop(
                     output = model(**prepared, return_dict=True)
                 step_inputs.update(output)
                 scores = output.logits[:, -1].to(input_ids.device, torch.float32)
-                unfinished = []
                 for index, (row, own) in enumerate(zip(rows, scores.split(1), strict=True)):
-                    if not row.advance(own, partial(step_inputs.rewind, index)):
-                        unfinished.append(index)
-                if 0 < len(unfinished) < len(rows):
+                    if not row.finished:
+                        row.advance(own, partial(step_inputs.rewind, index))
+                unfinished = [index for index, row in enumerate(rows) if not row.finished]
+                if not unfinished:
+                    rows = []
+                elif len(unfinished) < len(rows) and step_inputs.selects:
                     for part in (step_inputs, recorder):
                         part.select(unfinished)
-                rows = [rows[index] for index in unfinished]
+                    rows = [rows[index] for index in unfinished]
             yield
 
     return loop
@@ -142,6 +145,7 @@ class _Row:
 
     Attributes:
         input_ids: (1, n + tokens) prompt and answer.
+        finished: whether the answer has ended.
     """
 
     def __init__(
@@ -149,15 +153,16 @@ class _Row:
     ) -> None:
         self.input_ids, self._start = input_ids, input_ids.shape[1]
         self._listener, self._processors, self._criteria = listener, processors, criteria
+        self.finished = False
 
-    def advance(self, scores: Tensor, take_back: Callable[[int], None]) -> bool:
-        """Choose the next token, again where it is taken back; return whether the answer is finished.
+    def advance(self, scores: Tensor, take_back: Callable[[int], None]) -> None:
+        """Choose the next token, again where it is taken back.
 
         Args:
             scores: (1, V) logits of the newest step.
             take_back: takes so many steps of the answer back.
         """
-        finished, rewind = self._add(self._processors(self.input_ids, scores))
+        rewind = self._add(self._processors(self.input_ids, scores))
         while rewind is not None:
             take_back(self.input_ids.shape[1] - 1 - self._start - rewind.kept)
             self.input_ids = self.input_ids[:, : self._start + rewind.kept]
@@ -167,18 +172,18 @@ class _Row:
             scores = self._processors(self.input_ids, scores)
             forbidden = torch.tensor(list(rewind.forbidden), device=scores.device)
             # not in place: the recorded steps have the row too
-            finished, rewind = self._add(scores.index_fill(-1, forbidden, -torch.inf))
-        return finished
+            rewind = self._add(scores.index_fill(-1, forbidden, -torch.inf))
 
-    def _add(self, scores: Tensor) -> tuple[bool, Rewind | None]:
-        """Add the best token; return whether the answer is finished, and what is taken back instead."""
+    def _add(self, scores: Tensor) -> Rewind | None:
+        """Add the best token; return what is taken back instead, if anything."""
         best = scores.argmax(-1)
         self.input_ids, token = torch.cat([self.input_ids, best[:, None]], -1), int(best)
-        finished = self._criteria(self.input_ids, token)
+        ends = self._criteria(self.input_ids, token)
         rewind = self._listener.add_token(token)
-        if rewind is None and finished:
+        if rewind is None and ends:
             rewind = self._listener.end()
-        return finished, rewind
+        self.finished = ends and rewind is None
+        return rewind
 
 
 class _Processors:

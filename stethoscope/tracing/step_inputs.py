@@ -139,8 +139,13 @@ class StepInputs:
         position[..., row, :] -= surplus
         inputs |= {"attention_mask": mask, "position_ids": position}
 
+    @property
+    def selects(self) -> bool:
+        """Whether ``select`` is possible, as it is after the second step of a model that ``takes_rows_back``."""
+        return self._next is not None
+
     def select(self, rows: Sequence[int]) -> None:
-        """Keep some prompts of the batch only, in this order, after the second step; see ``takes_rows_back``."""
+        """Keep some prompts of the batch only, in this order; see ``selects``."""
         inputs, self._kept = cast("dict[str, Any]", self._next), []
         indices = torch.tensor(rows, device=inputs["input_ids"].device)
         inputs["past_key_values"].batch_select_indices(indices)

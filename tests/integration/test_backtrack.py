@@ -216,6 +216,17 @@ def test_a_run_takes_objects_back(stethoscope, tmp_path, adapter):
     stethoscope("extract", "run=runs/back", "features=fast", code=0)
 
 
+def test_an_answer_of_a_batch_may_end_with_its_first_token(adapter, image):
+    objects = testbed.scenes(7)[6].visible
+    names = [objects[0], next(name for name in testbed.CATEGORIES if name not in objects)]
+    prompts = [adapter.encode(image, f"Is there a {name} in the image?") for name in names]
+    generation = Generation(max_new_tokens=4, stop=("Yes",))
+    alone = [streamed(streamer_of(adapter, prompt, generation, ("nll",), 0))[0].answer for prompt in prompts]
+    assert [bool(answer.token_ids) for answer in alone] == [False, True]
+    together = streamed(*(streamer_of(adapter, prompt, generation, ("nll",), 0) for prompt in prompts))
+    assert [streamer.answer.token_ids for streamer in together] == [answer.token_ids for answer in alone]
+
+
 def test_passes_are_counted_alike_in_batches_and_one_by_one(tmp_path, adapter):
     passes = []
     for size in (1, 1, 4):  # the first time a pass more checks the logit lens
