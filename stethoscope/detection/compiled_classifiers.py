@@ -364,24 +364,29 @@ LibraryClassifier = (
     LinearClassifier | NetworkClassifier | TreeEnsemble | ForestClassifier | BoostedTrees | KernelClassifier
 )
 Classifier = LibraryClassifier | OwnClassifier
-_COMPILED: dict[type[LibraryClassifier], tuple[str, ...]] = {  # classes of scikit-learn, which are not imported for it
+_FORMS: dict[type[LibraryClassifier], tuple[str, ...]] = {  # of classes of scikit-learn, not imported for it
     LinearClassifier: (
-        "LogisticRegression",
-        "SGDClassifier",
-        "RidgeClassifier",
-        "LinearSVC",
-        "LinearDiscriminantAnalysis",
+        "sklearn.linear_model.LogisticRegression",
+        "sklearn.linear_model.SGDClassifier",
+        "sklearn.linear_model.RidgeClassifier",
+        "sklearn.svm.LinearSVC",
+        "sklearn.discriminant_analysis.LinearDiscriminantAnalysis",
     ),
-    NetworkClassifier: ("MLPClassifier",),
+    KernelClassifier: ("sklearn.svm.SVC", "sklearn.svm.NuSVC"),
+    NetworkClassifier: ("sklearn.neural_network.MLPClassifier",),
+    BoostedTrees: (
+        "sklearn.ensemble.HistGradientBoostingClassifier",
+        "sklearn.ensemble.GradientBoostingClassifier",
+    ),
     ForestClassifier: (
-        "RandomForestClassifier",
-        "ExtraTreesClassifier",
-        "DecisionTreeClassifier",
-        "ExtraTreeClassifier",
+        "sklearn.ensemble.RandomForestClassifier",
+        "sklearn.ensemble.ExtraTreesClassifier",
+        "sklearn.tree.DecisionTreeClassifier",
+        "sklearn.tree.ExtraTreeClassifier",
     ),
-    BoostedTrees: ("HistGradientBoostingClassifier", "GradientBoostingClassifier"),
-    KernelClassifier: ("SVC", "NuSVC"),
 }
+SKLEARN = tuple(path for paths in _FORMS.values() for path in paths)
+"""Classifiers of scikit-learn that are chosen by their class: what they learn can be written as numbers."""
 
 
 def _compiled_class(estimator: BaseEstimator) -> type[LibraryClassifier]:
@@ -389,7 +394,7 @@ def _compiled_class(estimator: BaseEstimator) -> type[LibraryClassifier]:
     if not hasattr(estimator, "named_steps"):
         return TreeEnsemble
     kinds = {kind.__name__ for kind in type(estimator[-1]).__mro__}
-    return next(form for form, names in _COMPILED.items() if kinds & set(names))
+    return next(form for form, paths in _FORMS.items() if kinds & {path.rpartition(".")[2] for path in paths})
 
 
 def compile_classifier(estimator: BaseEstimator) -> Classifier:

@@ -56,8 +56,8 @@ class Detector:
     Args:
         estimator: ``logistic`` (L2 logistic regression), ``boosting`` (histogram gradient boosting), ``per_head`` (a
             small network, for tables with a column for every attention head), or a class: one of
-            ``estimator_classes.SKLEARN``, or a subclass of ``stethoscope.detection.base.Estimator``. It is given by its
-            path, as ``{"_target_": path, "n_estimators": 300}`` with its settings, or as an object.
+            ``compiled_classifiers.SKLEARN``, or a subclass of ``stethoscope.detection.base.Estimator``. It is given by
+            its path, as ``{"_target_": path, "n_estimators": 300}`` with its settings, or as an object.
         calibration: ``platt``, ``isotonic`` or ``none``.
         features: names or shell patterns of the features to use; None for all of the table.
         exclude: names or patterns of features to leave out again.

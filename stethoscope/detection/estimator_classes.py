@@ -22,25 +22,8 @@ from stethoscope.core.component import TARGET
 from stethoscope.core.errors import ArtefactError, ConfigError, StethoscopeError, first_line, unknown
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.base import Estimator, class_path, find_estimator, how_to_import
-from stethoscope.detection.compiled_classifiers import compile_classifier, restore_classifier
+from stethoscope.detection.compiled_classifiers import SKLEARN, compile_classifier, restore_classifier
 
-SKLEARN = (
-    "sklearn.linear_model.LogisticRegression",
-    "sklearn.linear_model.SGDClassifier",
-    "sklearn.linear_model.RidgeClassifier",
-    "sklearn.svm.LinearSVC",
-    "sklearn.discriminant_analysis.LinearDiscriminantAnalysis",
-    "sklearn.svm.SVC",
-    "sklearn.svm.NuSVC",
-    "sklearn.neural_network.MLPClassifier",
-    "sklearn.ensemble.HistGradientBoostingClassifier",
-    "sklearn.ensemble.GradientBoostingClassifier",
-    "sklearn.ensemble.RandomForestClassifier",
-    "sklearn.ensemble.ExtraTreesClassifier",
-    "sklearn.tree.DecisionTreeClassifier",
-    "sklearn.tree.ExtraTreeClassifier",
-)
-"""Classifiers of scikit-learn that are chosen by their class: what they learn can be written as numbers."""
 BUILT_IN = ("logistic", "boosting", "per_head")
 TRIAL_ROWS = 40  # of numbers drawn at random, to which a class is fitted before anything is read
 FEW_ROUNDS = 3  # of a classifier of scikit-learn in this fit

@@ -7,8 +7,7 @@ import pytest
 
 from stethoscope.core.errors import ArtefactError
 from stethoscope.detection.arrays import Arrays
-from stethoscope.detection.compiled_classifiers import compile_classifier, restore_classifier
-from stethoscope.detection.estimator_classes import SKLEARN
+from stethoscope.detection.compiled_classifiers import SKLEARN, compile_classifier, restore_classifier
 from stethoscope.detection.estimators import make_estimator
 
 SETTINGS = [

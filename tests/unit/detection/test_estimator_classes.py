@@ -13,7 +13,7 @@ from stethoscope.core.errors import ArtefactError, ConfigError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection import artifact
 from stethoscope.detection.base import Estimator
-from stethoscope.detection.estimator_classes import SKLEARN
+from stethoscope.detection.compiled_classifiers import SKLEARN
 from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(400))
