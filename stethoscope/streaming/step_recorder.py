@@ -28,6 +28,7 @@ from stethoscope.tracing.hooks import (
     AttentionRecorder,
     Recording,
     capturing,
+    last_row,
     modules_of,
     selected,
     sites,
@@ -120,10 +121,9 @@ class StepRecorder(AttentionRecorder):
                 f"{len(call.query)} prompts are generated at once; warnings support one prompt at a time"
             )
         query, key, mask, options = call.query, call.key, call.mask, call.options
-        last = query if query.shape[2] == 1 else query[:, :, -1:].clone()
         rows: list[Tensor | DeferredAttention] | None = None
         if mask is None or self._padded:  # the last query, the only one that is read, attends to all keys of its answer
-            rows = self._defer(call, last)
+            rows = self._defer(call, last_row(query))
         if rows is None:
             self._deferred = False
             output, _ = call.sdpa()  # the same tokens as without a recorder
@@ -183,7 +183,7 @@ class StepRecorder(AttentionRecorder):
     def _after_layer(self, module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
         if self._on:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._hidden.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone())
+            self._hidden.append(last_row(hidden))
 
     def _after_head(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         self._fresh = True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.tracing.attention_recorder import RowAttentionRecorder
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, record
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, last_row, record
 from stethoscope.tracing.logit_lens import Lens
 from stethoscope.tracing.trace import STREAM_REQUIREMENTS, Encoded
 
@@ -61,9 +61,7 @@ class AnswerRecorder(AttentionRecorder):
             yield
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        query = call.query
-        last = query if query.shape[2] == 1 else query[:, :, -1:].clone()
-        self.queries.setdefault(call.site.name, []).append(last)
+        self.queries.setdefault(call.site.name, []).append(last_row(call.query))
         self.calls[call.site.name] = call
         return call.sdpa()
 
@@ -72,8 +70,7 @@ class AnswerRecorder(AttentionRecorder):
         """Build a hook that adds a layer's output at the last position of every pass."""
 
         def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            states.append(hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone())
+            states.append(last_row(output[0] if isinstance(output, tuple) else output))
 
         return hook
 

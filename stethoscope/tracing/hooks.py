@@ -276,6 +276,11 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.gather(-2, index.expand(*tensor.shape[:-2], count, tensor.shape[-1]))
 
 
+def last_row(states: Tensor) -> Tensor:
+    """Return the last of (..., n, d) states, (..., 1, d), which keeps no others in memory."""
+    return states if states.shape[-2] == 1 else states[..., -1:, :].clone()
+
+
 def sites(model: nn.Module) -> dict[int, Site]:
     """Map every module of the model by ``id`` to the site that it would be as an attention module.
 

@@ -60,7 +60,7 @@ class StepInputs:
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Any], rewinds: bool = False) -> None:
         self._model, self._inputs, self._calls = model, inputs, 0
-        self._checks = rewinds
+        self._rewinds = rewinds
         self._kept: list[dict[str, Any]] = []  # with ``rewinds``, inputs after each of the first steps
         self._next: dict[str, Any] | None = None  # of the previous step, where the next ones follow from it
         # the stubs of torch.nn.Module type both as Tensor or Module
@@ -91,9 +91,9 @@ class StepInputs:
             CapabilityError: with ``rewinds``, the cache cannot be cropped.
         """
         if self._next is None:
-            inputs = dict(self._inputs) if self._checks else self._inputs
+            inputs = dict(self._inputs) if self._rewinds else self._inputs
             self._inputs = self._update(output, inputs, is_encoder_decoder=self._model.config.is_encoder_decoder)
-            if self._checks:
+            if self._rewinds:
                 self._check_cache(self._inputs.get("past_key_values"))
                 self._kept.append(dict(self._inputs))
         else:
