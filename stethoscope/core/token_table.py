@@ -165,11 +165,15 @@ def feature_matrix(table: pd.DataFrame, names: Iterable[str]) -> np.ndarray:
     """Convert feature columns to a float64 array (rows, features); NaN marks an undefined value.
 
     Raises:
-        DataError: a column is missing, or a value is infinite.
+        DataError: a column is missing or holds something else than numbers, or a value is infinite.
     """
     names = list(names)
     require(table, names)
-    matrix = table[names].to_numpy(dtype=np.float64)
+    try:
+        matrix = table[names].to_numpy(dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        others = ", ".join(name for name in names if table[name].dtype.kind not in "fiub")
+        raise DataError(f"columns of features should hold numbers; {others} does not: {error}") from None
     infinite = np.isinf(matrix).any(axis=0)
     if infinite.any():
         affected = ", ".join(name for name, flag in zip(names, infinite, strict=True) if flag)

@@ -73,7 +73,7 @@ def write(
         check: reads the new folder before it is moved; if it raises, the older detector stays.
 
     Raises:
-        ArtefactError: the folder holds something else, or cannot be written.
+        ArtefactError: the folder holds something else, or cannot be written, or the manifest is not JSON-able.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -86,7 +86,10 @@ def write(
         "versions": versions(),
         "sha256": {OBJECTS: hashlib.sha256(data).hexdigest()},
     }
-    text = json.dumps(plain, indent=2, allow_nan=False)
+    try:
+        text = json.dumps(plain, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:  # notes of the user may hold anything
+        raise ArtefactError(f"the detector's manifest cannot be written as JSON: {error}") from None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as temporary:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
@@ -308,8 +309,8 @@ class Detector:
         if labelled and 0 < labels.mean() < 1:
             new.threshold, new._chosen = best_threshold(labels, new.predict(rows)), f"highest F1 on {how}"
         else:
-            odds = np.log(self.threshold / (1 - self.threshold)) if 0 < self.threshold < 1 else np.inf
-            new.threshold = float(1 / (1 + np.exp(-(line[0] * odds + line[1]))))
+            if 0 < self.threshold < 1:  # 0 warns of everything and 1 of nothing, whatever the calibration
+                new.threshold = float(expit(line[0] * logit(self.threshold) + line[1]))
             new._chosen = f"as before, recalibrated on {how}"
         new.notes = {key: value for key, value in self.notes.items() if key not in ("split", "figures")}
         new.notes["recalibrated"] = {"images": images, "mentions": len(rows), "labelled": labelled, "line": list(line)}
@@ -481,6 +482,8 @@ class Detector:
         """
         if self._model is None:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
+        if not isinstance((notes or {}).get("model") or {}, Mapping):
+            raise ArtefactError(f"notes['model']={(notes or {})['model']!r} should be a model's fingerprint, or None")
         self.notes |= dict(notes or {})
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}

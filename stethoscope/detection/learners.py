@@ -68,7 +68,7 @@ class NetworkSettings:
         """Read the settings of a YAML file.
 
         Raises:
-            ConfigError: a key is unknown.
+            ConfigError: a key is unknown, or ``hidden`` is no list of numbers.
         """
         known = [field.name for field in fields(cls)]
         for key in settings:
@@ -77,6 +77,9 @@ class NetworkSettings:
         values: dict[str, Any] = {
             k: tuple(value) if isinstance(value, list) else value for k, value in settings.items()
         }
+        hidden = values.get("hidden", cls.hidden)
+        if not isinstance(hidden, tuple) or not hidden or not all(type(n) is int and n > 0 for n in hidden):
+            raise ConfigError(f"learner.hidden={hidden!r} should be a list of whole numbers of at least 1, as [128]")
         return cls(**values)
 
 
@@ -119,7 +122,39 @@ class AdamNetwork(MLPClassifier):
         return (X @ layers[-1][0] + layers[-1][1])[:, 0]
 
 
-class NetworkLearner:
+class CalibratedLearner:
+    """A learner whose scores are calibrated (Platt) on the mentions of other images.
+
+    Args:
+        selection: mention selection of the rows to fit and to calibrate on.
+    """
+
+    def __init__(self, selection: MentionSelection | None = None) -> None:
+        self.selection = selection or MentionSelection()
+        self._line = (1.0, 0.0)
+
+    def scores(self, table: pd.DataFrame) -> np.ndarray:
+        """Compute the log-odds of hallucination before calibration, (rows,)."""
+        raise NotImplementedError
+
+    def calibrate(self, table: pd.DataFrame | None) -> None:
+        """Fit the calibration on the judged rows of a token table; None leaves it out.
+
+        Raises:
+            DataError: there are no judged rows, or all have one label.
+        """
+        if table is not None:
+            rows = mention_rows(table, **self.selection)
+            examples = Examples(self.scores(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
+            examples.check("calibration")
+            self._line = platt(examples.matrix, examples.labels)
+
+    def predict(self, table: pd.DataFrame) -> np.ndarray:
+        """Return (rows,) probabilities of hallucination in [0, 1]."""
+        return expit(self._line[0] * self.scores(table) + self._line[1])
+
+
+class NetworkLearner(CalibratedLearner):
     """A network on the columns of a published method, by itself or as the evidence beside a prior.
 
     With ``external`` features e it is HaloProbe (arXiv 2604.06165): a prior g(e) is fitted first, the evidence f with
@@ -140,14 +175,13 @@ class NetworkLearner:
         seed: int = 0,
         selection: MentionSelection | None = None,
     ) -> None:
+        super().__init__(selection)
         self.columns, self.settings, self.seed = tuple(columns), settings, seed
-        self.selection = selection or MentionSelection()
         self.external = tuple(name for name in self.columns if feature_of(name) in settings.external)
         if settings.external and not self.external:
             raise ConfigError(f"learner.external={list(settings.external)}: no column of the method belongs to it")
         self._prior: Pipeline | None = None
         self._evidence: Pipeline | None = None
-        self._line = (1.0, 0.0)
 
     @threadpool_limits.wrap(limits=1, user_api="blas")
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> NetworkLearner:
@@ -157,7 +191,8 @@ class NetworkLearner:
             DataError: a fold has no judged rows or only one label, or a feature has an infinite value.
         """
         train = mention_rows(train, **self.selection)
-        examples = self._examples(train)
+        labels, groups = train["label"].to_numpy(dtype=int), train["group"].to_numpy(dtype=str)
+        examples = Examples(feature_matrix(train, self.columns), labels, groups)
         examples.check("training")
         weights = np.ones(len(examples.labels))
         if self.external:
@@ -168,16 +203,8 @@ class NetworkLearner:
             weights = 1 / np.where(examples.labels == 1, examples.labels.mean(), 1 - examples.labels.mean())
         self._evidence = _pipeline(AdamNetwork(self.settings, self.seed))
         self._evidence.fit(examples.matrix, examples.labels, classify__sample_weight=weights / weights.mean())
-        if calibration is not None:
-            calibration = mention_rows(calibration, **self.selection)
-            held_out = self._examples(calibration)
-            held_out.check("calibration")
-            self._line = platt(self.scores(calibration), held_out.labels)
+        self.calibrate(calibration)
         return self
-
-    def _examples(self, rows: pd.DataFrame) -> Examples:
-        labels, groups = rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str)
-        return Examples(feature_matrix(rows, self.columns), labels, groups)
 
     def scores(self, table: pd.DataFrame) -> np.ndarray:
         """Compute the log-odds of hallucination before calibration, (rows,).
@@ -192,12 +219,8 @@ class NetworkLearner:
         evidence = self._evidence.decision_function(feature_matrix(table, self.columns))
         return evidence + (self._prior.decision_function(feature_matrix(table, self.external)) if self._prior else 0)
 
-    def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """Return (rows,) probabilities of hallucination in [0, 1]."""
-        return expit(self._line[0] * self.scores(table) + self._line[1])
 
-
-class LayerNetworks:
+class LayerNetworks(CalibratedLearner):
     """One network per layer; the score is the mean of their probabilities (hal-verify-probe, 2026).
 
     Args:
@@ -215,13 +238,12 @@ class LayerNetworks:
         seed: int = 0,
         selection: MentionSelection | None = None,
     ) -> None:
+        super().__init__(selection)
         layers: dict[str, list[str]] = {}
         for name in columns:
             match = _LAYER.search(name)
             layers.setdefault(match[1] if match else "", []).append(name)
-        self.selection = selection or MentionSelection()
         self.networks = [NetworkLearner(names, settings, seed, selection) for names in layers.values()]
-        self._line = (1.0, 0.0)
 
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> LayerNetworks:
         """Fit on the judged rows of a token table and calibrate (Platt) on those of other images.
@@ -231,18 +253,12 @@ class LayerNetworks:
         """
         for network in self.networks:
             network.fit(train)
-        if calibration is not None:
-            calibration = mention_rows(calibration, **self.selection)
-            self._line = platt(self.scores(calibration), calibration["label"].to_numpy(dtype=int))
+        self.calibrate(calibration)
         return self
 
     def scores(self, table: pd.DataFrame) -> np.ndarray:
         """Compute the log-odds of the mean probability of hallucination before calibration, (rows,)."""
         return logit(np.mean([expit(network.scores(table)) for network in self.networks], 0).clip(1e-12, 1 - 1e-12))
-
-    def predict(self, table: pd.DataFrame) -> np.ndarray:
-        """Return (rows,) probabilities of hallucination in [0, 1]."""
-        return expit(self._line[0] * self.scores(table) + self._line[1])
 
 
 def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

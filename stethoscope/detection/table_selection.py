@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,11 +46,15 @@ def check_settings(**settings: Any) -> dict[str, Any]:
         if settings[key] not in known:
             raise ConfigError(unknown(f"detector.{key}", str(settings[key]), known))
     estimator = check_estimator(settings["estimator"], settings["factored"])
-    C, threshold = settings["C"], settings["threshold"]
-    if C is not None and not C > 0:
-        raise ConfigError(f"detector.C={C} should be above 0, or null to choose it")
-    if isinstance(settings["features"], str) or isinstance(settings["exclude"], str):
-        raise ConfigError("detector.features and detector.exclude should be lists, for example [entropy,nll]")
+    C, seed, threshold = settings["C"], settings["seed"], settings["threshold"]
+    if C is not None and (isinstance(C, bool) or not isinstance(C, (int, float)) or not 0 < C < math.inf):
+        raise ConfigError(f"detector.C={C!r} should be a number above 0, or null to choose it")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ConfigError(f"detector.seed={seed!r} should be a whole number from 0 to {2**32 - 1}")
+    for key in ("features", "exclude"):
+        names = () if key == "features" and settings[key] is None else settings[key]
+        if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"detector.{key}={names!r} should be a list of names, for example [entropy,nll]")
     for key in ("objects", "factored", "visual_consistency", "hidden_probe"):
         if not isinstance(settings[key], bool):
             raise ConfigError(f"detector.{key}={settings[key]!r} should be true or false")
@@ -70,6 +75,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
         "estimator": estimator,
         "features": None if settings["features"] is None else list(settings["features"]),
         "exclude": list(settings["exclude"]),
+        "seed": int(seed),
         "threshold": dict(threshold) if isinstance(threshold, Mapping) else threshold,
     }
 

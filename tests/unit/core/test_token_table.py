@@ -86,3 +86,9 @@ def test_infinite_features_are_named():
     assert np.isnan(feature_matrix(table, ["good"])[1, 0])
     with pytest.raises(DataError, match="infinite values: bad;"):
         feature_matrix(table, ["good", "bad"])
+
+
+def test_features_that_are_no_numbers_are_named():
+    table = pd.DataFrame({"good": [0.0, np.nan], "note": ["blurred", ""]})
+    with pytest.raises(DataError, match=r"should hold numbers; note does not: .*'blurred'"):
+        feature_matrix(table, ["good", "note"])

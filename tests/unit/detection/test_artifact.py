@@ -210,6 +210,21 @@ def test_files_that_are_too_large_are_not_read(saved, monkeypatch):
     assert "more than 1000 bytes" in refused(saved / "logistic")
 
 
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ({"model": "llava"}, "notes.*'llava' should be a model's fingerprint"),
+        ({"share": float("nan")}, "manifest cannot be written as JSON"),
+        ({"tags": {"a", "b"}}, "manifest cannot be written as JSON"),
+    ],
+)
+def test_notes_that_no_manifest_can_hold_are_refused(tmp_path, notes, message):
+    detector = Detector(C=1.0).fit(*halves(token_table(60)))
+    with pytest.raises(ArtefactError, match=message):
+        detector.save(tmp_path / "detector", notes)
+    assert not (tmp_path / "detector").exists()
+
+
 def test_what_would_not_be_read_back_is_not_saved(saved, tmp_path, monkeypatch):
     """The older detector stays."""
     detector = Detector.load(saved / "logistic")

@@ -116,7 +116,13 @@ def test_features_are_chosen_by_name_and_pattern():
         ({"calibration": "plat"}, "did you mean 'platt'"),
         ({"repeats": "last"}, "There are: all, first"),
         ({"C": 0}, "above 0"),
-        ({"features": "nll"}, "should be lists"),
+        ({"C": "small"}, "detector.C='small' should be a number above 0"),
+        ({"C": float("inf")}, "should be a number"),  # no file could hold it
+        ({"seed": -1}, "detector.seed=-1 should be a whole number from 0"),
+        ({"seed": None}, "should be a whole number"),
+        ({"features": "nll"}, "detector.features='nll' should be a list"),
+        ({"features": [1]}, "should be a list of names"),
+        ({"exclude": None}, "detector.exclude=None should be a list"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -8,7 +8,7 @@ import torch
 from helpers.token_tables import halves, token_table
 from scipy.special import logit
 
-from stethoscope.core.errors import ArtefactError, ConfigError
+from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.learners import (
@@ -159,6 +159,18 @@ def test_a_wrong_declaration_is_refused():
         make_learner(["nll"], {"kind": "balanced_network", "external": ["position"]}, {})
     with pytest.raises(ConfigError, match="learns nothing"):
         FeatureSet([], ["nll"], score="nll", learner={"kind": "network"})
+
+
+@pytest.mark.parametrize("kind", ["network", "layer_networks"])
+def test_a_calibration_fold_of_one_label_is_refused(kind):
+    learner = make_learner(COLUMNS[:2], {"kind": kind, "epochs": 1}, {})
+    with pytest.raises(DataError, match="calibration fold are grounded"):
+        learner.fit(TRAIN, CALIBRATION[CALIBRATION["label"] < 1])
+
+
+def test_hidden_units_are_a_list_of_numbers():
+    with pytest.raises(ConfigError, match=r"learner\.hidden=128 should be a list"):
+        make_learner(COLUMNS, {"kind": "network", "hidden": 128}, {})
 
 
 def test_a_row_says_how_its_method_learned():

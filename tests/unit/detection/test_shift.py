@@ -277,6 +277,14 @@ def test_recalibration_needs_mentions_and_a_line():
         isotonic.recalibrate(token_table(10))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_recalibrated_it_still_warns_of_everything_or_nothing(threshold):
+    train, calibration = halves(token_table(200))
+    detector = Detector(C=1.0).fit(train, calibration)
+    detector.threshold = threshold
+    assert detector.recalibrate(token_table(50, seed=4), labelled=False).threshold == threshold
+
+
 def test_sentences_name_the_remedy():
     report = RunShift(100, 97, 0.01, 1e-9, "picture")
     assert report.sentence.startswith("shift in the pictures (97 of 100 pictures are unlike those")
