@@ -14,19 +14,12 @@ from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
 T = TypeVar("T")
 
-
 TARGET = "_target_"
-
-
 """The key of a configuration node that names its class."""
 
-
 _SHORT = reprlib.Repr()  # of values in messages
-
-
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
@@ -202,6 +195,13 @@ def choices(group: str, conf: Path | None = None) -> dict[str, str]:
     return {str(path.relative_to(folder).with_suffix("")): _title(path) for path in sorted(folder.rglob("*.yaml"))}
 
 
+def _title(path: Path) -> str:
+    """Return the first comment line of a configuration file that is not a directive to Hydra."""
+    text = path.read_text(encoding="utf-8")
+    lines = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@package")), "")
+
+
 def is_located(model: str) -> bool:
     """Tell whether a model is given by its hub id or its folder, and not by a name of ``conf/model``.
 
@@ -209,12 +209,6 @@ def is_located(model: str) -> bool:
     (True, False)
     """
     return "/" in model or "\\" in model or Path(model).is_dir()
-
-
-def _title(path: Path) -> str:
-    """Return the first comment line of a configuration file that is not a directive to Hydra."""
-    lines = (line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    return next((line for line in lines if not line.startswith("@package")), "")
 
 
 def groups() -> list[str]:

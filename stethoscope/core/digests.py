@@ -40,18 +40,13 @@ def cached_digest(paths: Sequence[Path], compute: Callable[[], str]) -> str:
         states.append((str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
     if sum(size for _, size, *_ in states) < MIN_CACHED_BYTES:
         return compute()
-    file = _cache_file()
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stethoscope" / "digests.json"
     known = _read(file)
     key = json.dumps(states)
     if key not in known:
         known[key] = compute()
         _write(file, dict(list(known.items())[-_MAX_ENTRIES:]))
     return known[key]
-
-
-def _cache_file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "stethoscope" / "digests.json"
 
 
 def _read(file: Path) -> dict[str, str]:

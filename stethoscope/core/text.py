@@ -322,9 +322,10 @@ def hide_paths(text: str, known_only: bool = False) -> str:
     ('.../1.jpg is missing, see https://host.org/a/b', 'yes/no and/or')
     """
     if "/" in text or "\\" in text:
-        places = {os.path.expanduser("~"), os.getcwd(), os.path.realpath(os.getcwd())} - {"/", ""}
-        inside = "|".join(re.escape(known) for known in sorted(places, key=len, reverse=True))
-        text = re.sub(rf"(?:file://)?(?:{inside})(?![\w.-])[^\s'\",;:)\]]*", _last_part, text)
+        folders = {os.path.expanduser("~"), os.getcwd(), os.path.realpath(os.getcwd())} - {"/", ""}
+        if folders:  # none in a container without a home, started in /
+            inside = "|".join(re.escape(folder) for folder in sorted(folders, key=len, reverse=True))
+            text = re.sub(rf"(?:file://)?(?:{inside})(?![\w.-])[^\s'\",;:)\]]*", _last_part, text)
         text = text if known_only else _PATH_WORDS.sub(_last_part, text)
     name = "" if known_only else platform.node()
     if len(name) > 2 and name != "localhost":

@@ -22,6 +22,8 @@ from stethoscope.storage.logged_answers import Contents, LoggedAnswer, logged_an
 from stethoscope.storage.server_logs import read_llama_cpp, read_openai_batch
 
 _FAILED = "Failed to obtain answer"  # VLMEvalKit writes it in the place of an answer
+_MOST_ROWS, _MOST_CELLS = 2**20, 2**24
+"""Most rows and cells of a sheet: a file of a few bytes may name a row or column far away, and all before are empty."""
 
 
 # --- lmms-eval and lm-eval --------------------------------------------------------------------------------------------
@@ -232,13 +234,21 @@ def _sheet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         check_sizes(path, archive.infolist())
     try:
         book = load_workbook(path, read_only=True)
-        rows = [[cell.value for cell in row] for row in book.worksheets[0].iter_rows()]
+        rows: list[tuple[Any, ...]] = []
+        cells = 0
+        for row in book.worksheets[0].iter_rows(values_only=True):
+            cells += len(row)
+            if len(rows) == _MOST_ROWS or cells > _MOST_CELLS:
+                raise DataError(f"{path} has a sheet of more than {_MOST_ROWS:,} rows or {_MOST_CELLS:,} cells")
+            rows.append(row)
         book.close()
+    except DataError:
+        raise
     except Exception as error:  # openpyxl raises what its parsers do: KeyError, ParseError, ValueError, ...
         raise DataError(f"{path} is no Excel file that can be read: {clipped(first_line(error))}") from None
     columns = [str(name) for name in rows[0]] if rows else []
-    for number, cells in enumerate(rows[1:], 2):
-        values = [unescape(cell) if isinstance(cell, str) else cell for cell in cells]
+    for number, row in enumerate(rows[1:], 2):
+        values = [unescape(cell) if isinstance(cell, str) else cell for cell in row]
         values += [None] * (len(columns) - len(values))
         yield f"{path}, row {number}", dict(zip(columns, values, strict=False))
 

@@ -83,7 +83,11 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> 
     """
     origin = f"{path}, {clipped(entry.filename)}"
     try:
-        data = _zstandard(archive, entry) if entry.compress_type == _ZSTANDARD else archive.read(entry)
+        if entry.compress_type == _ZSTANDARD:
+            data = _zstandard(archive, entry)
+        else:
+            with archive.open(entry) as file:
+                data = file.read(entry.file_size)  # read() without a size unpacks all before it cuts
         value = json.loads(data)
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode()

@@ -45,12 +45,12 @@ class RunLock:
             try:
                 for other in self.run_dir.glob(".lock-*[0-9]") if self.rank == 0 else ():
                     self._take(other).release()
+                holder = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                write_json(_holder_file(own), holder)
             except BaseException:
                 lock.release()
                 raise
             self._lock = lock
-            holder = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            write_json(_holder_file(own), holder)
         except OSError as error:
             raise ConfigError(f"run directory {self.run_dir} cannot be written to: {error}") from None
 
@@ -89,7 +89,7 @@ def _holder_file(path: Path) -> Path:
 
 def _describe_holder(path: Path) -> str:
     try:
-        holder = json.loads(_holder_file(path).read_text())
+        holder = json.loads(_holder_file(path).read_text(encoding="utf-8"))
         return f"process {holder['pid']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):  # the note is written just after the lock is taken
+    except (OSError, ValueError, KeyError, TypeError):  # the note is written just after the lock is taken
         return "another process"

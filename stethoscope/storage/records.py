@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope.core.digests import jsonable
 from stethoscope.core.errors import ArtefactError, DataError
-from stethoscope.core.files import open_regular
+from stethoscope.core.files import append, open_regular, replacing
 from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.storage.tokens import Key, TokenFiles
 
 if TYPE_CHECKING:
     from stethoscope.storage.run_dir import RunStore
     from stethoscope.tasks.base import Task
-import os
-import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
-from typing import NamedTuple
-
-from stethoscope.core.files import append, replacing
-from stethoscope.storage.tokens import Key, TokenFiles
 
 OK, UNPARSED, FAILED = "ok", "unparsed", "failed"
 
@@ -383,7 +379,7 @@ class RecordFiles:
                 shutil.copyfileobj(source, target)
             shard.unlink()
         self.stop_file.unlink(missing_ok=True)
-        if self.shards.is_dir():
+        with suppress(OSError):  # there is none, or it holds files of others, such as .nfs or .DS_Store
             self.shards.rmdir()
         self._token_files.prune(entry.part for entry in self.entries().values() if entry.part)
 

@@ -130,22 +130,32 @@ def copy_answers(folder: Path, target: RunStore, task: str, fingerprint: Mapping
             warnings.warn(f"no answers are copied from {path}: {error}", stacklevel=3)
     if not matching:
         return 0
-    source = max(matching, key=lambda path: (path / "samples.jsonl").stat().st_size)
     present = set()
     if _stored_fingerprint(target, task) is not None:
         present = {record.sample_id for record in target.records(task) if record.status != FAILED}
-    # in one pass over one open file, as its job may append to the file or replace it meanwhile
-    lines = {line["sample_id"]: line for _, _, line in read_lines(source / "samples.jsonl") if line["task"] == task}
-    records = [
-        Record.from_dict({**line, "tokens": 0, "part": ""})
-        for sample_id, line in lines.items()
-        if sample_id not in present and line["status"] != FAILED
-    ]
+    records: list[Record] = []
+    for path in sorted(matching, key=lambda path: (path / "samples.jsonl").stat().st_size, reverse=True):
+        try:
+            records = [record for record in _last_records(path, task) if record.sample_id not in present]
+            break
+        except ArtefactError as error:
+            warnings.warn(f"no answers are copied from {path}: {error}", stacklevel=3)
     if records:
         with RunLock(target.run_dir):
             target.open_task(task, fingerprint)
             target.append(records)
     return len(records)
+
+
+def _last_records(run_dir: Path, task: str) -> list[Record]:
+    """Read the records of one task that did not fail, without token rows.
+
+    The file is read once from its start to its end, as its job may append to it or replace it meanwhile.
+    """
+    lines = {line["sample_id"]: line for _, _, line in read_lines(run_dir / "samples.jsonl") if line["task"] == task}
+    return [
+        Record.from_dict({**line, "tokens": 0, "part": ""}) for line in lines.values() if line.get("status") != FAILED
+    ]
 
 
 def _stored_fingerprint(store: RunStore, task: str) -> dict[str, Any] | None:

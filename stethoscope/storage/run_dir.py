@@ -131,7 +131,7 @@ class RunStore:
         """
         sections = self._read_json("fingerprint.json")
         for task, section in sections.items():
-            parts = {key: dict for key in ("adapter", "task") if section.get(key) is not None}
+            parts = {key: dict for key in ("adapter", "task", "generation") if section.get(key) is not None}
             check_shape(self.run_dir / "fingerprint.json", section, parts, REMEDIES["fingerprint.json"], task)
         return sections
 

@@ -152,6 +152,8 @@ def _decode(values: Mapping[str, Any]) -> SavedMedia:
         data = base64.b64decode(values["picture"], validate=True)
         picture = read_image(data, "its picture", formats=("JPEG",), max_pixels=MAX_SIDE**2)
     shape = tuple(values["shape"])
+    if values["maps"] and not (len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)):
+        raise ValueError(f"a map of the shape {shape!r:.40}")
     maps = {
         int(token): np.frombuffer(base64.b64decode(text, validate=True), np.uint8).reshape(shape)
         for token, text in values["maps"].items()

@@ -124,8 +124,10 @@ def _logged_tokens(logprobs: Any, origin: str) -> tuple[tuple[int, ...] | None, 
         rows = objects(content)
         tokens, values = [row.get("token") for row in rows], [row.get("logprob") for row in rows]
     digits = [str(token).removeprefix("token_id:") for token in tokens] if isinstance(tokens, list) else []
-    named = digits and all(str(token).startswith("token_id:") for token in tokens or ())
-    ids = int_list([int(text) if text.isdecimal() else text for text in digits], "token_id", origin) if named else None
+    ids = None
+    if digits and all(str(token).startswith("token_id:") for token in tokens or ()):
+        numbers = [int(text) if text.isdecimal() and len(text) < 19 else text for text in digits]
+        ids = int_list(numbers, "token_id", origin)
     return ids, logprob_list(values, "logprobs", origin) if values else None
 
 

@@ -323,7 +323,12 @@ def test_what_a_killed_job_left_is_taken_over(tmp_path):
     other = RunStore(tmp_path / "c")
     other.open_task("chair", {**fingerprint, "adapter": {"model_id": "another"}})
     other.append(records)
-    assert copy_answers(tmp_path, target, "chair", fingerprint) == 2
+    broken = RunStore(tmp_path / "d")  # the longest, but damaged: the next one is copied
+    broken.open_task("chair", fingerprint)
+    broken.append(records * 20)
+    broken.samples_file.write_bytes(broken.samples_file.read_bytes().replace(b"chair", b"ch\xffir", 1))
+    with pytest.warns(UserWarning, match=r"no answers are copied from .*d: .*samples.jsonl:1 is damaged"):
+        assert copy_answers(tmp_path, target, "chair", fingerprint) == 2
     assert _told(target, "chair") == {"0": answer, "1": answer}
     assert copy_answers(tmp_path, target, "chair", fingerprint) == 0
 

@@ -16,6 +16,7 @@ from stethoscope.core.text import (
     MASK,
     VisibleStream,
     console,
+    hide_paths,
     is_secret,
     logged_to_stderr,
     one_line,
@@ -239,3 +240,10 @@ def test_log_messages_of_the_package_are_printed_within_the_block_once(capsys):
         logger.debug("details")
     logger.info("after")
     assert capsys.readouterr().err == "3 answers\\x1b[31m\n"
+
+
+def test_paths_where_neither_home_nor_present_folder_says_anything(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.chdir("/")
+    assert hide_paths("yes/no and /data/coco/1.jpg", known_only=True) == "yes/no and /data/coco/1.jpg"
+    assert hide_paths("yes/no and /data/coco/1.jpg") == "yes/no and .../1.jpg"

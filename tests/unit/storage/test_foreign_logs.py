@@ -2,12 +2,14 @@
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from stethoscope.core.errors import CapabilityError, DataError
 from stethoscope.core.types import Answer
+from stethoscope.storage import foreign_logs
 from stethoscope.storage.logged_answers import read_answers
 from stethoscope.tasks.chair import Chair
 from stethoscope.tasks.pope import Pope
@@ -162,6 +164,29 @@ def test_vlmevalkit_cells_of_excel(tmp_path):
         book.active.append(row)
     book.save(tmp_path / "log.xlsx")
     assert [answer.text for answer in read_answers(tmp_path / "log.xlsx").answers] == ["a\rb", "", "x\ny"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(("A1:B2", "A1:XFD2"), "_MOST_CELLS"), (('<row r="2"', '<row r="99999"'), "_MOST_ROWS")]
+)
+def test_a_sheet_with_a_cell_far_away_is_refused(tmp_path, monkeypatch, change, name):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["index", "prediction"], [1, "yes"]):
+        book.active.append(row)
+    book.save(tmp_path / "near.xlsx")
+    with zipfile.ZipFile(tmp_path / "near.xlsx") as near, zipfile.ZipFile(tmp_path / "far.xlsx", "w") as far:
+        for entry in near.namelist():
+            text = near.read(entry).decode()
+            if entry.endswith("sheet1.xml"):
+                assert change[0] in text
+                text = text.replace(*change)
+                text = text if name == "_MOST_CELLS" else text.replace('<dimension ref="A1:B2" />', "")
+            far.writestr(entry, text)
+    monkeypatch.setattr(foreign_logs, name, 10_000)
+    assert len(read_answers(tmp_path / "near.xlsx").answers) == 1
+    with pytest.raises(DataError, match=r"has a sheet of more than [\d,]+ rows or [\d,]+ cells"):
+        read_answers(tmp_path / "far.xlsx")
 
 
 def test_excel_needs_its_extra(monkeypatch):

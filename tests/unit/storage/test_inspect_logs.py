@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -128,6 +129,20 @@ def test_inspect_bombs(write, monkeypatch):
     monkeypatch.setattr(inspect_logs, "LARGEST_LOG", 1000)
     with pytest.raises(DataError, match=r"unpacks to [\d,]+ bytes; at most 1,000 are read"):
         read_answers(LOGS / "inspect_chair.eval")
+
+
+def test_an_archive_never_unpacks_to_more_than_it_declares(write):
+    packer = zlib.compressobj(wbits=-15)
+    packed = packer.compress(b" " * 2**26) + packer.flush()
+    lie = ("samples/a_epoch_1.json", zipfile.ZIP_DEFLATED, packed, 1000, zlib.crc32(b" " * 1000))
+    path = write(raw_archive([entry("header.json", HEADER), lie]), "a.eval")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="not JSON that can be read"):
+            read_answers(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_inspect_logs_probabilities_and_the_end():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from helpers.made_up_runs import made_up_run
 from helpers.tiny_world import TinyAdapter, TinyFeatures, TinyTask
@@ -144,6 +145,22 @@ def test_a_part_that_a_kill_cut_off_keeps_the_rows_before(store, cut):
     assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [5, 5, 5, 7, 7, 7]
 
 
+def test_a_part_whose_offsets_point_beyond_it_is_cut_off_there(store):
+    store.append([record(0)], {"s00": rows(0, 5)})
+    store.record_files.repair()
+    part = store.run_dir / "tokens/part-000000.arrow"
+    with pa.ipc.open_stream(part.read_bytes()) as reader:
+        table = reader.read_all()
+    offsets = pa.py_buffer(np.array([0, 10**9, 2, 3], np.int32).tobytes())
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abc")])
+    broken = table.set_column(table.schema.get_field_index("text"), "text", texts)
+    with pa.ipc.new_stream(str(part), broken.schema) as writer:
+        writer.write_table(broken)
+    again = RunStore(store.run_dir)
+    assert not again.has_tokens(again.find("tiny", "s00"))
+    assert len(again.tokens()) == 0
+
+
 def test_a_kill_between_the_steps_of_finishing_doubles_nothing(store, monkeypatch):
     store.append([record(0), record(1)], {"s00": rows(0), "s01": rows(1)})
     monkeypatch.setattr("stethoscope.storage.records.encode_line", lambda values: (_ for _ in ()).throw(SystemExit))
@@ -271,9 +288,13 @@ def test_each_process_writes_files_of_its_own_and_readers_see_all(store):
     assert reader.tokens().groupby("sample_id")["level"].first().to_dict() == {"s00": 3.0, "s01": 1.0, "s02": 2.0}
     assert first.find("tiny", "s02") is None  # a process knows what was there and its own
     assert second.find("tiny", "s00").part.startswith("part-r1-")
-    first.finish("tiny", ["s00", "s01", "s02"])
-    assert [item.sample_id for item in reader.records()] == ["s00", "s01", "s02"]
-    assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [3.0] * 3 + [1.0] * 3 + [2.0] * 3
+    other = store.record_files.shards / ".nfs0001"  # a file of somebody else
+    other.touch()
+    for _ in range(2):
+        first.finish("tiny", ["s00", "s01", "s02"])
+        assert [item.sample_id for item in reader.records()] == ["s00", "s01", "s02"]
+        assert pd.read_parquet(store.run_dir / "tokens.parquet")["level"].tolist() == [3.0] * 3 + [1.0] * 3 + [2.0] * 3
+        other.unlink(missing_ok=True)
     assert sorted(path.name for path in store.run_dir.iterdir() if path.is_dir()) == []
     assert len(store.samples_file.read_text().splitlines()) == 3
 

@@ -156,7 +156,10 @@ def test_what_is_damaged_is_one_line(tmp_path):
     file, answer = HeatmapFile(tmp_path), Answer("dog", (1,), ((0, 3),), (-0.1,))
     file.append("stub", "s", answer, Image.new("RGB", (8, 8)), {0: np.zeros((2, 2), np.uint8)})
     line = json.loads(file.path.read_text())
-    for change in ({"picture": "AAAA"}, {"shape": [3, 3]}, {"maps": {"x": "AAAA"}}, {"maps": [1]}, {"shape": 2}):
+    for change in (
+        {"picture": "AAAA"}, {"shape": 2}, {"shape": [3, 3]}, {"shape": [4]}, {"shape": [-1, 2]},
+        {"maps": {"x": "AAAA"}}, {"maps": [1]},
+    ):  # fmt: skip
         file.path.write_text(json.dumps({**line, **change}) + "\n")
         with pytest.raises(ArtefactError, match="of s is damaged"):
             HeatmapFile(tmp_path).find(_record(answer))

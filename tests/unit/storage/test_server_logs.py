@@ -116,6 +116,7 @@ def test_values_of_other_kinds_count_as_missing(write):
         ([{"custom_id": "a", "response": {"body": chat(text="a", token_ids=["b"])}}], "token_ids[0] is"),
         ([{**chat(text="a", token_ids=[1, 2], logprobs={"token_logprobs": [-1]})}], "2 token ids but 1 log-prob"),
         ([{**chat(text="a", logprobs={"tokens": ["token_id:x"], "token_logprobs": [-1]})}], "token_id[0] is 'x'"),
+        ([{**chat(text="a", logprobs={"tokens": ["token_id:" + "9" * 5000]})}], "token_id[0] is '999999"),
         ([{"content": "a", "stop_type": "eos", "tokens": [10**20]}], "tokens[0] is 1000000000"),
     ],
 )  # fmt: skip
