@@ -118,6 +118,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
     from stethoscope.commands.command_line import option, spell, split
     from stethoscope.commands.help import help_text
     from stethoscope.commands.overrides import (
+        check_mappings,
         check_settings,
         check_values,
         complete_choices,
@@ -157,6 +158,7 @@ def run_hydra(command: str, arguments: list[str]) -> None:
         try:
             check_settings(config, command, list(job_config.overrides.task))
             check_values(config)
+            check_mappings(config, command)
             import_plugins(config.get("plugins"))
             importlib.import_module(f"stethoscope.commands.{command}").run(config)
         except StethoscopeError as error:  # Hydra would print more than the one line

@@ -39,6 +39,7 @@ def run(config: DictConfig) -> None:
     from stethoscope.detection.detector import Detector
     from stethoscope.detection.published import check_sets
     from stethoscope.detection.training import fit
+    from stethoscope.evaluation.edit_answers import try_features
     from stethoscope.report.console import print_answer, print_detector, print_results
     from stethoscope.report.examples import log_detector_files
     from stethoscope.storage.run_dir import DETECTOR, RunStore
@@ -59,6 +60,9 @@ def run(config: DictConfig) -> None:
     for task in tasks:
         task.setup()
     store = RunStore(folder)
+    if any(item.plugin for item in features.features) and chair.name not in store.status():
+        adapter.setup()
+        try_features(adapter, chair, features, generation)  # POPE may take hours, and features come after it
     with loggers_of(config) as loggers:
         answers = [] if pope is None else [answer(config, folder, loggers, adapter, pope, generation)]
         if not rank() and DETECTOR in store.metrics():

@@ -81,12 +81,14 @@ def _cost(name: str) -> str:
 
 def _print_features(names: Sequence[str]) -> None:
     """Print named sets and the registry, or what the names stand for."""
-    from stethoscope.features import FEATURES, GROUPS
+    from stethoscope.features import FEATURES
 
-    sets = choices("features")
+    sets, own = choices("features"), {item.group for item in FEATURES.values()}
     for name in names:
-        if name not in {*sets, *GROUPS, *FEATURES}:
-            raise ConfigError(unknown("feature, group of features or choice of features", name, [*FEATURES, *sets]))
+        if name not in {*sets, *own, *FEATURES}:
+            raise ConfigError(
+                unknown("feature, group of features or choice of features", name, [*FEATURES, *own, *sets])
+            )
     if not names or not sets.keys().isdisjoint(names):
         _print_choices("features", [name for name in names if name in sets])
     rows = FEATURES if not names else {k: item for k, item in FEATURES.items() if {k, item.group} & {*names}}

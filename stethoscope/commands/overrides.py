@@ -15,6 +15,42 @@ from stethoscope.core.text import one_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 """Hydra's launchers that one of our extras installs."""
+_AS_THEY_ARE = "extract traces the answers of run=... as they are, and generates none; leave {}= out"
+INSTEAD = {
+    "benchmark": {
+        "task": "benchmark runs POPE and CHAIR, and trains on CHAIR; `stethoscope evaluate task=...` runs others",
+    },
+    "mitigate": {
+        "task": "mitigate asks CHAIR and POPE; `stethoscope evaluate task=... mitigation=...` runs one method "
+        "on others",
+        "mitigation": "mitigate compares methods=[none,drop,...]; mitigation.drop.threshold=0.3 is a setting of one",
+    },
+    "evaluate": {
+        "features": "evaluate computes no features; `stethoscope extract run=... features=...` adds them to its run",
+        "detector": "evaluate fits no detector; `stethoscope extract run=...` and then `stethoscope train run=... "
+        "detector=...` do",
+    },
+    "answer": {"model": "answer asks a server for answers; engine.model=... is the name of its model"},
+    "extract": {
+        "task": "extract takes the task of run=...; leave task= out, and name new locations of its data as in "
+        "task.images=...",
+        "model": "extract takes the model of run=...; leave model= out, and name its new location as in "
+        "model.model_id=...",
+        "generation": _AS_THEY_ARE.format("generation"),
+        "mitigation": _AS_THEY_ARE.format("mitigation"),
+        "detector": "extract fits no detector; `stethoscope train run=... detector=...` does, and warn=... applies one",
+    },
+    "diagnose": {
+        "task": "diagnose asks one question about one picture (image=... question=...); `stethoscope evaluate "
+        "task=...` runs a task",
+    },
+    "train": {
+        "task": "train reads the token table of run=...; mentions=chair, for example, is a task of that run",
+        "model": "train reads the token table of run=... and loads no model; leave model= out",
+    },
+    "export": {"task": "export writes all tasks of run=..., or those of tasks=[pope], for example"},
+}
+"""By command, what to say for a group that it does not choose from, where another setting or command does it."""
 
 
 _LOGGER_SETTING = re.compile(r"(?P<sign>\+\+?|~)?logger\.(?P<name>[^.=]+)")
@@ -160,16 +196,25 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'|Key '([^']+)' is not in struct", text)
     if missing and overrides:
         key = _offending(next(filter(None, missing.groups())), overrides)
-        if (command, key) == ("mitigate", "task"):
-            return (
-                "mitigate asks CHAIR and POPE; `stethoscope evaluate task=... mitigation=...` runs one method on others"
-            )
-        if (command, key) == ("benchmark", "task"):
-            return "benchmark runs POPE and CHAIR, and trains on CHAIR; `stethoscope evaluate task=...` runs others"
+        if key in groups():
+            return _other_group(key, command, overrides)
         if key.startswith(f"{ESTIMATOR}."):
             return f"{key} is a setting of a class, which {ESTIMATOR}.{TARGET}=sklearn.svm.SVC, for example, chooses"
         return _unknown_setting(key, _known_keys(command, overrides, key))
     return one_line(re.sub(r"\s*See https://hydra.cc\S*.*", "", text, flags=re.DOTALL))
+
+
+def _other_group(group: str, command: str, overrides: Sequence[str]) -> str:
+    """Write the message for a group that a command does not choose from."""
+    able = [other for other in HYDRA_COMMANDS if group in _chosen_by(other)]
+    keys = [word.lstrip("+~").partition("=") for word in overrides]
+    experiment = next((f"experiment={name}" for key, _, name in keys if key == "experiment"), None)
+    if experiment and group not in [key for key, _, _ in keys]:
+        return f"{command} does not use {group}, which {experiment} chooses; `stethoscope {able[0]}` does"
+    if group in INSTEAD.get(command, {}):
+        return INSTEAD[command][group]
+    known = [key for key in _known_keys(command, overrides, group) if "." not in key]
+    return f"{command} has no setting {group}, which {', '.join(able)} have. There are: {', '.join(known)}"
 
 
 def _offending(key: str, overrides: Sequence[str]) -> str:
@@ -208,6 +253,10 @@ def _unknown_setting(key: str, known: Sequence[str]) -> str:
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     if parent and siblings:
         return unknown(f"setting of {parent}", last, [name for name in siblings if name != "_target_"])
+    if parent in groups() and parent in known:
+        return f"{key} is set, but no {parent} is chosen: add {parent}={next(iter(choices(parent)))}, for example"
+    if parent in known:
+        return f"{parent} has no settings: it is a single value, {parent}=..."
     return unknown("setting", key, [name for name in known if "." not in name])
 
 
@@ -235,6 +284,13 @@ def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]
 
 
 @cache
+def _chosen_by(command: str) -> frozenset[str]:
+    """Return the groups from which a command chooses one file, as ``group=name``."""
+    entries = _yaml([conf_folder()], command).get("defaults", [])
+    return frozenset(key for entry in entries if isinstance(entry, dict) for key in entry if key in groups())
+
+
+@cache
 def _settings_of(command: str) -> set[str]:
     """Return the names at the top of a command's configuration: its own, those of files it includes, and its groups."""
     own = _yaml([conf_folder()], command)
@@ -246,6 +302,42 @@ def _settings_of(command: str) -> set[str]:
             group, _, package = next(iter(entry)).partition("@")
             names |= set() if group.startswith("override ") else {(package or group).partition(".")[0]}
     return names
+
+
+def check_mappings(config: Mapping[str, Any], command: str) -> None:
+    """Check that settings which hold others still do: ``split=0.5`` would replace ``split.train`` and the rest.
+
+    Args:
+        config: the composed configuration.
+        command: its root.
+
+    Raises:
+        ConfigError: one has a single value.
+    """
+    own = _yaml([conf_folder()], command)
+    for entry in own.get("defaults", []):
+        group, _, package = next(iter(entry)).partition("@") if isinstance(entry, dict) else ("", "", "")
+        parent, _, name = (package or group).rpartition(".")
+        holder = config.get(parent) if parent else config
+        value = holder.get(name) if isinstance(holder, Mapping) else None
+        if value is not None and not isinstance(value, Mapping):
+            choice = f"{group}@{package}" if package else group
+            raise ConfigError(f"{package or group}={value} is no setting; the {group} is chosen as {choice}={value}")
+    included = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    for node in (own, *(_yaml([conf_folder()], file) for file in included)):
+        _check_mapping({key: value for key, value in node.items() if key not in ("defaults", "hydra")}, config, "")
+
+
+def _check_mapping(own: Mapping[str, Any], config: Mapping[str, Any], path: str) -> None:
+    for key, node in own.items():
+        if not isinstance(node, Mapping) or not node or key not in config:
+            continue
+        if not isinstance(config[key], Mapping):
+            raise ConfigError(
+                f"{path}{key}={config[key]} names none of the settings of {path}{key}, as in "
+                f"{path}{key}.{next(iter(node))}=...; there are: {', '.join(node)}"
+            )
+        _check_mapping(node, config[key], f"{path}{key}.")
 
 
 def check_values(config: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.command_line import quote, unquoted
-from stethoscope.commands.overrides import check_settings, check_values
+from stethoscope.commands.overrides import check_mappings, check_settings, check_values
 from stethoscope.core.component import TARGET, build, import_plugins
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import (
@@ -113,6 +113,7 @@ class Sweep:
         try:
             check_settings(config, self.command, words)
             check_values(config)
+            check_mappings(config, self.command)
             import_plugins(plugins)
             importlib.import_module(f"stethoscope.commands.{self.command}").run(config)
         except StethoscopeError as error:

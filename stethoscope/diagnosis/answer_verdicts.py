@@ -157,7 +157,10 @@ def feature_set(columns: Sequence[str]) -> FeatureSet:
     try:
         return FeatureSet(groups=(), names=feature_names(columns))
     except ConfigError as error:
-        raise CapabilityError(f"the detector reads features that stethoscope does not compute: {error}") from None
+        raise CapabilityError(
+            "the detector reads a feature that stethoscope does not compute; add plugins=[...] with the package that "
+            f"defines it: {error}"
+        ) from None
 
 
 def feature_names(columns: Sequence[str]) -> list[str]:

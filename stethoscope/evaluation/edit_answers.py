@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 TRIAL = Mention(2, 5, "dog", -1)
-"""Mention of the answer ``A dog.``, by which ``check_detector`` tries a detector."""
+"""Mention of the answer ``A dog.``, by which ``try_features`` tries features and detectors."""
 
 
 class MentionSource(Protocol):
@@ -254,26 +254,39 @@ def read_features(detector: Detector) -> FeatureSet:
     return FeatureSet(groups=(), names=list(dict.fromkeys(feature_of(name) for name in detector.schema.names)))
 
 
-def check_detector(adapter: Adapter, task: Task, detector: Detector, generation: Generation) -> None:
-    """Check that a model has all features that a detector reads, by tracing one short answer.
+def try_features(adapter: Adapter, task: Task, features: FeatureSet, generation: Generation) -> pd.DataFrame:
+    """Compute features of one short answer, to see that the model has what they read and that none fails.
 
     Args:
         adapter: the model, after ``setup``.
         task: whose first sample is tried, after ``setup``.
-        detector: any.
+        features: any.
         generation: settings of the answers.
 
+    Returns:
+        Token rows of the answer ``A dog.``.
+
     Raises:
-        ConfigError: the detector reads states of another model, or layers or heads that this one does not have.
         CapabilityError: the model does not provide a part that a feature reads.
+        CaptureError: see ``FeatureSet.compute``.
     """
-    check_model(detector, adapter)
-    sample, features = task.samples()[0], read_features(detector)
+    sample = task.samples()[0]
     encoded = adapter.encode_as(sample.asks, sample.image.load(), sample.question)
     answer = adapter.answer(encoded, "A dog.")
     resampling = Resampling(replace(generation, max_new_tokens=1, mitigation=None), [lambda _: ()])
     [trace] = trace_answers(adapter, [encoded], [answer], features.requires, [sample.image], [(TRIAL,)], resampling)
-    table = token_table(task.name, sample, answer, (TRIAL,), features.compute(trace)).to_pandas()
+    return token_table(task.name, sample, answer, (TRIAL,), features.compute(trace)).to_pandas()
+
+
+def check_detector(adapter: Adapter, task: Task, detector: Detector, generation: Generation) -> None:
+    """Check that a model has all features that a detector reads, by ``try_features``.
+
+    Raises:
+        ConfigError: the detector reads states of another model, or layers or heads that this one does not have.
+        CapabilityError, CaptureError: see ``try_features``.
+    """
+    check_model(detector, adapter)
+    table = try_features(adapter, task, read_features(detector), generation)
     matching_columns(table, detector.schema.names, adapter.name)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
 import numpy as np
 
-from stethoscope.core.errors import CaptureError, ConfigError, unknown
+from stethoscope.core.errors import CaptureError, ConfigError, StethoscopeError, first_line, unknown
+from stethoscope.core.system import out_of_memory
 from stethoscope.features.joining import join, joinable, share_cache
 from stethoscope.tracing.trace import MENTION_REQUIREMENTS, SAMPLES
 
@@ -104,6 +105,40 @@ class Feature:
     def cost(self) -> str:
         """Cost class: what the feature costs beyond generating the answer."""
         return max((COSTS[part] for part in self.requires), key=COST_CLASSES.index, default=FORWARD)
+
+    @cached_property
+    def plugin(self) -> str:
+        """Module of a plug-in that defines the function; empty for features of this package."""
+        function = self.function.args[0] if isinstance(self.function, partial) else self.function
+        module = str(getattr(function, "__module__", ""))
+        return "" if module.partition(".")[0] == "stethoscope" else module
+
+    def compute(self, trace: Trace) -> np.ndarray:
+        """Compute the values of a trace, float32.
+
+        Raises:
+            CaptureError: a plug-in's function failed, or gave another number of rows; the message names the feature.
+        """
+        if not self.plugin:
+            return np.asarray(self.function(trace), np.float32)
+        try:
+            values = np.asarray(self.function(trace), np.float32)
+        except StethoscopeError:
+            raise
+        except Exception as error:  # a plug-in may raise anything: the message names it, the cause stays attached
+            if out_of_memory(error):
+                raise
+            raise CaptureError(
+                f"feature {self.name!r} of {self.plugin} failed, {type(error).__name__}: {first_line(error)}; parts of "
+                f"the trace that it reads belong into its requires, now {sorted(self.requires)}"
+            ) from error
+        rows = len(trace.answer.token_ids)
+        if values.shape[:1] != (rows,):
+            raise CaptureError(
+                f"feature {self.name!r} of {self.plugin} gave values of shape {values.shape} for {rows} tokens; the "
+                "first dimension should be the tokens"
+            )
+        return values
 
 
 FEATURES: dict[str, Feature] = {}
@@ -265,7 +300,7 @@ class FeatureSet:
         """Compute the columns of all features for one trace: name to (T,) float32.
 
         Raises:
-            CaptureError: a value is not finite; the message names the feature.
+            CaptureError: a value is not finite, or a plug-in's function failed; the message names the feature.
             CapabilityError: a feature is not defined for this model, or the trace lacks a part that it requires.
         """
         return dict(self.compute_batch([trace])[0])
@@ -279,11 +314,11 @@ class FeatureSet:
 
     def _compute_together(self, traces: Sequence[Trace]) -> list[TokenColumns]:
         joined = join(traces)
-        by_name = {item.name: np.asarray(item.function(joined), np.float32) for item in self.features if item.by_row}
+        by_name = {item.name: item.compute(joined) for item in self.features if item.by_row}
         share_cache(joined, traces)
         for item in self.features:
             if not item.by_row:
-                parts = [np.asarray(item.function(trace), np.float32) for trace in traces]
+                parts = [item.compute(trace) for trace in traces]
                 by_name[item.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         for trace in traces:
             trace.cache.clear()

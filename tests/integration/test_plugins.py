@@ -14,6 +14,7 @@ from PIL import Image
 from stethoscope.adapters import tiny
 from stethoscope.core.component import build, compose
 from stethoscope.core.types import Generation
+from stethoscope.features import FEATURES
 from stethoscope.relevancy import token_relevancy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_model.py"
@@ -100,6 +101,34 @@ def test_what_is_wrong_with_it_is_said_in_a_line(mine, stethoscope):
     assert "No module named 'my_models.nothing'" in line
     (mine / "pooled.py").write_text("import a_package_that_is_not_here\n")
     assert "No module named 'a_package_that_is_not_here'" in stethoscope("evaluate", *options, "model=pooled")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        (
+            "careless",
+            "trace.mass[:, -1, 0, 0]",
+            "TypeError: 'NoneType' object is not subscriptable; parts of the trace",
+        ),
+        ("summed", "trace.logits.sum(0)", "first dimension should be the tokens"),
+    ],
+)
+def test_a_feature_that_fails_is_named_before_questions_are_asked(
+    stethoscope, tmp_path, monkeypatch, name, value, error
+):
+    lines = [f"@feature('{name}', 'depends')", f"def {name}(trace):", "    'Read what it has not asked for.'"]
+    imports = "from stethoscope.features import feature\n\n"
+    (tmp_path / f"{name}_features.py").write_text(imports + "\n".join([*lines, f"    return {value}\n"]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [f"plugins=[{name}_features]", f"features.groups=[{name}]", "name=own", "logger=none", "limit=2"]
+    try:
+        line = stethoscope("benchmark", *words)
+    finally:
+        FEATURES.pop(name, None)
+    assert f"feature '{name}' of {name}_features " in line
+    assert error in line
+    assert not Path("runs/own").exists()
 
 
 def test_only_a_yaml_for_a_class_of_transformers(mine, stethoscope, tmp_path):

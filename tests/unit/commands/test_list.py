@@ -67,10 +67,11 @@ def test_unknown_words(words, message):
 def test_features_of_ones_own_package(listed, tmp_path, monkeypatch):
     (tmp_path / "listed_features.py").write_text(
         "from stethoscope.features import feature\n\n"
-        "@feature('position', 'depends')\ndef shout(trace):\n    'Return how loud it is.'\n"
+        "@feature('loudness', 'depends')\ndef shout(trace):\n    'Return how loud it is.'\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        assert " shout " in listed("features", "shout", "plugins=[listed_features]")
+        for word in ("shout", "loudness"):
+            assert " shout " in listed("features", word, "plugins=[listed_features]")
     finally:
         FEATURES.pop("shout", None)

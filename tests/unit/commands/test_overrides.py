@@ -1,7 +1,9 @@
 import pytest
 
 from stethoscope.cli import main
-from stethoscope.commands.overrides import name_loggers
+from stethoscope.commands import HYDRA_COMMANDS
+from stethoscope.commands.overrides import INSTEAD, check_mappings, explain, name_loggers
+from stethoscope.core.component import choices, compose, groups
 from stethoscope.core.errors import ConfigError
 
 
@@ -41,6 +43,43 @@ def test_a_logger_of_ones_own(tmp_path):
     for name, full in (("bare", "logger.file=y"), ("named", "logger.named.file=y")):
         words = [f"logger={name}", "logger.file=y"]
         assert name_loggers(words, "evaluate", str(tmp_path)) == [words[0], full]
+
+
+def _chosen(command):
+    choices_of = compose([], command, hydra=True).hydra.runtime.choices
+    return {key for key in choices_of if "@" not in key} & set(groups())
+
+
+@pytest.mark.parametrize("command", HYDRA_COMMANDS)
+def test_a_group_that_a_command_does_not_choose_from(command):
+    others, instead = set(groups()) - _chosen(command), INSTEAD.get(command, {})
+    assert set(instead) <= others
+    for group in [*instead, *sorted(others - set(instead))[:1]]:
+        line = explain(Exception(f"Could not override '{group}'."), command, [f"{group}={next(iter(choices(group)))}"])
+        assert line == instead.get(group, line)
+        assert group in instead or line.startswith(f"{command} has no setting {group}, which ")
+        assert f"'{group}'" not in line  # nothing is refused and offered
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["evaluate", "experiment=detectors"], "evaluate does not use features, which experiment=detectors chooses"),
+        (["evaluate", "model.device.index=1"], "model.device has no settings: it is a single value, model.device=..."),
+        (["benchmark", "pope=amber"], "pope=amber is no setting; the task is chosen as task@pope=amber"),
+        (["mitigate", "mitigation.drop=x"], "the mitigation is chosen as mitigation@mitigation.drop=x"),
+    ],
+)
+def test_a_value_for_what_holds_settings(words, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", HYDRA_COMMANDS)
+def test_the_defaults_hold_what_they_should(command):
+    check_mappings(compose([], command), command)
 
 
 def test_parts_of_an_estimator_need_its_class(capsys):
