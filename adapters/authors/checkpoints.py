@@ -12,7 +12,8 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.adapters.loading import (
-    Loading,
-    is_folder,
-    pretrained,
-    surplus_layer,
-    translate_loading_errors,
-)
+from stethoscope.adapters import memory
+from stethoscope.adapters.loading import Loading, is_folder, pretrained, surplus_layer, translate_loading_errors
 from stethoscope.core.digests import cached_digest
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, first_line, unknown
+from stethoscope.core.system import describe_error, out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -135,10 +132,11 @@ def build_model(
         name: name of the model in messages.
 
     Raises:
+        ConfigError: there is no model of these sizes.
         DataError: a weight is missing or has another shape.
         CapabilityError: see ``Loading.check_machine``.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), translate_size_errors(name):
         expected = cls(config).state_dict()
     unexpected = tuple(key for key in weights if key not in expected)
     for key, weight in weights.items():
@@ -165,6 +163,25 @@ def build_model(
             f"{name}: {len(unexpected)} tensors in the files are not used, such as {unexpected[0]}", stacklevel=2
         )
     return model, LoadReport(len(state), unexpected, tuple(dict.fromkeys(weight.file for weight in weights.values())))
+
+
+def build_skeleton(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, name: str
+) -> PreTrainedModel:
+    """Build a model on the meta device, to count its parameters; raise ConfigError where none has these sizes."""
+    with memory.on_meta_device(), translate_size_errors(name):
+        return cls._from_config(config, dtype=dtype)
+
+
+@contextmanager
+def translate_size_errors(name: str) -> Iterator[None]:
+    """Turn whatever layers raise for sizes that they cannot have into a ConfigError about the model of that name."""
+    try:
+        yield
+    except StethoscopeError:
+        raise
+    except Exception as error:  # a division by no heads, a negative width, a text in place of a number
+        raise ConfigError(f"{name} cannot be built with its sizes: {describe_error(error)}") from error
 
 
 def _most_common_dtype(tensors: Collection[Tensor]) -> torch.dtype:
@@ -251,16 +268,16 @@ def _choose_files(find: FindFile, prefixes: Sequence[str]) -> list[Path]:
 
 def _find_shards(index: Path, find: FindFile, prefixes: Sequence[str]) -> list[Path]:
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        names = sorted({file for key, file in weight_map.items() if not prefixes or key.startswith(tuple(prefixes))})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{index} is no index of a sharded checkpoint: {type(error).__name__}: {error}") from error
-    shards = []
-    for name in names:
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(file) for key, file in weight_map.items() if not prefixes or key.startswith(tuple(prefixes))}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{index} is no index of a sharded checkpoint: {describe_error(error)}") from error
+    paths = []
+    for name in sorted(shards):
         if (path := find(name)) is None:
             raise DataError(f"{index} names {name}, which is not there")
-        shards.append(path)
-    return shards
+        paths.append(path)
+    return paths
 
 
 def _load_tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
@@ -293,8 +310,10 @@ def _load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no whole checkpoint of torch: {first_line(error)}") from error
+    except Exception as error:  # broken bytes lead its reader to errors of any kind
+        if out_of_memory(error):
+            raise
+        raise DataError(f"{path} is no whole checkpoint of torch: {describe_error(error)}") from error
 
 
 # --- other files ----------------------------------------------------------------------------------------------------
@@ -357,10 +376,15 @@ def merge_config(
         overrides: sizes that the user set.
 
     Raises:
-        ConfigError: the user set an unknown size, or the sizes do not fit together.
+        ConfigError: the user set an unknown size, the sizes do not fit together, or a source is no mapping.
     """
     from transformers import PreTrainedConfig
 
+    for source in (*sources, overrides):
+        if source is not None and not isinstance(source, Mapping):
+            raise ConfigError(
+                f"model.{setting}: {source!r:.80} should be sizes by their names, as {{hidden_size: 4096}}"
+            )
     known = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
     known = {name for name in known if not name.startswith("_")}
     known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()  # their names in older files

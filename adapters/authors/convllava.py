@@ -15,7 +15,6 @@ from transformers import AutoModel, ConvNextModel, LlavaConfig, LlavaForConditio
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 
-from stethoscope.adapters import memory
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
@@ -102,7 +101,9 @@ class ConvLlavaAdapter(HfAdapter):
             )
         processor = make_processor(tokenizer, text, vision, self.resolution, *read_mean_and_std(tower, tower_loading))
         weights = language_weights(checkpoints.read_weights(self._source, self.loading, setting="model.model_id"))
-        weights |= tower_weights(checkpoints.read_weights(tower, tower_loading, setting="model.tower"), vision)
+        read = checkpoints.read_weights(tower, tower_loading, setting="model.tower")
+        with checkpoints.translate_size_errors(self.name):
+            weights |= tower_weights(read, vision)
         config = make_config(text, vision, processor.image_token_id)
         model, self.report = checkpoints.build_model(
             ConvLlavaForConditionalGeneration, config, weights, self.loading, self.name
@@ -115,7 +116,7 @@ class ConvLlavaAdapter(HfAdapter):
 
         config = checkpoints.read_config(self._source, self.loading)
         tower = self.tower or config.get("mm_vision_tower")
-        if not tower:
+        if not tower or not isinstance(tower, str):
             raise ConfigError(f"model.tower is missing and the config.json of {self.model_id} names none")
         projector = config.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
@@ -140,10 +141,8 @@ class ConvLlavaAdapter(HfAdapter):
             return super()._skeleton()
         _, _, text, vision = self._parts()
         dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
-        with memory.on_meta_device():
-            return ConvLlavaForConditionalGeneration._from_config(
-                make_config(text, vision, text.vocab_size), dtype=dtype
-            )
+        config = make_config(text, vision, text.vocab_size)
+        return checkpoints.build_skeleton(ConvLlavaForConditionalGeneration, config, dtype, self.name)
 
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         side = round(processor.image_tokens**0.5)

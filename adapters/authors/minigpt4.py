@@ -152,8 +152,7 @@ class MiniGpt4Adapter(HfAdapter):
         text = self._text_config()
         part_configs = self._part_configs(self._vision_weights() if is_local else None)
         cls, config = modelling.build_config(*part_configs, text, text.vocab_size)
-        with memory.on_meta_device():
-            return cls._from_config(config, dtype=memory.dtype_of(text, self.loading))
+        return checkpoints.build_skeleton(cls, config, memory.dtype_of(text, self.loading), self.name)
 
     def _vision_weights(self) -> Weights:
         """Read the weights of tower and Q-Former, under the names of ``MiniGpt4Vicuna``."""

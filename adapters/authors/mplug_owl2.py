@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from stethoscope.adapters import memory
 from stethoscope.adapters.authors import checkpoints
 from stethoscope.adapters.authors.checkpoints import Weight, Weights
 from stethoscope.adapters.authors.processor import (
@@ -97,6 +96,8 @@ class MplugOwl2Adapter(HfAdapter):
 
         text = checkpoints.read_config(self._source, self.loading)
         visual = text.get("visual_config") or {}
+        if not isinstance(visual, Mapping):
+            raise DataError(f"the config.json of {self.model_id}: visual_config={visual!r:.80} should be an object")
         vision, abstractor = visual.get("visual_model"), visual.get("visual_abstractor")
         merge_config = checkpoints.merge_config
         config = MplugOwl2Config(
@@ -106,7 +107,8 @@ class MplugOwl2Adapter(HfAdapter):
                 MplugOwl2AbstractorConfig, "abstractor", abstractor, overrides=self.abstractor
             ),
         )
-        check_config(config)
+        with checkpoints.translate_size_errors(self.name):
+            check_config(config)
         return config
 
     def _skeleton(self) -> PreTrainedModel:
@@ -116,8 +118,7 @@ class MplugOwl2Adapter(HfAdapter):
 
         config = self._config()
         dtype = checkpoints.weight_dtype(checkpoints.read_config(self._source, self.loading), self.loading)
-        with memory.on_meta_device():
-            return MplugOwl2ForConditionalGeneration._from_config(config, dtype=dtype)
+        return checkpoints.build_skeleton(MplugOwl2ForConditionalGeneration, config, dtype, self.name)
 
     def _make_encoder(self, model: PreTrainedModel, processor: ImageTokenProcessor) -> Callable[..., Encoded]:
         return ImageTokenEncoder(processor, self.prompt, follow_up=self.follow_up)

@@ -6,6 +6,7 @@ beginning-of-sequence token), and the image tokens are inserted between the chun
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _QUESTION, _IMAGE = "{question}", "{image}"
+_MOST_UNUSED = 2**16  # ids of a language model that its tokenizer has no token for
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,14 @@ def add_placeholder(tokenizer: Any, placeholder: str, vocab_size: int) -> int:
 
     Returns:
         The id.
+
+    Raises:
+        DataError: the vocabulary is so much larger than the tokenizer's that one of them is wrong.
     """
     from transformers import AddedToken
 
+    if vocab_size - len(tokenizer) > _MOST_UNUSED:
+        raise DataError(f"vocab_size={vocab_size:,} of the language model; its tokenizer has {len(tokenizer):,} tokens")
     names = [f"<unused{index}>" for index in range(len(tokenizer), vocab_size)]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in (*names, placeholder)], True)
     return tokenizer.convert_tokens_to_ids(placeholder)
@@ -270,6 +277,10 @@ class PixelProcessor:
             image = step(image)
         return {"pixel_values": normalise(image, self.mean, self.std)[None]}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return mean and standard deviation, for the fingerprint; the steps belong to the adapter."""
+        return {"mean": self.mean, "std": self.std}
+
 
 class ClampedEmbedding(nn.Embedding):
     """Embed ids beyond the vocabulary too: image tokens, whose embeddings the model replaces afterwards.
@@ -295,10 +306,25 @@ def read_mean_and_std(source: str, loading: Loading) -> tuple[tuple[float, ...],
     """Read mean and standard deviation of red, green and blue from ``preprocessor_config.json``, else take CLIP's.
 
     Raises:
-        ConfigError, DataError: as ``read_config``.
+        ConfigError, DataError: as ``read_config``; or they are not three numbers each.
     """
     settings = read_config(source, loading, "preprocessor_config.json")
-    return tuple(settings.get("image_mean") or CLIP_MEAN), tuple(settings.get("image_std") or CLIP_STD)
+    colours = []
+    for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        colour = settings.get(name) or default
+        if len(parts := _numbers(colour)) != 3:
+            raise DataError(
+                f"the preprocessor_config.json of {source}: {name}={colour!r:.80} should be three numbers such as "
+                f"{list(default)}"
+            )
+        colours.append(parts)
+    return colours[0], colours[1]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """Return the items of a list of finite numbers; of anything else none."""
+    items = tuple(value) if isinstance(value, (list, tuple)) else ()
+    return items if all(isinstance(item, (int, float)) and math.isfinite(item) for item in items) else ()
 
 
 def load_llama_tokenizer(source: str, loading: Loading) -> LlamaTokenizer:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import random
 import resource
 from pathlib import Path
 
@@ -170,6 +171,23 @@ def test_wrong_files(tmp_path, capsys, name, content):
     assert "this ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_broken_bytes_of_torch_are_one_line(tmp_path, old):
+    """Files from before torch 1.6 have no check sum, so their reader follows broken bytes into any error."""
+    torch.save({"model": WEIGHTS}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
+    whole, rng, messages = (tmp_path / "x.pth").read_bytes(), random.Random(0), set()
+    for _ in range(150):
+        broken = bytearray(whole)
+        broken[rng.randrange(min(len(broken), 400))] = rng.randrange(256)
+        (tmp_path / "x.pth").write_bytes(broken)
+        try:
+            read(tmp_path / "x.pth")
+        except DataError as error:
+            messages.add(str(error))
+    assert not any("\n" in message for message in messages)
+    assert not old or len(messages) > 5
+
+
 def test_no_name_that_was_wanted(tmp_path):
     torch.save(WEIGHTS, tmp_path / "x.pth")
     with pytest.raises(DataError, match=r"x\.pth.*llama_proj\."):
@@ -177,7 +195,7 @@ def test_no_name_that_was_wanted(tmp_path):
 
 
 def test_an_index_that_is_none(tmp_path):
-    for text in ("{}", "[]", "no json", '{"weight_map": 3}'):
+    for text in ("{}", "[]", "no json", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}'):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(DataError, match=r"model\.safetensors\.index\.json"):
             read(tmp_path)

@@ -200,6 +200,10 @@ def test_fingerprints_follow_both_folders_and_hold_no_path(parts, adapter, tmp_p
     save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     second = load(parts[0], tower=str(tmp_path / "tower")).fingerprint()
     assert second["weights"] != first["weights"]
+    path = tmp_path / "tower" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5, 0.5, 0.5]}))
+    third = load(parts[0], tower=str(tmp_path / "tower")).fingerprint()
+    assert third["settings"]["image_processor"] != second["settings"]["image_processor"]
 
 
 def test_a_tokenizer_of_sentencepiece(parts, adapter, tmp_path):
@@ -313,6 +317,35 @@ def test_another_resolution_than_the_tower_has_learnt(parts):
 
 def test_fewer_layers_than_the_files_hold(parts):
     refused(DataError, parts, "layer behind the last", "layers.1.", text={"num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "value", "words"),
+    [
+        ("tower/preprocessor_config.json", "image_mean", 3, ("image_mean=3", "three numbers")),
+        ("tower/preprocessor_config.json", "image_mean", [0.5, 0.5], ("image_mean=[0.5, 0.5]",)),
+        ("tower/preprocessor_config.json", "image_std", [1, 1, {}], ("image_std=[1, 1, {}]",)),
+        ("tower/config.json", "num_channels", -1, ("convllava-768 cannot be built with its sizes",)),
+        ("tower/config.json", "hidden_act", "none", ("convllava-768 cannot be built with its sizes", "none")),
+        ("tower/config.json", "hidden_sizes", [4, 6, 8, 12, 10**30], ("convllava-768 cannot be built with its sizes",)),
+        ("model/config.json", "vocab_size", 10**9, ("vocab_size=1,000,000,000", "tokens")),
+        ("model/config.json", "mm_vision_tower", 5, ("model.tower is missing",)),
+    ],
+)
+def test_settings_in_files_that_cannot_be(parts, tmp_path, file, setting, value, words):
+    for part in ("model", "tower"):
+        copied(parts, tmp_path, part)
+    path = tmp_path / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    tower = None if setting == "mm_vision_tower" else str(tmp_path / "tower")
+    given = {"model_id": str(tmp_path / "model"), "tower": tower}
+    with pytest.raises((ConfigError, DataError)) as caught:
+        load(tmp_path, **given)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+    if path.name == "config.json" and setting in ("num_channels", "hidden_act"):
+        with pytest.raises(ConfigError, match="cannot be built"):
+            ConvLlavaAdapter(name="convllava-768", resolution=authors.RESOLUTION, **given).memory(100)
 
 
 def test_another_projector(parts, tmp_path):

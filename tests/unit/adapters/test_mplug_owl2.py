@@ -268,6 +268,31 @@ def changed(parts, tmp_path, **tensors):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("visual_config", [1], ("visual_config=[1]", "object")),
+        ("visual_abstractor", [1], ("model.abstractor", "[1]", "by their names")),
+        ("visual_abstractor", {"num_attention_heads": {}}, ("mplug-owl2-7b cannot be built with its sizes",)),
+        ("visual_abstractor", {"num_attention_heads": 0}, ("mplug-owl2-7b cannot be built with its sizes",)),
+        ("visual_abstractor", {"intermediate_size": "wide"}, ("mplug-owl2-7b cannot be built with its sizes", "str")),
+    ],
+)
+def test_sizes_in_files_that_cannot_be(parts, tmp_path, part, value, words):
+    folder = copied(parts, tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    if part == "visual_config":
+        settings[part] = value
+    else:
+        known = settings["visual_config"][part]
+        settings["visual_config"][part] = {**known, **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises((ConfigError, DataError)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 def test_a_plain_llama(parts, tmp_path):
     folder = copied(parts, tmp_path)
     llama.save_shards(folder, llama.weights(400))
