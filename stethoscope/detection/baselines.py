@@ -15,8 +15,8 @@ from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScal
 
 from stethoscope.core.errors import ArtefactError, DataError
 from stethoscope.core.token_table import MentionSelection, Repeats, Subtokens, mention_rows, require
+from stethoscope.detection.calibrated_model import CalibratedModel, Examples, check_labels
 from stethoscope.detection.cooccurrence import COLUMNS, CoOccurrence
-from stethoscope.detection.estimators import CalibratedModel, Examples
 
 KNOTS = 5
 MAX_CATEGORY = 5  # mention indices and repetitions from here on share a column
@@ -82,9 +82,6 @@ class _FromKeys:
         self._learn_inputs(rows)
         return self._inputs(rows)
 
-    def _examples(self, rows: pd.DataFrame, inputs: np.ndarray) -> Examples:
-        return Examples(inputs, rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
-
     def fit(self, train: pd.DataFrame, calibration: pd.DataFrame | None = None) -> _FromKeys:
         """Fit on the judged rows and calibrate (Platt) on the judged rows of other images.
 
@@ -93,13 +90,11 @@ class _FromKeys:
         """
         train = mention_rows(train, **self.selection)
         require(train, ("group", *self.columns))
-        if not len(train):
-            raise DataError("the training fold has no judged mention; run the task on more samples")
-        examples = self._examples(train, self._training_inputs(train))
-        held_out = None
+        check_labels(train["label"].to_numpy(), "training")
+        examples, held_out = Examples.of(self._training_inputs(train), train), None
         if calibration is not None:
             calibration = mention_rows(calibration, **self.selection)
-            held_out = self._examples(calibration, self._inputs(calibration))
+            held_out = Examples.of(self._inputs(calibration), calibration)
         # the same search for C as the detector's: a weak baseline would flatter it
         estimator = Pipeline([("scale", StandardScaler()), ("classify", LogisticRegression(max_iter=2000))])
         self._model = CalibratedModel.fit(estimator, examples, held_out)

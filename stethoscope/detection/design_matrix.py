@@ -12,8 +12,9 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.token_table import feature_matrix, require
+from stethoscope.detection.cooccurrence import object_index
 from stethoscope.detection.estimators import make_estimator
-from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns, object_codes
+from stethoscope.detection.evidence_prior import EXTERNAL, Factored, external_columns
 from stethoscope.detection.hidden_probe import COLUMNS as HIDDEN_COLUMNS
 from stethoscope.detection.hidden_probe import TEACHER, Probed
 from stethoscope.detection.visual_consistency import COLUMNS, FEATURE, VisualConsistency
@@ -100,7 +101,7 @@ class Inputs:
             teacher = table[TEACHER].to_numpy(dtype=float) if TEACHER in table else np.full(len(table), np.nan)
             parts += [feature_matrix(table, self.hidden), teacher[:, None]]
         if evidence:
-            parts += [feature_matrix(table, evidence), object_codes(table, self.objects)[:, None]]
+            parts += [feature_matrix(table, evidence), object_index(table, self.objects)[:, None]]
         return np.hstack(parts)
 
     def arrange(self, values: np.ndarray) -> np.ndarray:

@@ -15,23 +15,13 @@ from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
 
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
-from stethoscope.core.token_table import (
-    FeatureSchema,
-    Repeats,
-    Subtokens,
-    feature_names,
-    require,
-)
+from stethoscope.core.token_table import FeatureSchema, Repeats, Subtokens, feature_names
 from stethoscope.detection import artifact
+from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.design_matrix import Inputs, frequent_objects
+from stethoscope.detection.detector_manifest import DetectorManifest, check_notes
 from stethoscope.detection.estimator_classes import restored_classifier
-from stethoscope.detection.estimators import (
-    CalibratedModel,
-    Examples,
-    add_prefix,
-    best_threshold,
-)
-from stethoscope.detection.evidence_prior import EXTERNAL
+from stethoscope.detection.estimators import add_prefix
 from stethoscope.detection.explain import Explanation, explanation
 from stethoscope.detection.inference import PlattScaling
 from stethoscope.detection.recalibration import (
@@ -40,12 +30,11 @@ from stethoscope.detection.recalibration import (
     share_of_hallucinated,
     shrunk_line,
 )
-from stethoscope.detection.risk_control import Certificate, RiskGuarantee, calibrate_threshold
+from stethoscope.detection.risk_control import RiskGuarantee
 from stethoscope.detection.shift import RunShift, ShiftMonitor
 from stethoscope.detection.table_selection import Selection, check_settings
 from stethoscope.detection.visual_consistency import NamedProbability, VisualConsistency, most_likely
-
-NOTES = ("model", "task", "label", "split", "figures")  # always in the manifest, null where not known
+from stethoscope.detection.warning_threshold import WarningThreshold, best_threshold, choose_threshold
 
 
 class Detector:
@@ -115,28 +104,12 @@ class Detector:
         labels: Literal["all", "few", "none"] = "all",
         threshold: str | Mapping[str, float] = "f1",
     ) -> None:
-        self.settings = check_settings(
-            estimator=estimator,
-            calibration=calibration,
-            features=features,
-            exclude=exclude,
-            objects=objects,
-            C=C,
-            repeats=repeats,
-            seed=seed,
-            factored=factored,
-            subtokens=subtokens,
-            visual_consistency=visual_consistency,
-            hidden_probe=hidden_probe,
-            labels=labels,
-            threshold=threshold,
-        )
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.settings = check_settings(**given)
         self._selection = Selection(self.settings)
         self._guarantee = RiskGuarantee.parse(threshold) if isinstance(threshold, Mapping) else None
-        self.threshold = 0.5
-        self.certificate: Certificate | None = None
+        self.threshold, self._chosen, self.certificate = WarningThreshold()
         self.monitor: ShiftMonitor | None = None
-        self._chosen = ""
         self.notes: dict[str, Any] = {}
         self._model: CalibratedModel | None = None
         self._schema = FeatureSchema(())
@@ -214,42 +187,47 @@ class Detector:
         self._inputs = self._selection.inputs(names, ())
         if self._inputs.needs_objects:
             self._inputs = self._selection.inputs(names, frequent_objects(train))
-        examples = self._examples(train)
+        examples = Examples.of(self._matrix(train), train)
         empty = [name for name in self.features if train[name].isna().all()]
         if len(train) and empty:
             raise DataError(f"features without any value: {', '.join(empty)}; leave them out with detector.exclude")
         held_out = None
         if calibration is not None:
             calibration = self._selection.labelled(calibration)
-            held_out = self._examples(calibration)
+            held_out = Examples.of(self._matrix(calibration), calibration)
             both = set(examples.groups) & set(held_out.groups)
             if both:
                 raise DataError(f"{len(both)} images are in both folds, {min(both)!r} for one; split by image")
-        kind, C, seed = (self.settings[key] for key in ("estimator", "C", "seed"))
+        kind, C, seed, method = (self.settings[key] for key in ("estimator", "C", "seed", "calibration"))
         more = None if unlabelled is None else self._matrix(unlabelled)
-        model = self._inputs.classifier(kind, C, seed, more)
-        self._model = CalibratedModel.fit(model, examples, held_out, self.settings["calibration"], C)
-        self._base_rate = float(examples.labels.mean())
-        estimated = self.settings["labels"] == "none" and self._calibrate_without_labels()
-        self._choose_threshold(train, calibration, estimated)
-        if not self._inputs.plain:  # states alone: nothing that a monitor could compare
-            self.monitor = None
-            return self
-        learned = self.monitored_mentions(tables[0])
-        compared = None if tables[1] is None else self.monitored_mentions(tables[1])
-        scores = None if compared is None else self.model.scores(self._matrix(compared))
-        self.monitor = ShiftMonitor.fit(self._inputs.plain, learned, compared, scores)
+        model = CalibratedModel.fit(self._inputs.classifier(kind, C, seed, more), examples, held_out, method, C)
+        base_rate = float(examples.labels.mean())
+        estimated = None
+        if self.settings["labels"] == "none" and method == "platt" and model.held_out_scores is not None:
+            estimated = mixture_line(model.held_out_scores)  # the model itself says no far too rarely
+        if estimated is not None:
+            model = replace(model, calibrator=PlattScaling(*estimated))
+            base_rate = float(np.clip(model.calibrate(model.held_out_scores).mean(), 1e-4, 1 - 1e-4))
+        warned = train["is_first_subtoken"].to_numpy(dtype=bool)  # a mention gives one warning
+        if calibration is not None and held_out is not None:
+            held_out = held_out.select(calibration["is_first_subtoken"].to_numpy(dtype=bool))
+        note = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
+        guarantee, without_labels = self._guarantee, estimated is not None
+        chosen = choose_threshold(model, examples, warned, held_out, guarantee, without_labels, note)
+        self.threshold, self._chosen, self.certificate = chosen
+        self.monitor = self._fit_monitor(model, *tables)
+        self._model, self._base_rate = model, base_rate
         return self
 
-    def _calibrate_without_labels(self) -> bool:
-        """Calibrate by the two parts of the scores, if they have two: the model itself says no far too rarely."""
-        scores = self.model.held_out_scores
-        line = None if scores is None or self.settings["calibration"] != "platt" else mixture_line(scores)
-        if scores is None or line is None:
-            return False
-        self._model = replace(self.model, calibrator=PlattScaling(*line))
-        self._base_rate = float(np.clip(self.model.calibrate(scores).mean(), 1e-4, 1 - 1e-4))
-        return True
+    def _fit_monitor(
+        self, model: CalibratedModel, train: pd.DataFrame, calibration: pd.DataFrame | None
+    ) -> ShiftMonitor | None:
+        """Fit the monitor on token tables; None where the classifier reads states alone, which it cannot compare."""
+        if not self._inputs.plain:
+            return None
+        compared = None if calibration is None else self.monitored_mentions(calibration)
+        scores = None if compared is None else model.scores(self._matrix(compared))
+        return ShiftMonitor.fit(self._inputs.plain, self.monitored_mentions(train), compared, scores)
 
     def monitored_mentions(self, table: pd.DataFrame) -> pd.DataFrame:
         """Select the mentions that the monitor reads: judged or not, a row each, first ones if only they count."""
@@ -317,41 +295,6 @@ class Detector:
         if self.monitor is not None:
             new.monitor = self.monitor.with_reference(rows, scores)
         return new
-
-    def _choose_threshold(self, train: pd.DataFrame, calibration: pd.DataFrame | None, estimated: bool) -> None:
-        """Choose the threshold with the best F1, or the lowest that meets the guarantee.
-
-        Each mention gives one warning, so with ``subtokens="all"`` only its first sub-token counts.
-
-        Args:
-            train: mentions that were learned from.
-            calibration: mentions of other images; None without them.
-            estimated: take the F1 that the probabilities expect, since there are no labels.
-        """
-        self.certificate = None
-        first = train["is_first_subtoken"].to_numpy(dtype=bool)
-        train, calibration = (
-            train[first],
-            None if calibration is None else calibration[calibration["is_first_subtoken"]],
-        )
-        only = ", first mentions of an object only" if self.settings["repeats"] == "first" else ""
-        if self._guarantee is not None:
-            held_out = None if calibration is None else self._examples(calibration)
-            self.certificate = calibrate_threshold(self.model, self._examples(train), held_out, self._guarantee)
-            self.threshold = float(self.model.calibrate(np.array([self.certificate.threshold]))[0])
-            self._chosen = f"{self.certificate}{only}"
-            return
-        if calibration is not None:
-            rows, probabilities, fold = calibration, self.predict(calibration), "calibration fold"
-        elif self.model.held_out_scores is None:  # without calibration
-            rows, probabilities, fold = train, self.predict(train), "training fold"
-        else:
-            rows, probabilities = train, self.model.calibrate(self.model.held_out_scores[first])
-            fold = "training fold, out of fold"
-        if len(rows):
-            labels = probabilities if estimated else rows["label"].to_numpy(dtype=int)
-            self.threshold = best_threshold(labels, probabilities)
-        self._chosen = f"highest {'expected ' if estimated else ''}F1 on the {fold}{only}"
 
     def select_mentions(self, table: pd.DataFrame, judged: bool = True) -> pd.DataFrame:
         """Select the mentions of a token table that this detector is trained and measured on.
@@ -443,31 +386,19 @@ class Detector:
             )
         return self._inputs.matrix(table)
 
-    def _examples(self, rows: pd.DataFrame) -> Examples:
-        require(rows, ("group",))
-        return Examples(self._matrix(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
-
     @property
     def manifest(self) -> dict[str, Any]:
         """JSON-able contents of ``manifest.json``, to which ``artifact.write`` adds versions and digests."""
-        return {
-            **dict.fromkeys(NOTES),
-            **self.notes,
-            "kind": "stethoscope.Detector",
-            "features": list(self._inputs.features),
-            "feature_schema_hash": self._schema.hash,
-            "table_features": list(self._schema.names),
-            "objects": list(self._inputs.objects),
-            "settings": self.settings,
-            "external": list(EXTERNAL) if self.settings["factored"] else [],
-            "base_rate": self._base_rate,
-            "threshold": {
-                "value": self.threshold,
-                "chosen": self._chosen,
-                "certificate": None if self.certificate is None else self.certificate.to_dict(),
-            },
-            "monitor": None if self.monitor is None else self.monitor.to_dict(),
-        }
+        return DetectorManifest(
+            self.settings,
+            self._inputs.features,
+            self._inputs.objects,
+            self._schema,
+            self._base_rate,
+            WarningThreshold(self.threshold, self._chosen, self.certificate),
+            None if self.monitor is None else self.monitor.to_dict(),
+            self.notes,
+        ).to_dict()
 
     def save(self, folder: Path | str, notes: Mapping[str, Any] | None = None) -> None:
         """Write ``detector.safetensors``, ``manifest.json`` and a model card, ``README.md``.
@@ -482,8 +413,10 @@ class Detector:
         """
         if self._model is None:
             raise ArtefactError("a detector that was not fitted cannot be saved; call fit first")
-        if not isinstance((notes or {}).get("model") or {}, Mapping):
-            raise ArtefactError(f"notes['model']={(notes or {})['model']!r} should be a model's fingerprint, or None")
+        try:
+            check_notes(notes or {})
+        except ValueError as error:
+            raise ArtefactError(f"the detector's notes cannot be saved: {error}") from None
         self.notes |= dict(notes or {})
         manifest = self.manifest
         texts = {artifact.CARD: artifact.model_card(manifest)}
@@ -553,49 +486,24 @@ class Detector:
         folder = Path(folder)
         if not (folder / artifact.MANIFEST).is_file() and (folder / "detector" / artifact.MANIFEST).is_file():
             folder /= "detector"
-        arrays, manifest = artifact.read(folder)
+        arrays, values = artifact.read(folder)
+        path = folder / artifact.MANIFEST
         try:
-            with restored_classifier(manifest["settings"]["estimator"], str(folder / artifact.MANIFEST)):
-                detector = cls(**manifest["settings"])
-            threshold = manifest["threshold"]
-            detector.threshold, detector._chosen = _read_share(threshold["value"]), str(threshold["chosen"])
-            certificate = threshold["certificate"]
-            detector.certificate = None if certificate is None else Certificate.parse(certificate)
-            detector._base_rate = _read_share(manifest["base_rate"])
-            if not 0 < detector._base_rate < 1:
-                raise ValueError("base_rate should lie between 0 and 1")
-            detector._schema = FeatureSchema(tuple(_read_names(manifest, "table_features")))
-            features, objects = _read_names(manifest, "features"), _read_names(manifest, "objects")
-            if not set(features) <= set(detector._schema.names):
-                raise ValueError("features should be among table_features")
-            if not isinstance(manifest.get("model") or {}, Mapping):
-                raise ValueError("model should be a fingerprint or null")
-            detector._inputs = detector._selection.inputs(features, objects)
+            with restored_classifier(values["settings"]["estimator"], str(path)):
+                detector = cls(**values["settings"])
+            manifest = DetectorManifest.parse(values)
+            inputs = detector._selection.inputs(manifest.features, manifest.objects)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-            raise ArtefactError(f"{folder / artifact.MANIFEST} is damaged: {type(error).__name__}: {error}") from None
-        own = {*detector.manifest, *artifact.GENERATED_KEYS} - set(NOTES)
-        detector.notes = {key: value for key, value in manifest.items() if key not in own and value is not None}
-        settings, inputs = detector.settings, detector._inputs
+            raise ArtefactError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        settings = detector.settings
         model = inputs.classifier(settings["estimator"], settings["C"], settings["seed"])
         try:
-            if manifest.get("monitor") is not None:
-                detector.monitor = ShiftMonitor.restore(manifest["monitor"], arrays.under("monitor"), inputs.plain)
+            if manifest.monitor is not None:
+                detector.monitor = ShiftMonitor.restore(dict(manifest.monitor), arrays.under("monitor"), inputs.plain)
             detector._model = CalibratedModel.restore(model, settings["calibration"], arrays, inputs.width)
         except (ArtefactError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / artifact.OBJECTS} cannot be used: {error}") from None
+        detector.threshold, detector._chosen, detector.certificate = manifest.threshold
+        detector._schema, detector._inputs, detector._base_rate = manifest.schema, inputs, manifest.base_rate
+        detector.notes = dict(manifest.notes)
         return detector
-
-
-def _read_share(value: Any) -> float:
-    """Read a number from 0 to 1 of a manifest."""
-    if not 0 <= float(value) <= 1:
-        raise ValueError(f"{value!r} should lie from 0 to 1")
-    return float(value)
-
-
-def _read_names(manifest: Mapping[str, Any], key: str) -> list[str]:
-    """Read a list of different names of a manifest."""
-    names = manifest[key]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"{key} should be a list of different names")
-    return names

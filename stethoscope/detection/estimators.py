@@ -1,26 +1,21 @@
-"""Create, fit and calibrate the classifiers of detectors and baselines."""
+"""Create the classifiers of detectors and baselines, choose their regularisation, and fit them in folds by image."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from scipy.special import expit
 from sklearn.base import BaseEstimator, clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline
-from threadpoolctl import threadpool_limits
 
-from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.compiled_classifiers import Classifier, compile_classifier, restore_classifier
 from stethoscope.detection.estimator_classes import (
@@ -35,11 +30,8 @@ from stethoscope.detection.inference import (
     MAX_LOG_ODDS,
     MAX_TREES,
     NEURONS,
-    IsotonicSteps,
-    PlattScaling,
 )
 
-CALIBRATIONS = ("platt", "isotonic", "none")
 C_VALUES = (0.01, 0.1, 1.0, 10.0)
 PER_HEAD_C_VALUES = (0.01, 0.03, 0.1, 0.3)
 INNER_FOLDS, DRAFT_FOLDS = 5, 2
@@ -266,194 +258,3 @@ def restore_estimator(estimator: BaseEstimator, arrays: Arrays, columns: int) ->
 def add_prefix(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Prefix the names of arrays, as ``Arrays.under`` expects them."""
     return {f"{name}.{key}": array for key, array in arrays.items()}
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled rows in the form that classifiers read.
-
-    Attributes:
-        matrix: (rows, columns) float, NaN where a value is missing.
-        labels: (rows,) of 0 and 1.
-        groups: (rows,) image ids.
-    """
-
-    matrix: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray
-
-    def check(self, fold: str) -> None:
-        """Check that there are rows of both labels.
-
-        Args:
-            fold: name of the fold, for messages.
-
-        Raises:
-            DataError: there are no rows, or all have one label.
-        """
-        if not len(self.labels):
-            raise DataError(f"the {fold} fold has no judged mention; run the task on more samples")
-        if self.labels.min() == self.labels.max():
-            kind = "hallucinated" if self.labels[0] else "grounded"
-            raise DataError(
-                f"all {len(self.labels)} mentions of the {fold} fold are {kind}; both kinds are needed: "
-                "run the task on more samples"
-            )
-
-
-@dataclass(frozen=True)
-class CalibratedModel:
-    """A fitted classifier and the map from its scores to probabilities, both evaluated from plain arrays.
-
-    Attributes:
-        model: classifier with ``decision_function``.
-        calibrator: map from scores to probabilities; None for the classifier's own.
-        held_out_scores: (rows,) scores that the calibration was fitted on, of rows that the classifier was not fitted
-            on; None without calibration and after loading.
-    """
-
-    model: Classifier | GroupedEstimator
-    calibrator: PlattScaling | IsotonicSteps | None = None
-    held_out_scores: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    @threadpool_limits.wrap(limits=1, user_api="blas")  # the matrices are small: threads would only wait for each other
-    def fit(
-        cls,
-        estimator: BaseEstimator,
-        train: Examples,
-        calibration: Examples | None = None,
-        method: Literal["platt", "isotonic", "none"] = "platt",
-        C: float | None = None,
-    ) -> CalibratedModel:
-        """Fit the classifier on one set of images and its calibration on another.
-
-        Args:
-            estimator: result of ``make_estimator``, or any pipeline that ends in a step ``classify``.
-            train: examples to fit the classifier on.
-            calibration: examples of other images to calibrate on; None uses out-of-fold scores of ``train``.
-            method: ``platt`` (Platt 1999, without target smoothing), ``isotonic`` or ``none``.
-            C: inverse regularisation strength of a logistic regression or a network; None chooses it.
-
-        Raises:
-            DataError: a fold has no rows or only one label.
-        """
-        train.check("training")
-        if isinstance(estimator, GroupedEstimator):
-            model: Classifier | GroupedEstimator = estimator.fit(train.matrix, train.labels, train.groups)
-        else:
-            if C is None:
-                estimator = choose_C(estimator, train.matrix, train.labels, train.groups)
-            else:
-                estimator = set_C(estimator, C).fit(train.matrix, train.labels)
-            model = compile_classifier(estimator)
-        if method == "none":
-            return cls(model)
-        if calibration is not None:
-            calibration.check("calibration")
-            scores, labels = model.decision_function(calibration.matrix), calibration.labels
-        else:
-            scores, labels = _out_of_fold_scores(estimator, train), train.labels
-        if method == "isotonic":
-            fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, labels)
-            return cls(model, IsotonicSteps(fitted.X_thresholds_, fitted.y_thresholds_), scores)
-        fitted = LogisticRegression(C=1e6).fit(scores[:, None], labels)  # in effect without a penalty
-        return cls(model, PlattScaling(float(fitted.coef_[0, 0]), float(fitted.intercept_[0])), scores)
-
-    @classmethod
-    def restore(cls, estimator: BaseEstimator, method: str, arrays: Arrays, columns: int) -> CalibratedModel:
-        """Restore a model from what ``arrays`` returned.
-
-        Args:
-            estimator: unfitted estimator of the same kind.
-            method: its calibration.
-            arrays: arrays of a file by name.
-            columns: number of columns of the design matrix.
-
-        Raises:
-            ArtefactError: an array is missing, not needed, has another shape or type, or holds
-                invalid numbers.
-        """
-        model = restore_estimator(estimator, arrays.under("model"), columns)
-        kinds: dict[str, type[PlattScaling] | type[IsotonicSteps]] = {"platt": PlattScaling, "isotonic": IsotonicSteps}
-        calibrator = kinds[method].restore(arrays.under("calibrator")) if method in kinds else None
-        arrays.finish()
-        return cls(model, calibrator)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the fitted state as arrays by name."""
-        calibrator = {} if self.calibrator is None else self.calibrator.arrays()
-        return {**add_prefix("model", self.model.arrays()), **add_prefix("calibrator", calibrator)}
-
-    @property
-    def C(self) -> float | None:
-        """The inverse regularisation strength C that was given or chosen; None for boosting."""
-        return self.model.C_ if isinstance(self.model, GroupedEstimator) else self.model.C
-
-    def scores(self, matrix: np.ndarray) -> np.ndarray:
-        """Compute the log-odds before calibration, (rows,); they depend on the training images alone."""
-        return self.model.decision_function(matrix) if len(matrix) else np.zeros(0)
-
-    def calibrate(self, scores: np.ndarray) -> np.ndarray:
-        """Map scores to probabilities, (rows,)."""
-        if not len(scores):
-            return np.zeros(0)
-        if isinstance(self.calibrator, IsotonicSteps):
-            return self.calibrator.predict(scores)
-        slope, intercept = self.line
-        return expit(slope * scores + intercept)
-
-    @property
-    def line(self) -> tuple[float, float]:
-        """Slope and intercept from the scores to calibrated log-odds; 1 and 0 without calibration.
-
-        Raises:
-            ConfigError: the calibration is isotonic, which is no line.
-        """
-        if self.calibrator is None:
-            return 1.0, 0.0
-        if isinstance(self.calibrator, IsotonicSteps):
-            raise ConfigError("isotonic calibration has no slope; use detector.calibration=platt or none")
-        return self.calibrator.slope, self.calibrator.intercept
-
-    def predict(self, matrix: np.ndarray) -> np.ndarray:
-        """Compute the probability of hallucination, (rows,) in [0, 1]."""
-        return self.calibrate(self.scores(matrix))
-
-
-def _out_of_fold_scores(estimator: BaseEstimator, train: Examples) -> np.ndarray:
-    """Compute scores, (rows,), by copies of an estimator that were fitted without the row's image."""
-    folds = inner_folds(train.groups, train.labels)
-    if folds is None:
-        raise DataError(
-            f"fewer than {ENOUGH_IMAGES} training images with mentions of each kind are too few to calibrate on; "
-            "give a calibration fold, more samples or calibration=none"
-        )
-    made_in_fit: np.ndarray | None = getattr(estimator, "held_out_", None)
-    if made_in_fit is not None:
-        return made_in_fit
-    if not isinstance(estimator, GroupedEstimator):
-        return out_of_fold(estimator, train.matrix, train.labels, folds)
-    scores = np.zeros(len(train.labels))
-    for learn, test in folds:
-        fitted = clone(estimator).fit(train.matrix[learn], train.labels[learn], train.groups[learn])
-        scores[test] = fitted.decision_function(train.matrix[test])
-    return scores
-
-
-def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Choose the probability at or above which to warn, by the highest F1 of the hallucinated class.
-
-    It lies halfway to the next lower probability, so that rounding cannot decide about a mention.
-
-    Args:
-        labels: (mentions,) of 0 and 1, or probabilities in their place, for the F1 that these expect.
-        probabilities: (mentions,) of the detector.
-
-    >>> round(best_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.35, 0.8])), 3)
-    0.225
-    """
-    values, index = np.unique(probabilities, return_inverse=True)
-    flagged, wrong = np.bincount(index)[::-1].cumsum(), np.bincount(index, labels)[::-1].cumsum()
-    best = int(np.argmax(2 * wrong / (flagged + labels.sum())))
-    return float(values[::-1][best : best + 2].mean())

@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from stethoscope.core.token_table import require
 from stethoscope.detection.arrays import Arrays
 from stethoscope.detection.compiled_classifiers import compile_classifier
+from stethoscope.detection.cooccurrence import object_index
 from stethoscope.detection.estimators import (
     C_choices,
     GroupedEstimator,
@@ -48,18 +49,25 @@ QUINTILES = (0.2, 0.4, 0.6, 0.8)
 MAX_WEIGHT = 10.0  # of a mention, in mean weights: a single unlikely hallucination should not decide alone
 
 
+def balance(prior: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute weights that balance the classes for every value of the prior: 1 / g(label), in mean weights, (rows,).
+
+    Args:
+        prior: (rows,) log-odds of hallucination, logit g.
+        labels: (rows,) of 0 and 1.
+
+    >>> balance(np.log([1 / 3, 1 / 3]), np.array([1, 0])).round(3).tolist()
+    [1.5, 0.5]
+    """
+    weights = np.exp(log_loss_of(labels, prior))
+    return np.minimum(weights / weights.mean(), MAX_WEIGHT)
+
+
 def external_columns(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
-    """Return the columns of ``EXTERNAL``, (rows, 4) float, the object as its ``object_codes``."""
+    """Return the columns of ``EXTERNAL``, (rows, 4) float, the object as its ``object_index``."""
     require(table, EXTERNAL)
-    return np.column_stack(
-        [*(table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1]), object_codes(table, objects)]
-    )
-
-
-def object_codes(table: pd.DataFrame, objects: tuple[str, ...]) -> np.ndarray:
-    """Return the index in ``objects`` of every row's object, (rows,) float, -1 for any other."""
-    codes = {name: index for index, name in enumerate(objects)}
-    return table["object"].map(codes).fillna(-1).to_numpy(dtype=float)
+    plain = (table[name].to_numpy(dtype=float) for name in EXTERNAL[:-1])
+    return np.column_stack([*plain, object_index(table, objects)])
 
 
 class ExternalInputs(TransformerMixin, BaseEstimator):
@@ -123,8 +131,7 @@ class Factored(GroupedEstimator):
         prior = self.prior_.decision_function(external)
         if folds is not None:
             prior = out_of_fold(prior_estimator, external, y, folds)
-        weights = np.exp(np.logaddexp(0, np.where(y == 1, -prior, prior)))  # 1 / g(label)
-        weights = np.minimum(weights / weights.mean(), MAX_WEIGHT)
+        weights = balance(prior, y)
         evidence = make_estimator(self.kind, self.seed)
         if self.C is not None:
             set_C(evidence, self.C)

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from stethoscope.detection.estimators import CalibratedModel, Stacked
+from stethoscope.detection.calibrated_model import CalibratedModel
+from stethoscope.detection.estimators import Stacked
 from stethoscope.detection.evidence_prior import Factored
 from stethoscope.detection.inference import LinearClassifier
 

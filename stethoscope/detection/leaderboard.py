@@ -18,9 +18,9 @@ from stethoscope.core.token_table import (
     require,
 )
 from stethoscope.detection.baselines import baselines
+from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.detector_results import Difference, Leaderboard, Row
-from stethoscope.detection.estimators import CalibratedModel, Examples
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.published import SELF_VERIFICATION, available_methods, cost_of, left_out, score_published
 from stethoscope.detection.score_metrics import AREAS, METRICS, LabelledMentions, control_bins, evaluate_scores
@@ -83,10 +83,7 @@ def shuffled_predictions(
     parts = [detector.select_mentions(table[folds[fold]]) for fold in ("train", "calibration", "test")]
     if TEACHER not in detector.features:  # a probe would learn the truth from the model's verification
         parts = [part.drop(columns=TEACHER, errors="ignore") for part in parts]
-    train, calibration, test = (
-        Examples(detector.inputs.matrix(part), part["label"].to_numpy(int), part["group"].to_numpy(str))
-        for part in parts
-    )
+    train, calibration, test = (Examples.of(detector.inputs.matrix(part), part) for part in parts)
     kind, method, own_seed = (detector.settings[key] for key in ("estimator", "calibration", "seed"))
     for index in range(SHUFFLES):
         random = np.random.default_rng([seed, index])

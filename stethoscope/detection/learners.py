@@ -33,14 +33,15 @@ from threadpoolctl import threadpool_limits
 from stethoscope.core.errors import ArtefactError, ConfigError, unknown
 from stethoscope.core.token_table import MentionSelection, feature_matrix, mention_rows
 from stethoscope.detection.baselines import Predictor
+from stethoscope.detection.calibrated_model import check_labels, fit_platt
 from stethoscope.detection.detector import Detector
 from stethoscope.detection.estimator_classes import Clip
-from stethoscope.detection.estimators import Examples
+from stethoscope.detection.evidence_prior import balance
+from stethoscope.detection.inference import PlattScaling
 from stethoscope.features.columns import feature_of
 
 KINDS = ("logistic", "boosting", "network", "layer_networks", "balanced_network")
 _LAYER = re.compile(r"_l(\d+)(?:h\d+)?(?:_d\d+)?$")
-MAX_BALANCE = 10.0  # of a mention's weight, in mean weights
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class CalibratedLearner:
 
     def __init__(self, selection: MentionSelection | None = None) -> None:
         self.selection = selection or MentionSelection()
-        self._line = (1.0, 0.0)
+        self._calibrator = PlattScaling(1.0, 0.0)
 
     def scores(self, table: pd.DataFrame) -> np.ndarray:
         """Compute the log-odds of hallucination before calibration, (rows,)."""
@@ -145,13 +146,13 @@ class CalibratedLearner:
         """
         if table is not None:
             rows = mention_rows(table, **self.selection)
-            examples = Examples(self.scores(rows), rows["label"].to_numpy(dtype=int), rows["group"].to_numpy(dtype=str))
-            examples.check("calibration")
-            self._line = platt(examples.matrix, examples.labels)
+            labels = rows["label"].to_numpy(dtype=int)
+            check_labels(labels, "calibration")
+            self._calibrator = fit_platt(self.scores(rows), labels)
 
     def predict(self, table: pd.DataFrame) -> np.ndarray:
         """Return (rows,) probabilities of hallucination in [0, 1]."""
-        return expit(self._line[0] * self.scores(table) + self._line[1])
+        return expit(self._calibrator.slope * self.scores(table) + self._calibrator.intercept)
 
 
 class NetworkLearner(CalibratedLearner):
@@ -191,18 +192,17 @@ class NetworkLearner(CalibratedLearner):
             DataError: a fold has no judged rows or only one label, or a feature has an infinite value.
         """
         train = mention_rows(train, **self.selection)
-        labels, groups = train["label"].to_numpy(dtype=int), train["group"].to_numpy(dtype=str)
-        examples = Examples(feature_matrix(train, self.columns), labels, groups)
-        examples.check("training")
-        weights = np.ones(len(examples.labels))
+        matrix, labels = feature_matrix(train, self.columns), train["label"].to_numpy(dtype=int)
+        check_labels(labels, "training")
+        weights = np.ones(len(labels))
         if self.external:
             self._prior = _pipeline(LogisticRegression(C=1e6, max_iter=2000))
-            self._prior.fit(feature_matrix(train, self.external), examples.labels)
-            weights = balance(self._prior.decision_function(feature_matrix(train, self.external)), examples.labels)
+            external = feature_matrix(train, self.external)
+            weights = balance(self._prior.fit(external, labels).decision_function(external), labels)
         elif self.settings.class_weights:
-            weights = 1 / np.where(examples.labels == 1, examples.labels.mean(), 1 - examples.labels.mean())
+            weights = 1 / np.where(labels == 1, labels.mean(), 1 - labels.mean())
         self._evidence = _pipeline(AdamNetwork(self.settings, self.seed))
-        self._evidence.fit(examples.matrix, examples.labels, classify__sample_weight=weights / weights.mean())
+        self._evidence.fit(matrix, labels, classify__sample_weight=weights / weights.mean())
         self.calibrate(calibration)
         return self
 
@@ -259,28 +259,6 @@ class LayerNetworks(CalibratedLearner):
     def scores(self, table: pd.DataFrame) -> np.ndarray:
         """Compute the log-odds of the mean probability of hallucination before calibration, (rows,)."""
         return logit(np.mean([expit(network.scores(table)) for network in self.networks], 0).clip(1e-12, 1 - 1e-12))
-
-
-def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Fit slope and intercept of the log-odds that (rows,) scores have for (rows,) labels of 0 and 1."""
-    fitted = LogisticRegression(C=1e6).fit(scores[:, None], labels)
-    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
-
-
-def balance(prior: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute weights that balance the classes for every value of the prior: 1 / g(label), (rows,).
-
-    A mention weighs at most ``MAX_BALANCE`` mean weights, so that one unlikely hallucination cannot decide alone.
-
-    Args:
-        prior: (rows,) log-odds of hallucination.
-        labels: (rows,) of 0 and 1.
-
-    >>> balance(np.log([1 / 3, 1 / 3]), np.array([1, 0])).round(3).tolist()
-    [4.0, 1.333]
-    """
-    weights = np.exp(np.logaddexp(0, np.where(labels == 1, -prior, prior)))
-    return np.minimum(weights, MAX_BALANCE * weights.mean())
 
 
 def _pipeline(classifier: LogisticRegression | MLPClassifier) -> Pipeline:

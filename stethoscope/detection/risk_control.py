@@ -50,7 +50,7 @@ import numpy as np
 from stethoscope.core.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
-    from stethoscope.detection.estimators import CalibratedModel, Examples
+    from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 
 RISKS = {
     "max_false_alarms": "share of grounded mentions that get a warning",

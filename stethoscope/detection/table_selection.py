@@ -19,9 +19,9 @@ from stethoscope.core.token_table import (
     mention_rows,
     select_features,
 )
+from stethoscope.detection.calibrated_model import CALIBRATIONS
 from stethoscope.detection.design_matrix import Inputs, is_hidden
 from stethoscope.detection.estimator_classes import check_estimator
-from stethoscope.detection.estimators import CALIBRATIONS
 from stethoscope.detection.hidden_probe import TEACHER
 from stethoscope.detection.visual_consistency import FEATURE
 from stethoscope.features import FEATURES

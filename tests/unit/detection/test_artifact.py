@@ -213,7 +213,7 @@ def test_files_that_are_too_large_are_not_read(saved, monkeypatch):
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
-        ({"model": "llava"}, "notes.*'llava' should be a model's fingerprint"),
+        ({"model": "llava"}, "notes cannot be saved: model='llava' should be a fingerprint"),
         ({"share": float("nan")}, "manifest cannot be written as JSON"),
         ({"tags": {"a", "b"}}, "manifest cannot be written as JSON"),
     ],

@@ -13,8 +13,9 @@ from sklearn.preprocessing import StandardScaler
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import FeatureSchema, mention_rows
 from stethoscope.detection.detector import Detector
-from stethoscope.detection.estimators import C_VALUES, best_threshold, inner_folds, make_estimator, set_C
+from stethoscope.detection.estimators import C_VALUES, inner_folds, make_estimator, set_C
 from stethoscope.detection.lookup import mention_warnings
+from stethoscope.detection.warning_threshold import best_threshold
 from stethoscope.metrics import classification
 
 TRAIN, CALIBRATION = halves(token_table(400))
@@ -128,6 +129,13 @@ def test_features_are_chosen_by_name_and_pattern():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         Detector(**settings)
+
+
+def test_without_the_threshold_that_was_asked_for_it_is_not_fitted():
+    detector = Detector(C=1.0, threshold={"max_false_alarms": 0.001})
+    with pytest.raises(DataError, match="no threshold can guarantee"):
+        detector.fit(TRAIN, CALIBRATION)
+    assert not detector.fitted
 
 
 def test_training_data_that_teach_nothing_are_refused():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.isotonic import IsotonicRegression
 
+from stethoscope.detection.calibrated_model import CalibratedModel, Examples
 from stethoscope.detection.compiled_classifiers import compile_classifier
-from stethoscope.detection.estimators import CalibratedModel, Examples, make_estimator, set_C
+from stethoscope.detection.estimators import make_estimator, set_C
 
 
 def drawn(seed, rows=600, columns=5, gaps=0.2):

@@ -11,13 +11,12 @@ from scipy.special import logit
 from stethoscope.core.errors import ArtefactError, ConfigError, DataError
 from stethoscope.core.token_table import mention_rows
 from stethoscope.detection.detector import Detector
+from stethoscope.detection.evidence_prior import MAX_WEIGHT, balance
 from stethoscope.detection.learners import (
-    MAX_BALANCE,
     AdamNetwork,
     LayerNetworks,
     NetworkLearner,
     NetworkSettings,
-    balance,
     describe_learner,
     make_learner,
 )
@@ -80,7 +79,7 @@ def test_haloprobe_is_evidence_times_prior():
     assert abs(np.mean((labels - g) * position)) < 1e-2
     weights = balance(prior_logit(learner, rows), labels)
     by_hand = np.array([1 / value if label else 1 / (1 - value) for value, label in zip(g, labels, strict=True)])
-    np.testing.assert_allclose(weights, np.minimum(by_hand, MAX_BALANCE * by_hand.mean()), rtol=1e-6)
+    np.testing.assert_allclose(weights, np.minimum(by_hand / np.mean(by_hand), MAX_WEIGHT), rtol=1e-6)
     for low in range(0, 24, 6):  # with these weights the classes are balanced wherever the mention is
         inside = (position >= low) & (position < low + 6)
         assert np.average(labels[inside], weights=weights[inside]) == pytest.approx(0.5, abs=0.1)
