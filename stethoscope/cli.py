@@ -148,6 +148,8 @@ def run_hydra(command: str, arguments: list[str]) -> None:
             raise ConfigError(explain(error, command, words)) from error
         return
     sweep = Sweep.of(command, words)
+    if sweeping:
+        words = sweep.own_settings(words)
     failed: list[StethoscopeError] = []
 
     def job(config: DictConfig) -> None:

@@ -171,8 +171,14 @@ class Custom(Task):
         return ()
 
     def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
-        """Name the parser."""
-        return [f"Replies are read by the parser {self.parser!r}."] if self.kind == "yes_no" else []
+        """Name the parser of yes and no, and say what replies that are neither count as."""
+        if self.kind != "yes_no":
+            return []
+        return [
+            f"Replies are read by the parser {self.parser!r}.",
+            "answered: the share of replies that are a yes or a no; accuracy_all takes the others for wrong, all other "
+            "metrics leave them out.",
+        ]
 
     def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
         """Return the metrics of the kind: with yes as the positive class, CHAIR's, or words per answer.

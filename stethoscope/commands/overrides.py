@@ -272,10 +272,10 @@ def check_settings(config: Mapping[str, Any], command: str, words: Sequence[str]
         ConfigError: it has; the message names a command that can use them.
     """
     added = {word.lstrip("+").partition("=")[0].partition(".")[0] for word in words if word.startswith("+")}
-    unused = sorted({str(name) for name in config} - _settings_of(command) - added)
+    unused = sorted({str(name) for name in config} - settings_of(command) - added)
     if not unused:
         return
-    able = [other for other in HYDRA_COMMANDS if set(unused) <= _settings_of(other)]
+    able = [other for other in HYDRA_COMMANDS if set(unused) <= settings_of(other)]
     used_by = f"`stethoscope {able[0]}` does; " if able else ""
     raise ConfigError(
         f"{command} does not use {', '.join(unused)}; {used_by}an experiment brought "
@@ -291,7 +291,7 @@ def _chosen_by(command: str) -> frozenset[str]:
 
 
 @cache
-def _settings_of(command: str) -> set[str]:
+def settings_of(command: str) -> set[str]:
     """Return the names at the top of a command's configuration: its own, those of files it includes, and its groups."""
     own = _yaml([conf_folder()], command)
     names = set(own) - {"defaults", "hydra"}

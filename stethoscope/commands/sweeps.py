@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stethoscope.commands.command_line import quote, unquoted
-from stethoscope.commands.overrides import check_mappings, check_settings, check_values
+from stethoscope.commands.overrides import check_mappings, check_settings, check_values, settings_of
 from stethoscope.core.component import TARGET, build, import_plugins
 from stethoscope.core.errors import ConfigError, StethoscopeError, first_line
 from stethoscope.core.text import (
@@ -89,6 +89,12 @@ class Sweep:
     def overrides(self) -> list[str]:
         """Overrides for Hydra itself: the folder of its files, and no log lines about jobs."""
         return [f"hydra.sweep.dir={quote(str(self.folder))}", "hydra/hydra_logging=none"]
+
+    def own_settings(self, words: Sequence[str]) -> list[str]:
+        """Return the overrides without ``name=``, where that only names the sweep: ``train``'s jobs have no name."""
+        if "name" in settings_of(self.command):
+            return list(words)
+        return [word for word in words if not (word.startswith("name=") and _read(word) is not None)]
 
     @property
     def started(self) -> bool:

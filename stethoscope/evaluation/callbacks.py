@@ -118,7 +118,8 @@ class Progress(Callback):
         """End the bar."""
         if self._bar is None:
             seconds = _duration(time.monotonic() - self._started)
-            self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}, {self._rate(run)}{self._failed(run)}")
+            rate = f", {self._rate(run)}" if run.done > run.resumed else ""
+            self._say(f"{run.task.name}: {run.done}/{run.total} in {seconds}{rate}{self._failed(run)}")
         self._stop()
 
     def on_exception(self, run: RunState, error: BaseException) -> None:

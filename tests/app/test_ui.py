@@ -112,7 +112,9 @@ def test_a_photograph_is_asked_about_and_looked_at(page, served, adapter, tmp_pa
 
     old = text(page, "question")
     page.select_option("#view [data-id=scope]", "token")
-    page.wait_for_function("before => document.querySelector('#view [data-id=question]').innerText !== before", arg=old)
+    page.wait_for_function(
+        "before => document.querySelector('#view [data-id=question]').innerText !== before", arg=old, timeout=60_000
+    )
     assert page.locator(".st-chosen.st-t").inner_text() == answer.tokens[7].strip()  # still the same token and layer
     assert text(page, "layer-text") == "2 of 4"
     requests = len(page.asked)

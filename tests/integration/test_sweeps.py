@@ -117,7 +117,7 @@ def test_feature_sets_are_columns_of_the_run(call, tmp_path):
 def test_a_failed_job_is_told_and_does_not_stop_the_others(call, tmp_path):
     source = made_up_run(tmp_path / "made", images=120)
     words = ("detector.features=[nll],[nil],[nll,position]", "logger=none", *QUICK)
-    code, out, err = call("train", "--multirun", f"run={source}", "runs=there", *words)
+    code, out, err = call("train", "--multirun", f"run={source}", "runs=there", "name=study", *words)
     assert code == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith(
@@ -125,6 +125,7 @@ def test_a_failed_job_is_told_and_does_not_stop_the_others(call, tmp_path):
     )
     assert "did you mean 'nll'" in err
     (folder,) = (tmp_path / "there").iterdir()
+    assert folder.name == "study"  # of the sweep: a job of train has no name
     jobs = _jobs(folder)
     assert [job["status"] for job in jobs] == ["finished", "failed", "finished"]
     assert "unknown feature 'nil'" in jobs[1]["error"]

@@ -44,6 +44,8 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal(capsys, tmp_path
     assert lines[-1].startswith("tiny: 10/10 in 0 s, ")
     Evaluator([Progress()], run_dir=tmp_path).run(TinyAdapter(), TinyTask())
     assert capsys.readouterr().err.splitlines()[1] == "tiny: 10 samples, 9 of them need nothing more"
+    Evaluator([Progress()], run_dir=tmp_path).run(TinyAdapter(), TinyTask())
+    assert capsys.readouterr().err.splitlines()[-1] == "tiny: 10/10 in 0 s"  # no rate of nothing
 
 
 @pytest.mark.parametrize("interrupt", [None, 5])

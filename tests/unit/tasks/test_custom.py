@@ -52,6 +52,7 @@ def test_yes_no(asked):
     assert (values["answered", "all"], values["accuracy_all", "all"]) == (1.0, 0.5)
     values = figures(task, {"1": "Yes", "second": "Hm", "3": "Yes, it is."})
     assert (values["answered", "all"], values["accuracy", "all"], values["accuracy_all", "all"]) == (0.5, 0.0, 0.0)
+    assert any("accuracy_all takes the others for wrong" in note for note in task.notes(task.samples()))
     assert [m.label for m in task.mentions(three, reply("Yes, it is."))] == [1]
 
 
