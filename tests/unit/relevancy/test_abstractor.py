@@ -7,7 +7,7 @@ from helpers import brute_force, zoo
 from stethoscope.adapters import tiny
 from stethoscope.core.errors import CapabilityError
 from stethoscope.relevancy import relevancy_from_inputs
-from stethoscope.relevancy.rules import QueryRelevancy
+from stethoscope.relevancy.backward_pass import QueryRelevancy
 
 QUERIES, VISION = 5, 17
 NEAR = 2e-5

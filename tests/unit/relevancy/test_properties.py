@@ -8,7 +8,7 @@ from helpers import zoo
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError
 from stethoscope.relevancy import attention_backward, relevancy_from_inputs, token_alignment, traced_calls
-from stethoscope.relevancy.rules import BlockRelevancy, StoredRelevancy
+from stethoscope.relevancy.backward_pass import BlockRelevancy, StoredRelevancy
 
 SCOPES = ("row", "token")
 NAMES = ("llm", "decoder", "encoder", "vision", "tiles", "query_text", "saliency")
