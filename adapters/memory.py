@@ -15,7 +15,7 @@ from torch import nn
 from stethoscope.adapters import loading as files
 from stethoscope.adapters.loading import Loading
 from stethoscope.core.types import Memory
-from stethoscope.relevancy.traced_calls import BUDGET
+from stethoscope.relevancy.attention_backward import BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

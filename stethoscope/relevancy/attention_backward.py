@@ -1,107 +1,149 @@
-"""Compute attention whose backward pass yields Abar in blocks of rows.
+"""Compute Abar and the gradients of one attention call, in blocks of rows.
 
 With A the map after softmax and z the logit, the output of attention is O = A V, so dz/dA = (dz/dO) V^T, and Abar is
 the mean over heads of relu(A * dz/dA). The map is recomputed in the backward pass from queries and keys, one block of
 rows at a time, up to the last column that the mask makes visible to the block. Matrix products of few rows are slow, so
 a block has ``_ROWS`` rows or more; where all of its heads would not fit a processor's cache, they take turns. No tensor
-of size layers x heads x N x N exists. The forward pass is SDPA, or eager attention where maps are so small that it
-costs nothing: the two differ by rounding, which badly conditioned small models amplify.
+of size layers x heads x N x N exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stethoscope.relevancy.traced_calls import Block, Blocks, Grads, PrefixGradient, TracedCall, is_causal
-from stethoscope.tracing.hooks import eager_attention, plain_attention
+from stethoscope.tracing.hooks import Site, eager_attention
 
-_SMALL = 2**20  # entries of a map
+BUDGET = 2**26
+"""Default limit, in bytes, of attention maps and gradients of tokens at once; on a GPU the smallest default."""
 _CACHE = 2**20  # bytes of maps that fit a processor's cache
 _ROWS = 64  # of a block at least, even where one head of them does not fit the cache
 _COPIES = 5  # blocks in float32 that exist at once on a device where the budget is the only limit
 _EAGER_ONLY = ("softcap", "s_aux", "position_bias")  # options that only the eager attention of a model file supports
 
 
-def forward_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    options: dict[str, Any],
-    needs_map: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the output (B, q, heads, d) of a call, and its map where that is small or needed."""
-    eager = needs_map or _is_small(query, key)
-    return (eager_attention if eager else plain_attention)(module, query, key, value, mask, **options)
+class Block(NamedTuple):
+    """Rows of Abar of one call, in float32 or better. Rows in no block and columns after its last are zero.
 
-
-def _is_small(query: Tensor, key: Tensor) -> bool:
-    return query.shape[:3].numel() * key.shape[2] <= _SMALL
-
-
-def traced_attention(query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
-    """Compute attention whose backward passes hand Abar to ``call.receive``.
-
-    Args:
-        query: (B, heads, q, d).
-        key: (B, key-value heads, k, d).
-        value: (B, key-value heads, k, d).
-        call: the call and the receiver of its blocks.
+    Attributes:
+        start: first row.
+        abar: (B, rows, columns) mean over heads of relu(A * dz/dA).
+        saliency: (B, last rows, columns) sum over heads of |A * dz/dA| of those rows that come from
+            ``TracedCall.salient`` on; None where the block has none.
     """
-    return _TracedAttention.apply(query, key, value, call)
+
+    start: int
+    abar: Tensor
+    saliency: Tensor | None
 
 
-class _TracedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: TracedCall) -> Tensor:
-        own = [part[:, :, call.skipped :].clone() if call.skipped else part for part in (key, value)]
-        ctx.save_for_backward(query, *own)  # the prefix is stored once, not with every pass behind it
-        ctx.call = call
-        output, weights = forward_attention(call.module, query, key, value, call.mask, call.options, call.needs_map)
-        exact = weights is not None and weights.dtype == _float32_or_better(query)
-        if call.keep_map and exact and _is_small(query, key):
-            call.map = weights
-        call.weights = weights if call.needs_map else None
-        return output
+class PrefixGradient(NamedTuple):
+    """Gradient of keys or values before a call's own, as the factors that its live queries leave.
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        call, (query, key, value) = ctx.call, ctx.saved_tensors
-        grads = tuple(
-            torch.zeros(tensor.shape, dtype=_float32_or_better(tensor), device=tensor.device) if needed else None
-            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        )
-        if call.prefix is not None:
-            call.prefix_gradients = _empty_factors(query, call), _empty_factors(query, call)
-            key, value = (torch.cat(parts, 2) for parts in zip(call.prefix, (key, value), strict=True))
-        blocks = attention_blocks(call, query, key, value, gradient.transpose(1, 2), grads)
-        call.receive(call, blocks, grads)
-        call.prefix_gradients = None
-        returned = [None if grad is None else grad.to(query.dtype) for grad in grads]
-        for index in (1, 2) if call.skipped else ():
-            own = returned[index]
-            returned[index] = None if own is None else torch.nn.functional.pad(own, (0, 0, call.skipped, 0))
-        return *returned, None
+    The gradient of a key is the sum over queries and heads of weight times vector; it takes d times the memory.
+
+    Attributes:
+        weights: (B, heads, live queries, prefix), float32 or better.
+        vectors: (B, heads, live queries, d), float32 or better.
+    """
+
+    weights: Tensor
+    vectors: Tensor
+
+    def add_to(self, gradient: Tensor) -> None:
+        """Add the gradient to that of the same keys or values, (B, key-value heads, prefix, d), in place."""
+        weights, vectors = self._grouped(gradient.shape[1])
+        gradient.flatten(0, 1).baddbmm_(weights.flatten(0, 1).transpose(1, 2), vectors.flatten(0, 1))
+
+    def product(self, prefix: Tensor) -> Tensor:
+        """Multiply keys or values (B, key-value heads, prefix, d) by their gradient and sum up: a scalar."""
+        weights, vectors = self._grouped(prefix.shape[1])
+        return (vectors @ prefix.to(vectors.dtype).transpose(-1, -2)).mul(weights).sum()
+
+    def _grouped(self, groups: int) -> list[Tensor]:
+        """Return the factors with the queries of all heads that share a key in one dimension."""
+        return [part.unflatten(1, (groups, -1)).flatten(2, 3) for part in self]
 
 
-def _empty_factors(query: Tensor, call: TracedCall) -> PrefixGradient:
-    """Return zeros for the gradient that the live queries of a call leave at its prefix."""
-    live = query.shape[2] if call.live is None else call.live
-    return PrefixGradient(
-        *(
-            torch.zeros(*query.shape[:2], live, size, dtype=_float32_or_better(query), device=query.device)
-            for size in (call.skipped, query.shape[3])
-        )
-    )
+Blocks = Iterator[Block]
+"""All blocks of a call; all must be consumed."""
+Grads = tuple[Tensor | None, ...]
+"""Gradients of query, key and value in float32 or better; None where none is needed."""
 
 
-def _float32_or_better(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+@dataclass(eq=False)
+class TracedCall:
+    """One call of an attention module.
+
+    Attributes:
+        site: name, role and layer of the module.
+        module: the attention module.
+        mask: attention mask in SDPA's form.
+        options: further arguments of the model file.
+        receive: called with the call, its blocks and the gradients that these fill in, in every backward pass.
+        ends: for every query, index + 1 of the last visible key.
+        live: number of leading queries whose gradients reach all keys and values; None for all. Later queries pass
+            gradients to their own key and value only (scope ``row``), or to none (cross-attention).
+        prefix: keys and values before those of the first query, (B, key-value heads, prefix, d) each; None without any.
+        skipped: number of keys of the prefix.
+        prefix_gradients: of the prefix, filled in by a backward pass.
+        seeds: gradients of the call's own keys and values from passes behind it; empty without any.
+        causal: whether queries of a call without a mask see no later keys.
+        salient: first query whose saliency is needed; None for none.
+        budget: bytes that maps may take in the backward pass of this call.
+        offset: first column of this call when a layer is called once per window.
+        size: bytes of the visible part of the call's maps.
+        keys: number of keys.
+        rows: first and last + 1 of the queries that receive gradients; all by default.
+        narrow: whether only a few of these rows have gradients, so that it pays to search for them.
+        kept_blocks: the map by first row, sample and head of what is computed at once, kept for several backward
+            passes; None to keep none.
+        keep_map: whether to keep a small map of the forward pass, if that computes one in float32 or better.
+        map: this map, (B, heads, q, k).
+        needs_map: whether the forward pass is to compute the map.
+        weights: the map then, in the model's dtype, for whoever needs it.
+        finite: bool scalar, whether all gradients are finite; a tensor, so that no device has to synchronise.
+    """
+
+    site: Site
+    module: nn.Module
+    mask: Tensor | None
+    options: dict[str, Any]
+    receive: Callable[[TracedCall, Blocks, Grads], None]
+    ends: list[int]
+    live: int | None = None
+    prefix: tuple[Tensor, Tensor] | None = None
+    skipped: int = 0
+    prefix_gradients: tuple[PrefixGradient, PrefixGradient] | None = None
+    seeds: Sequence[PrefixGradient] = ()
+    causal: bool = False
+    salient: int | None = None
+    budget: int = BUDGET
+    offset: int = 0
+    size: int = 0
+    keys: int = 0
+    rows: tuple[int, int] | None = None
+    narrow: bool = False
+    kept_blocks: dict[tuple[int, int, int], Tensor] | None = None
+    keep_map: bool = False
+    map: Tensor | None = None
+    needs_map: bool = False
+    weights: Tensor | None = None
+    finite: Tensor | None = None
+
+    def deliver(self, blocks: Blocks, layer: int, receive: Receiver) -> None:
+        """Pass all blocks to a receiver, each as soon as it is computed."""
+        for index, block in enumerate(blocks):
+            receive(self, layer, index == 0, block._replace(start=self.skipped + block.start))
+
+
+Receiver = Callable[[TracedCall, int, bool, Block], None]
+"""Called with every block of a call: the call, the index of its layer within its role, whether the block is the call's
+first, and the block, whose first row is counted in the sequence."""
 
 
 class _Part(NamedTuple):
@@ -165,6 +207,9 @@ def attention_blocks(
                 saliency[part.samples] += _sum_heads(by_head[:, :, salient - start :].abs())
             _add_gradients(call, part, scaling, weights, gradients, product, start, stop)
         yield Block(start, abar.div_(query.shape[1]), saliency)
+    for grad, seed in zip(grads[1:], call.seeds, strict=False):
+        if grad is not None:
+            seed.add_to(grad)
 
 
 def _block_shape(call: TracedCall, query: Tensor, key: Tensor) -> tuple[int, int, int]:
@@ -257,7 +302,7 @@ def _mask_scores(call: TracedCall, mask: Tensor | None, scores: Tensor, start: i
     """Mask (b, h, rows, columns) scores with the lowest number; rows without keys stay uniform."""
     low, end = torch.finfo(scores.dtype).min, scores.shape[-1]
     if mask is None:
-        if is_causal(call.module, len(call.ends), call.options):
+        if call.causal:
             later = torch.ones(stop - start, end - start, dtype=torch.bool, device=scores.device).triu_(1)
             scores[..., start:].masked_fill_(later, low)
     elif mask.dtype == torch.bool:
@@ -273,7 +318,7 @@ def _eager_weights(call: TracedCall, part: _Part, query: Tensor, key: Tensor, st
         options["position_bias"] = _mask_rows(options["position_bias"], start, stop, end)
     if mask is not None:
         mask = _mask_rows(mask, start, stop, end)
-    elif is_causal(call.module, len(call.ends), call.options):
+    elif call.causal:
         columns = torch.arange(end, device=query.device)
         mask = (columns <= torch.arange(start, stop, device=query.device)[:, None])[None, None]
     else:
@@ -362,3 +407,7 @@ def _add_key_gradient(
         own = maps.reshape(*split, maps.shape[-1])[..., keys].diagonal(dim1=-2, dim2=-1)
         gradient = (own[..., None] * vectors.reshape(*split, vectors.shape[-1])).sum(2)
         target[:, :, start:stop].add_(gradient, alpha=factor)
+
+
+def _float32_or_better(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stethoscope.relevancy.attention_backward import Block, TracedCall
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
 from stethoscope.relevancy.result import Layout
 from stethoscope.relevancy.rules import decoder_relevancy, identity_like, query_relevancy
 from stethoscope.relevancy.token_alignment import TokenAlignment
-from stethoscope.relevancy.traced_calls import Block, TracedCall
 
 _STORED_BYTES = 2**27  # of the Abar of all layers, where they are stored
 
@@ -65,7 +65,7 @@ class BackwardPass:
         self._add: AddBlock  # for the blocks of the present call
 
     def receive(self, call: TracedCall, layer: int, is_first: bool, block: Block) -> None:
-        """Process a block of Abar (equation 5), see ``traced_calls.Receiver``."""
+        """Process a block of Abar (equation 5), see ``attention_backward.Receiver``."""
         start, abar, saliency = block
         if saliency is not None:
             self._saliency.receive(layer, start + abar.shape[1] - saliency.shape[1], saliency)

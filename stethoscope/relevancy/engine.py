@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.relevancy.backward_pass import BackwardPass
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
-from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, default_budget
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
 from stethoscope.relevancy.rules import RULES
 from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_passes
@@ -27,7 +27,6 @@ from stethoscope.relevancy.token_alignment import (
     capture_inputs_embeds,
     probe_alignment,
 )
-from stethoscope.relevancy.traced_calls import default_budget
 from stethoscope.tracing.hooks import record, selected, sites
 from stethoscope.tracing.token_spans import tile_grids
 
@@ -189,16 +188,15 @@ def _relevancy(
         budget = default_budget(logits.device) if budget is None else budget
         groups = _token_groups(chosen, budget // 2 // recorder.checkpointer.gradient_bytes())
     results: list[dict[str, Tensor]] = []
-    with record(model, recorder):  # for layers that run again
-        for index, group in enumerate(groups):
-            # in scope row no token's gradient reaches the rows of another, so all tokens share one pass
-            split = [group] if scope == "row" else [(token,) for token in group]
-            passes = [BackwardPass(recorder, layout, kind, alignment, part, rule, every) for part in split]
-            end = max(group) + 1
-            roots = [_sum_logits(logits, layout, end)] if scope == "row" else [logits[0, token] for token in group]
-            receivers = [backward_pass.receive for backward_pass in passes]
-            recorder.backward(roots, receivers, layout.first + end, last=index + 1 == len(groups))
-            results += [backward_pass.result() for backward_pass in passes]
+    for index, group in enumerate(groups):
+        # in scope row no token's gradient reaches the rows of another, so all tokens share one pass
+        split = [group] if scope == "row" else [(token,) for token in group]
+        passes = [BackwardPass(recorder, layout, kind, alignment, part, rule, every) for part in split]
+        end = max(group) + 1
+        roots = [_sum_logits(logits, layout, end)] if scope == "row" else [logits[0, token] for token in group]
+        receivers = [backward_pass.receive for backward_pass in passes]
+        recorder.backward(model, roots, receivers, layout.first + end, last=index + 1 == len(groups))
+        results += [backward_pass.result() for backward_pass in passes]
     embeds = captured[0][:, layout.image.to(captured[0].device)]
     return _results(model, sample, layout, kind, chosen, alignment, results, embeds)
 

@@ -26,17 +26,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import DataError
-from stethoscope.core.types import required
+from stethoscope.relevancy.attention_backward import Receiver
 from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
-from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder
+from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, PromptGradRecorder, Seeds
 from stethoscope.relevancy.token_alignment import capture_inputs_embeds
-from stethoscope.relevancy.traced_calls import Blocks, Grads, PrefixGradient, Receiver, TracedCall
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Site, modules_of, record, sites
+from stethoscope.tracing.hooks import AttentionRecorder, modules_of, record, sites
 from stethoscope.tracing.trace import CAUSAL
-
-KeysAndValues = tuple[Tensor, Tensor]
-Seeds = tuple[PrefixGradient, PrefixGradient]
-"""Gradients of the keys and values of a prompt."""
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
 
@@ -50,7 +45,8 @@ class PrefixCache(DynamicCache):
 
     def __init__(self, layers: Iterable[tuple[Tensor, ...]]) -> None:
         super().__init__()
-        for index, (keys, values) in enumerate(layers):
+        self._prefix = [(keys, values) for keys, values in layers]
+        for index, (keys, values) in enumerate(self._prefix):
             super().update(keys[:, :, :0], values[:, :, :0], index)
             self.layers[index].keys, self.layers[index].values = keys, values  # an update would copy them
 
@@ -58,72 +54,12 @@ class PrefixCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KeysAndValues:
         """Return keys and values of the prefix followed by those given, and store nothing."""
-        layer = self.layers[layer_idx]
-        keys, values = required(layer.keys), required(layer.values)
+        keys, values = self._prefix[layer_idx]
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
-
-
-class _KeysReached(Exception):
-    """Ends the last layer of a prompt's pass at its keys and values."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys_and_values = keys, values
 
 
 class _PromptRead(Exception):
     """Ends a prompt's pass after the last layer."""
-
-
-class _PromptRecorder(AttentionGradRecorder):
-    """Records the pass over the prompt, whose backward pass begins at keys and values.
-
-    Attributes:
-        keys_and_values: by name of the attention module, detached; empty when no pass needs them any more.
-        seeds: gradients of keys and values by name.
-        ends: whether the pass ends at the next attention call of the language model.
-    """
-
-    def __init__(self, budget: int | None, keep_graphs: bool) -> None:
-        super().__init__(None, budget, keep_graphs, salient=None)
-        self.keys_and_values: dict[str, KeysAndValues] = {}
-        self.seeds: Mapping[str, Seeds] = {}
-        self.ends = False
-
-    def _attend(self, attention_call: AttentionCall) -> Tensor:
-        site, key, value = attention_call.site, attention_call.key, attention_call.value
-        if site.role == "language" and site.name not in self.keys_and_values and self._offsets is None:
-            self.keys_and_values[site.name] = key.detach(), value.detach()
-            if self.ends:
-                self.layers.setdefault(site.role, []).append(site.name)
-                raise _KeysReached(key, value)
-        return super()._attend(attention_call)
-
-    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
-        super()._receive(call, blocks, grads)
-        for grad, seed in zip(grads[1:], self.seeds.get(call.site.name, ()), strict=False):
-            if grad is not None:
-                seed.add_to(grad)
-
-
-class _AnswerRecorder(AttentionGradRecorder):
-    """Records the pass over the answer, whose first row alone has gradients at the keys and values of the prompt.
-
-    Attributes:
-        seeds: these gradients by name of the attention module.
-    """
-
-    def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None) -> None:
-        super().__init__(1, prompt.budget, not prompt.recompute, 0, observer)
-        self.seeds: dict[str, Seeds] = {}
-        self._prefixes = prompt.recorder.keys_and_values
-
-    def _prefix(self, site: Site) -> KeysAndValues | None:
-        return self._prefixes[site.name]
-
-    def _receive(self, call: TracedCall, blocks: Blocks, grads: Grads) -> None:
-        super()._receive(call, blocks, grads)
-        if call.prefix_gradients is not None:
-            self.seeds[call.site.name] = call.prefix_gradients
 
 
 class PromptPass:
@@ -168,7 +104,7 @@ class PromptPass:
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
-            self.recorder = _PromptRecorder(budget, not recompute)
+            self.recorder = PromptGradRecorder(budget, not recompute)
             self._last: KeysAndValues
             with (
                 record(model, self.recorder),
@@ -183,8 +119,7 @@ class PromptPass:
 
     def _run_last(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
         """Run the last layer up to its keys and values, and end the pass."""
-        self.recorder.ends = True
-        run = partial(_keys_and_values, function)
+        run = partial(self.recorder.run_to_keys, function)
         self._last = self.recorder.checkpointer.run_last(run, *arguments, **options)
         if self._states:
             with torch.no_grad():
@@ -214,12 +149,12 @@ class PromptPass:
 
         Args:
             seeds: the gradients by name of the attention module.
-            receive: see ``traced_calls.Receiver``.
+            receive: see ``attention_backward.Receiver``.
         """
         self.recorder.seeds = seeds
         gradients = seeds[self.recorder.layers["language"][-1]]
         root = torch.stack([seed.product(part) for part, seed in zip(self._last, gradients, strict=True)]).sum()
-        self.recorder.backward([root], [receive], self.length - 1, last=True)
+        self.recorder.backward(self.model, [root], [receive], self.length - 1, last=True)
 
     def release_cache(self) -> None:
         """Drop keys and values, which only passes behind the prompt need."""
@@ -241,7 +176,8 @@ class AnswerPass:
 
     def __init__(self, prompt: PromptPass, observer: AttentionRecorder | None = None) -> None:
         self.prompt, self._observer = prompt, observer
-        self._recorder = _AnswerRecorder(prompt, observer)
+        prefixes = prompt.recorder.keys_and_values
+        self._recorder = AttentionGradRecorder(1, prompt.budget, not prompt.recompute, 0, prefixes, observer)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -277,15 +213,14 @@ class AnswerPass:
         Args:
             root: the sum, of one logit per row at most.
             rows: number of rows from the first that it depends on.
-            receive: see ``traced_calls.Receiver``.
+            receive: see ``attention_backward.Receiver``.
         """
-        model, self.prompt.spent = self.prompt.model, True
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self._recorder):
-            self._recorder.backward([root], [receive], rows, last=True)
-        seeds = self._recorder.seeds
-        del self._recorder
-        self.prompt.release_cache()
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model), record(model, self.prompt.recorder):
+        self.prompt.spent = True
+        with torch.inference_mode(False), torch.enable_grad():
+            self._recorder.backward(self.prompt.model, [root], [receive], rows, last=True)
+            seeds = self._recorder.prefix_gradients
+            del self._recorder
+            self.prompt.release_cache()
             self.prompt.backward(seeds, receive)
         self.prompt.release()
 
@@ -308,15 +243,6 @@ def shares_passes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     """
     mask = inputs.get("attention_mask")
     return continues(model) and (mask is None or mask.dim() == 2) and not any(name in inputs for name in _WHOLE)
-
-
-def _keys_and_values(function: Callable[..., Any], *arguments: Any, **options: Any) -> KeysAndValues:
-    """Run a layer up to its keys and values."""
-    try:
-        function(*arguments, **options)
-    except _KeysReached as reached:
-        return reached.keys_and_values
-    raise DataError("the last layer of the language model has no attention")
 
 
 def _all_but_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from helpers.contract_helpers import reuses
 
 from stethoscope.adapters import prefill
 from stethoscope.core.types import Generation
-from stethoscope.relevancy import relevancy_from_inputs, traced_calls
+from stethoscope.relevancy import attention_backward, relevancy_from_inputs
 from stethoscope.relevancy.engine import _relevancy
 from stethoscope.relevancy.result import read_layout
 from stethoscope.tracing.hooks import selected
@@ -23,7 +23,7 @@ def whole_pass(adapter, prompt, answer):
     model, inputs = adapter.forward_inputs(prompt, answer.token_ids)
     with torch.enable_grad(), selected(model):
         layout = read_layout(model, inputs, answer.token_ids)
-        return _relevancy(model, inputs, layout, "row", "eq10", True, None, traced_calls.BUDGET, False)[0]
+        return _relevancy(model, inputs, layout, "row", "eq10", True, None, attention_backward.BUDGET, False)[0]
 
 
 def near(relevancy, expected):

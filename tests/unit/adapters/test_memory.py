@@ -90,7 +90,7 @@ def test_the_relevancy_pass_keeps_about_what_is_estimated():
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from stethoscope.relevancy import relevancy_from_inputs
-    from stethoscope.relevancy.traced_calls import BUDGET
+    from stethoscope.relevancy.attention_backward import BUDGET
 
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14

@@ -5,9 +5,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from stethoscope.relevancy import attention_backward, traced_calls
-from stethoscope.relevancy.attention_backward import traced_attention
-from stethoscope.relevancy.traced_calls import TracedCall
+from stethoscope.relevancy import attention_backward, gradient_recorder
+from stethoscope.relevancy.attention_backward import TracedCall
+from stethoscope.relevancy.gradient_recorder import traced_attention
 from stethoscope.tracing.hooks import Site
 
 SAMPLES, HEADS, GROUPS, QUERIES, WIDTH = 3, 6, 2, 11, 4
@@ -65,7 +65,7 @@ def test_blocks_of_any_shape_give_the_gradients_of_autograd(monkeypatch, module,
             if block.saliency is not None:
                 saliency[:, stop - block.saliency.shape[1] : stop, :end] = block.saliency
 
-    ends = traced_calls.visible_ends(module, QUERIES, QUERIES, mask, {})
+    ends = gradient_recorder.visible_ends(module, QUERIES, QUERIES, mask, {})
     call = TracedCall(Site("", "language", 0), module, mask, {"scaling": WIDTH**-0.5}, receive, ends, salient=5)
     output = traced_attention(*inputs, call)
     grads = torch.autograd.grad(output, inputs, gradient.transpose(1, 2))
@@ -118,11 +118,11 @@ def test_half_precision_adds_up_blocks_in_float32(monkeypatch, module):
 
 
 def test_the_default_budget_follows_free_memory_on_a_gpu(monkeypatch):
-    assert traced_calls.default_budget(torch.device("cpu")) == traced_calls.BUDGET == 2**26
+    assert gradient_recorder.default_budget(torch.device("cpu")) == gradient_recorder.BUDGET == 2**26
     # stands in for a device that the machine of the tests lacks
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
     for free, budget in ((2**20, 2**26), (2**30 - 2**22, 2**27), (2**40, 2**31)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
-        assert traced_calls.default_budget(torch.device("cuda")) == budget
+        assert gradient_recorder.default_budget(torch.device("cuda")) == budget

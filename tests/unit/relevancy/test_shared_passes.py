@@ -7,9 +7,9 @@ import torch
 from helpers import zoo
 
 from stethoscope.relevancy import token_alignment
+from stethoscope.relevancy.attention_backward import PrefixGradient
 from stethoscope.relevancy.checkpointing import frozen
 from stethoscope.relevancy.shared_passes import AnswerPass, PrefixCache, PromptPass
-from stethoscope.relevancy.traced_calls import PrefixGradient
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
