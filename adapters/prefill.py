@@ -17,7 +17,8 @@ from stethoscope.adapters import memory
 from stethoscope.adapters.forward import ForwardRunner
 from stethoscope.relevancy.shared_passes import PromptPass
 from stethoscope.tracing.answer_recorder import RECORDED_REQUIREMENTS
-from stethoscope.tracing.hooks import listed_modules, selected
+from stethoscope.tracing.hooks import selected
+from stethoscope.tracing.model_parts import listed_modules
 from stethoscope.tracing.trace import PROMPT_REQUIREMENTS, Encoded, PromptCache
 
 if TYPE_CHECKING:

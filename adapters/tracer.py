@@ -31,9 +31,10 @@ from stethoscope.tracing.attention_recorder import (
     ImageSimilarityRecorder,
     RowAttentionRecorder,
 )
-from stethoscope.tracing.hooks import listed_modules, record, selected
+from stethoscope.tracing.hooks import record, selected
 from stethoscope.tracing.interventions import Knockout, core, noised
 from stethoscope.tracing.logit_lens import Lens
+from stethoscope.tracing.model_parts import listed_modules
 from stethoscope.tracing.state_recorder import HiddenStateRecorder
 from stethoscope.tracing.trace import (
     CONTINUED_TOKENS,

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stethoscope.tracing.hooks import Site, eager_attention
+from stethoscope.tracing.hooks import eager_attention
+from stethoscope.tracing.model_parts import Site
 
 BUDGET = 2**26
 """Default limit, in bytes, of attention maps and gradients of tokens at once; on a GPU the smallest default."""

@@ -10,19 +10,14 @@ Operations between layers (embeddings, connectors, the head) form an ordinary gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-from stethoscope.tracing.hooks import modules_of, sites
 
 EdgeKey = tuple[Any, int]
 """A node of the graph and the index of its output."""
@@ -230,68 +225,6 @@ class _PendingGradients:
     def _add(self, key: EdgeKey, gradient: Tensor, root_index: int) -> None:
         by_root = self._gradients[key]
         by_root[root_index] = by_root[root_index] + gradient if root_index in by_root else gradient
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode with frozen parameters within the block, then restore it."""
-    modules = modules_of(model)
-    training = [module for module in modules if module.training]
-    trainable = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def checkpoint_layers(
-    model: nn.Module, checkpointer: LayerCheckpointer, run_last: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Route every layer of the model through a checkpointer within the block.
-
-    Args:
-        model: the model.
-        checkpointer: whose ``run`` calls the layers.
-        run_last: what calls the last layer of the language model instead, by default ``run_last`` of the checkpointer.
-    """
-    layers, sites_by_id = outer_layers(model), sites(model)
-    last = next((layer for layer in reversed(layers) if sites_by_id[id(layer)].role == "language"), None)
-    others, own = [layer for layer in layers if layer is not last], [] if last is None else [last]
-    with route_layers(others, checkpointer.run), route_layers(own, run_last or checkpointer.run_last):
-        yield
-
-
-def outer_layers(model: nn.Module) -> list[nn.Module]:
-    """List the layers of all parts of the model, without layers within layers."""
-    layers: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for layer in modules_of(model):
-        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
-            inside.update(layer.modules())
-            layers.append(layer)
-    return layers
-
-
-@contextmanager
-def route_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
-    """Let ``run`` call the layers within the block: it gets a layer's forward function, then its arguments."""
-    previous = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
-    for layer in layers:
-        vars(layer)["forward"] = partial(run, layer.forward)
-    try:
-        yield
-    finally:
-        for layer, attributes in zip(layers, previous, strict=True):
-            vars(layer).pop("forward")
-            vars(layer).update(attributes)
 
 
 def _edge_key(edge: GradientEdge) -> EdgeKey:

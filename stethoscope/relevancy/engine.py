@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, unknown
 from stethoscope.relevancy.backward_pass import BackwardPass
-from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, default_budget
 from stethoscope.relevancy.result import Layout, Relevancy, answer_logits, read_layout
 from stethoscope.relevancy.rules import RULES
@@ -24,10 +23,10 @@ from stethoscope.relevancy.shared_passes import AnswerPass, PromptPass, shares_p
 from stethoscope.relevancy.token_alignment import (
     TokenAlignment,
     arrange_patches,
-    capture_inputs_embeds,
     probe_alignment,
 )
-from stethoscope.tracing.hooks import record, selected, sites
+from stethoscope.tracing.hooks import record, selected
+from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model, sites
 from stethoscope.tracing.token_spans import tile_grids
 
 if TYPE_CHECKING:
@@ -149,13 +148,12 @@ def _from_passes(
 ) -> list[Relevancy]:
     """Compute the relevancy of every sample from the (B, A) logits of the answers' tokens."""
     prompt, model = answer_pass.prompt, answer_pass.prompt.model
-    with selected(model):
-        kind = _kind(model, prompt.recorder, layout)
-        sample, alignment = _sample_and_alignment(model, prompt.inputs, layout, kind)
-        backward_pass = BackwardPass(prompt.recorder, layout, kind, alignment, chosen, RULES[0], every)
-        end = max(chosen) + 1
-        answer_pass.backward(_sum_logits(logits, layout, end), end, backward_pass.receive)
-        return _results(model, sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
+    kind = _kind(model, prompt.recorder, layout)
+    sample, alignment = _sample_and_alignment(model, prompt.inputs, layout, kind)
+    backward_pass = BackwardPass(prompt.recorder, layout, kind, alignment, chosen, RULES[0], every)
+    end = max(chosen) + 1
+    answer_pass.backward(_sum_logits(logits, layout, end), end, backward_pass.receive)
+    return _results(model, sample, layout, kind, chosen, alignment, [backward_pass.result()], prompt.embeds)
 
 
 def _relevancy(
@@ -176,8 +174,8 @@ def _relevancy(
     recorder = AttentionGradRecorder(live, budget, keep_graphs, layout.first)
     with (
         record(model, recorder),
-        capture_inputs_embeds(model, layout.encoder_decoder) as captured,
-        checkpoint_layers(model, recorder.checkpointer),
+        capture_inputs(model, "encoder" if layout.encoder_decoder else "language") as captured,
+        route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
     ):
         logits = answer_logits(model, inputs, layout)
     kind = _kind(model, recorder, layout)

@@ -24,8 +24,9 @@ from stethoscope.relevancy.attention_backward import (
     TracedCall,
     attention_blocks,
 )
-from stethoscope.relevancy.checkpointing import LayerCheckpointer, frozen
+from stethoscope.relevancy.checkpointing import LayerCheckpointer
 from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, eager_attention, plain_attention, record
+from stethoscope.tracing.model_parts import frozen
 
 _GPU_BUDGET, _GPU_SHARE = 2**31, 8  # the largest default on a GPU, and the part of its free memory that it may be
 _SMALL = 2**20  # entries of a map

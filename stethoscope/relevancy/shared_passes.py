@@ -20,17 +20,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.errors import DataError
 from stethoscope.relevancy.attention_backward import Receiver
-from stethoscope.relevancy.checkpointing import checkpoint_layers, frozen
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, PromptGradRecorder, Seeds
-from stethoscope.relevancy.token_alignment import capture_inputs_embeds
-from stethoscope.tracing.hooks import AttentionRecorder, modules_of, record, sites
+from stethoscope.tracing.hooks import AttentionRecorder, record
+from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -98,8 +96,6 @@ class PromptPass:
         states: bool = False,
     ) -> None:
         self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
-        self.hidden: list[Tensor] = []
-        self._states = states
         with torch.inference_mode(False), torch.enable_grad(), frozen(model):
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
@@ -108,11 +104,11 @@ class PromptPass:
             self._last: KeysAndValues
             with (
                 record(model, self.recorder),
-                capture_inputs_embeds(model, False) as captured,
-                checkpoint_layers(model, self.recorder.checkpointer, self._run_last),
-                self._recorded_states(),
+                capture_inputs(model, "language", every=states) as captured,
+                route_model(model, self.recorder.checkpointer.run, self._run_last),
                 suppress(_PromptRead),
             ):
+                self.hidden = captured if states else []
                 model(**_all_but_last(self.inputs), use_cache=False)
         self.layers = tuple(self.recorder.keys_and_values.values())
         self.embeds = captured[0][:, self.image.to(captured[0].device)]
@@ -121,28 +117,11 @@ class PromptPass:
         """Run the last layer up to its keys and values, and end the pass."""
         run = partial(self.recorder.run_to_keys, function)
         self._last = self.recorder.checkpointer.run_last(run, *arguments, **options)
-        if self._states:
+        if self.hidden:
             with torch.no_grad():
                 output = function(*arguments, **options)
             self.hidden.append(output[0] if isinstance(output, tuple) else output)
         raise _PromptRead
-
-    @contextmanager
-    def _recorded_states(self) -> Iterator[None]:
-        """Record what enters the layers of the language model within the block, if states are to be kept."""
-
-        def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            self.hidden.append((arguments[0] if arguments else options["hidden_states"]).detach())
-
-        roles = sites(self.model)
-        layers = [part for part in modules_of(self.model) if isinstance(part, GradientCheckpointingLayer)]
-        own = [layer for layer in layers if roles[id(layer)].role == "language"] if self._states else []
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in own]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def backward(self, seeds: Mapping[str, Seeds], receive: Receiver) -> None:
         """Back-propagate gradients of the keys and values, handing every block of attention to ``receive``.
@@ -188,7 +167,7 @@ class AnswerPass:
             torch.enable_grad(),
             frozen(model),
             record(model, recorder),
-            checkpoint_layers(model, recorder.checkpointer),
+            route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
         ):
             yield
         if self._observer is not None:

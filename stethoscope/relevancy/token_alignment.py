@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stethoscope.core.cache import LRUCache
 from stethoscope.core.errors import CapabilityError
-from stethoscope.relevancy.checkpointing import outer_layers, route_layers
-from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, modules_of, record, sites
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, record
+from stethoscope.tracing.model_parts import outer_layers, route_layers, sites
 from stethoscope.tracing.token_spans import image_layout
 
 _CACHE_SIZE = 64  # input shapes per model
@@ -329,34 +327,3 @@ def _patch_size(config: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-
-
-@contextmanager
-def capture_inputs_embeds(model: PreTrainedModel, encoder: bool) -> Iterator[list[Tensor]]:
-    """Capture the input embeddings of the language model by a hook on its first layer.
-
-    Args:
-        model: the model.
-        encoder: whether to hook the encoder of the language model instead.
-
-    Yields:
-        A list that receives the (B, S, D) embeddings of one forward pass.
-
-    Raises:
-        CapabilityError: the model has no such layer.
-    """
-    role, sites_by_id = "encoder" if encoder else "language", sites(model)
-    layers = (module for module in modules_of(model) if isinstance(module, GradientCheckpointingLayer))
-    first = next((layer for layer in layers if sites_by_id[id(layer)].role == role), None)
-    if first is None:
-        raise CapabilityError(f"{type(model).__name__}: no first layer of its language model was found")
-    captured: list[Tensor] = []
-
-    def capture(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        captured.append((arguments[0] if arguments else options["hidden_states"]).detach())
-
-    handle = first.register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        yield captured
-    finally:
-        handle.remove()

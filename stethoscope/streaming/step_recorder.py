@@ -23,16 +23,8 @@ from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
 from stethoscope.streaming.recorded_steps import DeferredAttention, Keys, RecordedSteps, Step
-from stethoscope.tracing.hooks import (
-    AttentionCall,
-    AttentionRecorder,
-    Recording,
-    capturing,
-    last_row,
-    modules_of,
-    selected,
-    sites,
-)
+from stethoscope.tracing.hooks import AttentionCall, AttentionRecorder, Recording, capturing, last_row, selected
+from stethoscope.tracing.model_parts import modules_of, sites
 
 _NOT_PLAIN = ("position_bias", "softcap", "s_aux")  # options that change the map from softmax(scaling q k)
 _NEAR, _NEAR_ROUNDED = 1e-5, 1e-2  # tolerance against the model file's attention, in float32 and other dtypes

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError
-from stethoscope.tracing.hooks import AttentionRecorder, Site
+from stethoscope.tracing.hooks import AttentionRecorder
+from stethoscope.tracing.model_parts import Site
 from stethoscope.tracing.trace import Spans
 
 HEAD_BYTES = 2**28

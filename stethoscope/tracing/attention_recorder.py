@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CaptureError
-from stethoscope.tracing.hooks import AttentionRecorder, Site
+from stethoscope.tracing.hooks import AttentionRecorder
+from stethoscope.tracing.model_parts import Site
 from stethoscope.tracing.trace import SEGMENTS, HeadAttention, Spans, largest
 
 TOP = 20

@@ -7,7 +7,6 @@ including the causal mask that SDPA omits. ``record`` selects the function withi
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -23,31 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from stethoscope.core.errors import CaptureError
+from stethoscope.tracing.model_parts import ROLES, Site, modules_of, sites
 
 NAME = "stethoscope"
-ROLES = ("vision", "connector", "encoder", "cross", "language")
-
-_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|vision_encoder|image_encoder)(\.|$)")
-_CONNECTOR = re.compile(r"qformer|visual_abstractor|resampler|perceiver")
-_CROSS = re.compile(r"EncDecAttention|cross_?attn|encoder_attn")
-_ENCODER = re.compile(r"(^|\.)encoder\.")
-_NUMBER = re.compile(r"\.(\d+)(\.|$)")
-
-
-@dataclass(frozen=True)
-class Site:
-    """An attention module of a model.
-
-    Attributes:
-        name: path of the module, as in ``model.named_modules()``.
-        role: one of ``ROLES``: the vision tower, the connector to the language model (Q-Former, abstractor), the
-            encoder of an encoder-decoder language model, its cross-attention, or causal self-attention.
-        layer: number of the layer within its part of the model, -1 when the path has none.
-    """
-
-    name: str
-    role: str
-    layer: int
 
 
 class AttentionCall(NamedTuple):
@@ -137,8 +114,6 @@ class _Selection:
 
 
 _active: ContextVar[Recording | None] = ContextVar("stethoscope_recording", default=None)
-_listed: ContextVar[tuple[nn.Module, list[nn.Module]] | None] = ContextVar("stethoscope_modules", default=None)
-_sites_by_model: WeakKeyDictionary[nn.Module, dict[int, Site]] = WeakKeyDictionary()
 _selections: WeakKeyDictionary[nn.Module, _Selection] = WeakKeyDictionary()
 
 
@@ -281,55 +256,6 @@ def last_row(states: Tensor) -> Tensor:
     return states if states.shape[-2] == 1 else states[..., -1:, :].clone()
 
 
-def sites(model: nn.Module) -> dict[int, Site]:
-    """Map every module of the model by ``id`` to the site that it would be as an attention module.
-
-    Sites are cached per model until its modules change.
-    """
-    cached_sites = _sites_by_model.get(model)
-    if cached_sites is None or cached_sites.keys() != {id(module) for module in modules_of(model)}:
-        cached_sites = _sites_by_model[model] = _find_sites(model)
-    return cached_sites
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """List ``model.modules()`` in the same order, five times as fast because no names are built."""
-    listed = _listed.get()
-    if listed is not None and listed[0] is model:
-        return listed[1]
-    modules: dict[int, nn.Module] = {}
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and id(module) not in modules:
-            modules[id(module)] = module
-            waiting += reversed(module._modules.values())
-    return list(modules.values())
-
-
-@contextmanager
-def listed_modules(model: nn.Module) -> Iterator[None]:
-    """List the modules of a model once for the whole block, in which none is added or replaced.
-
-    A pass with its backward pass asks for them about ten times: 5 % of its time in a small model.
-    """
-    token = _listed.set((model, modules_of(model)))
-    try:
-        yield
-    finally:
-        _listed.reset(token)
-
-
-def _find_sites(model: nn.Module) -> dict[int, Site]:
-    tower = _vision_tower(model)
-    sites_by_id = {}
-    for name, module in model.named_modules():
-        number = _NUMBER.search(name)
-        role = "vision" if id(module) in tower else _role(name)
-        sites_by_id[id(module)] = Site(name, role, int(number.group(1)) if number else -1)
-    return sites_by_id
-
-
 @contextmanager
 def record(model: PreTrainedModel, recorder: AttentionRecorder) -> Iterator[AttentionRecorder]:
     """Pass the attention calls of one forward pass to a recorder; the model is restored afterwards, even on errors.
@@ -390,22 +316,6 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
             parts = (getattr(config, key, None) for key in config.sub_configs)
             waiting.extend(part for part in parts if isinstance(part, PreTrainedConfig))
     return list(configs.values())
-
-
-def _vision_tower(model: nn.Module) -> set[int]:
-    get_encoder = getattr(model, "get_encoder", None)
-    try:
-        tower = get_encoder(modality="image") if get_encoder else None
-    except (AttributeError, TypeError, ValueError):
-        tower = None
-    return {id(module) for module in tower.modules()} if isinstance(tower, nn.Module) and tower is not model else set()
-
-
-def _role(name: str) -> str:
-    for role, pattern in (("connector", _CONNECTOR), ("vision", _VISION), ("cross", _CROSS), ("encoder", _ENCODER)):
-        if pattern.search(name):
-            return role
-    return "language"
 
 
 def _eager_forward(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from stethoscope.core.errors import CapabilityError
-from stethoscope.tracing.hooks import sites
+from stethoscope.tracing.model_parts import sites
 from stethoscope.tracing.trace import HIDDEN_LAYERS, of_depth
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")

@@ -12,8 +12,8 @@ from stethoscope.core.types import Generation
 from stethoscope.features import FeatureSet
 from stethoscope.relevancy import relevancy_from_inputs, token_relevancy
 from stethoscope.tracing.attention_recorder import RowAttentionRecorder
-from stethoscope.tracing.hooks import Site
 from stethoscope.tracing.logit_lens import Lens
+from stethoscope.tracing.model_parts import Site
 from stethoscope.tracing.trace import REQUIREMENTS, SEGMENTS, Spans
 
 QUESTION = "Is there a dog in the image?"

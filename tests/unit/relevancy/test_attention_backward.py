@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from stethoscope.relevancy import attention_backward, gradient_recorder
 from stethoscope.relevancy.attention_backward import TracedCall
 from stethoscope.relevancy.gradient_recorder import traced_attention
-from stethoscope.tracing.hooks import Site
+from stethoscope.tracing.model_parts import Site
 
 SAMPLES, HEADS, GROUPS, QUERIES, WIDTH = 3, 6, 2, 11, 4
 

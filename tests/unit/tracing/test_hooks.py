@@ -11,15 +11,14 @@ from stethoscope.tracing.attention_recorder import RowAttentionRecorder
 from stethoscope.tracing.hooks import (
     NAME,
     AttentionRecorder,
-    Site,
     additive_mask,
     attention,
     eager_attention,
     eager_rows,
     record,
-    sites,
     take_rows,
 )
+from stethoscope.tracing.model_parts import Site, sites
 from stethoscope.tracing.trace import Spans
 
 B, H, S, D = 2, 4, 6, 8
