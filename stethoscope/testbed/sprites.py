@@ -1,4 +1,4 @@
-"""Draw the objects: one short function per category, registered with its colours."""
+"""Draw the objects with a pen: one short function per category, registered with its colours."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 import random
 from collections.abc import Callable
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from stethoscope.testbed.drawing import COLOURS, Pen, jitter, shade
+from stethoscope.testbed.drawing import COLOURS, Colour, jitter
+
+CANVAS = 64
+"""Side of the canvas on which a sprite is drawn before it is scaled into the scene, in pixels."""
 
 ANY = ("red", "green", "blue", "yellow", "white", "black", "purple", "pink", "amber", "teal")
 INK, GLASS, METAL = (28, 28, 30), (175, 215, 235), (60, 60, 62)
@@ -17,6 +20,57 @@ LONG = frozenset({"fork", "knife", "spoon", "remote", "surfboard"})
 """Categories that are drawn at any angle; all others are nearly upright."""
 SLENDER = frozenset({"knife", "fork", "spoon", "bicycle"})
 """Categories that cover least of their square: 0.19 of it or more; all others 0.31 or more."""
+
+
+class Pen:
+    """Draws on a transparent square canvas; all coordinates are fractions of its side.
+
+    Attributes:
+        main: The object's own colour (the one a caption may name).
+        rng: Source of the details that vary between two objects of one category.
+
+    Args:
+        main: The object's own colour, which is jittered.
+        rng: See the attribute.
+    """
+
+    def __init__(self, main: Colour, rng: random.Random) -> None:
+        self.image = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
+        self.main = jitter(main, rng)
+        self.rng = rng
+        self._draw = ImageDraw.Draw(self.image)
+
+    def pick(self, *names: str) -> Colour:
+        """Choose one of the named colours and jitter it."""
+        return jitter(COLOURS[self.rng.choice(names)], self.rng)
+
+    def wobble(self, by: float = 0.05) -> float:
+        """Draw a small random offset."""
+        return self.rng.uniform(-by, by)
+
+    def oval(self, x0: float, y0: float, x1: float, y1: float, fill: Colour) -> None:
+        self._draw.ellipse(self._box(x0, y0, x1, y1), fill=(*fill, 255))
+
+    def ring(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, width: int) -> None:
+        self._draw.ellipse(self._box(x0, y0, x1, y1), outline=(*colour, 255), width=width)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, fill: Colour, radius: float = 0.0) -> None:
+        self._draw.rounded_rectangle(self._box(x0, y0, x1, y1), radius * CANVAS, fill=(*fill, 255))
+
+    def shape(self, points: list[tuple[float, float]], fill: Colour) -> None:
+        self._draw.polygon([(x * CANVAS, y * CANVAS) for x, y in points], fill=(*fill, 255))
+
+    def line(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
+        scaled = [(x * CANVAS, y * CANVAS) for x, y in points]
+        self._draw.line(scaled, fill=(*colour, 255), width=max(1, int(width * CANVAS)))
+
+    def slice(self, x0: float, y0: float, x1: float, y1: float, start: int, end: int, fill: Colour) -> None:
+        self._draw.pieslice(self._box(x0, y0, x1, y1), start, end, fill=(*fill, 255))
+
+    @staticmethod
+    def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
+        return (x0 * CANVAS, y0 * CANVAS, x1 * CANVAS, y1 * CANVAS)
+
 
 _DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[[Pen], None]]] = {}
 
@@ -66,6 +120,11 @@ def _upright(category: str, colour: str, seed: int) -> tuple[Image.Image, float]
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image, rng.uniform(-60, 60) if category in LONG else rng.uniform(-12, 12)
+
+
+def shade(colour: Colour, factor: float) -> Colour:
+    """Darken (factor < 1) a colour."""
+    return tuple(int(min(255, c * factor)) for c in colour)  # type: ignore[return-value]
 
 
 @_draws("person", *ANY)
