@@ -130,9 +130,9 @@ class ForwardPass:
     continued: bool = False
 
     @property
-    def queries(self) -> int | None:
-        """Number of queries of a continued pass; None for a full one."""
-        return self.inputs["input_ids"].shape[1] if self.continued else None
+    def skipped(self) -> int:
+        """Number of keys before the first query."""
+        return self.length - self.inputs["input_ids"].shape[1] if self.continued else 0
 
 
 class ForwardRunner:
@@ -204,6 +204,7 @@ class ForwardRunner:
         tail_lengths: Sequence[int] | None = None,
         consuming: bool = False,
         hidden: Sequence[Sequence[int]] | None = None,
+        prefix: PrefixCache | None = None,
     ) -> ForwardPass:
         """Prepare a pass over the answers and the prompts' last tokens, continuing from the KV cache of the others.
 
@@ -215,6 +216,7 @@ class ForwardRunner:
                 token; 1 each by default.
             consuming: as for ``full_forward``.
             hidden: by prompt, positions that nothing in the pass attends to.
+            prefix: of all prompts; by default ``caches`` joined.
         """
         read = [ids if consuming else ids[:-1] for ids in answers]
         tails = list(tail_lengths or [1] * len(encoded))
@@ -238,7 +240,8 @@ class ForwardRunner:
                 "position_ids": torch.tensor(prefix_lengths)[:, None] + torch.arange(longest),
             }
         )
-        inputs["past_key_values"] = PrefixCache(join_caches(caches, prefix_lengths, pad_offsets))
+        joined = PrefixCache(join_caches(caches, prefix_lengths, pad_offsets)) if prefix is None else prefix
+        inputs["past_key_values"] = joined
         rows = answer_rows([tail - 1 for tail in tails], [len(ids) for ids in read])
         spans = [prompt.spans.shifted(offset) for prompt, offset in zip(encoded, pad_offsets, strict=True)]
         return ForwardPass(inputs, rows, spans, pad_offsets, mask.shape[1], True)

@@ -207,8 +207,10 @@ class Tracer:
         graph = required(encoded[0].cache).graph if shares else None
         reads_prompts = graph is None and not requires.isdisjoint(PROMPT_REQUIREMENTS)
         with torch.inference_mode(graph is None):  # gradients need ordinary tensors
-            prepare = self._forward.full_forward if reads_prompts else self._answer_forward
-            forward = prepare(encoded, ids, consuming)
+            if reads_prompts:
+                forward = self._forward.full_forward(encoded, ids, consuming)
+            else:
+                forward = self._answer_forward(encoded, ids, consuming, graph)
         rows = forward.rows[:, :-1].contiguous() if consuming and forward.rows.shape[1] > 1 else forward.rows
         attention, states = (
             self._attention_recorder(forward, ids, requires),
@@ -218,7 +220,6 @@ class Tracer:
         with ExitStack() as stack:
             if graph is not None:
                 answer_pass = AnswerPass(graph, attention)
-                forward.inputs["past_key_values"] = PrefixCache(graph.layers)
                 stack.enter_context(answer_pass.recorded())
             elif attention is not None:
                 stack.enter_context(record(self._model, attention))
@@ -237,8 +238,7 @@ class Tracer:
     ) -> RowAttentionRecorder | None:
         decodes = self._forward.decoder_start is not None
         decoder = forward.inputs["decoder_input_ids"].shape[1] if decodes else None
-        skipped = 0 if forward.queries is None else forward.length - forward.queries
-        layout = (forward.spans, forward.length, decoder, forward.pad_offsets, skipped, requires)
+        layout = (forward.spans, forward.length, decoder, forward.pad_offsets, forward.skipped, requires)
         if "heads" in requires:
             return HeadAttentionRecorder(forward.rows, [len(answer) for answer in ids], *layout)
         if requires.isdisjoint({"attention", "core", "peaks", "own"}):
@@ -377,12 +377,17 @@ class Tracer:
         return recorder.similarities()
 
     def _answer_forward(
-        self, encoded: Sequence[Encoded], ids: Sequence[Sequence[int]], consuming: bool = False
+        self,
+        encoded: Sequence[Encoded],
+        ids: Sequence[Sequence[int]],
+        consuming: bool = False,
+        graph: PromptPass | None = None,
     ) -> ForwardPass:
-        """Prepare a pass over answers, continued from the KV caches of the prompts where all have one."""
+        """Prepare a pass over answers, continued from the graph of the prompts or their KV caches, if they have any."""
         caches = [prompt.cache for prompt in encoded if prompt.cache is not None]
         if len(caches) == len(encoded):
-            return self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming)
+            prefix = None if graph is None else PrefixCache(graph.layers)
+            return self._forward.continue_from_cache(encoded, ids, caches, consuming=consuming, prefix=prefix)
         return self._forward.full_forward(encoded, ids, consuming)
 
     def _layer_states(self, hidden: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from stethoscope.core.errors import DataError
 from stethoscope.relevancy.attention_backward import Receiver
 from stethoscope.relevancy.gradient_recorder import AttentionGradRecorder, KeysAndValues, PromptGradRecorder, Seeds
 from stethoscope.tracing.hooks import AttentionRecorder, record
-from stethoscope.tracing.model_parts import capture_inputs, frozen, route_model
+from stethoscope.tracing.model_parts import capture_inputs, route_model
 from stethoscope.tracing.trace import CAUSAL
 
 _WHOLE = ("position_ids", "past_key_values", "inputs_embeds", "decoder_input_ids", "cache_position")
@@ -96,7 +96,7 @@ class PromptPass:
         states: bool = False,
     ) -> None:
         self.model, self.budget, self.recompute, self.spent = model, budget, recompute, False
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        with torch.inference_mode(False), torch.enable_grad():
             self.inputs = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
             ids = self.inputs["input_ids"]
             self.length, self.image = ids.shape[1], _image_positions(model, ids)
@@ -165,7 +165,6 @@ class AnswerPass:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            frozen(model),
             record(model, recorder),
             route_model(model, recorder.checkpointer.run, recorder.checkpointer.run_last),
         ):

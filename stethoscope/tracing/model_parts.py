@@ -156,11 +156,11 @@ def route_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def route_model(model: nn.Module, run: Callable[..., Any], run_last: Callable[..., Any]) -> Iterator[None]:
-    """Let ``run`` call every layer of the model within the block, and ``run_last`` the language model's last one."""
+    """Freeze the model within the block and let ``run`` call its layers, ``run_last`` the language model's last one."""
     layers, sites_by_id = outer_layers(model), sites(model)
     last = next((layer for layer in reversed(layers) if sites_by_id[id(layer)].role == "language"), None)
     others, own = [layer for layer in layers if layer is not last], [] if last is None else [last]
-    with route_layers(others, run), route_layers(own, run_last):
+    with frozen(model), route_layers(others, run), route_layers(own, run_last):
         yield
 
 
