@@ -15,7 +15,7 @@ from stethoscope.tasks.annotations import clipped, read_rows, with_suffix
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.extraction import COCO, load_extraction
 from stethoscope.tasks.image_folder import ImageFolder
-from stethoscope.tasks.sources import check_choice, check_positive, setting_path
+from stethoscope.tasks.sources import check_choice, check_name, check_positive, setting_path
 
 KINDS = ("yes_no", "caption", "unlabelled", "free")
 _PRIMARY = {"yes_no": "f1", "caption": "chair_i", "unlabelled": "length", "free": "length"}
@@ -52,10 +52,9 @@ class Custom(Task):
         Raises:
             ConfigError: an unknown kind or parser, neither file nor images, or what the kind needs is missing.
         """
+        self.name = check_name(name)
         check_choice("kind of custom task", kind, KINDS)
         check_choice("parser of custom task", parser, yes_no.PARSERS)
-        if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
         if not (file or images):
             raise ConfigError("a custom task needs task.file, a JSON-lines file, or task.images, a folder, or both")
         if not file and _TRUTH[kind]:
@@ -68,7 +67,7 @@ class Custom(Task):
         check_positive(max_new_tokens=max_new_tokens)
         self.asks = asks or ("description" if kind in ("caption", "unlabelled") else "question")
         check_choice("asks of custom task", self.asks, ("question", "description"))
-        self.kind, self.name, self.primary, self.max_new_tokens = kind, str(name), _PRIMARY[kind], max_new_tokens
+        self.kind, self.primary, self.max_new_tokens = kind, _PRIMARY[kind], max_new_tokens
         self.file, self.images, self.question, self.suffix = file, images, question, suffix
         self.parser, self.extraction, self._choice = parser, str(extraction), str(extraction)
         self._samples: list[Sample] = []
@@ -195,13 +194,8 @@ class Custom(Task):
             return {**counts.CHAIR_METRICS, **length}
         if self.kind == "free":
             return {"length": lambda totals: counts.ratio(totals["words"], totals["answers"])}
-        names = ("accuracy", "precision", "recall", "f1", "yes_rate")
-        return {**{name: getattr(counts, name) for name in names}, "accuracy_all": _accuracy_all, "answered": _answered}
-
-
-def _answered(totals: Totals) -> np.ndarray:
-    return counts.ratio(totals["tp"] + totals["fp"] + totals["tn"] + totals["fn"], totals["asked"])
-
-
-def _accuracy_all(totals: Totals) -> np.ndarray:
-    return counts.ratio(totals["tp"] + totals["tn"], totals["asked"])
+        return {
+            **{name: counts.YES_NO_METRICS[name] for name in ("accuracy", "precision", "recall", "f1", "yes_rate")},
+            "accuracy_all": lambda totals: counts.ratio(totals["tp"] + totals["tn"], totals["asked"]),
+            "answered": lambda totals: counts.ratio(sum(totals[name] for name in counts.CONFUSION), totals["asked"]),
+        }

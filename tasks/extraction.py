@@ -176,12 +176,9 @@ def beside_coco(extraction: Extraction, text: str) -> tuple[list[TextMention], l
         for mention in extraction(text)
         if not any(mention.start < known.end and known.start < mention.end for known in coco)
     ]
-    both = sorted([(mention, True) for mention in coco] + [(mention, False) for mention in more], key=_by_start)
+    both = [(mention, True) for mention in coco] + [(mention, False) for mention in more]
+    both.sort(key=lambda pair: pair[0].start)
     return [mention for mention, _ in both], [own for _, own in both]
-
-
-def _by_start(pair: tuple[TextMention, bool]) -> int:
-    return pair[0].start
 
 
 def _digest(words: object) -> str:
@@ -229,7 +226,7 @@ def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
     text = read_text(path)
     try:
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or first_line(error)

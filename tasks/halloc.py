@@ -161,6 +161,7 @@ class HalLoc(GivenAnswers):
             return
         path, images = setting_path(self.file), ImageFolder(setting_path(self.images))
         origins: dict[str, str] = {}
+        samples = []
         for number, origin, row in read_rows(path, ("image", "question", "answer", "spans")):
             id_ = str(row.get("id", "")).strip() or str(number)
             if id_ in origins:
@@ -168,7 +169,7 @@ class HalLoc(GivenAnswers):
             origins[id_] = origin
             check_line("halloc", row, origin)
             image = images.find(str(row["image"]), origin)
-            self._samples.append(
+            samples.append(
                 Sample(
                     id=id_,
                     image=self.shown_image(image),
@@ -179,8 +180,9 @@ class HalLoc(GivenAnswers):
                     answer=row["answer"],
                 )
             )
-        if not self._samples:
+        if not samples:
             raise DataError(f"{path} holds no answer")
+        self._samples = samples
 
     def label_words(self, text: str, spans: Sequence[LabelledSpan]) -> list[LabelledSpan]:
         """Return the marked spans, and all other words as grounded."""

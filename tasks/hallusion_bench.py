@@ -8,28 +8,22 @@ yes or no, as VLMEvalKit and lmms-eval do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from stethoscope.core.errors import DataError, unknown
-from stethoscope.core.types import Answer, Mention, Sample, Score
+from stethoscope.core.types import Answer, Mention, Sample
 from stethoscope.tasks import yes_no
 from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
-from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
-from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.questions import ACCURACY, Metric, QuestionTask, question_text, set_share
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, setting_path
 
 CATEGORIES = ("VD", "VS")
 KEYS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer")
-SETS = {"figures": ("set_id", "figure_id"), "questions": ("set_id", "question_id")}
-"""Prefix of counts -> what, beside category and subcategory, names the answers that must all be right."""
 
 
-class HallusionBench(Task):
+class HallusionBench(QuestionTask):
     """Yes/no questions in sets: every figure has several questions, every question is asked of several figures.
 
     ``aAcc`` is the accuracy of answers, ``fAcc`` the share of figures with all their questions right, ``qAcc`` the
@@ -41,6 +35,10 @@ class HallusionBench(Task):
     name = "hallusion_bench"
     version: ClassVar[str] = "1"
     primary = "aAcc"
+    sets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "figures": ("subcategory", "set_id", "figure_id"),
+        "questions": ("subcategory", "set_id", "question_id"),
+    }
 
     def __init__(
         self,
@@ -59,41 +57,29 @@ class HallusionBench(Task):
         Raises:
             ConfigError: an unknown source or parser, or a path that the source needs.
         """
-        self.data = DataSource(
-            "hallusion_bench",
-            source,
-            {"files": self._read_files, "hub": self._read_hub},
-            {"file": (file, "HallusionBench.json"), "images": (images, "the folder with VD/ and VS/")},
-        )
+        paths = {"file": (file, "HallusionBench.json"), "images": (images, "the folder with VD/ and VS/")}
+        readers = {"files": self._read_files, "hub": self._read_hub}
+        super().__init__(DataSource("hallusion_bench", source, readers, paths))
         check_choice("parser of hallusion_bench", parser, yes_no.PARSERS)
         self.source, self.parser, self.suffix, self.file, self.images = source, parser, suffix, file, images
         self.hub = HubSource(dataset, split, revision, local_files_only)
-        self._samples: list[Sample] = []
 
     def setup(self) -> None:
-        """Read the questions and check that every image is there.
+        """Read the questions and check that every image is there; warn of questions without one.
 
         Raises:
             DataError: a file is missing or broken; the message names file and line.
         """
         if self._samples:
             return
-        samples: dict[str, Sample] = {}
         self._without_image = 0
-        for row in self.data.rows():
-            sample = self._sample(row)
-            if sample.id in samples:
-                raise DataError(f"{row.origin}: question {clipped(sample.id)} occurs twice")
-            samples[sample.id] = sample
-        if not samples:
-            raise DataError(f"{self.file if self.source == 'files' else self.hub.dataset} has no question on an image")
+        super().setup()
         if self._without_image:
             warnings.warn(
                 f"hallusion_bench: {self._without_image} questions without an image are left out, "
-                f"{len(samples)} are asked",
+                f"{len(self._samples)} are asked",
                 stacklevel=2,
             )
-        self._samples = list(samples.values())
 
     def _read_files(self) -> Iterator[SourceRow]:
         path, images = setting_path(self.file), ImageFolder(setting_path(self.images))
@@ -109,85 +95,50 @@ class HallusionBench(Task):
         self._without_image += str(row["visual_input"]) == "0"
         return str(row["visual_input"]) != "0"
 
-    def _sample(self, row: SourceRow) -> Sample:
+    def read_row(self, row: SourceRow) -> Iterator[Sample]:
+        """Make the sample of a row."""
         values, origin = row.values, row.origin
         if values["category"] not in CATEGORIES:
             raise DataError(f"{origin}: {unknown('category', clipped(values['category']), CATEGORIES)}")
         label = {"1": "yes", "0": "no"}.get(str(values["gt_answer"]))
         if label is None:
             raise DataError(f"{origin}: gt_answer {shown(values['gt_answer'])} is neither 0 (no) nor 1 (yes)")
-        if not isinstance(values["question"], str) or not values["question"].strip():
-            raise DataError(f"{origin}: {shown(values['question'])} is no question")
         ids = {key: str(values[key]) for key in ("subcategory", "set_id", "figure_id", "question_id")}
-        return Sample(
+        yield Sample(
             id="_".join([values["category"], *ids.values()]),
             image=row.image,
-            question=with_suffix(values["question"].strip(), self.suffix),
+            question=with_suffix(question_text(values["question"], origin), self.suffix),
             group=f"{values['category']}_{ids['subcategory']}_{ids['set_id']}",  # figures of a set are versions of one
             subset=values["category"],
             reference={"label": label, **ids},
         )
 
-    def samples(self) -> Sequence[Sample]:
-        """Return the questions in the order of the source."""
-        return self._samples
-
-    def score(self, sample: Sample, answer: Answer) -> Score:
-        """Count the answer as right or wrong; ``unparsed`` if the parser reads neither yes nor no."""
-        reply, label = yes_no.PARSERS[self.parser](answer.text), sample.reference["label"]
-        counts = {"asked": 1.0, "read": float(reply is not None), "right": float(reply == label)}
-        return Score("unparsed" if reply is None else "ok", counts, {"reply": reply, "label": label})
+    def reply(self, sample: Sample, text: str) -> yes_no.Reply:
+        """Read yes or no by the chosen parser."""
+        return yes_no.PARSERS[self.parser](text)
 
     def mentions(self, sample: Sample, answer: Answer) -> tuple[Mention, ...]:
         """Return the word yes as a mention of what is asked about, hallucinated if the truth is no."""
-        reply = yes_no.PARSERS[self.parser](answer.text)
+        reply = self.reply(sample, answer.text)
         return yes_no.claim(answer.text, reply, sample.reference["label"], sample.reference["subcategory"])
 
-    def unit(self, sample: Sample) -> Hashable:
-        """Return the set of figures and questions, every one of which is asked of every other."""
-        return _set_key(sample, ("set_id",))
+    def set_key(self, sample: Sample, fields: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """See ``QuestionTask.set_key``: ids are counted anew in every category."""
+        key = super().set_key(sample, fields)
+        return None if key is None else (sample.subset, *key)
 
-    def tally(self, scored: Sequence[ScoredSample]) -> Sequence[Tally]:
-        """Total every sample under ``all`` and its category; the first of a set also carries the counts of the set."""
-        self.setup()  # the task of a finished run has read nothing yet
-        counts = [dict(own) for _, own in scored]
-        for name, keys in SETS.items():
-            for indices in complete_sets(scored, self.samples(), key=partial(_set_key, fields=keys)):
-                rights, reads = ([scored[index][1][count] for index in indices] for count in ("right", "read"))
-                counts[indices[0]] |= set_counts(name, rights, reads)
-        return [
-            Tally(sample.group, subset, own)
-            for subset in ("all", *CATEGORIES)
-            for (sample, _), own in zip(scored, counts, strict=True)
-            if subset in ("all", sample.subset)
-        ]
-
-    def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
-        """Name the parser."""
-        return [f"Replies are read by the parser {self.parser!r}."]
-
-    def metrics(self) -> Mapping[str, Callable[[Totals], np.ndarray]]:
+    def metrics(self) -> Mapping[str, Metric]:
         """Return the accuracy of answers, of whole figures and of whole questions, from 0 to 1."""
+        (figures, figures_published), (questions, questions_published) = map(set_share, self.sets)
         return {
-            "aAcc": lambda totals: ratio(totals["right"], totals["read"]),
-            "fAcc": lambda totals: _share(totals, "figures_right", "figures"),
-            "qAcc": lambda totals: _share(totals, "questions_right", "questions"),
-            "aAcc_published": lambda totals: ratio(totals["right"], totals["asked"]),
-            "fAcc_published": lambda totals: _share(totals, "figures_right", "figures_asked"),
-            "qAcc_published": lambda totals: _share(totals, "questions_right", "questions_asked"),
+            "aAcc": ACCURACY["accuracy"],
+            "fAcc": figures,
+            "qAcc": questions,
+            "aAcc_published": ACCURACY["accuracy_published"],
+            "fAcc_published": figures_published,
+            "qAcc_published": questions_published,
         }
 
 
 def _file_name(row: Mapping[str, Any]) -> str:
     return f"{row['category']}/{row['subcategory']}/{row['set_id']}_{row['figure_id']}.png"
-
-
-def _set_key(sample: Sample, fields: Sequence[str]) -> tuple[str, ...]:
-    """Return what identifies the set of a sample: category, subcategory and the given fields."""
-    return (sample.subset, sample.reference["subcategory"], *(sample.reference[field] for field in fields))
-
-
-def _share(totals: Totals, part: str, whole: str) -> np.ndarray:
-    """Divide counts that only complete sets have; NaN where a limited run completed none."""
-    nothing = np.zeros_like(totals["asked"])
-    return ratio(totals.get(part, nothing), totals.get(whole, nothing))

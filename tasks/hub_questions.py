@@ -22,7 +22,7 @@ from stethoscope.tasks.annotations import shown, with_suffix
 from stethoscope.tasks.base import Totals
 from stethoscope.tasks.counts import YES_NO_METRICS
 from stethoscope.tasks.questions import ACCURACY, ALL, QuestionTask, YesNoTask, question_text, share
-from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_positive
+from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choice, check_name, check_positive
 
 
 class HubQuestions(QuestionTask):
@@ -60,8 +60,7 @@ class HubQuestions(QuestionTask):
             ConfigError: a setting is missing, or has another value than it may have.
         """
         dataset, folder, split, revision, local_files_only = source
-        if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
+        self.name = check_name(name)
         if not dataset:
             raise ConfigError(f"{name} needs task.dataset, owner/name on the hub or a folder of Parquet files")
         for key in ("image", "question", "label"):
@@ -69,7 +68,7 @@ class HubQuestions(QuestionTask):
                 raise ConfigError(f"{name} needs task.{key}, the column of the data set that holds it")
         check_choice(f"parser of {name}", parser, self.parsers)
         check_positive(max_new_tokens=max_new_tokens)
-        self.name, self.parser, self.suffix, self.max_new_tokens = str(name), parser, suffix, max_new_tokens
+        self.parser, self.suffix, self.max_new_tokens = parser, suffix, max_new_tokens
         self.columns = {key: column for key, column in columns.items() if column}
         self.hub = HubSource(dataset, split, revision, local_files_only, folder, self.columns["image"])
         super().__init__(DataSource(self.name, "hub", {"hub": self._read_hub}))

@@ -147,7 +147,7 @@ def read_segments(value: Any, answer: str, origin: str) -> list[LabelledSpan | N
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # nested too deeply
             raise DataError(f"{origin}: annotations {shown(value)} are not JSON") from None
     if not isinstance(value, list):
         raise DataError(f"{origin}: annotations should be a list of segments, not {shown(value)}")

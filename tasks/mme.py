@@ -17,11 +17,12 @@ import numpy as np
 from stethoscope.core.errors import DataError
 from stethoscope.core.types import Answer, Mention, Sample, Score
 from stethoscope.tasks import yes_no
-from stethoscope.tasks.annotations import clipped, read_text, shown, with_suffix
+from stethoscope.tasks.annotations import clipped, read_text, with_suffix
 from stethoscope.tasks.base import ScoredSample, Tally, Task, Totals
 from stethoscope.tasks.counts import complete_sets, ratio, set_counts
 from stethoscope.tasks.image_folder import ImageFolder
 from stethoscope.tasks.pope import asked_object
+from stethoscope.tasks.questions import label_text, question_text
 from stethoscope.tasks.sources import DataSource, HubSource, SourceRow, check_choices, setting_path
 
 CATEGORIES = ("existence", "count", "position", "color")
@@ -81,11 +82,12 @@ class Mme(Task):
         if self._samples:
             return
         asked: Counter[str] = Counter()
+        samples = []
         for values, image, _ in self.data.rows():
             name, category = Path(image.name).stem, values["category"]
             pair = f"{category}-{name}"
             asked[pair] += 1
-            self._samples.append(
+            samples.append(
                 Sample(
                     id=f"{pair}-{asked[pair]}",
                     image=image,
@@ -95,6 +97,7 @@ class Mme(Task):
                     reference={"label": values["label"], "object": asked_object(values["question"])},
                 )
             )
+        self._samples = samples  # at the end: an error above leaves none behind
 
     def _read_files(self) -> Iterator[SourceRow]:
         for category in self.categories:
@@ -128,7 +131,7 @@ class Mme(Task):
         for row, image, origin in self.hub.rows(columns, lambda row: Path(str(row["question_id"])).name):
             category = row["category"]
             if category in self.categories:
-                question, label = _checked(row["question"], row["answer"], origin)
+                question, label = question_text(row["question"], origin), label_text(row["answer"], origin)
                 yield SourceRow({"category": category, "question": question, "label": label}, image, origin)
                 categories.add(category)
         for category in self.categories:
@@ -224,16 +227,8 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
             question, tab, label = line.rpartition("\t")
             if not tab:
                 raise DataError(f"{path}, line {number}: a question, a tab and Yes or No were expected")
-            questions.append(_checked(question, label, f"{path}, line {number}"))
+            origin = f"{path}, line {number}"
+            questions.append((question_text(question, origin), label_text(label, origin)))
     if not questions:
         raise DataError(f"{path} holds no question")
     return questions
-
-
-def _checked(question: object, label: object, origin: str) -> tuple[str, str]:
-    answer = str(label).strip().lower()
-    if answer not in ("yes", "no"):
-        raise DataError(f"{origin}: answer {shown(label)} is neither Yes nor No")
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{origin}: {shown(question)} is no question")
-    return question.strip(), answer

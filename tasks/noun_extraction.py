@@ -260,23 +260,11 @@ class SpacyNounExtractor:
 _ABOUT_PICTURES = frozenset(
     (
         *("image", "picture", "photo", "photograph", "photography", "scene", "view", "shot", "frame", "background"),
-        *(
-            "foreground",
-            "side",
-            "left",
-            "right",
-            "top",
-            "bottom",
-            "middle",
-            "center",
-            "centre",
-            "front",
-            "back",
-            "edge",
-        ),
-        *("corner", "part", "area", "distance", "direction", "position", "way", "kind", "type", "sort", "variety"),
-        *("number", "lot", "group", "pair", "couple", "row", "addition", "total", "color", "colour", "shape", "size"),
-        *("atmosphere", "setting", "appearance", "overall", "impression", "moment", "time", "day", "detail", "focus"),
+        *("foreground", "side", "left", "right", "top", "bottom", "middle", "center", "centre", "front", "back"),
+        *("edge", "corner", "part", "area", "distance", "direction", "position", "way", "kind", "type", "sort"),
+        *("variety", "number", "lot", "group", "pair", "couple", "row", "addition", "total", "color", "colour"),
+        *("shape", "size", "atmosphere", "setting", "appearance", "overall", "impression", "moment", "time", "day"),
+        *("detail", "focus"),
     )
 )
 """Nouns of descriptions that name the picture, a place in it or an amount, and nothing that it shows."""

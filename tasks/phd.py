@@ -157,7 +157,7 @@ def _context(value: Any, mode: str, origin: str) -> str:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # nested too deeply
             raise DataError(f"{origin}: context {clipped(value)} is no JSON object") from None
     context = value.get(mode) if isinstance(value, Mapping) else None
     if not isinstance(context, str) or not context.strip():

@@ -19,16 +19,18 @@ import numpy as np
 
 from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.types import UNKNOWN, Answer, Mention, Sample, Score
-from stethoscope.tasks.annotations import clipped, read_rows, shown, with_suffix
+from stethoscope.tasks.annotations import clipped, read_rows, with_suffix
 from stethoscope.tasks.base import Task, Totals
 from stethoscope.tasks.counts import YES_NO_METRICS, confusion
 from stethoscope.tasks.image_folder import ImageFolder
+from stethoscope.tasks.questions import label_text, question_text
 from stethoscope.tasks.sources import (
     DataSource,
     HubSource,
     SourceRow,
     check_choice,
     check_choices,
+    check_name,
     check_positive,
     scene_image,
     setting_path,
@@ -74,9 +76,9 @@ class CorrectedLabels:
         self._by_question: dict[tuple[str, str, str], str] = {}
         for subset in subsets:
             for _, origin, row in read_rows(folder / REPOPE_FILE.format(subset=subset), QUESTION_KEYS):
-                label, question = _label(row["label"], origin), _question_key(subset, str(row["image"]), row["text"])
+                question = _question_key(subset, str(row["image"]), row["text"])
+                label = self._by_question[question] = label_text(row["label"], origin)
                 self._by_id[subset, str(row["question_id"])] = question, label
-                self._by_question[question] = label
 
     def find(self, subset: str, id_: Any, image: str, text: str) -> str | None:
         """Return the corrected label of a question; None if it has none."""
@@ -88,13 +90,6 @@ class CorrectedLabels:
 def _question_key(subset: str, image: str, text: Any) -> tuple[str, str, str]:
     asked = asked_object(str(text))
     return subset, PurePosixPath(image).stem, (str(text) if asked == UNKNOWN else asked).strip().lower()
-
-
-def _label(value: Any, origin: str) -> str:
-    label = str(value).strip().lower()
-    if label not in ("yes", "no"):
-        raise DataError(f"{origin}: label {shown(value)} is neither yes nor no")
-    return label
 
 
 class Kept(NamedTuple):
@@ -158,14 +153,13 @@ class Pope(Task):
                 "images": (str(images or ""), "a folder of images"),
             },
         )
-        if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
+        self.name = check_name(name)
         check_choice("labels of pope", labels, LABELS)
         parser = parser or ("official" if labels == "pope" else "repope")
         check_choice("parser of pope", parser, PARSERS)
         check_choices("subsets", "subset of pope", subsets, SUBSETS)
         check_positive(scenes=scenes, per_scene=per_scene)
-        self.name, self.source, self.labels, self.parser, self.suffix = str(name), source, labels, parser, suffix
+        self.source, self.labels, self.parser, self.suffix = source, labels, parser, suffix
         self.subsets = tuple(dict.fromkeys(subsets))
         self.scenes, self.per_scene, self.seed = scenes, per_scene, seed
         self.questions, self.filename, self.images, self.repope = questions, filename, images, repope
@@ -225,10 +219,7 @@ class Pope(Task):
     def _sample(self, row: SourceRow) -> Sample:
         """Make a sample of a row with ``subset``, ``question_id``, ``text`` and ``label``."""
         values = row.values
-        label = _label(values["label"], row.origin)
-        if not isinstance(values["text"], str) or not values["text"].strip():
-            raise DataError(f"{row.origin}: {shown(values['text'])} is no question")
-        question = values["text"].strip()
+        label, question = label_text(values["label"], row.origin), question_text(values["text"], row.origin)
         return Sample(
             id=f"{values['subset']}-{values['question_id']}",
             image=row.image,

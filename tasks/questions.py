@@ -97,7 +97,7 @@ class QuestionTask(Task):
             self.setup()  # the task of a finished run has read nothing yet
         counts = [dict(own) for _, own in scored]
         for name, fields in self.sets.items():
-            for indices in complete_sets(scored, self.samples(), key=partial(_set_key, fields=fields)):
+            for indices in complete_sets(scored, self.samples(), key=partial(self.set_key, fields=fields)):
                 rights, reads = ([scored[index][1][count] for index in indices] for count in ("right", "read"))
                 counts[indices[0]] |= set_counts(name, rights, reads)
         self.add_counts(scored, counts)
@@ -111,7 +111,12 @@ class QuestionTask(Task):
         """Return what names the sets of a sample, in which its answer counts with others."""
         shared = [field for fields in self.sets.values() for field in fields]
         shared = [field for field in dict.fromkeys(shared) if all(field in fields for fields in self.sets.values())]
-        return (_set_key(sample, tuple(shared)) if shared else None) or sample.id
+        return (self.set_key(sample, tuple(shared)) if shared else None) or sample.id
+
+    def set_key(self, sample: Sample, fields: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """Return what identifies the set of a sample, by fields of its reference; None where it lacks one of them."""
+        names = tuple(sample.reference.get(field) for field in fields)
+        return None if None in names else names
 
     def notes(self, samples: Sequence[Sample]) -> Sequence[str]:
         """Name the parser."""
@@ -229,9 +234,3 @@ def harmonic_mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def balanced(tpr: Metric, tnr: Metric) -> tuple[Metric, Metric]:
     """Return the arithmetic and the harmonic mean of two rates; only the latter is 0 for a constant yes."""
     return lambda totals: (tpr(totals) + tnr(totals)) / 2, lambda totals: harmonic_mean(tpr(totals), tnr(totals))
-
-
-def _set_key(sample: Sample, fields: tuple[str, ...]) -> tuple[Any, ...] | None:
-    """Return what identifies the set of a sample; None for a sample that lacks one of the fields."""
-    names = tuple(sample.reference.get(field) for field in fields)
-    return None if None in names else names

@@ -71,6 +71,17 @@ def check_choices(setting: str, kind: str, values: Sequence[str], known: Collect
         check_choice(kind, value, known)
 
 
+def check_name(name: str) -> str:
+    """Return the name of a task, which also names files.
+
+    Raises:
+        ConfigError: it is empty, or has other characters than letters, digits, - and _.
+    """
+    if not str(name).replace("_", "").replace("-", "").isalnum():
+        raise ConfigError(f"task.name={name!r} should be letters, digits, - and _")
+    return str(name)
+
+
 def check_positive(**settings: int) -> None:
     """Check that settings are at least 1.
 

@@ -155,6 +155,7 @@ def test_vocabulary_files(tmp_path, text, words):
         ("dog: [pet]\ncat: [Pet]", "'Pet' stands for both 'dog' and 'cat'"),
         ("dog: ['']", "'dog' has an empty name"),
         ("[" * 700, "neither YAML nor JSON"),
+        ("dog: [2026-13-01]", "neither YAML nor JSON (month must be"),
     ],
 )
 def test_broken_vocabularies(tmp_path, text, message):

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.by_hand import totals_of
 
-from stethoscope.core.errors import ConfigError
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.core.types import Answer
 from stethoscope.tasks.halloc import HalLoc, move_spans
 
@@ -44,6 +44,16 @@ def test_samples_bring_their_answers(task):
     assert (first.id, first.subset, first.group, first.answer) == ("1", "Caption", "a", TEXT)
     assert (other.id, other.subset, other.group, other.answer) == ("second", "all", "b", "  A cat. ")
     assert first.reference["spans"] == SPANS
+
+
+def test_a_broken_file_leaves_no_answers_behind(task, tmp_path, images):
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write("{}\n")
+    task = HalLoc(str(tmp_path / "answers.jsonl"), str(images))
+    for _ in range(2):  # asked again it does not go on with the answers above the broken line
+        with pytest.raises(DataError, match="line 3"):
+            task.setup()
+    assert not task.samples()
 
 
 def test_marked_words_are_hallucinated_and_all_others_grounded(task):

@@ -6,7 +6,7 @@ from helpers.by_hand import figures, reply, settings_of
 from PIL import Image
 from test_sources import cache, write  # noqa: F401 (a fixture)
 
-from stethoscope.core.errors import ConfigError
+from stethoscope.core.errors import ConfigError, DataError
 from stethoscope.tasks.mme import Mme
 
 ASKED = {"a": [("Is there a dog in this image? Please answer yes or no.", "Yes"), ("Is there an elephant?", "No")]}
@@ -48,6 +48,15 @@ def test_samples(folder):
     assert samples[0].reference == {"label": "yes", "object": "dog"}
     assert samples[-1].image.name == "b.jpg"
     assert samples[-1].image.load().size == (4, 4)
+
+
+def test_a_broken_file_leaves_no_questions_behind(folder):
+    (folder / "existence" / "b.txt").write_text("Is it?\tPerhaps\n")
+    task = Mme(folder=str(folder), categories=["existence"])
+    for _ in range(2):
+        with pytest.raises(DataError, match="neither yes nor no"):
+            task.setup()
+    assert not task.samples()
 
 
 def test_score_of_a_category_by_hand(folder):
