@@ -191,24 +191,6 @@ def bootstrap(
     return resamples.interval(resamples.apply(lambda weights: {"value": metric(labels, scores, weights)})["value"])
 
 
-def paired_difference(
-    metric: Callable[..., Any],
-    labels: np.ndarray,
-    scores: np.ndarray,
-    other: np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-) -> Interval:
-    """Compute metric(scores) - metric(other) on the same items and resampled images, with its interval."""
-    resamples = group_weights(groups, replicates, seed)
-
-    def difference(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return {"value": metric(labels, scores, weights) - metric(labels, other, weights)}
-
-    return resamples.interval(resamples.apply(difference)["value"])
-
-
 def p_value(differences: np.ndarray) -> float:
     """Compute a two-sided p-value: twice the smaller share of replicates beyond 0, at most 1.
 
@@ -363,11 +345,7 @@ def split_groups(
     if not shares.size or (shares < 0).any() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
         raise ConfigError(f"split fractions {dict(fractions)} should be at least 0 and add up to 1")
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    uniform = np.array([_uniform(f"{seed}:{name}") for name in names])
+    hashes = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest() for name in names]
+    uniform = np.array([int.from_bytes(digest, "big") / 2**56 for digest in hashes])
     fold = np.searchsorted(np.cumsum(shares)[:-1], uniform, side="right")[index.ravel()]
     return {name: fold == index for index, name in enumerate(fractions)}
-
-
-def _uniform(text: str) -> float:
-    """Hash a text to a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56

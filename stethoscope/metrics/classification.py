@@ -6,12 +6,24 @@ evaluates all replicates at once. A weight of 2 is the same as having the item t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from stethoscope.metrics.ranking import FloatOrArray, Ranking, as_result, checked, cumulate, divide
+
+
+def _ranked(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    weights: np.ndarray | None,
+    metric: Callable[[Ranking], np.ndarray],
+) -> FloatOrArray:
+    """Compute a metric of the order of items by score."""
+    single = weights is None or np.ndim(weights) == 1
+    return as_result(metric(Ranking.of(labels, scores, weights)), single)
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -25,8 +37,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
     >>> auroc([0, 1], [0.5, 0.5])
     0.5
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).auroc(), single)
+    return _ranked(labels, scores, weights, Ranking.auroc)
 
 
 def auprc(
@@ -43,9 +54,7 @@ def auprc(
     >>> auprc([0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5])
     0.25
     """
-    single = weights is None or np.ndim(weights) == 1
-    ranking = Ranking.of(labels, scores, weights)
-    return as_result(ranking.auprc() if positive else ranking.auprc_grounded(), single)
+    return _ranked(labels, scores, weights, Ranking.auprc if positive else Ranking.auprc_grounded)
 
 
 def fpr_at_tpr(
@@ -56,8 +65,7 @@ def fpr_at_tpr(
     >>> fpr_at_tpr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.5
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).fpr_at_tpr(level), single)
+    return _ranked(labels, scores, weights, lambda ranking: ranking.fpr_at_tpr(level))
 
 
 def recall_at_precision(
@@ -68,8 +76,7 @@ def recall_at_precision(
     >>> recall_at_precision([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.5
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).recall_at_precision(level), single)
+    return _ranked(labels, scores, weights, lambda ranking: ranking.recall_at_precision(level))
 
 
 def tpr_at_fpr(
@@ -80,8 +87,7 @@ def tpr_at_fpr(
     >>> tpr_at_fpr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     0.5
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).tpr_at_fpr(level), single)
+    return _ranked(labels, scores, weights, lambda ranking: ranking.tpr_at_fpr(level))
 
 
 def aurc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -93,8 +99,7 @@ def aurc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = No
     >>> round(aurc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
     0.3333
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).aurc(), single)
+    return _ranked(labels, scores, weights, Ranking.aurc)
 
 
 def prr(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> FloatOrArray:
@@ -106,43 +111,7 @@ def prr(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = Non
     >>> round(prr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
     0.5714
     """
-    single = weights is None or np.ndim(weights) == 1
-    return as_result(Ranking.of(labels, scores, weights).prr(), single)
-
-
-def auroc_controlled(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    positions: np.ndarray,
-    weights: np.ndarray | None = None,
-    width: int = 10,
-    average: Literal["pairs", "bins"] = "pairs",
-) -> FloatOrArray:
-    """Compute the position-controlled AUROC: the mean AUROC within bins of ``width`` token positions.
-
-    Only items at similar positions of an answer are compared, so a score that merely follows the position (late
-    mentions are hallucinated more often) gets 0.5. With ``average="pairs"`` a bin counts by its number of
-    (hallucinated, grounded) pairs, which makes the result the share of all comparable pairs that are in the right
-    order and keeps nearly empty bins from adding noise; with ``"bins"`` every bin that has both classes counts the
-    same. NaN if no bin has both classes.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        scores: (n,) finite.
-        weights: None, (n,) or (replicates, n), at least 0.
-        positions: (n,) token positions, integers from 0.
-        width: positions per bin, at least 1.
-        average: how bins are averaged: by number of ``pairs``, or all ``bins`` alike.
-
-    >>> auroc_controlled([0, 1, 0, 1], [1, 2, 11, 12], [1, 2, 11, 12])
-    1.0
-    >>> auroc_controlled([0, 0, 1, 1], [1, 2, 11, 12], [1, 2, 11, 12])
-    nan
-    """
-    positions = np.asarray(positions)
-    if width < 1:
-        raise ValueError(f"width={width} should be at least 1")
-    return auroc_within(labels, scores, positions // width, weights, average)
+    return _ranked(labels, scores, weights, Ranking.prr)
 
 
 def auroc_within(
@@ -150,31 +119,29 @@ def auroc_within(
     scores: np.ndarray,
     bins: np.ndarray,
     weights: np.ndarray | None = None,
-    average: Literal["pairs", "bins"] = "pairs",
 ) -> FloatOrArray:
-    """Compute the mean of the AUROCs within bins, in [0, 1].
+    """Compute the mean of the AUROCs within bins, in [0, 1], by their numbers of (hallucinated, grounded) pairs.
 
-    Only items of the same bin are compared, so whatever defines the bins cannot raise the score.
+    Only items of the same bin are compared, so whatever defines the bins (a token's position, the object that it names)
+    cannot raise the score. It is the share of all pairs within bins that are in the right order, so that nearly empty
+    bins add little noise. NaN if no bin has both classes.
 
     Args:
         labels: (n,) of 0 and 1.
         scores: (n,) finite.
         weights: None, (n,) or (replicates, n), at least 0.
         bins: (n,) integers, equal for items that may be compared.
-        average: a bin counts by its number of (hallucinated, grounded) ``pairs``, or all ``bins`` count the same.
 
     >>> auroc_within([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], [7, 7, 8, 8])
     0.5
+    >>> auroc_within([0, 0, 1, 1], [0.1, 0.2, 0.9, 0.8], [7, 7, 8, 8])
+    nan
     """
     labels, scores, matrix, single = checked(labels, scores, weights)
     bins = np.asarray(bins)
-    if bins.shape != labels.shape or average not in ("pairs", "bins"):
-        raise ValueError(f"bins {bins.shape} should be {labels.shape} and average={average!r} pairs or bins")
-    order = BinOrder.of(labels, scores, bins)
-    right, pairs = order.pairs(matrix)
-    if average == "bins" and len(order.starts):
-        right, pairs = (np.add.reduceat(part, order.starts, axis=0) for part in (right, pairs))
-        right, pairs = np.nan_to_num(divide(right, pairs)), (pairs > 0).astype(float)
+    if bins.shape != labels.shape:
+        raise ValueError(f"bins {bins.shape} should be {labels.shape}, one for each item")
+    right, pairs = BinOrder.of(labels, scores, bins).pairs(matrix)
     return as_result(divide(right.sum(axis=0), pairs.sum(axis=0)), single)
 
 
@@ -207,7 +174,6 @@ class BinOrder:
     positive: np.ndarray
     grounded: np.ndarray
     spans: np.ndarray
-    starts: np.ndarray
 
     @classmethod
     def of(cls, labels: np.ndarray, scores: np.ndarray, bins: np.ndarray) -> BinOrder:
@@ -232,8 +198,7 @@ class BinOrder:
             return before[starts[run]], before[starts[run + 1]]
 
         (low, high), (first, last) = span(opens | (np.diff(scores, prepend=np.nan) != 0)), span(opens)
-        starts = np.flatnonzero(np.diff(index[positive], prepend=-1) != 0)
-        return cls(order[positive], order[~positive], np.stack([first, low, high, last]), starts)
+        return cls(order[positive], order[~positive], np.stack([first, low, high, last]))
 
     def pairs(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum the weights of the pairs that every hallucinated item forms with grounded ones of its bin.

@@ -68,8 +68,7 @@ def test_equals_scikit_learn(name, weighted, ties):
 
 ALL = {
     **{name: ours for name, (ours, _) in REFERENCES.items()},
-    "controlled": lambda y, s, w: classification.auroc_controlled(y, s, data(0)[2], w),
-    "controlled, plain mean": lambda y, s, w: classification.auroc_controlled(y, s, data(0)[2], w, average="bins"),
+    "within": lambda y, s, w: classification.auroc_within(y, s, data(0)[2] // 10, w),
     "ece": lambda y, s, w: classification.ece(y, sigmoid(s), w),
     "base_rate": lambda y, s, w: classification.base_rate(y, w),
 }
@@ -89,37 +88,34 @@ def test_a_weight_counts_like_repeating_the_item():
     labels, scores, positions, weights = data(3, ties=True)
     again = np.repeat(np.arange(labels.size), weights.astype(int))
     chances = sigmoid(scores)
-    for average in ("pairs", "bins"):
-        assert classification.auroc_controlled(labels, scores, positions, weights, average=average) == pytest.approx(
-            classification.auroc_controlled(labels[again], scores[again], positions[again], average=average)
-        )
+    assert classification.auroc_within(labels, scores, positions // 10, weights) == pytest.approx(
+        classification.auroc_within(labels[again], scores[again], positions[again] // 10)
+    )
     assert classification.ece(labels, chances, weights) == pytest.approx(
         classification.ece(labels[again], chances[again])
     )
 
 
-@pytest.mark.parametrize("average", ["pairs", "bins"])
-def test_controlled_auroc_is_the_mean_of_the_bins(average):
+def test_the_auroc_within_bins_is_the_mean_of_theirs():
     labels, scores, positions, weights = data(4)
     areas, pairs = [], []
     for index in range(4):
         inside = positions // 10 == index
         areas.append(roc_auc_score(labels[inside], scores[inside], sample_weight=weights[inside]))
         pairs.append((weights * labels)[inside].sum() * (weights * (1 - labels))[inside].sum())
-    expected = np.average(areas, weights=pairs if average == "pairs" else None)
-    assert classification.auroc_controlled(labels, scores, positions, weights, average=average) == pytest.approx(
-        expected
+    assert classification.auroc_within(labels, scores, positions // 10, weights) == pytest.approx(
+        np.average(areas, weights=pairs)
     )
 
 
-def test_controlled_auroc_takes_position_away():
+def test_the_auroc_within_positions_takes_position_away():
     rng = np.random.default_rng(0)
     positions = rng.integers(0, 100, 5000)
     labels = (rng.random(5000) < positions / 100).astype(int)
     assert classification.auroc(labels, positions) > 0.8
-    assert classification.auroc_controlled(labels, positions, positions, width=1) == 0.5
+    assert classification.auroc_within(labels, positions, positions) == 0.5
     # within ten positions the rate still rises, so a little of the position is left
-    assert 0.5 < classification.auroc_controlled(labels, positions, positions) < 0.6
+    assert 0.5 < classification.auroc_within(labels, positions, positions // 10) < 0.6
 
 
 @pytest.mark.parametrize("equal", ["width", "mass"])
@@ -146,7 +142,7 @@ def test_constant_scores_carry_no_information(score):
     labels = np.array([0, 0, 0, 1])
     scores = np.full(4, score)
     assert classification.auroc(labels, scores) == 0.5
-    assert classification.auroc_controlled(labels, scores, [0, 1, 2, 3]) == 0.5
+    assert classification.auroc_within(labels, scores, [0, 0, 0, 0]) == 0.5
     assert classification.auprc(labels, scores) == 0.25
     assert classification.auprc(labels, scores, positive=0) == 0.75
     assert classification.fpr_at_tpr(labels, scores) == 1
@@ -168,7 +164,7 @@ RANKING = [
     classification.auprc,
     classification.fpr_at_tpr,
     classification.recall_at_precision,
-    lambda y, s: classification.auroc_controlled(y, s, np.zeros(len(y), int)),
+    lambda y, s: classification.auroc_within(y, s, np.zeros(len(y), int)),
 ]
 
 
