@@ -98,7 +98,7 @@ class Checkout:
     def bare(self) -> Times:
         """Time a bare script of transformers that answers one question."""
         with tempfile.TemporaryDirectory() as folder:
-            harness._export(Path(folder), 1)
+            harness.export(Path(folder), 1)
             words = [sys.executable, harness.__file__, "--bare", folder, "--questions", "1"]
             return {"bare": self.process(words)}
 

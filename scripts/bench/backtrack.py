@@ -29,7 +29,7 @@ COLUMNS = ("hallucinated", "mentions", "recalled", "objects", "words", "returns"
 
 
 def main() -> None:
-    """Trains, measures, prints one line for each way."""
+    """Train, measure, and print one line for each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)

@@ -38,7 +38,7 @@ LIMITS = {"fast": 0.10, "forward": None, "default": 0.60, "full": 1.40}
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
@@ -80,7 +80,7 @@ def measure(
     rounds: int,
     run: RunState,
 ) -> dict[str, float]:
-    """CPU seconds per answer of generation in batches of ``size``, and of a run with every feature set."""
+    """Return CPU seconds per answer of generation in batches of ``size``, and of a run with every feature set."""
     maps, tables = SaveHeatmaps(), TokenFiles(run.store.run_dir)
 
     def generate(prompts: Sequence[Encoded], _: Sequence[Sample]) -> None:

@@ -58,19 +58,19 @@ def recorded_maps(model: Model, keep: bool) -> Iterator[Maps]:
 
 
 def weighted(attention: Tensor, gradient: Tensor) -> Tensor:
-    """Equation 5: (rows, columns)."""
+    """Compute equation 5, (rows, columns)."""
     return (gradient.float() * attention.detach().float()).clamp(min=0).mean(1)[0]
 
 
 def recursion(maps: Sequence[Tensor], start: Tensor) -> Tensor:
-    """Equation 6 as full matrices."""
+    """Compute equation 6 by full matrices."""
     for abar in maps:
         start = start + abar @ start
     return start
 
 
 def normalised(relevancy: Tensor) -> Tensor:
-    """Equations 8 and 9."""
+    """Compute equations 8 and 9."""
     mass = relevancy - torch.eye(len(relevancy), device=relevancy.device)
     total = mass.sum(-1, keepdim=True)
     return mass / torch.where(total == 0, 1.0, total) + torch.eye(len(relevancy), device=relevancy.device)
@@ -122,12 +122,12 @@ def published(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> t
 
 
 def _image(model: Model, inputs: Inputs) -> Tensor:
-    """Positions of the image tokens."""
+    """Return the positions of the image tokens."""
     return (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
 
 
 def _through_tower(relevancy: Tensor, image: Tensor, vision: list[Tensor]) -> None:
-    """Three recursions, as the tool shows them: from all image tokens, from the token's row, and of the tower alone."""
+    """Run three recursions as the tool does: from all image tokens, from the token's row, and of the tower alone."""
     size = vision[0].shape[-1]
     block, row, alone = (torch.eye(size, device=relevancy.device) for _ in range(3))
     block[1:, 1:] = relevancy[image][:, image]
@@ -143,10 +143,7 @@ def one_pass(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> tu
     with recorded_maps(model, keep=True) as (language, vision):
         logits = model(**inputs, use_cache=False).logits[0]
     clock.append(Clock.now(model.device.type))
-    first, image = (
-        len(logits) - len(answer) - 1,
-        (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0],
-    )
+    first, image = len(logits) - len(answer) - 1, _image(model, inputs)
     for token in range(tokens):
         model.zero_grad()
         for attention in (*language, *vision):
@@ -193,7 +190,7 @@ def _frozen_pass(model: Model, inputs: Inputs) -> tuple[Tensor, list[Tensor], li
 
 
 def expected(model: Model, inputs: Inputs, answer: list[int], tokens: int) -> dict[str, np.ndarray]:
-    """(tokens, N) relevancy of the first tokens after the last layer, by scope."""
+    """Compute (tokens, N) relevancy of the first tokens after the last layer, by scope."""
     logits, language, _ = _frozen_pass(model, inputs)
     first = len(logits) - len(answer) - 1
     maps = []

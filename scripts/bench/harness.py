@@ -56,7 +56,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _export(folder / "data", options.questions)
+        export(folder / "data", options.questions)
         later = _processes(folder, options)  # first: a child's largest size counts what its parent had when it forked
         rows = [*_loops(folder, options), *later]
     print(f"{options.questions} POPE questions, {LONGEST} tokens at most, {options.threads} thread(s)\n")
@@ -70,8 +70,8 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _export(folder: Path, questions: int) -> None:
-    """POPE's files about rendered scenes, pictures as PNG."""
+def export(folder: Path, questions: int) -> None:
+    """Write POPE's files about rendered scenes, pictures as PNG."""
     from stethoscope import testbed
 
     testbed.export(folder, testbed.scenes(2 + questions // PER_SCENE))
@@ -87,7 +87,7 @@ def _task(folder: Path) -> object:
 
 
 def _model() -> tuple[object, object]:
-    """Model and processor as the documentation of transformers loads them."""
+    """Load model and processor as the documentation of transformers does."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from stethoscope.testbed import MODEL_DIR
@@ -96,7 +96,7 @@ def _model() -> tuple[object, object]:
 
 
 def _ask(model: object, processor: object, questions: Sequence[tuple[Path, str]]) -> list[str]:
-    """One batch of the bare loop."""
+    """Answer one batch of the bare loop."""
     from PIL import Image
 
     images = [Image.open(path).convert("RGB") for path, _ in questions]
@@ -127,7 +127,7 @@ def _now() -> Clock:
 
 
 def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
-    """Rows of the table about batches of 1 and 16, and about 16 against 1."""
+    """Measure the rows of the table about batches of 1 and 16, and about 16 against 1."""
     import stethoscope
 
     adapter, model, processor = stethoscope.load("testbed", threads=options.threads), *_model()
@@ -158,7 +158,7 @@ def _loops(folder: Path, options: argparse.Namespace) -> list[tuple]:
 def _sitting(
     adapter: object, task: object, size: int, run_dir: Path, ask: Callable[[Sequence], list[str]], questions: int
 ) -> dict[str, Clock]:
-    """One run of the harness that asks the bare loop the same batch before each of its own."""
+    """Run the harness once; it asks the bare loop the same batch before each of its own."""
     from stethoscope import Evaluator
     from stethoscope.core.types import Generation
     from stethoscope.evaluation.callbacks import Callback, Progress, SampleTable, SaveHeatmaps, Timing
@@ -203,7 +203,7 @@ def _sitting(
 
 
 def _processes(folder: Path, options: argparse.Namespace) -> list[tuple]:
-    """Rows of the table about the start of a process and its memory."""
+    """Measure the rows of the table about the start of a process and its memory."""
     data, count = folder / "data", options.questions
     measured: dict[str, list[tuple[float, float]]] = {"bare": [], "harness": []}
     for number in range(options.starts):

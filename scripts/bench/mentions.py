@@ -52,7 +52,7 @@ def _of_80(words: list[str]) -> list[str]:
 
 
 def rate(captions: list[str]) -> float:
-    """Captions per second of processor time."""
+    """Return the captions per second of processor time."""
     start = time.process_time()
     for caption in captions:
         mentions(caption)
@@ -60,7 +60,7 @@ def rate(captions: list[str]) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("captions", nargs="*", type=Path, help="JSON lines with a key 'caption'")
     parser.add_argument("--rounds", type=int, default=7, help="readings after the first")

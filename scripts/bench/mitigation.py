@@ -96,7 +96,7 @@ def make_ways(adapter: Adapter, tokens: int, backtrack: Backtrack) -> dict[str, 
 def measure(
     ways: dict[str, Callable[[Sequence[Encoded]], object]], encoded: Sequence[Encoded], size: int, repeats: int
 ) -> dict[str, float]:
-    """CPU seconds per answer of every way, the median over batches of ``size``."""
+    """Return CPU seconds per answer of every way, the median over batches of ``size``."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1, repeats):  # the first round warms up
         start = max(number, 0) * size % len(encoded)

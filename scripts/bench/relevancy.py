@@ -124,7 +124,7 @@ def plain(model: Model, inputs: Inputs) -> Tensor:
 
 
 def ours(model: Model, inputs: Inputs, answer: list[int], tokens: int, **options: Any) -> Tensor:
-    """(tokens, N) relevancy of the first tokens after the last layer."""
+    """Compute (tokens, N) relevancy of the first tokens after the last layer."""
     chosen = range(tokens) if tokens < len(answer) else None
     return relevancy_from_inputs(model, inputs, answer, layers="final", tokens=chosen, **options).llm[:, 0]
 
@@ -174,7 +174,7 @@ class Cost:
 
 
 def measure(method: str, shape: Shape, options: Options, memory: bool) -> Any:
-    """One method on one shape, in this process: its ``Cost``, or the bytes at its peak."""
+    """Measure one method on one shape, in this process: its ``Cost``, or the bytes at its peak."""
     Clock.cpu_time = options.cpu_time
     if memory and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)  # freed tensors go back to the system at once
@@ -252,7 +252,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def map_bytes(shape: Shape) -> int:
-    """About what the field's methods hold: all maps, their gradients and as much again while they are made."""
+    """Estimate the bytes of the field's methods: all maps, their gradients and as much again while they are made."""
     length, size = shape.image + shape.text + shape.answer, 2 if shape.dtype == "bfloat16" else 4
     language = shape.layers * shape.heads * length**2
     vision = shape.vision_layers * max(shape.vision_width // 64, 1) * (shape.image + 1) ** 2
@@ -260,7 +260,7 @@ def map_bytes(shape: Shape) -> int:
 
 
 def room(device: str) -> int:
-    """Free bytes."""
+    """Return the number of free bytes."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
@@ -268,7 +268,7 @@ def room(device: str) -> int:
 
 
 def compare(shape: Shape, options: Options) -> list[list[str]]:
-    """All methods on one shape, as rows of the table."""
+    """Measure all methods on one shape, as rows of the table."""
     fits = map_bytes(shape) < 0.8 * room(options.device)
     costs: dict[str, Cost | None] = {}
     for name in ("forward", *OURS, *FIELD):

@@ -47,7 +47,7 @@ class Resident(Callback):
 
 
 def resident() -> float:
-    """Resident size of this process in MB."""
+    """Return the resident size of this process in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1000

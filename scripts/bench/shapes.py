@@ -27,6 +27,7 @@ except ImportError:  # a checkout that is not installed: adapters/, tasks/ and c
 
 from stethoscope.adapters.hf import HfAdapter  # noqa: E402
 from stethoscope.adapters.tiny import decoder_families  # noqa: E402
+from stethoscope.core.errors import first_line  # noqa: E402
 from stethoscope.core.token_table import KEY_COLUMNS  # noqa: E402
 from stethoscope.tracing.trace import Encoded  # noqa: E402
 
@@ -69,7 +70,7 @@ class Shape:
 
     @property
     def side(self) -> int:
-        """Image tokens along a side."""
+        """Number of image tokens along a side."""
         side = round(self.image**0.5)
         if side * side != self.image:
             raise SystemExit(f"{self.image} image tokens fill no square; {side * side} would")
@@ -223,7 +224,7 @@ class Figures:
         try:
             values = function()
         except Exception as error:  # a figure that cannot be had is a result
-            values = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            values = {"error": f"{type(error).__name__}: {first_line(error)}"}
         self.add(key, **values)
         gc.collect()
         if torch.cuda.is_available():

@@ -30,7 +30,7 @@ QUESTION = "Please describe this image in detail."
 
 
 def main() -> None:
-    """Trains, measures, prints one line for each way."""
+    """Train, measure, and print one line for each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)

@@ -39,7 +39,7 @@ QUESTION = "Please describe this image in detail."
 
 
 def boxes(scene: Scene) -> dict[str, tuple[float, float, float, float]]:
-    """Left, upper, right and lower edge of what is seen of every object, as shares of the picture."""
+    """Return left, upper, right and lower edge of what is seen of every object, as shares of the picture."""
     mask, edges = scene.mask(), {}
     for name in scene.visible:
         rows, columns = np.nonzero(mask == 1 + testbed.CATEGORIES.index(name))
@@ -54,7 +54,7 @@ def boxes(scene: Scene) -> dict[str, tuple[float, float, float, float]]:
 
 
 def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[float, float]:
-    """Whether the strongest patch's centre is in the box, and the mass in it over its share of the picture.
+    """Return whether the strongest patch's centre is in the box, and the mass in it over its share of the picture.
 
     A patch that the box cuts counts by the part that lies in it.
 
@@ -78,7 +78,7 @@ def inside(heat: np.ndarray, box: tuple[float, float, float, float]) -> tuple[fl
 
 
 def judged(scene: Scene, adapter: Any, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """One line for every first mention, scope and box."""
+    """Yield a row for every first mention, scope and box."""
     encoded = adapter.encode(scene.image(), QUESTION)
     [answer] = adapter.generate([encoded], Generation(max_new_tokens=128))
     first: dict[str, int] = {}

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def remaining(counts: RemovalCounts, column: int) -> tuple[float, float]:
-    """Share of the remaining mentions that is hallucinated, and share of the right ones that is left."""
+    """Return the shares of the remaining mentions that are hallucinated and of the right ones that are left."""
     wrong, left = counts.wrong[:, column].sum(), counts.kept[:, column].sum()
     return wrong / max(left, 1), (left - wrong) / counts.right.sum()
 
