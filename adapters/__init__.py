@@ -26,6 +26,8 @@ def load(model: str | Path, **settings: Any) -> Adapter:
     Raises:
         ConfigError: an unknown name or setting.
     """
+    from omegaconf.errors import OmegaConfBaseException  # as late as ``compose`` needs the library
+
     from stethoscope.adapters.base import Adapter  # torch-free import of the package
 
     known, model = choices("model"), str(model)
@@ -38,7 +40,12 @@ def load(model: str | Path, **settings: Any) -> Adapter:
     for key, value in settings.items():
         if key not in config:
             raise ConfigError(unknown("model setting", key, [key for key in config if key != "_target_"]))
-        config[key] = value
+        try:
+            config[key] = value
+        except OmegaConfBaseException as error:  # an object, such as torch.float16
+            raise ConfigError(
+                f"model.{key}={value!r} should be a plain value, such as 'float16' for a dtype"
+            ) from error
     adapter = build(config, Adapter, "model")
     adapter.setup()
     return adapter

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...], int]:
     """Collect the ids that end an answer, from model and tokenizer, and the id to pad with.
 
+    Where the tokenizer has none to pad with, or one that was added to it and not to the model, an end token pads.
+
     Raises:
         DataError: the model's ``generation_config.json`` names an end that is no token id.
     """
@@ -36,7 +38,9 @@ def special_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[tuple[int, ...]
     if tokenizer.eos_token_id is not None:
         end_ids.add(tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id
-    return tuple(sorted(end_ids)), pad_id if pad_id is not None else min(end_ids, default=0)
+    if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:
+        pad_id = min(end_ids, default=0)
+    return tuple(sorted(end_ids)), pad_id
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from stethoscope.adapters import memory
 from stethoscope.adapters.answer_tokens import AnswerTokens, TrimmedIds
 from stethoscope.adapters.cache_columns import prompt_columns
-from stethoscope.adapters.forward import ForwardRunner, Prefix
+from stethoscope.adapters.forward import ForwardRunner, Prefix, groups
 from stethoscope.adapters.prefixes import SharedPrefixes
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Answer, Generation
@@ -259,6 +259,33 @@ class AnswerGenerator:
         self.prefixes = SharedPrefixes(forward)
 
     def generate(
+        self, adapter: HfAdapter, encoded: Sequence[Encoded], generation: Generation, return_cache: bool
+    ) -> tuple[list[Answer], list[Encoded]]:
+        """Answer prompts in as few batches as their inputs allow.
+
+        Args:
+            adapter: of the model, to which mitigations speak.
+            encoded: the prompts.
+            generation: settings of decoding.
+            return_cache: also record answers and return the KV caches of the prompts.
+
+        Returns:
+            The answers, and the prompts with what generation leaves for a trace.
+        """
+        answers: dict[int, Answer] = {}
+        prompts = dict(enumerate(encoded))
+        for group in groups([prompt.inputs for prompt in encoded]):
+            batch = [encoded[index] for index in group]
+            generated, caches, record = self._generate_batch(adapter, batch, generation, return_cache)
+            for position, (index, answer, cache) in enumerate(zip(group, generated, caches, strict=True)):
+                answers[index] = answer
+                if record is not None:
+                    prompts[index] = replace(encoded[index], recorded=(record, position))
+                if return_cache and encoded[index].cache is None:
+                    prompts[index] = replace(prompts[index], cache=cache)
+        return [answers[index] for index in range(len(encoded))], list(prompts.values())
+
+    def _generate_batch(
         self, adapter: HfAdapter, encoded: list[Encoded], generation: Generation, return_cache: bool
     ) -> tuple[list[Answer], list[PromptCache | None], RecordedAnswers | None]:
         """Answer prompts of one of ``forward.groups`` in one batch.

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -25,28 +24,15 @@ from stethoscope.adapters.generation import (
     drop_defaults,
     effective_settings,
 )
-from stethoscope.adapters.loading import Loading
-from stethoscope.adapters.processors import (
-    SQUARES,
-    crop_to_square,
-    limit_pixels,
-    mean_colour,
-    pad_to_square,
-    stretch_to_square,
-)
-from stethoscope.adapters.prompts import (
-    SYSTEMS,
-    PromptEncoder,
-    check_chat_template,
-    check_follow_up,
-    check_phrases,
-    check_prompt,
-)
+from stethoscope.adapters.load_settings import Loading, check_device
+from stethoscope.adapters.loading import model_name
+from stethoscope.adapters.picture_settings import limit_pixels
+from stethoscope.adapters.prompts import SYSTEMS, PromptEncoder, check_chat_template, check_follow_up, check_prompt
+from stethoscope.adapters.question_encoder import QuestionEncoder, check_phrases
 from stethoscope.adapters.tracer import Tracer
-from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import CapabilityError, CaptureError, ConfigError, DataError, unknown
 from stethoscope.core.system import model_faults
-from stethoscope.core.text import counted
-from stethoscope.core.types import Answer, Generation, Memory, Picture, load_picture, with_limit
+from stethoscope.core.types import Answer, Generation, Memory, Picture, with_limit
 from stethoscope.tracing.trace import (
     CONTINUATION,
     EXTRA_REQUIREMENTS,
@@ -57,7 +43,6 @@ from stethoscope.tracing.trace import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -74,16 +59,15 @@ class HfAdapter(Adapter):
             or a text; None for none.
         follow_up: with a ``prompt``, what comes behind its answer, with the next ``{question}``, as
             ``</s>USER: {question} ASSISTANT:``; None for one question at a time. A chat template writes its own turns.
-        phrases: by what a task asks for (``prompts.ASKS``), the text that stands in place of ``{question}``, which may
-            be a part of it: ``{"question": "answer en {question}", "description": "caption en"}``; None for the
-            question as it is.
+        phrases: by what a task asks for (``question_encoder.ASKS``), the text in place of ``{question}``, which may be
+            part of it: ``{"question": "answer en {question}", "description": "caption en"}``; None for the question.
         pad: pad pictures to a square with the mean colour of the image processor, before it sees them.
-        max_pixels: most pixels to which the image processor may scale a picture, see ``processors.limit_pixels``; None
-            for the model's own limit.
+        max_pixels: most pixels to which the image processor may scale a picture, see
+            ``picture_settings.limit_pixels``; None for the model's own limit.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for that of the checkpoint.
         device: ``auto`` takes a GPU when there is one; else a torch device.
         loading: ``device_map``, ``max_memory``, ``offload_folder``, ``quantize``, ``attention``, ``local_files_only``,
-            ``trust_remote_code``: see ``loading.Loading``.
+            ``trust_remote_code``: see ``load_settings.Loading``.
         threads: CPU threads of torch, set for the whole process when the model loads; None does not set them.
         random_init: ``tiny`` builds a tiny random model of the same classes, without files or network.
         family: transformers' ``model_type``; used with ``random_init`` only.
@@ -126,9 +110,13 @@ class HfAdapter(Adapter):
             raise ConfigError(
                 f"device={device} and device_map={self.loading.device_map} exclude each other; leave device at auto"
             )
-        if threads is not None and threads < 1:
-            raise ConfigError(f"model.threads={threads} should be at least 1, or null to leave it to torch")
-        if max_pixels is not None and (not isinstance(max_pixels, int) or max_pixels < 1):
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"model.threads={threads!r} should be at least 1, or null to leave it to torch")
+        if not isinstance(system, (str, type(None))):
+            raise ConfigError(f"model.system={system!r} should be a text, {', '.join(SYSTEMS)} or null")
+        if max_pixels is not None and (
+            not isinstance(max_pixels, int) or isinstance(max_pixels, bool) or max_pixels < 1
+        ):
             raise ConfigError(f"model.max_pixels={max_pixels!r} should be a number of pixels, at least 1, or null")
         if not isinstance(pad, bool):
             raise ConfigError(f"model.pad={pad!r} should be true or false")
@@ -140,7 +128,7 @@ class HfAdapter(Adapter):
         self.follow_up = follow_up
         self.phrases, self.pad, self.max_pixels = check_phrases(phrases), pad, max_pixels
         self.square = "pad" if pad else "none"
-        self.name = name or (Path(model_id).name if model_id else f"tiny-{family}")
+        self.name = name or (model_name(model_id) if model_id else f"tiny-{family}")
         self.model_id, self.prompt, self.device = model_id, prompt, device
         self.threads, self.random_init, self.family = threads, random_init, family
         self._model: PreTrainedModel | None = None
@@ -159,10 +147,7 @@ class HfAdapter(Adapter):
             torch.set_num_threads(self.threads)
         self.loading.check_machine()
         device = self.loading.default_device() if self.device == "auto" else self.device
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise CapabilityError(f"device {device!r} cannot be used: {first_line(error)}") from error
+        check_device(device)
         from_files = not self.random_init and type(self)._load is HfAdapter._load
         if self.loading.device_map is None and (self.loading.quantize or (from_files and device != "cpu")):
             # quantised weights cannot be moved afterwards; others would first take their size of host memory
@@ -177,13 +162,11 @@ class HfAdapter(Adapter):
         with model_faults(f"the processor of {self.name} does not work with its model", CapabilityError):
             if self.max_pixels is not None:
                 limit_pixels(model, processor, self.max_pixels, self.name)
-            if self.pad:
-                mean_colour(processor, self.name)  # checked before the first picture
             encoder = self._make_encoder(model, processor)
-            _check_encoder(encoder, self.name)
+            questions = QuestionEncoder(self.name, model, processor, encoder, self.phrases, self.square)
             start = decoder_start_id(model)
             self._tokens = AnswerTokens(self.name, model, processor.tokenizer, self.stop, start is None)
-        self._encoder, self._processor = encoder, processor
+        self._questions, self._processor = questions, processor
         self._model = model.eval().requires_grad_(False)
         self._loaded_versions = digests.versions(model)
         drop_defaults(model)
@@ -265,67 +248,38 @@ class HfAdapter(Adapter):
                 Models with relative positions (T5) have no such limit.
         """
         self.setup()
-        return self._encode_phrase("question", image, question, history)
+        return self._encode("question", image, question, history)
 
     def encode_as(self, asks: str, image: Picture, question: str, history: History = ()) -> Encoded:
         """See ``Adapter.encode_as``; errors are those of ``encode``."""
         self.setup()
         if asks == "question":
             return super().encode_as(asks, image, question, history)
-        return self._encode_phrase(asks, image, question, history)
+        return self._encode(asks, image, question, history)
+
+    def _encode(self, asks: str, image: Picture, question: str, history: History) -> Encoded:
+        check_text(question)
+        turns = check_history(history)
+        if turns:
+            self.check_conversation()
+        return self._questions(asks, image, question, turns)
 
     def check_conversation(self) -> None:
         """See ``Adapter.check_conversation``; chat templates write earlier turns, and so does ``follow_up``."""
         self.setup()
-        if getattr(self._encoder, "turns", None) is None:
+        if not self._questions.has_turns:
             why = "its chat template writes no earlier turns"
             if self.prompt is not None:
                 why = f"its prompt {self.prompt!r} has no second turn, which model.follow_up would write"
             raise CapabilityError(f"{self.name} is asked one question at a time: {why}")
 
-    def _encode_phrase(self, asks: str, image: Picture, question: str, history: History) -> Encoded:
-        """Encode the phrase for what is asked for, with the picture padded where ``pad`` is set."""
-        check_text(question)
-        turns = check_history(history)
-        if turns:
-            self.check_conversation()
-        image = load_picture(image)
-        phrase = self.phrases.get(asks, "{question}")
-        earlier_phrase = self.phrases.get("question", "{question}")
-        earlier = tuple((earlier_phrase.replace("{question}", old), answer) for old, answer in turns)
-        with model_faults(f"the processor of {self.name} fails on this picture and question"):
-            picture = self._squared(image)
-            encoded = self._encoder(picture, phrase.replace("{question}", question), *([earlier] if turns else []))
-            encoded = replace(encoded, question=question, asks=asks, history=turns)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and encoded.spans.length >= context:
-            begin = f", with {counted(len(turns), 'earlier turn')}" if turns else ""
-            raise DataError(
-                f"the prompt has {encoded.spans.length:,} tokens, image tokens included{begin}; {self.name} reads "
-                f"fewer than {context:,}"
-            )
-        return encoded
-
     def with_square(self, square: str) -> HfAdapter:
         """See ``Adapter.with_square``; weights and processor are shared."""
-        if square not in SQUARES:
-            raise ConfigError(unknown("way to make a picture square", square, SQUARES))
         self.setup()
-        if square == "pad":
-            mean_colour(self.processor, self.name)
         other = copy(self)
+        other._questions = self._questions.with_square(square)
         other.square, other.pad = square, square == "pad"
         return other
-
-    def _squared(self, image: Image) -> Image:
-        match self.square:
-            case "pad":
-                return pad_to_square(image, mean_colour(self.processor, self.name))
-            case "crop":
-                return crop_to_square(image)
-            case "stretch":
-                return stretch_to_square(image)
-        return image
 
     def check_mitigation(self, generation: Generation) -> None:
         """See ``Adapter.check_mitigation``; text can be taken back where a model keeps every token's state.
@@ -384,19 +338,8 @@ class HfAdapter(Adapter):
         self.setup()
         if (method := generation.mitigation) is not None and method.writes:
             return [written.answer for written in method.write(self, encoded, generation)], list(encoded)
-        answers: dict[int, Answer] = {}
-        prompts = dict(enumerate(encoded))
-        for group in self.batches(encoded):
-            batch = [encoded[index] for index in group]
-            with model_faults(f"{self.name} fails to answer"):
-                generated, caches, record = self._generator.generate(self, batch, generation, return_cache)
-            for position, (index, answer, cache) in enumerate(zip(group, generated, caches, strict=True)):
-                answers[index] = answer
-                if record is not None:
-                    prompts[index] = replace(encoded[index], recorded=(record, position))
-                if return_cache and encoded[index].cache is None:
-                    prompts[index] = replace(prompts[index], cache=cache)
-        return [answers[index] for index in range(len(encoded))], list(prompts.values())
+        with model_faults(f"{self.name} fails to answer"):
+            return self._generator.generate(self, encoded, generation, return_cache)
 
     def prepare_generate(
         self, encoded: Sequence[Encoded], generation: Generation
@@ -472,7 +415,7 @@ class HfAdapter(Adapter):
         return {
             "adapter": f"{type(self).__module__}.{type(self).__qualname__}",
             "model_class": type(self.model).__name__,
-            "model_id": Path(self._source).name if folder else self.model_id,
+            "model_id": model_name(self._source) if folder else self.model_id,
             "random_init": self.random_init,
             "revision": self.loading.revision,
             "weights": self._digest,
@@ -480,25 +423,10 @@ class HfAdapter(Adapter):
             "image_processor": type(self.processor.image_processor).__name__,
             "dtype": str(loading.head_dtype(self.model)).removeprefix("torch."),
             "quantize": self.loading.quantize,
-            "prompt": getattr(self._encoder, "template", self.prompt),
+            "prompt": self._questions.template or self.prompt,
             **{name: getattr(self, name) for name in ("phrases", "pad", "max_pixels") if getattr(self, name)},
             **({"square": self.square} if self.square in ("crop", "stretch") else {}),
             "ends": list(self._tokens.end_ids),
             "settings": digests.settings(self.model, self.processor),
             "transformers": transformers.__version__,
         }
-
-
-def _check_encoder(encoder: Callable[..., Encoded], name: str) -> None:
-    """Encode a grey image and a question, so that a broken processor is detected before the first sample.
-
-    Raises:
-        ConfigError: the prompt lacks the image placeholder.
-        CapabilityError: the processor refuses the image.
-    """
-    from PIL import Image
-
-    try:
-        encoder(Image.new("RGB", (336, 336), "grey"), "Is there a dog in the image?")
-    except DataError as error:
-        raise CapabilityError(f"the processor of {name} does not work: {error}") from error

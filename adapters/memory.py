@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stethoscope.adapters import loading as files
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import NOT_QUANTIZED, Loading
 from stethoscope.core.types import Memory
 from stethoscope.relevancy.attention_backward import BUDGET
 
@@ -139,7 +139,7 @@ def _quantized_weights(model: PreTrainedModel) -> set[str]:
     """List the names of the matrices that bitsandbytes would replace, by the rule of transformers."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    excluded = [files.NOT_QUANTIZED, *(model._keep_in_fp32_modules or ())]
+    excluded = [NOT_QUANTIZED, *(model._keep_in_fp32_modules or ())]
     return {
         f"{name}.weight"
         for name, module in model.named_modules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stethoscope.core.cache import LRUCache
-from stethoscope.core.errors import ConfigError, DataError, first_line, unknown
+from stethoscope.core.errors import ConfigError, DataError, first_line
 from stethoscope.core.images import rgb
 from stethoscope.core.system import default_signals, describe_error
 from stethoscope.tracing.token_spans import image_layout, image_positions, question_positions
@@ -29,9 +29,6 @@ SYSTEMS = {
     for name, person in (("vicuna", "user"), ("llava", "human"))
 }
 """System texts by the names of LLaVA's authors: ``vicuna_v1`` of training and evaluation, ``llava_v1`` of the demo."""
-
-ASKS = ("question", "description")
-"""What a task can ask for."""
 
 _QUESTION, _ANSWER, _IMAGE = "{question}", "{answer}", "{image}"
 _NOT_INPUTS = ("offset_mapping", "text_replacement_offsets", "special_tokens_mask", "labels")
@@ -187,7 +184,15 @@ class PromptEncoder:
         before, after = around_question(self._before, self._after, self.turns if history else None, history)
         prompt = before + question + after
         options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True, **self._options}
-        processed = dict(self._process(self._processor, image, images=image, text=prompt, **options))
+        try:
+            processed = dict(self._process(self._processor, image, images=image, text=prompt, **options))
+        except DataError as error:
+            count = self.template.count(self._placeholder)
+            if self._prompt is None or count == 1:
+                raise
+            raise ConfigError(
+                f"prompt {self._prompt!r} should hold {_IMAGE} once; it holds it {count} times"
+            ) from error
         offsets = processed["offset_mapping"][0].tolist()
         replacements = (processed.get("text_replacement_offsets") or [[]])[0]
         inputs = {key: value for key, value in processed.items() if key not in _NOT_INPUTS}
@@ -282,27 +287,10 @@ def check_follow_up(prompt: str | None, follow_up: str | None) -> None:
 
 def check_prompt(prompt: str | None) -> None:
     """Check that a prompt template holds ``{question}`` once; raise ConfigError otherwise."""
-    if prompt is not None and prompt.count(_QUESTION) != 1:
+    if prompt is not None and (not isinstance(prompt, str) or prompt.count(_QUESTION) != 1):
         raise ConfigError(
             f"prompt {prompt!r} must hold {_QUESTION} once, as in 'USER: {_IMAGE} {_QUESTION} ASSISTANT:'"
         )
-
-
-def check_phrases(phrases: Any) -> dict[str, str]:
-    """Return the phrases by what a task asks for; raise ConfigError for an unknown key or one without a question."""
-    if phrases is None:
-        return {}
-    if not isinstance(phrases, Mapping) or not all(isinstance(phrase, str) for phrase in phrases.values()):
-        raise ConfigError(
-            f"model.phrases={phrases!r} should be texts by what is asked for, as "
-            f"{{question: 'answer en {_QUESTION}', description: caption en}}"
-        )
-    for asks, phrase in phrases.items():
-        if asks not in ASKS:
-            raise ConfigError(unknown("key of model.phrases", str(asks), ASKS))
-        if phrase.count(_QUESTION) > 1 or (asks == "question" and _QUESTION not in phrase) or not phrase.strip():
-            raise ConfigError(f"model.phrases.{asks}={phrase!r} should hold {_QUESTION} once")
-    return dict(phrases)
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:

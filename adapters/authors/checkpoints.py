@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from stethoscope.adapters import memory
-from stethoscope.adapters.loading import Loading, is_folder, pretrained, surplus_layer, translate_loading_errors
+from stethoscope.adapters.load_settings import Loading
+from stethoscope.adapters.loading import is_folder, pretrained, surplus_layer, translate_loading_errors
 from stethoscope.core.digests import cached_digest
 from stethoscope.core.errors import ConfigError, DataError, StethoscopeError, first_line, unknown
 from stethoscope.core.system import describe_error, out_of_memory

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,14 +27,15 @@ from stethoscope.adapters.authors.processor import (
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.processors import pad_to_square
+from stethoscope.adapters.loading import model_name
+from stethoscope.adapters.picture_settings import pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS
 from stethoscope.core.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import ConvNextConfig, LlamaConfig, LlamaTokenizer, PreTrainedModel
 
-    from stethoscope.adapters.loading import Loading
+    from stethoscope.adapters.load_settings import Loading
     from stethoscope.tracing.trace import Encoded
 
 PLACEHOLDER = "<image>"
@@ -154,7 +154,7 @@ class ConvLlavaAdapter(HfAdapter):
         if self._digest is None and self.report is not None:
             self._digest = checkpoints.digest_files(self.report.files)
         sizes = {"text": dict(self.text or {}), "vision": dict(self.vision or {}), "resolution": self.resolution}
-        return super().fingerprint() | {"tower": self.tower and Path(self.tower).name, **sizes}
+        return super().fingerprint() | {"tower": self.tower and model_name(self.tower), **sizes}
 
 
 def make_config(text: LlamaConfig, vision: ConvNextConfig, image_token_id: int) -> ConvLlavaConfig:

@@ -21,7 +21,7 @@ from stethoscope.adapters.authors.processor import (
     squash,
 )
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import is_folder, translate_loading_errors
+from stethoscope.adapters.loading import is_folder, model_name, translate_loading_errors
 from stethoscope.core.errors import ConfigError, DataError, unknown
 from stethoscope.tracing.trace import Encoded
 
@@ -118,7 +118,8 @@ class MiniGpt4Adapter(HfAdapter):
             raise DataError(f"{first.file} holds no llama_proj.weight; it begins with {first.key}")
         weights = self._vision_weights() | self._read("llm", ("model.", "lm_head."), "language_model.") | trained
         image_token_id = add_placeholder(tokenizer, PLACEHOLDER, text.vocab_size)
-        cls, config = modelling.build_config(*self._part_configs(weights), text, image_token_id)
+        with checkpoints.translate_size_errors(self.name):
+            cls, config = modelling.build_config(*self._part_configs(weights), text, image_token_id)
         if self.version == "llama2":
             weights = modelling.llama2_weights(weights)
         name = f"MiniGPT-4 ({self.version})"
@@ -150,8 +151,9 @@ class MiniGpt4Adapter(HfAdapter):
             return super()._skeleton()
         is_local = Path(self._source_of("vision")).expanduser().exists()  # else it would be downloaded for its sizes
         text = self._text_config()
-        part_configs = self._part_configs(self._vision_weights() if is_local else None)
-        cls, config = modelling.build_config(*part_configs, text, text.vocab_size)
+        weights = self._vision_weights() if is_local else None
+        with checkpoints.translate_size_errors(self.name):
+            cls, config = modelling.build_config(*self._part_configs(weights), text, text.vocab_size)
         return checkpoints.build_skeleton(cls, config, memory.dtype_of(text, self.loading), self.name)
 
     def _vision_weights(self) -> Weights:
@@ -193,7 +195,7 @@ class MiniGpt4Adapter(HfAdapter):
         if self._digest is None and not self.random_init:
             self.setup()
             self._digest = checkpoints.digest_files(self.report.files)
-        names = {key: value and Path(value).name for key, value in self.sources.items()}
+        names = {key: value and model_name(value) for key, value in self.sources.items()}
         heads = {"vision_layers": self.vision_layers, "vision_heads": self.vision_heads}
         heads |= {"qformer_heads": self.qformer_heads} if self.version == "vicuna" else {}
         return super().fingerprint() | {"version": self.version, "sources": names, **heads}

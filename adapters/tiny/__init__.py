@@ -57,8 +57,8 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     Raises:
         CapabilityError: no tiny model of this family is known.
     """
-    if family not in FAMILIES:
-        raise CapabilityError(unknown("family for random_init=tiny", family, FAMILIES))
+    if str(family) not in FAMILIES:
+        raise CapabilityError(unknown("family for random_init=tiny", str(family), FAMILIES))
     with torch.random.fork_rng(devices=[]):  # transformers draws the parameters that are not drawn below
         torch.manual_seed(seed)
         model, processor = FAMILIES[family]()

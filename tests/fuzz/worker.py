@@ -220,7 +220,7 @@ class World:
 
         from stethoscope.adapters import memory
         from stethoscope.adapters.hf import HfAdapter
-        from stethoscope.adapters.loading import Loading
+        from stethoscope.adapters.load_settings import Loading
 
         def load() -> None:
             adapter = HfAdapter(str(folder))

@@ -245,7 +245,7 @@ def silent_hub(monkeypatch):
     """A server that takes every connection and never says a word."""
     from huggingface_hub import constants
 
-    from stethoscope.adapters import loading
+    from stethoscope.adapters import load_settings
 
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -256,9 +256,9 @@ def silent_hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        loading._hub_reachable.cache_clear()
+        load_settings._hub_reachable.cache_clear()
         yield
-        loading._hub_reachable.cache_clear()
+        load_settings._hub_reachable.cache_clear()
 
 
 def test_a_hub_that_hangs_is_one_line(stethoscope, silent_hub):

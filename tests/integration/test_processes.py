@@ -15,7 +15,7 @@ from helpers.messages import error_lines
 from helpers.tiny_run import SlowAdapter
 from helpers.tiny_world import TinyFeatures, TinyTask
 
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import Loading
 from stethoscope.cli import main
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.evaluation.distributed import DistributedState

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stethoscope.adapters.authors import checkpoints
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import Loading
 from stethoscope.core.errors import ConfigError, DataError
 
 WEIGHTS = {

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stethoscope.adapters import loading
+import stethoscope
+from stethoscope.adapters import load_settings
 from stethoscope.adapters.forward import collate, extend, groups
 from stethoscope.adapters.hf import HfAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
@@ -119,7 +120,7 @@ def test_a_hub_model_that_is_not_there():
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    loading._hub_reachable.cache_clear()
+    load_settings._hub_reachable.cache_clear()
     with pytest.raises(ConfigError) as error:
         from_folder("nobody/has-this-model")
     one_line(error, "nobody/has-this-model")
@@ -166,6 +167,10 @@ def test_a_model_of_another_kind(folder):
         ({"model_id": "a/b", "device": "cpu", "device_map": "auto"}, ["device"]),
         ({"model_id": "a/b", "prompt": "USER: ASSISTANT:"}, ["{question}"]),
         ({"model_id": "a/b", "prompt": "{question} {question}"}, ["{question}"]),
+        ({"model_id": "a/b", "prompt": 5}, ["prompt 5", "{question}"]),
+        ({"model_id": "a/b", "system": 5}, ["model.system=5", "vicuna_v1"]),
+        ({"model_id": "a/b", "threads": 1.5}, ["model.threads=1.5"]),
+        ({"model_id": "a/b", "max_pixels": True}, ["model.max_pixels=True"]),
     ],
 )
 def test_wrong_settings(settings, words):
@@ -183,11 +188,47 @@ def test_wrong_settings_that_only_loading_finds():
     one_line(error, "cuda:99")
 
 
-def test_a_prompt_without_a_place_for_the_image():
-    adapter = HfAdapter(random_init="tiny", prompt="USER: {question} ASSISTANT:")
-    with pytest.raises(StethoscopeError) as error:
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize(("placeholders", "words"), [("", "holds it 0 times"), ("{image}{image}", "holds it 2 times")])
+def test_a_prompt_without_a_place_for_the_image(family, placeholders, words):
+    adapter = HfAdapter(random_init="tiny", family=family, prompt=f"USER: {placeholders}{{question}} ASSISTANT:")
+    with pytest.raises(ConfigError) as error:
         adapter.encode(IMAGE, "What is it?")
-    one_line(error)
+    one_line(error, "should hold {image} once", words)
+
+
+@pytest.mark.parametrize("pad_token", [None, "[PAD]"])
+def test_a_tokenizer_without_a_padding_token_that_the_model_knows(pad_token, monkeypatch):
+    """None at all, or one that was added to the tokenizer and not to the embeddings."""
+    adapter = HfAdapter(random_init="tiny")
+    model, processor = adapter._tiny()
+    processor.tokenizer.pad_token = None
+    if pad_token:
+        processor.tokenizer.add_special_tokens({"pad_token": pad_token})
+        assert processor.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    monkeypatch.setattr(adapter, "_tiny", lambda: (model, processor))
+    prompts = [adapter.encode(IMAGE, question) for question in ("What is it?", "Is there a red car in the photo?", "b")]
+    generation = Generation(max_new_tokens=6)
+    together = adapter.generate(prompts, generation)
+    alone = [adapter.generate([prompt], generation)[0] for prompt in prompts]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    traces = adapter.trace_batch(prompts, together)
+    for prompt, answer, trace in zip(prompts, together, traces, strict=True):
+        assert torch.allclose(trace.logits, adapter.trace(prompt, answer).logits, atol=1e-4)
+
+
+def test_a_model_in_the_working_directory_has_its_folders_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    adapter = HfAdapter(".", prompt="USER: {image} {question}")
+    assert adapter.name == folder.name
+    assert adapter.fingerprint()["model_id"] == folder.name
+
+
+def test_settings_that_are_no_plain_values():
+    for key, value in (("dtype", torch.float16), ("device", torch.device("cpu"))):
+        with pytest.raises(ConfigError) as error:
+            stethoscope.load("testbed", **{key: value})
+        one_line(error, f"model.{key}={value!r} should be a plain value")
 
 
 def test_the_chat_template_is_the_prompt_when_none_is_given():

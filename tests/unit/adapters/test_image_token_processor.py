@@ -17,7 +17,7 @@ from stethoscope.adapters.authors.processor import (
     load_llama_tokenizer,
     squash,
 )
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import Loading
 from stethoscope.adapters.tiny.tokenizers import TEXT
 from stethoscope.core.errors import ConfigError, DataError
 

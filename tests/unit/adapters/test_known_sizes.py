@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stethoscope.adapters import memory
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import Loading
 from stethoscope.core.component import conf_folder
 
 PUBLISHED = {  # billions of parameters, as the models' pages give them (of their safetensors files)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from stethoscope import testbed
 from stethoscope.adapters import loading, tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import Loading
+from stethoscope.adapters.load_settings import NOT_QUANTIZED, Loading
 from stethoscope.adapters.testbed import TestbedAdapter
 from stethoscope.core.errors import CapabilityError, ConfigError, DataError, StethoscopeError
 from stethoscope.core.types import Generation
@@ -141,6 +141,13 @@ def test_random_models_follow_device_map_too():
     [
         ({"quantize": "3bit"}, "unknown quantize '3bit'"),
         ({"device_map": "automatic"}, "device_map='automatic' should be auto"),
+        ({"device_map": ["cpu"]}, r"device_map=\['cpu'\] should be auto"),
+        ({"device_map": "auto", "max_memory": "20GiB"}, "max_memory='20GiB' should be sizes by device"),
+        ({"trust_remote_code": "false"}, "trust_remote_code='false' should be true or false"),
+        ({"local_files_only": 1}, "local_files_only=1 should be true or false"),
+        ({"revision": 5}, "revision=5 should be a text or null"),
+        ({"offload_folder": 5}, "offload_folder=5 should be a text"),
+        ({"attention": 5}, "attention=5 should be a text"),
         ({"max_memory": {0: "20GiB"}}, "device_map=auto"),
         ({"device_map": {"": "cpu"}, "max_memory": {0: "20GiB"}}, "device_map=auto"),
         ({"device_map": "auto", "max_memory": {"gpu": "20GiB"}}, "device 'gpu'"),
@@ -158,6 +165,21 @@ def test_wrong_settings(settings, words):
 def test_a_gpu_that_is_not_there(settings):
     with pytest.raises(CapabilityError, match="names GPU 9; this machine has"):
         HfAdapter(random_init="tiny", **settings).setup()
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps", "meta", "nowhere"])
+@pytest.mark.parametrize("setting", ["device", "device_map", "part of the map"])
+def test_a_device_that_holds_nothing_here(device, setting, monkeypatch):
+    """The files of the model are not blamed, and none is read."""
+    monkeypatch.setattr(Loading, "hub_kwargs", lambda *_: pytest.fail("asked where the files are"))
+    if setting == "device_map" and device in ("meta", "nowhere"):
+        pytest.skip("is refused as no device map at all")
+    settings = (
+        {"device_map": {"model": "cpu", "lm_head": device}} if setting == "part of the map" else {setting: device}
+    )
+    with pytest.raises(CapabilityError, match=f"device '{device}' cannot be used") as error:
+        HfAdapter(str(testbed.MODEL_DIR), **settings).setup()
+    assert "\n" not in str(error.value)
 
 
 def test_quantising_without_bitsandbytes_is_refused_before_anything_is_read(monkeypatch):
@@ -199,8 +221,8 @@ def test_names_that_stay_whole():
         "language_model.encoder.block.0.layer.0.SelfAttention.q", "model.text_model.layers.0.mlp.down_proj",
         "model.language_model.layers.0.self_attn.k_proj.multiway.0",
     ]  # fmt: skip
-    assert not any(should_convert_module(name, [loading.NOT_QUANTIZED]) for name in whole)
-    assert all(should_convert_module(name, [loading.NOT_QUANTIZED]) for name in smaller)
+    assert not any(should_convert_module(name, [NOT_QUANTIZED]) for name in whole)
+    assert all(should_convert_module(name, [NOT_QUANTIZED]) for name in smaller)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
@@ -345,6 +367,41 @@ def test_an_adapter_of_peft_without_peft_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
     with pytest.raises(CapabilityError, match="pip install peft"):
         HfAdapter(str(tmp_path)).setup()
+
+
+def test_an_adapter_of_peft_is_read_with_its_base(tmp_path):
+    """peft's own ``save_pretrained`` writes no processor; the base model has one."""
+    peft = pytest.importorskip("peft")
+    model, processor = tiny.build("llava")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    base = loading.pretrained(type(model), str(tmp_path / "base"), Loading())
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(base, settings)
+    tuned.save_pretrained(tmp_path / "lora")
+    adapter = HfAdapter(str(tmp_path / "lora"), prompt=FAMILIES["llava"][0], dtype="float32")
+    encoded = adapter.encode(IMAGE, QUESTION)
+    answer = adapter.generate([encoded], Generation(max_new_tokens=4))[0]
+    ids = torch.tensor([answer.token_ids])
+    inputs = {**encoded.inputs, "input_ids": torch.cat([encoded.inputs["input_ids"], ids], 1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        expected = tuned(**inputs).logits[0, -len(answer.token_ids) - 1 : -1]
+    assert torch.allclose(adapter.trace(encoded, answer).logits, expected, atol=1e-4)
+    assert adapter.fingerprint()["weights"].startswith("state:")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_processor_of_an_adapter_of_peft_is_its_own_or_that_of_its_base(tmp_path, own):
+    for name in ("base", "lora"):
+        (tmp_path / name).mkdir()
+    settings = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    if own:
+        (tmp_path / "lora" / "processor_config.json").write_text("{}")
+    source = str(tmp_path / "lora")
+    folder, _ = loading._processor_location(source, Loading(), Loading().hub_kwargs(True))
+    assert folder == (source if own else str(tmp_path / "base"))
 
 
 def test_a_checkpoint_of_llavas_authors_is_named_for_what_it_is(tmp_path):

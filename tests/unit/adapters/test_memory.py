@@ -9,7 +9,8 @@ from PIL import Image
 
 from stethoscope.adapters import memory, tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.loading import Loading, dispatch_model, pretrained
+from stethoscope.adapters.load_settings import Loading
+from stethoscope.adapters.loading import dispatch_model, pretrained
 from stethoscope.adapters.memory import estimate, skeleton, weights
 from stethoscope.cli import main
 from stethoscope.commands.doctor import DeviceMemory, verdict
@@ -219,7 +220,7 @@ def test_the_command_on_a_folder(doctor, tmp_path, monkeypatch):
 
 
 def test_the_command_without_files_or_network(doctor, monkeypatch):
-    monkeypatch.setattr("stethoscope.adapters.loading._hub_reachable", lambda: False)
+    monkeypatch.setattr("stethoscope.adapters.load_settings._hub_reachable", lambda: False)
     printed = doctor("model=owner/unknown-7b")
     assert printed.startswith("note  unknown-7b: nothing to count")
     assert "hf download owner/unknown-7b config.json" in printed

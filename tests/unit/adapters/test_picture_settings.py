@@ -9,7 +9,7 @@ from PIL.Image import Resampling
 import stethoscope
 from stethoscope.adapters import tiny
 from stethoscope.adapters.hf import HfAdapter
-from stethoscope.adapters.processors import pad_to_square
+from stethoscope.adapters.picture_settings import pad_to_square
 from stethoscope.adapters.prompts import SYSTEMS
 from stethoscope.core.errors import CapabilityError, ConfigError
 from stethoscope.core.types import Generation

@@ -64,7 +64,7 @@ def test_what_is_kept_stays_within_its_bounds(monkeypatch):
     adapter.setup()
     for number in range(40):
         adapter.encode(picture(number % 8, 60, 40), f"Is there object {number} in the image?")
-    for cache in (adapter._encoder._images, adapter._encoder._texts):
+    for cache in (adapter._questions.encoder._images, adapter._questions.encoder._texts):
         assert cache.used == sum(cache.size(value) for value in cache.values.values()) <= cache.limit
         assert 1 < len(cache.values) < 40
 
